@@ -1,0 +1,235 @@
+"""The parser behind every bin/ script and the `electra-ds` command.
+
+Modules that need torch are imported inside the handlers, so that --help and bad arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from electra_ds import __version__
+from electra_ds.config.manifest import RunDirectory
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import Recipe, recipe_names
+from electra_ds.data.build import build_store
+from electra_ds.data.corpus import BUILTIN, open_corpus
+from electra_ds.data.token_store import TokenStore
+from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.errors import ConfigError, ElectraError, InterruptedBySignalError
+
+_DEFAULT_RECIPE = "rc2020-small"
+_PRETRAIN_EPILOG = """\
+examples:
+  bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny
+      a first run, on documentation text that every machine has
+  bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus my_texts/
+      the reproduction study's ELECTRA-Small on your own text, on a 6 GB card
+  bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 seed=3
+  bin/pretrain --resume runs/tiny-20260101-120000
+  bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
+      the same run goes on under another DeepSpeed JSON: same batch, schedule, data and random numbers
+
+Ctrl-C saves a checkpoint at the next step and leaves; a second Ctrl-C leaves at once.
+"""
+_BUILD_DATA_EPILOG = """\
+examples:
+  bin/build-data --corpus my_texts/ --recipe rc2020-small --out stores/mine
+      trains the recipe's tokenizer on the text and tokenises it
+  bin/build-data --corpus dump.jsonl --text-key body --tokenizer vocab.txt --out stores/dump
+
+A corpus is text files (one document each, or --document-boundary blank-line), JSON lines, or WikiExtractor
+<doc> files; folders are read recursively. An interrupted build goes on where it stopped when run again.
+"""
+_EXPORT_EPILOG = """\
+example:
+  bin/export runs/tiny-20260101-120000 --out my-electra
+      then: AutoModel.from_pretrained("my-electra/discriminator")
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="electra-ds", description="Pretrain ELECTRA text encoders with DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"electra_ds {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_pretrain(commands)
+    _add_build_data(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_command(commands, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return command
+
+
+def _add_pretrain(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _add_command(commands, "pretrain", "Pretrain generator and discriminator.", _PRETRAIN_EPILOG)
+    command.set_defaults(handler=_pretrain)
+    what = command.add_argument_group("what to train")
+    what.add_argument("--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file")
+    what.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override the recipe, e.g. --set schedule.total_steps=5000 model.hidden_size=256",
+    )  # fmt: skip
+    what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
+    _add_corpus_arguments(what, default_note="default: the built-in corpus")
+    what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
+    how = command.add_argument_group("how to run it")
+    how.add_argument("--ds-config", metavar="JSON", help="DeepSpeed JSON, such as ds_configs/cpu.json")
+    how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
+    how.add_argument("--stop-at", type=_positive, metavar="STEP", help="save and leave at this step of the schedule")
+    how.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    how.add_argument("--log-every", type=_positive, metavar="STEPS", help="default: 10")
+    how.add_argument("--eval-every", type=_positive, metavar="STEPS", help="default: a tenth of it, at most 5000")
+    how.add_argument("--save-every", type=_positive, metavar="STEPS", help="default: a tenth of it, at most 2000")
+    how.add_argument("--keep", type=_positive, metavar="N", help="checkpoints to retain (default: 3)")
+    how.add_argument("--eval-windows", type=_positive, metavar="N", help="held-out sequences (default: 512)")
+
+
+def _add_build_data(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _add_command(commands, "build-data", "Tokenise a corpus into a token store.", _BUILD_DATA_EPILOG)
+    command.set_defaults(handler=_build_data)
+    _add_corpus_arguments(command, default_note="`builtin` for the built-in corpus", required=True)
+    command.add_argument("--out", type=Path, required=True, metavar="STORE", help="folder to make")
+    command.add_argument("--recipe", default="rc2020-small", metavar="NAME|FILE", help="whose tokenizer to train")
+    command.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override the recipe, e.g. --set tokenizer.vocab_size=16000",
+    )  # fmt: skip
+    command.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
+
+
+def _add_export(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _add_command(
+        commands, "export", "Write generator and discriminator as transformers folders.", _EXPORT_EPILOG
+    )
+    command.set_defaults(handler=_export)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
+    command.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+
+
+def _add_corpus_arguments(group, default_note: str, required: bool = False) -> None:  # type: ignore[no-untyped-def]
+    group.add_argument(
+        "--corpus", nargs="+", metavar="PATH", required=required, help=f"text files and folders ({default_note})"
+    )
+    group.add_argument(
+        "--document-boundary", choices=("file", "blank-line"), default="file",
+        help="where a document ends in a text file (default: file)",
+    )  # fmt: skip
+    group.add_argument("--text-key", default="text", metavar="KEY", help="field of JSON lines (default: text)")
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="PATH",
+        help="use this tokenizer.json or vocab.txt, or a folder with one, instead of training one",
+    )  # fmt: skip
+    group.add_argument("--cased", action="store_true", help="the vocab.txt was made from cased text")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.lstrip("+").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, and turn our errors into one message and an exit status (2; 128 + N after signal N)."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.handler(options)
+    except InterruptedBySignalError as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except ElectraError as error:
+        print(f"electra-ds {options.command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    _check_pretrain_arguments(options)
+    recipe = None if options.resume else load_recipe(options.recipe or _DEFAULT_RECIPE, options.overrides)
+
+    from rich.console import Console
+
+    from electra_ds.report.run_report import report_run
+    from electra_ds.train import launch
+    from electra_ds.train.pretrain import pretrain
+
+    console = Console()
+    wanted = launch.Options(**{name: getattr(options, name) for name in launch.Options.__dataclass_fields__})
+    if recipe is None:
+        run = launch.open_run(options.resume)
+    else:
+        run = RunDirectory(options.run_dir or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
+        plan = launch.plan_new(wanted, recipe, run)
+        store = _open_store(options, recipe)
+    with run.locked():
+        if recipe is None:
+            job = launch.prepare_resume(wanted, run)
+        else:
+            job = launch.prepare_new(wanted, recipe, plan, store, run)
+        launch.announce(job, console)
+        pretrain(job, console)
+        report_run(run, console)
+
+
+def _check_pretrain_arguments(options: argparse.Namespace) -> None:
+    if options.resume is not None:
+        new_run_only = ("recipe", "overrides", "data", "corpus", "tokenizer", "run_dir")
+        given = [name for name in new_run_only if getattr(options, name)]
+        if given:
+            flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)
+            raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
+    elif options.ds_config is None:
+        raise ConfigError("Say how to run it with --ds-config, for instance: --ds-config ds_configs/cpu.json")
+    elif options.data is not None and (options.corpus or options.tokenizer):
+        raise ConfigError("--data is a finished token store; give either it or --corpus and --tokenizer.")
+
+
+def _open_store(options: argparse.Namespace, recipe: Recipe) -> TokenStore:
+    """The store that --data names, or one built in stores/ for --corpus or the built-in corpus."""
+    if options.data is not None:
+        return TokenStore(options.data)
+    options.corpus = options.corpus or [BUILTIN]
+    name = Path(options.corpus[0]).resolve().name if options.corpus != [BUILTIN] else BUILTIN
+    kind = options.tokenizer.stem if options.tokenizer else f"{recipe.tokenizer.kind}-{recipe.tokenizer.vocab_size}"
+    return _build_store(options, recipe, Path("stores") / f"{name}-{kind}")
+
+
+def _build_store(options: argparse.Namespace, recipe: Recipe, out: Path, workers: int | None = None) -> TokenStore:
+    corpus = open_corpus(options.corpus, options.document_boundary, options.text_key)
+    tokenizer = (
+        load_tokenizer(options.tokenizer, lowercase=not options.cased) if options.tokenizer else recipe.tokenizer
+    )
+    return build_store(corpus, tokenizer, out, workers=workers)
+
+
+def _build_data(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    store = _build_store(options, recipe, options.out, options.workers)
+    info = store.info
+    print(
+        f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,} kinds "
+        f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB). "
+        f"Train on it with: bin/pretrain --data {store.path} --recipe … --ds-config …"
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from electra_ds.train.export import export_run
+
+    print(export_run(options.run, options.out))

@@ -1,0 +1,172 @@
+"""The record of a run: what it needs to be rebuilt from itself, on disk before step 1.
+
+RUN/
+  recipe.yaml       the recipe, every value in full
+  deepspeed.json    the DeepSpeed JSON, resolved
+  run.json          command, versions, hardware, data fingerprint
+  verdict.json      how it ended: done, stopped or failed
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.recipe import Recipe, recipe_yaml, validate_recipe
+from electra_ds.errors import CheckpointError
+
+FORMAT = 1
+_PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+Verdict = Literal["done", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How often a run reports and saves: neither mathematics nor hardware."""
+
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep: int
+    eval_windows: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json says."""
+
+    store: str
+    """Path of the token store."""
+    store_fingerprint: str
+    parameters: dict[str, int]
+    """Sizes of the model's parts."""
+    device: str
+    threads: int
+    world_size: int
+    settings: RunSettings
+    command: list[str]
+    format: int = FORMAT
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Python's and the decisive packages' versions."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+class RunDirectory:
+    """A run's folder, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder. Raises CheckpointError where it cannot be written or another process holds it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise CheckpointError(f"Cannot write into the run directory {self.path}: {error.strerror}.") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.seek(0)
+                owner = lock.read().strip() or "unknown"
+                raise CheckpointError(
+                    f"The run directory {self.path} is in use by process {owner}. Wait for it, or stop it."
+                ) from error
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            yield
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / "run.json").is_file()
+
+    def write_record(self, recipe: Recipe, plan: DeepSpeedPlan, record: RunRecord) -> None:
+        """Raises CheckpointError where the folder cannot be written."""
+        for name, text in self.record_files(recipe, plan, record).items():
+            self._write(name, text)
+
+    @staticmethod
+    def record_files(recipe: Recipe, plan: DeepSpeedPlan, record: RunRecord) -> dict[str, str]:
+        """The record's files by name, which travel in each checkpoint too."""
+        return {
+            "recipe.yaml": recipe_yaml(recipe),
+            "deepspeed.json": json.dumps(plan.document, indent=2) + "\n",
+            "run.json": record.to_json(),
+        }
+
+    def read_recipe(self) -> Recipe:
+        return validate_recipe(yaml.safe_load(self._read("recipe.yaml")), str(self.path / "recipe.yaml"))
+
+    def read_deepspeed_json(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self._read("deepspeed.json"))
+        return values
+
+    def read_record(self) -> RunRecord:
+        try:
+            values = json.loads(self._read("run.json"))
+            return RunRecord(**values | {"settings": RunSettings(**values["settings"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.path / 'run.json'} is damaged: {error}.") from error
+
+    def verdict(self) -> Verdict | None:
+        """How the run ended, None while it has not."""
+        path = self.path / "verdict.json"
+        return json.loads(path.read_text("utf8"))["verdict"] if path.is_file() else None
+
+    def write_verdict(self, verdict: Verdict, **details: Any) -> None:
+        self._write("verdict.json", json.dumps({"verdict": verdict} | details, indent=2) + "\n")
+
+    def clear_verdict(self) -> None:
+        (self.path / "verdict.json").unlink(missing_ok=True)
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text("utf8")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} is not a run directory: cannot read {name} ({error.strerror})."
+            ) from error
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.tmp"
+        try:
+            temporary.write_text(text, "utf8")
+            temporary.replace(self.path / name)
+        except OSError as error:
+            raise CheckpointError(f"Cannot write {self.path / name}: {error.strerror}.") from error

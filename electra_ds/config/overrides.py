@@ -1,0 +1,61 @@
+"""Dotted overrides: `optimizer.learning_rate=5e-4` on the command line."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from electra_ds.config.recipe import Recipe, read_recipe_values, recipe_keys, validate_recipe
+from electra_ds.errors import ConfigError
+
+# YAML 1.1 reads 5e-4 as a string, since it wants a dot in a float.
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def parse_value(text: str) -> Any:
+    """A scalar as YAML reads it, with `5e-4` and `1e6` as numbers."""
+    if _NUMBER.fullmatch(text):
+        number = float(text)
+        return int(number) if number.is_integer() and "." not in text else number
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Cannot read the value {text!r}: {error}") from error
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a recipe's raw mapping with `key=value` overrides applied. Unknown keys raise ConfigError."""
+    result = copy.deepcopy(values)
+    known = recipe_keys()
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(f"  {override!r}: an override is written key=value, e.g. optimizer.learning_rate=1e-3")
+        elif key not in known:
+            problems.append(f"  {key}: unknown key{_nearest(key, known)}")
+        else:
+            section, _, name = key.rpartition(".")
+            target = result.setdefault(section, {}) if section else result
+            target[name] = parse_value(text)
+    if problems:
+        raise ConfigError("These overrides cannot be applied:\n" + "\n".join(problems))
+    return result
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:  # the right name without its section
+        near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe or a YAML file, with overrides applied and everything validated."""
+    values = apply_overrides(read_recipe_values(name_or_path), overrides)
+    return validate_recipe(values, name_or_path)

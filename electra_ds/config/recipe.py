@@ -1,0 +1,232 @@
+"""The recipe: every value that changes the mathematics of a run, and nothing else.
+
+How the same mathematics is run (precision, micro-batch, ZeRO stage) belongs to the DeepSpeed JSON,
+see `config/deepspeed.py`. Recipes are YAML files; those in `electra_ds/recipes/` are known by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from electra_ds.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TokenizerSection(Section):
+    kind: Literal["byte-level-bpe", "wordpiece"]
+    """Algorithm that `build-data` trains when no finished tokenizer is given."""
+    vocab_size: int = Field(ge=300)
+    """Size of the trained vocabulary, special tokens included. A given tokenizer brings its own."""
+    lowercase: bool = False
+    """Lower-case and strip accents before tokenising (WordPiece only)."""
+
+    @model_validator(mode="after")
+    def _lowercase_is_wordpiece(self) -> TokenizerSection:
+        if self.lowercase and self.kind != "wordpiece":
+            raise ValueError("lowercase: true needs kind: wordpiece (byte-level BPE keeps the text as it is)")
+        return self
+
+
+class DataSection(Section):
+    sequence_length: int = Field(ge=8)
+    """Tokens in one training sequence, [CLS] and [SEP] included."""
+    document_sampling: Literal["auto", "epoch", "length"] = "auto"
+    """`epoch`: each document once per epoch. `length`: documents in proportion to their length.
+    `auto`: `length` where the corpus has fewer than 10,000 documents that span several windows each."""
+    holdout_by: Literal["auto", "document", "span"] = "auto"
+    """What is held out for evaluation: whole documents, or one contiguous span of each long document.
+    `auto`: `span` where there are fewer than 1,000 documents."""
+    holdout_fraction: float = Field(default=0.02, gt=0, lt=0.5)
+    """Share of the corpus's tokens that is held out."""
+    holdout_max_tokens: int = Field(default=1_000_000, ge=1)
+    """Upper bound of the held-out part, in tokens."""
+
+
+class ModelSection(Section):
+    """The discriminator, in the terms of transformers' `ElectraConfig`."""
+
+    embedding_size: int = Field(ge=8)
+    hidden_size: int = Field(ge=8)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    intermediate_size: int = Field(ge=8)
+    max_position_embeddings: int = Field(default=512, ge=8)
+    hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
+    attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
+    initializer_range: float = Field(default=0.02, gt=0)
+    layer_norm_eps: float = Field(default=1e-12, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelSection:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        return self
+
+
+class GeneratorSection(Section):
+    width_multiplier: float = Field(gt=0, le=1)
+    """Generator width over discriminator width; feed-forward size and heads follow the original's rule."""
+    depth_multiplier: float = Field(default=1.0, gt=0, le=1)
+    """Generator layers over discriminator layers."""
+    sharing: Literal["embeddings", "tokens", "none", "all"] = "embeddings"
+    """Weights that generator and discriminator share: all embedding tables with their LayerNorm, the token
+    table alone, nothing, or the whole encoder (which needs both multipliers at 1)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the softmax that replacements are drawn from."""
+    loss_weight: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _sharing_all_needs_equal_size(self) -> GeneratorSection:
+        if self.sharing == "all" and (self.width_multiplier, self.depth_multiplier) != (1.0, 1.0):
+            raise ValueError("sharing: all needs width_multiplier: 1.0 and depth_multiplier: 1.0")
+        return self
+
+
+class DiscriminatorSection(Section):
+    loss_weight: float = Field(default=50.0, ge=0)
+    """Lambda of the ELECTRA paper, eq. 4."""
+    loss_on_special: bool = False
+    """Whether [CLS] and [SEP] count in the discriminator's loss (the original's code: yes)."""
+
+
+class MaskingSection(Section):
+    mlm_probability: float = Field(default=0.15, gt=0, lt=1)
+    """Share of tokens selected for prediction by the generator."""
+    mask_token_share: float = Field(default=0.85, gt=0, le=1)
+    """Share of the selected tokens that the generator sees as [MASK]; the others it sees unchanged."""
+    count: Literal["bernoulli", "fixed"] = "bernoulli"
+    """`bernoulli`: every token is selected on its own. `fixed`: a fixed number per sequence, without
+    replacement: round(p * length), at most floor((p + 0.005) * sequence_length), at least 1."""
+    replace_at: Literal["selected", "masked"] = "selected"
+    """Where the discriminator's input gets the generator's samples: at every selected position (the
+    original), or only at those that became [MASK] (the reproduction study's code)."""
+
+
+class OptimizerSection(Section):
+    """AdamW with decoupled weight decay, none on biases and LayerNorm."""
+
+    learning_rate: float = Field(gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Global gradient norm above which gradients are scaled down."""
+
+
+class ScheduleSection(Section):
+    """Linear warm-up from 0 to the learning rate, then linear decay to 0 at `total_steps`."""
+
+    total_steps: int = Field(ge=1)
+    warmup_steps: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _warmup_ends_before_the_end(self) -> ScheduleSection:
+        if self.warmup_steps >= self.total_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below total_steps {self.total_steps}")
+        return self
+
+
+class Recipe(Section):
+    name: str
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides weights, data order, masks, samples and dropout."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences in one optimiser step, over all ranks and accumulation steps."""
+    tokenizer: TokenizerSection
+    data: DataSection
+    model: ModelSection
+    generator: GeneratorSection
+    discriminator: DiscriminatorSection
+    masking: MaskingSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+
+    @model_validator(mode="after")
+    def _sequence_fits_positions(self) -> Recipe:
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} exceeds "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = importlib.resources.files("electra_ds") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe_values(name_or_path: str) -> dict[str, Any]:
+    """The raw mapping of a shipped recipe's name or of a YAML file. Raises ConfigError."""
+    if name_or_path in recipe_names():
+        text = (importlib.resources.files("electra_ds") / "recipes" / f"{name_or_path}.yaml").read_text("utf8")
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text("utf8")
+    else:
+        near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(
+            f"There is no recipe '{name_or_path}': neither a file nor one of {', '.join(recipe_names())}.{hint}"
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Recipe {name_or_path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"Recipe {name_or_path} must be a mapping of sections, not {type(values).__name__}.")
+    return values
+
+
+def validate_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """A Recipe from a raw mapping; ConfigError lists every problem with its dotted key."""
+    try:
+        return Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"Recipe {source} is not valid:\n" + "\n".join(_problems(error))) from error
+
+
+def _problems(error: pydantic.ValidationError) -> list[str]:
+    known = recipe_keys()
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, known, n=1)
+            message = "unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
+        elif problem["type"] == "missing":
+            message = "is missing"
+        lines.append(f"  {key or 'recipe'}: {message}")
+    return lines
+
+
+def recipe_keys() -> list[str]:
+    """Every dotted key of a recipe, such as `model.hidden_size`."""
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            keys += [f"{name}.{inner}" for inner in section.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe in full, defaults included, as YAML that `validate_recipe` accepts."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,97 @@
+"""The built-in corpus: the documentation text that comes with Python and the installed packages.
+
+Every machine that can run electra_ds has some megabytes of English on its disk: `pydoc_data` and the
+docstrings of the standard library and of a few documented packages. They are read with `ast` (nothing is
+imported), one document per module, in sorted order, each docstring once.
+"""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import functools
+import hashlib
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import sysconfig
+import warnings
+from pathlib import Path
+
+from electra_ds.errors import DataError
+
+PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn", "torch", "transformers")
+_SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+_SHORTEST_DOCSTRING_CHARS = 80
+
+
+@functools.cache
+def builtin_documents() -> list[list[str]]:
+    """Documents as lists of non-empty lines, always in the same order; some 25 MB, read once per process.
+
+    Raises DataError where nothing is installed that carries documentation.
+    """
+    paths = builtin_sources()
+    seen: set[bytes] = set()
+    documents = []
+    workers = min(os.cpu_count() or 1, 8)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for texts in pool.map(_documentation_of, paths, chunksize=64):
+            lines = [line for text in texts if _is_new(text, seen) for line in text.splitlines() if line.strip()]
+            if lines:
+                documents.append([line.strip() for line in lines])
+    if not documents:
+        raise DataError("This Python carries no documentation text to train on. Give a corpus with --corpus PATH.")
+    return documents
+
+
+def _is_new(text: str, seen: set[bytes]) -> bool:
+    digest = hashlib.blake2b(" ".join(text.split()).encode("utf8"), digest_size=16).digest()
+    is_new = digest not in seen
+    seen.add(digest)
+    return is_new
+
+
+def builtin_sources() -> list[Path]:
+    """The Python files that are read."""
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            roots.append(Path(spec.submodule_search_locations[0]))
+    paths = []
+    for root in roots:
+        for folder, subfolders, files in os.walk(root):
+            subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
+            paths += [Path(folder) / name for name in sorted(files) if name.endswith(".py")]
+    return paths
+
+
+def _documentation_of(path: Path) -> list[str]:
+    """Cleaned docstrings of one module in source order; for `pydoc_data/topics.py`, its texts."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    if path.parent.name == "pydoc_data":
+        return [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_prose(node.value)
+        ]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [
+        (getattr(node, "lineno", 0), inspect.cleandoc(text))
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and (text := ast.get_docstring(node, clean=False)) and _is_prose(text)
+    ]
+    # A docstring may hold lone surrogates, which are no text.
+    return [text.encode("utf8", "replace").decode("utf8") for _, text in sorted(found)]
+
+
+def _is_prose(text: str) -> bool:
+    return len(text) >= _SHORTEST_DOCSTRING_CHARS

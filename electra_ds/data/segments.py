@@ -1,0 +1,146 @@
+"""Which stretches of the corpus a step sees: the held-out split, and random windows of documents.
+
+Everything is a function of (seed, step): any step is reached at once, without replaying the ones before.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from electra_ds.config.recipe import DataSection
+from electra_ds.errors import DataError
+from electra_ds.objective.keyed_random import generator
+
+# Purposes, so that no two draws of a run share a key.
+_HOLDOUT, _EPOCH, _WINDOW = 0x40, 0x41, 0x42
+
+FEW_DOCUMENTS_TO_SAMPLE_BY_LENGTH = 10_000
+FEW_DOCUMENTS_TO_HOLD_OUT_SPANS = 1_000
+
+
+class Ranges(NamedTuple):
+    """Stretches of the token store, `starts[i]` to `stops[i]`; each is treated as one document."""
+
+    starts: np.ndarray
+    stops: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.stops - self.starts
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+class Split(NamedTuple):
+    train: Ranges
+    holdout: Ranges
+    held_out_by: Literal["document", "span"]
+
+
+def split_holdout(documents: np.ndarray, data: DataSection, seed: int) -> Split:
+    """Training and held-out stretches of a store whose documents start at `documents`.
+
+    Raises DataError where the corpus is too small for both.
+    """
+    ranges = Ranges(np.asarray(documents[:-1]), np.asarray(documents[1:]))
+    by = data.holdout_by
+    if by == "auto":
+        by = "span" if len(ranges.starts) < FEW_DOCUMENTS_TO_HOLD_OUT_SPANS else "document"
+    target = min(data.holdout_fraction * ranges.num_tokens, data.holdout_max_tokens)
+    rng = generator(seed, _HOLDOUT)
+    split = _documents_apart(ranges, target, rng) if by == "document" else _spans_apart(ranges, target, data, rng)
+    if not len(split.train.starts) or not len(split.holdout.starts):
+        raise DataError(
+            f"The corpus is too small to hold out {data.holdout_fraction:.0%} by {by}: {len(ranges.starts)} "
+            f"documents, {ranges.num_tokens} tokens. Use more text, or another data.holdout_by."
+        )
+    return split
+
+
+def _documents_apart(ranges: Ranges, target: float, rng: np.random.Generator) -> Split:
+    order = rng.permutation(len(ranges.starts))
+    before = np.concatenate([[0], np.cumsum(ranges.lengths[order])[:-1]])
+    held = np.zeros(len(order), dtype=bool)
+    held[order[before < target]] = True
+    held[order[-1]] = False  # never everything
+    return Split(
+        Ranges(ranges.starts[~held], ranges.stops[~held]), Ranges(ranges.starts[held], ranges.stops[held]), "document"
+    )
+
+
+def _spans_apart(ranges: Ranges, target: float, data: DataSection, rng: np.random.Generator) -> Split:
+    """One contiguous span out of each document that is long enough, at least a window each, up to the target."""
+    shortest = data.sequence_length - 2
+    share = target / ranges.num_tokens
+    order = rng.permutation(len(ranges.starts))
+    positions = rng.random(len(order))
+    held, train = [], []
+    num_held = 0
+    for index in order:
+        start, stop = int(ranges.starts[index]), int(ranges.stops[index])
+        size = max(shortest, round(share * (stop - start)))
+        if num_held >= target or stop - start < 4 * size:
+            train.append((start, stop))
+            continue
+        num_held += size
+        first = start + int(positions[index] * (stop - start - size + 1))
+        held.append((first, first + size))
+        train += [piece for piece in ((start, first), (first + size, stop)) if piece[0] < piece[1]]
+    return Split(_ranges(train), _ranges(held), "span")
+
+
+def _ranges(pieces: list[tuple[int, int]]) -> Ranges:
+    array = np.array(sorted(pieces), dtype=np.int64).reshape(-1, 2)
+    return Ranges(array[:, 0], array[:, 1])
+
+
+class Windows(NamedTuple):
+    """int64 [B] each: where a window starts in tokens.bin, and its number of tokens."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+
+
+class WindowSampler:
+    """Random windows of at most `window_tokens` tokens.
+
+    A range longer than that gives a window whose offset is uniform over all that fit; a shorter one is taken
+    whole.
+    """
+
+    def __init__(
+        self, ranges: Ranges, window_tokens: int, sampling: Literal["auto", "epoch", "length"], seed: int
+    ) -> None:
+        self.ranges = ranges
+        self.window_tokens = window_tokens
+        self.seed = seed
+        if sampling == "auto":
+            few = len(ranges.starts) < FEW_DOCUMENTS_TO_SAMPLE_BY_LENGTH
+            long = ranges.lengths.mean() > 2 * window_tokens
+            sampling = "length" if few and long else "epoch"
+        self.sampling = sampling
+        self._ends = np.cumsum(ranges.lengths)
+        self._permutation = lru_cache(maxsize=2)(self._make_permutation)
+
+    def _make_permutation(self, epoch: int) -> np.ndarray:
+        return generator(self.seed, _EPOCH, epoch).permutation(len(self.ranges.starts))
+
+    def windows(self, step: int, batch_size: int) -> Windows:
+        """The windows of optimiser step `step`."""
+        rng = generator(self.seed, _WINDOW, step)
+        if self.sampling == "epoch":
+            epochs, places = np.divmod(step * batch_size + np.arange(batch_size), len(self.ranges.starts))
+            chosen = np.empty(batch_size, dtype=np.int64)
+            for epoch in np.unique(epochs):
+                of_epoch = epochs == epoch
+                chosen[of_epoch] = self._permutation(int(epoch))[places[of_epoch]]
+        else:
+            chosen = np.searchsorted(self._ends, rng.integers(0, self._ends[-1], batch_size), side="right")
+        lengths = self.ranges.lengths[chosen]
+        offsets = rng.integers(0, np.maximum(lengths - self.window_tokens, 0) + 1)
+        return Windows(self.ranges.starts[chosen] + offsets, np.minimum(lengths, self.window_tokens))

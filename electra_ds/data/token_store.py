@@ -1,0 +1,97 @@
+"""Tokenised documents on disk, memory-mapped.
+
+STORE/
+  tokens.bin       all ids, uint16 where they fit and uint32 otherwise, documents one after another
+  documents.npy    int64 [documents + 1], where each document starts in tokens.bin
+  lines.npy        int64 [lines + 1], where each line starts
+  tokenizer/       the tokenizer, as transformers reads it
+  store.json       sizes and fingerprints; its presence says that the store is complete
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.errors import DataError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What store.json says."""
+
+    format: int
+    corpus: str
+    corpus_signature: str
+    """Names, sizes and times of the files that were read."""
+    corpus_fingerprint: str
+    """SHA-256 of the text."""
+    tokenizer_fingerprint: str
+    dtype: str
+    vocab_size: int
+    num_documents: int
+    num_lines: int
+    num_tokens: int
+    file_bytes: dict[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the tokens: the same text through the same tokenizer."""
+        return f"{self.corpus_fingerprint[:16]}-{self.tokenizer_fingerprint[:16]}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+class TokenStore:
+    """An open store. `tokens` is a read-only memory map: nothing is loaded until it is used."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError for a store that is missing, incomplete, truncated or of another format."""
+        self.path = path
+        self.info = _read_info(path)
+        for name, size in self.info.file_bytes.items():
+            actual = (path / name).stat().st_size if (path / name).is_file() else None
+            if actual != size:
+                found = "is missing" if actual is None else f"has {actual} bytes"
+                raise DataError(
+                    f"The token store {path} is damaged: {name} {found}, store.json says {size}. "
+                    f"Delete the folder and build it again with bin/build-data."
+                )
+        self.tokenizer: Tokenizer = load_tokenizer(path / "tokenizer")
+        if self.tokenizer.fingerprint != self.info.tokenizer_fingerprint:
+            raise DataError(
+                f"The tokenizer in {path / 'tokenizer'} is not the one that made this token store. "
+                f"Put the original back, or build the store again with bin/build-data."
+            )
+        self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
+        self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
+
+
+def _read_info(path: Path) -> StoreInfo:
+    if not path.is_dir():
+        raise DataError(f"There is no token store at {path}. Build one with: bin/build-data --out {path} --corpus …")
+    try:
+        values: dict[str, Any] = json.loads((path / "store.json").read_text("utf8"))
+        if values["format"] != FORMAT:
+            raise DataError(f"The token store {path} has format {values['format']}; this version reads {FORMAT}.")
+        return StoreInfo(**values)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is not a finished token store: it has no store.json. Build it with bin/build-data; "
+            f"an interrupted build goes on where it stopped."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path / 'store.json'} is damaged ({error}). Build the store again.") from error
+
+
+def token_dtype(vocab_size: int) -> str:
+    """uint16 where every id fits, else uint32."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"

@@ -1,0 +1,164 @@
+"""AdamW with fp32 masters, loss scale, overflow check and clipping, all on the device.
+
+At stage 0 this is the owner of mixed precision: DeepSpeed 0.19.8 divides by a loss scale that it never
+applied, takes a phantom step at start, and reads some 300 values back from the device per step. A step here
+reads nothing back: overflow is a tensor that torch's fused AdamW takes as `found_inf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from electra_ds.config.deepspeed import LossScaling
+from electra_ds.config.recipe import OptimizerSection
+
+# Under a fixed scale of 1 the same arithmetic serves fp32 and bf16, where nothing needs scaling.
+NO_SCALING = LossScaling(initial_scale=1.0, is_dynamic=False)
+
+
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices and tables decay; biases and LayerNorm do not (google-research/electra)."""
+    decaying: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        (exempt if name.endswith("bias") or "norm" in name.lower() else decaying).append(parameter)
+    return [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW over the model's parameters, which may be half precision.
+
+    Non-finite gradients leave weights and moments as they are, in every precision: the step is skipped and
+    counted. `param_groups` hold the model's own parameters; the update runs on fp32 masters (the parameters
+    themselves where they are fp32) and is copied back.
+    """
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection, scaling: LossScaling | None
+    ) -> None:
+        named = list(parameters)
+        super().__init__(parameter_groups(named, section.weight_decay), {"lr": section.learning_rate})
+        self.max_grad_norm = section.max_grad_norm
+        self.scaling = scaling or NO_SCALING
+        self.names = {parameter: name for name, parameter in named}
+        self.masters: dict[nn.Parameter, torch.Tensor] = {
+            parameter: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+            for group in self.param_groups
+            for parameter in group["params"]
+        }
+        self._inner = torch.optim.AdamW(
+            [group | {"params": [self.masters[p] for p in group["params"]]} for group in self.param_groups],
+            betas=(section.beta1, section.beta2),
+            eps=section.epsilon,
+            fused=True,
+        )
+        for master in self.masters.values():
+            self._inner.state[master] = {
+                "step": torch.zeros((), device=master.device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+        device = next(iter(self.masters)).device
+        self.loss_scale = torch.tensor(self.scaling.initial_scale, device=device)
+        self.skipped_steps = torch.zeros((), device=device)
+        self.consecutive_skips = torch.zeros((), device=device)
+        self.grad_norm = torch.zeros((), device=device)
+        self._good_steps = torch.zeros((), device=device)
+        self._hysteresis_left = torch.tensor(float(self.scaling.hysteresis), device=device)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in (*self.param_groups, *self._inner.param_groups):
+            group["lr"] = learning_rate
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Unscale, check, clip and update, without reading anything back from the device."""
+        masters = list(self.masters.values())
+        for parameter, master in self.masters.items():
+            if parameter.grad is None:  # no position counted in this batch
+                parameter.grad = torch.zeros_like(parameter)
+            master.grad = parameter.grad.float()
+        gradients = [master.grad for master in masters if master.grad is not None]
+        scaled_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        found_inf = (~torch.isfinite(scaled_norm)).float()
+        self.grad_norm = scaled_norm / self.loss_scale
+        clipping = torch.clamp((self.grad_norm + 1e-6) / self.max_grad_norm, min=1.0)  # torch's clip_grad_norm_
+        # torch's fused AdamW divides by grad_scale and does nothing where found_inf is 1 (its GradScaler protocol).
+        self._inner.grad_scale = (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)  # type: ignore[attr-defined]
+        self._inner.found_inf = found_inf  # type: ignore[attr-defined]
+        self._inner.step()
+        for parameter, master in self.masters.items():
+            if master is not parameter:
+                parameter.copy_(master)
+                master.grad = None
+        self._update_scale(found_inf)
+
+    def _update_scale(self, found_inf: torch.Tensor) -> None:
+        """DeepSpeed's rule (runtime/fp16/loss_scaler.py), without its blocking reads."""
+        self.skipped_steps += found_inf
+        self.consecutive_skips = (self.consecutive_skips + 1) * found_inf
+        if not self.scaling.is_dynamic:
+            return
+        overflowed = found_inf > 0
+        full_hysteresis = torch.full_like(self._hysteresis_left, float(self.scaling.hysteresis))
+        backs_off = overflowed & (self._hysteresis_left <= 1)
+        self._good_steps = torch.where(overflowed, 0.0, self._good_steps + 1)
+        grows = self._good_steps >= self.scaling.window
+        halved = torch.clamp(self.loss_scale / 2, min=self.scaling.min_scale)
+        self.loss_scale = torch.where(backs_off, halved, torch.where(grows, self.loss_scale * 2, self.loss_scale))
+        self._good_steps = torch.where(grows, 0.0, self._good_steps)
+        restored = grows | ~overflowed if self.scaling.consecutive_hysteresis else grows
+        lowered = torch.where(overflowed & ~backs_off, self._hysteresis_left - 1, self._hysteresis_left)
+        self._hysteresis_left = torch.where(restored, full_hysteresis, lowered)
+
+    @property
+    def taken_steps(self) -> int:
+        """Updates that AdamW really made. Reads one value back from the device."""
+        return int(self._inner.state[next(iter(self.masters.values()))]["step"].item())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Masters and moments by name: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
+        result = {}
+        for parameter, master in self.masters.items():
+            name, state = self.names[parameter], self._inner.state[master]
+            result[f"master/{name}"] = master.detach()
+            result[f"exp_avg/{name}"] = state["exp_avg"]
+            result[f"exp_avg_sq/{name}"] = state["exp_avg_sq"]
+        return result
+
+    def counters(self) -> dict[str, float]:
+        """Everything else that the next step depends on."""
+        return {
+            "taken_steps": self.taken_steps,
+            "skipped_steps": self.skipped_steps.item(),
+            "consecutive_skips": self.consecutive_skips.item(),
+            "loss_scale": self.loss_scale.item(),
+            "good_steps": self._good_steps.item(),
+            "hysteresis_left": self._hysteresis_left.item(),
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, float]) -> None:
+        """Take over what `tensors` and `counters` gave, perhaps in another precision.
+
+        A run that did not scale its loss before starts from the initial scale.
+        """
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        for parameter, master in self.masters.items():
+            if master is not parameter:
+                parameter.copy_(master)
+            self._inner.state[master]["step"].fill_(counters["taken_steps"])
+        self.skipped_steps.fill_(counters["skipped_steps"])
+        self.consecutive_skips.fill_(counters["consecutive_skips"])
+        if self.scaling.is_dynamic and counters["loss_scale"] != NO_SCALING.initial_scale:
+            self.loss_scale.fill_(counters["loss_scale"])
+            self._good_steps.fill_(counters["good_steps"])
+            self._hysteresis_left.fill_(counters["hysteresis_left"])

@@ -1,0 +1,32 @@
+"""The faults a user can cause or meet. Each message says what is wrong, where, and what to do."""
+
+
+class ElectraError(Exception):
+    """Base of every error that is shown as a message, without a traceback."""
+
+
+class ConfigError(ElectraError):
+    """A recipe, an override, a DeepSpeed JSON or a command line that cannot be run."""
+
+
+class DataError(ElectraError):
+    """A corpus, tokenizer or token store that is missing, broken or does not fit."""
+
+
+class CheckpointError(ElectraError):
+    """A run directory or checkpoint that cannot be used, or could not be written."""
+
+
+class TrainingError(ElectraError):
+    """A run that cannot go on: the losses or gradients are no longer finite."""
+
+
+class InterruptedBySignalError(ElectraError):
+    """A signal asked a long job to stop; what was finished is kept.
+
+    `signum` is the signal's number: the process exits with 128 + signum, as shells expect.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum

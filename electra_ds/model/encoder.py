@@ -1,0 +1,106 @@
+"""The transformer encoder of ELECTRA, the same function as transformers' `ElectraModel`.
+
+Differences are in how it runs, not in what it computes: query, key and value are one matrix product,
+attention is `scaled_dot_product_attention`, and no attention mask is made where nothing is padded.
+Shape suffixes: B sequences, T positions, E embedding size, H hidden size, N heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of one encoder, in the terms of transformers' `ElectraConfig`."""
+
+    vocab_size: int
+    embedding_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    hidden_dropout_prob: float
+    attention_probs_dropout_prob: float
+    initializer_range: float
+    layer_norm_eps: float
+    pad_token_id: int
+    type_vocab_size: int = 2
+
+
+class Embeddings(nn.Module):
+    """Token, position and segment tables, LayerNorm, dropout: ids [B, T] -> [B, T, E]."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        size = config.embedding_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        positions = self.position_embeddings.weight[: ids_BT.shape[1]]
+        first_segment = self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(self.word_embeddings(ids_BT) + (positions + first_segment)))
+
+
+class Layer(nn.Module):
+    """One post-LayerNorm transformer layer: [B, T, H] -> [B, T, H]."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.query_key_value = nn.Linear(hidden, 3 * hidden)
+        self.attention_output = nn.Linear(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.intermediate = nn.Linear(hidden, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, hidden)
+        self.output_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_BTH: torch.Tensor, attend_B11T: torch.Tensor | None) -> torch.Tensor:
+        batch, length, width = hidden_BTH.shape
+        query_key_value = self.query_key_value(hidden_BTH).view(batch, length, 3, self.num_heads, -1)
+        query_BNTD, key_BNTD, value_BNTD = query_key_value.permute(2, 0, 3, 1, 4)
+        context = functional.scaled_dot_product_attention(
+            query_BNTD,
+            key_BNTD,
+            value_BNTD,
+            attn_mask=attend_B11T,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
+        context_BTH = context.transpose(1, 2).reshape(batch, length, width)
+        hidden_BTH = self.attention_norm(hidden_BTH + self.dropout(self.attention_output(context_BTH)))
+        inner = functional.gelu(self.intermediate(hidden_BTH))
+        return self.output_norm(hidden_BTH + self.dropout(self.output(inner)))
+
+
+class Encoder(nn.Module):
+    """Embeddings, a projection where embedding and hidden size differ, and the layers."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.embeddings_project = (
+            nn.Linear(config.embedding_size, config.hidden_size)
+            if config.embedding_size != config.hidden_size
+            else nn.Identity()
+        )
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, ids_BT: torch.Tensor, attend_B11T: torch.Tensor | None) -> torch.Tensor:
+        """Hidden states [B, T, H]. `attend_B11T` is True at real tokens, or None where nothing is padded."""
+        hidden_BTH = self.embeddings_project(self.embeddings(ids_BT))
+        for layer in self.layers:
+            hidden_BTH = layer(hidden_BTH, attend_B11T)
+        return hidden_BTH

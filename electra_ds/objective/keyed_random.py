@@ -1,0 +1,54 @@
+"""Random numbers as a pure function of a key, equal on every device and under every batch plan.
+
+torch's CUDA generator hands out numbers in an order that depends on the card's number of
+multiprocessors, and every torch generator's numbers depend on how a batch is cut. Here a number is a
+hash of (seed, step, row, column) in integer arithmetic, which all devices do exactly alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def hash64(*parts: int | np.ndarray) -> np.ndarray:
+    """64-bit hash of integers or integer arrays that broadcast together (splitmix64 finaliser per part).
+
+    Source of the mixer: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    state = np.zeros((), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            state = (state ^ np.asarray(part).astype(np.uint64)) + _GOLDEN
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def generator(*parts: int) -> np.random.Generator:
+    """A numpy generator keyed by integers: one random source for a whole batch."""
+    return np.random.Generator(np.random.Philox(key=int(hash64(*parts))))
+
+
+def column_keys(columns: int) -> torch.Tensor:
+    """int32 [columns]: the fixed hash of each column, such as a vocabulary id. Make it once and keep it."""
+    return torch.from_numpy(hash64(np.arange(columns), 0xC01).astype(np.uint32).view(np.int32))
+
+
+def exponential_noise(row_keys: torch.Tensor, column_keys: torch.Tensor) -> torch.Tensor:
+    """float32 [rows, columns] of Exp(1) variates, each a function of its row's and column's key alone.
+
+    row_keys, column_keys: int32 hashes on one device. The two are combined and mixed as in the 32-bit
+    finaliser of MurmurHash3; 31 bits become a uniform v whose resolution near 0 is 2^-31, and -log1p(-v)
+    keeps that resolution in the small values, which are the ones that win a race.
+    """
+    bits = row_keys[:, None] ^ column_keys[None, :]
+    bits.mul_(-2048144789)  # 0x85EBCA6B
+    bits.bitwise_xor_(bits >> 13)
+    bits.mul_(-1028477387)  # 0xC2B2AE35
+    bits.bitwise_xor_(bits >> 16)
+    uniform = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
+    return uniform.neg_().log1p_().neg_()

@@ -1,0 +1,85 @@
+"""A run's summary: table, curves and sample sentences, printed and written into its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from electra_ds.config.manifest import RunDirectory
+from electra_ds.data.segments import split_holdout
+from electra_ds.data.token_store import TokenStore
+from electra_ds.errors import CheckpointError
+from electra_ds.report.figures import draw_curves
+from electra_ds.report.samples import LEGEND, sample_sentences
+from electra_ds.train.export import load_trained
+from electra_ds.train.metrics import held_out_batch
+from electra_ds.train.tracking import read_metrics
+
+_ROWS = {
+    "unigram_loss": "tokens at [MASK] under the training unigram (nats)",
+    "generator_masked_loss": "generator at [MASK] (nats)",
+    "generator_gain": "generator's gain over unigram (nats)",
+    "generator_accuracy": "generator accuracy at [MASK], argmax",
+    "generator_sampled_accuracy": "generator accuracy at [MASK], sampled",
+    "discriminator_loss": "discriminator loss (nats)",
+    "replaced_share": "share of tokens replaced",
+    "discriminator_accuracy": "discriminator accuracy",
+    "discriminator_precision": "discriminator precision (replaced)",
+    "discriminator_recall": "discriminator recall (replaced)",
+    "discriminator_f1": "discriminator F1 (replaced)",
+    "discriminator_auc": "discriminator AUC",
+}
+_SENTENCES = 4
+_SENTENCE_BATCH = 64
+
+
+def report_run(run: RunDirectory, console: Console) -> None:
+    """Print and write summary.txt, curves.png and samples.txt. Raises CheckpointError where there is nothing yet."""
+    metrics = read_metrics(run.metrics) if run.metrics.exists() else []
+    evaluations = [line for line in metrics if line["kind"] == "eval"]
+    if not evaluations:
+        raise CheckpointError(f"The run {run.path} has no evaluation to report yet.")
+    recipe, record = run.read_recipe(), run.read_record()
+    table = _summary(evaluations, recipe.name)
+    console.print(table)
+    draw_curves(metrics, f"{recipe.name}: {evaluations[-1]['step']:,} steps, {record.device}", run.path / "curves.png")
+
+    model, tokenizer, _, _ = load_trained(run.path)
+    store = TokenStore(Path(record.store))
+    split = split_holdout(store.documents, recipe.data, recipe.seed)
+    batch = held_out_batch(store, split, recipe, _SENTENCE_BATCH)
+    sentences = sample_sentences(model, tokenizer, batch, _SENTENCES)
+    console.print(LEGEND)
+    for sentence in sentences:
+        console.print()
+        console.print(sentence)
+    _write(run.path / "summary.txt", table)
+    _write(run.path / "samples.txt", LEGEND, *sentences)
+    console.print(
+        f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.\n"
+        f"As transformers models: bin/export {run.path}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _summary(evaluations: list[dict[str, Any]], name: str) -> Table:
+    first, last = evaluations[0], evaluations[-1]
+    table = Table(title=f"{name} on held-out text")
+    table.add_column("")
+    columns = [first, last] if first is not last else [last]
+    for line in columns:
+        table.add_column(f"step {line['step']:,}", justify="right")
+    for key, label in _ROWS.items():
+        table.add_row(label, *(f"{line[key]:.4f}" if line[key] is not None else "–" for line in columns))
+    return table
+
+
+def _write(path: Path, *parts: Any) -> None:
+    with path.open("w", encoding="utf8") as file:
+        plain = Console(file=file, width=100)
+        for part in parts:
+            plain.print(part)
+            plain.print()

@@ -1,0 +1,148 @@
+"""From what the user asked for to a checked job."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from electra_ds import runtime
+from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
+from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings
+from electra_ds.config.recipe import Recipe
+from electra_ds.data.segments import split_holdout
+from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.engine import check_precision
+from electra_ds.errors import CheckpointError, ConfigError, DataError
+from electra_ds.model.electra import Electra
+from electra_ds.train.pretrain import PretrainJob
+
+
+@dataclass(frozen=True)
+class Options:
+    """Command-line values that are None where they were not given."""
+
+    ds_config: str | None = None
+    stop_at: int | None = None
+    threads: int | None = None
+    log_every: int | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep: int | None = None
+    eval_windows: int | None = None
+
+    def settings(self, defaults: RunSettings) -> RunSettings:
+        """The defaults with what was given put in their place."""
+        given = {name: getattr(self, name) for name in asdict(defaults) if getattr(self, name) is not None}
+        return replace(defaults, **given)
+
+
+def default_settings(total_steps: int) -> RunSettings:
+    tenth = max(1, total_steps // 10)
+    return RunSettings(log_every=10, eval_every=min(5000, tenth), save_every=min(2000, tenth), keep=3, eval_windows=512)
+
+
+def plan_new(options: Options, recipe: Recipe, run: RunDirectory) -> DeepSpeedPlan:
+    """The DeepSpeed JSON resolved for a new run, checked before its data is built. Raises ConfigError."""
+    if run.exists():
+        raise ConfigError(f"{run.path} already holds a run. Go on with it by --resume, or choose another --run-dir.")
+    assert options.ds_config is not None
+    _stop_at(options, recipe)
+    return _resolved(read_deepspeed_json(options.ds_config), options.ds_config, recipe)
+
+
+def _resolved(values: dict[str, Any], source: str, recipe: Recipe) -> DeepSpeedPlan:
+    device = runtime.device()
+    plan = resolve(values, recipe, world_size=runtime.world_size(), on_cpu=device.type == "cpu", source=source)
+    check_precision(plan, device)
+    return plan
+
+
+def prepare_new(
+    options: Options, recipe: Recipe, plan: DeepSpeedPlan, store: TokenStore, run: RunDirectory
+) -> PretrainJob:
+    """A job for a new run, its record written. Raises DataError where the corpus is too small to hold out from."""
+    split_holdout(store.documents, recipe.data, recipe.seed)
+    model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
+    record = RunRecord(
+        store=str(store.path.resolve()),
+        store_fingerprint=store.info.fingerprint,
+        parameters=count_parameters(model),
+        device=runtime.device_name(runtime.device()),
+        threads=runtime.set_threads(options.threads),
+        world_size=runtime.world_size(),
+        settings=options.settings(default_settings(recipe.schedule.total_steps)),
+        command=sys.argv,
+    )
+    run.write_record(recipe, plan, record)
+    return PretrainJob(run, recipe, plan, store, record, _stop_at(options, recipe))
+
+
+def open_run(path: Path) -> RunDirectory:
+    """A run to go on with. Raises CheckpointError where there is none, or it is finished."""
+    run = RunDirectory(path)
+    run.read_record()
+    if run.verdict() == "done":
+        raise CheckpointError(f"The run {path} is finished. Its model: bin/export {path}")
+    return run
+
+
+def prepare_resume(options: Options, run: RunDirectory) -> PretrainJob:
+    """A job that goes on with a run, under its own DeepSpeed JSON or another."""
+    recipe, record = run.read_recipe(), run.read_record()
+    values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
+    plan = _resolved(values, options.ds_config or str(run.path / "deepspeed.json"), recipe)
+    store = TokenStore(Path(record.store))
+    if store.info.fingerprint != record.store_fingerprint:
+        raise DataError(
+            f"The token store {store.path} is not the one that {run.path} was started on "
+            f"({store.info.fingerprint}, not {record.store_fingerprint}). Put the original back."
+        )
+    record = replace(
+        record,
+        device=runtime.device_name(runtime.device()),
+        threads=runtime.set_threads(options.threads or record.threads),
+        world_size=runtime.world_size(),
+        settings=options.settings(record.settings),
+    )
+    run.write_record(recipe, plan, record)
+    run.clear_verdict()
+    return PretrainJob(run, recipe, plan, store, record, _stop_at(options, recipe))
+
+
+def _stop_at(options: Options, recipe: Recipe) -> int:
+    total = recipe.schedule.total_steps
+    if options.stop_at is not None and options.stop_at > total:
+        raise ConfigError(f"--stop-at {options.stop_at} is beyond schedule.total_steps {total}.")
+    return options.stop_at or total
+
+
+def count_parameters(model: Electra) -> dict[str, int]:
+    """Sizes of the parts; what is shared counts for the discriminator."""
+    sizes = {"discriminator": 0, "generator": 0}
+    for name, parameter in model.named_parameters():
+        sizes["discriminator" if name.startswith("discriminator") else "generator"] += parameter.numel()
+    return sizes
+
+
+def announce(job: PretrainJob, console: Console) -> None:
+    """What is about to run, in a few lines."""
+    recipe, info, parameters = job.recipe, job.store.info, job.record.parameters
+    console.print(
+        f"{recipe.name}: discriminator {parameters['discriminator'] / 1e6:.2f} M parameters, generator "
+        f"{parameters['generator'] / 1e6:.2f} M more; {recipe.schedule.total_steps:,} steps of "
+        f"{recipe.global_batch_size} x {recipe.data.sequence_length} tokens\n"
+        f"data: {info.num_tokens:,} tokens in {info.num_documents:,} documents ({job.store.path})\n"
+        f"{job.record.device}, {job.plan.precision.name}, ZeRO stage 0, micro-batch x accumulation = {job.plan.batch}\n"
+        f"run directory: {job.run.path}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
+    if seen > 200 * info.num_tokens:
+        console.print(
+            f"[yellow]Note:[/] this schedule reads the corpus some {seen // info.num_tokens:,} times over.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip

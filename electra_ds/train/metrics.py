@@ -1,0 +1,127 @@
+"""What a model is worth on held-out text.
+
+Shape suffixes: M masked positions, V vocabulary, B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from torch.nn import functional
+
+from electra_ds.config.recipe import Recipe
+from electra_ds.data.batches import BatchBuilder, GlobalBatch
+from electra_ds.data.segments import Split
+from electra_ds.data.token_store import TokenStore
+from electra_ds.model.electra import Electra
+from electra_ds.objective.keyed_random import hash64
+
+_EVALUATION = 0xE7
+_UNIGRAM_TOKENS = 100_000_000  # counting more changes nothing that is printed
+
+
+class Evaluation(NamedTuple):
+    """Metrics of one evaluation; shares and rates in [0, 1], losses in nats."""
+
+    generator_loss: float
+    """Mean over the selected positions, as in training."""
+    discriminator_loss: float
+    """Mean over the counted positions, as in training."""
+    generator_masked_loss: float
+    """Mean over the positions that the generator saw as [MASK]."""
+    unigram_loss: float
+    """Cross-entropy of the tokens at those positions under the training text's unigram distribution."""
+    generator_gain: float
+    """unigram_loss - generator_masked_loss: nats that the generator gets from context."""
+    generator_accuracy: float
+    """Share of [MASK]ed positions where the most probable token is the original."""
+    generator_sampled_accuracy: float
+    """Share of [MASK]ed positions where the sampled token is the original."""
+    replaced_share: float
+    """Share of the counted tokens that were replaced."""
+    discriminator_accuracy: float
+    discriminator_precision: float
+    discriminator_recall: float
+    discriminator_f1: float
+    """These three with "replaced" as the positive class and a threshold of 0.5."""
+    discriminator_auc: float
+    """Area under the ROC curve; nan where only one class occurred."""
+
+
+def held_out_batch(store: TokenStore, split: Split, recipe: Recipe, num_windows: int) -> GlobalBatch:
+    """The same held-out windows, masks and noise at every call."""
+    seed = int(hash64(recipe.seed, _EVALUATION) >> np.uint64(1))
+    return BatchBuilder(store, split.holdout, recipe, seed).build(0, num_windows)
+
+
+class Evaluator:
+    """Evaluates on the same windows, masks and noise each time."""
+
+    def __init__(
+        self, store: TokenStore, split: Split, recipe: Recipe, num_windows: int, micro_batch_size: int
+    ) -> None:
+        self.batch = held_out_batch(store, split, recipe, num_windows)
+        self.micro_batch_size = micro_batch_size
+        self._unigram_nats = unigram_nats(store, split)
+
+    @torch.no_grad()
+    def __call__(self, module: Electra, device: torch.device) -> Evaluation:
+        was_training = module.training
+        module.eval()
+        masked_nats, masked_unigram, argmax_hits, sampled_hits = [], [], [], []
+        labels, scores = [], []
+        generator_sum = discriminator_sum = 0.0
+        for first in range(0, len(self.batch.ids_BT), self.micro_batch_size):
+            micro_batch = self.batch.micro_batch(first, self.micro_batch_size).to(device)
+            output = module(micro_batch)
+            generator_sum += output.generator_loss_sum.item()
+            discriminator_sum += output.discriminator_loss_sum.item()
+            targets = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
+            masked = micro_batch.generator_ids_BT.flatten()[micro_batch.selected_M] != targets
+            logits = output.generator_logits_MV[masked].float()
+            masked_nats.append(functional.cross_entropy(logits, targets[masked], reduction="none").cpu().numpy())
+            masked_unigram.append(self._unigram_nats[targets[masked].cpu().numpy()])
+            argmax_hits.append((logits.argmax(-1) == targets[masked]).cpu().numpy())
+            sampled_hits.append((output.samples_M[masked] == targets[masked]).cpu().numpy())
+            labels.append(output.is_replaced_BT[micro_batch.counted_BT].cpu().numpy())
+            scores.append(output.discriminator_logits_BT[micro_batch.counted_BT].float().cpu().numpy())
+        module.train(was_training)
+        replaced, score = np.concatenate(labels), np.concatenate(scores)
+        generator_nats = _mean(masked_nats)
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            replaced, score > 0, average="binary", zero_division=0.0
+        )
+        two_classes = 0 < replaced.sum() < len(replaced) and np.isfinite(score).all()
+        return Evaluation(
+            generator_loss=generator_sum / self.batch.num_selected,
+            discriminator_loss=discriminator_sum / self.batch.num_counted,
+            generator_masked_loss=generator_nats,
+            unigram_loss=_mean(masked_unigram),
+            generator_gain=_mean(masked_unigram) - generator_nats,
+            generator_accuracy=_mean(argmax_hits),
+            generator_sampled_accuracy=_mean(sampled_hits),
+            replaced_share=float(replaced.mean()),
+            discriminator_accuracy=float((replaced == (score > 0)).mean()),
+            discriminator_precision=float(precision),
+            discriminator_recall=float(recall),
+            discriminator_f1=float(f1),
+            discriminator_auc=float(roc_auc_score(replaced, score)) if two_classes else float("nan"),
+        )
+
+
+def _mean(parts: list[np.ndarray]) -> float:
+    return float(np.concatenate(parts).mean(dtype=np.float64))
+
+
+def unigram_nats(store: TokenStore, split: Split) -> np.ndarray:
+    """float64 [vocab]: -log of each token's share of the training text, counts plus one."""
+    size = store.tokenizer.vocab_size
+    stop = min(len(store.tokens), _UNIGRAM_TOKENS)
+    counts = np.ones(size) + np.bincount(store.tokens[:stop], minlength=size)
+    for first, last in zip(split.holdout.starts, split.holdout.stops, strict=True):
+        if last <= stop:
+            counts -= np.bincount(store.tokens[first:last], minlength=size)
+    return -np.log(counts / counts.sum())

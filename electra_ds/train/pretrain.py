@@ -1,0 +1,200 @@
+"""The pretraining loop: from a run directory and a plan to a trained model, resumable at any step."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rich.console import Console
+
+from electra_ds import runtime
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.manifest import RunDirectory, RunRecord
+from electra_ds.config.recipe import Recipe
+from electra_ds.data.batches import BatchBuilder, prefetched
+from electra_ds.data.segments import split_holdout
+from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.checkpoint import CheckpointFolder
+from electra_ds.engine.engine import DeepSpeedEngine
+from electra_ds.engine.step import StepResult
+from electra_ds.errors import CheckpointError, InterruptedBySignalError, TrainingError
+from electra_ds.model.electra import Electra
+from electra_ds.train.metrics import Evaluation, Evaluator
+from electra_ds.train.tracking import MetricsFile, TrainingDisplay
+
+# Steps in a row without a finite gradient, beyond those that a loss scale may need to come down.
+_HOPELESS_SKIPS = 20
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """Everything a run needs, checked before anything long starts."""
+
+    run: RunDirectory
+    recipe: Recipe
+    plan: DeepSpeedPlan
+    store: TokenStore
+    record: RunRecord
+    stop_at: int
+    """Step at which to save and leave; the schedule stays that of the recipe."""
+
+
+class PretrainResult(NamedTuple):
+    step: int
+    evaluation: Evaluation
+
+
+def pretrain(job: PretrainJob, console: Console) -> PretrainResult:
+    """Train from the newest checkpoint, or from the start, to `job.stop_at`.
+
+    Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError where gradients stay
+    non-finite, CheckpointError where the disk is full. The caller holds the run's lock.
+    """
+    with runtime.process_group(), runtime.StopSignal() as stop_signal:
+        loop = _Loop(job, console)
+        try:
+            return loop.run(stop_signal)
+        except (CheckpointError, TrainingError) as error:
+            job.run.write_verdict("failed", step=loop.step, reason=str(error))
+            raise
+        finally:
+            loop.close()
+
+
+class _Loop:
+    def __init__(self, job: PretrainJob, console: Console) -> None:
+        self.job, self.console = job, console
+        recipe, plan, store = job.recipe, job.plan, job.store
+        self.settings = job.record.settings
+        self.device = runtime.device()
+        split = split_holdout(store.documents, recipe.data, recipe.seed)
+        self.builder = BatchBuilder(store, split.train, recipe, recipe.seed)
+        self.evaluator = Evaluator(store, split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size)
+        model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
+        self.engine = DeepSpeedEngine(model, recipe, plan, self.device)
+        self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
+        self.record_files = job.run.record_files(recipe, plan, job.record) | {
+            "tokenizer.json": store.tokenizer.backend.to_str()
+        }
+        self.step = self.tokens = 0
+        self._resume()
+        self.metrics = MetricsFile(job.run.metrics, self.step)
+        self._unread: deque[tuple[int, StepResult]] = deque()
+        self._clock = time.monotonic()
+        self._clock_tokens = self.tokens
+
+    def _resume(self) -> None:
+        checkpoint, warnings = self.checkpoints.load_latest()
+        for warning in warnings:
+            self.console.print(f"[yellow]Warning:[/] {warning}", highlight=False, soft_wrap=True)
+        if checkpoint is None:
+            return
+        self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
+        self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
+        self.console.print(f"Going on from {checkpoint.path}, step {self.step}.", highlight=False, soft_wrap=True)
+
+    def run(self, stop_signal: runtime.StopSignal) -> PretrainResult:
+        job, settings = self.job, self.settings
+        total = job.recipe.schedule.total_steps
+        with TrainingDisplay(self.console, job.stop_at, self.step) as display:
+            for step, batch in prefetched(self.builder, self.step, job.stop_at):
+                self._unread.append((step + 1, self.engine.train_step(batch, step)))
+                self.step = step + 1
+                self.tokens += batch.num_tokens
+                if self.step % settings.log_every == 0 or self.step == job.stop_at:
+                    self._log(display)
+                if self.step % settings.eval_every == 0 and self.step < job.stop_at:
+                    self._evaluate(display)
+                if self.step % settings.save_every == 0 and self.step < job.stop_at:
+                    self._save()
+                if stop_signal.received is not None and self.step < job.stop_at:
+                    self._log(display)
+                    raise self._interrupted(stop_signal.received)
+            self._save()
+            evaluation = self._evaluate(display)
+        if self.step >= total:
+            job.run.write_verdict("done", step=self.step)
+        else:
+            job.run.write_verdict("stopped", step=self.step, reason=f"--stop-at {job.stop_at}")
+        return PretrainResult(self.step, evaluation)
+
+    def _interrupted(self, received: signal.Signals) -> InterruptedBySignalError:
+        path = self._save()
+        self.job.run.write_verdict("stopped", step=self.step, reason=received.name)
+        return InterruptedBySignalError(
+            f"{received.name}: saved {path}. Go on with: bin/pretrain --resume {self.job.run.path}", received
+        )
+
+    def _log(self, display: TrainingDisplay) -> None:
+        """Read back the steps since the last call, write them, and see whether training still moves."""
+        optimizer = self.engine.optimizer
+        now = time.monotonic()
+        tokens_per_s = (self.tokens - self._clock_tokens) / max(now - self._clock, 1e-9)
+        self._clock, self._clock_tokens = now, self.tokens
+        loss_scale, skipped = optimizer.loss_scale.item(), int(optimizer.skipped_steps.item())
+        values: dict[str, float | None] = {}
+        while self._unread:
+            step, result = self._unread.popleft()
+            values = {name: _finite(tensor.item()) for name, tensor in result._asdict().items()}
+            extra = {"skipped_steps": skipped, "loss_scale": loss_scale, "tokens_per_s": round(tokens_per_s)}
+            self.metrics.write("train", step, values | (extra if not self._unread else {}))
+        generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
+        numbers = f"generator {_shown(generator)}  discriminator {_shown(discriminator)}  {tokens_per_s:,.0f} tokens/s"
+        display.update(self.step, numbers + (f"  skipped {skipped}" if skipped else ""))
+        self._check_progress(int(optimizer.consecutive_skips.item()))
+
+    def _check_progress(self, consecutive_skips: int) -> None:
+        scaling = self.job.plan.precision.loss_scaling
+        allowed = _HOPELESS_SKIPS
+        if scaling is not None and scaling.is_dynamic:
+            allowed += scaling.hysteresis + int(math.log2(max(1.0, scaling.initial_scale)))
+        if consecutive_skips < allowed:
+            return
+        saved = self.checkpoints.paths()
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+        raise TrainingError(
+            f"The gradients have not been finite for {consecutive_skips} steps (now at step {self.step}); the weights "
+            f"were left as they were, and {last}. Lower optimizer.learning_rate, or use bf16 or fp32 in place of fp16."
+        )
+
+    def _evaluate(self, display: TrainingDisplay) -> Evaluation:
+        started = time.monotonic()
+        evaluation = self.evaluator(self.engine.module, self.device)
+        values = {name: _finite(value) for name, value in evaluation._asdict().items()}
+        self.metrics.write("eval", self.step, values)
+        display.say(
+            f"held out at step {self.step}: generator {evaluation.generator_masked_loss:.3f} nats at [MASK] "
+            f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
+        )
+        self._clock += time.monotonic() - started
+        return evaluation
+
+    def _save(self) -> object:
+        started = time.monotonic()
+        optimizer = self.engine.optimizer
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "precision": self.job.plan.precision.name,
+            "optimizer": optimizer.counters(),
+        }
+        path = self.checkpoints.save(optimizer.tensors(), state, self.record_files)
+        self._clock += time.monotonic() - started
+        return path
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.engine.close()
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no nan."""
+    return value if math.isfinite(value) else None
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"

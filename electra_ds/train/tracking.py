@@ -1,0 +1,87 @@
+"""Where a run's numbers go: metrics.jsonl and the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from electra_ds.errors import CheckpointError
+
+_PLAIN_LINE_EVERY_S = 15.0
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, with `step` and `kind` ("train" or "eval")."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Lines after `resume_step`, which a killed run wrote beyond its last checkpoint, are dropped."""
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf8")
+            temporary.replace(path)
+        self._file = path.open("a", encoding="utf8", buffering=1)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Raises CheckpointError where the disk is full."""
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"Cannot write {self._file.name}: {error.strerror}.") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line; the last one may have been cut by a kill."""
+    lines = []
+    for line in path.read_text("utf8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class TrainingDisplay:
+    """A progress bar with ETA on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self.console = console
+        self.total_steps = total_steps
+        self._first_step = first_step
+        self._started = self._last_line = time.monotonic()
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, numbers="")
+
+    def __enter__(self) -> TrainingDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, numbers: str) -> None:
+        """Say where training is. `step` counts finished steps."""
+        self._progress.update(self._task, completed=step, numbers=numbers)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self._last_line > _PLAIN_LINE_EVERY_S or step == self.total_steps):
+            self._last_line = now
+            rate = (now - self._started) / max(1, step - self._first_step)
+            eta = int(rate * (self.total_steps - step))
+            eta_text = f"ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
+            self.say(f"step {step}/{self.total_steps}  {numbers}  {eta_text}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
