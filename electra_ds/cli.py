@@ -87,7 +87,7 @@ def _add_pretrain(commands) -> None:  # type: ignore[no-untyped-def]
     _add_corpus_arguments(what, default_note="default: the built-in corpus")
     what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
     how = command.add_argument_group("how to run it")
-    how.add_argument("--ds-config", metavar="JSON", help="DeepSpeed JSON, such as ds_configs/cpu.json")
+    how.add_argument("--ds-config", type=Path, metavar="JSON", help="DeepSpeed JSON, such as ds_configs/cpu.json")
     how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
     how.add_argument("--stop-at", type=_positive, metavar="STEP", help="save and leave at this step of the schedule")
     how.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")

@@ -110,17 +110,16 @@ class DeepSpeedPlan:
         return config
 
 
-def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
-    """The raw mapping of a JSON file, or of one shipped in `ds_configs/` by its name. Raises ConfigError."""
-    path = Path(name_or_path)
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """The raw mapping of a JSON file. Raises ConfigError."""
     if not path.is_file():
-        raise ConfigError(f"There is no DeepSpeed JSON at {name_or_path}. The project's own are in ds_configs/.")
+        raise ConfigError(f"There is no DeepSpeed JSON at {path}. The project's own are in ds_configs/.")
     try:
         values = json.loads(path.read_text("utf8"), object_pairs_hook=_without_duplicates)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{name_or_path} is not valid JSON: {error}") from error
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{name_or_path} must be a JSON object, not {type(values).__name__}.")
+        raise ConfigError(f"{path} must be a JSON object, not {type(values).__name__}.")
     return values
 
 

@@ -42,7 +42,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         else:
             section, _, name = key.rpartition(".")
             target = result.setdefault(section, {}) if section else result
-            target[name] = parse_value(text)
+            if isinstance(target, dict):  # if not, the recipe's validation says so
+                target[name] = parse_value(text)
     if problems:
         raise ConfigError("These overrides cannot be applied:\n" + "\n".join(problems))
     return result

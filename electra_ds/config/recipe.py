@@ -201,7 +201,7 @@ def validate_recipe(values: dict[str, Any], source: str) -> Recipe:
 
 
 def _problems(error: pydantic.ValidationError) -> list[str]:
-    known = recipe_keys()
+    known = [*Recipe.model_fields, *recipe_keys()]
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])

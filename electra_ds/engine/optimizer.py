@@ -109,11 +109,11 @@ class MasterAdamW(torch.optim.Optimizer):
         overflowed = found_inf > 0
         full_hysteresis = torch.full_like(self._hysteresis_left, float(self.scaling.hysteresis))
         backs_off = overflowed & (self._hysteresis_left <= 1)
-        self._good_steps = torch.where(overflowed, 0.0, self._good_steps + 1)
-        grows = self._good_steps >= self.scaling.window
+        good = self._good_steps  # since the last overflow, before this step
+        grows = ~overflowed & (good > 0) & (torch.remainder(good, self.scaling.window) == 0)
+        self._good_steps = torch.where(overflowed, 0.0, good + 1)
         halved = torch.clamp(self.loss_scale / 2, min=self.scaling.min_scale)
         self.loss_scale = torch.where(backs_off, halved, torch.where(grows, self.loss_scale * 2, self.loss_scale))
-        self._good_steps = torch.where(grows, 0.0, self._good_steps)
         restored = grows | ~overflowed if self.scaling.consecutive_hysteresis else grows
         lowered = torch.where(overflowed & ~backs_off, self._hysteresis_left - 1, self._hysteresis_left)
         self._hysteresis_left = torch.where(restored, full_hysteresis, lowered)

@@ -30,4 +30,16 @@ class MicroBatch(NamedTuple):
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device, copied while the host goes on."""
-        return self._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return MicroBatch(
+            moved(self.ids_BT),
+            moved(self.generator_ids_BT),
+            moved(self.selected_M),
+            moved(self.replaced_M),
+            moved(self.noise_keys_M),
+            moved(self.counted_BT),
+            None if self.attend_B11T is None else moved(self.attend_B11T),
+        )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.utils import logging
 
 from electra_ds.config.recipe import Recipe, validate_recipe
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
@@ -56,6 +57,7 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
         raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
     model, tokenizer, recipe, state = load_trained(run_or_checkpoint)
     generator, discriminator = to_transformers(model)
+    logging.disable_progress_bar()  # which would count one shard
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -25,7 +25,7 @@ from electra_ds.train.pretrain import PretrainJob
 class Options:
     """Command-line values that are None where they were not given."""
 
-    ds_config: str | None = None
+    ds_config: Path | None = None
     stop_at: int | None = None
     threads: int | None = None
     log_every: int | None = None
@@ -51,7 +51,7 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory) -> DeepSpeedPl
         raise ConfigError(f"{run.path} already holds a run. Go on with it by --resume, or choose another --run-dir.")
     assert options.ds_config is not None
     _stop_at(options, recipe)
-    return _resolved(read_deepspeed_json(options.ds_config), options.ds_config, recipe)
+    return _resolved(read_deepspeed_json(options.ds_config), str(options.ds_config), recipe)
 
 
 def _resolved(values: dict[str, Any], source: str, recipe: Recipe) -> DeepSpeedPlan:
@@ -94,7 +94,7 @@ def prepare_resume(options: Options, run: RunDirectory) -> PretrainJob:
     """A job that goes on with a run, under its own DeepSpeed JSON or another."""
     recipe, record = run.read_recipe(), run.read_record()
     values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
-    plan = _resolved(values, options.ds_config or str(run.path / "deepspeed.json"), recipe)
+    plan = _resolved(values, str(options.ds_config or run.path / "deepspeed.json"), recipe)
     store = TokenStore(Path(record.store))
     if store.info.fingerprint != record.store_fingerprint:
         raise DataError(

@@ -1,0 +1,58 @@
+# make quickstart   install into .venv and pretrain a tiny ELECTRA on text that this machine already has
+# make test         install and run all tests but the nightly ones
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install quickstart test test-quick test-nightly lint types check-install clean
+
+install: $(INSTALLED)
+
+# torch comes first: whatever depends on it would otherwise bring the newest build with gigabytes of CUDA.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "installing torch $(TORCH) for this machine's GPU"; $(PIP) install -q torch==$(TORCH); \
+	else \
+	  echo "no GPU here: installing the CPU build of torch $(TORCH)"; \
+	  $(PIP) install -q torch==$(TORCH)+cpu 2>/dev/null || $(PIP) install -q --index-url $(TORCH_CPU_INDEX) torch==$(TORCH); \
+	fi
+	@echo "installing electra_ds and what it needs"
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: install
+	$(VENV)/bin/python bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny
+
+test: install
+	$(VENV)/bin/python -m pytest
+
+test-quick: install
+	$(VENV)/bin/python -m pytest -m "not slow and not nightly"
+
+test-nightly: install
+	$(VENV)/bin/python -m pytest -m nightly
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: install
+	$(VENV)/bin/mypy
+
+# The wheel, in a clean environment, away from the checkout.
+check-install: install
+	rm -rf build dist .check-install && mkdir .check-install
+	$(VENV)/bin/python -m build -q --wheel --outdir .check-install
+	$(PYTHON) -m venv .check-install/venv
+	$(PIP) --python .check-install/venv/bin/python install -q torch==$(TORCH)+cpu 2>/dev/null \
+	  || $(PIP) --python .check-install/venv/bin/python install -q --index-url $(TORCH_CPU_INDEX) torch==$(TORCH)
+	$(PIP) --python .check-install/venv/bin/python install -q -c constraints.txt .check-install/*.whl
+	cp ds_configs/cpu.json tests/check_install.sh .check-install && cd .check-install && sh check_install.sh
+	rm -rf .check-install build
+
+clean:
+	rm -rf $(VENV) build dist .check-install .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from electra_ds import runtime
+from electra_ds.data.build import build_store
+from electra_ds.data.corpus import open_corpus
+from electra_ds.data.token_store import TokenStore
+from tests.helpers import small_recipe, write_corpus
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # small tensors run fastest so, and the number of threads is part of a plan
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def store(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    out = tmp_path_factory.mktemp("stores") / "small"
+    return build_store(open_corpus([corpus_folder]), small_recipe().tokenizer, out, workers=1)
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """One for all tests, since DeepSpeed keeps the first it meets."""
+    with runtime.process_group():
+        yield
+
+
+@pytest.fixture
+def half_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let DeepSpeed run fp16 on a CPU, which it refuses for speed; torch itself computes it correctly."""
+    from deepspeed.accelerator import get_accelerator
+
+    kind = type(get_accelerator())
+    monkeypatch.setattr(kind, "is_fp16_supported", lambda self: True)
+    monkeypatch.setattr(kind, "supported_dtypes", lambda self: [torch.float, torch.half, torch.bfloat16])

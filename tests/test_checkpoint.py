@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, verify_checkpoint
+from electra_ds.errors import CheckpointError
+from tests.helpers import REPOSITORY
+
+RECORD = {"recipe.yaml": "name: x\n", "run.json": "{}"}
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    names = ("master/a.weight", "exp_avg/a.weight", "exp_avg_sq/a.weight", "master/a.bias", "exp_avg/a.bias")
+    return {name: torch.randn(7, 5, generator=rng) for name in names}
+
+
+def save(folder: CheckpointFolder, step: int) -> Path:
+    return folder.save(tensors(step), {"step": step, "optimizer": {"loss_scale": 0.1 + step}}, RECORD)
+
+
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
+    path = save(CheckpointFolder(tmp_path, keep=3), 12)
+    loaded = load_checkpoint(path)
+    assert loaded.tensors.keys() == tensors().keys()
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in tensors(12).items())
+    assert loaded.state["optimizer"]["loss_scale"] == 12.1
+    assert (path / "recipe.yaml").read_text() == RECORD["recipe.yaml"]
+    assert (path / "weights.safetensors").stat().st_mode == (path / "state.json").stat().st_mode
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (5, 10, 15, 120, 1000):
+        save(folder, step)
+    assert [path.name for path in folder.paths()] == ["step-00000120", "step-00001000"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000120", "step-00001000"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(CheckpointFolder(tmp_path_factory.mktemp("run"), keep=3), 7)
+
+
+@given(data=st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_flipped_byte_or_a_cut_file_is_always_noticed(saved: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(path.name for path in saved.iterdir() if path.name != "manifest.json")))
+    file = saved / name
+    content = file.read_bytes()
+    place = data.draw(st.integers(0, len(content) - 1))
+    bit = data.draw(st.integers(0, 7))
+    flipped = content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+    damaged = data.draw(st.sampled_from([flipped, content[:place], content + b"x"]))
+    try:
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"damaged: .*{name}"):
+            load_checkpoint(saved)
+    finally:
+        file.write_bytes(content)
+    verify_checkpoint(saved)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    save(folder, 1)
+    newest = save(folder, 2)
+    (newest / "optimizer.safetensors").unlink()
+    checkpoint, warnings = folder.load_latest()
+    assert checkpoint is not None
+    assert checkpoint.state["step"] == 1
+    assert "optimizer.safetensors is missing" in warnings[0]
+    (folder.paths()[0] / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="No checkpoint of this run is whole"):
+        folder.load_latest()
+
+
+def test_a_folder_that_was_never_published_does_not_count(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    path = save(folder, 3)
+    path.rename(tmp_path / ".writing-step-00000009")  # what a kill in the middle of a save leaves
+    assert folder.load_latest() == (None, [])
+    save(folder, 9)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000009"]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.test_checkpoint import CheckpointFolder, save
+from electra_ds.errors import CheckpointError
+folder = CheckpointFolder(Path(sys.argv[1]), keep=3)
+save(folder, 1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))  # the kernel refuses to write more, as on a full disk
+try:
+    save(folder, 2)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(REPOSITORY)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    assert "Cannot write the checkpoint" in result.stdout
+    assert "The newest complete one is" in result.stdout
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
+    verify_checkpoint(tmp_path / "step-00000001")
+
+
+def test_a_checkpoint_of_another_format_is_refused(saved: Path, tmp_path: Path) -> None:
+    state = json.loads((saved / "state.json").read_text())
+    folder = CheckpointFolder(tmp_path, keep=1)
+    path = folder.save(tensors(), state | {"format": 99}, RECORD)
+    with pytest.raises(CheckpointError, match="format 99"):
+        load_checkpoint(path)

@@ -1,0 +1,511 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from transformers import AutoTokenizer
+
+from electra_ds.config.recipe import DataSection, TokenizerSection
+from electra_ds.data.batches import BatchBuilder, prefetched
+from electra_ds.data.build import build_store
+from electra_ds.data.corpus import Boundary, open_corpus
+from electra_ds.data.segments import Ranges, WindowSampler, split_holdout
+from electra_ds.data.token_store import TokenStore, token_dtype
+from electra_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from electra_ds.errors import DataError
+from tests.helpers import REPOSITORY, SHARED_DATA, builder_for, small_recipe, write_corpus
+
+# --- corpus
+
+
+def documents_of(path: Path, boundary: Boundary = "file", text_key: str = "text") -> list[list[str]]:
+    return list(open_corpus([path], boundary, text_key).documents())
+
+
+def test_a_byte_order_mark_and_any_line_end_survive(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffOne line.\r\nTwo  lines.\r\n\r\nThrée.\rFour.\n".encode())
+    assert documents_of(path) == [["One line.", "Two  lines.", "Thrée.", "Four."]]
+
+
+def test_a_document_is_a_file_or_ends_at_a_blank_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\na\nb\n\n\nc\n   \nd\n")
+    assert documents_of(path) == [["a", "b", "c", "d"]]
+    assert documents_of(path, "blank-line") == [["a", "b"], ["c"], ["d"]]
+
+
+def test_wiki_extractor_files_are_known_by_their_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "wiki_00"
+    path.write_text('<doc id="1" url="u" title="A">\nA\n\nText <b>.\n</doc>\n<doc id="2">\nB\n</doc>\n')
+    assert documents_of(path) == [["A", "Text <b>."], ["B"]]
+
+
+def test_json_lines_give_a_document_each(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "x\\ny"}\n\n{"body": " "}\n{"body": "z"}\n')
+    assert documents_of(path, text_key="body") == [["x", "y"], ["z"]]
+
+
+def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", ".hidden.txt", "x.png", ".git/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert documents_of(tmp_path) == [["a/z.txt"], ["b.txt"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\nbad \xff\n", r"a\.txt, line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"line 2: not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', r"no text field 'text'; its keys are body"),
+        ("a.jsonl", b"[1]\n", "it is not an object"),
+        ("a.txt", b"", "is empty"),
+    ],
+)
+def test_a_broken_corpus_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        documents_of(tmp_path / name)
+
+
+def test_a_missing_or_fileless_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        open_corpus([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match="holds no text files"):
+        open_corpus([tmp_path])
+
+
+@pytest.mark.slow
+def test_the_builtin_corpus_is_text_and_the_same_at_every_reading() -> None:
+    from electra_ds.data.builtin import builtin_documents
+
+    documents = builtin_documents()
+    assert sum(len(line) for document in documents for line in document) > 3_000_000
+    docstrings = ["\n".join(document) for document in documents]
+    assert len(set(docstrings)) == len(docstrings)
+    builtin_documents.cache_clear()
+    assert builtin_documents() == documents
+
+
+# --- tokenizers
+
+LINES = ["The quick brown fox jumps over the lazy dog.", "Größe, naïve café", "x = f(y)  # 12,345", "日本 emoji 🙂"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level-bpe", "wordpiece"])
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_a_saved_tokenizer_gives_the_same_ids_in_transformers(tmp_path: Path, kind: str, lowercase: bool) -> None:
+    if kind == "byte-level-bpe" and lowercase:
+        pytest.skip("byte-level BPE keeps case")
+    section = TokenizerSection(kind=kind, vocab_size=400, lowercase=lowercase)  # type: ignore[arg-type]
+    tokenizer = train_tokenizer(LINES * 20, section)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for line, ids in zip(LINES, tokenizer.encode_lines(LINES), strict=True):
+        assert theirs(line)["input_ids"] == [tokenizer.cls_id, *ids, tokenizer.sep_id]
+    pair = theirs("brown fox", "lazy")
+    assert pair["token_type_ids"] == [0] * (pair["input_ids"].index(tokenizer.sep_id) + 1) + [1] * (
+        len(pair["input_ids"]) - pair["input_ids"].index(tokenizer.sep_id) - 1
+    )
+    assert (theirs.pad_token_id, theirs.mask_token_id) == (tokenizer.pad_id, tokenizer.mask_id)
+    assert theirs.encode("a [MASK] b")[2] == tokenizer.mask_id or tokenizer.mask_id in theirs.encode("a [MASK] b")
+    again = load_tokenizer(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_a_line_is_tokenised_the_same_wherever_it_was_wrapped() -> None:
+    tokenizer = train_tokenizer(LINES * 20, TokenizerSection(kind="byte-level-bpe", vocab_size=400))
+    whole = tokenizer.encode_lines(["The quick brown fox"])[0]
+    halves = tokenizer.encode_lines(["The quick", "brown fox"])
+    assert halves[0] + halves[1] == whole
+
+
+def test_text_that_spells_a_special_token_is_never_masked_like_text() -> None:
+    tokenizer = train_tokenizer(LINES, TokenizerSection(kind="wordpiece", vocab_size=300))
+    ids = tokenizer.encode_lines(["fox [SEP] [MASK] dog"])[0]
+    assert tokenizer.is_special[ids].sum() == 2
+
+
+def test_a_vocabulary_file_is_read_as_wordpiece(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "##es", "dog"]))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode_lines(["FOXES dog cat"]) == [[5, 6, 7, 1]]
+    assert tokenizer.vocab_size == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\nfox", r"lacks \[MASK\]"),
+        ("tokenizer.json", "{}", "Cannot read the tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_cannot_serve_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match="No tokenizer at"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+# --- token store
+
+
+def test_a_store_holds_every_token_in_order(corpus_folder: Path, store: TokenStore) -> None:
+    documents = list(open_corpus([corpus_folder]).documents())
+    expected = [[token for line in store.tokenizer.encode_lines(document) for token in line] for document in documents]
+    found = [
+        store.tokens[start:stop].tolist() for start, stop in zip(store.documents[:-1], store.documents[1:], strict=True)
+    ]
+    assert found == expected
+    assert store.info.num_tokens == sum(map(len, expected))
+    lines = np.load(store.path / "lines.npy")
+    assert len(lines) - 1 == sum(map(len, documents))
+    assert store.info.dtype == "uint16"
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_ids_are_stored_in_the_smallest_type_that_holds_them(size: int, dtype: str) -> None:
+    assert token_dtype(size) == dtype
+
+
+def test_workers_and_chunks_change_nothing(
+    corpus_folder: Path, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("electra_ds.data.build._CHUNK_CHARS", 3000)
+    again = build_store(open_corpus([corpus_folder]), store.tokenizer, tmp_path / "again", workers=2)
+    for name in ("tokens.bin", "documents.npy", "lines.npy"):
+        assert (again.path / name).read_bytes() == (store.path / name).read_bytes()
+    assert again.info.fingerprint == store.info.fingerprint
+
+
+def test_building_twice_opens_the_first(corpus_folder: Path, tmp_path: Path) -> None:
+    section = small_recipe().tokenizer
+    folder = write_corpus(tmp_path / "corpus", documents=5)
+    store = build_store(open_corpus([folder]), section, tmp_path / "s", workers=1)
+    written = (store.path / "store.json").stat().st_mtime_ns
+    build_store(open_corpus([folder]), section, tmp_path / "s")
+    assert (store.path / "store.json").stat().st_mtime_ns == written
+    os.utime(folder / "000.txt")  # touched, same text
+    build_store(open_corpus([folder]), section, tmp_path / "s")
+    (folder / "000.txt").write_text("other text\n")
+    with pytest.raises(DataError, match="holds other text"):
+        build_store(open_corpus([folder]), section, tmp_path / "s")
+    with pytest.raises(DataError, match=r"holds other text|another tokenizer"):
+        build_store(open_corpus([corpus_folder]), TokenizerSection(kind="wordpiece", vocab_size=300), tmp_path / "s")
+
+
+BUILD = """
+import sys
+from pathlib import Path
+import electra_ds.data.build as build
+from electra_ds.data.corpus import open_corpus
+from electra_ds.data.tokenizer import load_tokenizer
+if __name__ == "__main__":
+    build._CHUNK_CHARS = 20_000
+    build.build_store(open_corpus([sys.argv[1]]), load_tokenizer(Path(sys.argv[2])), Path(sys.argv[3]), workers=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_build_goes_on_where_it_stopped(store: TokenStore, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", documents=1500)
+    script = tmp_path / "build.py"
+    script.write_text(BUILD)
+    out = tmp_path / "store"
+    command = [sys.executable, str(script), str(corpus), str(store.path / "tokenizer"), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    partial = tmp_path / "store.partial"
+    while process.poll() is None and len(list(partial.glob("shard-*.npz"))) < 3:
+        time.sleep(0.02)
+    assert process.poll() is None, "finished before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    finished = {path: path.stat().st_mtime_ns for path in partial.glob("shard-*.npz")}
+    with pytest.raises(DataError, match=r"no token store"):
+        TokenStore(out)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    kept = True
+    while process.poll() is None:  # the shards of the first build are not written again
+        for path, written in finished.items():
+            try:
+                kept = kept and path.stat().st_mtime_ns == written
+            except FileNotFoundError:
+                break  # joined
+        time.sleep(0.01)
+    assert process.returncode == 0
+    assert kept
+    straight = build_store(open_corpus([corpus]), store.tokenizer, tmp_path / "straight", workers=1)
+    assert (out / "tokens.bin").read_bytes() == (straight.path / "tokens.bin").read_bytes()
+
+
+def damaged_copy(store: TokenStore, tmp_path: Path) -> Path:
+    copy = tmp_path / "copy"
+    for path in store.path.rglob("*"):
+        if path.is_file():
+            target = copy / path.relative_to(store.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.npy", "lines.npy"])
+def test_a_truncated_store_is_refused(store: TokenStore, tmp_path: Path, name: str) -> None:
+    copy = damaged_copy(store, tmp_path)
+    (copy / name).write_bytes((copy / name).read_bytes()[:-2])
+    with pytest.raises(DataError, match=f"damaged: {name} has"):
+        TokenStore(copy)
+    (copy / name).unlink()
+    with pytest.raises(DataError, match=f"damaged: {name} is missing"):
+        TokenStore(copy)
+
+
+def test_a_store_with_a_foreign_tokenizer_or_a_damaged_index_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    copy = damaged_copy(store, tmp_path)
+    train_tokenizer(LINES, TokenizerSection(kind="wordpiece", vocab_size=300)).save(copy / "tokenizer")
+    with pytest.raises(DataError, match="is not the one that made this token store"):
+        TokenStore(copy)
+    info = json.loads((copy / "store.json").read_text())
+    (copy / "store.json").write_text(json.dumps(info | {"format": 99}))
+    with pytest.raises(DataError, match="format 99"):
+        TokenStore(copy)
+    (copy / "store.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        TokenStore(copy)
+    (copy / "store.json").unlink()
+    with pytest.raises(DataError, match="not a finished token store"):
+        TokenStore(copy)
+
+
+def test_ids_outside_the_vocabulary_are_refused_when_they_are_met(store: TokenStore, tmp_path: Path) -> None:
+    copy = damaged_copy(store, tmp_path)
+    (copy / "tokens.bin").write_bytes(b"\xff" * (copy / "tokens.bin").stat().st_size)
+    recipe = small_recipe()
+    broken = TokenStore(copy)
+    builder = builder_for(broken, recipe)
+    with pytest.raises(DataError, match="id 65535"):
+        builder.build(0)
+    with pytest.raises(DataError, match="id 65535"):  # through the prefetching thread, too
+        list(prefetched(builder, 0, 2))
+
+
+def test_a_full_disk_is_a_clear_error_and_finished_shards_are_kept(store: TokenStore, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes the kernel refuse to write past a size, as a full disk does."""
+    corpus = write_corpus(tmp_path / "corpus", documents=400)
+    script = tmp_path / "build.py"
+    limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+    errors = "from electra_ds.errors import ElectraError\n"
+    script.write_text(limited + errors + BUILD.replace("    build.build_store", "    try:\n      build.build_store")
+                      + "    except ElectraError as error: sys.exit(str(error))\n")  # fmt: skip
+    out = tmp_path / "store"
+    command = [sys.executable, str(script), str(corpus), str(store.path / "tokenizer"), str(out)]
+    result = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "Cannot write the token store" in result.stderr
+    assert "run the same command again" in result.stderr
+    assert not out.exists()
+    assert build_store(open_corpus([corpus]), store.tokenizer, out).info.num_tokens > 30_000
+
+
+# --- held-out split and windows
+
+
+def ranges_of(lengths: list[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+@given(
+    lengths=st.lists(st.integers(1, 5000), min_size=2, max_size=60),
+    by=st.sampled_from(["document", "span"]),
+    seed=st.integers(0, 1000),
+    fraction=st.floats(0.01, 0.4),
+)
+@settings(suppress_health_check=[HealthCheck.too_slow])
+def test_train_and_held_out_are_disjoint_and_together_the_corpus(
+    lengths: list[int], by: str, seed: int, fraction: float
+) -> None:
+    data = DataSection(sequence_length=32, holdout_by=by, holdout_fraction=fraction)  # type: ignore[arg-type]
+    try:
+        split = split_holdout(ranges_of(lengths), data, seed)
+    except DataError:
+        assert by == "span"  # no document long enough
+        assert max(lengths) < 4 * max(30, round(fraction * max(lengths)))
+        return
+    covered = np.zeros(sum(lengths), dtype=int)
+    for ranges in (split.train, split.holdout):
+        for start, stop in zip(*ranges, strict=True):
+            assert stop > start
+            covered[start:stop] += 1
+    assert (covered == 1).all()
+    bounds = set(ranges_of(lengths).tolist())
+    for start, stop in zip(*split.holdout, strict=True):  # nothing crosses a document's end
+        assert not any(start < bound < stop for bound in bounds)
+
+
+def test_a_corpus_of_one_short_document_is_refused() -> None:
+    with pytest.raises(DataError, match="too small to hold out"):
+        split_holdout(ranges_of([50]), DataSection(sequence_length=32), 0)
+
+
+def test_few_long_documents_are_held_out_by_spans_and_many_by_document() -> None:
+    assert split_holdout(ranges_of([4000] * 20), DataSection(sequence_length=32), 0).held_out_by == "span"
+    assert split_holdout(ranges_of([40] * 2000), DataSection(sequence_length=32), 0).held_out_by == "document"
+
+
+def sampler_of(lengths: list[int], sampling: str, window: int = 30) -> WindowSampler:
+    bounds = ranges_of(lengths)
+    return WindowSampler(Ranges(bounds[:-1], bounds[1:]), window, sampling, seed=5)  # type: ignore[arg-type]
+
+
+def test_window_offsets_are_uniform_over_every_place_that_fits() -> None:
+    """The last offset too, which the study's released code never draws."""
+    sampler = sampler_of([45], "epoch")
+    offsets = np.concatenate([sampler.windows(step, 50).starts for step in range(600)])
+    assert offsets.min() == 0
+    assert offsets.max() == 15
+    assert stats.chisquare(np.bincount(offsets, minlength=16)).pvalue > 1e-4
+
+
+def test_an_epoch_takes_each_document_once_and_epochs_differ() -> None:
+    lengths = list(range(40, 77))
+    sampler = sampler_of(lengths, "epoch")
+    starts = ranges_of(lengths)
+    windows = [sampler.windows(step, 5) for step in range(37)]  # five epochs of 37 documents
+    documents = np.searchsorted(starts, np.concatenate([w.starts for w in windows]), side="right") - 1
+    epochs = documents.reshape(5, 37)
+    assert all(sorted(epoch) == list(range(37)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+
+
+def test_sampling_by_length_is_in_proportion() -> None:
+    lengths = [100, 200, 700]
+    sampler = sampler_of(lengths, "length")
+    starts = np.concatenate([sampler.windows(step, 100).starts for step in range(100)])
+    counts = np.bincount(np.searchsorted(ranges_of(lengths), starts, side="right") - 1)
+    assert stats.chisquare(counts, np.array([1000.0, 2000, 7000])).pvalue > 1e-4
+
+
+def test_short_documents_are_taken_whole() -> None:
+    windows = sampler_of([7, 30, 31], "epoch").windows(0, 3)
+    assert sorted(windows.lengths.tolist()) == [7, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sampling"), [([5000] * 10, "length"), ([10] * 10, "epoch"), ([100] * 12_000, "epoch")]
+)
+def test_auto_samples_by_length_where_documents_are_few_and_long(lengths: list[int], sampling: str) -> None:
+    assert sampler_of(lengths, "auto").sampling == sampling
+
+
+# --- batches
+
+
+@given(step=st.integers(0, 10**9))
+@settings(max_examples=20)
+def test_any_step_is_reached_at_once_and_is_always_the_same(store: TokenStore, step: int) -> None:
+    recipe = small_recipe()
+    first, second = builder_for(store, recipe).build(step), builder_for(store, recipe).build(step)
+    for ours, theirs in zip(first[:-1], second[:-1], strict=True):
+        np.testing.assert_equal(ours, theirs)
+    assert (first.ids_BT != builder_for(store, recipe).build(step + 1).ids_BT).any()
+
+
+def test_a_batch_is_cls_a_window_sep_and_padding(store: TokenStore) -> None:
+    recipe = small_recipe()
+    tokenizer = store.tokenizer
+    batch = builder_for(store, recipe).build(3)
+    text = store.tokens.tobytes()
+    assert (batch.lengths_B < 32).any()  # the corpus has short documents
+    assert (batch.lengths_B == 32).any()
+    for row, length in zip(batch.ids_BT, batch.lengths_B, strict=True):
+        assert row[0] == tokenizer.cls_id
+        assert row[length - 1] == tokenizer.sep_id
+        assert (row[length:] == tokenizer.pad_id).all()
+        assert row[1 : length - 1].astype(np.uint16).tobytes() in text
+    special = tokenizer.is_special[batch.ids_BT]
+    assert not (batch.masks.selected & special).any()
+    assert not (batch.counted_BT & special).any()
+
+
+def test_the_discriminators_loss_can_count_cls_and_sep_but_never_padding(store: TokenStore) -> None:
+    batch = builder_for(store, small_recipe("discriminator.loss_on_special=true")).build(3)
+    assert (batch.counted_BT.sum(1) == batch.lengths_B).all()
+
+
+@given(size=st.sampled_from([1, 2, 4, 8]), step=st.integers(0, 50))
+@settings(max_examples=15)
+def test_micro_batches_of_any_size_hold_the_same_masks_and_random_numbers(
+    store: TokenStore, size: int, step: int
+) -> None:
+    batch = builder_for(store, small_recipe()).build(step)
+    whole = batch.micro_batch(0, 8)
+    pieces = [batch.micro_batch(first, size) for first in range(0, 8, size)]
+    for name in ("ids_BT", "generator_ids_BT", "counted_BT", "replaced_M", "noise_keys_M"):
+        joined = np.concatenate([getattr(piece, name).numpy() for piece in pieces])
+        np.testing.assert_equal(joined, getattr(whole, name).numpy())
+    places = [piece.selected_M.numpy() + index * size * 32 for index, piece in enumerate(pieces)]
+    np.testing.assert_equal(np.concatenate(places), whole.selected_M.numpy())
+
+
+def test_noise_keys_differ_between_steps_rows_and_positions(store: TokenStore) -> None:
+    builder = builder_for(store, small_recipe())
+    keys = np.concatenate([builder.build(step).noise_keys_BT.ravel() for step in range(20)])
+    assert len(np.unique(keys)) > 0.999 * len(keys)
+
+
+def test_the_prefetching_thread_gives_every_step_in_order_and_ends(store: TokenStore) -> None:
+    builder = builder_for(store, small_recipe())
+    steps = [step for step, _ in prefetched(builder, 4, 9)]
+    assert steps == [4, 5, 6, 7, 8]
+    iterator = prefetched(builder, 0, 10**9)
+    next(iterator)
+    iterator.close()  # type: ignore[attr-defined]
+
+
+# --- real files
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real corpora are not beside this checkout")
+def test_real_wikipedia_files_are_read_as_articles() -> None:
+    documents = documents_of(SHARED_DATA / "corpora" / "enwiki2015" / "wiki_00")
+    assert len(documents) > 20
+    assert not any(line.startswith(("<doc ", "</doc")) for document in documents for line in document)
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real corpora are not beside this checkout")
+def test_the_real_uncased_vocabulary_gives_transformers_ids() -> None:
+    from transformers import BertTokenizer
+
+    path = SHARED_DATA / "vocab" / "bert-uncased-vocab.txt"
+    ours = load_tokenizer(path)
+    theirs = BertTokenizer(str(path))
+    for line in LINES:
+        assert ours.encode_lines([line])[0] == theirs.encode(line, add_special_tokens=False)
+
+
+def test_a_batch_builder_for_held_out_text_never_sees_training_text(store: TokenStore) -> None:
+    recipe = small_recipe()
+    split = split_holdout(store.documents, recipe.data, recipe.seed)
+    held = BatchBuilder(store, split.holdout, recipe, seed=77)
+    allowed = {(int(start), int(stop)) for start, stop in zip(split.holdout.starts, split.holdout.stops, strict=True)}
+    for step in range(20):
+        windows = held.sampler.windows(step, 8)
+        for start, length in zip(windows.starts, windows.lengths, strict=True):
+            assert any(first <= start and start + length <= last for first, last in allowed)

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from electra_ds.config import deepspeed as config
+from electra_ds.config.deepspeed import read_deepspeed_json, resolve
+from electra_ds.errors import ConfigError
+from tests.helpers import REPOSITORY, small_recipe
+
+
+def plan_of(values: dict[str, Any], *overrides: str, world_size: int = 1, on_cpu: bool = True) -> config.DeepSpeedPlan:
+    return resolve(values, small_recipe(*overrides), world_size=world_size, on_cpu=on_cpu, source="x.json")
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_shipped_json_resolves_and_leaves_recipe_owned_keys_out(path: Path) -> None:
+    values = read_deepspeed_json(path)
+    assert not set(values) & set(config.OWNED_BY_RECIPE)
+    resolve(values, small_recipe("global_batch_size=128"), world_size=1, on_cpu=False, source=str(path))
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}, {"torch_autocast": {"enabled": True}}])
+def test_deepspeed_itself_accepts_the_resolved_json_and_reads_the_same(precision: dict[str, Any]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    plan = plan_of(precision | {"train_micro_batch_size_per_gpu": 2})
+    for document in (plan.document, plan.engine_config()):
+        theirs = DeepSpeedConfig(json.loads(json.dumps(document)))
+        assert theirs.train_batch_size == 8
+        assert theirs.gradient_accumulation_steps == 4
+        assert theirs.gradient_clipping == document["gradient_clipping"]
+        assert theirs.zero_config.stage == 0
+
+
+def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
+    """DeepSpeed ignores unknown top-level keys, so ours must be told apart from theirs by us."""
+    import deepspeed.runtime.config as theirs
+    from deepspeed.runtime import constants
+
+    source = Path(theirs.__file__).read_text("utf8")
+    body = source[source.index("def _initialize_params") : source.index("def _batch_assertion")]
+    getters = set(re.findall(r"(get_\w+)\(param_dict", body))
+    assert len(getters) > 20
+    ours = {*config.OWNED_BY_RECIPE, *config.RESOLVED_HERE, *config.HANDED_ON, *config.NOT_USED}
+    scalars = {
+        "TRAIN_BATCH_SIZE", "TRAIN_MICRO_BATCH_SIZE_PER_GPU", "GRADIENT_ACCUMULATION_STEPS", "STEPS_PER_PRINT",
+        "MANAGED_GRADIENT_ACCUMULATION", "DUMP_STATE", "DISABLE_PYTHON_GC", "DISABLE_ALLGATHER", "FP16", "BFLOAT16",
+        "BFLOAT16_OLD", "TORCH_AUTOCAST", "GRADIENT_CLIPPING", "COMMUNICATION_DATA_TYPE", "PRESCALE_GRADIENTS",
+        "SEQ_PARALLEL_COMMUNICATION_DATA_TYPE", "GRADIENT_PREDIVIDE_FACTOR", "GRADIENT_ALLREDUCE_OP", "OPTIMIZER",
+        "SCHEDULER", "ZERO_ALLOW_UNTESTED_OPTIMIZER", "ZERO_FORCE_DS_CPU_OPTIMIZER", "WALL_CLOCK_BREAKDOWN",
+        "MEMORY_BREAKDOWN", "CHECKPOINT", "DATA_TYPES", "DATALOADER_DROP_LAST", "LOG_LEVEL",
+        "USE_DATA_BEFORE_EXPERT_PARALLEL",
+    }  # fmt: skip
+    missing = {getattr(constants, name) for name in scalars} - ours
+    assert not missing
+    sections = set(re.findall(r"param_dict\.get\('(\w+)'|'(\w+)' in param_dict", source))
+    assert {name for pair in sections for name in pair if name} <= ours | {"elasticity"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"zero_optimisation": {}}, "zero_optimisation: unknown key; did you mean 'zero_optimization'"),
+        ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'"),
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage: "auto" says nothing'),
+        ({"zero_optimization": {"stage": 7}}, "7 is not one of 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": 2}}, "only stage 0 is supported so far"),
+        ({"gradient_clipping": 0.5}, "contradicts the recipe .optimizer.max_grad_norm is 1.0."),
+        ({"train_batch_size": 64}, "contradicts the recipe .global_batch_size is 8."),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type: 'Lamb'"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-3"}}}, "optimizer.params.lr: '1e-3' contradicts"),
+        ({"optimizer": {"params": {"lrr": 1}}}, "optimizer.params.lrr: unknown key"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler.type"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16, bf16: only one precision"),
+        ({"fp16": {"enable": True}}, "fp16.enable: unknown key; did you mean 'enabled'"),
+        ({"fp16": {"enabled": "yes"}}, "fp16.enabled: 'yes'"),
+        ({"fp16": {"enabled": True, "loss_scale": -1}}, "fp16.loss_scale"),
+        ({"fp16": True}, "fp16: must be an object"),
+        ({"torch_autocast": {"enabled": True, "dtype": "int8"}}, "torch_autocast.dtype: 'int8'"),
+        ({"train_micro_batch_size_per_gpu": 3}, "micro-batch 2 and accumulation|micro-batch 4 and accumulation"),
+        ({"train_micro_batch_size_per_gpu": 0}, "not a positive whole number"),
+        ({"gradient_accumulation_steps": 3}, "global_batch_size .recipe. is 8"),
+        ({"tensorboard": {}}, "tensorboard: this DeepSpeed feature is not supported"),
+    ],
+)
+def test_each_fault_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_of(values)
+
+
+def test_all_faults_are_in_one_message() -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of({"gradient_cliping": 1, "zero_optimization": {"stage": "auto"}, "train_batch_size": 5, "bf16": 3})
+    assert all(key in str(error.value) for key in ("gradient_cliping", "stage", "train_batch_size", "bf16"))
+
+
+def test_auto_and_agreeing_values_are_filled_in() -> None:
+    plan = plan_of(
+        {
+            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 1,
+            "gradient_accumulation_steps": 2, "fp16": {"enabled": "auto"},
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "betas": [0.9, 0.999], "eps": "auto"}},
+            "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 40, "total_num_steps": "auto"}},
+        }
+    )  # fmt: skip
+    assert plan.batch == config.BatchPlan(4, 2, 1)
+    assert plan.precision.name == "fp32"
+    assert "auto" not in json.dumps(plan.document)
+
+
+def test_fp16_auto_means_fp16_on_a_gpu() -> None:
+    assert plan_of({"fp16": {"enabled": "auto"}}, on_cpu=False).precision.name == "fp16"
+
+
+def test_precision_is_not_handed_to_deepspeed_at_stage_0() -> None:
+    plan = plan_of({"fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 4}}, on_cpu=False)
+    assert plan.precision.loss_scaling == config.LossScaling(initial_scale=4096.0, hysteresis=4)
+    assert plan.document["fp16"]["enabled"] is True
+    assert "fp16" not in plan.engine_config()
+    assert plan.engine_config()["gradient_clipping"] == 0.0  # left out, DeepSpeed would clip at 1.0
+
+
+def test_a_resolved_json_resolves_to_itself() -> None:
+    plan = plan_of({"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}})
+    assert plan_of(plan.document) == plan
+
+
+@given(
+    micro=st.one_of(st.just("auto"), st.integers(1, 70)),
+    accumulation=st.one_of(st.just("auto"), st.integers(1, 70)),
+    global_batch=st.integers(1, 64),
+    world_size=st.integers(1, 5),
+)
+def test_a_batch_plan_is_exact_or_refused(micro: Any, accumulation: Any, global_batch: int, world_size: int) -> None:
+    values = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
+    try:
+        batch = plan_of(values, f"global_batch_size={global_batch}", world_size=world_size).batch
+    except ConfigError:
+        return
+    assert batch.micro_batch_size * batch.gradient_accumulation_steps * world_size == global_batch
+    assert accumulation in ("auto", batch.gradient_accumulation_steps)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"a": 1, "a": 2}'])
+def test_a_broken_json_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"ds\.json"):
+        read_deepspeed_json(path)
+
+
+def test_a_missing_json_file_says_where_to_look() -> None:
+    with pytest.raises(ConfigError, match="ds_configs/"):
+        read_deepspeed_json(Path("nowhere.json"))

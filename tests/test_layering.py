@@ -1,0 +1,75 @@
+"""Imports go one way: a module imports only from its own row or the rows before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import REPOSITORY
+
+ROWS = [
+    {"errors"},
+    {"config"},
+    {"objective"},
+    {"runtime"},
+    {"data"},
+    {"model"},
+    {"engine"},
+    {"train"},
+    {"report"},
+    {"cli"},
+    {"__main__"},
+]
+FILES = sorted((REPOSITORY / "electra_ds").rglob("*.py"))
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether at the top of the file)."""
+    tree = ast.parse(path.read_text("utf8"))
+    top = set(map(id, tree.body))
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+        found += [(name, id(node) in top) for name in names]
+    return found
+
+
+def row_of(module: str) -> int:
+    part = module.split(".")[1] if "." in module else "errors"
+    return next(index for index, row in enumerate(ROWS) if part in row)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_imports_go_one_way(path: Path) -> None:
+    own = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    if own == "electra_ds.__init__":
+        assert not imports_of(path)
+        return
+    for module, at_top in imports_of(path):
+        if module.startswith("electra_ds"):
+            target = module if module != "electra_ds" else "electra_ds.errors"
+            assert row_of(target) <= row_of(own), f"{own} imports {module}"
+        assert at_top or own == "electra_ds.cli", f"{own} imports {module} inside a function"
+
+
+def test_config_does_not_know_torch_and_one_module_alone_knows_deepspeed() -> None:
+    users = [path.name for path in FILES if any(name.split(".")[0] == "deepspeed" for name, _ in imports_of(path))]
+    assert users == ["engine.py"]
+    for path in (REPOSITORY / "electra_ds" / "config").glob("*.py"):
+        assert not any(name.split(".")[0] in ("torch", "transformers") for name, _ in imports_of(path))
+
+
+def test_files_and_functions_stay_readable() -> None:
+    for path in FILES:
+        text = path.read_text("utf8")
+        assert text.count("\n") <= 450, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                assert node.end_lineno - node.lineno <= 70, f"{path}: {node.name}"

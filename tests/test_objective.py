@@ -1,0 +1,192 @@
+"""Distribution tests that can fail: each was tried against a wrong implementation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from electra_ds.objective.keyed_random import column_keys, exponential_noise, hash64
+from electra_ds.objective.losses import discriminator_loss_sum, generator_loss_sum
+from electra_ds.objective.masking import Masks, choose_masks
+from electra_ds.objective.sampling import sample_tokens
+from electra_ds.objective.schedule import linear_warmup_decay
+
+LOWEST_P = 1e-4  # seeds are fixed, so a test that passes once passes always
+
+
+def row_keys(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(hash64(seed, np.arange(rows)).astype(np.uint32).view(np.int32))
+
+
+def chi_square_p(observed: np.ndarray, expected: np.ndarray) -> float:
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+# --- noise
+
+
+def test_noise_is_exponential() -> None:
+    noise = exponential_noise(row_keys(300), column_keys(1000)).numpy().ravel()
+    assert stats.kstest(noise, "expon").pvalue > LOWEST_P
+    # The smallest values win races: the minimum of 1,000 of them is exponential with mean 1/1000.
+    minima = exponential_noise(row_keys(4000, 1), column_keys(1000)).min(dim=1).values.numpy()
+    assert stats.kstest(minima * 1000, "expon").pvalue > LOWEST_P
+
+
+def test_noise_of_neighbouring_rows_and_columns_is_uncorrelated() -> None:
+    noise = exponential_noise(row_keys(2000), column_keys(500)).numpy()
+    for first, second in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):
+        correlation = np.corrcoef(first.ravel(), second.ravel())[0, 1]
+        assert abs(correlation) < 4 / math.sqrt(first.size)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**63 - 1))
+def test_noise_of_a_row_does_not_depend_on_the_rows_beside_it(rows: int, cut: int, seed: int) -> None:
+    keys, columns = row_keys(rows, seed), column_keys(37)
+    whole = exponential_noise(keys, columns)
+    pieces = torch.cat([exponential_noise(piece, columns) for piece in keys.split(cut)])
+    assert torch.equal(whole, pieces)
+
+
+def test_hashes_of_different_parts_differ() -> None:
+    grid = hash64(np.arange(200)[:, None], np.arange(200)[None, :])
+    assert len(np.unique(grid)) == grid.size
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_frequencies_are_the_tempered_softmax(temperature: float, dtype: torch.dtype) -> None:
+    draws, classes = 100_000, 50
+    logits = torch.randn(classes, generator=torch.Generator().manual_seed(3)).mul(1.5).to(dtype)
+    samples = sample_tokens(logits.expand(draws, classes), row_keys(draws), column_keys(classes), temperature)
+    expected = torch.softmax(logits.double() / temperature, -1).numpy() * draws
+    assert chi_square_p(np.bincount(samples.numpy(), minlength=classes), expected) > LOWEST_P
+
+
+def test_samples_of_different_rows_are_independent() -> None:
+    draws, classes = 60_000, 4
+    samples = sample_tokens(torch.zeros(draws, classes), row_keys(draws, 9), column_keys(classes)).numpy()
+    pairs = samples[:-1:2] * classes + samples[1::2]
+    assert chi_square_p(np.bincount(pairs, minlength=16), np.full(16, draws / 32)) > LOWEST_P
+
+
+def test_a_rare_token_is_drawn_as_often_as_it_should_be() -> None:
+    """30-bit resolution at the small end: a token of probability 1e-4 among 20,000."""
+    draws, classes = 50_000, 2_000
+    logits = torch.zeros(classes)
+    logits[7] = math.log(classes * 1e-3)
+    probability = math.exp(logits[7].item()) / (classes - 1 + math.exp(logits[7].item()))
+    samples = sample_tokens(logits.expand(draws, classes), row_keys(draws, 5), column_keys(classes))
+    assert stats.binomtest(int((samples == 7).sum()), draws, probability).pvalue > LOWEST_P
+
+
+# --- masking
+
+
+def masks_for(seed: int, **changes: object) -> tuple[Masks, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(6, 129, 400)
+    positions = np.arange(128)
+    maskable = (positions > 0) & (positions < lengths[:, None] - 1) & (rng.random((400, 128)) > 0.02)
+    options = {"mlm_probability": 0.15, "mask_token_share": 0.85, "count": "bernoulli", "replace_at": "selected"}
+    return choose_masks(maskable, lengths, rng, **(options | changes)), maskable, lengths  # type: ignore[arg-type]
+
+
+def test_bernoulli_selects_each_token_with_the_given_probability_and_masks_85_percent_of_those() -> None:
+    masks, maskable, _ = masks_for(0)
+    selected, masked, possible = int(masks.selected.sum()), int(masks.masked.sum()), int(maskable.sum())
+    assert stats.binomtest(selected, possible, 0.15).pvalue > LOWEST_P
+    assert stats.binomtest(masked, selected, 0.85).pvalue > LOWEST_P
+    counts = masks.selected[:, 1:50].sum(0)  # no position is favoured
+    expected = maskable[:, 1:50].sum(0) * 0.15
+    assert chi_square_p(counts, expected * counts.sum() / expected.sum()) > LOWEST_P
+
+
+@pytest.mark.parametrize(("length", "count"), [(128, 19), (100, 15), (64, 10), (5, 1), (4, 1)])
+def test_a_fixed_count_is_the_originals(length: int, count: int) -> None:
+    """19 of 128 = min(round(0.15 * 128), floor(0.155 * 128)); 1 at least."""
+    positions = np.arange(128)
+    maskable = np.tile((positions > 0) & (positions < length - 1), (50, 1))
+    masks = choose_masks(
+        maskable, np.full(50, length), np.random.default_rng(1),
+        mlm_probability=0.15, mask_token_share=0.85, count="fixed", replace_at="selected",
+    )  # fmt: skip
+    assert (masks.selected.sum(1) == count).all()
+
+
+def test_a_fixed_count_favours_no_position() -> None:
+    maskable = np.ones((20_000, 20), dtype=bool)
+    masks = choose_masks(
+        maskable, np.full(20_000, 20), np.random.default_rng(2),
+        mlm_probability=0.15, mask_token_share=0.85, count="fixed", replace_at="selected",
+    )  # fmt: skip
+    assert (masks.selected.sum(1) == 3).all()
+    assert chi_square_p(masks.selected.sum(0), np.full(20, 3000.0)) > LOWEST_P
+
+
+@pytest.mark.parametrize("count", ["bernoulli", "fixed"])
+@given(seed=st.integers(0, 10_000), probability=st.floats(0.05, 0.9))
+@settings(max_examples=20)
+def test_what_may_not_be_masked_never_is(count: str, seed: int, probability: float) -> None:
+    masks, maskable, _ = masks_for(seed, count=count, mlm_probability=probability)
+    assert not (masks.selected & ~maskable).any()
+    assert not (masks.masked & ~masks.selected).any()
+
+
+def test_replacements_go_to_the_selected_or_only_to_the_masked() -> None:
+    selected, _, _ = masks_for(4, replace_at="selected")
+    masked, _, _ = masks_for(4, replace_at="masked")
+    assert (selected.replaced == selected.selected).all()
+    assert (masked.replaced == masked.masked).all()
+    assert masked.replaced.sum() < selected.replaced.sum()
+
+
+# --- losses and schedule
+
+
+def test_losses_are_sums_that_may_be_cut_anywhere() -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(12, 9, generator=rng), torch.randint(9, (12,), generator=rng)
+    by_hand = -sum(torch.log_softmax(logits[i], -1)[targets[i]] for i in range(12))
+    torch.testing.assert_close(generator_loss_sum(logits, targets), by_hand)
+    torch.testing.assert_close(
+        generator_loss_sum(logits[:5], targets[:5]) + generator_loss_sum(logits[5:], targets[5:]), by_hand
+    )
+    scores, replaced = torch.randn(3, 4, generator=rng), torch.tensor([[1, 0, 1, 0]] * 3, dtype=torch.bool)
+    counted = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    right = torch.where(replaced, torch.sigmoid(scores), 1 - torch.sigmoid(scores))
+    torch.testing.assert_close(discriminator_loss_sum(scores, replaced, counted), -right.log()[counted].sum())
+
+
+def test_losses_are_taken_in_fp32() -> None:
+    logits = torch.full((1, 30_000), 9.0, dtype=torch.bfloat16)
+    assert generator_loss_sum(logits, torch.tensor([0])).item() == pytest.approx(math.log(30_000), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, 0.0), (1, 1e-4), (5, 5e-4), (10, 1e-3), (60, 5e-4), (109, 1e-5), (110, 0.0)]
+)
+def test_the_schedule_warms_up_and_decays_linearly(step: int, rate: float) -> None:
+    value = linear_warmup_decay(step, learning_rate=1e-3, warmup_steps=10, total_steps=110)
+    assert value == pytest.approx(rate, rel=1e-12, abs=1e-18)
+
+
+def test_the_schedule_is_that_of_transformers() -> None:
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 7, 50)
+    for step in range(50):
+        ours = linear_warmup_decay(step, learning_rate=2e-3, warmup_steps=7, total_steps=50)
+        assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        scheduler.step()

@@ -1,0 +1,369 @@
+"""The command itself, in processes of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+
+from electra_ds.config.manifest import RunDirectory
+from electra_ds.data.segments import split_holdout
+from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.checkpoint import CheckpointFolder
+from electra_ds.errors import TrainingError
+from electra_ds.report.samples import sample_sentences
+from electra_ds.train import launch, pretrain
+from electra_ds.train.metrics import Evaluator, held_out_batch
+from electra_ds.train.tracking import MetricsFile, read_metrics
+from tests.helpers import REPOSITORY, SMALL, model_for, small_recipe
+
+CPU_JSON = str(REPOSITORY / "ds_configs" / "cpu.json")
+SETTINGS = ["--threads", "1", "--log-every", "1", "--eval-every", "20", "--save-every", "5", "--eval-windows", "32"]
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "bin" / name), *arguments]
+
+
+def run(name: str, *arguments: str, status: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False, **options)
+    assert result.returncode == status, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def start_arguments(store: TokenStore, run_dir: Path, *overrides: str) -> list[str]:
+    return [
+        "--ds-config", CPU_JSON, "--recipe", "tiny", "--data", str(store.path), "--run-dir", str(run_dir),
+        *SETTINGS, "--set", *SMALL, "schedule.total_steps=40", "schedule.warmup_steps=4", *overrides,
+    ]  # fmt: skip
+
+
+DROPOUT = ("model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")
+
+
+def train_losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
+
+
+def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    last = CheckpointFolder(run_dir / "checkpoints", keep=1).paths()[-1]
+    return load_file(last / "weights.safetensors") | load_file(last / "optimizer.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 steps at one go, with dropout, as a finished run."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    result = run("pretrain", *start_arguments(store, run_dir, *DROPOUT))
+    assert "held out at step 40" in result.stdout
+    return run_dir
+
+
+def test_a_run_leaves_everything_it_can_be_rebuilt_and_judged_from(straight: Path) -> None:
+    names = {path.name for path in straight.iterdir()}
+    assert {
+        "recipe.yaml", "deepspeed.json", "run.json", "metrics.jsonl", "verdict.json", "checkpoints", "curves.png",
+        "samples.txt", "summary.txt",
+    } <= names  # fmt: skip
+    assert json.loads((straight / "verdict.json").read_text()) == {"verdict": "done", "step": 40}
+    assert (straight / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "→" in (straight / "samples.txt").read_text("utf8")
+    assert "discriminator AUC" in (straight / "summary.txt").read_text("utf8")
+    record = json.loads((straight / "run.json").read_text())
+    assert record["threads"] == 1
+    assert record["versions"]["deepspeed"]
+    checkpoint = CheckpointFolder(straight / "checkpoints", keep=1).paths()[-1]
+    assert (checkpoint / "recipe.yaml").read_text() == (straight / "recipe.yaml").read_text()
+    assert [step for step, _ in train_losses(straight)] == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_straight_is_15_steps_kill_9_and_resume_bit_for_bit(store: TokenStore, straight: Path, tmp_path: Path) -> None:
+    """Dropout on. The kill comes after step 15 is saved, wherever training is by then."""
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command("pretrain", *start_arguments(store, run_dir, *DROPOUT)), stdout=subprocess.DEVNULL
+    )
+    while not (run_dir / "checkpoints" / "step-00000015").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert len(train_losses(run_dir)) < 40
+    result = run("pretrain", "--resume", str(run_dir))
+    assert "Going on from" in result.stdout
+    assert train_losses(run_dir) == train_losses(straight)
+    ours, theirs = final_tensors(run_dir), final_tensors(straight)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_at_the_next_step_and_leaves(
+    store: TokenStore, straight: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = start_arguments(store, run_dir, *DROPOUT)
+    process = subprocess.Popen(
+        command("pretrain", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (run_dir / "metrics.jsonl").exists() or len(train_losses(run_dir)) < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Go on with: bin/pretrain --resume" in errors
+    verdict = json.loads((run_dir / "verdict.json").read_text())
+    assert (verdict["verdict"], verdict["reason"]) == ("stopped", number.name)
+    assert verdict["step"] < 40
+    assert (run_dir / "checkpoints" / f"step-{verdict['step']:08d}").exists()
+    run("pretrain", "--resume", str(run_dir))
+    assert train_losses(run_dir) == train_losses(straight)
+    assert all(torch.equal(final_tensors(run_dir)[name], tensor) for name, tensor in final_tensors(straight).items())
+
+
+@pytest.mark.slow
+def test_a_run_stops_at_a_step_of_its_schedule_and_goes_on_under_another_batch_plan(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    """Dropout off, so another plan gives the same losses."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run("pretrain", *start_arguments(store, whole))
+    run("pretrain", *start_arguments(store, cut), "--stop-at", "17")
+    assert RunDirectory(cut).verdict() == "stopped"
+    other = tmp_path / "micro.json"
+    other.write_text('{"train_micro_batch_size_per_gpu": 2}')
+    result = run("pretrain", "--resume", str(cut), "--ds-config", str(other))
+    assert "2 x 4 x 1 rank" in result.stdout
+    np.testing.assert_allclose([x for _, x in train_losses(cut)], [x for _, x in train_losses(whole)], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_whole_path_from_text_to_transformers(corpus_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining
+
+    run("build-data", "--corpus", str(corpus_folder), "--out", "stores/mine", "--recipe", "tiny",
+        "--set", "tokenizer.vocab_size=400", "tokenizer.kind=wordpiece", cwd=tmp_path)  # fmt: skip
+    overrides = [*SMALL, "schedule.total_steps=6", "schedule.warmup_steps=1"]
+    run("pretrain", "--data", "stores/mine", "--ds-config", CPU_JSON, "--recipe", "tiny", "--run-dir", "run",
+        "--threads", "1", "--set", *overrides, cwd=tmp_path)  # fmt: skip
+    result = run("export", "run", cwd=tmp_path)
+    assert "export/discriminator" in result.stdout
+    folder = tmp_path / "run" / "export"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "discriminator")
+    inputs = tokenizer("Some text.", return_tensors="pt")
+    assert ElectraForPreTraining.from_pretrained(folder / "discriminator")(**inputs).logits.shape[1] > 3
+    assert ElectraForMaskedLM.from_pretrained(folder / "generator")(**inputs).logits.shape[-1] == tokenizer.vocab_size
+    card = (folder / "discriminator" / "README.md").read_text("utf8")
+    assert "discriminator_auc" in card
+    assert "recipe tiny" in card
+    refused = run("export", "run", status=2, cwd=tmp_path)
+    assert "already exists" in refused.stderr
+
+
+# --- bad input: a clear error before anything long, and nothing lost
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Say how to run it with --ds-config"),
+        (["--ds-config", "nowhere.json"], "There is no DeepSpeed JSON at nowhere.json"),
+        (["--ds-config", CPU_JSON, "--recipe", "tinny"], "Did you mean 'tiny'"),
+        (["--ds-config", CPU_JSON, "--set", "model.hiden_size=3"], "did you mean 'model.hidden_size'"),
+        (["--ds-config", CPU_JSON, "--recipe", "tiny", "--data", "nowhere"], "There is no token store at nowhere"),
+        (["--ds-config", CPU_JSON, "--recipe", "tiny", "--corpus", "nowhere"], "does not exist"),
+        (["--ds-config", CPU_JSON, "--recipe", "tiny", "--tokenizer", "nowhere"], "No tokenizer at nowhere"),
+        (["--ds-config", CPU_JSON, "--recipe", "tiny", "--stop-at", "99999999"], "beyond schedule.total_steps"),
+        (["--ds-config", CPU_JSON, "--data", "x", "--corpus", "y"], "give either it or --corpus"),
+        (["--resume", "nowhere"], "is not a run directory"),
+        (["--resume", "x", "--recipe", "tiny"], "--recipe cannot be given with it"),
+        (["--threads", "0"], "not a positive whole number"),
+        (["--no-such-flag"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_what_to_do(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = run("pretrain", *arguments, status=2, cwd=tmp_path)
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_impossible_batch_plan_is_refused_before_data_is_built(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 3, "fp16": {"enabled": true}}')
+    result = run("pretrain", "--ds-config", "ds.json", "--recipe", "tiny", status=2, cwd=tmp_path)
+    assert "global_batch_size (recipe) is 16" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
+
+
+def test_a_run_directory_in_use_is_refused(store: TokenStore, straight: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with (run_dir / ".lock").open("w") as lock:
+        lock.write("4711")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run("pretrain", *start_arguments(store, run_dir), status=2)
+    assert "in use by process 4711" in result.stderr
+    taken = run("pretrain", *start_arguments(store, straight), status=2)
+    assert "already holds a run" in taken.stderr
+    finished = run("pretrain", "--resume", str(straight), status=2)
+    assert "is finished" in finished.stderr
+
+
+def test_a_store_that_is_not_the_runs_own_is_refused(store: TokenStore, straight: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("recipe.yaml", "deepspeed.json", "run.json"):
+        (copy / name).write_text((straight / name).read_text())
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(record | {"store_fingerprint": "other"}))
+    result = run("pretrain", "--resume", str(copy), status=2)
+    assert "is not the one that" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_a_run_is_a_clear_error_and_the_run_goes_on_when_there_is_room(
+    store: TokenStore, straight: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY)); "
+        f"sys.path.insert(0, {str(REPOSITORY)!r}); from electra_ds.cli import main; main(sys.argv[1:])"
+    )
+    arguments = ["pretrain", *start_arguments(store, run_dir, *DROPOUT)]
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "Cannot write the checkpoint" in result.stderr
+    assert RunDirectory(run_dir).verdict() == "failed"
+    run("pretrain", "--resume", str(run_dir))
+    assert train_losses(run_dir) == train_losses(straight)
+
+
+@pytest.mark.usefixtures("process_group", "half_on_cpu")
+@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}], ids=str)
+def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_last_good_checkpoint(
+    store: TokenStore, tmp_path: Path, precision: dict[str, Any]
+) -> None:
+    """A weight is made NaN at step 10, so every later gradient is; no optimizer step may spread it."""
+    recipe = small_recipe()
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps(precision))
+    options = launch.Options(ds_config=config, threads=1, save_every=5, log_every=1, eval_windows=16)
+    directory = RunDirectory(tmp_path / "run")
+    with directory.locked():
+        job = launch.prepare_new(options, recipe, launch.plan_new(options, recipe, directory), store, directory)
+        loop = pretrain._Loop(job, Console(file=open(os.devnull, "w")))  # noqa: SIM115
+        build = loop.builder.build
+
+        def poisoned(step: int, batch_size: int | None = None) -> Any:
+            if step == 10:
+                with torch.no_grad():
+                    weight = loop.engine.module.discriminator_head.dense.weight
+                    for tensor in (weight, loop.engine.optimizer.masters[weight]):
+                        tensor[0, 0] = float("nan")
+            return build(step, batch_size)
+
+        loop.builder.build = poisoned  # type: ignore[method-assign]
+        with pytest.raises(
+            TrainingError, match=r"not been finite for \d+ steps.*last good checkpoint is .*step-000000"
+        ):
+            loop.run(pretrain.runtime.StopSignal())
+        loop.close()
+    assert loop.engine.optimizer.taken_steps <= 12  # two batches are built ahead
+    lines = (directory.metrics).read_text()
+    assert "NaN" not in lines  # JSON has none
+    assert '"loss": null' in lines
+
+
+# --- metrics
+
+
+def test_evaluation_agrees_with_a_second_implementation(store: TokenStore) -> None:
+    recipe = small_recipe("model.initializer_range=0.3")
+    model = model_for(store, recipe)
+    split = split_holdout(store.documents, recipe.data, recipe.seed)
+    found = Evaluator(store, split, recipe, num_windows=24, micro_batch_size=5)(model, torch.device("cpu"))
+    batch = held_out_batch(store, split, recipe, 24)
+    whole = batch.micro_batch(0, 24)
+    model.eval()
+    with torch.no_grad():
+        output = model(whole)
+    labels = output.is_replaced_BT[whole.counted_BT].numpy()
+    scores = output.discriminator_logits_BT[whole.counted_BT].numpy()
+    assert found.discriminator_auc == pytest.approx(roc_auc_score(labels, scores), rel=1e-6)
+    guessed = scores > 0
+    assert found.discriminator_precision == pytest.approx((guessed & labels).sum() / max(1, guessed.sum()))
+    assert found.discriminator_recall == pytest.approx((guessed & labels).sum() / labels.sum())
+    assert found.generator_loss == pytest.approx(output.generator_loss_sum.item() / batch.num_selected, rel=1e-5)
+    at_mask = batch.masks.masked
+    counts = np.ones(store.tokenizer.vocab_size)
+    for start, stop in zip(*split.train, strict=True):
+        counts += np.bincount(store.tokens[start:stop], minlength=len(counts))
+    by_hand = -np.log(counts[batch.ids_BT[at_mask]] / counts.sum()).mean()
+    assert found.unigram_loss == pytest.approx(by_hand, rel=1e-9)
+    assert found.generator_gain == pytest.approx(found.unigram_loss - found.generator_masked_loss)
+
+
+def test_metrics_beyond_the_resumed_step_and_a_cut_line_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0)
+    for step in range(1, 6):
+        first.write("train", step, {"loss": step / 3})
+    first.close()
+    path.write_text(path.read_text() + '{"kind": "tra')
+    second = MetricsFile(path, 3)
+    second.write("train", 4, {"loss": 4.0})
+    second.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 4.0)]
+
+
+def test_sample_sentences_mark_exactly_what_was_replaced(store: TokenStore) -> None:
+    recipe = small_recipe("model.initializer_range=0.3")
+    model = model_for(store, recipe).eval()
+    batch = held_out_batch(store, split_holdout(store.documents, recipe.data, recipe.seed), recipe, 16)
+    with torch.no_grad():
+        replaced = model(batch.micro_batch(0, 16)).is_replaced_BT.sum(1).tolist()
+    for count, sentence in zip(replaced, sample_sentences(model, store.tokenizer, batch, 16), strict=True):
+        assert len(re.findall(r"→[^→]*?\}[✓✗]", sentence.plain)) == count
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize("name", ["pretrain", "build-data", "export"])
+def test_help_teaches_by_example(name: str) -> None:
+    assert "example" in run(name, "--help").stdout
+
+
+def test_the_three_ways_to_start_it_are_one_program() -> None:
+    module = subprocess.run(
+        [sys.executable, "-m", "electra_ds", "pretrain", "--help"], capture_output=True, text=True, check=True,
+        cwd=REPOSITORY,
+    )  # fmt: skip
+    assert module.stdout == run("pretrain", "--help").stdout
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import electra_ds.cli as c; c.build_parser(); "
+        "print([m for m in ('torch', 'deepspeed', 'transformers', 'sklearn') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
