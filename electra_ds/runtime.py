@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import warnings
 from collections.abc import Iterator
@@ -20,7 +19,9 @@ from electra_ds.errors import ConfigError
 def device() -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own)
+        return own
     return torch.device("cpu")
 
 
@@ -62,12 +63,10 @@ def set_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
-def seed_everything(*parts: int) -> None:
-    """Seed every generator from the parts. torch's feed dropout only: all else is keyed by (seed, step)."""
-    from_parts = np.random.SeedSequence(parts).generate_state(2)
-    random.seed(int(from_parts[0]))
-    np.random.seed(int(from_parts[1]))
-    torch.manual_seed(int(from_parts[0]) << 31 | int(from_parts[1]) >> 1)
+def seed_dropout(*parts: int) -> None:
+    """Seed torch's generators, which feed dropout alone: every other random number is keyed by (seed, step)."""
+    first, second = np.random.SeedSequence(parts).generate_state(2)
+    torch.manual_seed(int(first) << 31 | int(second) >> 1)
 
 
 class StopSignal:

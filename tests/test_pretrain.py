@@ -40,7 +40,7 @@ def command(name: str, *arguments: str) -> list[str]:
 
 
 def run(name: str, *arguments: str, status: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False, **options)
+    result = subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False, timeout=300, **options)
     assert result.returncode == status, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result
@@ -176,6 +176,15 @@ def test_the_whole_path_from_text_to_transformers(corpus_folder: Path, tmp_path:
     assert "recipe tiny" in card
     refused = run("export", "run", status=2, cwd=tmp_path)
     assert "already exists" in refused.stderr
+
+
+def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path: Path) -> None:
+    """Without a compiler or ninja on the PATH, and with an empty folder for torch's extensions."""
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    arguments = start_arguments(store, tmp_path / "run", "schedule.total_steps=5", "schedule.warmup_steps=1")
+    result = run("pretrain", *arguments, env=environment)
+    assert result.stderr == ""
+    assert not (tmp_path / "extensions").exists()
 
 
 # --- bad input: a clear error before anything long, and nothing lost
@@ -342,6 +351,7 @@ def test_sample_sentences_mark_exactly_what_was_replaced(store: TokenStore) -> N
         replaced = model(batch.micro_batch(0, 16)).is_replaced_BT.sum(1).tolist()
     for count, sentence in zip(replaced, sample_sentences(model, store.tokenizer, batch, 16), strict=True):
         assert len(re.findall(r"→[^→]*?\}[✓✗]", sentence.plain)) == count
+        assert all(0 <= span.start < span.end <= len(sentence.plain) for span in sentence.spans)
 
 
 # --- the command line

@@ -59,7 +59,7 @@ class DeepSpeedEngine:
         losses = StepLosses(self.recipe, batch)
         size = self.plan.batch.micro_batch_size
         for index in range(self.plan.batch.gradient_accumulation_steps):
-            runtime.seed_everything(self.recipe.seed, step, index, 0)
+            runtime.seed_dropout(self.recipe.seed, step, index, 0)
             micro_batch = batch.micro_batch(index * size, size).to(self.device)
             output = self._engine(micro_batch, None if samples is None else samples[index])
             loss = losses.add(output) * self.optimizer.loss_scale

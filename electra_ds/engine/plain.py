@@ -51,7 +51,7 @@ class PlainEngine:
         losses = StepLosses(self.recipe, batch)
         drawn = []
         for index, first in enumerate(range(0, self.recipe.global_batch_size, self.micro_batch_size)):
-            runtime.seed_everything(self.recipe.seed, step, index, 0)
+            runtime.seed_dropout(self.recipe.seed, step, index, 0)
             micro_batch = batch.micro_batch(first, self.micro_batch_size).to(self.device)
             output = self.module(micro_batch, None if samples is None else samples[index])
             losses.add(output).backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from rich.text import Span, Text
+from rich.text import Text
 
 from electra_ds.data.batches import GlobalBatch
 from electra_ds.data.tokenizer import Tokenizer
@@ -36,24 +36,20 @@ def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: GlobalBatch, c
         text = Text()
         for place in range(1, batch.lengths_B[row] - 1):
             accused = counted[row, place] and scores[row, place] > threshold
-            original = token_text(tokenizer, batch.ids_BT[row, place])
             token = token_text(tokenizer, shown[row, place])
+            if not text.plain:
+                token = token.lstrip()
+            space = token[: len(token) - len(token.lstrip())]
             if replaced[row, place]:
-                space = " " if token.startswith(" ") else ""
+                original = token_text(tokenizer, batch.ids_BT[row, place]).strip()
                 mark, style = ("✓", "bold green") if accused else ("✗", "bold red")
-                text.append(f"{space}{{{original.strip()}→{token.strip()}}}{mark}", style)
+                text.append(f"{space}{{{original}→{token.strip()}}}{mark}", style)
             elif accused:
-                text.append(f"{token[: len(token) - len(token.lstrip())]}?{token.strip()}?", "yellow")
+                text.append(f"{space}?{token.strip()}?", "yellow")
             else:
                 text.append(token)
-        sentences.append(Text(text.plain.strip(), spans=_shifted(text)))
+        sentences.append(text)
     return sentences
-
-
-def _shifted(text: Text) -> list[Span]:
-    """The spans of a text whose leading spaces are taken off."""
-    offset = len(text.plain) - len(text.plain.lstrip())
-    return [span.move(-offset) for span in text.spans]
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
