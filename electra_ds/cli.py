@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pretrain(commands)
     _add_build_data(commands)
+    _add_report(commands)
     _add_export(commands)
     return parser
 
@@ -109,6 +110,14 @@ def _add_build_data(commands) -> None:  # type: ignore[no-untyped-def]
         help="override the recipe, e.g. --set tokenizer.vocab_size=16000",
     )  # fmt: skip
     command.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
+
+
+def _add_report(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _add_command(
+        commands, "report", "Summarise a run: table, curves, sample sentences.", "example:\n  bin/report runs/tiny-…\n"
+    )
+    command.set_defaults(handler=_report)
+    command.add_argument("run", type=Path, metavar="RUN", help="a run directory, finished or not")
 
 
 def _add_export(commands) -> None:  # type: ignore[no-untyped-def]
@@ -227,6 +236,14 @@ def _build_data(options: argparse.Namespace) -> None:
         f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB). "
         f"Train on it with: bin/pretrain --data {store.path} --recipe … --ds-config …"
     )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from electra_ds.report.run_report import report_run
+
+    report_run(RunDirectory(options.run), Console())
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -220,6 +220,15 @@ if __name__ == "__main__":
 """
 
 
+def parent_of(process: Path) -> int | None:
+    """Parent's id from /proc; None for one that is gone or a zombie."""
+    try:
+        state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return None
+    return None if state == "Z" else int(parent)
+
+
 @pytest.mark.slow
 def test_a_killed_build_goes_on_where_it_stopped(store: TokenStore, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", documents=1500)
@@ -233,8 +242,16 @@ def test_a_killed_build_goes_on_where_it_stopped(store: TokenStore, tmp_path: Pa
     while process.poll() is None and len(list(partial.glob("shard-*.npz"))) < 3:
         time.sleep(0.02)
     assert process.poll() is None, "finished before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = [
+        int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and parent_of(path) == process.pid
+    ]
+    os.kill(process.pid, signal.SIGKILL)  # the parent alone
     process.wait()
+    assert workers
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() and parent_of(Path(f"/proc/{worker}")) for worker in workers):
+        assert time.monotonic() < deadline, "orphans are left"
+        time.sleep(0.05)
     assert not out.exists()
     finished = {path: path.stat().st_mtime_ns for path in partial.glob("shard-*.npz")}
     with pytest.raises(DataError, match=r"no token store"):

@@ -40,7 +40,9 @@ def command(name: str, *arguments: str) -> list[str]:
 
 
 def run(name: str, *arguments: str, status: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(command(name, *arguments), capture_output=True, text=True, check=False, timeout=300, **options)
+    result = subprocess.run(
+        command(name, *arguments), capture_output=True, text=True, check=False, timeout=300, **options
+    )
     assert result.returncode == status, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result
@@ -357,7 +359,7 @@ def test_sample_sentences_mark_exactly_what_was_replaced(store: TokenStore) -> N
 # --- the command line
 
 
-@pytest.mark.parametrize("name", ["pretrain", "build-data", "export"])
+@pytest.mark.parametrize("name", ["pretrain", "build-data", "report", "export"])
 def test_help_teaches_by_example(name: str) -> None:
     assert "example" in run(name, "--help").stdout
 

@@ -11,7 +11,6 @@ import concurrent.futures
 import fcntl
 import hashlib
 import itertools
-import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from electra_ds.config.recipe import TokenizerSection
 from electra_ds.data.corpus import Corpus
 from electra_ds.data.token_store import FORMAT, StoreInfo, TokenStore, token_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from electra_ds.data.worker_pool import worker_pool
 from electra_ds.errors import DataError
 
 _CHUNK_CHARS = 4_000_000
@@ -159,8 +159,7 @@ def _tokenise(
     task = progress.add_task("tokenising", total=corpus.num_bytes, note="")
     shards: list[Path] = []
     running: set[concurrent.futures.Future[None]] = set()
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (partial / "tokenizer",)) as pool:
+    with worker_pool(workers, _start_worker, partial / "tokenizer") as pool:
         try:
             advance = lambda num_bytes: progress.advance(task, num_bytes)  # noqa: E731
             for chunk in _chunks(corpus, partial, tokenizer, digest, advance):

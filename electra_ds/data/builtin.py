@@ -8,17 +8,16 @@ imported), one document per module, in sorted order, each docstring once.
 from __future__ import annotations
 
 import ast
-import concurrent.futures
 import functools
 import hashlib
 import importlib.util
 import inspect
-import multiprocessing
 import os
 import sysconfig
 import warnings
 from pathlib import Path
 
+from electra_ds.data.worker_pool import worker_pool
 from electra_ds.errors import DataError
 
 PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn", "torch", "transformers")
@@ -35,9 +34,7 @@ def builtin_documents() -> list[list[str]]:
     paths = builtin_sources()
     seen: set[bytes] = set()
     documents = []
-    workers = min(os.cpu_count() or 1, 8)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with worker_pool(min(os.cpu_count() or 1, 8)) as pool:
         for texts in pool.map(_documentation_of, paths, chunksize=64):
             lines = [line for text in texts if _is_new(text, seen) for line in text.splitlines() if line.strip()]
             if lines:
