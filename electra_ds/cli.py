@@ -6,6 +6,7 @@ Modules that need torch are imported inside the handlers, so that --help and bad
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -31,7 +32,7 @@ examples:
   bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 seed=3
   bin/pretrain --resume runs/tiny-20260101-120000
   bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
-      the same run goes on under another DeepSpeed JSON: same batch, schedule, data and random numbers
+      the same run goes on under another DeepSpeed JSON: same batch, schedule, data, masks and samples
 
 Ctrl-C saves a checkpoint at the next step and leaves; a second Ctrl-C leaves at once.
 """
@@ -87,6 +88,7 @@ def _add_pretrain(commands) -> None:  # type: ignore[no-untyped-def]
     what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
     _add_corpus_arguments(what, default_note="default: the built-in corpus")
     what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
+    command.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     how = command.add_argument_group("how to run it")
     how.add_argument("--ds-config", type=Path, metavar="JSON", help="DeepSpeed JSON, such as ds_configs/cpu.json")
     how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
@@ -205,6 +207,8 @@ def _check_pretrain_arguments(options: argparse.Namespace) -> None:
             raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
     elif options.ds_config is None:
         raise ConfigError("Say how to run it with --ds-config, for instance: --ds-config ds_configs/cpu.json")
+    elif options.cased and not options.tokenizer:
+        raise ConfigError("--cased says how a given vocab.txt was made; it needs --tokenizer.")
     elif options.data is not None and (options.corpus or options.tokenizer):
         raise ConfigError("--data is a finished token store; give either it or --corpus and --tokenizer.")
 
@@ -216,13 +220,17 @@ def _open_store(options: argparse.Namespace, recipe: Recipe) -> TokenStore:
     options.corpus = options.corpus or [BUILTIN]
     name = Path(options.corpus[0]).resolve().name if options.corpus != [BUILTIN] else BUILTIN
     kind = options.tokenizer.stem if options.tokenizer else f"{recipe.tokenizer.kind}-{recipe.tokenizer.vocab_size}"
-    return _build_store(options, recipe, Path("stores") / f"{name}-{kind}")
+    given = (*(str(Path(path).resolve()) for path in options.corpus), options.document_boundary, options.text_key)
+    suffix = "" if name == BUILTIN else "-" + hashlib.sha256(repr(given).encode()).hexdigest()[:8]
+    return _build_store(options, recipe, Path("stores") / f"{name}-{kind}{suffix}")
 
 
 def _build_store(options: argparse.Namespace, recipe: Recipe, out: Path, workers: int | None = None) -> TokenStore:
     corpus = open_corpus(options.corpus, options.document_boundary, options.text_key)
     tokenizer = (
-        load_tokenizer(options.tokenizer, lowercase=not options.cased) if options.tokenizer else recipe.tokenizer
+        load_tokenizer(options.tokenizer, lowercase=False if options.cased else None)
+        if options.tokenizer
+        else recipe.tokenizer
     )
     return build_store(corpus, tokenizer, out, workers=workers)
 

@@ -31,15 +31,16 @@ def device_name(device: torch.device) -> str:
 
 
 def world_size() -> int:
-    """Ranks that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Ranks that the launcher started; 1 without a launcher. Raises ConfigError where there are more."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        raise ConfigError(f"WORLD_SIZE is {ranks}, but several ranks are not supported yet. Start a single one.")
+    return 1
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """A process group of this one process, without a port. Raises ConfigError under a launcher with more ranks."""
-    if world_size() != 1:
-        raise ConfigError(f"{world_size()} ranks were started, but several ranks are not supported yet. Start one.")
+    """A process group of this one process, without a port."""
     with warnings.catch_warnings():
         # DeepSpeed and torch warn about their own deprecated calls; nothing in it is for the user.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")

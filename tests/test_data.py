@@ -57,6 +57,13 @@ def test_json_lines_give_a_document_each(tmp_path: Path) -> None:
     assert documents_of(path, text_key="body") == [["x", "y"], ["z"]]
 
 
+def test_a_json_string_may_hold_any_character(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end a line of text but not one of JSON; a lone surrogate is no text at all."""
+    path = tmp_path / "a.JSONL"
+    path.write_text('{"text": "a\u2028b\u0085c \\ud83d"}\n{"text": "d"}\n', "utf8")
+    assert documents_of(path) == [["a", "b", "c ?"], ["d"]]
+
+
 def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", ".hidden.txt", "x.png", ".git/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -146,6 +153,13 @@ def test_a_vocabulary_file_is_read_as_wordpiece(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 8
 
 
+def test_a_vocabulary_folder_says_itself_whether_it_is_cased(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "Fox"]))
+    assert load_tokenizer(tmp_path).encode_lines(["Fox fox"]) == [[5, 5]]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert load_tokenizer(tmp_path).encode_lines(["Fox fox"]) == [[6, 5]]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -192,6 +206,20 @@ def test_workers_and_chunks_change_nothing(
     assert again.info.fingerprint == store.info.fingerprint
 
 
+def test_an_interrupted_build_never_lends_its_tokenizer_to_another_corpus(tmp_path: Path) -> None:
+    section = small_recipe().tokenizer
+    first, second = write_corpus(tmp_path / "a", 5, seed=1), write_corpus(tmp_path / "b", 5, seed=2)
+    straight = build_store(open_corpus([second]), section, tmp_path / "straight", workers=1)
+    left_over = build_store(open_corpus([first]), section, tmp_path / "out", workers=1)
+    left_over.path.rename(tmp_path / "out.partial")  # as an interruption after the tokenizer leaves it
+    rebuilt = build_store(open_corpus([second]), section, tmp_path / "out", workers=1)
+    assert rebuilt.info.fingerprint == straight.info.fingerprint
+    (tmp_path / "other.partial" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "other.partial" / "tokenizer" / "trained_from.json").write_text("")  # cut off by a full disk
+    again = build_store(open_corpus([second]), section, tmp_path / "other", workers=1)
+    assert again.info.fingerprint == straight.info.fingerprint
+
+
 def test_building_twice_opens_the_first(corpus_folder: Path, tmp_path: Path) -> None:
     section = small_recipe().tokenizer
     folder = write_corpus(tmp_path / "corpus", documents=5)
@@ -202,7 +230,7 @@ def test_building_twice_opens_the_first(corpus_folder: Path, tmp_path: Path) -> 
     os.utime(folder / "000.txt")  # touched, same text
     build_store(open_corpus([folder]), section, tmp_path / "s")
     (folder / "000.txt").write_text("other text\n")
-    with pytest.raises(DataError, match="holds other text"):
+    with pytest.raises(DataError, match="holds other text than"):
         build_store(open_corpus([folder]), section, tmp_path / "s")
     with pytest.raises(DataError, match=r"holds other text|another tokenizer"):
         build_store(open_corpus([corpus_folder]), TokenizerSection(kind="wordpiece", vocab_size=300), tmp_path / "s")

@@ -87,6 +87,13 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
         ({"train_micro_batch_size_per_gpu": 3}, "micro-batch 2 and accumulation|micro-batch 4 and accumulation"),
         ({"train_micro_batch_size_per_gpu": 0}, "not a positive whole number"),
         ({"gradient_accumulation_steps": 3}, "global_batch_size .recipe. is 8"),
+        ({"fp16": {"enabled": True, "hysteresis": 2.7}}, "fp16.hysteresis: 2.7 is not a whole number"),
+        ({"fp16": {"enabled": True, "initial_scale_power": 300}}, "fp16.initial_scale_power"),
+        ({"fp16": {"enabled": True, "min_loss_scale": 0}}, "fp16.min_loss_scale"),
+        ({"fp16": {"enabled": True, "consecutive_hysteresis": "no"}}, "not true or false"),
+        ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast: has no effect"),
+        ({"steps_per_print": "x"}, "steps_per_print: 'x' is not of type whole number"),
+        ({"optimizer": "AdamW"}, "optimizer: must be an object"),
         ({"tensorboard": {}}, "tensorboard: this DeepSpeed feature is not supported"),
     ],
 )
@@ -117,6 +124,17 @@ def test_auto_and_agreeing_values_are_filled_in() -> None:
 
 def test_fp16_auto_means_fp16_on_a_gpu() -> None:
     assert plan_of({"fp16": {"enabled": "auto"}}, on_cpu=False).precision.name == "fp16"
+
+
+def test_what_deepspeed_itself_refuses_is_refused_before_anything_starts() -> None:
+    import torch
+
+    from electra_ds.engine.engine import check_plan
+
+    plan = plan_of({"comms_logger": {"foo": 1}})
+    with pytest.raises(ConfigError, match=r"(?s)DeepSpeed refuses x\.json.*foo"):
+        check_plan(plan, torch.device("cpu"), "x.json")
+    check_plan(plan_of({"comms_logger": {"enabled": False}}), torch.device("cpu"), "x.json")
 
 
 def test_precision_is_not_handed_to_deepspeed_at_stage_0() -> None:

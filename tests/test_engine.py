@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from electra_ds.config.deepspeed import LossScaling
 from electra_ds.config.recipe import OptimizerSection, Recipe
@@ -142,7 +144,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(store: TokenStore) -
     engine.close()
 
 
-def test_fp16_on_a_cpu_is_refused_with_what_to_do(store: TokenStore) -> None:
+def test_fp16_on_a_cpu_is_refused_with_what_to_do(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)  # some CPUs have it
     recipe = small_recipe()
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         DeepSpeedEngine(model_for(store, recipe), recipe, cpu_plan(recipe, **FP16), CPU)
@@ -191,20 +194,41 @@ def test_fp32_updates_are_torchs_adamw() -> None:
     assert optimizer.taken_steps == 30
 
 
-def test_a_step_never_reads_back_from_the_device() -> None:
-    """A meta-free proof: `item` and friends are made to fail while the step runs."""
-    module = tiny_module().half()
-    optimizer = MasterAdamW(module.named_parameters(), SECTION, LossScaling())
-    module(torch.randn(4, 5).half()).float().square().sum().backward()
+class NoReads(TorchDispatchMode):
+    """Fails where a tensor's value is read by the host, which on a GPU would wait for the device."""
 
-    class NoReads(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert func is not torch.ops.aten._local_scalar_dense.default, "the step waits for the device"
-            return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the step waits for the device"
+        return func(*args, **(kwargs or {}))
 
+
+@pytest.mark.usefixtures("process_group", "half_on_cpu")
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_whole_step_never_reads_back_from_the_device(store: TokenStore, name: str) -> None:
+    recipe = small_recipe()
+    plan = cpu_plan(recipe, **PRECISIONS[name], train_micro_batch_size_per_gpu=4)
+    engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, CPU)
+    batch = builder_for(store, recipe).build(0)
     with NoReads():
-        optimizer.step()
-    assert optimizer.taken_steps == 1
+        result = engine.train_step(batch, 0)
+    assert math.isfinite(result.loss.item())
+    with pytest.raises(AssertionError, match="waits for the device"), NoReads():
+        result.loss.item()
+    engine.close()
+
+
+def test_a_loss_scale_that_has_come_down_to_one_is_resumed_at_one() -> None:
+    scaling = LossScaling(initial_scale=8.0, hysteresis=1)
+    module = tiny_module().half()
+    first = MasterAdamW(module.named_parameters(), SECTION, scaling)
+    for _ in range(3):
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, math.inf)
+        first.step()
+    assert first.loss_scale.item() == 1.0
+    second = MasterAdamW(tiny_module().half().named_parameters(), SECTION, scaling)
+    second.load(first.tensors(), first.counters())
+    assert second.counters() == first.counters()
 
 
 @pytest.mark.usefixtures("process_group")

@@ -39,6 +39,22 @@ def test_noise_is_exponential() -> None:
     assert stats.kstest(minima * 1000, "expon").pvalue > LOWEST_P
 
 
+@pytest.mark.parametrize("columns", [4096, 30_522, 250_000])
+def test_no_two_columns_share_their_noise(columns: int) -> None:
+    """With a shared key the less likely of two tokens could never be drawn."""
+    assert len(torch.unique(column_keys(columns))) == columns
+
+
+def test_equal_tokens_of_a_real_vocabulary_are_drawn_equally_often() -> None:
+    draws, classes = 6_000, 30_522
+    chosen = torch.tensor([7, 2614, 12_254, 22_325, 28_199, 30_521])
+    logits = torch.full((classes,), -1e4)
+    logits[chosen] = 0.0
+    samples = sample_tokens(logits.expand(draws, classes), row_keys(draws, 2), column_keys(classes))
+    counts = np.bincount(samples.numpy(), minlength=classes)[chosen.numpy()]
+    assert chi_square_p(counts, np.full(6, draws / 6)) > LOWEST_P
+
+
 def test_noise_of_neighbouring_rows_and_columns_is_uncorrelated() -> None:
     noise = exponential_noise(row_keys(2000), column_keys(500)).numpy()
     for first, second in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:])):

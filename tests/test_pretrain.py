@@ -27,6 +27,7 @@ from electra_ds.engine.checkpoint import CheckpointFolder
 from electra_ds.errors import TrainingError
 from electra_ds.report.samples import sample_sentences
 from electra_ds.train import launch, pretrain
+from electra_ds.train.export import load_trained
 from electra_ds.train.metrics import Evaluator, held_out_batch
 from electra_ds.train.tracking import MetricsFile, read_metrics
 from tests.helpers import REPOSITORY, SMALL, model_for, small_recipe
@@ -116,6 +117,44 @@ def test_straight_is_15_steps_kill_9_and_resume_bit_for_bit(store: TokenStore, s
 
 
 @pytest.mark.slow
+def test_a_kill_loses_no_line_of_metrics_however_rarely_they_are_read(
+    store: TokenStore, straight: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    rarely = [*start_arguments(store, run_dir, *DROPOUT), "--log-every", "100", "--save-every", "7"]
+    process = subprocess.Popen(command("pretrain", *rarely), stdout=subprocess.DEVNULL)
+    while not (run_dir / "checkpoints" / "step-00000021").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    for name in ("recipe.yaml", "deepspeed.json", "run.json"):  # their copies travel in the checkpoints
+        (run_dir / name).write_text('{"')
+    run("pretrain", "--resume", str(run_dir))
+    assert train_losses(run_dir) == train_losses(straight)
+
+
+@pytest.mark.slow
+def test_a_run_whose_newest_checkpoint_is_damaged_is_trained_again_from_the_one_before(
+    store: TokenStore, straight: Path, tmp_path: Path
+) -> None:
+    """The step that was damaged is saved anew, and what is exported is the end of the run."""
+    run_dir = tmp_path / "run"
+    run("pretrain", *start_arguments(store, run_dir, *DROPOUT), "--stop-at", "30")
+    weights = run_dir / "checkpoints" / "step-00000030" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    result = run("pretrain", "--resume", str(run_dir), "--stop-at", "30")
+    assert "Falling back" in result.stdout
+    assert "step 25" in result.stdout
+    run("pretrain", "--resume", str(run_dir), "--stop-at", "40")
+    assert all(torch.equal(final_tensors(run_dir)[name], tensor) for name, tensor in final_tensors(straight).items())
+    refused = run("pretrain", "--resume", str(run_dir), status=2)
+    assert "is finished" in refused.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_next_step_and_leaves(
     store: TokenStore, straight: Path, tmp_path: Path, number: signal.Signals
@@ -171,8 +210,18 @@ def test_the_whole_path_from_text_to_transformers(corpus_folder: Path, tmp_path:
     folder = tmp_path / "run" / "export"
     tokenizer = AutoTokenizer.from_pretrained(folder / "discriminator")
     inputs = tokenizer("Some text.", return_tensors="pt")
-    assert ElectraForPreTraining.from_pretrained(folder / "discriminator")(**inputs).logits.shape[1] > 3
-    assert ElectraForMaskedLM.from_pretrained(folder / "generator")(**inputs).logits.shape[-1] == tokenizer.vocab_size
+    model, ours, _, state = load_trained(tmp_path / "run")
+    assert state["step"] == 6
+    assert inputs["input_ids"][0, 1:-1].tolist() == ours.encode_lines(["Some text."])[0]
+    with torch.no_grad():
+        hidden = model.discriminator(inputs["input_ids"], None)
+        expected = model.discriminator_head(hidden)
+        found = ElectraForPreTraining.from_pretrained(folder / "discriminator").eval()(**inputs).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        expected = model.generator_head(model.generator(inputs["input_ids"], None)[0])
+        found = ElectraForMaskedLM.from_pretrained(folder / "generator").eval()(**inputs).logits[0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert tokenizer.model_max_length == 512
     card = (folder / "discriminator" / "README.md").read_text("utf8")
     assert "discriminator_auc" in card
     assert "recipe tiny" in card
@@ -205,6 +254,7 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
         (["--ds-config", CPU_JSON, "--recipe", "tiny", "--stop-at", "99999999"], "beyond schedule.total_steps"),
         (["--ds-config", CPU_JSON, "--data", "x", "--corpus", "y"], "give either it or --corpus"),
         (["--resume", "nowhere"], "is not a run directory"),
+        (["--ds-config", CPU_JSON, "--cased"], "it needs --tokenizer"),
         (["--resume", "x", "--recipe", "tiny"], "--recipe cannot be given with it"),
         (["--threads", "0"], "not a positive whole number"),
         (["--no-such-flag"], "unrecognized arguments"),
@@ -221,6 +271,13 @@ def test_an_impossible_batch_plan_is_refused_before_data_is_built(tmp_path: Path
     result = run("pretrain", "--ds-config", "ds.json", "--recipe", "tiny", status=2, cwd=tmp_path)
     assert "global_batch_size (recipe) is 16" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
+
+
+def test_several_ranks_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    arguments = ["--ds-config", CPU_JSON, "--recipe", "tiny", "--local_rank=0"]  # as the deepspeed launcher adds it
+    result = run("pretrain", *arguments, status=2, cwd=tmp_path, env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"})
+    assert "several ranks are not supported yet" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_directory_in_use_is_refused(store: TokenStore, straight: Path, tmp_path: Path) -> None:
@@ -268,7 +325,11 @@ def test_a_full_disk_in_a_run_is_a_clear_error_and_the_run_goes_on_when_there_is
 
 
 @pytest.mark.usefixtures("process_group", "half_on_cpu")
-@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}], ids=str)
+@pytest.mark.parametrize(
+    "precision",
+    [{}, {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}, {"torch_autocast": {"enabled": True}}],
+    ids=str,
+)
 def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_last_good_checkpoint(
     store: TokenStore, tmp_path: Path, precision: dict[str, Any]
 ) -> None:

@@ -46,7 +46,7 @@ def test_every_float_survives_an_override(value: float) -> None:
     assert float(parse_value(repr(value))) == value
 
 
-@given(st.integers(min_value=-(10**15), max_value=10**15))
+@given(st.integers(min_value=-(2**63), max_value=2**63))
 def test_every_integer_survives_an_override(value: int) -> None:
     assert parse_value(str(value)) == value
 
@@ -71,6 +71,18 @@ def test_every_problem_is_in_one_message() -> None:
         load_recipe("tiny", bad)
     for part in ("model: hidden_size 30 is not a multiple", "masking.mlm_probability", "global_batch_size"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["global_batch_size=yes", "optimizer.epsilon=.inf", "seed=1e400", "seed=-1"])
+def test_what_is_no_number_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_recipe("tiny", [override])
+
+
+def test_a_recipe_file_reads_numbers_as_the_command_line_does(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_yaml(load_recipe("tiny")).replace("total_steps: 10000", "total_steps: 1e4"))
+    assert load_recipe(str(path)) == load_recipe("tiny")
 
 
 def test_an_override_without_a_value_is_refused() -> None:

@@ -23,33 +23,38 @@ RESOLVED_HERE = (
     "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "fp16", "bf16",
     "torch_autocast",
 )  # fmt: skip
-HANDED_ON = (
-    "comms_logger", "communication_data_type", "disable_allgather", "disable_python_gc", "dump_state",
-    "flops_profiler", "gradient_allreduce_op", "gradient_predivide_factor", "log_level", "memory_breakdown",
-    "prescale_gradients", "seq_parallel_communication_data_type", "steps_per_print", "timers",
-    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-)  # fmt: skip
+HANDED_ON: dict[str, type] = {
+    "comms_logger": dict,
+    "disable_python_gc": bool,
+    "dump_state": bool,
+    "flops_profiler": dict,
+    "log_level": str,
+    "memory_breakdown": bool,
+    "steps_per_print": int,
+    "timers": dict,
+    "wall_clock_breakdown": bool,
+    "zero_allow_untested_optimizer": bool,
+    "zero_force_ds_cpu_optimizer": bool,
+}
 NOT_USED = (
-    "activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "comet", "compile", "csv_monitor",
-    "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt", "expert_parallel", "hybrid_engine",
-    "managed_gradient_accumulation", "pipeline", "tensor_parallel", "tensorboard",
-    "use_data_before_expert_parallelism", "wandb", "weight_quantization",
+    "activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "comet", "communication_data_type",
+    "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
+    "disable_allgather", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
+    "managed_gradient_accumulation", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type",
+    "tensor_parallel", "tensorboard", "use_data_before_expert_parallelism", "wandb", "weight_quantization",
 )  # fmt: skip
 
 _PRECISION_KEYS = {
     "fp16": {
-        "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
-        "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads",
+        "enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
+        "min_loss_scale",
     },
-    "bf16": {
-        "enabled", "check_grad_overflow", "immediate_grad_update", "bf16_master_weights_and_grads",
-        "bf16_optimizer_states",
-    },
-    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
+    "bf16": {"enabled"},
+    "torch_autocast": {"enabled", "dtype"},
 }  # fmt: skip
-_UNSUPPORTED_WHEN_TRUE = {
-    "auto_cast", "fp16_master_weights_and_grads", "bf16_master_weights_and_grads", "bf16_optimizer_states",
-    "lower_precision_safe_modules",
+_WITHOUT_EFFECT = {
+    "auto_cast", "fp16_master_weights_and_grads", "check_grad_overflow", "immediate_grad_update",
+    "bf16_master_weights_and_grads", "bf16_optimizer_states", "lower_precision_safe_modules",
 }  # fmt: skip
 
 
@@ -116,7 +121,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"There is no DeepSpeed JSON at {path}. The project's own are in ds_configs/.")
     try:
         values = json.loads(path.read_text("utf8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a JSON object, not {type(values).__name__}.")
@@ -134,7 +139,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: bool, source: str) -> DeepSpeedPlan:
     """Fill in, check and solve the batch plan. ConfigError lists every problem at once."""
     problems: list[str] = []
-    document = {key: value for key, value in values.items() if key in HANDED_ON and value != "auto"}
+    document = _without_auto({key: value for key, value in values.items() if key in HANDED_ON})
     _check_keys(values, problems)
     _check_recipe_owned(values, recipe, problems)
     _check_zero(values, problems)
@@ -154,8 +159,17 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: 
     document.setdefault("steps_per_print", 2**31 - 1)  # the progress bar reports, not DeepSpeed
     for name in _PRECISION_KEYS:
         if isinstance(values.get(name), dict) and name.replace("torch_", "") == precision.name.split("-")[0]:
-            document[name] = values[name] | {"enabled": True}
+            document[name] = _without_auto(values[name]) | {"enabled": True}
     return DeepSpeedPlan(document, batch, precision)
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the values that are left to DeepSpeed's defaults."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != "auto"
+    }
 
 
 def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
@@ -166,6 +180,11 @@ def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
         elif key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             problems.append(f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
+        elif key in HANDED_ON and values[key] != "auto" and type(values[key]) is not HANDED_ON[key]:
+            problems.append(f"{key}: {values[key]!r} is not of type {_JSON_TYPES[HANDED_ON[key]]}")
+
+
+_JSON_TYPES = {dict: "object", bool: "boolean", int: "whole number", str: "string"}
 
 
 def _check_recipe_owned(values: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:
@@ -186,7 +205,12 @@ def _check_recipe_owned(values: dict[str, Any], recipe: Recipe, problems: list[s
         "scheduler.params.warmup_type": ("linear", "the schedule, which is linear"),
     }
     types = {"optimizer.type": ("Adam", "AdamW"), "scheduler.type": ("WarmupDecayLR",)}
-    for key, value in _flattened({name: values[name] for name in OWNED_BY_RECIPE if name in values}):
+    owned = {name: values[name] for name in OWNED_BY_RECIPE if name in values}
+    for name in ("optimizer", "scheduler"):
+        if name in owned and owned[name] != "auto" and not isinstance(owned[name], dict):
+            problems.append(f"{name}: must be an object with type and params")
+            del owned[name]
+    for key, value in _flattened(owned):
         if value == "auto":
             continue
         if key in types:
@@ -245,12 +269,12 @@ def _precision(values: dict[str, Any], on_cpu: bool, problems: list[str]) -> Pre
         if not isinstance(section, dict):
             problems.append(f'{name}: must be an object such as {{"enabled": true}}')
             continue
-        for key, value in section.items():
-            if key not in known:
+        for key in section:
+            if key in _WITHOUT_EFFECT:
+                problems.append(f"{name}.{key}: has no effect at stage 0 here; remove it")
+            elif key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 problems.append(f"{name}.{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
-            elif key in _UNSUPPORTED_WHEN_TRUE and value:
-                problems.append(f"{name}.{key}: not supported here; remove it")
         on = section.get("enabled", False)
         if on == "auto":  # transformers' convention; on a GPU fp16 is the project's default
             on = name == "fp16" and not on_cpu
@@ -285,23 +309,29 @@ def _autocast_precision(section: dict[str, Any], problems: list[str]) -> Precisi
 def _loss_scaling(section: dict[str, Any], problems: list[str]) -> LossScaling:
     defaults = LossScaling()
 
-    def number(key: str, default: float, lowest: float) -> float:
+    def number(key: str, default: float, lowest: float, highest: float, *, whole: bool) -> float:
         value = section.get(key, default)
         if value == "auto":
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < float("inf"):
-            problems.append(f"fp16.{key}: {value!r} is not a number of at least {lowest:g}")
+        kinds = (int,) if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not lowest <= value <= highest:
+            kind = "whole number" if whole else "number"
+            problems.append(f"fp16.{key}: {value!r} is not a {kind} from {lowest:g} to {highest:g}")
             return default
         return value
 
-    static = number("loss_scale", 0, 0)
+    consecutive = section.get("consecutive_hysteresis", False)
+    if not isinstance(consecutive, bool):
+        problems.append(f"fp16.consecutive_hysteresis: {consecutive!r} is not true or false")
+        consecutive = False
+    static = number("loss_scale", 0, 0, 2.0**100, whole=False)
     return LossScaling(
-        initial_scale=static or 2.0 ** min(number("initial_scale_power", 16, 0), 126),
+        initial_scale=static or 2.0 ** number("initial_scale_power", 16, 0, 100, whole=True),
         is_dynamic=not static,
-        window=int(number("loss_scale_window", defaults.window, 1)),
-        hysteresis=int(number("hysteresis", defaults.hysteresis, 1)),
-        consecutive_hysteresis=bool(section.get("consecutive_hysteresis", False)),
-        min_scale=number("min_loss_scale", defaults.min_scale, 0),
+        window=int(number("loss_scale_window", defaults.window, 1, 1e9, whole=True)),
+        hysteresis=int(number("hysteresis", defaults.hysteresis, 1, 1e9, whole=True)),
+        consecutive_hysteresis=consecutive,
+        min_scale=number("min_loss_scale", defaults.min_scale, 2.0**-24, 2.0**100, whole=False),
     )
 
 

@@ -14,21 +14,20 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Any, Literal, TypeVar
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Recipe, recipe_yaml, validate_recipe
-from electra_ds.errors import CheckpointError
+from electra_ds.config.recipe import Recipe, load_yaml, recipe_yaml, validate_recipe
+from electra_ds.errors import CheckpointError, ConfigError
 
 FORMAT = 1
 _PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+_Parsed = TypeVar("_Parsed")
 Verdict = Literal["done", "stopped", "failed"]
 
 
@@ -131,23 +130,25 @@ class RunDirectory:
         }
 
     def read_recipe(self) -> Recipe:
-        return validate_recipe(yaml.safe_load(self._read("recipe.yaml")), str(self.path / "recipe.yaml"))
+        return self._read("recipe.yaml", lambda text: validate_recipe(load_yaml(text, "It"), str(self.path)))
 
     def read_deepspeed_json(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(self._read("deepspeed.json"))
-        return values
+        return self._read("deepspeed.json", _json_object)
 
     def read_record(self) -> RunRecord:
-        try:
-            values = json.loads(self._read("run.json"))
+        def parse(text: str) -> RunRecord:
+            values = _json_object(text)
             return RunRecord(**values | {"settings": RunSettings(**values["settings"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path / 'run.json'} is damaged: {error}.") from error
+
+        return self._read("run.json", parse)
 
     def verdict(self) -> Verdict | None:
-        """How the run ended, None while it has not."""
-        path = self.path / "verdict.json"
-        return json.loads(path.read_text("utf8"))["verdict"] if path.is_file() else None
+        """How the run ended, None while it has not, or where the file cannot be read."""
+        try:
+            verdict: Verdict = _json_object((self.path / "verdict.json").read_text("utf8"))["verdict"]
+        except (OSError, ValueError, KeyError):
+            return None
+        return verdict
 
     def write_verdict(self, verdict: Verdict, **details: Any) -> None:
         self._write("verdict.json", json.dumps({"verdict": verdict} | details, indent=2) + "\n")
@@ -155,13 +156,17 @@ class RunDirectory:
     def clear_verdict(self) -> None:
         (self.path / "verdict.json").unlink(missing_ok=True)
 
-    def _read(self, name: str) -> str:
-        try:
-            return (self.path / name).read_text("utf8")
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} is not a run directory: cannot read {name} ({error.strerror})."
-            ) from error
+    def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
+        """A file of the record, or where it is damaged, the copy that travels in the newest checkpoint."""
+        problem = ""
+        for folder in (self.path, *sorted(self.checkpoints.glob("step-*"), reverse=True)):
+            try:
+                return parse((folder / name).read_text("utf8"))
+            except FileNotFoundError:
+                problem = problem or f"{name} is missing"
+            except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+                problem = problem or f"{name} is damaged ({error})"
+        raise CheckpointError(f"{self.path} is not a run directory that can be used: {problem}.")
 
     def _write(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.tmp"
@@ -169,4 +174,12 @@ class RunDirectory:
             temporary.write_text(text, "utf8")
             temporary.replace(self.path / name)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise CheckpointError(f"Cannot write {self.path / name}: {error.strerror}.") from error
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("it is not a JSON object")
+    return values

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from electra_ds.config.recipe import Recipe, read_recipe_values, recipe_keys, validate_recipe
+from electra_ds.config.recipe import Recipe, load_yaml, read_recipe_values, recipe_keys, validate_recipe
 from electra_ds.errors import ConfigError
-
-# YAML 1.1 reads 5e-4 as a string, since it wants a dot in a float.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def parse_value(text: str) -> Any:
-    """A scalar as YAML reads it, with `5e-4` and `1e6` as numbers."""
-    if _NUMBER.fullmatch(text):
-        number = float(text)
-        return int(number) if number.is_integer() and "." not in text else number
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Cannot read the value {text!r}: {error}") from error
+    """A scalar as a recipe file would read it. Raises ConfigError."""
+    return load_yaml(text, f"The value {text!r}")
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

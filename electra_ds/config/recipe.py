@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,35 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from electra_ds.errors import ConfigError
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-4 as a string, since it wants a dot in a float; here it is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str, what: str) -> Any:
+    """Parse YAML; ConfigError names `what` cannot be read."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{what} is not valid YAML: {error}") from error
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, values: Any) -> Any:
+        """pydantic would take `yes`, which YAML reads as true, for 1."""
+        if isinstance(values, dict):
+            for name, field in cls.model_fields.items():
+                if isinstance(values.get(name), bool) and field.annotation in (int, float):
+                    raise ValueError(f"{name} must be a number, not {values[name]}")
+        return values
 
 
 class TokenizerSection(Section):
@@ -176,17 +204,17 @@ def read_recipe_values(name_or_path: str) -> dict[str, Any]:
     if name_or_path in recipe_names():
         text = (importlib.resources.files("electra_ds") / "recipes" / f"{name_or_path}.yaml").read_text("utf8")
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text("utf8")
+        try:
+            text = Path(name_or_path).read_text("utf8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"Cannot read the recipe {name_or_path}: {error}") from error
     else:
         near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ConfigError(
             f"There is no recipe '{name_or_path}': neither a file nor one of {', '.join(recipe_names())}.{hint}"
         )
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Recipe {name_or_path} is not valid YAML: {error}") from error
+    values = load_yaml(text, f"Recipe {name_or_path}")
     if not isinstance(values, dict):
         raise ConfigError(f"Recipe {name_or_path} must be a mapping of sections, not {type(values).__name__}.")
     return values

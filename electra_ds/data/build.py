@@ -7,10 +7,11 @@ on. When all are there they are joined and the folder is renamed: a store is com
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.process
 import fcntl
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ def build_store(
     tokenizer: a finished one, or the recipe's section from which to train one on this corpus. Raises
     DataError for a bad corpus, for another store at `out`, and for a full disk; finished shards are kept.
     """
+    out = Path(os.path.abspath(out))  # a name even where "." was given
     partial = out.with_name(out.name + ".partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,11 @@ def build_store(
             shards, corpus_fingerprint = _tokenise(corpus, trained, partial, workers, progress)
             _join(shards, trained, corpus, corpus_fingerprint, partial)
             partial.rename(out)
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise DataError(
+            f"A worker process was killed, perhaps for want of memory. What is finished is kept in {partial}; "
+            f"run the same command again, with fewer --workers."
+        ) from error
     except OSError as error:
         raise DataError(
             f"Cannot write the token store {out}: {error.strerror or error}. What is finished is kept in {partial}; "
@@ -66,21 +73,31 @@ def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) 
         for document in corpus.documents():
             _update(digest, document)
         if store.info.corpus_fingerprint != digest.hexdigest():
-            raise DataError(f"{out} holds other text ({store.info.corpus}). Give another folder, or delete it first.")
+            raise DataError(
+                f"{out} holds other text than {corpus.description} gives now. Delete it, or choose another."
+            )
     same_tokenizer = (
         tokenizer.fingerprint == store.info.tokenizer_fingerprint
         if isinstance(tokenizer, Tokenizer)
-        else trained_section(out) == tokenizer
+        else trained_from(out) == tokenizer
     )
     if not same_tokenizer:
-        raise DataError(f"{out} was made with another tokenizer. Give another folder, or delete it first.")
+        raise DataError(f"{out} was made with another tokenizer. Delete it, or choose another.")
     return store
 
 
-def trained_section(folder: Path) -> TokenizerSection | None:
-    """The section that the tokenizer in this store was trained from, None where it was given."""
-    marker = folder / "tokenizer" / _TRAINED_FROM
-    return TokenizerSection.model_validate_json(marker.read_text("utf8")) if marker.is_file() else None
+def trained_from(folder: Path, corpus: Corpus | None = None) -> TokenizerSection | None:
+    """The section that this folder's tokenizer was trained from, on the given corpus where one is given.
+
+    None where the tokenizer was not trained here, or was trained on another corpus.
+    """
+    try:
+        marker = json.loads((folder / "tokenizer" / _TRAINED_FROM).read_text("utf8"))
+        if corpus is not None and marker["corpus_signature"] != corpus.signature():
+            return None
+        return TokenizerSection(**marker["section"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off by a kill or a full disk
+        return None
 
 
 @contextmanager
@@ -104,14 +121,16 @@ def _trained(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: P
     """The tokenizer to use: the given one, the one that an interrupted build had finished, or a new one."""
     folder = partial / "tokenizer"
     if isinstance(tokenizer, TokenizerSection):
-        if trained_section(partial) == tokenizer:
+        if trained_from(partial, corpus) == tokenizer:
             return load_tokenizer(folder)
         task = progress.add_task(f"training {tokenizer.kind} tokenizer", total=corpus.num_bytes, note="")
         documents = corpus.documents(lambda num_bytes: progress.advance(task, num_bytes))
         trained = train_tokenizer(itertools.chain.from_iterable(documents), tokenizer)
         progress.update(task, total=1, completed=1, note=f"{trained.vocab_size:,} pieces")
+        (folder / _TRAINED_FROM).unlink(missing_ok=True)
         trained.save(folder)
-        (folder / _TRAINED_FROM).write_text(tokenizer.model_dump_json(), "utf8")
+        marker = {"section": tokenizer.model_dump(), "corpus_signature": corpus.signature()}
+        (folder / _TRAINED_FROM).write_text(json.dumps(marker), "utf8")
         return load_tokenizer(folder)
     (folder / _TRAINED_FROM).unlink(missing_ok=True)
     tokenizer.save(folder)

@@ -2,7 +2,8 @@
 
 Every machine that can run electra_ds has some megabytes of English on its disk: `pydoc_data` and the
 docstrings of the standard library and of a few documented packages. They are read with `ast` (nothing is
-imported), one document per module, in sorted order, each docstring once.
+imported), one document per module, in sorted order, each paragraph once: libraries repeat their parameters'
+descriptions from class to class, and held-out text must not stand in the training text.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import re
 import sysconfig
 import warnings
 from pathlib import Path
@@ -22,6 +24,7 @@ from electra_ds.errors import DataError
 
 PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn", "torch", "transformers")
 _SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+_PARAGRAPHS = re.compile(r"\n\s*\n")
 _SHORTEST_DOCSTRING_CHARS = 80
 
 
@@ -36,9 +39,9 @@ def builtin_documents() -> list[list[str]]:
     documents = []
     with worker_pool(min(os.cpu_count() or 1, 8)) as pool:
         for texts in pool.map(_documentation_of, paths, chunksize=64):
-            lines = [line for text in texts if _is_new(text, seen) for line in text.splitlines() if line.strip()]
-            if lines:
-                documents.append([line.strip() for line in lines])
+            new = [paragraph for text in texts for paragraph in _PARAGRAPHS.split(text) if _is_new(paragraph, seen)]
+            if lines := [line.strip() for paragraph in new for line in paragraph.splitlines() if line.strip()]:
+                documents.append(lines)
     if not documents:
         raise DataError("This Python carries no documentation text to train on. Give a corpus with --corpus PATH.")
     return documents

@@ -43,7 +43,10 @@ class Corpus:
     def signature(self) -> str:
         """Changes when a file is added, removed or written: a cheap sign that a store is still of this corpus."""
         files = builtin_sources() if self.builtin else self.files
-        stats = [(str(path.resolve()), path.stat()) for path in files]
+        try:
+            stats = [(str(path.resolve()), path.stat()) for path in files]
+        except OSError as error:
+            raise DataError(f"Cannot read {error.filename}: {error.strerror}.") from error
         listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         return hashlib.sha256(repr((self.boundary, self.text_key, listing)).encode()).hexdigest()
 
@@ -56,12 +59,12 @@ class Corpus:
             yield from builtin_documents()
             return
         for path in self.files:
-            for document in self._file_documents(path, _decoded_lines(path, progress)):
+            for document in self._file_documents(path, _lines(path, progress)):
                 if document:
                     yield document
 
     def _file_documents(self, path: Path, lines: Iterator[str]) -> Iterator[list[str]]:
-        if path.suffix in _JSON_SUFFIXES:
+        if path.suffix.lower() in _JSON_SUFFIXES:
             return _json_documents(path, lines, self.text_key)
         first = next((line for line in lines if line), None)
         if first is None:
@@ -89,9 +92,10 @@ def open_corpus(paths: Iterable[str | Path], boundary: Boundary = "file", text_k
             files += found
         else:
             raise DataError(f"The corpus {path} does not exist.")
-    if not any(path.stat().st_size for path in files):
+    corpus = Corpus(tuple(files), boundary, text_key)
+    if not corpus.num_bytes:
         raise DataError(f"The corpus is empty: {', '.join(map(str, paths))}.")
-    return Corpus(tuple(files), boundary, text_key)
+    return corpus
 
 
 def _is_text_file(entry: Path, root: Path) -> bool:
@@ -99,8 +103,10 @@ def _is_text_file(entry: Path, root: Path) -> bool:
     return entry.is_file() and not hidden and entry.suffix.lower() in _TEXT_SUFFIXES | _JSON_SUFFIXES
 
 
-def _decoded_lines(path: Path, progress: Progress) -> Iterator[str]:
-    """Stripped lines; a byte-order mark and any of LF, CRLF, CR as line ends are taken off."""
+def _lines(path: Path, progress: Progress) -> Iterator[str]:
+    """Stripped lines without a byte-order mark. In text every kind of line end counts, in JSON only LF and CRLF,
+    since a JSON string may hold the others."""
+    is_json = path.suffix.lower() in _JSON_SUFFIXES
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
@@ -112,7 +118,7 @@ def _decoded_lines(path: Path, progress: Progress) -> Iterator[str]:
                         f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}). "
                         f"Convert it, for instance with: iconv -f latin1 -t utf-8"
                     ) from error
-                for line in text.splitlines() or [""]:
+                for line in [text] if is_json else text.splitlines() or [""]:
                     yield line.strip()
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
@@ -152,4 +158,5 @@ def _json_documents(path: Path, lines: Iterator[str], text_key: str) -> Iterator
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             keys = f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
             raise DataError(f"{path}, line {number}: no text field '{text_key}'; {keys}. Name it with --text-key.")
-        yield [stripped for part in record[text_key].splitlines() if (stripped := part.strip())]
+        text = record[text_key].encode("utf8", "replace").decode("utf8")  # a lone surrogate is no text
+        yield [stripped for part in text.splitlines() if (stripped := part.strip())]

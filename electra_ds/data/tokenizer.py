@@ -62,8 +62,11 @@ class Tokenizer:
         """Ids of each line, without [CLS] and [SEP]."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(lines, add_special_tokens=False)]
 
-    def save(self, folder: Path) -> None:
-        """A folder that `load_tokenizer` and transformers' `AutoTokenizer` both open."""
+    def save(self, folder: Path, model_max_length: int | None = None) -> None:
+        """A folder that `load_tokenizer` and transformers' `AutoTokenizer` both open.
+
+        model_max_length: tokens that the model takes, at which transformers then truncates.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
         config = {
@@ -72,6 +75,7 @@ class Tokenizer:
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
             **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},
+            **({"model_max_length": model_max_length} if model_max_length else {}),
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf8")
 
@@ -98,11 +102,12 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
     return Tokenizer(backend, "trained here")
 
 
-def load_tokenizer(path: Path, *, lowercase: bool = True) -> Tokenizer:
+def load_tokenizer(path: Path, *, lowercase: bool | None = None) -> Tokenizer:
     """A tokenizer from a folder with `tokenizer.json` or `vocab.txt`, or from either file itself.
 
-    `vocab.txt` is a WordPiece vocabulary, one piece a line; `lowercase` says how it was made. Raises
-    DataError where there is none or it lacks a special token.
+    `vocab.txt` is a WordPiece vocabulary, one piece a line; `lowercase` says how it was made, and None leaves it
+    to `do_lower_case` of a `tokenizer_config.json` beside it, or else to the default of BERT, True. Raises DataError
+    where there is no tokenizer or it lacks a special token.
     """
     candidates = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -112,6 +117,11 @@ def load_tokenizer(path: Path, *, lowercase: bool = True) -> Tokenizer:
         if file.suffix == ".json":
             backend = tokenizers.Tokenizer.from_file(str(file))
         else:
+            config = file.with_name("tokenizer_config.json")
+            if lowercase is None:
+                lowercase = (
+                    bool(json.loads(config.read_text("utf8")).get("do_lower_case", True)) if config.is_file() else True
+                )
             backend = _wordpiece(models.WordPiece.from_file(str(file), unk_token="[UNK]"), lowercase)
     except Exception as error:  # tokenizers raises bare Exception
         raise DataError(f"Cannot read the tokenizer {file}: {error}") from error

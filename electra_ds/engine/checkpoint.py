@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class CheckpointFolder:
 
     def paths(self) -> list[Path]:
         """Published checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*"))
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]) -> Path:
         """Publish a checkpoint of `state["step"]` and prune old ones.
@@ -57,7 +57,7 @@ class CheckpointFolder:
         """
         final = self.folder / f"step-{state['step']:08d}"
         if final.exists():
-            return final
+            return final  # published whole by this very step; damaged ones are set aside before training goes on
         temporary = self.folder / f".writing-{final.name}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -102,20 +102,35 @@ class CheckpointFolder:
             path.rename(doomed)  # so that no half-deleted checkpoint ever stands under a real name
             shutil.rmtree(doomed)
 
-    def load_latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that is whole, and a warning for each newer one that is not.
+    def load_latest(self) -> tuple[Checkpoint | None, dict[Path, CheckpointError]]:
+        """The newest checkpoint that is whole, and what is wrong with each newer one.
 
         None where no checkpoint was ever published. Raises CheckpointError where every one is damaged.
         """
-        warnings: list[str] = []
+        damaged: dict[Path, CheckpointError] = {}
         for path in reversed(self.paths()):
             try:
-                return load_checkpoint(path), warnings
+                return load_checkpoint(path), damaged
             except CheckpointError as error:
-                warnings.append(f"{error} Falling back to the one before.")
-        if warnings:
-            raise CheckpointError("No checkpoint of this run is whole:\n  " + "\n  ".join(warnings))
-        return None, []
+                damaged[path] = error
+        if damaged:
+            raise CheckpointError("No checkpoint of this run is whole:\n  " + "\n  ".join(map(str, damaged.values())))
+        return None, {}
+
+    def tidy(self, damaged: Iterable[Path]) -> None:
+        """Set damaged checkpoints aside as `damaged-…`, and remove what killed saves and prunings left.
+
+        For the process that holds the run. Raises CheckpointError where the folder cannot be written.
+        """
+        try:
+            for path in damaged:
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            for leftover in (*self.folder.glob(".writing-*"), *self.folder.glob(".pruning-*")):
+                shutil.rmtree(leftover)
+        except OSError as error:
+            raise CheckpointError(f"Cannot tidy {self.folder}: {error}.") from error
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -136,18 +151,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def verify_checkpoint(path: Path) -> None:
     """Raises CheckpointError unless every file has the size and hash that the manifest gives."""
     try:
-        files: dict[str, dict[str, Any]] = json.loads((path / "manifest.json").read_text("utf8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The checkpoint {path} has no readable manifest.json.") from error
-    for name, expected in files.items():
+        listed = json.loads((path / "manifest.json").read_text("utf8"))["files"].items()
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json cannot be read.") from error
+    for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
+        if name not in files:
+            raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json does not list {name}.")
+    for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"The checkpoint {path} is damaged: {name} is missing.")
-        if file.stat().st_size != expected["bytes"]:
+        if file.stat().st_size != size:
             raise CheckpointError(
-                f"The checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {expected['bytes']}."
+                f"The checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {size}."
             )
-        if _sha256(file) != expected["sha256"]:
+        if _sha256(file) != digest:
             raise CheckpointError(f"The checkpoint {path} is damaged: the content of {name} has changed.")
 
 

@@ -9,6 +9,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
@@ -32,7 +33,7 @@ class DeepSpeedEngine:
         self.recipe = recipe
         self.plan = plan
         self.device = device
-        check_precision(plan, device)
+        check_plan(plan, device, "the DeepSpeed JSON")
         model.autocast_dtype = _AUTOCAST.get(plan.precision.name)
         model.to(device=device, dtype=_WEIGHTS.get(plan.precision.name, torch.float32))
         self.optimizer = MasterAdamW(model.named_parameters(), recipe.optimizer, plan.precision.loss_scaling)
@@ -72,11 +73,18 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
 
-def check_precision(plan: DeepSpeedPlan, device: torch.device) -> None:
-    """ConfigError where the device cannot train in the plan's precision."""
+def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str) -> None:
+    """ConfigError where the device cannot train in the plan's precision, or DeepSpeed refuses the JSON."""
     name = plan.precision.name
     if name == "fp16" and device.type == "cpu" and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             "fp16 needs a GPU, and this machine has none that torch can use. "
             "On a CPU take ds_configs/cpu.json, or bf16 in its place."
         )
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(f"{runtime.device_name(device)} has no bf16. Use fp16, as in ds_configs/gtx1060-6gb.json.")
+    for document in (plan.document, plan.engine_config()):
+        try:
+            DeepSpeedConfig(document)
+        except Exception as error:  # pydantic's, its own and plain assertions
+            raise ConfigError(f"DeepSpeed refuses {source}: {error}") from error

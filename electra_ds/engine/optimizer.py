@@ -139,6 +139,7 @@ class MasterAdamW(torch.optim.Optimizer):
             "taken_steps": self.taken_steps,
             "skipped_steps": self.skipped_steps.item(),
             "consecutive_skips": self.consecutive_skips.item(),
+            "is_scaled": float(self.scaling is not NO_SCALING),
             "loss_scale": self.loss_scale.item(),
             "good_steps": self._good_steps.item(),
             "hysteresis_left": self._hysteresis_left.item(),
@@ -158,7 +159,7 @@ class MasterAdamW(torch.optim.Optimizer):
             self._inner.state[master]["step"].fill_(counters["taken_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
         self.consecutive_skips.fill_(counters["consecutive_skips"])
-        if self.scaling.is_dynamic and counters["loss_scale"] != NO_SCALING.initial_scale:
+        if self.scaling.is_dynamic and counters["is_scaled"]:
             self.loss_scale.fill_(counters["loss_scale"])
             self._good_steps.fill_(counters["good_steps"])
             self._hysteresis_left.fill_(counters["hysteresis_left"])

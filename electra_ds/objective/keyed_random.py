@@ -34,21 +34,29 @@ def generator(*parts: int) -> np.random.Generator:
 
 
 def column_keys(columns: int) -> torch.Tensor:
-    """int32 [columns]: the fixed hash of each column, such as a vocabulary id. Make it once and keep it."""
-    return torch.from_numpy(hash64(np.arange(columns), 0xC01).astype(np.uint32).view(np.int32))
+    """int32 [columns]: the fixed hash of each column, such as a vocabulary id. Make it once and keep it.
+
+    The 32-bit finaliser of MurmurHash3, which is a bijection: two columns with one key would share their noise
+    in every row, and the less likely of the two could never be drawn.
+    """
+    bits = np.arange(columns, dtype=np.uint32)
+    with np.errstate(over="ignore"):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    return torch.from_numpy((bits ^ (bits >> np.uint32(16))).view(np.int32))
 
 
 def exponential_noise(row_keys: torch.Tensor, column_keys: torch.Tensor) -> torch.Tensor:
     """float32 [rows, columns] of Exp(1) variates, each a function of its row's and column's key alone.
 
-    row_keys, column_keys: int32 hashes on one device. The two are combined and mixed as in the 32-bit
-    finaliser of MurmurHash3; 31 bits become a uniform v whose resolution near 0 is 2^-31, and -log1p(-v)
+    row_keys, column_keys: int32 hashes on one device. The two are combined and mixed by two rounds of
+    multiplying and shifting; 31 bits become a uniform v whose resolution near 0 is 2^-31, and -log1p(-v)
     keeps that resolution in the small values, which are the ones that win a race.
     """
     bits = row_keys[:, None] ^ column_keys[None, :]
     bits.mul_(-2048144789)  # 0x85EBCA6B
-    bits.bitwise_xor_(bits >> 13)
+    bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF))  # torch shifts the sign in; this takes it out
     bits.mul_(-1028477387)  # 0xC2B2AE35
-    bits.bitwise_xor_(bits >> 16)
-    uniform = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
+    bits.bitwise_xor_(bits >> 16)  # with the sign shifted in, the result is never negative
+    uniform = bits.float().add_(0.5).mul_(2.0**-31)
     return uniform.neg_().log1p_().neg_()

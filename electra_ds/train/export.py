@@ -28,11 +28,11 @@ def load_trained(run_or_checkpoint: Path) -> tuple[Electra, Tokenizer, Recipe, d
     if (run_or_checkpoint / "manifest.json").is_file():
         checkpoint = load_checkpoint(run_or_checkpoint)
     elif (run_or_checkpoint / "run.json").is_file():
-        newest, warnings = CheckpointFolder(run_or_checkpoint / "checkpoints", keep=1).load_latest()
+        newest, damaged = CheckpointFolder(run_or_checkpoint / "checkpoints", keep=1).load_latest()
         if newest is None:
             raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
-        for warning in warnings:
-            print(f"Warning: {warning}")
+        for problem in damaged.values():
+            print(f"Warning: {problem} Taking the one before.")
         checkpoint = newest
     else:
         raise CheckpointError(f"{run_or_checkpoint} is neither a run directory nor a checkpoint.")
@@ -52,7 +52,9 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
 
     Raises CheckpointError where there is nothing to export, or `out` already holds something.
     """
-    out = out or run_or_checkpoint / "export"
+    is_checkpoint = (run_or_checkpoint / "manifest.json").is_file()
+    run = run_or_checkpoint.parent.parent if is_checkpoint else run_or_checkpoint
+    out = out or run / "export"
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
     model, tokenizer, recipe, state = load_trained(run_or_checkpoint)
@@ -63,8 +65,8 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     try:
         for name, exported in (("generator", generator), ("discriminator", discriminator)):
             exported.save_pretrained(partial / name)
-            tokenizer.save(partial / name)
-            (partial / name / "README.md").write_text(_model_card(name, recipe, state, run_or_checkpoint), "utf8")
+            tokenizer.save(partial / name, recipe.model.max_position_embeddings)
+            (partial / name / "README.md").write_text(_model_card(name, recipe, state, run), "utf8")
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -104,7 +106,8 @@ tags:
 # ELECTRA {part}, recipe {recipe.name}
 
 This model {used_for[part]}. It was pretrained with electra_ds for {state["step"]:,} of
-{recipe.schedule.total_steps:,} steps on {state["tokens"]:,} tokens.
+{recipe.schedule.total_steps:,} steps on {state["tokens"]:,} tokens,
+in sequences of {recipe.data.sequence_length} tokens: positions beyond that were never trained.
 
 ```python
 from transformers import AutoTokenizer, {classes[part]}

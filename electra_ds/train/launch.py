@@ -13,9 +13,10 @@ from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
 from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings
 from electra_ds.config.recipe import Recipe
+from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.engine import check_precision
+from electra_ds.engine.engine import check_plan
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.model.electra import Electra
 from electra_ds.train.pretrain import PretrainJob
@@ -57,7 +58,7 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory) -> DeepSpeedPl
 def _resolved(values: dict[str, Any], source: str, recipe: Recipe) -> DeepSpeedPlan:
     device = runtime.device()
     plan = resolve(values, recipe, world_size=runtime.world_size(), on_cpu=device.type == "cpu", source=source)
-    check_precision(plan, device)
+    check_plan(plan, device, source)
     return plan
 
 
@@ -83,6 +84,7 @@ def prepare_new(
 
 def open_run(path: Path) -> RunDirectory:
     """A run to go on with. Raises CheckpointError where there is none, or it is finished."""
+    runtime.world_size()
     run = RunDirectory(path)
     run.read_record()
     if run.verdict() == "done":
@@ -140,6 +142,11 @@ def announce(job: PretrainJob, console: Console) -> None:
         f"run directory: {job.run.path}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if trained_from(job.store.path) != recipe.tokenizer:
+        console.print(
+            f"[yellow]Note:[/] the store has a tokenizer of its own, {info.vocab_size:,} pieces, not the recipe's.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:
         console.print(

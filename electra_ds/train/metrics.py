@@ -120,7 +120,9 @@ def unigram_nats(store: TokenStore, split: Split) -> np.ndarray:
     """float64 [vocab]: -log of each token's share of the training text, counts plus one."""
     size = store.tokenizer.vocab_size
     stop = min(len(store.tokens), _UNIGRAM_TOKENS)
-    counts = np.ones(size) + np.bincount(store.tokens[:stop], minlength=size)
+    counts = np.ones(size)
+    for first in range(0, stop, 1 << 20):  # bincount widens what it is given to eight bytes a token
+        counts += np.bincount(store.tokens[first : min(first + (1 << 20), stop)], minlength=size)
     for first, last in zip(split.holdout.starts, split.holdout.stops, strict=True):
         if last <= stop:
             counts -= np.bincount(store.tokens[first:last], minlength=size)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
@@ -21,13 +23,15 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.checkpoint import CheckpointFolder
 from electra_ds.engine.engine import DeepSpeedEngine
 from electra_ds.engine.step import StepResult
-from electra_ds.errors import CheckpointError, InterruptedBySignalError, TrainingError
+from electra_ds.errors import CheckpointError, ConfigError, InterruptedBySignalError, TrainingError
 from electra_ds.model.electra import Electra
 from electra_ds.train.metrics import Evaluation, Evaluator
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay
 
 # Steps in a row without a finite gradient, beyond those that a loss scale may need to come down.
 _HOPELESS_SKIPS = 20
+# However rarely a run logs, its losses are read back and its gradients looked at this often.
+_LOOK_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,17 @@ def pretrain(job: PretrainJob, console: Console) -> PretrainResult:
     Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError where gradients stay
     non-finite, CheckpointError where the disk is full. The caller holds the run's lock.
     """
-    with runtime.process_group(), runtime.StopSignal() as stop_signal:
-        loop = _Loop(job, console)
+    with runtime.process_group(), runtime.StopSignal() as stop_signal, contextlib.ExitStack() as stack:
         try:
+            loop = _Loop(job, console)
+            stack.callback(loop.close)
             return loop.run(stop_signal)
-        except (CheckpointError, TrainingError) as error:
-            job.run.write_verdict("failed", step=loop.step, reason=str(error))
+        except InterruptedBySignalError:
             raise
-        finally:
-            loop.close()
+        except Exception as error:
+            with contextlib.suppress(CheckpointError):  # the disk may be full
+                job.run.write_verdict("failed", reason=str(error) or repr(error))
+            raise
 
 
 class _Loop:
@@ -82,15 +88,18 @@ class _Loop:
         }
         self.step = self.tokens = 0
         self._resume()
+        if self.step > job.stop_at:
+            raise ConfigError(f"The run is at step {self.step} already, beyond --stop-at {job.stop_at}.")
         self.metrics = MetricsFile(job.run.metrics, self.step)
         self._unread: deque[tuple[int, StepResult]] = deque()
         self._clock = time.monotonic()
         self._clock_tokens = self.tokens
 
     def _resume(self) -> None:
-        checkpoint, warnings = self.checkpoints.load_latest()
-        for warning in warnings:
-            self.console.print(f"[yellow]Warning:[/] {warning}", highlight=False, soft_wrap=True)
+        checkpoint, damaged = self.checkpoints.load_latest()
+        for problem in damaged.values():
+            self.console.print(f"[yellow]Warning:[/] {problem} Falling back to the one before.", soft_wrap=True)
+        self.checkpoints.tidy(damaged)
         if checkpoint is None:
             return
         self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
@@ -105,7 +114,7 @@ class _Loop:
                 self._unread.append((step + 1, self.engine.train_step(batch, step)))
                 self.step = step + 1
                 self.tokens += batch.num_tokens
-                if self.step % settings.log_every == 0 or self.step == job.stop_at:
+                if self.step % min(settings.log_every, _LOOK_EVERY) == 0 or self.step == job.stop_at:
                     self._log(display)
                 if self.step % settings.eval_every == 0 and self.step < job.stop_at:
                     self._evaluate(display)
@@ -136,16 +145,20 @@ class _Loop:
         tokens_per_s = (self.tokens - self._clock_tokens) / max(now - self._clock, 1e-9)
         self._clock, self._clock_tokens = now, self.tokens
         loss_scale, skipped = optimizer.loss_scale.item(), int(optimizer.skipped_steps.item())
-        values: dict[str, float | None] = {}
-        while self._unread:
-            step, result = self._unread.popleft()
-            values = {name: _finite(tensor.item()) for name, tensor in result._asdict().items()}
-            extra = {"skipped_steps": skipped, "loss_scale": loss_scale, "tokens_per_s": round(tokens_per_s)}
-            self.metrics.write("train", step, values | (extra if not self._unread else {}))
+        values = self._write_unread(skipped_steps=skipped, loss_scale=loss_scale, tokens_per_s=round(tokens_per_s))
         generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
         numbers = f"generator {_shown(generator)}  discriminator {_shown(discriminator)}  {tokens_per_s:,.0f} tokens/s"
         display.update(self.step, numbers + (f"  skipped {skipped}" if skipped else ""))
         self._check_progress(int(optimizer.consecutive_skips.item()))
+
+    def _write_unread(self, **extra: float) -> dict[str, float | None]:
+        """Write a line for each step whose losses are still on the device; returns the last one's values."""
+        values: dict[str, float | None] = {}
+        while self._unread:
+            step, result = self._unread.popleft()
+            values = {name: _finite(tensor.item()) for name, tensor in result._asdict().items()}
+            self.metrics.write("train", step, values | (extra if not self._unread else {}))
+        return values
 
     def _check_progress(self, consecutive_skips: int) -> None:
         scaling = self.job.plan.precision.loss_scaling
@@ -173,8 +186,9 @@ class _Loop:
         self._clock += time.monotonic() - started
         return evaluation
 
-    def _save(self) -> object:
+    def _save(self) -> Path:
         started = time.monotonic()
+        self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
         optimizer = self.engine.optimizer
         state = {
             "step": self.step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -21,12 +22,15 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         """Lines after `resume_step`, which a killed run wrote beyond its last checkpoint, are dropped."""
-        if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf8")
-            temporary.replace(path)
-        self._file = path.open("a", encoding="utf8", buffering=1)
+        try:
+            if path.exists():
+                kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf8")
+                temporary.replace(path)
+            self._file = path.open("a", encoding="utf8", buffering=1)
+        except OSError as error:
+            raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Raises CheckpointError where the disk is full."""
@@ -36,16 +40,18 @@ class MetricsFile:
             raise CheckpointError(f"Cannot write {self._file.name}: {error.strerror}.") from error
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # the line that did not fit was reported when it was written
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every whole line; the last one may have been cut by a kill."""
     lines = []
-    for line in path.read_text("utf8").splitlines():
+    for line in path.read_text("utf8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            values = json.loads(line)
+            lines.append(values | {"step": int(values["step"]), "kind": str(values["kind"])})
+        except (ValueError, KeyError, TypeError):
             break
     return lines
 
