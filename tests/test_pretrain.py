@@ -342,23 +342,23 @@ def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_last_good_chec
     with directory.locked():
         job = launch.prepare_new(options, recipe, launch.plan_new(options, recipe, directory), store, directory)
         loop = pretrain._Loop(job, Console(file=open(os.devnull, "w")))  # noqa: SIM115
-        build = loop.builder.build
+        train_step = loop.engine.train_step
 
-        def poisoned(step: int, batch_size: int | None = None) -> Any:
+        def poisoned(batch: Any, step: int) -> Any:
             if step == 10:
+                weight = loop.engine.module.discriminator_head.dense.weight
                 with torch.no_grad():
-                    weight = loop.engine.module.discriminator_head.dense.weight
                     for tensor in (weight, loop.engine.optimizer.masters[weight]):
                         tensor[0, 0] = float("nan")
-            return build(step, batch_size)
+            return train_step(batch, step)
 
-        loop.builder.build = poisoned  # type: ignore[method-assign]
+        loop.engine.train_step = poisoned  # type: ignore[method-assign]
         with pytest.raises(
             TrainingError, match=r"not been finite for \d+ steps.*last good checkpoint is .*step-000000"
         ):
             loop.run(pretrain.runtime.StopSignal())
         loop.close()
-    assert loop.engine.optimizer.taken_steps <= 12  # two batches are built ahead
+    assert loop.engine.optimizer.taken_steps == 10
     lines = (directory.metrics).read_text()
     assert "NaN" not in lines  # JSON has none
     assert '"loss": null' in lines
