@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -156,6 +157,9 @@ def _positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and turn our errors into one message and an exit status (2; 128 + N after signal N)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without → must not end a run
     options = build_parser().parse_args(arguments)
     try:
         options.handler(options)

@@ -225,13 +225,22 @@ def test_the_whole_path_from_text_to_transformers(corpus_folder: Path, tmp_path:
     card = (folder / "discriminator" / "README.md").read_text("utf8")
     assert "discriminator_auc" in card
     assert "recipe tiny" in card
+    (tmp_path / "file").touch()
+    run("export", "run", "--out", "file", status=2, cwd=tmp_path)
     refused = run("export", "run", status=2, cwd=tmp_path)
     assert "already exists" in refused.stderr
 
 
 def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path: Path) -> None:
-    """Without a compiler or ninja on the PATH, and with an empty folder for torch's extensions."""
-    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    """Without a compiler or ninja on the PATH, with an empty folder for torch's extensions, on an ASCII terminal."""
+    environment = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PATH": str(tmp_path),
+        "HOME": str(tmp_path),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+    }
     arguments = start_arguments(store, tmp_path / "run", "schedule.total_steps=5", "schedule.warmup_steps=1")
     result = run("pretrain", *arguments, env=environment)
     assert result.stderr == ""

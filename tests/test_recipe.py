@@ -73,7 +73,9 @@ def test_every_problem_is_in_one_message() -> None:
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("override", ["global_batch_size=yes", "optimizer.epsilon=.inf", "seed=1e400", "seed=-1"])
+@pytest.mark.parametrize(
+    "override", ["global_batch_size=yes", "optimizer.epsilon=.inf", "seed=1e400", "seed=-1", "name=../x"]
+)
 def test_what_is_no_number_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         load_recipe("tiny", [override])

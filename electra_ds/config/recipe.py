@@ -168,7 +168,8 @@ class ScheduleSection(Section):
 
 
 class Recipe(Section):
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    """Names the run directory."""
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides weights, data order, masks, samples and dropout."""

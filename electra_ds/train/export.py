@@ -55,7 +55,7 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     is_checkpoint = (run_or_checkpoint / "manifest.json").is_file()
     run = run_or_checkpoint.parent.parent if is_checkpoint else run_or_checkpoint
     out = out or run / "export"
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
     model, tokenizer, recipe, state = load_trained(run_or_checkpoint)
     generator, discriminator = to_transformers(model)
