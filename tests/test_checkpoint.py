@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,9 @@ def test_a_folder_that_was_never_published_does_not_count(tmp_path: Path) -> Non
     for leftover in (".writing-step-00000011", ".pruning-step-00000002"):
         (tmp_path / leftover).mkdir()
     (tmp_path / "step-notes.txt").write_text("mine")
+    shutil.copytree(tmp_path / "step-00000009", tmp_path / "step-backup")
     folder.tidy([])
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000009", "step-notes.txt"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000009", "step-backup", "step-notes.txt"]
     assert folder.paths() == [tmp_path / "step-00000009"]
 
 

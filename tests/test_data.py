@@ -79,6 +79,8 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_p
         ("a.jsonl", b'{"body": "x"}\n', r"no text field 'text'; its keys are body"),
         ("a.jsonl", b"[1]\n", "it is not an object"),
         ("a.txt", b"", "is empty"),
+        ("a.txt", "text".encode("utf-16"), "compressed or UTF-16"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ],
 )
 def test_a_broken_corpus_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -315,6 +315,16 @@ def test_a_store_that_is_not_the_runs_own_is_refused(store: TokenStore, straight
     assert "is not the one that" in result.stderr
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(straight: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("recipe.yaml", "deepspeed.json", "run.json", "metrics.jsonl"):
+        (copy / name).write_text((straight / name).read_text())
+    result = run("pretrain", "--resume", str(copy), status=2)
+    assert "its checkpoints are gone" in result.stderr
+    assert (copy / "metrics.jsonl").read_text() == (straight / "metrics.jsonl").read_text()
+
+
 @pytest.mark.slow
 def test_a_full_disk_in_a_run_is_a_clear_error_and_the_run_goes_on_when_there_is_room(
     store: TokenStore, straight: Path, tmp_path: Path
@@ -415,6 +425,12 @@ def test_metrics_beyond_the_resumed_step_and_a_cut_line_are_dropped(tmp_path: Pa
     second.write("train", 4, {"loss": 4.0})
     second.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 4.0)]
+
+
+def test_one_damaged_line_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\ngarbage\n[1]\n{}\n{"kind": "train", "step": 2}\n')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
 
 
 def test_sample_sentences_mark_exactly_what_was_replaced(store: TokenStore) -> None:

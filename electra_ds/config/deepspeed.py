@@ -182,6 +182,8 @@ def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
             problems.append(f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
         elif key in HANDED_ON and values[key] != "auto" and type(values[key]) is not HANDED_ON[key]:
             problems.append(f"{key}: {values[key]!r} is not of type {_JSON_TYPES[HANDED_ON[key]]}")
+        elif key == "steps_per_print" and values[key] != "auto" and values[key] < 1:
+            problems.append(f"steps_per_print: {values[key]} is not a positive whole number")
 
 
 _JSON_TYPES = {dict: "object", bool: "boolean", int: "whole number", str: "string"}

@@ -23,6 +23,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 5e-4 as a string, since it wants a dot in a float; here it is a number."""
 
 
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"the key {', '.join(twice)} stands twice (line {node.start_mark.line + 1})")
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -32,7 +42,7 @@ def load_yaml(text: str, what: str) -> Any:
     """Parse YAML; ConfigError names `what` cannot be read."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{what} is not valid YAML: {error}") from error
 
 

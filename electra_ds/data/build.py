@@ -42,6 +42,8 @@ def build_store(
     DataError for a bad corpus, for another store at `out`, and for a full disk; finished shards are kept.
     """
     out = Path(os.path.abspath(out))  # a name even where "." was given
+    if not out.name:
+        raise DataError(f"{out} cannot be a token store. Name a new folder.")
     partial = out.with_name(out.name + ".partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ BUILTIN = "builtin"
 _TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst"}
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 
+_FOREIGN = (b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff", b"\x28\xb5\x2f\xfd", b"BZh", b"PK\x03\x04")
+
 Boundary = Literal["file", "blank-line"]
 Progress = Callable[[int], None]
 
@@ -111,6 +113,8 @@ def _lines(path: Path, progress: Progress) -> Iterator[str]:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 progress(len(raw))
+                if number == 1 and raw.startswith(_FOREIGN):
+                    raise DataError(f"{path} is compressed or UTF-16, not UTF-8 text. Unpack or convert it first.")
                 try:
                     text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -142,7 +146,7 @@ def _wiki_documents(lines: Iterator[str]) -> Iterator[list[str]]:
         if line == "</doc>":
             yield document
             document = []
-        elif line and not (line.startswith("<doc ") and line.endswith(">")):
+        elif line and not line.startswith("<doc "):
             document.append(line)
     yield document
 
@@ -153,8 +157,8 @@ def _json_documents(path: Path, lines: Iterator[str], text_key: str) -> Iterator
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); one object per line.") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); one object per line.") from error
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             keys = f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
             raise DataError(f"{path}, line {number}: no text field '{text_key}'; {keys}. Name it with --text-key.")

@@ -71,8 +71,20 @@ class TokenStore:
                 f"The tokenizer in {path / 'tokenizer'} is not the one that made this token store. "
                 f"Put the original back, or build the store again with bin/build-data."
             )
-        self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
-        self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
+        try:
+            self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
+            self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
+            whole = (
+                len(self.tokens) == self.info.num_tokens
+                and len(self.documents) == self.info.num_documents + 1
+                and self.documents[0] == 0
+                and self.documents[-1] == len(self.tokens)
+                and bool((np.diff(self.documents) > 0).all())
+            )
+        except (ValueError, TypeError, OSError, EOFError):
+            whole = False
+        if not whole:
+            raise DataError(f"The token store {path} is damaged. Delete the folder and build it again.")
 
 
 def _read_info(path: Path) -> StoreInfo:
@@ -88,7 +100,7 @@ def _read_info(path: Path) -> StoreInfo:
             f"{path} is not a finished token store: it has no store.json. Build it with bin/build-data; "
             f"an interrupted build goes on where it stopped."
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{path / 'store.json'} is damaged ({error}). Build the store again.") from error
 
 

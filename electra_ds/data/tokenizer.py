@@ -25,6 +25,12 @@ class Tokenizer:
         missing = [token for token in SPECIAL_TOKENS if backend.token_to_id(token) is None]
         if missing:
             raise DataError(f"The tokenizer {source} lacks {', '.join(missing)}, which ELECTRA needs.")
+        pieces = backend.get_vocab(with_added_tokens=True)
+        if max(pieces.values()) > 2 * len(pieces) + 1000:
+            raise DataError(
+                f"The tokenizer {source} has {len(pieces)} pieces but ids up to {max(pieces.values())}, "
+                f"each of which would need a row in the model. Number its pieces without such gaps."
+            )
         self.backend = backend
         ids = [token_id for token in SPECIAL_TOKENS if (token_id := backend.token_to_id(token)) is not None]
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from electra_ds.errors import CheckpointError
 
 FORMAT = 1
+_NAME = re.compile(r"step-\d{8}")  # a copy that somebody keeps beside them under another name is theirs
 
 
 class Checkpoint(NamedTuple):
@@ -47,7 +49,7 @@ class CheckpointFolder:
 
     def paths(self) -> list[Path]:
         """Published checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+        return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]) -> Path:
         """Publish a checkpoint of `state["step"]` and prune old ones.
@@ -128,7 +130,7 @@ class CheckpointFolder:
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
             for leftover in (*self.folder.glob(".writing-*"), *self.folder.glob(".pruning-*")):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         except OSError as error:
             raise CheckpointError(f"Cannot tidy {self.folder}: {error}.") from error
 
@@ -143,6 +145,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = json.loads((path / "state.json").read_text("utf8"))
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error}.") from error
+    if path.name != f"step-{state['step']:08d}":
+        raise CheckpointError(f"The checkpoint {path} is of step {state['step']}, not what its name says.")
     if state["format"] != FORMAT:
         raise CheckpointError(f"The checkpoint {path} has format {state['format']}; this version reads {FORMAT}.")
     return Checkpoint(path, tensors, state)

@@ -61,7 +61,7 @@ def report_run(run: RunDirectory, console: Console) -> None:
     console.print(
         f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.\n"
         f"As transformers models: bin/export {run.path}",
-        highlight=False, soft_wrap=True,
+        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
 

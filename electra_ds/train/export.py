@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from electra_ds.config.recipe import Recipe, validate_recipe
@@ -70,9 +71,9 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
         if out.exists():
             out.rmdir()
         partial.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"Cannot write the export {out}: {error.strerror or error}.") from error
+        raise CheckpointError(f"Cannot write the export {out}: {error}.") from error
     return (
         f"{out / 'discriminator'}: the encoder to finetune, AutoModel.from_pretrained({str(out / 'discriminator')!r})\n"
         f"{out / 'generator'}: the masked language model, ElectraForMaskedLM.from_pretrained(…)"

@@ -65,7 +65,7 @@ def _resolved(values: dict[str, Any], source: str, recipe: Recipe) -> DeepSpeedP
 def prepare_new(
     options: Options, recipe: Recipe, plan: DeepSpeedPlan, store: TokenStore, run: RunDirectory
 ) -> PretrainJob:
-    """A job for a new run, its record written. Raises DataError where the corpus is too small to hold out from."""
+    """A job for a new run. Raises DataError where the corpus is too small to hold out from."""
     split_holdout(store.documents, recipe.data, recipe.seed)
     model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
     record = RunRecord(
@@ -78,7 +78,6 @@ def prepare_new(
         settings=options.settings(default_settings(recipe.schedule.total_steps)),
         command=sys.argv,
     )
-    run.write_record(recipe, plan, record)
     return PretrainJob(run, recipe, plan, store, record, _stop_at(options, recipe))
 
 
@@ -110,8 +109,6 @@ def prepare_resume(options: Options, run: RunDirectory) -> PretrainJob:
         world_size=runtime.world_size(),
         settings=options.settings(record.settings),
     )
-    run.write_record(recipe, plan, record)
-    run.clear_verdict()
     return PretrainJob(run, recipe, plan, store, record, _stop_at(options, recipe))
 
 
@@ -140,7 +137,7 @@ def announce(job: PretrainJob, console: Console) -> None:
         f"data: {info.num_tokens:,} tokens in {info.num_documents:,} documents ({job.store.path})\n"
         f"{job.record.device}, {job.plan.precision.name}, ZeRO stage 0, micro-batch x accumulation = {job.plan.batch}\n"
         f"run directory: {job.run.path}",
-        highlight=False, soft_wrap=True,
+        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     if trained_from(job.store.path) != recipe.tokenizer:
         console.print(

@@ -16,6 +16,7 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import BatchBuilder, GlobalBatch
 from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
+from electra_ds.errors import DataError
 from electra_ds.model.electra import Electra
 from electra_ds.objective.keyed_random import hash64
 
@@ -122,7 +123,10 @@ def unigram_nats(store: TokenStore, split: Split) -> np.ndarray:
     stop = min(len(store.tokens), _UNIGRAM_TOKENS)
     counts = np.ones(size)
     for first in range(0, stop, 1 << 20):  # bincount widens what it is given to eight bytes a token
-        counts += np.bincount(store.tokens[first : min(first + (1 << 20), stop)], minlength=size)
+        tokens = store.tokens[first : min(first + (1 << 20), stop)]
+        if int(tokens.max()) >= size:
+            raise DataError(f"The token store {store.path} holds id {tokens.max()} of {size}: build it again.")
+        counts += np.bincount(tokens, minlength=size)
     for first, last in zip(split.holdout.starts, split.holdout.stops, strict=True):
         if last <= stop:
             counts -= np.bincount(store.tokens[first:last], minlength=size)

@@ -26,7 +26,7 @@ from electra_ds.engine.step import StepResult
 from electra_ds.errors import CheckpointError, ConfigError, InterruptedBySignalError, TrainingError
 from electra_ds.model.electra import Electra
 from electra_ds.train.metrics import Evaluation, Evaluator
-from electra_ds.train.tracking import MetricsFile, TrainingDisplay
+from electra_ds.train.tracking import MetricsFile, TrainingDisplay, read_metrics
 
 # Steps in a row without a finite gradient, beyond those that a loss scale may need to come down.
 _HOPELESS_SKIPS = 20
@@ -62,6 +62,9 @@ def pretrain(job: PretrainJob, console: Console) -> PretrainResult:
         try:
             loop = _Loop(job, console)
             stack.callback(loop.close)
+            # Only now, since a JSON that DeepSpeed cannot run must not take the place of the one that it could.
+            job.run.write_record(job.recipe, job.plan, job.record)
+            job.run.clear_verdict()
             return loop.run(stop_signal)
         except InterruptedBySignalError:
             raise
@@ -98,13 +101,28 @@ class _Loop:
     def _resume(self) -> None:
         checkpoint, damaged = self.checkpoints.load_latest()
         for problem in damaged.values():
-            self.console.print(f"[yellow]Warning:[/] {problem} Falling back to the one before.", soft_wrap=True)
+            self.console.print(
+                f"[yellow]Warning:[/] {problem} Falling back to the one before.", highlight=False, soft_wrap=True
+            )
         self.checkpoints.tidy(damaged)
         if checkpoint is None:
+            self._check_fresh()
             return
         self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
-        self.console.print(f"Going on from {checkpoint.path}, step {self.step}.", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"Going on from {checkpoint.path}, step {self.step}.", highlight=False, markup=False, soft_wrap=True
+        )
+
+    def _check_fresh(self) -> None:
+        """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
+        metrics = self.job.run.metrics
+        reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
+        if reached > self.settings.save_every:
+            raise CheckpointError(
+                f"The run {self.job.run.path} had reached step {reached}, but its checkpoints are gone. "
+                f"Put them back into {self.checkpoints.folder}, or start a new run."
+            )
 
     def run(self, stop_signal: runtime.StopSignal) -> PretrainResult:
         job, settings = self.job, self.settings

@@ -45,14 +45,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; the last one may have been cut by a kill."""
+    """Every whole line; one may have been cut by a kill."""
     lines = []
     for line in path.read_text("utf8", errors="replace").splitlines():
         try:
             values = json.loads(line)
             lines.append(values | {"step": int(values["step"]), "kind": str(values["kind"])})
         except (ValueError, KeyError, TypeError):
-            break
+            continue
     return lines
 
 
@@ -90,4 +90,4 @@ class TrainingDisplay:
             self.say(f"step {step}/{self.total_steps}  {numbers}  {eta_text}")
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
