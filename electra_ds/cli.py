@@ -82,10 +82,7 @@ def _add_pretrain(commands) -> None:  # type: ignore[no-untyped-def]
     command.set_defaults(handler=_pretrain)
     what = command.add_argument_group("what to train")
     what.add_argument("--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file")
-    what.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override the recipe, e.g. --set schedule.total_steps=5000 model.hidden_size=256",
-    )  # fmt: skip
+    _add_overrides(what, "schedule.total_steps=5000 model.hidden_size=256")
     what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
     _add_corpus_arguments(what, default_note="default: the built-in corpus")
     what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
@@ -107,11 +104,8 @@ def _add_build_data(commands) -> None:  # type: ignore[no-untyped-def]
     command.set_defaults(handler=_build_data)
     _add_corpus_arguments(command, default_note="`builtin` for the built-in corpus", required=True)
     command.add_argument("--out", type=Path, required=True, metavar="STORE", help="folder to make")
-    command.add_argument("--recipe", default="rc2020-small", metavar="NAME|FILE", help="whose tokenizer to train")
-    command.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override the recipe, e.g. --set tokenizer.vocab_size=16000",
-    )  # fmt: skip
+    command.add_argument("--recipe", default=_DEFAULT_RECIPE, metavar="NAME|FILE", help="whose tokenizer to train")
+    _add_overrides(command, "tokenizer.vocab_size=16000")
     command.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
 
 
@@ -130,6 +124,13 @@ def _add_export(commands) -> None:  # type: ignore[no-untyped-def]
     command.set_defaults(handler=_export)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+
+
+def _add_overrides(group, example: str) -> None:  # type: ignore[no-untyped-def]
+    group.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
+        help=f"override the recipe, e.g. --set {example}",
+    )  # fmt: skip
 
 
 def _add_corpus_arguments(group, default_note: str, required: bool = False) -> None:  # type: ignore[no-untyped-def]

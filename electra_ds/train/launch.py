@@ -66,7 +66,7 @@ def prepare_new(
     options: Options, recipe: Recipe, plan: DeepSpeedPlan, store: TokenStore, run: RunDirectory
 ) -> PretrainJob:
     """A job for a new run. Raises DataError where the corpus is too small to hold out from."""
-    split_holdout(store.documents, recipe.data, recipe.seed)
+    split = split_holdout(store.documents, recipe.data, recipe.seed)
     model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
     record = RunRecord(
         store=str(store.path.resolve()),
@@ -78,7 +78,7 @@ def prepare_new(
         settings=options.settings(default_settings(recipe.schedule.total_steps)),
         command=sys.argv,
     )
-    return PretrainJob(run, recipe, plan, store, record, _stop_at(options, recipe))
+    return PretrainJob(run, recipe, plan, store, split, model, record, _stop_at(options, recipe))
 
 
 def open_run(path: Path) -> RunDirectory:
@@ -109,7 +109,9 @@ def prepare_resume(options: Options, run: RunDirectory) -> PretrainJob:
         world_size=runtime.world_size(),
         settings=options.settings(record.settings),
     )
-    return PretrainJob(run, recipe, plan, store, record, _stop_at(options, recipe))
+    split = split_holdout(store.documents, recipe.data, recipe.seed)
+    model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
+    return PretrainJob(run, recipe, plan, store, split, model, record, _stop_at(options, recipe))
 
 
 def _stop_at(options: Options, recipe: Recipe) -> int:
@@ -134,7 +136,8 @@ def announce(job: PretrainJob, console: Console) -> None:
         f"{recipe.name}: discriminator {parameters['discriminator'] / 1e6:.2f} M parameters, generator "
         f"{parameters['generator'] / 1e6:.2f} M more; {recipe.schedule.total_steps:,} steps of "
         f"{recipe.global_batch_size} x {recipe.data.sequence_length} tokens\n"
-        f"data: {info.num_tokens:,} tokens in {info.num_documents:,} documents ({job.store.path})\n"
+        f"data: {info.num_tokens:,} tokens in {info.num_documents:,} documents ({job.store.path}), "
+        f"{job.split.holdout.num_tokens:,} of them held out by {job.split.held_out_by}\n"
         f"{job.record.device}, {job.plan.precision.name}, ZeRO stage 0, micro-batch x accumulation = {job.plan.batch}\n"
         f"run directory: {job.run.path}",
         highlight=False, markup=False, soft_wrap=True,

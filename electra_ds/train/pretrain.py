@@ -9,7 +9,6 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 
@@ -18,14 +17,14 @@ from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.manifest import RunDirectory, RunRecord
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import BatchBuilder, prefetched
-from electra_ds.data.segments import split_holdout
+from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.checkpoint import CheckpointFolder
 from electra_ds.engine.engine import DeepSpeedEngine
 from electra_ds.engine.step import StepResult
 from electra_ds.errors import CheckpointError, ConfigError, InterruptedBySignalError, TrainingError
 from electra_ds.model.electra import Electra
-from electra_ds.train.metrics import Evaluation, Evaluator
+from electra_ds.train.metrics import Evaluator
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay, read_metrics
 
 # Steps in a row without a finite gradient, beyond those that a loss scale may need to come down.
@@ -42,17 +41,15 @@ class PretrainJob:
     recipe: Recipe
     plan: DeepSpeedPlan
     store: TokenStore
+    split: Split
+    model: Electra
+    """Freshly initialised; a checkpoint's weights take their place."""
     record: RunRecord
     stop_at: int
     """Step at which to save and leave; the schedule stays that of the recipe."""
 
 
-class PretrainResult(NamedTuple):
-    step: int
-    evaluation: Evaluation
-
-
-def pretrain(job: PretrainJob, console: Console) -> PretrainResult:
+def pretrain(job: PretrainJob, console: Console) -> None:
     """Train from the newest checkpoint, or from the start, to `job.stop_at`.
 
     Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError where gradients stay
@@ -65,8 +62,8 @@ def pretrain(job: PretrainJob, console: Console) -> PretrainResult:
             # Only now, since a JSON that DeepSpeed cannot run must not take the place of the one that it could.
             job.run.write_record(job.recipe, job.plan, job.record)
             job.run.clear_verdict()
-            return loop.run(stop_signal)
-        except InterruptedBySignalError:
+            loop.run(stop_signal)
+        except (InterruptedBySignalError, ConfigError):  # stopped as asked; refused, with the run as it was
             raise
         except Exception as error:
             with contextlib.suppress(CheckpointError):  # the disk may be full
@@ -80,11 +77,9 @@ class _Loop:
         recipe, plan, store = job.recipe, job.plan, job.store
         self.settings = job.record.settings
         self.device = runtime.device()
-        split = split_holdout(store.documents, recipe.data, recipe.seed)
-        self.builder = BatchBuilder(store, split.train, recipe, recipe.seed)
-        self.evaluator = Evaluator(store, split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size)
-        model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
-        self.engine = DeepSpeedEngine(model, recipe, plan, self.device)
+        self.builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
+        self.evaluator = Evaluator(store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size)
+        self.engine = DeepSpeedEngine(job.model, recipe, plan, self.device)
         self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
         self.record_files = job.run.record_files(recipe, plan, job.record) | {
             "tokenizer.json": store.tokenizer.backend.to_str()
@@ -124,7 +119,7 @@ class _Loop:
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
             )
 
-    def run(self, stop_signal: runtime.StopSignal) -> PretrainResult:
+    def run(self, stop_signal: runtime.StopSignal) -> None:
         job, settings = self.job, self.settings
         total = job.recipe.schedule.total_steps
         with TrainingDisplay(self.console, job.stop_at, self.step) as display:
@@ -142,12 +137,11 @@ class _Loop:
                     self._log(display)
                     raise self._interrupted(stop_signal.received)
             self._save()
-            evaluation = self._evaluate(display)
+            self._evaluate(display)
         if self.step >= total:
             job.run.write_verdict("done", step=self.step)
         else:
             job.run.write_verdict("stopped", step=self.step, reason=f"--stop-at {job.stop_at}")
-        return PretrainResult(self.step, evaluation)
 
     def _interrupted(self, received: signal.Signals) -> InterruptedBySignalError:
         path = self._save()
@@ -192,7 +186,7 @@ class _Loop:
             f"were left as they were, and {last}. Lower optimizer.learning_rate, or use bf16 or fp32 in place of fp16."
         )
 
-    def _evaluate(self, display: TrainingDisplay) -> Evaluation:
+    def _evaluate(self, display: TrainingDisplay) -> None:
         started = time.monotonic()
         evaluation = self.evaluator(self.engine.module, self.device)
         values = {name: _finite(value) for name, value in evaluation._asdict().items()}
@@ -202,7 +196,6 @@ class _Loop:
             f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
         )
         self._clock += time.monotonic() - started
-        return evaluation
 
     def _save(self) -> Path:
         started = time.monotonic()
