@@ -6,9 +6,13 @@ Modules that need torch are imported inside the handlers, so that --help and bad
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
+import os
+import re
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,8 +25,10 @@ from electra_ds.data.build import build_store
 from electra_ds.data.corpus import BUILTIN, open_corpus
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import load_tokenizer
-from electra_ds.errors import ConfigError, ElectraError, InterruptedBySignalError
+from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
+from electra_ds.launcher import detect
 
+_STARTED = time.monotonic()  # what a time limit counts from
 _DEFAULT_RECIPE = "rc2020-small"
 _PRETRAIN_EPILOG = """\
 examples:
@@ -35,7 +41,13 @@ examples:
   bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
       the same run goes on under another DeepSpeed JSON: same batch, schedule, data, masks and samples
 
-Ctrl-C saves a checkpoint at the next step and leaves; a second Ctrl-C leaves at once.
+several GPUs, several nodes:
+  torchrun --nproc_per_node 4 bin/pretrain --ds-config ds_configs/zero1.json
+  deepspeed --num_gpus 4 bin/pretrain --ds-config ds_configs/zero1.json
+  srun --ntasks-per-node 4 --gpus-per-task 1 --kill-on-bad-exit=1 bin/pretrain --ds-config ds_configs/zero1.json
+
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint at the next step and leave; a second one, 5 s later or more, leaves at
+once.
 """
 _BUILD_DATA_EPILOG = """\
 examples:
@@ -86,11 +98,23 @@ def _add_pretrain(commands) -> None:  # type: ignore[no-untyped-def]
     what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
     _add_corpus_arguments(what, default_note="default: the built-in corpus")
     what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
-    command.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    # What the deepspeed launcher adds, and what people who know its scripts give.
+    command.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    command.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     how = command.add_argument_group("how to run it")
-    how.add_argument("--ds-config", type=Path, metavar="JSON", help="DeepSpeed JSON, such as ds_configs/cpu.json")
+    how.add_argument(
+        "--ds-config",
+        "--deepspeed_config",
+        type=Path,
+        metavar="JSON",
+        help="DeepSpeed JSON, such as ds_configs/cpu.json",
+    )
     how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
     how.add_argument("--stop-at", type=_positive, metavar="STEP", help="save and leave at this step of the schedule")
+    how.add_argument(
+        "--time-limit", type=_duration_s, metavar="TIME",
+        help="save and leave after this time, e.g. 90m, 3.5h or 23:55:00, and leave the file `requeue` in the run",
+    )  # fmt: skip
     how.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
     how.add_argument("--log-every", type=_positive, metavar="STEPS", help="default: 10")
     how.add_argument("--eval-every", type=_positive, metavar="STEPS", help="default: a tenth of it, at most 5000")
@@ -156,22 +180,47 @@ def _positive(text: str) -> int:
     return value
 
 
+def _duration_s(text: str) -> float:
+    """Seconds of `90m`, `3.5h`, `2d`, `300s`, or Slurm's `[D-]HH:MM:SS`."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
+        return float(match[1]) * units[match[2]]
+    if match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90m, 3.5h or 23:55:00")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, run, and turn our errors into one message and an exit status (2; 128 + N after signal N)."""
+    """Parse, run, and turn our errors into one message and an exit status (2; 128 + N after signal N).
+
+    What every rank of a node meets alike is said by its first one; what one rank meets, by that rank.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without → must not end a run
-    options = build_parser().parse_args(arguments)
+    try:
+        speaks = detect(os.environ).local_rank == 0
+    except ConfigError as error:
+        sys.exit(f"electra-ds: {error}")
+    with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
+        options = build_parser().parse_args(arguments)
     try:
         options.handler(options)
+    except FailedElsewhereError:
+        sys.exit(2)
     except InterruptedBySignalError as stop:
-        print(stop, file=sys.stderr)
+        if speaks:
+            print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
     except ElectraError as error:
-        print(f"electra-ds {options.command}: {error}", file=sys.stderr)
+        if speaks or error.rank is not None:
+            where = f" (rank {error.rank})" if error.rank else ""
+            print(f"electra-ds {options.command}{where}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        if speaks:
+            print("Interrupted.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -181,26 +230,38 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
+    from electra_ds import runtime
     from electra_ds.report.run_report import report_run
     from electra_ds.train import launch
     from electra_ds.train.pretrain import pretrain
 
-    console = Console()
     wanted = launch.Options(**{name: getattr(options, name) for name in launch.Options.__dataclass_fields__})
-    if recipe is None:
-        run = launch.open_run(options.resume)
-    else:
-        run = RunDirectory(options.run_dir or Path("runs") / f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
-        plan = launch.plan_new(wanted, recipe, run)
-        store = _open_store(options, recipe)
-    with run.locked():
-        if recipe is None:
-            job = launch.prepare_resume(wanted, run)
-        else:
-            job = launch.prepare_new(wanted, recipe, plan, store, run)
+    with runtime.ranks() as ranks, contextlib.ExitStack() as held:
+        console = Console(quiet=not ranks.is_main)
+        run = RunDirectory(ranks.from_main(_run_path(options, recipe)))
+        with ranks.together():
+            plan = launch.plan_new(wanted, recipe, run, ranks) if recipe else launch.plan_resume(wanted, run, ranks)
+        store_path = None
+        with ranks.together():
+            if ranks.is_main:
+                store_path = _open_store(options, recipe).path if recipe else None
+                held.enter_context(run.locked())
+        store_path = ranks.from_main(store_path)
+        with ranks.together():
+            if recipe:
+                job = launch.prepare_new(wanted, recipe, plan, TokenStore(store_path), run, ranks)
+            else:
+                job = launch.prepare_resume(wanted, plan, run, ranks)
         launch.announce(job, console)
-        pretrain(job, console)
-        report_run(run, console)
+        time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
+        if pretrain(job, ranks, console, time_limit) and ranks.is_main:
+            report_run(run, console)
+
+
+def _run_path(options: argparse.Namespace, recipe: Recipe | None) -> Path:
+    default = Path("runs") / f"{recipe.name if recipe else ''}-{datetime.now():%Y%m%d-%H%M%S}"
+    path: Path = options.resume or options.run_dir or default
+    return path
 
 
 def _check_pretrain_arguments(options: argparse.Namespace) -> None:

@@ -4,6 +4,9 @@
 class ElectraError(Exception):
     """Base of every error that is shown as a message, without a traceback."""
 
+    rank: int | None = None
+    """The rank that met it, where others may not have."""
+
 
 class ConfigError(ElectraError):
     """A recipe, an override, a DeepSpeed JSON or a command line that cannot be run."""
@@ -19,6 +22,14 @@ class CheckpointError(ElectraError):
 
 class TrainingError(ElectraError):
     """A run that cannot go on: the losses or gradients are no longer finite."""
+
+
+class FailedElsewhereError(ElectraError):
+    """Another rank failed and says why; this one leaves in silence."""
+
+
+class LostRankError(ElectraError):
+    """The connection to another rank broke: it died, and its own message says of what."""
 
 
 class InterruptedBySignalError(ElectraError):

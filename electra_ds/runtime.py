@@ -1,60 +1,53 @@
-"""The process: device, threads, process group, signals. Nothing is read from the environment but what launchers set."""
+"""The process among its ranks: device, threads, process group, agreement, and the wish to stop."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import distributed
 
-from electra_ds.errors import ConfigError
+from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, LostRankError
+from electra_ds.launcher import Launch, LauncherWatch, detect
+
+# The deepspeed launcher sends SIGINT and SIGTERM together: what comes within this time is the same wish.
+SECOND_SIGNAL_AFTER_S = 5.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A rank that died is noticed at once, by its closed connections. This bounds only the waiting for one that lives,
+# such as rank 0 while it tokenises a corpus.
+_PATIENCE = timedelta(days=7)
+_MEETING_TIMEOUT = timedelta(minutes=10)
 
 
 def device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    if torch.cuda.is_available():
-        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(own)
-        return own
-    return torch.device("cpu")
+    """This rank's GPU, or the CPU where there is none. Raises ConfigError where ranks outnumber the GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, visible = detect(os.environ).local_rank, torch.cuda.device_count()
+    if visible == 1:
+        local_rank = 0  # srun --gpus-per-task shows each rank its own card alone
+    if local_rank >= visible:
+        raise ConfigError(f"Local rank {local_rank} has no GPU: {visible} are visible. Start one process per GPU.")
+    own = torch.device("cuda", local_rank)
+    torch.cuda.set_device(own)
+    return own
 
 
 def device_name(device: torch.device) -> str:
     """For the record: the card's name, or that it is a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
-
-
-def world_size() -> int:
-    """Ranks that the launcher started; 1 without a launcher. Raises ConfigError where there are more."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks != "1":
-        raise ConfigError(f"WORLD_SIZE is {ranks}, but several ranks are not supported yet. Start a single one.")
-    return 1
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """A process group of this one process, without a port."""
-    with warnings.catch_warnings():
-        # DeepSpeed and torch warn about their own deprecated calls; nothing in it is for the user.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
-        started = not distributed.is_initialized()
-        if started:
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            store = distributed.HashStore()  # type: ignore[attr-defined]  # needs no port
-            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts that it is set
-        try:
-            yield
-        finally:
-            if started:
-                distributed.destroy_process_group()
 
 
 def set_threads(threads: int | None) -> int:
@@ -70,23 +63,200 @@ def seed_dropout(*parts: int) -> None:
     torch.manual_seed(int(first) << 31 | int(second) >> 1)
 
 
-class StopSignal:
-    """Turns SIGINT and SIGTERM into a wish to stop at the next step boundary.
+class Ranks:
+    """All ranks of the job. Every method but `is_main` must be called by all of them, in the same order."""
 
-    A second signal of the same kind has the default effect again, so an impatient Ctrl-C still works.
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.rank = launch.rank
+        self.world_size = launch.world_size
+        self.is_main = launch.is_main
+        # On the CPU, so that agreeing never waits for a GPU.
+        self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is inside succeeds on every rank or fails on every rank.
+
+        Raises the ElectraError that happened here, or FailedElsewhereError where it happened on another rank.
+        """
+        error = None
+        try:
+            yield
+        except ElectraError as caught:
+            error = caught
+        failed = [rank for rank, wrong in enumerate(self.gather(error is not None)) if wrong]
+        if not failed:
+            return
+        if failed[0] == self.rank and error is not None:
+            error.rank = self.rank
+            raise error
+        raise FailedElsewhereError(f"Rank {failed[0]} failed.")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self._control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value, group=self._control)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor on this rank's device."""
+        if self.world_size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def start_maximum(self, value: int) -> Any:
+        """Begin to find the largest value of several ranks; `finish_maximum` waits for it."""
+        tensor = torch.tensor([value])
+        return tensor, distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self._control, async_op=True)
+
+    @staticmethod
+    def finish_maximum(started: Any) -> int:
+        tensor, work = started
+        work.wait()
+        return int(tensor.item())
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Meet the other ranks, for as long as the context lasts.
+
+    A process without a launcher is a group of its own, without a port. Raises ConfigError where the ranks cannot
+    meet, and LostRankError where one of them is gone.
+    """
+    launch = detect(os.environ)
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed asserts that it is set
+    if launch.world_size > 1:  # torch and DeepSpeed read them; srun leaves them to us
+        os.environ |= {
+            "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size),
+            "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
+        }  # fmt: skip
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    with warnings.catch_warnings():
+        # DeepSpeed and torch warn about their own deprecated calls; nothing in it is for the user.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
+        if launch.world_size == 1:
+            store = distributed.HashStore()  # type: ignore[attr-defined]  # needs no port
+            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        else:
+            try:
+                distributed.init_process_group(backend, init_method="env://", timeout=_MEETING_TIMEOUT)
+            except (RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"Rank {launch.rank} cannot meet the other {launch.world_size - 1} at "
+                    f"{launch.address}:{launch.port} ({str(error).splitlines()[0]}). Is that host reachable, the port "
+                    f"free, and were all ranks started?"
+                ) from error
+        try:
+            yield Ranks(launch)
+        except RuntimeError as error:
+            if launch.world_size > 1 and is_lost_connection(error):
+                lost = LostRankError(
+                    "lost contact with another rank. What ended that one is shown above; if nothing is, it was "
+                    "killed, perhaps for want of memory."
+                )
+                lost.rank = launch.rank
+                raise lost from error
+            raise
+        if distributed.is_initialized():  # not after an error, when the others may never come
+            distributed.destroy_process_group()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether torch.distributed raised it because another rank is gone."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "Gloo", "NCCL"))
+
+
+class StopRequest(NamedTuple):
+    """Why all ranks are to stop."""
+
+    reason: str
+    signum: int | None
+    """The signal, where it was one."""
+
+
+_TIME_LIMIT, _LAUNCHER_DIED = 1000, 1001
+
+
+class StopWish:
+    """Turns a signal on any rank, the end of the time limit, or the launcher's death into one decision of all ranks.
+
+    Signals are read by a thread, so that a second one, at least 5 s after the first, ends the process at once even
+    where the main thread waits for another rank.
     """
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    def __init__(self, ranks: Ranks, time_limit_s: float | None = None) -> None:
+        """time_limit_s: seconds from now."""
+        self._ranks = ranks
+        self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+        self._watch = LauncherWatch(ranks.launch)
+        self._signal = 0
+        self._asked: Any = None
 
-    def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> StopWish:
+        self._reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._writer = writer
+        self._previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, _leave_to_thread) for number in STOP_SIGNALS}
+        self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
+        self._thread.start()
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        signal.signal(number, self._previous[self.received])
+    def _read(self) -> None:
+        first: float | None = None
+        while numbers := self._reader.recv(1):
+            if numbers[0] not in STOP_SIGNALS:
+                continue
+            now = time.monotonic()
+            if first is None:
+                first, self._signal = now, numbers[0]
+            elif now - first >= SECOND_SIGNAL_AFTER_S:
+                if sys.stderr.isatty():
+                    sys.stderr.write("\x1b[?25h")  # the progress bar had hidden the cursor
+                os.write(2, f"\n{signal.Signals(numbers[0]).name} again: leaving at once.\n".encode())
+                os._exit(128 + numbers[0])
+
+    def decide(self) -> StopRequest | None:
+        """To be called by every rank after every step; all get the same answer.
+
+        With several ranks a wish is answered one step later, so that nobody waits for the asking.
+        """
+        wish = self._signal
+        if not wish and self._deadline is not None and time.monotonic() > self._deadline:
+            wish = _TIME_LIMIT
+        if not wish and self._watch.died():
+            wish = _LAUNCHER_DIED
+        if self._ranks.world_size > 1:
+            before, self._asked = self._asked, self._ranks.start_maximum(wish)
+            wish = 0 if before is None else self._ranks.finish_maximum(before)
+        if not wish:
+            return None
+        if wish == _TIME_LIMIT:
+            return StopRequest("time limit", None)
+        if wish == _LAUNCHER_DIED:
+            return StopRequest("the launcher died", signal.SIGTERM)
+        return StopRequest(signal.Signals(wish).name, wish)
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is None and self._asked is not None:
+            with contextlib.suppress(RuntimeError):  # the others may have left already
+                self._ranks.finish_maximum(self._asked)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_descriptor)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+
+def _leave_to_thread(number: int, frame: Any) -> None:
+    """Python needs a handler to be there; the thread reads the signal's number."""

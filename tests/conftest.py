@@ -37,10 +37,10 @@ def store(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Toke
 
 
 @pytest.fixture(scope="session")
-def process_group() -> Iterator[None]:
+def process_group() -> Iterator[runtime.Ranks]:
     """One for all tests, since DeepSpeed keeps the first it meets."""
-    with runtime.process_group():
-        yield
+    with runtime.ranks() as ranks:
+        yield ranks
 
 
 @pytest.fixture

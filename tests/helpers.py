@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import distributed
 
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
@@ -51,7 +52,8 @@ def small_recipe(*overrides: str) -> Recipe:
 
 
 def cpu_plan(recipe: Recipe, **values: Any) -> DeepSpeedPlan:
-    return resolve(values, recipe, world_size=1, on_cpu=True, source="test")
+    world_size = distributed.get_world_size() if distributed.is_initialized() else 1
+    return resolve(values, recipe, world_size=world_size, on_cpu=True, source="test")
 
 
 def builder_for(store: TokenStore, recipe: Recipe) -> BatchBuilder:

@@ -15,7 +15,7 @@ from electra_ds.objective.keyed_random import column_keys, exponential_noise, ha
 from electra_ds.objective.losses import discriminator_loss_sum, generator_loss_sum
 from electra_ds.objective.masking import Masks, choose_masks
 from electra_ds.objective.sampling import sample_tokens
-from electra_ds.objective.schedule import linear_warmup_decay
+from electra_ds.objective.schedule import learning_rate_at
 
 LOWEST_P = 1e-4  # seeds are fixed, so a test that passes once passes always
 
@@ -192,7 +192,7 @@ def test_losses_are_taken_in_fp32() -> None:
     ("step", "rate"), [(0, 0.0), (1, 1e-4), (5, 5e-4), (10, 1e-3), (60, 5e-4), (109, 1e-5), (110, 0.0)]
 )
 def test_the_schedule_warms_up_and_decays_linearly(step: int, rate: float) -> None:
-    value = linear_warmup_decay(step, learning_rate=1e-3, warmup_steps=10, total_steps=110)
+    value = learning_rate_at(step, kind="linear", learning_rate=1e-3, warmup_steps=10, total_steps=110)
     assert value == pytest.approx(rate, rel=1e-12, abs=1e-18)
 
 
@@ -202,7 +202,7 @@ def test_the_schedule_is_that_of_transformers() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
     scheduler = get_linear_schedule_with_warmup(optimizer, 7, 50)
     for step in range(50):
-        ours = linear_warmup_decay(step, learning_rate=2e-3, warmup_steps=7, total_steps=50)
+        ours = learning_rate_at(step, kind="linear", learning_rate=2e-3, warmup_steps=7, total_steps=50)
         assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
         optimizer.step()
         scheduler.step()

@@ -52,6 +52,26 @@ _PRECISION_KEYS = {
     "bf16": {"enabled"},
     "torch_autocast": {"enabled", "dtype"},
 }  # fmt: skip
+# Our own bucket sizes, in elements: DeepSpeed's 5e8 would be a gigabyte, more than the whole of a small model.
+# 1e7 halves are the 20 MB that torch's DistributedDataParallel also gathers before it sends.
+_BUCKET = 10_000_000
+_ZERO_DEFAULTS: dict[int, dict[str, int]] = {
+    1: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+    2: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+    3: {"reduce_bucket_size": _BUCKET, "stage3_prefetch_bucket_size": _BUCKET},
+}
+ZERO_KEYS = {
+    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+    "allgather_bucket_size", "overlap_comm", "offload_optimizer", "round_robin_gradients",
+    "use_multi_rank_bucket_allreduce", "ignore_unused_parameters",
+}  # fmt: skip
+ZERO_3_KEYS = {
+    "offload_param", "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+    "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings",
+    "stage3_allgather_sequential",
+}  # fmt: skip
 _WITHOUT_EFFECT = {
     "auto_cast", "fp16_master_weights_and_grads", "check_grad_overflow", "immediate_grad_update",
     "bf16_master_weights_and_grads", "bf16_optimizer_states", "lower_precision_safe_modules",
@@ -101,17 +121,27 @@ class DeepSpeedPlan:
     """The resolved JSON, every value concrete."""
     batch: BatchPlan
     precision: Precision
+    stage: Literal[0, 1, 2, 3] = 0
+    notes: tuple[str, ...] = ()
+    """What was read otherwise than the file says, to be told to the user."""
 
     def engine_config(self) -> dict[str, Any]:
-        """What `deepspeed.initialize` is given at stage 0.
+        """What `deepspeed.initialize` is given.
 
-        Precision, loss scaling and clipping are left out: our optimizer does them, since DeepSpeed 0.19.8
-        divides by a loss scale that it never applied (deepspeedai/DeepSpeed#8393).
+        At stage 0 precision, loss scaling and clipping are left out: our optimizer does them, since DeepSpeed
+        0.19.8 divides by a loss scale that it never applied (deepspeedai/DeepSpeed#8393). Autocast is left out at
+        every stage: the model switches it on itself, and DeepSpeed's would leak into later engines.
         """
         config = copy.deepcopy(self.document)
-        for key in (*_PRECISION_KEYS, "optimizer", "scheduler"):
-            config.pop(key, None)
-        config["gradient_clipping"] = 0.0
+        config.pop("torch_autocast", None)
+        if self.stage == 0:
+            for key in ("fp16", "bf16"):
+                config.pop(key, None)
+            config["gradient_clipping"] = 0.0
+        if self.stage < 3:  # our losses are normalised over all ranks; stage 3 can only average
+            config["gradient_allreduce_op"] = "sum"
+        if self.stage:
+            config["zero_force_ds_cpu_optimizer"] = False  # offloading runs torch's AdamW, nothing is compiled
         return config
 
 
@@ -141,9 +171,10 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: 
     problems: list[str] = []
     document = _without_auto({key: value for key, value in values.items() if key in HANDED_ON})
     _check_keys(values, problems)
-    _check_recipe_owned(values, recipe, problems)
-    _check_zero(values, problems)
-    precision = _precision(values, on_cpu, problems)
+    notes: list[str] = []
+    _check_recipe_owned(values, recipe, problems, notes)
+    zero = _zero(values, on_cpu, problems, notes)
+    precision = _precision(values, zero["stage"], on_cpu, problems)
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:
         raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(problems))
@@ -154,13 +185,13 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: 
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "gradient_clipping": recipe.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": 0},
+        "zero_optimization": zero,
     }
     document.setdefault("steps_per_print", 2**31 - 1)  # the progress bar reports, not DeepSpeed
     for name in _PRECISION_KEYS:
         if isinstance(values.get(name), dict) and name.replace("torch_", "") == precision.name.split("-")[0]:
             document[name] = _without_auto(values[name]) | {"enabled": True}
-    return DeepSpeedPlan(document, batch, precision)
+    return DeepSpeedPlan(document, batch, precision, zero["stage"], tuple(notes))
 
 
 def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +220,7 @@ def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
 _JSON_TYPES = {dict: "object", bool: "boolean", int: "whole number", str: "string"}
 
 
-def _check_recipe_owned(values: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:
+def _check_recipe_owned(values: dict[str, Any], recipe: Recipe, problems: list[str], notes: list[str]) -> None:
     optimizer, schedule = recipe.optimizer, recipe.schedule
     owners: dict[str, tuple[Any, str]] = {
         "train_batch_size": (recipe.global_batch_size, "global_batch_size"),
@@ -198,26 +229,28 @@ def _check_recipe_owned(values: dict[str, Any], recipe: Recipe, problems: list[s
         "optimizer.params.betas": ([optimizer.beta1, optimizer.beta2], "optimizer.beta1 and beta2"),
         "optimizer.params.eps": (optimizer.epsilon, "optimizer.epsilon"),
         "optimizer.params.weight_decay": (optimizer.weight_decay, "optimizer.weight_decay"),
+        "optimizer.params.bias_correction": (optimizer.bias_correction, "optimizer.bias_correction"),
         "optimizer.params.torch_adam": (True, "the optimizer, which is torch's AdamW"),
         "optimizer.params.adam_w_mode": (True, "the optimizer, which is AdamW"),
         "scheduler.params.warmup_min_lr": (0, "the schedule, which starts at 0"),
         "scheduler.params.warmup_max_lr": (optimizer.learning_rate, "optimizer.learning_rate"),
         "scheduler.params.warmup_num_steps": (schedule.warmup_steps, "schedule.warmup_steps"),
         "scheduler.params.total_num_steps": (schedule.total_steps, "schedule.total_steps"),
-        "scheduler.params.warmup_type": ("linear", "the schedule, which is linear"),
+        "scheduler.params.warmup_type": ("linear", "the schedule, whose warm-up is linear"),
     }
-    types = {"optimizer.type": ("Adam", "AdamW"), "scheduler.type": ("WarmupDecayLR",)}
     owned = {name: values[name] for name in OWNED_BY_RECIPE if name in values}
     for name in ("optimizer", "scheduler"):
         if name in owned and owned[name] != "auto" and not isinstance(owned[name], dict):
             problems.append(f"{name}: must be an object with type and params")
             del owned[name]
+    if isinstance(owned.get("scheduler"), dict):
+        _check_scheduler(owned["scheduler"], recipe, problems, notes)
     for key, value in _flattened(owned):
-        if value == "auto":
+        if value == "auto" or key == "scheduler.type":
             continue
-        if key in types:
-            if value not in types[key]:
-                problems.append(f"{key}: {value!r} is not what the recipe runs ({' or '.join(types[key])})")
+        if key == "optimizer.type":
+            if value not in ("Adam", "AdamW"):
+                problems.append(f"{key}: {value!r} is not what the recipe runs (Adam or AdamW)")
         elif key not in owners:
             problems.append(f"{key}: unknown key")
         elif not _same(value, owners[key][0]):
@@ -226,6 +259,30 @@ def _check_recipe_owned(values: dict[str, Any], recipe: Recipe, problems: list[s
                 f'{key}: {value!r} contradicts the recipe ({owner} is {ours!r}); write "auto" or leave it out, '
                 f"and change the recipe instead"
             )
+
+
+def _check_scheduler(section: dict[str, Any], recipe: Recipe, problems: list[str], notes: list[str]) -> None:
+    """A scheduler whose numbers are all "auto", as in transformers' files, stands for the recipe's own schedule;
+    one with numbers must be the recipe's."""
+    kind, params = section.get("type", "auto"), section.get("params", {})
+    schedule = f"the recipe's {recipe.schedule.kind} schedule"
+    if kind not in ("WarmupLR", "WarmupDecayLR", "auto"):
+        problems.append(f"scheduler.type: {kind!r} is not {schedule}; remove the section, or WarmupDecayLR")
+    elif not isinstance(params, dict) or all(value == "auto" for value in params.values()):
+        if kind != "auto":
+            notes.append(f"scheduler {kind} leaves its numbers to the recipe, so {schedule} is run")
+    elif kind == "WarmupLR":
+        problems.append(
+            f"scheduler.type: WarmupLR stays at its peak after the warm-up, which contradicts {schedule}; "
+            f'make its params "auto" or remove the section'
+        )
+    elif recipe.schedule.kind != "linear":
+        problems.append(f"scheduler.type: {kind} contradicts {schedule}; remove the section")
+    elif params.get("warmup_type", "log") in ("log", "auto"):
+        problems.append(
+            'scheduler.params.warmup_type: DeepSpeed\'s default, "log", contradicts the recipe, whose warm-up is '
+            'linear; write "linear", or make all params "auto"'
+        )
 
 
 def _flattened(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -246,24 +303,47 @@ def _same(value: Any, ours: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value - ours) <= 1e-12 * abs(ours)
 
 
-def _check_zero(values: dict[str, Any], problems: list[str]) -> None:
+def _zero(values: dict[str, Any], on_cpu: bool, problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """The zero_optimization section with every "auto" filled in and buffers of a size for small cards."""
     section = values.get("zero_optimization", {})
     if not isinstance(section, dict):
         problems.append("zero_optimization: must be an object")
-        return
+        return {"stage": 0}
     stage = section.get("stage", 0)
     if stage == "auto":
         problems.append('zero_optimization.stage: "auto" says nothing (DeepSpeed would take 0); write the stage')
     elif stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         problems.append(f"zero_optimization.stage: {stage!r} is not one of 0, 1, 2, 3")
-    elif stage:
-        problems.append(f"zero_optimization.stage: only stage 0 is supported so far, not {stage}")
+    if stage not in (0, 1, 2, 3):
+        return {"stage": 0}
+    known = {0: {"stage"}, 1: ZERO_KEYS, 2: ZERO_KEYS, 3: ZERO_KEYS | ZERO_3_KEYS}[stage]
     for key in section:
-        if key != "stage":
-            problems.append(f"zero_optimization.{key}: has no effect at stage 0; remove it")
+        if key not in ZERO_KEYS | ZERO_3_KEYS:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            problems.append(f"zero_optimization.{key}: not supported here{hint}")
+        elif key not in known:
+            problems.append(f"zero_optimization.{key}: has no effect at stage {stage}; remove it")
+    result = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {}) | _without_auto(section)
+    for name in ("offload_optimizer", "offload_param"):
+        if name in result:
+            _check_offload(name, result, on_cpu, problems, notes)
+    return result
 
 
-def _precision(values: dict[str, Any], on_cpu: bool, problems: list[str]) -> Precision | None:
+def _check_offload(name: str, zero: dict[str, Any], on_cpu: bool, problems: list[str], notes: list[str]) -> None:
+    section = zero[name]
+    device = section.get("device", "none") if isinstance(section, dict) else section
+    if device not in ("cpu", "none", None):
+        problems.append(f'zero_optimization.{name}.device: {device!r} is not supported here; "cpu" and "none" are')
+    elif not isinstance(section, dict) or device in ("none", None):
+        del zero[name]
+    elif on_cpu:
+        notes.append(f"zero_optimization.{name} is left out: without a GPU all memory is the CPU's already")
+        del zero[name]
+
+
+def _precision(values: dict[str, Any], stage: int, on_cpu: bool, problems: list[str]) -> Precision | None:
     enabled = []
     before = len(problems)
     for name, known in _PRECISION_KEYS.items():
@@ -273,7 +353,8 @@ def _precision(values: dict[str, Any], on_cpu: bool, problems: list[str]) -> Pre
             continue
         for key in section:
             if key in _WITHOUT_EFFECT:
-                problems.append(f"{name}.{key}: has no effect at stage 0 here; remove it")
+                if section[key]:
+                    problems.append(f"{name}.{key}: is not supported here; remove it")
             elif key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 problems.append(f"{name}.{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
@@ -294,15 +375,19 @@ def _precision(values: dict[str, Any], on_cpu: bool, problems: list[str]) -> Pre
     if enabled[0] == "bf16":
         return Precision("bf16")
     if enabled[0] == "torch_autocast":
-        return _autocast_precision(section, problems)
+        return _autocast_precision(section, stage, problems)
     return Precision("fp16", _loss_scaling(section, problems))
 
 
-def _autocast_precision(section: dict[str, Any], problems: list[str]) -> Precision | None:
+def _autocast_precision(section: dict[str, Any], stage: int, problems: list[str]) -> Precision | None:
     dtype = str(section.get("dtype", "bfloat16")).removeprefix("torch.")
     if dtype in ("bfloat16", "bf16"):
         return Precision("autocast-bf16")
     if dtype in ("float16", "fp16", "half"):
+        if stage:
+            problems.append(
+                f"torch_autocast: float16 has no working loss scale at stage {stage}; take fp16 or bfloat16"
+            )
         return Precision("autocast-fp16", LossScaling())
     problems.append(f"torch_autocast.dtype: {section['dtype']!r} is not bfloat16 or float16")
     return None

@@ -5,6 +5,7 @@ RUN/
   deepspeed.json    the DeepSpeed JSON, resolved
   run.json          command, versions, hardware, data fingerprint
   verdict.json      how it ended: done, stopped or failed
+  requeue           there while a signal or the time limit has stopped the run: it wants to go on
 """
 
 from __future__ import annotations
@@ -153,8 +154,13 @@ class RunDirectory:
     def write_verdict(self, verdict: Verdict, **details: Any) -> None:
         self._write("verdict.json", json.dumps({"verdict": verdict} | details, indent=2) + "\n")
 
+    def mark_requeue(self, reason: str) -> None:
+        """For job scripts under launchers that swallow the exit status."""
+        self._write("requeue", reason + "\n")
+
     def clear_verdict(self) -> None:
-        (self.path / "verdict.json").unlink(missing_ok=True)
+        for name in ("verdict.json", "requeue"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
         """A file of the record, or where it is damaged, the copy that travels in the newest checkpoint."""

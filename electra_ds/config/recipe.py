@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from electra_ds.errors import ConfigError
 
@@ -81,6 +81,12 @@ class DataSection(Section):
     document_sampling: Literal["auto", "epoch", "length"] = "auto"
     """`epoch`: each document once per epoch. `length`: documents in proportion to their length.
     `auto`: `length` where the corpus has fewer than 10,000 documents that span several windows each."""
+    segments: Literal["one", "two"] = "one"
+    """`one`: a random window of a document. `two`: whole lines packed into two segments as the original's
+    build_pretraining_dataset.py does; `document_sampling` then has no say, every example comes once per epoch."""
+    corpus_weights: list[PositiveFloat] | None = Field(default=None, min_length=1)
+    """Proportions in which training sequences come from the token store's corpora, one number for each; null takes
+    all their text alike. Proportions are kept to 1/1024."""
     holdout_by: Literal["auto", "document", "span"] = "auto"
     """What is held out for evaluation: whole documents, or one contiguous span of each long document.
     `auto`: `span` where there are fewer than 1,000 documents."""
@@ -101,6 +107,8 @@ class ModelSection(Section):
     max_position_embeddings: int = Field(default=512, ge=8)
     hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
+    initializer: Literal["normal", "truncated-normal"] = "normal"
+    """Of matrices and tables; truncated at two standard deviations (the original's code), or not (transformers)."""
     initializer_range: float = Field(default=0.02, gt=0)
     layer_norm_eps: float = Field(default=1e-12, gt=0)
 
@@ -160,13 +168,16 @@ class OptimizerSection(Section):
     beta2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
+    bias_correction: bool = True
+    """Whether Adam makes up for moments that start at 0 (the original's code: no)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down."""
 
 
 class ScheduleSection(Section):
-    """Linear warm-up from 0 to the learning rate, then linear decay to 0 at `total_steps`."""
-
+    kind: Literal["linear", "product"] = "linear"
+    """`linear`: warm-up from 0 to the learning rate, then decay to 0 at `total_steps`. `product`: the warm-up times
+    a decay that begins at step 0 (the original's code)."""
     total_steps: int = Field(ge=1)
     warmup_steps: int = Field(ge=0)
 

@@ -47,6 +47,10 @@ class CheckpointFolder:
         self.folder = folder
         self.keep = keep
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step stands."""
+        return self.folder / f"step-{step:08d}"
+
     def paths(self) -> list[Path]:
         """Published checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
@@ -57,7 +61,7 @@ class CheckpointFolder:
         record: text files that travel along, by name. Raises CheckpointError where it cannot be written; the
         checkpoints before it stay as they are.
         """
-        final = self.folder / f"step-{state['step']:08d}"
+        final = self.path(state["step"])
         if final.exists():
             return final  # published whole by this very step; damaged ones are set aside before training goes on
         temporary = self.folder / f".writing-{final.name}"

@@ -1,4 +1,4 @@
-"""The one module that imports deepspeed: the joint step through a DeepSpeed engine."""
+"""The joint step through a DeepSpeed engine, at every ZeRO stage and precision."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
+from torch import distributed
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
@@ -17,33 +18,56 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import GlobalBatch
 from electra_ds.engine.optimizer import MasterAdamW
 from electra_ds.engine.step import StepLosses, StepResult
-from electra_ds.errors import ConfigError
-from electra_ds.model.electra import Electra
-from electra_ds.objective.schedule import linear_warmup_decay
+from electra_ds.engine.zero import ZeroAdamW, torch_adamw
+from electra_ds.errors import ConfigError, TrainingError
+from electra_ds.model.electra import Electra, ElectraOutput
+from electra_ds.objective.microbatch import MicroBatch
+from electra_ds.objective.schedule import learning_rate_at
+
+# On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at every first start.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 _WEIGHTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _AUTOCAST = {"autocast-fp16": torch.float16, "autocast-bf16": torch.bfloat16}
 
 
 class DeepSpeedEngine:
-    """ZeRO stage 0 in any precision. Needs an initialised process group (`runtime.process_group`)."""
+    """One rank's engine. Needs an initialised process group (`runtime.ranks`).
+
+    At stage 0 our `MasterAdamW` owns precision, loss scale and clipping; at stages 1 to 3 DeepSpeed does.
+    """
 
     def __init__(self, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device) -> None:
         """Raises ConfigError where the device cannot run the plan's precision."""
         self.recipe = recipe
         self.plan = plan
         self.device = device
+        self.rank = distributed.get_rank()
         check_plan(plan, device, "the DeepSpeed JSON")
         model.autocast_dtype = _AUTOCAST.get(plan.precision.name)
-        model.to(device=device, dtype=_WEIGHTS.get(plan.precision.name, torch.float32))
-        self.optimizer = MasterAdamW(model.named_parameters(), recipe.optimizer, plan.precision.loss_scaling)
-        # On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at every first start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        model.to(device)
+        optimizer: MasterAdamW | torch.optim.AdamW
+        if plan.stage == 0:
+            model.to(dtype=_WEIGHTS.get(plan.precision.name, torch.float32))
+            optimizer = MasterAdamW(model.named_parameters(), recipe.optimizer, plan.precision.loss_scaling)
+        else:
+            optimizer = torch_adamw(model.named_parameters(), recipe.optimizer)
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=plan.engine_config(), dist_init_required=False
+            model=model, optimizer=optimizer, config=plan.engine_config(), dist_init_required=False
         )
-        self.module: Electra = self._engine.module
+        self.optimizer: MasterAdamW | ZeroAdamW = (
+            optimizer
+            if isinstance(optimizer, MasterAdamW)
+            else ZeroAdamW(self._engine, recipe.optimizer, plan.precision.loss_scaling)
+        )
+        # Losses are normalised over the global batch, so gradients are summed over ranks; stage 3 knows only the mean.
+        self._loss_factor = plan.batch.world_size if plan.stage == 3 else 1
+
+    def learning_rate(self, step: int) -> float:
+        """Of optimiser step `step`, 0 for the first one."""
+        peak = self.recipe.optimizer.learning_rate
+        return learning_rate_at(step, learning_rate=peak, **self.recipe.schedule.model_dump())
 
     def train_step(self, batch: GlobalBatch, step: int, samples: Sequence[torch.Tensor] | None = None) -> StepResult:
         """One optimiser step over this rank's micro-batches.
@@ -52,21 +76,39 @@ class DeepSpeedEngine:
         accumulation steps is switched off. samples: int64 [M] per micro-batch, to replay another run's.
         """
         self._engine.train()
-        self.optimizer.set_learning_rate(
-            linear_warmup_decay(
-                step, learning_rate=self.recipe.optimizer.learning_rate, **self.recipe.schedule.model_dump()
-            )
-        )
+        self.optimizer.set_learning_rate(self.learning_rate(step))
         losses = StepLosses(self.recipe, batch)
-        size = self.plan.batch.micro_batch_size
-        for index in range(self.plan.batch.gradient_accumulation_steps):
-            runtime.seed_dropout(self.recipe.seed, step, index, 0)
-            micro_batch = batch.micro_batch(index * size, size).to(self.device)
+        size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
+        for index in range(accumulation):
+            runtime.seed_dropout(self.recipe.seed, step, index, self.rank)
+            micro_batch = batch.micro_batch((self.rank * accumulation + index) * size, size).to(self.device)
             output = self._engine(micro_batch, None if samples is None else samples[index])
-            loss = losses.add(output) * self.optimizer.loss_scale
+            loss = losses.add(output) * self._loss_factor
+            if isinstance(self.optimizer, MasterAdamW):
+                loss = loss * self.optimizer.loss_scale
             self._engine.backward(loss, scale_wrt_gas=False)
-            self._engine.step()
+            self._step()
+        if isinstance(self.optimizer, ZeroAdamW):
+            self.optimizer.count_step()
         return losses.result(self.optimizer.grad_norm)
+
+    def _step(self) -> None:
+        try:
+            self._engine.step()
+        except Exception as error:  # DeepSpeed raises a bare one
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise TrainingError(
+                "The gradients overflow even at the smallest loss scale. Lower optimizer.learning_rate, or use bf16 or "
+                "fp32 in place of fp16."
+            ) from error
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: MicroBatch) -> ElectraOutput:
+        """The model without dropout and gradients. At stage 3 all ranks must call it together."""
+        self._engine.eval()
+        output: ElectraOutput = self._engine(micro_batch.to(self.device))
+        return output
 
     def close(self) -> None:
         """Frees what DeepSpeed holds, so that the process ends quietly."""
@@ -83,6 +125,8 @@ def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str) -> None:
         )
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(f"{runtime.device_name(device)} has no bf16. Use fp16, as in ds_configs/gtx1060-6gb.json.")
+    if distributed.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False)  # DeepSpeedConfig asks it for the number of ranks
     for document in (plan.document, plan.engine_config()):
         try:
             DeepSpeedConfig(document)

@@ -18,6 +18,8 @@ from electra_ds.config.recipe import OptimizerSection
 
 # Under a fixed scale of 1 the same arithmetic serves fp32 and bf16, where nothing needs scaling.
 NO_SCALING = LossScaling(initial_scale=1.0, is_dynamic=False)
+# At this step count 1 - beta^count is 1 for every usual beta, and in fp32 adding 1 leaves the count as it is.
+_STEP_WITHOUT_CORRECTION = 2.0**24
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -30,6 +32,20 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_deca
         {"params": decaying, "weight_decay": weight_decay},
         {"params": exempt, "weight_decay": 0.0},
     ]
+
+
+def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: float = 0.0) -> dict[str, torch.Tensor]:
+    """State of torch's AdamW for one parameter, with zero moments.
+
+    Without bias correction the step count stands so high that the correction is 1: the update is the original's,
+    through torch's own kernels. `taken_steps` then has no say.
+    """
+    step = taken_steps if bias_correction else _STEP_WITHOUT_CORRECTION
+    return {
+        "step": torch.full((), step, device=parameter.device, dtype=torch.float32),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -46,6 +62,7 @@ class MasterAdamW(torch.optim.Optimizer):
         named = list(parameters)
         super().__init__(parameter_groups(named, section.weight_decay), {"lr": section.learning_rate})
         self.max_grad_norm = section.max_grad_norm
+        self.bias_correction = section.bias_correction
         self.scaling = scaling or NO_SCALING
         self.names = {parameter: name for name, parameter in named}
         self.masters: dict[nn.Parameter, torch.Tensor] = {
@@ -60,13 +77,10 @@ class MasterAdamW(torch.optim.Optimizer):
             fused=True,
         )
         for master in self.masters.values():
-            self._inner.state[master] = {
-                "step": torch.zeros((), device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+            self._inner.state[master] = adamw_state(master, bias_correction=section.bias_correction)
         device = next(iter(self.masters)).device
         self.loss_scale = torch.tensor(self.scaling.initial_scale, device=device)
+        self._taken_steps = torch.zeros((), device=device, dtype=torch.float64)
         self.skipped_steps = torch.zeros((), device=device)
         self.consecutive_skips = torch.zeros((), device=device)
         self.grad_norm = torch.zeros((), device=device)
@@ -102,6 +116,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def _update_scale(self, found_inf: torch.Tensor) -> None:
         """DeepSpeed's rule (runtime/fp16/loss_scaler.py), without its blocking reads."""
+        self._taken_steps += 1.0 - found_inf
         self.skipped_steps += found_inf
         self.consecutive_skips = (self.consecutive_skips + 1) * found_inf
         if not self.scaling.is_dynamic:
@@ -121,7 +136,7 @@ class MasterAdamW(torch.optim.Optimizer):
     @property
     def taken_steps(self) -> int:
         """Updates that AdamW really made. Reads one value back from the device."""
-        return int(self._inner.state[next(iter(self.masters.values()))]["step"].item())
+        return int(self._taken_steps.item())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Masters and moments by name: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
@@ -156,7 +171,9 @@ class MasterAdamW(torch.optim.Optimizer):
         for parameter, master in self.masters.items():
             if master is not parameter:
                 parameter.copy_(master)
-            self._inner.state[master]["step"].fill_(counters["taken_steps"])
+            if self.bias_correction:
+                self._inner.state[master]["step"].fill_(counters["taken_steps"])
+        self._taken_steps.fill_(counters["taken_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
         self.consecutive_skips.fill_(counters["consecutive_skips"])
         if self.scaling.is_dynamic and counters["is_scaled"]:

@@ -13,10 +13,10 @@ import torch
 from electra_ds import runtime
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import GlobalBatch
-from electra_ds.engine.optimizer import parameter_groups
+from electra_ds.engine.optimizer import adamw_state, parameter_groups
 from electra_ds.engine.step import StepLosses, StepResult
 from electra_ds.model.electra import Electra
-from electra_ds.objective.schedule import linear_warmup_decay
+from electra_ds.objective.schedule import learning_rate_at
 
 
 class PlainEngine:
@@ -34,6 +34,10 @@ class PlainEngine:
             betas=(section.beta1, section.beta2),
             eps=section.epsilon,
         )
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = adamw_state(parameter, bias_correction=section.bias_correction)
+                self.optimizer.state[parameter] = state | {"step": state["step"].cpu()}
 
     def train_step(
         self, batch: GlobalBatch, step: int, samples: Sequence[torch.Tensor] | None = None
@@ -43,7 +47,7 @@ class PlainEngine:
         samples: int64 [M] per micro-batch, to replay those of another run.
         """
         self.module.train()
-        learning_rate = linear_warmup_decay(
+        learning_rate = learning_rate_at(
             step, learning_rate=self.recipe.optimizer.learning_rate, **self.recipe.schedule.model_dump()
         )
         for group in self.optimizer.param_groups:

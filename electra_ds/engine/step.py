@@ -12,13 +12,16 @@ from electra_ds.model.electra import ElectraOutput
 
 
 class StepResult(NamedTuple):
-    """Scalars of one optimiser step, still on the device so that nobody waits for them."""
+    """Scalars of one optimiser step, still on the device so that nobody waits for them.
+
+    The losses are this rank's share: the sum over ranks is that of the global batch.
+    """
 
     loss: torch.Tensor
     generator_loss: torch.Tensor
     discriminator_loss: torch.Tensor
     grad_norm: torch.Tensor
-    """Before clipping; not finite where the step was skipped."""
+    """Of all ranks together, before clipping; not finite where the step was skipped."""
 
 
 class StepLosses:

@@ -36,7 +36,8 @@ def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple
     hidden = round(multiplier * hidden), feed-forward 4 * hidden, heads = max(1, hidden // 64); where the
     discriminator's own heads are narrower than 64, its head size takes the place of 64."""
     model = recipe.model
-    discriminator = EncoderConfig(vocab_size=vocab_size, pad_token_id=pad_token_id, **model.model_dump())
+    sizes = model.model_dump(exclude={"initializer"})
+    discriminator = EncoderConfig(vocab_size=vocab_size, pad_token_id=pad_token_id, **sizes)
     if recipe.generator.sharing == "all":
         return discriminator, discriminator
     head_size = min(64, model.hidden_size // model.num_attention_heads)
@@ -77,11 +78,14 @@ class Electra(nn.Module):
         self._initialise(recipe)
 
     def _initialise(self, recipe: Recipe) -> None:
-        """Normal(0, initializer_range) for matrices and tables, as transformers does, from the recipe's seed."""
+        """Normal(0, initializer_range) for matrices and tables from the recipe's seed; 1 and 0 for norms and biases."""
         rng = torch.Generator().manual_seed(recipe.seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.dim() == 2:
+                if parameter.dim() == 2 and recipe.model.initializer == "truncated-normal":
+                    spread = recipe.model.initializer_range
+                    nn.init.trunc_normal_(parameter, 0.0, spread, -2 * spread, 2 * spread, generator=rng)
+                elif parameter.dim() == 2:
                     parameter.normal_(0.0, recipe.model.initializer_range, generator=rng)
                 else:
                     parameter.fill_(1.0 if name.endswith("LayerNorm.weight") or "norm.weight" in name else 0.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
@@ -19,6 +20,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import check_plan
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.model.electra import Electra
+from electra_ds.runtime import Ranks
 from electra_ds.train.pretrain import PretrainJob
 
 
@@ -46,24 +48,24 @@ def default_settings(total_steps: int) -> RunSettings:
     return RunSettings(log_every=10, eval_every=min(5000, tenth), save_every=min(2000, tenth), keep=3, eval_windows=512)
 
 
-def plan_new(options: Options, recipe: Recipe, run: RunDirectory) -> DeepSpeedPlan:
+def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
     """The DeepSpeed JSON resolved for a new run, checked before its data is built. Raises ConfigError."""
     if run.exists():
         raise ConfigError(f"{run.path} already holds a run. Go on with it by --resume, or choose another --run-dir.")
     assert options.ds_config is not None
     _stop_at(options, recipe)
-    return _resolved(read_deepspeed_json(options.ds_config), str(options.ds_config), recipe)
+    return _resolved(read_deepspeed_json(options.ds_config), str(options.ds_config), recipe, ranks)
 
 
-def _resolved(values: dict[str, Any], source: str, recipe: Recipe) -> DeepSpeedPlan:
+def _resolved(values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
     device = runtime.device()
-    plan = resolve(values, recipe, world_size=runtime.world_size(), on_cpu=device.type == "cpu", source=source)
+    plan = resolve(values, recipe, world_size=ranks.world_size, on_cpu=device.type == "cpu", source=source)
     check_plan(plan, device, source)
     return plan
 
 
 def prepare_new(
-    options: Options, recipe: Recipe, plan: DeepSpeedPlan, store: TokenStore, run: RunDirectory
+    options: Options, recipe: Recipe, plan: DeepSpeedPlan, store: TokenStore, run: RunDirectory, ranks: Ranks
 ) -> PretrainJob:
     """A job for a new run. Raises DataError where the corpus is too small to hold out from."""
     split = split_holdout(store.documents, recipe.data, recipe.seed)
@@ -74,28 +76,28 @@ def prepare_new(
         parameters=count_parameters(model),
         device=runtime.device_name(runtime.device()),
         threads=runtime.set_threads(options.threads),
-        world_size=runtime.world_size(),
+        world_size=ranks.world_size,
         settings=options.settings(default_settings(recipe.schedule.total_steps)),
         command=sys.argv,
     )
     return PretrainJob(run, recipe, plan, store, split, model, record, _stop_at(options, recipe))
 
 
-def open_run(path: Path) -> RunDirectory:
-    """A run to go on with. Raises CheckpointError where there is none, or it is finished."""
-    runtime.world_size()
-    run = RunDirectory(path)
-    run.read_record()
+def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
+    """The plan to go on with a run: its own DeepSpeed JSON, or another.
+
+    Raises CheckpointError where there is no run, or it is finished.
+    """
+    recipe = run.read_recipe()
     if run.verdict() == "done":
-        raise CheckpointError(f"The run {path} is finished. Its model: bin/export {path}")
-    return run
-
-
-def prepare_resume(options: Options, run: RunDirectory) -> PretrainJob:
-    """A job that goes on with a run, under its own DeepSpeed JSON or another."""
-    recipe, record = run.read_recipe(), run.read_record()
+        raise CheckpointError(f"The run {run.path} is finished. Its model: bin/export {run.path}")
     values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
-    plan = _resolved(values, str(options.ds_config or run.path / "deepspeed.json"), recipe)
+    return _resolved(values, str(options.ds_config or run.path / "deepspeed.json"), recipe, ranks)
+
+
+def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> PretrainJob:
+    """A job that goes on with a run."""
+    recipe, record = run.read_recipe(), run.read_record()
     store = TokenStore(Path(record.store))
     if store.info.fingerprint != record.store_fingerprint:
         raise DataError(
@@ -106,7 +108,7 @@ def prepare_resume(options: Options, run: RunDirectory) -> PretrainJob:
         record,
         device=runtime.device_name(runtime.device()),
         threads=runtime.set_threads(options.threads or record.threads),
-        world_size=runtime.world_size(),
+        world_size=ranks.world_size,
         settings=options.settings(record.settings),
     )
     split = split_holdout(store.documents, recipe.data, recipe.seed)
@@ -138,18 +140,16 @@ def announce(job: PretrainJob, console: Console) -> None:
         f"{recipe.global_batch_size} x {recipe.data.sequence_length} tokens\n"
         f"data: {info.num_tokens:,} tokens in {info.num_documents:,} documents ({job.store.path}), "
         f"{job.split.holdout.num_tokens:,} of them held out by {job.split.held_out_by}\n"
-        f"{job.record.device}, {job.plan.precision.name}, ZeRO stage 0, micro-batch x accumulation = {job.plan.batch}\n"
+        f"{job.record.device}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
+        f"micro-batch x accumulation = {job.plan.batch}\n"
         f"run directory: {job.run.path}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+    notes = list(job.plan.notes)
     if trained_from(job.store.path) != recipe.tokenizer:
-        console.print(
-            f"[yellow]Note:[/] the store has a tokenizer of its own, {info.vocab_size:,} pieces, not the recipe's.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        notes.append(f"the store has a tokenizer of its own, {info.vocab_size:,} pieces, not the recipe's")
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:
-        console.print(
-            f"[yellow]Note:[/] this schedule reads the corpus some {seen // info.num_tokens:,} times over.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times over")
+    for note in notes:
+        console.print("[yellow]Note:[/]", escape(note) + ".", highlight=False, soft_wrap=True)

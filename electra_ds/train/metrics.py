@@ -5,6 +5,7 @@ Shape suffixes: M masked positions, V vocabulary, B sequences, T positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +18,10 @@ from electra_ds.data.batches import BatchBuilder, GlobalBatch
 from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
 from electra_ds.errors import DataError
-from electra_ds.model.electra import Electra
+from electra_ds.model.electra import ElectraOutput
 from electra_ds.objective.keyed_random import hash64
+from electra_ds.objective.microbatch import MicroBatch
+from electra_ds.runtime import Ranks
 
 _EVALUATION = 0xE7
 _UNIGRAM_TOKENS = 100_000_000  # counting more changes nothing that is printed
@@ -58,52 +61,67 @@ def held_out_batch(store: TokenStore, split: Split, recipe: Recipe, num_windows:
     return BatchBuilder(store, split.holdout, recipe, seed).build(0, num_windows)
 
 
+class _Chunk(NamedTuple):
+    """What one micro-batch says; the arrays are over its [MASK]ed and its counted positions."""
+
+    generator_sum: float
+    discriminator_sum: float
+    masked_nats: np.ndarray
+    masked_targets: np.ndarray
+    argmax_hits: np.ndarray
+    sampled_hits: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
 class Evaluator:
-    """Evaluates on the same windows, masks and noise each time."""
+    """Evaluates on the same windows, masks and noise each time, shared out over the ranks.
+
+    The numbers are put together in the order of the windows, so they are the same for every number of ranks.
+    """
 
     def __init__(
-        self, store: TokenStore, split: Split, recipe: Recipe, num_windows: int, micro_batch_size: int
+        self, store: TokenStore, split: Split, recipe: Recipe, num_windows: int, micro_batch_size: int, ranks: Ranks
     ) -> None:
         self.batch = held_out_batch(store, split, recipe, num_windows)
         self.micro_batch_size = micro_batch_size
+        self.ranks = ranks
         self._unigram_nats = unigram_nats(store, split)
 
     @torch.no_grad()
-    def __call__(self, module: Electra, device: torch.device) -> Evaluation:
-        was_training = module.training
-        module.eval()
-        masked_nats, masked_unigram, argmax_hits, sampled_hits = [], [], [], []
-        labels, scores = [], []
-        generator_sum = discriminator_sum = 0.0
-        for first in range(0, len(self.batch.ids_BT), self.micro_batch_size):
+    def __call__(self, model: Callable[[MicroBatch], ElectraOutput], device: torch.device) -> Evaluation:
+        """model: runs one micro-batch in evaluation mode. To be called by all ranks; all get the metrics."""
+        world_size = self.ranks.world_size
+        starts = range(0, len(self.batch.ids_BT), self.micro_batch_size)
+        own = []
+        for turn in range(-(-len(starts) // world_size)):
+            index = turn * world_size + self.ranks.rank
+            # At stage 3 all ranks run the model together, so one without a share left runs the last again.
+            first = starts[min(index, len(starts) - 1)]
             micro_batch = self.batch.micro_batch(first, self.micro_batch_size).to(device)
-            output = module(micro_batch)
-            generator_sum += output.generator_loss_sum.item()
-            discriminator_sum += output.discriminator_loss_sum.item()
-            targets = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
-            masked = micro_batch.generator_ids_BT.flatten()[micro_batch.selected_M] != targets
-            logits = output.generator_logits_MV[masked].float()
-            masked_nats.append(functional.cross_entropy(logits, targets[masked], reduction="none").cpu().numpy())
-            masked_unigram.append(self._unigram_nats[targets[masked].cpu().numpy()])
-            argmax_hits.append((logits.argmax(-1) == targets[masked]).cpu().numpy())
-            sampled_hits.append((output.samples_M[masked] == targets[masked]).cpu().numpy())
-            labels.append(output.is_replaced_BT[micro_batch.counted_BT].cpu().numpy())
-            scores.append(output.discriminator_logits_BT[micro_batch.counted_BT].float().cpu().numpy())
-        module.train(was_training)
-        replaced, score = np.concatenate(labels), np.concatenate(scores)
-        generator_nats = _mean(masked_nats)
+            output = model(micro_batch)
+            if index < len(starts):
+                own.append(_measured(micro_batch, output))
+        shares = self.ranks.gather(own)
+        return self._evaluation([shares[index % world_size][index // world_size] for index in range(len(starts))])
+
+    def _evaluation(self, chunks: list[_Chunk]) -> Evaluation:
+        replaced = np.concatenate([chunk.labels for chunk in chunks])
+        score = np.concatenate([chunk.scores for chunk in chunks])
+        generator_nats = _mean(chunk.masked_nats for chunk in chunks)
+        unigram = _mean(self._unigram_nats[chunk.masked_targets] for chunk in chunks)
         precision, recall, f1, _ = precision_recall_fscore_support(
             replaced, score > 0, average="binary", zero_division=0.0
         )
         two_classes = 0 < replaced.sum() < len(replaced) and np.isfinite(score).all()
         return Evaluation(
-            generator_loss=generator_sum / self.batch.num_selected,
-            discriminator_loss=discriminator_sum / self.batch.num_counted,
+            generator_loss=sum(chunk.generator_sum for chunk in chunks) / self.batch.num_selected,
+            discriminator_loss=sum(chunk.discriminator_sum for chunk in chunks) / self.batch.num_counted,
             generator_masked_loss=generator_nats,
-            unigram_loss=_mean(masked_unigram),
-            generator_gain=_mean(masked_unigram) - generator_nats,
-            generator_accuracy=_mean(argmax_hits),
-            generator_sampled_accuracy=_mean(sampled_hits),
+            unigram_loss=unigram,
+            generator_gain=unigram - generator_nats,
+            generator_accuracy=_mean(chunk.argmax_hits for chunk in chunks),
+            generator_sampled_accuracy=_mean(chunk.sampled_hits for chunk in chunks),
             replaced_share=float(replaced.mean()),
             discriminator_accuracy=float((replaced == (score > 0)).mean()),
             discriminator_precision=float(precision),
@@ -113,8 +131,24 @@ class Evaluator:
         )
 
 
-def _mean(parts: list[np.ndarray]) -> float:
-    return float(np.concatenate(parts).mean(dtype=np.float64))
+def _measured(micro_batch: MicroBatch, output: ElectraOutput) -> _Chunk:
+    targets = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
+    masked = micro_batch.generator_ids_BT.flatten()[micro_batch.selected_M] != targets
+    logits, targets = output.generator_logits_MV[masked].float(), targets[masked]
+    return _Chunk(
+        generator_sum=output.generator_loss_sum.item(),
+        discriminator_sum=output.discriminator_loss_sum.item(),
+        masked_nats=functional.cross_entropy(logits, targets, reduction="none").cpu().numpy(),
+        masked_targets=targets.cpu().numpy(),
+        argmax_hits=(logits.argmax(-1) == targets).cpu().numpy(),
+        sampled_hits=(output.samples_M[masked] == targets).cpu().numpy(),
+        labels=output.is_replaced_BT[micro_batch.counted_BT].cpu().numpy(),
+        scores=output.discriminator_logits_BT[micro_batch.counted_BT].float().cpu().numpy(),
+    )
+
+
+def _mean(parts: Iterable[np.ndarray]) -> float:
+    return float(np.concatenate(list(parts)).mean(dtype=np.float64))
 
 
 def unigram_nats(store: TokenStore, split: Split) -> np.ndarray:

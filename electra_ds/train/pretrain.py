@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from electra_ds import runtime
@@ -19,11 +19,18 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import BatchBuilder, prefetched
 from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import CheckpointFolder
+from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint
 from electra_ds.engine.engine import DeepSpeedEngine
 from electra_ds.engine.step import StepResult
-from electra_ds.errors import CheckpointError, ConfigError, InterruptedBySignalError, TrainingError
+from electra_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    FailedElsewhereError,
+    InterruptedBySignalError,
+    TrainingError,
+)  # fmt: skip
 from electra_ds.model.electra import Electra
+from electra_ds.runtime import Ranks
 from electra_ds.train.metrics import Evaluator
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay, read_metrics
 
@@ -49,65 +56,84 @@ class PretrainJob:
     """Step at which to save and leave; the schedule stays that of the recipe."""
 
 
-def pretrain(job: PretrainJob, console: Console) -> None:
-    """Train from the newest checkpoint, or from the start, to `job.stop_at`.
+def pretrain(job: PretrainJob, ranks: Ranks, console: Console, time_limit_s: float | None = None) -> bool:
+    """Train from the newest checkpoint, or from the start, to `job.stop_at`; False where the time limit came first.
 
-    Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError where gradients stay
-    non-finite, CheckpointError where the disk is full. The caller holds the run's lock.
+    To be called by all ranks. Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError
+    where gradients stay non-finite, CheckpointError where the disk is full. The main rank's caller holds the run's
+    lock.
     """
-    with runtime.process_group(), runtime.StopSignal() as stop_signal, contextlib.ExitStack() as stack:
+    with runtime.StopWish(ranks, time_limit_s) as stop_wish, contextlib.ExitStack() as stack:
         try:
-            loop = _Loop(job, console)
+            loop = _Loop(job, ranks, console)
             stack.callback(loop.close)
-            # Only now, since a JSON that DeepSpeed cannot run must not take the place of the one that it could.
-            job.run.write_record(job.recipe, job.plan, job.record)
-            job.run.clear_verdict()
-            loop.run(stop_signal)
+            if ranks.is_main:
+                # Only now, since a JSON that DeepSpeed cannot run must not take the place of the one that it could.
+                job.run.write_record(job.recipe, job.plan, job.record)
+                job.run.clear_verdict()
+            return loop.run(stop_wish)
         except (InterruptedBySignalError, ConfigError):  # stopped as asked; refused, with the run as it was
+            raise
+        except FailedElsewhereError:
             raise
         except Exception as error:
             with contextlib.suppress(CheckpointError):  # the disk may be full
-                job.run.write_verdict("failed", reason=str(error) or repr(error))
+                if not runtime.is_lost_connection(error):
+                    job.run.write_verdict("failed", reason=str(error) or repr(error))
+                elif job.run.verdict() is None:
+                    job.run.write_verdict("failed", reason="a rank died without a word")
             raise
 
 
 class _Loop:
-    def __init__(self, job: PretrainJob, console: Console) -> None:
-        self.job, self.console = job, console
+    def __init__(self, job: PretrainJob, ranks: Ranks, console: Console) -> None:
+        self.job, self.ranks, self.console = job, ranks, console
         recipe, plan, store = job.recipe, job.plan, job.store
         self.settings = job.record.settings
         self.device = runtime.device()
         self.builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
-        self.evaluator = Evaluator(store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size)
-        self.engine = DeepSpeedEngine(job.model, recipe, plan, self.device)
+        self.evaluator = Evaluator(
+            store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size, ranks
+        )
+        with ranks.together():
+            self.engine = DeepSpeedEngine(job.model, recipe, plan, self.device)
         self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
         self.record_files = job.run.record_files(recipe, plan, job.record) | {
             "tokenizer.json": store.tokenizer.backend.to_str()
         }
         self.step = self.tokens = 0
         self._resume()
-        if self.step > job.stop_at:
-            raise ConfigError(f"The run is at step {self.step} already, beyond --stop-at {job.stop_at}.")
-        self.metrics = MetricsFile(job.run.metrics, self.step)
+        self.metrics = MetricsFile(job.run.metrics, self.step) if ranks.is_main else None
         self._unread: deque[tuple[int, StepResult]] = deque()
         self._clock = time.monotonic()
         self._clock_tokens = self.tokens
 
     def _resume(self) -> None:
-        checkpoint, damaged = self.checkpoints.load_latest()
-        for problem in damaged.values():
-            self.console.print(
-                f"[yellow]Warning:[/] {problem} Falling back to the one before.", highlight=False, soft_wrap=True
-            )
-        self.checkpoints.tidy(damaged)
-        if checkpoint is None:
-            self._check_fresh()
+        """Every rank reads the checkpoint that the main rank has found whole."""
+        checkpoint = None
+        with self.ranks.together():
+            if self.ranks.is_main:
+                checkpoint, damaged = self.checkpoints.load_latest()
+                for problem in damaged.values():
+                    self.console.print(
+                        f"[yellow]Warning:[/] {problem} Falling back to the one before.",
+                        highlight=False, soft_wrap=True,
+                    )  # fmt: skip
+                self.checkpoints.tidy(damaged)
+                if checkpoint is None:
+                    self._check_fresh()
+        path = self.ranks.from_main(checkpoint and checkpoint.path)
+        if path is None:
             return
+        with self.ranks.together():
+            checkpoint = checkpoint or load_checkpoint(path)
+            if checkpoint.state["step"] > self.job.stop_at:
+                raise ConfigError(
+                    f"The run is at step {checkpoint.state['step']} already, beyond --stop-at {self.job.stop_at}."
+                )
         self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
-        self.console.print(
-            f"Going on from {checkpoint.path}, step {self.step}.", highlight=False, markup=False, soft_wrap=True
-        )
+        self.console.print(f"Going on from {path}, step {self.step}.", highlight=False, markup=False, soft_wrap=True)
 
     def _check_fresh(self) -> None:
         """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
@@ -119,9 +145,9 @@ class _Loop:
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
             )
 
-    def run(self, stop_signal: runtime.StopSignal) -> None:
+    def run(self, stop_wish: runtime.StopWish) -> bool:
+        """Train; False where the time limit came before `stop_at`."""
         job, settings = self.job, self.settings
-        total = job.recipe.schedule.total_steps
         with TrainingDisplay(self.console, job.stop_at, self.step) as display:
             for step, batch in prefetched(self.builder, self.step, job.stop_at):
                 self._unread.append((step + 1, self.engine.train_step(batch, step)))
@@ -133,22 +159,32 @@ class _Loop:
                     self._evaluate(display)
                 if self.step % settings.save_every == 0 and self.step < job.stop_at:
                     self._save()
-                if stop_signal.received is not None and self.step < job.stop_at:
+                request = stop_wish.decide()
+                if request is not None and self.step < job.stop_at:
                     self._log(display)
-                    raise self._interrupted(stop_signal.received)
+                    return self._stopped(request)
             self._save()
             self._evaluate(display)
-        if self.step >= total:
-            job.run.write_verdict("done", step=self.step)
-        else:
-            job.run.write_verdict("stopped", step=self.step, reason=f"--stop-at {job.stop_at}")
+        if self.ranks.is_main:
+            if self.step >= job.recipe.schedule.total_steps:
+                job.run.write_verdict("done", step=self.step)
+            else:
+                job.run.write_verdict("stopped", step=self.step, reason=f"--stop-at {job.stop_at}")
+        return True
 
-    def _interrupted(self, received: signal.Signals) -> InterruptedBySignalError:
+    def _stopped(self, request: runtime.StopRequest) -> bool:
+        """Save and leave: False for the time limit, InterruptedBySignalError for a signal."""
+        run = self.job.run
         path = self._save()
-        self.job.run.write_verdict("stopped", step=self.step, reason=received.name)
-        return InterruptedBySignalError(
-            f"{received.name}: saved {path}. Go on with: bin/pretrain --resume {self.job.run.path}", received
-        )
+        with self.ranks.together():  # launchers end the others once the first has left, so all is written before
+            if self.ranks.is_main:
+                run.write_verdict("stopped", step=self.step, reason=request.reason)
+                run.mark_requeue(request.reason)
+        message = f"{request.reason}: saved {path}. Go on with: bin/pretrain --resume {run.path}"
+        if request.signum is not None:
+            raise InterruptedBySignalError(message, request.signum)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        return False
 
     def _log(self, display: TrainingDisplay) -> None:
         """Read back the steps since the last call, write them, and see whether training still moves."""
@@ -161,16 +197,32 @@ class _Loop:
         generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
         numbers = f"generator {_shown(generator)}  discriminator {_shown(discriminator)}  {tokens_per_s:,.0f} tokens/s"
         display.update(self.step, numbers + (f"  skipped {skipped}" if skipped else ""))
-        self._check_progress(int(optimizer.consecutive_skips.item()))
+        with self.ranks.together():
+            self._check_progress(int(optimizer.consecutive_skips.item()))
 
     def _write_unread(self, **extra: float) -> dict[str, float | None]:
         """Write a line for each step whose losses are still on the device; returns the last one's values."""
         values: dict[str, float | None] = {}
-        while self._unread:
-            step, result = self._unread.popleft()
-            values = {name: _finite(tensor.item()) for name, tensor in result._asdict().items()}
-            self.metrics.write("train", step, values | (extra if not self._unread else {}))
+        with self.ranks.together():
+            for step, result in self._read_back():
+                values = {name: _finite(value) for name, value in result.items()}
+                values["learning_rate"] = self.engine.learning_rate(step - 1)
+                if self.metrics is not None:
+                    self.metrics.write("train", step, values | (extra if step == self.step else {}))
         return values
+
+    def _read_back(self) -> list[tuple[int, dict[str, float]]]:
+        """(step, losses and gradient norm) of the unread steps: one sum over ranks, one wait for the device."""
+        if not self._unread:
+            return []
+        steps, results = zip(*self._unread, strict=True)
+        self._unread.clear()
+        losses = self.ranks.sum(torch.stack([torch.stack(result[:-1]) for result in results])).tolist()
+        norms = torch.stack([result.grad_norm for result in results]).tolist()
+        return [
+            (step, dict(zip(StepResult._fields, (*loss, norm), strict=True)))
+            for step, loss, norm in zip(steps, losses, norms, strict=True)
+        ]
 
     def _check_progress(self, consecutive_skips: int) -> None:
         scaling = self.job.plan.precision.loss_scaling
@@ -188,9 +240,11 @@ class _Loop:
 
     def _evaluate(self, display: TrainingDisplay) -> None:
         started = time.monotonic()
-        evaluation = self.evaluator(self.engine.module, self.device)
-        values = {name: _finite(value) for name, value in evaluation._asdict().items()}
-        self.metrics.write("eval", self.step, values)
+        evaluation = self.evaluator(self.engine.evaluate, self.device)
+        with self.ranks.together():
+            if self.metrics is not None:
+                values = {name: _finite(value) for name, value in evaluation._asdict().items()}
+                self.metrics.write("eval", self.step, values)
         display.say(
             f"held out at step {self.step}: generator {evaluation.generator_masked_loss:.3f} nats at [MASK] "
             f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
@@ -198,21 +252,25 @@ class _Loop:
         self._clock += time.monotonic() - started
 
     def _save(self) -> Path:
+        """Publish a checkpoint; all ranks give their part of the state, and leave when it is there."""
         started = time.monotonic()
         self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
-        optimizer = self.engine.optimizer
+        tensors, counters = self.engine.optimizer.tensors(), self.engine.optimizer.counters()
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "precision": self.job.plan.precision.name,
-            "optimizer": optimizer.counters(),
+            "optimizer": counters,
         }
-        path = self.checkpoints.save(optimizer.tensors(), state, self.record_files)
+        with self.ranks.together():
+            if self.ranks.is_main:
+                self.checkpoints.save(tensors, state, self.record_files)
         self._clock += time.monotonic() - started
-        return path
+        return self.checkpoints.path(self.step)
 
     def close(self) -> None:
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
         self.engine.close()
 
 
