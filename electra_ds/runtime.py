@@ -71,6 +71,7 @@ class Ranks:
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.is_main = launch.is_main
+        self.launcher_watch = LauncherWatch(launch)
         # On the CPU, so that agreeing never waits for a GPU.
         self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
 
@@ -197,7 +198,6 @@ class StopWish:
         """time_limit_s: seconds from now."""
         self._ranks = ranks
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
-        self._watch = LauncherWatch(ranks.launch)
         self._signal = 0
         self._asked: Any = None
 
@@ -233,7 +233,7 @@ class StopWish:
         wish = self._signal
         if not wish and self._deadline is not None and time.monotonic() > self._deadline:
             wish = _TIME_LIMIT
-        if not wish and self._watch.died():
+        if not wish and self._ranks.launcher_watch.died():
             wish = _LAUNCHER_DIED
         if self._ranks.world_size > 1:
             before, self._asked = self._asked, self._ranks.start_maximum(wish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ SMALL = (
     "optimizer.learning_rate=1e-3", "optimizer.beta2=0.999", "optimizer.max_grad_norm=1.0",
     "tokenizer.vocab_size=400",
 )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:

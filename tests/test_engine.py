@@ -194,6 +194,51 @@ def test_fp32_updates_are_torchs_adamw() -> None:
     assert optimizer.taken_steps == 30
 
 
+def test_without_bias_correction_the_update_is_the_originals() -> None:
+    """google-research/electra, AdamWeightDecayOptimizer, written out in float64; decay off for biases."""
+    section = SECTION.model_copy(update={"bias_correction": False, "max_grad_norm": 1e9})
+    module = tiny_module()
+    optimizer = MasterAdamW(module.named_parameters(), section, None)
+    by_hand = {name: parameter.detach().double().numpy().copy() for name, parameter in module.named_parameters()}
+    first = {name: np.zeros_like(value) for name, value in by_hand.items()}
+    second = {name: np.zeros_like(value) for name, value in by_hand.items()}
+    for step in range(30):
+        inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        module(inputs).square().sum().backward()
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None
+            gradient = parameter.grad.double().numpy()
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            decay = 0.0 if name.endswith("bias") else 0.1
+            update = first[name] / (np.sqrt(second[name]) + 1e-6) + decay * by_hand[name]
+            by_hand[name] = by_hand[name] - 1e-2 * update
+        optimizer.step()
+        module.zero_grad()
+    for name, parameter in module.named_parameters():
+        np.testing.assert_allclose(parameter.detach().numpy(), by_hand[name], rtol=2e-5, atol=2e-6)
+    assert optimizer.taken_steps == 30
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_every_stage_updates_as_the_plain_engine_does(store: TokenStore, bias_correction: bool) -> None:
+    recipe = small_recipe(f"optimizer.bias_correction={bias_correction}", "schedule.warmup_steps=2")
+    expected, _, plain = run_plain(store, recipe, 8)
+    weights = {name: parameter.detach() for name, parameter in plain.module.named_parameters()}
+    for stage in (0, 1, 2, 3):
+        losses, engine = run_deepspeed(
+            store, recipe, 8, train_micro_batch_size_per_gpu=4, zero_optimization={"stage": stage}
+        )
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+        tensors = engine.optimizer.tensors()
+        assert engine.optimizer.taken_steps == 8
+        engine.close()
+        assert {name for name in tensors if name.startswith("master/")} == {f"master/{name}" for name in weights}
+        for name, weight in weights.items():
+            torch.testing.assert_close(tensors[f"master/{name}"], weight, rtol=1e-3, atol=2e-5)
+
+
 class NoReads(TorchDispatchMode):
     """Fails where a tensor's value is read by the host, which on a GPU would wait for the device."""
 

@@ -37,19 +37,25 @@ def case(store: TokenStore, *overrides: str) -> tuple[Recipe, Electra, MicroBatc
 
 @pytest.mark.parametrize("sharing", ["embeddings", "tokens", "none", "all"])
 @pytest.mark.parametrize("embedding_size", [16, 32], ids=["projected", "same-size"])
+@pytest.mark.parametrize("segments", ["one", "two"])
 def test_logits_losses_and_gradients_equal_those_of_transformers(
-    store: TokenStore, sharing: str, embedding_size: int
+    store: TokenStore, sharing: str, embedding_size: int, segments: str
 ) -> None:
     sizes = ["generator.width_multiplier=1", "generator.depth_multiplier=1"] if sharing == "all" else []
-    _, model, batch = case(store, f"generator.sharing={sharing}", f"model.embedding_size={embedding_size}", *sizes)
+    _, model, batch = case(
+        store, f"generator.sharing={sharing}", f"model.embedding_size={embedding_size}", f"data.segments={segments}",
+        *sizes,
+    )  # fmt: skip
     assert batch.attend_B11T is not None  # some sequences are padded
     attention_mask = batch.attend_B11T[:, 0, 0].long()
+    assert (batch.segments_BT is not None) == (segments == "two")
+    types = None if batch.segments_BT is None else batch.segments_BT.long()
     output = model.train()(batch)
     total = output.generator_loss_sum / 40 + 50 * output.discriminator_loss_sum / 200
     total.backward()
 
     generator, discriminator = to_transformers(model)
-    mlm_logits = generator(input_ids=batch.generator_ids_BT, attention_mask=attention_mask).logits
+    mlm_logits = generator(batch.generator_ids_BT, attention_mask=attention_mask, token_type_ids=types).logits
     targets = batch.ids_BT.flatten()[batch.selected_M]
     close(output.generator_logits_MV, mlm_logits.flatten(0, 1)[batch.selected_M].detach())
     mlm_loss = functional.cross_entropy(mlm_logits.flatten(0, 1)[batch.selected_M], targets, reduction="sum")
@@ -58,7 +64,7 @@ def test_logits_losses_and_gradients_equal_those_of_transformers(
     corrupted[batch.selected_M[batch.replaced_M]] = output.samples_M[batch.replaced_M]
     corrupted = corrupted.view_as(batch.ids_BT)
     labels = (corrupted != batch.ids_BT).float()
-    rtd_logits = discriminator(input_ids=corrupted, attention_mask=attention_mask).logits
+    rtd_logits = discriminator(corrupted, attention_mask=attention_mask, token_type_ids=types).logits
     real = batch.attend_B11T[:, 0, 0]
     close(output.discriminator_logits_BT[real], rtd_logits[real].detach())
     rtd_loss = functional.binary_cross_entropy_with_logits(

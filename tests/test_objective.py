@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from electra_ds.objective.keyed_random import column_keys, exponential_noise, hash64
+from electra_ds.config.overrides import load_recipe
+from electra_ds.objective.keyed_random import column_keys, exponential_noise, hash64, permutation_at
 from electra_ds.objective.losses import discriminator_loss_sum, generator_loss_sum
 from electra_ds.objective.masking import Masks, choose_masks
 from electra_ds.objective.sampling import sample_tokens
@@ -105,6 +106,24 @@ def test_a_rare_token_is_drawn_as_often_as_it_should_be() -> None:
     assert stats.binomtest(int((samples == 7).sum()), draws, probability).pvalue > LOWEST_P
 
 
+# --- permutations
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**63 - 1))
+@settings(max_examples=60, deadline=None)
+def test_a_keyed_permutation_holds_every_number_once(size: int, key: int) -> None:
+    whole = permutation_at(np.arange(size), size, key)
+    assert (np.sort(whole) == np.arange(size)).all()
+    some = np.arange(size)[:: max(1, size // 7)]
+    assert (permutation_at(some, size, key) == whole[some]).all()  # any place is reached without the others
+
+
+def test_a_keyed_permutation_favours_no_place() -> None:
+    """Where the first of ten numbers goes, over 20,000 keys."""
+    places = [int(permutation_at(np.array([0]), 10, key)[0]) for key in range(20_000)]
+    assert chi_square_p(np.bincount(places, minlength=10), np.full(10, 2000.0)) > LOWEST_P
+
+
 # --- masking
 
 
@@ -194,6 +213,24 @@ def test_losses_are_taken_in_fp32() -> None:
 def test_the_schedule_warms_up_and_decays_linearly(step: int, rate: float) -> None:
     value = learning_rate_at(step, kind="linear", learning_rate=1e-3, warmup_steps=10, total_steps=110)
     assert value == pytest.approx(rate, rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (0, 0.0),
+        (1, 5e-4 * 1e-4 * (1 - 1e-6)),
+        (5_000, 5e-4 * 0.5 * 0.995),
+        (10_000, 5e-4 * 0.99),  # the warm-up's end lies below the learning rate, since the decay has begun
+        (500_000, 2.5e-4),
+        (999_999, 5e-4 * 1e-6),
+        (1_000_000, 0.0),
+    ],
+)
+def test_the_originals_schedule_is_warm_up_times_decay(step: int, rate: float) -> None:
+    schedule = load_recipe("electra-small").schedule
+    value = learning_rate_at(step, learning_rate=5e-4, **schedule.model_dump())
+    assert value == pytest.approx(rate, rel=1e-9, abs=1e-18)
 
 
 def test_the_schedule_is_that_of_transformers() -> None:

@@ -32,6 +32,25 @@ def test_rc2020_small_is_table_5_of_the_study() -> None:
     assert (recipe.global_batch_size, recipe.data.sequence_length) == (128, 128)
 
 
+def test_electra_small_is_the_originals_code() -> None:
+    """configure_pretraining.py, modeling.py and optimization.py of google-research/electra."""
+    recipe = load_recipe("electra-small")
+    assert (recipe.tokenizer.kind, recipe.tokenizer.lowercase, recipe.tokenizer.vocab_size) == (
+        "wordpiece",
+        True,
+        30522,
+    )
+    assert (recipe.data.segments, recipe.data.sequence_length, recipe.global_batch_size) == ("two", 128, 128)
+    assert (recipe.optimizer.bias_correction, recipe.optimizer.max_grad_norm) == (False, 1.0)
+    assert (recipe.schedule.kind, recipe.schedule.warmup_steps, recipe.schedule.total_steps) == (
+        "product", 10_000, 1_000_000,
+    )  # fmt: skip
+    assert (recipe.masking.count, recipe.masking.replace_at) == ("fixed", "selected")
+    assert recipe.discriminator.loss_on_special
+    study, same = load_recipe("rc2020-small"), {"initializer"}
+    assert recipe.model.model_dump(exclude=same) == study.model.model_dump(exclude=same)
+
+
 @pytest.mark.parametrize("text", ["5e-4", "5E-4", "0.0005", ".0005", "5.0e-4"])
 def test_a_number_in_any_notation_is_a_number(text: str) -> None:
     assert load_recipe("tiny", [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 5e-4

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.segments import Ranges, WindowSampler
+from electra_ds.data.sampling import Rows, Sampler
+from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
 from electra_ds.errors import DataError
 from electra_ds.objective.keyed_random import generator, hash64
@@ -31,6 +32,8 @@ class GlobalBatch(NamedTuple):
 
     ids_BT: np.ndarray
     lengths_B: np.ndarray
+    second_segment_BT: np.ndarray | None
+    """bool, True in the second segment; None where rows have only one."""
     masks: Masks
     counted_BT: np.ndarray
     noise_keys_BT: np.ndarray
@@ -64,6 +67,7 @@ class GlobalBatch(NamedTuple):
             noise_keys_M=torch.from_numpy(self.noise_keys_BT[rows][selected]),
             counted_BT=torch.from_numpy(self.counted_BT[rows]),
             attend_B11T=torch.from_numpy(attend[:, None, None, :]) if padded else None,
+            segments_BT=None if self.second_segment_BT is None else torch.from_numpy(self.second_segment_BT[rows]),
         )
 
 
@@ -74,28 +78,19 @@ class BatchBuilder:
         self.store = store
         self.recipe = recipe
         self.seed = seed
-        length = recipe.data.sequence_length
-        self.sampler = WindowSampler(ranges, length - 2, recipe.data.document_sampling, seed)
-        self._positions = np.arange(length - 2)
+        self.sampler = Sampler(store, ranges, recipe.data, seed)
 
     def build(self, step: int, batch_size: int | None = None) -> GlobalBatch:
         """The batch of optimiser step `step`. Raises DataError where the store holds ids outside its vocabulary."""
         batch_size = batch_size or self.recipe.global_batch_size
         tokenizer, masking = self.store.tokenizer, self.recipe.masking
-        starts, sizes = self.sampler.windows(step, batch_size)
-        ids = np.full((batch_size, self.recipe.data.sequence_length), tokenizer.pad_id, dtype=np.int64)
-        inside = self._positions < sizes[:, None]
-        last = len(self.store.tokens) - 1
-        tokens = self.store.tokens[np.minimum(starts[:, None] + self._positions, last)]
-        np.copyto(ids[:, 1:-1], tokens, where=inside)
-        ids[:, 0] = tokenizer.cls_id
-        ids[np.arange(batch_size), sizes + 1] = tokenizer.sep_id
+        rows = self.sampler.rows(step, batch_size)
+        ids, lengths = self._laid_out(rows)
         if int(ids.max()) >= tokenizer.vocab_size:
             raise DataError(
                 f"The token store {self.store.path} holds id {ids.max()}, but its vocabulary has "
                 f"{tokenizer.vocab_size}: tokens.bin is damaged. Build the store again."
             )
-        lengths = sizes + 2
         real = np.arange(ids.shape[1]) < lengths[:, None]
         maskable = real & ~tokenizer.is_special[ids]
         masks = choose_masks(
@@ -109,7 +104,24 @@ class BatchBuilder:
         )
         counted = real if self.recipe.discriminator.loss_on_special else maskable
         noise = hash64(self.seed, _NOISE, step, np.arange(ids.size)).astype(np.uint32).view(np.int32)
-        return GlobalBatch(ids, lengths, masks, counted, noise.reshape(ids.shape), tokenizer.mask_id)
+        second = None
+        if self.recipe.data.segments == "two":
+            second = real & (np.arange(ids.shape[1]) > rows.first_B[:, None] + 1)
+        return GlobalBatch(ids, lengths, second, masks, counted, noise.reshape(ids.shape), tokenizer.mask_id)
+
+    def _laid_out(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [B, T], lengths [B]): [CLS] first [SEP], or [CLS] first [SEP] second [SEP], and padding."""
+        tokenizer, place = self.store.tokenizer, np.arange(self.recipe.data.sequence_length)
+        first, second = rows.first_B[:, None], rows.second_B[:, None]
+        text = place - 1 - (place > first + 1)  # which of a row's tokens stands at a place
+        is_text = (place > 0) & (place != first + 1) & (text < first + second)
+        lengths = first + second + np.where(second > 0, 3, 2)
+        positions = np.take_along_axis(rows.positions_BC, np.clip(text, 0, rows.positions_BC.shape[1] - 1), axis=1)
+        tokens = self.store.tokens[np.minimum(positions, len(self.store.tokens) - 1)]
+        ids = np.where(is_text, tokens, tokenizer.pad_id).astype(np.int64)
+        ids[:, 0] = tokenizer.cls_id
+        ids[(place == first + 1) | (place == lengths - 1)] = tokenizer.sep_id
+        return ids, lengths[:, 0]
 
 
 def prefetched(builder: BatchBuilder, first_step: int, stop_step: int) -> Iterator[tuple[int, GlobalBatch]]:

@@ -1,11 +1,7 @@
-"""Which stretches of the corpus a step sees: the held-out split, and random windows of documents.
-
-Everything is a function of (seed, step): any step is reached at once, without replaying the ones before.
-"""
+"""What is trained on and what is held out."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,10 +10,7 @@ from electra_ds.config.recipe import DataSection
 from electra_ds.errors import DataError
 from electra_ds.objective.keyed_random import generator
 
-# Purposes, so that no two draws of a run share a key.
-_HOLDOUT, _EPOCH, _WINDOW = 0x40, 0x41, 0x42
-
-FEW_DOCUMENTS_TO_SAMPLE_BY_LENGTH = 10_000
+_HOLDOUT = 0x40
 FEW_DOCUMENTS_TO_HOLD_OUT_SPANS = 1_000
 
 
@@ -97,50 +90,3 @@ def _spans_apart(ranges: Ranges, target: float, data: DataSection, rng: np.rando
 def _ranges(pieces: list[tuple[int, int]]) -> Ranges:
     array = np.array(sorted(pieces), dtype=np.int64).reshape(-1, 2)
     return Ranges(array[:, 0], array[:, 1])
-
-
-class Windows(NamedTuple):
-    """int64 [B] each: where a window starts in tokens.bin, and its number of tokens."""
-
-    starts: np.ndarray
-    lengths: np.ndarray
-
-
-class WindowSampler:
-    """Random windows of at most `window_tokens` tokens.
-
-    A range longer than that gives a window whose offset is uniform over all that fit; a shorter one is taken
-    whole.
-    """
-
-    def __init__(
-        self, ranges: Ranges, window_tokens: int, sampling: Literal["auto", "epoch", "length"], seed: int
-    ) -> None:
-        self.ranges = ranges
-        self.window_tokens = window_tokens
-        self.seed = seed
-        if sampling == "auto":
-            few = len(ranges.starts) < FEW_DOCUMENTS_TO_SAMPLE_BY_LENGTH
-            long = ranges.lengths.mean() > 2 * window_tokens
-            sampling = "length" if few and long else "epoch"
-        self.sampling = sampling
-        self._ends = np.cumsum(ranges.lengths)
-        self._permutation = lru_cache(maxsize=2)(self._make_permutation)
-
-    def _make_permutation(self, epoch: int) -> np.ndarray:
-        return generator(self.seed, _EPOCH, epoch).permutation(len(self.ranges.starts))
-
-    def windows(self, step: int, batch_size: int) -> Windows:
-        """The windows of optimiser step `step`."""
-        rng = generator(self.seed, _WINDOW, step)
-        if self.sampling == "epoch":
-            epochs, places = np.divmod(step * batch_size + np.arange(batch_size), len(self.ranges.starts))
-            chosen = np.empty(batch_size, dtype=np.int64)
-            for epoch in np.unique(epochs):
-                of_epoch = epochs == epoch
-                chosen[of_epoch] = self._permutation(int(epoch))[places[of_epoch]]
-        else:
-            chosen = np.searchsorted(self._ends, rng.integers(0, self._ends[-1], batch_size), side="right")
-        lengths = self.ranges.lengths[chosen]
-        offsets = rng.integers(0, np.maximum(lengths - self.window_tokens, 0) + 1)
-        return Windows(self.ranges.starts[chosen] + offsets, np.minimum(lengths, self.window_tokens))

@@ -45,10 +45,13 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
         positions = self.position_embeddings.weight[: ids_BT.shape[1]]
-        first_segment = self.token_type_embeddings.weight[0]
-        return self.dropout(self.LayerNorm(self.word_embeddings(ids_BT) + (positions + first_segment)))
+        if segments_BT is None:
+            places = positions + self.token_type_embeddings.weight[0]
+        else:
+            places = positions + self.token_type_embeddings(segments_BT.long())
+        return self.dropout(self.LayerNorm(self.word_embeddings(ids_BT) + places))
 
 
 class Layer(nn.Module):
@@ -98,9 +101,12 @@ class Encoder(nn.Module):
         )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, ids_BT: torch.Tensor, attend_B11T: torch.Tensor | None) -> torch.Tensor:
-        """Hidden states [B, T, H]. `attend_B11T` is True at real tokens, or None where nothing is padded."""
-        hidden_BTH = self.embeddings_project(self.embeddings(ids_BT))
+    def forward(
+        self, ids_BT: torch.Tensor, attend_B11T: torch.Tensor | None, segments_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states [B, T, H]. `attend_B11T` is True at real tokens, or None where nothing is padded;
+        `segments_BT` is True in the second segment, or None where there is only one."""
+        hidden_BTH = self.embeddings_project(self.embeddings(ids_BT, segments_BT))
         for layer in self.layers:
             hidden_BTH = layer(hidden_BTH, attend_B11T)
         return hidden_BTH

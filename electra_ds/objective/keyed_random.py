@@ -33,6 +33,25 @@ def generator(*parts: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int(hash64(*parts))))
 
 
+def permutation_at(places: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """int64: what stands at the given places of a keyed random permutation of 0 … size - 1.
+
+    A Feistel network of four rounds over the next power of four, walked on until it falls below `size` (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002): no table of the permutation is kept.
+    """
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    result = np.asarray(places).astype(np.uint64)
+    walking = np.ones(result.shape, dtype=bool)
+    while walking.any():
+        left, right = result[walking] >> half, result[walking] & mask
+        for turn in range(4):
+            left, right = right, left ^ (hash64(*key, turn, right) & mask)
+        result[walking] = left << half | right
+        walking[walking] = result[walking] >= size
+    return result.astype(np.int64)
+
+
 def column_keys(columns: int) -> torch.Tensor:
     """int32 [columns]: the fixed hash of each column, such as a vocabulary id. Make it once and keep it.
 

@@ -27,19 +27,10 @@ class MicroBatch(NamedTuple):
     """bool, positions that count in the discriminator's loss."""
     attend_B11T: torch.Tensor | None
     """bool, True at real tokens; None where nothing is padded."""
+    segments_BT: torch.Tensor | None = None
+    """bool, True in the second segment; None where there is only one."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device, copied while the host goes on."""
 
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return MicroBatch(
-            moved(self.ids_BT),
-            moved(self.generator_ids_BT),
-            moved(self.selected_M),
-            moved(self.replaced_M),
-            moved(self.noise_keys_M),
-            moved(self.counted_BT),
-            None if self.attend_B11T is None else moved(self.attend_B11T),
-        )
+        return MicroBatch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))

@@ -1,0 +1,70 @@
+"""Run by torchrun from tests/test_ranks.py: the same steps at every ZeRO stage and precision, on these ranks.
+
+Arguments: a token store, a file of samples to replay, and where rank 0 writes the losses.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from electra_ds import runtime
+from electra_ds.data.batches import GlobalBatch
+from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.engine import DeepSpeedEngine
+from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
+
+STEPS = 50
+RECIPE = ("global_batch_size=16", "schedule.total_steps=60", "schedule.warmup_steps=10")
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
+}
+
+
+def own_samples(batch: GlobalBatch, samples: np.ndarray, micro: int, accumulation: int, rank: int) -> list[Any]:
+    """This rank's micro-batches' share of the samples of a whole global batch."""
+    ends = np.concatenate([[0], np.cumsum(batch.masks.selected.sum(axis=1))])
+    firsts = [(rank * accumulation + index) * micro for index in range(accumulation)]
+    return [torch.from_numpy(samples[ends[first] : ends[first + micro]]) for first in firsts]
+
+
+def main(store_path: str, samples_path: str, out: str) -> None:
+    torch.set_num_threads(1)
+    kind = type(get_accelerator())
+    kind.is_fp16_supported = lambda self: True
+    kind.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
+    recipe = small_recipe(*RECIPE)
+    replayed = np.load(samples_path)
+    found = {}
+    with runtime.ranks() as ranks:
+        store = TokenStore(Path(store_path))
+        builder = builder_for(store, recipe)
+        for name, section in PRECISIONS.items():
+            for stage in (0, 1, 2, 3):
+                zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+                plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=2, zero_optimization=zero, **section)
+                engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
+                losses = []
+                for step in range(STEPS):
+                    batch = builder.build(step)
+                    accumulation = plan.batch.gradient_accumulation_steps
+                    replay = own_samples(batch, replayed[f"step{step}"], 2, accumulation, ranks.rank)
+                    result = engine.train_step(batch, step, None if name == "fp32" else replay)
+                    losses.append(ranks.sum(result.loss.detach().float().clone()).item())
+                counters = engine.optimizer.counters()
+                assert (counters["taken_steps"], counters["skipped_steps"]) == (STEPS, 0)
+                found[f"{name}-{stage}"] = np.array(losses)
+                engine.close()
+        if ranks.is_main:
+            np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

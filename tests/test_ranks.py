@@ -1,0 +1,60 @@
+"""Several ranks are one run: the same losses at every number of ranks, ZeRO stage and precision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.plain import PlainEngine
+from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
+from tests.rank_worker import PRECISIONS, RECIPE, STEPS
+
+# fp32 differs by the order of sums alone. bf16 has 8 significant bits (2^-9 = 0.2 % a rounding) and fp16 11; a loss is
+# a mean over some hundred positions, whose roundings partly cancel, so one rounding's size bounds its relative error,
+# and the weights drift apart over the 50 steps by the same kind of error: twice that for bf16.
+BOUNDS = {"fp32": 1e-5, "bf16": 4e-3, "fp16": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def control(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, Path]:
+    """Losses of the plain engine on one rank, and a file with the samples that it drew."""
+    recipe = small_recipe(*RECIPE)
+    engine = PlainEngine(model_for(store, recipe), recipe, recipe.global_batch_size, torch.device("cpu"))
+    builder = builder_for(store, recipe)
+    losses, samples = [], {}
+    for step in range(STEPS):
+        result, drawn = engine.train_step(builder.build(step), step)
+        losses.append(result.loss.item())
+        samples[f"step{step}"] = torch.cat(drawn).numpy()
+    path = tmp_path_factory.mktemp("samples") / "samples.npz"
+    np.savez(path, **samples)  # type: ignore[arg-type]
+    return np.array(losses), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.nightly), 2, pytest.param(4, marks=pytest.mark.nightly)]
+)
+def test_every_world_size_stage_and_precision_follows_the_plain_engine_on_one_rank(
+    store: TokenStore, control: tuple[np.ndarray, Path], tmp_path: Path, world_size: int
+) -> None:
+    expected, samples = control
+    out = tmp_path / "losses.npz"
+    launch: Any = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size), "--master_port",
+        str(free_port()), "-m", "tests.rank_worker", str(store.path), str(samples), str(out),
+    ]  # fmt: skip
+    result = subprocess.run(launch, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert expected[-1] < 0.9 * expected[0]
+    with np.load(out) as found:
+        assert len(found) == 4 * len(PRECISIONS)
+        for name, losses in found.items():
+            np.testing.assert_allclose(losses, expected, rtol=BOUNDS[name.split("-")[0]], err_msg=name)
