@@ -1,6 +1,7 @@
 """The parser behind every bin/ script and the `electra-ds` command.
 
-Modules that need torch are imported inside the handlers, so that --help and bad arguments answer at once.
+What needs torch, numpy or another large package is imported inside the handlers, so that --help and bad arguments
+answer at once.
 """
 
 from __future__ import annotations
@@ -16,26 +17,33 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from electra_ds import __version__
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe, recipe_names
-from electra_ds.data.build import build_store
-from electra_ds.data.corpus import BUILTIN, open_corpus
-from electra_ds.data.token_store import TokenStore
-from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.config.recipe import Recipe, TokenizerSection, recipe_names
 from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
 from electra_ds.launcher import detect
 
+if TYPE_CHECKING:
+    from electra_ds.data.corpus import Source
+    from electra_ds.data.token_store import TokenStore
+    from electra_ds.data.tokenizer import Tokenizer
+
 _STARTED = time.monotonic()  # what a time limit counts from
 _DEFAULT_RECIPE = "rc2020-small"
+_HUB_MODEL = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_BUILTIN, _HUB = "builtin", "hub:"
+_CORPUS_ARGUMENTS = ("corpus", "document_boundary", "text_key", "streaming", "revision", "tokenizer", "cased")
 _PRETRAIN_EPILOG = """\
 examples:
   bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny
       a first run, on documentation text that every machine has
   bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus my_texts/
       the reproduction study's ELECTRA-Small on your own text, on a 6 GB card
+  bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus hub:wikimedia/wikipedia#20231101.sw --corpus news/
+      a dataset of the Hugging Face Hub, and a folder
   bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 seed=3
   bin/pretrain --resume runs/tiny-20260101-120000
   bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
@@ -53,10 +61,15 @@ _BUILD_DATA_EPILOG = """\
 examples:
   bin/build-data --corpus my_texts/ --recipe rc2020-small --out stores/mine
       trains the recipe's tokenizer on the text and tokenises it
-  bin/build-data --corpus dump.jsonl --text-key body --tokenizer vocab.txt --out stores/dump
+  bin/build-data --corpus dump.jsonl.zst --text-key body --tokenizer vocab.txt --out stores/dump
+  bin/build-data --corpus 'hub:wikimedia/wikipedia#20231101.en' --streaming --corpus books/ --out stores/both \
+      --tokenizer google-bert/bert-base-multilingual-cased
 
-A corpus is text files (one document each, or --document-boundary blank-line), JSON lines, or WikiExtractor
-<doc> files; folders are read recursively. An interrupted build goes on where it stopped when run again.
+Each --corpus is one source of text, and data.corpus_weights has one number for each. A source is files and folders
+(read recursively), `builtin`, or hub:NAME#CONFIG@SPLIT, a dataset of the Hugging Face Hub (the split is `train` where
+none is given; a local folder in the Hub's layout is hub:./FOLDER). Files are text (one document each, or
+--document-boundary blank-line), JSON lines, WikiExtractor's <doc> files, each also as .gz, .bz2, .xz or .zst, and
+Parquet. An interrupted build goes on where it stopped when run again.
 """
 _EXPORT_EPILOG = """\
 example:
@@ -159,18 +172,26 @@ def _add_overrides(group, example: str) -> None:  # type: ignore[no-untyped-def]
 
 def _add_corpus_arguments(group, default_note: str, required: bool = False) -> None:  # type: ignore[no-untyped-def]
     group.add_argument(
-        "--corpus", nargs="+", metavar="PATH", required=required, help=f"text files and folders ({default_note})"
-    )
+        "--corpus", nargs="+", action="append", metavar="SOURCE", required=required,
+        help=f"text files and folders, or hub:NAME#CONFIG@SPLIT; once for each source ({default_note})",
+    )  # fmt: skip
     group.add_argument(
-        "--document-boundary", choices=("file", "blank-line"), default="file",
+        "--document-boundary", choices=("file", "blank-line"),
         help="where a document ends in a text file (default: file)",
     )  # fmt: skip
-    group.add_argument("--text-key", default="text", metavar="KEY", help="field of JSON lines (default: text)")
     group.add_argument(
-        "--tokenizer", type=Path, metavar="PATH",
-        help="use this tokenizer.json or vocab.txt, or a folder with one, instead of training one",
+        "--text-key", metavar="KEY", help="field of JSON lines, column of Parquet and datasets (default: text)"
+    )
+    group.add_argument(
+        "--streaming", action="store_true", default=None, help="read Hub datasets without downloading them whole"
+    )
+    group.add_argument("--revision", metavar="REV", help="commit, branch or tag of the Hub dataset")
+    group.add_argument(
+        "--tokenizer", metavar="PATH|NAME",
+        help="use this tokenizer.json or vocab.txt, a folder with one, or that of a model on the Hub, such as "
+        "FacebookAI/xlm-roberta-base, instead of training one",
     )  # fmt: skip
-    group.add_argument("--cased", action="store_true", help="the vocab.txt was made from cased text")
+    group.add_argument("--cased", action="store_true", default=None, help="the vocab.txt was made from cased text")
 
 
 def _positive(text: str) -> int:
@@ -231,6 +252,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from electra_ds import runtime
+    from electra_ds.data.token_store import TokenStore
     from electra_ds.report.run_report import report_run
     from electra_ds.train import launch
     from electra_ds.train.pretrain import pretrain
@@ -266,39 +288,97 @@ def _run_path(options: argparse.Namespace, recipe: Recipe | None) -> Path:
 
 def _check_pretrain_arguments(options: argparse.Namespace) -> None:
     if options.resume is not None:
-        new_run_only = ("recipe", "overrides", "data", "corpus", "tokenizer", "run_dir")
+        new_run_only = ("recipe", "overrides", "data", *_CORPUS_ARGUMENTS, "run_dir")
         given = [name for name in new_run_only if getattr(options, name)]
         if given:
             flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)
             raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
     elif options.ds_config is None:
         raise ConfigError("Say how to run it with --ds-config, for instance: --ds-config ds_configs/cpu.json")
-    elif options.cased and not options.tokenizer:
-        raise ConfigError("--cased says how a given vocab.txt was made; it needs --tokenizer.")
-    elif options.data is not None and (options.corpus or options.tokenizer):
-        raise ConfigError("--data is a finished token store; give either it or --corpus and --tokenizer.")
+    elif options.data is not None and any(getattr(options, name) for name in _CORPUS_ARGUMENTS):
+        raise ConfigError("--data is a finished token store; give either it or --corpus and what belongs to that.")
 
 
 def _open_store(options: argparse.Namespace, recipe: Recipe) -> TokenStore:
     """The store that --data names, or one built in stores/ for --corpus or the built-in corpus."""
+    from electra_ds.data.token_store import TokenStore
+
     if options.data is not None:
         return TokenStore(options.data)
-    options.corpus = options.corpus or [BUILTIN]
-    name = Path(options.corpus[0]).resolve().name if options.corpus != [BUILTIN] else BUILTIN
-    kind = options.tokenizer.stem if options.tokenizer else f"{recipe.tokenizer.kind}-{recipe.tokenizer.vocab_size}"
-    given = (*(str(Path(path).resolve()) for path in options.corpus), options.document_boundary, options.text_key)
-    suffix = "" if name == BUILTIN else "-" + hashlib.sha256(repr(given).encode()).hexdigest()[:8]
-    return _build_store(options, recipe, Path("stores") / f"{name}-{kind}{suffix}")
+    options.corpus = options.corpus or [[_BUILTIN]]
+    return _build_store(options, recipe, Path("stores") / _store_name(options, recipe))
+
+
+def _store_name(options: argparse.Namespace, recipe: Recipe) -> str:
+    """A name for people, after the first source and the tokenizer, and a hash of all that was asked for."""
+    first = options.corpus[0][0]
+    if first.startswith(_HUB):
+        dataset, *config_and_split = re.split("[#@]", first.removeprefix(_HUB))
+        name = re.sub(r"[^\w.-]+", "_", "-".join([Path(dataset).resolve().name, *config_and_split])).strip("_")
+    else:
+        name = Path(first).resolve().name if first != _BUILTIN else _BUILTIN
+    kind = (
+        Path(options.tokenizer).stem if options.tokenizer else f"{recipe.tokenizer.kind}-{recipe.tokenizer.vocab_size}"
+    )
+    if options.corpus == [[_BUILTIN]]:
+        return f"{name}-{kind}"
+    corpus = [
+        [word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in options.corpus
+    ]
+    given = (corpus, options.document_boundary, options.text_key, options.revision, options.tokenizer)
+    return f"{name}-{kind}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"
 
 
 def _build_store(options: argparse.Namespace, recipe: Recipe, out: Path, workers: int | None = None) -> TokenStore:
-    corpus = open_corpus(options.corpus, options.document_boundary, options.text_key)
-    tokenizer = (
-        load_tokenizer(options.tokenizer, lowercase=False if options.cased else None)
-        if options.tokenizer
-        else recipe.tokenizer
-    )
+    from electra_ds.data.build import build_store
+    from electra_ds.data.corpus import Corpus
+
+    if (options.streaming or options.revision) and not any(
+        word.startswith(_HUB) for words in options.corpus for word in words
+    ):
+        raise ConfigError("--streaming and --revision are for datasets of the Hub; give one as --corpus hub:NAME.")
+    tokenizer = _tokenizer(options, recipe)
+    corpus = Corpus(tuple(_source(options, words) for words in options.corpus))
     return build_store(corpus, tokenizer, out, workers=workers)
+
+
+def _source(options: argparse.Namespace, words: list[str]) -> Source:
+    """What one --corpus asks for."""
+    text_key = options.text_key or "text"
+    if not any(word.startswith(_HUB) for word in words):
+        if len(words) > 1 and _BUILTIN in words:
+            raise ConfigError(f"Give `{_BUILTIN}` a --corpus of its own.")
+        from electra_ds.data.corpus import open_source
+
+        return open_source(words, options.document_boundary or "file", text_key)
+    if len(words) > 1:
+        raise ConfigError(f"Give each Hub dataset a --corpus of its own, not {' '.join(words)}.")
+    from electra_ds.data.hub import HubSource
+
+    return HubSource(words[0], text_key, streaming=bool(options.streaming), revision=options.revision)
+
+
+def _tokenizer(options: argparse.Namespace, recipe: Recipe) -> Tokenizer | TokenizerSection:
+    """The given tokenizer, from here or from the Hub, or the recipe's section to train one from."""
+    if options.tokenizer is None:
+        if options.cased:
+            raise ConfigError("--cased says how a given vocab.txt was made; it needs --tokenizer.")
+        return recipe.tokenizer
+    path = Path(options.tokenizer)
+    if path.exists() or path.suffix in (".json", ".txt") or not _HUB_MODEL.fullmatch(options.tokenizer):
+        from electra_ds.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(path, lowercase=False if options.cased else None)
+    else:
+        if options.cased:
+            raise ConfigError(f"--cased is for a vocab.txt; {options.tokenizer} from the Hub says itself what it is.")
+        from electra_ds.data.hub import load_hub_tokenizer
+
+        tokenizer = load_hub_tokenizer(options.tokenizer)
+    if tokenizer.added:
+        added = ", ".join(tokenizer.added)
+        print(f"The tokenizer {options.tokenizer} lacked {added}; new pieces at the end of its vocabulary play them.")
+    return tokenizer
 
 
 def _build_data(options: argparse.Namespace) -> None:

@@ -13,169 +13,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from transformers import AutoTokenizer
 
 from electra_ds.config.recipe import DataSection, TokenizerSection
 from electra_ds.data.batches import BatchBuilder, prefetched
 from electra_ds.data.build import build_store
-from electra_ds.data.corpus import Boundary, open_corpus
+from electra_ds.data.corpus import open_corpus
 from electra_ds.data.segments import Ranges, WindowSampler, split_holdout
 from electra_ds.data.token_store import TokenStore, token_dtype
-from electra_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from electra_ds.data.tokenizer import train_tokenizer
 from electra_ds.errors import DataError
-from tests.helpers import REPOSITORY, SHARED_DATA, builder_for, small_recipe, write_corpus
-
-# --- corpus
-
-
-def documents_of(path: Path, boundary: Boundary = "file", text_key: str = "text") -> list[list[str]]:
-    return list(open_corpus([path], boundary, text_key).documents())
-
-
-def test_a_byte_order_mark_and_any_line_end_survive(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufeffOne line.\r\nTwo  lines.\r\n\r\nThrée.\rFour.\n".encode())
-    assert documents_of(path) == [["One line.", "Two  lines.", "Thrée.", "Four."]]
-
-
-def test_a_document_is_a_file_or_ends_at_a_blank_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("\n\na\nb\n\n\nc\n   \nd\n")
-    assert documents_of(path) == [["a", "b", "c", "d"]]
-    assert documents_of(path, "blank-line") == [["a", "b"], ["c"], ["d"]]
-
-
-def test_wiki_extractor_files_are_known_by_their_first_line(tmp_path: Path) -> None:
-    path = tmp_path / "wiki_00"
-    path.write_text('<doc id="1" url="u" title="A">\nA\n\nText <b>.\n</doc>\n<doc id="2">\nB\n</doc>\n')
-    assert documents_of(path) == [["A", "Text <b>."], ["B"]]
-
-
-def test_json_lines_give_a_document_each(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"body": "x\\ny"}\n\n{"body": " "}\n{"body": "z"}\n')
-    assert documents_of(path, text_key="body") == [["x", "y"], ["z"]]
-
-
-def test_a_json_string_may_hold_any_character(tmp_path: Path) -> None:
-    """U+2028 and U+0085 end a line of text but not one of JSON; a lone surrogate is no text at all."""
-    path = tmp_path / "a.JSONL"
-    path.write_text('{"text": "a\u2028b\u0085c \\ud83d"}\n{"text": "d"}\n', "utf8")
-    assert documents_of(path) == [["a", "b", "c ?"], ["d"]]
-
-
-def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.txt", ".hidden.txt", "x.png", ".git/c.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    assert documents_of(tmp_path) == [["a/z.txt"], ["b.txt"]]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"fine\nbad \xff\n", r"a\.txt, line 2: not UTF-8"),
-        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"line 2: not JSON"),
-        ("a.jsonl", b'{"body": "x"}\n', r"no text field 'text'; its keys are body"),
-        ("a.jsonl", b"[1]\n", "it is not an object"),
-        ("a.txt", b"", "is empty"),
-        ("a.txt", "text".encode("utf-16"), "compressed or UTF-16"),
-        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
-    ],
-)
-def test_a_broken_corpus_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        documents_of(tmp_path / name)
-
-
-def test_a_missing_or_fileless_corpus_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
-        open_corpus([tmp_path / "nowhere"])
-    with pytest.raises(DataError, match="holds no text files"):
-        open_corpus([tmp_path])
-
-
-@pytest.mark.slow
-def test_the_builtin_corpus_is_text_and_the_same_at_every_reading() -> None:
-    from electra_ds.data.builtin import builtin_documents
-
-    documents = builtin_documents()
-    assert sum(len(line) for document in documents for line in document) > 3_000_000
-    docstrings = ["\n".join(document) for document in documents]
-    assert len(set(docstrings)) == len(docstrings)
-    builtin_documents.cache_clear()
-    assert builtin_documents() == documents
-
-
-# --- tokenizers
-
-LINES = ["The quick brown fox jumps over the lazy dog.", "Größe, naïve café", "x = f(y)  # 12,345", "日本 emoji 🙂"]
-
-
-@pytest.mark.parametrize("kind", ["byte-level-bpe", "wordpiece"])
-@pytest.mark.parametrize("lowercase", [False, True])
-def test_a_saved_tokenizer_gives_the_same_ids_in_transformers(tmp_path: Path, kind: str, lowercase: bool) -> None:
-    if kind == "byte-level-bpe" and lowercase:
-        pytest.skip("byte-level BPE keeps case")
-    section = TokenizerSection(kind=kind, vocab_size=400, lowercase=lowercase)  # type: ignore[arg-type]
-    tokenizer = train_tokenizer(LINES * 20, section)
-    tokenizer.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for line, ids in zip(LINES, tokenizer.encode_lines(LINES), strict=True):
-        assert theirs(line)["input_ids"] == [tokenizer.cls_id, *ids, tokenizer.sep_id]
-    pair = theirs("brown fox", "lazy")
-    assert pair["token_type_ids"] == [0] * (pair["input_ids"].index(tokenizer.sep_id) + 1) + [1] * (
-        len(pair["input_ids"]) - pair["input_ids"].index(tokenizer.sep_id) - 1
-    )
-    assert (theirs.pad_token_id, theirs.mask_token_id) == (tokenizer.pad_id, tokenizer.mask_id)
-    assert theirs.encode("a [MASK] b")[2] == tokenizer.mask_id or tokenizer.mask_id in theirs.encode("a [MASK] b")
-    again = load_tokenizer(tmp_path)
-    assert again.fingerprint == tokenizer.fingerprint
-
-
-def test_a_line_is_tokenised_the_same_wherever_it_was_wrapped() -> None:
-    tokenizer = train_tokenizer(LINES * 20, TokenizerSection(kind="byte-level-bpe", vocab_size=400))
-    whole = tokenizer.encode_lines(["The quick brown fox"])[0]
-    halves = tokenizer.encode_lines(["The quick", "brown fox"])
-    assert halves[0] + halves[1] == whole
-
-
-def test_text_that_spells_a_special_token_is_never_masked_like_text() -> None:
-    tokenizer = train_tokenizer(LINES, TokenizerSection(kind="wordpiece", vocab_size=300))
-    ids = tokenizer.encode_lines(["fox [SEP] [MASK] dog"])[0]
-    assert tokenizer.is_special[ids].sum() == 2
-
-
-def test_a_vocabulary_file_is_read_as_wordpiece(tmp_path: Path) -> None:
-    path = tmp_path / "vocab.txt"
-    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "##es", "dog"]))
-    tokenizer = load_tokenizer(path)
-    assert tokenizer.encode_lines(["FOXES dog cat"]) == [[5, 6, 7, 1]]
-    assert tokenizer.vocab_size == 8
-
-
-def test_a_vocabulary_folder_says_itself_whether_it_is_cased(tmp_path: Path) -> None:
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "Fox"]))
-    assert load_tokenizer(tmp_path).encode_lines(["Fox fox"]) == [[5, 5]]
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    assert load_tokenizer(tmp_path).encode_lines(["Fox fox"]) == [[6, 5]]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\nfox", r"lacks \[MASK\]"),
-        ("tokenizer.json", "{}", "Cannot read the tokenizer"),
-    ],
-)
-def test_a_tokenizer_that_cannot_serve_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=message):
-        load_tokenizer(tmp_path)
-    with pytest.raises(DataError, match="No tokenizer at"):
-        load_tokenizer(tmp_path / "nowhere")
-
+from tests.helpers import REPOSITORY, builder_for, small_recipe, write_corpus
 
 # --- token store
 
@@ -324,7 +171,9 @@ def test_a_truncated_store_is_refused(store: TokenStore, tmp_path: Path, name: s
 
 def test_a_store_with_a_foreign_tokenizer_or_a_damaged_index_is_refused(store: TokenStore, tmp_path: Path) -> None:
     copy = damaged_copy(store, tmp_path)
-    train_tokenizer(LINES, TokenizerSection(kind="wordpiece", vocab_size=300)).save(copy / "tokenizer")
+    train_tokenizer(
+        ["The quick brown fox jumps over the lazy dog."], TokenizerSection(kind="wordpiece", vocab_size=300)
+    ).save(copy / "tokenizer")
     with pytest.raises(DataError, match="is not the one that made this token store"):
         TokenStore(copy)
     info = json.loads((copy / "store.json").read_text())
@@ -524,27 +373,6 @@ def test_the_prefetching_thread_gives_every_step_in_order_and_ends(store: TokenS
     iterator = prefetched(builder, 0, 10**9)
     next(iterator)
     iterator.close()  # type: ignore[attr-defined]
-
-
-# --- real files
-
-
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real corpora are not beside this checkout")
-def test_real_wikipedia_files_are_read_as_articles() -> None:
-    documents = documents_of(SHARED_DATA / "corpora" / "enwiki2015" / "wiki_00")
-    assert len(documents) > 20
-    assert not any(line.startswith(("<doc ", "</doc")) for document in documents for line in document)
-
-
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real corpora are not beside this checkout")
-def test_the_real_uncased_vocabulary_gives_transformers_ids() -> None:
-    from transformers import BertTokenizer
-
-    path = SHARED_DATA / "vocab" / "bert-uncased-vocab.txt"
-    ours = load_tokenizer(path)
-    theirs = BertTokenizer(str(path))
-    for line in LINES:
-        assert ours.encode_lines([line])[0] == theirs.encode(line, add_special_tokens=False)
 
 
 def test_a_batch_builder_for_held_out_text_never_sees_training_text(store: TokenStore) -> None:

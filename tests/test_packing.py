@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -130,7 +131,7 @@ def test_segments_obey_the_rule_line_by_line(text: list[list[int]], seed: int) -
     for index, (first, second) in enumerate(ours(text, 32, seed)):
         start, stop, target = packed.starts[index], packed.stops[index], packed.targets[index]
         inside = [*lines[(lines >= start) & (lines < stop)].tolist(), int(stop)]
-        sentences = [list(range(a, b)) for a, b in zip(inside[:-1], inside[1:], strict=True)]
+        sentences = [list(range(a, b)) for a, b in itertools.pairwise(inside)]
         aim = 100_000 if chance[0, index] < 0.1 else (int(target) - 3) // 2
         a: list[int] = []
         b: list[int] = []

@@ -463,7 +463,8 @@ def test_the_three_ways_to_start_it_are_one_program() -> None:
 def test_help_does_not_wait_for_torch() -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import electra_ds.cli as c; c.build_parser(); "
-        "print([m for m in ('torch', 'deepspeed', 'transformers', 'sklearn') if m in sys.modules])"
+        "print([m for m in ('torch', 'deepspeed', 'transformers', 'sklearn', 'numpy', 'tokenizers', 'datasets', "
+        "'wandb', 'pyarrow') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

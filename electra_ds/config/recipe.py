@@ -67,6 +67,8 @@ class TokenizerSection(Section):
     """Size of the trained vocabulary, special tokens included. A given tokenizer brings its own."""
     lowercase: bool = False
     """Lower-case and strip accents before tokenising (WordPiece only)."""
+    max_training_characters: int = Field(default=1_000_000_000, ge=1)
+    """The tokenizer is trained on the corpus's first characters, at most so many."""
 
     @model_validator(mode="after")
     def _lowercase_is_wordpiece(self) -> TokenizerSection:

@@ -13,17 +13,25 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.data.corpus import Corpus
-from electra_ds.data.token_store import FORMAT, StoreInfo, TokenStore, token_dtype
+from electra_ds.data.token_store import FORMAT, SourceInfo, StoreInfo, TokenStore, token_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from electra_ds.data.worker_pool import worker_pool
 from electra_ds.errors import DataError
@@ -31,6 +39,7 @@ from electra_ds.errors import DataError
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"
 _ARRAYS = ("tokens.bin", "documents.npy", "lines.npy")
+_Counted = TypeVar("_Counted")
 
 
 def build_store(
@@ -50,10 +59,12 @@ def build_store(
         if out.exists():
             return _reopen(corpus, tokenizer, out)
         partial.mkdir(exist_ok=True)
-        with _locked(partial), _progress() as progress:
-            trained = _trained(corpus, tokenizer, partial, progress)
-            shards, corpus_fingerprint = _tokenise(corpus, trained, partial, workers, progress)
-            _join(shards, trained, corpus, corpus_fingerprint, partial)
+        with _locked(partial):
+            corpus.prepare()  # before the progress display, for a download has its own
+            with _progress() as progress:
+                trained = _trained(corpus, tokenizer, partial, progress)
+                shards, read = _tokenise(corpus, trained, partial, workers, progress)
+                _join(shards, trained, corpus, read, partial)
             partial.rename(out)
     except concurrent.futures.process.BrokenProcessPool as error:
         raise DataError(
@@ -71,13 +82,16 @@ def build_store(
 def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) -> TokenStore:
     store = TokenStore(out)
     if store.info.corpus_signature != corpus.signature():
-        digest = hashlib.sha256()
-        for document in corpus.documents():
-            _update(digest, document)
-        if store.info.corpus_fingerprint != digest.hexdigest():
+        corpus.prepare()
+        read = _TextRead(corpus)
+        for place, document in corpus.documents_by_source():
+            read.add(place, document)
+        if store.info.corpus_fingerprint != read.fingerprint:
             raise DataError(
                 f"{out} holds other text than {corpus.description} gives now. Delete it, or choose another."
             )
+        if store.info.documents_read != read.documents:
+            raise DataError(f"{out} divides its text into other corpora. Delete it, or choose another.")
     same_tokenizer = (
         tokenizer.fingerprint == store.info.tokenizer_fingerprint
         if isinstance(tokenizer, Tokenizer)
@@ -114,7 +128,7 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
         TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
 
@@ -125,9 +139,8 @@ def _trained(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: P
     if isinstance(tokenizer, TokenizerSection):
         if trained_from(partial, corpus) == tokenizer:
             return load_tokenizer(folder)
-        task = progress.add_task(f"training {tokenizer.kind} tokenizer", total=corpus.num_bytes, note="")
-        documents = corpus.documents(lambda num_bytes: progress.advance(task, num_bytes))
-        trained = train_tokenizer(itertools.chain.from_iterable(documents), tokenizer)
+        task = progress.add_task(f"training {tokenizer.kind} tokenizer", total=None, note="")
+        trained = train_tokenizer(_first_lines(corpus, tokenizer.max_training_characters, progress, task), tokenizer)
         progress.update(task, total=1, completed=1, note=f"{trained.vocab_size:,} pieces")
         (folder / _TRAINED_FROM).unlink(missing_ok=True)
         trained.save(folder)
@@ -139,29 +152,85 @@ def _trained(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: P
     return tokenizer
 
 
+def _first_lines(corpus: Corpus, max_characters: int, progress: Progress, task: TaskID) -> Iterator[str]:
+    """The corpus's lines up to so many characters, with progress towards its end or theirs, whichever is nearer."""
+    num_bytes = num_chars = 0
+    total = corpus.num_bytes
+
+    def advance(more_bytes: int) -> None:
+        nonlocal num_bytes
+        num_bytes += more_bytes
+        if total:
+            done = max(num_bytes / total, num_chars / max_characters)
+            progress.update(task, total=1, completed=min(done, 1))
+
+    for document in _counted(corpus.documents(advance), progress, task):
+        for line in document:
+            yield line[: max_characters - num_chars]
+            num_chars += len(line)
+            if num_chars >= max_characters:
+                return
+
+
+def _counted(documents: Iterable[_Counted], progress: Progress, task: TaskID) -> Iterator[_Counted]:
+    """The documents, their number shown as they pass."""
+    for number, document in enumerate(documents, 1):
+        if number % 1000 == 0:
+            progress.update(task, note=f"{number:,} documents")
+        yield document
+
+
+class _TextRead:
+    """What tells one corpus from another: a hash of its text, and how many documents each source gave."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._digest = hashlib.sha256()
+        self.documents = [0] * len(corpus.sources)
+
+    def add(self, place: int, document: list[str]) -> None:
+        """The next document, of the source at this place."""
+        _update(self._digest, document)
+        self.documents[place] += 1
+
+    @property
+    def fingerprint(self) -> str:
+        return self._digest.hexdigest()
+
+
 class _Chunk(NamedTuple):
+    place: int
+    """Its source's."""
     path: Path
     """Where its shard goes."""
     documents: list[list[str]]
 
 
-def _chunks(corpus: Corpus, partial: Path, tokenizer: Tokenizer, digest: hashlib._Hash, advance) -> Iterator[_Chunk]:  # type: ignore[no-untyped-def]
+class _Shard(NamedTuple):
+    place: int
+    path: Path
+
+
+def _chunks(
+    documents_by_source: Iterable[tuple[int, list[str]]], partial: Path, tokenizer: Tokenizer, read: _TextRead
+) -> Iterator[_Chunk]:
+    """Consecutive documents of one source each."""
     documents: list[list[str]] = []
-    num_chars = number = 0
+    num_chars = number = current = 0
 
     def finished() -> _Chunk:
         content = hashlib.sha256(tokenizer.fingerprint.encode())
         for document in documents:
             _update(content, document)
-        return _Chunk(partial / f"shard-{number:06d}-{content.hexdigest()[:16]}.npz", documents)
+        return _Chunk(current, partial / f"shard-{number:06d}-{content.hexdigest()[:16]}.npz", documents)
 
-    for document in corpus.documents(advance):
-        _update(digest, document)
-        documents.append(document)
-        num_chars += sum(map(len, document))
-        if num_chars >= _CHUNK_CHARS:
+    for place, document in documents_by_source:
+        if documents and (place != current or num_chars >= _CHUNK_CHARS):
             yield finished()
             documents, num_chars, number = [], 0, number + 1
+        current = place
+        read.add(place, document)
+        documents.append(document)
+        num_chars += sum(map(len, document))
     if documents:
         yield finished()
 
@@ -173,18 +242,18 @@ def _update(digest: hashlib._Hash, document: list[str]) -> None:
 
 def _tokenise(
     corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: Progress
-) -> tuple[list[Path], str]:
-    """Shards in order, and the corpus's fingerprint."""
+) -> tuple[list[_Shard], _TextRead]:
+    """Shards in order, and what was read."""
     workers = workers or os.cpu_count() or 1
-    digest = hashlib.sha256()
+    read = _TextRead(corpus)
     task = progress.add_task("tokenising", total=corpus.num_bytes, note="")
-    shards: list[Path] = []
+    shards: list[_Shard] = []
     running: set[concurrent.futures.Future[None]] = set()
     with worker_pool(workers, _start_worker, partial / "tokenizer") as pool:
         try:
-            advance = lambda num_bytes: progress.advance(task, num_bytes)  # noqa: E731
-            for chunk in _chunks(corpus, partial, tokenizer, digest, advance):
-                shards.append(chunk.path)
+            documents = corpus.documents_by_source(lambda num_bytes: progress.advance(task, num_bytes))
+            for chunk in _chunks(_counted(documents, progress, task), partial, tokenizer, read):
+                shards.append(_Shard(chunk.place, chunk.path))
                 if chunk.path.exists():
                     continue
                 while len(running) >= 2 * workers:
@@ -197,10 +266,8 @@ def _tokenise(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if not shards:
-        raise DataError(f"The corpus {corpus.description} holds no text.")
-    progress.update(task, total=1, completed=1, note=f"{len(shards)} shards")
-    return shards, digest.hexdigest()
+    progress.update(task, total=1, completed=1, note=f"{sum(read.documents):,} documents")
+    return shards, read
 
 
 _worker_tokenizer: Tokenizer
@@ -229,26 +296,32 @@ def _write_shard(chunk: _Chunk) -> None:
     os.replace(temporary, chunk.path)
 
 
-def _join(shards: list[Path], tokenizer: Tokenizer, corpus: Corpus, corpus_fingerprint: str, partial: Path) -> None:
-    tokens_of_line, tokens_of_document = [], []
+def _join(shards: list[_Shard], tokenizer: Tokenizer, corpus: Corpus, read: _TextRead, partial: Path) -> None:
+    tokens_of_line: list[np.ndarray] = []
+    tokens_of_document: list[list[np.ndarray]] = [[] for _ in corpus.sources]
     with (partial / "tokens.bin").open("wb") as file:
-        for path in shards:
+        for place, path in shards:
             with np.load(path) as shard:
                 file.write(shard["tokens"].tobytes())
                 tokens_of_line.append(shard["tokens_of_line"])
-                tokens_of_document.append(shard["tokens_of_document"])
-    sizes = np.concatenate(tokens_of_document)
-    documents = _starts(sizes[sizes > 0])
+                sizes = shard["tokens_of_document"]
+                tokens_of_document[place].append(sizes[sizes > 0])
+    corpora = []
+    for source, parts in zip(corpus.sources, tokens_of_document, strict=True):
+        num_documents, num_tokens = sum(map(len, parts)), sum(int(part.sum()) for part in parts)
+        if not num_tokens:
+            raise DataError(f"The corpus {source.description} holds no token that this tokenizer knows.")
+        corpora.append(SourceInfo(source.description, num_documents, num_tokens))
+    documents = _starts(np.concatenate(list(itertools.chain.from_iterable(tokens_of_document))))
     lines = _starts(np.concatenate(tokens_of_line))
     np.save(partial / "documents.npy", documents)
     np.save(partial / "lines.npy", lines)
-    if documents[-1] == 0:
-        raise DataError(f"The corpus {corpus.description} holds no token that this tokenizer knows.")
     info = StoreInfo(
         format=FORMAT,
-        corpus=corpus.description,
+        corpora=corpora,
+        documents_read=read.documents,
         corpus_signature=corpus.signature(),
-        corpus_fingerprint=corpus_fingerprint,
+        corpus_fingerprint=read.fingerprint,
         tokenizer_fingerprint=tokenizer.fingerprint,
         dtype=token_dtype(tokenizer.vocab_size),
         vocab_size=tokenizer.vocab_size,

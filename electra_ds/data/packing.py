@@ -6,6 +6,8 @@ twenty a random shorter one. A tenth of the examples keep a single segment; the 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from electra_ds.data.segments import Ranges
@@ -83,7 +85,7 @@ def _cut(bounds: list[int], aim: int, *, overshoots: bool) -> tuple[list[tuple[i
     first: list[tuple[int, int]] = []
     second: list[tuple[int, int]] = []
     size = 0
-    for line in zip(bounds[:-1], bounds[1:], strict=True):
+    for line in itertools.pairwise(bounds):
         length = line[1] - line[0]
         if not first or size + length < aim or (overshoots and not second and size < aim):
             first.append(line)

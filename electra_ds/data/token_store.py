@@ -5,7 +5,7 @@ STORE/
   documents.npy    int64 [documents + 1], where each document starts in tokens.bin
   lines.npy        int64 [lines + 1], where each line starts
   tokenizer/       the tokenizer, as transformers reads it
-  store.json       sizes and fingerprints; its presence says that the store is complete
+  store.json       sizes, sources and fingerprints; its presence says that the store is complete
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ import numpy as np
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One source's part of a store: its documents stand consecutively, in the order of the sources."""
+
+    description: str
+    num_documents: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -28,9 +37,11 @@ class StoreInfo:
     """What store.json says."""
 
     format: int
-    corpus: str
+    corpora: list[SourceInfo]
+    documents_read: list[int]
+    """Documents of each source, those included that have no token and so no place in the store."""
     corpus_signature: str
-    """Names, sizes and times of the files that were read."""
+    """Names, sizes and times of the files that were read, commits of Hub datasets."""
     corpus_fingerprint: str
     """SHA-256 of the text."""
     tokenizer_fingerprint: str
@@ -74,12 +85,16 @@ class TokenStore:
         try:
             self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
             self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
+            self.lines: np.ndarray = np.load(path / "lines.npy", mmap_mode="r")
             whole = (
                 len(self.tokens) == self.info.num_tokens
                 and len(self.documents) == self.info.num_documents + 1
+                and len(self.lines) == self.info.num_lines + 1
+                and self.lines[-1] == len(self.tokens)
                 and self.documents[0] == 0
                 and self.documents[-1] == len(self.tokens)
                 and bool((np.diff(self.documents) > 0).all())
+                and sum(source.num_documents for source in self.info.corpora) == self.info.num_documents
             )
         except (ValueError, TypeError, OSError, EOFError):
             whole = False
@@ -94,7 +109,7 @@ def _read_info(path: Path) -> StoreInfo:
         values: dict[str, Any] = json.loads((path / "store.json").read_text("utf8"))
         if values["format"] != FORMAT:
             raise DataError(f"The token store {path} has format {values['format']}; this version reads {FORMAT}.")
-        return StoreInfo(**values)
+        return StoreInfo(**values | {"corpora": [SourceInfo(**source) for source in values["corpora"]]})
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is not a finished token store: it has no store.json. Build it with bin/build-data; "

@@ -1,12 +1,13 @@
-"""Tokenizers: trained here or loaded, all with [CLS] … [SEP] and segment ids built in."""
+"""Tokenizers: trained here or loaded, all with the five roles that ELECTRA needs, and segment ids built in."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -16,31 +17,65 @@ from electra_ds.config.recipe import TokenizerSection
 from electra_ds.errors import DataError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+"""The roles, in BERT's spelling."""
+_SPELLINGS = {
+    "[UNK]": ("[UNK]", "<unk>"),
+    "[CLS]": ("[CLS]", "<s>", "<cls>", "<bos>"),
+    "[SEP]": ("[SEP]", "</s>", "<sep>", "<eos>"),
+    "[MASK]": ("[MASK]", "<mask>"),
+    "[PAD]": ("[PAD]", "<pad>"),
+}
+"""Well-known spellings; where one token would serve two roles, the role that stands first has it."""
+_CONFIG_KEYS = {
+    "[PAD]": ("pad_token",),
+    "[UNK]": ("unk_token",),
+    "[CLS]": ("cls_token", "bos_token"),
+    "[SEP]": ("sep_token", "eos_token"),
+    "[MASK]": ("mask_token",),
+}
 
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` whose special tokens are known to be there."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, source: str) -> None:
-        missing = [token for token in SPECIAL_TOKENS if backend.token_to_id(token) is None]
-        if missing:
-            raise DataError(f"The tokenizer {source} lacks {', '.join(missing)}, which ELECTRA needs.")
-        pieces = backend.get_vocab(with_added_tokens=True)
-        if max(pieces.values()) > 2 * len(pieces) + 1000:
+    def __init__(self, backend: tokenizers.Tokenizer, source: str, settings: Mapping[str, Any] | None = None) -> None:
+        """settings: what transformers knows about the tokenizer, such as `cls_token`. A role that no token plays
+        gets a new token at the end of the vocabulary, see `added`.
+
+        Raises DataError for gaps in the numbering, and where unknown text cannot be encoded.
+        """
+        before = backend.get_vocab(with_added_tokens=True)
+        if not before or max(before.values()) > 2 * len(before) + 1000:
             raise DataError(
-                f"The tokenizer {source} has {len(pieces)} pieces but ids up to {max(pieces.values())}, "
+                f"The tokenizer {source} has {len(before)} pieces but ids up to {max(before.values(), default=0)}, "
                 f"each of which would need a row in the model. Number its pieces without such gaps."
             )
+        document = json.loads(backend.to_str())
+        found = _roles(backend, document, settings or {})
+        if "[UNK]" not in found and not _is_byte_level(document):
+            raise DataError(f"The tokenizer {source} lacks [UNK], which text outside its vocabulary needs.")
         self.backend = backend
-        ids = [token_id for token in SPECIAL_TOKENS if (token_id := backend.token_to_id(token)) is not None]
+        self.special_tokens = {role: found.get(role, role) for role in SPECIAL_TOKENS}
+        """The token of each role."""
+        self.added = tuple(token for token in self.special_tokens.values() if token not in before)
+        """Tokens that the tokenizer lacked."""
+        # Not those that are special already: to name a token again would undo its settings, such as <mask>'s lstrip.
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        backend.add_special_tokens([token for token in self.special_tokens.values() if token not in special])
+        ids = [_id_of(backend, token) for token in self.special_tokens.values()]
+        if len({*before.values(), *ids}) != len(before) + len(self.added):
+            raise DataError(f"The tokenizer {source} has gaps in its ids, so no token can be added. Number it anew.")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         backend.no_padding()
         backend.no_truncation()
-        backend.add_special_tokens(list(SPECIAL_TOKENS))
+        # All five roles are named in it, so that tokenizer.json alone says who plays them.
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS]:0 $A:0 [SEP]:0",
             pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-            special_tokens=[("[CLS]", self.cls_id), ("[SEP]", self.sep_id)],
+            special_tokens=[
+                {"id": role, "ids": [token_id], "tokens": [token]}
+                for (role, token), token_id in zip(self.special_tokens.items(), ids, strict=True)
+            ],
         )
 
     @cached_property
@@ -65,7 +100,7 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode("utf8")).hexdigest()
 
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
-        """Ids of each line, without [CLS] and [SEP]."""
+        """Ids of each line, without those of [CLS] and [SEP]."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(lines, add_special_tokens=False)]
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
@@ -80,10 +115,63 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
-            **{f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS},
+            **{_CONFIG_KEYS[role][0]: token for role, token in self.special_tokens.items()},
             **({"model_max_length": model_max_length} if model_max_length else {}),
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf8")
+
+
+def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
+    token_id = backend.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
+def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Which token plays which role, as far as one can be found: by the settings, by the labels that this module
+    writes into the post-processor, by what the model gives for unknown text, or by a well-known spelling.
+
+    No token plays two roles; and where one ends texts and begins them, it is taken for neither [CLS] nor [SEP].
+    """
+    configured = {
+        role: next((text for key in keys if (text := _text_of(settings.get(key)))), None)
+        for role, keys in _CONFIG_KEYS.items()
+    }
+    if configured["[CLS]"] == configured["[SEP]"]:
+        configured["[CLS]"] = configured["[SEP]"] = None
+    labels = (document.get("post_processor") or {}).get("special_tokens") or {}
+    labelled = {role: entry["tokens"][0] for role, entry in labels.items() if role in _SPELLINGS}
+    # A piece of BPE may look like a token by chance: <s> strikes text through in HTML.
+    special = {token.content for token in backend.get_added_tokens_decoder().values()}
+    pieces = special if document["model"]["type"] == "BPE" else backend.get_vocab(with_added_tokens=True)
+    found: dict[str, str] = {}
+    for role, spellings in _SPELLINGS.items():
+        known = [spelling for spelling in spellings if spelling in pieces]
+        unknown = [_unknown_token(document["model"])] if role == "[UNK]" else []
+        for token in (configured[role], labelled.get(role), *unknown, *known):
+            if token and backend.token_to_id(token) is not None and token not in found.values():
+                found[role] = token
+                break
+    return found
+
+
+def _text_of(value: Any) -> str | None:
+    """A token as transformers' files give it: a string, or an object with its content."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _unknown_token(model: dict[str, Any]) -> str | None:
+    """What the model itself gives for text outside its vocabulary."""
+    if model["type"] != "Unigram":
+        return model.get("unk_token")
+    return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+
+
+def _is_byte_level(document: dict[str, Any]) -> bool:
+    """Whether any text can be encoded, since every byte has a piece."""
+    steps = json.dumps([document["normalizer"], document["pre_tokenizer"]])
+    return bool('"ByteLevel"' in steps or document["model"].get("byte_fallback"))
 
 
 def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenizer:
@@ -113,25 +201,28 @@ def load_tokenizer(path: Path, *, lowercase: bool | None = None) -> Tokenizer:
 
     `vocab.txt` is a WordPiece vocabulary, one piece a line; `lowercase` says how it was made, and None leaves it
     to `do_lower_case` of a `tokenizer_config.json` beside it, or else to the default of BERT, True. Raises DataError
-    where there is no tokenizer or it lacks a special token.
+    where there is no tokenizer or it cannot be used.
     """
     candidates = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        raise DataError(f"No tokenizer at {path}: give a folder with tokenizer.json or vocab.txt, or such a file.")
+        raise DataError(
+            f"No tokenizer at {path}: give a folder with tokenizer.json or vocab.txt, such a file, or a Hub name."
+        )
     try:
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (beside := file.with_name(name)).is_file():
+                settings |= json.loads(beside.read_text("utf8"))
         if file.suffix == ".json":
             backend = tokenizers.Tokenizer.from_file(str(file))
         else:
-            config = file.with_name("tokenizer_config.json")
             if lowercase is None:
-                lowercase = (
-                    bool(json.loads(config.read_text("utf8")).get("do_lower_case", True)) if config.is_file() else True
-                )
+                lowercase = bool(settings.get("do_lower_case", True))
             backend = _wordpiece(models.WordPiece.from_file(str(file), unk_token="[UNK]"), lowercase)
     except Exception as error:  # tokenizers raises bare Exception
         raise DataError(f"Cannot read the tokenizer {file}: {error}") from error
-    return Tokenizer(backend, str(path))
+    return Tokenizer(backend, str(path), settings)
 
 
 def _wordpiece(model: models.WordPiece, lowercase: bool) -> tokenizers.Tokenizer:

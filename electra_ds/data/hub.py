@@ -1,0 +1,209 @@
+"""Datasets and tokenizers of the Hugging Face Hub, or in folders laid out as there.
+
+Imported only where one is used: `datasets` and `transformers` take seconds to import.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetNotFoundError  # type: ignore[import-untyped]
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoTokenizer
+
+from electra_ds.data.text_files import Progress, is_text_type, lines_of
+from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.errors import DataError
+
+HUB = "hub:"
+_SPELLING = re.compile(r"(?P<name>[^#@]+)(#(?P<config>[^@]+))?(@(?P<split>.+))?")
+_BATCH_ROWS = 1000
+_NOT_THERE = (DatasetNotFoundError, RepositoryNotFoundError)
+_NOT_REACHED = (ConnectionError, TimeoutError, HfHubHTTPError, LocalEntryNotFoundError)
+
+
+class HubName(NamedTuple):
+    """`hub:NAME#CONFIG@SPLIT` in its parts."""
+
+    name: str
+    config: str | None
+    split: str
+
+    def __str__(self) -> str:
+        return f"{HUB}{self.name}{f'#{self.config}' if self.config else ''}@{self.split}"
+
+
+def parse_hub_name(text: str) -> HubName:
+    """Raises DataError where it is not `hub:NAME`, `#CONFIG` and `@SPLIT` optional."""
+    match = _SPELLING.fullmatch(text.removeprefix(HUB))
+    if match is None:
+        raise DataError(f"'{text}' is not hub:NAME#CONFIG@SPLIT, such as hub:wikimedia/wikipedia#20231101.en@train.")
+    return HubName(match["name"], match["config"], match["split"] or "train")
+
+
+class HubSource:
+    """One split of a dataset; a row is a document. Rows without a text are left out."""
+
+    def __init__(self, text: str, text_key: str = "text", *, streaming: bool = False, revision: str | None = None):
+        """Look the dataset up, without downloading its data. Raises DataError where it is not there as asked for."""
+        self.asked = parse_hub_name(text)
+        self.description = f"{self.asked}{f', revision {revision}' if revision else ''}"
+        self._text_key = text_key
+        self._streaming = streaming
+        self._rows: Any = None
+        name, config, split = self.asked
+        is_local = Path(name).is_dir()
+        if not is_local and name.startswith((".", "/", "~")):
+            raise DataError(f"There is no folder {name} with a dataset in it.")
+        if is_local and revision:
+            raise DataError(f"{name} is a folder here and has no revisions. Leave --revision out.")
+        path = str(Path(name).resolve()) if is_local else name
+        with _explained(self.description):
+            try:
+                self._builder = datasets.load_dataset_builder(path, config, revision=revision)
+            except ValueError as error:
+                configs = datasets.get_dataset_config_names(path, revision=revision)
+                if config in configs or configs == ["default"]:
+                    raise
+                problem = f"There is no '{config}' among" if config else "Choose one of"
+                there = ", ".join(configs)
+                raise DataError(
+                    f"{problem} the configurations of {name}: {there}. Give it as {HUB}{name}#{configs[0]}."
+                ) from error
+        self._check_split(split)
+
+    def _check_split(self, split: str) -> None:
+        there = sorted(map(str, self._builder.config.data_files or self._builder.info.splits or ()))
+        if there and not {part.partition("[")[0] for part in split.split("+")} <= set(there):
+            raise DataError(f"{self.description} has no split '{split}'; its splits are {', '.join(there)}.")
+        if self._streaming and "[" in split:
+            raise DataError(f"{self.description}: a slice of a split cannot be streamed. Leave --streaming out.")
+        try:
+            datasets.ReadInstruction.from_spec(split)
+        except (AssertionError, ValueError) as error:
+            raise DataError(f"{self.description}: '{split}' is not a slice such as train[:10%]. {error}") from error
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Once it is downloaded, the size of the text; where it is streamed, what the dataset says of itself."""
+        if self._streaming:
+            split = self._split_info()
+            return split.num_bytes if split else None
+        return None if self._rows is None else self._rows.data.nbytes
+
+    def signature(self) -> str:
+        """Of name, split and the commit; for a folder, of its files' names, sizes and times."""
+        files = self._builder.config.data_files or {}
+        listing = [
+            (str(split), name, (stat.st_size, stat.st_mtime_ns) if (stat := _stat(name)) else None)
+            for split, names in files.items()
+            for name in map(str, names)
+        ]
+        identity = (*self.asked, self._text_key, self._builder.config_id, str(self._builder.hash), listing)
+        return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+    def prepare(self) -> None:
+        """Download the dataset, unless it is streamed or was downloaded before. `datasets` shows its own progress
+        here and nowhere else, so that it does not write into ours."""
+        if self._rows is not None:
+            return
+        split = self.asked.split
+        with _explained(self.description):
+            if self._streaming:
+                self._rows = self._builder.as_streaming_dataset(split=split)
+            else:
+                self._builder.download_and_prepare()
+                self._rows = self._builder.as_dataset(split=split)
+                self._check_column(self._rows.column_names)
+                self._rows = self._rows.select_columns([self._text_key])
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
+        disable_progress_bars()
+        hub_logging.set_verbosity_error()
+
+    def documents(self, progress: Progress) -> Iterator[list[str]]:
+        """Raises DataError for a column that is missing or holds no text, and where the network fails."""
+        self.prepare()
+        total_bytes, total_rows = self.num_bytes or 0, self._num_rows()
+        read = 0
+        tables = iter(self._rows.with_format("arrow").iter(_BATCH_ROWS))
+        while True:
+            with _explained(self.description):
+                table = next(tables, None)
+            if table is None:
+                return
+            self._check_column(table.column_names)
+            column = table[self._text_key]
+            # A stretch without any text may come as a column of nulls.
+            if not is_text_type(column.type) and column.null_count != len(column):
+                raise DataError(
+                    f"{self.description}: the column '{self._text_key}' is of type {column.type}, not text. "
+                    f"See --text-key."
+                )
+            yield from (lines_of(text) for text in column.to_pylist() if text is not None)
+            if total_rows:
+                done = min(read + len(table), total_rows)
+                progress(total_bytes * done // total_rows - total_bytes * min(read, total_rows) // total_rows)
+            read += len(table)
+
+    def _num_rows(self) -> int | None:
+        if not self._streaming:
+            return len(self._rows)
+        split = self._split_info()
+        return split.num_examples if split else None
+
+    def _split_info(self) -> Any:
+        """What the dataset's card says of the split, if it does."""
+        splits = self._builder.info.splits or {}
+        return splits.get(self.asked.split)
+
+    def _check_column(self, names: list[str]) -> None:
+        if self._text_key not in names:
+            raise DataError(
+                f"{self.description}: no column '{self._text_key}'; its columns are {', '.join(names)}. "
+                f"Name it with --text-key."
+            )
+
+
+def load_hub_tokenizer(name: str) -> Tokenizer:
+    """A model's tokenizer from the Hub. Raises DataError where it cannot be had or is not a fast one."""
+    with _explained(f"the tokenizer {name}"):
+        loaded = AutoTokenizer.from_pretrained(name)
+    if not loaded.is_fast:
+        raise DataError(f"The tokenizer {name} has no fast form (tokenizer.json). Choose a model that has one.")
+    keys = ("pad_token", "unk_token", "cls_token", "bos_token", "sep_token", "eos_token", "mask_token")
+    return Tokenizer(loaded.backend_tokenizer, name, {key: getattr(loaded, key) for key in keys})
+
+
+def _stat(name: str) -> Any:
+    path = Path(name)
+    return path.stat() if path.is_file() else None
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns what `datasets` and `transformers` raise into a DataError that says what to do."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # of a dozen kinds: their own, the Hub's, the network's, pyarrow's, plain ValueError
+        chain: list[BaseException] = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        if any(isinstance(link, _NOT_THERE) for link in chain):
+            advice = "Check the name; for a private or gated one ask for access on its page and run: hf auth login."
+        elif any(isinstance(link, _NOT_REACHED) for link in chain):
+            advice = "Check the connection, or the Hub's status; then run the same command again."
+        else:
+            advice = ""
+        message = (str(error).strip() or type(error).__name__).rstrip(".")
+        raise DataError(f"Cannot read {what}: {message}. {advice}".rstrip()) from error

@@ -1,0 +1,594 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from electra_ds import cli
+from electra_ds.config.recipe import TokenizerSection
+from electra_ds.data.build import build_store
+from electra_ds.data.corpus import Boundary, Corpus, open_corpus, open_source
+from electra_ds.data.hub import HubSource, parse_hub_name
+from electra_ds.data.token_store import TokenStore
+from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.errors import ConfigError, DataError
+from tests.helpers import REPOSITORY, SHARED_DATA, small_recipe, write_corpus
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstandard.ZstdCompressor(write_checksum=True).compress(data),
+}
+TEXTS = [
+    "The lighthouse keeper wrote down the weather every evening.\nNobody ever read it.",
+    "Ein Satz auf Deutsch, mit Größe.\n\n  Und noch einer.  ",
+    "日本語の文。\u2028And a second line after U+2028.",
+    "A last, short one.",
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`datasets` keeps what it prepared; not in the user's own cache."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+# --- corpus
+
+
+def documents_of(path: Path, boundary: Boundary = "file", text_key: str = "text") -> list[list[str]]:
+    return list(open_corpus([path], boundary, text_key).documents())
+
+
+def test_a_byte_order_mark_and_any_line_end_survive(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffOne line.\r\nTwo  lines.\r\n\r\nThrée.\rFour.\n".encode())
+    assert documents_of(path) == [["One line.", "Two  lines.", "Thrée.", "Four."]]
+
+
+def test_a_document_is_a_file_or_ends_at_a_blank_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\na\nb\n\n\nc\n   \nd\n")
+    assert documents_of(path) == [["a", "b", "c", "d"]]
+    assert documents_of(path, "blank-line") == [["a", "b"], ["c"], ["d"]]
+
+
+def test_wiki_extractor_files_are_known_by_their_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "wiki_00"
+    path.write_text('<doc id="1" url="u" title="A">\nA\n\nText <b>.\n</doc>\n<doc id="2">\nB\n</doc>\n')
+    assert documents_of(path) == [["A", "Text <b>."], ["B"]]
+
+
+def test_json_lines_give_a_document_each(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "x\\ny"}\n\n{"body": " "}\n{"body": "z"}\n')
+    assert documents_of(path, text_key="body") == [["x", "y"], ["z"]]
+
+
+def test_a_json_string_may_hold_any_character(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end a line of text but not one of JSON; a lone surrogate is no text at all."""
+    path = tmp_path / "a.JSONL"
+    path.write_text('{"text": "a\u2028b\u0085c \\ud83d"}\n{"text": "d"}\n', "utf8")
+    assert documents_of(path) == [["a", "b", "c ?"], ["d"]]
+
+
+def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", ".hidden.txt", "x.png", ".git/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert documents_of(tmp_path) == [["a/z.txt"], ["b.txt"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\nbad \xff\n", r"a\.txt, line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"line 2: not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', r"no text field 'text'; its keys are body"),
+        ("a.jsonl", b"[1]\n", "it is not an object"),
+        ("a.txt", b"", "is empty"),
+        ("a.txt", "text".encode("utf-16"), "compressed or UTF-16"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_a_broken_corpus_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        documents_of(tmp_path / name)
+
+
+def test_a_missing_or_fileless_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        open_corpus([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match="holds no text files"):
+        open_corpus([tmp_path])
+
+
+@pytest.mark.slow
+def test_the_builtin_corpus_is_text_and_the_same_at_every_reading() -> None:
+    from electra_ds.data.builtin import builtin_documents
+
+    documents = builtin_documents()
+    assert sum(len(line) for document in documents for line in document) > 3_000_000
+    docstrings = ["\n".join(document) for document in documents]
+    assert len(set(docstrings)) == len(docstrings)
+    builtin_documents.cache_clear()
+    assert builtin_documents() == documents
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real corpora are not beside this checkout")
+def test_real_wikipedia_files_are_read_as_articles() -> None:
+    documents = documents_of(SHARED_DATA / "corpora" / "enwiki2015" / "wiki_00")
+    assert len(documents) > 20
+    assert not any(line.startswith(("<doc ", "</doc")) for document in documents for line in document)
+
+
+# --- the same text in any format
+
+
+def hub_folder(folder: Path, texts: list[str | None], rows_per_group: int | None = None) -> Path:
+    """A dataset in the Hub's layout: two Parquet shards of one split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = len(texts) // 2
+    for number, part in enumerate((texts[:half], texts[half:])):
+        table = pa.table({"id": list(range(len(part))), "text": pa.array(part, pa.string())})
+        pq.write_table(table, folder / f"train-{number:05d}-of-00002.parquet", row_group_size=rows_per_group)
+    return folder
+
+
+def store_of(corpus: Corpus, tokenizer: Tokenizer, out: Path) -> tuple[TokenStore, list[bytes]]:
+    built = build_store(corpus, tokenizer, out, workers=1)
+    return built, [(out / name).read_bytes() for name in ("tokens.bin", "documents.npy", "lines.npy")]
+
+
+def test_the_same_text_in_any_format_gives_the_same_store(store: TokenStore, tmp_path: Path) -> None:
+    texts = TEXTS + [path.read_text("utf8") for path in sorted(write_corpus(tmp_path / "more", 20).iterdir())]
+    records = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    sources: dict[str, Path] = {}
+    for suffix, pack in {"": bytes, **PACKERS}.items():
+        sources[f"txt{suffix}"] = folder = tmp_path / f"txt{suffix}"
+        folder.mkdir()
+        for number, text in enumerate(texts):
+            (folder / f"{number:03d}.txt{suffix}").write_bytes(pack(text.encode()))
+        sources[f"jsonl{suffix}"] = file = tmp_path / f"a.jsonl{suffix}"
+        file.write_bytes(pack(records.encode()))
+    sources["parquet"] = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts}), sources["parquet"], row_group_size=7)
+    corpora = {name: open_corpus([path]) for name, path in sources.items()}
+    folder = hub_folder(tmp_path / "hub", [*texts[:5], None, "  \n ", *texts[5:]], rows_per_group=3)
+    corpora |= {
+        f"hub{streaming}": Corpus((HubSource(f"hub:{folder}", streaming=streaming),)) for streaming in (False, True)
+    }
+    expected, files = store_of(corpora.pop("txt"), store.tokenizer, tmp_path / "stores" / "txt")
+    assert expected.info.num_documents == len(texts)
+    assert len(corpora) == 4 + 5 + 1 + 2
+    for name, corpus in corpora.items():
+        built, found = store_of(corpus, store.tokenizer, tmp_path / "stores" / name)
+        assert found == files, name
+        assert built.info.fingerprint == expected.info.fingerprint, name
+
+
+def test_progress_tells_every_byte_once(tmp_path: Path) -> None:
+    text = "".join(path.read_text() for path in write_corpus(tmp_path / "more", 30).iterdir())
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    pq.write_table(pa.table({"text": text.split("\n"), "n": range(text.count("\n") + 1)}), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text(text)
+    for name in ("a.txt", "a.txt.gz", "a.parquet"):
+        told: list[int] = []
+        for _ in open_corpus([tmp_path / name]).documents(told.append):
+            pass
+        assert sum(told) == (tmp_path / name).stat().st_size
+    source = HubSource(f"hub:{hub_folder(tmp_path / 'hub', [*text.splitlines()])}")
+    told = []
+    for _ in source.documents(told.append):
+        pass
+    assert source.num_bytes is not None
+    assert sum(told) == source.num_bytes >= len(text) - text.count("\n")
+
+
+# --- compressed files
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_an_archive_cut_off_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    packed = PACKERS[suffix]("\n".join(TEXTS).encode())
+    path.write_bytes(packed)
+    whole = documents_of(path)
+    assert len(whole) == 1
+    (tmp_path / "b.txt").write_text("Another file, so that the corpus is not empty.")
+    for size in range(len(packed)):
+        path.write_bytes(packed[:size])
+        with pytest.raises(DataError, match=r"a\.txt\.\w+ (is cut off|is damaged)"):
+            documents_of(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_a_damaged_archive_is_refused_or_gives_the_same_text(tmp_path: Path, suffix: str) -> None:
+    """Some bits, such as gzip's time of writing, are not of the text."""
+    path = tmp_path / f"a.txt{suffix}"
+    packed = PACKERS[suffix]("\n".join(TEXTS).encode())
+    path.write_bytes(packed)
+    whole, refused = documents_of(path), 0
+    for place in range(len(packed)):
+        damaged = bytearray(packed)
+        damaged[place] ^= 0x55
+        path.write_bytes(damaged)
+        try:
+            assert documents_of(path) == whole
+        except DataError as error:
+            assert "a.txt" in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 0.8 * len(packed)
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_several_streams_in_a_file_are_all_read_and_a_damaged_last_one_is_noticed(tmp_path: Path, suffix: str) -> None:
+    pack = PACKERS[suffix]
+    path = tmp_path / f"a.txt{suffix}"
+    parts = [pack(b"one\n"), pack(b""), pack(b"two\nthr"), pack(b"ee\n")]
+    path.write_bytes(b"".join(parts) + bytes(8))
+    assert documents_of(path) == [["one", "two", "three"]]
+    for size in range(1, len(parts[-1])):
+        path.write_bytes(b"".join(parts[:-1]) + parts[-1][:size])
+        with pytest.raises(DataError, match=r"is cut off|is damaged"):
+            documents_of(path)
+    path.write_bytes(b"".join(parts) + b"rest")
+    with pytest.raises(DataError, match=r"is cut off|is damaged"):
+        documents_of(path)
+
+
+def test_a_large_archive_is_read_block_by_block(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    lines = [f"{number} {generator.getrandbits(400):x}" for number in range(30_000)]
+    for suffix, pack in PACKERS.items():
+        path = tmp_path / f"a.txt{suffix}"
+        path.write_bytes(pack("\n".join(lines).encode()))
+        assert path.stat().st_size > 4 << 18
+        assert documents_of(path) == [lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", gzip.compress(b"text"), "compressed or UTF-16"),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"text")), "compressed or UTF-16"),
+        ("a.txt.gz", b"plain text", "is damaged, or not what its name says"),
+        ("a.tar.gz", gzip.compress(b"text"), "not compressed text"),
+        ("a.jsonl.gz", gzip.compress(b'{"body": ""}'), "no text field 'text'; its keys are body"),
+    ],
+)
+def test_an_archive_of_something_else_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        documents_of(tmp_path / name)
+
+
+def test_what_a_folder_gives_is_chosen_by_the_names(tmp_path: Path) -> None:
+    for name in ("wiki_00.bz2", "a.md.xz", "b.tar.gz", "c.png.gz", "d.parquet.gz"):
+        (tmp_path / name).write_bytes(bz2.compress(b"bz") if name.endswith("bz2") else lzma.compress(b"xz"))
+    assert documents_of(tmp_path) == [["xz"], ["bz"]]
+
+
+# --- Parquet
+
+
+def test_parquet_columns_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"title": ["t"], "body": pa.array(["x", None, "y\n\nz"][:1]), "n": [1]}), path)
+    assert documents_of(path, text_key="body") == [["x"]]
+    with pytest.raises(DataError, match=r"no column 'text'; its columns are title, body, n.*--text-key"):
+        documents_of(path)
+    with pytest.raises(DataError, match="'n' is of type int64, not text"):
+        documents_of(path, text_key="n")
+    pq.write_table(pa.table({"text": pa.array(["x", None, "y\n\nz", "x"]).dictionary_encode()}), path)
+    assert documents_of(path) == [["x"], ["y", "z"], ["x"]]
+
+
+def test_a_cut_off_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS}), path)
+    whole = path.read_bytes()
+    for size in range(1, len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"Cannot read the Parquet file .*a\.parquet"):
+            documents_of(path)
+
+
+# --- Hub datasets
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("hub:imdb", ("imdb", None, "train")),
+        ("hub:wikimedia/wikipedia#20231101.en@train", ("wikimedia/wikipedia", "20231101.en", "train")),
+        ("hub:a/b@train[:10%]+test", ("a/b", None, "train[:10%]+test")),
+        ("hub:./folder#c", ("./folder", "c", "train")),
+    ],
+)
+def test_a_hub_name_has_three_parts(text: str, parts: tuple[str, str | None, str]) -> None:
+    assert tuple(parse_hub_name(text)) == parts
+    for bad in ("hub:", "hub:a#", "hub:a@", "hub:#c"):
+        with pytest.raises(DataError, match="is not hub:NAME#CONFIG@SPLIT"):
+            parse_hub_name(bad)
+
+
+def with_configs(folder: Path) -> Path:
+    for config in ("en", "sw"):
+        hub_folder(folder / config, [f"{config} one", f"{config} two"])
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files: en/*.parquet\n"
+        "- config_name: sw\n  data_files:\n  - split: train\n    path: sw/train-00000*\n"
+        "  - split: test\n    path: sw/train-00001*\n---\n"
+    )
+    return folder
+
+
+def test_configurations_splits_and_slices(tmp_path: Path) -> None:
+    folder = with_configs(tmp_path / "data")
+    read = lambda text, **kw: [line for [line] in HubSource(f"hub:{folder}{text}", **kw).documents(lambda n: None)]  # noqa: E731
+    for streaming in (False, True):
+        assert read("#en", streaming=streaming) == ["en one", "en two"]
+        assert read("#sw@test", streaming=streaming) == ["sw two"]
+        assert read("#sw@test+train", streaming=streaming) == ["sw two", "sw one"]
+    assert read("#en@train[:50%]") == ["en one"]
+    for text, options, message in [
+        ("", {}, "Choose one of the configurations of .*: en, sw"),
+        ("#de", {}, "no 'de' among the configurations .*: en, sw"),
+        ("#sw@validation", {}, "no split 'validation'; its splits are test, train"),
+        ("#en@train[:x]", {}, "not a slice such as"),
+        ("#en@train[:50%]", {"streaming": True}, "slice of a split cannot be streamed"),
+        ("#en", {"revision": "main"}, "has no revisions"),
+        ("#en", {"text_key": "body"}, "no column 'body'; its columns are id, text"),
+        ("#en", {"text_key": "body", "streaming": True}, "no column 'body'; its columns are id, text"),
+        ("#en", {"text_key": "id"}, "'id' is of type int64, not text"),
+        ("#en", {"text_key": "id", "streaming": True}, "'id' is of type int64, not text"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            read(text, **options)
+    with pytest.raises(DataError, match="There is no folder"):
+        HubSource("hub:./nowhere")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="doesn't contain any data files"):
+        HubSource(f"hub:{tmp_path / 'none'}")
+
+
+def test_a_changed_dataset_has_another_signature_and_is_read_anew(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "data", ["one", "two"])
+    first = HubSource(f"hub:{folder}")
+    assert list(first.documents(lambda n: None)) == [["one"], ["two"]]
+    assert HubSource(f"hub:{folder}", streaming=True).signature() == first.signature()
+    assert HubSource(f"hub:{folder}", "id").signature() != first.signature()
+    hub_folder(folder, ["one", "six"])
+    os.utime(folder / "train-00001-of-00002.parquet", (1, 1))
+    second = HubSource(f"hub:{folder}")
+    assert second.signature() != first.signature()
+    assert list(second.documents(lambda n: None)) == [["one"], ["six"]]
+
+
+def test_a_dataset_cut_off_on_disk_is_refused(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "data", ["one", "two"])
+    shard = folder / "train-00001-of-00002.parquet"
+    shard.write_bytes(shard.read_bytes()[:-40])
+    for streaming in (False, True):
+        with pytest.raises(DataError, match="Cannot read hub:"):
+            list(HubSource(f"hub:{folder}", streaming=streaming).documents(lambda n: None))
+
+
+def run_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "electra_ds", *arguments],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_without_a_network_hub_names_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    result = run_cli("build-data", "--corpus", "hub:nobody/nothing", "--out", str(tmp_path / "a"), **offline)
+    assert result.returncode == 2
+    assert "Cannot read hub:nobody/nothing@train" in result.stderr
+    assert "Check the connection" in result.stderr
+    (tmp_path / "a.txt").write_text("text\n")
+    result = run_cli(
+        "build-data", "--corpus", str(tmp_path / "a.txt"), "--tokenizer", "nobody/nothing",
+        "--out", str(tmp_path / "a"), **offline,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "Cannot read the tokenizer nobody/nothing" in result.stderr
+    assert "Check the connection" in result.stderr
+
+
+@pytest.mark.slow
+def test_datasets_writes_nothing_into_the_progress_of_a_build(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path / "data", TEXTS * 20)
+    for flags in ([], ["--streaming"]):
+        result = run_cli(
+            "build-data", "--corpus", f"hub:{folder}", *flags, "--out", str(tmp_path / f"store{len(flags)}"),
+            "--recipe", "tiny", "--workers", "1", "--set", "tokenizer.vocab_size=400", HF_HOME=str(tmp_path / "cache"),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        ours = result.stdout
+        assert "80 documents" in ours
+        assert "Generating" not in ours
+        assert "Warning" not in result.stderr
+    assert (tmp_path / "store0" / "tokens.bin").read_bytes() == (tmp_path / "store1" / "tokens.bin").read_bytes()
+
+
+# --- several sources
+
+
+def test_each_source_has_its_own_stretch_of_documents(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("electra_ds.data.build._CHUNK_CHARS", 500)
+    first, second = write_corpus(tmp_path / "first", 7, seed=1), write_corpus(tmp_path / "second", 11, seed=2)
+    hub = HubSource(f"hub:{hub_folder(tmp_path / 'hub', [*TEXTS])}")
+    sources = (open_source([first]), open_source(sorted(second.iterdir())), hub)
+    built, _ = store_of(Corpus(sources), store.tokenizer, tmp_path / "all")
+    alone = [store_of(Corpus((source,)), store.tokenizer, tmp_path / f"{n}")[0] for n, source in enumerate(sources)]
+    assert [part.num_documents for part in built.info.corpora] == [7, 11, 4]
+    assert built.info.documents_read == [7, 11, 4]
+    begin = 0
+    for part, single in zip(built.info.corpora, alone, strict=True):
+        stop = begin + part.num_documents
+        tokens = built.tokens[built.documents[begin] : built.documents[stop]]
+        np.testing.assert_equal(tokens, single.tokens)
+        assert [part] == single.info.corpora
+        begin = stop
+    assert begin == built.info.num_documents
+    assert built.info.corpora[0].description == str(first)
+    assert built.info.corpora[1].description.startswith("11 files from")
+    entries = json.loads((built.path / "store.json").read_text())["corpora"]
+    assert all(list(entry) == ["description", "num_documents", "num_tokens"] for entry in entries)
+
+
+def test_documents_without_a_token_have_no_place_in_a_source(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n")
+    from electra_ds.data.tokenizer import load_tokenizer
+
+    for name, text in (("x", "a\n\n\u200b\n\nb\n"), ("y", "b\n")):
+        (tmp_path / f"{name}.txt").write_text(text, "utf8")
+    corpus = open_corpus([tmp_path / "x.txt", tmp_path / "y.txt"], "blank-line")
+    built, _ = store_of(corpus, load_tokenizer(vocabulary), tmp_path / "s")
+    assert [part.num_documents for part in built.info.corpora] == [2, 1]
+    assert built.info.documents_read == [3, 1]
+    (tmp_path / "z.txt").write_text("\u200b\n", "utf8")
+    with pytest.raises(DataError, match=r"z\.txt holds no token"):
+        store_of(open_corpus([tmp_path / "x.txt", tmp_path / "z.txt"]), load_tokenizer(vocabulary), tmp_path / "t")
+
+
+def test_a_source_without_text_is_refused_by_name(store: TokenStore, tmp_path: Path) -> None:
+    (tmp_path / "full.txt").write_text("text")
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match=r"blank\.txt holds no text"):
+        store_of(open_corpus([tmp_path / "full.txt", tmp_path / "blank.txt"]), store.tokenizer, tmp_path / "s")
+    with pytest.raises(DataError, match=r"hub:.* holds no text"):
+        list(Corpus((HubSource(f"hub:{hub_folder(tmp_path / 'hub', [None, ' '])}"),)).documents())
+
+
+def test_the_same_text_divided_otherwise_is_another_store(store: TokenStore, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name} {name}\n")
+    a, b, c = (tmp_path / f"{name}.txt" for name in "abc")
+    out = tmp_path / "s"
+    store_of(Corpus((open_source([a, b]), open_source([c]))), store.tokenizer, out)
+    store_of(Corpus((open_source([a, b]), open_source([c]))), store.tokenizer, out)
+    for other in (Corpus((open_source([a]), open_source([b, c]))), Corpus((open_source([a, b, c]),))):
+        with pytest.raises(DataError, match="divides its text into other corpora"):
+            build_store(other, store.tokenizer, out)
+
+
+def test_a_store_of_the_first_format_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    (tmp_path / "store.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match="has format 1; this version reads 2"):
+        TokenStore(tmp_path)
+
+
+def test_a_tokenizer_is_trained_on_no_more_than_the_first_characters(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("abc abd abc\nabd\n" * 50)
+    (folder / "b.txt").write_text("Ж Ю Я\n" * 50, "utf8")
+    first = sum(map(len, ("abc abd abc", "abd"))) * 50
+
+    def pieces(characters: int) -> set[str]:
+        section = TokenizerSection(kind="wordpiece", vocab_size=300, max_training_characters=characters)
+        return set(
+            build_store(open_corpus([folder]), section, tmp_path / str(characters)).tokenizer.backend.get_vocab()
+        )
+
+    assert not pieces(first) & set("ЖЮЯ")
+    assert pieces(first + 1) & set("ЖЮЯ") == {"Ж"}
+    assert pieces(10**9) >= set("ЖЮЯ")
+
+
+# --- the command line
+
+
+def test_each_corpus_argument_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    write_corpus(tmp_path / "texts", 6)
+    hub_folder(tmp_path / "data", TEXTS * 5)
+    cli.main(
+        ["build-data", "--corpus", "texts/000.txt", "texts/001.txt", "--corpus", "hub:./data", "--out", "s",
+         "--recipe", "tiny", "--set", "tokenizer.vocab_size=400", "--workers", "1"]
+    )  # fmt: skip
+    assert [part.num_documents for part in TokenStore(Path("s")).info.corpora] == [2, 20]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--corpus", "hub:a", "texts"], "Give each Hub dataset a --corpus of its own"),
+        (["--corpus", "builtin", "texts"], "Give `builtin` a --corpus of its own"),
+        (["--corpus", "texts", "--streaming"], "--streaming and --revision are for datasets of the Hub"),
+        (["--corpus", "texts", "--cased"], "--cased says how a given vocab.txt was made"),
+        (["--corpus", "texts", "--tokenizer", "nowhere.txt"], "No tokenizer at nowhere.txt"),
+        (["--corpus", "texts", "--tokenizer", "./nowhere"], "No tokenizer at nowhere"),
+        (["--corpus", "texts", "--tokenizer", "some/model", "--cased"], "--cased is for a vocab.txt"),
+    ],
+)
+def test_arguments_that_cannot_go_together_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "texts", 3)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["build-data", "--out", "s", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--text-key", "body"], ["--document-boundary", "file"], ["--cased"], ["--streaming"], ["--revision", "x"]],
+)
+def test_what_belongs_to_a_corpus_cannot_be_given_with_resume_or_data(flags: list[str]) -> None:
+    for what in (["--resume", "run"], ["--data", "store", "--ds-config", "x.json"]):
+        options = cli.build_parser().parse_args(["pretrain", *what, *flags])
+        with pytest.raises(
+            ConfigError, match=flags[0] if what[0] == "--resume" else "--data is a finished token store"
+        ):
+            cli._check_pretrain_arguments(options)
+
+
+def test_stores_made_on_the_way_have_names_for_people() -> None:
+    def name(*arguments: str) -> str:
+        options = cli.build_parser().parse_args(["pretrain", *arguments])
+        options.corpus = options.corpus or [["builtin"]]
+        return cli._store_name(options, small_recipe())
+
+    assert name() == "builtin-byte-level-bpe-400"
+    wikipedia = name(
+        "--corpus", "hub:wikimedia/wikipedia#20231101.en@train[:10%]", "--tokenizer", "openai-community/gpt2"
+    )
+    assert wikipedia.startswith("wikipedia-20231101.en-train_10-gpt2-")
+    assert name("--corpus", "hub:./my_data").startswith("my_data-byte-level-bpe-400-")
+    names = {
+        name("--corpus", "a", *more)
+        for more in ([], ["b"], ["--corpus", "b"], ["--text-key", "x"], ["--revision", "x"], ["--tokenizer", "x/y"])
+    }
+    assert len(names) == 6
