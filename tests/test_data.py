@@ -17,11 +17,13 @@ from scipy import stats
 from electra_ds.config.recipe import DataSection, TokenizerSection
 from electra_ds.data.batches import BatchBuilder, prefetched
 from electra_ds.data.build import build_store
-from electra_ds.data.corpus import open_corpus
-from electra_ds.data.segments import Ranges, WindowSampler, split_holdout
+from electra_ds.data.corpus import Corpus, open_corpus, open_source
+from electra_ds.data.sampling import MIXTURE_ROUND, Rows, Sampler, Windows
+from electra_ds.data.segments import Ranges, split_holdout
 from electra_ds.data.token_store import TokenStore, token_dtype
 from electra_ds.data.tokenizer import train_tokenizer
 from electra_ds.errors import DataError
+from electra_ds.objective.keyed_random import generator
 from tests.helpers import REPOSITORY, builder_for, small_recipe, write_corpus
 
 # --- token store
@@ -89,7 +91,7 @@ BUILD = """
 import sys
 from pathlib import Path
 import electra_ds.data.build as build
-from electra_ds.data.corpus import open_corpus
+from electra_ds.data.corpus import Corpus, open_corpus, open_source
 from electra_ds.data.tokenizer import load_tokenizer
 if __name__ == "__main__":
     build._CHUNK_CHARS = 20_000
@@ -265,15 +267,19 @@ def test_few_long_documents_are_held_out_by_spans_and_many_by_document() -> None
     assert split_holdout(ranges_of([40] * 2000), DataSection(sequence_length=32), 0).held_out_by == "document"
 
 
-def sampler_of(lengths: list[int], sampling: str, window: int = 30) -> WindowSampler:
+def windows_of(lengths: list[int], sampling: str, window: int = 30) -> Windows:
     bounds = ranges_of(lengths)
-    return WindowSampler(Ranges(bounds[:-1], bounds[1:]), window, sampling, seed=5)  # type: ignore[arg-type]
+    return Windows(Ranges(bounds[:-1], bounds[1:]), window, sampling, 5)  # type: ignore[arg-type]
+
+
+def starts_at(windows: Windows, step: int, size: int) -> np.ndarray:
+    return windows.rows(step * size + np.arange(size), generator(5, step)).positions_BC[:, 0]
 
 
 def test_window_offsets_are_uniform_over_every_place_that_fits() -> None:
     """The last offset too, which the study's released code never draws."""
-    sampler = sampler_of([45], "epoch")
-    offsets = np.concatenate([sampler.windows(step, 50).starts for step in range(600)])
+    windows = windows_of([45], "epoch")
+    offsets = np.concatenate([starts_at(windows, step, 50) for step in range(600)])
     assert offsets.min() == 0
     assert offsets.max() == 15
     assert stats.chisquare(np.bincount(offsets, minlength=16)).pvalue > 1e-4
@@ -281,10 +287,9 @@ def test_window_offsets_are_uniform_over_every_place_that_fits() -> None:
 
 def test_an_epoch_takes_each_document_once_and_epochs_differ() -> None:
     lengths = list(range(40, 77))
-    sampler = sampler_of(lengths, "epoch")
-    starts = ranges_of(lengths)
-    windows = [sampler.windows(step, 5) for step in range(37)]  # five epochs of 37 documents
-    documents = np.searchsorted(starts, np.concatenate([w.starts for w in windows]), side="right") - 1
+    windows = windows_of(lengths, "epoch")
+    found = [starts_at(windows, step, 5) for step in range(37)]  # five epochs of 37 documents
+    documents = np.searchsorted(ranges_of(lengths), np.concatenate(found), side="right") - 1
     epochs = documents.reshape(5, 37)
     assert all(sorted(epoch) == list(range(37)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
@@ -292,22 +297,77 @@ def test_an_epoch_takes_each_document_once_and_epochs_differ() -> None:
 
 def test_sampling_by_length_is_in_proportion() -> None:
     lengths = [100, 200, 700]
-    sampler = sampler_of(lengths, "length")
-    starts = np.concatenate([sampler.windows(step, 100).starts for step in range(100)])
+    windows = windows_of(lengths, "length")
+    starts = np.concatenate([starts_at(windows, step, 100) for step in range(100)])
     counts = np.bincount(np.searchsorted(ranges_of(lengths), starts, side="right") - 1)
     assert stats.chisquare(counts, np.array([1000.0, 2000, 7000])).pvalue > 1e-4
 
 
 def test_short_documents_are_taken_whole() -> None:
-    windows = sampler_of([7, 30, 31], "epoch").windows(0, 3)
-    assert sorted(windows.lengths.tolist()) == [7, 30, 30]
+    rows = windows_of([7, 30, 31], "epoch").rows(np.arange(3), generator(0))
+    assert sorted(rows.first_B.tolist()) == [7, 30, 30]
 
 
 @pytest.mark.parametrize(
     ("lengths", "sampling"), [([5000] * 10, "length"), ([10] * 10, "epoch"), ([100] * 12_000, "epoch")]
 )
 def test_auto_samples_by_length_where_documents_are_few_and_long(lengths: list[int], sampling: str) -> None:
-    assert sampler_of(lengths, "auto").sampling == sampling
+    assert windows_of(lengths, "auto").sampling == sampling
+
+
+# --- several corpora
+
+
+@pytest.fixture(scope="module")
+def mixed_store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """Three corpora of 60, 20 and 40 documents."""
+    folder = tmp_path_factory.mktemp("mixed")
+    sources = [open_source([write_corpus(folder / str(n), n, seed=n)], "file", "text") for n in (60, 20, 40)]
+    return build_store(Corpus(tuple(sources)), small_recipe().tokenizer, folder / "store", workers=1)
+
+
+def sources_of(store: TokenStore, rows: Rows) -> np.ndarray:
+    ends = store.documents[np.cumsum([corpus.num_documents for corpus in store.info.corpora])]
+    return np.searchsorted(ends, rows.positions_BC[:, 0], side="right")
+
+
+@pytest.mark.parametrize("segments", ["one", "two"])
+@pytest.mark.parametrize(
+    ("weights", "rows"),
+    [([0.5, 0.25, 0.25], [512, 256, 256]), ([7, 2, 1], [717, 205, 102]), ([1e6, 1, 1], [1022, 1, 1])],
+)
+def test_every_round_holds_each_corpus_in_its_proportion(
+    mixed_store: TokenStore, segments: str, weights: list[float], rows: list[int]
+) -> None:
+    data = small_recipe(f"data.corpus_weights={weights}", f"data.segments={segments}").data
+    split = split_holdout(mixed_store.documents, data, 0)
+    sampler = Sampler(mixed_store, split.train, data, seed=3)
+    size = MIXTURE_ROUND // 8
+    steps = [sources_of(mixed_store, sampler.rows(step, size)) for step in range(24)]
+    for number in range(3):
+        found = np.concatenate(steps[8 * number : 8 * number + 8])
+        assert np.bincount(found, minlength=3).tolist() == rows
+    assert (np.diff(np.concatenate(steps)) != 0).sum() > 3  # and not one corpus after another
+
+
+def test_a_mixture_takes_each_corpus_document_by_document(mixed_store: TokenStore) -> None:
+    """Under "epoch" the small corpus comes round more often, and every document equally often."""
+    data = small_recipe("data.corpus_weights=[1,1,2]").data
+    split = split_holdout(mixed_store.documents, data, 0)
+    sampler = Sampler(mixed_store, split.train, data, seed=3)
+    starts = np.concatenate([sampler.rows(step, 64).positions_BC[:, 0] for step in range(400)])
+    ranges = np.searchsorted(split.train.starts, starts, side="right") - 1
+    counts = np.bincount(ranges, minlength=len(split.train.starts))
+    corpora = np.searchsorted(mixed_store.documents[[60, 80]], split.train.starts, side="right")
+    for corpus in range(3):
+        assert np.ptp(counts[corpora == corpus]) <= 1
+
+
+def test_weights_must_fit_the_store(mixed_store: TokenStore) -> None:
+    data = small_recipe("data.corpus_weights=[1,1]").data
+    split = split_holdout(mixed_store.documents, data, 0)
+    with pytest.raises(DataError, match=r"has 2 numbers, but .* holds 3 corpora"):
+        Sampler(mixed_store, split.train, data, seed=0)
 
 
 # --- batches
@@ -338,6 +398,28 @@ def test_a_batch_is_cls_a_window_sep_and_padding(store: TokenStore) -> None:
     special = tokenizer.is_special[batch.ids_BT]
     assert not (batch.masks.selected & special).any()
     assert not (batch.counted_BT & special).any()
+
+
+def test_two_segments_are_laid_out_with_a_sep_after_each(store: TokenStore) -> None:
+    tokenizer = store.tokenizer
+    builder = builder_for(store, small_recipe("data.segments=two"))
+    seen_both = 0
+    for step in range(10):
+        batch, rows = builder.build(step), builder.sampler.rows(step, 8)
+        assert batch.second_segment_BT is not None
+        for row, ids in enumerate(batch.ids_BT):
+            first, second = int(rows.first_B[row]), int(rows.second_B[row])
+            text = store.tokens[rows.positions_BC[row, : first + second]]
+            laid_out = [tokenizer.cls_id, *text[:first], tokenizer.sep_id]
+            if second:
+                laid_out += [*text[first:], tokenizer.sep_id]
+            padding = 32 - len(laid_out)
+            assert ids.tolist() == laid_out + padding * [tokenizer.pad_id]
+            assert batch.lengths_B[row] == len(laid_out)
+            in_second = (first + 2) * [False] + (len(laid_out) - first - 2) * [True] + padding * [False]
+            assert batch.second_segment_BT[row].tolist() == in_second
+            seen_both += second > 0
+    assert seen_both
 
 
 def test_the_discriminators_loss_can_count_cls_and_sep_but_never_padding(store: TokenStore) -> None:

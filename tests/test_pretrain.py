@@ -24,8 +24,10 @@ from electra_ds.config.manifest import RunDirectory
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.checkpoint import CheckpointFolder
+from electra_ds.engine.optimizer import MasterAdamW
 from electra_ds.errors import TrainingError
 from electra_ds.report.samples import sample_sentences
+from electra_ds.runtime import Ranks
 from electra_ds.train import launch, pretrain
 from electra_ds.train.export import load_trained
 from electra_ds.train.metrics import Evaluator, held_out_batch
@@ -343,39 +345,42 @@ def test_a_full_disk_in_a_run_is_a_clear_error_and_the_run_goes_on_when_there_is
     assert train_losses(run_dir) == train_losses(straight)
 
 
-@pytest.mark.usefixtures("process_group", "half_on_cpu")
+@pytest.mark.usefixtures("half_on_cpu")
+@pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize(
     "precision",
     [{}, {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}, {"torch_autocast": {"enabled": True}}],
     ids=str,
 )
 def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_last_good_checkpoint(
-    store: TokenStore, tmp_path: Path, precision: dict[str, Any]
+    store: TokenStore, tmp_path: Path, process_group: Ranks, precision: dict[str, Any], stage: int
 ) -> None:
     """A weight is made NaN at step 10, so every later gradient is; no optimizer step may spread it."""
     recipe = small_recipe()
     config = tmp_path / "ds.json"
-    config.write_text(json.dumps(precision))
+    config.write_text(json.dumps(precision | {"zero_optimization": {"stage": stage}}))
     options = launch.Options(ds_config=config, threads=1, save_every=5, log_every=1, eval_windows=16)
     directory = RunDirectory(tmp_path / "run")
     with directory.locked():
-        job = launch.prepare_new(options, recipe, launch.plan_new(options, recipe, directory), store, directory)
-        loop = pretrain._Loop(job, Console(file=open(os.devnull, "w")))  # noqa: SIM115
+        plan = launch.plan_new(options, recipe, directory, process_group)
+        job = launch.prepare_new(options, recipe, plan, store, directory, process_group)
+        loop = pretrain._Loop(job, process_group, Console(file=open(os.devnull, "w")))  # noqa: SIM115
         train_step = loop.engine.train_step
 
         def poisoned(batch: Any, step: int) -> Any:
             if step == 10:
                 weight = loop.engine.module.discriminator_head.dense.weight
                 with torch.no_grad():
-                    for tensor in (weight, loop.engine.optimizer.masters[weight]):
-                        tensor[0, 0] = float("nan")
+                    weight[0, 0] = float("nan")
+                    if isinstance(loop.engine.optimizer, MasterAdamW):
+                        loop.engine.optimizer.masters[weight][0, 0] = float("nan")
             return train_step(batch, step)
 
         loop.engine.train_step = poisoned  # type: ignore[method-assign]
         with pytest.raises(
             TrainingError, match=r"not been finite for \d+ steps.*last good checkpoint is .*step-000000"
         ):
-            loop.run(pretrain.runtime.StopSignal())
+            loop.run(pretrain.runtime.StopWish(process_group))
         loop.close()
     optimizer = loop.engine.optimizer
     assert optimizer.taken_steps <= 10
@@ -388,11 +393,12 @@ def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_last_good_chec
 # --- metrics
 
 
-def test_evaluation_agrees_with_a_second_implementation(store: TokenStore) -> None:
+def test_evaluation_agrees_with_a_second_implementation(store: TokenStore, process_group: Ranks) -> None:
     recipe = small_recipe("model.initializer_range=0.3")
     model = model_for(store, recipe)
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    found = Evaluator(store, split, recipe, num_windows=24, micro_batch_size=5)(model, torch.device("cpu"))
+    evaluator = Evaluator(store, split, recipe, num_windows=24, micro_batch_size=5, ranks=process_group)
+    found = evaluator(model.eval(), torch.device("cpu"))
     batch = held_out_batch(store, split, recipe, 24)
     whole = batch.micro_batch(0, 24)
     model.eval()

@@ -33,4 +33,7 @@ class MicroBatch(NamedTuple):
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device, copied while the host goes on."""
 
-        return MicroBatch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
+        moved = {
+            name: tensor.to(device, non_blocking=True) for name, tensor in self._asdict().items() if tensor is not None
+        }
+        return self._replace(**moved)
