@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _STARTED = time.monotonic()  # what a time limit counts from
 _DEFAULT_RECIPE = "rc2020-small"
-_HUB_MODEL = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_HUB_MODEL = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _BUILTIN, _HUB = "builtin", "hub:"
 _CORPUS_ARGUMENTS = ("corpus", "document_boundary", "text_key", "streaming", "revision", "tokenizer", "cased")
 _PRETRAIN_EPILOG = """\

@@ -337,4 +337,6 @@ def _join(shards: list[_Shard], tokenizer: Tokenizer, corpus: Corpus, read: _Tex
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    starts = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=starts[1:])
+    return starts

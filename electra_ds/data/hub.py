@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
-from datasets.exceptions import DatasetNotFoundError  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError  # type: ignore[import-untyped]
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 from huggingface_hub.utils import logging as hub_logging
@@ -206,4 +206,8 @@ def _explained(what: str) -> Iterator[None]:
         else:
             advice = ""
         message = (str(error).strip() or type(error).__name__).rstrip(".")
+        if (
+            isinstance(error, DatasetGenerationError) and error.__cause__ is not None
+        ):  # says no more than that it is one
+            message = f"{message}: {error.__cause__}".strip().rstrip(".")
         raise DataError(f"Cannot read {what}: {message}. {advice}".rstrip()) from error

@@ -207,7 +207,8 @@ def load_tokenizer(path: Path, *, lowercase: bool | None = None) -> Tokenizer:
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         raise DataError(
-            f"No tokenizer at {path}: give a folder with tokenizer.json or vocab.txt, such a file, or a Hub name."
+            f"No tokenizer at {path}: give a folder with tokenizer.json or vocab.txt, such a file, or a name on "
+            f"the Hub with its owner, such as openai-community/gpt2."
         )
     try:
         settings: dict[str, Any] = {}
