@@ -223,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         speaks = detect(os.environ).local_rank == 0
     except ConfigError as error:
-        sys.exit(f"electra-ds: {error}")
+        print(f"electra-ds: {error}", file=sys.stderr)
+        sys.exit(2)
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
         options = build_parser().parse_args(arguments)
     try:

@@ -284,11 +284,12 @@ def test_an_impossible_batch_plan_is_refused_before_data_is_built(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
 
 
-def test_several_ranks_are_refused_before_anything_is_made(tmp_path: Path) -> None:
-    arguments = ["--ds-config", CPU_JSON, "--recipe", "tiny", "--local_rank=0"]  # as the deepspeed launcher adds it
-    result = run("pretrain", *arguments, status=2, cwd=tmp_path, env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"})
-    assert "several ranks are not supported yet" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_an_incomplete_launcher_environment_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    arguments = ["--ds-config", CPU_JSON, "--recipe", "tiny", "--local_rank=0"]
+    for given, missing in (({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"), ({"WORLD_SIZE": "2"}, "RANK is missing")):
+        result = run("pretrain", *arguments, status=2, cwd=tmp_path, env=os.environ | given)
+        assert missing in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_directory_in_use_is_refused(store: TokenStore, straight: Path, tmp_path: Path) -> None:
