@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from electra_ds import __version__
+from electra_ds.config.deepspeed import ds_config_names
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, recipe_names
@@ -30,6 +31,8 @@ examples:
       a first run, on documentation text that every machine has
   bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus my_texts/
       the reproduction study's ELECTRA-Small on your own text, on a 6 GB card
+  bin/pretrain --ds-config cpu --recipe tiny --wandb offline --tensorboard
+      with curves to watch; ds_configs/cpu.json is known by its name too
   bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 seed=3
   bin/pretrain --resume runs/tiny-20260101-120000
   bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
@@ -88,7 +91,7 @@ def _add_pretrain(commands) -> None:  # type: ignore[no-untyped-def]
     what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
     command.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     how = command.add_argument_group("how to run it")
-    how.add_argument("--ds-config", type=Path, metavar="JSON", help="DeepSpeed JSON, such as ds_configs/cpu.json")
+    how.add_argument("--ds-config", metavar="NAME|FILE", help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON")
     how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
     how.add_argument("--stop-at", type=_positive, metavar="STEP", help="save and leave at this step of the schedule")
     how.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
@@ -97,6 +100,20 @@ def _add_pretrain(commands) -> None:  # type: ignore[no-untyped-def]
     how.add_argument("--save-every", type=_positive, metavar="STEPS", help="default: a tenth of it, at most 2000")
     how.add_argument("--keep", type=_positive, metavar="N", help="checkpoints to retain (default: 3)")
     how.add_argument("--eval-windows", type=_positive, metavar="N", help="held-out sequences (default: 512)")
+    _add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
+
+
+def _add_tracking(group) -> None:  # type: ignore[no-untyped-def]
+    group.add_argument(
+        "--wandb", choices=("off", "online", "offline"),
+        help="Weights & Biases; offline needs no account and is uploaded later by `wandb sync` (default: off)",
+    )  # fmt: skip
+    group.add_argument("--wandb-project", metavar="NAME", help="default: electra_ds")
+    group.add_argument("--wandb-entity", metavar="NAME", help="the user or team (default: that of the account)")
+    group.add_argument("--wandb-group", metavar="NAME", help="shows runs together")
+    group.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, help="write RUN/tensorboard (default: no)"
+    )
 
 
 def _add_build_data(commands) -> None:  # type: ignore[no-untyped-def]
@@ -211,7 +228,7 @@ def _check_pretrain_arguments(options: argparse.Namespace) -> None:
             flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)
             raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
     elif options.ds_config is None:
-        raise ConfigError("Say how to run it with --ds-config, for instance: --ds-config ds_configs/cpu.json")
+        raise ConfigError("Say how to run it with --ds-config, for instance: --ds-config cpu")
     elif options.cased and not options.tokenizer:
         raise ConfigError("--cased says how a given vocab.txt was made; it needs --tokenizer.")
     elif options.data is not None and (options.corpus or options.tokenizer):

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.resources
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
 from electra_ds.config.recipe import Recipe
 from electra_ds.errors import ConfigError
 
@@ -37,12 +39,13 @@ HANDED_ON: dict[str, type] = {
     "zero_force_ds_cpu_optimizer": bool,
 }
 NOT_USED = (
-    "activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "comet", "communication_data_type",
-    "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
+    "activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "communication_data_type",
+    "compile", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
     "disable_allgather", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
     "managed_gradient_accumulation", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type",
-    "tensor_parallel", "tensorboard", "use_data_before_expert_parallelism", "wandb", "weight_quantization",
+    "tensor_parallel", "use_data_before_expert_parallelism", "weight_quantization",
 )  # fmt: skip
+INSTEAD = {"comet": "Comet is not supported; use --wandb, --tensorboard, or a csv_monitor section instead"}
 
 _PRECISION_KEYS = {
     "fp16": {
@@ -101,6 +104,7 @@ class DeepSpeedPlan:
     """The resolved JSON, every value concrete."""
     batch: BatchPlan
     precision: Precision
+    monitors: Monitors
 
     def engine_config(self) -> dict[str, Any]:
         """What `deepspeed.initialize` is given at stage 0.
@@ -109,18 +113,35 @@ class DeepSpeedPlan:
         divides by a loss scale that it never applied (deepspeedai/DeepSpeed#8393).
         """
         config = copy.deepcopy(self.document)
-        for key in (*_PRECISION_KEYS, "optimizer", "scheduler"):
+        for key in (*_PRECISION_KEYS, *MONITOR_SECTIONS, "optimizer", "scheduler"):
             config.pop(key, None)
         config["gradient_clipping"] = 0.0
         return config
 
 
-def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """The raw mapping of a JSON file. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"There is no DeepSpeed JSON at {path}. The project's own are in ds_configs/.")
+def ds_config_names() -> list[str]:
+    """Names of the DeepSpeed JSON files that come with the package."""
+    folder = importlib.resources.files("electra_ds") / "ds_configs"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
+    """The raw mapping of a shipped file's name or of a JSON file. Raises ConfigError."""
+    names = ds_config_names()
+    path = Path(name_or_path)
+    if name_or_path not in names and not path.is_file():
+        near = difflib.get_close_matches(path.stem, names, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(
+            f"There is no DeepSpeed JSON at {path}: neither a file nor one of {', '.join(names)}, "
+            f"which are those in ds_configs/.{hint}"
+        )
     try:
-        values = json.loads(path.read_text("utf8"), object_pairs_hook=_without_duplicates)
+        if name_or_path in names:
+            text = (importlib.resources.files("electra_ds") / "ds_configs" / f"{name_or_path}.json").read_text("utf8")
+        else:
+            text = path.read_text("utf8")
+        values = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
@@ -139,11 +160,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: bool, source: str) -> DeepSpeedPlan:
     """Fill in, check and solve the batch plan. ConfigError lists every problem at once."""
     problems: list[str] = []
-    document = _without_auto({key: value for key, value in values.items() if key in HANDED_ON})
+    document = _without_auto({key: value for key, value in values.items() if key in (*HANDED_ON, *MONITOR_SECTIONS)})
     _check_keys(values, problems)
     _check_recipe_owned(values, recipe, problems)
     _check_zero(values, problems)
     precision = _precision(values, on_cpu, problems)
+    monitors = parse_monitors(values, problems)
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:
         raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(problems))
@@ -160,7 +182,7 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: 
     for name in _PRECISION_KEYS:
         if isinstance(values.get(name), dict) and name.replace("torch_", "") == precision.name.split("-")[0]:
             document[name] = _without_auto(values[name]) | {"enabled": True}
-    return DeepSpeedPlan(document, batch, precision)
+    return DeepSpeedPlan(document, batch, precision, monitors)
 
 
 def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
@@ -173,9 +195,11 @@ def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
-    known = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *HANDED_ON)
+    known = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *HANDED_ON, *MONITOR_SECTIONS)
     for key in values:
-        if key in NOT_USED:
+        if key in INSTEAD:
+            problems.append(f"{key}: {INSTEAD[key]}")
+        elif key in NOT_USED:
             problems.append(f"{key}: this DeepSpeed feature is not supported here; remove the key")
         elif key not in known:
             near = difflib.get_close_matches(key, known, n=1)

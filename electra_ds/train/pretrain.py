@@ -25,6 +25,7 @@ from electra_ds.engine.step import StepResult
 from electra_ds.errors import CheckpointError, ConfigError, InterruptedBySignalError, TrainingError
 from electra_ds.model.electra import Electra
 from electra_ds.train.metrics import Evaluator
+from electra_ds.train.trackers import open_trackers
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay, read_metrics
 
 # Steps in a row without a finite gradient, beyond those that a loss scale may need to come down.
@@ -58,6 +59,7 @@ def pretrain(job: PretrainJob, console: Console) -> None:
     with runtime.process_group(), runtime.StopSignal() as stop_signal, contextlib.ExitStack() as stack:
         try:
             loop = _Loop(job, console)
+            stack.push(loop.trackers.finish)
             stack.callback(loop.close)
             # Only now, since a JSON that DeepSpeed cannot run must not take the place of the one that it could.
             job.run.write_record(job.recipe, job.plan, job.record)
@@ -89,7 +91,15 @@ class _Loop:
         if self.step > job.stop_at:
             raise ConfigError(f"The run is at step {self.step} already, beyond --stop-at {job.stop_at}.")
         self.metrics = MetricsFile(job.run.metrics, self.step)
-        self._unread: deque[tuple[int, StepResult]] = deque()
+        self.trackers = open_trackers(
+            job.record.tracking,
+            job.run,
+            {"recipe": recipe.model_dump(mode="json"), "deepspeed": plan.document},
+            resume_step=self.step,
+            reached=self.metrics.reached,
+            console=console,
+        )
+        self._unread: deque[tuple[int, StepResult, dict[str, float]]] = deque()
         self._clock = time.monotonic()
         self._clock_tokens = self.tokens
 
@@ -124,9 +134,11 @@ class _Loop:
         total = job.recipe.schedule.total_steps
         with TrainingDisplay(self.console, job.stop_at, self.step) as display:
             for step, batch in prefetched(self.builder, self.step, job.stop_at):
-                self._unread.append((step + 1, self.engine.train_step(batch, step)))
+                result = self.engine.train_step(batch, step)
                 self.step = step + 1
                 self.tokens += batch.num_tokens
+                known = {"learning_rate": self.engine.optimizer.param_groups[0]["lr"], "tokens_seen": self.tokens}
+                self._unread.append((self.step, result, known))
                 if self.step % min(settings.log_every, _LOOK_EVERY) == 0 or self.step == job.stop_at:
                     self._log(display)
                 if self.step % settings.eval_every == 0 and self.step < job.stop_at:
@@ -167,9 +179,11 @@ class _Loop:
         """Write a line for each step whose losses are still on the device; returns the last one's values."""
         values: dict[str, float | None] = {}
         while self._unread:
-            step, result = self._unread.popleft()
+            step, result, known = self._unread.popleft()
             values = {name: _finite(tensor.item()) for name, tensor in result._asdict().items()}
-            self.metrics.write("train", step, values | (extra if not self._unread else {}))
+            line = values | known | (extra if not self._unread else {})
+            self.metrics.write("train", step, line)
+            self.trackers.write("train", step, line)
         return values
 
     def _check_progress(self, consecutive_skips: int) -> None:
@@ -191,6 +205,7 @@ class _Loop:
         evaluation = self.evaluator(self.engine.module, self.device)
         values = {name: _finite(value) for name, value in evaluation._asdict().items()}
         self.metrics.write("eval", self.step, values)
+        self.trackers.write("eval", self.step, values)
         display.say(
             f"held out at step {self.step}: generator {evaluation.generator_masked_loss:.3f} nats at [MASK] "
             f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
@@ -200,6 +215,7 @@ class _Loop:
     def _save(self) -> Path:
         started = time.monotonic()
         self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
+        self.trackers.flush()
         optimizer = self.engine.optimizer
         state = {
             "step": self.step,
