@@ -54,6 +54,11 @@ example:
   bin/export runs/tiny-20260101-120000 --out my-electra
       then: AutoModel.from_pretrained("my-electra/discriminator")
 """
+_DOCTOR_EPILOG = """\
+example:
+  bin/doctor
+      versions, memory, GPUs, and one real training step in each precision; exit status 0 where pretraining can run
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_build_data(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -141,6 +147,14 @@ def _add_export(commands) -> None:  # type: ignore[no-untyped-def]
     command.set_defaults(handler=_export)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+
+
+def _add_doctor(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _add_command(
+        commands, "doctor", "Say what this machine can pretrain with, and how to mend what is wrong.", _DOCTOR_EPILOG
+    )
+    command.set_defaults(handler=_doctor)
+    command.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def _add_overrides(group, example: str) -> None:  # type: ignore[no-untyped-def]
@@ -280,3 +294,11 @@ def _export(options: argparse.Namespace) -> None:
     from electra_ds.train.export import export_run
 
     print(export_run(options.run, options.out))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from electra_ds.train.doctor import doctor
+
+    sys.exit(doctor(Console(), as_json=options.json))
