@@ -276,11 +276,15 @@ def _version(name: str) -> str | None:
 
 
 def _requirements() -> dict[str, str]:
-    """What electra_ds and its extra `tensorboard` ask for."""
     try:
-        wanted = [Requirement(text) for text in importlib.metadata.requires("electra_ds") or []]
+        return wanted_versions(importlib.metadata.requires("electra_ds") or [])
     except importlib.metadata.PackageNotFoundError:
         return {}
+
+
+def wanted_versions(requirements: list[str]) -> dict[str, str]:
+    """Specifier by name of what everyone needs and what the extra `tensorboard` adds, from a package's metadata."""
+    wanted = map(Requirement, requirements)
     return {
         item.name: str(item.specifier)
         for item in wanted

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +18,12 @@ from rich.console import Console
 
 from electra_ds.config.manifest import RunDirectory, TrackingSettings
 from electra_ds.errors import CheckpointError, ConfigError, ElectraError, InterruptedBySignalError
+from electra_ds.train.tracking import read_metrics
 
 _FINISH_WITHIN_S = 60.0
 """An upload that takes longer at the end is left to `wandb sync`: a job scheduler may be waiting to kill us."""
+_LOST_ROWS = 512
+"""More than a kill can lose: wandb writes its file in blocks of 32 KiB, and a row takes more than 64 bytes."""
 
 
 class Writer(Protocol):
@@ -45,7 +49,7 @@ class Trackers:
 
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
         """The same values as a line of metrics.jsonl; those that are None, for not finite, are left out."""
-        named = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+        named = _named(kind, values)
         self._each(lambda writer: writer.write(step, named))
 
     def flush(self) -> None:
@@ -75,6 +79,10 @@ class Trackers:
                 )  # fmt: skip
 
 
+def _named(kind: str, values: Mapping[str, float | None]) -> dict[str, float]:
+    return {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+
+
 def check_tracking(settings: TrackingSettings, run: RunDirectory, *, is_new: bool) -> None:
     """Raises ConfigError where a tracker could not run: not installed, no account, another run's folder."""
     if settings.tensorboard is not None:
@@ -98,7 +106,7 @@ def open_trackers(
     reached: int,
     console: Console,
 ) -> Trackers:
-    """The writers that the settings ask for.
+    """The writers that the settings ask for. metrics.jsonl is cut back to `resume_step` already.
 
     `config` is shown beside the curves. `reached` is the last step that was logged before this start, which lies
     beyond `resume_step` where a run was killed. Raises CheckpointError where a folder cannot be written and
@@ -111,7 +119,7 @@ def open_trackers(
         if settings.tensorboard is not None:
             writers.append(_TensorBoard(run.path / settings.tensorboard, resume_step))
         if settings.wandb != "off":
-            writers.append(_Wandb(settings, run, config, max(0, reached - resume_step), console))
+            writers.append(_Wandb(settings, run, config, resume_step, reached, console))
     except OSError as error:
         raise CheckpointError(f"Cannot write {error.filename or run.path}: {error.strerror}.") from error
     return Trackers(writers, console)
@@ -211,16 +219,39 @@ class _Wandb:
     wandb drops rows whose step is not above the last one, and offline it starts again at 0. A killed run repeats the
     steps since its checkpoint, so wandb's own step is ours plus the number of steps repeated so far, which never
     falls: nothing is dropped. `step`, a value of its own and the x axis of every chart, is the true one.
+
+    A kill takes wandb's service along, with what it had not written yet; at the next start those rows are told again
+    from metrics.jsonl.
     """
 
     name = "wandb"
 
     def __init__(
-        self, settings: TrackingSettings, run: RunDirectory, config: dict[str, Any], repeated: int, console: Console
+        self,
+        settings: TrackingSettings,
+        run: RunDirectory,
+        config: dict[str, Any],
+        resume_step: int,
+        reached: int,
+        console: Console,
     ) -> None:
         folder = run.path / "wandb"
         folder.mkdir(exist_ok=True)  # where it is missing, wandb takes the system's temporary folder
-        self._repeated = _counted(folder / "repeated-steps", repeated)
+        self._state = folder / "rows.json"
+        first_step, self._repeated = resume_step + 1, 0
+        if before := self._read_state():
+            if not before["finished"]:
+                first_step = max(1, first_step - _LOST_ROWS)
+            self._repeated = before["repeated"] + max(0, reached + 1 - first_step)
+        self._write_state(finished=False)
+        self._start(settings, run, config, console)
+        if first_step <= resume_step:
+            for line in read_metrics(run.metrics):
+                if line["step"] >= first_step:
+                    values = {name: value for name, value in line.items() if name not in ("kind", "step")}
+                    self.write(line["step"], _named(line["kind"], values))
+
+    def _start(self, settings: TrackingSettings, run: RunDirectory, config: dict[str, Any], console: Console) -> None:
         self._module = _wandb_module()
         start = {
             "project": settings.wandb_project, "entity": settings.wandb_entity, "group": settings.wandb_group,
@@ -256,20 +287,21 @@ class _Wandb:
         self._run.log({**values, "step": step}, step=step + self._repeated)
 
     def flush(self) -> None:
-        """wandb's service, a process of its own, has the values already."""
+        """wandb cannot; see _LOST_ROWS."""
 
     def close(self, status: int) -> None:
         self._run.finish(exit_code=status)
         self._module.teardown(exit_code=status)
+        self._write_state(finished=True)
 
+    def _read_state(self) -> dict[str, Any] | None:
+        try:
+            state = json.loads(self._state.read_text("utf8"))
+            return {"repeated": int(state["repeated"]), "finished": bool(state["finished"])}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
-def _counted(path: Path, more: int) -> int:
-    """The number in a file, with `more` added to it there too."""
-    try:
-        count = int(path.read_text("utf8")) + more
-    except (FileNotFoundError, ValueError):
-        count = more
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(str(count), "utf8")
-    temporary.replace(path)
-    return count
+    def _write_state(self, *, finished: bool) -> None:
+        temporary = self._state.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"repeated": self._repeated, "finished": finished}), "utf8")
+        temporary.replace(self._state)
