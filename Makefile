@@ -43,15 +43,15 @@ lint: install
 types: install
 	$(VENV)/bin/mypy
 
-# The wheel, in a clean environment, away from the checkout.
+# The sdist and the wheel built from it, in a clean environment, away from the checkout.
 check-install: install
 	rm -rf build dist .check-install && mkdir .check-install
-	$(VENV)/bin/python -m build -q --wheel --outdir .check-install
+	$(VENV)/bin/python -m build -q --outdir .check-install
 	$(PYTHON) -m venv .check-install/venv
 	$(PIP) --python .check-install/venv/bin/python install -q torch==$(TORCH)+cpu 2>/dev/null \
 	  || $(PIP) --python .check-install/venv/bin/python install -q --index-url $(TORCH_CPU_INDEX) torch==$(TORCH)
-	$(PIP) --python .check-install/venv/bin/python install -q -c constraints.txt .check-install/*.whl
-	cp ds_configs/cpu.json tests/check_install.sh .check-install && cd .check-install && sh check_install.sh
+	$(PIP) --python .check-install/venv/bin/python install -q -c constraints.txt "$$(ls .check-install/*.whl)[tensorboard]"
+	cp tests/check_install.sh .check-install && cd .check-install && sh check_install.sh
 	rm -rf .check-install build
 
 clean:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from electra_ds import __version__
+from electra_ds.config.deepspeed import ds_config_names
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, TokenizerSection, recipe_names
@@ -44,6 +45,8 @@ examples:
       the reproduction study's ELECTRA-Small on your own text, on a 6 GB card
   bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus hub:wikimedia/wikipedia#20231101.sw --corpus news/
       a dataset of the Hugging Face Hub, and a folder
+  bin/pretrain --ds-config cpu --recipe tiny --wandb offline --tensorboard
+      with curves to watch; ds_configs/cpu.json is known by its name too
   bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 seed=3
   bin/pretrain --resume runs/tiny-20260101-120000
   bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
@@ -76,6 +79,11 @@ example:
   bin/export runs/tiny-20260101-120000 --out my-electra
       then: AutoModel.from_pretrained("my-electra/discriminator")
 """
+_DOCTOR_EPILOG = """\
+example:
+  bin/doctor
+      versions, memory, GPUs, and one real training step in each precision; exit status 0 where pretraining can run
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_build_data(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -116,12 +125,9 @@ def _add_pretrain(commands) -> None:  # type: ignore[no-untyped-def]
     command.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     how = command.add_argument_group("how to run it")
     how.add_argument(
-        "--ds-config",
-        "--deepspeed_config",
-        type=Path,
-        metavar="JSON",
-        help="DeepSpeed JSON, such as ds_configs/cpu.json",
-    )
+        "--ds-config", "--deepspeed_config", metavar="NAME|FILE",
+        help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON",
+    )  # fmt: skip
     how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
     how.add_argument("--stop-at", type=_positive, metavar="STEP", help="save and leave at this step of the schedule")
     how.add_argument(
@@ -134,6 +140,20 @@ def _add_pretrain(commands) -> None:  # type: ignore[no-untyped-def]
     how.add_argument("--save-every", type=_positive, metavar="STEPS", help="default: a tenth of it, at most 2000")
     how.add_argument("--keep", type=_positive, metavar="N", help="checkpoints to retain (default: 3)")
     how.add_argument("--eval-windows", type=_positive, metavar="N", help="held-out sequences (default: 512)")
+    _add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
+
+
+def _add_tracking(group) -> None:  # type: ignore[no-untyped-def]
+    group.add_argument(
+        "--wandb", choices=("off", "online", "offline"),
+        help="Weights & Biases; offline needs no account and is uploaded later by `wandb sync` (default: off)",
+    )  # fmt: skip
+    group.add_argument("--wandb-project", metavar="NAME", help="default: electra_ds")
+    group.add_argument("--wandb-entity", metavar="NAME", help="the user or team (default: that of the account)")
+    group.add_argument("--wandb-group", metavar="NAME", help="shows runs together")
+    group.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, help="write RUN/tensorboard (default: no)"
+    )
 
 
 def _add_build_data(commands) -> None:  # type: ignore[no-untyped-def]
@@ -161,6 +181,14 @@ def _add_export(commands) -> None:  # type: ignore[no-untyped-def]
     command.set_defaults(handler=_export)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+
+
+def _add_doctor(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _add_command(
+        commands, "doctor", "Say what this machine can pretrain with, and how to mend what is wrong.", _DOCTOR_EPILOG
+    )
+    command.set_defaults(handler=_doctor)
+    command.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def _add_overrides(group, example: str) -> None:  # type: ignore[no-untyped-def]
@@ -295,7 +323,7 @@ def _check_pretrain_arguments(options: argparse.Namespace) -> None:
             flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)
             raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
     elif options.ds_config is None:
-        raise ConfigError("Say how to run it with --ds-config, for instance: --ds-config ds_configs/cpu.json")
+        raise ConfigError("Say how to run it with --ds-config, for instance: --ds-config cpu")
     elif options.data is not None and any(getattr(options, name) for name in _CORPUS_ARGUMENTS):
         raise ConfigError("--data is a finished token store; give either it or --corpus and what belongs to that.")
 
@@ -405,3 +433,11 @@ def _export(options: argparse.Namespace) -> None:
     from electra_ds.train.export import export_run
 
     print(export_run(options.run, options.out))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from electra_ds.train.doctor import doctor
+
+    sys.exit(doctor(Console(), as_json=options.json))

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.config import deepspeed as config
-from electra_ds.config.deepspeed import read_deepspeed_json, resolve
+from electra_ds.config.deepspeed import ds_config_names, read_deepspeed_json, resolve
+from electra_ds.config.monitors import MONITOR_SECTIONS, FolderMonitor, Monitors, WandbMonitor
+from electra_ds.config.precision import LossScaling
 from electra_ds.errors import ConfigError
 from tests.helpers import REPOSITORY, small_recipe
 
@@ -21,7 +23,9 @@ def plan_of(values: dict[str, Any], *overrides: str, world_size: int = 1, on_cpu
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.name)
 def test_every_shipped_json_resolves_and_leaves_recipe_owned_keys_out(path: Path) -> None:
-    values = read_deepspeed_json(path)
+    values = read_deepspeed_json(str(path))
+    assert read_deepspeed_json(path.stem) == values
+    assert path.stem in ds_config_names()
     assert not set(values) & set(config.OWNED_BY_RECIPE)
     resolve(values, small_recipe("global_batch_size=128"), world_size=1, on_cpu=False, source=str(path))
 
@@ -48,7 +52,8 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
     body = source[source.index("def _initialize_params") : source.index("def _batch_assertion")]
     getters = set(re.findall(r"(get_\w+)\(param_dict", body))
     assert len(getters) > 20
-    ours = {*config.OWNED_BY_RECIPE, *config.RESOLVED_HERE, *config.HANDED_ON, *config.NOT_USED}
+    ours = {*config.OWNED_BY_RECIPE, *config.RESOLVED_HERE, *config.HANDED_ON, *config.NOT_USED, *config.INSTEAD}
+    ours |= set(MONITOR_SECTIONS)
     scalars = {
         "TRAIN_BATCH_SIZE", "TRAIN_MICRO_BATCH_SIZE_PER_GPU", "GRADIENT_ACCUMULATION_STEPS", "STEPS_PER_PRINT",
         "MANAGED_GRADIENT_ACCUMULATION", "DUMP_STATE", "DISABLE_PYTHON_GC", "DISABLE_ALLGATHER", "FP16", "BFLOAT16",
@@ -94,12 +99,38 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
         ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast: has no effect"),
         ({"steps_per_print": "x"}, "steps_per_print: 'x' is not of type whole number"),
         ({"optimizer": "AdamW"}, "optimizer: must be an object"),
-        ({"tensorboard": {}}, "tensorboard: this DeepSpeed feature is not supported"),
+        ({"autotuning": {}}, "autotuning: this DeepSpeed feature is not supported"),
+        ({"comet": {"enabled": True}}, "comet: Comet is not supported; use --wandb, --tensorboard"),
+        ({"tensorboard": True}, "tensorboard: must be an object"),
+        ({"tensorboard": {"enabled": "yes"}}, "tensorboard.enabled: 'yes' is not true or false"),
+        ({"csv_monitor": {"output": "x"}}, "csv_monitor.output: unknown key; did you mean 'output_path'"),
+        ({"csv_monitor": {"output_path": None}}, "csv_monitor.output_path: None is not of type string"),
+        ({"wandb": {"project": 3}}, "wandb.project: 3 is not of type string"),
     ],
 )
 def test_each_fault_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(values)
+
+
+def test_monitor_sections_have_deepspeeds_own_fields_and_are_not_handed_on() -> None:
+    from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for theirs, ours in ((CSVConfig, FolderMonitor), (TensorBoardConfig, FolderMonitor), (WandbConfig, WandbMonitor)):
+        assert set(theirs.model_fields) == {"enabled", *ours.__dataclass_fields__}
+    values = {
+        "tensorboard": {"enabled": True, "output_path": "logs/", "job_name": "a"},
+        "wandb": {"enabled": True, "group": None, "team": "t", "project": "p"},
+        "csv_monitor": {"enabled": False, "job_name": "b"},
+    }
+    plan = plan_of(values)
+    assert plan.monitors == Monitors(FolderMonitor("logs/", "a"), WandbMonitor("p", "t", None))
+    assert plan_of({key: {"enabled": "auto"} for key in MONITOR_SECTIONS}).monitors == Monitors()
+    assert {key: plan.document[key] for key in values} == values
+    assert not set(plan.engine_config()) & set(MONITOR_SECTIONS)
+    assert plan_of(plan.document) == plan
+    assert not DeepSpeedConfig(plan.engine_config()).monitor_config.enabled
 
 
 def test_all_faults_are_in_one_message() -> None:
@@ -139,7 +170,7 @@ def test_what_deepspeed_itself_refuses_is_refused_before_anything_starts() -> No
 
 def test_precision_is_not_handed_to_deepspeed_at_stage_0() -> None:
     plan = plan_of({"fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 4}}, on_cpu=False)
-    assert plan.precision.loss_scaling == config.LossScaling(initial_scale=4096.0, hysteresis=4)
+    assert plan.precision.loss_scaling == LossScaling(initial_scale=4096.0, hysteresis=4)
     assert plan.document["fp16"]["enabled"] is True
     assert "fp16" not in plan.engine_config()
     assert plan.engine_config()["gradient_clipping"] == 0.0  # left out, DeepSpeed would clip at 1.0
@@ -171,9 +202,14 @@ def test_a_broken_json_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"ds\.json"):
-        read_deepspeed_json(path)
+        read_deepspeed_json(str(path))
 
 
 def test_a_missing_json_file_says_where_to_look() -> None:
     with pytest.raises(ConfigError, match="ds_configs/"):
-        read_deepspeed_json(Path("nowhere.json"))
+        read_deepspeed_json("nowhere.json")
+
+
+def test_an_unknown_name_lists_the_names_and_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"cpu, gtx1060-6gb, rtx3090-24gb.*Did you mean 'gtx1060-6gb'"):
+        read_deepspeed_json("gtx1060")

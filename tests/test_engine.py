@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from electra_ds.config.deepspeed import LossScaling
+from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection, Recipe
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import DeepSpeedEngine

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.resources
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
+from electra_ds.config.precision import PRECISION_KEYS, Precision, parse_precision
 from electra_ds.config.recipe import Recipe
+from electra_ds.config.zero import parse_zero, without_auto
 from electra_ds.errors import ConfigError
 
 OWNED_BY_RECIPE = ("train_batch_size", "gradient_clipping", "optimizer", "scheduler")
@@ -37,68 +41,13 @@ HANDED_ON: dict[str, type] = {
     "zero_force_ds_cpu_optimizer": bool,
 }
 NOT_USED = (
-    "activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "comet", "communication_data_type",
-    "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
+    "activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "communication_data_type",
+    "compile", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
     "disable_allgather", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
     "managed_gradient_accumulation", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type",
-    "tensor_parallel", "tensorboard", "use_data_before_expert_parallelism", "wandb", "weight_quantization",
+    "tensor_parallel", "use_data_before_expert_parallelism", "weight_quantization",
 )  # fmt: skip
-
-_PRECISION_KEYS = {
-    "fp16": {
-        "enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
-        "min_loss_scale",
-    },
-    "bf16": {"enabled"},
-    "torch_autocast": {"enabled", "dtype"},
-}  # fmt: skip
-# Our own bucket sizes, in elements: DeepSpeed's 5e8 would be a gigabyte, more than the whole of a small model.
-# 1e7 halves are the 20 MB that torch's DistributedDataParallel also gathers before it sends.
-_BUCKET = 10_000_000
-_ZERO_DEFAULTS: dict[int, dict[str, int]] = {
-    1: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
-    2: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
-    3: {"reduce_bucket_size": _BUCKET, "stage3_prefetch_bucket_size": _BUCKET},
-}
-ZERO_KEYS = {
-    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "overlap_comm", "offload_optimizer", "round_robin_gradients",
-    "use_multi_rank_bucket_allreduce", "ignore_unused_parameters",
-}  # fmt: skip
-ZERO_3_KEYS = {
-    "offload_param", "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
-    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
-    "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings",
-    "stage3_allgather_sequential",
-}  # fmt: skip
-_WITHOUT_EFFECT = {
-    "auto_cast", "fp16_master_weights_and_grads", "check_grad_overflow", "immediate_grad_update",
-    "bf16_master_weights_and_grads", "bf16_optimizer_states", "lower_precision_safe_modules",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LossScaling:
-    """DeepSpeed's dynamic loss scaling, its names and its defaults."""
-
-    initial_scale: float = 2.0**16
-    is_dynamic: bool = True
-    window: int = 1000
-    """Steps without overflow after which the scale doubles."""
-    hysteresis: int = 2
-    """Overflows that are needed to halve the scale."""
-    consecutive_hysteresis: bool = False
-    """Whether a good step restores the hysteresis."""
-    min_scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Precision:
-    """`fp16` and `bf16`: half weights with fp32 masters. `autocast-…`: torch.autocast over fp32 weights."""
-
-    name: Literal["fp32", "bf16", "fp16", "autocast-bf16", "autocast-fp16"]
-    loss_scaling: LossScaling | None = None
+INSTEAD = {"comet": "Comet is not supported; use --wandb, --tensorboard, or a csv_monitor section instead"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +70,7 @@ class DeepSpeedPlan:
     """The resolved JSON, every value concrete."""
     batch: BatchPlan
     precision: Precision
+    monitors: Monitors
     stage: Literal[0, 1, 2, 3] = 0
     notes: tuple[str, ...] = ()
     """What was read otherwise than the file says, to be told to the user."""
@@ -133,7 +83,8 @@ class DeepSpeedPlan:
         every stage: the model switches it on itself, and DeepSpeed's would leak into later engines.
         """
         config = copy.deepcopy(self.document)
-        config.pop("torch_autocast", None)
+        for key in ("torch_autocast", *MONITOR_SECTIONS):
+            config.pop(key, None)
         if self.stage == 0:
             for key in ("fp16", "bf16"):
                 config.pop(key, None)
@@ -145,12 +96,29 @@ class DeepSpeedPlan:
         return config
 
 
-def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """The raw mapping of a JSON file. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"There is no DeepSpeed JSON at {path}. The project's own are in ds_configs/.")
+def ds_config_names() -> list[str]:
+    """Names of the DeepSpeed JSON files that come with the package."""
+    folder = importlib.resources.files("electra_ds") / "ds_configs"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
+    """The raw mapping of a shipped file's name or of a JSON file. Raises ConfigError."""
+    names = ds_config_names()
+    path = Path(name_or_path)
+    if name_or_path not in names and not path.is_file():
+        near = difflib.get_close_matches(path.stem, names, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(
+            f"There is no DeepSpeed JSON at {path}: neither a file nor one of {', '.join(names)}, "
+            f"which are those in ds_configs/.{hint}"
+        )
     try:
-        values = json.loads(path.read_text("utf8"), object_pairs_hook=_without_duplicates)
+        if name_or_path in names:
+            text = (importlib.resources.files("electra_ds") / "ds_configs" / f"{name_or_path}.json").read_text("utf8")
+        else:
+            text = path.read_text("utf8")
+        values = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
@@ -169,12 +137,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: bool, source: str) -> DeepSpeedPlan:
     """Fill in, check and solve the batch plan. ConfigError lists every problem at once."""
     problems: list[str] = []
-    document = _without_auto({key: value for key, value in values.items() if key in HANDED_ON})
+    document = without_auto({key: value for key, value in values.items() if key in (*HANDED_ON, *MONITOR_SECTIONS)})
     _check_keys(values, problems)
     notes: list[str] = []
     _check_recipe_owned(values, recipe, problems, notes)
-    zero = _zero(values, on_cpu, problems, notes)
-    precision = _precision(values, zero["stage"], on_cpu, problems)
+    zero = parse_zero(values, on_cpu, problems, notes)
+    precision = parse_precision(values, zero["stage"], on_cpu, problems)
+    monitors = parse_monitors(values, problems)
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:
         raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(problems))
@@ -188,25 +157,18 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: 
         "zero_optimization": zero,
     }
     document.setdefault("steps_per_print", 2**31 - 1)  # the progress bar reports, not DeepSpeed
-    for name in _PRECISION_KEYS:
+    for name in PRECISION_KEYS:
         if isinstance(values.get(name), dict) and name.replace("torch_", "") == precision.name.split("-")[0]:
-            document[name] = _without_auto(values[name]) | {"enabled": True}
-    return DeepSpeedPlan(document, batch, precision, zero["stage"], tuple(notes))
-
-
-def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the values that are left to DeepSpeed's defaults."""
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if value != "auto"
-    }
+            document[name] = without_auto(values[name]) | {"enabled": True}
+    return DeepSpeedPlan(document, batch, precision, monitors, zero["stage"], tuple(notes))
 
 
 def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
-    known = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *HANDED_ON)
+    known = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *HANDED_ON, *MONITOR_SECTIONS)
     for key in values:
-        if key in NOT_USED:
+        if key in INSTEAD:
+            problems.append(f"{key}: {INSTEAD[key]}")
+        elif key in NOT_USED:
             problems.append(f"{key}: this DeepSpeed feature is not supported here; remove the key")
         elif key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -301,125 +263,6 @@ def _same(value: Any, ours: Any) -> bool:
     if isinstance(ours, (bool, str)) or isinstance(value, bool):
         return bool(value == ours)
     return isinstance(value, (int, float)) and abs(value - ours) <= 1e-12 * abs(ours)
-
-
-def _zero(values: dict[str, Any], on_cpu: bool, problems: list[str], notes: list[str]) -> dict[str, Any]:
-    """The zero_optimization section with every "auto" filled in and buffers of a size for small cards."""
-    section = values.get("zero_optimization", {})
-    if not isinstance(section, dict):
-        problems.append("zero_optimization: must be an object")
-        return {"stage": 0}
-    stage = section.get("stage", 0)
-    if stage == "auto":
-        problems.append('zero_optimization.stage: "auto" says nothing (DeepSpeed would take 0); write the stage')
-    elif stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        problems.append(f"zero_optimization.stage: {stage!r} is not one of 0, 1, 2, 3")
-    if stage not in (0, 1, 2, 3):
-        return {"stage": 0}
-    known = {0: {"stage"}, 1: ZERO_KEYS, 2: ZERO_KEYS, 3: ZERO_KEYS | ZERO_3_KEYS}[stage]
-    for key in section:
-        if key not in ZERO_KEYS | ZERO_3_KEYS:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            problems.append(f"zero_optimization.{key}: not supported here{hint}")
-        elif key not in known:
-            problems.append(f"zero_optimization.{key}: has no effect at stage {stage}; remove it")
-    result = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {}) | _without_auto(section)
-    for name in ("offload_optimizer", "offload_param"):
-        if name in result:
-            _check_offload(name, result, on_cpu, problems, notes)
-    return result
-
-
-def _check_offload(name: str, zero: dict[str, Any], on_cpu: bool, problems: list[str], notes: list[str]) -> None:
-    section = zero[name]
-    device = section.get("device", "none") if isinstance(section, dict) else section
-    if device not in ("cpu", "none", None):
-        problems.append(f'zero_optimization.{name}.device: {device!r} is not supported here; "cpu" and "none" are')
-    elif not isinstance(section, dict) or device in ("none", None):
-        del zero[name]
-    elif on_cpu:
-        notes.append(f"zero_optimization.{name} is left out: without a GPU all memory is the CPU's already")
-        del zero[name]
-
-
-def _precision(values: dict[str, Any], stage: int, on_cpu: bool, problems: list[str]) -> Precision | None:
-    enabled = []
-    before = len(problems)
-    for name, known in _PRECISION_KEYS.items():
-        section = values.get(name, {})
-        if not isinstance(section, dict):
-            problems.append(f'{name}: must be an object such as {{"enabled": true}}')
-            continue
-        for key in section:
-            if key in _WITHOUT_EFFECT:
-                if section[key]:
-                    problems.append(f"{name}.{key}: is not supported here; remove it")
-            elif key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                problems.append(f"{name}.{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
-        on = section.get("enabled", False)
-        if on == "auto":  # transformers' convention; on a GPU fp16 is the project's default
-            on = name == "fp16" and not on_cpu
-        if not isinstance(on, bool):
-            problems.append(f'{name}.enabled: {on!r} is not true, false or "auto"')
-        elif on:
-            enabled.append(name)
-    if len(enabled) > 1:
-        problems.append(f"{', '.join(enabled)}: only one precision can be enabled")
-    if len(problems) > before:
-        return None
-    if not enabled:
-        return Precision("fp32")
-    section = values[enabled[0]]
-    if enabled[0] == "bf16":
-        return Precision("bf16")
-    if enabled[0] == "torch_autocast":
-        return _autocast_precision(section, stage, problems)
-    return Precision("fp16", _loss_scaling(section, problems))
-
-
-def _autocast_precision(section: dict[str, Any], stage: int, problems: list[str]) -> Precision | None:
-    dtype = str(section.get("dtype", "bfloat16")).removeprefix("torch.")
-    if dtype in ("bfloat16", "bf16"):
-        return Precision("autocast-bf16")
-    if dtype in ("float16", "fp16", "half"):
-        if stage:
-            problems.append(
-                f"torch_autocast: float16 has no working loss scale at stage {stage}; take fp16 or bfloat16"
-            )
-        return Precision("autocast-fp16", LossScaling())
-    problems.append(f"torch_autocast.dtype: {section['dtype']!r} is not bfloat16 or float16")
-    return None
-
-
-def _loss_scaling(section: dict[str, Any], problems: list[str]) -> LossScaling:
-    defaults = LossScaling()
-
-    def number(key: str, default: float, lowest: float, highest: float, *, whole: bool) -> float:
-        value = section.get(key, default)
-        if value == "auto":
-            return default
-        kinds = (int,) if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not lowest <= value <= highest:
-            kind = "whole number" if whole else "number"
-            problems.append(f"fp16.{key}: {value!r} is not a {kind} from {lowest:g} to {highest:g}")
-            return default
-        return value
-
-    consecutive = section.get("consecutive_hysteresis", False)
-    if not isinstance(consecutive, bool):
-        problems.append(f"fp16.consecutive_hysteresis: {consecutive!r} is not true or false")
-        consecutive = False
-    static = number("loss_scale", 0, 0, 2.0**100, whole=False)
-    return LossScaling(
-        initial_scale=static or 2.0 ** number("initial_scale_power", 16, 0, 100, whole=True),
-        is_dynamic=not static,
-        window=int(number("loss_scale_window", defaults.window, 1, 1e9, whole=True)),
-        hysteresis=int(number("hysteresis", defaults.hysteresis, 1, 1e9, whole=True)),
-        consecutive_hysteresis=consecutive,
-        min_scale=number("min_loss_scale", defaults.min_scale, 2.0**-24, 2.0**100, whole=False),
-    )
 
 
 def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, problems: list[str]) -> BatchPlan | None:

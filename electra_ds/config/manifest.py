@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,7 @@ FORMAT = 1
 _PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _Parsed = TypeVar("_Parsed")
 Verdict = Literal["done", "stopped", "failed"]
+WandbMode = Literal["off", "online", "offline"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,20 @@ class RunSettings:
     save_every: int
     keep: int
     eval_windows: int
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """Where a run's numbers go besides metrics.jsonl. Folders are relative to the run's, None for none."""
+
+    wandb: WandbMode = "off"
+    wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))
+    """Made once: whatever resumes the run goes on with the same run at wandb."""
+    wandb_project: str = "electra_ds"
+    wandb_entity: str | None = None
+    wandb_group: str | None = None
+    tensorboard: str | None = None
+    csv: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class RunRecord:
     world_size: int
     settings: RunSettings
     command: list[str]
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
     format: int = FORMAT
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=lambda: versions())
@@ -139,7 +156,8 @@ class RunDirectory:
     def read_record(self) -> RunRecord:
         def parse(text: str) -> RunRecord:
             values = _json_object(text)
-            return RunRecord(**values | {"settings": RunSettings(**values["settings"])})
+            tracking = TrackingSettings(**values["tracking"])
+            return RunRecord(**values | {"settings": RunSettings(**values["settings"]), "tracking": tracking})
 
         return self._read("run.json", parse)
 

@@ -56,6 +56,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=plan.engine_config(), dist_init_required=False
         )
+        self.module: Electra = self._engine.module
         self.optimizer: MasterAdamW | ZeroAdamW = (
             optimizer
             if isinstance(optimizer, MasterAdamW)

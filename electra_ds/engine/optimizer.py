@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from electra_ds.config.deepspeed import LossScaling
+from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection
 
 # Under a fixed scale of 1 the same arithmetic serves fp32 and bf16, where nothing needs scaling.

@@ -22,7 +22,7 @@ from deepspeed.utils import (
 )
 from torch import distributed, nn
 
-from electra_ds.config.deepspeed import LossScaling
+from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection
 from electra_ds.engine.optimizer import adamw_state, parameter_groups
 

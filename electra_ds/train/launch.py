@@ -12,7 +12,8 @@ from rich.markup import escape
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
-from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings
+from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings, TrackingSettings, WandbMode
+from electra_ds.config.monitors import FolderMonitor, Monitors
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
@@ -22,13 +23,14 @@ from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.model.electra import Electra
 from electra_ds.runtime import Ranks
 from electra_ds.train.pretrain import PretrainJob
+from electra_ds.train.trackers import check_tracking
 
 
 @dataclass(frozen=True)
 class Options:
     """Command-line values that are None where they were not given."""
 
-    ds_config: Path | None = None
+    ds_config: str | None = None
     stop_at: int | None = None
     threads: int | None = None
     log_every: int | None = None
@@ -36,11 +38,50 @@ class Options:
     save_every: int | None = None
     keep: int | None = None
     eval_windows: int | None = None
+    wandb: WandbMode | None = None
+    wandb_project: str | None = None
+    wandb_entity: str | None = None
+    wandb_group: str | None = None
+    tensorboard: bool | None = None
 
     def settings(self, defaults: RunSettings) -> RunSettings:
         """The defaults with what was given put in their place."""
         given = {name: getattr(self, name) for name in asdict(defaults) if getattr(self, name) is not None}
         return replace(defaults, **given)
+
+    def tracking(self, before: TrackingSettings, monitors: Monitors, run: RunDirectory) -> TrackingSettings:
+        """What was recorded, then the sections that a DeepSpeed JSON enables, then what was given here.
+
+        Raises ConfigError where a value would have no effect.
+        """
+        new: dict[str, Any] = {}
+        if monitors.wandb is not None:
+            section = monitors.wandb
+            given = {"wandb_project": section.project, "wandb_entity": section.team, "wandb_group": section.group}
+            new = {"wandb": "online"} | {name: value for name, value in given.items() if value is not None}
+        if self.tensorboard is not None:
+            new["tensorboard"] = "tensorboard" if self.tensorboard else None
+        if monitors.tensorboard is not None and self.tensorboard is not False:
+            new["tensorboard"] = _folder(monitors.tensorboard, "tensorboard", run)
+        if monitors.csv_monitor is not None:
+            new["csv"] = _folder(monitors.csv_monitor, "csv_monitor", run)
+        for name in ("wandb", "wandb_project", "wandb_entity", "wandb_group"):
+            if getattr(self, name) is not None:
+                new[name] = getattr(self, name)
+        settings = replace(before, **new)
+        if settings.wandb == "off" and (self.wandb_project or self.wandb_entity or self.wandb_group):
+            raise ConfigError(
+                "--wandb-project, --wandb-entity and --wandb-group say where wandb puts the run, but wandb is off. "
+                "Add --wandb online or --wandb offline."
+            )
+        return settings
+
+
+def _folder(monitor: FolderMonitor, default: str, run: RunDirectory) -> str:
+    """output_path/job_name as in DeepSpeed; where they are not given, in the run's folder and under its name."""
+    if not monitor.output_path:
+        return str(Path(default) / monitor.job_name)
+    return str(Path(monitor.output_path).resolve() / (monitor.job_name or run.path.resolve().name))
 
 
 def default_settings(total_steps: int) -> RunSettings:
@@ -54,7 +95,10 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
         raise ConfigError(f"{run.path} already holds a run. Go on with it by --resume, or choose another --run-dir.")
     assert options.ds_config is not None
     _stop_at(options, recipe)
-    return _resolved(read_deepspeed_json(options.ds_config), str(options.ds_config), recipe, ranks)
+    plan = _resolved(read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
+    if ranks.is_main:
+        check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
+    return plan
 
 
 def _resolved(values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
@@ -79,6 +123,7 @@ def prepare_new(
         world_size=ranks.world_size,
         settings=options.settings(default_settings(recipe.schedule.total_steps)),
         command=sys.argv,
+        tracking=options.tracking(TrackingSettings(), plan.monitors, run),
     )
     return PretrainJob(run, recipe, plan, store, split, model, record, _stop_at(options, recipe))
 
@@ -92,12 +137,16 @@ def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedP
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished. Its model: bin/export {run.path}")
     values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
-    return _resolved(values, str(options.ds_config or run.path / "deepspeed.json"), recipe, ranks)
+    return _resolved(values, options.ds_config or str(run.path / "deepspeed.json"), recipe, ranks)
 
 
 def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> PretrainJob:
     """A job that goes on with a run."""
     recipe, record = run.read_recipe(), run.read_record()
+    # The run's own JSON spoke at the start; what was said then, --wandb off for instance, is in the record.
+    tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
+    if ranks.is_main:
+        check_tracking(tracking, run, is_new=False)
     store = TokenStore(Path(record.store))
     if store.info.fingerprint != record.store_fingerprint:
         raise DataError(
@@ -110,6 +159,7 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
         threads=runtime.set_threads(options.threads or record.threads),
         world_size=ranks.world_size,
         settings=options.settings(record.settings),
+        tracking=tracking,
     )
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)

@@ -32,6 +32,7 @@ from electra_ds.errors import (
 from electra_ds.model.electra import Electra
 from electra_ds.runtime import Ranks
 from electra_ds.train.metrics import Evaluator
+from electra_ds.train.trackers import RunLog, open_trackers
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay, read_metrics
 
 # Steps in a row without a finite gradient, beyond those that a loss scale may need to come down.
@@ -66,6 +67,8 @@ def pretrain(job: PretrainJob, ranks: Ranks, console: Console, time_limit_s: flo
     with runtime.StopWish(ranks, time_limit_s) as stop_wish, contextlib.ExitStack() as stack:
         try:
             loop = _Loop(job, ranks, console)
+            if loop.log is not None:
+                stack.push(loop.log.finish)
             stack.callback(loop.close)
             if ranks.is_main:
                 # Only now, since a JSON that DeepSpeed cannot run must not take the place of the one that it could.
@@ -103,10 +106,18 @@ class _Loop:
         }
         self.step = self.tokens = 0
         self._resume()
-        self.metrics = MetricsFile(job.run.metrics, self.step) if ranks.is_main else None
-        self._unread: deque[tuple[int, StepResult]] = deque()
+        self.log = self._open_log() if ranks.is_main else None
+        self._unread: deque[tuple[int, StepResult, dict[str, float]]] = deque()
         self._clock = time.monotonic()
         self._clock_tokens = self.tokens
+
+    def _open_log(self) -> RunLog:
+        job = self.job
+        config = {"recipe": job.recipe.model_dump(mode="json"), "deepspeed": job.plan.document}
+        metrics = MetricsFile(job.run.metrics, self.step)
+        return RunLog(
+            metrics, open_trackers(job.record.tracking, job.run, config, self.step, metrics.reached, self.console)
+        )
 
     def _resume(self) -> None:
         """Every rank reads the checkpoint that the main rank has found whole."""
@@ -150,9 +161,11 @@ class _Loop:
         job, settings = self.job, self.settings
         with TrainingDisplay(self.console, job.stop_at, self.step) as display:
             for step, batch in prefetched(self.builder, self.step, job.stop_at):
-                self._unread.append((step + 1, self.engine.train_step(batch, step)))
+                result = self.engine.train_step(batch, step)
                 self.step = step + 1
                 self.tokens += batch.num_tokens
+                known = {"learning_rate": self.engine.learning_rate(step), "tokens_seen": float(self.tokens)}
+                self._unread.append((self.step, result, known))
                 if self.step % min(settings.log_every, _LOOK_EVERY) == 0 or self.step == job.stop_at:
                     self._log(display)
                 if self.step % settings.eval_every == 0 and self.step < job.stop_at:
@@ -204,24 +217,22 @@ class _Loop:
         """Write a line for each step whose losses are still on the device; returns the last one's values."""
         values: dict[str, float | None] = {}
         with self.ranks.together():
-            for step, result in self._read_back():
-                values = {name: _finite(value) for name, value in result.items()}
-                values["learning_rate"] = self.engine.learning_rate(step - 1)
-                if self.metrics is not None:
-                    self.metrics.write("train", step, values | (extra if step == self.step else {}))
+            for step, values in self._read_back():
+                if self.log is not None:
+                    self.log.write("train", step, values | (extra if step == self.step else {}))
         return values
 
-    def _read_back(self) -> list[tuple[int, dict[str, float]]]:
-        """(step, losses and gradient norm) of the unread steps: one sum over ranks, one wait for the device."""
+    def _read_back(self) -> list[tuple[int, dict[str, float | None]]]:
+        """(step, its numbers) of the unread steps: one sum over ranks, one wait for the device."""
         if not self._unread:
             return []
-        steps, results = zip(*self._unread, strict=True)
+        steps, results, known = zip(*self._unread, strict=True)
         self._unread.clear()
         losses = self.ranks.sum(torch.stack([torch.stack(result[:-1]) for result in results])).tolist()
         norms = torch.stack([result.grad_norm for result in results]).tolist()
         return [
-            (step, dict(zip(StepResult._fields, (*loss, norm), strict=True)))
-            for step, loss, norm in zip(steps, losses, norms, strict=True)
+            (step, dict(zip(StepResult._fields, map(_finite, (*loss, norm)), strict=True)) | of_step)
+            for step, loss, norm, of_step in zip(steps, losses, norms, known, strict=True)
         ]
 
     def _check_progress(self, consecutive_skips: int) -> None:
@@ -242,9 +253,9 @@ class _Loop:
         started = time.monotonic()
         evaluation = self.evaluator(self.engine.evaluate, self.device)
         with self.ranks.together():
-            if self.metrics is not None:
+            if self.log is not None:
                 values = {name: _finite(value) for name, value in evaluation._asdict().items()}
-                self.metrics.write("eval", self.step, values)
+                self.log.write("eval", self.step, values)
         display.say(
             f"held out at step {self.step}: generator {evaluation.generator_masked_loss:.3f} nats at [MASK] "
             f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
@@ -255,6 +266,8 @@ class _Loop:
         """Publish a checkpoint; all ranks give their part of the state, and leave when it is there."""
         started = time.monotonic()
         self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
+        if self.log is not None:
+            self.log.flush()
         tensors, counters = self.engine.optimizer.tensors(), self.engine.optimizer.counters()
         state = {
             "step": self.step,
@@ -269,8 +282,6 @@ class _Loop:
         return self.checkpoints.path(self.step)
 
     def close(self) -> None:
-        if self.metrics is not None:
-            self.metrics.close()
         self.engine.close()
 
 

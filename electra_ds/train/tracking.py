@@ -21,10 +21,15 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a line, with `step` and `kind` ("train" or "eval")."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        """Lines after `resume_step`, which a killed run wrote beyond its last checkpoint, are dropped."""
+        """Lines after `resume_step`, which a killed run wrote beyond its last checkpoint, are dropped.
+
+        `reached` is the last step that they told of.
+        """
         try:
+            lines = read_metrics(path) if path.exists() else []
+            self.reached = max((line["step"] for line in lines), default=0)
             if path.exists():
-                kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+                kept = [line for line in lines if line["step"] <= resume_step]
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf8")
                 temporary.replace(path)

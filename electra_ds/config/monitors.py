@@ -1,0 +1,67 @@
+"""DeepSpeed's monitor sections: `tensorboard`, `wandb` and `csv_monitor`, with DeepSpeed's own field names.
+
+They switch on this project's writers. DeepSpeed's monitors would see the learning rate and the loss scale alone, so
+the sections are not handed on to `deepspeed.initialize`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor")
+
+
+@dataclass(frozen=True)
+class FolderMonitor:
+    """A `tensorboard` or `csv_monitor` section that is enabled; it writes into output_path/job_name."""
+
+    output_path: str = ""
+    job_name: str = ""
+
+
+@dataclass(frozen=True)
+class WandbMonitor:
+    """A `wandb` section that is enabled."""
+
+    project: str | None = None
+    team: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Monitors:
+    """The sections that are enabled; None where one is absent or off."""
+
+    tensorboard: FolderMonitor | None = None
+    wandb: WandbMonitor | None = None
+    csv_monitor: FolderMonitor | None = None
+
+
+def parse_monitors(values: dict[str, Any], problems: list[str]) -> Monitors:
+    """The monitors of a raw DeepSpeed JSON. What is wrong is added to `problems`."""
+    return Monitors(
+        tensorboard=_section("tensorboard", FolderMonitor, values, problems),
+        wandb=_section("wandb", WandbMonitor, values, problems),
+        csv_monitor=_section("csv_monitor", FolderMonitor, values, problems),
+    )
+
+
+def _section(name: str, kind: type, values: dict[str, Any], problems: list[str]) -> Any:
+    section = values.get(name, {})
+    if not isinstance(section, dict):
+        problems.append(f'{name}: must be an object such as {{"enabled": true}}')
+        return None
+    known = [field.name for field in fields(kind)]
+    given = {key: value for key, value in section.items() if value != "auto"}
+    enabled = given.pop("enabled", False)
+    if not isinstance(enabled, bool):
+        problems.append(f"{name}.enabled: {enabled!r} is not true or false")
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, ["enabled", *known], n=1)
+            problems.append(f"{name}.{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
+        elif not isinstance(value, str) and not (value is None and key in ("team", "group")):
+            problems.append(f"{name}.{key}: {value!r} is not of type string")
+    return kind(**{key: given[key] for key in known if key in given}) if enabled is True else None

@@ -1,0 +1,76 @@
+"""The `zero_optimization` section of a DeepSpeed JSON."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+# Our own bucket sizes, in elements: DeepSpeed's 5e8 would be a gigabyte, more than the whole of a small model.
+# 1e7 halves are the 20 MB that torch's DistributedDataParallel also gathers before it sends.
+_BUCKET = 10_000_000
+_ZERO_DEFAULTS: dict[int, dict[str, int]] = {
+    1: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+    2: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+    3: {"reduce_bucket_size": _BUCKET, "stage3_prefetch_bucket_size": _BUCKET},
+}
+ZERO_KEYS = {
+    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+    "allgather_bucket_size", "overlap_comm", "offload_optimizer", "round_robin_gradients",
+    "use_multi_rank_bucket_allreduce", "ignore_unused_parameters",
+}  # fmt: skip
+ZERO_3_KEYS = {
+    "offload_param", "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+    "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings",
+    "stage3_allgather_sequential",
+}  # fmt: skip
+
+
+def parse_zero(values: dict[str, Any], on_cpu: bool, problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """The zero_optimization section with every "auto" filled in and buffers of a size for small cards."""
+    section = values.get("zero_optimization", {})
+    if not isinstance(section, dict):
+        problems.append("zero_optimization: must be an object")
+        return {"stage": 0}
+    stage = section.get("stage", 0)
+    if stage == "auto":
+        problems.append('zero_optimization.stage: "auto" says nothing (DeepSpeed would take 0); write the stage')
+    elif stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        problems.append(f"zero_optimization.stage: {stage!r} is not one of 0, 1, 2, 3")
+    if stage not in (0, 1, 2, 3):
+        return {"stage": 0}
+    known = {0: {"stage"}, 1: ZERO_KEYS, 2: ZERO_KEYS, 3: ZERO_KEYS | ZERO_3_KEYS}[stage]
+    for key in section:
+        if key not in ZERO_KEYS | ZERO_3_KEYS:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            problems.append(f"zero_optimization.{key}: not supported here{hint}")
+        elif key not in known:
+            problems.append(f"zero_optimization.{key}: has no effect at stage {stage}; remove it")
+    result = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {}) | without_auto(section)
+    for name in ("offload_optimizer", "offload_param"):
+        if name in result:
+            _check_offload(name, result, on_cpu, problems, notes)
+    return result
+
+
+def _check_offload(name: str, zero: dict[str, Any], on_cpu: bool, problems: list[str], notes: list[str]) -> None:
+    section = zero[name]
+    device = section.get("device", "none") if isinstance(section, dict) else section
+    if device not in ("cpu", "none", None):
+        problems.append(f'zero_optimization.{name}.device: {device!r} is not supported here; "cpu" and "none" are')
+    elif not isinstance(section, dict) or device in ("none", None):
+        del zero[name]
+    elif on_cpu:
+        notes.append(f"zero_optimization.{name} is left out: without a GPU all memory is the CPU's already")
+        del zero[name]
+
+
+def without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the values that are left to DeepSpeed's defaults."""
+    return {
+        key: without_auto(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != "auto"
+    }
