@@ -141,8 +141,8 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: 
     _check_keys(values, problems)
     notes: list[str] = []
     _check_recipe_owned(values, recipe, problems, notes)
-    zero = parse_zero(values, on_cpu, problems, notes)
-    precision = parse_precision(values, zero["stage"], on_cpu, problems)
+    zero = parse_zero(values, problems)
+    precision = parse_precision(values, zero["stage"], on_cpu, problems, notes)
     monitors = parse_monitors(values, problems)
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:

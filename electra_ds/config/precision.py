@@ -43,7 +43,10 @@ class Precision:
     loss_scaling: LossScaling | None = None
 
 
-def parse_precision(values: dict[str, Any], stage: int, on_cpu: bool, problems: list[str]) -> Precision | None:
+def parse_precision(
+    values: dict[str, Any], stage: int, on_cpu: bool, problems: list[str], notes: list[str]
+) -> Precision | None:
+    """The one precision that is enabled. What is wrong is added to `problems`, what was decided here to `notes`."""
     enabled = []
     before = len(problems)
     for name, known in PRECISION_KEYS.items():
@@ -61,6 +64,8 @@ def parse_precision(values: dict[str, Any], stage: int, on_cpu: bool, problems: 
         on = section.get("enabled", False)
         if on == "auto":  # transformers' convention; on a GPU fp16 is the project's default
             on = name == "fp16" and not on_cpu
+            if name == "fp16" and on_cpu:
+                notes.append('fp16.enabled is "auto", which without a GPU means fp32')
         if not isinstance(on, bool):
             problems.append(f'{name}.enabled: {on!r} is not true, false or "auto"')
         elif on:

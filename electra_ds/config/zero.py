@@ -23,11 +23,11 @@ ZERO_3_KEYS = {
     "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
     "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
     "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings",
-    "stage3_allgather_sequential",
+    "stage3_allgather_sequential", "gather_16bit_weights_on_model_save",
 }  # fmt: skip
 
 
-def parse_zero(values: dict[str, Any], on_cpu: bool, problems: list[str], notes: list[str]) -> dict[str, Any]:
+def parse_zero(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """The zero_optimization section with every "auto" filled in and buffers of a size for small cards."""
     section = values.get("zero_optimization", {})
     if not isinstance(section, dict):
@@ -51,19 +51,16 @@ def parse_zero(values: dict[str, Any], on_cpu: bool, problems: list[str], notes:
     result = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {}) | without_auto(section)
     for name in ("offload_optimizer", "offload_param"):
         if name in result:
-            _check_offload(name, result, on_cpu, problems, notes)
+            _check_offload(name, result, problems)
     return result
 
 
-def _check_offload(name: str, zero: dict[str, Any], on_cpu: bool, problems: list[str], notes: list[str]) -> None:
+def _check_offload(name: str, zero: dict[str, Any], problems: list[str]) -> None:
     section = zero[name]
     device = section.get("device", "none") if isinstance(section, dict) else section
     if device not in ("cpu", "none", None):
         problems.append(f'zero_optimization.{name}.device: {device!r} is not supported here; "cpu" and "none" are')
-    elif not isinstance(section, dict) or device in ("none", None):
-        del zero[name]
-    elif on_cpu:
-        notes.append(f"zero_optimization.{name} is left out: without a GPU all memory is the CPU's already")
+    elif device != "cpu":
         del zero[name]
 
 
