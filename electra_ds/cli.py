@@ -43,7 +43,7 @@ examples:
       a first run, on documentation text that every machine has
   bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus my_texts/
       the reproduction study's ELECTRA-Small on your own text, on a 6 GB card
-  bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus hub:wikimedia/wikipedia#20231101.sw --corpus news/
+  bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus 'hub:wikimedia/wikipedia#20231101.sw' --corpus news/
       a dataset of the Hugging Face Hub, and a folder
   bin/pretrain --ds-config cpu --recipe tiny --wandb offline --tensorboard
       with curves to watch; ds_configs/cpu.json is known by its name too
@@ -65,7 +65,7 @@ examples:
   bin/build-data --corpus my_texts/ --recipe rc2020-small --out stores/mine
       trains the recipe's tokenizer on the text and tokenises it
   bin/build-data --corpus dump.jsonl.zst --text-key body --tokenizer vocab.txt --out stores/dump
-  bin/build-data --corpus 'hub:wikimedia/wikipedia#20231101.en' --streaming --corpus books/ --out stores/both \
+  bin/build-data --corpus 'hub:wikimedia/wikipedia#20231101.en' --streaming --corpus books/ --out stores/both \\
       --tokenizer google-bert/bert-base-multilingual-cased
 
 Each --corpus is one source of text, and data.corpus_weights has one number for each. A source is files and folders

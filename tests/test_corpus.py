@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Boundary, Corpus, open_corpus, open_source
 from electra_ds.data.hub import HubSource, parse_hub_name
 from electra_ds.data.token_store import TokenStore
-from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.errors import ConfigError, DataError
 from tests.helpers import REPOSITORY, SHARED_DATA, small_recipe, write_corpus
 
@@ -44,8 +45,6 @@ TEXTS = [
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """`datasets` keeps what it prepared; not in the user's own cache."""
-    import datasets
-
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
@@ -463,8 +462,6 @@ def test_each_source_has_its_own_stretch_of_documents(
 def test_documents_without_a_token_have_no_place_in_a_source(tmp_path: Path) -> None:
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n")
-    from electra_ds.data.tokenizer import load_tokenizer
-
     for name, text in (("x", "a\n\n\u200b\n\nb\n"), ("y", "b\n")):
         (tmp_path / f"{name}.txt").write_text(text, "utf8")
     corpus = open_corpus([tmp_path / "x.txt", tmp_path / "y.txt"], "blank-line")

@@ -39,7 +39,7 @@ from electra_ds.errors import DataError
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"
 _ARRAYS = ("tokens.bin", "documents.npy", "lines.npy")
-_Counted = TypeVar("_Counted")
+_Item = TypeVar("_Item")
 
 
 def build_store(
@@ -172,7 +172,7 @@ def _first_lines(corpus: Corpus, max_characters: int, progress: Progress, task: 
                 return
 
 
-def _counted(documents: Iterable[_Counted], progress: Progress, task: TaskID) -> Iterator[_Counted]:
+def _counted(documents: Iterable[_Item], progress: Progress, task: TaskID) -> Iterator[_Item]:
     """The documents, their number shown as they pass."""
     for number, document in enumerate(documents, 1):
         if number % 1000 == 0:

@@ -108,7 +108,10 @@ def _read_info(path: Path) -> StoreInfo:
     try:
         values: dict[str, Any] = json.loads((path / "store.json").read_text("utf8"))
         if values["format"] != FORMAT:
-            raise DataError(f"The token store {path} has format {values['format']}; this version reads {FORMAT}.")
+            raise DataError(
+                f"The token store {path} has format {values['format']}; this version reads {FORMAT}. "
+                f"Delete the folder and build it again with bin/build-data."
+            )
         return StoreInfo(**values | {"corpora": [SourceInfo(**source) for source in values["corpora"]]})
     except FileNotFoundError as error:
         raise DataError(

@@ -54,7 +54,6 @@ class Tokenizer:
         found = _roles(backend, document, settings or {})
         if "[UNK]" not in found and not _is_byte_level(document):
             raise DataError(f"The tokenizer {source} lacks [UNK], which text outside its vocabulary needs.")
-        self.backend = backend
         self.special_tokens = {role: found.get(role, role) for role in SPECIAL_TOKENS}
         """The token of each role."""
         self.added = tuple(token for token in self.special_tokens.values() if token not in before)
@@ -77,6 +76,7 @@ class Tokenizer:
                 for (role, token), token_id in zip(self.special_tokens.items(), ids, strict=True)
             ],
         )
+        self.backend = _settled(backend)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -96,8 +96,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what the tokenizer does."""
-        canonical = json.dumps(json.loads(self.backend.to_str()), sort_keys=True)
-        return hashlib.sha256(canonical.encode("utf8")).hexdigest()
+        return hashlib.sha256(_canonical(self.backend).encode("utf8")).hexdigest()
 
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
         """Ids of each line, without those of [CLS] and [SEP]."""
@@ -125,6 +124,26 @@ def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
     token_id = backend.token_to_id(token)
     assert token_id is not None
     return token_id
+
+
+def _canonical(backend: tokenizers.Tokenizer) -> str:
+    return json.dumps(json.loads(backend.to_str()), sort_keys=True)
+
+
+def _settled(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer as it comes back from its own file.
+
+    `tokenizers` reads one in seven of a Unigram model's scores with another last digit than it wrote. What was read
+    once is written and read the same from then on.
+    """
+    if not isinstance(backend.model, models.Unigram):
+        return backend
+    for _ in range(5):
+        again = tokenizers.Tokenizer.from_str(backend.to_str())
+        if _canonical(again) == _canonical(backend):
+            return again
+        backend = again
+    raise DataError("The scores of this Unigram tokenizer change whenever it is written and read. Choose another.")
 
 
 def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
