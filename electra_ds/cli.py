@@ -295,7 +295,7 @@ def _pretrain(options: argparse.Namespace) -> None:
         store_path = None
         with ranks.together():
             if ranks.is_main:
-                store_path = _open_store(options, recipe).path if recipe else None
+                store_path = _open_store(options, recipe).path.resolve() if recipe else None
                 held.enter_context(run.locked())
         store_path = ranks.from_main(store_path)
         with ranks.together():

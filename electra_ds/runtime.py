@@ -156,6 +156,10 @@ def ranks() -> Iterator[Ranks]:
                 ) from error
         try:
             yield Ranks(launch)
+        except ElectraError as error:
+            if launch.world_size > 1 and error.rank is None:
+                error.rank = launch.rank  # nobody else may have met it
+            raise
         except RuntimeError as error:
             if launch.world_size > 1 and is_lost_connection(error):
                 lost = LostRankError(

@@ -35,6 +35,32 @@ def own_samples(batch: GlobalBatch, samples: np.ndarray, micro: int, accumulatio
     return [torch.from_numpy(samples[ends[first] : ends[first + micro]]) for first in firsts]
 
 
+def straight_and_resumed(store: TokenStore, stage: int, ranks: runtime.Ranks) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of the last six of twelve steps with dropout, at one go and in an engine that took over half-way."""
+    recipe = small_recipe(*RECIPE, "model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")
+    builder = builder_for(store, recipe)
+
+    def engine() -> DeepSpeedEngine:
+        plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=4, zero_optimization={"stage": stage})
+        return DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
+
+    def run(engine: DeepSpeedEngine, steps: range) -> np.ndarray:
+        results = [engine.train_step(builder.build(step), step) for step in steps]
+        return np.array([ranks.sum(result.loss.clone()).item() for result in results])
+
+    first = engine()
+    run(first, range(6))
+    tensors, counters = ranks.from_main(first.optimizer.tensors()), first.optimizer.counters()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # at stage 0 they are the engine's own
+    straight = run(first, range(6, 12))
+    first.close()
+    second = engine()
+    second.optimizer.load(tensors, counters)
+    resumed = run(second, range(6, 12))
+    second.close()
+    return straight, resumed
+
+
 def main(store_path: str, samples_path: str, out: str) -> None:
     torch.set_num_threads(1)
     kind = type(get_accelerator())
@@ -62,6 +88,8 @@ def main(store_path: str, samples_path: str, out: str) -> None:
                 assert (counters["taken_steps"], counters["skipped_steps"]) == (STEPS, 0)
                 found[f"{name}-{stage}"] = np.array(losses)
                 engine.close()
+        for stage in (0, 1, 2, 3):
+            found[f"straight-{stage}"], found[f"resumed-{stage}"] = straight_and_resumed(store, stage, ranks)
         if ranks.is_main:
             np.savez(out, **found)
 

@@ -1,0 +1,272 @@
+"""Every launcher, started from the README's own line on two ranks: the same losses, and every way to stop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from electra_ds.config.manifest import RunDirectory
+from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.checkpoint import CheckpointFolder, verify_checkpoint
+from electra_ds.errors import ConfigError
+from electra_ds.launcher import detect, first_host
+from electra_ds.runtime import SECOND_SIGNAL_AFTER_S
+from tests.helpers import REPOSITORY, free_port
+from tests.launching import (
+    ENVIRONMENT,
+    LAUNCHERS,
+    finish,
+    processes_of,
+    run_arguments,
+    srun_environment,
+    start,
+    wait_until_gone,
+)  # fmt: skip
+from tests.test_pretrain import DROPOUT, train_losses
+
+# --- what launchers set
+
+
+def test_without_a_launcher_a_process_is_alone_even_inside_a_slurm_allocation() -> None:
+    batch_script = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"}
+    for environ in ({}, batch_script, {"LOCAL_RANK": "0"}):
+        assert detect(environ)[:3] == ("none", 0, 1)
+
+
+def test_srun_is_read_from_its_step() -> None:
+    launch = detect(srun_environment(1, 2) | {"SLURM_STEP_NUM_NODES": "2"})
+    assert launch[:5] == ("srun", 1, 2, 1, "node007")
+    assert launch.port == detect(srun_environment(0, 2)).port
+    assert launch.port != detect(srun_environment(0, 2) | {"SLURM_STEP_ID": "1"}).port
+    assert 20_000 <= launch.port < 40_000
+
+
+def test_torchrun_inside_srun_is_torchrun() -> None:
+    inner = {
+        "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5",
+        "TORCHELASTIC_RUN_ID": "x",
+    }  # fmt: skip
+    assert detect(srun_environment(0, 2) | inner) == ("torchrun", 3, 8, 1, "a", 5)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"), ("gpu[003-007,012],login1", "gpu003"), ("a-b[1,5]", "a-b1"), ("n1,n2", "n1"),
+        ("rack[2-3]-x", "rack2-x"),
+    ],
+)  # fmt: skip
+def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is missing"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "abc"}, "LOCAL_RANK is 'abc'"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "rank 2 of a world of 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT"),
+    ],
+)
+def test_what_a_launcher_left_out_is_named(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        detect(environ)
+
+
+# --- whole runs
+
+
+@pytest.fixture(scope="module")
+def straight(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, float]]]:
+    """Losses of 400 steps on one and on two ranks, with dropout, not stopped by anything."""
+    losses = {}
+    for launcher in ("bare", "srun"):
+        folder = tmp_path_factory.mktemp(launcher)
+        arguments = ["--stop-at", "400", *run_arguments(store.path, folder / "run", *DROPOUT)]
+        assert set(finish(start(launcher, arguments, folder / "log"))) == {0}, (folder / "log").read_text()
+        losses[launcher] = train_losses(folder / "run")
+    return {launcher: losses["bare" if launcher == "bare" else "srun"] for launcher in LAUNCHERS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_readmes_line_runs_and_gives_the_same_losses(store: TokenStore, tmp_path: Path, launcher: str) -> None:
+    arguments = ["--stop-at", "20", *run_arguments(store.path, tmp_path / "run")]
+    assert set(finish(start(launcher, arguments, tmp_path / "log"))) == {0}, (tmp_path / "log").read_text()
+    losses = np.array([loss for _, loss in train_losses(tmp_path / "run")])
+    assert len(losses) == 20
+    reference = Path(store.path).with_name("launcher-reference.npy")
+    if not reference.exists():
+        np.save(reference, losses)
+    np.testing.assert_allclose(losses, np.load(reference), rtol=1e-5)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["world_size"] == (1 if launcher == "bare" else 2)
+    log = (tmp_path / "log").read_text()
+    assert log.count("run directory:") == 1  # one rank speaks
+    assert log.count("held out at step 20") == 1
+    assert not (tmp_path / "run" / "requeue").exists()
+
+
+WAYS = ("SIGTERM", "SIGINT", "SIGUSR1", "time limit")
+IN_CI = {
+    ("bare", "SIGUSR1"), ("torchrun", "SIGTERM"), ("torchrun", "SIGUSR1"), ("deepspeed", "SIGTERM"),
+    ("deepspeed", "SIGINT"), ("srun", "time limit"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "way"),
+    [
+        pytest.param(*case, marks=[] if case in IN_CI else [pytest.mark.nightly])
+        for case in itertools.product(LAUNCHERS, WAYS)
+    ],
+)
+def test_stopping_saves_leaves_no_orphan_and_resumes_exactly(
+    store: TokenStore, straight: dict[str, list[tuple[int, float]]], tmp_path: Path, launcher: str, way: str
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = run_arguments(store.path, run_dir, *DROPOUT)
+    if way == "time limit":
+        arguments = ["--time-limit", "7s", *arguments]
+    processes = start(launcher, arguments, log)
+    if way != "time limit":
+        wait_for_steps(run_dir, 5)
+        number = signal.Signals[way]
+        if number == signal.SIGINT and launcher in ("torchrun", "deepspeed"):
+            os.killpg(processes[0].pid, number)  # as a terminal does on Ctrl-C
+        else:
+            processes[0].send_signal(number)  # under srun to one rank alone
+    statuses = finish(processes)
+    assert wait_until_gone(run_dir, 45) == [], log.read_text()
+    if way == "time limit":
+        assert set(statuses) == {0}
+    elif launcher in ("bare", "srun"):
+        assert set(statuses) == {128 + signal.Signals[way]}
+    else:
+        assert 0 not in statuses
+    assert RunDirectory(run_dir).verdict() == "stopped"
+    assert (run_dir / "requeue").is_file()
+    newest = CheckpointFolder(run_dir / "checkpoints", keep=1).paths()[-1]
+    verify_checkpoint(newest)
+    stopped_at = int(newest.name.removeprefix("step-"))
+    assert train_losses(run_dir)[-1][0] == stopped_at
+
+    resumed = start(launcher, ["--stop-at", str(stopped_at + 20)], log, resume=run_dir)
+    assert set(finish(resumed)) == {0}, log.read_text()
+    assert not (run_dir / "requeue").exists()
+    losses, expected = train_losses(run_dir), straight[launcher]
+    both = min(len(losses), len(expected))
+    assert both >= min(stopped_at + 20, 400)
+    assert losses[:both] == expected[:both]
+
+
+def wait_for_steps(run_dir: Path, steps: int, seconds: float = 90) -> None:
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+        assert time.monotonic() < deadline, "the run did not get going"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once_but_not_within_five_seconds(store: TokenStore, tmp_path: Path) -> None:
+    """Rank 1 stands still, so rank 0 cannot stop as it should."""
+    run_dir = tmp_path / "run"
+    first, second = start("srun", run_arguments(store.path, run_dir), tmp_path / "log")
+    try:
+        wait_for_steps(run_dir, 5)
+        second.send_signal(signal.SIGSTOP)
+        first.send_signal(signal.SIGINT)
+        time.sleep(1)
+        first.send_signal(signal.SIGTERM)  # as the deepspeed launcher does
+        time.sleep(SECOND_SIGNAL_AFTER_S)
+        assert first.poll() is None
+        first.send_signal(signal.SIGINT)
+        assert first.wait(5) == 128 + signal.SIGINT
+    finally:
+        first.kill()
+        second.kill()
+        second.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_within_seconds(store: TokenStore, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first, second = start("srun", run_arguments(store.path, run_dir), tmp_path / "log")
+    wait_for_steps(run_dir, 5)
+    second.kill()
+    assert finish([first], timeout=15) == [2]
+    log = (tmp_path / "log").read_text()
+    assert "(rank" not in log.replace("(rank 0)", "")
+    assert "lost contact with another rank" in log
+    assert "Traceback" not in log
+    assert RunDirectory(run_dir).verdict() == "failed"
+    assert processes_of(run_dir) == []
+
+
+FAULTS = {
+    "refused at the start": (
+        "import electra_ds.data.token_store as m\n"
+        "m._read_info = lambda path: exec('raise m.DataError(\"no disk here\")')",
+        "no disk here", 2,
+    ),
+    "broken in training": (
+        "import electra_ds.data.batches as m\nbuild = m.BatchBuilder.build\n"
+        "m.BatchBuilder.build = lambda self, step, size=None: 1 // 0 if step == 30 else build(self, step, size)",
+        "ZeroDivisionError: integer division or modulo by zero", 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_error_of_one_rank_is_shown_first_and_once(store: TokenStore, tmp_path: Path, fault: str) -> None:
+    code, message, status = FAULTS[fault]
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{code}\n")
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    processes = start(
+        "srun", run_arguments(store.path, run_dir), log, environment_of_rank_1={"PYTHONPATH": str(tmp_path)}
+    )
+    assert finish(processes, timeout=60) == [2, status]
+    text = log.read_text()
+    assert text.count(message) == 1, text
+    if status == 2:  # a fault that the user can mend: the message alone, and nothing from the other rank
+        assert f"electra-ds pretrain (rank 1): {message}" in text
+        assert "Traceback" not in text
+        assert not (run_dir / "run.json").exists()
+    else:
+        assert text.index(message) < text.index("lost contact with another rank")
+        assert RunDirectory(run_dir).verdict() == "failed"
+        assert "division" in (run_dir / "verdict.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_hostfile_of_two_nodes_without_ssh(store: TokenStore, tmp_path: Path) -> None:
+    """`--deepspeed --deepspeed_config FILE`, as scripts written for DeepSpeed are started; both nodes are this one."""
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    port = str(free_port())
+    nodes = []
+    for node in range(2):
+        command = [
+            "deepspeed", "--no_ssh", "--hostfile", str(tmp_path / "hosts"), "--node_rank", str(node),
+            "--master_addr", "127.0.0.1", "--master_port", port, "bin/pretrain", "--deepspeed", "--deepspeed_config",
+            str(REPOSITORY / "ds_configs" / "zero1.json"), "--recipe", "tiny", "--stop-at", "3",
+            *run_arguments(store.path, tmp_path / "run"),
+        ]  # fmt: skip
+        with (tmp_path / f"log{node}").open("w") as log:
+            nodes.append(subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, text=True, stdout=log, stderr=log))
+    assert finish(nodes) == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+    assert len(train_losses(tmp_path / "run")) == 3
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
