@@ -518,6 +518,14 @@ def test_a_tokenizer_is_trained_on_no_more_than_the_first_characters(tmp_path: P
     assert pieces(10**9) >= set("ЖЮЯ")
 
 
+def test_a_tokenizer_learns_from_every_source_however_long_the_first(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc abd abc\nabd\n" * 5000)
+    (tmp_path / "b.txt").write_text("Ж Ю Я\n" * 50, "utf8")
+    corpus = open_corpus([tmp_path / "a.txt", tmp_path / "b.txt"])
+    section = TokenizerSection(kind="wordpiece", vocab_size=300, max_training_characters=200)
+    assert set(build_store(corpus, section, tmp_path / "s").tokenizer.backend.get_vocab()) >= set("abcЖЮЯ")
+
+
 # --- the command line
 
 

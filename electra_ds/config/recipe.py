@@ -68,7 +68,7 @@ class TokenizerSection(Section):
     lowercase: bool = False
     """Lower-case and strip accents before tokenising (WordPiece only)."""
     max_training_characters: int = Field(default=1_000_000_000, ge=1)
-    """The tokenizer is trained on the corpus's first characters, at most so many."""
+    """The tokenizer is trained on at most so many characters, the first ones of each source in equal shares."""
 
     @model_validator(mode="after")
     def _lowercase_is_wordpiece(self) -> TokenizerSection:

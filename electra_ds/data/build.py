@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -30,7 +30,7 @@ from rich.progress import (
 )
 
 from electra_ds.config.recipe import TokenizerSection
-from electra_ds.data.corpus import Corpus
+from electra_ds.data.corpus import Corpus, Source
 from electra_ds.data.token_store import FORMAT, SourceInfo, StoreInfo, TokenStore, token_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from electra_ds.data.worker_pool import worker_pool
@@ -153,23 +153,28 @@ def _trained(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: P
 
 
 def _first_lines(corpus: Corpus, max_characters: int, progress: Progress, task: TaskID) -> Iterator[str]:
-    """The corpus's lines up to so many characters, with progress towards its end or theirs, whichever is nearer."""
-    num_bytes = num_chars = 0
-    total = corpus.num_bytes
+    """Lines to train a tokenizer on: each source's first ones, up to an equal share of so many characters."""
+    share = -(-max_characters // len(corpus.sources))
+    progress.update(task, total=len(corpus.sources))
+    for place, source in enumerate(corpus.sources):
+        yield from _share_of(source, share, lambda done, place=place: progress.update(task, completed=place + done))
 
-    def advance(more_bytes: int) -> None:
+
+def _share_of(source: Source, share: int, advance: Callable[[float], None]) -> Iterator[str]:
+    """A source's first `share` characters; `advance` is told which part of them, or of the source, has passed."""
+    num_bytes = num_chars = 0
+
+    def read(more_bytes: int) -> None:
         nonlocal num_bytes
         num_bytes += more_bytes
-        if total:
-            done = max(num_bytes / total, num_chars / max_characters)
-            progress.update(task, total=1, completed=min(done, 1))
+        if source.num_bytes:
+            advance(min(1.0, max(num_bytes / source.num_bytes, num_chars / share)))
 
-    for document in _counted(corpus.documents(advance), progress, task):
-        for line in document:
-            yield line[: max_characters - num_chars]
-            num_chars += len(line)
-            if num_chars >= max_characters:
-                return
+    for line in itertools.chain.from_iterable(Corpus((source,)).documents(read)):
+        yield line[: share - num_chars]
+        num_chars += len(line)
+        if num_chars >= share:
+            return
 
 
 def _counted(documents: Iterable[_Item], progress: Progress, task: TaskID) -> Iterator[_Item]:

@@ -57,6 +57,8 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     token = tokenizer.backend.id_to_token(int(token_id)) or "�"
     if type(tokenizer.backend.model).__name__ == "WordPiece":
         return token.removeprefix("##") if token.startswith("##") else f" {token}"
+    if "▁" in token:  # SentencePiece's mark of a word's beginning, which its decoder drops from a first token
+        return token.replace("▁", " ")
     if tokenizer.backend.decoder is None:
         return token
     return tokenizer.backend.decoder.decode([token])
