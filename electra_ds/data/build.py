@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures.process
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -157,7 +158,11 @@ def _first_lines(corpus: Corpus, max_characters: int, progress: Progress, task: 
     share = -(-max_characters // len(corpus.sources))
     progress.update(task, total=len(corpus.sources))
     for place, source in enumerate(corpus.sources):
-        yield from _share_of(source, share, lambda done, place=place: progress.update(task, completed=place + done))
+        yield from _share_of(source, share, functools.partial(_advance, progress, task, place))
+
+
+def _advance(progress: Progress, task: TaskID, place: int, done: float) -> None:
+    progress.update(task, completed=place + done)
 
 
 def _share_of(source: Source, share: int, advance: Callable[[float], None]) -> Iterator[str]:
