@@ -296,13 +296,15 @@ def _pretrain(options: argparse.Namespace) -> None:
         with ranks.together():
             if ranks.is_main:
                 store_path = _open_store(options, recipe).path.resolve() if recipe else None
-                held.enter_context(run.locked())
         store_path = ranks.from_main(store_path)
         with ranks.together():
             if recipe:
                 job = launch.prepare_new(wanted, recipe, plan, TokenStore(store_path), run, ranks)
             else:
                 job = launch.prepare_resume(wanted, plan, run, ranks)
+        with ranks.together():
+            if ranks.is_main:
+                held.enter_context(run.locked())
         launch.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
         if pretrain(job, ranks, console, time_limit) and ranks.is_main:

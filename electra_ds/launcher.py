@@ -27,6 +27,8 @@ class Launch(NamedTuple):
     address: str
     """Host of rank 0."""
     port: int
+    local_size: int = 1
+    """Ranks on this node, as far as the launcher tells."""
 
     @property
     def is_main(self) -> bool:
@@ -51,7 +53,9 @@ def detect(environ: Mapping[str, str]) -> Launch:
         raise ConfigError(f"The launcher gave rank {launch.rank} of a world of {launch.world_size}.")
     if launch.world_size == 1:
         return launch._replace(address="127.0.0.1")
-    return launch._replace(address=_address(environ, launch), port=_port(environ, launch))
+    return launch._replace(
+        address=_address(environ, launch), port=_port(environ, launch), local_size=_local_size(environ, launch)
+    )
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -83,6 +87,12 @@ def _port(environ: Mapping[str, str], launch: Launch) -> int:
         raise ConfigError("WORLD_SIZE is above 1, but MASTER_PORT, the port of rank 0, is not set.")
     # The same on every task of a step, another for other jobs and steps that may share the node.
     return 20000 + (_number(environ, "SLURM_JOB_ID") * 31 + _number(environ, "SLURM_STEP_ID")) % 20000
+
+
+def _local_size(environ: Mapping[str, str], launch: Launch) -> int:
+    names = {"torchrun": "LOCAL_WORLD_SIZE", "deepspeed": "LOCAL_SIZE", "srun": "SLURM_STEP_TASKS_PER_NODE"}
+    match = re.match(r"\d+", environ.get(names[launch.launcher], ""))  # Slurm writes 4(x2) for 4 on each of 2 nodes
+    return int(match[0]) if match else 1
 
 
 def first_host(nodes: str) -> str:

@@ -51,9 +51,17 @@ def device_name(device: torch.device) -> str:
 
 
 def set_threads(threads: int | None) -> int:
-    """Set the number of CPU threads, which is part of a run's plan; returns the number in use."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    """Set the number of CPU threads, which is part of a run's plan; returns the number in use.
+
+    None leaves it to torch, but for several ranks on a node, which share its cores where nobody has bound them.
+    """
+    if threads is None:
+        local_size = detect(os.environ).local_size
+        cores = os.cpu_count() or 1
+        threads = torch.get_num_threads()
+        if local_size > 1 and len(os.sched_getaffinity(0)) == cores:
+            threads = min(threads, max(1, cores // local_size))
+    torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 
@@ -126,51 +134,59 @@ class Ranks:
 
 @contextmanager
 def ranks() -> Iterator[Ranks]:
-    """Meet the other ranks, for as long as the context lasts.
+    """Meet the other ranks, for as long as the context lasts; in a process group that is there already, stay in it.
 
     A process without a launcher is a group of its own, without a port. Raises ConfigError where the ranks cannot
     meet, and LostRankError where one of them is gone.
     """
     launch = detect(os.environ)
-    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed asserts that it is set
-    if launch.world_size > 1:  # torch and DeepSpeed read them; srun leaves them to us
-        os.environ |= {
-            "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size),
-            "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
-        }  # fmt: skip
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     with warnings.catch_warnings():
         # DeepSpeed and torch warn about their own deprecated calls; nothing in it is for the user.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
-        if launch.world_size == 1:
-            store = distributed.HashStore()  # type: ignore[attr-defined]  # needs no port
-            distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        else:
-            try:
-                distributed.init_process_group(backend, init_method="env://", timeout=_MEETING_TIMEOUT)
-            except (RuntimeError, ValueError) as error:
-                raise ConfigError(
-                    f"Rank {launch.rank} cannot meet the other {launch.world_size - 1} at "
-                    f"{launch.address}:{launch.port} ({str(error).splitlines()[0]}). Is that host reachable, the port "
-                    f"free, and were all ranks started?"
-                ) from error
+        started = not distributed.is_initialized()
+        if started:
+            _meet(launch)
+        alone = launch.world_size == 1
+        completed = False
         try:
             yield Ranks(launch)
+            completed = True
         except ElectraError as error:
-            if launch.world_size > 1 and error.rank is None:
+            if not alone and error.rank is None:
                 error.rank = launch.rank  # nobody else may have met it
             raise
         except RuntimeError as error:
-            if launch.world_size > 1 and is_lost_connection(error):
-                lost = LostRankError(
-                    "lost contact with another rank. What ended that one is shown above; if nothing is, it was "
-                    "killed, perhaps for want of memory."
-                )
-                lost.rank = launch.rank
-                raise lost from error
-            raise
-        if distributed.is_initialized():  # not after an error, when the others may never come
-            distributed.destroy_process_group()
+            if alone or not is_lost_connection(error):
+                raise
+            lost = LostRankError(
+                "lost contact with another rank. What ended that one is shown above; if nothing is, it was killed, "
+                "perhaps for want of memory."
+            )
+            lost.rank = launch.rank
+            raise lost from error
+        finally:
+            if started and (alone or completed):  # after an error the others may never come
+                distributed.destroy_process_group()
+
+
+def _meet(launch: Launch) -> None:
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed asserts that it is set
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if launch.world_size == 1:
+        store = distributed.HashStore()  # type: ignore[attr-defined]  # needs no port
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        return
+    os.environ |= {  # torch and DeepSpeed read them; srun leaves them to us
+        "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size),
+        "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
+    }  # fmt: skip
+    try:
+        distributed.init_process_group(backend, init_method="env://", timeout=_MEETING_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"Rank {launch.rank} cannot meet the other {launch.world_size - 1} at {launch.address}:{launch.port} "
+            f"({str(error).splitlines()[0]}). Is that host reachable, the port free, and were all ranks started?"
+        ) from error
 
 
 def is_lost_connection(error: BaseException) -> bool:

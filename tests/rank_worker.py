@@ -15,8 +15,10 @@ from deepspeed.accelerator import get_accelerator
 
 from electra_ds import runtime
 from electra_ds.data.batches import GlobalBatch
+from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import DeepSpeedEngine
+from electra_ds.train.metrics import Evaluation, Evaluator
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
 STEPS = 50
@@ -61,6 +63,17 @@ def straight_and_resumed(store: TokenStore, stage: int, ranks: runtime.Ranks) ->
     return straight, resumed
 
 
+def evaluation(store: TokenStore, ranks: runtime.Ranks) -> Evaluation:
+    """Of a fresh model at stage 3, on windows that do not share out evenly."""
+    recipe = small_recipe(*RECIPE, "model.initializer_range=0.2")
+    plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=1, zero_optimization={"stage": 3})
+    engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
+    split = split_holdout(store.documents, recipe.data, recipe.seed)
+    found = Evaluator(store, split, recipe, 21, 3, ranks)(engine.evaluate, torch.device("cpu"))
+    engine.close()
+    return found
+
+
 def main(store_path: str, samples_path: str, out: str) -> None:
     torch.set_num_threads(1)
     kind = type(get_accelerator())
@@ -90,6 +103,7 @@ def main(store_path: str, samples_path: str, out: str) -> None:
                 engine.close()
         for stage in (0, 1, 2, 3):
             found[f"straight-{stage}"], found[f"resumed-{stage}"] = straight_and_resumed(store, stage, ranks)
+        found["evaluation"] = np.array(evaluation(store, ranks))
         if ranks.is_main:
             np.savez(out, **found)
 

@@ -463,6 +463,6 @@ def test_a_batch_builder_for_held_out_text_never_sees_training_text(store: Token
     held = BatchBuilder(store, split.holdout, recipe, seed=77)
     allowed = {(int(start), int(stop)) for start, stop in zip(split.holdout.starts, split.holdout.stops, strict=True)}
     for step in range(20):
-        windows = held.sampler.windows(step, 8)
-        for start, length in zip(windows.starts, windows.lengths, strict=True):
+        rows = held.sampler.rows(step, 8)
+        for start, length in zip(rows.positions_BC[:, 0], rows.first_B, strict=True):
             assert any(first <= start and start + length <= last for first, last in allowed)

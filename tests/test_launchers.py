@@ -54,7 +54,18 @@ def test_torchrun_inside_srun_is_torchrun() -> None:
         "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5",
         "TORCHELASTIC_RUN_ID": "x",
     }  # fmt: skip
-    assert detect(srun_environment(0, 2) | inner) == ("torchrun", 3, 8, 1, "a", 5)
+    assert detect(srun_environment(0, 2) | inner) == ("torchrun", 3, 8, 1, "a", 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "ranks"),
+    [
+        (srun_environment(0, 8) | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, 4),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "5"}, 8),
+    ],
+)
+def test_the_ranks_of_a_node_are_known(environ: dict[str, str], ranks: int) -> None:
+    assert detect(environ).local_size == ranks
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import torch
 
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.plain import PlainEngine
+from electra_ds.runtime import Ranks
 from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
-from tests.rank_worker import PRECISIONS, RECIPE, STEPS
+from tests.rank_worker import PRECISIONS, RECIPE, STEPS, evaluation
 
 # fp32 differs by the order of sums alone. bf16 has 8 significant bits (2^-9 = 0.2 % a rounding) and fp16 11; a loss is
 # a mean over some hundred positions, whose roundings partly cancel, so one rounding's size bounds its relative error,
@@ -43,8 +44,9 @@ def control(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> tupl
     "world_size", [pytest.param(1, marks=pytest.mark.nightly), 2, pytest.param(4, marks=pytest.mark.nightly)]
 )
 def test_every_world_size_stage_and_precision_follows_the_plain_engine_on_one_rank(
-    store: TokenStore, control: tuple[np.ndarray, Path], tmp_path: Path, world_size: int
+    store: TokenStore, control: tuple[np.ndarray, Path], tmp_path: Path, process_group: Ranks, world_size: int
 ) -> None:
+    """And an engine that takes over half-way goes on as the first one does, and evaluation gives the same numbers."""
     expected, samples = control
     out = tmp_path / "losses.npz"
     launch: Any = [
@@ -62,3 +64,4 @@ def test_every_world_size_stage_and_precision_follows_the_plain_engine_on_one_ra
             straight, resumed = found[f"straight-{stage}"], found[f"resumed-{stage}"]
             np.testing.assert_allclose(resumed, straight, rtol=0 if stage < 3 else 1e-5)
             assert len(straight) == 6
+        np.testing.assert_array_equal(found["evaluation"], np.array(evaluation(store, process_group)))

@@ -102,7 +102,7 @@ def test_wandb_drops_no_step_that_a_resumed_run_repeats(tmp_path: Path) -> None:
         for step in range(resume_step + 1, stop + 1):
             tracked.write("train", step, {"loss": 1 / step, "grad_norm": None})
         tracked.write("eval", stop, {"discriminator_auc": 0.5})
-        tracked.finish(None, None, None)
+        tracked.finish(None)
         time.sleep(1.1)  # wandb's folders are named by the second
     starts = wandb_records(run_dir)
     rows = [row for records in starts for row in wandb_rows(records)]
@@ -133,7 +133,7 @@ def test_wandb_drops_no_step_that_a_resumed_run_repeats(tmp_path: Path) -> None:
 def test_wandb_is_told_the_exit_status(tmp_path: Path, error: Exception | None, status: int) -> None:
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
         tracked = opened(OFFLINE, tmp_path / "run")
-        stack.push(tracked.finish)
+        stack.push(lambda kind, raised, traceback: tracked.finish(raised))
         tracked.write("train", 1, {"loss": 1.0})
         if error is not None:
             raise error
@@ -154,7 +154,7 @@ def test_the_death_of_wandb_is_one_warning_and_the_other_trackers_go_on(tmp_path
     time.sleep(0.5)
     for step in range(2, 6):
         tracked.write("train", step, {"loss": 1.0})
-    tracked.finish(None, None, None)
+    tracked.finish(None)
     assert said.getvalue().count("Warning") == 1
     assert "wandb failed" in said.getvalue()
     assert [row[0] for row in csv_rows(tmp_path / "run" / "csv" / "train_loss.csv")] == ["1", "2", "3", "4", "5"]
@@ -231,7 +231,7 @@ def test_csv_files_are_laid_out_as_deepspeed_lays_them_out(tmp_path: Path, monke
         theirs.write_events([("train/generator_loss", step / 8, step), ("eval/discriminator_auc", 0.5, step)])
         ours.write("train", step, {"generator_loss": step / 8})
         ours.write("eval", step, {"discriminator_auc": 0.5})
-    ours.finish(None, None, None)
+    ours.finish(None)
     names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "ours").iterdir())
     for name in names:
@@ -259,7 +259,7 @@ def test_a_resumed_run_has_each_step_once_in_csv_and_tensorboard(tmp_path: Path)
     resumed = opened(settings, tmp_path, resume_step=4, reached=7)
     for step in range(5, 11):
         resumed.write("train", step, {"loss": step + 0.5, "other": 1.0})
-    resumed.finish(None, None, None)
+    resumed.finish(None)
     expected = [(step, step + (0.5 if step > 4 else 0.0)) for step in range(1, 11)]
     assert scalars(tmp_path / "tb")["train/loss"] == expected
     assert [(int(step), float(value)) for step, value in csv_rows(tmp_path / "csv" / "train_loss.csv")] == expected
@@ -273,7 +273,7 @@ def test_a_full_disk_costs_the_tracker_and_not_the_run(tmp_path: Path) -> None:
     (tmp_path / "csv" / "train_loss.csv").symlink_to("/dev/full")
     for step in range(1, 4):
         tracked.write("train", step, {"loss": 1.0})
-    tracked.finish(None, None, None)
+    tracked.finish(None)
     assert said.getvalue().count("csv_monitor failed") == 1
     assert "No space left" in said.getvalue()
 
@@ -282,7 +282,7 @@ def test_another_runs_numbers_are_not_written_over(tmp_path: Path) -> None:
     settings = TrackingSettings(csv="csv")
     first = opened(settings, tmp_path)
     first.write("train", 1, {"loss": 1.0})
-    first.finish(None, None, None)
+    first.finish(None)
     with pytest.raises(ConfigError, match="job_name"):
         check_tracking(settings, RunDirectory(tmp_path), is_new=True)
     check_tracking(settings, RunDirectory(tmp_path), is_new=False)

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,8 @@ def build_store(
     tokenizer: a finished one, or the recipe's section from which to train one on this corpus. Raises
     DataError for a bad corpus, for another store at `out`, and for a full disk; finished shards are kept.
     """
-    out = Path(os.path.abspath(out))  # a name even where "." was given
+    if out.name in ("", ".."):
+        out = Path(os.path.abspath(out))  # which gives "." a name
     if not out.name:
         raise DataError(f"{out} cannot be a token store. Name a new folder.")
     partial = out.with_name(out.name + ".partial")
@@ -60,7 +62,7 @@ def build_store(
         if out.exists():
             return _reopen(corpus, tokenizer, out)
         partial.mkdir(exist_ok=True)
-        with _locked(partial):
+        with _locked(partial), _nothing_left_of_a_refusal(partial):
             corpus.prepare()  # before the progress display, for a download has its own
             with _progress() as progress:
                 trained = _trained(corpus, tokenizer, partial, progress)
@@ -115,6 +117,16 @@ def trained_from(folder: Path, corpus: Corpus | None = None) -> TokenizerSection
         return TokenizerSection(**marker["section"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off by a kill or a full disk
         return None
+
+
+@contextmanager
+def _nothing_left_of_a_refusal(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        if {entry.name for entry in partial.iterdir()} <= {".lock"}:
+            shutil.rmtree(partial)
+        raise
 
 
 @contextmanager

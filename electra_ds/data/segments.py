@@ -50,7 +50,8 @@ def split_holdout(documents: np.ndarray, data: DataSection, seed: int) -> Split:
     if not len(split.train.starts) or not len(split.holdout.starts):
         raise DataError(
             f"The corpus is too small to hold out {data.holdout_fraction:.0%} by {by}: {len(ranges.starts)} "
-            f"documents, {ranges.num_tokens} tokens. Use more text, or another data.holdout_by."
+            f"documents, {ranges.num_tokens} tokens. Use more text, a shorter data.sequence_length, or "
+            f"data.holdout_by={'document' if by == 'span' else 'span'}."
         )
     return split
 

@@ -136,12 +136,14 @@ def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progre
     for number, raw in enumerate(_raw_lines(blocks), 1):
         if number == 1 and raw.startswith(_FOREIGN):
             raise DataError(f"{path} is compressed or UTF-16, not UTF-8 text. Unpack or convert it first.")
+        if b"\0" in raw:
+            raise DataError(f"{path}, line {number}: NUL bytes, so it is UTF-16 or no text. Convert it to UTF-8 first.")
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}). "
-                f"Convert it, for instance with: iconv -f latin1 -t utf-8"
+                f"Convert it from the encoding that it has: iconv -f ENCODING -t utf-8"
             ) from error
         for line in [text] if is_json else text.splitlines() or [""]:
             yield line.strip()

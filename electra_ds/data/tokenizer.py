@@ -202,7 +202,8 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
         backend.decoder = decoders.ByteLevel()
         trainer: trainers.Trainer = trainers.BpeTrainer(
             vocab_size=section.vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            # [MASK] takes the space before it along, as words do, so that a mask in running text is a word of its own.
+            special_tokens=[*SPECIAL_TOKENS[:-1], tokenizers.AddedToken("[MASK]", lstrip=True, special=True)],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )

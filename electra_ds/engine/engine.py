@@ -19,7 +19,7 @@ from electra_ds.data.batches import GlobalBatch
 from electra_ds.engine.optimizer import MasterAdamW
 from electra_ds.engine.step import StepLosses, StepResult
 from electra_ds.engine.zero import ZeroAdamW, torch_adamw
-from electra_ds.errors import ConfigError, TrainingError
+from electra_ds.errors import ConfigError
 from electra_ds.model.electra import Electra, ElectraOutput
 from electra_ds.objective.microbatch import MicroBatch
 from electra_ds.objective.schedule import learning_rate_at
@@ -88,21 +88,10 @@ class DeepSpeedEngine:
             if isinstance(self.optimizer, MasterAdamW):
                 loss = loss * self.optimizer.loss_scale
             self._engine.backward(loss, scale_wrt_gas=False)
-            self._step()
+            self._engine.step()
         if isinstance(self.optimizer, ZeroAdamW):
             self.optimizer.count_step()
         return losses.result(self.optimizer.grad_norm)
-
-    def _step(self) -> None:
-        try:
-            self._engine.step()
-        except Exception as error:  # DeepSpeed raises a bare one
-            if "loss scale already at minimum" not in str(error):
-                raise
-            raise TrainingError(
-                "The gradients overflow even at the smallest loss scale. Lower optimizer.learning_rate, or use bf16 or "
-                "fp32 in place of fp16."
-            ) from error
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> ElectraOutput:

@@ -55,6 +55,8 @@ class ZeroAdamW:
         self._bias_correction = section.bias_correction
         self.named_parameters = list(engine.module.named_parameters())
         self.taken_steps = self._skipped = self._consecutive = 0
+        # The training loop gives up with a word on what to do; DeepSpeed's scaler would with a bare exception.
+        self._zero.loss_scaler.raise_error_at_min_scale = False
         self._make_state()
 
     def _make_state(self) -> None:

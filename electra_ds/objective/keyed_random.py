@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+_SMALL_PERMUTATION = 4096
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -36,10 +37,13 @@ def generator(*parts: int) -> np.random.Generator:
 def permutation_at(places: np.ndarray, size: int, *key: int) -> np.ndarray:
     """int64: what stands at the given places of a keyed random permutation of 0 … size - 1.
 
-    A Feistel network of four rounds over the next power of four, walked on until it falls below `size` (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002): no table of the permutation is kept.
+    A small permutation is made in full. Of a large one no table is kept: a Feistel network of four rounds over the
+    next power of four, walked on until it falls below `size` (Black and Rogaway, "Ciphers with arbitrary finite
+    domains", 2002).
     """
-    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    if size <= _SMALL_PERMUTATION:
+        return generator(*key).permutation(size)[places]
+    half = np.uint64((int(size - 1).bit_length() + 1) // 2)
     mask = (np.uint64(1) << half) - np.uint64(1)
     result = np.asarray(places).astype(np.uint64)
     walking = np.ones(result.shape, dtype=bool)

@@ -67,7 +67,9 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
         for name, exported in (("generator", generator), ("discriminator", discriminator)):
             exported.save_pretrained(partial / name)
             tokenizer.save(partial / name, recipe.model.max_position_embeddings)
-            (partial / name / "README.md").write_text(_model_card(name, recipe, state, run), "utf8")
+            (partial / name / "README.md").write_text(
+                _model_card(name, recipe, tokenizer.vocab_size, state, run), "utf8"
+            )
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -80,7 +82,7 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     )
 
 
-def _model_card(part: str, recipe: Recipe, state: dict[str, Any], run: Path) -> str:
+def _model_card(part: str, recipe: Recipe, vocab_size: int, state: dict[str, Any], run: Path) -> str:
     classes = {"generator": "ElectraForMaskedLM", "discriminator": "ElectraForPreTraining"}
     used_for = {
         "generator": "fills in [MASK] tokens; it was trained to give the discriminator something to detect",
@@ -106,9 +108,11 @@ tags:
 
 # ELECTRA {part}, recipe {recipe.name}
 
-This model {used_for[part]}. It was pretrained with electra_ds for {state["step"]:,} of
-{recipe.schedule.total_steps:,} steps on {state["tokens"]:,} tokens,
-in sequences of {recipe.data.sequence_length} tokens: positions beyond that were never trained.
+This model {used_for[part]}.
+
+It was pretrained with electra_ds for {state["step"]:,} of {recipe.schedule.total_steps:,} steps on
+{state["tokens"]:,} tokens, in sequences of {recipe.data.sequence_length} tokens: positions beyond that were never
+trained. Its vocabulary has {vocab_size:,} pieces.
 
 ```python
 from transformers import AutoTokenizer, {classes[part]}

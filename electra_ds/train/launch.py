@@ -197,7 +197,7 @@ def announce(job: PretrainJob, console: Console) -> None:
     )  # fmt: skip
     notes = list(job.plan.notes)
     if trained_from(job.store.path) != recipe.tokenizer:
-        notes.append(f"the store has a tokenizer of its own, {info.vocab_size:,} pieces, not the recipe's")
+        notes.append(f"the tokenizer is the store's, {info.vocab_size:,} pieces, not one of the recipe's kind and size")
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:
         notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times over")
