@@ -27,14 +27,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: install
 	$(VENV)/bin/python bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny
 
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
 test: install
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-quick: install
-	$(VENV)/bin/python -m pytest -m "not slow and not nightly"
+	$(PYTEST) -m "not slow and not nightly"
 
 test-nightly: install
-	$(VENV)/bin/python -m pytest -m nightly
+	$(PYTEST) -m nightly
 
 lint: install
 	$(VENV)/bin/ruff check .

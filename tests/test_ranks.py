@@ -15,11 +15,11 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.plain import PlainEngine
 from electra_ds.runtime import Ranks
 from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
-from tests.rank_worker import PRECISIONS, RECIPE, STEPS, evaluation
+from tests.rank_worker import PRECISIONS, RECIPE, STEPS, STEPS_IN_HALF, evaluation
 
 # fp32 differs by the order of sums alone. bf16 has 8 significant bits (2^-9 = 0.2 % a rounding) and fp16 11; a loss is
 # a mean over some hundred positions, whose roundings partly cancel, so one rounding's size bounds its relative error,
-# and the weights drift apart over the 50 steps by the same kind of error: twice that for bf16.
+# and the weights drift apart over the 20 steps by the same kind of error: twice that for bf16.
 BOUNDS = {"fp32": 1e-5, "bf16": 4e-3, "fp16": 1e-3}
 
 
@@ -60,7 +60,9 @@ def test_every_world_size_stage_and_precision_follows_the_plain_engine_on_one_ra
         for stage in (0, 1, 2, 3):
             for precision in PRECISIONS:
                 losses = found[f"{precision}-{stage}"]
-                np.testing.assert_allclose(losses, expected, rtol=BOUNDS[precision], err_msg=f"{precision}-{stage}")
+                name = f"{precision}-{stage}"
+                assert len(losses) == STEPS if precision == "fp32" else STEPS_IN_HALF
+                np.testing.assert_allclose(losses, expected[: len(losses)], rtol=BOUNDS[precision], err_msg=name)
             straight, resumed = found[f"straight-{stage}"], found[f"resumed-{stage}"]
             np.testing.assert_allclose(resumed, straight, rtol=0 if stage < 3 else 1e-5)
             assert len(straight) == 6
