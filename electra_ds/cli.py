@@ -356,7 +356,10 @@ def _store_name(options: argparse.Namespace, recipe: Recipe) -> str:
     corpus = [
         [word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in options.corpus
     ]
-    given = (corpus, options.document_boundary, options.text_key, options.revision, options.tokenizer)
+    given = (
+        corpus, options.document_boundary, options.text_key, options.revision, options.tokenizer, options.cased,
+        None if options.tokenizer else recipe.tokenizer.lowercase,
+    )  # fmt: skip
     return f"{name}-{kind}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"
 
 

@@ -107,15 +107,30 @@ class LauncherWatch:
     """Notices that the launcher died without telling its workers, so that no orphan trains on.
 
     `torchrun` dies of SIGUSR1, and the `deepspeed` runner of SIGTERM, without a word to the workers. The `deepspeed`
-    command starts a second process, which starts the workers, so two generations are watched there.
+    command starts a second process, which starts the workers, so two generations are watched there. A parent that is
+    not such a program, a shell for instance, may come and go.
     """
 
     def __init__(self, launch: Launch) -> None:
-        generations = {"torchrun": 1, "deepspeed": 2}.get(launch.launcher, 0)
-        self._expected = _ancestors(generations)
+        programs = {
+            "torchrun": (("torchrun", "torch.distributed.run"),),
+            "deepspeed": (("deepspeed.launcher.launch",), ("deepspeed",)),
+        }.get(launch.launcher, ())
+        self._expected = []
+        for words, process in zip(programs, _ancestors(len(programs)), strict=True):
+            if not any(word in _command_line(process) for word in words):
+                break
+            self._expected.append(process)
 
     def died(self) -> bool:
         return _ancestors(len(self._expected)) != self._expected
+
+
+def _command_line(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode("utf8", "replace").replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def _ancestors(generations: int) -> list[int]:

@@ -25,24 +25,30 @@ from electra_ds.launcher import Launch, LauncherWatch, detect
 # The deepspeed launcher sends SIGINT and SIGTERM together: what comes within this time is the same wish.
 SECOND_SIGNAL_AFTER_S = 5.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# A rank that died is noticed at once, by its closed connections. This bounds only the waiting for one that lives,
-# such as rank 0 while it tokenises a corpus.
+# Over gloo a rank that died is noticed at once, by its closed connections. This bounds only the waiting for one that
+# lives, such as rank 0 while it tokenises a corpus.
 _PATIENCE = timedelta(days=7)
 _MEETING_TIMEOUT = timedelta(minutes=10)
 
 
-def device() -> torch.device:
+def device(launch: Launch) -> torch.device:
     """This rank's GPU, or the CPU where there is none. Raises ConfigError where ranks outnumber the GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, visible = detect(os.environ).local_rank, torch.cuda.device_count()
-    if visible == 1:
-        local_rank = 0  # srun --gpus-per-task shows each rank its own card alone
-    if local_rank >= visible:
-        raise ConfigError(f"Local rank {local_rank} has no GPU: {visible} are visible. Start one process per GPU.")
-    own = torch.device("cuda", local_rank)
+    index, visible = device_index(launch), torch.cuda.device_count()
+    if index >= visible:
+        raise ConfigError(
+            f"Local rank {launch.local_rank} has no GPU: {visible} {'is' if visible == 1 else 'are'} visible. "
+            f"Start one process per GPU."
+        )
+    own = torch.device("cuda", index)
     torch.cuda.set_device(own)
     return own
+
+
+def device_index(launch: Launch) -> int:
+    """Which of the visible GPUs is this rank's; `srun --gpus-per-task 1` shows each rank its own card alone."""
+    return 0 if launch.launcher == "srun" and torch.cuda.device_count() == 1 else launch.local_rank
 
 
 def device_name(device: torch.device) -> str:
@@ -50,17 +56,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
 
 
-def set_threads(threads: int | None) -> int:
+def set_threads(threads: int | None, launch: Launch) -> int:
     """Set the number of CPU threads, which is part of a run's plan; returns the number in use.
 
     None leaves it to torch, but for several ranks on a node, which share its cores where nobody has bound them.
     """
     if threads is None:
-        local_size = detect(os.environ).local_size
         cores = os.cpu_count() or 1
         threads = torch.get_num_threads()
-        if local_size > 1 and len(os.sched_getaffinity(0)) == cores:
-            threads = min(threads, max(1, cores // local_size))
+        if launch.local_size > 1 and len(os.sched_getaffinity(0)) == cores:
+            threads = min(threads, max(1, cores // launch.local_size))
     torch.set_num_threads(threads)
     return torch.get_num_threads()
 
@@ -159,8 +164,8 @@ def ranks() -> Iterator[Ranks]:
             if alone or not is_lost_connection(error):
                 raise
             lost = LostRankError(
-                "lost contact with another rank. What ended that one is shown above; if nothing is, it was killed, "
-                "perhaps for want of memory."
+                f"lost contact with another rank. What ended that one is shown above; if nothing is, it was killed, "
+                f"perhaps for want of memory. ({str(error).splitlines()[0]})"
             )
             lost.rank = launch.rank
             raise lost from error
@@ -170,7 +175,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def _meet(launch: Launch) -> None:
-    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed asserts that it is set
+    os.environ["LOCAL_RANK"] = str(device_index(launch))  # by which DeepSpeed chooses the GPU
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if launch.world_size == 1:
         store = distributed.HashStore()  # type: ignore[attr-defined]  # needs no port

@@ -184,6 +184,17 @@ def test_fp16_auto_means_fp16_on_a_gpu() -> None:
     assert plan_of({"fp16": {"enabled": "auto"}}, on_cpu=False).precision.name == "fp16"
 
 
+def test_fp16_auto_gives_way_to_a_precision_that_is_chosen() -> None:
+    """As in transformers' files with bf16 switched on."""
+    values = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": True}}
+    for on_cpu in (True, False):
+        plan = plan_of(values, on_cpu=on_cpu)
+        assert plan.precision.name == "bf16"
+        assert "fp16" not in plan.document
+    lone = plan_of({"bf16": {"enabled": "auto"}}, on_cpu=False)
+    assert (lone.precision.name, lone.notes) == ("fp32", ('bf16.enabled is "auto", which here means off',))
+
+
 def test_what_deepspeed_itself_refuses_is_refused_before_anything_starts() -> None:
     import torch
 
@@ -301,4 +312,4 @@ def test_precision_is_deepspeeds_own_business_at_stages_1_to_3_but_for_autocast(
 def test_a_scheduler_that_leaves_its_numbers_open_stands_for_the_recipes_and_that_is_said() -> None:
     scheduler = {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}}
     assert "the recipe's linear schedule is run" in plan_of({"scheduler": scheduler}).notes[0]
-    assert "fp32" in plan_of({"fp16": {"enabled": "auto"}}).notes[0]
+    assert "which here means off" in plan_of({"fp16": {"enabled": "auto"}}).notes[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -239,6 +240,51 @@ def test_every_stage_updates_as_the_plain_engine_does(store: TokenStore, bias_co
             torch.testing.assert_close(tensors[f"master/{name}"], weight, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.usefixtures("process_group", "half_on_cpu")
+def test_a_growing_loss_scale_changes_no_update_at_any_stage(store: TokenStore) -> None:
+    """It doubles after every second good step here; DeepSpeed alone would halve the gradients of those steps."""
+    recipe = small_recipe("schedule.warmup_steps=0", "optimizer.max_grad_norm=1e9")
+    _, samples, plain = run_plain(store, recipe, 5)
+    expected = torch.cat([plain.optimizer.state[p]["exp_avg"].flatten() for p in plain.module.parameters()]).norm()
+    fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1}
+    for stage in (0, 1, 2, 3):
+        _, engine = run_deepspeed(store, recipe, 5, samples, fp16=fp16, zero_optimization={"stage": stage})
+        moments = [t.flatten() for name, t in engine.optimizer.tensors().items() if name.startswith("exp_avg/")]
+        assert engine.optimizer.counters()["loss_scale"] > 2**4
+        assert engine.optimizer.taken_steps == 5
+        engine.close()
+        assert torch.cat(moments).norm().item() == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.usefixtures("process_group", "half_on_cpu")
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 2), (2, 3), (3, 0), (0, 3), (2, 0)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_state_goes_on_at_another_stage(store: TokenStore, before: int, after: int, precision: str) -> None:
+    recipe = small_recipe("schedule.warmup_steps=2")
+    builder = builder_for(store, recipe)
+    values = {"fp16": {"enabled": True, "initial_scale_power": 8}} if precision == "fp16" else {}
+
+    def engine(stage: int) -> DeepSpeedEngine:
+        plan = cpu_plan(recipe, zero_optimization={"stage": stage}, **values)
+        return DeepSpeedEngine(model_for(store, recipe), recipe, plan, CPU)
+
+    first = engine(before)
+    for step in range(4):
+        first.train_step(builder.build(step), step)
+    tensors = {name: tensor.clone() for name, tensor in first.optimizer.tensors().items()}
+    counters = first.optimizer.counters()
+    straight = [first.train_step(builder.build(step), step).loss.item() for step in range(4, 8)]
+    first.close()
+    second = engine(after)
+    second.optimizer.load(tensors, counters)
+    again = second.optimizer.tensors()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+    assert second.optimizer.counters() == counters
+    losses = [second.train_step(builder.build(step), step).loss.item() for step in range(4, 8)]
+    second.close()
+    np.testing.assert_allclose(losses, straight, rtol=1e-5 if precision == "fp32" else 1e-3)
+
+
 class NoReads(TorchDispatchMode):
     """Fails where a tensor's value is read by the host, which on a GPU would wait for the device."""
 
@@ -288,6 +334,7 @@ def test_a_loss_scale_that_has_come_down_to_one_is_resumed_at_one() -> None:
 def test_the_loss_scale_moves_as_deepspeeds_own_scaler_does(
     overflows: list[bool], window: int, hysteresis: int, consecutive: bool, power: int
 ) -> None:
+    deepspeed.init_distributed(dist_init_required=False)  # the scaler asks for its rank
     theirs = DynamicLossScaler(
         init_scale=2.0**power, scale_window=window, min_scale=1.0, delayed_shift=hysteresis,
         consecutive_hysteresis=consecutive, raise_error_at_min_scale=False, dtype=torch.half,

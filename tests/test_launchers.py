@@ -9,17 +9,21 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from electra_ds import runtime
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.checkpoint import CheckpointFolder, verify_checkpoint
+from electra_ds.engine.plain import PlainEngine
 from electra_ds.errors import ConfigError
-from electra_ds.launcher import detect, first_host
+from electra_ds.launcher import Launch, LauncherWatch, detect, first_host
 from electra_ds.runtime import SECOND_SIGNAL_AFTER_S
-from tests.helpers import REPOSITORY, free_port
+from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
 from tests.launching import (
     ENVIRONMENT,
     LAUNCHERS,
@@ -95,32 +99,78 @@ def test_what_a_launcher_left_out_is_named(environ: dict[str, str], message: str
         detect(environ)
 
 
+@pytest.mark.parametrize(
+    ("launcher", "local_rank", "visible", "index"), [("srun", 3, 1, 0), ("srun", 3, 4, 3), ("torchrun", 1, 4, 1)]
+)
+def test_each_rank_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, launcher: Any, local_rank: int, visible: int, index: int
+) -> None:
+    """`srun --gpus-per-task 1` shows every task one card, number 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    launch = Launch(launcher, 5, 8, local_rank, "a", 1)
+    assert runtime.device(launch) == torch.device("cuda", index)
+    with pytest.raises(ConfigError, match="Local rank 7 has no GPU"):
+        runtime.device(launch._replace(launcher="torchrun", local_rank=7))
+
+
+def test_ranks_that_share_a_node_share_its_cores() -> None:
+    before = torch.get_num_threads()
+    try:
+        alone = runtime.set_threads(None, detect({}))
+        crowded = detect(srun_environment(0, 64) | {"SLURM_STEP_TASKS_PER_NODE": "64"})
+        assert runtime.set_threads(None, crowded) <= max(1, alone // 2)
+        assert runtime.set_threads(2, crowded) == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_shell_that_started_a_rank_may_die() -> None:
+    """Hand-started ranks and those of other job systems have no launcher to watch."""
+    for launcher in ("none", "torchrun", "deepspeed", "srun"):
+        watch = LauncherWatch(Launch(launcher, 0, 2, 0, "a", 1))  # type: ignore[arg-type]
+        assert watch._expected == []  # pytest is no launcher
+
+
 # --- whole runs
+
+
+# Batches of some size, so that a few seconds do not run through the steps that are compared.
+STOPPABLE = (*DROPOUT, "global_batch_size=64")
+STRAIGHT_STEPS = 150
 
 
 @pytest.fixture(scope="module")
 def straight(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, float]]]:
-    """Losses of 400 steps on one and on two ranks, with dropout, not stopped by anything."""
+    """Losses on one and on two ranks, with dropout, not stopped by anything."""
     losses = {}
     for launcher in ("bare", "srun"):
         folder = tmp_path_factory.mktemp(launcher)
-        arguments = ["--stop-at", "400", *run_arguments(store.path, folder / "run", *DROPOUT)]
+        arguments = ["--stop-at", str(STRAIGHT_STEPS), *run_arguments(store.path, folder / "run", *STOPPABLE)]
         assert set(finish(start(launcher, arguments, folder / "log"))) == {0}, (folder / "log").read_text()
         losses[launcher] = train_losses(folder / "run")
     return {launcher: losses["bare" if launcher == "bare" else "srun"] for launcher in LAUNCHERS}
 
 
+@pytest.fixture(scope="module")
+def alone(store: TokenStore) -> np.ndarray:
+    """Losses of twenty steps in the plain engine, which knows of no launcher and no DeepSpeed."""
+    recipe = small_recipe("schedule.total_steps=3000")
+    engine = PlainEngine(model_for(store, recipe), recipe, recipe.global_batch_size, torch.device("cpu"))
+    builder = builder_for(store, recipe)
+    return np.array([engine.train_step(builder.build(step), step)[0].loss.item() for step in range(20)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_readmes_line_runs_and_gives_the_same_losses(store: TokenStore, tmp_path: Path, launcher: str) -> None:
+def test_the_readmes_line_runs_and_gives_the_same_losses(
+    store: TokenStore, alone: np.ndarray, tmp_path: Path, launcher: str
+) -> None:
     arguments = ["--stop-at", "20", *run_arguments(store.path, tmp_path / "run")]
     assert set(finish(start(launcher, arguments, tmp_path / "log"))) == {0}, (tmp_path / "log").read_text()
     losses = np.array([loss for _, loss in train_losses(tmp_path / "run")])
-    assert len(losses) == 20
-    reference = Path(store.path).with_name("launcher-reference.npy")
-    if not reference.exists():
-        np.save(reference, losses)
-    np.testing.assert_allclose(losses, np.load(reference), rtol=1e-5)
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["world_size"] == (1 if launcher == "bare" else 2)
     log = (tmp_path / "log").read_text()
@@ -148,7 +198,7 @@ def test_stopping_saves_leaves_no_orphan_and_resumes_exactly(
     store: TokenStore, straight: dict[str, list[tuple[int, float]]], tmp_path: Path, launcher: str, way: str
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = run_arguments(store.path, run_dir, *DROPOUT)
+    arguments = run_arguments(store.path, run_dir, *STOPPABLE)
     if way == "time limit":
         arguments = ["--time-limit", "7s", *arguments]
     processes = start(launcher, arguments, log)
@@ -168,19 +218,18 @@ def test_stopping_saves_leaves_no_orphan_and_resumes_exactly(
     else:
         assert 0 not in statuses
     assert RunDirectory(run_dir).verdict() == "stopped"
-    assert (run_dir / "requeue").is_file()
+    assert (run_dir / "requeue").is_file()  # until the run goes on, or fails
     newest = CheckpointFolder(run_dir / "checkpoints", keep=1).paths()[-1]
     verify_checkpoint(newest)
     stopped_at = int(newest.name.removeprefix("step-"))
     assert train_losses(run_dir)[-1][0] == stopped_at
 
-    resumed = start(launcher, ["--stop-at", str(stopped_at + 20)], log, resume=run_dir)
+    if stopped_at + 10 > STRAIGHT_STEPS:
+        pytest.skip(f"this machine is too fast: {stopped_at} steps in a few seconds")
+    resumed = start(launcher, ["--stop-at", str(stopped_at + 10)], log, resume=run_dir)
     assert set(finish(resumed)) == {0}, log.read_text()
     assert not (run_dir / "requeue").exists()
-    losses, expected = train_losses(run_dir), straight[launcher]
-    both = min(len(losses), len(expected))
-    assert both >= min(stopped_at + 20, 400)
-    assert losses[:both] == expected[:both]
+    assert train_losses(run_dir) == straight[launcher][: stopped_at + 10]
 
 
 def wait_for_steps(run_dir: Path, steps: int, seconds: float = 90) -> None:
@@ -189,6 +238,30 @@ def wait_for_steps(run_dir: Path, steps: int, seconds: float = 90) -> None:
     while not metrics.exists() or metrics.read_text().count("\n") < steps:
         assert time.monotonic() < deadline, "the run did not get going"
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_resume_from_disk_and_fall_back_from_a_damaged_checkpoint(
+    store: TokenStore, tmp_path: Path, stage: int
+) -> None:
+    """At stage 2 bit for bit, at stage 3 to rounding."""
+    json_file = tmp_path / "ds.json"
+    json_file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    how = ["--ds-config", str(json_file), "--save-every", "5"]
+    for run, stop in (("straight", "20"), ("parted", "10")):
+        arguments = run_arguments(store.path, tmp_path / run, *DROPOUT)
+        processes = start("srun", ["--stop-at", stop, *how, *arguments], tmp_path / f"{run}.log")
+        assert set(finish(processes)) == {0}, (tmp_path / f"{run}.log").read_text()
+    newest = tmp_path / "parted" / "checkpoints" / "step-00000010" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    processes = start("srun", ["--stop-at", "20"], tmp_path / "resumed.log", resume=tmp_path / "parted")
+    assert set(finish(processes)) == {0}, (tmp_path / "resumed.log").read_text()
+    assert (tmp_path / "resumed.log").read_text().count("Falling back") == 1
+    straight, resumed = train_losses(tmp_path / "straight"), train_losses(tmp_path / "parted")
+    np.testing.assert_allclose(
+        [loss for _, loss in resumed], [loss for _, loss in straight], rtol=0 if stage == 2 else 1e-5
+    )
 
 
 @pytest.mark.slow

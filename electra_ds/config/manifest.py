@@ -170,6 +170,7 @@ class RunDirectory:
         return verdict
 
     def write_verdict(self, verdict: Verdict, **details: Any) -> None:
+        (self.path / "requeue").unlink(missing_ok=True)
         self._write("verdict.json", json.dumps({"verdict": verdict} | details, indent=2) + "\n")
 
     def mark_requeue(self, reason: str) -> None:

@@ -62,10 +62,10 @@ def parse_precision(
                 near = difflib.get_close_matches(key, known, n=1)
                 problems.append(f"{name}.{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
         on = section.get("enabled", False)
-        if on == "auto":  # transformers' convention; on a GPU fp16 is the project's default
-            on = name == "fp16" and not on_cpu
-            if name == "fp16" and on_cpu:
-                notes.append('fp16.enabled is "auto", which without a GPU means fp32')
+        if on == "auto":
+            on = name == "fp16" and not on_cpu and not _chosen(values)
+            meant = "on" if on else "off, since another precision is chosen" if _chosen(values) else "off"
+            notes.append(f'{name}.enabled is "auto", which here means {meant}')
         if not isinstance(on, bool):
             problems.append(f'{name}.enabled: {on!r} is not true, false or "auto"')
         elif on:
@@ -82,6 +82,12 @@ def parse_precision(
     if enabled[0] == "torch_autocast":
         return _autocast_precision(section, stage, problems)
     return Precision("fp16", _loss_scaling(section, problems))
+
+
+def _chosen(values: dict[str, Any]) -> bool:
+    """Whether a precision is switched on outright; "auto" is transformers' convention for "as the user says"."""
+    sections = (values.get(name) for name in PRECISION_KEYS)
+    return any(isinstance(section, dict) and section.get("enabled") is True for section in sections)
 
 
 def _autocast_precision(section: dict[str, Any], stage: int, problems: list[str]) -> Precision | None:

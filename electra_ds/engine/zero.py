@@ -1,7 +1,8 @@
 """ZeRO stages 1 to 3: DeepSpeed's optimizers, which shard state over ranks, seen as one whole.
 
-DeepSpeed scales, clips and skips here itself; its fp16 and bf16 are correct at these stages. What is added is
-that the state goes out and comes in by parameter name, as at stage 0, so that a checkpoint fits every stage.
+DeepSpeed scales, clips and skips here itself. What is added is that the state goes out and comes in by parameter
+name, as at stage 0, so that a checkpoint fits every stage, and that the loss scale grows between steps: DeepSpeed
+0.19.8 doubles it inside a step, after the gradients were scaled and before they are unscaled, which halves them.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import distributed, nn
 
 from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection
-from electra_ds.engine.optimizer import adamw_state, parameter_groups
+from electra_ds.engine.optimizer import NO_SCALING, adamw_state, parameter_groups
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_NEVER = 2**62  # steps
 
 
 def torch_adamw(parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection) -> torch.optim.AdamW:
@@ -57,6 +59,10 @@ class ZeroAdamW:
         self.taken_steps = self._skipped = self._consecutive = 0
         # The training loop gives up with a word on what to do; DeepSpeed's scaler would with a bare exception.
         self._zero.loss_scaler.raise_error_at_min_scale = False
+        self._window = 0
+        if isinstance(self._zero.loss_scaler, DynamicLossScaler):
+            self._window = self._zero.loss_scaler.scale_window
+            self._zero.loss_scaler.scale_window = _NEVER
         self._make_state()
 
     def _make_state(self) -> None:
@@ -81,6 +87,13 @@ class ZeroAdamW:
         self.taken_steps += applied
         self._skipped += not applied
         self._consecutive = 0 if applied else self._consecutive + 1
+        scaler = self._zero.loss_scaler
+        if not self._window or not applied:
+            return
+        good = scaler.cur_iter - scaler.last_overflow_iter - 2  # since the last overflow, before this step
+        if good > 0 and good % self._window == 0:
+            scaler.cur_scale *= scaler.scale_factor
+            scaler.cur_hysteresis = scaler.delayed_shift
 
     @property
     def grad_norm(self) -> torch.Tensor:
@@ -122,7 +135,7 @@ class ZeroAdamW:
             "is_scaled": float(self._scaling is not None),
             "loss_scale": float(scaler.loss_scale),
             "good_steps": float(scaler.cur_iter - scaler.last_overflow_iter - 1) if dynamic else 0.0,
-            "hysteresis_left": float(scaler.cur_hysteresis) if dynamic else 1.0,
+            "hysteresis_left": float(scaler.cur_hysteresis if dynamic else NO_SCALING.hysteresis),
         }
 
     @torch.no_grad()

@@ -102,7 +102,7 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
 
 
 def _resolved(values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
-    device = runtime.device()
+    device = runtime.device(ranks.launch)
     plan = resolve(values, recipe, world_size=ranks.world_size, on_cpu=device.type == "cpu", source=source)
     check_plan(plan, device, source)
     return plan
@@ -118,8 +118,8 @@ def prepare_new(
         store=str(store.path.resolve()),
         store_fingerprint=store.info.fingerprint,
         parameters=count_parameters(model),
-        device=runtime.device_name(runtime.device()),
-        threads=runtime.set_threads(options.threads),
+        device=runtime.device_name(runtime.device(ranks.launch)),
+        threads=runtime.set_threads(options.threads, ranks.launch),
         world_size=ranks.world_size,
         settings=options.settings(default_settings(recipe.schedule.total_steps)),
         command=sys.argv,
@@ -155,8 +155,8 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
         )
     record = replace(
         record,
-        device=runtime.device_name(runtime.device()),
-        threads=runtime.set_threads(options.threads or record.threads),
+        device=runtime.device_name(runtime.device(ranks.launch)),
+        threads=runtime.set_threads(options.threads or record.threads, ranks.launch),
         world_size=ranks.world_size,
         settings=options.settings(record.settings),
         tracking=tracking,

@@ -93,12 +93,12 @@ class _Loop:
         self.job, self.ranks, self.console = job, ranks, console
         recipe, plan, store = job.recipe, job.plan, job.store
         self.settings = job.record.settings
-        self.device = runtime.device()
-        self.builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
-        self.evaluator = Evaluator(
-            store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size, ranks
-        )
         with ranks.together():
+            self.device = runtime.device(ranks.launch)
+            self.builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
+            self.evaluator = Evaluator(
+                store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size, ranks
+            )
             self.engine = DeepSpeedEngine(job.model, recipe, plan, self.device)
         self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
         self.record_files = job.run.record_files(recipe, plan, job.record) | {
@@ -106,7 +106,8 @@ class _Loop:
         }
         self.step = self.tokens = 0
         self._resume()
-        self.log = self._open_log() if ranks.is_main else None
+        with ranks.together():
+            self.log = self._open_log() if ranks.is_main else None
         self._unread: deque[tuple[int, StepResult, dict[str, float]]] = deque()
         self._clock = time.monotonic()
         self._clock_tokens = self.tokens

@@ -55,8 +55,8 @@ class Trial:
 
 def try_precisions() -> list[Trial]:
     """One step each, on the device that pretraining would take. Never raises for what the machine cannot do."""
-    device = runtime.device()
-    with tempfile.TemporaryDirectory() as folder, runtime.ranks():
+    with tempfile.TemporaryDirectory() as folder, runtime.ranks() as ranks:
+        device = runtime.device(ranks.launch)
         recipe = load_recipe("tiny", _RECIPE)
         store = _store(Path(folder), recipe)
         return [_try(name, values, recipe, store, device) for name, values in PRECISIONS.items()]
