@@ -91,6 +91,13 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
             "offload_optimizer.device: 'nvme' is not supported",
         ),
         ({"zero_optimization": 2}, "zero_optimization: must be an object"),
+        ({"log_level": "x"}, "log_level: 'x' is not one of debug"),
+        (
+            {"flops_profiler": {"enabled": True, "profile_step": "x"}},
+            "flops_profiler.profile_step: 'x' is of the wrong",
+        ),
+        ({"flops_profiler": {"enable": True}}, "flops_profiler.enable: unknown key"),
+        ({"csv_monitor": {"enabled": True, "output_path": "a\0b"}}, "csv_monitor.output_path: .* holds a NUL"),
         (
             {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": True, "dtype": "float16"}},
             "float16 has no working loss scale at stage 1",

@@ -251,7 +251,7 @@ def test_two_ranks_resume_from_disk_and_fall_back_from_a_damaged_checkpoint(
     how = ["--ds-config", str(json_file), "--save-every", "5"]
     for run, stop in (("straight", "20"), ("parted", "10")):
         arguments = run_arguments(store.path, tmp_path / run, *DROPOUT)
-        processes = start("srun", ["--stop-at", stop, *how, *arguments], tmp_path / f"{run}.log")
+        processes = start("srun", [*arguments, "--stop-at", stop, *how], tmp_path / f"{run}.log")
         assert set(finish(processes)) == {0}, (tmp_path / f"{run}.log").read_text()
     newest = tmp_path / "parted" / "checkpoints" / "step-00000010" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")

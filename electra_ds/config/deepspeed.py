@@ -175,10 +175,23 @@ def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
             problems.append(f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
         elif key in HANDED_ON and values[key] != "auto" and type(values[key]) is not HANDED_ON[key]:
             problems.append(f"{key}: {values[key]!r} is not of type {_JSON_TYPES[HANDED_ON[key]]}")
+        elif key == "log_level" and values[key] != "auto" and values[key] not in _LOG_LEVELS:
+            problems.append(f"log_level: {values[key]!r} is not one of {', '.join(_LOG_LEVELS)}")
         elif key == "steps_per_print" and values[key] != "auto" and values[key] < 1:
             problems.append(f"steps_per_print: {values[key]} is not a positive whole number")
+    profiler = values.get("flops_profiler")
+    for key, value in profiler.items() if isinstance(profiler, dict) else ():
+        if key not in _FLOPS_PROFILER:
+            problems.append(f"flops_profiler.{key}: unknown key")
+        elif value != "auto" and type(value) not in _FLOPS_PROFILER[key]:
+            problems.append(f"flops_profiler.{key}: {value!r} is of the wrong type")
 
 
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+_FLOPS_PROFILER: dict[str, tuple[type, ...]] = {
+    "enabled": (bool,), "recompute_fwd_factor": (int, float), "profile_step": (int,), "module_depth": (int,),
+    "top_modules": (int,), "detailed": (bool,), "output_file": (str, type(None)),
+}  # fmt: skip
 _JSON_TYPES = {dict: "object", bool: "boolean", int: "whole number", str: "string"}
 
 

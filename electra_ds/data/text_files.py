@@ -191,6 +191,9 @@ def _json_documents(path: Path, lines: Iterator[str], text_key: str) -> Iterator
             raise DataError(f"{path}, line {number}: not JSON ({error}); one object per line.") from error
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             keys = f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
+            if isinstance(record, dict) and text_key in record:
+                kind = type(record[text_key]).__name__
+                raise DataError(f"{path}, line {number}: the field '{text_key}' holds a {kind}, not text.")
             raise DataError(f"{path}, line {number}: no text field '{text_key}'; {keys}. Name it with --text-key.")
         yield lines_of(record[text_key].encode("utf8", "replace").decode("utf8"))  # a lone surrogate is no text
 
