@@ -14,7 +14,10 @@ from tests.helpers import REPOSITORY, free_port
 from tests.test_pretrain import SMALL
 
 LAUNCHERS = ("bare", "torchrun", "deepspeed", "srun")
-ENVIRONMENT = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+ENVIRONMENT = os.environ | {
+    "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+    "CUDA_VISIBLE_DEVICES": "",  # two ranks need no two GPUs here
+}
 
 
 def readme_line(launcher: str) -> list[str]:

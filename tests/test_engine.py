@@ -408,6 +408,36 @@ def test_every_precision_follows_the_control_on_a_gpu(
     assert np.mean(losses[-20:]) == pytest.approx(np.mean(expected[-20:]), rel=0.02)
 
 
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "zero", [{"stage": 1}, {"stage": 2}, {"stage": 2, **OFFLOAD}, {"stage": 3}, {"stage": 3, **OFFLOAD}], ids=str
+)
+def test_every_stage_follows_the_control_on_a_gpu_and_gives_and_takes_its_state(
+    store: TokenStore, control: tuple[Recipe, list[float], list[Any]], zero: dict[str, Any], precision: str
+) -> None:
+    recipe, expected, samples = control
+    device = torch.device("cuda", 0)
+    plan = cpu_plan(recipe, zero_optimization=zero, **PRECISIONS[precision])
+    engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, device)
+    builder = builder_for(store, recipe)
+    losses = []
+    for step in range(300):
+        if step == 150:
+            tensors, counters = engine.optimizer.tensors(), engine.optimizer.counters()
+            engine.close()
+            engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, device)
+            engine.optimizer.load(tensors, counters)
+        replay = [sample.to(device) for sample in samples[step]]
+        losses.append(engine.train_step(builder.build(step), step, replay).loss.item())
+    engine.close()
+    assert np.mean(losses[-20:]) == pytest.approx(np.mean(expected[-20:]), rel=0.02)
+
+
 @pytest.mark.gpu
 def test_noise_is_the_same_on_a_gpu_as_on_the_cpu() -> None:
     from electra_ds.objective.keyed_random import column_keys, exponential_noise

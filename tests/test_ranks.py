@@ -15,6 +15,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.plain import PlainEngine
 from electra_ds.runtime import Ranks
 from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
+from tests.launching import ENVIRONMENT
 from tests.rank_worker import PRECISIONS, RECIPE, STEPS, STEPS_IN_HALF, evaluation
 
 # fp32 differs by the order of sums alone. bf16 has 8 significant bits (2^-9 = 0.2 % a rounding) and fp16 11; a loss is
@@ -53,7 +54,9 @@ def test_every_world_size_stage_and_precision_follows_the_plain_engine_on_one_ra
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size), "--master_port",
         str(free_port()), "-m", "tests.rank_worker", str(store.path), str(samples), str(out),
     ]  # fmt: skip
-    result = subprocess.run(launch, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=500)
+    result = subprocess.run(
+        launch, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500
+    )
     assert result.returncode == 0, result.stderr
     assert expected[-1] < 0.9 * expected[0]
     with np.load(out) as found:
