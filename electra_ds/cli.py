@@ -292,14 +292,14 @@ def _pretrain(options: argparse.Namespace) -> None:
         run = RunDirectory(ranks.from_main(_run_path(options, recipe)))
         with ranks.together():
             plan = launch.plan_new(wanted, recipe, run, ranks) if recipe else launch.plan_resume(wanted, run, ranks)
-        store_path = None
+        store = None
         with ranks.together():
-            if ranks.is_main:
-                store_path = _open_store(options, recipe).path.resolve() if recipe else None
-        store_path = ranks.from_main(store_path)
+            if ranks.is_main and recipe:
+                store = _open_store(options, recipe)
+        store_path = ranks.from_main(store and store.path.resolve())
         with ranks.together():
             if recipe:
-                job = launch.prepare_new(wanted, recipe, plan, TokenStore(store_path), run, ranks)
+                job = launch.prepare_new(wanted, recipe, plan, store or TokenStore(store_path), run, ranks)
             else:
                 job = launch.prepare_resume(wanted, plan, run, ranks)
         with ranks.together():

@@ -10,8 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.helpers import REPOSITORY, free_port
-from tests.test_pretrain import SMALL
+from tests.helpers import REPOSITORY, SMALL, free_port
 
 LAUNCHERS = ("bare", "torchrun", "deepspeed", "srun")
 ENVIRONMENT = os.environ | {

@@ -129,7 +129,7 @@ def test_a_broken_recipe_file_is_refused(tmp_path: Path, text: str, message: str
 
 
 def test_an_unknown_recipe_names_the_ones_there_are() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'tiny'"):
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
         load_recipe("tinny")
 
 

@@ -9,7 +9,6 @@ so every such case is caught here first, and all problems are reported together.
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.resources
 import json
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
 from electra_ds.config.precision import PRECISION_KEYS, Precision, parse_precision
 from electra_ds.config.recipe import Recipe
+from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.zero import parse_zero, without_auto
 from electra_ds.errors import ConfigError
 
@@ -107,11 +107,9 @@ def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
     names = ds_config_names()
     path = Path(name_or_path)
     if name_or_path not in names and not path.is_file():
-        near = difflib.get_close_matches(path.stem, names, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ConfigError(
             f"There is no DeepSpeed JSON at {path}: neither a file nor one of {', '.join(names)}, "
-            f"which are those in ds_configs/.{hint}"
+            f"which are those in ds_configs/{did_you_mean(path.stem, names)}"
         )
     try:
         if name_or_path in names:
@@ -171,8 +169,7 @@ def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
         elif key in NOT_USED:
             problems.append(f"{key}: this DeepSpeed feature is not supported here; remove the key")
         elif key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            problems.append(f"{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
+            problems.append(f"{key}: unknown key{did_you_mean(key, known)}")
         elif key in HANDED_ON and values[key] != "auto" and type(values[key]) is not HANDED_ON[key]:
             problems.append(f"{key}: {values[key]!r} is not of type {_JSON_TYPES[HANDED_ON[key]]}")
         elif key == "log_level" and values[key] != "auto" and values[key] not in _LOG_LEVELS:

@@ -6,9 +6,10 @@ the sections are not handed on to `deepspeed.initialize`.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields
 from typing import Any
+
+from electra_ds.config.suggest import did_you_mean
 
 MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor")
 
@@ -60,8 +61,7 @@ def _section(name: str, kind: type, values: dict[str, Any], problems: list[str])
         problems.append(f"{name}.enabled: {enabled!r} is not true or false")
     for key, value in given.items():
         if key not in known:
-            near = difflib.get_close_matches(key, ["enabled", *known], n=1)
-            problems.append(f"{name}.{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
+            problems.append(f"{name}.{key}: unknown key{did_you_mean(key, ('enabled', *known))}")
         elif not isinstance(value, str) and not (value is None and key in ("team", "group")):
             problems.append(f"{name}.{key}: {value!r} is not of type string")
         elif isinstance(value, str) and "\0" in value:

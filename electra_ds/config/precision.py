@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from electra_ds.config.suggest import did_you_mean
 
 PRECISION_KEYS = {
     "fp16": {
@@ -59,8 +60,7 @@ def parse_precision(
                 if section[key]:
                     problems.append(f"{name}.{key}: is not supported here; remove it")
             elif key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                problems.append(f"{name}.{key}: unknown key" + (f"; did you mean '{near[0]}'?" if near else ""))
+                problems.append(f"{name}.{key}: unknown key{did_you_mean(key, known)}")
         on = section.get("enabled", False)
         if on == "auto":
             on = name == "fp16" and not on_cpu and not _chosen(values)

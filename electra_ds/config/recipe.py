@@ -6,7 +6,6 @@ see `config/deepspeed.py`. Recipes are YAML files; those in `electra_ds/recipes/
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
+from electra_ds.config.suggest import did_you_mean
 from electra_ds.errors import ConfigError
 
 
@@ -233,10 +233,10 @@ def read_recipe_values(name_or_path: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Cannot read the recipe {name_or_path}: {error}") from error
     else:
-        near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        names = recipe_names()
         raise ConfigError(
-            f"There is no recipe '{name_or_path}': neither a file nor one of {', '.join(recipe_names())}.{hint}"
+            f"There is no recipe '{name_or_path}': neither a file nor one of {', '.join(names)}"
+            f"{did_you_mean(name_or_path, names)}"
         )
     values = load_yaml(text, f"Recipe {name_or_path}")
     if not isinstance(values, dict):
@@ -259,8 +259,7 @@ def _problems(error: pydantic.ValidationError) -> list[str]:
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, known, n=1)
-            message = "unknown key" + (f"; did you mean '{near[0]}'?" if near else "")
+            message = f"unknown key{did_you_mean(key, known)}"
         elif problem["type"] == "missing":
             message = "is missing"
         lines.append(f"  {key or 'recipe'}: {message}")

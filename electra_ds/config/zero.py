@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
+
+from electra_ds.config.suggest import did_you_mean
 
 # Our own bucket sizes, in elements: DeepSpeed's 5e8 would be a gigabyte, more than the whole of a small model.
 # 1e7 halves are the 20 MB that torch's DistributedDataParallel also gathers before it sends.
@@ -43,9 +44,7 @@ def parse_zero(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     known = {0: {"stage"}, 1: ZERO_KEYS, 2: ZERO_KEYS, 3: ZERO_KEYS | ZERO_3_KEYS}[stage]
     for key in section:
         if key not in ZERO_KEYS | ZERO_3_KEYS:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            problems.append(f"zero_optimization.{key}: not supported here{hint}")
+            problems.append(f"zero_optimization.{key}: not supported here{did_you_mean(key, known)}")
         elif key not in known:
             problems.append(f"zero_optimization.{key}: has no effect at stage {stage}; remove it")
     result = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {}) | without_auto(section)

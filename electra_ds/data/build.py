@@ -179,13 +179,14 @@ def _advance(progress: Progress, task: TaskID, place: int, done: float) -> None:
 
 def _share_of(source: Source, share: int, advance: Callable[[float], None]) -> Iterator[str]:
     """A source's first `share` characters; `advance` is told which part of them, or of the source, has passed."""
+    total_bytes = source.num_bytes  # asks the file system about every file
     num_bytes = num_chars = 0
 
     def read(more_bytes: int) -> None:
         nonlocal num_bytes
         num_bytes += more_bytes
-        if source.num_bytes:
-            advance(min(1.0, max(num_bytes / source.num_bytes, num_chars / share)))
+        if total_bytes:
+            advance(min(1.0, max(num_bytes / total_bytes, num_chars / share)))
 
     for line in itertools.chain.from_iterable(Corpus((source,)).documents(read)):
         yield line[: share - num_chars]

@@ -62,7 +62,7 @@ class Windows:
 
     def rows(self, numbers_B: np.ndarray, rng: np.random.Generator) -> Rows:
         if self.sampling == "epoch":
-            chosen = shuffled(numbers_B, len(self.ranges.starts), *self.key)
+            chosen = shuffled(numbers_B, len(self.ranges.starts), *self.key, _EPOCH)
         else:
             places = rng.integers(0, self._ends[-1], len(numbers_B))
             chosen = np.searchsorted(self._ends, places, side="right")
@@ -81,7 +81,7 @@ class TwoSegments:
         self.key = key
 
     def rows(self, numbers_B: np.ndarray, rng: np.random.Generator) -> Rows:
-        return Rows(*self.examples.segments(shuffled(numbers_B, len(self.examples), *self.key), rng))
+        return Rows(*self.examples.segments(shuffled(numbers_B, len(self.examples), *self.key, _EPOCH), rng))
 
 
 def shuffled(numbers: np.ndarray, size: int, *key: int) -> np.ndarray:
@@ -90,7 +90,7 @@ def shuffled(numbers: np.ndarray, size: int, *key: int) -> np.ndarray:
     items = np.empty_like(places)
     for epoch in np.unique(epochs):
         of_epoch = epochs == epoch
-        items[of_epoch] = permutation_at(places[of_epoch], size, *key, _EPOCH, int(epoch))
+        items[of_epoch] = permutation_at(places[of_epoch], size, *key, int(epoch))
     return items
 
 
@@ -129,11 +129,7 @@ class Sampler:
         Every round of 1,024 rows holds a fixed number of each corpus in shuffled order, so proportions are exact
         and any row is reached at once.
         """
-        rounds, places = np.divmod(numbers, MIXTURE_ROUND)
-        slots = np.empty_like(places)
-        for number in np.unique(rounds):
-            of_round = rounds == number
-            slots[of_round] = permutation_at(places[of_round], MIXTURE_ROUND, self.seed, _MIXTURE, int(number))
+        rounds, slots = numbers // MIXTURE_ROUND, shuffled(numbers, MIXTURE_ROUND, self.seed, _MIXTURE)
         ends = np.cumsum(self._quotas)
         sources = np.searchsorted(ends, slots, side="right")
         return sources, rounds * self._quotas[sources] + slots - (ends - self._quotas)[sources]

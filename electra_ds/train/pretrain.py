@@ -28,7 +28,7 @@ from electra_ds.errors import (
     FailedElsewhereError,
     InterruptedBySignalError,
     TrainingError,
-)  # fmt: skip
+)
 from electra_ds.model.electra import Electra
 from electra_ds.runtime import Ranks
 from electra_ds.train.metrics import Evaluator
@@ -75,10 +75,8 @@ def pretrain(job: PretrainJob, ranks: Ranks, console: Console, time_limit_s: flo
                 job.run.write_record(job.recipe, job.plan, job.record)
                 job.run.clear_verdict()
             return loop.run(stop_wish)
-        except (InterruptedBySignalError, ConfigError):  # stopped as asked; refused, with the run as it was
-            raise
-        except FailedElsewhereError:
-            raise
+        except (InterruptedBySignalError, ConfigError, FailedElsewhereError):
+            raise  # stopped as asked; refused, with the run as it was; told by the rank that failed
         except Exception as error:
             with contextlib.suppress(CheckpointError):  # the disk may be full
                 if not runtime.is_lost_connection(error):
