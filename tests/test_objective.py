@@ -7,14 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch.nn import functional
 
 from electra_ds.config.overrides import load_recipe
+from electra_ds.objective import prediction
 from electra_ds.objective.keyed_random import column_keys, exponential_noise, hash64, permutation_at
-from electra_ds.objective.losses import discriminator_loss_sum, generator_loss_sum
+from electra_ds.objective.losses import discriminator_loss_sum
 from electra_ds.objective.masking import Masks, choose_masks
+from electra_ds.objective.prediction import predict_tokens
 from electra_ds.objective.sampling import sample_tokens
 from electra_ds.objective.schedule import learning_rate_at
 
@@ -49,9 +52,9 @@ def test_no_two_columns_share_their_noise(columns: int) -> None:
 def test_equal_tokens_of_a_real_vocabulary_are_drawn_equally_often() -> None:
     draws, classes = 6_000, 30_522
     chosen = torch.tensor([7, 2614, 12_254, 22_325, 28_199, 30_521])
-    logits = torch.full((classes,), -1e4)
-    logits[chosen] = 0.0
-    samples = sample_tokens(logits.expand(draws, classes), row_keys(draws, 2), column_keys(classes))
+    weights = torch.zeros(classes)
+    weights[chosen] = 1.0
+    samples = sample_tokens(weights.expand(draws, classes), row_keys(draws, 2), column_keys(classes))
     counts = np.bincount(samples.numpy(), minlength=classes)[chosen.numpy()]
     assert chi_square_p(counts, np.full(6, draws / 6)) > LOWEST_P
 
@@ -84,26 +87,91 @@ def test_hashes_of_different_parts_differ() -> None:
 def test_sampling_frequencies_are_the_tempered_softmax(temperature: float, dtype: torch.dtype) -> None:
     draws, classes = 100_000, 50
     logits = torch.randn(classes, generator=torch.Generator().manual_seed(3)).mul(1.5).to(dtype)
-    samples = sample_tokens(logits.expand(draws, classes), row_keys(draws), column_keys(classes), temperature)
+    hidden, weight = torch.ones(draws, 1, dtype=dtype), logits[:, None]
+    samples = predict_tokens(
+        hidden, weight, torch.zeros(classes), torch.zeros(draws, dtype=torch.int64), row_keys(draws),
+        column_keys(classes), temperature,
+    ).samples_M  # fmt: skip
     expected = torch.softmax(logits.double() / temperature, -1).numpy() * draws
     assert chi_square_p(np.bincount(samples.numpy(), minlength=classes), expected) > LOWEST_P
 
 
 def test_samples_of_different_rows_are_independent() -> None:
     draws, classes = 60_000, 4
-    samples = sample_tokens(torch.zeros(draws, classes), row_keys(draws, 9), column_keys(classes)).numpy()
+    samples = sample_tokens(torch.ones(draws, classes), row_keys(draws, 9), column_keys(classes)).numpy()
     pairs = samples[:-1:2] * classes + samples[1::2]
     assert chi_square_p(np.bincount(pairs, minlength=16), np.full(16, draws / 32)) > LOWEST_P
 
 
 def test_a_rare_token_is_drawn_as_often_as_it_should_be() -> None:
-    """30-bit resolution at the small end: a token of probability 1e-4 among 20,000."""
+    """30-bit resolution at the small end: a token of probability 1e-3 among 2,000."""
     draws, classes = 50_000, 2_000
-    logits = torch.zeros(classes)
-    logits[7] = math.log(classes * 1e-3)
-    probability = math.exp(logits[7].item()) / (classes - 1 + math.exp(logits[7].item()))
-    samples = sample_tokens(logits.expand(draws, classes), row_keys(draws, 5), column_keys(classes))
+    weights = torch.ones(classes)
+    weights[7] = classes * 1e-3
+    samples = sample_tokens(weights.expand(draws, classes), row_keys(draws, 5), column_keys(classes))
+    probability = weights[7].item() / weights.sum().item()
     assert stats.binomtest(int((samples == 7).sum()), draws, probability).pvalue > LOWEST_P
+
+
+# --- the vocabulary head
+
+
+@given(
+    rows=st.integers(0, 40), embedding=st.integers(1, 9), classes=st.integers(2, 50), piece_rows=st.integers(1, 50),
+    scale=st.floats(0.1, 30), seed=st.integers(0, 1000),
+)  # fmt: skip
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_loss_gradients_and_samples_are_those_of_the_logits_however_they_are_cut(
+    monkeypatch: pytest.MonkeyPatch, rows: int, embedding: int, classes: int, piece_rows: int, scale: float, seed: int
+) -> None:
+    monkeypatch.setattr(prediction, "_CPU_PIECE_BYTES", 4 * classes * piece_rows)
+    rng = torch.Generator().manual_seed(seed)
+    inputs = [
+        (scale * torch.randn(*shape, generator=rng)).requires_grad_()
+        for shape in ((rows, embedding), (classes, embedding), (classes,))
+    ]
+    targets = torch.randint(classes, (rows,), generator=rng)
+    found = predict_tokens(*inputs, targets, row_keys(rows, seed), column_keys(classes))
+    (3.0 * found.loss_sum).backward()
+    ours = [tensor.grad for tensor in inputs]
+    for tensor in inputs:
+        tensor.grad = None
+    logits = functional.linear(*inputs)
+    losses = functional.cross_entropy(logits.double(), targets, reduction="none")
+    (3.0 * losses.sum()).backward()
+    torch.testing.assert_close(found.losses_M.double(), losses.detach(), rtol=1e-5, atol=1e-5 * scale**2)
+    torch.testing.assert_close(found.loss_sum, found.losses_M.sum())
+    for mine, tensor in zip(ours, inputs, strict=True):
+        assert mine is not None
+        assert tensor.grad is not None
+        torch.testing.assert_close(mine, tensor.grad, rtol=1e-4, atol=1e-4 * scale)
+    assert torch.equal(found.best_M, logits.argmax(-1))
+    gumbel = logits.detach() - exponential_noise(row_keys(rows, seed), column_keys(classes)).log()
+    nearly = gumbel.gather(1, found.samples_M[:, None]).squeeze(1)
+    torch.testing.assert_close(nearly, gumbel.amax(-1), rtol=1e-5, atol=1e-4)  # the same draw, but for a tie
+
+
+def test_a_loss_far_beyond_what_fp32_probabilities_hold_is_exact() -> None:
+    """exp(-200) is 0 in fp32; the loss is 200 all the same, and the gradient finite."""
+    hidden = torch.tensor([[200.0]], requires_grad=True)
+    found = predict_tokens(
+        hidden, torch.tensor([[1.0], [0.0]]), torch.zeros(2), torch.tensor([1]), row_keys(1), column_keys(2)
+    )
+    found.loss_sum.backward()
+    assert (found.loss_sum.item(), hidden.grad) == (200.0, torch.tensor([[1.0]]))
+
+
+def test_half_precision_gradients_keep_the_rare_tokens() -> None:
+    """1/V is below what fp16 holds after a division by the batch; here the division comes after the product."""
+    rows, classes = 8, 30_522
+    hidden = torch.ones(rows, 4, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(classes, 4, dtype=torch.float16, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float16, requires_grad=True)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    found = predict_tokens(hidden, weight, bias, targets, row_keys(rows), column_keys(classes))
+    (found.loss_sum * 2.0**10 / rows).backward()
+    assert weight.grad is not None
+    assert weight.grad[1:].float().numpy() == pytest.approx(2.0**10 / classes, rel=2e-3)
 
 
 # --- permutations
@@ -197,14 +265,8 @@ def test_replacements_go_to_the_selected_or_only_to_the_masked() -> None:
 # --- losses and schedule
 
 
-def test_losses_are_sums_that_may_be_cut_anywhere() -> None:
+def test_the_discriminators_loss_is_that_of_the_counted_positions() -> None:
     rng = torch.Generator().manual_seed(0)
-    logits, targets = torch.randn(12, 9, generator=rng), torch.randint(9, (12,), generator=rng)
-    by_hand = -sum(torch.log_softmax(logits[i], -1)[targets[i]] for i in range(12))
-    torch.testing.assert_close(generator_loss_sum(logits, targets), by_hand)
-    torch.testing.assert_close(
-        generator_loss_sum(logits[:5], targets[:5]) + generator_loss_sum(logits[5:], targets[5:]), by_hand
-    )
     scores, replaced = torch.randn(3, 4, generator=rng), torch.tensor([[1, 0, 1, 0]] * 3, dtype=torch.bool)
     counted = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
     right = torch.where(replaced, torch.sigmoid(scores), 1 - torch.sigmoid(scores))
@@ -212,8 +274,10 @@ def test_losses_are_sums_that_may_be_cut_anywhere() -> None:
 
 
 def test_losses_are_taken_in_fp32() -> None:
-    logits = torch.full((1, 30_000), 9.0, dtype=torch.bfloat16)
-    assert generator_loss_sum(logits, torch.tensor([0])).item() == pytest.approx(math.log(30_000), rel=1e-6)
+    hidden, weight = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(30_000, 1, dtype=torch.bfloat16)
+    bias = torch.full((30_000,), 9.0, dtype=torch.bfloat16)
+    found = predict_tokens(hidden, weight, bias, torch.tensor([0]), row_keys(1), column_keys(30_000))
+    assert found.loss_sum.item() == pytest.approx(math.log(30_000), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,19 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.model.encoder import Encoder, EncoderConfig
 from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
 from electra_ds.objective.keyed_random import column_keys
-from electra_ds.objective.losses import discriminator_loss_sum, generator_loss_sum
+from electra_ds.objective.losses import discriminator_loss_sum
 from electra_ds.objective.microbatch import MicroBatch
-from electra_ds.objective.sampling import sample_tokens
 
 
 class ElectraOutput(NamedTuple):
-    """Sums over the micro-batch (to be divided by counts over the global batch), logits and samples."""
+    """Sums over the micro-batch (to be divided by counts over the global batch), and what they were made of."""
 
     generator_loss_sum: torch.Tensor
     discriminator_loss_sum: torch.Tensor
-    generator_logits_MV: torch.Tensor
+    generator_losses_M: torch.Tensor
+    """fp32, nats."""
+    best_M: torch.Tensor
+    """int64, the generator's most probable tokens."""
     samples_M: torch.Tensor
     discriminator_logits_BT: torch.Tensor
     is_replaced_BT: torch.Tensor
@@ -106,20 +108,23 @@ class Electra(nn.Module):
     def _forward(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> ElectraOutput:
         generator_BTH = self.generator(batch.generator_ids_BT, batch.attend_B11T, batch.segments_BT)
         gathered_MH = generator_BTH.flatten(0, 1).index_select(0, batch.selected_M)
-        logits_MV = self.generator_head(gathered_MH)
         targets_M = batch.ids_BT.flatten().index_select(0, batch.selected_M)
+        prediction = self.generator_head(
+            gathered_MH, targets_M, batch.noise_keys_M, self.column_keys_V, self.temperature
+        )
         with torch.no_grad():
             if samples_M is None:
-                samples_M = sample_tokens(logits_MV, batch.noise_keys_M, self.column_keys_V, self.temperature)
+                samples_M = prediction.samples_M
             corrupted_M = torch.where(batch.replaced_M, samples_M, targets_M)
             corrupted_BT = batch.ids_BT.flatten().index_copy(0, batch.selected_M, corrupted_M).view_as(batch.ids_BT)
             is_replaced_BT = corrupted_BT != batch.ids_BT
         discriminator_BTH = self.discriminator(corrupted_BT, batch.attend_B11T, batch.segments_BT)
         discriminator_logits_BT = self.discriminator_head(discriminator_BTH)
         return ElectraOutput(
-            generator_loss_sum(logits_MV, targets_M),
+            prediction.loss_sum,
             discriminator_loss_sum(discriminator_logits_BT, is_replaced_BT, batch.counted_BT),
-            logits_MV.detach(),
+            prediction.losses_M,
+            prediction.best_M,
             samples_M,
             discriminator_logits_BT.detach(),
             is_replaced_BT,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from electra_ds.model.kernels import attention, dropout, dropout_add, feed_forward
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.hidden_dropout = config.hidden_dropout_prob
 
     def forward(self, ids_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
         positions = self.position_embeddings.weight[: ids_BT.shape[1]]
@@ -51,7 +52,8 @@ class Embeddings(nn.Module):
             places = positions + self.token_type_embeddings.weight[0]
         else:
             places = positions + self.token_type_embeddings(segments_BT.long())
-        return self.dropout(self.LayerNorm(self.word_embeddings(ids_BT) + places))
+        normed_BTE = self.LayerNorm(self.word_embeddings(ids_BT) + places)
+        return dropout(normed_BTE, self.hidden_dropout if self.training else 0.0)
 
 
 class Layer(nn.Module):
@@ -62,29 +64,20 @@ class Layer(nn.Module):
         hidden = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.attention_dropout = config.attention_probs_dropout_prob
+        self.hidden_dropout = config.hidden_dropout_prob
         self.query_key_value = nn.Linear(hidden, 3 * hidden)
         self.attention_output = nn.Linear(hidden, hidden)
         self.attention_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.intermediate = nn.Linear(hidden, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, hidden)
         self.output_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_BTH: torch.Tensor, attend_B11T: torch.Tensor | None) -> torch.Tensor:
-        batch, length, width = hidden_BTH.shape
-        query_key_value = self.query_key_value(hidden_BTH).view(batch, length, 3, self.num_heads, -1)
-        query_BNTD, key_BNTD, value_BNTD = query_key_value.permute(2, 0, 3, 1, 4)
-        context = functional.scaled_dot_product_attention(
-            query_BNTD,
-            key_BNTD,
-            value_BNTD,
-            attn_mask=attend_B11T,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )
-        context_BTH = context.transpose(1, 2).reshape(batch, length, width)
-        hidden_BTH = self.attention_norm(hidden_BTH + self.dropout(self.attention_output(context_BTH)))
-        inner = functional.gelu(self.intermediate(hidden_BTH))
-        return self.output_norm(hidden_BTH + self.dropout(self.output(inner)))
+        attention_dropout, hidden_dropout = (self.attention_dropout, self.hidden_dropout) if self.training else (0, 0)
+        context_BTH = attention(self.query_key_value(hidden_BTH), attend_B11T, self.num_heads, attention_dropout)
+        hidden_BTH = self.attention_norm(dropout_add(self.attention_output(context_BTH), hidden_BTH, hidden_dropout))
+        inner_BTH = feed_forward(hidden_BTH, self.intermediate, self.output)
+        return self.output_norm(dropout_add(inner_BTH, hidden_BTH, hidden_dropout))
 
 
 class Encoder(nn.Module):

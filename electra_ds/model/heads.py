@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 from electra_ds.model.encoder import EncoderConfig
+from electra_ds.objective.prediction import Prediction, predict_tokens
 
 
 class GeneratorHead(nn.Module):
-    """Vocabulary logits: dense, GELU, LayerNorm, then the token table with a bias of its own."""
+    """Token predictions: dense, GELU, LayerNorm, then logits by the token table with a bias of its own."""
 
     def __init__(self, config: EncoderConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
@@ -22,9 +23,19 @@ class GeneratorHead(nn.Module):
         self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
         self.decoder.weight = word_embeddings.weight
 
-    def forward(self, hidden_MH: torch.Tensor) -> torch.Tensor:
-        """Logits [M, V] of hidden states already gathered at the masked positions."""
-        return self.decoder(self.LayerNorm(functional.gelu(self.dense(hidden_MH))))
+    def forward(
+        self, hidden_MH: torch.Tensor, targets_M: torch.Tensor, noise_keys_M: torch.Tensor,
+        column_keys_V: torch.Tensor, temperature: float,
+    ) -> Prediction:  # fmt: skip
+        """Loss and samples from hidden states already gathered at the masked positions."""
+        decoder = self.decoder
+        return predict_tokens(
+            self.transform(hidden_MH), decoder.weight, decoder.bias, targets_M, noise_keys_M, column_keys_V, temperature
+        )
+
+    def transform(self, hidden_MH: torch.Tensor) -> torch.Tensor:
+        """[M, H] -> [M, E], what the token table is multiplied with."""
+        return self.LayerNorm(functional.gelu(self.dense(hidden_MH)))
 
 
 class DiscriminatorHead(nn.Module):

@@ -73,7 +73,7 @@ def exponential_noise(row_keys: torch.Tensor, column_keys: torch.Tensor) -> torc
     """float32 [rows, columns] of Exp(1) variates, each a function of its row's and column's key alone.
 
     row_keys, column_keys: int32 hashes on one device. The two are combined and mixed by two rounds of
-    multiplying and shifting; 31 bits become a uniform v whose resolution near 0 is 2^-31, and -log1p(-v)
+    multiplying and shifting; 31 bits become a uniform v, never 0, whose resolution near 0 is 2^-30, and -log1p(-v)
     keeps that resolution in the small values, which are the ones that win a race.
     """
     bits = row_keys[:, None] ^ column_keys[None, :]
@@ -81,5 +81,4 @@ def exponential_noise(row_keys: torch.Tensor, column_keys: torch.Tensor) -> torc
     bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF))  # torch shifts the sign in; this takes it out
     bits.mul_(-1028477387)  # 0xC2B2AE35
     bits.bitwise_xor_(bits >> 16)  # with the sign shifted in, the result is never negative
-    uniform = bits.float().add_(0.5).mul_(2.0**-31)
-    return uniform.neg_().log1p_().neg_()
+    return bits.bitwise_or_(1).mul(-(2.0**-31)).log1p_().neg_()

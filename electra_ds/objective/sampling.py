@@ -12,23 +12,18 @@ from electra_ds.objective.keyed_random import exponential_noise
 _NOISE_BYTES = 1 << 20  # rows are handled in pieces whose noise stays in a core's cache
 
 
-def sample_tokens(
-    logits_MV: torch.Tensor, noise_keys_M: torch.Tensor, column_keys_V: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
-    """int64 [M]: one token per row from softmax(logits / temperature), by Gumbel-argmax in fp32.
+def sample_tokens(weights_MV: torch.Tensor, noise_keys_M: torch.Tensor, column_keys_V: torch.Tensor) -> torch.Tensor:
+    """int64 [M]: one token per row, with probability proportional to its weight (fp32, such as a softmax).
 
-    Gumbel noise is -log(E) of an exponential E, keyed by `noise_keys_M` (int32), so a draw does not depend
-    on how the batch is cut. ELECTRA paper, section 2; google-research/electra samples the same way.
+    An exponential race: of Exp(1) variates E keyed by `noise_keys_M` (int32) the largest weight / E wins. That is
+    Gumbel-argmax, log(weight) - log(E), without its logarithm; so a draw does not depend on how the batch is cut, and
+    rounding almost never changes it. ELECTRA paper, section 2; google-research/electra samples by Gumbel-argmax.
     """
-    if logits_MV.device.type == "cpu":
-        rows = max(1, _NOISE_BYTES // (4 * logits_MV.shape[1]))
-    else:
-        rows = 4096
-    samples = [
-        torch.log(exponential_noise(noise_keys, column_keys_V))
-        .neg_()
-        .add_(logits.float(), alpha=1.0 / temperature)
-        .argmax(dim=-1)
-        for logits, noise_keys in zip(logits_MV.split(rows), noise_keys_M.split(rows), strict=True)
-    ]
+    rows = len(weights_MV)
+    if weights_MV.device.type == "cpu":
+        rows = max(1, _NOISE_BYTES // (4 * weights_MV.shape[1]))
+    samples = []
+    for weights, noise_keys in zip(weights_MV.split(rows or 1), noise_keys_M.split(rows or 1), strict=True):
+        noise = exponential_noise(noise_keys, column_keys_V)
+        samples.append(torch.div(weights, noise, out=noise).max(dim=-1).indices)  # on a CPU thrice as fast as argmax
     return torch.cat(samples)

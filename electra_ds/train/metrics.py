@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
-from torch.nn import functional
 
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import BatchBuilder, GlobalBatch
@@ -134,13 +133,13 @@ class Evaluator:
 def _measured(micro_batch: MicroBatch, output: ElectraOutput) -> _Chunk:
     targets = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
     masked = micro_batch.generator_ids_BT.flatten()[micro_batch.selected_M] != targets
-    logits, targets = output.generator_logits_MV[masked].float(), targets[masked]
+    targets = targets[masked]
     return _Chunk(
         generator_sum=output.generator_loss_sum.item(),
         discriminator_sum=output.discriminator_loss_sum.item(),
-        masked_nats=functional.cross_entropy(logits, targets, reduction="none").cpu().numpy(),
+        masked_nats=output.generator_losses_M[masked].cpu().numpy(),
         masked_targets=targets.cpu().numpy(),
-        argmax_hits=(logits.argmax(-1) == targets).cpu().numpy(),
+        argmax_hits=(output.best_M[masked] == targets).cpu().numpy(),
         sampled_hits=(output.samples_M[masked] == targets).cpu().numpy(),
         labels=output.is_replaced_BT[micro_batch.counted_BT].cpu().numpy(),
         scores=output.discriminator_logits_BT[micro_batch.counted_BT].float().cpu().numpy(),
