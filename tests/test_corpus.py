@@ -19,6 +19,8 @@ import pytest
 import zstandard
 
 from electra_ds import cli
+from electra_ds.cli.pretrain import check_arguments
+from electra_ds.cli.stores import store_name
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Boundary, Corpus, open_corpus, open_source
@@ -577,14 +579,14 @@ def test_what_belongs_to_a_corpus_cannot_be_given_with_resume_or_data(flags: lis
         with pytest.raises(
             ConfigError, match=flags[0] if what[0] == "--resume" else "--data is a finished token store"
         ):
-            cli._check_pretrain_arguments(options)
+            check_arguments(options)
 
 
 def test_stores_made_on_the_way_have_names_for_people() -> None:
     def name(*arguments: str) -> str:
         options = cli.build_parser().parse_args(["pretrain", *arguments])
         options.corpus = options.corpus or [["builtin"]]
-        return cli._store_name(options, small_recipe())
+        return store_name(options, small_recipe())
 
     assert name() == "builtin-byte-level-bpe-400"
     wikipedia = name(

@@ -57,7 +57,7 @@ def test_imports_go_one_way(path: Path) -> None:
         if module.startswith("electra_ds"):
             target = module if module != "electra_ds" else "electra_ds.errors"
             assert row_of(target) <= row_of(own), f"{own} imports {module}"
-        assert at_top or own == "electra_ds.cli", f"{own} imports {module} inside a function"
+        assert at_top or own.startswith("electra_ds.cli."), f"{own} imports {module} inside a function"
 
 
 def test_config_does_not_know_torch_and_the_engine_alone_knows_deepspeed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def report_run(run: RunDirectory, console: Console) -> None:
         raise CheckpointError(f"The run {run.path} has no evaluation to report yet.")
     recipe, record = run.read_recipe(), run.read_record()
     table = _summary(evaluations, recipe.name)
+    table.caption = speed_line(metrics, record.device)
     console.print(table)
     draw_curves(metrics, f"{recipe.name}: {evaluations[-1]['step']:,} steps, {record.device}", run.path / "curves.png")
 
@@ -75,6 +77,15 @@ def _summary(evaluations: list[dict[str, Any]], name: str) -> Table:
     for key, label in _ROWS.items():
         table.add_row(label, *(f"{line[key]:.4f}" if line[key] is not None else "–" for line in columns))
     return table
+
+
+def speed_line(metrics: list[dict[str, Any]], device: str) -> str | None:
+    """Median throughput, for a device whose peak is known; medians, since a start's first steps are slow."""
+    lines = [line for line in metrics if line.get("mfu") is not None]
+    if not lines:
+        return None
+    mfu, tokens_per_s = (statistics.median(line[key] for line in lines) for key in ("mfu", "tokens_per_s"))
+    return f"{tokens_per_s:,.0f} tokens/s, {mfu:.1%} of the peak of {device} (MFU)"
 
 
 def _write(path: Path, *parts: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from electra_ds.errors import (
 from electra_ds.model.electra import Electra
 from electra_ds.runtime import Ranks
 from electra_ds.train.metrics import Evaluator
+from electra_ds.train.throughput import Throughput, joint_peak_flops
 from electra_ds.train.trackers import RunLog, open_trackers
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay, read_metrics
 
@@ -107,8 +107,10 @@ class _Loop:
         with ranks.together():
             self.log = self._open_log() if ranks.is_main else None
         self._unread: deque[tuple[int, StepResult, dict[str, float]]] = deque()
-        self._clock = time.monotonic()
-        self._clock_tokens = self.tokens
+        peak_flops = joint_peak_flops(self.device, plan.precision.name, plan.batch.world_size)
+        self.throughput = Throughput(
+            job.model.generator.config, job.model.discriminator.config, self.device, peak_flops
+        )
 
     def _open_log(self) -> RunLog:
         job = self.job
@@ -163,14 +165,17 @@ class _Loop:
                 result = self.engine.train_step(batch, step)
                 self.step = step + 1
                 self.tokens += batch.num_tokens
+                self.throughput.count(batch)
                 known = {"learning_rate": self.engine.learning_rate(step), "tokens_seen": float(self.tokens)}
                 self._unread.append((self.step, result, known))
                 if self.step % min(settings.log_every, _LOOK_EVERY) == 0 or self.step == job.stop_at:
                     self._log(display)
                 if self.step % settings.eval_every == 0 and self.step < job.stop_at:
-                    self._evaluate(display)
+                    with self.throughput.paused():
+                        self._evaluate(display)
                 if self.step % settings.save_every == 0 and self.step < job.stop_at:
-                    self._save()
+                    with self.throughput.paused():
+                        self._save()
                 request = stop_wish.decide()
                 if request is not None and self.step < job.stop_at:
                     self._log(display)
@@ -201,13 +206,11 @@ class _Loop:
     def _log(self, display: TrainingDisplay) -> None:
         """Read back the steps since the last call, write them, and see whether training still moves."""
         optimizer = self.engine.optimizer
-        now = time.monotonic()
-        tokens_per_s = (self.tokens - self._clock_tokens) / max(now - self._clock, 1e-9)
-        self._clock, self._clock_tokens = now, self.tokens
+        rates = self.throughput.read()
         loss_scale, skipped = optimizer.loss_scale.item(), int(optimizer.skipped_steps.item())
-        values = self._write_unread(skipped_steps=skipped, loss_scale=loss_scale, tokens_per_s=round(tokens_per_s))
+        values = self._write_unread(skipped_steps=skipped, loss_scale=loss_scale, **rates)
         generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
-        numbers = f"generator {_shown(generator)}  discriminator {_shown(discriminator)}  {tokens_per_s:,.0f} tokens/s"
+        numbers = f"generator {_shown(generator)}  discriminator {_shown(discriminator)}  {_shown_rates(**rates)}"
         display.update(self.step, numbers + (f"  skipped {skipped}" if skipped else ""))
         with self.ranks.together():
             self._check_progress(int(optimizer.consecutive_skips.item()))
@@ -249,7 +252,6 @@ class _Loop:
         )
 
     def _evaluate(self, display: TrainingDisplay) -> None:
-        started = time.monotonic()
         evaluation = self.evaluator(self.engine.evaluate, self.device)
         with self.ranks.together():
             if self.log is not None:
@@ -259,11 +261,9 @@ class _Loop:
             f"held out at step {self.step}: generator {evaluation.generator_masked_loss:.3f} nats at [MASK] "
             f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
         )
-        self._clock += time.monotonic() - started
 
     def _save(self) -> Path:
         """Publish a checkpoint; all ranks give their part of the state, and leave when it is there."""
-        started = time.monotonic()
         self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
         if self.log is not None:
             self.log.flush()
@@ -277,7 +277,6 @@ class _Loop:
         with self.ranks.together():
             if self.ranks.is_main:
                 self.checkpoints.save(tensors, state, self.record_files)
-        self._clock += time.monotonic() - started
         return self.checkpoints.path(self.step)
 
     def close(self) -> None:
@@ -291,3 +290,7 @@ def _finite(value: float) -> float | None:
 
 def _shown(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
+
+
+def _shown_rates(tokens_per_s: float, mfu: float | None = None) -> str:
+    return f"{tokens_per_s:,.0f} tokens/s" + ("" if mfu is None else f"  MFU {mfu:.1%}")

@@ -1,0 +1,68 @@
+"""The parser behind every bin/ script and the `electra-ds` command.
+
+One module for a command, with a function that adds its parser and the handler that runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from electra_ds import __version__
+from electra_ds.cli.build_data import add_build_data
+from electra_ds.cli.doctor import add_doctor
+from electra_ds.cli.pretrain import add_pretrain
+from electra_ds.cli.results import add_export, add_report
+from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
+from electra_ds.launcher import detect
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="electra-ds", description="Pretrain ELECTRA text encoders with DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"electra_ds {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_pretrain(commands)
+    add_build_data(commands)
+    add_report(commands)
+    add_export(commands)
+    add_doctor(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, and turn our errors into one message and an exit status (2; 128 + N after signal N).
+
+    What every rank of a node meets alike is said by its first one; what one rank meets, by that rank.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without → must not end a run
+    try:
+        speaks = detect(os.environ).local_rank == 0
+    except ConfigError as error:
+        print(f"electra-ds: {error}", file=sys.stderr)
+        sys.exit(2)
+    with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
+        options = build_parser().parse_args(arguments)
+    try:
+        options.handler(options)
+    except FailedElsewhereError:
+        sys.exit(2)
+    except InterruptedBySignalError as stop:
+        if speaks:
+            print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except ElectraError as error:
+        if speaks or error.rank is not None:
+            where = f" (rank {error.rank})" if error.rank else ""
+            print(f"electra-ds {options.command}{where}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if speaks:
+            print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

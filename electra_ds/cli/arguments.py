@@ -1,0 +1,57 @@
+"""What the commands' parsers have in common.
+
+As in every module of this package, what needs torch, numpy or another large package is imported inside the handlers,
+so that --help and bad arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+    Group: TypeAlias = argparse._ActionsContainer
+
+DEFAULT_RECIPE = "rc2020-small"
+
+
+def add_command(commands: Commands, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows the epilog as it is written."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return command
+
+
+def add_overrides(group: Group, example: str) -> None:
+    """--set, as `options.overrides`."""
+    group.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
+        help=f"override the recipe, e.g. --set {example}",
+    )  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """The argument as a whole number above 0."""
+    value = int(text) if text.lstrip("+").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return value
+
+
+def duration_s(text: str) -> float:
+    """Seconds of `90m`, `3.5h`, `2d`, `300s`, or Slurm's `[D-]HH:MM:SS`."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
+        return float(match[1]) * units[match[2]]
+    if match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90m, 3.5h or 23:55:00")

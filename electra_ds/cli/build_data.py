@@ -1,0 +1,51 @@
+"""`electra-ds build-data`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, positive
+from electra_ds.cli.stores import add_corpus_arguments, make_store
+from electra_ds.config.overrides import load_recipe
+
+if TYPE_CHECKING:
+    from electra_ds.cli.arguments import Commands
+
+_EPILOG = """\
+examples:
+  bin/build-data --corpus my_texts/ --recipe rc2020-small --out stores/mine
+      trains the recipe's tokenizer on the text and tokenises it
+  bin/build-data --corpus dump.jsonl.zst --text-key body --tokenizer vocab.txt --out stores/dump
+  bin/build-data --corpus 'hub:wikimedia/wikipedia#20231101.en' --streaming --corpus books/ --out stores/both \\
+      --tokenizer google-bert/bert-base-multilingual-cased
+
+Each --corpus is one source of text, and data.corpus_weights has one number for each. A source is files and folders
+(read recursively), `builtin`, or hub:NAME#CONFIG@SPLIT, a dataset of the Hugging Face Hub (the split is `train` where
+none is given; a local folder in the Hub's layout is hub:./FOLDER). Files are text (one document each, or
+--document-boundary blank-line), JSON lines, WikiExtractor's <doc> files, each also as .gz, .bz2, .xz or .zst, and
+Parquet. An interrupted build goes on where it stopped when run again.
+"""
+
+
+def add_build_data(commands: Commands) -> None:
+    """The parser of `build-data`."""
+    command = add_command(commands, "build-data", "Tokenise a corpus into a token store.", _EPILOG)
+    command.set_defaults(handler=_build_data)
+    add_corpus_arguments(command, default_note="`builtin` for the built-in corpus", required=True)
+    command.add_argument("--out", type=Path, required=True, metavar="STORE", help="folder to make")
+    command.add_argument("--recipe", default=DEFAULT_RECIPE, metavar="NAME|FILE", help="whose tokenizer to train")
+    add_overrides(command, "tokenizer.vocab_size=16000")
+    command.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core)")
+
+
+def _build_data(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    store = make_store(options, recipe, options.out, options.workers)
+    info = store.info
+    print(
+        f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,} kinds "
+        f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB). "
+        f"Train on it with: bin/pretrain --data {store.path} --recipe … --ds-config …"
+    )

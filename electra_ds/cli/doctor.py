@@ -1,0 +1,35 @@
+"""`electra-ds doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from electra_ds.cli.arguments import add_command
+
+if TYPE_CHECKING:
+    from electra_ds.cli.arguments import Commands
+
+_EPILOG = """\
+example:
+  bin/doctor
+      versions, memory, GPUs, and one real training step in each precision; exit status 0 where pretraining can run
+"""
+
+
+def add_doctor(commands: Commands) -> None:
+    """The parser of `doctor`."""
+    command = add_command(
+        commands, "doctor", "Say what this machine can pretrain with, and how to mend what is wrong.", _EPILOG
+    )
+    command.set_defaults(handler=_doctor)
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from electra_ds.train.doctor import doctor
+
+    sys.exit(doctor(Console(), as_json=options.json))

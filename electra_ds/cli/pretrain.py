@@ -1,0 +1,149 @@
+"""`electra-ds pretrain`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, duration_s, positive
+from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
+from electra_ds.config.deepspeed import ds_config_names
+from electra_ds.config.manifest import RunDirectory
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import Recipe, recipe_names
+from electra_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from electra_ds.cli.arguments import Commands, Group
+
+_STARTED = time.monotonic()  # what a time limit counts from
+_EPILOG = """\
+examples:
+  bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny
+      a first run, on documentation text that every machine has
+  bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus my_texts/
+      the reproduction study's ELECTRA-Small on your own text, on a 6 GB card
+  bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus 'hub:wikimedia/wikipedia#20231101.sw' --corpus news/
+      a dataset of the Hugging Face Hub, and a folder
+  bin/pretrain --ds-config cpu --recipe tiny --wandb offline --tensorboard
+      with curves to watch; ds_configs/cpu.json is known by its name too
+  bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 seed=3
+  bin/pretrain --resume runs/tiny-20260101-120000
+  bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
+      the same run goes on under another DeepSpeed JSON: same batch, schedule, data, masks and samples
+
+several GPUs, several nodes:
+  torchrun --nproc_per_node 4 bin/pretrain --ds-config ds_configs/zero1.json
+  deepspeed --num_gpus 4 bin/pretrain --ds-config ds_configs/zero1.json
+  srun --ntasks-per-node 4 --gpus-per-task 1 --kill-on-bad-exit=1 bin/pretrain --ds-config ds_configs/zero1.json
+
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint at the next step and leave; a second one, 5 s later or more, leaves at
+once.
+"""
+
+
+def add_pretrain(commands: Commands) -> None:
+    """The parser of `pretrain`."""
+    command = add_command(commands, "pretrain", "Pretrain generator and discriminator.", _EPILOG)
+    command.set_defaults(handler=_pretrain)
+    what = command.add_argument_group("what to train")
+    what.add_argument("--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file")
+    add_overrides(what, "schedule.total_steps=5000 model.hidden_size=256")
+    what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
+    add_corpus_arguments(what, default_note="default: the built-in corpus")
+    what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
+    # What the deepspeed launcher adds, and what people who know its scripts give.
+    command.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    command.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    how = command.add_argument_group("how to run it")
+    how.add_argument(
+        "--ds-config", "--deepspeed_config", metavar="NAME|FILE",
+        help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON",
+    )  # fmt: skip
+    how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
+    how.add_argument("--stop-at", type=positive, metavar="STEP", help="save and leave at this step of the schedule")
+    how.add_argument(
+        "--time-limit", type=duration_s, metavar="TIME",
+        help="save and leave after this time, e.g. 90m, 3.5h or 23:55:00, and leave the file `requeue` in the run",
+    )  # fmt: skip
+    how.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    how.add_argument("--log-every", type=positive, metavar="STEPS", help="default: 10")
+    how.add_argument("--eval-every", type=positive, metavar="STEPS", help="default: a tenth of it, at most 5000")
+    how.add_argument("--save-every", type=positive, metavar="STEPS", help="default: a tenth of it, at most 2000")
+    how.add_argument("--keep", type=positive, metavar="N", help="checkpoints to retain (default: 3)")
+    how.add_argument("--eval-windows", type=positive, metavar="N", help="held-out sequences (default: 512)")
+    _add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
+
+
+def _add_tracking(group: Group) -> None:
+    group.add_argument(
+        "--wandb", choices=("off", "online", "offline"),
+        help="Weights & Biases; offline needs no account and is uploaded later by `wandb sync` (default: off)",
+    )  # fmt: skip
+    group.add_argument("--wandb-project", metavar="NAME", help="default: electra_ds")
+    group.add_argument("--wandb-entity", metavar="NAME", help="the user or team (default: that of the account)")
+    group.add_argument("--wandb-group", metavar="NAME", help="shows runs together")
+    group.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, help="write RUN/tensorboard (default: no)"
+    )
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    check_arguments(options)
+    recipe = None if options.resume else load_recipe(options.recipe or DEFAULT_RECIPE, options.overrides)
+
+    from rich.console import Console
+
+    from electra_ds import runtime
+    from electra_ds.data.token_store import TokenStore
+    from electra_ds.report.run_report import report_run
+    from electra_ds.train import launch
+    from electra_ds.train.pretrain import pretrain
+
+    wanted = launch.Options(**{name: getattr(options, name) for name in launch.Options.__dataclass_fields__})
+    with runtime.ranks() as ranks, contextlib.ExitStack() as held:
+        console = Console(quiet=not ranks.is_main)
+        run = RunDirectory(ranks.from_main(_run_path(options, recipe)))
+        with ranks.together():
+            plan = launch.plan_new(wanted, recipe, run, ranks) if recipe else launch.plan_resume(wanted, run, ranks)
+        store = None
+        with ranks.together():
+            if ranks.is_main and recipe:
+                store = open_store(options, recipe)
+        store_path = ranks.from_main(store and store.path.resolve())
+        with ranks.together():
+            if recipe:
+                job = launch.prepare_new(wanted, recipe, plan, store or TokenStore(store_path), run, ranks)
+            else:
+                job = launch.prepare_resume(wanted, plan, run, ranks)
+        with ranks.together():
+            if ranks.is_main:
+                held.enter_context(run.locked())
+        launch.announce(job, console)
+        time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
+        if pretrain(job, ranks, console, time_limit) and ranks.is_main:
+            report_run(run, console)
+
+
+def _run_path(options: argparse.Namespace, recipe: Recipe | None) -> Path:
+    default = Path("runs") / f"{recipe.name if recipe else ''}-{datetime.now():%Y%m%d-%H%M%S}"
+    path: Path = options.resume or options.run_dir or default
+    return path
+
+
+def check_arguments(options: argparse.Namespace) -> None:
+    """ConfigError where arguments cannot go together."""
+    if options.resume is not None:
+        new_run_only = ("recipe", "overrides", "data", *CORPUS_ARGUMENTS, "run_dir")
+        given = [name for name in new_run_only if getattr(options, name)]
+        if given:
+            flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)
+            raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
+    elif options.ds_config is None:
+        raise ConfigError("Say how to run it with --ds-config, for instance: --ds-config cpu")
+    elif options.data is not None and any(getattr(options, name) for name in CORPUS_ARGUMENTS):
+        raise ConfigError("--data is a finished token store; give either it or --corpus and what belongs to that.")

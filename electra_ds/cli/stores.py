@@ -1,0 +1,133 @@
+"""Where the text comes from: arguments that name a corpus and a tokenizer, and the token store made of them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from electra_ds.config.recipe import Recipe, TokenizerSection
+from electra_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from electra_ds.cli.arguments import Group
+    from electra_ds.data.corpus import Source
+    from electra_ds.data.token_store import TokenStore
+    from electra_ds.data.tokenizer import Tokenizer
+
+CORPUS_ARGUMENTS = ("corpus", "document_boundary", "text_key", "streaming", "revision", "tokenizer", "cased")
+_HUB_MODEL = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_BUILTIN, _HUB = "builtin", "hub:"
+
+
+def add_corpus_arguments(group: Group, default_note: str, required: bool = False) -> None:
+    """What CORPUS_ARGUMENTS names; None where it is not given."""
+    group.add_argument(
+        "--corpus", nargs="+", action="append", metavar="SOURCE", required=required,
+        help=f"text files and folders, or hub:NAME#CONFIG@SPLIT; once for each source ({default_note})",
+    )  # fmt: skip
+    group.add_argument(
+        "--document-boundary", choices=("file", "blank-line"),
+        help="where a document ends in a text file (default: file)",
+    )  # fmt: skip
+    group.add_argument(
+        "--text-key", metavar="KEY", help="field of JSON lines, column of Parquet and datasets (default: text)"
+    )
+    group.add_argument(
+        "--streaming", action="store_true", default=None, help="read Hub datasets without downloading them whole"
+    )
+    group.add_argument("--revision", metavar="REV", help="commit, branch or tag of the Hub dataset")
+    group.add_argument(
+        "--tokenizer", metavar="PATH|NAME",
+        help="use this tokenizer.json or vocab.txt, a folder with one, or that of a model on the Hub, such as "
+        "FacebookAI/xlm-roberta-base, instead of training one",
+    )  # fmt: skip
+    group.add_argument("--cased", action="store_true", default=None, help="the vocab.txt was made from cased text")
+
+
+def open_store(options: argparse.Namespace, recipe: Recipe) -> TokenStore:
+    """The store that --data names, or one built in stores/ for --corpus or the built-in corpus."""
+    from electra_ds.data.token_store import TokenStore
+
+    if options.data is not None:
+        return TokenStore(options.data)
+    options.corpus = options.corpus or [[_BUILTIN]]
+    return make_store(options, recipe, Path("stores") / store_name(options, recipe))
+
+
+def store_name(options: argparse.Namespace, recipe: Recipe) -> str:
+    """A name for people, after the first source and the tokenizer, and a hash of all that was asked for."""
+    first = options.corpus[0][0]
+    if first.startswith(_HUB):
+        dataset, *config_and_split = re.split("[#@]", first.removeprefix(_HUB))
+        name = re.sub(r"[^\w.-]+", "_", "-".join([Path(dataset).resolve().name, *config_and_split])).strip("_")
+    else:
+        name = Path(first).resolve().name if first != _BUILTIN else _BUILTIN
+    kind = (
+        Path(options.tokenizer).stem if options.tokenizer else f"{recipe.tokenizer.kind}-{recipe.tokenizer.vocab_size}"
+    )
+    if options.corpus == [[_BUILTIN]]:
+        return f"{name}-{kind}"
+    corpus = [
+        [word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in options.corpus
+    ]
+    given = (
+        corpus, options.document_boundary, options.text_key, options.revision, options.tokenizer, options.cased,
+        None if options.tokenizer else recipe.tokenizer.lowercase,
+    )  # fmt: skip
+    return f"{name}-{kind}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"
+
+
+def make_store(options: argparse.Namespace, recipe: Recipe, out: Path, workers: int | None = None) -> TokenStore:
+    """Build, or finish, the store in `out` from what --corpus and --tokenizer say."""
+    from electra_ds.data.build import build_store
+    from electra_ds.data.corpus import Corpus
+
+    if (options.streaming or options.revision) and not any(
+        word.startswith(_HUB) for words in options.corpus for word in words
+    ):
+        raise ConfigError("--streaming and --revision are for datasets of the Hub; give one as --corpus hub:NAME.")
+    tokenizer = _tokenizer(options, recipe)
+    corpus = Corpus(tuple(_source(options, words) for words in options.corpus))
+    return build_store(corpus, tokenizer, out, workers=workers)
+
+
+def _source(options: argparse.Namespace, words: list[str]) -> Source:
+    """What one --corpus asks for."""
+    text_key = options.text_key or "text"
+    if not any(word.startswith(_HUB) for word in words):
+        if len(words) > 1 and _BUILTIN in words:
+            raise ConfigError(f"Give `{_BUILTIN}` a --corpus of its own.")
+        from electra_ds.data.corpus import open_source
+
+        return open_source(words, options.document_boundary or "file", text_key)
+    if len(words) > 1:
+        raise ConfigError(f"Give each Hub dataset a --corpus of its own, not {' '.join(words)}.")
+    from electra_ds.data.hub import HubSource
+
+    return HubSource(words[0], text_key, streaming=bool(options.streaming), revision=options.revision)
+
+
+def _tokenizer(options: argparse.Namespace, recipe: Recipe) -> Tokenizer | TokenizerSection:
+    """The given tokenizer, from here or from the Hub, or the recipe's section to train one from."""
+    if options.tokenizer is None:
+        if options.cased:
+            raise ConfigError("--cased says how a given vocab.txt was made; it needs --tokenizer.")
+        return recipe.tokenizer
+    path = Path(options.tokenizer)
+    if path.exists() or path.suffix in (".json", ".txt") or not _HUB_MODEL.fullmatch(options.tokenizer):
+        from electra_ds.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(path, lowercase=False if options.cased else None)
+    else:
+        if options.cased:
+            raise ConfigError(f"--cased is for a vocab.txt; {options.tokenizer} from the Hub says itself what it is.")
+        from electra_ds.data.hub import load_hub_tokenizer
+
+        tokenizer = load_hub_tokenizer(options.tokenizer)
+    if tokenizer.added:
+        added = ", ".join(tokenizer.added)
+        print(f"The tokenizer {options.tokenizer} lacked {added}; new pieces at the end of its vocabulary play them.")
+    return tokenizer

@@ -1,0 +1,87 @@
+"""GPUs and what their makers say of them: peak rates of matrix products, memory, bandwidth.
+
+Rates are dense (without structured sparsity) and at the boost clock, as the maker prints them. fp16 means fp16 inputs
+summed in fp32 on tensor cores, which is how torch multiplies.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+_MAKERS_WORDS = {"nvidia", "geforce", "tesla"}
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    """As `torch.cuda.get_device_name` shows it."""
+    memory_gib: float
+    """As it is sold; a driver shows 1 to 3 % less, HBM's error correction included."""
+    capability: tuple[int, int]
+    fp32_tflops: float
+    """Of the ordinary cores, without TF32, which torch leaves off."""
+    fp16_tflops: float | None
+    """Of the tensor cores; None where there are none."""
+    bf16_tflops: float | None
+    bandwidth_gb_s: float
+    """Of the card's memory, in 1e9 bytes/s."""
+    aliases: tuple[str, ...] = ()
+
+
+# NVIDIA, "Tesla P100 PCIe" and "Tesla P100 SXM2" data sheets (2016).
+_P100 = Card("Tesla P100-PCIE-16GB", 16, (6, 0), 9.3, None, None, 732)
+# NVIDIA, "Tesla V100" data sheet (2018): tensor cores 112 (PCIe) and 125 (SXM2).
+_V100 = Card("Tesla V100-SXM2-16GB", 16, (7, 0), 15.7, 125, None, 900)
+# NVIDIA, "A100 Tensor Core GPU" data sheet (2021): the same rates in every form, bandwidth by form.
+_A100 = Card("NVIDIA A100-SXM4-40GB", 40, (8, 0), 19.5, 312, 312, 1555, ("A100-PCIE-40GB",))
+
+CARDS = (
+    # No data sheet gives rates: 1280 cores x 2 x 1.708 GHz, 192-bit memory at 8 Gbit/s, of NVIDIA's product page.
+    Card("NVIDIA GeForce GTX 1060 6GB", 6, (6, 1), 4.4, None, None, 192),
+    # The same way: 3584 cores x 2 x 1.582 GHz, 352 bit at 11 Gbit/s.
+    Card("NVIDIA GeForce GTX 1080 Ti", 11, (6, 1), 11.3, None, None, 484),
+    # The same way: 1920 cores x 2 x 1.68 GHz, 192 bit at 14 Gbit/s. Tensor cores: 240 x 64 x 2 x 1.68 GHz = 51.6,
+    # halved for sums in fp32, as the Turing white paper (2018) has it for other GeForce cards; assumed for this one.
+    Card("NVIDIA GeForce RTX 2060", 6, (7, 5), 6.5, 25.8, None, 336),
+    # NVIDIA, "T4" data sheet (2019). That the 65 TFLOP/s hold for sums in fp32 is assumed.
+    Card("Tesla T4", 16, (7, 5), 8.1, 65, None, 320),
+    _P100,
+    replace(_P100, name="Tesla P100-SXM2-16GB", fp32_tflops=10.6),
+    _V100,
+    replace(_V100, name="Tesla V100-PCIE-16GB", fp32_tflops=14.0, fp16_tflops=112),
+    # NVIDIA, "Ampere GA102 GPU architecture" white paper, appendix A (2020): fp16 and bf16 with fp32 accumulate.
+    Card("NVIDIA GeForce RTX 3090", 24, (8, 6), 35.6, 71, 71, 936),
+    _A100,
+    replace(_A100, name="NVIDIA A100-SXM4-80GB", memory_gib=80, bandwidth_gb_s=2039, aliases=()),
+    replace(_A100, name="NVIDIA A100 80GB PCIe", memory_gib=80, bandwidth_gb_s=1935, aliases=()),
+    # NVIDIA, "H100 Tensor Core GPU" data sheet (2023), halved where it counts sparsity.
+    Card("NVIDIA H100 80GB HBM3", 80, (9, 0), 67, 989, 989, 3350, ("H100 SXM",)),
+    Card("NVIDIA H100 PCIe", 80, (9, 0), 51, 756, 756, 2000),
+    # NVIDIA, "H200 Tensor Core GPU" data sheet (2024), halved where it counts sparsity. The NVL form is slower.
+    Card("NVIDIA H200", 141, (9, 0), 67, 989, 989, 4800, ("H200 SXM",)),
+)
+
+
+def find_card(device_name: str) -> Card | None:
+    """The card of this name, whatever its case, separators and maker's words; None for one that is not known.
+
+    Every other word must agree, since a "Ti", "SUPER" or "3GB" is another card.
+    """
+    wanted = _words(device_name)
+    return next((card for card in CARDS if wanted in map(_words, (card.name, *card.aliases))), None)
+
+
+def peak_flops(card: Card, precision: str) -> float | None:
+    """Peak FLOP/s of matrix products in one of `config.precision.Precision`'s names; None where the card lacks it.
+
+    Without tensor cores fp16 runs at the fp32 rate: torch has cuBLAS sum it in fp32 (aten/src/ATen/cuda/CUDABlas.cpp),
+    so neither the doubled rate of a P100 nor the 1/64 of a GTX 1080 Ti is met.
+    """
+    tflops = {"fp32": card.fp32_tflops, "fp16": card.fp16_tflops or card.fp32_tflops, "bf16": card.bf16_tflops}
+    rate = tflops[precision.removeprefix("autocast-")]
+    return None if rate is None else rate * 1e12
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z0-9]+", name.lower())) - _MAKERS_WORDS

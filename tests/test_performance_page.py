@@ -1,0 +1,87 @@
+"""The numbers in docs/performance.md, made anew from the code that they are about."""
+
+from __future__ import annotations
+
+from electra_ds.config.cards import Card, find_card, peak_flops
+from electra_ds.config.overrides import load_recipe
+from electra_ds.model.electra import Electra, encoder_configs
+from electra_ds.model.flops import step_flops, transformers_step_flops
+from tests.helpers import REPOSITORY
+
+RECIPE = load_recipe("rc2020-small", [])
+VOCABULARY = RECIPE.tokenizer.vocab_size
+ROWS, LENGTH = RECIPE.global_batch_size, RECIPE.data.sequence_length
+CONFIGS = encoder_configs(RECIPE, VOCABULARY, 0)
+OURS = step_flops(*CONFIGS, ROWS, LENGTH, round(RECIPE.masking.mlm_probability * ROWS * LENGTH))
+THEIRS = transformers_step_flops(*CONFIGS, ROWS, LENGTH)
+TEXT = (REPOSITORY / "docs" / "performance.md").read_text("utf8")
+PROSE = " ".join(TEXT.split())
+DAY_S = 86_400
+SLOWER_THAN_ROOFLINE = (1.4, 3.0)
+
+
+def table(*header: str) -> list[list[str]]:
+    """Cells of the page's table whose header begins so."""
+    found: list[list[str]] = []
+    inside = False
+    for line in TEXT.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and tuple(cells[: len(header)]) == header:
+            inside = True
+        elif inside and not line.startswith("|"):
+            break
+        elif inside and not line.startswith("| ---"):
+            found.append(cells)
+    return found
+
+
+def days(step_s: float) -> float:
+    return step_s * RECIPE.schedule.total_steps / DAY_S
+
+
+def card_and_peak(name: str) -> tuple[Card, float]:
+    card = find_card(name)
+    assert card is not None
+    peak = peak_flops(card, "fp16")
+    assert peak is not None
+    return card, peak
+
+
+def floor_days(name: str) -> float:
+    return days(OURS.forward_and_backward / card_and_peak(name)[1])
+
+
+def test_the_flops_by_part_are_those_that_the_code_counts() -> None:
+    expected = [
+        [part.replace("_", ", ", 1), f"{3 * getattr(OURS, part) / 1e9:.1f}", f"{3 * getattr(THEIRS, part) / 1e9:.1f}"]
+        for part in OURS._fields
+    ]
+    expected[-1][0] = "embedding projections"
+    expected.append(["all", *(f"{flops.forward_and_backward / 1e9:.1f}" for flops in (OURS, THEIRS))])
+    assert table("part") == expected
+    assert f"{OURS.forward_and_backward * RECIPE.schedule.total_steps / 1e18:.3f} EFLOP" in PROSE
+
+
+def test_the_floors_are_those_of_the_flops_and_the_cards() -> None:
+    parameters = sum(parameter.numel() for parameter in Electra(RECIPE, VOCABULARY, 0).parameters())
+    # Of a parameter: the half weight read by both passes and written (6), the half gradient written, read for the norm
+    # and read for the update (6), master weight and two moments in fp32 read and written (24).
+    traffic_bytes = 4 * 2.2 * 2**30 + 36 * parameters
+    assert f"{parameters / 1e6:.1f} M parameters: {traffic_bytes / 1e9:.1f} GB a step" in PROSE
+    rows = table("card", "peak, TFLOP/s")
+    assert len(rows) == 6
+    for row in rows:
+        card, peak = card_and_peak(row[0])
+        floor = floor_days(row[0])
+        traffic = days(traffic_bytes / (card.bandwidth_gb_s * 1e9))
+        assert row[1:] == [f"{peak / 1e12:g}", f"{floor:.3g}", f"{floor / 0.35:.3g}", f"{traffic:.2g}"]
+
+
+def test_shares_of_the_peak_and_predictions_follow_from_what_stands_beside_them() -> None:
+    rows = table("card", "published, days")
+    assert [row[0] for row in rows] == [row[0] for row in table("card", "peak, TFLOP/s")]
+    for name, published, share, roofline_ms, predicted in rows:
+        expected = "–" if published == "–" else f"{100 * floor_days(name) / float(published.split()[0]):.1f} %"
+        assert share == expected, name
+        low, high = (days(float(roofline_ms) / 1e3 * factor) for factor in SLOWER_THAN_ROOFLINE)
+        assert predicted == f"{low:.2g} to {high:.2g}", name
