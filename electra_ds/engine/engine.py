@@ -56,6 +56,9 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=plan.engine_config(), dist_init_required=False
         )
+        if plan.stage == 0 and plan.batch.world_size == 1:
+            # DeepSpeed would flatten all gradients, "sum" them over the one rank, and copy each of them back.
+            self._engine.enable_backward_allreduce = False
         self.module: Electra = self._engine.module
         self.optimizer: MasterAdamW | ZeroAdamW = (
             optimizer

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._utils import _unflatten_dense_tensors
 
 from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection
@@ -70,6 +71,7 @@ class MasterAdamW(torch.optim.Optimizer):
             for group in self.param_groups
             for parameter in group["params"]
         }
+        self._has_masters = any(master is not parameter for parameter, master in self.masters.items())
         self._inner = torch.optim.AdamW(
             [group | {"params": [self.masters[p] for p in group["params"]]} for group in self.param_groups],
             betas=(section.beta1, section.beta2),
@@ -94,12 +96,7 @@ class MasterAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Unscale, check, clip and update, without reading anything back from the device."""
-        masters = list(self.masters.values())
-        for parameter, master in self.masters.items():
-            if parameter.grad is None:  # no position counted in this batch
-                parameter.grad = torch.zeros_like(parameter)
-            master.grad = parameter.grad.float()
-        gradients = [master.grad for master in masters if master.grad is not None]
+        gradients = self._master_gradients()
         scaled_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         found_inf = (~torch.isfinite(scaled_norm)).float()
         self.grad_norm = scaled_norm / self.loss_scale
@@ -108,11 +105,31 @@ class MasterAdamW(torch.optim.Optimizer):
         self._inner.grad_scale = (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)  # type: ignore[attr-defined]
         self._inner.found_inf = found_inf  # type: ignore[attr-defined]
         self._inner.step()
-        for parameter, master in self.masters.items():
-            if master is not parameter:
-                parameter.copy_(master)
-                master.grad = None
+        self._copy_back()
         self._update_scale(found_inf)
+
+    def _master_gradients(self) -> list[torch.Tensor]:
+        """The gradients in fp32, also as those of the masters."""
+        for parameter in self.masters:
+            if parameter.grad is None:  # no position counted in this batch
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.masters if parameter.grad is not None]
+        masters = list(self.masters.values())
+        if self._has_masters:  # two operations, not two for each parameter
+            flat = torch.empty(sum(master.numel() for master in masters), device=masters[0].device)
+            in_fp32 = list(_unflatten_dense_tensors(flat, masters))
+            torch._foreach_copy_(in_fp32, gradients)
+            gradients = in_fp32
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = gradient
+        return gradients
+
+    def _copy_back(self) -> None:
+        """The masters into the model's half-precision parameters."""
+        if self._has_masters:
+            torch._foreach_copy_(list(self.masters), list(self.masters.values()))
+            for master in self.masters.values():
+                master.grad = None
 
     def _update_scale(self, found_inf: torch.Tensor) -> None:
         """DeepSpeed's rule (runtime/fp16/loss_scaler.py), without its blocking reads."""
@@ -168,10 +185,9 @@ class MasterAdamW(torch.optim.Optimizer):
         """
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
-        for parameter, master in self.masters.items():
-            if master is not parameter:
-                parameter.copy_(master)
-            if self.bias_correction:
+        self._copy_back()
+        if self.bias_correction:
+            for master in self.masters.values():
                 self._inner.state[master]["step"].fill_(counters["taken_steps"])
         self._taken_steps.fill_(counters["taken_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
