@@ -273,7 +273,7 @@ def windows_of(lengths: list[int], sampling: str, window: int = 30) -> Windows:
 
 
 def starts_at(windows: Windows, step: int, size: int) -> np.ndarray:
-    return windows.rows(step * size + np.arange(size), generator(5, step)).positions_BC[:, 0]
+    return windows.rows(step * size + np.arange(size), generator(5, step)).starts_B
 
 
 def test_window_offsets_are_uniform_over_every_place_that_fits() -> None:
@@ -328,7 +328,7 @@ def mixed_store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 def sources_of(store: TokenStore, rows: Rows) -> np.ndarray:
     ends = store.documents[np.cumsum([corpus.num_documents for corpus in store.info.corpora])]
-    return np.searchsorted(ends, rows.positions_BC[:, 0], side="right")
+    return np.searchsorted(ends, rows.starts_B, side="right")
 
 
 @pytest.mark.parametrize("segments", ["one", "two"])
@@ -355,7 +355,7 @@ def test_a_mixture_takes_each_corpus_document_by_document(mixed_store: TokenStor
     data = small_recipe("data.corpus_weights=[1,1,2]").data
     split = split_holdout(mixed_store.documents, data, 0)
     sampler = Sampler(mixed_store, split.train, data, seed=3)
-    starts = np.concatenate([sampler.rows(step, 64).positions_BC[:, 0] for step in range(400)])
+    starts = np.concatenate([sampler.rows(step, 64).starts_B for step in range(400)])
     ranges = np.searchsorted(split.train.starts, starts, side="right") - 1
     counts = np.bincount(ranges, minlength=len(split.train.starts))
     corpora = np.searchsorted(mixed_store.documents[[60, 80]], split.train.starts, side="right")
@@ -464,5 +464,5 @@ def test_a_batch_builder_for_held_out_text_never_sees_training_text(store: Token
     allowed = {(int(start), int(stop)) for start, stop in zip(split.holdout.starts, split.holdout.stops, strict=True)}
     for step in range(20):
         rows = held.sampler.rows(step, 8)
-        for start, length in zip(rows.positions_BC[:, 0], rows.first_B, strict=True):
+        for start, length in zip(rows.starts_B, rows.first_B, strict=True):
             assert any(first <= start and start + length <= last for first, last in allowed)
