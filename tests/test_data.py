@@ -18,7 +18,7 @@ from electra_ds.config.recipe import DataSection, TokenizerSection
 from electra_ds.data.batches import BatchBuilder, prefetched
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_corpus, open_source
-from electra_ds.data.sampling import MIXTURE_ROUND, Rows, Sampler, Windows
+from electra_ds.data.sampling import MIXTURE_ROUND, Rows, Sampler, Windows, shuffled
 from electra_ds.data.segments import Ranges, split_holdout
 from electra_ds.data.token_store import TokenStore, token_dtype
 from electra_ds.data.tokenizer import train_tokenizer
@@ -295,6 +295,15 @@ def test_an_epoch_takes_each_document_once_and_epochs_differ() -> None:
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
 
 
+@pytest.mark.parametrize("size", [1, 37, 4096, 4097, 10_000])
+def test_running_numbers_give_every_item_once_per_epoch_in_whatever_order_they_are_asked_for(size: int) -> None:
+    numbers = np.arange(3 * size)
+    items = shuffled(numbers, size, 5, 9)
+    assert (np.sort(items.reshape(3, size), axis=1) == np.arange(size)).all()
+    order = np.random.default_rng(0).permutation(len(numbers))
+    np.testing.assert_equal(shuffled(numbers[order], size, 5, 9), items[order])
+
+
 def test_sampling_by_length_is_in_proportion() -> None:
     lengths = [100, 200, 700]
     windows = windows_of(lengths, "length")
@@ -398,6 +407,21 @@ def test_a_batch_is_cls_a_window_sep_and_padding(store: TokenStore) -> None:
     special = tokenizer.is_special[batch.ids_BT]
     assert not (batch.masks.selected & special).any()
     assert not (batch.counted_BT & special).any()
+
+
+@pytest.mark.parametrize("sequence_length", [32, 128, 8192])
+def test_the_last_document_of_a_store_is_read_to_its_end_and_no_further(
+    store: TokenStore, sequence_length: int
+) -> None:
+    """Also where a window is longer than the whole store."""
+    recipe = small_recipe(f"data.sequence_length={sequence_length}", "model.max_position_embeddings=8192")
+    documents = Ranges(store.documents[-3:-1], store.documents[-2:])
+    builder = BatchBuilder(store, documents, recipe, seed=1)
+    batch, rows = builder.build(0, 2), builder.sampler.rows(0, 2)
+    for ids, start, size in zip(batch.ids_BT, rows.starts_B, rows.first_B, strict=True):
+        assert start + size <= store.documents[-1]
+        assert ids[1 : size + 1].tolist() == store.tokens[start : start + size].tolist()
+        assert (ids[size + 2 :] == store.tokenizer.pad_id).all()
 
 
 def test_two_segments_are_laid_out_with_a_sep_after_each(store: TokenStore) -> None:

@@ -58,11 +58,11 @@ class GlobalBatch(NamedTuple):
         """Sequences `first` to `first + size` as tensors in ordinary memory."""
         rows = slice(first, first + size)
         ids, lengths = self.ids_BT[rows], self.lengths_B[rows]
-        generator_ids = ids.copy()
-        np.putmask(generator_ids, self.masks.masked[rows], self.mask_token_id)
         selected_M = np.flatnonzero(self.masks.selected[rows])
-        padded = bool(lengths.min() < ids.shape[1])
-        attend = (np.arange(ids.shape[1]) < lengths[:, None]) if padded else None
+        generator_ids = ids.copy()
+        masked = selected_M[self.masks.masked[rows].reshape(-1)[selected_M]]
+        generator_ids.reshape(-1)[masked] = self.mask_token_id
+        attend = _before(lengths, ids.shape[1]) if lengths.min() < ids.shape[1] else None
         return MicroBatch(
             ids_BT=torch.from_numpy(ids),
             generator_ids_BT=torch.from_numpy(generator_ids),
@@ -84,9 +84,10 @@ class BatchBuilder:
         self.seed = seed
         self.sampler = Sampler(store, ranges, recipe.data, seed)
         self._tokens = np.asarray(store.tokens)  # a memory map's own indexing takes several times as long
-        self._window_tokens = recipe.data.sequence_length - 2
+        self._windows: np.ndarray | None = None
+        if len(self._tokens) >= recipe.data.sequence_length - 2:
+            self._windows = sliding_window_view(self._tokens, recipe.data.sequence_length - 2)
         self._special = np.flatnonzero(store.tokenizer.is_special).tolist()
-        self._place = np.arange(recipe.data.sequence_length, dtype=np.int32)
 
     def build(self, step: int, batch_size: int | None = None) -> GlobalBatch:
         """The batch of optimiser step `step`. Raises DataError where the store holds ids outside its vocabulary."""
@@ -105,54 +106,56 @@ class BatchBuilder:
             count=masking.count,
             replace_at=masking.replace_at,
         )
-        real = self._place < _narrow(lengths)
-        counted = real if self.recipe.discriminator.loss_on_special else maskable
-        second = None
+        width, counted, second = ids.shape[1], maskable, None
+        if self.recipe.discriminator.loss_on_special:
+            counted = _before(lengths, width)
         if self.recipe.data.segments == "two":
-            second = real & (self._place > _narrow(rows.first_B + 1))
+            second = _before(lengths, width) & ~_before(rows.first_B + 2, width)
         return GlobalBatch(ids, lengths, second, masks, counted, noise, tokenizer.mask_id)
 
     def _text(self, rows: Rows) -> np.ndarray:
         """[B, T - 2] in the store's type: each row's text; beyond its length, whatever follows."""
-        width, tokens = self._window_tokens, self._tokens
-        if rows.positions_BC is None and rows.starts_B.max() + width <= len(tokens):
-            text: np.ndarray = sliding_window_view(tokens, width)[rows.starts_B]  # copies row by row
-            return text
-        positions = rows.starts_B[:, None] + np.arange(width) if rows.positions_BC is None else rows.positions_BC
-        return tokens.take(positions, mode="clip")
+        positions = rows.positions_BC
+        if positions is None:
+            if self._windows is not None and rows.starts_B.max() < len(self._windows):
+                text: np.ndarray = self._windows[rows.starts_B]  # copies row by row
+                return text
+            positions = rows.starts_B[:, None] + np.arange(self.recipe.data.sequence_length - 2)
+        return self._tokens.take(positions, mode="clip")
 
     def _laid_out(self, rows: Rows, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids [B, T], lengths [B], where tokens may be masked [B, T]).
 
         A row is [CLS] first [SEP], or [CLS] first [SEP] second [SEP], and padding.
         """
-        tokenizer, place = self.store.tokenizer, self._place
+        tokenizer, width = self.store.tokenizer, text.shape[1] + 2
         if int(text.max()) >= tokenizer.vocab_size:
             raise DataError(
                 f"The token store {self.store.path} holds id {text.max()}, but its vocabulary has "
                 f"{tokenizer.vocab_size}: tokens.bin is damaged. Build the store again."
             )
-        every, ends = np.arange(len(text)), rows.first_B + 1
+        ends = rows.first_B + 1
         lengths = ends + 1
-        ids = np.empty((len(text), len(place)), dtype=text.dtype)
+        ids = np.empty((len(text), width), dtype=text.dtype)
         ids[:, 0], ids[:, -1] = tokenizer.cls_id, tokenizer.sep_id
         ids[:, 1:-1] = text
         if rows.second_B.any():  # the second segment stands one place further on
-            np.copyto(ids[:, 2:], text, where=place[2:] > _narrow(ends))
+            np.copyto(ids[:, 2:], text, where=~_before(lengths, width)[:, 2:])
             lengths += rows.second_B + (rows.second_B > 0)
-            ids[every, lengths - 1] = tokenizer.sep_id
-        ids[every, ends] = tokenizer.sep_id
-        if lengths.min() < len(place):
-            np.putmask(ids, place >= _narrow(lengths), tokenizer.pad_id)
+            ids[np.arange(len(ids)), lengths - 1] = tokenizer.sep_id
+        ids[np.arange(len(ids)), ends] = tokenizer.sep_id
+        short = np.flatnonzero(lengths < width)
+        ids[short] = np.where(_before(lengths[short], width), ids[short], np.asarray(tokenizer.pad_id, ids.dtype))
         maskable = np.ones(ids.shape, dtype=bool)
         for special in self._special:
             maskable &= ids != special
         return ids.astype(np.int64), lengths, maskable
 
 
-def _narrow(numbers_B: np.ndarray) -> np.ndarray:
-    """int32 [B, 1], to be compared with places."""
-    return numbers_B.astype(np.int32)[:, None]
+def _before(stops_B: np.ndarray, width: int) -> np.ndarray:
+    """bool [B, width], True at the places before each row's stop."""
+    before: np.ndarray = np.arange(width, dtype=np.int32) < stops_B.astype(np.int32)[:, None]
+    return before
 
 
 def prefetched(builder: BatchBuilder, first_step: int, stop_step: int) -> Iterator[tuple[int, GlobalBatch]]:

@@ -135,8 +135,13 @@ class Sampler:
         parts = [(sources == index, text) for index, text in enumerate(self._texts)]
         drawn = [(where, text.rows(numbers[where], rng)) for where, text in parts if where.any()]
         order = np.argsort(np.concatenate([np.flatnonzero(where) for where, _ in drawn]))
-        columns = zip(*(rows for _, rows in drawn), strict=True)
-        return Rows(*(None if column[0] is None else np.concatenate(column)[order] for column in columns))
+        positions = [rows.positions_BC for _, rows in drawn if rows.positions_BC is not None]
+        return Rows(
+            np.concatenate([rows.starts_B for _, rows in drawn])[order],
+            np.concatenate(positions)[order] if positions else None,
+            np.concatenate([rows.first_B for _, rows in drawn])[order],
+            np.concatenate([rows.second_B for _, rows in drawn])[order],
+        )
 
     def _mixed(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(corpus, running number within that corpus) of each running number of the mixture.

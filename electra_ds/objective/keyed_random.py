@@ -22,15 +22,16 @@ def hash64(*parts: int | np.ndarray) -> np.ndarray:
 
     Source of the mixer: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
     """
-    number, arrays = 0, list(parts)
-    while arrays and isinstance(arrays[0], int):  # Python's integers take a tenth of the time of numpy's scalars
-        number = ((number ^ (arrays.pop(0) & _64_BITS)) + _GOLDEN) & _64_BITS
+    number, rest = 0, list(parts)
+    while rest and isinstance(part := rest[0], int):  # Python's integers take a tenth of the time of numpy's scalars
+        del rest[0]
+        number = ((number ^ (part & _64_BITS)) + _GOLDEN) & _64_BITS
         number = ((number ^ (number >> 30)) * _FIRST) & _64_BITS
         number = ((number ^ (number >> 27)) * _SECOND) & _64_BITS
         number ^= number >> 31
     state = np.asarray(number, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for part in arrays:
+        for part in rest:
             state = np.asarray((state ^ np.asarray(part).astype(np.uint64)) + np.uint64(_GOLDEN))
             for shift, factor in ((30, _FIRST), (27, _SECOND)):
                 state ^= state >> np.uint64(shift)
