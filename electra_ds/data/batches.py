@@ -2,7 +2,7 @@
 
 Every rank builds the whole global batch: it is cheap (some 10 ns a token), and so every rank knows the
 counts that losses are divided by without asking the others. Shape suffixes: B sequences of the global
-batch, T positions, M selected positions.
+batch, S of a micro-batch, T positions, M selected positions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from electra_ds.config.recipe import Recipe
+from electra_ds.data.packed_rows import packed_rows
 from electra_ds.data.sampling import Rows, Sampler
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
@@ -54,24 +55,38 @@ class GlobalBatch(NamedTuple):
     def num_tokens(self) -> int:
         return int(self.lengths_B.sum())
 
-    def micro_batch(self, first: int, size: int) -> MicroBatch:
-        """Sequences `first` to `first + size` as tensors in ordinary memory."""
-        rows = slice(first, first + size)
-        ids, lengths = self.ids_BT[rows], self.lengths_B[rows]
-        selected_M = np.flatnonzero(self.masks.selected[rows])
+    def micro_batch(self, first: int, size: int, *, packed: bool = True) -> MicroBatch:
+        """Sequences `first` to `first + size` as tensors in ordinary memory.
+
+        packed: lay short sequences side by side where that saves rows; otherwise each is a row of its own.
+        """
+        taken = slice(first, first + size)
+        ids, lengths, second = self.ids_BT[taken], self.lengths_B[taken], self.second_segment_BT
+        width = ids.shape[1]
+        selected_M = np.flatnonzero(self.masks.selected[taken])
         generator_ids = ids.copy()
-        masked = selected_M[self.masks.masked[rows].reshape(-1)[selected_M]]
+        masked = selected_M[self.masks.masked[taken].reshape(-1)[selected_M]]
         generator_ids.reshape(-1)[masked] = self.mask_token_id
-        attend = _before(lengths, ids.shape[1]) if lengths.min() < ids.shape[1] else None
+        sequences = None
+        rows = packed_rows(lengths, width) if packed else None
+        if rows is not None:
+            sequences = rows.sequences_BT
+        elif lengths.min() < width:
+            sequences = np.arange(1, len(ids) + 1, dtype=np.int32)[:, None] * _before(lengths, width)
+
+        def laid(array_ST: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array_ST if rows is None else array_ST.reshape(-1)[rows.sources_BT])
+
         return MicroBatch(
-            ids_BT=torch.from_numpy(ids),
-            generator_ids_BT=torch.from_numpy(generator_ids),
-            selected_M=torch.from_numpy(selected_M),
-            replaced_M=torch.from_numpy(self.masks.replaced[rows].reshape(-1)[selected_M]),
-            noise_keys_M=torch.from_numpy(self.noise_keys_BT[rows].reshape(-1)[selected_M]),
-            counted_BT=torch.from_numpy(self.counted_BT[rows]),
-            attend_B11T=None if attend is None else torch.from_numpy(attend[:, None, None, :]),
-            segments_BT=None if self.second_segment_BT is None else torch.from_numpy(self.second_segment_BT[rows]),
+            ids_BT=laid(ids),
+            generator_ids_BT=laid(generator_ids),
+            selected_M=torch.from_numpy(selected_M if rows is None else rows.moved(selected_M)),
+            replaced_M=torch.from_numpy(self.masks.replaced[taken].reshape(-1)[selected_M]),
+            noise_keys_M=torch.from_numpy(self.noise_keys_BT[taken].reshape(-1)[selected_M]),
+            counted_BT=laid(self.counted_BT[taken]),
+            sequences_BT=None if sequences is None else torch.from_numpy(sequences),
+            segments_BT=None if second is None else laid(second[taken]),
+            positions_BT=None if rows is None else torch.from_numpy(rows.positions_BT),
         )
 
 
