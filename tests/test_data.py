@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from electra_ds.config.recipe import DataSection, TokenizerSection
-from electra_ds.data.batches import BatchBuilder, prefetched
+from electra_ds.data.batches import prefetched
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_corpus, open_source
-from electra_ds.data.sampling import MIXTURE_ROUND, Rows, Sampler, Windows
+from electra_ds.data.sampling import MIXTURE_ROUND, Rows, Sampler, Windows, shuffled
 from electra_ds.data.segments import Ranges, split_holdout
 from electra_ds.data.token_store import TokenStore, token_dtype
 from electra_ds.data.tokenizer import train_tokenizer
@@ -273,7 +273,7 @@ def windows_of(lengths: list[int], sampling: str, window: int = 30) -> Windows:
 
 
 def starts_at(windows: Windows, step: int, size: int) -> np.ndarray:
-    return windows.rows(step * size + np.arange(size), generator(5, step)).positions_BC[:, 0]
+    return windows.rows(step * size + np.arange(size), generator(5, step)).starts_B
 
 
 def test_window_offsets_are_uniform_over_every_place_that_fits() -> None:
@@ -293,6 +293,15 @@ def test_an_epoch_takes_each_document_once_and_epochs_differ() -> None:
     epochs = documents.reshape(5, 37)
     assert all(sorted(epoch) == list(range(37)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+
+
+@pytest.mark.parametrize("size", [1, 37, 4096, 4097, 10_000])
+def test_running_numbers_give_every_item_once_per_epoch_in_whatever_order_they_are_asked_for(size: int) -> None:
+    numbers = np.arange(3 * size)
+    items = shuffled(numbers, size, 5, 9)
+    assert (np.sort(items.reshape(3, size), axis=1) == np.arange(size)).all()
+    order = np.random.default_rng(0).permutation(len(numbers))
+    np.testing.assert_equal(shuffled(numbers[order], size, 5, 9), items[order])
 
 
 def test_sampling_by_length_is_in_proportion() -> None:
@@ -328,7 +337,7 @@ def mixed_store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 def sources_of(store: TokenStore, rows: Rows) -> np.ndarray:
     ends = store.documents[np.cumsum([corpus.num_documents for corpus in store.info.corpora])]
-    return np.searchsorted(ends, rows.positions_BC[:, 0], side="right")
+    return np.searchsorted(ends, rows.starts_B, side="right")
 
 
 @pytest.mark.parametrize("segments", ["one", "two"])
@@ -355,7 +364,7 @@ def test_a_mixture_takes_each_corpus_document_by_document(mixed_store: TokenStor
     data = small_recipe("data.corpus_weights=[1,1,2]").data
     split = split_holdout(mixed_store.documents, data, 0)
     sampler = Sampler(mixed_store, split.train, data, seed=3)
-    starts = np.concatenate([sampler.rows(step, 64).positions_BC[:, 0] for step in range(400)])
+    starts = np.concatenate([sampler.rows(step, 64).starts_B for step in range(400)])
     ranges = np.searchsorted(split.train.starts, starts, side="right") - 1
     counts = np.bincount(ranges, minlength=len(split.train.starts))
     corpora = np.searchsorted(mixed_store.documents[[60, 80]], split.train.starts, side="right")
@@ -368,101 +377,3 @@ def test_weights_must_fit_the_store(mixed_store: TokenStore) -> None:
     split = split_holdout(mixed_store.documents, data, 0)
     with pytest.raises(DataError, match=r"has 2 numbers, but .* holds 3 corpora"):
         Sampler(mixed_store, split.train, data, seed=0)
-
-
-# --- batches
-
-
-@given(step=st.integers(0, 10**9))
-@settings(max_examples=20)
-def test_any_step_is_reached_at_once_and_is_always_the_same(store: TokenStore, step: int) -> None:
-    recipe = small_recipe()
-    first, second = builder_for(store, recipe).build(step), builder_for(store, recipe).build(step)
-    for ours, theirs in zip(first[:-1], second[:-1], strict=True):
-        np.testing.assert_equal(ours, theirs)
-    assert (first.ids_BT != builder_for(store, recipe).build(step + 1).ids_BT).any()
-
-
-def test_a_batch_is_cls_a_window_sep_and_padding(store: TokenStore) -> None:
-    recipe = small_recipe()
-    tokenizer = store.tokenizer
-    batch = builder_for(store, recipe).build(3)
-    text = store.tokens.tobytes()
-    assert (batch.lengths_B < 32).any()  # the corpus has short documents
-    assert (batch.lengths_B == 32).any()
-    for row, length in zip(batch.ids_BT, batch.lengths_B, strict=True):
-        assert row[0] == tokenizer.cls_id
-        assert row[length - 1] == tokenizer.sep_id
-        assert (row[length:] == tokenizer.pad_id).all()
-        assert row[1 : length - 1].astype(np.uint16).tobytes() in text
-    special = tokenizer.is_special[batch.ids_BT]
-    assert not (batch.masks.selected & special).any()
-    assert not (batch.counted_BT & special).any()
-
-
-def test_two_segments_are_laid_out_with_a_sep_after_each(store: TokenStore) -> None:
-    tokenizer = store.tokenizer
-    builder = builder_for(store, small_recipe("data.segments=two"))
-    seen_both = 0
-    for step in range(10):
-        batch, rows = builder.build(step), builder.sampler.rows(step, 8)
-        assert batch.second_segment_BT is not None
-        for row, ids in enumerate(batch.ids_BT):
-            first, second = int(rows.first_B[row]), int(rows.second_B[row])
-            text = store.tokens[rows.positions_BC[row, : first + second]]
-            laid_out = [tokenizer.cls_id, *text[:first], tokenizer.sep_id]
-            if second:
-                laid_out += [*text[first:], tokenizer.sep_id]
-            padding = 32 - len(laid_out)
-            assert ids.tolist() == laid_out + padding * [tokenizer.pad_id]
-            assert batch.lengths_B[row] == len(laid_out)
-            in_second = (first + 2) * [False] + (len(laid_out) - first - 2) * [True] + padding * [False]
-            assert batch.second_segment_BT[row].tolist() == in_second
-            seen_both += second > 0
-    assert seen_both
-
-
-def test_the_discriminators_loss_can_count_cls_and_sep_but_never_padding(store: TokenStore) -> None:
-    batch = builder_for(store, small_recipe("discriminator.loss_on_special=true")).build(3)
-    assert (batch.counted_BT.sum(1) == batch.lengths_B).all()
-
-
-@given(size=st.sampled_from([1, 2, 4, 8]), step=st.integers(0, 50))
-@settings(max_examples=15)
-def test_micro_batches_of_any_size_hold_the_same_masks_and_random_numbers(
-    store: TokenStore, size: int, step: int
-) -> None:
-    batch = builder_for(store, small_recipe()).build(step)
-    whole = batch.micro_batch(0, 8)
-    pieces = [batch.micro_batch(first, size) for first in range(0, 8, size)]
-    for name in ("ids_BT", "generator_ids_BT", "counted_BT", "replaced_M", "noise_keys_M"):
-        joined = np.concatenate([getattr(piece, name).numpy() for piece in pieces])
-        np.testing.assert_equal(joined, getattr(whole, name).numpy())
-    places = [piece.selected_M.numpy() + index * size * 32 for index, piece in enumerate(pieces)]
-    np.testing.assert_equal(np.concatenate(places), whole.selected_M.numpy())
-
-
-def test_noise_keys_differ_between_steps_rows_and_positions(store: TokenStore) -> None:
-    builder = builder_for(store, small_recipe())
-    keys = np.concatenate([builder.build(step).noise_keys_BT.ravel() for step in range(20)])
-    assert len(np.unique(keys)) > 0.999 * len(keys)
-
-
-def test_the_prefetching_thread_gives_every_step_in_order_and_ends(store: TokenStore) -> None:
-    builder = builder_for(store, small_recipe())
-    steps = [step for step, _ in prefetched(builder, 4, 9)]
-    assert steps == [4, 5, 6, 7, 8]
-    iterator = prefetched(builder, 0, 10**9)
-    next(iterator)
-    iterator.close()  # type: ignore[attr-defined]
-
-
-def test_a_batch_builder_for_held_out_text_never_sees_training_text(store: TokenStore) -> None:
-    recipe = small_recipe()
-    split = split_holdout(store.documents, recipe.data, recipe.seed)
-    held = BatchBuilder(store, split.holdout, recipe, seed=77)
-    allowed = {(int(start), int(stop)) for start, stop in zip(split.holdout.starts, split.holdout.stops, strict=True)}
-    for step in range(20):
-        rows = held.sampler.rows(step, 8)
-        for start, length in zip(rows.positions_BC[:, 0], rows.first_B, strict=True):
-            assert any(first <= start and start + length <= last for first, last in allowed)

@@ -33,8 +33,8 @@ def micro_batch(rows: int, length: int, selected: int, *, padded: bool) -> Micro
     rng = np.random.default_rng(0)
     ids_BT = torch.from_numpy(rng.integers(5, VOCABULARY, (rows, length)))
     chosen_M = torch.from_numpy(np.sort(rng.permutation(rows * length)[:selected]))
-    attend_B11T = torch.ones(rows, 1, 1, length, dtype=torch.bool)
-    attend_B11T[..., length // 2 :] = False
+    sequences_BT = torch.ones(rows, length, dtype=torch.int32)
+    sequences_BT[:, length // 2 :] = 0
     return MicroBatch(
         ids_BT=ids_BT,
         generator_ids_BT=ids_BT.clone(),
@@ -42,7 +42,7 @@ def micro_batch(rows: int, length: int, selected: int, *, padded: bool) -> Micro
         replaced_M=torch.ones(selected, dtype=torch.bool),
         noise_keys_M=torch.arange(selected, dtype=torch.int32),
         counted_BT=torch.ones_like(ids_BT, dtype=torch.bool),
-        attend_B11T=attend_B11T if padded else None,
+        sequences_BT=sequences_BT if padded else None,
     )
 
 

@@ -32,13 +32,14 @@ def case(store: TokenStore, *overrides: str) -> tuple[Recipe, Electra, MicroBatc
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    return recipe, model, builder_for(store, recipe).build(3).micro_batch(0, 8)
+    return recipe, model, builder_for(store, recipe).build(3).micro_batch(0, 8, packed=False)
 
 
 @torch.no_grad()
 def generator_logits(model: Electra, batch: MicroBatch) -> torch.Tensor:
     """[M, V], which the model itself never holds."""
-    hidden_BTH = model.generator(batch.generator_ids_BT, batch.attend_B11T, batch.segments_BT)
+    attend = batch.attention_mask()
+    hidden_BTH = model.generator(batch.generator_ids_BT, attend, batch.segments_BT, batch.positions_BT)
     head = model.generator_head
     return head.decoder(head.transform(hidden_BTH.flatten(0, 1)[batch.selected_M]))
 
@@ -54,8 +55,8 @@ def test_logits_losses_and_gradients_equal_those_of_transformers(
         store, f"generator.sharing={sharing}", f"model.embedding_size={embedding_size}", f"data.segments={segments}",
         *sizes,
     )  # fmt: skip
-    assert batch.attend_B11T is not None  # some sequences are padded
-    attention_mask = batch.attend_B11T[:, 0, 0].long()
+    assert batch.sequences_BT is not None  # some sequences are padded
+    attention_mask = (batch.sequences_BT > 0).long()
     assert (batch.segments_BT is not None) == (segments == "two")
     types = None if batch.segments_BT is None else batch.segments_BT.long()
     output = model.train()(batch)
@@ -73,7 +74,7 @@ def test_logits_losses_and_gradients_equal_those_of_transformers(
     corrupted = corrupted.view_as(batch.ids_BT)
     labels = (corrupted != batch.ids_BT).float()
     rtd_logits = discriminator(corrupted, attention_mask=attention_mask, token_type_ids=types).logits
-    real = batch.attend_B11T[:, 0, 0]
+    real = batch.sequences_BT > 0
     close(output.discriminator_logits_BT[real], rtd_logits[real].detach())
     rtd_loss = functional.binary_cross_entropy_with_logits(
         rtd_logits[batch.counted_BT], labels[batch.counted_BT], reduction="sum"
@@ -126,10 +127,10 @@ def test_a_batch_without_padding_takes_no_mask_and_gives_the_same(store: TokenSt
     _, model, _ = case(store)
     builder = builder_for(store, small_recipe("data.document_sampling=length"))
     batches = (builder.build(step).micro_batch(0, 2) for step in range(200))
-    batch = next(batch for batch in batches if batch.attend_B11T is None)
+    batch = next(batch for batch in batches if batch.sequences_BT is None)
     model.eval()
     plain = model(batch)
-    masked = model(batch._replace(attend_B11T=torch.ones(2, 1, 1, 32, dtype=torch.bool)))
+    masked = model(batch._replace(sequences_BT=torch.ones(2, 32, dtype=torch.int32)))
     close(plain.discriminator_logits_BT, masked.discriminator_logits_BT)
 
 
@@ -137,12 +138,10 @@ def test_padding_changes_nothing(store: TokenStore) -> None:
     _, model, batch = case(store)
     model.eval()
     output = model(batch)
-    assert batch.attend_B11T is not None
-    changed = torch.where(batch.attend_B11T[:, 0, 0], batch.ids_BT, 7)
+    assert batch.sequences_BT is not None
+    changed = torch.where(batch.sequences_BT > 0, batch.ids_BT, 7)
     again = model(
-        batch._replace(
-            ids_BT=changed, generator_ids_BT=torch.where(batch.attend_B11T[:, 0, 0], batch.generator_ids_BT, 7)
-        )
+        batch._replace(ids_BT=changed, generator_ids_BT=torch.where(batch.sequences_BT > 0, batch.generator_ids_BT, 7))
     )
     close(again.generator_loss_sum, output.generator_loss_sum)
     close(again.discriminator_loss_sum, output.discriminator_loss_sum)
@@ -220,11 +219,11 @@ def test_an_exported_folder_opens_with_transformers_and_gives_the_same_outputs(
     generator.save_pretrained(tmp_path / "g")
     discriminator.save_pretrained(tmp_path / "d")
     store.tokenizer.save(tmp_path / "d")
-    assert batch.attend_B11T is not None
-    mask = batch.attend_B11T[:, 0, 0]
+    assert batch.sequences_BT is not None
+    mask = batch.sequences_BT > 0
     with torch.no_grad():
         output = model(batch, batch.ids_BT.flatten()[batch.selected_M])
-        hidden = model.discriminator(batch.ids_BT, batch.attend_B11T)
+        hidden = model.discriminator(batch.ids_BT, batch.attention_mask())
         theirs = ElectraForPreTraining.from_pretrained(tmp_path / "d").eval()
         close(output.discriminator_logits_BT[mask], theirs(batch.ids_BT, attention_mask=mask.long()).logits[mask])
         encoder = AutoModel.from_pretrained(tmp_path / "d").eval()

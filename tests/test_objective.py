@@ -14,7 +14,14 @@ from torch.nn import functional
 
 from electra_ds.config.overrides import load_recipe
 from electra_ds.objective import prediction
-from electra_ds.objective.keyed_random import column_keys, exponential_noise, hash64, permutation_at
+from electra_ds.objective.keyed_random import (
+    column_keys,
+    exponential_noise,
+    generator,
+    hash64,
+    permutation_at,
+    random_bits,
+)
 from electra_ds.objective.losses import discriminator_loss_sum
 from electra_ds.objective.masking import Masks, choose_masks
 from electra_ds.objective.prediction import predict_tokens
@@ -77,6 +84,29 @@ def test_noise_of_a_row_does_not_depend_on_the_rows_beside_it(rows: int, cut: in
 def test_hashes_of_different_parts_differ() -> None:
     grid = hash64(np.arange(200)[:, None], np.arange(200)[None, :])
     assert len(np.unique(grid)) == grid.size
+
+
+@given(st.lists(st.integers(-(2**63), 2**64 - 1), min_size=1, max_size=4))
+def test_a_hash_of_numbers_is_that_of_arrays(parts: list[int]) -> None:
+    arrays = [np.array([part]) for part in parts]
+    assert int(hash64(*parts)) == int(hash64(*arrays)[0]) == int(hash64(parts[0], *arrays[1:]).ravel()[0])
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 2**63 - 1))
+def test_random_bits_are_a_function_of_the_key(rows: int, columns: int, seed: int) -> None:
+    first, again = (random_bits(generator(seed, 7), rows, columns) for _ in range(2))
+    assert first.shape == (rows, columns)
+    np.testing.assert_equal(first, again)
+    longer = random_bits(generator(seed, 7), rows + 1, columns).ravel()
+    np.testing.assert_equal(first.ravel(), longer[: first.size])
+
+
+def test_random_bits_are_uniform_and_unrelated_to_their_neighbours() -> None:
+    bits = random_bits(generator(3), 100_001)
+    for shift in (0, 8, 16, 24):
+        counts = np.bincount((bits >> np.uint32(shift)) & np.uint32(255), minlength=256)
+        assert chi_square_p(counts, np.full(256, len(bits) / 256)) > LOWEST_P
+    assert abs(np.corrcoef(bits[:-1], bits[1:])[0, 1]) < 4 / math.sqrt(len(bits))
 
 
 # --- sampling
@@ -243,6 +273,20 @@ def test_a_fixed_count_favours_no_position() -> None:
     )  # fmt: skip
     assert (masks.selected.sum(1) == 3).all()
     assert chi_square_p(masks.selected.sum(0), np.full(20, 3000.0)) > LOWEST_P
+
+
+def test_of_a_fixed_count_85_percent_are_masked_wherever_they_stand() -> None:
+    masks, _, _ = masks_for(6, count="fixed")
+    by_place = masks.masked[:, 1:60].sum(0), masks.selected[:, 1:60].sum(0)
+    assert stats.binomtest(int(masks.masked.sum()), int(masks.selected.sum()), 0.85).pvalue > LOWEST_P
+    spread = ((by_place[0] - 0.85 * by_place[1]) ** 2 / (0.85 * 0.15 * by_place[1])).sum()
+    assert stats.chi2.sf(spread, 59) > LOWEST_P
+
+
+@pytest.mark.parametrize("count", ["bernoulli", "fixed"])
+def test_a_mask_token_share_of_1_masks_all_that_is_selected(count: str) -> None:
+    masks, _, _ = masks_for(7, count=count, mask_token_share=1.0)
+    np.testing.assert_equal(masks.masked, masks.selected)
 
 
 @pytest.mark.parametrize("count", ["bernoulli", "fixed"])

@@ -2,7 +2,7 @@
 
 Every rank builds the whole global batch: it is cheap (some 10 ns a token), and so every rank knows the
 counts that losses are divided by without asking the others. Shape suffixes: B sequences of the global
-batch, T positions, M selected positions.
+batch, S of a micro-batch, T positions, M selected positions.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from electra_ds.config.recipe import Recipe
+from electra_ds.data.packed_rows import packed_rows
 from electra_ds.data.sampling import Rows, Sampler
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
 from electra_ds.errors import DataError
-from electra_ds.objective.keyed_random import generator, hash64
+from electra_ds.objective.keyed_random import generator, random_bits
 from electra_ds.objective.masking import Masks, choose_masks
 from electra_ds.objective.microbatch import MicroBatch
 
-_MASKS, _NOISE = 0x50, 0x51
+_MASKS_AND_NOISE = 0x50
 
 
 class GlobalBatch(NamedTuple):
@@ -42,32 +44,49 @@ class GlobalBatch(NamedTuple):
     @property
     def num_selected(self) -> int:
         """What the generator's loss is divided by."""
-        return max(1, int(self.masks.selected.sum()))
+        return max(1, int(np.count_nonzero(self.masks.selected)))
 
     @property
     def num_counted(self) -> int:
         """What the discriminator's loss is divided by."""
-        return max(1, int(self.counted_BT.sum()))
+        return max(1, int(np.count_nonzero(self.counted_BT)))
 
     @property
     def num_tokens(self) -> int:
         return int(self.lengths_B.sum())
 
-    def micro_batch(self, first: int, size: int) -> MicroBatch:
-        """Sequences `first` to `first + size` as tensors in ordinary memory."""
-        rows = slice(first, first + size)
-        ids, selected = self.ids_BT[rows], self.masks.selected[rows]
-        padded = bool((self.lengths_B[rows] < ids.shape[1]).any())
-        attend = np.arange(ids.shape[1]) < self.lengths_B[rows, None]
+    def micro_batch(self, first: int, size: int, *, packed: bool = True) -> MicroBatch:
+        """Sequences `first` to `first + size` as tensors in ordinary memory.
+
+        packed: lay short sequences side by side where that saves rows; otherwise each is a row of its own.
+        """
+        taken = slice(first, first + size)
+        ids, lengths, second = self.ids_BT[taken], self.lengths_B[taken], self.second_segment_BT
+        width = ids.shape[1]
+        selected_M = np.flatnonzero(self.masks.selected[taken])
+        generator_ids = ids.copy()
+        masked = selected_M[self.masks.masked[taken].reshape(-1)[selected_M]]
+        generator_ids.reshape(-1)[masked] = self.mask_token_id
+        sequences = None
+        rows = packed_rows(lengths, width) if packed else None
+        if rows is not None:
+            sequences = rows.sequences_BT
+        elif lengths.min() < width:
+            sequences = np.arange(1, len(ids) + 1, dtype=np.int32)[:, None] * _before(lengths, width)
+
+        def laid(array_ST: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array_ST if rows is None else array_ST.reshape(-1)[rows.sources_BT])
+
         return MicroBatch(
-            ids_BT=torch.from_numpy(ids),
-            generator_ids_BT=torch.from_numpy(np.where(self.masks.masked[rows], self.mask_token_id, ids)),
-            selected_M=torch.from_numpy(np.flatnonzero(selected)),
-            replaced_M=torch.from_numpy(self.masks.replaced[rows][selected]),
-            noise_keys_M=torch.from_numpy(self.noise_keys_BT[rows][selected]),
-            counted_BT=torch.from_numpy(self.counted_BT[rows]),
-            attend_B11T=torch.from_numpy(attend[:, None, None, :]) if padded else None,
-            segments_BT=None if self.second_segment_BT is None else torch.from_numpy(self.second_segment_BT[rows]),
+            ids_BT=laid(ids),
+            generator_ids_BT=laid(generator_ids),
+            selected_M=torch.from_numpy(selected_M if rows is None else rows.moved(selected_M)),
+            replaced_M=torch.from_numpy(self.masks.replaced[taken].reshape(-1)[selected_M]),
+            noise_keys_M=torch.from_numpy(self.noise_keys_BT[taken].reshape(-1)[selected_M]),
+            counted_BT=laid(self.counted_BT[taken]),
+            sequences_BT=None if sequences is None else torch.from_numpy(sequences),
+            segments_BT=None if second is None else laid(second[taken]),
+            positions_BT=None if rows is None else torch.from_numpy(rows.positions_BT),
         )
 
 
@@ -79,49 +98,79 @@ class BatchBuilder:
         self.recipe = recipe
         self.seed = seed
         self.sampler = Sampler(store, ranges, recipe.data, seed)
+        self._tokens = np.asarray(store.tokens)  # a memory map's own indexing takes several times as long
+        self._windows: np.ndarray | None = None
+        if len(self._tokens) >= recipe.data.sequence_length - 2:
+            self._windows = sliding_window_view(self._tokens, recipe.data.sequence_length - 2)
+        self._special = np.flatnonzero(store.tokenizer.is_special).tolist()
 
     def build(self, step: int, batch_size: int | None = None) -> GlobalBatch:
         """The batch of optimiser step `step`. Raises DataError where the store holds ids outside its vocabulary."""
         batch_size = batch_size or self.recipe.global_batch_size
         tokenizer, masking = self.store.tokenizer, self.recipe.masking
         rows = self.sampler.rows(step, batch_size)
-        ids, lengths = self._laid_out(rows)
-        if int(ids.max()) >= tokenizer.vocab_size:
-            raise DataError(
-                f"The token store {self.store.path} holds id {ids.max()}, but its vocabulary has "
-                f"{tokenizer.vocab_size}: tokens.bin is damaged. Build the store again."
-            )
-        real = np.arange(ids.shape[1]) < lengths[:, None]
-        maskable = real & ~tokenizer.is_special[ids]
+        ids, lengths, maskable = self._laid_out(rows, self._text(rows))
+        rng = generator(self.seed, _MASKS_AND_NOISE, step)
+        noise = random_bits(rng, *ids.shape).view(np.int32)
         masks = choose_masks(
             maskable,
             lengths,
-            generator(self.seed, _MASKS, step),
+            rng,
             mlm_probability=masking.mlm_probability,
             mask_token_share=masking.mask_token_share,
             count=masking.count,
             replace_at=masking.replace_at,
         )
-        counted = real if self.recipe.discriminator.loss_on_special else maskable
-        noise = hash64(self.seed, _NOISE, step, np.arange(ids.size)).astype(np.uint32).view(np.int32)
-        second = None
+        width, counted, second = ids.shape[1], maskable, None
+        if self.recipe.discriminator.loss_on_special:
+            counted = _before(lengths, width)
         if self.recipe.data.segments == "two":
-            second = real & (np.arange(ids.shape[1]) > rows.first_B[:, None] + 1)
-        return GlobalBatch(ids, lengths, second, masks, counted, noise.reshape(ids.shape), tokenizer.mask_id)
+            second = _before(lengths, width) & ~_before(rows.first_B + 2, width)
+        return GlobalBatch(ids, lengths, second, masks, counted, noise, tokenizer.mask_id)
 
-    def _laid_out(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [B, T], lengths [B]): [CLS] first [SEP], or [CLS] first [SEP] second [SEP], and padding."""
-        tokenizer, place = self.store.tokenizer, np.arange(self.recipe.data.sequence_length)
-        first, second = rows.first_B[:, None], rows.second_B[:, None]
-        text = place - 1 - (place > first + 1)  # which of a row's tokens stands at a place
-        is_text = (place > 0) & (place != first + 1) & (text < first + second)
-        lengths = first + second + np.where(second > 0, 3, 2)
-        positions = np.take_along_axis(rows.positions_BC, np.clip(text, 0, rows.positions_BC.shape[1] - 1), axis=1)
-        tokens = self.store.tokens[np.minimum(positions, len(self.store.tokens) - 1)]
-        ids = np.where(is_text, tokens, tokenizer.pad_id).astype(np.int64)
-        ids[:, 0] = tokenizer.cls_id
-        ids[(place == first + 1) | (place == lengths - 1)] = tokenizer.sep_id
-        return ids, lengths[:, 0]
+    def _text(self, rows: Rows) -> np.ndarray:
+        """[B, T - 2] in the store's type: each row's text; beyond its length, whatever follows."""
+        positions = rows.positions_BC
+        if positions is None:
+            if self._windows is not None and rows.starts_B.max() < len(self._windows):
+                text: np.ndarray = self._windows[rows.starts_B]  # copies row by row
+                return text
+            positions = rows.starts_B[:, None] + np.arange(self.recipe.data.sequence_length - 2)
+        return self._tokens.take(positions, mode="clip")
+
+    def _laid_out(self, rows: Rows, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids [B, T], lengths [B], where tokens may be masked [B, T]).
+
+        A row is [CLS] first [SEP], or [CLS] first [SEP] second [SEP], and padding.
+        """
+        tokenizer, width = self.store.tokenizer, text.shape[1] + 2
+        if int(text.max()) >= tokenizer.vocab_size:
+            raise DataError(
+                f"The token store {self.store.path} holds id {text.max()}, but its vocabulary has "
+                f"{tokenizer.vocab_size}: tokens.bin is damaged. Build the store again."
+            )
+        ends = rows.first_B + 1
+        lengths = ends + 1
+        ids = np.empty((len(text), width), dtype=text.dtype)
+        ids[:, 0], ids[:, -1] = tokenizer.cls_id, tokenizer.sep_id
+        ids[:, 1:-1] = text
+        if rows.second_B.any():  # the second segment stands one place further on
+            np.copyto(ids[:, 2:], text, where=~_before(lengths, width)[:, 2:])
+            lengths += rows.second_B + (rows.second_B > 0)
+            ids[np.arange(len(ids)), lengths - 1] = tokenizer.sep_id
+        ids[np.arange(len(ids)), ends] = tokenizer.sep_id
+        short = np.flatnonzero(lengths < width)
+        ids[short] = np.where(_before(lengths[short], width), ids[short], np.asarray(tokenizer.pad_id, ids.dtype))
+        maskable = np.ones(ids.shape, dtype=bool)
+        for special in self._special:
+            maskable &= ids != special
+        return ids.astype(np.int64), lengths, maskable
+
+
+def _before(stops_B: np.ndarray, width: int) -> np.ndarray:
+    """bool [B, width], True at the places before each row's stop."""
+    before: np.ndarray = np.arange(width, dtype=np.int32) < stops_B.astype(np.int32)[:, None]
+    return before
 
 
 def prefetched(builder: BatchBuilder, first_step: int, stop_step: int) -> Iterator[tuple[int, GlobalBatch]]:

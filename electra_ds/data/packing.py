@@ -2,11 +2,10 @@
 
 Lines of a document are gathered until they reach a target length, which is the sequence length, or for one example in
 twenty a random shorter one. A tenth of the examples keep a single segment; the others are cut near the middle.
+Shape suffixes: B examples, K lines of an example, C text tokens of a row.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 
@@ -24,7 +23,7 @@ class PackedExamples:
 
     def __init__(self, lines: np.ndarray, ranges: Ranges, sequence_length: int, seed: int) -> None:
         """lines: int64, ascending, where each line starts in tokens.bin, and at last the end of the text."""
-        self.lines = lines
+        self.lines = np.asarray(lines)
         self.sequence_length = sequence_length
         self.starts, self.stops, self.targets = self._packed(ranges, seed)
 
@@ -55,53 +54,60 @@ class PackedExamples:
         return np.where(is_short, short, self.sequence_length)
 
     def segments(self, examples_B: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(token positions [B, sequence_length - 2], tokens of the first segment [B], of the second [B])."""
+        """(token positions [B, sequence_length - 2], tokens of the first segment [B], of the second [B]).
+
+        Where the text is too long, each segment loses its end; the second leaves a place to the second [SEP].
+        """
         chance = rng.random((2, len(examples_B)))
         room = self.sequence_length - 2
-        positions = np.zeros((len(examples_B), room), dtype=np.int64)
-        first_sizes = np.zeros(len(examples_B), dtype=np.int64)
-        second_sizes = np.zeros(len(examples_B), dtype=np.int64)
-        starts, stops, targets = self.starts[examples_B], self.stops[examples_B], self.targets[examples_B]
+        aims_B = np.where(chance[0] < SINGLE_SEGMENT_SHARE, 100_000, (self.targets[examples_B] - 3) // 2)
+        bounds = self._bounds(examples_B)
+        starts_BK, sizes_BK = bounds[:, :-1], np.diff(bounds, axis=1)
+        is_first = _first_segment(sizes_BK, aims_B, chance[1] < 0.5)
+        first_ends = np.minimum((sizes_BK * is_first).cumsum(axis=1), room)
+        first_B = first_ends[:, -1]
+        second_ends = first_B[:, None] + (sizes_BK * ~is_first).cumsum(axis=1)
+        second_ends = np.minimum(second_ends, np.maximum(first_B, room - 1)[:, None])
+        # A row is its lines once for the first segment and once for the second, those of the other with no token, and
+        # whatever follows the last one.
+        ends = np.concatenate([first_ends, second_ends, np.full((len(examples_B), 1), room)], axis=1)
+        begins = np.concatenate([np.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
+        shifts = np.concatenate([starts_BK, starts_BK, starts_BK[:, :1]], axis=1) - begins
+        positions_BC = np.repeat(shifts.ravel(), (ends - begins).ravel()).reshape(-1, room)
+        positions_BC += np.arange(room)
+        return positions_BC, first_B, second_ends[:, -1] - first_B
+
+    def _bounds(self, examples_B: np.ndarray) -> np.ndarray:
+        """int64 [B, K + 1]: where each example's lines begin, and from the last one on where the example ends."""
+        starts, stops = self.starts[examples_B], self.stops[examples_B]
         inner = np.searchsorted(self.lines, starts, side="right")
-        outer = np.searchsorted(self.lines, stops, side="left")
-        for row in range(len(examples_B)):
-            bounds = [int(starts[row]), *self.lines[inner[row] : outer[row]].tolist(), int(stops[row])]
-            is_single = chance[0, row] < SINGLE_SEGMENT_SHARE
-            aim = 100_000 if is_single else (int(targets[row]) - 3) // 2
-            first, second = _cut(bounds, aim, overshoots=chance[1, row] < 0.5)
-            first_size = _fill(positions[row], 0, room, first)
-            first_sizes[row] = first_size
-            second_sizes[row] = _fill(positions[row], first_size, room - 1, second)  # a second [SEP] takes one place
-        return positions, first_sizes, second_sizes
+        num_lines = int((np.searchsorted(self.lines, stops) - inner).max()) + 1
+        bounds = self.lines.take(inner[:, None] + np.arange(-1, num_lines), mode="clip")
+        np.minimum(bounds, stops[:, None], out=bounds)
+        bounds[:, 0] = starts
+        return bounds
 
 
-def _cut(bounds: list[int], aim: int, *, overshoots: bool) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Lines (start, stop) of the first and of the second segment.
+def _first_segment(sizes_BK: np.ndarray, aims_B: np.ndarray, overshoots_B: np.ndarray) -> np.ndarray:
+    """bool [B, K]: which lines stand in the first segment; lines of size 0 may say either.
 
     A line goes to the first segment where that is empty or stays below the aim with it; the first line that would
-    cross the aim goes there too where `overshoots`; every other line goes to the second. The original tosses a coin
+    cross the aim goes there too where it overshoots; every other line goes to the second. The original tosses a coin
     for that line alone: after it the first segment is full, or the second has begun.
     """
-    first: list[tuple[int, int]] = []
-    second: list[tuple[int, int]] = []
-    size = 0
-    for line in itertools.pairwise(bounds):
-        length = line[1] - line[0]
-        if not first or size + length < aim or (overshoots and not second and size < aim):
-            first.append(line)
-            size += length
-        else:
-            second.append(line)
-    return first, second
-
-
-def _fill(positions: np.ndarray, begin: int, end: int, lines: list[tuple[int, int]]) -> int:
-    """Write the lines' token positions into `positions[begin:end]`, as many as fit; returns how many."""
-    at = begin
-    for start, stop in lines:
-        if at >= end:
-            break
-        size = min(stop - start, end - at)
-        positions[at : at + size] = np.arange(start, start + size)
-        at += size
-    return at - begin
+    rows, columns = np.arange(len(sizes_BK)), np.arange(sizes_BK.shape[1])
+    ends = sizes_BK.cumsum(axis=1)
+    last = np.maximum((ends < aims_B[:, None]).sum(axis=1) - 1, 0)  # up to here no line was left out
+    crosses = overshoots_B & (ends[rows, last] < aims_B) & (last < columns[-1])
+    last = last + crosses
+    is_first: np.ndarray = columns <= last[:, None]
+    rooms = aims_B - ends[rows, last]
+    while True:  # at each turn the next line, in every row that has one, that still fits behind those left out
+        fits = (sizes_BK < rooms[:, None]) & (columns > last[:, None]) & (sizes_BK > 0)
+        found = fits.any(axis=1)
+        if not found.any():
+            return is_first
+        rows, rooms, sizes_BK, fits = rows[found], rooms[found], sizes_BK[found], fits[found]
+        last = fits.argmax(axis=1)
+        is_first[rows, last] = True
+        rooms = rooms - sizes_BK[np.arange(len(rows)), last]

@@ -6,6 +6,7 @@ Shape suffixes: B rows of the global batch, C text tokens of a row.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -22,13 +23,17 @@ _EPOCH, _WINDOW, _MIXTURE = 0x41, 0x42, 0x43
 FEW_DOCUMENTS_TO_SAMPLE_BY_LENGTH = 10_000
 # Rows in one round of a mixture: each corpus has a fixed number of them.
 MIXTURE_ROUND = 1024
+# Items of a permutation that are found together and kept for the steps that follow: some dozens of steps' worth.
+_BLOCK = 4096
 
 
 class Rows(NamedTuple):
     """The text of a batch's rows, without [CLS] and [SEP]."""
 
-    positions_BC: np.ndarray
-    """int64, where each token stands in tokens.bin; beyond a row's length any number."""
+    starts_B: np.ndarray
+    """int64, where each row's first token stands in tokens.bin."""
+    positions_BC: np.ndarray | None
+    """int64, where each token stands, beyond a row's length any number; None where each row is one stretch of text."""
     first_B: np.ndarray
     """int64, tokens of the first segment."""
     second_B: np.ndarray
@@ -58,7 +63,7 @@ class Windows:
             long = ranges.lengths.mean() > 2 * window_tokens
             sampling = "length" if few and long else "epoch"
         self.sampling = sampling
-        self._ends = np.cumsum(ranges.lengths)
+        self._ends = np.cumsum(ranges.lengths) if sampling == "length" else np.empty(0, dtype=np.int64)
 
     def rows(self, numbers_B: np.ndarray, rng: np.random.Generator) -> Rows:
         if self.sampling == "epoch":
@@ -66,11 +71,11 @@ class Windows:
         else:
             places = rng.integers(0, self._ends[-1], len(numbers_B))
             chosen = np.searchsorted(self._ends, places, side="right")
-        lengths = self.ranges.lengths[chosen]
-        offsets = rng.integers(0, np.maximum(lengths - self.window_tokens, 0) + 1)
-        starts = self.ranges.starts[chosen] + offsets
+        starts = self.ranges.starts[chosen]
+        lengths = self.ranges.stops[chosen] - starts
         first = np.minimum(lengths, self.window_tokens)
-        return Rows(starts[:, None] + np.arange(self.window_tokens), first, np.zeros_like(first))
+        offsets = (rng.random(len(chosen)) * (lengths - first + 1)).astype(np.int64)
+        return Rows(starts + offsets, None, first, np.zeros_like(first))
 
 
 class TwoSegments:
@@ -81,17 +86,29 @@ class TwoSegments:
         self.key = key
 
     def rows(self, numbers_B: np.ndarray, rng: np.random.Generator) -> Rows:
-        return Rows(*self.examples.segments(shuffled(numbers_B, len(self.examples), *self.key, _EPOCH), rng))
+        chosen = shuffled(numbers_B, len(self.examples), *self.key, _EPOCH)
+        return Rows(self.examples.starts[chosen], *self.examples.segments(chosen, rng))
 
 
 def shuffled(numbers: np.ndarray, size: int, *key: int) -> np.ndarray:
     """The items that stand at running numbers, when all `size` of them come once per epoch, each time anew ordered."""
     epochs, places = np.divmod(numbers, size)
+    blocks = epochs * -(-size // _BLOCK) + places // _BLOCK
+    places %= _BLOCK
+    first, last = int(blocks.min()), int(blocks.max())
+    if first == last:
+        return _shuffled_block(first, size, *key)[places]
     items = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        of_epoch = epochs == epoch
-        items[of_epoch] = permutation_at(places[of_epoch], size, *key, int(epoch))
+    for block in np.unique(blocks).tolist():
+        of_block = blocks == block
+        items[of_block] = _shuffled_block(block, size, *key)[places[of_block]]
     return items
+
+
+@lru_cache(maxsize=64)
+def _shuffled_block(block: int, size: int, *key: int) -> np.ndarray:
+    epoch, part = divmod(block, -(-size // _BLOCK))
+    return permutation_at(np.arange(part * _BLOCK, min(size, (part + 1) * _BLOCK)), size, *key, epoch)
 
 
 class Sampler:
@@ -117,11 +134,14 @@ class Sampler:
         sources, numbers = self._mixed(numbers)
         parts = [(sources == index, text) for index, text in enumerate(self._texts)]
         drawn = [(where, text.rows(numbers[where], rng)) for where, text in parts if where.any()]
-        whole = Rows(*(np.empty((batch_size, *array.shape[1:]), dtype=np.int64) for array in drawn[0][1]))
-        for where, rows in drawn:
-            for target, array in zip(whole, rows, strict=True):
-                target[where] = array
-        return whole
+        order = np.argsort(np.concatenate([np.flatnonzero(where) for where, _ in drawn]))
+        positions = [rows.positions_BC for _, rows in drawn if rows.positions_BC is not None]
+        return Rows(
+            np.concatenate([rows.starts_B for _, rows in drawn])[order],
+            np.concatenate(positions)[order] if positions else None,
+            np.concatenate([rows.first_B for _, rows in drawn])[order],
+            np.concatenate([rows.second_B for _, rows in drawn])[order],
+        )
 
     def _mixed(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(corpus, running number within that corpus) of each running number of the mixture.

@@ -1,6 +1,6 @@
 """Generator and discriminator in one module, so that one engine trains both.
 
-Shape suffixes: B sequences of the micro-batch, T positions, M selected positions, V vocabulary, H hidden.
+Shape suffixes: B rows of the micro-batch, T positions, M selected positions, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class Electra(nn.Module):
             return self._forward(batch, samples_M)
 
     def _forward(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> ElectraOutput:
-        generator_BTH = self.generator(batch.generator_ids_BT, batch.attend_B11T, batch.segments_BT)
+        attend_B1QT = batch.attention_mask()
+        generator_BTH = self.generator(batch.generator_ids_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
         gathered_MH = generator_BTH.flatten(0, 1).index_select(0, batch.selected_M)
         targets_M = batch.ids_BT.flatten().index_select(0, batch.selected_M)
         prediction = self.generator_head(
@@ -118,7 +119,7 @@ class Electra(nn.Module):
             corrupted_M = torch.where(batch.replaced_M, samples_M, targets_M)
             corrupted_BT = batch.ids_BT.flatten().index_copy(0, batch.selected_M, corrupted_M).view_as(batch.ids_BT)
             is_replaced_BT = corrupted_BT != batch.ids_BT
-        discriminator_BTH = self.discriminator(corrupted_BT, batch.attend_B11T, batch.segments_BT)
+        discriminator_BTH = self.discriminator(corrupted_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
         discriminator_logits_BT = self.discriminator_head(discriminator_BTH)
         return ElectraOutput(
             prediction.loss_sum,

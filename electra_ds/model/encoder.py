@@ -46,8 +46,13 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.hidden_dropout = config.hidden_dropout_prob
 
-    def forward(self, ids_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
-        positions = self.position_embeddings.weight[: ids_BT.shape[1]]
+    def forward(
+        self, ids_BT: torch.Tensor, segments_BT: torch.Tensor | None, positions_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if positions_BT is None:
+            positions = self.position_embeddings.weight[: ids_BT.shape[1]]
+        else:
+            positions = self.position_embeddings(positions_BT)
         if segments_BT is None:
             places = positions + self.token_type_embeddings.weight[0]
         else:
@@ -72,9 +77,9 @@ class Layer(nn.Module):
         self.output = nn.Linear(config.intermediate_size, hidden)
         self.output_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_BTH: torch.Tensor, attend_B11T: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, hidden_BTH: torch.Tensor, attend_B1QT: torch.Tensor | None) -> torch.Tensor:
         attention_dropout, hidden_dropout = (self.attention_dropout, self.hidden_dropout) if self.training else (0, 0)
-        context_BTH = attention(self.query_key_value(hidden_BTH), attend_B11T, self.num_heads, attention_dropout)
+        context_BTH = attention(self.query_key_value(hidden_BTH), attend_B1QT, self.num_heads, attention_dropout)
         hidden_BTH = self.attention_norm(dropout_add(self.attention_output(context_BTH), hidden_BTH, hidden_dropout))
         inner_BTH = feed_forward(hidden_BTH, self.intermediate, self.output)
         return self.output_norm(dropout_add(inner_BTH, hidden_BTH, hidden_dropout))
@@ -95,11 +100,16 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(
-        self, ids_BT: torch.Tensor, attend_B11T: torch.Tensor | None, segments_BT: torch.Tensor | None = None
+        self,
+        ids_BT: torch.Tensor,
+        attend_B1QT: torch.Tensor | None,
+        segments_BT: torch.Tensor | None = None,
+        positions_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [B, T, H]. `attend_B11T` is True at real tokens, or None where nothing is padded;
-        `segments_BT` is True in the second segment, or None where there is only one."""
-        hidden_BTH = self.embeddings_project(self.embeddings(ids_BT, segments_BT))
+        """Hidden states [B, T, H]. `attend_B1QT` is True where a query sees a place, with Q = T queries or 1 for all
+        of a row's, or None where all see all; `segments_BT` is True in the second segment, or None where there is only
+        one; `positions_BT` are positions where a row is not one sequence."""
+        hidden_BTH = self.embeddings_project(self.embeddings(ids_BT, segments_BT, positions_BT))
         for layer in self.layers:
-            hidden_BTH = layer(hidden_BTH, attend_B11T)
+            hidden_BTH = layer(hidden_BTH, attend_B1QT)
         return hidden_BTH

@@ -4,7 +4,7 @@ On a CPU torch draws dropout one Bernoulli number at a time (some 5 ns an elemen
 in fp32, and runs attention with dropout as a chain of operations. Here a mask takes 16 bits of a random word and one
 byte. On other devices torch's own kernels do that already and are used.
 
-Shape suffixes: B sequences, T positions, N heads, D head size, H hidden size, F feed-forward size.
+Shape suffixes: B rows, T positions, Q queries, N heads, D head size, H hidden size, F feed-forward size.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def dropout_add(hidden: torch.Tensor, residual: torch.Tensor, probability: float
 
 
 def attention(
-    query_key_value_BTH: torch.Tensor, attend: torch.Tensor | None, num_heads: int, dropout_probability: float
+    query_key_value_BTH: torch.Tensor, attend_B1QT: torch.Tensor | None, num_heads: int, dropout_probability: float
 ) -> torch.Tensor:
     """Self-attention from queries, keys and values side by side, [B, T, 3 * H] -> [B, T, H].
 
-    attend: bool, broadcasting to [B, 1, T, T], True where a query (row) sees a key (column); None where all do.
+    attend_B1QT: bool, True where a query sees a key, with Q = T queries or 1 for all of them; None where all see all.
     """
     batch, length, width = query_key_value_BTH.shape
     if query_key_value_BTH.device.type == "cpu" and dropout_probability:
-        return _AttentionWithDropout.apply(query_key_value_BTH, attend, num_heads, dropout_probability)
+        return _AttentionWithDropout.apply(query_key_value_BTH, attend_B1QT, num_heads, dropout_probability)
     query, key, value = query_key_value_BTH.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     context_BNTD = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attend, dropout_p=dropout_probability
+        query, key, value, attn_mask=attend_B1QT, dropout_p=dropout_probability
     )
     return context_BNTD.transpose(1, 2).reshape(batch, length, width // 3)
 
@@ -92,7 +92,7 @@ class _AttentionWithDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_key_value: torch.Tensor, attend: torch.Tensor | None, num_heads: int, probability: float
+        ctx: Any, query_key_value: torch.Tensor, attend_B1QT: torch.Tensor | None, num_heads: int, probability: float
     ) -> torch.Tensor:
         batch, length, _ = query_key_value.shape
         heads = query_key_value.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -101,9 +101,9 @@ class _AttentionWithDropout(torch.autograd.Function):
         for rows in _pieces(batch, num_heads * length * length):
             query, key, value = (part[rows].reshape(-1, length, part.shape[-1]) for part in heads)
             scores = _product(query, key.transpose(1, 2), heads.shape[-1] ** -0.5)
-            if attend is not None:
+            if attend_B1QT is not None:
                 by_head = scores.view(-1, num_heads, length, length)
-                by_head.masked_fill_(~attend[rows], float("-inf"))
+                by_head.masked_fill_(~attend_B1QT[rows], float("-inf"))
             probabilities = torch.softmax(scores, dim=-1)
             mask, ctx.scale = _kept(scores.shape, probability)
             context = _product(probabilities * mask, value, ctx.scale)

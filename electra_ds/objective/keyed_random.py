@@ -7,11 +7,14 @@ hash of (seed, step, row, column) in integer arithmetic, which all devices do ex
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 _SMALL_PERMUTATION = 4096
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_64_BITS = (1 << 64) - 1
 
 
 def hash64(*parts: int | np.ndarray) -> np.ndarray:
@@ -19,19 +22,37 @@ def hash64(*parts: int | np.ndarray) -> np.ndarray:
 
     Source of the mixer: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
     """
-    state = np.zeros((), dtype=np.uint64)
+    number, rest = 0, list(parts)
+    while rest and isinstance(part := rest[0], int):  # Python's integers take a tenth of the time of numpy's scalars
+        del rest[0]
+        number = ((number ^ (part & _64_BITS)) + _GOLDEN) & _64_BITS
+        number = ((number ^ (number >> 30)) * _FIRST) & _64_BITS
+        number = ((number ^ (number >> 27)) * _SECOND) & _64_BITS
+        number ^= number >> 31
+    state = np.asarray(number, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        for part in parts:
-            state = (state ^ np.asarray(part).astype(np.uint64)) + _GOLDEN
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
+        for part in rest:
+            state = np.asarray((state ^ np.asarray(part).astype(np.uint64)) + np.uint64(_GOLDEN))
+            for shift, factor in ((30, _FIRST), (27, _SECOND)):
+                state ^= state >> np.uint64(shift)
+                state *= np.uint64(factor)
+            state ^= state >> np.uint64(31)
     return state
 
 
 def generator(*parts: int) -> np.random.Generator:
-    """A numpy generator keyed by integers: one random source for a whole batch."""
-    return np.random.Generator(np.random.Philox(key=int(hash64(*parts))))
+    """A numpy generator keyed by integers: one random source for a whole batch.
+
+    SFC64 gives raw bits twice as fast as Philox; numpy promises that neither's stream changes (NEP 19).
+    """
+    return np.random.Generator(np.random.SFC64(int(hash64(*parts))))
+
+
+def random_bits(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """uint32 of full range, two to each raw number: a third of the time of `rng.integers`."""
+    size = math.prod(shape)
+    raw = np.asarray(rng.bit_generator.random_raw(size - size // 2))
+    return raw.view(np.uint32)[:size].reshape(shape)
 
 
 def permutation_at(places: np.ndarray, size: int, *key: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Which tokens the generator predicts, and which of them it sees as [MASK].
 
-One random source per batch: the noise for a whole global batch is two numpy draws. Shape suffixes:
-B sequences of the global batch, T positions.
+One random source per batch, and 32 random bits a token for each draw: a share p of them is what lies below
+p * 2^32. Shape suffixes: B sequences of the global batch, T positions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from electra_ds.objective.keyed_random import random_bits
 
 
 class Masks(NamedTuple):
@@ -36,16 +38,30 @@ def choose_masks(
     least one token of each sequence without replacement (google-research/electra pretrain_helpers.py draws
     with replacement); a sequence with fewer maskable tokens has them all selected.
     """
-    noise = rng.random(maskable_BT.shape, dtype=np.float32)
+    batch, length = maskable_BT.shape
+    noise_BT = random_bits(rng, batch, length)
     if count == "bernoulli":
-        selected = (noise < mlm_probability) & maskable_BT
+        selected = (noise_BT <= _highest(mlm_probability)) & maskable_BT
+        masked = (noise_BT <= _highest(mlm_probability * mask_token_share)) & maskable_BT  # one draw serves both
     else:
-        wanted = np.minimum(
-            np.round(mlm_probability * lengths_B), np.floor((mlm_probability + 0.005) * maskable_BT.shape[1])
-        )
+        wanted = np.minimum(np.round(mlm_probability * lengths_B), np.floor((mlm_probability + 0.005) * length))
         wanted = np.maximum(wanted, 1).astype(np.int64)
-        noise[~maskable_BT] = 2.0
-        ranks = noise.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
-        selected = (ranks < wanted[:, None]) & maskable_BT
-    masked = selected & (rng.random(maskable_BT.shape, dtype=np.float32) < mask_token_share)
+        _make_distinct(noise_BT)
+        np.putmask(noise_BT, ~maskable_BT, np.uint32(0xFFFFFFFF))
+        last = np.take_along_axis(np.sort(noise_BT, axis=1), wanted[:, None] - 1, axis=1)
+        selected = (noise_BT <= last) & maskable_BT
+        masked = (random_bits(rng, batch, length) <= _highest(mask_token_share)) & selected
     return Masks(selected, masked, selected if replace_at == "selected" else masked)
+
+
+def _highest(probability: float) -> np.uint32:
+    """The highest number among the lowest share `probability` of all 2^32."""
+    return np.uint32(max(1, round(probability * 2.0**32)) - 1)
+
+
+def _make_distinct(noise_BT: np.ndarray) -> None:
+    """Put the column into each number's lowest bits, so that none comes twice in a row."""
+    columns = np.arange(noise_BT.shape[1], dtype=np.uint32)
+    lowest = np.uint32((1 << int(columns[-1]).bit_length()) - 1)
+    np.bitwise_and(noise_BT, ~lowest, out=noise_BT)
+    np.bitwise_or(noise_BT, columns, out=noise_BT)

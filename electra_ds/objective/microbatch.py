@@ -1,6 +1,7 @@
 """What the model is given: the tensors of one micro-batch.
 
-Shape suffixes: B sequences, T positions, M selected positions.
+A row holds one sequence and its padding, or several sequences that do not see each other. Shape suffixes: B rows,
+T positions, M selected positions, Q queries: T, or 1 where all of a row's queries see the same.
 """
 
 from __future__ import annotations
@@ -18,17 +19,33 @@ class MicroBatch(NamedTuple):
     generator_ids_BT: torch.Tensor
     """int64, the same with [MASK] where the generator sees one."""
     selected_M: torch.Tensor
-    """int64 indices into the flattened [B * T] of the positions the generator predicts, ascending."""
+    """int64 indices into the flattened [B * T] of the positions the generator predicts, in the order of the sequences,
+    so that samples drawn under one layout of the rows can be replayed under another."""
     replaced_M: torch.Tensor
     """bool, whether the discriminator's input takes the generator's sample there."""
     noise_keys_M: torch.Tensor
     """int32 keys of the sampling noise."""
     counted_BT: torch.Tensor
     """bool, positions that count in the discriminator's loss."""
-    attend_B11T: torch.Tensor | None
-    """bool, True at real tokens; None where nothing is padded."""
+    sequences_BT: torch.Tensor | None
+    """int32, which sequence of the micro-batch a place belongs to, counted from 1, and 0 at padding; None where every
+    row is one sequence without padding."""
     segments_BT: torch.Tensor | None = None
     """bool, True in the second segment; None where there is only one."""
+    positions_BT: torch.Tensor | None = None
+    """int64, each token's position in its own sequence; None where every row is one sequence."""
+
+    def attention_mask(self) -> torch.Tensor | None:
+        """bool [B, 1, Q, T], which places each query sees: those of its own sequence. None where all see all.
+
+        Made where the tensors are, since with several sequences in a row it is T times as large as they. There
+        padding sees padding, so that no query sees nothing.
+        """
+        if self.sequences_BT is None:
+            return None
+        if self.positions_BT is None:
+            return (self.sequences_BT > 0)[:, None, None, :]
+        return self.sequences_BT[:, None, :, None] == self.sequences_BT[:, None, None, :]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device, copied while the host goes on."""

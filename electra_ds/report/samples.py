@@ -20,7 +20,7 @@ LEGEND = Text.assemble(
 @torch.no_grad()
 def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: GlobalBatch, count: int) -> list[Text]:
     """The first `count` sequences of a held-out batch, marked up. The threshold is set on the whole batch."""
-    micro_batch = batch.micro_batch(0, len(batch.ids_BT))
+    micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False)
     output = model(micro_batch)
     scores = output.discriminator_logits_BT.numpy()
     replaced = output.is_replaced_BT.numpy()
