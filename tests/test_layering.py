@@ -20,6 +20,7 @@ ROWS = [
     {"engine"},
     {"train"},
     {"report"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from electra_ds import __version__
+from electra_ds.cli.bench import add_bench
 from electra_ds.cli.build_data import add_build_data
 from electra_ds.cli.doctor import add_doctor
 from electra_ds.cli.pretrain import add_pretrain
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_build_data(commands)
     add_report(commands)
     add_export(commands)
+    add_bench(commands)
     add_doctor(commands)
     return parser
 

@@ -108,6 +108,13 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 matrices; elsewhere it is emulated, where it works at all."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str) -> None:
     """ConfigError where the device cannot train in the plan's precision, or DeepSpeed refuses the JSON."""
     name = plan.precision.name
@@ -116,7 +123,7 @@ def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str) -> None:
             "fp16 needs a GPU, and this machine has none that torch can use. "
             "On a CPU take ds_configs/cpu.json, or bf16 in its place."
         )
-    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if name == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise ConfigError(f"{runtime.device_name(device)} has no bf16. Use fp16, as in ds_configs/gtx1060-6gb.json.")
     if distributed.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # DeepSpeedConfig asks it for the number of ranks

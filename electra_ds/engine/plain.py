@@ -22,7 +22,10 @@ from electra_ds.objective.schedule import learning_rate_at
 class PlainEngine:
     """One process, one device, no mixed precision."""
 
-    def __init__(self, model: Electra, recipe: Recipe, micro_batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, model: Electra, recipe: Recipe, micro_batch_size: int, device: torch.device, *, fused: bool = False
+    ) -> None:
+        """fused: AdamW in torch's fused kernel, as benchmarks want it; tests compare that with torch's plainest."""
         self.module = model.to(device)
         self.recipe = recipe
         self.micro_batch_size = micro_batch_size
@@ -33,11 +36,12 @@ class PlainEngine:
             lr=section.learning_rate,
             betas=(section.beta1, section.beta2),
             eps=section.epsilon,
+            fused=fused,
         )
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = adamw_state(parameter, bias_correction=section.bias_correction)
-                self.optimizer.state[parameter] = state | {"step": state["step"].cpu()}
+                self.optimizer.state[parameter] = state if fused else state | {"step": state["step"].cpu()}
 
     def train_step(
         self, batch: GlobalBatch, step: int, samples: Sequence[torch.Tensor] | None = None

@@ -1,0 +1,126 @@
+"""Time, memory and operations of a step, so that two of them can be compared on a noisy machine."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operations that make the host wait for a GPU.
+_BLOCKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "item")
+
+
+class Clock:
+    """CPU seconds of this process on a CPU, where other work comes and goes; seconds of the wall clock on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+        return time.process_time()
+
+
+class Ratio(NamedTuple):
+    """How many times as fast as the reference, over the rounds of one run."""
+
+    median: float
+    low: float
+    high: float
+    """Quartiles."""
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[int], None]],
+    rounds: int,
+    clock: Clock,
+    told: Callable[[], None],
+    calls_a_turn: int = 1,
+) -> dict[str, list[float]]:
+    """Seconds a call in every round. Each round gives all of them a turn, and another one the first.
+
+    One round before those that count warms up. `told` is called after each turn.
+    """
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-1, rounds):
+        for place in range(len(names)):
+            name = names[(place + number) % len(names)]
+            started = clock()
+            for call in range(calls_a_turn):
+                contestants[name]((number + 1) * calls_a_turn + call)
+            if number >= 0:
+                seconds[name].append((clock() - started) / calls_a_turn)
+            told()
+    return seconds
+
+
+def ratio(reference: list[float], seconds: list[float]) -> Ratio:
+    """Of the times of equal rounds."""
+    values = [theirs / ours for theirs, ours in zip(reference, seconds, strict=True)]
+    if len(values) == 1:
+        return Ratio(values[0], values[0], values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Ratio(median, low, high)
+
+
+def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
+    """The most that tensors take at once during the call, beyond what they took before it.
+
+    From torch's allocator, so what libraries allocate for themselves is not in it.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    results: Any = recorded.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations, views left out, and those at which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.blocking = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if not function.is_view and not name.startswith("profiler::"):
+            self.count += 1
+        self.blocking += name in _BLOCKING
+        return function(*arguments, **(keywords or {}))
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: what this device gives in practice."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    clock, best = Clock(device), float("inf")
+    for _ in range(4):
+        started = clock()
+        left @ right
+        best = min(best, clock() - started)
+    return 2 * size**3 / best

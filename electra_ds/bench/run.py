@@ -1,0 +1,85 @@
+"""One run of the benchmark on this machine, with what it ran on."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from electra_ds import runtime
+from electra_ds.bench.suite import Settings, Suite
+from electra_ds.config.manifest import versions
+from electra_ds.engine.engine import has_bf16
+from electra_ds.errors import ConfigError
+
+
+def measure(
+    *,
+    recipe: str,
+    micro_batches: Sequence[int] | None,
+    dtypes: Sequence[str] | None,
+    rounds: int,
+    sections: Sequence[str],
+    threads: int,
+    console: Console,
+) -> dict[str, Any]:
+    """The whole document. Raises ConfigError for a dtype that the device cannot compute in."""
+    with runtime.ranks() as ranks:
+        if ranks.world_size > 1:
+            raise ConfigError("bin/bench measures one process; start it without a launcher.")
+        device = runtime.device(ranks.launch)
+        on_gpu = device.type == "cuda"
+        threads = runtime.set_threads(threads, ranks.launch)
+        settings = Settings(
+            recipe=recipe,
+            micro_batches=tuple(micro_batches or ((128,) if on_gpu else (8, 32))),
+            dtypes=tuple(dtypes or _dtypes(device)),
+            rounds=rounds,
+            sections=tuple(sections),
+            device=device,
+        )
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=console,
+        ) as progress:  # fmt: skip
+
+            def begin(name: str, turns: int) -> None:
+                gc.collect()
+                progress.add_task(name, total=turns)
+
+            suite = Suite(settings, begin, lambda: progress.advance(progress.task_ids[-1]))
+            results = suite.run()
+        return {
+            "made_by": "electra-ds bench",
+            "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": ["bin/bench", *sys.argv[1:]],
+            "versions": versions(),
+            "hardware": {
+                "device": runtime.device_name(device),
+                "cpu": _cpu_model(),
+                "threads": threads,
+                "clock": "wall" if on_gpu else "CPU time of the process",
+            },
+            "recipe": recipe,
+            "rounds": rounds,
+        } | results
+
+
+def _dtypes(device: torch.device) -> list[str]:
+    halves = ["fp16"] if device.type == "cuda" else []
+    return ["fp32", *halves, *(["bf16"] if has_bf16(device) else [])]
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf8").splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

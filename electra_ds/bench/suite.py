@@ -1,0 +1,322 @@
+"""What `bin/bench` measures, as one JSON document."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from electra_ds.bench.contestants import Contestant, Ours, PaddedBatch, Transformers
+from electra_ds.bench.measure import Clock, Operations, interleaved, peak_bytes, peak_flops, ratio
+from electra_ds.bench.synthetic import glue_lengths, web_text_lengths, write_store
+from electra_ds.config.deepspeed import resolve
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import Recipe
+from electra_ds.data.batches import BatchBuilder, GlobalBatch
+from electra_ds.data.segments import Ranges
+from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.engine import DeepSpeedEngine
+from electra_ds.engine.plain import PlainEngine
+from electra_ds.model.electra import Electra, encoder_configs
+from electra_ds.model.flops import step_flops, transformers_step_flops
+from electra_ds.objective.masking import Masks
+
+SECTIONS = ("step", "parts", "mixed", "data", "startup")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DOCUMENTS = 20_000
+_DATA_ROUNDS, _DATA_CALLS = 15, 4
+_PART_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to time, and how long."""
+
+    recipe: str
+    micro_batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    rounds: int
+    sections: tuple[str, ...]
+    device: torch.device
+
+
+class Suite:
+    """Runs the sections, telling `begin(name, turns)` and `turn()` how far it is."""
+
+    def __init__(self, settings: Settings, begin: Callable[[str, int], None], turn: Callable[[], None]) -> None:
+        self.settings, self.begin, self.turn = settings, begin, turn
+        self.device = settings.device
+        self.clock = Clock(settings.device)
+        self.calls_a_turn = 10 if settings.device.type == "cuda" else 1
+        self.recipe = load_recipe(settings.recipe)
+        self.vocab_size = self.recipe.tokenizer.vocab_size
+
+    def run(self) -> dict[str, Any]:
+        """The results by section."""
+        with tempfile.TemporaryDirectory(prefix="electra-ds-bench-") as folder:
+            rng = np.random.default_rng(0)
+            self.web = write_store(Path(folder) / "web", web_text_lengths(_DOCUMENTS, rng), self.vocab_size, rng)
+            self.glue = write_store(Path(folder) / "glue", glue_lengths(_DOCUMENTS, rng), self.vocab_size, rng)
+            results: dict[str, Any] = {}
+            sections = {
+                "step": self.steps, "parts": self.parts, "mixed": self.mixed_lengths, "data": self.data_path,
+                "startup": self.start_up,
+            }  # fmt: skip
+            for name in SECTIONS:
+                if name in self.settings.sections:
+                    results |= sections[name]()
+            return results
+
+    # --- whole steps
+
+    def steps(self) -> dict[str, Any]:
+        """Every contestant at every micro-batch, all dtypes interleaved."""
+        results: dict[str, Any] = {"step": {}, "step_vs_transformers": {}, "deepspeed_vs_plain": {}}
+        peaks = {dtype: peak_flops(self.device, DTYPES[dtype]) for dtype in self.settings.dtypes}
+        results["matrix_product_tflops"] = {dtype: round(peak / 1e12, 3) for dtype, peak in peaks.items()}
+        for size in self.settings.micro_batches:
+            recipe = self._recipe(size)
+            batches = self._batches(self.web, recipe)
+            with self._contestants(recipe, self.settings.dtypes) as contestants:
+                turns = len(contestants) * (self.settings.rounds + 1)
+                self.begin(f"steps of {size} x {recipe.data.sequence_length}", turns)
+                seconds = interleaved(
+                    {name: self._stepping(contestant, batches) for name, contestant in contestants.items()},
+                    self.settings.rounds, self.clock, self.turn, self.calls_a_turn,
+                )  # fmt: skip
+                found = {
+                    name: self._measured(name, contestant, batches[0], seconds[name], peaks[name.split()[1]])
+                    for name, contestant in contestants.items()
+                }
+            self._compare(results, str(size), found, seconds)
+        return results
+
+    def _measured(
+        self, name: str, contestant: Contestant, batch: GlobalBatch, seconds: list[float], peak: float
+    ) -> dict[str, Any]:
+        who, _ = name.split()
+        rows, length = batch.ids_BT.shape
+        configs = encoder_configs(self.recipe, self.vocab_size, 0)
+        if who == "transformers":
+            flops = transformers_step_flops(*configs, rows, length).forward_and_backward
+        else:
+            flops = step_flops(*configs, rows, length, batch.num_selected).forward_and_backward
+        median = float(np.median(seconds))
+        operations = Operations()
+        with operations:
+            contestant.step(batch, 1)
+        return {
+            "seconds": median,
+            "tokens_per_s": batch.num_tokens / median,
+            "peak_step_bytes": peak_bytes(lambda: contestant.step(batch, 1), self.device),
+            "model_flops": flops,
+            "mfu_of_measured_peak": flops / median / peak,
+            "operations": operations.count,
+            "host_syncs": operations.blocking,
+        }
+
+    @staticmethod
+    def _compare(
+        results: dict[str, Any], size: str, found: dict[str, dict[str, Any]], seconds: dict[str, list[float]]
+    ) -> None:
+        for name, values in found.items():
+            who, dtype = name.split()
+            results["step"].setdefault(dtype, {}).setdefault(size, {})[who] = values
+            if who == "transformers":
+                continue
+            speed = ratio(seconds[f"transformers {dtype}"], seconds[name])
+            theirs = found[f"transformers {dtype}"]
+            line = {
+                "speed": speed.median,
+                "speed_quartiles": [speed.low, speed.high],
+                "peak_step_memory": values["peak_step_bytes"] / theirs["peak_step_bytes"],
+            }
+            if dtype != "fp32" and "transformers fp32" in found:
+                line["speed_vs_fp32"] = ratio(seconds["transformers fp32"], seconds[name]).median
+            if who == "deepspeed":
+                results["step_vs_transformers"].setdefault(dtype, {})[size] = line
+            if who == "plain":
+                speed = ratio(seconds[name], seconds[f"deepspeed {dtype}"])
+                results["deepspeed_vs_plain"].setdefault(dtype, {})[size] = {
+                    "speed": speed.median, "speed_quartiles": [speed.low, speed.high]
+                }  # fmt: skip
+
+    # --- parts
+
+    def parts(self) -> dict[str, Any]:
+        """Seconds of each part alone, at the smallest micro-batch, beside the building of its batch."""
+        size = min(self.settings.micro_batches)
+        recipe = self._recipe(size)
+        builder = self._builder(self.web, recipe)
+        batch = builder.build(0)
+        results: dict[str, Any] = {}
+        for dtype in self.settings.dtypes:
+            with self._contestants(recipe, (dtype,), plain=False) as contestants:
+                timed = {
+                    f"{name.split()[0]}/{part}": _ignoring_number(function)
+                    for name, contestant in contestants.items()
+                    for part, function in contestant.parts(batch).items()
+                }
+                timed["data/batch"] = lambda number: _discard(builder.build(number).micro_batch(0, size))
+                self.begin(f"parts of a step, {dtype}", len(timed) * (_PART_ROUNDS + 1))
+                seconds = interleaved(timed, _PART_ROUNDS, self.clock, self.turn, self.calls_a_turn)
+            for name, values in seconds.items():
+                who, part = name.split("/")
+                results.setdefault(dtype, {}).setdefault(who, {})[part] = float(np.median(values))
+        return {"parts": {"micro_batch": size, "seconds": results}}
+
+    # --- sequences of mixed length
+
+    def mixed_lengths(self) -> dict[str, Any]:
+        """Our step on sequences as long as GLUE's inputs: packed, padded to the row, padded to the longest."""
+        size = max(self.settings.micro_batches)
+        dtype = self.settings.dtypes[0]
+        recipe = self._recipe(size, "data.holdout_by=document")
+        batches = self._batches(self.glue, recipe)
+        layouts: dict[str, Callable[[GlobalBatch], GlobalBatch]] = {
+            "packed": lambda batch: batch,
+            "padded_to_row": lambda batch: PaddedBatch(*batch),
+            "padded_to_longest": lambda batch: PaddedBatch(*_cut_to_longest(batch)),
+        }
+        with self._contestants(recipe, (dtype,), plain=False) as contestants:
+            ours, theirs = contestants[f"deepspeed {dtype}"], contestants[f"transformers {dtype}"]
+            timed = {
+                name: self._stepping(ours, [layout(batch) for batch in batches]) for name, layout in layouts.items()
+            }
+            timed["transformers"] = self._stepping(theirs, batches)
+            self.begin(f"sequences of mixed length, {size} a step", len(timed) * (self.settings.rounds + 1))
+            seconds = interleaved(timed, self.settings.rounds, self.clock, self.turn, self.calls_a_turn)
+        real = float(np.mean([batch.num_tokens for batch in batches]))
+        results: dict[str, Any] = {
+            "dtype": dtype,
+            "micro_batch": size,
+            "mean_tokens": real / size,
+            "real_tokens_per_s": {name: real / float(np.median(values)) for name, values in seconds.items()},
+        }
+        for name in ("padded_to_row", "padded_to_longest", "transformers"):
+            speed = ratio(seconds[name], seconds["packed"])
+            results[f"packed_vs_{name}"] = {"speed": speed.median, "speed_quartiles": [speed.low, speed.high]}
+        return {"mixed_lengths": results}
+
+    # --- the data path
+
+    def data_path(self) -> dict[str, Any]:
+        """Batches of the recipe's size from web text on one core, beside a plain copy of the batch."""
+        results: dict[str, Any] = {}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        clock = Clock(torch.device("cpu"))
+        for name, recipe in (("windows", load_recipe("rc2020-small")), ("two_segments", load_recipe("electra-small"))):
+            builder = self._builder(self.web, recipe)
+            rows = recipe.global_batch_size
+            copied = builder.build(0).ids_BT
+            timed: dict[str, Callable[[int], None]] = {
+                "batch": lambda number, builder=builder, rows=rows: _discard(  # type: ignore[misc]
+                    builder.build(number).micro_batch(0, rows)
+                ),
+                "copy": lambda number, copied=copied: _discard(copied.copy()),  # type: ignore[misc]
+            }
+            self.begin(f"data path, {name}", len(timed) * (_DATA_ROUNDS + 1))
+            seconds = interleaved(timed, _DATA_ROUNDS, clock, self.turn, _DATA_CALLS)
+            tokens = rows * recipe.data.sequence_length
+            results[name] = {
+                "tokens_per_s": tokens / float(np.median(seconds["batch"])),
+                "best_tokens_per_s": tokens / min(seconds["batch"]),
+                "copy_tokens_per_s": tokens / float(np.median(seconds["copy"])),
+                "batch_times_copy": ratio(seconds["batch"], seconds["copy"]).median,
+            }
+        torch.set_num_threads(threads)
+        return {"data_path": results}
+
+    # --- start-up
+
+    def start_up(self) -> dict[str, Any]:
+        """Wall-clock seconds of `pretrain --help`, and of the imports that a run needs."""
+        commands = {
+            "help_s": [sys.executable, "-m", "electra_ds", "pretrain", "--help"],
+            "imports_s": [sys.executable, "-c", "import electra_ds.train.pretrain"],
+        }
+        self.begin("start-up", 3 * len(commands))
+        found: dict[str, list[float]] = {name: [] for name in commands}
+        for _ in range(3):
+            for name, command in commands.items():
+                started = time.perf_counter()
+                subprocess.run(command, check=True, capture_output=True)
+                found[name].append(time.perf_counter() - started)
+                self.turn()
+        return {"start_up": {name: min(seconds) for name, seconds in found.items()}}
+
+    # --- what they share
+
+    def _recipe(self, size: int, *overrides: str) -> Recipe:
+        fixed = (f"global_batch_size={size}", "schedule.warmup_steps=0", "schedule.total_steps=1000000")
+        return load_recipe(self.settings.recipe, [*fixed, *overrides])
+
+    @staticmethod
+    def _builder(store: TokenStore, recipe: Recipe) -> BatchBuilder:
+        return BatchBuilder(store, Ranges(store.documents[:-1], store.documents[1:]), recipe, recipe.seed)
+
+    def _batches(self, store: TokenStore, recipe: Recipe) -> list[GlobalBatch]:
+        builder = self._builder(store, recipe)
+        return [builder.build(step) for step in range(8)]
+
+    @staticmethod
+    def _stepping(contestant: Contestant, batches: Sequence[GlobalBatch]) -> Callable[[int], None]:
+        return lambda number: contestant.step(batches[number % len(batches)], number)
+
+    @contextmanager
+    def _contestants(
+        self, recipe: Recipe, dtypes: Sequence[str], *, plain: bool = True
+    ) -> Iterator[dict[str, Contestant]]:
+        """By "who dtype"."""
+        found: dict[str, Contestant] = {}
+        for dtype in dtypes:
+            section = {} if dtype == "fp32" else {dtype: {"enabled": True}}
+            plan = resolve(
+                {"train_micro_batch_size_per_gpu": recipe.global_batch_size, **section}, recipe, world_size=1,
+                on_cpu=self.device.type == "cpu", source="bench",
+            )  # fmt: skip
+            found[f"transformers {dtype}"] = Transformers(recipe, self.vocab_size, 0, DTYPES[dtype], self.device)
+            model = Electra(recipe, self.vocab_size, 0)
+            found[f"deepspeed {dtype}"] = Ours(DeepSpeedEngine(model, recipe, plan, self.device))
+            if plain and dtype == "fp32":
+                model = Electra(recipe, self.vocab_size, 0)
+                found[f"plain {dtype}"] = Ours(
+                    PlainEngine(model, recipe, recipe.global_batch_size, self.device, fused=True)
+                )
+        try:
+            yield found
+        finally:
+            for contestant in found.values():
+                contestant.close()
+
+
+def _ignoring_number(function: Callable[[], None]) -> Callable[[int], None]:
+    return lambda number: function()
+
+
+def _discard(value: object) -> None:
+    """The result is not wanted, only the time it took."""
+
+
+def _cut_to_longest(batch: GlobalBatch) -> GlobalBatch:
+    longest = int(batch.lengths_B.max())
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array[:, :longest])
+
+    return batch._replace(
+        ids_BT=cut(batch.ids_BT),
+        masks=Masks(*map(cut, batch.masks)),
+        counted_BT=cut(batch.counted_BT),
+        noise_keys_BT=cut(batch.noise_keys_BT),
+    )
