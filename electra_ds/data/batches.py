@@ -1,8 +1,8 @@
 """From (seed, step) to the global batch, and from there to one rank's micro-batches.
 
-Every rank builds the whole global batch: it is cheap (some 10 ns a token, 50 with two segments), and so every rank knows the
-counts that losses are divided by without asking the others. Shape suffixes: B sequences of the global
-batch, S of a micro-batch, T positions, M selected positions.
+Every rank builds the whole global batch: it is cheap (some 10 ns a token, 50 with two segments), and so every rank
+knows the counts that losses are divided by without asking the others. Shape suffixes: B sequences of the global batch,
+S of a micro-batch, T positions, M selected positions.
 """
 
 from __future__ import annotations
