@@ -25,14 +25,13 @@ def test_every_token_stands_in_one_place_and_padding_is_marked(lengths: list[int
     if rows is None:
         assert len(lengths) < 2 or sum(sorted(lengths)[:2]) > WIDTH  # no two sequences fit into one row
         return
-    assert len(rows.sources_BT) < len(lengths)
+    sources_BT = rows.laid(np.arange(len(lengths) * WIDTH).reshape(-1, WIDTH))
+    assert len(sources_BT) < len(lengths)
     expected = [index * WIDTH + place for index, length in enumerate(lengths) for place in range(length)]
-    real = rows.sequences_BT > 0
-    assert sorted(rows.sources_BT[real].tolist()) == expected
-    assert (rows.positions_BT == rows.sources_BT % WIDTH).all()
-    assert (rows.sequences_BT[real] == rows.sources_BT[real] // WIDTH + 1).all()
-    assert (rows.sources_BT % WIDTH >= np.array(lengths)[rows.sources_BT // WIDTH])[~real].all()
-    assert rows.sources_BT.ravel()[rows.moved(np.array(expected))].tolist() == expected
+    real = rows.laid(np.arange(WIDTH) < np.array(lengths)[:, None])
+    assert sorted(sources_BT[real].tolist()) == expected
+    assert (sources_BT % WIDTH >= np.array(lengths)[sources_BT // WIDTH])[~real].all()
+    assert sources_BT.ravel()[rows.moved(np.array(expected), WIDTH)].tolist() == expected
 
 
 @given(lengths_of_sequences)
@@ -41,7 +40,7 @@ def test_a_sequence_is_not_cut_and_no_row_is_left_that_fits_into_another(lengths
     if rows is None:
         return
     assert (rows.starts_S % WIDTH + lengths <= WIDTH).all()
-    filled = np.sort((rows.sequences_BT > 0).sum(1))
+    filled = np.sort(np.bincount(rows.starts_S // WIDTH, lengths)).astype(int)
     assert filled.sum() == sum(lengths)
     assert filled[:2].sum() > WIDTH or len(filled) == 1
 
@@ -54,7 +53,7 @@ def test_rows_are_nearly_as_few_as_the_tokens_fill(shortest: int, seed: int) -> 
     lengths[::2] = lengths[::2] // 2
     rows = packed_rows(lengths, 128)
     assert rows is not None
-    assert len(rows.sources_BT) <= 1.12 * np.ceil(lengths.sum() / 128)
+    assert len(rows.leaders_B) <= 1.12 * np.ceil(lengths.sum() / 128)
 
 
 def test_the_same_lengths_are_always_packed_alike() -> None:

@@ -1,6 +1,6 @@
 """Short sequences of a micro-batch laid side by side in one row, so that nothing is computed for padding.
 
-Shape suffixes: S sequences, B rows that hold them, T positions.
+Shape suffixes: S sequences, B rows that hold them, T positions, N tokens of the sequences that do not begin a row.
 """
 
 from __future__ import annotations
@@ -14,22 +14,35 @@ import numpy as np
 class PackedRows(NamedTuple):
     """Where the tokens of S padded sequences [S, T] stand in fewer rows [B, T].
 
-    A sequence brings as much of its own padding along as there is room for: after a row's last one to the row's end.
+    A row is the sequence that it begins with, copied whole, and over its padding the tokens of the others.
     """
 
     starts_S: np.ndarray
     """int64 indices into the flattened [B * T] where each sequence begins."""
-    sources_BT: np.ndarray
-    """int64 indices into the flattened [S * T], what stands at each place."""
-    positions_BT: np.ndarray
-    """int64, the place within its own sequence."""
-    sequences_BT: np.ndarray
-    """int32, which sequence a place belongs to, counted from 1, and 0 at padding."""
+    leaders_B: np.ndarray
+    """int64, the sequence that each row begins with."""
+    sources_N: np.ndarray
+    """int64 indices into the flattened [S * T] of the tokens of the others,"""
+    targets_N: np.ndarray
+    """and into the flattened [B * T] of where they go."""
 
-    def moved(self, places: np.ndarray) -> np.ndarray:
+    def laid(self, array_ST: np.ndarray) -> np.ndarray:
+        """The same [B, T]."""
+        array_BT: np.ndarray = array_ST[self.leaders_B]
+        array_BT.reshape(-1)[self.targets_N] = array_ST.reshape(-1)[self.sources_N]
+        return array_BT
+
+    def positions(self, width: int) -> np.ndarray:
+        """int64 [B, T]: the place of each token within its own sequence."""
+        positions_BT = np.empty((len(self.leaders_B), width), dtype=np.int64)
+        positions_BT[:] = np.arange(width)
+        positions_BT.reshape(-1)[self.targets_N] = self.sources_N % width
+        return positions_BT
+
+    def moved(self, places: np.ndarray, width: int) -> np.ndarray:
         """Indices into the flattened [S * T] as indices into the flattened [B * T]."""
-        sequences, positions = np.divmod(places, self.sources_BT.shape[1])
-        return self.starts_S[sequences] + positions
+        moved: np.ndarray = places + (self.starts_S - np.arange(len(self.starts_S)) * width)[places // width]
+        return moved
 
 
 def packed_rows(lengths_S: np.ndarray, width: int) -> PackedRows | None:
@@ -38,19 +51,14 @@ def packed_rows(lengths_S: np.ndarray, width: int) -> PackedRows | None:
     if len(shortest) < 2 or shortest.sum() > width:
         return None
     starts_S = _best_fit_decreasing(lengths_S, width)
-    order = np.argsort(starts_S)
-    starts = starts_S[order]
-    places = np.arange((starts[-1] // width + 1) * width)
-    spans = np.diff(starts, append=len(places))
-    positions = places - np.repeat(starts, spans)
-    sequences = np.repeat(order + 1, spans) * (positions < np.repeat(lengths_S[order], spans))
-    sources = np.repeat(order * width, spans) + positions
-    return PackedRows(
-        starts_S,
-        sources.reshape(-1, width),
-        positions.reshape(-1, width),
-        sequences.astype(np.int32).reshape(-1, width),
-    )
+    rows, begins = np.divmod(starts_S, width)
+    leaders, others = np.flatnonzero(begins == 0), np.flatnonzero(begins)
+    leaders_B = np.empty_like(leaders)
+    leaders_B[rows[leaders]] = leaders
+    lengths = lengths_S[others]
+    sources_N = np.repeat(others * width - lengths.cumsum() + lengths, lengths) + np.arange(lengths.sum())
+    targets_N = sources_N + np.repeat(starts_S[others] - others * width, lengths)
+    return PackedRows(starts_S, leaders_B, sources_N, targets_N)
 
 
 def _best_fit_decreasing(lengths_S: np.ndarray, width: int) -> np.ndarray:

@@ -49,10 +49,13 @@ class Embeddings(nn.Module):
     def forward(
         self, ids_BT: torch.Tensor, segments_BT: torch.Tensor | None, positions_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
+        # Read as a table either way: at ZeRO stage 3 all ranks must gather parameters in one order, and calling the
+        # module where only some ranks have several sequences in a row would be another.
+        table = self.position_embeddings.weight
         if positions_BT is None:
-            positions = self.position_embeddings.weight[: ids_BT.shape[1]]
+            positions = table[: ids_BT.shape[1]]
         else:
-            positions = self.position_embeddings(positions_BT)
+            positions = functional.embedding(positions_BT, table)
         if segments_BT is None:
             places = positions + self.token_type_embeddings.weight[0]
         else:
