@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from electra_ds.model.kernels import attention, dropout, dropout_add, feed_forward
 
