@@ -71,6 +71,10 @@ def add_pretrain(commands: Commands) -> None:
         help="save and leave after this time, e.g. 90m, 3.5h or 23:55:00, and leave the file `requeue` in the run",
     )  # fmt: skip
     how.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    how.add_argument(
+        "--compile", choices=("auto", "on", "off"),
+        help="torch.compile, and CUDA graphs without accumulation; auto: on GPUs of compute capability 7.0 and above",
+    )  # fmt: skip
     how.add_argument("--log-every", type=positive, metavar="STEPS", help="default: 10")
     how.add_argument("--eval-every", type=positive, metavar="STEPS", help="default: a tenth of it, at most 5000")
     how.add_argument("--save-every", type=positive, metavar="STEPS", help="default: a tenth of it, at most 2000")

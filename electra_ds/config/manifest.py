@@ -32,6 +32,7 @@ _PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "
 _Parsed = TypeVar("_Parsed")
 Verdict = Literal["done", "stopped", "failed"]
 WandbMode = Literal["off", "online", "offline"]
+Compile = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class RunSettings:
     save_every: int
     keep: int
     eval_windows: int
+    compile: Compile = "auto"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from torch import distributed
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.manifest import Compile
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import GlobalBatch
+from electra_ds.engine.compiled import CompiledForward, check_compile
 from electra_ds.engine.optimizer import MasterAdamW
 from electra_ds.engine.step import StepLosses, StepResult
 from electra_ds.engine.zero import ZeroAdamW, torch_adamw
@@ -38,8 +40,10 @@ class DeepSpeedEngine:
     At stage 0 our `MasterAdamW` owns precision, loss scale and clipping; at stages 1 to 3 DeepSpeed does.
     """
 
-    def __init__(self, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device) -> None:
-        """Raises ConfigError where the device cannot run the plan's precision."""
+    def __init__(
+        self, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, compile: Compile = "off"
+    ) -> None:
+        """Raises ConfigError where the device cannot run the plan's precision, or cannot compile and must."""
         self.recipe = recipe
         self.plan = plan
         self.device = device
@@ -60,6 +64,8 @@ class DeepSpeedEngine:
             # DeepSpeed would flatten all gradients, "sum" them over the one rank, and copy each of them back.
             self._engine.enable_backward_allreduce = False
         self.module: Electra = self._engine.module
+        self.is_compiled = check_compile(compile, device, plan)
+        self._compiled = CompiledForward(self.module, recipe, plan, device, compile) if self.is_compiled else None
         self.optimizer: MasterAdamW | ZeroAdamW = (
             optimizer
             if isinstance(optimizer, MasterAdamW)
@@ -85,8 +91,10 @@ class DeepSpeedEngine:
         size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
         for index in range(accumulation):
             runtime.seed_dropout(self.recipe.seed, step, index, self.rank)
-            micro_batch = batch.micro_batch((self.rank * accumulation + index) * size, size).to(self.device)
-            output = self._engine(micro_batch, None if samples is None else samples[index])
+            micro_batch = batch.micro_batch((self.rank * accumulation + index) * size, size)
+            if self._compiled is not None and samples is None:
+                micro_batch = self._compiled.prepared(micro_batch)
+            output = self._engine(micro_batch.to(self.device), None if samples is None else samples[index])
             loss = losses.add(output) * self._loss_factor
             if isinstance(self.optimizer, MasterAdamW):
                 loss = loss * self.optimizer.loss_scale

@@ -103,15 +103,16 @@ class Electra(nn.Module):
         """
         # Inside forward, because DeepSpeed's engine switches off an autocast that it was called under.
         with torch.autocast(batch.ids_BT.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self._forward(batch, samples_M)
+            return self.run(batch, samples_M)
 
-    def _forward(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> ElectraOutput:
+    def run(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> ElectraOutput:
+        """What `forward` does, under the autocast that it sets; an engine may put a compiled form in its place."""
         attend_B1QT = batch.attention_mask()
         generator_BTH = self.generator(batch.generator_ids_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
         gathered_MH = generator_BTH.flatten(0, 1).index_select(0, batch.selected_M)
         targets_M = batch.ids_BT.flatten().index_select(0, batch.selected_M)
         prediction = self.generator_head(
-            gathered_MH, targets_M, batch.noise_keys_M, self.column_keys_V, self.temperature
+            gathered_MH, targets_M, batch.noise_keys_M, self.column_keys_V, self.temperature, batch.counts_M
         )
         with torch.no_grad():
             if samples_M is None:

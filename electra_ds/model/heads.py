@@ -25,13 +25,13 @@ class GeneratorHead(nn.Module):
 
     def forward(
         self, hidden_MH: torch.Tensor, targets_M: torch.Tensor, noise_keys_M: torch.Tensor,
-        column_keys_V: torch.Tensor, temperature: float,
+        column_keys_V: torch.Tensor, temperature: float, counts_M: torch.Tensor | None = None,
     ) -> Prediction:  # fmt: skip
         """Loss and samples from hidden states already gathered at the masked positions."""
-        decoder = self.decoder
         return predict_tokens(
-            self.transform(hidden_MH), decoder.weight, decoder.bias, targets_M, noise_keys_M, column_keys_V, temperature
-        )
+            self.transform(hidden_MH), self.decoder.weight, self.decoder.bias, targets_M, noise_keys_M, column_keys_V,
+            temperature, counts_M,
+        )  # fmt: skip
 
     def transform(self, hidden_MH: torch.Tensor) -> torch.Tensor:
         """[M, H] -> [M, E], what the token table is multiplied with."""

@@ -23,7 +23,7 @@ def dropout(hidden: torch.Tensor, probability: float) -> torch.Tensor:
     """Each element zeroed with the given probability, the others scaled up. The seed is torch's."""
     if not probability:
         return hidden
-    if hidden.device.type != "cpu":
+    if not _is_eager_cpu(hidden):
         return functional.dropout(hidden, probability)
     return _DropoutAdd.apply(hidden, torch.zeros((), dtype=hidden.dtype), probability)
 
@@ -32,7 +32,7 @@ def dropout_add(hidden: torch.Tensor, residual: torch.Tensor, probability: float
     """residual + dropout(hidden), of the wider of the two dtypes."""
     if not probability:
         return residual + hidden
-    if hidden.device.type != "cpu":
+    if not _is_eager_cpu(hidden):
         return residual + functional.dropout(hidden, probability)
     return _DropoutAdd.apply(hidden, residual, probability)
 
@@ -45,7 +45,7 @@ def attention(
     attend_B1QT: bool, True where a query sees a key, with Q = T queries or 1 for all of them; None where all see all.
     """
     batch, length, width = query_key_value_BTH.shape
-    if query_key_value_BTH.device.type == "cpu" and dropout_probability:
+    if _is_eager_cpu(query_key_value_BTH) and dropout_probability:
         return _AttentionWithDropout.apply(query_key_value_BTH, attend_B1QT, num_heads, dropout_probability)
     query, key, value = query_key_value_BTH.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     context_BNTD = functional.scaled_dot_product_attention(
@@ -61,6 +61,10 @@ def feed_forward(hidden_BTH: torch.Tensor, intermediate: nn.Linear, output: nn.L
     if torch.is_autocast_enabled(device_type):
         hidden_BTH = hidden_BTH.to(torch.get_autocast_dtype(device_type))
     return _FeedForward.apply(hidden_BTH, intermediate.weight, intermediate.bias, output.weight, output.bias)
+
+
+def _is_eager_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _kept(shape: torch.Size, probability: float) -> tuple[torch.Tensor, float]:

@@ -6,6 +6,7 @@ p * 2^32. Shape suffixes: B sequences of the global batch, T positions.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -52,6 +53,22 @@ def choose_masks(
         selected = (noise_BT <= last) & maskable_BT
         masked = (random_bits(rng, batch, length) <= _highest(mask_token_share)) & selected
     return Masks(selected, masked, selected if replace_at == "selected" else masked)
+
+
+def usual_most_selected(
+    num_sequences: int, length: int, *, mlm_probability: float, count: Literal["bernoulli", "fixed"]
+) -> int:
+    """A number of selected positions that fewer than one in 1e9 batches of full sequences exceed; none does if `fixed`.
+
+    Bernoulli: mean and six standard deviations, rounded up to a multiple of 64, which suits matrix products.
+    """
+    maskable = num_sequences * (length - 2)
+    if count == "fixed":
+        of_one = min(round(mlm_probability * length), math.floor((mlm_probability + 0.005) * length))
+        return min(maskable, num_sequences * max(1, of_one))
+    mean = maskable * mlm_probability
+    most = math.ceil(mean + 6 * math.sqrt(mean * (1 - mlm_probability)))
+    return min(maskable, -(-most // 64) * 64)
 
 
 def _highest(probability: float) -> np.uint32:

@@ -35,6 +35,26 @@ class MicroBatch(NamedTuple):
     positions_BT: torch.Tensor | None = None
     """int64, each token's position in its own sequence; None where every row is one sequence."""
 
+    counts_M: torch.Tensor | None = None
+    """bool, False where a selected position only fills the micro-batch up; None where none does."""
+
+    def filled(self, size: int) -> MicroBatch:
+        """The same with `size` selected positions, so that micro-batches have one shape.
+
+        What is added points at the first place, a [CLS], which it neither replaces nor predicts.
+        """
+        added = size - len(self.selected_M)
+
+        def longer(tensor_M: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor_M, tensor_M.new_zeros(added)])
+
+        return self._replace(
+            selected_M=longer(self.selected_M),
+            replaced_M=longer(self.replaced_M),
+            noise_keys_M=longer(self.noise_keys_M),
+            counts_M=longer(torch.ones_like(self.replaced_M)),
+        )
+
     def attention_mask(self) -> torch.Tensor | None:
         """bool [B, 1, Q, T], which places each query sees: those of its own sequence. None where all see all.
 

@@ -42,19 +42,21 @@ def predict_tokens(
     noise_keys_M: torch.Tensor,
     column_keys_V: torch.Tensor,
     temperature: float = 1.0,
+    counts_M: torch.Tensor | None = None,
 ) -> Prediction:
     """Loss and samples of logits hidden @ weight.T + bias. Logits are of hidden's dtype (or autocast's), the rest fp32.
 
-    Samples come from softmax(logits / temperature).
+    Samples come from softmax(logits / temperature). counts_M: bool, False at rows whose loss is taken as 0; None where
+    all count.
     """
     device_type = hidden_ME.device.type
     if torch.is_autocast_enabled(device_type):
         hidden_ME = hidden_ME.to(torch.get_autocast_dtype(device_type))
-    return Prediction(
-        *_Prediction.apply(
-            hidden_ME, weight_VE, bias_V, targets_M, noise_keys_M, column_keys_V, temperature, torch.is_grad_enabled()
-        )
-    )
+    found = _Prediction.apply(
+        hidden_ME, weight_VE, bias_V, targets_M, noise_keys_M, column_keys_V, temperature, counts_M,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    return Prediction(*found)
 
 
 class _Prediction(torch.autograd.Function):
@@ -68,6 +70,7 @@ class _Prediction(torch.autograd.Function):
         noise_keys_M: torch.Tensor,
         column_keys_V: torch.Tensor,
         temperature: float,
+        counts_M: torch.Tensor | None,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, ...]:
         dtype = hidden_ME.dtype
@@ -84,11 +87,15 @@ class _Prediction(torch.autograd.Function):
             # The highest probability is 1 / sum(exp(logit - highest)).
             normaliser = highest - probabilities.gather(1, best[:, None]).squeeze(1).log()
             losses = normaliser - logits.gather(1, targets).squeeze(1)
+            if counts_M is not None:
+                losses = torch.where(counts_M[rows], losses, 0.0)
             weights = probabilities if temperature == 1.0 else torch.softmax(logits / temperature, dim=-1)
             parts.append((losses, best, sample_tokens(weights, noise_keys_M[rows], column_keys_V)))
             if grad_weight is not None and grad_bias is not None:
                 ones = torch.ones_like(targets, dtype=torch.float32)
                 grad_logits = probabilities.scatter_add_(1, targets, -ones)
+                if counts_M is not None:
+                    grad_logits = torch.where(counts_M[rows, None], grad_logits, 0.0)
                 grad_bias += grad_logits.sum(0)
                 grad_logits = grad_logits.to(dtype)
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
@@ -112,7 +119,7 @@ class _Prediction(torch.autograd.Function):
             (grad_hidden * scale).to(grad_hidden.dtype),
             (grad_weight * scale).to(weight_dtype),
             (grad_bias * scale).to(bias_dtype),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 

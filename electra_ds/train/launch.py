@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
-from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings, TrackingSettings, WandbMode
+from electra_ds.config.manifest import Compile, RunDirectory, RunRecord, RunSettings, TrackingSettings, WandbMode
 from electra_ds.config.monitors import FolderMonitor, Monitors
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.build import trained_from
@@ -38,6 +38,7 @@ class Options:
     save_every: int | None = None
     keep: int | None = None
     eval_windows: int | None = None
+    compile: Compile | None = None
     wandb: WandbMode | None = None
     wandb_project: str | None = None
     wandb_entity: str | None = None

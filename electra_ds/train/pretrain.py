@@ -97,11 +97,13 @@ class _Loop:
             self.evaluator = Evaluator(
                 store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size, ranks
             )
-            self.engine = DeepSpeedEngine(job.model, recipe, plan, self.device)
+            self.engine = DeepSpeedEngine(job.model, recipe, plan, self.device, self.settings.compile)
         self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
         self.record_files = job.run.record_files(recipe, plan, job.record) | {
             "tokenizer.json": store.tokenizer.backend.to_str()
         }
+        if self.engine.is_compiled:
+            console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
         self.step = self.tokens = 0
         self._resume()
         with ranks.together():
