@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +88,7 @@ def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     results: Any = recorded.profiler
     events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
@@ -94,6 +97,20 @@ def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
         total += event.nbytes()
         peak = max(peak, total)
     return peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's C++ reports its starting and stopping on stderr, whatever it is told."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class Operations(TorchDispatchMode):

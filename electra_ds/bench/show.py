@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,9 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         _print_steps(results, console)
     if "parts" in results:
         _print_parts(results["parts"], console)
+    if "unpadded" in results:
+        unpadded = results["unpadded"]["packed_vs_padded_to_row"]
+        console.print(f"Text without padding, packed against padded: {_ratio(unpadded)}")
     if "mixed_lengths" in results:
         mixed = results["mixed_lengths"]
         rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in mixed["real_tokens_per_s"].items())
@@ -41,34 +45,38 @@ def print_results(results: dict[str, Any], console: Console) -> None:
 
 
 def _print_steps(results: dict[str, Any], console: Console) -> None:
-    table = Table(title="One optimiser step", caption="Speed: median over the rounds, against transformers' in dtype.")
+    table = Table(title="One optimiser step; speed and memory against transformers in the same dtype", box=box.SIMPLE)
     for column in ("rows", "step"):
-        table.add_column(column)
-    for column in ("ms", "tokens/s", "speed", "peak MB", "of theirs", "MFU", "ops", "syncs"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in ("ms", "tokens/s", "speed", "peak MB", "memory", "MFU"):
+        table.add_column(column, justify="right", no_wrap=True)
     notes = []
+    operations: list[str] = []
+    ratios = {"deepspeed": results["step_vs_transformers"], "compiled": results["compiled_vs_transformers"]}
     for dtype, sizes in results["step"].items():
         for size, contestants in sizes.items():
             for who, values in contestants.items():
-                against = results["step_vs_transformers"].get(dtype, {}).get(size) if who == "deepspeed" else None
+                against = ratios.get(who, {}).get(dtype, {}).get(size)
                 table.add_row(
                     size, f"{who} {dtype}", f"{values['seconds'] * 1e3:,.0f}", f"{values['tokens_per_s']:,.0f}",
                     "" if against is None else f"{against['speed']:.2f}x", f"{values['peak_step_bytes'] / 1e6:,.0f}",
                     "" if against is None else f"{against['peak_step_memory']:.2f}",
-                    f"{values['mfu_of_measured_peak']:.0%}", str(values["operations"]), str(values["host_syncs"]),
+                    f"{values['mfu_of_measured_peak']:.0%}",
                 )  # fmt: skip
+                operations.append(f"{size} x {who} {dtype} {values['operations']:,} ({values['host_syncs']})")
                 if against is not None:
-                    notes.append(f"{size} rows, {dtype}, against transformers: {_ratio(against)}")
+                    notes.append(f"{size} rows, {dtype}, {who} against transformers: {_ratio(against)}")
     console.print(table)
     for dtype, sizes in results["deepspeed_vs_plain"].items():
         for size, values in sizes.items():
             notes.append(f"{size} rows, {dtype}, DeepSpeed engine against the plain one: {_ratio(values)}")
+    notes.append(f"Operations a step (of them waiting for a GPU): {', '.join(dict.fromkeys(operations))}")
     for note in notes:
         console.print(note, highlight=False)
 
 
 def _print_parts(parts: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"Parts of a step of {parts['micro_batch']} rows, each alone, ms")
+    table = Table(title=f"Parts of a step of {parts['micro_batch']} rows, each alone, ms", box=box.SIMPLE)
     table.add_column("part", no_wrap=True)
     columns = [(dtype, who) for dtype, found in parts["seconds"].items() for who in ("transformers", "deepspeed")]
     for dtype, who in columns:
@@ -79,6 +87,8 @@ def _print_parts(parts: dict[str, Any], console: Console) -> None:
         table.add_row(part, *cells)
     batch = {dtype: f"{found['data']['batch'] * 1e3:,.2f}" for dtype, found in parts["seconds"].items()}
     table.add_row("data", *(batch[dtype] if who == "deepspeed" else "" for dtype, who in columns))
+    drawn = {dtype: f"{found['sampling']['alone'] * 1e3:,.1f}" for dtype, found in parts["seconds"].items()}
+    table.add_row("of the head: sampling", *(drawn[dtype] if who == "deepspeed" else "" for dtype, who in columns))
     console.print(table)
 
 
@@ -94,8 +104,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{results['recipe']} on {hardware['device']}, {hardware['cpu']}, {hardware['threads']} thread(s)")
     speed, memory, parts = figure.subplots(1, 3)
     lines = [
-        (f"{dtype}\n{size} rows", values)
-        for dtype, sizes in results.get("step_vs_transformers", {}).items()
+        (f"{dtype}\n{size} rows{more}", values)
+        for section, more in (("step_vs_transformers", ""), ("compiled_vs_transformers", ",\ncompiled"))
+        for dtype, sizes in results.get(section, {}).items()
         for size, values in sizes.items()
     ]
     places = np.arange(len(lines))
@@ -156,7 +167,7 @@ def slower(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _figures(results: dict[str, Any]) -> Iterator[tuple[str, tuple[float, bool]]]:
     """(name, (value, whether more is better)) of what is worth comparing over machines and days."""
-    for section in ("step_vs_transformers", "deepspeed_vs_plain"):
+    for section in ("step_vs_transformers", "compiled_vs_transformers", "deepspeed_vs_plain"):
         for dtype, sizes in results.get(section, {}).items():
             for size, values in sizes.items():
                 name = f"{section}.{dtype}.{size}"

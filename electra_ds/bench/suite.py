@@ -24,11 +24,14 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import BatchBuilder, GlobalBatch
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.compiled import check_compile
 from electra_ds.engine.engine import DeepSpeedEngine
 from electra_ds.engine.plain import PlainEngine
 from electra_ds.model.electra import Electra, encoder_configs
 from electra_ds.model.flops import step_flops, transformers_step_flops
+from electra_ds.objective.keyed_random import column_keys
 from electra_ds.objective.masking import Masks
+from electra_ds.objective.sampling import sample_tokens
 
 SECTIONS = ("step", "parts", "mixed", "data", "startup")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,13 +83,14 @@ class Suite:
 
     def steps(self) -> dict[str, Any]:
         """Every contestant at every micro-batch, all dtypes interleaved."""
-        results: dict[str, Any] = {"step": {}, "step_vs_transformers": {}, "deepspeed_vs_plain": {}}
+        sections = ("step", "step_vs_transformers", "compiled_vs_transformers", "deepspeed_vs_plain")
+        results: dict[str, Any] = {name: {} for name in sections}
         peaks = {dtype: peak_flops(self.device, DTYPES[dtype]) for dtype in self.settings.dtypes}
         results["matrix_product_tflops"] = {dtype: round(peak / 1e12, 3) for dtype, peak in peaks.items()}
         for size in self.settings.micro_batches:
             recipe = self._recipe(size)
             batches = self._batches(self.web, recipe)
-            with self._contestants(recipe, self.settings.dtypes) as contestants:
+            with self._contestants(recipe, self.settings.dtypes, others=True) as contestants:
                 turns = len(contestants) * (self.settings.rounds + 1)
                 self.begin(f"steps of {size} x {recipe.data.sequence_length}", turns)
                 seconds = interleaved(
@@ -144,6 +148,8 @@ class Suite:
                 line["speed_vs_fp32"] = ratio(seconds["transformers fp32"], seconds[name]).median
             if who == "deepspeed":
                 results["step_vs_transformers"].setdefault(dtype, {})[size] = line
+            if who == "compiled":
+                results["compiled_vs_transformers"].setdefault(dtype, {})[size] = line
             if who == "plain":
                 speed = ratio(seconds[name], seconds[f"deepspeed {dtype}"])
                 results["deepspeed_vs_plain"].setdefault(dtype, {})[size] = {
@@ -160,13 +166,14 @@ class Suite:
         batch = builder.build(0)
         results: dict[str, Any] = {}
         for dtype in self.settings.dtypes:
-            with self._contestants(recipe, (dtype,), plain=False) as contestants:
+            with self._contestants(recipe, (dtype,)) as contestants:
                 timed = {
                     f"{name.split()[0]}/{part}": _ignoring_number(function)
                     for name, contestant in contestants.items()
                     for part, function in contestant.parts(batch).items()
                 }
                 timed["data/batch"] = lambda number: _discard(builder.build(number).micro_batch(0, size))
+                timed["sampling/alone"] = self._sampling(batch)
                 self.begin(f"parts of a step, {dtype}", len(timed) * (_PART_ROUNDS + 1))
                 seconds = interleaved(timed, _PART_ROUNDS, self.clock, self.turn, self.calls_a_turn)
             for name, values in seconds.items():
@@ -187,7 +194,7 @@ class Suite:
             "padded_to_row": lambda batch: PaddedBatch(*batch),
             "padded_to_longest": lambda batch: PaddedBatch(*_cut_to_longest(batch)),
         }
-        with self._contestants(recipe, (dtype,), plain=False) as contestants:
+        with self._contestants(recipe, (dtype,)) as contestants:
             ours, theirs = contestants[f"deepspeed {dtype}"], contestants[f"transformers {dtype}"]
             timed = {
                 name: self._stepping(ours, [layout(batch) for batch in batches]) for name, layout in layouts.items()
@@ -205,7 +212,23 @@ class Suite:
         for name in ("padded_to_row", "padded_to_longest", "transformers"):
             speed = ratio(seconds[name], seconds["packed"])
             results[f"packed_vs_{name}"] = {"speed": speed.median, "speed_quartiles": [speed.low, speed.high]}
-        return {"mixed_lengths": results}
+        return {"mixed_lengths": results, "unpadded": self._unpadded(dtype)}
+
+    def _unpadded(self, dtype: str) -> dict[str, Any]:
+        """The same on text without padding, where packing has nothing to do and must cost nothing."""
+        size = min(self.settings.micro_batches)
+        recipe = self._recipe(size)
+        batches = [batch for batch in self._batches(self.web, recipe) if batch.lengths_B.min() == batch.ids_BT.shape[1]]
+        with self._contestants(recipe, (dtype,)) as contestants:
+            ours = contestants[f"deepspeed {dtype}"]
+            timed = {
+                "packed": self._stepping(ours, batches),
+                "padded_to_row": self._stepping(ours, [PaddedBatch(*batch) for batch in batches]),
+            }
+            self.begin(f"text without padding, {size} a step", len(timed) * (self.settings.rounds + 1))
+            seconds = interleaved(timed, self.settings.rounds, self.clock, self.turn, self.calls_a_turn)
+        speed = ratio(seconds["padded_to_row"], seconds["packed"])
+        return {"packed_vs_padded_to_row": {"speed": speed.median, "speed_quartiles": [speed.low, speed.high]}}
 
     # --- the data path
 
@@ -269,15 +292,22 @@ class Suite:
         builder = self._builder(store, recipe)
         return [builder.build(step) for step in range(8)]
 
+    def _sampling(self, batch: GlobalBatch) -> Callable[[int], None]:
+        """Drawing the micro-batch's samples from given probabilities."""
+        keys_M = batch.micro_batch(0, len(batch.ids_BT)).noise_keys_M.to(self.device)
+        columns_V = column_keys(self.vocab_size).to(self.device)
+        weights_MV = torch.softmax(torch.randn(len(keys_M), self.vocab_size, device=self.device), dim=-1)
+        return lambda number: _discard(sample_tokens(weights_MV, keys_M, columns_V))
+
     @staticmethod
     def _stepping(contestant: Contestant, batches: Sequence[GlobalBatch]) -> Callable[[int], None]:
         return lambda number: contestant.step(batches[number % len(batches)], number)
 
     @contextmanager
     def _contestants(
-        self, recipe: Recipe, dtypes: Sequence[str], *, plain: bool = True
+        self, recipe: Recipe, dtypes: Sequence[str], *, others: bool = False
     ) -> Iterator[dict[str, Contestant]]:
-        """By "who dtype"."""
+        """By "who dtype": transformers and our DeepSpeed engine, and of `others` the plain and the compiled one."""
         found: dict[str, Contestant] = {}
         for dtype in dtypes:
             section = {} if dtype == "fp32" else {dtype: {"enabled": True}}
@@ -288,7 +318,10 @@ class Suite:
             found[f"transformers {dtype}"] = Transformers(recipe, self.vocab_size, 0, DTYPES[dtype], self.device)
             model = Electra(recipe, self.vocab_size, 0)
             found[f"deepspeed {dtype}"] = Ours(DeepSpeedEngine(model, recipe, plan, self.device))
-            if plain and dtype == "fp32":
+            if others and check_compile("auto", self.device, plan):
+                model = Electra(recipe, self.vocab_size, 0)
+                found[f"compiled {dtype}"] = Ours(DeepSpeedEngine(model, recipe, plan, self.device, "auto"))
+            if others and dtype == "fp32":
                 model = Electra(recipe, self.vocab_size, 0)
                 found[f"plain {dtype}"] = Ours(
                     PlainEngine(model, recipe, recipe.global_batch_size, self.device, fused=True)
