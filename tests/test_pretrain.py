@@ -220,7 +220,8 @@ def test_the_whole_path_from_text_to_transformers(corpus_folder: Path, tmp_path:
         expected = model.discriminator_head(hidden)
         found = ElectraForPreTraining.from_pretrained(folder / "discriminator").eval()(**inputs).logits
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        expected = model.generator_head(model.generator(inputs["input_ids"], None)[0])
+        head = model.generator_head
+        expected = head.decoder(head.transform(model.generator(inputs["input_ids"], None)[0]))
         found = ElectraForMaskedLM.from_pretrained(folder / "generator").eval()(**inputs).logits[0]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert tokenizer.model_max_length == 512

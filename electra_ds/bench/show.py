@@ -184,4 +184,4 @@ def _figures(results: dict[str, Any]) -> Iterator[tuple[str, tuple[float, bool]]
         if key.startswith("packed_vs"):
             yield f"mixed_lengths.{key}.speed", (values["speed"], True)
     for name, values in results.get("data_path", {}).items():
-        yield f"data_path.{name}.copies_per_batch", (1 / values["batch_times_copy"], True)
+        yield f"data_path.{name}.speed_beside_copy", (1 / values["batch_times_copy"], True)

@@ -18,14 +18,14 @@ import torch
 from electra_ds.bench.contestants import Contestant, Ours, PaddedBatch, Transformers
 from electra_ds.bench.measure import Clock, Operations, interleaved, peak_bytes, peak_flops, ratio
 from electra_ds.bench.synthetic import glue_lengths, web_text_lengths, write_store
-from electra_ds.config.deepspeed import resolve
+from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import BatchBuilder, GlobalBatch
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.compiled import check_compile
-from electra_ds.engine.engine import DeepSpeedEngine
+from electra_ds.engine.engine import DeepSpeedEngine, check_plan
 from electra_ds.engine.plain import PlainEngine
 from electra_ds.model.electra import Electra, encoder_configs
 from electra_ds.model.flops import step_flops, transformers_step_flops
@@ -62,6 +62,8 @@ class Suite:
         self.calls_a_turn = 10 if settings.device.type == "cuda" else 1
         self.recipe = load_recipe(settings.recipe)
         self.vocab_size = self.recipe.tokenizer.vocab_size
+        for dtype in settings.dtypes:
+            check_plan(self._plan(self.recipe, dtype), self.device, "what the benchmark asks of it")
 
     def run(self) -> dict[str, Any]:
         """The results by section."""
@@ -299,6 +301,13 @@ class Suite:
         weights_MV = torch.softmax(torch.randn(len(keys_M), self.vocab_size, device=self.device), dim=-1)
         return lambda number: _discard(sample_tokens(weights_MV, keys_M, columns_V))
 
+    def _plan(self, recipe: Recipe, dtype: str) -> DeepSpeedPlan:
+        section = {} if dtype == "fp32" else {dtype: {"enabled": True}}
+        return resolve(
+            {"train_micro_batch_size_per_gpu": recipe.global_batch_size, **section}, recipe, world_size=1,
+            on_cpu=self.device.type == "cpu", source="bench",
+        )  # fmt: skip
+
     @staticmethod
     def _stepping(contestant: Contestant, batches: Sequence[GlobalBatch]) -> Callable[[int], None]:
         return lambda number: contestant.step(batches[number % len(batches)], number)
@@ -310,11 +319,7 @@ class Suite:
         """By "who dtype": transformers and our DeepSpeed engine, and of `others` the plain and the compiled one."""
         found: dict[str, Contestant] = {}
         for dtype in dtypes:
-            section = {} if dtype == "fp32" else {dtype: {"enabled": True}}
-            plan = resolve(
-                {"train_micro_batch_size_per_gpu": recipe.global_batch_size, **section}, recipe, world_size=1,
-                on_cpu=self.device.type == "cpu", source="bench",
-            )  # fmt: skip
+            plan = self._plan(recipe, dtype)
             found[f"transformers {dtype}"] = Transformers(recipe, self.vocab_size, 0, DTYPES[dtype], self.device)
             model = Electra(recipe, self.vocab_size, 0)
             found[f"deepspeed {dtype}"] = Ours(DeepSpeedEngine(model, recipe, plan, self.device))

@@ -1,0 +1,199 @@
+"""The benchmark measures what it says, and says what got slower."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from electra_ds.bench.measure import Clock, Operations, interleaved, peak_bytes, ratio
+from electra_ds.bench.run import measure
+from electra_ds.bench.show import slower
+from electra_ds.bench.synthetic import GLUE_LENGTHS
+from electra_ds.errors import ConfigError
+from tests.helpers import REPOSITORY
+
+CPU = torch.device("cpu")
+
+
+def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "bin" / "bench"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+
+
+def test_every_contestant_has_a_turn_in_every_round_and_another_begins_each() -> None:
+    calls: list[tuple[str, int]] = []
+    names = ("a", "b", "c")
+    contestants = {name: lambda number, name=name: calls.append((name, number)) for name in names}
+    told: list[None] = []
+    seconds = interleaved(contestants, 3, Clock(CPU), lambda: told.append(None), calls_a_turn=2)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(names, 3)
+    assert len(told) == 4 * 3  # one round warms up
+    rounds = [[name for name, _ in calls[first : first + 6 : 2]] for first in range(0, len(calls), 6)]
+    assert all(sorted(order) == list(names) for order in rounds)
+    assert {order[0] for order in rounds} == set(names)
+    assert [number for name, number in calls if name == "a"] == list(range(8))  # every call gets the next batch
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=9), st.floats(0.2, 5))
+def test_a_ratio_is_taken_round_by_round(seconds: list[float], factor: float) -> None:
+    """A slow round, in which everything takes longer, does not move it."""
+    found = ratio([value * factor for value in seconds], seconds)
+    assert found == pytest.approx((factor, factor, factor))
+
+
+def test_peak_memory_is_what_stands_at_once() -> None:
+    size = 4 * 1000 * 1000
+
+    def both() -> None:
+        first = torch.ones(1000, 1000)
+        second = first + 1  # 2 at once
+        del first
+        third = second * 2  # 2 at once
+        del second, third
+        torch.ones(1000, 1000)
+
+    held = torch.ones(1000, 1000)  # stood before
+    assert peak_bytes(both, CPU) == pytest.approx(2 * size, rel=1e-5)  # beside it a scalar or two
+    del held
+
+
+def test_operations_are_counted_without_views_and_waits_apart() -> None:
+    tensor = torch.ones(4, 4)
+    with Operations() as found:
+        total = (tensor.t() @ tensor.view(4, 4)).sum()
+        assert found.blocking == 0
+        total.item()
+    assert (found.count, found.blocking) == (3, 1)
+
+
+def test_the_lengths_of_glue_ascend_within_the_row() -> None:
+    assert list(GLUE_LENGTHS) == sorted(GLUE_LENGTHS)
+    assert len(GLUE_LENGTHS) == 33
+    assert (GLUE_LENGTHS[0], GLUE_LENGTHS[-1]) == (4, 128)
+
+
+OLD: dict[str, Any] = {
+    "made_by": "electra-ds bench",
+    "step_vs_transformers": {"fp32": {"8": {"speed": 2.0, "speed_quartiles": [1.9, 2.1], "peak_step_memory": 0.4}}},
+    "step": {"fp32": {"8": {"deepspeed": {"operations": 1000, "host_syncs": 0}}}},
+    "data_path": {"windows": {"batch_times_copy": 50.0}},
+}
+
+
+def changed(*path: str, to: float) -> dict[str, Any]:
+    new = copy.deepcopy(OLD)
+    place = new
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = to
+    return new
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        (OLD, None),
+        (changed("step_vs_transformers", "fp32", "8", "speed", to=1.96), None),  # noise
+        (changed("step_vs_transformers", "fp32", "8", "speed", to=1.8), "fp32.8.speed: 2 before, 1.8 now (-10.0%)"),
+        (changed("step_vs_transformers", "fp32", "8", "speed", to=3.0), None),
+        (changed("step_vs_transformers", "fp32", "8", "peak_step_memory", to=0.42), "peak_step_memory: 0.4 before"),
+        (changed("step", "fp32", "8", "deepspeed", "operations", to=1100), "operations: 1000 before, 1100 now"),
+        (changed("step", "fp32", "8", "deepspeed", "host_syncs", to=1), "host_syncs: 0 before, 1 now"),
+        (changed("data_path", "windows", "batch_times_copy", to=80.0), "data_path.windows"),
+    ],
+)
+def test_what_got_slower_is_named_and_noise_is_not(new: dict[str, Any], expected: str | None) -> None:
+    found = slower(OLD, new)
+    assert len(found) == (expected is not None)
+    assert expected is None or expected in found[0]
+
+
+def test_results_without_a_common_figure_are_not_compared() -> None:
+    with pytest.raises(ConfigError, match="no figure in common"):
+        slower(OLD, {"made_by": "electra-ds bench"})
+
+
+@pytest.mark.slow
+def test_the_command_measures_writes_draws_and_compares(tmp_path: Path) -> None:
+    out, picture = tmp_path / "new.json", tmp_path / "new.png"
+    done = bench(
+        "--recipe", "tiny", "--micro-batches", 2, 4, "--rounds", 2, "--dtypes", "fp32", "--json", out,
+        "--picture", picture,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    for size in ("2", "4"):
+        line = results["step_vs_transformers"]["fp32"][size]
+        assert line["speed"] > 0
+        assert 0 < line["peak_step_memory"] < 1
+        steps = results["step"]["fp32"][size]
+        assert steps["deepspeed"]["host_syncs"] == 0
+        assert steps["transformers"]["model_flops"] > steps["deepspeed"]["model_flops"]
+        low, high = line["speed_quartiles"]
+        assert low <= line["speed"] <= high
+    assert set(results["parts"]["seconds"]["fp32"]["deepspeed"]) == {
+        "generator", "head and sampling", "discriminator", "optimizer",
+    }  # fmt: skip
+    assert results["mixed_lengths"]["packed_vs_padded_to_row"]["speed"] > 0
+    assert results["start_up"]["help_s"] < results["start_up"]["imports_s"]
+    assert {"versions", "hardware", "command"} <= set(results)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "One optimiser step" in done.stdout
+
+    worse = tmp_path / "better-before.json"
+    results["step_vs_transformers"]["fp32"]["2"]["speed"] *= 2
+    worse.write_text(json.dumps(results))
+    compared = bench("--from", out, "--compare", worse)
+    assert (compared.returncode, "step_vs_transformers.fp32.2.speed" in compared.stdout) == (1, True)
+    assert bench("--from", out, "--compare", out).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "nowhere.json"], "nowhere.json is not a result of bin/bench --json"),
+        (["--json", "no/folder/x.json"], "there is no folder no/folder"),
+        (["--recipe", "tinny"], "did you mean 'tiny'"),
+        (["--rounds", "0"], "0 is not at least 1"),
+        (["--sections", "steps"], "invalid choice: 'steps'"),
+    ],
+)
+def test_bad_arguments_are_told_before_anything_is_measured(arguments: list[str], message: str) -> None:
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dtype_without_hardware_is_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)  # some CPUs have it
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        measure(
+            recipe="tiny", micro_batches=None, dtypes=["fp32", "fp16"], rounds=1, sections=["startup"], threads=1,
+            console=Console(quiet=True),
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_the_command_measures_on_a_gpu_compiled_steps_too(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    done = bench("--micro-batches", 16, "--rounds", 2, "--json", out)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    for dtype, sizes in results["step_vs_transformers"].items():
+        assert sizes["16"]["speed"] > 1, dtype
+        assert results["step"][dtype]["16"]["deepspeed"]["host_syncs"] == 0
+    if torch.cuda.get_device_capability() >= (7, 0):
+        assert results["compiled_vs_transformers"]
