@@ -66,7 +66,7 @@ def test_a_step_of_our_model_has_the_flops_that_torch_counts(
     rows: int, length: int, selected: int, overrides: tuple[str, ...], padded: bool
 ) -> None:
     recipe = small_recipe(*overrides)
-    expected = step_flops(*encoder_configs(recipe, VOCABULARY, 0), rows, length, selected)
+    expected = step_flops(*encoder_configs(recipe, VOCABULARY, 0), [length] * rows, selected)
     batch = micro_batch(rows, length, selected, padded=padded)
     assert counted_step(recipe, batch) == expected.forward_and_backward
 
@@ -77,7 +77,7 @@ def test_the_forward_pass_of_encoders_and_discriminator_has_the_flops_that_torch
 ) -> None:
     recipe = small_recipe(*overrides)
     generator, discriminator = encoder_configs(recipe, VOCABULARY, 0)
-    expected = step_flops(generator, discriminator, rows, length, selected)
+    expected = step_flops(generator, discriminator, [length] * rows, selected)
     model = Electra(recipe, VOCABULARY, 0)
     ids_BT = micro_batch(rows, length, selected, padded=False).ids_BT
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -96,7 +96,7 @@ def test_a_step_of_transformers_has_the_flops_that_torch_counts(
     batch = micro_batch(rows, length, selected, padded=False)
     labels_BT = torch.full_like(batch.ids_BT, -100)
     labels_BT.view(-1)[batch.selected_M] = batch.ids_BT.view(-1)[batch.selected_M]
-    expected = transformers_step_flops(generator_config, discriminator_config, rows, length)
+    expected = transformers_step_flops(generator_config, discriminator_config, [length] * rows)
     with FlopCounterMode(display=False) as counter:
         generated = generator(batch.generator_ids_BT, labels=labels_BT)
         judged = discriminator(batch.ids_BT, labels=(labels_BT == -100).long())
@@ -116,7 +116,8 @@ def rc2020_small_flops() -> tuple[StepFlops, StepFlops]:
     configs = encoder_configs(recipe, recipe.tokenizer.vocab_size, 0)
     rows, length = recipe.global_batch_size, recipe.data.sequence_length
     selected = round(recipe.masking.mlm_probability * rows * length)
-    return step_flops(*configs, rows, length, selected), transformers_step_flops(*configs, rows, length)
+    lengths_B = [length] * rows
+    return step_flops(*configs, lengths_B, selected), transformers_step_flops(*configs, lengths_B)
 
 
 def test_the_step_of_electra_small_is_of_the_size_that_a_count_by_hand_gives() -> None:

@@ -25,8 +25,8 @@ def last_evaluation(folder: Path, *arguments: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_a_shortened_tiny_run_leaves_the_unigram_behind(tmp_path: Path) -> None:
-    """Some 4,000 steps in place of 10,000; by experiment the gain is then 0.7 nats and the AUC 0.57."""
-    metrics = last_evaluation(tmp_path, "--threads", "1", "--set", "schedule.total_steps=4000")
+    """2,000 steps in place of 10,000; by experiment the gain is then 0.41 nats and the AUC 0.56."""
+    metrics = last_evaluation(tmp_path, "--threads", "1", "--set", "schedule.total_steps=2000")
     assert metrics["generator_gain"] > 0.1
     assert metrics["discriminator_auc"] > 0.53
 

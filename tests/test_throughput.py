@@ -45,12 +45,12 @@ def test_mfu_is_the_flops_of_the_steps_over_their_time_over_the_peak(store: Toke
     with speed.paused():
         clock.now += 50.0  # an evaluation
     tokens = sum(batch.num_tokens for batch in batches[:2])
-    flops = sum(step_flops(*configs, 8, 32, batch.num_selected).forward_and_backward for batch in batches[:2])
+    flops = sum(step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward for batch in batches[:2])
     assert speed.read() == {"tokens_per_s": round(tokens / 2), "mfu": round(flops / 2 / peak, 4)}
 
     speed.count(batches[2])
     clock.now += 4.0
-    flops = step_flops(*configs, 8, 32, batches[2].num_selected).forward_and_backward
+    flops = step_flops(*configs, batches[2].lengths_B, batches[2].num_selected).forward_and_backward
     assert speed.read() == {"tokens_per_s": round(batches[2].num_tokens / 4), "mfu": round(flops / 4 / peak, 4)}
 
 

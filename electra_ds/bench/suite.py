@@ -110,12 +110,11 @@ class Suite:
         self, name: str, contestant: Contestant, batch: GlobalBatch, seconds: list[float], peak: float
     ) -> dict[str, Any]:
         who, _ = name.split()
-        rows, length = batch.ids_BT.shape
         configs = encoder_configs(self.recipe, self.vocab_size, 0)
         if who == "transformers":
-            flops = transformers_step_flops(*configs, rows, length).forward_and_backward
+            flops = transformers_step_flops(*configs, batch.lengths_B).forward_and_backward
         else:
-            flops = step_flops(*configs, rows, length, batch.num_selected).forward_and_backward
+            flops = step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward
         median = float(np.median(seconds))
         operations = Operations()
         with operations:

@@ -104,7 +104,6 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     from electra_ds import runtime
     from electra_ds.data.token_store import TokenStore
-    from electra_ds.report.run_report import report_run
     from electra_ds.train import launch
     from electra_ds.train.pretrain import pretrain
 
@@ -130,6 +129,8 @@ def _pretrain(options: argparse.Namespace) -> None:
         launch.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
         if pretrain(job, ranks, console, time_limit) and ranks.is_main:
+            from electra_ds.report.run_report import report_run
+
             report_run(run, console)
 
 

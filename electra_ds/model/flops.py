@@ -8,7 +8,10 @@ matrices, and a backward pass as one forward pass), so its figures are not these
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from electra_ds.model.encoder import EncoderConfig
 
@@ -41,30 +44,30 @@ class StepFlops(NamedTuple):
 
 
 def step_flops(
-    generator: EncoderConfig, discriminator: EncoderConfig, rows: int, length: int, selected: int
+    generator: EncoderConfig, discriminator: EncoderConfig, lengths_B: Sequence[int] | np.ndarray, selected: int
 ) -> StepFlops:
-    """One step over `rows` sequences of `length` positions, `selected` of which the generator predicts.
+    """One step over B sequences of so many tokens, `selected` of which the generator predicts.
 
-    Padding counts as positions, since it is computed. The cut into micro-batches and ranks changes nothing.
+    Padding is not in it, computed or not. The cut into micro-batches, rows and ranks changes nothing.
     """
-    tokens = rows * length
+    tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
     embedding, hidden = generator.embedding_size, generator.hidden_size
     return StepFlops(
         generator_encoder=_encoder(generator, tokens),
-        generator_attention=_attention(generator, rows, length),
+        generator_attention=_attention(generator, pairs),
         generator_head=2 * selected * embedding * (hidden + generator.vocab_size),
         discriminator_encoder=_encoder(discriminator, tokens),
-        discriminator_attention=_attention(discriminator, rows, length),
+        discriminator_attention=_attention(discriminator, pairs),
         discriminator_head=2 * tokens * discriminator.hidden_size * (discriminator.hidden_size + 1),
         embedding_projections=_projection(generator, tokens) + _projection(discriminator, tokens),
     )
 
 
 def transformers_step_flops(
-    generator: EncoderConfig, discriminator: EncoderConfig, rows: int, length: int
+    generator: EncoderConfig, discriminator: EncoderConfig, lengths_B: Sequence[int] | np.ndarray
 ) -> StepFlops:
     """The same step as `ElectraForMaskedLM` and `ElectraForPreTraining` do it: vocabulary logits at every position."""
-    return step_flops(generator, discriminator, rows, length, selected=rows * length)
+    return step_flops(generator, discriminator, lengths_B, selected=int(np.sum(lengths_B)))
 
 
 def _encoder(config: EncoderConfig, tokens: int) -> int:
@@ -73,9 +76,9 @@ def _encoder(config: EncoderConfig, tokens: int) -> int:
     return config.num_hidden_layers * 2 * tokens * (4 * hidden * hidden + 2 * hidden * inner)
 
 
-def _attention(config: EncoderConfig, rows: int, length: int) -> int:
-    """Over all heads a product is as wide as the hidden size."""
-    return config.num_hidden_layers * 2 * (2 * rows * length * length * config.hidden_size)
+def _attention(config: EncoderConfig, pairs: int) -> int:
+    """Over all heads a product is as wide as the hidden size. `pairs` are of a query and a key."""
+    return config.num_hidden_layers * 2 * (2 * pairs * config.hidden_size)
 
 
 def _projection(config: EncoderConfig, tokens: int) -> int:

@@ -15,9 +15,9 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.errors import CheckpointError
 from electra_ds.report.figures import draw_curves
 from electra_ds.report.samples import LEGEND, sample_sentences
-from electra_ds.train.export import load_trained
 from electra_ds.train.metrics import held_out_batch
 from electra_ds.train.tracking import read_metrics
+from electra_ds.train.trained import load_trained
 
 _ROWS = {
     "unigram_loss": "tokens at [MASK] under the training unigram (nats)",

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import BatchBuilder, GlobalBatch
@@ -105,6 +104,9 @@ class Evaluator:
         return self._evaluation([shares[index % world_size][index // world_size] for index in range(len(starts))])
 
     def _evaluation(self, chunks: list[_Chunk]) -> Evaluation:
+        # Takes as long to import as torch, and training begins without it.
+        from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
         replaced = np.concatenate([chunk.labels for chunk in chunks])
         score = np.concatenate([chunk.scores for chunk in chunks])
         generator_nats = _mean(chunk.masked_nats for chunk in chunks)

@@ -23,7 +23,7 @@ def joint_peak_flops(device: torch.device, precision: str, world_size: int) -> f
 
 
 class Throughput:
-    """Tokens and model FLOPs a second of all ranks since the last reading."""
+    """Tokens and model FLOPs a second of all ranks since the last reading; padding is neither."""
 
     def __init__(
         self, generator: EncoderConfig, discriminator: EncoderConfig, device: torch.device, peak_flops: float | None
@@ -36,9 +36,8 @@ class Throughput:
 
     def count(self, batch: GlobalBatch) -> None:
         """A step over this batch was begun."""
-        rows, length = batch.ids_BT.shape
         self._tokens += batch.num_tokens
-        self._flops += step_flops(*self._configs, rows, length, int(batch.masks.selected.sum())).forward_and_backward
+        self._flops += step_flops(*self._configs, batch.lengths_B, batch.num_selected).forward_and_backward
 
     def read(self) -> dict[str, float]:
         """`tokens_per_s` and, where the peak is known, `mfu`: model FLOPs a second over the peak."""
