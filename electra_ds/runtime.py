@@ -27,6 +27,7 @@ SECOND_SIGNAL_AFTER_S = 5.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Over gloo a rank that died is noticed at once, by its closed connections. This bounds only the waiting for one that
 # lives, such as rank 0 while it tokenises a corpus.
+_MOST_THREADS_OF_A_CORE = 16
 _PATIENCE = timedelta(days=7)
 _MEETING_TIMEOUT = timedelta(minutes=10)
 
@@ -60,12 +61,15 @@ def set_threads(threads: int | None, launch: Launch) -> int:
     """Set the number of CPU threads, which is part of a run's plan; returns the number in use.
 
     None leaves it to torch, but for several ranks on a node, which share its cores where nobody has bound them.
+    Raises ConfigError where there are many more than cores.
     """
     if threads is None:
         cores = os.cpu_count() or 1
         threads = torch.get_num_threads()
         if launch.local_size > 1 and len(os.sched_getaffinity(0)) == cores:
             threads = min(threads, max(1, cores // launch.local_size))
+    if threads > _MOST_THREADS_OF_A_CORE * (os.cpu_count() or 1):
+        raise ConfigError(f"{threads} CPU threads are asked for, and this machine has {os.cpu_count()} cores.")
     torch.set_num_threads(threads)
     return torch.get_num_threads()
 

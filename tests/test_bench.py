@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from electra_ds.bench.compare import compare
 from electra_ds.bench.measure import Clock, Operations, interleaved, peak_bytes, ratio
 from electra_ds.bench.run import measure
-from electra_ds.bench.show import slower
 from electra_ds.bench.synthetic import GLUE_LENGTHS
+from electra_ds.cli import main
 from electra_ds.errors import ConfigError
 from tests.helpers import REPOSITORY
 
@@ -85,9 +86,13 @@ def test_the_lengths_of_glue_ascend_within_the_row() -> None:
 
 OLD: dict[str, Any] = {
     "made_by": "electra-ds bench",
+    "recipe": "tiny",
+    "hardware": {"device": "CPU (2 cores)", "cpu": "X", "threads": 1},
     "step_vs_transformers": {"fp32": {"8": {"speed": 2.0, "speed_quartiles": [1.9, 2.1], "peak_step_memory": 0.4}}},
-    "step": {"fp32": {"8": {"deepspeed": {"operations": 1000, "host_syncs": 0}}}},
-    "data_path": {"windows": {"batch_times_copy": 50.0}},
+    "step": {
+        "fp32": {"8": {"deepspeed": {"operations": 1000, "host_syncs": 0}, "transformers": {"operations": 5000}}},
+    },
+    "start_up": {"help_s": 0.2, "help_vs_python": {"speed": 0.1, "speed_quartiles": [0.09, 0.11]}},
 }
 
 
@@ -100,28 +105,46 @@ def changed(*path: str, to: float) -> dict[str, Any]:
     return new
 
 
+def slowed(*path: str, to: float, spread: float = 0.01) -> dict[str, Any]:
+    new = changed(*path, "speed", to=to)
+    place = new
+    for key in path:
+        place = place[key]
+    place["speed_quartiles"] = [to * (1 - spread), to * (1 + spread)]
+    return new
+
+
 @pytest.mark.parametrize(
     ("new", "expected"),
     [
         (OLD, None),
         (changed("step_vs_transformers", "fp32", "8", "speed", to=1.96), None),  # noise
-        (changed("step_vs_transformers", "fp32", "8", "speed", to=1.8), "fp32.8.speed: 2 before, 1.8 now (-10.0%)"),
-        (changed("step_vs_transformers", "fp32", "8", "speed", to=3.0), None),
+        (slowed("step_vs_transformers", "fp32", "8", to=1.8), "fp32.8.speed: 2 before, 1.8 now (-10.0%)"),
+        (slowed("step_vs_transformers", "fp32", "8", to=1.8, spread=0.2), None),  # the quartiles meet
+        (slowed("step_vs_transformers", "fp32", "8", to=3.0), None),
+        (slowed("start_up", "help_vs_python", to=0.05), "start_up.help_vs_python.speed: 0.1 before, 0.05 now"),
+        (changed("start_up", "help_s", to=9.0), None),  # seconds of two days do not compare
         (changed("step_vs_transformers", "fp32", "8", "peak_step_memory", to=0.42), "peak_step_memory: 0.4 before"),
         (changed("step", "fp32", "8", "deepspeed", "operations", to=1100), "operations: 1000 before, 1100 now"),
-        (changed("step", "fp32", "8", "deepspeed", "host_syncs", to=1), "host_syncs: 0 before, 1 now"),
-        (changed("data_path", "windows", "batch_times_copy", to=80.0), "data_path.windows"),
+        (changed("step", "fp32", "8", "deepspeed", "host_syncs", to=1), "host_syncs: 0 before, 1 now (from none)"),
+        (changed("step", "fp32", "8", "transformers", "operations", to=9000), None),  # not ours
     ],
 )
 def test_what_got_slower_is_named_and_noise_is_not(new: dict[str, Any], expected: str | None) -> None:
-    found = slower(OLD, new)
+    found = compare(OLD, new).slower
     assert len(found) == (expected is not None)
     assert expected is None or expected in found[0]
 
 
-def test_results_without_a_common_figure_are_not_compared() -> None:
+def test_unlike_results_are_not_compared_and_other_differences_are_told() -> None:
     with pytest.raises(ConfigError, match="no figure in common"):
-        slower(OLD, {"made_by": "electra-ds bench"})
+        compare(OLD, {key: OLD[key] for key in ("recipe", "hardware")})
+    with pytest.raises(ConfigError, match="for the recipe tiny, these for mini"):
+        compare(OLD, OLD | {"recipe": "mini"})
+    found = compare(OLD, {key: OLD[key] for key in ("recipe", "step")} | {"hardware": OLD["hardware"] | {"threads": 2}})
+    assert found.slower == []
+    assert "start_up.help_vs_python.speed" in found.missing
+    assert found.differences == ["threads: 1 before, 2 now"]
 
 
 @pytest.mark.slow
@@ -152,7 +175,9 @@ def test_the_command_measures_writes_draws_and_compares(tmp_path: Path) -> None:
     assert "One optimiser step" in done.stdout
 
     worse = tmp_path / "better-before.json"
-    results["step_vs_transformers"]["fp32"]["2"]["speed"] *= 2
+    line = results["step_vs_transformers"]["fp32"]["2"]
+    line["speed"] *= 9
+    line["speed_quartiles"] = [value * 9 for value in line["speed_quartiles"]]
     worse.write_text(json.dumps(results))
     compared = bench("--from", out, "--compare", worse)
     assert (compared.returncode, "step_vs_transformers.fp32.2.speed" in compared.stdout) == (1, True)
@@ -163,9 +188,12 @@ def test_the_command_measures_writes_draws_and_compares(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--compare", "nowhere.json"], "nowhere.json is not a result of bin/bench --json"),
+        (["--json", "."], "that is a folder"),
+        (["--picture", "x.pdf"], "call it x.png"),
+        (["--from", "x.json", "--rounds", "3"], "--rounds cannot be given with it"),
         (["--json", "no/folder/x.json"], "there is no folder no/folder"),
         (["--recipe", "tinny"], "did you mean 'tiny'"),
-        (["--rounds", "0"], "0 is not at least 1"),
+        (["--rounds", "0"], "'0' is not a positive whole number"),
         (["--sections", "steps"], "invalid choice: 'steps'"),
     ],
 )
@@ -184,6 +212,31 @@ def test_a_dtype_without_hardware_is_told_before_anything_is_measured(monkeypatc
             recipe="tiny", micro_batches=None, dtypes=["fp32", "fp16"], rounds=1, sections=["startup"], threads=1,
             console=Console(quiet=True),
         )  # fmt: skip
+
+
+WHOLE = OLD | {"made_by": "electra-ds bench"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "[" * 100_000,
+        "[1]",
+        "null",
+        json.dumps({"made_by": "electra-ds bench"}),
+        json.dumps(WHOLE | {"step": None}),
+        json.dumps(WHOLE | {"start_up": {}}),
+        json.dumps(WHOLE | {"hardware": []}),
+        json.dumps(changed("step_vs_transformers", "fp32", "8", "speed", to=float("nan"))),
+        json.dumps(changed("step_vs_transformers", "fp32", "8", "speed_quartiles", to=1.0)),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text(damage)
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "--from", str(tmp_path / "x.json"), "--compare", str(tmp_path / "x.json")])
+    assert stopped.value.code == 2
+    assert "is not a" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

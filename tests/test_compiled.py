@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from electra_ds.config.manifest import Compile
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.compiled import CompiledForward, check_compile
 from electra_ds.engine.engine import DeepSpeedEngine
@@ -27,6 +29,11 @@ def unpadded_steps(store: TokenStore, recipe: Any, count: int) -> list[int]:
     builder = builder_for(store, recipe)
     steps = (step for step in range(1000) if builder.build(step).micro_batch(0, 4).sequences_BT is None)
     return [next(steps) for _ in range(count)]
+
+
+def share_of_tokens(store: TokenStore, recipe: Any, step: int) -> float:
+    batch = builder_for(store, recipe).build(step)
+    return batch.num_tokens / batch.ids_BT.size
 
 
 @pytest.mark.parametrize("count", ["bernoulli", "fixed"])
@@ -60,24 +67,36 @@ def test_the_one_shape_holds_what_is_selected_with_little_to_spare(store: TokenS
     assert usual_most_selected(128, 128, mlm_probability=0.15, count="fixed") == 128 * 19
 
 
+def test_sequences_that_leave_much_of_their_rows_empty_are_laid_side_by_side(store: TokenStore) -> None:
+    recipe = small_recipe(*FULL)
+    forward = CompiledForward(model_for(store, recipe), recipe, cpu_plan(recipe), CPU, "auto")
+    for step in range(50):
+        batch = builder_for(store, recipe).build(step)
+        found = forward.micro_batch(batch, 0, 4)
+        if share_of_tokens(store, recipe, step) < 0.75:
+            assert found.counts_M is None
+        else:
+            assert found.positions_BT is None
+            assert found.ids_BT.shape == (4, 16)
+            assert len(found.selected_M) == usual_most_selected(4, 16, mlm_probability=0.15, count="bernoulli")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.usefixtures("process_group")
 def test_compiled_steps_have_the_losses_of_plain_ones(store: TokenStore) -> None:
-    """Four steps; a padded one among them runs uncompiled."""
+    """Full rows and padded ones, each in a shape of its own."""
     recipe = small_recipe(*FULL, *ONE_LAYER)
     steps = unpadded_steps(store, recipe, 3)
-    padded = next(
-        step
-        for step in range(1000)
-        if builder_for(store, recipe).build(step).micro_batch(0, 4).sequences_BT is not None
-    )
+    padded = next(step for step in range(1000) if 0.75 <= share_of_tokens(store, recipe, step) < 1)
     found: dict[str, list[float]] = {}
     for compile in ("off", "on"):
         engine = DeepSpeedEngine(model_for(store, recipe), recipe, cpu_plan(recipe), CPU, compile)  # type: ignore[arg-type]
         assert engine.is_compiled == (compile == "on")
         builder = builder_for(store, recipe)
+        torch._dynamo.utils.counters.clear()
         found[compile] = [engine.train_step(builder.build(step), 50).loss.item() for step in (*steps, padded, steps[0])]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if compile == "on" else 0)
         engine.close()
     np.testing.assert_allclose(found["on"], found["off"], rtol=1e-5)
 
@@ -87,26 +106,27 @@ def test_a_compiler_that_fails_is_done_without_or_told_where_it_was_asked_for(
 ) -> None:
     def broken(*arguments: Any, **keywords: Any) -> Any:
         def run(*arguments: Any) -> Any:
-            raise RuntimeError("no Python.h")
+            raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no Python.h"), None)
 
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
     recipe = small_recipe(*FULL)
     [step] = unpadded_steps(store, recipe, 1)
-    batch = builder_for(store, recipe).build(step).micro_batch(0, 4)
-    expected = model_for(store, recipe)(batch).generator_loss_sum
-    for wanted in ("auto", "on"):
+    batch = builder_for(store, recipe).build(step)
+    expected = model_for(store, recipe)(batch.micro_batch(0, 4)).generator_loss_sum
+    choices: tuple[Compile, ...] = ("auto", "on")
+    for wanted in choices:
         model = model_for(store, recipe)
-        forward = CompiledForward(model, recipe, cpu_plan(recipe), CPU, wanted)  # type: ignore[arg-type]
+        forward = CompiledForward(model, recipe, cpu_plan(recipe), CPU, wanted)
         if wanted == "on":
-            with pytest.raises(ConfigError, match=r"leave out --compile on\. It says: no Python\.h"):
-                model(forward.prepared(batch))
+            with pytest.raises(ConfigError, match=r"(?s)leave out --compile on\. It says: .*no Python\.h"):
+                model(forward.micro_batch(batch, 0, 4))
             continue
         with caplog.at_level(logging.WARNING):
-            torch.testing.assert_close(model(forward.prepared(batch)).generator_loss_sum, expected)
-        assert "the run goes on without it: no Python.h" in caplog.text
-        assert forward.prepared(batch).counts_M is None
+            torch.testing.assert_close(model(forward.micro_batch(batch, 0, 4)).generator_loss_sum, expected)
+        assert re.search(r"(?s)the run goes on without it: .*no Python\.h", caplog.text)
+        assert forward.micro_batch(batch, 0, 4).counts_M is None
 
 
 @pytest.mark.parametrize(
@@ -152,7 +172,10 @@ def test_compiled_steps_on_a_gpu_follow_plain_ones(store: TokenStore, micro_batc
         device = torch.device("cuda", 0)
         engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, device, compile)  # type: ignore[arg-type]
         builder = builder_for(store, recipe)
+        torch._dynamo.utils.counters.clear()
         found[compile] = [engine.train_step(builder.build(step), step).loss.item() for step in range(200)]
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (compile == "on")
+        assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
         engine.close()
     if dropout == "0":
         np.testing.assert_allclose(found["on"][:20], found["off"][:20], rtol=1e-3)

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.config import deepspeed as config
-from electra_ds.config.deepspeed import ds_config_names, read_deepspeed_json, resolve
+from electra_ds.config.deepspeed import read_deepspeed_json, resolve
 from electra_ds.config.monitors import MONITOR_SECTIONS, FolderMonitor, Monitors, WandbMonitor
 from electra_ds.config.precision import LossScaling
+from electra_ds.config.shipped import ds_config_names
 from electra_ds.config.zero import ZERO_3_KEYS, ZERO_KEYS
 from electra_ds.data.batches import GlobalBatch
 from electra_ds.data.token_store import TokenStore

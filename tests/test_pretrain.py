@@ -470,7 +470,7 @@ def test_the_three_ways_to_start_it_are_one_program() -> None:
 
 SLOW_IMPORTS = {
     "torch", "deepspeed", "transformers", "sklearn", "matplotlib", "numpy", "tokenizers", "datasets", "wandb",
-    "pyarrow",
+    "pyarrow", "pydantic",
 }  # fmt: skip
 
 
@@ -488,4 +488,4 @@ def test_help_does_not_wait_for_torch() -> None:
 def test_a_first_step_waits_for_no_more_than_it_needs() -> None:
     """transformers alone takes longer to import than torch."""
     modules = "electra_ds.cli.stores, electra_ds.train.launch, electra_ds.train.pretrain"
-    assert imported(f"import {modules}") == {"torch", "deepspeed", "numpy", "tokenizers", "pyarrow"}
+    assert imported(f"import {modules}") == {"torch", "deepspeed", "numpy", "tokenizers", "pyarrow", "pydantic"}

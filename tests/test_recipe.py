@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.config.overrides import load_recipe, parse_value
-from electra_ds.config.recipe import recipe_keys, recipe_names, recipe_yaml, validate_recipe
+from electra_ds.config.recipe import recipe_keys, recipe_yaml, validate_recipe
+from electra_ds.config.shipped import recipe_names
 from electra_ds.errors import ConfigError
 
 

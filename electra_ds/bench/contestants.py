@@ -61,8 +61,10 @@ class Ours:
         with torch.no_grad():
             hidden_BTH = model.generator(micro_batch.generator_ids_BT, attend, micro_batch.segments_BT)
         targets_M = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
+        give_gradients = _gradient_giver(list(model.parameters()))
 
         def run(part: Callable[[], torch.Tensor]) -> None:
+            model.zero_grad()
             with torch.autocast(device_type, autocast, enabled=autocast is not None):
                 loss = part()
             loss.backward()
@@ -83,6 +85,7 @@ class Ours:
 
         def optimizer() -> None:
             assert not isinstance(self.engine.optimizer, ZeroAdamW)  # stage 0 alone is timed
+            give_gradients()
             self.engine.optimizer.step()
 
         parts = (lambda: run(generator), lambda: run(head), lambda: run(discriminator), optimizer)
@@ -116,11 +119,11 @@ class Transformers:
 
     def step(self, batch: GlobalBatch, number: int) -> None:
         micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False).to(self.device)
-        mask_BT = _mask(micro_batch)
+        mask_BT, segments_BT = _mask(micro_batch), _segments(micro_batch)
         with self._autocast():
-            predicted = self.generator(micro_batch.generator_ids_BT, mask_BT, labels=_labels(micro_batch))
+            predicted = self.generator(micro_batch.generator_ids_BT, mask_BT, segments_BT, labels=_labels(micro_batch))
             corrupted_BT = _corrupted(predicted.logits, micro_batch)
-            judged = self.discriminator(corrupted_BT, mask_BT).logits
+            judged = self.discriminator(corrupted_BT, mask_BT, segments_BT).logits
             loss = predicted.loss + self.recipe.discriminator.loss_weight * _judged_loss(
                 judged, corrupted_BT, micro_batch
             )
@@ -139,17 +142,20 @@ class Transformers:
 
     def parts(self, batch: GlobalBatch) -> dict[str, Callable[[], None]]:
         micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False).to(self.device)
-        mask_BT, labels_BT = _mask(micro_batch), _labels(micro_batch)
+        mask_BT, segments_BT, labels_BT = _mask(micro_batch), _segments(micro_batch), _labels(micro_batch)
         with torch.no_grad(), self._autocast():
-            hidden_BTH = self.generator.electra(micro_batch.generator_ids_BT, mask_BT).last_hidden_state
+            hidden_BTH = self.generator.electra(micro_batch.generator_ids_BT, mask_BT, segments_BT).last_hidden_state
+        give_gradients = _gradient_giver(self.parameters)
 
         def run(part: Callable[[], torch.Tensor]) -> None:
+            self.optimizer.zero_grad()
             with self._autocast():
                 loss = part()
             loss.backward()
 
         def generator() -> torch.Tensor:
-            return self.generator.electra(micro_batch.generator_ids_BT, mask_BT).last_hidden_state.sum()
+            found = self.generator.electra(micro_batch.generator_ids_BT, mask_BT, segments_BT)
+            return found.last_hidden_state.sum()
 
         def head() -> torch.Tensor:
             predictions = self.generator.generator_predictions(hidden_BTH.detach().requires_grad_())
@@ -158,10 +164,11 @@ class Transformers:
             return functional.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten())
 
         def discriminator() -> torch.Tensor:
-            judged = self.discriminator(micro_batch.ids_BT, mask_BT).logits
+            judged = self.discriminator(micro_batch.ids_BT, mask_BT, segments_BT).logits
             return _judged_loss(judged, micro_batch.ids_BT, micro_batch)
 
         def optimizer() -> None:
+            give_gradients()
             torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.max_grad_norm)
             self.optimizer.step()
 
@@ -171,9 +178,25 @@ class Transformers:
     def close(self) -> None: ...
 
 
+def _gradient_giver(parameters: list[torch.nn.Parameter]) -> Callable[[], None]:
+    """Gives each parameter the same gradient again, for an optimizer that is timed alone."""
+    gradients = [torch.full_like(parameter, 1e-3) for parameter in parameters]
+
+    def give() -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    return give
+
+
 def _mask(micro_batch: MicroBatch) -> torch.Tensor | None:
     """int64 [B, T], or None where nothing is padded."""
     return None if micro_batch.sequences_BT is None else (micro_batch.sequences_BT > 0).long()
+
+
+def _segments(micro_batch: MicroBatch) -> torch.Tensor | None:
+    """int64 [B, T], or None where there is one segment."""
+    return None if micro_batch.segments_BT is None else micro_batch.segments_BT.long()
 
 
 def _labels(micro_batch: MicroBatch) -> torch.Tensor:

@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operations that make the host wait for a GPU.
+# Operations that would make the host wait for a GPU.
 _BLOCKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "item")
 
 
@@ -99,6 +100,17 @@ def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
+def graph_bytes(function: Callable[[], None], device: torch.device) -> int:
+    """What torch's allocator keeps of a GPU after the first calls and did not before: the memory of CUDA graphs."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    for _ in range(3):  # warms up, records, replays
+        function()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device) - before
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The profiler's C++ reports its starting and stopping on stderr, whatever it is told."""
@@ -131,7 +143,23 @@ class Operations(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def host_waits(function: Callable[[], None], device: torch.device) -> int:
+    """How often the host waits for the device in a call; on a CPU, how often it would wait for a GPU."""
+    if device.type != "cuda":
+        with Operations() as found:
+            function()
+        return found.blocking
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in told)
+
+
+def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product: what this device gives in practice."""
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

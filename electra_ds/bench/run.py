@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,10 @@ def measure(
     threads: int,
     console: Console,
 ) -> dict[str, Any]:
-    """The whole document. Raises ConfigError for a dtype that the device cannot compute in."""
+    """The whole document; where it was interrupted or memory ran out, the sections before that, and `incomplete`.
+
+    Raises ConfigError for a dtype that the device cannot compute in.
+    """
     with runtime.ranks() as ranks:
         if ranks.world_size > 1:
             raise ConfigError("bin/bench measures one process; start it without a launcher.")
@@ -39,7 +44,7 @@ def measure(
         threads = runtime.set_threads(threads, ranks.launch)
         settings = Settings(
             recipe=recipe,
-            micro_batches=tuple(micro_batches or ((128,) if on_gpu else (8, 32))),
+            micro_batches=tuple(micro_batches or _micro_batches(device)),
             dtypes=tuple(dtypes or _dtypes(device)),
             rounds=rounds,
             sections=tuple(sections),
@@ -54,8 +59,14 @@ def measure(
                 gc.collect()
                 progress.add_task(name, total=turns)
 
-            suite = Suite(settings, begin, lambda: progress.advance(progress.task_ids[-1]))
-            results = suite.run()
+            results: dict[str, Any] = {}
+            with _terminated_as_interrupted():
+                try:
+                    Suite(settings, begin, lambda: progress.advance(progress.task_ids[-1])).run(results)
+                except KeyboardInterrupt:
+                    results["incomplete"] = "interrupted"
+                except torch.OutOfMemoryError as error:
+                    results["incomplete"] = f"{max(settings.micro_batches)} rows do not fit; --micro-batches: {error}"
         return {
             "made_by": "electra-ds bench",
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -70,6 +81,23 @@ def measure(
             "recipe": recipe,
             "rounds": rounds,
         } | results
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which ends a process on the spot and its temporary files stay, as Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _micro_batches(device: torch.device) -> tuple[int, ...]:
+    """128 rows of transformers' logits in fp32, with their gradient and softmax, are 8 GB alone."""
+    if device.type != "cuda":
+        return 8, 32
+    return (128,) if torch.cuda.get_device_properties(device).total_memory > 20 * 10**9 else (32,)
 
 
 def _dtypes(device: torch.device) -> list[str]:

@@ -16,7 +16,17 @@ import numpy as np
 import torch
 
 from electra_ds.bench.contestants import Contestant, Ours, PaddedBatch, Transformers
-from electra_ds.bench.measure import Clock, Operations, interleaved, peak_bytes, peak_flops, ratio
+from electra_ds.bench.measure import (
+    Clock,
+    Operations,
+    Ratio,
+    graph_bytes,
+    host_waits,
+    interleaved,
+    matrix_product_rate,
+    peak_bytes,
+    ratio,
+)
 from electra_ds.bench.synthetic import glue_lengths, web_text_lengths, write_store
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
@@ -37,7 +47,7 @@ SECTIONS = ("step", "parts", "mixed", "data", "startup")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DOCUMENTS = 20_000
 _DATA_ROUNDS, _DATA_CALLS = 15, 4
-_PART_ROUNDS = 3
+_START_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -65,13 +75,12 @@ class Suite:
         for dtype in settings.dtypes:
             check_plan(self._plan(self.recipe, dtype), self.device, "what the benchmark asks of it")
 
-    def run(self) -> dict[str, Any]:
-        """The results by section."""
+    def run(self, results: dict[str, Any]) -> None:
+        """Put the results into `results`, each section when it is done."""
         with tempfile.TemporaryDirectory(prefix="electra-ds-bench-") as folder:
             rng = np.random.default_rng(0)
-            self.web = write_store(Path(folder) / "web", web_text_lengths(_DOCUMENTS, rng), self.vocab_size, rng)
+            self.web = write_store(Path(folder) / "web", self._web_lengths(rng), self.vocab_size, rng)
             self.glue = write_store(Path(folder) / "glue", glue_lengths(_DOCUMENTS, rng), self.vocab_size, rng)
-            results: dict[str, Any] = {}
             sections = {
                 "step": self.steps, "parts": self.parts, "mixed": self.mixed_lengths, "data": self.data_path,
                 "startup": self.start_up,
@@ -79,7 +88,9 @@ class Suite:
             for name in SECTIONS:
                 if name in self.settings.sections:
                     results |= sections[name]()
-            return results
+
+    def _web_lengths(self, rng: np.random.Generator) -> np.ndarray:
+        return web_text_lengths(_DOCUMENTS, self.recipe.data.sequence_length, rng)
 
     # --- whole steps
 
@@ -87,12 +98,17 @@ class Suite:
         """Every contestant at every micro-batch, all dtypes interleaved."""
         sections = ("step", "step_vs_transformers", "compiled_vs_transformers", "deepspeed_vs_plain")
         results: dict[str, Any] = {name: {} for name in sections}
-        peaks = {dtype: peak_flops(self.device, DTYPES[dtype]) for dtype in self.settings.dtypes}
+        peaks = {dtype: matrix_product_rate(self.device, DTYPES[dtype]) for dtype in self.settings.dtypes}
         results["matrix_product_tflops"] = {dtype: round(peak / 1e12, 3) for dtype, peak in peaks.items()}
         for size in self.settings.micro_batches:
             recipe = self._recipe(size)
             batches = self._batches(self.web, recipe)
             with self._contestants(recipe, self.settings.dtypes, others=True) as contestants:
+                graphs = {
+                    name: graph_bytes(_stepping_on(contestant, batches[0]), self.device)
+                    for name, contestant in contestants.items()
+                    if name.startswith("compiled")
+                }
                 turns = len(contestants) * (self.settings.rounds + 1)
                 self.begin(f"steps of {size} x {recipe.data.sequence_length}", turns)
                 seconds = interleaved(
@@ -103,6 +119,8 @@ class Suite:
                     name: self._measured(name, contestant, batches[0], seconds[name], peaks[name.split()[1]])
                     for name, contestant in contestants.items()
                 }
+            for name, held in graphs.items():
+                found[name]["peak_step_bytes"] += held
             self._compare(results, str(size), found, seconds)
         return results
 
@@ -116,17 +134,19 @@ class Suite:
         else:
             flops = step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward
         median = float(np.median(seconds))
-        operations = Operations()
-        with operations:
-            contestant.step(batch, 1)
-        return {
+        step = _stepping_on(contestant, batch)
+        counted = {}
+        if who != "compiled":  # whose operations are kernels of its own
+            with Operations() as operations:
+                step()
+            counted["operations"] = operations.count
+        return counted | {
             "seconds": median,
             "tokens_per_s": batch.num_tokens / median,
-            "peak_step_bytes": peak_bytes(lambda: contestant.step(batch, 1), self.device),
+            "peak_step_bytes": peak_bytes(step, self.device),
             "model_flops": flops,
             "mfu_of_measured_peak": flops / median / peak,
-            "operations": operations.count,
-            "host_syncs": operations.blocking,
+            "host_syncs": host_waits(step, self.device),
         }
 
     @staticmethod
@@ -138,13 +158,9 @@ class Suite:
             results["step"].setdefault(dtype, {}).setdefault(size, {})[who] = values
             if who == "transformers":
                 continue
-            speed = ratio(seconds[f"transformers {dtype}"], seconds[name])
             theirs = found[f"transformers {dtype}"]
-            line = {
-                "speed": speed.median,
-                "speed_quartiles": [speed.low, speed.high],
-                "peak_step_memory": values["peak_step_bytes"] / theirs["peak_step_bytes"],
-            }
+            line: dict[str, Any] = _speed(ratio(seconds[f"transformers {dtype}"], seconds[name]))
+            line["peak_step_memory"] = values["peak_step_bytes"] / theirs["peak_step_bytes"]
             if dtype != "fp32" and "transformers fp32" in found:
                 line["speed_vs_fp32"] = ratio(seconds["transformers fp32"], seconds[name]).median
             if who == "deepspeed":
@@ -153,19 +169,19 @@ class Suite:
                 results["compiled_vs_transformers"].setdefault(dtype, {})[size] = line
             if who == "plain":
                 speed = ratio(seconds[name], seconds[f"deepspeed {dtype}"])
-                results["deepspeed_vs_plain"].setdefault(dtype, {})[size] = {
-                    "speed": speed.median, "speed_quartiles": [speed.low, speed.high]
-                }  # fmt: skip
+                results["deepspeed_vs_plain"].setdefault(dtype, {})[size] = _speed(speed)
 
     # --- parts
 
     def parts(self) -> dict[str, Any]:
-        """Seconds of each part alone, at the smallest micro-batch, beside the building of its batch."""
+        """Seconds of each part alone, at the smallest micro-batch, beside the building of its batch, and how many times
+        as fast as transformers' part it is."""
         size = min(self.settings.micro_batches)
         recipe = self._recipe(size)
         builder = self._builder(self.web, recipe)
         batch = builder.build(0)
         results: dict[str, Any] = {}
+        speeds: dict[str, Any] = {}
         for dtype in self.settings.dtypes:
             with self._contestants(recipe, (dtype,)) as contestants:
                 timed = {
@@ -175,17 +191,21 @@ class Suite:
                 }
                 timed["data/batch"] = lambda number: _discard(builder.build(number).micro_batch(0, size))
                 timed["sampling/alone"] = self._sampling(batch)
-                self.begin(f"parts of a step, {dtype}", len(timed) * (_PART_ROUNDS + 1))
-                seconds = interleaved(timed, _PART_ROUNDS, self.clock, self.turn, self.calls_a_turn)
+                self.begin(f"parts of a step, {dtype}", len(timed) * (self.settings.rounds + 1))
+                seconds = interleaved(timed, self.settings.rounds, self.clock, self.turn, self.calls_a_turn)
             for name, values in seconds.items():
                 who, part = name.split("/")
                 results.setdefault(dtype, {}).setdefault(who, {})[part] = float(np.median(values))
-        return {"parts": {"micro_batch": size, "seconds": results}}
+                if who == "transformers":
+                    speed = ratio(values, seconds[f"deepspeed/{part}"])
+                    speeds.setdefault(dtype, {})[part] = _speed(speed)
+        return {"parts": {"micro_batch": size, "seconds": results, "deepspeed_vs_transformers": speeds}}
 
     # --- sequences of mixed length
 
     def mixed_lengths(self) -> dict[str, Any]:
-        """Our step on sequences as long as GLUE's inputs: packed, padded to the row, padded to the longest."""
+        """Our step on sequences as long as GLUE's inputs: packed, padded to the row, padded to the longest of the
+        batch; and transformers' on the last."""
         size = max(self.settings.micro_batches)
         dtype = self.settings.dtypes[0]
         recipe = self._recipe(size, "data.holdout_by=document")
@@ -200,7 +220,7 @@ class Suite:
             timed = {
                 name: self._stepping(ours, [layout(batch) for batch in batches]) for name, layout in layouts.items()
             }
-            timed["transformers"] = self._stepping(theirs, batches)
+            timed["transformers"] = self._stepping(theirs, [_cut_to_longest(batch) for batch in batches])
             self.begin(f"sequences of mixed length, {size} a step", len(timed) * (self.settings.rounds + 1))
             seconds = interleaved(timed, self.settings.rounds, self.clock, self.turn, self.calls_a_turn)
         real = float(np.mean([batch.num_tokens for batch in batches]))
@@ -211,15 +231,14 @@ class Suite:
             "real_tokens_per_s": {name: real / float(np.median(values)) for name, values in seconds.items()},
         }
         for name in ("padded_to_row", "padded_to_longest", "transformers"):
-            speed = ratio(seconds[name], seconds["packed"])
-            results[f"packed_vs_{name}"] = {"speed": speed.median, "speed_quartiles": [speed.low, speed.high]}
+            results[f"packed_vs_{name}"] = _speed(ratio(seconds[name], seconds["packed"]))
         return {"mixed_lengths": results, "unpadded": self._unpadded(dtype)}
 
     def _unpadded(self, dtype: str) -> dict[str, Any]:
         """The same on text without padding, where packing has nothing to do and must cost nothing."""
         size = min(self.settings.micro_batches)
-        recipe = self._recipe(size)
-        batches = [batch for batch in self._batches(self.web, recipe) if batch.lengths_B.min() == batch.ids_BT.shape[1]]
+        recipe = self._recipe(size, "data.segments=one")  # of which a long document fills every row
+        batches = self._batches(self.web, recipe)
         with self._contestants(recipe, (dtype,)) as contestants:
             ours = contestants[f"deepspeed {dtype}"]
             timed = {
@@ -228,8 +247,7 @@ class Suite:
             }
             self.begin(f"text without padding, {size} a step", len(timed) * (self.settings.rounds + 1))
             seconds = interleaved(timed, self.settings.rounds, self.clock, self.turn, self.calls_a_turn)
-        speed = ratio(seconds["padded_to_row"], seconds["packed"])
-        return {"packed_vs_padded_to_row": {"speed": speed.median, "speed_quartiles": [speed.low, speed.high]}}
+        return {"packed_vs_padded_to_row": _speed(ratio(seconds["padded_to_row"], seconds["packed"]))}
 
     # --- the data path
 
@@ -256,7 +274,7 @@ class Suite:
                 "tokens_per_s": tokens / float(np.median(seconds["batch"])),
                 "best_tokens_per_s": tokens / min(seconds["batch"]),
                 "copy_tokens_per_s": tokens / float(np.median(seconds["copy"])),
-                "batch_times_copy": ratio(seconds["batch"], seconds["copy"]).median,
+                "batch_vs_copy": _speed(ratio(seconds["copy"], seconds["batch"])),
             }
         torch.set_num_threads(threads)
         return {"data_path": results}
@@ -264,20 +282,24 @@ class Suite:
     # --- start-up
 
     def start_up(self) -> dict[str, Any]:
-        """Wall-clock seconds of `pretrain --help`, and of the imports that a run needs."""
+        """Wall-clock seconds of `pretrain --help`, of the imports that a run needs, and of Python alone."""
         commands = {
-            "help_s": [sys.executable, "-m", "electra_ds", "pretrain", "--help"],
-            "imports_s": [sys.executable, "-c", "import electra_ds.train.pretrain"],
+            "help": [sys.executable, "-m", "electra_ds", "pretrain", "--help"],
+            "imports": [sys.executable, "-c", "import electra_ds.train.launch"],
+            "python": [sys.executable, "-c", "pass"],
         }
-        self.begin("start-up", 3 * len(commands))
+        self.begin("start-up", _START_ROUNDS * len(commands))
         found: dict[str, list[float]] = {name: [] for name in commands}
-        for _ in range(3):
+        for _ in range(_START_ROUNDS):
             for name, command in commands.items():
                 started = time.perf_counter()
                 subprocess.run(command, check=True, capture_output=True)
                 found[name].append(time.perf_counter() - started)
                 self.turn()
-        return {"start_up": {name: min(seconds) for name, seconds in found.items()}}
+        results: dict[str, Any] = {f"{name}_s": min(seconds) for name, seconds in found.items()}
+        for name in ("help", "imports"):
+            results[f"{name}_vs_python"] = _speed(ratio(found["python"], found[name]))
+        return {"start_up": results}
 
     # --- what they share
 
@@ -337,6 +359,14 @@ class Suite:
                 contestant.close()
 
 
+def _speed(found: Ratio) -> dict[str, Any]:
+    return {"speed": found.median, "speed_quartiles": [found.low, found.high]}
+
+
+def _stepping_on(contestant: Contestant, batch: GlobalBatch) -> Callable[[], None]:
+    return lambda: contestant.step(batch, 1)
+
+
 def _ignoring_number(function: Callable[[], None]) -> Callable[[int], None]:
     return lambda number: function()
 
@@ -356,4 +386,5 @@ def _cut_to_longest(batch: GlobalBatch) -> GlobalBatch:
         masks=Masks(*map(cut, batch.masks)),
         counted_BT=cut(batch.counted_BT),
         noise_keys_BT=cut(batch.noise_keys_BT),
+        second_segment_BT=None if batch.second_segment_BT is None else cut(batch.second_segment_BT),
     )

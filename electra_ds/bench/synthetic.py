@@ -16,13 +16,13 @@ GLUE_LENGTHS = (
     4, 7, 8, 9, 10, 11, 12, 14, 16, 17, 18, 20, 22, 23, 25, 27, 30, 32, 34, 36, 39, 41, 43, 46, 48, 51, 53, 56, 60, 63,
     68, 76, 128,
 )  # fmt: skip
-# Documents of web text: exponential about this mean, none shorter than a window.
+# Documents of web text: exponential about this mean, none shorter than a row.
 WEB_TEXT_MEAN_TOKENS = 1100
 _SENTENCE_TOKENS = 24
 
 
-def web_text_lengths(documents: int, rng: np.random.Generator) -> np.ndarray:
-    return 128 + rng.exponential(WEB_TEXT_MEAN_TOKENS - 128, documents).astype(np.int64)
+def web_text_lengths(documents: int, row: int, rng: np.random.Generator) -> np.ndarray:
+    return row + rng.exponential(max(row, WEB_TEXT_MEAN_TOKENS - row), documents).astype(np.int64)
 
 
 def glue_lengths(documents: int, rng: np.random.Generator) -> np.ndarray:

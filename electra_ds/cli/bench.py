@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_ds.cli.arguments import add_command
+from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, positive
 from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,6 +17,18 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("step", "parts", "mixed", "data", "startup")
 _DTYPES = ("fp32", "bf16", "fp16")
+_KEYS = {
+    "step": ("step",),
+    "parts": ("parts",),
+    "mixed": ("mixed_lengths", "unpadded"),
+    "data": ("data_path",),
+    "startup": ("start_up",),
+}
+_NARROWEST = 80
+_MEASURING = {
+    "recipe": DEFAULT_RECIPE, "sections": list(_SECTIONS), "micro_batches": None, "dtypes": None, "rounds": 5,
+    "threads": 1,
+}  # fmt: skip
 _EPILOG = """\
 Times, interleaved in one run, our step through the DeepSpeed engine and the plain one, and a step of transformers'
 ElectraForMaskedLM + ElectraForPreTraining; prints ratios with quartiles, which a busy machine hardly moves.
@@ -34,74 +48,121 @@ def add_bench(commands: Commands) -> None:
     """The parser of `bench`."""
     command = add_command(commands, "bench", "Time our step beside transformers', part by part.", _EPILOG)
     command.set_defaults(handler=_bench)
-    command.add_argument("--recipe", default="rc2020-small", metavar="NAME|FILE", help="default: %(default)s")
+    command.set_defaults(**_MEASURING)
+    command.add_argument("--recipe", metavar="NAME|FILE", help="default: %(default)s")
     command.add_argument(
-        "--sections", nargs="+", choices=_SECTIONS, default=list(_SECTIONS), metavar="NAME",
-        help=f"of {', '.join(_SECTIONS)}; default: all",
-    )  # fmt: skip
-    command.add_argument(
-        "--micro-batches", nargs="+", type=_positive, metavar="N", help="rows of a step; default: 8 32, on a GPU 128"
+        "--sections", nargs="+", choices=_SECTIONS, metavar="NAME", help=f"of {', '.join(_SECTIONS)}; default: all"
     )
+    command.add_argument(
+        "--micro-batches", nargs="+", type=positive, metavar="N",
+        help="rows of a step; default: 8 32, on a GPU 128, on a small one 32",
+    )  # fmt: skip
     command.add_argument(
         "--dtypes", nargs="+", choices=_DTYPES, metavar="NAME",
         help="of fp32, bf16, fp16; default: fp32, and bf16 where the hardware has it; on a GPU fp16 too",
     )  # fmt: skip
     command.add_argument(
-        "--rounds", type=_positive, default=5, metavar="N", help="that count; one more warms up; default: %(default)s"
+        "--rounds", type=positive, metavar="N", help="that count; one more warms up; default: %(default)s"
     )
-    command.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads; default: %(default)s")
+    command.add_argument("--threads", type=positive, metavar="N", help="CPU threads; default: %(default)s")
     command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     command.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios and parts as a PNG")
     command.add_argument("--from", dest="source", type=Path, metavar="FILE", help="take a JSON file; measure nothing")
     command.add_argument("--compare", type=Path, metavar="OLD", help="a JSON file: say what got slower since")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
 def _bench(options: argparse.Namespace) -> None:
-    old = None if options.compare is None else _read(options.compare)
-    for path in (options.json, options.picture):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}.")
+    _check_arguments(options)
 
     from rich.console import Console
 
-    from electra_ds.bench.show import draw, print_results, slower
+    from electra_ds.bench.compare import compare
+    from electra_ds.bench.show import print_results
 
+    old = None if options.compare is None else _read(options.compare)
     console = Console()
+    if console.width < _NARROWEST:
+        console = Console(width=_NARROWEST)
     if options.source is not None:
         results = _read(options.source)
     else:
+        if old is not None:
+            _check_comparable(old, options)
+
         from electra_ds.bench.run import measure
 
-        results = measure(
-            recipe=options.recipe, micro_batches=options.micro_batches, dtypes=options.dtypes, rounds=options.rounds,
-            sections=options.sections, threads=options.threads, console=console,
-        )  # fmt: skip
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", "utf8")
-    print_results(results, console)
-    if options.picture is not None:
-        draw(results, options.picture)
+        results = measure(**{name: getattr(options, name) for name in _MEASURING}, console=console)
+    with _whole(options.source):
+        print_results(results, console)
+        _write(results, options)
+    if "incomplete" in results:
+        console.print(f"Incomplete: {results['incomplete']}", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(1)
     if old is not None:
-        worse = slower(old, results)
-        for line in worse:
-            console.print(f"[red]slower[/] {line}", highlight=False, soft_wrap=True)
-        if worse:
+        found = compare(old, results)
+        lines = [f"on other hardware: {difference}" for difference in found.differences]
+        lines += [f"not measured now: {name}" for name in found.missing]
+        for line in (*lines, *(f"slower: {line}" for line in found.slower)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if found.slower:
             raise SystemExit(1)
-        console.print(f"Nothing got slower since {options.compare}.", highlight=False)
+        console.print(f"Nothing that was measured got slower since {options.compare}.", highlight=False)
+
+
+def _check_arguments(options: argparse.Namespace) -> None:
+    """ConfigError for what could only fail after minutes of measuring."""
+    given = [name for name, default in _MEASURING.items() if getattr(options, name) != default]
+    if options.source is not None and given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"--from measures nothing, so {flags} cannot be given with it.")
+    for path in (options.json, options.picture):
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            problem = "that is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise ConfigError(f"{path} cannot be written: {problem}.")
+    if options.picture is not None and options.picture.suffix != ".png":
+        raise ConfigError(f"--picture draws a PNG; call it {options.picture.with_suffix('.png')}.")
+
+
+def _check_comparable(old: dict[str, Any], options: argparse.Namespace) -> None:
+    """ConfigError where nothing that is to be measured stands in the older results."""
+    if old["recipe"] != options.recipe:
+        raise ConfigError(f"{options.compare} is for the recipe {old['recipe']}; add --recipe {old['recipe']}.")
+    if not any(key in old for section in options.sections for key in _KEYS[section]):
+        raise ConfigError(f"{options.compare} has none of the sections {', '.join(options.sections)}.")
+
+
+def _write(results: dict[str, Any], options: argparse.Namespace) -> None:
+    try:
+        if options.json is not None:
+            options.json.write_text(json.dumps(results, indent=1) + "\n", "utf8")
+        if options.picture is not None:
+            from electra_ds.bench.picture import draw
+
+            draw(results, options.picture)
+    except OSError as error:
+        raise ConfigError(f"Cannot write the results: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """A file that --json wrote. Raises ConfigError."""
+    from electra_ds.bench.compare import figures
+
     try:
-        results = json.loads(path.read_text("utf8"))
-        if results["made_by"] != "electra-ds bench":
-            raise ValueError("it says so nowhere")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        results = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a result of bin/bench --json: {error}") from error
-    return results
+    with _whole(path):
+        if results["made_by"] == "electra-ds bench" and isinstance(results["recipe"], str) and figures(results):
+            return dict(results)
+    raise ConfigError(f"{path} is not a result of bin/bench --json.")
+
+
+@contextlib.contextmanager
+def _whole(path: Path | None) -> Iterator[None]:
+    """ConfigError where a file, which may come from anywhere, lacks something or has it in another form."""
+    try:
+        yield
+    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError, StopIteration) as error:
+        if path is None:
+            raise
+        raise ConfigError(f"{path} is not a whole result of bin/bench --json: {error}") from error

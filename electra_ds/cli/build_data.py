@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, positive
 from electra_ds.cli.stores import add_corpus_arguments, make_store
-from electra_ds.config.overrides import load_recipe
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -41,6 +40,8 @@ def add_build_data(commands: Commands) -> None:
 
 
 def _build_data(options: argparse.Namespace) -> None:
+    from electra_ds.config.overrides import load_recipe
+
     recipe = load_recipe(options.recipe, options.overrides)
     store = make_store(options, recipe, options.out, options.workers)
     info = store.info

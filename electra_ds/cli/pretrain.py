@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, duration_s, positive
 from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
-from electra_ds.config.deepspeed import ds_config_names
-from electra_ds.config.manifest import RunDirectory
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe, recipe_names
+from electra_ds.config.shipped import ds_config_names, recipe_names
 from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands, Group
+    from electra_ds.config.recipe import Recipe
 
 _STARTED = time.monotonic()  # what a time limit counts from
 _EPILOG = """\
@@ -98,11 +96,15 @@ def _add_tracking(group: Group) -> None:
 
 def _pretrain(options: argparse.Namespace) -> None:
     check_arguments(options)
+
+    from electra_ds.config.overrides import load_recipe
+
     recipe = None if options.resume else load_recipe(options.recipe or DEFAULT_RECIPE, options.overrides)
 
     from rich.console import Console
 
     from electra_ds import runtime
+    from electra_ds.config.manifest import RunDirectory
     from electra_ds.data.token_store import TokenStore
     from electra_ds.train import launch
     from electra_ds.train.pretrain import pretrain

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command
-from electra_ds.config.manifest import RunDirectory
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -41,6 +40,7 @@ def add_export(commands: Commands) -> None:
 def _report(options: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from electra_ds.config.manifest import RunDirectory
     from electra_ds.report.run_report import report_run
 
     report_run(RunDirectory(options.run), Console())

@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from electra_ds.config.recipe import Recipe, TokenizerSection
 from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Group
+    from electra_ds.config.recipe import Recipe, TokenizerSection
     from electra_ds.data.corpus import Source
     from electra_ds.data.token_store import TokenStore
     from electra_ds.data.tokenizer import Tokenizer

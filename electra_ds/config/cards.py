@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+TRITON_CAPABILITY = (7, 0)
+"""The oldest compute capability that Triton, and so torch.compile, makes code for."""
 _MAKERS_WORDS = {"nvidia", "geforce", "tesla"}
 
 

@@ -9,7 +9,6 @@ so every such case is caught here first, and all problems are reported together.
 from __future__ import annotations
 
 import copy
-import importlib.resources
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
 from electra_ds.config.precision import PRECISION_KEYS, Precision, parse_precision
 from electra_ds.config.recipe import Recipe
+from electra_ds.config.shipped import ds_config_names, ds_config_text
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.zero import parse_zero, without_auto
 from electra_ds.errors import ConfigError
@@ -96,12 +96,6 @@ class DeepSpeedPlan:
         return config
 
 
-def ds_config_names() -> list[str]:
-    """Names of the DeepSpeed JSON files that come with the package."""
-    folder = importlib.resources.files("electra_ds") / "ds_configs"
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
-
-
 def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
     """The raw mapping of a shipped file's name or of a JSON file. Raises ConfigError."""
     names = ds_config_names()
@@ -113,7 +107,7 @@ def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
         )
     try:
         if name_or_path in names:
-            text = (importlib.resources.files("electra_ds") / "ds_configs" / f"{name_or_path}.json").read_text("utf8")
+            text = ds_config_text(name_or_path)
         else:
             text = path.read_text("utf8")
         values = json.loads(text, object_pairs_hook=_without_duplicates)

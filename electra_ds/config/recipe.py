@@ -6,7 +6,6 @@ see `config/deepspeed.py`. Recipes are YAML files; those in `electra_ds/recipes/
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
+from electra_ds.config.shipped import recipe_names, recipe_text
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.errors import ConfigError
 
@@ -217,16 +217,10 @@ class Recipe(Section):
         return self
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = importlib.resources.files("electra_ds") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def read_recipe_values(name_or_path: str) -> dict[str, Any]:
     """The raw mapping of a shipped recipe's name or of a YAML file. Raises ConfigError."""
     if name_or_path in recipe_names():
-        text = (importlib.resources.files("electra_ds") / "recipes" / f"{name_or_path}.yaml").read_text("utf8")
+        text = recipe_text(name_or_path)
     elif Path(name_or_path).is_file():
         try:
             text = Path(name_or_path).read_text("utf8")

@@ -91,9 +91,11 @@ class DeepSpeedEngine:
         size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
         for index in range(accumulation):
             runtime.seed_dropout(self.recipe.seed, step, index, self.rank)
-            micro_batch = batch.micro_batch((self.rank * accumulation + index) * size, size)
-            if self._compiled is not None and samples is None:
-                micro_batch = self._compiled.prepared(micro_batch)
+            first = (self.rank * accumulation + index) * size
+            if self._compiled is None or samples is not None:
+                micro_batch = batch.micro_batch(first, size)
+            else:
+                micro_batch = self._compiled.micro_batch(batch, first, size)
             output = self._engine(micro_batch.to(self.device), None if samples is None else samples[index])
             loss = losses.add(output) * self._loss_factor
             if isinstance(self.optimizer, MasterAdamW):
@@ -112,8 +114,10 @@ class DeepSpeedEngine:
         return output
 
     def close(self) -> None:
-        """Frees what DeepSpeed holds, so that the process ends quietly."""
+        """Frees what DeepSpeed and the compiler hold, so that the process ends quietly or goes on."""
         self._engine.destroy()
+        if self.is_compiled:
+            torch.compiler.reset()  # what is compiled, and how often it may be, is the process's
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -68,9 +68,9 @@ def _is_eager_cpu(tensor: torch.Tensor) -> bool:
 
 
 def _kept(shape: torch.Size, probability: float) -> tuple[torch.Tensor, float]:
-    """(int8 mask, 1 where an element stays; what to scale those by). The share is exact to 2^-17."""
+    """(int8 mask, 1 where an element stays; what to scale those by). The share is exact to 2^-16."""
     size = shape.numel()
-    threshold = round((1.0 - probability) * 65536)
+    threshold = min(max(round((1.0 - probability) * 65536), 1), 65535)
     words = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return (words.view(torch.int16)[:size] < threshold - 32768).view(torch.int8).view(shape), 65536 / threshold
 

@@ -75,7 +75,7 @@ class _Prediction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         dtype = hidden_ME.dtype
         weight, bias = weight_VE.to(dtype), bias_V.to(dtype)
-        grad_hidden = torch.empty_like(hidden_ME)
+        grad_hidden = torch.empty_like(hidden_ME) if with_gradient else None
         grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32) if with_gradient else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if with_gradient else None
         parts = []
@@ -91,7 +91,7 @@ class _Prediction(torch.autograd.Function):
                 losses = torch.where(counts_M[rows], losses, 0.0)
             weights = probabilities if temperature == 1.0 else torch.softmax(logits / temperature, dim=-1)
             parts.append((losses, best, sample_tokens(weights, noise_keys_M[rows], column_keys_V)))
-            if grad_weight is not None and grad_bias is not None:
+            if grad_hidden is not None and grad_weight is not None and grad_bias is not None:
                 ones = torch.ones_like(targets, dtype=torch.float32)
                 grad_logits = probabilities.scatter_add_(1, targets, -ones)
                 if counts_M is not None:
@@ -104,7 +104,7 @@ class _Prediction(torch.autograd.Function):
                 else:
                     grad_weight += grad_logits.t() @ hidden
         losses_M, best_M, samples_M = (torch.cat(column) for column in zip(*parts, strict=True))
-        if grad_weight is not None and grad_bias is not None:
+        if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
             ctx.dtypes = weight_VE.dtype, bias_V.dtype
         ctx.mark_non_differentiable(losses_M, best_M, samples_M)
@@ -116,7 +116,7 @@ class _Prediction(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         scale = grads[0]
         return (
-            (grad_hidden * scale).to(grad_hidden.dtype),
+            (grad_hidden.float() * scale).to(grad_hidden.dtype),  # in half precision the scale would be rounded too
             (grad_weight * scale).to(weight_dtype),
             (grad_bias * scale).to(bias_dtype),
             *[None] * 6,

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from electra_ds.config.cards import TRITON_CAPABILITY
 from electra_ds.errors import ElectraError
 from electra_ds.train.trackers import wandb_login
 
@@ -197,7 +198,7 @@ def _gpu(index: int, gpu: Gpu, facts: Facts) -> Finding:
     has_tensor_cores = gpu.capability >= (7, 0) and "GTX 16" not in gpu.name  # Turing's smaller chips have none
     bf16 = "bf16 in hardware" if gpu.capability >= (8, 0) else "no bf16 in hardware: take fp16 or fp32"
     fp16 = "fp16 on tensor cores" if has_tensor_cores else "no tensor cores: fp16 saves memory, hardly time"
-    compiles = "torch.compile" if gpu.capability >= (7, 0) else "no torch.compile (Triton needs 7.0)"
+    compiles = "torch.compile" if gpu.capability >= TRITON_CAPABILITY else "no torch.compile (Triton needs 7.0)"
     return Finding(f"GPU {index}", found, meaning=f"{bf16}; {fp16}; {compiles}")
 
 
