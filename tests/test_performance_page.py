@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from electra_ds.config.cards import Card, find_card, peak_flops
 from electra_ds.config.overrides import load_recipe
 from electra_ds.model.electra import Electra, encoder_configs
@@ -18,6 +21,7 @@ TEXT = (REPOSITORY / "docs" / "performance.md").read_text("utf8")
 PROSE = " ".join(TEXT.split())
 DAY_S = 86_400
 SLOWER_THAN_ROOFLINE = (1.4, 3.0)
+LAYOUTS = ("padded_to_row", "padded_to_longest", "transformers")
 
 
 def table(*header: str) -> list[list[str]]:
@@ -58,7 +62,7 @@ def test_the_flops_by_part_are_those_that_the_code_counts() -> None:
     ]
     expected[-1][0] = "embedding projections"
     expected.append(["all", *(f"{flops.forward_and_backward / 1e9:.1f}" for flops in (OURS, THEIRS))])
-    assert table("part") == expected
+    assert table("part", "ours") == expected
     assert f"{OURS.forward_and_backward * RECIPE.schedule.total_steps / 1e18:.3f} EFLOP" in PROSE
 
 
@@ -85,3 +89,32 @@ def test_shares_of_the_peak_and_predictions_follow_from_what_stands_beside_them(
         assert share == expected, name
         low, high = (days(float(roofline_ms) / 1e3 * factor) for factor in SLOWER_THAN_ROOFLINE)
         assert predicted == f"{low:.2g} to {high:.2g}", name
+
+
+RESULTS: dict[str, Any] = json.loads((REPOSITORY / "benchmarks" / "results" / "cpu-1-thread.json").read_text("utf8"))
+
+
+def ratio(values: dict[str, Any]) -> str:
+    low, high = values["speed_quartiles"]
+    return f"{values['speed']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def test_what_was_measured_is_what_the_benchmark_wrote() -> None:
+    rows = []
+    for dtype, sizes in RESULTS["step_vs_transformers"].items():
+        for size, values in sizes.items():
+            steps = RESULTS["step"][dtype][size]
+            beside_fp32 = f"{values['speed_vs_fp32']:.2f}" if "speed_vs_fp32" in values else "–"
+            shares = (f"{steps[who]['mfu_of_measured_peak']:.0%}" for who in ("deepspeed", "transformers"))
+            rows.append([size, dtype, ratio(values), f"{values['peak_step_memory']:.2f}", beside_fp32, *shares])
+    assert table("rows", "dtype") == rows
+
+    parts = RESULTS["parts"]["deepspeed_vs_transformers"]
+    assert table("part", "fp32") == [[part, *(ratio(parts[dtype][part]) for dtype in parts)] for part in parts["fp32"]]
+
+    mixed, engines = RESULTS["mixed_lengths"], RESULTS["deepspeed_vs_plain"]["fp32"]
+    measured = [*engines.values(), *(mixed[f"packed_vs_{name}"] for name in LAYOUTS)]
+    measured.append(RESULTS["unpadded"]["packed_vs_padded_to_row"])
+    assert [row[1] for row in table("what", "ratio")] == [ratio(values) for values in measured]
+    for name in ("windows", "two_segments"):
+        assert f"{RESULTS['data_path'][name]['tokens_per_s'] / 1e6:.1f} M" in PROSE

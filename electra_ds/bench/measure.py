@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import random
 import statistics
 import sys
 import time
@@ -49,15 +50,15 @@ def interleaved(
     told: Callable[[], None],
     calls_a_turn: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds a call in every round. Each round gives all of them a turn, and another one the first.
+    """Seconds a call in every round. Each round gives all of them a turn, in an order of its own, since what ran
+    before leaves caches and memory in another state.
 
     One round before those that count warms up. `told` is called after each turn.
     """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-1, rounds):
-        for place in range(len(names)):
-            name = names[(place + number) % len(names)]
+        for name in random.Random(number).sample(names, len(names)):
             started = clock()
             for call in range(calls_a_turn):
                 contestants[name]((number + 1) * calls_a_turn + call)
