@@ -27,9 +27,9 @@ SECOND_SIGNAL_AFTER_S = 5.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Over gloo a rank that died is noticed at once, by its closed connections. This bounds only the waiting for one that
 # lives, such as rank 0 while it tokenises a corpus.
-_MOST_THREADS_OF_A_CORE = 16
 _PATIENCE = timedelta(days=7)
 _MEETING_TIMEOUT = timedelta(minutes=10)
+_MOST_THREADS_OF_A_CORE = 16
 
 
 def device(launch: Launch) -> torch.device:

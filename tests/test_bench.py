@@ -239,6 +239,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str, capsys: pytest.C
     assert "is not a" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_results_that_cannot_be_written_are_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    source = REPOSITORY / "benchmarks" / "results" / "cpu-1-thread.json"
+    with pytest.raises(SystemExit):
+        main(["bench", "--from", str(source), "--json", "/dev/full"])
+    assert "Cannot write the results: [Errno 28]" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_the_command_measures_on_a_gpu_compiled_steps_too(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"

@@ -43,8 +43,7 @@ class Figure(NamedTuple):
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     """Raises ConfigError where the two measured different things."""
-    if old["recipe"] != new["recipe"]:
-        raise ConfigError(f"The older results are for the recipe {old['recipe']}, these for {new['recipe']}.")
+    check_recipe(old, new["recipe"])
     before, after = figures(old), figures(new)
     common = [name for name in after if name in before]
     if not common:
@@ -62,6 +61,12 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
         if hardware[0].get(key) != hardware[1].get(key)
     ]
     return Comparison(worse, [name for name in before if name not in after], differences)
+
+
+def check_recipe(old: dict[str, Any], recipe: str) -> None:
+    """ConfigError where older results are for another recipe."""
+    if old["recipe"] != recipe:
+        raise ConfigError(f"The older results are for the recipe {old['recipe']}, these for {recipe}.")
 
 
 def figures(results: dict[str, Any]) -> dict[str, Figure]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ from electra_ds.objective.keyed_random import column_keys
 from electra_ds.objective.masking import Masks
 from electra_ds.objective.sampling import sample_tokens
 
-SECTIONS = ("step", "parts", "mixed", "data", "startup")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DOCUMENTS = 20_000
 _DATA_ROUNDS, _DATA_CALLS = 15, 4
@@ -85,9 +85,9 @@ class Suite:
                 "step": self.steps, "parts": self.parts, "mixed": self.mixed_lengths, "data": self.data_path,
                 "startup": self.start_up,
             }  # fmt: skip
-            for name in SECTIONS:
+            for name, section in sections.items():
                 if name in self.settings.sections:
-                    results |= sections[name]()
+                    results |= section()
 
     def _web_lengths(self, rng: np.random.Generator) -> np.ndarray:
         return web_text_lengths(_DOCUMENTS, self.recipe.data.sequence_length, rng)
@@ -105,7 +105,7 @@ class Suite:
             batches = self._batches(self.web, recipe)
             with self._contestants(recipe, self.settings.dtypes, others=True) as contestants:
                 graphs = {
-                    name: graph_bytes(_stepping_on(contestant, batches[0]), self.device)
+                    name: graph_bytes(partial(contestant.step, batches[0], 1), self.device)
                     for name, contestant in contestants.items()
                     if name.startswith("compiled")
                 }
@@ -134,19 +134,20 @@ class Suite:
         else:
             flops = step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward
         median = float(np.median(seconds))
-        step = _stepping_on(contestant, batch)
+        step = partial(contestant.step, batch, 1)
         counted = {}
         if who != "compiled":  # whose operations are kernels of its own
             with Operations() as operations:
                 step()
-            counted["operations"] = operations.count
+            counted = {"operations": operations.count, "host_syncs": operations.blocking}
+        if self.device.type == "cuda":
+            counted["host_syncs"] = host_waits(step)
         return counted | {
             "seconds": median,
             "tokens_per_s": batch.num_tokens / median,
             "peak_step_bytes": peak_bytes(step, self.device),
             "model_flops": flops,
             "mfu_of_measured_peak": flops / median / peak,
-            "host_syncs": host_waits(step, self.device),
         }
 
     @staticmethod
@@ -184,12 +185,12 @@ class Suite:
         speeds: dict[str, Any] = {}
         for dtype in self.settings.dtypes:
             with self._contestants(recipe, (dtype,)) as contestants:
-                timed = {
+                timed: dict[str, Callable[[int], object]] = {
                     f"{name.split()[0]}/{part}": _ignoring_number(function)
                     for name, contestant in contestants.items()
                     for part, function in contestant.parts(batch).items()
                 }
-                timed["data/batch"] = lambda number: _discard(builder.build(number).micro_batch(0, size))
+                timed["data/batch"] = lambda number: builder.build(number).micro_batch(0, size)
                 timed["sampling/alone"] = self._sampling(batch)
                 self.begin(f"parts of a step, {dtype}", len(timed) * (self.settings.rounds + 1))
                 seconds = interleaved(timed, self.settings.rounds, self.clock, self.turn, self.calls_a_turn)
@@ -254,31 +255,30 @@ class Suite:
 
     def data_path(self) -> dict[str, Any]:
         """Batches of the recipe's size from web text on one core, beside a plain copy of the batch."""
-        results: dict[str, Any] = {}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        clock = Clock(torch.device("cpu"))
-        for name, recipe in (("windows", load_recipe("rc2020-small")), ("two_segments", load_recipe("electra-small"))):
-            builder = self._builder(self.web, recipe)
-            rows = recipe.global_batch_size
-            copied = builder.build(0).ids_BT
-            timed: dict[str, Callable[[int], None]] = {
-                "batch": lambda number, builder=builder, rows=rows: _discard(  # type: ignore[misc]
-                    builder.build(number).micro_batch(0, rows)
-                ),
-                "copy": lambda number, copied=copied: _discard(copied.copy()),  # type: ignore[misc]
-            }
-            self.begin(f"data path, {name}", len(timed) * (_DATA_ROUNDS + 1))
-            seconds = interleaved(timed, _DATA_ROUNDS, clock, self.turn, _DATA_CALLS)
-            tokens = rows * recipe.data.sequence_length
-            results[name] = {
-                "tokens_per_s": tokens / float(np.median(seconds["batch"])),
-                "best_tokens_per_s": tokens / min(seconds["batch"]),
-                "copy_tokens_per_s": tokens / float(np.median(seconds["copy"])),
-                "batch_vs_copy": _speed(ratio(seconds["copy"], seconds["batch"])),
-            }
+        recipes = {"windows": "rc2020-small", "two_segments": "electra-small"}
+        results = {name: self._data_path_of(name, load_recipe(recipe)) for name, recipe in recipes.items()}
         torch.set_num_threads(threads)
         return {"data_path": results}
+
+    def _data_path_of(self, name: str, recipe: Recipe) -> dict[str, Any]:
+        builder = self._builder(self.web, recipe)
+        rows = recipe.global_batch_size
+        copied = builder.build(0).ids_BT
+        timed: dict[str, Callable[[int], object]] = {
+            "batch": lambda number: builder.build(number).micro_batch(0, rows),
+            "copy": lambda number: copied.copy(),
+        }
+        self.begin(f"data path, {name}", len(timed) * (_DATA_ROUNDS + 1))
+        seconds = interleaved(timed, _DATA_ROUNDS, Clock(torch.device("cpu")), self.turn, _DATA_CALLS)
+        tokens = rows * recipe.data.sequence_length
+        return {
+            "tokens_per_s": tokens / float(np.median(seconds["batch"])),
+            "best_tokens_per_s": tokens / min(seconds["batch"]),
+            "copy_tokens_per_s": tokens / float(np.median(seconds["copy"])),
+            "batch_vs_copy": _speed(ratio(seconds["copy"], seconds["batch"])),
+        }
 
     # --- start-up
 
@@ -316,12 +316,12 @@ class Suite:
         builder = self._builder(store, recipe)
         return [builder.build(step) for step in range(8)]
 
-    def _sampling(self, batch: GlobalBatch) -> Callable[[int], None]:
+    def _sampling(self, batch: GlobalBatch) -> Callable[[int], object]:
         """Drawing the micro-batch's samples from given probabilities."""
         keys_M = batch.micro_batch(0, len(batch.ids_BT)).noise_keys_M.to(self.device)
         columns_V = column_keys(self.vocab_size).to(self.device)
         weights_MV = torch.softmax(torch.randn(len(keys_M), self.vocab_size, device=self.device), dim=-1)
-        return lambda number: _discard(sample_tokens(weights_MV, keys_M, columns_V))
+        return lambda number: sample_tokens(weights_MV, keys_M, columns_V)
 
     def _plan(self, recipe: Recipe, dtype: str) -> DeepSpeedPlan:
         section = {} if dtype == "fp32" else {dtype: {"enabled": True}}
@@ -340,40 +340,38 @@ class Suite:
     ) -> Iterator[dict[str, Contestant]]:
         """By "who dtype": transformers and our DeepSpeed engine, and of `others` the plain and the compiled one."""
         found: dict[str, Contestant] = {}
-        for dtype in dtypes:
-            plan = self._plan(recipe, dtype)
-            found[f"transformers {dtype}"] = Transformers(recipe, self.vocab_size, 0, DTYPES[dtype], self.device)
-            model = Electra(recipe, self.vocab_size, 0)
-            found[f"deepspeed {dtype}"] = Ours(DeepSpeedEngine(model, recipe, plan, self.device))
-            if others and check_compile("auto", self.device, plan):
-                model = Electra(recipe, self.vocab_size, 0)
-                found[f"compiled {dtype}"] = Ours(DeepSpeedEngine(model, recipe, plan, self.device, "auto"))
-            if others and dtype == "fp32":
-                model = Electra(recipe, self.vocab_size, 0)
-                found[f"plain {dtype}"] = Ours(
-                    PlainEngine(model, recipe, recipe.global_batch_size, self.device, fused=True)
-                )
         try:
+            for dtype in dtypes:
+                found |= self._of_dtype(recipe, dtype, others=others)
             yield found
         finally:
             for contestant in found.values():
                 contestant.close()
+
+    def _of_dtype(self, recipe: Recipe, dtype: str, *, others: bool) -> dict[str, Contestant]:
+        plan = self._plan(recipe, dtype)
+
+        def model() -> Electra:
+            return Electra(recipe, self.vocab_size, 0)
+
+        found: dict[str, Contestant] = {
+            f"transformers {dtype}": Transformers(recipe, self.vocab_size, 0, DTYPES[dtype], self.device),
+            f"deepspeed {dtype}": Ours(DeepSpeedEngine(model(), recipe, plan, self.device)),
+        }
+        if others and check_compile("auto", self.device, plan):
+            found[f"compiled {dtype}"] = Ours(DeepSpeedEngine(model(), recipe, plan, self.device, "auto"))
+        if others and dtype == "fp32":
+            plain = PlainEngine(model(), recipe, recipe.global_batch_size, self.device, fused=True)
+            found[f"plain {dtype}"] = Ours(plain)
+        return found
 
 
 def _speed(found: Ratio) -> dict[str, Any]:
     return {"speed": found.median, "speed_quartiles": [found.low, found.high]}
 
 
-def _stepping_on(contestant: Contestant, batch: GlobalBatch) -> Callable[[], None]:
-    return lambda: contestant.step(batch, 1)
-
-
 def _ignoring_number(function: Callable[[], None]) -> Callable[[int], None]:
     return lambda number: function()
-
-
-def _discard(value: object) -> None:
-    """The result is not wanted, only the time it took."""
 
 
 def _cut_to_longest(batch: GlobalBatch) -> GlobalBatch:

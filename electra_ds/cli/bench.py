@@ -15,9 +15,8 @@ from electra_ds.errors import ConfigError
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
 
-_SECTIONS = ("step", "parts", "mixed", "data", "startup")
 _DTYPES = ("fp32", "bf16", "fp16")
-_KEYS = {
+_SECTIONS = {  # and what is in the results if they were measured
     "step": ("step",),
     "parts": ("parts",),
     "mixed": ("mixed_lengths", "unpadded"),
@@ -47,8 +46,7 @@ examples:
 def add_bench(commands: Commands) -> None:
     """The parser of `bench`."""
     command = add_command(commands, "bench", "Time our step beside transformers', part by part.", _EPILOG)
-    command.set_defaults(handler=_bench)
-    command.set_defaults(**_MEASURING)
+    command.set_defaults(handler=_bench, **_MEASURING)
     command.add_argument("--recipe", metavar="NAME|FILE", help="default: %(default)s")
     command.add_argument(
         "--sections", nargs="+", choices=_SECTIONS, metavar="NAME", help=f"of {', '.join(_SECTIONS)}; default: all"
@@ -94,7 +92,7 @@ def _bench(options: argparse.Namespace) -> None:
         results = measure(**{name: getattr(options, name) for name in _MEASURING}, console=console)
     with _whole(options.source):
         print_results(results, console)
-        _write(results, options)
+    _write(results, options)
     if "incomplete" in results:
         console.print(f"Incomplete: {results['incomplete']}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(1)
@@ -125,9 +123,10 @@ def _check_arguments(options: argparse.Namespace) -> None:
 
 def _check_comparable(old: dict[str, Any], options: argparse.Namespace) -> None:
     """ConfigError where nothing that is to be measured stands in the older results."""
-    if old["recipe"] != options.recipe:
-        raise ConfigError(f"{options.compare} is for the recipe {old['recipe']}; add --recipe {old['recipe']}.")
-    if not any(key in old for section in options.sections for key in _KEYS[section]):
+    from electra_ds.bench.compare import check_recipe
+
+    check_recipe(old, options.recipe)
+    if not any(key in old for section in options.sections for key in _SECTIONS[section]):
         raise ConfigError(f"{options.compare} has none of the sections {', '.join(options.sections)}.")
 
 
@@ -138,7 +137,8 @@ def _write(results: dict[str, Any], options: argparse.Namespace) -> None:
         if options.picture is not None:
             from electra_ds.bench.picture import draw
 
-            draw(results, options.picture)
+            with _whole(options.source):
+                draw(results, options.picture)
     except OSError as error:
         raise ConfigError(f"Cannot write the results: {error}") from error
 

@@ -45,8 +45,7 @@ def choose_masks(
         selected = (noise_BT <= _highest(mlm_probability)) & maskable_BT
         masked = (noise_BT <= _highest(mlm_probability * mask_token_share)) & maskable_BT  # one draw serves both
     else:
-        wanted = np.minimum(np.round(mlm_probability * lengths_B), np.floor((mlm_probability + 0.005) * length))
-        wanted = np.maximum(wanted, 1).astype(np.int64)
+        wanted = _fixed_counts(lengths_B, length, mlm_probability)
         _make_distinct(noise_BT)
         np.putmask(noise_BT, ~maskable_BT, np.uint32(0xFFFFFFFF))
         last = np.take_along_axis(np.sort(noise_BT, axis=1), wanted[:, None] - 1, axis=1)
@@ -64,11 +63,17 @@ def usual_most_selected(
     """
     maskable = num_sequences * (length - 2)
     if count == "fixed":
-        of_one = min(round(mlm_probability * length), math.floor((mlm_probability + 0.005) * length))
-        return min(maskable, num_sequences * max(1, of_one))
+        [of_one] = _fixed_counts(np.array([length]), length, mlm_probability).tolist()
+        return min(maskable, num_sequences * of_one)
     mean = maskable * mlm_probability
     most = math.ceil(mean + 6 * math.sqrt(mean * (1 - mlm_probability)))
     return min(maskable, -(-most // 64) * 64)
+
+
+def _fixed_counts(lengths_B: np.ndarray, length: int, mlm_probability: float) -> np.ndarray:
+    """int64 [B], how many tokens of each sequence `fixed` selects in rows of `length` positions."""
+    counts = np.minimum(np.round(mlm_probability * lengths_B), np.floor((mlm_probability + 0.005) * length))
+    return np.maximum(counts, 1).astype(np.int64)
 
 
 def _highest(probability: float) -> np.uint32:

@@ -37,7 +37,8 @@ class Throughput:
     def count(self, batch: GlobalBatch) -> None:
         """A step over this batch was begun."""
         self._tokens += batch.num_tokens
-        self._flops += step_flops(*self._configs, batch.lengths_B, batch.num_selected).forward_and_backward
+        if self._peak_flops is not None:
+            self._flops += step_flops(*self._configs, batch.lengths_B, batch.num_selected).forward_and_backward
 
     def read(self) -> dict[str, float]:
         """`tokens_per_s` and, where the peak is known, `mfu`: model FLOPs a second over the peak."""
