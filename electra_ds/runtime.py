@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from electra_ds.config.cards import is_gtx_16
 from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, LostRankError
 from electra_ds.launcher import Launch, LauncherWatch, detect
 
@@ -55,6 +56,11 @@ def device_index(launch: Launch) -> int:
 def device_name(device: torch.device) -> str:
     """For the record: the card's name, or that it is a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
+
+
+def wants_fp16(device: torch.device) -> bool:
+    """Whether fp16 is taken where a DeepSpeed JSON leaves that to us: on every GPU but those that it slows down."""
+    return device.type == "cuda" and not is_gtx_16(device_name(device))
 
 
 def set_threads(threads: int | None, launch: Launch) -> int:

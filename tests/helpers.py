@@ -61,7 +61,7 @@ def small_recipe(*overrides: str) -> Recipe:
 
 def cpu_plan(recipe: Recipe, **values: Any) -> DeepSpeedPlan:
     world_size = distributed.get_world_size() if distributed.is_initialized() else 1
-    return resolve(values, recipe, world_size=world_size, on_cpu=True, source="test")
+    return resolve(values, recipe, world_size=world_size, auto_fp16=False, source="test")
 
 
 def builder_for(store: TokenStore, recipe: Recipe) -> BatchBuilder:

@@ -24,8 +24,10 @@ from electra_ds.errors import ConfigError
 from tests.helpers import REPOSITORY, builder_for, model_for, small_recipe
 
 
-def plan_of(values: dict[str, Any], *overrides: str, world_size: int = 1, on_cpu: bool = True) -> config.DeepSpeedPlan:
-    return resolve(values, small_recipe(*overrides), world_size=world_size, on_cpu=on_cpu, source="x.json")
+def plan_of(
+    values: dict[str, Any], *overrides: str, world_size: int = 1, auto_fp16: bool = False
+) -> config.DeepSpeedPlan:
+    return resolve(values, small_recipe(*overrides), world_size=world_size, auto_fp16=auto_fp16, source="x.json")
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.name)
@@ -34,7 +36,7 @@ def test_every_shipped_json_resolves_and_leaves_recipe_owned_keys_out(path: Path
     assert read_deepspeed_json(path.stem) == values
     assert path.stem in ds_config_names()
     assert not set(values) & set(config.OWNED_BY_RECIPE)
-    resolve(values, small_recipe("global_batch_size=128"), world_size=1, on_cpu=False, source=str(path))
+    resolve(values, small_recipe("global_batch_size=128"), world_size=1, auto_fp16=True, source=str(path))
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}, {"torch_autocast": {"enabled": True}}])
@@ -189,17 +191,17 @@ def test_auto_and_agreeing_values_are_filled_in() -> None:
 
 
 def test_fp16_auto_means_fp16_on_a_gpu() -> None:
-    assert plan_of({"fp16": {"enabled": "auto"}}, on_cpu=False).precision.name == "fp16"
+    assert plan_of({"fp16": {"enabled": "auto"}}, auto_fp16=True).precision.name == "fp16"
 
 
 def test_fp16_auto_gives_way_to_a_precision_that_is_chosen() -> None:
     """As in transformers' files with bf16 switched on."""
     values = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": True}}
-    for on_cpu in (True, False):
-        plan = plan_of(values, on_cpu=on_cpu)
+    for auto_fp16 in (True, False):
+        plan = plan_of(values, auto_fp16=auto_fp16)
         assert plan.precision.name == "bf16"
         assert "fp16" not in plan.document
-    lone = plan_of({"bf16": {"enabled": "auto"}}, on_cpu=False)
+    lone = plan_of({"bf16": {"enabled": "auto"}}, auto_fp16=True)
     assert (lone.precision.name, lone.notes) == ("fp32", ('bf16.enabled is "auto", which here means off',))
 
 
@@ -215,7 +217,7 @@ def test_what_deepspeed_itself_refuses_is_refused_before_anything_starts() -> No
 
 
 def test_precision_is_not_handed_to_deepspeed_at_stage_0() -> None:
-    plan = plan_of({"fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 4}}, on_cpu=False)
+    plan = plan_of({"fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 4}}, auto_fp16=True)
     assert plan.precision.loss_scaling == LossScaling(initial_scale=4096.0, hysteresis=4)
     assert plan.document["fp16"]["enabled"] is True
     assert "fp16" not in plan.engine_config()
@@ -268,13 +270,13 @@ JSON_FILES = sorted((REPOSITORY / "ds_configs").glob("*.json")) + sorted((REPOSI
 
 
 @pytest.mark.usefixtures("process_group", "half_on_cpu")
-@pytest.mark.parametrize("on_cpu", [True, False], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("auto_fp16", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("path", JSON_FILES, ids=lambda path: path.stem)
-def test_every_json_runs_three_steps(store: TokenStore, path: Path, on_cpu: bool) -> None:
+def test_every_json_runs_three_steps(store: TokenStore, path: Path, auto_fp16: bool) -> None:
     """Ours and those of transformers' documentation, unchanged. As on a GPU, "auto" means fp16; that a CPU computes it
     is the one thing mapped here."""
     recipe = small_recipe("global_batch_size=64")
-    plan = resolve(read_deepspeed_json(str(path)), recipe, world_size=1, on_cpu=on_cpu, source=path.name)
+    plan = resolve(read_deepspeed_json(str(path)), recipe, world_size=1, auto_fp16=auto_fp16, source=path.name)
     assert "auto" not in json.dumps(plan.document)
     plain = PlainEngine(model_for(store, recipe), recipe, 64, torch.device("cpu"))
     engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
@@ -310,7 +312,7 @@ def test_every_key_that_we_let_through_is_known_to_deepspeed() -> None:
 
 def test_precision_is_deepspeeds_own_business_at_stages_1_to_3_but_for_autocast() -> None:
     fp16 = {"fp16": {"enabled": True, "initial_scale_power": 12}, "zero_optimization": {"stage": 2}}
-    config = plan_of(fp16, on_cpu=False).engine_config()
+    config = plan_of(fp16, auto_fp16=True).engine_config()
     assert config["fp16"] == {"enabled": True, "initial_scale_power": 12}
     assert config["gradient_clipping"] == 1.0
     autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization": {"stage": 2}}

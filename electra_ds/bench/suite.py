@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from electra_ds import runtime
 from electra_ds.bench.contestants import Contestant, Ours, PaddedBatch, Transformers
 from electra_ds.bench.measure import (
     Clock,
@@ -327,7 +328,7 @@ class Suite:
         section = {} if dtype == "fp32" else {dtype: {"enabled": True}}
         return resolve(
             {"train_micro_batch_size_per_gpu": recipe.global_batch_size, **section}, recipe, world_size=1,
-            on_cpu=self.device.type == "cpu", source="bench",
+            auto_fp16=runtime.wants_fp16(self.device), source="bench",
         )  # fmt: skip
 
     @staticmethod

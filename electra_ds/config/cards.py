@@ -1,4 +1,4 @@
-"""GPUs and what their makers say of them: peak rates of matrix products, memory, bandwidth.
+"""GPUs: what their makers say of them (peak rates of matrix products, memory, bandwidth), and what each can run.
 
 Rates are dense (without structured sparsity) and at the boost clock, as the maker prints them. fp16 means fp16 inputs
 summed in fp32 on tensor cores, which is how torch multiplies.
@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 TRITON_CAPABILITY = (7, 0)
 """The oldest compute capability that Triton, and so torch.compile, makes code for."""
+BF16_CAPABILITY = (8, 0)
+"""The oldest that multiplies bf16 matrices; torch emulates it on older ones, slower than fp32."""
+FLASH_CAPABILITY = (8, 0)
+"""The oldest that torch's flash attention runs on (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+TENSOR_CORE_CAPABILITY = (7, 0)
 _MAKERS_WORDS = {"nvidia", "geforce", "tesla"}
 
 
@@ -24,36 +30,43 @@ class Card:
     fp32_tflops: float
     """Of the ordinary cores, without TF32, which torch leaves off."""
     fp16_tflops: float | None
-    """Of the tensor cores; None where there are none."""
+    """Of the tensor cores; None where there are none and torch computes in fp32."""
     bf16_tflops: float | None
     bandwidth_gb_s: float
     """Of the card's memory, in 1e9 bytes/s."""
     aliases: tuple[str, ...] = ()
+    """Other names, the DeepSpeed JSON made for it among them."""
+    has_display: bool = False
+    """Whether people plug a monitor into it, which then takes some of its memory."""
 
 
 # NVIDIA, "Tesla P100 PCIe" and "Tesla P100 SXM2" data sheets (2016).
-_P100 = Card("Tesla P100-PCIE-16GB", 16, (6, 0), 9.3, None, None, 732)
+_P100 = Card("Tesla P100-PCIE-16GB", 16, (6, 0), 9.3, None, None, 732, ("p100-16gb",))
 # NVIDIA, "Tesla V100" data sheet (2018): tensor cores 112 (PCIe) and 125 (SXM2).
-_V100 = Card("Tesla V100-SXM2-16GB", 16, (7, 0), 15.7, 125, None, 900)
+_V100 = Card("Tesla V100-SXM2-16GB", 16, (7, 0), 15.7, 125, None, 900, ("v100-16gb",))
 # NVIDIA, "A100 Tensor Core GPU" data sheet (2021): the same rates in every form, bandwidth by form.
-_A100 = Card("NVIDIA A100-SXM4-40GB", 40, (8, 0), 19.5, 312, 312, 1555, ("A100-PCIE-40GB",))
+_A100 = Card("NVIDIA A100-SXM4-40GB", 40, (8, 0), 19.5, 312, 312, 1555, ("A100-PCIE-40GB", "a100-40gb"))
 
 CARDS = (
     # No data sheet gives rates: 1280 cores x 2 x 1.708 GHz, 192-bit memory at 8 Gbit/s, of NVIDIA's product page.
-    Card("NVIDIA GeForce GTX 1060 6GB", 6, (6, 1), 4.4, None, None, 192),
+    Card("NVIDIA GeForce GTX 1060 6GB", 6, (6, 1), 4.4, None, None, 192, ("gtx1060-6gb",), has_display=True),
     # The same way: 3584 cores x 2 x 1.582 GHz, 352 bit at 11 Gbit/s.
-    Card("NVIDIA GeForce GTX 1080 Ti", 11, (6, 1), 11.3, None, None, 484),
+    Card("NVIDIA GeForce GTX 1080 Ti", 11, (6, 1), 11.3, None, None, 484, ("gtx1080ti-11gb",), has_display=True),
+    # The same way: 896 cores x 2 x 1.665 GHz, 128 bit at 8 Gbit/s; 1536 x 2 x 1.77 GHz, 192 bit at 12 Gbit/s.
+    # Their fp16 as torch multiplies it is what users measured (pytorch#121957).
+    Card("NVIDIA GeForce GTX 1650", 4, (7, 5), 3.0, 0.5, None, 128, has_display=True),
+    Card("NVIDIA GeForce GTX 1660 Ti", 6, (7, 5), 5.4, 0.5, None, 288, has_display=True),
     # The same way: 1920 cores x 2 x 1.68 GHz, 192 bit at 14 Gbit/s. Tensor cores: 240 x 64 x 2 x 1.68 GHz = 51.6,
     # halved for sums in fp32, as the Turing white paper (2018) has it for other GeForce cards; assumed for this one.
-    Card("NVIDIA GeForce RTX 2060", 6, (7, 5), 6.5, 25.8, None, 336),
+    Card("NVIDIA GeForce RTX 2060", 6, (7, 5), 6.5, 25.8, None, 336, ("rtx2060-6gb",), has_display=True),
     # NVIDIA, "T4" data sheet (2019). That the 65 TFLOP/s hold for sums in fp32 is assumed.
-    Card("Tesla T4", 16, (7, 5), 8.1, 65, None, 320),
+    Card("Tesla T4", 16, (7, 5), 8.1, 65, None, 320, ("t4-16gb",)),
     _P100,
-    replace(_P100, name="Tesla P100-SXM2-16GB", fp32_tflops=10.6),
+    replace(_P100, name="Tesla P100-SXM2-16GB", fp32_tflops=10.6, aliases=()),
     _V100,
-    replace(_V100, name="Tesla V100-PCIE-16GB", fp32_tflops=14.0, fp16_tflops=112),
+    replace(_V100, name="Tesla V100-PCIE-16GB", fp32_tflops=14.0, fp16_tflops=112, aliases=()),
     # NVIDIA, "Ampere GA102 GPU architecture" white paper, appendix A (2020): fp16 and bf16 with fp32 accumulate.
-    Card("NVIDIA GeForce RTX 3090", 24, (8, 6), 35.6, 71, 71, 936),
+    Card("NVIDIA GeForce RTX 3090", 24, (8, 6), 35.6, 71, 71, 936, ("rtx3090-24gb",), has_display=True),
     _A100,
     replace(_A100, name="NVIDIA A100-SXM4-80GB", memory_gib=80, bandwidth_gb_s=2039, aliases=()),
     replace(_A100, name="NVIDIA A100 80GB PCIe", memory_gib=80, bandwidth_gb_s=1935, aliases=()),
@@ -61,7 +74,7 @@ CARDS = (
     Card("NVIDIA H100 80GB HBM3", 80, (9, 0), 67, 989, 989, 3350, ("H100 SXM",)),
     Card("NVIDIA H100 PCIe", 80, (9, 0), 51, 756, 756, 2000),
     # NVIDIA, "H200 Tensor Core GPU" data sheet (2024), halved where it counts sparsity. The NVL form is slower.
-    Card("NVIDIA H200", 141, (9, 0), 67, 989, 989, 4800, ("H200 SXM",)),
+    Card("NVIDIA H200", 141, (9, 0), 67, 989, 989, 4800, ("H200 SXM", "h200-141gb")),
 )
 
 
@@ -83,6 +96,34 @@ def peak_flops(card: Card, precision: str) -> float | None:
     tflops = {"fp32": card.fp32_tflops, "fp16": card.fp16_tflops or card.fp32_tflops, "bf16": card.bf16_tflops}
     rate = tflops[precision.removeprefix("autocast-")]
     return None if rate is None else rate * 1e12
+
+
+class Lack(NamedTuple):
+    """Something that newer cards have."""
+
+    what: str
+    consequence: str
+
+
+def is_gtx_16(name: str) -> bool:
+    """Turing without tensor cores, whose fp16 products run at a fraction of its fp32's rate (pytorch#121957)."""
+    return re.search(r"\bGTX 16\d\d\b", name) is not None
+
+
+def lacks(name: str, capability: tuple[int, int]) -> list[Lack]:
+    """What a card cannot do, and what follows from it for training."""
+    found = []
+    if is_gtx_16(name):
+        found.append(Lack("tensor cores", 'fp16 is slower than fp32 here, so `"enabled": "auto"` means fp32'))
+    elif capability < TENSOR_CORE_CAPABILITY:
+        found.append(Lack("tensor cores", "fp16 saves memory, hardly time: its products are computed in fp32"))
+    if capability < BF16_CAPABILITY:
+        found.append(Lack("bf16", "take fp16, which needs a loss scale, or fp32"))
+    if capability < FLASH_CAPABILITY:
+        found.append(Lack("flash attention", "the memory-efficient kernel takes its place: as small, but slower"))
+    if capability < TRITON_CAPABILITY:
+        found.append(Lack("torch.compile", "Triton needs 7.0, so the step runs as it is written"))
+    return found
 
 
 def _words(name: str) -> frozenset[str]:

@@ -126,15 +126,18 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, on_cpu: bool, source: str) -> DeepSpeedPlan:
-    """Fill in, check and solve the batch plan. ConfigError lists every problem at once."""
+def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, auto_fp16: bool, source: str) -> DeepSpeedPlan:
+    """Fill in, check and solve the batch plan. ConfigError lists every problem at once.
+
+    auto_fp16: what `"fp16": {"enabled": "auto"}` means on the device, see `runtime.wants_fp16`.
+    """
     problems: list[str] = []
     document = without_auto({key: value for key, value in values.items() if key in (*HANDED_ON, *MONITOR_SECTIONS)})
     _check_keys(values, problems)
     notes: list[str] = []
     _check_recipe_owned(values, recipe, problems, notes)
     zero = parse_zero(values, problems)
-    precision = parse_precision(values, zero["stage"], on_cpu, problems, notes)
+    precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes)
     monitors = parse_monitors(values, problems)
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:

@@ -45,7 +45,7 @@ class Precision:
 
 
 def parse_precision(
-    values: dict[str, Any], stage: int, on_cpu: bool, problems: list[str], notes: list[str]
+    values: dict[str, Any], stage: int, auto_fp16: bool, problems: list[str], notes: list[str]
 ) -> Precision | None:
     """The one precision that is enabled. What is wrong is added to `problems`, what was decided here to `notes`."""
     enabled = []
@@ -63,7 +63,7 @@ def parse_precision(
                 problems.append(f"{name}.{key}: unknown key{did_you_mean(key, known)}")
         on = section.get("enabled", False)
         if on == "auto":
-            on = name == "fp16" and not on_cpu and not _chosen(values)
+            on = name == "fp16" and auto_fp16 and not _chosen(values)
             meant = "on" if on else "off, since another precision is chosen" if _chosen(values) else "off"
             notes.append(f'{name}.enabled is "auto", which here means {meant}')
         if not isinstance(on, bool):

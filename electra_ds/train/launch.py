@@ -104,7 +104,8 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
 
 def _resolved(values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
     device = runtime.device(ranks.launch)
-    plan = resolve(values, recipe, world_size=ranks.world_size, on_cpu=device.type == "cpu", source=source)
+    auto_fp16 = runtime.wants_fp16(device)
+    plan = resolve(values, recipe, world_size=ranks.world_size, auto_fp16=auto_fp16, source=source)
     check_plan(plan, device, source)
     return plan
 

@@ -71,8 +71,8 @@ def _store(folder: Path, recipe: Recipe) -> TokenStore:
 
 def _try(name: str, values: dict[str, Any], recipe: Recipe, store: TokenStore, device: torch.device) -> Trial:
     try:
-        on_cpu = device.type == "cpu"
-        plan = resolve(values, recipe, world_size=1, on_cpu=on_cpu, source=f"the {name} trial")
+        auto_fp16 = runtime.wants_fp16(device)
+        plan = resolve(values, recipe, world_size=1, auto_fp16=auto_fp16, source=f"the {name} trial")
         model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
         engine = DeepSpeedEngine(model, recipe, plan, device)
         try:
