@@ -154,7 +154,7 @@ def test_a_rare_token_is_drawn_as_often_as_it_should_be() -> None:
 def test_loss_gradients_and_samples_are_those_of_the_logits_however_they_are_cut(
     monkeypatch: pytest.MonkeyPatch, rows: int, embedding: int, classes: int, piece_rows: int, scale: float, seed: int
 ) -> None:
-    monkeypatch.setattr(prediction, "_CPU_PIECE_BYTES", 4 * classes * piece_rows)
+    monkeypatch.setattr(prediction, "CPU_PIECE_BYTES", 4 * classes * piece_rows)
     rng = torch.Generator().manual_seed(seed)
     inputs = [
         (scale * torch.randn(*shape, generator=rng)).requires_grad_()

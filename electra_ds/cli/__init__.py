@@ -16,6 +16,7 @@ from electra_ds import __version__
 from electra_ds.cli.bench import add_bench
 from electra_ds.cli.build_data import add_build_data
 from electra_ds.cli.doctor import add_doctor
+from electra_ds.cli.plan import add_plan
 from electra_ds.cli.pretrain import add_pretrain
 from electra_ds.cli.results import add_export, add_report
 from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_pretrain(commands)
     add_build_data(commands)
+    add_plan(commands)
     add_report(commands)
     add_export(commands)
     add_bench(commands)

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from electra_ds.config.shipped import ds_config_names
+
 TRITON_CAPABILITY = (7, 0)
 """The oldest compute capability that Triton, and so torch.compile, makes code for."""
 BF16_CAPABILITY = (8, 0)
@@ -17,6 +19,8 @@ BF16_CAPABILITY = (8, 0)
 FLASH_CAPABILITY = (8, 0)
 """The oldest that torch's flash attention runs on (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 TENSOR_CORE_CAPABILITY = (7, 0)
+_DISPLAY_GIB = 0.8  # assumed: a desktop, a browser and what the driver keeps
+_SHOWN_SHARE = 0.97  # of what is sold; see memory_gib
 _MAKERS_WORDS = {"nvidia", "geforce", "tesla"}
 
 
@@ -38,6 +42,16 @@ class Card:
     """Other names, the DeepSpeed JSON made for it among them."""
     has_display: bool = False
     """Whether people plug a monitor into it, which then takes some of its memory."""
+
+    @property
+    def usable_gib(self) -> float:
+        """What is left to a program, the display attached."""
+        return self.memory_gib - _DISPLAY_GIB if self.has_display else self.memory_gib * _SHOWN_SHARE
+
+    @property
+    def ds_config(self) -> str | None:
+        """The shipped DeepSpeed JSON that was made for it."""
+        return next((alias for alias in self.aliases if alias in ds_config_names()), None)
 
 
 # NVIDIA, "Tesla P100 PCIe" and "Tesla P100 SXM2" data sheets (2016).

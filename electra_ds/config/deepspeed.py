@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,8 @@ from electra_ds.config.zero import parse_zero, without_auto
 from electra_ds.errors import ConfigError
 
 OWNED_BY_RECIPE = ("train_batch_size", "gradient_clipping", "optimizer", "scheduler")
-RESOLVED_HERE = (
-    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "fp16", "bf16",
-    "torch_autocast",
-)  # fmt: skip
+_CUT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+RESOLVED_HERE = (*_CUT, "zero_optimization", "fp16", "bf16", "torch_autocast")
 HANDED_ON: dict[str, type] = {
     "comms_logger": dict,
     "disable_python_gc": bool,
@@ -58,6 +56,12 @@ class BatchPlan:
     gradient_accumulation_steps: int
     world_size: int
 
+    def others(self) -> list[BatchPlan]:
+        """Every way to cut the same batch over the same ranks, the largest micro-batch first."""
+        per_rank = self.micro_batch_size * self.gradient_accumulation_steps
+        sizes = (size for size in range(per_rank, 0, -1) if per_rank % size == 0)
+        return [BatchPlan(size, per_rank // size, self.world_size) for size in sizes]
+
     def __str__(self) -> str:
         return f"{self.micro_batch_size} x {self.gradient_accumulation_steps} x {self.world_size} rank(s)"
 
@@ -74,6 +78,18 @@ class DeepSpeedPlan:
     stage: Literal[0, 1, 2, 3] = 0
     notes: tuple[str, ...] = ()
     """What was read otherwise than the file says, to be told to the user."""
+    checkpointed_layers: int = 0
+    is_micro_batch_open: bool = False
+    """Whether the file leaves the cut of the batch to us; until that is decided, each rank takes its share at once."""
+
+    def with_micro_batch(self, size: int) -> DeepSpeedPlan:
+        """The same with the batch cut otherwise. `size` divides each rank's share of it."""
+        batch = next(cut for cut in self.batch.others() if cut.micro_batch_size == size)
+        document = self.document | {
+            "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+            "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        }
+        return replace(self, document=document, batch=batch, is_micro_batch_open=False)
 
     def engine_config(self) -> dict[str, Any]:
         """What `deepspeed.initialize` is given.
@@ -118,6 +134,11 @@ def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
     return values
 
 
+def with_micro_batch(values: dict[str, Any], size: int | Literal["auto"] | None) -> dict[str, Any]:
+    """The raw mapping with the micro-batch of the command line, where there is one, in place of the file's."""
+    return values if size is None else values | {"train_micro_batch_size_per_gpu": size, _CUT[1]: "auto"}
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
@@ -155,7 +176,8 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, auto_fp1
     for name in PRECISION_KEYS:
         if isinstance(values.get(name), dict) and name.replace("torch_", "") == precision.name.split("-")[0]:
             document[name] = without_auto(values[name]) | {"enabled": True}
-    return DeepSpeedPlan(document, batch, precision, monitors, zero["stage"], tuple(notes))
+    is_open = all(values.get(key, "auto") == "auto" for key in _CUT)
+    return DeepSpeedPlan(document, batch, precision, monitors, zero["stage"], tuple(notes), is_micro_batch_open=is_open)
 
 
 def _check_keys(values: dict[str, Any], problems: list[str]) -> None:

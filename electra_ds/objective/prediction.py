@@ -17,8 +17,8 @@ from torch.nn import functional
 from electra_ds.objective.sampling import sample_tokens
 
 # Bytes of fp32 logits in a piece: beyond the first, pieces cost the CPU nothing, and the GPU some launches each.
-_CPU_PIECE_BYTES = 8 << 20
-_GPU_PIECE_BYTES = 128 << 20
+CPU_PIECE_BYTES = 8 << 20
+GPU_PIECE_BYTES = 128 << 20
 
 
 class Prediction(NamedTuple):
@@ -124,6 +124,6 @@ class _Prediction(torch.autograd.Function):
 
 
 def _pieces(hidden_ME: torch.Tensor, vocab_size: int) -> list[slice]:
-    piece_bytes = _CPU_PIECE_BYTES if hidden_ME.device.type == "cpu" else _GPU_PIECE_BYTES
+    piece_bytes = CPU_PIECE_BYTES if hidden_ME.device.type == "cpu" else GPU_PIECE_BYTES
     size = max(1, piece_bytes // (4 * vocab_size))
     return [slice(first, first + size) for first in range(0, max(1, len(hidden_ME)), size)]

@@ -1,0 +1,128 @@
+"""`electra-ds plan`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, positive
+from electra_ds.config.shipped import ds_config_names, recipe_names
+from electra_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from electra_ds.cli.arguments import Commands
+    from electra_ds.config.cards import Card
+
+_EPILOG = """\
+examples:
+  bin/plan --recipe rc2020-small --ds-config gtx1060-6gb
+      memory by part, the micro-batch that fits a GTX 1060, days, and what the card cannot do
+  bin/plan --ds-config gtx1060-6gb --card "RTX 2060"      the same JSON on another card
+  bin/plan --ds-config zero1 --card "RTX 3090" --ranks 4  each of four cards
+  bin/plan --ds-config gtx1060-6gb --memory-gb 3.5        a card of which so much is free
+  bin/plan --ds-config cpu                                this machine without a GPU
+  bin/plan --all                                          every card with every recipe
+
+Nothing is run and no GPU is needed. Memory is computed from the sizes of tensors; days are a roofline's.
+"""
+
+
+def add_plan(commands: Commands) -> None:
+    """The parser of `plan`."""
+    command = add_command(commands, "plan", "Say beforehand what fits on a card, and how long it will take.", _EPILOG)
+    command.set_defaults(handler=_plan)
+    command.add_argument(
+        "--recipe", metavar="NAME|FILE",
+        help=f"{', '.join(recipe_names())}, or a YAML file (default: {DEFAULT_RECIPE})",
+    )  # fmt: skip
+    add_overrides(command, "data.sequence_length=512")
+    command.add_argument(
+        "--ds-config", metavar="NAME|FILE", help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON"
+    )
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--card", metavar="NAME", help="default: the card that the JSON is named after")
+    where.add_argument(
+        "--memory-gb",
+        type=_gib,
+        metavar="N",
+        help="plan for a GPU with so much free memory, in GiB as nvidia-smi shows",
+    )
+    command.add_argument(
+        "--vocab-size", type=positive, metavar="N", help="pieces of your tokenizer (default: the recipe's)"
+    )
+    command.add_argument("--ranks", type=positive, metavar="N", default=1, help="cards (default: 1)")
+    command.add_argument("--all", action="store_true", help="a table of every card and every recipe")
+    command.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _gib(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GiB")
+    return value
+
+
+def _plan(options: argparse.Namespace) -> None:
+    only_one = ("recipe", "overrides", "ds_config", "card", "memory_gb", "vocab_size")
+    if options.all and any(getattr(options, name) for name in only_one):
+        raise ConfigError("--all shows every card and every recipe as they are shipped; leave the other arguments out.")
+    if not options.all and options.ds_config is None:
+        raise ConfigError("Say how it would be run with --ds-config, for instance: --ds-config gtx1060-6gb")
+
+    from rich.console import Console
+
+    from electra_ds.config.deepspeed import read_deepspeed_json
+    from electra_ds.config.overrides import load_recipe
+    from electra_ds.report.forecast import forecast, forecast_all
+    from electra_ds.report.forecast_tables import as_json, print_forecast, print_forecasts
+
+    console = Console()
+    if options.all:
+        forecasts = forecast_all()
+        if options.json:
+            console.print_json(data=[as_json(found) for of_card in forecasts for found in of_card])
+        else:
+            print_forecasts(forecasts, console)
+        return
+    recipe = load_recipe(options.recipe or DEFAULT_RECIPE, options.overrides)
+    found = forecast(
+        recipe,
+        read_deepspeed_json(options.ds_config),
+        options.ds_config,
+        card=_card(options),
+        memory_gib=options.memory_gb,
+        vocab_size=options.vocab_size,
+        world_size=options.ranks,
+    )
+    if options.json:
+        console.print_json(data=as_json(found))
+    else:
+        print_forecast(found, console)
+
+
+def _card(options: argparse.Namespace) -> Card | None:
+    from electra_ds.config.cards import CARDS, find_card
+    from electra_ds.config.suggest import did_you_mean
+
+    if options.memory_gb is not None:
+        return None
+    if options.card is None:
+        card = find_card(Path(options.ds_config).stem)
+        if card is None and Path(options.ds_config).stem != "cpu":
+            raise ConfigError(
+                f"{options.ds_config} is not named after a card; say which one with --card or --memory-gb."
+            )
+        return card
+    card = find_card(options.card)
+    if card is None:
+        names = [card.name for card in CARDS]
+        known = ", ".join(names)
+        raise ConfigError(
+            f"No card '{options.card}' is known{did_you_mean(options.card, names)}. Give its memory with --memory-gb, "
+            f"or take one of: {known}."
+        )
+    return card

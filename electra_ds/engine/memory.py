@@ -1,0 +1,312 @@
+"""How much memory a training step takes, computed from sizes alone, before anything runs.
+
+A step is fullest at one of three moments: while the generator's head goes through its logits, when the backward pass
+begins and every activation is still there, or in the optimizer's update. What is saved for the backward pass is counted
+tensor by tensor for rows that are full (the longest batch), and tests hold the counts against autograd's own. What
+DeepSpeed keeps at ZeRO stages 1 to 3 follows its documentation and is coarser.
+
+Shape suffixes: N tokens of a micro-batch, M selected positions, H hidden size, F feed-forward size, E embedding size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.recipe import Recipe
+from electra_ds.model.electra import encoder_configs
+from electra_ds.model.encoder import EncoderConfig
+from electra_ds.objective.masking import usual_most_selected
+from electra_ds.objective.prediction import CPU_PIECE_BYTES, GPU_PIECE_BYTES
+
+Kernels = Literal["cpu", "cuda"]
+"""Whose operations run: on a CPU attention with dropout keeps its probabilities, on a GPU it is fused."""
+
+CONTEXT_BYTES = 400 * 2**20
+"""Assumed: the CUDA context with the kernels of torch, cuBLAS and cuDNN, which no allocator of torch's knows of."""
+FRAGMENTATION = 0.05
+"""Assumed: what torch's allocator holds beyond what is in use, being cut into blocks that do not fit."""
+CPU_SHARE = 0.8
+"""Assumed: of the free memory of a machine without a GPU, what a run may take beside everything else."""
+_MASK = 1  # bytes of an element that dropout keeps or not
+_FP32, _HALF, _INT64 = 4, 2, 8
+_STATISTICS = 2 * _FP32  # mean and reciprocal deviation of a LayerNorm's row
+_CUBLAS_WORKSPACE = 8320 * 2**10  # torch's default, :4096:2:16:8 (aten/src/ATen/cuda/CUDABlas.cpp)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements of the parts; what is shared counts for the discriminator."""
+
+    discriminator: int
+    generator: int
+
+    @property
+    def all(self) -> int:
+        return self.discriminator + self.generator
+
+
+class SavedBytes(NamedTuple):
+    """What autograd keeps for the backward pass of one micro-batch, parameters apart."""
+
+    generator: int
+    head: int
+    """The generator's head, most of it the gradient by the token table."""
+    discriminator: int
+    weight_copies: int
+    """Half-precision copies of fp32 weights, which autocast makes."""
+
+
+class Phase(NamedTuple):
+    """What is on the device at one moment, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """fp32 masters where the weights are half, and AdamW's two moments."""
+    activations: int
+    logits: int
+    """The piece of the generator's logits that is being worked on, with its softmax and noise."""
+    workspace: int
+    """Gradients of activations, communication buffers, cuBLAS."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """A step at its three fullest moments."""
+
+    head: Phase
+    backward: Phase
+    update: Phase
+    host_bytes: int = 0
+    """In the CPU's memory, by offloading."""
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        return {"generator's head": self.head, "backward": self.backward, "update": self.update}
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The peak of what tensors take: `torch.cuda.max_memory_allocated`."""
+        return max(phase.total for phase in self.phases.values())
+
+    @property
+    def card_bytes(self) -> int:
+        """What a GPU must have free, with the CUDA context and what the allocator cannot use."""
+        return round(self.allocated_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+
+
+def count_parameters(recipe: Recipe, vocab_size: int) -> ParameterCounts:
+    """Without making the model."""
+    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
+    embedding, hidden = generator.embedding_size, generator.hidden_size
+    token_table = vocab_size * embedding
+    embeddings = token_table + (generator.max_position_embeddings + generator.type_vocab_size + 2) * embedding
+    shared = {"embeddings": embeddings, "tokens": token_table, "none": 0}
+    own = embeddings + _encoder_parameters(generator)
+    own = 0 if recipe.generator.sharing == "all" else own - shared[recipe.generator.sharing]
+    head = (hidden + 1) * embedding + 2 * embedding + vocab_size
+    wide = discriminator.hidden_size
+    return ParameterCounts(
+        discriminator=embeddings + _encoder_parameters(discriminator) + (wide + 1) * wide + wide + 1,
+        generator=own + head,
+    )
+
+
+def _encoder_parameters(config: EncoderConfig) -> int:
+    """Of the projection and the layers."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    projection = (config.embedding_size + 1) * hidden if config.embedding_size != hidden else 0
+    attention = 4 * (hidden + 1) * hidden
+    feed_forward = (hidden + 1) * inner + (inner + 1) * hidden
+    return projection + config.num_hidden_layers * (attention + feed_forward + 4 * hidden)
+
+
+def saved_bytes(
+    recipe: Recipe,
+    vocab_size: int,
+    micro_batch_size: int,
+    precision: str,
+    kernels: Kernels,
+    checkpointed_layers: int = 0,
+) -> SavedBytes:
+    """For a micro-batch of full rows with as many selected positions as are usual at the most.
+
+    precision: one of `config.precision.Precision`'s names.
+    """
+    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
+    sizes = _Sizes(recipe, micro_batch_size, precision, kernels, checkpointed_layers)
+    half = sizes.half
+    selected, embedding = sizes.selected, generator.embedding_size
+    head = selected * (generator.hidden_size + 3 * embedding) * half + selected * (_STATISTICS + _INT64)
+    head += vocab_size * (embedding + 1) * _FP32
+    # The discriminator's head: its input, GELU's input and output; then logits, labels and which positions count.
+    judging = sizes.tokens * (3 * discriminator.hidden_size * half + 2 * _FP32 + 2 * _MASK)
+    copies = 0
+    if precision.startswith("autocast"):
+        encoders = {"all": [discriminator]}.get(recipe.generator.sharing, [generator, discriminator])
+        copies = sum(map(_linear_weights, encoders))
+        copies += generator.hidden_size * embedding + discriminator.hidden_size**2
+    return SavedBytes(
+        generator=sizes.encoder(generator), head=head, discriminator=sizes.encoder(discriminator) + judging,
+        weight_copies=copies * _HALF,
+    )  # fmt: skip
+
+
+def _linear_weights(config: EncoderConfig) -> int:
+    """Elements of the matrices that autocast casts."""
+    projection = config.embedding_size * config.hidden_size if config.embedding_size != config.hidden_size else 0
+    return projection + config.num_hidden_layers * 4 * config.hidden_size**2
+
+
+class _Sizes:
+    """Bytes of what one micro-batch saves."""
+
+    def __init__(
+        self, recipe: Recipe, micro_batch_size: int, precision: str, kernels: Kernels, checkpointed_layers: int
+    ) -> None:
+        self.rows, self.length = micro_batch_size, recipe.data.sequence_length
+        self.tokens = self.rows * self.length
+        self.selected = usual_most_selected(
+            self.rows, self.length, mlm_probability=recipe.masking.mlm_probability, count=recipe.masking.count
+        )
+        self.half = _FP32 if precision == "fp32" else _HALF  # of what matrix products see
+        self.is_autocast = precision.startswith("autocast")
+        self.kernels = kernels
+        self.checkpointed_layers = checkpointed_layers
+
+    def encoder(self, config: EncoderConfig) -> int:
+        layers = config.num_hidden_layers
+        again = min(self.checkpointed_layers, layers)
+        inputs = again * self.tokens * config.hidden_size * self._norm_input(config)
+        return self._embeddings(config) + inputs + (layers - again) * self.layer(config)
+
+    def _embeddings(self, config: EncoderConfig) -> int:
+        size = config.embedding_size
+        element = _FP32 if self.is_autocast else self.half
+        element += _MASK if config.hidden_dropout_prob else 0
+        if size != config.hidden_size:
+            element += self.half  # the projection's input
+        return self.tokens * (size * element + _STATISTICS + _INT64)
+
+    def layer(self, config: EncoderConfig) -> int:
+        """The inputs of four products, queries, keys and values, LayerNorm's inputs, dropout's masks, and of the
+        feed-forward what GELU is computed of."""
+        hidden = config.hidden_size
+        element = 6 * self.half + 2 * self._norm_input(config) + (2 * _MASK if config.hidden_dropout_prob else 0)
+        of_token = hidden * element + config.intermediate_size * self.half + 2 * _STATISTICS
+        return self.tokens * of_token + self._attention(config)
+
+    def _norm_input(self, config: EncoderConfig) -> int:
+        """Bytes of an element that LayerNorm sees. Under autocast a GPU's computes in fp32; a CPU's in what comes,
+        which is half behind a projection."""
+        if not self.is_autocast or (self.kernels == "cpu" and config.embedding_size != config.hidden_size):
+            return self.half
+        return _FP32
+
+    def _attention(self, config: EncoderConfig) -> int:
+        """Beside its inputs and its output: the logarithms of softmax's sums, or the probabilities and dropout's
+        mask."""
+        queries = self.rows * config.num_attention_heads * self.length
+        if self.kernels == "cpu" and config.attention_probs_dropout_prob:
+            return queries * self.length * (self.half + _MASK)
+        return queries * _FP32
+
+
+def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: Kernels = "cuda") -> PeakMemory:
+    """Of a step under a plan, on each of its ranks."""
+    sizes = _Sizes(recipe, plan.batch.micro_batch_size, plan.precision.name, kernels, plan.checkpointed_layers)
+    saved = saved_bytes(
+        recipe, vocab_size, plan.batch.micro_batch_size, plan.precision.name, kernels, plan.checkpointed_layers
+    )
+    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
+    state = _state(count_parameters(recipe, vocab_size).all, plan)
+    accumulates = plan.batch.gradient_accumulation_steps > 1 or plan.stage > 0
+    early_gradients = state.gradients if accumulates else 0
+    buffers = state.buffers + (_CUBLAS_WORKSPACE if kernels == "cuda" else 0)
+    during_head = saved.generator + saved.head + saved.weight_copies
+    # Of the feed-forward: GELU's result or gradient, and its input's. What the head held is free again by then.
+    inner = 2 * sizes.tokens * (discriminator.intermediate_size - discriminator.hidden_size) * sizes.half
+    again = sizes.layer(discriminator) if plan.checkpointed_layers >= discriminator.num_hidden_layers else 0
+    product = vocab_size * generator.embedding_size * _HALF if sizes.half == _HALF else 0
+    return PeakMemory(
+        head=Phase(
+            state.weights, early_gradients, state.optimizer, during_head,
+            _logits(recipe, vocab_size, sizes.selected, kernels), buffers + product,
+        ),
+        backward=Phase(
+            state.weights, early_gradients, state.optimizer, sum(saved), 0, buffers + max(0, inner) + again
+        ),
+        update=Phase(state.weights, state.gradients, state.optimizer, 0, 0, buffers + state.update),
+        host_bytes=state.host,
+    )  # fmt: skip
+
+
+def _logits(recipe: Recipe, vocab_size: int, selected: int, kernels: Kernels) -> int:
+    """fp32 logits, their softmax, at another temperature a second one, and the noise with what it is made of."""
+    rows = min(selected, _piece_rows(vocab_size, kernels))
+    tensors = 4 if recipe.generator.temperature == 1.0 else 5
+    return tensors * rows * vocab_size * _FP32
+
+
+def _piece_rows(vocab_size: int, kernels: Kernels) -> int:
+    return max(1, (CPU_PIECE_BYTES if kernels == "cpu" else GPU_PIECE_BYTES) // (_FP32 * vocab_size))
+
+
+def head_pieces(vocab_size: int, selected: int) -> int:
+    """In how many pieces a GPU goes through the logits of so many positions."""
+    return -(-selected // _piece_rows(vocab_size, "cuda"))
+
+
+class _State(NamedTuple):
+    """Bytes that do not depend on the micro-batch."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    """For communication."""
+    update: int
+    """More while the optimizer works."""
+    host: int
+
+
+def _state(parameters: int, plan: DeepSpeedPlan) -> _State:
+    width = _HALF if plan.precision.name in ("fp16", "bf16") else _FP32
+    ranks, zero = plan.batch.world_size, plan.document["zero_optimization"]
+    masters = parameters * _FP32 if width == _HALF else 0
+    moments = 2 * parameters * _FP32
+    if plan.stage == 0:
+        flat = parameters * _FP32 if width == _HALF else 0  # the gradients in fp32
+        reduced = parameters * width if ranks > 1 else 0  # and in one piece for the collective
+        return _State(parameters * width, parameters * width, masters + moments, 0, max(flat, reduced), 0)
+    # Stages 1 to 3, after DeepSpeed's ZeRO tutorial: fp32 masters in every precision, all state sharded.
+    sharded = (parameters * _FP32 + moments) // ranks
+    buckets = (2 if zero.get("overlap_comm", plan.stage == 3) else 1) * zero["reduce_bucket_size"] * width
+    gradients = parameters * width // (ranks if plan.stage >= 2 else 1)
+    weights = parameters * width
+    host = 0
+    if "offload_optimizer" in zero:
+        host, sharded = sharded + gradients, 0
+    if plan.stage == 3:  # gathered layer by layer, but kept while the card has room for them
+        host += weights // ranks if "offload_param" in zero else 0
+    buckets = min(buckets, 2 * parameters * width)
+    return _State(weights, gradients, sharded, buckets, parameters * _FP32 // ranks, host)
+
+
+def largest_micro_batch(
+    recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, budget_bytes: float, kernels: Kernels = "cuda"
+) -> DeepSpeedPlan | None:
+    """The plan with the largest micro-batch that fits, by prediction; None where not even one sequence does."""
+    for batch in plan.batch.others():
+        cut = plan.with_micro_batch(batch.micro_batch_size)
+        peak = peak_memory(recipe, vocab_size, cut, kernels)
+        if (peak.card_bytes if kernels == "cuda" else peak.allocated_bytes) <= budget_bytes:
+            return cut
+    return None

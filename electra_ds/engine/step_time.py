@@ -1,0 +1,78 @@
+"""How long a step takes on a card that is not here: a roofline, and how far it is to be trusted.
+
+Products run at a share of the card's peak, everything else at a share of its memory's bandwidth, and no faster than
+the host begins operations. Runs of others took longer than the same roofline says of steps like theirs, so what is told
+to people is a range.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from electra_ds.config.cards import Card, peak_flops
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.recipe import Recipe
+from electra_ds.engine.memory import count_parameters, head_pieces, saved_bytes
+from electra_ds.model.electra import encoder_configs
+from electra_ds.model.flops import step_flops
+from electra_ds.objective.masking import usual_most_selected
+
+PRODUCT_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.7, 0.75
+"""Assumed shares of what makers print."""
+LAUNCH_S = 5e-6
+"""Assumed: the host's time for one operation."""
+SLOWER = (1.4, 3.0)
+"""Published times over this roofline's for steps like theirs: 1.4 on a V100, 1.9 on a GTX 1060, 2.6 on an RTX 3090,
+3.0 on a GTX 1080 Ti. Their software was not ours."""
+# Counted over an eager step, inputs and outputs of every operation that is not a matrix product or attention, as
+# multiples of what is saved for the backward pass, and of the logits in fp32 for the head and its noise.
+TRAFFIC_OF_SAVED, TRAFFIC_OF_LOGITS = 7, 41
+_TRAFFIC_OF_PARAMETER = 36  # bytes: weights and gradients read and written, masters and moments too
+# Operations of a micro-batch, counted the same way: of a layer, of a piece of the head, and of the rest.
+OPERATIONS = (36, 22, 130)
+
+
+class StepTime(NamedTuple):
+    """Seconds of one optimiser step by roofline."""
+
+    products_s: float
+    traffic_s: float
+    host_s: float
+
+    @property
+    def roofline_s(self) -> float:
+        return max(self.products_s + self.traffic_s, self.host_s)
+
+    def days(self, steps: int) -> tuple[float, float]:
+        """From the fastest to the slowest that is likely."""
+        low, high = (self.roofline_s * steps * factor / 86_400 for factor in SLOWER)
+        return low, high
+
+
+def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
+    """A step of full rows on cards like this one; None where the card lacks the precision.
+
+    Not in it: torch.compile, which fuses operations, layers that are computed again, offloading, and talk between
+    ranks.
+    """
+    peak = peak_flops(card, plan.precision.name)
+    if peak is None:
+        return None
+    batch = plan.batch
+    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
+    of_rank = recipe.global_batch_size // batch.world_size
+    length, masking = recipe.data.sequence_length, recipe.masking
+    selected = usual_most_selected(of_rank, length, mlm_probability=masking.mlm_probability, count=masking.count)
+    flops = step_flops(generator, discriminator, [length] * of_rank, selected).forward_and_backward
+    saved = saved_bytes(recipe, vocab_size, of_rank, plan.precision.name, "cuda")
+    traffic = TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
+    traffic += TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
+    traffic += _TRAFFIC_OF_PARAMETER * count_parameters(recipe, vocab_size).all
+    of_layer, of_piece, of_rest = OPERATIONS
+    operations = of_layer * (generator.num_hidden_layers + discriminator.num_hidden_layers)
+    operations += of_piece * head_pieces(vocab_size, selected // batch.gradient_accumulation_steps) + of_rest
+    return StepTime(
+        products_s=flops / (peak * PRODUCT_EFFICIENCY),
+        traffic_s=traffic / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY),
+        host_s=operations * batch.gradient_accumulation_steps * LAUNCH_S,
+    )

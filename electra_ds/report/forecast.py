@@ -1,0 +1,131 @@
+"""What a recipe will take on a card that may not be here: memory by part, the micro-batch that fits, and days."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psutil
+
+from electra_ds.config.cards import CARDS, Card, Lack, is_gtx_16, lacks
+from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import Recipe
+from electra_ds.config.shipped import recipe_names
+from electra_ds.engine.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
+from electra_ds.engine.step_time import StepTime, step_time
+from electra_ds.errors import ConfigError
+from electra_ds.report.literature import Publication, PublishedMemory, publications
+
+GIB = 2**30
+# Cards that benchmarks/results holds a training run of.
+CARDS_RUN: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One recipe under one DeepSpeed JSON on one kind of card."""
+
+    recipe: Recipe
+    vocab_size: int
+    ds_config: str
+    plan: DeepSpeedPlan
+    card: Card | None
+    kernels: Kernels
+    budget_bytes: float
+    """What a program may take of the device."""
+    budget_note: str
+    memory: PeakMemory
+    largest: DeepSpeedPlan | None
+    """The plan with the largest micro-batch that fits; None where none does."""
+    time: StepTime | None
+    lacks: list[Lack]
+    publications: list[Publication]
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.memory.card_bytes if self.kernels == "cuda" else self.memory.allocated_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.budget_bytes
+
+    def published_memory(self) -> list[tuple[Publication, PublishedMemory, int]]:
+        """(where, what they needed, what we need for the same accumulation steps in this precision, in bytes)."""
+        rows = []
+        for publication in self.publications:
+            for theirs in publication.memory:
+                size = self.recipe.global_batch_size // theirs.gradient_accumulation_steps
+                cut = self.plan.with_micro_batch(size)
+                peak = peak_memory(self.recipe, self.vocab_size, cut, self.kernels)
+                rows.append((publication, theirs, peak.card_bytes))
+        return rows
+
+    def published_days(self) -> list[tuple[Publication, float]]:
+        """(where, days) of whole trainings on this card."""
+        name = self.card.name if self.card is not None else ""
+        return [(where, where.days[name]) for where in self.publications if name in where.days]
+
+    @property
+    def was_run(self) -> bool:
+        return self.card is not None and self.card.name in CARDS_RUN
+
+
+def forecast(
+    recipe: Recipe, values: dict[str, Any], source: str, *, card: Card | None, memory_gib: float | None = None,
+    vocab_size: int | None = None, world_size: int = 1,
+) -> Forecast:  # fmt: skip
+    """Resolve the JSON for such a card and say what to expect.
+
+    memory_gib: what is free, in place of the card's own. Without either the plan is for this machine's CPU. Raises
+    ConfigError where the JSON cannot be used with the recipe, or asks for what the card has not.
+    """
+    vocab_size = vocab_size or recipe.tokenizer.vocab_size
+    kernels: Kernels = "cuda" if card is not None or memory_gib is not None else "cpu"
+    auto_fp16 = kernels == "cuda" and not (card is not None and is_gtx_16(card.name))
+    plan = resolve(values, recipe, world_size=world_size, auto_fp16=auto_fp16, source=source)
+    if card is not None and card.bf16_tflops is None and plan.precision.name.endswith("bf16"):
+        raise ConfigError(f"{card.name} has no bf16, which {source} asks for. Take fp16, as in gtx1060-6gb.")
+    budget_bytes, budget_note = _budget(card, memory_gib)
+    largest = largest_micro_batch(recipe, vocab_size, plan, budget_bytes, kernels)
+    if plan.is_micro_batch_open and largest is not None:
+        plan = largest
+    is_as_shipped = recipe.name in recipe_names() and recipe == load_recipe(recipe.name, [])
+    return Forecast(
+        recipe=recipe,
+        vocab_size=vocab_size,
+        ds_config=source,
+        plan=plan,
+        card=card,
+        kernels=kernels,
+        budget_bytes=budget_bytes,
+        budget_note=budget_note,
+        memory=peak_memory(recipe, vocab_size, plan, kernels),
+        largest=largest,
+        time=step_time(recipe, vocab_size, plan, card) if card is not None else None,
+        lacks=[] if card is None else lacks(card.name, card.capability),
+        publications=publications(recipe.name) if is_as_shipped else [],
+    )
+
+
+def _budget(card: Card | None, memory_gib: float | None) -> tuple[float, str]:
+    if memory_gib is not None:
+        return memory_gib * GIB, "as given"
+    if card is None:
+        available = psutil.virtual_memory().available
+        return CPU_SHARE * available, f"{CPU_SHARE:.0%} of the {available / GIB:.1f} GiB that are free on this machine"
+    why = "the display and the driver" if card.has_display else "the driver"
+    return card.usable_gib * GIB, f"{card.memory_gib:g} GiB less {card.memory_gib - card.usable_gib:.1f} for {why}"
+
+
+def forecast_all() -> list[list[Forecast]]:
+    """Every card with every shipped recipe, under the JSON made for the card or in the precision that suits it."""
+    recipes = [load_recipe(name, []) for name in recipe_names()]
+    return [[forecast(recipe, *_json_for(card), card=card) for recipe in recipes] for card in CARDS]
+
+
+def _json_for(card: Card) -> tuple[dict[str, Any], str]:
+    if card.ds_config is not None:
+        return read_deepspeed_json(card.ds_config), card.ds_config
+    precision: Literal["bf16", "fp16"] = "bf16" if card.bf16_tflops else "fp16"
+    return {precision: {"enabled": True if precision == "bf16" else "auto"}}, f"{precision}, stage 0"

@@ -1,0 +1,197 @@
+"""Forecasts as tables, text and JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from electra_ds.engine.memory import CONTEXT_BYTES, FRAGMENTATION
+from electra_ds.engine.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER
+from electra_ds.report.forecast import GIB, Forecast
+
+_DAY_S = 86_400
+
+
+def print_forecast(found: Forecast, console: Console) -> None:
+    """Everything there is to say of one."""
+    device = "a GPU" if found.kernels == "cuda" else "this machine's CPU"
+    if found.card is not None:
+        device = f"{found.card.name} ({'run' if found.was_run else 'never run'})"
+    recipe = found.recipe
+    console.print(
+        f"[bold]{escape(recipe.name)}[/] with {escape(found.ds_config)} on {escape(device)}: "
+        f"{found.plan.precision.name}, ZeRO stage {found.plan.stage}, micro-batch x accumulation = {found.plan.batch}, "
+        f"{recipe.data.sequence_length} tokens a sequence, {found.vocab_size:,} pieces",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for note in found.plan.notes:
+        console.print(f"[yellow]Note:[/] {escape(note)}.", highlight=False, soft_wrap=True)
+    console.print(_memory_table(found))
+    lines = [*_fit_lines(found), *_time_lines(found), *_lack_lines(found), *_published_lines(found)]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _memory_table(found: Forecast) -> Table:
+    phases = found.memory.phases
+    table = Table(title="Predicted memory at a step's fullest moments, GiB", title_justify="left", box=box.SIMPLE)
+    for column in ("", *phases):
+        table.add_column(column, justify="right" if column else "left")
+    for part in next(iter(phases.values()))._fields:
+        table.add_row(part, *(_gib(getattr(phase, part)) for phase in phases.values()))
+    table.add_section()
+    table.add_row("at once", *(_gib(phase.total) for phase in phases.values()))
+    return table
+
+
+def _fit_lines(found: Forecast) -> list[str]:
+    memory, batch = found.memory, found.plan.batch
+    peak = f"{_gib(memory.allocated_bytes)} GiB"
+    if found.kernels == "cuda":
+        peak += (
+            f" + {FRAGMENTATION:.0%} that the allocator cannot use + {_gib(CONTEXT_BYTES)} CUDA context (both assumed)"
+        )
+        peak += f" = {_gib(found.needed_bytes)} GiB"
+    verdict = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
+    lines = [f"Memory: {peak} of {_gib(found.budget_bytes)} GiB ({found.budget_note}): {verdict}."]
+    if memory.host_bytes:
+        lines.append(f"Beside it {_gib(memory.host_bytes)} GiB of the CPU's memory for each rank, by offloading.")
+    if found.largest is None:
+        lines.append(
+            "Not even one sequence fits. ZeRO over more cards, or offloading (zero3-offload), shrinks what does not "
+            "depend on the micro-batch; activation checkpointing what does."
+        )
+    elif found.largest.batch.micro_batch_size != batch.micro_batch_size:
+        lines.append(f"Largest micro-batch that fits: {found.largest.batch}; say --micro-batch to bin/pretrain.")
+    else:
+        lines.append(
+            f"Largest micro-batch that fits: {batch.micro_batch_size}"
+            + (", each rank's whole share." if batch.gradient_accumulation_steps == 1 else ".")
+        )
+    return lines
+
+
+def _time_lines(found: Forecast) -> list[str]:
+    time, card, recipe = found.time, found.card, found.recipe
+    if time is None or card is None:
+        return ["Time: not predicted; give a card."]
+    low, high = time.days(recipe.schedule.total_steps)
+    milliseconds = [f"{1e3 * part:,.1f} ms" for part in (time.roofline_s, *time)]
+    lines = [
+        f"Time: [bold]{_span(low * _DAY_S, high * _DAY_S)}[/] for {recipe.schedule.total_steps:,} steps.",
+        f"  It rests on a roofline of {milliseconds[0]} a step (matrix products {milliseconds[1]} at "
+        f"{PRODUCT_EFFICIENCY:.0%} of the peak, the rest {milliseconds[2]} at {BANDWIDTH_EFFICIENCY:.0%} of the "
+        f"bandwidth, the host {milliseconds[3]} at {LAUNCH_S * 1e6:.0f} µs an operation; all assumed), times "
+        f"{SLOWER[0]} to {SLOWER[1]}, by which published runs were slower. "
+        + ("" if found.was_run else "No step of ours has been timed on this card."),
+    ]
+    return lines + [
+        f"  Others took {days:g} days on this card ({where.short})." for where, days in found.published_days()
+    ]
+
+
+def _lack_lines(found: Forecast) -> list[str]:
+    if found.card is None:
+        return []
+    if not found.lacks:
+        return ["It lacks nothing: bf16, tensor cores, flash attention, torch.compile."]
+    return ["What this card lacks:", *(f"  {escape(lack.what)}: {escape(lack.consequence)}." for lack in found.lacks)]
+
+
+def _published_lines(found: Forecast) -> list[str]:
+    rows = found.published_memory()
+    if not rows:
+        return []
+    lines = [f"Beside what others needed for this recipe (here {found.plan.precision.name}, context and all):"]
+    for where, theirs, ours in rows:
+        steps = theirs.gradient_accumulation_steps
+        lines.append(
+            f"  {steps} accumulation step{'s' if steps > 1 else ''}: {theirs.memory_gb:g} GB ({where.short}), "
+            f"predicted here {ours / 1e9:.1f} GB."
+        )
+    return lines
+
+
+def print_forecasts(forecasts: list[list[Forecast]], console: Console) -> None:
+    """Every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
+    table = Table(
+        title="Predicted for every card and every recipe", title_justify="left", box=box.SIMPLE, caption_justify="left",
+        caption="* No step has been run on this card. bin/plan --recipe R --ds-config C --card NAME says more.",
+    )  # fmt: skip
+    for column in ("card; usable GiB, JSON", "recipe", "batch", "GiB", "time"):
+        table.add_column(column)
+    for of_card in forecasts:
+        first = of_card[0]
+        assert first.card is not None
+        name = f"{first.card.name.split('GeForce ')[-1]}{'' if first.was_run else ' *'}"
+        titles = [name, f"  {first.card.usable_gib:.1f}; {first.ds_config}"] + [""] * len(of_card)
+        for title, found in zip(titles, of_card, strict=False):
+            table.add_row(title, found.recipe.name, *_cells(found))
+        table.add_section()
+    console.print(table)
+
+
+def _cells(found: Forecast) -> list[str]:
+    if not found.fits:
+        return ["does not fit", _gib(found.needed_bytes), ""]
+    batch, time = found.plan.batch, found.time
+    span = ""
+    if time is not None:
+        low, high = time.days(found.recipe.schedule.total_steps)
+        span = _span(low * _DAY_S, high * _DAY_S)
+    return [f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps}", _gib(found.needed_bytes), span]
+
+
+def as_json(found: Forecast) -> dict[str, Any]:
+    """Every number, bytes and seconds."""
+    time, steps = found.time, found.recipe.schedule.total_steps
+    return {
+        "recipe": found.recipe.name,
+        "ds_config": found.ds_config,
+        "card": found.card.name if found.card is not None else None,
+        "was_run_on_this_card": found.was_run,
+        "precision": found.plan.precision.name,
+        "zero_stage": found.plan.stage,
+        "micro_batch_size": found.plan.batch.micro_batch_size,
+        "gradient_accumulation_steps": found.plan.batch.gradient_accumulation_steps,
+        "world_size": found.plan.batch.world_size,
+        "memory_bytes": {
+            name: phase._asdict() | {"at_once": phase.total} for name, phase in found.memory.phases.items()
+        },
+        "allocated_bytes": found.memory.allocated_bytes,
+        "needed_bytes": found.needed_bytes,
+        "host_bytes": found.memory.host_bytes,
+        "usable_bytes": round(found.budget_bytes),
+        "fits": found.fits,
+        "largest_micro_batch_size": found.largest.batch.micro_batch_size if found.largest is not None else None,
+        "step_s": time._asdict() | {"roofline_s": time.roofline_s} if time is not None else None,
+        "days": list(time.days(steps)) if time is not None else None,
+        "lacks": [lack._asdict() for lack in found.lacks],
+        "published_memory": [
+            {"source": where.source, "theirs_gb": theirs.memory_gb, "ours_bytes": ours}
+            | {"gradient_accumulation_steps": theirs.gradient_accumulation_steps}
+            for where, theirs, ours in found.published_memory()
+        ],
+        "published_days": [{"source": where.source, "days": days} for where, days in found.published_days()],
+        "notes": list(found.plan.notes),
+    }
+
+
+def _gib(number_bytes: float) -> str:
+    return f"{number_bytes / GIB:.2f}"
+
+
+def _span(low_s: float, high_s: float) -> str:
+    """`9.0 to 19 days`, in the unit that suits the longer one."""
+    for unit, seconds in (("days", _DAY_S), ("hours", 3600), ("min", 60)):
+        if high_s >= 2 * seconds:
+            return f"{_two_digits(low_s / seconds)} to {_two_digits(high_s / seconds)} {unit}"
+    return f"{_two_digits(low_s)} to {_two_digits(high_s)} s"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
