@@ -7,7 +7,7 @@ import contextlib
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, duration_s, positive
 from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
@@ -62,6 +62,10 @@ def add_pretrain(commands: Commands) -> None:
         "--ds-config", "--deepspeed_config", metavar="NAME|FILE",
         help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON",
     )  # fmt: skip
+    how.add_argument(
+        "--micro-batch", type=_micro_batch, metavar="N|auto",
+        help="sequences at a time, in place of the JSON's; auto: the largest that fits, found by trying on a GPU",
+    )  # fmt: skip
     how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
     how.add_argument("--stop-at", type=positive, metavar="STEP", help="save and leave at this step of the schedule")
     how.add_argument(
@@ -79,6 +83,10 @@ def add_pretrain(commands: Commands) -> None:
     how.add_argument("--keep", type=positive, metavar="N", help="checkpoints to retain (default: 3)")
     how.add_argument("--eval-windows", type=positive, metavar="N", help="held-out sequences (default: 512)")
     _add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
+
+
+def _micro_batch(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else positive(text)
 
 
 def _add_tracking(group: Group) -> None:

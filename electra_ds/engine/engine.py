@@ -18,6 +18,7 @@ from electra_ds.config.manifest import Compile
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import GlobalBatch
 from electra_ds.engine.compiled import CompiledForward, check_compile
+from electra_ds.engine.model_setup import set_up_model
 from electra_ds.engine.optimizer import MasterAdamW
 from electra_ds.engine.step import StepLosses, StepResult
 from electra_ds.engine.zero import ZeroAdamW, torch_adamw
@@ -29,9 +30,6 @@ from electra_ds.objective.schedule import learning_rate_at
 # On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at every first start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-_WEIGHTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_AUTOCAST = {"autocast-fp16": torch.float16, "autocast-bf16": torch.bfloat16}
 
 
 class DeepSpeedEngine:
@@ -49,11 +47,11 @@ class DeepSpeedEngine:
         self.device = device
         self.rank = distributed.get_rank()
         check_plan(plan, device, "the DeepSpeed JSON")
-        model.autocast_dtype = _AUTOCAST.get(plan.precision.name)
+        dtype = set_up_model(model, plan)
         model.to(device)
         optimizer: MasterAdamW | torch.optim.AdamW
         if plan.stage == 0:
-            model.to(dtype=_WEIGHTS.get(plan.precision.name, torch.float32))
+            model.to(dtype=dtype)
             optimizer = MasterAdamW(model.named_parameters(), recipe.optimizer, plan.precision.loss_scaling)
         else:
             optimizer = torch_adamw(model.named_parameters(), recipe.optimizer)
@@ -101,6 +99,8 @@ class DeepSpeedEngine:
             if isinstance(self.optimizer, MasterAdamW):
                 loss = loss * self.optimizer.loss_scale
             self._engine.backward(loss, scale_wrt_gas=False)
+            if isinstance(self.optimizer, ZeroAdamW):
+                self.optimizer.is_whole = index < accumulation - 1  # DeepSpeed's update is all or nothing to us
             self._engine.step()
         if isinstance(self.optimizer, ZeroAdamW):
             self.optimizer.count_step()

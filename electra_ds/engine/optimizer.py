@@ -88,6 +88,8 @@ class MasterAdamW(torch.optim.Optimizer):
         self.grad_norm = torch.zeros((), device=device)
         self._good_steps = torch.zeros((), device=device)
         self._hysteresis_left = torch.tensor(float(self.scaling.hysteresis), device=device)
+        self.is_whole = True
+        """False between the first and the last change of an update: an error that comes then leaves it half done."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in (*self.param_groups, *self._inner.param_groups):
@@ -104,9 +106,11 @@ class MasterAdamW(torch.optim.Optimizer):
         # torch's fused AdamW divides by grad_scale and does nothing where found_inf is 1 (its GradScaler protocol).
         self._inner.grad_scale = (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)  # type: ignore[attr-defined]
         self._inner.found_inf = found_inf  # type: ignore[attr-defined]
+        self.is_whole = False
         self._inner.step()
         self._copy_back()
         self._update_scale(found_inf)
+        self.is_whole = True
 
     def _master_gradients(self) -> list[torch.Tensor]:
         """The gradients in fp32, also as those of the masters."""

@@ -1,12 +1,112 @@
-"""What fits is found by trying: the largest micro-batch whose forward and backward pass a device has memory for."""
+"""The micro-batch that a device has memory for, found by trying before a run begins; what running out looks like."""
 
 from __future__ import annotations
 
+import gc
+
+import psutil
 import torch
 
+from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
+from electra_ds.engine.memory import CPU_SHARE, FRAGMENTATION, largest_micro_batch, peak_memory
+from electra_ds.engine.model_setup import set_up_model
+from electra_ds.errors import ConfigError
+from electra_ds.model.electra import Electra
 from electra_ds.objective.masking import usual_most_selected
 from electra_ds.objective.microbatch import MicroBatch
+from electra_ds.runtime import Ranks
+
+# Of allocations that are not torch's CUDA allocator's own, torch tells by words alone.
+_OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised it for want of memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, cycles included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def fitting_plan(
+    recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
+) -> DeepSpeedPlan:
+    """The plan with the largest micro-batch that every rank has memory for. To be called by all ranks.
+
+    A GPU is tried. The CPU, where running out of memory kills, and ZeRO stage 3, whose ranks must run a model together,
+    are computed. Raises ConfigError where not even one sequence fits.
+    """
+    if device.type == "cuda" and plan.stage < 3:
+        fitting = _tried(recipe, vocab_size, plan, device, ranks)
+    else:
+        fitting = _computed(recipe, vocab_size, plan, device, ranks)
+    if fitting is None:
+        raise ConfigError(
+            "Not even one sequence fits into the memory that is free. Close what else uses it, shard over more cards "
+            "(--ds-config zero3-offload), or add an activation_checkpointing section to the DeepSpeed JSON; bin/plan "
+            "shows what takes how much."
+        )
+    return fitting
+
+
+def _tried(
+    recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
+) -> DeepSpeedPlan | None:
+    for cut in plan.batch.others():
+        candidate = plan.with_micro_batch(cut.micro_batch_size)
+        if all(ranks.gather(has_room(recipe, vocab_size, candidate, device))):
+            return candidate
+    return None
+
+
+def _computed(
+    recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
+) -> DeepSpeedPlan | None:
+    if device.type == "cuda":
+        budget = torch.cuda.mem_get_info(device)[0]
+        found = largest_micro_batch(recipe, vocab_size, plan, budget, "cuda")
+    else:
+        budget = int(CPU_SHARE * psutil.virtual_memory().available / ranks.launch.local_size)
+        found = largest_micro_batch(recipe, vocab_size, plan, budget, "cpu")
+    size = min(ranks.gather(found.batch.micro_batch_size if found is not None else 0))
+    return plan.with_micro_batch(size) if size else None
+
+
+def has_room(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device) -> bool:
+    """Whether a forward and backward pass over the plan's longest micro-batch fits beside everything else of a step.
+
+    The optimizer's state, buffers and the allocator's waste are stood in for by empty tensors of their size.
+    """
+    try:
+        _pass(recipe, vocab_size, plan, device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        release_memory(device)
+    return True
+
+
+def _pass(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device) -> None:
+    peak = peak_memory(recipe, vocab_size, plan)
+    model = Electra(recipe, vocab_size, 0)
+    model.to(device, set_up_model(model, plan)).train()
+    elsewhere = peak.update.optimizer + round(peak.allocated_bytes * FRAGMENTATION)
+    stand_in = torch.empty(elsewhere, dtype=torch.uint8, device=device)
+    for _ in range(min(2, plan.batch.gradient_accumulation_steps)):  # the second meets the gradients of the first
+        output = model(longest_micro_batch(recipe, vocab_size, plan.batch.micro_batch_size).to(device))
+        (output.generator_loss_sum + output.discriminator_loss_sum).backward()
+        del output
+    torch.empty(peak.update.workspace, dtype=torch.uint8, device=device)
+    del stand_in
 
 
 def longest_micro_batch(recipe: Recipe, vocab_size: int, size: int) -> MicroBatch:

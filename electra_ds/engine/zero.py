@@ -57,6 +57,7 @@ class ZeroAdamW:
         self._bias_correction = section.bias_correction
         self.named_parameters = list(engine.module.named_parameters())
         self.taken_steps = self._skipped = self._consecutive = 0
+        self.is_whole = True
         # The training loop gives up with a word on what to do; DeepSpeed's scaler would with a bare exception.
         self._zero.loss_scaler.raise_error_at_min_scale = False
         self._window = 0
@@ -83,6 +84,7 @@ class ZeroAdamW:
 
     def count_step(self) -> None:
         """To be called after every optimiser step."""
+        self.is_whole = True
         applied = self._engine.was_step_applied()
         self.taken_steps += applied
         self._skipped += not applied

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 
 from electra_ds import runtime
-from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
+from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve, with_micro_batch
 from electra_ds.config.manifest import Compile, RunDirectory, RunRecord, RunSettings, TrackingSettings, WandbMode
 from electra_ds.config.monitors import FolderMonitor, Monitors
 from electra_ds.config.recipe import Recipe
@@ -19,8 +19,9 @@ from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import check_plan
+from electra_ds.engine.memory import count_parameters
+from electra_ds.engine.probe import fitting_plan
 from electra_ds.errors import CheckpointError, ConfigError, DataError
-from electra_ds.model.electra import Electra
 from electra_ds.runtime import Ranks
 from electra_ds.train.pretrain import PretrainJob
 from electra_ds.train.trackers import check_tracking
@@ -31,6 +32,7 @@ class Options:
     """Command-line values that are None where they were not given."""
 
     ds_config: str | None = None
+    micro_batch: int | Literal["auto"] | None = None
     stop_at: int | None = None
     threads: int | None = None
     log_every: int | None = None
@@ -96,14 +98,15 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
         raise ConfigError(f"{run.path} already holds a run. Go on with it by --resume, or choose another --run-dir.")
     assert options.ds_config is not None
     _stop_at(options, recipe)
-    plan = _resolved(read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
+    plan = _resolved(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
     if ranks.is_main:
         check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
     return plan
 
 
-def _resolved(values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
+def _resolved(options: Options, values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
     device = runtime.device(ranks.launch)
+    values = with_micro_batch(values, options.micro_batch)
     auto_fp16 = runtime.wants_fp16(device)
     plan = resolve(values, recipe, world_size=ranks.world_size, auto_fp16=auto_fp16, source=source)
     check_plan(plan, device, source)
@@ -113,13 +116,14 @@ def _resolved(values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks)
 def prepare_new(
     options: Options, recipe: Recipe, plan: DeepSpeedPlan, store: TokenStore, run: RunDirectory, ranks: Ranks
 ) -> PretrainJob:
-    """A job for a new run. Raises DataError where the corpus is too small to hold out from."""
+    """A job for a new run. Raises DataError where the corpus is too small to hold out from, and ConfigError where no
+    micro-batch fits."""
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
+    plan = _cut(plan, recipe, store, ranks)
     record = RunRecord(
         store=str(store.path.resolve()),
         store_fingerprint=store.info.fingerprint,
-        parameters=count_parameters(model),
+        parameters=asdict(count_parameters(recipe, store.tokenizer.vocab_size)),
         device=runtime.device_name(runtime.device(ranks.launch)),
         threads=runtime.set_threads(options.threads, ranks.launch),
         world_size=ranks.world_size,
@@ -127,7 +131,19 @@ def prepare_new(
         command=sys.argv,
         tracking=options.tracking(TrackingSettings(), plan.monitors, run),
     )
-    return PretrainJob(run, recipe, plan, store, split, model, record, _stop_at(options, recipe))
+    return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
+
+
+def _cut(plan: DeepSpeedPlan, recipe: Recipe, store: TokenStore, ranks: Ranks) -> DeepSpeedPlan:
+    """The plan with a micro-batch that fits, where it leaves that to us."""
+    if not plan.is_micro_batch_open:
+        return plan
+    device = runtime.device(ranks.launch)
+    fitting = fitting_plan(recipe, store.tokenizer.vocab_size, plan, device, ranks)
+    if fitting.batch == plan.batch:
+        return fitting
+    note = f"the largest micro-batch that fits into the memory that is free is {fitting.batch.micro_batch_size}"
+    return replace(fitting, notes=(*fitting.notes, note))
 
 
 def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
@@ -139,7 +155,7 @@ def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedP
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished. Its model: bin/export {run.path}")
     values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
-    return _resolved(values, options.ds_config or str(run.path / "deepspeed.json"), recipe, ranks)
+    return _resolved(options, values, options.ds_config or str(run.path / "deepspeed.json"), recipe, ranks)
 
 
 def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> PretrainJob:
@@ -164,8 +180,8 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
         tracking=tracking,
     )
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
-    return PretrainJob(run, recipe, plan, store, split, model, record, _stop_at(options, recipe))
+    plan = _cut(plan, recipe, store, ranks)
+    return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
 
 
 def _stop_at(options: Options, recipe: Recipe) -> int:
@@ -173,14 +189,6 @@ def _stop_at(options: Options, recipe: Recipe) -> int:
     if options.stop_at is not None and options.stop_at > total:
         raise ConfigError(f"--stop-at {options.stop_at} is beyond schedule.total_steps {total}.")
     return options.stop_at or total
-
-
-def count_parameters(model: Electra) -> dict[str, int]:
-    """Sizes of the parts; what is shared counts for the discriminator."""
-    sizes = {"discriminator": 0, "generator": 0}
-    for name, parameter in model.named_parameters():
-        sizes["discriminator" if name.startswith("discriminator") else "generator"] += parameter.numel()
-    return sizes
 
 
 def announce(job: PretrainJob, console: Console) -> None:

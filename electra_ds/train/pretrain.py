@@ -15,11 +15,12 @@ from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.manifest import RunDirectory, RunRecord
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.batches import BatchBuilder, prefetched
+from electra_ds.data.batches import BatchBuilder, GlobalBatch, prefetched
 from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint
 from electra_ds.engine.engine import DeepSpeedEngine
+from electra_ds.engine.probe import is_out_of_memory, release_memory
 from electra_ds.engine.step import StepResult
 from electra_ds.errors import (
     CheckpointError,
@@ -28,7 +29,7 @@ from electra_ds.errors import (
     InterruptedBySignalError,
     TrainingError,
 )
-from electra_ds.model.electra import Electra
+from electra_ds.model.electra import Electra, encoder_configs
 from electra_ds.runtime import Ranks
 from electra_ds.train.metrics import Evaluator
 from electra_ds.train.throughput import Throughput, joint_peak_flops
@@ -50,8 +51,6 @@ class PretrainJob:
     plan: DeepSpeedPlan
     store: TokenStore
     split: Split
-    model: Electra
-    """Freshly initialised; a checkpoint's weights take their place."""
     record: RunRecord
     stop_at: int
     """Step at which to save and leave; the schedule stays that of the recipe."""
@@ -94,14 +93,13 @@ class _Loop:
         with ranks.together():
             self.device = runtime.device(ranks.launch)
             self.builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
+            self.plan = plan
+            """The job's, or with smaller micro-batches once memory has run out."""
             self.evaluator = Evaluator(
                 store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size, ranks
             )
-            self.engine = DeepSpeedEngine(job.model, recipe, plan, self.device, self.settings.compile)
+            self.engine = self._make_engine()
         self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
-        self.record_files = job.run.record_files(recipe, plan, job.record) | {
-            "tokenizer.json": store.tokenizer.backend.to_str()
-        }
         if self.engine.is_compiled:
             console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
         self.step = self.tokens = 0
@@ -110,9 +108,13 @@ class _Loop:
             self.log = self._open_log() if ranks.is_main else None
         self._unread: deque[tuple[int, StepResult, dict[str, float]]] = deque()
         peak_flops = joint_peak_flops(self.device, plan.precision.name, plan.batch.world_size)
-        self.throughput = Throughput(
-            job.model.generator.config, job.model.discriminator.config, self.device, peak_flops
-        )
+        configs = encoder_configs(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
+        self.throughput = Throughput(*configs, self.device, peak_flops)
+
+    def _make_engine(self) -> DeepSpeedEngine:
+        recipe, tokenizer = self.job.recipe, self.job.store.tokenizer
+        model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
+        return DeepSpeedEngine(model, recipe, self.plan, self.device, self.settings.compile)
 
     def _open_log(self) -> RunLog:
         job = self.job
@@ -164,7 +166,7 @@ class _Loop:
         job, settings = self.job, self.settings
         with TrainingDisplay(self.console, job.stop_at, self.step) as display:
             for step, batch in prefetched(self.builder, self.step, job.stop_at):
-                result = self.engine.train_step(batch, step)
+                result = self._train_step(batch, step)
                 self.step = step + 1
                 self.tokens += batch.num_tokens
                 self.throughput.count(batch)
@@ -191,6 +193,58 @@ class _Loop:
                 job.run.write_verdict("stopped", step=self.step, reason=f"--stop-at {job.stop_at}")
         return True
 
+    def _train_step(self, batch: GlobalBatch, step: int) -> StepResult:
+        """One optimiser step; where memory runs out, the same step in smaller micro-batches."""
+        while True:
+            try:
+                return self.engine.train_step(batch, step)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                smaller = self._smaller_plan(step, error)
+            self._go_on_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
+
+    def _smaller_plan(self, step: int, error: RuntimeError) -> DeepSpeedPlan:
+        """With half the micro-batch, or the next smaller one that divides the batch. Raises TrainingError where the
+        step cannot be done again."""
+        batch = self.plan.batch
+        sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
+        ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
+        saved = self.checkpoints.paths()
+        again = f"start again, with --resume {self.job.run.path} from {saved[-1].name} on" if saved else "start anew"
+        if not sizes:
+            raise TrainingError(
+                f"{ran_out}, and there is no smaller one. Close what else uses the memory, or add an "
+                f"activation_checkpointing section to the DeepSpeed JSON; then {again}."
+            ) from error
+        if batch.world_size > 1 or not self.engine.optimizer.is_whole:
+            why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "the update had begun"
+            raise TrainingError(
+                f"{ran_out}, and the step cannot be done again, since {why}. With --micro-batch {sizes[0]} {again}."
+            ) from error
+        return self.plan.with_micro_batch(sizes[0])
+
+    def _go_on_with(self, plan: DeepSpeedPlan) -> None:
+        """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
+        optimizer = self.engine.optimizer
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer.tensors().items()}
+        counters = optimizer.counters()
+        self.engine.close()
+        del optimizer, self.engine
+        release_memory(self.device)
+        self.plan = plan
+        self.engine = self._make_engine()
+        self.engine.optimizer.load(tensors, counters)
+        self.job.run.write_record(self.job.recipe, plan, self.job.record)
+        if self.log is not None:
+            cut = {"micro_batch_size": plan.batch.micro_batch_size}
+            self.log.write("plan", self.step, cut | {"steps_accumulated": plan.batch.gradient_accumulation_steps})
+        self.console.print(
+            f"[yellow]Note:[/] memory ran out in step {self.step + 1}, which is done again and everything after it with "
+            f"micro-batch x accumulation = {plan.batch}; batch, masks and samples stay as they were.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
     def _stopped(self, request: runtime.StopRequest) -> bool:
         """Save and leave: False for the time limit, InterruptedBySignalError for a signal."""
         run = self.job.run
@@ -210,7 +264,10 @@ class _Loop:
         optimizer = self.engine.optimizer
         rates = self.throughput.read()
         loss_scale, skipped = optimizer.loss_scale.item(), int(optimizer.skipped_steps.item())
-        values = self._write_unread(skipped_steps=skipped, loss_scale=loss_scale, **rates)
+        memory = {}
+        if self.device.type == "cuda":
+            memory["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        values = self._write_unread(skipped_steps=skipped, loss_scale=loss_scale, **rates, **memory)
         generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
         numbers = f"generator {_shown(generator)}  discriminator {_shown(discriminator)}  {_shown_rates(**rates)}"
         display.update(self.step, numbers + (f"  skipped {skipped}" if skipped else ""))
@@ -278,7 +335,10 @@ class _Loop:
         }
         with self.ranks.together():
             if self.ranks.is_main:
-                self.checkpoints.save(tensors, state, self.record_files)
+                job = self.job
+                record = job.run.record_files(job.recipe, self.plan, job.record)
+                record["tokenizer.json"] = job.store.tokenizer.backend.to_str()
+                self.checkpoints.save(tensors, state, record)
         return self.checkpoints.path(self.step)
 
     def close(self) -> None:
