@@ -73,7 +73,7 @@ class DeepSpeedPlan:
     monitors: Monitors
     stage: Literal[0, 1, 2, 3] = 0
     notes: tuple[str, ...] = ()
-    """What was read otherwise than the file says, to be told to the user."""
+    """To be told to the user: what was read otherwise than the file says, and what the machine makes of it."""
 
     def engine_config(self) -> dict[str, Any]:
         """What `deepspeed.initialize` is given.
