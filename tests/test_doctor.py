@@ -15,20 +15,18 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from electra_ds.train import trial
-from electra_ds.train.doctor import Facts, Finding, Gpu, diagnose, gather, has_code_for, judge_trials, wanted_versions
+from electra_ds.train.doctor import Facts, Finding, diagnose, gather, judge_trials, wanted_versions
+from electra_ds.train.hardware import Gpu, Hardware
 from electra_ds.train.trial import try_precisions
 from tests.helpers import REPOSITORY
 from tests.test_pretrain import run
 
-CUDA_130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
-CUDA_126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 RTX_3090 = Gpu("NVIDIA GeForce RTX 3090", 24 * 2**30, (8, 6))
-GTX_1060 = Gpu("NVIDIA GeForce GTX 1060 6GB", 6 * 2**30, (6, 1))
 HEALTHY = Facts(
     electra_ds="0.1.0", python="3.12.3", requires_python=">=3.11",
     packages={"torch": "2.13.0+cu130", "deepspeed": "0.19.8", "wandb": "0.31.0", "tensorboard": "2.21.0"},
     requirements={"torch": ">=2.6", "deepspeed": "<0.20,>=0.19.8", "wandb": ">=0.31", "tensorboard": ">=2.14"},
-    cuda="13.0", architectures=CUDA_130, gpus=(RTX_3090,), driver_gpus=(RTX_3090.name,), cpu_cores=8, threads=8,
+    hardware=Hardware("2.13.0+cu130", "13.0", ("sm_75", "sm_80", "sm_86"), (RTX_3090,)), cpu_cores=8, threads=8,
     memory_bytes=32 * 2**30, disk_free_bytes=100 * 2**30, backends=("gloo", "nccl"), launchers=("torchrun",),
     wandb_login=True,
 )  # fmt: skip
@@ -42,72 +40,9 @@ def finding(what: str, **different: Any) -> Finding:
 def test_nothing_is_wrong_with_a_healthy_machine() -> None:
     assert {item.state for item in diagnose(HEALTHY)} == {"fine"}
     assert not any(item.mend for item in diagnose(HEALTHY))
-    gpu = finding("GPU 0")
-    assert "RTX 3090, 24.0 GiB, compute capability 8.6" in gpu.found
-    assert gpu.meaning == "bf16 in hardware; fp16 on tensor cores; torch.compile"
-
-
-def test_a_gtx_1060_with_a_torch_that_has_no_code_for_it_gets_the_build_that_has() -> None:
-    gpu = finding("GPU 0", gpus=(GTX_1060,))
-    assert gpu.state == "wrong"
-    assert "no code for it" in gpu.meaning
-    assert gpu.mend == "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
-    gpu = finding("GPU 0", gpus=(GTX_1060,), architectures=CUDA_126)
-    assert gpu.state == "fine"
-    assert gpu.meaning == (
-        "no bf16 in hardware: take fp16 or fp32; no tensor cores: fp16 saves memory, hardly time; "
-        "no torch.compile (Triton needs 7.0)"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "capability", "meaning"),
-    [
-        ("Tesla V100", (7, 0), "no bf16 in hardware: take fp16 or fp32; fp16 on tensor cores; torch.compile"),
-        ("NVIDIA GeForce GTX 1660", (7, 5), "no bf16 in hardware: take fp16 or fp32; no tensor cores"),
-        ("NVIDIA H200", (9, 0), "bf16 in hardware; fp16 on tensor cores; torch.compile"),
-    ],
-)
-def test_what_a_card_can_do_is_said(name: str, capability: tuple[int, int], meaning: str) -> None:
-    assert finding("GPU 0", gpus=(Gpu(name, 2**34, capability),), architectures=CUDA_126).meaning.startswith(meaning)
-
-
-@pytest.mark.parametrize(
-    ("capability", "architectures", "runs"),
-    [
-        ((6, 1), ("sm_60",), True),  # machine code runs on a later minor version
-        ((6, 0), ("sm_61",), False),
-        ((8, 9), ("sm_80", "sm_86"), True),
-        ((12, 1), ("sm_120",), True),
-        ((10, 0), ("sm_90",), False),
-        ((12, 0), ("compute_90",), True),  # PTX is compiled by the driver
-        ((9, 0), ("sm_90a",), True),
-        ((9, 1), ("sm_90a",), False),
-        ((8, 0), (), False),
-    ],
-)
-def test_which_code_runs_on_which_card(capability: tuple[int, int], architectures: tuple[str, ...], runs: bool) -> None:
-    assert has_code_for(capability, architectures) is runs
-
-
-@pytest.mark.gpu
-def test_torch_agrees_that_it_has_code_for_this_card() -> None:
-    torch.zeros(2, device="cuda").add(1).sum().item()
-    assert has_code_for(torch.cuda.get_device_capability(), tuple(torch.cuda.get_arch_list()))
-
-
-def test_a_card_too_new_or_too_old_for_torch() -> None:
-    assert finding("GPU 0", gpus=(Gpu("new", 2**34, (13, 0)),), architectures=CUDA_126).mend is not None
-    old = finding("GPU 0", gpus=(Gpu("Tesla K80", 2**34, (3, 7)),))
-    assert (old.state, old.mend) == ("wrong", "export CUDA_VISIBLE_DEVICES=")
-
-
-def test_a_card_that_a_cpu_build_of_torch_cannot_use_is_no_obstacle_but_a_pity() -> None:
-    packages = {**HEALTHY.packages, "torch": "2.13.0+cpu"}
-    gpu = finding("GPU", gpus=(), cuda=None, packages=packages)
-    assert (gpu.state, gpu.mend) == ("note", "pip install --force-reinstall torch==2.13.0")
-    assert "driver may be too old" in finding("GPU", gpus=()).meaning
-    assert finding("GPU", gpus=(), driver_gpus=()).state == "fine"
+    assert finding("GPU 0").found == "NVIDIA GeForce RTX 3090, 24.0 GiB, compute capability 8.6"
+    cuda = finding("torch's CUDA")
+    assert (cuda.found, cuda.meaning) == ("13.0", "sm_75 sm_80 sm_86")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class DeepSpeedPlan:
     monitors: Monitors
     stage: Literal[0, 1, 2, 3] = 0
     notes: tuple[str, ...] = ()
-    """What was read otherwise than the file says, to be told to the user."""
+    """To be told to the user: what was read otherwise than the file says, and what the machine makes of it."""
     checkpointed_layers: int = 0
     is_micro_batch_open: bool = False
     """Whether the file leaves the cut of the batch to us; until that is decided, each rank takes its share at once."""

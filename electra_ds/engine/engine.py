@@ -127,12 +127,16 @@ def has_bf16(device: torch.device) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str) -> None:
-    """ConfigError where the device cannot train in the plan's precision, or DeepSpeed refuses the JSON."""
+def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str, unused_gpu: str = "") -> None:
+    """ConfigError where the device cannot train in the plan's precision, or DeepSpeed refuses the JSON.
+
+    unused_gpu: of a machine whose GPU torch cannot use, a sentence that says why.
+    """
     name = plan.precision.name
     if name == "fp16" and device.type == "cpu" and not get_accelerator().is_fp16_supported():
+        reason = f" {unused_gpu}." if unused_gpu else ""
         raise ConfigError(
-            "fp16 needs a GPU, and this machine has none that torch can use. "
+            f"fp16 needs a GPU, and this machine has none that torch can use.{reason} "
             "On a CPU take ds_configs/cpu.json, or bf16 in its place."
         )
     if name == "bf16" and device.type == "cuda" and not has_bf16(device):

@@ -12,9 +12,7 @@ import io
 import json
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -25,21 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from electra_ds.config.cards import TRITON_CAPABILITY
 from electra_ds.errors import ElectraError
+from electra_ds.train.hardware import Gpu, Hardware, abilities, look, unused, without_code
 from electra_ds.train.trackers import wandb_login
 
 _SHOWN = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "tensorboard")
 _ONLY_WHEN_ASKED_FOR = ("wandb", "tensorboard")
-_CUDA_126 = "https://download.pytorch.org/whl/cu126"
 _ROOM_BYTES = 2**30  # assumed: three checkpoints of the largest shipped recipe and some text
-
-
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    memory_bytes: int
-    capability: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -53,13 +43,7 @@ class Facts:
     """Installed version by name, None where it is missing."""
     requirements: dict[str, str]
     """Version specifier by name, as pyproject.toml asks; empty where electra_ds itself is not installed."""
-    cuda: str | None
-    """CUDA version that torch was built for."""
-    architectures: tuple[str, ...]
-    """Those that torch has code for, such as sm_61."""
-    gpus: tuple[Gpu, ...]
-    driver_gpus: tuple[str, ...]
-    """Names that NVIDIA's driver tells, whether torch sees them or not."""
+    hardware: Hardware
     cpu_cores: int
     threads: int | None
     memory_bytes: int
@@ -84,7 +68,7 @@ class Finding:
 def doctor(console: Console, *, as_json: bool) -> int:
     """Print the report; returns the exit status: 0 where pretraining can run here."""
     facts = gather()
-    findings = diagnose(facts) + _trials()
+    findings = diagnose(facts) + _trials(facts.hardware)
     can_pretrain = not any(finding.state == "wrong" for finding in findings)
     if as_json:
         report = {"can_pretrain": can_pretrain, "findings": list(map(asdict, findings)), "facts": asdict(facts)}
@@ -97,8 +81,6 @@ def doctor(console: Console, *, as_json: bool) -> int:
 def gather() -> Facts:
     """The facts of this machine. What cannot be imported is missing, not an error."""
     torch = _imported("torch")
-    cuda = torch is not None and torch.cuda.is_available()
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())] if cuda else []
     distributed = torch.distributed if torch is not None and torch.distributed.is_available() else None
     backends = ("gloo", "nccl") if distributed is not None else ()
     try:
@@ -113,10 +95,7 @@ def gather() -> Facts:
         requires_python=requires_python,
         packages={name: _version(name) for name in dict.fromkeys((*_SHOWN, *requirements))},
         requirements=requirements,
-        cuda=torch.version.cuda if torch is not None else None,
-        architectures=tuple(torch.cuda.get_arch_list()) if cuda else (),
-        gpus=tuple(Gpu(item.name, item.total_memory, (item.major, item.minor)) for item in devices),
-        driver_gpus=_driver_gpus(),
+        hardware=look(torch),
         cpu_cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads() if torch is not None else None,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -129,6 +108,7 @@ def gather() -> Facts:
 
 def diagnose(facts: Facts) -> list[Finding]:
     """What the facts mean for pretraining."""
+    hardware = facts.hardware
     disk = f"{facts.disk_free_bytes / 1e9:,.0f} GB free here"
     return [
         Finding("electra_ds", facts.electra_ds)
@@ -136,12 +116,12 @@ def diagnose(facts: Facts) -> list[Finding]:
         else Finding("electra_ds", facts.electra_ds, "note", "versions cannot be compared", "pip install -e ."),
         _python(facts),
         *(_package(name, version, facts.requirements.get(name, "")) for name, version in facts.packages.items()),
-        Finding("torch's CUDA", facts.cuda or "none (a CPU build)", meaning=" ".join(facts.architectures)),
+        Finding("torch's CUDA", hardware.cuda or "none (a CPU build)", meaning=" ".join(hardware.architectures)),
         Finding("CPU", f"{facts.cpu_cores} cores, {facts.threads} threads, {facts.memory_bytes / 1e9:,.0f} GB"),
         Finding("disk", disk)
         if facts.disk_free_bytes >= _ROOM_BYTES
         else Finding("disk", disk, "note", "checkpoints may not fit; choose another place with --run-dir"),
-        *_gpus(facts),
+        *_gpus(hardware),
         Finding("collectives", ", ".join(facts.backends) or "none", "fine" if facts.backends else "wrong"),
         Finding("launchers", ", ".join(facts.launchers) or "none on the PATH"),
         _wandb(facts),
@@ -173,52 +153,22 @@ def _wandb(facts: Facts) -> Finding:
     return Finding("wandb account", "not logged in", "note", "--wandb offline works without", "wandb login")
 
 
-def _gpus(facts: Facts) -> list[Finding]:
-    if facts.gpus:
-        return [_gpu(index, gpu, facts) for index, gpu in enumerate(facts.gpus)]
-    if not facts.driver_gpus:
-        return [Finding("GPU", "none", meaning="training runs on the CPU; take --ds-config cpu")]
-    if facts.cuda is None:
-        mend = f"pip install --force-reinstall torch=={_public(facts)}"
-        return [Finding("GPU", ", ".join(facts.driver_gpus), "note", "torch is a CPU build and cannot use it", mend)]
-    meaning = f"torch's CUDA {facts.cuda} cannot use it: the driver may be too old, or CUDA_VISIBLE_DEVICES hides it"
-    return [Finding("GPU", ", ".join(facts.driver_gpus), "note", meaning, "nvidia-smi")]
+def _gpus(hardware: Hardware) -> list[Finding]:
+    if hardware.gpus:
+        return [_gpu(index, gpu, hardware) for index, gpu in enumerate(hardware.gpus)]
+    problem = unused(hardware)
+    if problem is not None:
+        return [Finding("GPU", problem.found, "note", problem.meaning, problem.mend)]
+    names = ", ".join(gpu.name for gpu in hardware.driver_gpus)
+    return [Finding("GPU", names or "none", meaning="training runs on the CPU; take --ds-config cpu")]
 
 
-def _gpu(index: int, gpu: Gpu, facts: Facts) -> Finding:
-    major, minor = gpu.capability
-    found = f"{gpu.name}, {gpu.memory_bytes / 2**30:.1f} GiB, compute capability {major}.{minor}"
-    if not has_code_for(gpu.capability, facts.architectures):
-        meaning = f"torch has no code for it (it has {' '.join(facts.architectures)}), and every step on it would fail"
-        if (5, 0) <= gpu.capability < (7, 5):  # the builds for CUDA 12.6 are the last for Maxwell, Pascal and Volta
-            mend = f"pip install torch=={_public(facts)} --index-url {_CUDA_126}"
-        else:
-            mend = "pip install --upgrade torch" if gpu.capability >= (7, 5) else "export CUDA_VISIBLE_DEVICES="
-        return Finding(f"GPU {index}", found, "wrong", meaning, mend)
-    has_tensor_cores = gpu.capability >= (7, 0) and "GTX 16" not in gpu.name  # Turing's smaller chips have none
-    bf16 = "bf16 in hardware" if gpu.capability >= (8, 0) else "no bf16 in hardware: take fp16 or fp32"
-    fp16 = "fp16 on tensor cores" if has_tensor_cores else "no tensor cores: fp16 saves memory, hardly time"
-    compiles = "torch.compile" if gpu.capability >= TRITON_CAPABILITY else "no torch.compile (Triton needs 7.0)"
-    return Finding(f"GPU {index}", found, meaning=f"{bf16}; {fp16}; {compiles}")
-
-
-def has_code_for(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
-    """Whether a build for these architectures runs on a card: machine code runs within its major version from its
-    minor version on, PTX (compute_XY) on everything newer, and sm_90a on 9.0 alone."""
-    for architecture in architectures:
-        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
-        if match is None:
-            continue
-        kind, target = match[1], (int(match[2]), int(match[3]))
-        if match[4]:
-            runs = capability == target
-        elif kind == "compute":
-            runs = capability >= target
-        else:
-            runs = capability[0] == target[0] and capability >= target
-        if runs:
-            return True
-    return False
+def _gpu(index: int, gpu: Gpu, hardware: Hardware) -> Finding:
+    problem = without_code(gpu, hardware)
+    if problem is None:
+        return Finding(f"GPU {index}", str(gpu), meaning=abilities(gpu))
+    state: Literal["note", "wrong"] = "note" if index else "wrong"  # a single process takes the first
+    return Finding(f"GPU {index}", problem.found, state, problem.meaning, problem.mend)
 
 
 def judge_trials(trials: list[tuple[str, str, str]]) -> list[Finding]:
@@ -232,7 +182,9 @@ def judge_trials(trials: list[tuple[str, str, str]]) -> list[Finding]:
     return findings
 
 
-def _trials() -> list[Finding]:
+def _trials(hardware: Hardware) -> list[Finding]:
+    if any(without_code(gpu, hardware) for gpu in hardware.gpus[:1]):
+        return []  # they would run on that card, and why they fail is told already
     try:  # torch or DeepSpeed may be missing or broken, which is what a doctor is asked about
         with contextlib.redirect_stdout(io.StringIO()):  # progress bars, which --json must not hold
             trials = importlib.import_module("electra_ds.train.trial").try_precisions()
@@ -255,11 +207,6 @@ def _print(findings: list[Finding], can_pretrain: bool, console: Console) -> Non
             console.print(f"To mend {finding.what}: {finding.mend}", highlight=False, markup=False, soft_wrap=True)
     verdict = "[green]Pretraining can run here.[/]" if can_pretrain else "[red]Pretraining cannot run here yet.[/]"
     console.print(verdict, highlight=False)
-
-
-def _public(facts: Facts) -> str:
-    """torch's version without the build: 2.13.0 of 2.13.0+cpu."""
-    return (facts.packages.get("torch") or "").split("+")[0]
 
 
 def _imported(name: str) -> Any:
@@ -291,15 +238,6 @@ def wanted_versions(requirements: list[str]) -> dict[str, str]:
         for item in wanted
         if item.marker is None or item.marker.evaluate({"extra": "tensorboard"})
     }
-
-
-def _driver_gpus() -> tuple[str, ...]:
-    try:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(line.strip() for line in result.stdout.splitlines() if line.strip())
 
 
 def _login() -> bool | None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -23,6 +24,7 @@ from electra_ds.engine.memory import count_parameters
 from electra_ds.engine.probe import fitting_plan
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.runtime import Ranks
+from electra_ds.train.hardware import cannot_use, check_gpu, look, notes_at_start
 from electra_ds.train.pretrain import PretrainJob
 from electra_ds.train.trackers import check_tracking
 
@@ -106,11 +108,13 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
 
 def _resolved(options: Options, values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
     device = runtime.device(ranks.launch)
+    hardware = look(torch)
+    check_gpu(hardware, device.index)
     values = with_micro_batch(values, options.micro_batch)
     auto_fp16 = runtime.wants_fp16(device)
     plan = resolve(values, recipe, world_size=ranks.world_size, auto_fp16=auto_fp16, source=source)
-    check_plan(plan, device, source)
-    return plan
+    check_plan(plan, device, source, cannot_use(hardware))
+    return replace(plan, notes=(*plan.notes, *notes_at_start(hardware, device.index, plan.precision.name)))
 
 
 def prepare_new(

@@ -240,8 +240,8 @@ class _Loop:
             cut = {"micro_batch_size": plan.batch.micro_batch_size}
             self.log.write("plan", self.step, cut | {"steps_accumulated": plan.batch.gradient_accumulation_steps})
         self.console.print(
-            f"[yellow]Note:[/] memory ran out in step {self.step + 1}, which is done again and everything after it with "
-            f"micro-batch x accumulation = {plan.batch}; batch, masks and samples stay as they were.",
+            f"[yellow]Note:[/] memory ran out in step {self.step + 1}, which is done again and everything after it "
+            f"with micro-batch x accumulation = {plan.batch}; batch, masks and samples stay as they were.",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 
