@@ -50,6 +50,8 @@ class DeepSpeedEngine:
         self.rank = distributed.get_rank()
         check_plan(plan, device, "the DeepSpeed JSON")
         model.autocast_dtype = _AUTOCAST.get(plan.precision.name)
+        for encoder in (model.generator, model.discriminator):
+            encoder.checkpointed_layers = plan.checkpointed_layers
         model.to(device)
         optimizer: MasterAdamW | torch.optim.AdamW
         if plan.stage == 0:
