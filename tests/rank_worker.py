@@ -38,13 +38,15 @@ def own_samples(batch: GlobalBatch, samples: np.ndarray, micro: int, accumulatio
     return [torch.from_numpy(samples[ends[first] : ends[first + micro]]) for first in firsts]
 
 
-def straight_and_resumed(store: TokenStore, stage: int, ranks: runtime.Ranks) -> tuple[np.ndarray, np.ndarray]:
+def straight_and_resumed(
+    store: TokenStore, stage: int, ranks: runtime.Ranks, **values: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """Losses of the last six of twelve steps with dropout, at one go and in an engine that took over half-way."""
     recipe = small_recipe(*RECIPE, "model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")
     builder = builder_for(store, recipe)
 
     def engine() -> DeepSpeedEngine:
-        plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=4, zero_optimization={"stage": stage})
+        plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=4, zero_optimization={"stage": stage}, **values)
         return DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
 
     def run(engine: DeepSpeedEngine, steps: range) -> np.ndarray:
@@ -105,6 +107,8 @@ def main(store_path: str, samples_path: str, out: str) -> None:
                 engine.close()
         for stage in (0, 1, 2, 3):
             found[f"straight-{stage}"], found[f"resumed-{stage}"] = straight_and_resumed(store, stage, ranks)
+        checkpointing = {"activation_checkpointing": {"number_checkpoints": 1}}
+        found["checkpointed"], _ = straight_and_resumed(store, 3, ranks, **checkpointing)
         found["evaluation"] = np.array(evaluation(store, ranks))
         if ranks.is_main:
             np.savez(out, **found)

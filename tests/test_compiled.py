@@ -158,6 +158,14 @@ def test_what_is_compiled_follows_the_card_and_the_stage(
         assert check_compile(wanted, device, plan) == expected
 
 
+def test_layers_that_are_computed_again_are_not_compiled() -> None:
+    plan = cpu_plan(small_recipe(), activation_checkpointing={"number_checkpoints": 1})
+    for device in (CPU, torch.device("cuda", 0)):
+        assert not check_compile("auto", device, plan)
+        with pytest.raises(ConfigError, match=r"--compile on cannot be done: the layers that are computed again"):
+            check_compile("on", device, plan)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("micro_batch", [4, 2], ids=["with graphs", "accumulating, without"])

@@ -47,7 +47,8 @@ def control(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_every_world_size_stage_and_precision_follows_the_plain_engine_on_one_rank(
     store: TokenStore, control: tuple[np.ndarray, Path], tmp_path: Path, process_group: Ranks, world_size: int
 ) -> None:
-    """And an engine that takes over half-way goes on as the first one does, and evaluation gives the same numbers."""
+    """And an engine that takes over half-way goes on as the first one does, one that computes layers again in the
+    backward pass has the losses of one that does not, and evaluation gives the same numbers."""
     expected, samples = control
     out = tmp_path / "losses.npz"
     launch: Any = [
@@ -69,4 +70,5 @@ def test_every_world_size_stage_and_precision_follows_the_plain_engine_on_one_ra
             straight, resumed = found[f"straight-{stage}"], found[f"resumed-{stage}"]
             np.testing.assert_allclose(resumed, straight, rtol=0 if stage < 3 else 1e-5)
             assert len(straight) == 6
+        np.testing.assert_allclose(found["checkpointed"], found["straight-3"], rtol=1e-5)
         np.testing.assert_array_equal(found["evaluation"], np.array(evaluation(store, process_group)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from electra_ds.config.activations import parse_activations
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
 from electra_ds.config.precision import PRECISION_KEYS, Precision, parse_precision
 from electra_ds.config.recipe import Recipe
@@ -24,7 +25,7 @@ from electra_ds.errors import ConfigError
 
 OWNED_BY_RECIPE = ("train_batch_size", "gradient_clipping", "optimizer", "scheduler")
 _CUT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-RESOLVED_HERE = (*_CUT, "zero_optimization", "fp16", "bf16", "torch_autocast")
+RESOLVED_HERE = (*_CUT, "zero_optimization", "fp16", "bf16", "torch_autocast", "activation_checkpointing")
 HANDED_ON: dict[str, type] = {
     "comms_logger": dict,
     "disable_python_gc": bool,
@@ -39,8 +40,8 @@ HANDED_ON: dict[str, type] = {
     "zero_force_ds_cpu_optimizer": bool,
 }
 NOT_USED = (
-    "activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "communication_data_type",
-    "compile", "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
+    "aio", "autotuning", "bfloat16", "checkpoint", "communication_data_type", "compile",
+    "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
     "disable_allgather", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
     "managed_gradient_accumulation", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type",
     "tensor_parallel", "use_data_before_expert_parallelism", "weight_quantization",
@@ -76,9 +77,10 @@ class DeepSpeedPlan:
     precision: Precision
     monitors: Monitors
     stage: Literal[0, 1, 2, 3] = 0
+    checkpointed_layers: int = 0
+    """Layers of each encoder that are computed again in the backward pass, the first ones."""
     notes: tuple[str, ...] = ()
     """To be told to the user: what was read otherwise than the file says, and what the machine makes of it."""
-    checkpointed_layers: int = 0
     is_micro_batch_open: bool = False
     """Whether the file leaves the cut of the batch to us; until that is decided, each rank takes its share at once."""
 
@@ -160,6 +162,7 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, auto_fp1
     zero = parse_zero(values, problems)
     precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes)
     monitors = parse_monitors(values, problems)
+    checkpointed_layers = parse_activations(values, recipe.model.num_hidden_layers, problems, notes)
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:
         raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(problems))
@@ -173,11 +176,15 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, auto_fp1
         "zero_optimization": zero,
     }
     document.setdefault("steps_per_print", 2**31 - 1)  # the progress bar reports, not DeepSpeed
+    if checkpointed_layers:
+        document["activation_checkpointing"] = {"number_checkpoints": checkpointed_layers}
     for name in PRECISION_KEYS:
         if isinstance(values.get(name), dict) and name.replace("torch_", "") == precision.name.split("-")[0]:
             document[name] = without_auto(values[name]) | {"enabled": True}
     is_open = all(values.get(key, "auto") == "auto" for key in _CUT)
-    return DeepSpeedPlan(document, batch, precision, monitors, zero["stage"], tuple(notes), is_micro_batch_open=is_open)
+    return DeepSpeedPlan(
+        document, batch, precision, monitors, zero["stage"], checkpointed_layers, tuple(notes), is_open
+    )
 
 
 def _check_keys(values: dict[str, Any], problems: list[str]) -> None:

@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 
 def obstacle(device: torch.device, plan: DeepSpeedPlan) -> str | None:
     """Why a run is better not compiled here; None where it is."""
-    if plan.stage == 3:
-        return "ZeRO stage 3 gathers weights in hooks, which a compiled forward does not call"
+    if reason := _forbidden_by(plan):
+        return reason
     if device.type == "cpu":
         return "on a CPU it is no faster (docs/experiments.md)"
     capability = torch.cuda.get_device_capability(device)
@@ -45,12 +45,21 @@ def obstacle(device: torch.device, plan: DeepSpeedPlan) -> str | None:
     return None
 
 
+def _forbidden_by(plan: DeepSpeedPlan) -> str | None:
+    """What of a plan cannot be compiled on any device."""
+    if plan.stage == 3:
+        return "ZeRO stage 3 gathers weights in hooks, which a compiled forward does not call"
+    if plan.checkpointed_layers:
+        return "the layers that are computed again (activation_checkpointing) are run as they are written"
+    return None
+
+
 def check_compile(wanted: Compile, device: torch.device, plan: DeepSpeedPlan) -> bool:
     """Whether to compile. Raises ConfigError where that was asked for and cannot be."""
     if wanted == "off":
         return False
     reason = obstacle(device, plan)
-    is_possible = reason is None or (device.type == "cpu" and plan.stage != 3)
+    is_possible = reason is None or (device.type == "cpu" and _forbidden_by(plan) is None)
     if wanted == "on" and not is_possible:
         raise ConfigError(f"--compile on cannot be done: {reason}. Leave it at auto.")
     return wanted == "on" or reason is None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from electra_ds.model.kernels import attention, dropout, dropout_add, feed_forward
 
@@ -81,12 +82,28 @@ class Layer(nn.Module):
         self.output = nn.Linear(config.intermediate_size, hidden)
         self.output_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_BTH: torch.Tensor, attend_B1QT: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, hidden_BTH: torch.Tensor, attend_B1QT: torch.Tensor | None, *, is_checkpointed: bool = False
+    ) -> torch.Tensor:
+        """is_checkpointed: whether the input alone is kept for the backward pass, which computes the layer again with
+        the same dropout and autocast."""
+        if is_checkpointed:
+            # In here, not around the call: its hooks, in which ZeRO stage 3 gathers and releases the weights, must not
+            # run again in the middle of the layer's backward pass.
+            output_BTH: torch.Tensor = checkpoint(self._run, hidden_BTH, attend_B1QT, use_reentrant=False)
+            return output_BTH
+        return self._run(hidden_BTH, attend_B1QT)
+
+    def _run(self, hidden_BTH: torch.Tensor, attend_B1QT: torch.Tensor | None) -> torch.Tensor:
         attention_dropout, hidden_dropout = (self.attention_dropout, self.hidden_dropout) if self.training else (0, 0)
         context_BTH = attention(self.query_key_value(hidden_BTH), attend_B1QT, self.num_heads, attention_dropout)
         hidden_BTH = self.attention_norm(dropout_add(self.attention_output(context_BTH), hidden_BTH, hidden_dropout))
         inner_BTH = feed_forward(hidden_BTH, self.intermediate, self.output)
-        return self.output_norm(dropout_add(inner_BTH, hidden_BTH, hidden_dropout))
+        summed_BTH = dropout_add(inner_BTH, hidden_BTH, hidden_dropout)
+        # The module is not called: torch leaves a layer that it computes again by an exception in the last operation,
+        # so that the hook after it, in which ZeRO stage 3 takes the module off a list, would not run.
+        norm = self.output_norm
+        return functional.layer_norm(summed_BTH, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 class Encoder(nn.Module):
@@ -95,6 +112,9 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointed_layers = 0
+        """Set by an engine: how many layers, from the first, keep their input alone for the backward pass and are
+        computed again there."""
         self.embeddings = Embeddings(config)
         self.embeddings_project = (
             nn.Linear(config.embedding_size, config.hidden_size)
@@ -114,6 +134,7 @@ class Encoder(nn.Module):
         of a row's, or None where all see all; `segments_BT` is True in the second segment, or None where there is only
         one; `positions_BT` are positions where a row is not one sequence."""
         hidden_BTH = self.embeddings_project(self.embeddings(ids_BT, segments_BT, positions_BT))
-        for layer in self.layers:
-            hidden_BTH = layer(hidden_BTH, attend_B1QT)
+        num_checkpointed = self.checkpointed_layers if self.training and torch.is_grad_enabled() else 0
+        for index, layer in enumerate(self.layers):
+            hidden_BTH = layer(hidden_BTH, attend_B1QT, is_checkpointed=index < num_checkpointed)
         return hidden_BTH

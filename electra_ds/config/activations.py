@@ -1,0 +1,52 @@
+"""The `activation_checkpointing` section of a DeepSpeed JSON.
+
+DeepSpeed reads it for models that call its own `deepspeed.checkpointing`. Ours calls torch's, so of the section's keys
+the number of layers has a meaning here, and the switches of DeepSpeed's implementation have none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from electra_ds.config.suggest import did_you_mean
+
+_COUNT = "number_checkpoints"
+_SWITCHES = (
+    "partition_activations", "cpu_checkpointing", "contiguous_memory_optimization",
+    "synchronize_checkpoint_boundary", "profile",
+)  # fmt: skip
+
+
+def parse_activations(values: dict[str, Any], num_layers: int, problems: list[str], notes: list[str]) -> int:
+    """Layers of each encoder that are computed again in the backward pass: 0 without the section, and all of them where
+    it names no number. What is wrong is added to `problems`, what was decided here to `notes`.
+
+    num_layers: of the discriminator, which has no fewer than the generator.
+    """
+    name = "activation_checkpointing"
+    section = values.get(name)
+    if name not in values:
+        return 0
+    if section == "auto":
+        section = {}
+    if not isinstance(section, dict):
+        problems.append(f'{name}: must be an object such as {{"{_COUNT}": {num_layers}}}')
+        return 0
+    for key, value in section.items():
+        if key in _SWITCHES:
+            if value and value != "auto":
+                problems.append(f"{name}.{key}: is not supported here; remove it")
+        elif key != _COUNT:
+            problems.append(f"{name}.{key}: unknown key{did_you_mean(key, (_COUNT, *_SWITCHES))}")
+    count = section.get(_COUNT)
+    if count in (None, "auto"):  # null is DeepSpeed's own default
+        notes.append(f"{name} names no number, so all {num_layers} layers are computed again in the backward pass")
+        return num_layers
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        problems.append(
+            f"{name}.{_COUNT}: {count!r} is not a positive whole number; to compute no layer again, remove the section"
+        )
+        return 0
+    if count > num_layers:
+        notes.append(f"{name}.{_COUNT} is {count}, and the recipe has {num_layers} layers, so all of them are meant")
+    return min(count, num_layers)
