@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +81,7 @@ class DeepSpeedPlan:
     """Layers of each encoder that are computed again in the backward pass, the first ones."""
     notes: tuple[str, ...] = ()
     """To be told to the user: what was read otherwise than the file says, and what the machine makes of it."""
-    is_micro_batch_open: bool = False
+    is_micro_batch_open: bool = field(default=False, compare=False)
     """Whether the file leaves the cut of the batch to us; until that is decided, each rank takes its share at once."""
 
     def with_micro_batch(self, size: int) -> DeepSpeedPlan:

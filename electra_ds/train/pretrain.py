@@ -238,7 +238,9 @@ class _Loop:
         self.job.run.write_record(self.job.recipe, plan, self.job.record)
         if self.log is not None:
             cut = {"micro_batch_size": plan.batch.micro_batch_size}
-            self.log.write("plan", self.step, cut | {"steps_accumulated": plan.batch.gradient_accumulation_steps})
+            self.log.write(
+                "plan", self.step, cut | {"gradient_accumulation_steps": plan.batch.gradient_accumulation_steps}
+            )
         self.console.print(
             f"[yellow]Note:[/] memory ran out in step {self.step + 1}, which is done again and everything after it "
             f"with micro-batch x accumulation = {plan.batch}; batch, masks and samples stay as they were.",
