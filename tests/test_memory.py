@@ -199,3 +199,25 @@ def test_sharding_and_offloading_only_ever_save(name: str) -> None:
     assert resting(2, stage=1) == whole // 2
     assert resting(4, stage=2) == whole // 4
     assert resting(2, stage=3, offload_optimizer={"device": "cpu"}) == 0
+
+
+@pytest.mark.usefixtures("cuda_kernels_on_meta")
+def test_all_layers_share_one_attention_mask_on_a_gpu() -> None:
+    """Padding costs one mask in the queries' dtype, not one for each of the 24 layers."""
+    recipe = load_recipe("rc2020-small", [])
+    model = set_up(recipe, 1000, "fp16").to("meta")
+    full = longest_micro_batch(recipe, 1000, 4)
+    rows, length = full.ids_BT.shape
+    sequences_BT = torch.ones(rows, length, dtype=torch.int32)
+    sequences_BT[:, -3:] = 2
+    packed = full._replace(
+        sequences_BT=sequences_BT, positions_BT=torch.arange(length).expand(rows, length).contiguous()
+    )
+    kept = []
+    for batch in (full, packed):
+        with saved_for_backward(model) as saved:
+            output = model.run(batch.to(torch.device("meta")), None)
+            _ = output.generator_loss_sum + output.discriminator_loss_sum
+        kept.append(sum(storage.nbytes() for storage in saved.values()))
+    mask, positions = 2 * rows * length * length, 8 * rows * length
+    assert kept[1] - kept[0] == mask + positions

@@ -101,6 +101,10 @@ class PeakMemory:
         """What a GPU must have free, with the CUDA context and what the allocator cannot use."""
         return round(self.allocated_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
+    def needed_bytes(self, kernels: Kernels) -> int:
+        """What must be free for it on a GPU, or of a CPU's memory."""
+        return self.card_bytes if kernels == "cuda" else self.allocated_bytes
+
 
 def count_parameters(recipe: Recipe, vocab_size: int) -> ParameterCounts:
     """Without making the model."""
@@ -306,7 +310,6 @@ def largest_micro_batch(
     """The plan with the largest micro-batch that fits, by prediction; None where not even one sequence does."""
     for batch in plan.batch.others():
         cut = plan.with_micro_batch(batch.micro_batch_size)
-        peak = peak_memory(recipe, vocab_size, cut, kernels)
-        if (peak.card_bytes if kernels == "cuda" else peak.allocated_bytes) <= budget_bytes:
+        if peak_memory(recipe, vocab_size, cut, kernels).needed_bytes(kernels) <= budget_bytes:
             return cut
     return None

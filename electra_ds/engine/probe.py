@@ -9,7 +9,7 @@ import torch
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
-from electra_ds.engine.memory import CPU_SHARE, FRAGMENTATION, largest_micro_batch, peak_memory
+from electra_ds.engine.memory import CPU_SHARE, FRAGMENTATION, Kernels, largest_micro_batch, peak_memory
 from electra_ds.engine.model_setup import set_up_model
 from electra_ds.errors import ConfigError
 from electra_ds.model.electra import Electra
@@ -33,6 +33,18 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def kernels_of(device: torch.device) -> Kernels:
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def free_bytes(device: torch.device, ranks: Ranks) -> int:
+    """What a run may take of the device: of a GPU what is free, of the CPU's memory this rank's share of that."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return int(CPU_SHARE * psutil.virtual_memory().available / ranks.launch.local_size)
 
 
 def fitting_plan(
@@ -69,12 +81,8 @@ def _tried(
 def _computed(
     recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
 ) -> DeepSpeedPlan | None:
-    if device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0]
-        found = largest_micro_batch(recipe, vocab_size, plan, budget, "cuda")
-    else:
-        budget = int(CPU_SHARE * psutil.virtual_memory().available / ranks.launch.local_size)
-        found = largest_micro_batch(recipe, vocab_size, plan, budget, "cpu")
+    budget, kernels = free_bytes(device, ranks), kernels_of(device)
+    found = largest_micro_batch(recipe, vocab_size, plan, budget, kernels)
     size = min(ranks.gather(found.batch.micro_batch_size if found is not None else 0))
     return plan.with_micro_batch(size) if size else None
 

@@ -14,6 +14,7 @@ from torch import nn
 from electra_ds.config.recipe import Recipe
 from electra_ds.model.encoder import Encoder, EncoderConfig
 from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
+from electra_ds.model.kernels import shared_mask
 from electra_ds.objective.keyed_random import column_keys
 from electra_ds.objective.losses import discriminator_loss_sum
 from electra_ds.objective.microbatch import MicroBatch
@@ -107,7 +108,8 @@ class Electra(nn.Module):
 
     def run(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> ElectraOutput:
         """What `forward` does, under the autocast that it sets; an engine may put a compiled form in its place."""
-        attend_B1QT = batch.attention_mask()
+        dtype = self.autocast_dtype or self.discriminator_head.dense.weight.dtype
+        attend_B1QT = shared_mask(batch.attention_mask(), dtype)
         generator_BTH = self.generator(batch.generator_ids_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
         gathered_MH = generator_BTH.flatten(0, 1).index_select(0, batch.selected_M)
         targets_M = batch.ids_BT.flatten().index_select(0, batch.selected_M)

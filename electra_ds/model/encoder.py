@@ -130,8 +130,8 @@ class Encoder(nn.Module):
         segments_BT: torch.Tensor | None = None,
         positions_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [B, T, H]. `attend_B1QT` is True where a query sees a place, with Q = T queries or 1 for all
-        of a row's, or None where all see all; `segments_BT` is True in the second segment, or None where there is only
+        """Hidden states [B, T, H]. `attend_B1QT` is of `kernels.shared_mask`, with Q = T queries or 1 for all of a
+        row's, or None where all see all; `segments_BT` is True in the second segment, or None where there is only
         one; `positions_BT` are positions where a row is not one sequence."""
         hidden_BTH = self.embeddings_project(self.embeddings(ids_BT, segments_BT, positions_BT))
         num_checkpointed = self.checkpointed_layers if self.training and torch.is_grad_enabled() else 0

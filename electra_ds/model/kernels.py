@@ -42,7 +42,7 @@ def attention(
 ) -> torch.Tensor:
     """Self-attention from queries, keys and values side by side, [B, T, 3 * H] -> [B, T, H].
 
-    attend_B1QT: bool, True where a query sees a key, with Q = T queries or 1 for all of them; None where all see all.
+    attend_B1QT: of `shared_mask`, with Q = T queries or 1 for all of them; None where all see all.
     """
     batch, length, width = query_key_value_BTH.shape
     if _is_eager_cpu(query_key_value_BTH) and dropout_probability:
@@ -52,6 +52,17 @@ def attention(
         query, key, value, attn_mask=attend_B1QT, dropout_p=dropout_probability
     )
     return context_BNTD.transpose(1, 2).reshape(batch, length, width // 3)
+
+
+def shared_mask(attend_B1QT: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The mask in the form that the device's attention takes, for all layers together.
+
+    A GPU's takes numbers to add, and makes them of booleans anew in every layer, each of which would keep its own.
+    dtype: that of queries and keys.
+    """
+    if attend_B1QT is None or attend_B1QT.device.type == "cpu":
+        return attend_B1QT
+    return torch.zeros_like(attend_B1QT, dtype=dtype).masked_fill_(~attend_B1QT, float("-inf"))
 
 
 def feed_forward(hidden_BTH: torch.Tensor, intermediate: nn.Linear, output: nn.Linear) -> torch.Tensor:

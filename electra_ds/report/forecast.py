@@ -44,7 +44,7 @@ class Forecast:
 
     @property
     def needed_bytes(self) -> int:
-        return self.memory.card_bytes if self.kernels == "cuda" else self.memory.allocated_bytes
+        return self.memory.needed_bytes(self.kernels)
 
     @property
     def fits(self) -> bool:
@@ -58,7 +58,7 @@ class Forecast:
                 size = self.recipe.global_batch_size // theirs.gradient_accumulation_steps
                 cut = self.plan.with_micro_batch(size)
                 peak = peak_memory(self.recipe, self.vocab_size, cut, self.kernels)
-                rows.append((publication, theirs, peak.card_bytes))
+                rows.append((publication, theirs, peak.needed_bytes(self.kernels)))
         return rows
 
     def published_days(self) -> list[tuple[Publication, float]]:

@@ -20,8 +20,8 @@ from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import check_plan
-from electra_ds.engine.memory import count_parameters
-from electra_ds.engine.probe import fitting_plan
+from electra_ds.engine.memory import count_parameters, peak_memory
+from electra_ds.engine.probe import fitting_plan, free_bytes, kernels_of
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.runtime import Ranks
 from electra_ds.train.hardware import cannot_use, check_gpu, look, notes_at_start
@@ -139,15 +139,26 @@ def prepare_new(
 
 
 def _cut(plan: DeepSpeedPlan, recipe: Recipe, store: TokenStore, ranks: Ranks) -> DeepSpeedPlan:
-    """The plan with a micro-batch that fits, where it leaves that to us."""
-    if not plan.is_micro_batch_open:
+    """The plan with a micro-batch that fits, where it leaves that to us, and with a note on the memory that it takes
+    where that is little or much."""
+    device, vocab_size = runtime.device(ranks.launch), store.tokenizer.vocab_size
+    free = free_bytes(device, ranks)
+    if plan.is_micro_batch_open:
+        fitting = fitting_plan(recipe, vocab_size, plan, device, ranks)
+        if fitting.batch == plan.batch:
+            return fitting
+        size = fitting.batch.micro_batch_size
+        note = f"the largest micro-batch that fits into the {free / 2**30:.1f} GiB that are free is {size}"
+        return replace(fitting, notes=(*fitting.notes, note))
+    kernels = kernels_of(device)
+    needed = peak_memory(recipe, vocab_size, plan, kernels).needed_bytes(kernels)
+    if needed <= free:
         return plan
-    device = runtime.device(ranks.launch)
-    fitting = fitting_plan(recipe, store.tokenizer.vocab_size, plan, device, ranks)
-    if fitting.batch == plan.batch:
-        return fitting
-    note = f"the largest micro-batch that fits into the memory that is free is {fitting.batch.micro_batch_size}"
-    return replace(fitting, notes=(*fitting.notes, note))
+    note = (
+        f"a step is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+        f"--micro-batch auto finds what fits"
+    )
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:

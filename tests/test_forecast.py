@@ -1,0 +1,201 @@
+"""bin/plan: what it predicts, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from electra_ds.config.cards import CARDS, Card, find_card
+from electra_ds.config.deepspeed import read_deepspeed_json
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.shipped import ds_config_names, recipe_names
+from electra_ds.engine.memory import Phase, peak_memory
+from electra_ds.engine.step_time import SLOWER
+from electra_ds.errors import ConfigError
+from electra_ds.report.forecast import GIB, Forecast, forecast
+from electra_ds.report.literature import publications
+from tests.helpers import REPOSITORY
+from tests.test_pretrain import run
+
+CARD_JSONS = [card.ds_config for card in CARDS if card.ds_config is not None]
+
+
+def card_of(name: str) -> Card:
+    card = find_card(name)
+    assert card is not None
+    return card
+
+
+def planned(ds_config: str, *overrides: str, recipe: str = "rc2020-small", **options: Any) -> Forecast:
+    options.setdefault("card", find_card(ds_config))
+    return forecast(load_recipe(recipe, list(overrides)), read_deepspeed_json(ds_config), ds_config, **options)
+
+
+def test_the_studys_electra_small_fits_a_gtx_1060_with_the_display_attached() -> None:
+    found = planned("gtx1060-6gb")
+    assert found.budget_bytes == pytest.approx(5.2 * GIB)
+    assert found.needed_bytes < 5.2e9  # in GB too
+    assert found.fits
+    assert (found.plan.batch.micro_batch_size, found.plan.batch.gradient_accumulation_steps) == (128, 1)
+    assert found.plan.precision.name == "fp16"
+    assert {lack.what for lack in found.lacks} == {"tensor cores", "bf16", "flash attention", "torch.compile"}
+
+
+def test_the_studys_own_figures_stand_beside_ours() -> None:
+    found = planned("gtx1080ti-11gb")
+    rows = [(theirs.gradient_accumulation_steps, theirs.memory_gb) for _, theirs, _ in found.published_memory()]
+    assert rows == [(2, 11), (1, 15)]
+    for _, theirs, ours in found.published_memory():
+        cut = found.plan.with_micro_batch(128 // theirs.gradient_accumulation_steps)
+        assert cut.batch.gradient_accumulation_steps == theirs.gradient_accumulation_steps
+        assert ours == peak_memory(found.recipe, found.vocab_size, cut).card_bytes < theirs.memory_gb * 1e9
+    assert [days for _, days in found.published_days()] == [13]
+    assert planned("gtx1080ti-11gb", "data.sequence_length=256").publications == []  # another training
+
+
+def test_every_publication_is_of_a_shipped_recipe_and_of_known_cards() -> None:
+    found = [publication for name in recipe_names() for publication in publications(name)]
+    assert len(found) == len(list((REPOSITORY / "electra_ds" / "report" / "published").glob("*.yaml")))
+    for publication in found:
+        assert all(card_of(name).name == name for name in publication.days)
+
+
+@pytest.mark.parametrize("name", CARD_JSONS)
+def test_a_cards_json_takes_at_most_half_of_it_and_is_the_largest_power_of_two_that_does(name: str) -> None:
+    size = read_deepspeed_json(name)["train_micro_batch_size_per_gpu"]
+    assert size & (size - 1) == 0
+    assert planned(name, f"global_batch_size={size}").needed_bytes <= card_of(name).usable_gib * GIB / 2
+    twice = {"train_micro_batch_size_per_gpu": 2 * size}
+    larger = forecast(
+        load_recipe("rc2020-small", [f"global_batch_size={2 * size}"]), read_deepspeed_json(name) | twice, name,
+        card=card_of(name),
+    )  # fmt: skip
+    assert larger.needed_bytes > card_of(name).usable_gib * GIB / 2
+
+
+def test_there_is_a_json_for_each_card_that_people_ask_about() -> None:
+    assert set(ds_config_names()) == {*CARD_JSONS, "cpu", "zero1", "zero2", "zero3-offload"}
+    for card in CARDS:
+        if card.ds_config is not None:
+            values = read_deepspeed_json(card.ds_config)
+            assert values["zero_optimization"] == {"stage": 0}
+            assert ("bf16" in values) == (card.bf16_tflops is not None)
+
+
+def test_parts_add_up_and_the_peak_is_the_fullest_moment() -> None:
+    memory = planned("rtx3090-24gb").memory
+    for phase in memory.phases.values():
+        assert phase.total == sum(getattr(phase, name) for name in Phase._fields)
+    assert memory.allocated_bytes == memory.backward.total
+    assert memory.backward.activations > memory.head.activations > memory.update.activations == 0
+    assert memory.card_bytes > memory.allocated_bytes
+
+
+def test_sharding_over_ranks_leaves_each_card_less(tmp_path: Path) -> None:
+    one, four = (planned("zero1", card=card_of("RTX 3090"), world_size=ranks) for ranks in (1, 4))
+    assert four.plan.batch.micro_batch_size == 32
+    assert four.memory.update.optimizer == one.memory.update.optimizer // 4
+    offloaded = planned("zero3-offload", card=card_of("RTX 3090"), world_size=2).memory
+    assert offloaded.update.optimizer == 0
+    assert offloaded.host_bytes > 0
+    with pytest.raises(ConfigError, match="cannot be split over 3 ranks"):
+        planned("zero1", card=card_of("RTX 3090"), world_size=3)
+
+
+def test_a_gtx_16_is_planned_in_fp32_where_the_json_leaves_it_open_and_warned_of_in_fp16() -> None:
+    card = card_of("GTX 1660 Ti")
+    assert planned("zero1", card=card).plan.precision.name == "fp32"
+    fp16 = planned("gtx1060-6gb", card=card)
+    fp32 = planned("zero1", card=card)
+    assert fp16.time is not None
+    assert fp32.time is not None
+    assert fp16.time.roofline_s > 3 * fp32.time.roofline_s
+    assert "slower than fp32" in fp16.lacks[0].consequence
+
+
+def test_what_a_card_cannot_do_at_all_is_refused_with_what_it_can() -> None:
+    with pytest.raises(ConfigError, match=r"GTX 1060 6GB has no bf16, which rtx3090-24gb asks for. Take fp16"):
+        planned("rtx3090-24gb", card=card_of("gtx1060-6gb"))
+
+
+def test_too_little_memory_is_said_and_the_micro_batch_that_fits_is_named() -> None:
+    little = planned("gtx1060-6gb", card=None, memory_gib=1.5)
+    assert not little.fits
+    assert little.largest is not None
+    fitting = little.largest.batch.micro_batch_size
+    assert 16 <= fitting < 128
+    assert planned("gtx1060-6gb", card=None, memory_gib=0.3).largest is None
+    left_open = planned("zero1", card=None, memory_gib=1.5)
+    assert left_open.fits
+    assert left_open.plan.batch.micro_batch_size < 128
+
+
+def test_days_follow_from_the_card_and_say_what_they_rest_on() -> None:
+    found = planned("gtx1060-6gb")
+    assert found.time is not None
+    low, high = found.time.days(1_000_000)
+    assert high / low == pytest.approx(SLOWER[1] / SLOWER[0])
+    assert 5 < low < high < 21  # faster than the study's code on the same card
+    faster = planned("h200-141gb").time
+    assert faster is not None
+    assert faster.days(1_000_000)[1] < low / 10
+
+
+def command(*arguments: str, status: int = 0) -> str:
+    result = run("plan", *arguments, status=status)
+    return " ".join((result.stdout if status == 0 else result.stderr).split())
+
+
+def test_the_command_says_all_of_it() -> None:
+    said = command("--recipe", "rc2020-small", "--ds-config", "gtx1060-6gb")
+    assert "on NVIDIA GeForce GTX 1060 6GB (never run): fp16, ZeRO stage 0" in said
+    assert re.search(r"= \d\.\d\d GiB of 5.20 GiB \(6 GiB less 0.8 for the display and the driver\): fits", said)
+    assert "1 accumulation step: 15 GB (Mercier 2021), predicted here 2." in said
+    assert "Others took 21 days on this card (Mercier 2021)" in said
+    assert "torch.compile: Triton needs 7.0" in said
+    for part in Phase._fields:
+        assert part in said
+    assert "--micro-batch" not in said
+    assert "say --micro-batch to bin/pretrain" in command("--ds-config", "gtx1060-6gb", "--memory-gb", "1.5")
+    assert "fits." in command("--ds-config", "cpu", "--recipe", "tiny")
+
+
+def test_the_table_has_every_card_and_every_recipe() -> None:
+    said = json.loads(command("--all", "--json"))
+    assert {(row["card"], row["recipe"]) for row in said} == {
+        (card.name, name) for card in CARDS for name in recipe_names()
+    }
+    assert all(row["fits"] for row in said)
+    assert {row["precision"] for row in said if row["card"].startswith("NVIDIA GeForce GTX 16")} == {"fp32"}
+    shown = command("--all")
+    assert all(card.name.split("GeForce ")[-1] in shown for card in CARDS)
+
+
+def test_json_has_every_number() -> None:
+    row = json.loads(command("--ds-config", "v100-16gb", "--json"))
+    assert row["was_run_on_this_card"] is False
+    assert row["needed_bytes"] <= row["usable_bytes"]
+    assert row["memory_bytes"]["backward"]["at_once"] == row["allocated_bytes"]
+    assert row["step_s"]["products_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "Say how it would be run with --ds-config"),
+        (("--ds-config", "zero1"), "zero1 is not named after a card; say which one with --card or --memory-gb"),
+        (("--ds-config", "gtx1060-6gb", "--card", "GTX 1070"), "No card 'GTX 1070' is known"),
+        (("--ds-config", "gtx1060-6gb", "--card", "T4", "--memory-gb", "8"), "not allowed with argument"),
+        (("--ds-config", "gtx1060-6gb", "--memory-gb", "lots"), "'lots' is not a number of GiB"),
+        (("--ds-config", "gtx1060-6gb", "--memory-gb", "nan"), "'nan' is not a number of GiB"),
+        (("--all", "--card", "T4"), "--all shows every card and every recipe as they are shipped"),
+        (("--ds-config", "gtx1060-6gb", "--set", "model.hidden=3"), "model.hidden"),
+        (("--ds-config", "gtx1060-6gb", "--ranks", "7"), "cannot be split over 7 ranks"),
+    ],
+)
+def test_bad_arguments_are_answered_in_one_sentence(arguments: tuple[str, ...], complaint: str) -> None:
+    assert complaint in command(*arguments, status=2)
