@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from electra_ds.config.cards import CARDS, Card, find_card
+from electra_ds.config.cards import CARDS, Card, find_card, lacks
 from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.shipped import ds_config_names, recipe_names
 from electra_ds.engine.memory import Phase, peak_memory
 from electra_ds.engine.step_time import SLOWER
 from electra_ds.errors import ConfigError
-from electra_ds.report.forecast import GIB, Forecast, forecast
+from electra_ds.report.forecast import CARDS_RUN, GIB, Forecast, forecast
 from electra_ds.report.literature import publications
 from tests.helpers import REPOSITORY
 from tests.test_pretrain import run
@@ -84,6 +84,17 @@ def test_there_is_a_json_for_each_card_that_people_ask_about() -> None:
             values = read_deepspeed_json(card.ds_config)
             assert values["zero_optimization"] == {"stage": 0}
             assert ("bf16" in values) == (card.bf16_tflops is not None)
+
+
+def test_the_page_on_hardware_has_every_card_and_says_which_ones_ran() -> None:
+    page = (REPOSITORY / "docs" / "hardware.md").read_text("utf8")
+    for card in CARDS:
+        major, minor = card.capability
+        lacking = ", ".join(lack.what for lack in lacks(card.name, card.capability)) or "–"
+        json_name = f"`{card.ds_config}`" if card.ds_config is not None else "–"
+        ran = "yes" if card.name in CARDS_RUN else "never run"
+        row = f"| {card.name} | {major}.{minor} | {card.usable_gib:.1f} | {json_name} | {lacking} | {ran} |"
+        assert row in page.splitlines()
 
 
 def test_parts_add_up_and_the_peak_is_the_fullest_moment() -> None:

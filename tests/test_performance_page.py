@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 from electra_ds.config.cards import Card, find_card, peak_flops
+from electra_ds.config.deepspeed import resolve
 from electra_ds.config.overrides import load_recipe
+from electra_ds.engine.step_time import SLOWER, step_time
 from electra_ds.model.electra import Electra, encoder_configs
 from electra_ds.model.flops import step_flops, transformers_step_flops
 from tests.helpers import REPOSITORY
@@ -20,7 +22,7 @@ THEIRS = transformers_step_flops(*CONFIGS, [LENGTH] * ROWS)
 TEXT = (REPOSITORY / "docs" / "performance.md").read_text("utf8")
 PROSE = " ".join(TEXT.split())
 DAY_S = 86_400
-SLOWER_THAN_ROOFLINE = (1.4, 3.0)
+FP16 = resolve({"fp16": {"enabled": True}}, RECIPE, world_size=1, auto_fp16=True, source="fp16")
 LAYOUTS = ("padded_to_row", "padded_to_longest", "transformers")
 
 
@@ -87,8 +89,13 @@ def test_shares_of_the_peak_and_predictions_follow_from_what_stands_beside_them(
     for name, published, share, roofline_ms, predicted in rows:
         expected = "–" if published == "–" else f"{100 * floor_days(name) / float(published.split()[0]):.1f} %"
         assert share == expected, name
-        low, high = (days(float(roofline_ms) / 1e3 * factor) for factor in SLOWER_THAN_ROOFLINE)
+        time = step_time(RECIPE, VOCABULARY, FP16, card_and_peak(name)[0])
+        assert time is not None
+        assert roofline_ms == f"{time.roofline_s * 1e3:.3g}"
+        low, high = time.days(RECIPE.schedule.total_steps)
         assert predicted == f"{low:.2g} to {high:.2g}", name
+    low, high = SLOWER
+    assert f"times {low} to {high}" in PROSE
 
 
 RESULTS: dict[str, Any] = json.loads((REPOSITORY / "benchmarks" / "results" / "cpu-1-thread.json").read_text("utf8"))
