@@ -336,6 +336,48 @@ def test_the_error_of_one_rank_is_shown_first_and_once(store: TokenStore, tmp_pa
         assert "division" in (run_dir / "verdict.json").read_text()
 
 
+LITTLE_MEMORY = """
+import psutil, torch
+from collections import namedtuple
+psutil.virtual_memory = lambda: namedtuple("Memory", "available")(2_200_000)
+from electra_ds.model.electra import Electra
+run, passes = Electra.run, [0]
+def faulty(self, batch, samples):
+    passes[0] += torch.is_grad_enabled()
+    if passes[0] == 30:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return run(self, batch, samples)
+Electra.run = faulty
+"""
+
+
+@pytest.mark.slow
+def test_ranks_take_the_micro_batch_that_fits_all_and_end_together_where_memory_runs_out(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    """Rank 1 has little memory, and none in its 30th pass. It cannot do the step again while rank 0 is in the middle of
+    it, but says what will do."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{LITTLE_MEMORY}\n"
+    )
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["--micro-batch", "auto", *run_arguments(store.path, run_dir, "global_batch_size=16")]
+    processes = start("srun", arguments, log, environment_of_rank_1={"PYTHONPATH": str(tmp_path)})
+    assert finish(processes, timeout=60) == [2, 2]
+    text = log.read_text()
+    size = json.loads((run_dir / "deepspeed.json").read_text())["train_micro_batch_size_per_gpu"]
+    assert 1 < size < 8
+    assert f"micro-batch x accumulation = {size} x {8 // size} x 2 rank(s)" in text
+    step = -(-30 // (8 // size))
+    message = (
+        f"(rank 1): Memory ran out in step {step} with micro-batch {size}, and the step cannot be done again, since "
+        f"the other ranks wait in the middle of it. With --micro-batch {size // 2} start anew."
+    )
+    assert text.count(message) == 1, text
+    assert "Traceback" not in text
+    assert RunDirectory(run_dir).verdict() == "failed"
+
+
 @pytest.mark.slow
 def test_a_hostfile_of_two_nodes_without_ssh(store: TokenStore, tmp_path: Path) -> None:
     """`--deepspeed --deepspeed_config FILE`, as scripts written for DeepSpeed are started; both nodes are this one."""

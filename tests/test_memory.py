@@ -82,7 +82,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     return load_recipe("tiny", [f"{key}={value}" for key, value in values.items()])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(recipes(), st.integers(300, 3000), st.sampled_from(PRECISIONS))
 def test_saved_bytes_of_any_recipe_are_within_three_percent(recipe: Recipe, vocab_size: int, precision: str) -> None:
     size = recipe.global_batch_size

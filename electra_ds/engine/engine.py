@@ -11,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import distributed
+from torch.nn import functional
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
@@ -30,6 +31,8 @@ from electra_ds.objective.schedule import learning_rate_at
 # On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at every first start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Stage 3 puts its own in place of it, for as long as the process lasts.
+_TORCH_LINEAR = functional.linear
 
 
 class DeepSpeedEngine:
@@ -116,6 +119,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Frees what DeepSpeed and the compiler hold, so that the process ends quietly or goes on."""
         self._engine.destroy()
+        functional.linear = _TORCH_LINEAR
         if self.is_compiled:
             torch.compiler.reset()  # what is compiled, and how often it may be, is the process's
 
@@ -140,7 +144,8 @@ def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str, unused_gp
             "On a CPU take ds_configs/cpu.json, or bf16 in its place."
         )
     if name == "bf16" and device.type == "cuda" and not has_bf16(device):
-        raise ConfigError(f"{runtime.device_name(device)} has no bf16. Use fp16, as in ds_configs/gtx1060-6gb.json.")
+        instead = "fp16, as in ds_configs/gtx1060-6gb.json" if runtime.wants_fp16(device) else "fp32"
+        raise ConfigError(f"{runtime.device_name(device)} has no bf16. Use {instead}.")
     if distributed.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # DeepSpeedConfig asks it for the number of ranks
     for document in (plan.document, plan.engine_config()):

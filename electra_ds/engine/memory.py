@@ -32,7 +32,6 @@ CPU_SHARE = 0.8
 """Assumed: of the free memory of a machine without a GPU, what a run may take beside everything else."""
 _MASK = 1  # bytes of an element that dropout keeps or not
 _FP32, _HALF, _INT64 = 4, 2, 8
-_STATISTICS = 2 * _FP32  # mean and reciprocal deviation of a LayerNorm's row
 _CUBLAS_WORKSPACE = 8320 * 2**10  # torch's default, :4096:2:16:8 (aten/src/ATen/cuda/CUDABlas.cpp)
 
 
@@ -148,7 +147,7 @@ def saved_bytes(
     sizes = _Sizes(recipe, micro_batch_size, precision, kernels, checkpointed_layers)
     half = sizes.half
     selected, embedding = sizes.selected, generator.embedding_size
-    head = selected * (generator.hidden_size + 3 * embedding) * half + selected * (_STATISTICS + _INT64)
+    head = selected * (generator.hidden_size + 3 * embedding) * half + selected * (sizes.statistics + _INT64)
     head += vocab_size * (embedding + 1) * _FP32
     # The discriminator's head: its input, GELU's input and output; then logits, labels and which positions count.
     judging = sizes.tokens * (3 * discriminator.hidden_size * half + 2 * _FP32 + 2 * _MASK)
@@ -182,6 +181,8 @@ class _Sizes:
         )
         self.half = _FP32 if precision == "fp32" else _HALF  # of what matrix products see
         self.is_autocast = precision.startswith("autocast")
+        # Mean and reciprocal deviation of a LayerNorm's row: in half precision only where a CPU has half weights.
+        self.statistics = 2 * (_FP32 if kernels == "cuda" or self.is_autocast else self.half)
         self.kernels = kernels
         self.checkpointed_layers = checkpointed_layers
 
@@ -197,14 +198,14 @@ class _Sizes:
         element += _MASK if config.hidden_dropout_prob else 0
         if size != config.hidden_size:
             element += self.half  # the projection's input
-        return self.tokens * (size * element + _STATISTICS + _INT64)
+        return self.tokens * (size * element + self.statistics + _INT64)
 
     def layer(self, config: EncoderConfig) -> int:
         """The inputs of four products, queries, keys and values, LayerNorm's inputs, dropout's masks, and of the
         feed-forward what GELU is computed of."""
         hidden = config.hidden_size
         element = 6 * self.half + 2 * self._norm_input(config) + (2 * _MASK if config.hidden_dropout_prob else 0)
-        of_token = hidden * element + config.intermediate_size * self.half + 2 * _STATISTICS
+        of_token = hidden * element + config.intermediate_size * self.half + 2 * self.statistics
         return self.tokens * of_token + self._attention(config)
 
     def _norm_input(self, config: EncoderConfig) -> int:

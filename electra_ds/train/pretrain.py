@@ -344,7 +344,8 @@ class _Loop:
         return self.checkpoints.path(self.step)
 
     def close(self) -> None:
-        self.engine.close()
+        if "engine" in vars(self):  # it is not while it is made anew
+            self.engine.close()
 
 
 def _finite(value: float) -> float | None:
