@@ -143,50 +143,60 @@ def saved_bytes(
 
     precision: one of `config.precision.Precision`'s names.
     """
-    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
-    sizes = _Sizes(recipe, micro_batch_size, precision, kernels, checkpointed_layers)
-    half = sizes.half
-    selected, embedding = sizes.selected, generator.embedding_size
-    head = selected * (generator.hidden_size + 3 * embedding) * half + selected * (sizes.statistics + _INT64)
-    head += vocab_size * (embedding + 1) * _FP32
-    # The discriminator's head: its input, GELU's input and output; then logits, labels and which positions count.
-    judging = sizes.tokens * (3 * discriminator.hidden_size * half + 2 * _FP32 + 2 * _MASK)
-    copies = 0
-    if precision.startswith("autocast"):
-        encoders = {"all": [discriminator]}.get(recipe.generator.sharing, [generator, discriminator])
-        copies = sum(map(_linear_weights, encoders))
-        copies += generator.hidden_size * embedding + discriminator.hidden_size**2
-    return SavedBytes(
-        generator=sizes.encoder(generator), head=head, discriminator=sizes.encoder(discriminator) + judging,
-        weight_copies=copies * _HALF,
-    )  # fmt: skip
-
-
-def _linear_weights(config: EncoderConfig) -> int:
-    """Elements of the matrices that autocast casts."""
-    projection = config.embedding_size * config.hidden_size if config.embedding_size != config.hidden_size else 0
-    return projection + config.num_hidden_layers * 4 * config.hidden_size**2
+    return _Sizes(recipe, vocab_size, micro_batch_size, precision, kernels, checkpointed_layers).saved()
 
 
 class _Sizes:
     """Bytes of what one micro-batch saves."""
 
     def __init__(
-        self, recipe: Recipe, micro_batch_size: int, precision: str, kernels: Kernels, checkpointed_layers: int
+        self,
+        recipe: Recipe,
+        vocab_size: int,
+        micro_batch_size: int,
+        precision: str,
+        kernels: Kernels,
+        checkpointed_layers: int,
     ) -> None:
+        self.generator_config, self.discriminator_config = encoder_configs(recipe, vocab_size, 0)
+        self.has_one_encoder = recipe.generator.sharing == "all"
         self.rows, self.length = micro_batch_size, recipe.data.sequence_length
         self.tokens = self.rows * self.length
         self.selected = usual_most_selected(
             self.rows, self.length, mlm_probability=recipe.masking.mlm_probability, count=recipe.masking.count
         )
-        self.half = _FP32 if precision == "fp32" else _HALF  # of what matrix products see
+        self.element = _FP32 if precision == "fp32" else _HALF  # of what matrix products see
         self.is_autocast = precision.startswith("autocast")
         # Mean and reciprocal deviation of a LayerNorm's row: in half precision only where a CPU has half weights.
-        self.statistics = 2 * (_FP32 if kernels == "cuda" or self.is_autocast else self.half)
+        self.statistics = 2 * (_FP32 if kernels == "cuda" or self.is_autocast else self.element)
         self.kernels = kernels
         self.checkpointed_layers = checkpointed_layers
 
-    def encoder(self, config: EncoderConfig) -> int:
+    def saved(self) -> SavedBytes:
+        generator, discriminator = self.generator_config, self.discriminator_config
+        embedding, vocab_size = generator.embedding_size, generator.vocab_size
+        head = self.selected * (generator.hidden_size + 3 * embedding) * self.element
+        head += self.selected * (self.statistics + _INT64) + vocab_size * (embedding + 1) * _FP32
+        # The discriminator's head: its input, GELU's input and output; then logits, labels and which positions count.
+        judging = self.tokens * (3 * discriminator.hidden_size * self.element + 2 * _FP32 + 2 * _MASK)
+        return SavedBytes(
+            generator=self._encoder(generator),
+            head=head,
+            discriminator=self._encoder(discriminator) + judging,
+            weight_copies=self._weight_copies() if self.is_autocast else 0,
+        )
+
+    def _weight_copies(self) -> int:
+        """Of the matrices that autocast casts."""
+        generator, discriminator = self.generator_config, self.discriminator_config
+        elements = generator.hidden_size * generator.embedding_size + discriminator.hidden_size**2
+        for config in (discriminator,) if self.has_one_encoder else (generator, discriminator):
+            elements += config.num_hidden_layers * 4 * config.hidden_size**2
+            if config.embedding_size != config.hidden_size:
+                elements += config.embedding_size * config.hidden_size
+        return elements * _HALF
+
+    def _encoder(self, config: EncoderConfig) -> int:
         layers = config.num_hidden_layers
         again = min(self.checkpointed_layers, layers)
         inputs = again * self.tokens * config.hidden_size * self._norm_input(config)
@@ -194,25 +204,25 @@ class _Sizes:
 
     def _embeddings(self, config: EncoderConfig) -> int:
         size = config.embedding_size
-        element = _FP32 if self.is_autocast else self.half
-        element += _MASK if config.hidden_dropout_prob else 0
+        of_element = _FP32 if self.is_autocast else self.element
+        of_element += _MASK if config.hidden_dropout_prob else 0
         if size != config.hidden_size:
-            element += self.half  # the projection's input
-        return self.tokens * (size * element + self.statistics + _INT64)
+            of_element += self.element  # the projection's input
+        return self.tokens * (size * of_element + self.statistics + _INT64)
 
     def layer(self, config: EncoderConfig) -> int:
         """The inputs of four products, queries, keys and values, LayerNorm's inputs, dropout's masks, and of the
         feed-forward what GELU is computed of."""
         hidden = config.hidden_size
-        element = 6 * self.half + 2 * self._norm_input(config) + (2 * _MASK if config.hidden_dropout_prob else 0)
-        of_token = hidden * element + config.intermediate_size * self.half + 2 * self.statistics
+        of_element = 6 * self.element + 2 * self._norm_input(config) + (2 * _MASK if config.hidden_dropout_prob else 0)
+        of_token = hidden * of_element + config.intermediate_size * self.element + 2 * self.statistics
         return self.tokens * of_token + self._attention(config)
 
     def _norm_input(self, config: EncoderConfig) -> int:
         """Bytes of an element that LayerNorm sees. Under autocast a GPU's computes in fp32; a CPU's in what comes,
         which is half behind a projection."""
         if not self.is_autocast or (self.kernels == "cpu" and config.embedding_size != config.hidden_size):
-            return self.half
+            return self.element
         return _FP32
 
     def _attention(self, config: EncoderConfig) -> int:
@@ -220,26 +230,25 @@ class _Sizes:
         mask."""
         queries = self.rows * config.num_attention_heads * self.length
         if self.kernels == "cpu" and config.attention_probs_dropout_prob:
-            return queries * self.length * (self.half + _MASK)
+            return queries * self.length * (self.element + _MASK)
         return queries * _FP32
 
 
 def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: Kernels = "cuda") -> PeakMemory:
     """Of a step under a plan, on each of its ranks."""
-    sizes = _Sizes(recipe, plan.batch.micro_batch_size, plan.precision.name, kernels, plan.checkpointed_layers)
-    saved = saved_bytes(
-        recipe, vocab_size, plan.batch.micro_batch_size, plan.precision.name, kernels, plan.checkpointed_layers
-    )
-    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
+    batch, precision = plan.batch, plan.precision.name
+    sizes = _Sizes(recipe, vocab_size, batch.micro_batch_size, precision, kernels, plan.checkpointed_layers)
+    saved, discriminator = sizes.saved(), sizes.discriminator_config
     state = _state(count_parameters(recipe, vocab_size).all, plan)
-    accumulates = plan.batch.gradient_accumulation_steps > 1 or plan.stage > 0
+    accumulates = batch.gradient_accumulation_steps > 1 or plan.stage > 0
     early_gradients = state.gradients if accumulates else 0
     buffers = state.buffers + (_CUBLAS_WORKSPACE if kernels == "cuda" else 0)
     during_head = saved.generator + saved.head + saved.weight_copies
     # Of the feed-forward: GELU's result or gradient, and its input's. What the head held is free again by then.
-    inner = 2 * sizes.tokens * (discriminator.intermediate_size - discriminator.hidden_size) * sizes.half
+    inner = 2 * sizes.tokens * (discriminator.intermediate_size - discriminator.hidden_size) * sizes.element
     again = sizes.layer(discriminator) if plan.checkpointed_layers >= discriminator.num_hidden_layers else 0
-    product = vocab_size * generator.embedding_size * _HALF if sizes.half == _HALF else 0
+    # The head adds up its half-precision gradient by the token table in fp32, so there is one of each.
+    product = vocab_size * discriminator.embedding_size * _HALF if sizes.element == _HALF else 0
     return PeakMemory(
         head=Phase(
             state.weights, early_gradients, state.optimizer, during_head,
@@ -291,18 +300,17 @@ def _state(parameters: int, plan: DeepSpeedPlan) -> _State:
         flat = parameters * _FP32 if width == _HALF else 0  # the gradients in fp32
         reduced = parameters * width if ranks > 1 else 0  # and in one piece for the collective
         return _State(parameters * width, parameters * width, masters + moments, 0, max(flat, reduced), 0)
-    # Stages 1 to 3, after DeepSpeed's ZeRO tutorial: fp32 masters in every precision, all state sharded.
-    sharded = (parameters * _FP32 + moments) // ranks
-    buckets = (2 if zero.get("overlap_comm", plan.stage == 3) else 1) * zero["reduce_bucket_size"] * width
-    gradients = parameters * width // (ranks if plan.stage >= 2 else 1)
+    # Stages 1 to 3, after DeepSpeed's ZeRO tutorial: fp32 masters in every precision, all state sharded. The weights of
+    # stage 3 are sharded too, but gathered and kept while the card has room for them.
     weights = parameters * width
-    host = 0
+    gradients = weights // (ranks if plan.stage >= 2 else 1)
+    optimizer = (parameters * _FP32 + moments) // ranks
+    copies = 2 if zero.get("overlap_comm", plan.stage == 3) else 1
+    buckets = int(min(copies * zero["reduce_bucket_size"], 2 * parameters)) * width
+    host = weights // ranks if "offload_param" in zero else 0
     if "offload_optimizer" in zero:
-        host, sharded = sharded + gradients, 0
-    if plan.stage == 3:  # gathered layer by layer, but kept while the card has room for them
-        host += weights // ranks if "offload_param" in zero else 0
-    buckets = min(buckets, 2 * parameters * width)
-    return _State(weights, gradients, sharded, buckets, parameters * _FP32 // ranks, host)
+        host, optimizer = host + optimizer + gradients, 0
+    return _State(weights, gradients, optimizer, buckets, parameters * _FP32 // ranks, host)
 
 
 def largest_micro_batch(
