@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -16,11 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from electra_ds.bench import memory
 from electra_ds.bench.compare import compare
 from electra_ds.bench.measure import Clock, Operations, interleaved, peak_bytes, ratio
+from electra_ds.bench.precisions import differences
 from electra_ds.bench.run import measure
 from electra_ds.bench.synthetic import GLUE_LENGTHS
 from electra_ds.cli import main
+from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.engine import DeepSpeedEngine
 from electra_ds.errors import ConfigError
 from tests.helpers import REPOSITORY
 
@@ -92,6 +97,7 @@ OLD: dict[str, Any] = {
     "step": {
         "fp32": {"8": {"deepspeed": {"operations": 1000, "host_syncs": 0}, "transformers": {"operations": 5000}}},
     },
+    "memory": {"measured": {"cpu": {"fp32": {"8": {"measured_bytes": 500, "predicted_bytes": 500}}}}},
     "start_up": {"help_s": 0.2, "help_vs_python": {"speed": 0.1, "speed_quartiles": [0.09, 0.11]}},
 }
 
@@ -128,6 +134,8 @@ def slowed(*path: str, to: float, spread: float = 0.01) -> dict[str, Any]:
         (changed("step", "fp32", "8", "deepspeed", "operations", to=1100), "operations: 1000 before, 1100 now"),
         (changed("step", "fp32", "8", "deepspeed", "host_syncs", to=1), "host_syncs: 0 before, 1 now (from none)"),
         (changed("step", "fp32", "8", "transformers", "operations", to=9000), None),  # not ours
+        (changed("memory", "measured", "cpu", "fp32", "8", "measured_bytes", to=520), "cpu.fp32.8.measured_bytes: 500"),
+        (changed("memory", "measured", "cpu", "fp32", "8", "predicted_bytes", to=900), None),  # a better forecast
     ],
 )
 def test_what_got_slower_is_named_and_noise_is_not(new: dict[str, Any], expected: str | None) -> None:
@@ -184,6 +192,118 @@ def test_the_command_measures_writes_draws_and_compares(tmp_path: Path) -> None:
     assert bench("--from", out, "--compare", out).returncode == 0
 
 
+@pytest.fixture
+def small_text(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the built-in corpus, which takes half a minute to tokenise."""
+    monkeypatch.setattr("electra_ds.bench.run._real_text", lambda recipe: contextlib.nullcontext(store))
+
+
+def measured(section: str, recipe: str = "tiny", **settings: Any) -> dict[str, Any]:
+    chosen = {"micro_batches": None, "dtypes": ["fp32", "bf16"], "rounds": 1, "steps": 1, "threads": 1} | settings
+    return measure(recipe=recipe, sections=[section], console=Console(quiet=True), **chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+def test_the_memory_model_agrees_with_whole_steps_of_the_engine(tmp_path: Path) -> None:
+    """Within a tenth, which is what a GPU is held to."""
+    results = measured("memory", "rc2020-small", micro_batches=[4])
+    found = results["memory"]
+    assert set(found["measured"]["cpu"]) == {"fp32", "bf16"}
+    for dtype, sizes in found["measured"]["cpu"].items():
+        values = sizes["4"]
+        assert values["predicted_bytes"] == pytest.approx(values["measured_bytes"], rel=0.1), dtype
+        assert values["predicted_vs_measured"] == values["predicted_bytes"] / values["measured_bytes"]
+    assert found["not_measured"] == {"cpu fp16": "fp16 is for GPUs"}
+    check_shown(results, tmp_path, "predicted", "not measured: cpu fp16")
+
+
+def test_a_gpu_is_held_to_the_memory_of_every_card_that_is_not_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4, which shows 14.6 of its 16 GiB, without one: torch's answers are made up, so nothing is measured."""
+    gpu = torch.device("cuda", 0)
+    total = int(14.6 * 2**30)
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total, total))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    chosen, not_measured = memory.cases("rc2020-small", ["fp32", "fp16"], [32], gpu)
+    assert [case.ds_config for case in chosen] == [
+        "gtx1060-6gb", "gtx1080ti-11gb", "rtx2060-6gb", "t4-16gb", "p100-16gb", "v100-16gb",
+    ]  # fmt: skip
+    assert {str(case.plan.batch) for case in chosen} == {"128 x 1 x 1 rank(s)"}
+    assert set(not_measured) == {"rtx3090-24gb", "a100-40gb", "h200-141gb"}
+    for case in (chosen[0], chosen[3]):
+        with pytest.raises(RuntimeError, match="out of memory"), memory.limited(gpu, case.limit_bytes):
+            raise RuntimeError("out of memory")
+    assert fractions == pytest.approx([6 / 14.6, 1, 1, 1])  # and given back
+    assert memory.cases("rc2020-small", ["fp32"], [32], gpu)[1]["t4-16gb"].startswith("Tesla T4 has no fp16, or")
+
+
+@pytest.mark.usefixtures("process_group", "small_text")
+def test_precisions_give_the_same_curves_and_they_fall(tmp_path: Path) -> None:
+    results = measured("precisions", micro_batches=[6], steps=64)
+    found = results["precisions"]
+    assert (found["steps"], found["warmup_steps"], found["window_steps"]) == (64, 6, 10)
+    assert found["micro_batch"] == 4  # the largest divisor of 16 that is not above 6
+    for curve in found["curves"].values():
+        assert [len(curve[name]) for name in ("generator_loss", "discriminator_loss")] == [7, 7]  # the last one of 4
+        assert curve["generator_loss"][-1] < curve["generator_loss"][0] - 0.5
+        assert curve["skipped_steps"] == 0
+    apart = found["difference_from_fp32"]["bf16"]
+    assert set(apart) == {"generator_loss", "discriminator_loss"}
+    for values in apart.values():
+        assert abs(values["mean"]) <= values["largest"] < 0.03
+    picture = check_shown(results, tmp_path, "Losses over 64 steps", "bf16 from fp32")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def check_shown(results: dict[str, Any], folder: Path, *words: str) -> Path:
+    """That a file of these results is shown with the words; returns their picture."""
+    (folder / "new.json").write_text(json.dumps(results))
+    done = bench("--from", folder / "new.json", "--picture", folder / "new.png")
+    assert done.returncode == ("incomplete" in results), done.stderr
+    assert all(word in done.stdout for word in words), done.stdout
+    return folder / "new.png"
+
+
+def test_differences_of_curves_are_those_of_the_last_half_and_nothing_is_made_of_what_is_not_finite() -> None:
+    reference = {"generator_loss": [9.0, 4.0, 2.0, 1.0], "discriminator_loss": [1.0, 1.0, 1.0, 1.0]}
+    other = {"generator_loss": [1.0, 1.0, 2.2, 0.9], "discriminator_loss": [1.0, 1.0, None, 1.0]}
+    found = differences(other, reference)
+    assert found["generator_loss"] == pytest.approx({"largest": 0.1, "mean": 0.0})  # +10 % and -10 %
+    assert found["discriminator_loss"] == {"largest": None, "mean": None}
+
+
+@pytest.mark.usefixtures("process_group", "small_text")
+def test_an_interruption_keeps_the_curves_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = DeepSpeedEngine.train_step, [0]
+
+    def interrupted(self: DeepSpeedEngine, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 33:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(DeepSpeedEngine, "train_step", interrupted)
+    results = measured("precisions", steps=20)
+    assert results["incomplete"] == "interrupted"
+    curves = results["precisions"]["curves"]
+    assert {dtype: len(curve["generator_loss"]) for dtype, curve in curves.items()} == {"fp32": 2, "bf16": 1}
+    assert results["precisions"]["difference_from_fp32"] == {}
+    check_shown(results, tmp_path, "Incomplete: interrupted")
+
+
+def test_curves_have_nothing_to_compare_and_that_is_told_before_they_are_trained(tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({key: OLD[key] for key in ("recipe", "hardware")} | {"made_by": "electra-ds bench"} | {
+        "precisions": {"curves": {}},
+    }))  # fmt: skip
+    done = bench("--recipe", "tiny", "--sections", "precisions", "--compare", old)
+    assert done.returncode == 2
+    assert "has nothing to compare of the sections precisions" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -195,6 +315,7 @@ def test_the_command_measures_writes_draws_and_compares(tmp_path: Path) -> None:
         (["--recipe", "tinny"], "did you mean 'tiny'"),
         (["--rounds", "0"], "'0' is not a positive whole number"),
         (["--sections", "steps"], "invalid choice: 'steps'"),
+        (["--steps", "9"], "--steps is for the section precisions"),
     ],
 )
 def test_bad_arguments_are_told_before_anything_is_measured(arguments: list[str], message: str) -> None:
@@ -209,8 +330,8 @@ def test_a_dtype_without_hardware_is_told_before_anything_is_measured(monkeypatc
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)  # some CPUs have it
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         measure(
-            recipe="tiny", micro_batches=None, dtypes=["fp32", "fp16"], rounds=1, sections=["startup"], threads=1,
-            console=Console(quiet=True),
+            recipe="tiny", micro_batches=None, dtypes=["fp32", "fp16"], rounds=1, steps=1, sections=["startup"],
+            threads=1, console=Console(quiet=True),
         )  # fmt: skip
 
 

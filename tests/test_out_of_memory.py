@@ -89,7 +89,9 @@ def train(
     config = folder / "ds.json"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(values))
-    options = launch.Options(ds_config=str(config), threads=1, save_every=5, log_every=1, eval_windows=16)
+    options = launch.Options(
+        ds_config=str(config), threads=1, save_every=5, log_every=1, eval_windows=16, compile="off"
+    )
     directory = RunDirectory(folder / "run")
     with directory.locked():
         plan = launch.plan_new(options, recipe, directory, ranks)

@@ -84,7 +84,7 @@ def _walk(name: str, values: Any) -> Iterator[tuple[str, Figure]]:
         low, high = values["speed_quartiles"]
         yield f"{name}.speed", _figure(name, values["speed"], low, high, is_ratio=True)
     for key, value in values.items():
-        if key in ("peak_step_memory", "operations", "host_syncs"):
+        if key in ("peak_step_memory", "measured_bytes", "operations", "host_syncs"):
             yield f"{name}.{key}", _figure(name, value, value, value, is_ratio=False)
         yield from _walk(f"{name}.{key}" if name else key, value)
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from electra_ds import runtime
 from electra_ds.bench.suite import Settings, Suite
 from electra_ds.config.manifest import versions
+from electra_ds.config.overrides import load_recipe
+from electra_ds.data.build import build_store
+from electra_ds.data.corpus import BUILTIN, open_corpus
+from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import has_bf16
 from electra_ds.errors import ConfigError
 
@@ -28,6 +33,7 @@ def measure(
     micro_batches: Sequence[int] | None,
     dtypes: Sequence[str] | None,
     rounds: int,
+    steps: int,
     sections: Sequence[str],
     threads: int,
     console: Console,
@@ -47,26 +53,31 @@ def measure(
             micro_batches=tuple(micro_batches or _micro_batches(device)),
             dtypes=tuple(dtypes or _dtypes(device)),
             rounds=rounds,
+            steps=steps,
             sections=tuple(sections),
             device=device,
         )
-        with Progress(
+        progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), console=console,
-        ) as progress:  # fmt: skip
+        )  # fmt: skip
 
-            def begin(name: str, turns: int) -> None:
-                gc.collect()
-                progress.add_task(name, total=turns)
+        def begin(name: str, turns: int) -> None:
+            gc.collect()
+            progress.add_task(name, total=turns)
 
-            results: dict[str, Any] = {}
-            with _terminated_as_interrupted():
-                try:
-                    Suite(settings, begin, lambda: progress.advance(progress.task_ids[-1])).run(results)
-                except KeyboardInterrupt:
-                    results["incomplete"] = "interrupted"
-                except torch.OutOfMemoryError as error:
-                    results["incomplete"] = f"{max(settings.micro_batches)} rows do not fit; --micro-batches: {error}"
+        suite = Suite(settings, begin, lambda: progress.advance(progress.task_ids[-1]))
+        results: dict[str, Any] = {}
+        with _terminated_as_interrupted(), contextlib.ExitStack() as stack:
+            # Before the progress display, for the building of a store has its own.
+            corpus = stack.enter_context(_real_text(recipe)) if "precisions" in sections else None
+            stack.enter_context(progress)
+            try:
+                suite.run(results, corpus)
+            except KeyboardInterrupt:
+                results["incomplete"] = "interrupted"
+            except torch.OutOfMemoryError as error:
+                results["incomplete"] = f"{max(settings.micro_batches)} rows do not fit; --micro-batches: {error}"
         return {
             "made_by": "electra-ds bench",
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -81,6 +92,13 @@ def measure(
             "recipe": recipe,
             "rounds": rounds,
         } | results
+
+
+@contextlib.contextmanager
+def _real_text(recipe: str) -> Iterator[TokenStore]:
+    """The built-in corpus under the recipe's tokenizer."""
+    with tempfile.TemporaryDirectory(prefix="electra-ds-bench-") as folder:
+        yield build_store(open_corpus([BUILTIN]), load_recipe(recipe).tokenizer, Path(folder) / BUILTIN)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+_LOSSES = ("generator_loss", "discriminator_loss")
+
 
 def print_results(results: dict[str, Any], console: Console) -> None:
     """Tables of whatever sections there are."""
@@ -33,6 +35,10 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         start = results["start_up"]
         times = f"--help {start['help_s']:.2f} s, imports of a run {start['imports_s']:.1f} s"
         console.print(f"Start-up: {times}; Python alone {start['python_s']:.2f} s")
+    if "memory" in results:
+        _print_memory(results["memory"], console)
+    if "precisions" in results:
+        _print_precisions(results["precisions"], console)
 
 
 def _print_steps(results: dict[str, Any], console: Console) -> None:
@@ -83,6 +89,52 @@ def _print_parts(parts: dict[str, Any], console: Console) -> None:
     drawn = {dtype: f"{found['sampling']['alone'] * 1e3:,.1f}" for dtype, found in parts["seconds"].items()}
     table.add_row("of the head: sampling", *(drawn[dtype] if who == "deepspeed" else "" for dtype, who in columns))
     console.print(table)
+
+
+def _print_memory(memory: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"Peak of what tensors take in {memory['steps']} steps, from the start", box=box.SIMPLE)
+    for column in ("JSON", "precision"):
+        table.add_column(column, no_wrap=True)
+    for column in ("rows", "predicted\nMB", "measured\nMB", "ratio", "held\nmore", "context\nMB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for ds_config, precisions in memory["measured"].items():
+        for precision, sizes in precisions.items():
+            for size, values in sizes.items():
+                on_gpu = "context_bytes" in values
+                table.add_row(
+                    ds_config, precision, size, f"{values['predicted_bytes'] / 1e6:,.0f}",
+                    f"{values['measured_bytes'] / 1e6:,.0f}", f"{values['predicted_vs_measured']:.3f}",
+                    f"{values['fragmentation']:.1%}" if on_gpu else "",
+                    f"{values['context_bytes'] / 1e6:,.0f}" if on_gpu else "",
+                )  # fmt: skip
+    console.print(table)
+    for name, reason in memory["not_measured"].items():
+        console.print(f"not measured: {name}: {reason}", highlight=False, markup=False)
+
+
+def _print_precisions(precisions: dict[str, Any], console: Console) -> None:
+    title = f"Losses over {precisions['steps']} steps on the same data, means of {precisions['window_steps']}"
+    table = Table(title=title, box=box.SIMPLE)
+    table.add_column("precision", no_wrap=True)
+    for column in ("generator\nfirst", "\nlast", "discriminator\nfirst", "\nlast", "steps\nskipped"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for precision, curve in precisions["curves"].items():
+        ends = (curve[name][place] for name in _LOSSES for place in (0, -1) if curve[name])
+        table.add_row(precision, *map(_loss, ends), *([str(curve["skipped_steps"])] if curve[_LOSSES[0]] else []))
+    console.print(table)
+    for precision, apart in precisions["difference_from_fp32"].items():
+        found = "; ".join(f"{name.removesuffix('_loss')} {_difference(values)}" for name, values in apart.items())
+        console.print(f"{precision} from fp32, over the last half of the steps: {found}", highlight=False)
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
+def _difference(values: dict[str, Any]) -> str:
+    if values["largest"] is None:
+        return "not finite"
+    return f"at most {values['largest']:.2%}, on average {values['mean']:+.2%}"
 
 
 def _ratio(values: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from electra_ds import runtime
+from electra_ds.bench import memory, precisions
 from electra_ds.bench.contestants import Contestant, Ours, PaddedBatch, Transformers
 from electra_ds.bench.measure import (
     Clock,
@@ -59,6 +60,8 @@ class Settings:
     micro_batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     rounds: int
+    steps: int
+    """Of the section `precisions`."""
     sections: tuple[str, ...]
     device: torch.device
 
@@ -76,8 +79,11 @@ class Suite:
         for dtype in settings.dtypes:
             check_plan(self._plan(self.recipe, dtype), self.device, "what the benchmark asks of it")
 
-    def run(self, results: dict[str, Any]) -> None:
-        """Put the results into `results`, each section when it is done."""
+    def run(self, results: dict[str, Any], corpus: TokenStore | None = None) -> None:
+        """Put the results into `results`: of `memory` and `precisions` as they come, other sections when they are done.
+
+        corpus: real text under the recipe's tokenizer, for `precisions`, since random tokens cannot be learned.
+        """
         with tempfile.TemporaryDirectory(prefix="electra-ds-bench-") as folder:
             rng = np.random.default_rng(0)
             self.web = write_store(Path(folder) / "web", self._web_lengths(rng), self.vocab_size, rng)
@@ -89,6 +95,11 @@ class Suite:
             for name, section in sections.items():
                 if name in self.settings.sections:
                     results |= section()
+            if "memory" in self.settings.sections:
+                self.memory(results)
+            if "precisions" in self.settings.sections:
+                assert corpus is not None
+                self.precisions(results, corpus)
 
     def _web_lengths(self, rng: np.random.Generator) -> np.ndarray:
         return web_text_lengths(_DOCUMENTS, self.recipe.data.sequence_length, rng)
@@ -302,6 +313,40 @@ class Suite:
         for name in ("help", "imports"):
             results[f"{name}_vs_python"] = _speed(ratio(found["python"], found[name]))
         return {"start_up": results}
+
+    # --- the memory model
+
+    def memory(self, results: dict[str, Any]) -> None:
+        """Predicted and measured memory of a step, by DeepSpeed JSON."""
+        settings = self.settings
+        chosen, not_measured = memory.cases(settings.recipe, settings.dtypes, settings.micro_batches, self.device)
+        results["memory"] = {"steps": memory.STEPS, "measured": {}, "not_measured": not_measured}
+        self.begin("memory, predicted and measured", len(chosen) * memory.STEPS)
+        batches_of = partial(self._batches, self.web)
+        memory.measure_cases(chosen, batches_of, self.device, self.turn, results["memory"])
+
+    # --- precisions
+
+    def precisions(self, results: dict[str, Any], corpus: TokenStore) -> None:
+        """Loss curves at stage 0 by precision, and how far they are from fp32's."""
+        recipe = precisions.shortened(self.settings.recipe, self.settings.steps)
+        at_once = max(self.settings.micro_batches)
+        whole = self._plan(recipe, "fp32")
+        size = next(cut.micro_batch_size for cut in whole.batch.others() if cut.micro_batch_size <= at_once)
+        curves: dict[str, Any] = {}
+        found: dict[str, Any] = {
+            "steps": self.settings.steps, "warmup_steps": recipe.schedule.warmup_steps,
+            "window_steps": precisions.WINDOW_STEPS, "micro_batch": size, "corpus_tokens": corpus.info.num_tokens,
+            "curves": curves, "difference_from_fp32": {},
+        }  # fmt: skip
+        results["precisions"] = found
+        for dtype in sorted(self.settings.dtypes, key=lambda dtype: dtype != "fp32"):
+            self.begin(f"losses in {dtype}", self.settings.steps)
+            curve = curves[dtype] = {}
+            plan = self._plan(recipe, dtype).with_micro_batch(size)
+            precisions.train(recipe, plan, corpus, self.device, self.turn, curve)
+            if dtype != "fp32" and "fp32" in curves:
+                found["difference_from_fp32"][dtype] = precisions.differences(curve, curves["fp32"])
 
     # --- what they share
 

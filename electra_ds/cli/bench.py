@@ -22,11 +22,15 @@ _SECTIONS = {  # and what is in the results if they were measured
     "mixed": ("mixed_lengths", "unpadded"),
     "data": ("data_path",),
     "startup": ("start_up",),
+    "memory": ("memory",),
+    "precisions": ("precisions",),
 }
+_WHEN_NAMED = ("memory", "precisions")
+_STEPS = 500
 _NARROWEST = 80
 _MEASURING = {
-    "recipe": DEFAULT_RECIPE, "sections": list(_SECTIONS), "micro_batches": None, "dtypes": None, "rounds": 5,
-    "threads": 1,
+    "recipe": DEFAULT_RECIPE, "sections": [name for name in _SECTIONS if name not in _WHEN_NAMED],
+    "micro_batches": None, "dtypes": None, "rounds": 5, "steps": _STEPS, "threads": 1,
 }  # fmt: skip
 _EPILOG = """\
 Times, interleaved in one run, our step through the DeepSpeed engine and the plain one, and a step of transformers'
@@ -40,6 +44,9 @@ examples:
   bin/bench --from today.json --compare yesterday.json
       compares two files, without measuring
   bin/bench --sections step --dtypes bf16 --micro-batches 128
+  bin/bench --sections memory precisions
+      sections that have to be named: the memory model beside what steps really take, on a GPU under the memory of each
+      card that a DeepSpeed JSON is shipped for; and loss curves of the recipe by precision, on the same real text
 """
 
 
@@ -49,8 +56,9 @@ def add_bench(commands: Commands) -> None:
     command.set_defaults(handler=_bench, **_MEASURING)
     command.add_argument("--recipe", metavar="NAME|FILE", help="default: %(default)s")
     command.add_argument(
-        "--sections", nargs="+", choices=_SECTIONS, metavar="NAME", help=f"of {', '.join(_SECTIONS)}; default: all"
-    )
+        "--sections", nargs="+", choices=_SECTIONS, metavar="NAME",
+        help=f"of {', '.join(_SECTIONS)}; default: all but {' and '.join(_WHEN_NAMED)}",
+    )  # fmt: skip
     command.add_argument(
         "--micro-batches", nargs="+", type=positive, metavar="N",
         help="rows of a step; default: 8 32, on a GPU 128, on a small one 32",
@@ -62,9 +70,12 @@ def add_bench(commands: Commands) -> None:
     command.add_argument(
         "--rounds", type=positive, metavar="N", help="that count; one more warms up; default: %(default)s"
     )
+    command.add_argument(
+        "--steps", type=positive, metavar="N", help="of the section precisions, in each; default: %(default)s"
+    )
     command.add_argument("--threads", type=positive, metavar="N", help="CPU threads; default: %(default)s")
     command.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    command.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios and parts as a PNG")
+    command.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios, parts and loss curves as a PNG")
     command.add_argument("--from", dest="source", type=Path, metavar="FILE", help="take a JSON file; measure nothing")
     command.add_argument("--compare", type=Path, metavar="OLD", help="a JSON file: say what got slower since")
 
@@ -113,6 +124,8 @@ def _check_arguments(options: argparse.Namespace) -> None:
     if options.source is not None and given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"--from measures nothing, so {flags} cannot be given with it.")
+    if options.steps != _STEPS and "precisions" not in options.sections:
+        raise ConfigError("--steps is for the section precisions; name it: --sections precisions.")
     for path in (options.json, options.picture):
         if path is not None and (not path.parent.is_dir() or path.is_dir()):
             problem = "that is a folder" if path.is_dir() else f"there is no folder {path.parent}"
@@ -123,11 +136,12 @@ def _check_arguments(options: argparse.Namespace) -> None:
 
 def _check_comparable(old: dict[str, Any], options: argparse.Namespace) -> None:
     """ConfigError where nothing that is to be measured stands in the older results."""
-    from electra_ds.bench.compare import check_recipe
+    from electra_ds.bench.compare import check_recipe, figures
 
     check_recipe(old, options.recipe)
-    if not any(key in old for section in options.sections for key in _SECTIONS[section]):
-        raise ConfigError(f"{options.compare} has none of the sections {', '.join(options.sections)}.")
+    asked = {key: old[key] for section in options.sections for key in _SECTIONS[section] if key in old}
+    if not figures(asked):
+        raise ConfigError(f"{options.compare} has nothing to compare of the sections {', '.join(options.sections)}.")
 
 
 def _write(results: dict[str, Any], options: argparse.Namespace) -> None:
@@ -152,7 +166,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a result of bin/bench --json: {error}") from error
     with _whole(path):
-        if results["made_by"] == "electra-ds bench" and isinstance(results["recipe"], str) and figures(results):
+        has_any = figures(results) or any(section in results for section in _WHEN_NAMED)
+        if results["made_by"] == "electra-ds bench" and isinstance(results["recipe"], str) and has_any:
             return dict(results)
     raise ConfigError(f"{path} is not a result of bin/bench --json.")
 
