@@ -65,16 +65,16 @@ def test_every_publication_is_of_a_shipped_recipe_and_of_known_cards() -> None:
 
 
 @pytest.mark.parametrize("name", CARD_JSONS)
-def test_a_cards_json_takes_at_most_half_of_it_and_is_the_largest_power_of_two_that_does(name: str) -> None:
+def test_a_cards_json_takes_about_half_of_it(name: str) -> None:
     size = read_deepspeed_json(name)["train_micro_batch_size_per_gpu"]
     assert size & (size - 1) == 0
-    assert planned(name, f"global_batch_size={size}").needed_bytes <= card_of(name).usable_gib * GIB / 2
+    assert planned(name, f"global_batch_size={size}").needed_bytes <= 0.55 * card_of(name).usable_gib * GIB
     twice = {"train_micro_batch_size_per_gpu": 2 * size}
     larger = forecast(
         load_recipe("rc2020-small", [f"global_batch_size={2 * size}"]), read_deepspeed_json(name) | twice, name,
         card=card_of(name),
     )  # fmt: skip
-    assert larger.needed_bytes > card_of(name).usable_gib * GIB / 2
+    assert larger.needed_bytes > 0.55 * card_of(name).usable_gib * GIB
 
 
 def test_there_is_a_json_for_each_card_that_people_ask_about() -> None:

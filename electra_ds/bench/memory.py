@@ -14,7 +14,7 @@ import torch
 
 from electra_ds import runtime
 from electra_ds.bench.measure import peak_bytes
-from electra_ds.config.cards import CARDS, Card
+from electra_ds.config.cards import CARDS, SHOWN_SHARE, Card
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
@@ -27,7 +27,6 @@ from electra_ds.model.electra import Electra
 
 STEPS = 3
 _ACCUMULATION_ON_CPU = 2  # the second micro-batch meets the gradients of the first, and a third would meet no more
-_SHOWN_SHARE = 0.9  # of what is sold, the least that drivers show (a T4 with error correction: 14.6 of 16 GiB)
 
 
 class Case(NamedTuple):
@@ -92,7 +91,7 @@ def card_case(card: Card, recipe: Recipe, device: torch.device) -> Case:
 
 def is_as_large(device: torch.device, card: Card) -> bool:
     """Whether a GPU has the memory of this card."""
-    return torch.cuda.mem_get_info(device)[1] >= _SHOWN_SHARE * card.memory_gib * 2**30
+    return torch.cuda.mem_get_info(device)[1] >= SHOWN_SHARE * card.memory_gib * 2**30
 
 
 def measure_cases(

@@ -25,6 +25,7 @@ from electra_ds.data.corpus import BUILTIN, open_corpus
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import has_bf16
 from electra_ds.errors import ConfigError
+from electra_ds.train.hardware import check_gpu, look
 
 
 def measure(
@@ -46,6 +47,7 @@ def measure(
         if ranks.world_size > 1:
             raise ConfigError("bin/bench measures one process; start it without a launcher.")
         device = runtime.device(ranks.launch)
+        check_gpu(look(torch), device.index)
         on_gpu = device.type == "cuda"
         threads = runtime.set_threads(threads, ranks.launch)
         settings = Settings(

@@ -20,6 +20,7 @@ from electra_ds.model.electra import encoder_configs
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.objective.masking import usual_most_selected
 from electra_ds.objective.prediction import CPU_PIECE_BYTES, GPU_PIECE_BYTES
+from electra_ds.objective.sampling import CPU_NOISE_BYTES
 
 Kernels = Literal["cpu", "cuda"]
 """Whose operations run: on a CPU attention with dropout keeps its probabilities, on a GPU it is fused."""
@@ -32,7 +33,7 @@ CPU_SHARE = 0.8
 """Assumed: of the free memory of a machine without a GPU, what a run may take beside everything else."""
 _MASK = 1  # bytes of an element that dropout keeps or not
 _FP32, _HALF, _INT64 = 4, 2, 8
-_CUBLAS_WORKSPACE = 8320 * 2**10  # torch's default, :4096:2:16:8 (aten/src/ATen/cuda/CUDABlas.cpp)
+_CUBLAS_WORKSPACE = 32 * 2**20  # torch's default on Hopper; 8 MiB elsewhere (aten/src/ATen/cuda/CUDABlas.cpp)
 
 
 @dataclass(frozen=True)
@@ -264,9 +265,9 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
 
 def _logits(recipe: Recipe, vocab_size: int, selected: int, kernels: Kernels) -> int:
     """fp32 logits, their softmax, at another temperature a second one, and the noise with what it is made of."""
-    rows = min(selected, _piece_rows(vocab_size, kernels))
-    tensors = 4 if recipe.generator.temperature == 1.0 else 5
-    return tensors * rows * vocab_size * _FP32
+    piece = min(selected, _piece_rows(vocab_size, kernels)) * vocab_size * _FP32
+    softmaxes = 1 if recipe.generator.temperature == 1.0 else 2
+    return (1 + softmaxes) * piece + 2 * (piece if kernels == "cuda" else min(piece, CPU_NOISE_BYTES))
 
 
 def _piece_rows(vocab_size: int, kernels: Kernels) -> int:

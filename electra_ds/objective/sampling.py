@@ -9,7 +9,7 @@ import torch
 
 from electra_ds.objective.keyed_random import exponential_noise
 
-_NOISE_BYTES = 1 << 20  # rows are handled in pieces whose noise stays in a core's cache
+CPU_NOISE_BYTES = 1 << 20  # rows are handled in pieces whose noise stays in a core's cache
 
 
 def sample_tokens(weights_MV: torch.Tensor, noise_keys_M: torch.Tensor, column_keys_V: torch.Tensor) -> torch.Tensor:
@@ -21,7 +21,7 @@ def sample_tokens(weights_MV: torch.Tensor, noise_keys_M: torch.Tensor, column_k
     """
     rows = len(weights_MV)
     if weights_MV.device.type == "cpu":
-        rows = max(1, _NOISE_BYTES // (4 * weights_MV.shape[1]))
+        rows = max(1, CPU_NOISE_BYTES // (4 * weights_MV.shape[1]))
     samples = []
     for weights, noise_keys in zip(weights_MV.split(rows or 1), noise_keys_M.split(rows or 1), strict=True):
         noise = exponential_noise(noise_keys, column_keys_V)
