@@ -5,6 +5,8 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Only these builds have code for cards below compute capability 7.5 (Maxwell, Pascal, Volta).
+TORCH_OLD_CARDS_INDEX := https://download.pytorch.org/whl/cu126
 INSTALLED := $(VENV)/.installed
 
 .PHONY: install quickstart test test-quick test-nightly lint types check-install clean
@@ -14,7 +16,11 @@ install: $(INSTALLED)
 # torch comes first: whatever depends on it would otherwise bring the newest build with gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	@if nvidia-smi -L >/dev/null 2>&1; then \
+	@oldest=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -V | head -n 1); \
+	if [ -n "$$oldest" ] && [ "$$(printf '%s\n7.5\n' "$$oldest" | sort -V | head -n 1)" != 7.5 ]; then \
+	  echo "installing torch $(TORCH) for a GPU of compute capability $$oldest"; \
+	  $(PIP) install -q --index-url $(TORCH_OLD_CARDS_INDEX) torch==$(TORCH)+cu126; \
+	elif nvidia-smi -L >/dev/null 2>&1; then \
 	  echo "installing torch $(TORCH) for this machine's GPU"; $(PIP) install -q torch==$(TORCH); \
 	else \
 	  echo "no GPU here: installing the CPU build of torch $(TORCH)"; \

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from electra_ds.runtime import Ranks
 from electra_ds.train import doctor, hardware, launch
 from electra_ds.train.doctor import Finding, diagnose, gather
 from electra_ds.train.hardware import Gpu, abilities, has_code_for, look
-from tests.helpers import small_recipe
+from tests.helpers import REPOSITORY, small_recipe
 
 CUDA_126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CUDA_130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
@@ -423,3 +425,33 @@ def test_which_code_runs_on_which_card(capability: tuple[int, int], architecture
 def test_torch_agrees_that_it_has_code_for_this_card() -> None:
     torch.zeros(2, device="cuda").add(1).sum().item()
     assert has_code_for(torch.cuda.get_device_capability(), tuple(torch.cuda.get_arch_list()))
+
+
+@pytest.mark.parametrize(
+    ("answer", "installed"),
+    [
+        ("6.1", "torch==2.13.0+cu126"),
+        ("8.6\n7.0", "torch==2.13.0+cu126"),  # the older of two cards decides
+        ("7.5", "torch==2.13.0"),
+        ("12.0", "torch==2.13.0"),
+        ('Field "compute_cap" is not a valid field to query.', "torch==2.13.0"),
+        (None, "torch==2.13.0+cpu"),
+    ],
+)
+def test_make_install_takes_the_torch_that_has_code_for_the_card(
+    answer: str | None, installed: str, tmp_path: Path
+) -> None:
+    """The Makefile's own rule, with a driver that answers so and a pip that says what it is asked for."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n" if answer is not None else "#!/bin/sh\nexit 9\n")
+    driver.chmod(0o755)
+    (tmp_path / "venv").mkdir()
+    result = subprocess.run(
+        ["make", "-f", str(REPOSITORY / "Makefile"), "install", "PYTHON=true", f"VENV={tmp_path}/venv", "PIP=echo pip"],
+        cwd=REPOSITORY, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    [version] = re.findall(r"^torch==(\S+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    asked = [line for line in result.stdout.splitlines() if line.startswith("pip install") and "torch==" in line]
+    assert [re.findall(r"torch==\S+", line) for line in asked] == [[installed.replace("2.13.0", version)]]
+    assert ("cu126" in installed) == ("--index-url https://download.pytorch.org/whl/cu126" in asked[0])
