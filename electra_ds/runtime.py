@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from electra_ds.config.cards import is_gtx_16
+from electra_ds.config.cards import has_slow_fp16
 from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, LostRankError
 from electra_ds.launcher import Launch, LauncherWatch, detect
 
@@ -60,7 +61,31 @@ def device_name(device: torch.device) -> str:
 
 def wants_fp16(device: torch.device) -> bool:
     """Whether fp16 is taken where a DeepSpeed JSON leaves that to us: on every GPU but those that it slows down."""
-    return device.type == "cuda" and not is_gtx_16(device_name(device))
+    return device.type == "cuda" and not has_slow_fp16(device_name(device))
+
+
+# What torch does not tell as its own OutOfMemoryError: what the driver, cuBLAS and the CPU's allocator say.
+_OUT_OF_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised it for want of memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, cycles included."""
+    # A backward pass that failed leaves its rest in this thread's queue, until the next one.
+    torch.zeros((), requires_grad=True).backward()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def set_threads(threads: int | None, launch: Launch) -> int:

@@ -233,7 +233,7 @@ def test_a_number_is_taken_as_it_is_and_deepspeed_reads_the_same(section: dict[s
         ({}, "names no number, so all 3 layers"),
         ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "names no number, so all 3 layers"),
         (dict.fromkeys(SWITCHES, False) | {"number_checkpoints": None}, "names no number, so all 3 layers"),
-        ({"number_checkpoints": 100}, "is 100, and the recipe has 3 layers, so all of them"),
+        ({"number_checkpoints": 100}, "is 100, which means all of the recipe's 3"),
     ],
 )  # fmt: skip
 def test_all_layers_are_meant_where_no_number_or_a_larger_one_is_named_and_that_is_said(

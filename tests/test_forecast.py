@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def test_a_gtx_16_is_planned_in_fp32_where_the_json_leaves_it_open_and_warned_of
     assert fp32.time is not None
     assert fp16.time.roofline_s > 3 * fp32.time.roofline_s
     assert "slower than fp32" in fp16.lacks[0].consequence
+    assert any("fp16 is enabled on NVIDIA GeForce GTX 1660 Ti" in note for note in fp16.plan.notes)
+    assert fp32.plan.notes == ('fp16.enabled is "auto", which here means off',)
 
 
 def test_what_a_card_cannot_do_at_all_is_refused_with_what_it_can() -> None:
@@ -171,7 +174,8 @@ def test_the_command_says_all_of_it() -> None:
     for part in Phase._fields:
         assert part in said
     assert "--micro-batch" not in said
-    assert "say --micro-batch to bin/pretrain" in command("--ds-config", "gtx1060-6gb", "--memory-gb", "1.5")
+    too_small = run("plan", "--ds-config", "gtx1060-6gb", "--memory-gb", "1.5", status=1).stdout
+    assert "does not fit. Largest micro-batch that fits: 32 x 4" in " ".join(too_small.split())
     assert "fits." in command("--ds-config", "cpu", "--recipe", "tiny")
 
 
@@ -184,6 +188,37 @@ def test_the_table_has_every_card_and_every_recipe() -> None:
     assert {row["precision"] for row in said if row["card"].startswith("NVIDIA GeForce GTX 16")} == {"fp32"}
     shown = command("--all")
     assert all(card.name.split("GeForce ")[-1] in shown for card in CARDS)
+
+
+def test_the_examples_of_help_work() -> None:
+    lines = run("plan", "--help").stdout.splitlines()
+    examples = [re.split(r"\s{2,}", line.strip())[0] for line in lines if line.startswith("  bin/plan")]
+    assert len(examples) >= 6
+    for example in examples:
+        assert "GiB" in command(*shlex.split(example)[1:])
+
+
+def test_layers_that_are_computed_again_take_less_memory_and_more_time() -> None:
+    recipe = load_recipe("rc2020-small", [])
+    found = []
+    for layers in (None, 6, 12):
+        values = read_deepspeed_json("gtx1060-6gb")
+        if layers is not None:
+            values = values | {"activation_checkpointing": {"number_checkpoints": layers}}
+        found.append(forecast(recipe, values, "mine", card=card_of("gtx1060-6gb")))
+    needed = [item.needed_bytes for item in found]
+    seconds = [item.time.roofline_s for item in found if item.time is not None]
+    assert needed == sorted(needed, reverse=True)
+    assert seconds[2] / seconds[0] == pytest.approx(1.37)
+    assert (seconds[1] / seconds[0] - 1) * 2 == pytest.approx(0.37)
+
+
+def test_the_originals_step_on_a_v100_took_as_many_times_the_roofline_as_is_told() -> None:
+    """Clark et al.: 4 days for 1 M steps, in fp32 with the head at the selected positions."""
+    found = forecast(load_recipe("electra-small", []), {}, "fp32", card=card_of("v100-16gb"))
+    assert found.time is not None
+    [days] = [publication.days["Tesla V100-SXM2-16GB"] for publication in found.publications]
+    assert days * 86_400 / (1e6 * found.time.roofline_s) == pytest.approx(2.2, abs=0.05)
 
 
 def test_json_has_every_number() -> None:
@@ -199,11 +234,17 @@ def test_json_has_every_number() -> None:
     [
         ((), "Say how it would be run with --ds-config"),
         (("--ds-config", "zero1"), "zero1 is not named after a card; say which one with --card or --memory-gb"),
-        (("--ds-config", "gtx1060-6gb", "--card", "GTX 1070"), "No card 'GTX 1070' is known"),
+        (("--ds-config", "gtx1060-6gb", "--card", "GTX 1070"), "No card 'GTX 1070' is known. Give its memory"),
+        (("--ds-config", "gtx1060-6gb", "--card", "gtx1060"), "did you mean 'NVIDIA GeForce GTX 1060 6GB'? Give"),
+        (("--ds-config", "gtx1060-6gb", "--vocab-size", "9" * 400), "is not a positive whole number"),
+        (("--ds-config", "gtx1060-6gb", "--card", "GTX 1060"), "did you mean 'NVIDIA GeForce GTX 1060 6GB'? Give"),
+        (("--all", "--set", "seed=3"), "say which one --set changes with --recipe"),
+        (("--ds-config", "gtx1060-6gb", "--micro-batch", "0"), "'0' is not a positive whole number"),
+        (("--ds-config", "gtx1060-6gb", "--micro-batch", "3"), "train_micro_batch_size_per_gpu 3 x"),
         (("--ds-config", "gtx1060-6gb", "--card", "T4", "--memory-gb", "8"), "not allowed with argument"),
         (("--ds-config", "gtx1060-6gb", "--memory-gb", "lots"), "'lots' is not a number of GiB"),
         (("--ds-config", "gtx1060-6gb", "--memory-gb", "nan"), "'nan' is not a number of GiB"),
-        (("--all", "--card", "T4"), "--all shows every card and every recipe as they are shipped"),
+        (("--all", "--card", "T4"), "--all shows every card alone with its own JSON"),
         (("--ds-config", "gtx1060-6gb", "--set", "model.hidden=3"), "model.hidden"),
         (("--ds-config", "gtx1060-6gb", "--ranks", "7"), "cannot be split over 7 ranks"),
     ],

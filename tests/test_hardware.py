@@ -181,7 +181,7 @@ ALL = "bf16, tensor cores, flash attention, torch.compile"
         ("2.13.0+cu130", RTX_2060, f"{NO_BF16}; {NO_FLASH}"),
         (
             "2.13.0+cu130", GTX_1660_TI,
-            'no tensor cores: fp16 is slower than fp32 here, so `"enabled": "auto"` means fp32; '
+            'no tensor cores: fp16 is slower than fp32: take fp32, as in cpu.json, or "enabled": "auto"; '
             f"{NO_BF16}; {NO_FLASH}",
         ),
         ("2.13.0+cu130", RTX_3090, f"{ALL}; take --ds-config rtx3090-24gb"),
@@ -360,8 +360,8 @@ def test_fp16_that_only_the_unused_card_could_run_is_refused_with_the_mend(
 def test_fp16_that_slows_a_gtx_16_down_runs_with_a_note(machine: Machine, start: Callable[..., list[str]]) -> None:
     machine.torch("2.13.0+cu130", GTX_1660_TI)
     note = (
-        "fp16 is enabled on NVIDIA GeForce GTX 1660 Ti, which has no tensor cores: "
-        'fp16 is slower than fp32 here, so `"enabled": "auto"` means fp32'
+        "fp16 is enabled on NVIDIA GeForce GTX 1660 Ti, which has no tensor cores, so it is slower than fp32, "
+        "as in cpu.json"
     )
     assert start('{"fp16": {"enabled": true}}') == [note]
     assert start('{"torch_autocast": {"enabled": true, "dtype": "float16"}}') == [note]

@@ -13,7 +13,9 @@ from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import recipe_names
+from electra_ds.data.token_store import TokenStore
 from electra_ds.engine import step_time
+from electra_ds.engine.engine import DeepSpeedEngine
 from electra_ds.engine.memory import (
     count_parameters,
     head_pieces,
@@ -23,6 +25,7 @@ from electra_ds.engine.memory import (
 )
 from electra_ds.engine.probe import longest_micro_batch
 from electra_ds.model.electra import Electra
+from tests.helpers import builder_for, model_for, small_recipe
 from tests.memory_tracking import DTYPES, Tracker, cuda_kernels_on_meta, saved_for_backward  # noqa: F401
 
 PRECISIONS = ("fp32", "bf16", "fp16", "autocast-bf16", "autocast-fp16")
@@ -51,7 +54,7 @@ def measured_saved_bytes(recipe: Recipe, vocab_size: int, size: int, precision: 
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["rc2020-small", "electra-small"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_saved_bytes_of_the_shipped_recipes_are_those_that_autograd_saves(name: str, precision: str) -> None:
     recipe = load_recipe(name, [])
     vocab_size = recipe.tokenizer.vocab_size
@@ -147,7 +150,8 @@ def test_the_gpu_model_agrees_with_torchs_own_shapes(
         tracked.saved_bytes, rel=0.002
     )
     memory = peak_memory(recipe, vocab_size, plan_of(recipe, precision))
-    cublas = memory.update.workspace - (4 * count_parameters(recipe, vocab_size).all if precision != "fp32" else 0)
+    flat_gradients = 0 if precision == "fp32" else 4 * count_parameters(recipe, vocab_size).all
+    cublas = memory.update.workspace - flat_gradients
     of_passes = max(memory.head.total, memory.backward.total) - memory.backward.optimizer - cublas
     assert of_passes == pytest.approx(tracked.tracker.peak_bytes, rel=0.1)
 
@@ -221,3 +225,22 @@ def test_all_layers_share_one_attention_mask_on_a_gpu() -> None:
         kept.append(sum(storage.nbytes() for storage in saved.values()))
     mask, positions = 2 * rows * length * length, 8 * rows * length
     assert kept[1] - kept[0] == mask + positions
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zeros_buffers_are_as_large_as_the_json_says_however_small_the_model(store: TokenStore, stage: int) -> None:
+    recipe = small_recipe()
+    predicted, measured = [], []
+    for elements in (1_000_000, 3_000_000):
+        zero = {"stage": stage, "reduce_bucket_size": elements}
+        plan = plan_of(recipe, zero_optimization=zero)
+        tracker = Tracker()
+        with tracker:
+            engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
+            engine.train_step(builder_for(store, recipe).build(0), 0)
+        engine.close()
+        measured.append(tracker.peak_bytes)
+        predicted.append(peak_memory(recipe, store.tokenizer.vocab_size, plan, "cpu").update.buffers)
+    assert measured[1] - measured[0] == pytest.approx(predicted[1] - predicted[0], rel=0.05)
+    assert predicted[1] - predicted[0] == 4 * 2_000_000

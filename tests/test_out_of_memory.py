@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +22,17 @@ from rich.console import Console
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine import probe
+from electra_ds.engine.checkpoint import CheckpointFolder
 from electra_ds.engine.optimizer import MasterAdamW
-from electra_ds.engine.probe import fitting_plan, has_room, is_out_of_memory
-from electra_ds.errors import ConfigError, TrainingError
+from electra_ds.engine.probe import fitting_plan, has_room
+from electra_ds.engine.step import StepLosses
+from electra_ds.errors import CheckpointError, ConfigError, TrainingError
 from electra_ds.model.electra import Electra
 from electra_ds.objective.microbatch import MicroBatch
-from electra_ds.runtime import Ranks
+from electra_ds.runtime import Ranks, is_out_of_memory
 from electra_ds.train import launch
-from electra_ds.train.pretrain import pretrain
+from electra_ds.train.metrics import Evaluator
+from electra_ds.train.pretrain import _Loop, pretrain
 from electra_ds.train.tracking import read_metrics
 from tests.helpers import cpu_plan, small_recipe
 from tests.test_pretrain import DROPOUT, final_tensors, run, start_arguments, train_losses
@@ -182,7 +186,8 @@ def test_where_one_sequence_is_too_much_the_run_fails_with_what_to_do(
     with (
         fails("forward", lambda turn, _: turn > 12),
         pytest.raises(
-            TrainingError, match=r"ran out in step 2 with micro-batch 1, and there is no smaller one.*start anew"
+            TrainingError,
+            match=r"step 2 with micro-batch 1, and there is no smaller one.*start anew with --micro-batch auto\.",
         ),
     ):
         train(store, tmp_path, process_group, micro(1))
@@ -201,15 +206,134 @@ def test_an_update_that_had_begun_is_not_done_twice(
         update(self, found_inf)
 
     monkeypatch.setattr(MasterAdamW, "_update_scale", faulty)
-    with pytest.raises(
-        TrainingError, match=r"cannot be done again, since the update had begun. With --micro-batch 6 start"
-    ):
+    with pytest.raises(TrainingError, match=r"since its update had begun\. No checkpoint.*anew with --micro-batch 6\."):
         train(store, tmp_path, process_group, micro(12))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_that_is_done_is_not_done_twice(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """Memory runs out when the losses of the sixth step are put together, after its update."""
+    result, calls = StepLosses.result, [0]
+
+    def faulty(self: StepLosses, grad_norm: torch.Tensor) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise out_of_memory()
+        return result(self, grad_norm)
+
+    monkeypatch.setattr(StepLosses, "result", faulty)
+    wanted = r"since its update had begun\. From step-00000005 on: bin/pretrain --resume \S+run --micro-batch 6"
+    with pytest.raises(TrainingError, match=wanted):
+        train(store, tmp_path, process_group, micro(12, zero_optimization={"stage": stage}))
+
+
+def test_memory_that_runs_out_in_an_evaluation_ends_the_run_with_what_to_do(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(self: Evaluator, *arguments: Any) -> Any:
+        raise out_of_memory()
+
+    monkeypatch.setattr(Evaluator, "__call__", faulty)
+    with pytest.raises(TrainingError, match=r"beside the steps, as in an evaluation: CUDA out of memory.*--resume"):
+        train(store, tmp_path, process_group, micro(12))
+    assert RunDirectory(tmp_path / "run").verdict() == "failed"
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints", keep=3).paths()  # the step before it is not lost
+
+
+def test_an_evaluation_that_is_too_large_is_done_in_fewer_rows_with_the_same_numbers(
+    store: TokenStore, process_group: Ranks, halves: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_model = Electra.run
+
+    def faulty(self: Electra, batch: MicroBatch, samples_M: torch.Tensor | None) -> Any:
+        if not torch.is_grad_enabled() and len(batch.ids_BT) > 3:
+            raise out_of_memory()
+        return run_model(self, batch, samples_M)
+
+    monkeypatch.setattr(Electra, "run", faulty)
+    path = train(store, tmp_path, process_group, micro(6))
+    found, expected = (
+        [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "eval"]
+        for folder in (path, halves[6])
+    )
+    assert len(found) == len(expected) == STEPS
+    for ours, theirs in zip(found, expected, strict=True):
+        numbers = [name for name, value in theirs.items() if isinstance(value, float)]
+        assert {name: ours[name] for name in numbers} == pytest.approx(
+            {name: theirs[name] for name in numbers}, rel=1e-4
+        )
+
+
+def test_a_full_disk_does_not_hide_that_memory_ran_out_nor_end_the_run(
+    store: TokenStore, process_group: Ranks, halves: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    write, calls = RunDirectory.write_record, [0]
+
+    def faulty(self: RunDirectory, *arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise CheckpointError("Cannot write recipe.yaml: No space left on device.")
+        write(self, *arguments)
+
+    monkeypatch.setattr(RunDirectory, "write_record", faulty)
+    with fails("forward", lambda turn, _: turn == 3):
+        path = train(store, tmp_path, process_group, micro(12), console=Console(width=400))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "memory ran out in step 3" in said
+    assert "No space left on device. Say --micro-batch 6 when you resume this run." in said
+    assert len(train_losses(path)) == STEPS
+
+
+def test_where_not_even_the_engine_can_be_made_again_what_was_learned_is_saved(
+    store: TokenStore, process_group: Ranks, halves: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, calls = _Loop._make_engine, [0]
+
+    def faulty(self: _Loop) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise out_of_memory()
+        return make(self)
+
+    monkeypatch.setattr(_Loop, "_make_engine", faulty)
+    with fails("backward", lambda turn, _: turn == 3), pytest.raises(TrainingError, match="Memory ran out"):
+        train(store, tmp_path, process_group, micro(12))
+    run_dir = tmp_path / "run"
+    assert [path.name for path in CheckpointFolder(run_dir / "checkpoints", keep=3).paths()] == ["step-00000002"]
+    run("pretrain", "--resume", str(run_dir), "--micro-batch", "6")
+    assert [loss for _, loss in train_losses(run_dir)] == pytest.approx(
+        [loss for _, loss in train_losses(halves[6])], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_nothing_of_the_failed_step_and_its_engine_stays(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """When the next engine is made, the one before it is gone, model, state and all."""
+    make, before = _Loop._make_engine, []
+
+    def watched(self: _Loop) -> Any:
+        assert [alive() for alive in before] == [None] * len(before)
+        engine = make(self)
+        before.extend(map(weakref.ref, (engine, engine.module, engine.optimizer, *engine.module.parameters())))
+        return engine
+
+    monkeypatch.setattr(_Loop, "_make_engine", watched)
+    with fails("backward", lambda turn, _: turn == 3):
+        train(store, tmp_path, process_group, micro(12, zero_optimization={"stage": stage}))
+    assert len(before) > 20
 
 
 def test_other_errors_are_not_taken_for_it(store: TokenStore, process_group: Ranks, tmp_path: Path) -> None:
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+    )
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert not is_out_of_memory(MemoryError())
     with pytest.raises(RuntimeError, match="can't allocate memory") as caught:

@@ -21,7 +21,6 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import GlobalBatch
 from electra_ds.engine.engine import DeepSpeedEngine
 from electra_ds.engine.memory import peak_memory
-from electra_ds.engine.probe import is_out_of_memory, release_memory
 from electra_ds.errors import ConfigError
 from electra_ds.model.electra import Electra
 
@@ -48,14 +47,12 @@ def cases(
     found = []
     for dtype in dtypes:
         for size in micro_batches:
-            if dtype == "fp16":
-                continue
             recipe = load_recipe(recipe_name, [f"global_batch_size={size * _ACCUMULATION_ON_CPU}"])
             precision = {} if dtype == "fp32" else {dtype: {"enabled": True}}
             values = read_deepspeed_json("cpu") | {"train_micro_batch_size_per_gpu": size} | precision
             plan = resolve(values, recipe, world_size=1, auto_fp16=False, source="cpu")
             found.append(Case("cpu", recipe, plan))
-    return found, {"cpu fp16": "fp16 is for GPUs"}
+    return found, {}
 
 
 def _on_gpu(recipe: Recipe, dtypes: Sequence[str], device: torch.device) -> tuple[list[Case], dict[str, str]]:
@@ -108,7 +105,7 @@ def measure_cases(
         try:
             found = measure_case(case, batches, device, turn)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not runtime.is_out_of_memory(error):
                 raise
             results["not_measured"][case.ds_config] = f"{precision}, {size} rows ran out of memory: {error}"
             continue
@@ -147,14 +144,14 @@ def measure_case(
 @contextmanager
 def limited(device: torch.device, number_bytes: float | None) -> Iterator[None]:
     """While it lasts, torch's allocator takes no more of the GPU than so much."""
-    release_memory(device)
+    runtime.release_memory(device)
     total = torch.cuda.mem_get_info(device)[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, (number_bytes or total) / total), device)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
-        release_memory(device)
+        runtime.release_memory(device)
 
 
 def _gpu_bytes(run: Callable[[], None], device: torch.device) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
@@ -15,7 +16,6 @@ from electra_ds.data.batches import BatchBuilder, prefetched
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.probe import release_memory
 from electra_ds.engine.step import StepResult
 from electra_ds.model.electra import Electra
 
@@ -58,7 +58,7 @@ def train(
     finally:
         engine.close()
         del engine
-        release_memory(device)
+        runtime.release_memory(device)
 
 
 def differences(curve: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:

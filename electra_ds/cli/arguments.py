@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -41,9 +41,14 @@ def add_overrides(group: Group, example: str) -> None:
 def positive(text: str) -> int:
     """The argument as a whole number above 0."""
     value = int(text) if text.lstrip("+").isdigit() else 0
-    if value < 1:
+    if not 1 <= value < 10**15:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return value
+
+
+def micro_batch(text: str) -> int | Literal["auto"]:
+    """A whole number above 0, or auto."""
+    return "auto" if text == "auto" else positive(text)
 
 
 def duration_s(text: str) -> float:

@@ -177,7 +177,16 @@ def _whole(path: Path | None) -> Iterator[None]:
     """ConfigError where a file, which may come from anywhere, lacks something or has it in another form."""
     try:
         yield
-    except (ConfigError, LookupError, TypeError, ValueError, AttributeError, RecursionError, StopIteration) as error:
+    except (
+        ConfigError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+        StopIteration,
+    ) as error:
         if path is None:
             raise
         raise ConfigError(f"{path} is not a whole result of bin/bench --json: {error}") from error

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, positive
+from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, micro_batch, positive
 from electra_ds.config.shipped import ds_config_names, recipe_names
 from electra_ds.errors import ConfigError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
     from electra_ds.config.cards import Card
 
+_NARROWEST = 80
 _EPILOG = """\
 examples:
   bin/plan --recipe rc2020-small --ds-config gtx1060-6gb
@@ -22,9 +23,10 @@ examples:
   bin/plan --ds-config zero1 --card "RTX 3090" --ranks 4  each of four cards
   bin/plan --ds-config gtx1060-6gb --memory-gb 3.5        a card of which so much is free
   bin/plan --ds-config cpu                                this machine without a GPU
-  bin/plan --all                                          every card with every recipe
+  bin/plan --all --recipe rc2020-small                    every card; without --recipe, every recipe too
 
-Nothing is run and no GPU is needed. Memory is computed from the sizes of tensors; days are a roofline's.
+Nothing is run and no GPU is needed. Memory is computed from the sizes of tensors; days are a roofline's. The exit
+status is 1 where it does not fit.
 """
 
 
@@ -41,7 +43,9 @@ def add_plan(commands: Commands) -> None:
         "--ds-config", metavar="NAME|FILE", help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON"
     )
     where = command.add_mutually_exclusive_group()
-    where.add_argument("--card", metavar="NAME", help="default: the card that the JSON is named after")
+    where.add_argument(
+        "--card", metavar="NAME", help="or cpu, for this machine's; default: what the JSON is named after"
+    )
     where.add_argument(
         "--memory-gb",
         type=_gib,
@@ -50,6 +54,9 @@ def add_plan(commands: Commands) -> None:
     )
     command.add_argument(
         "--vocab-size", type=positive, metavar="N", help="pieces of your tokenizer (default: the recipe's)"
+    )
+    command.add_argument(
+        "--micro-batch", type=micro_batch, metavar="N|auto", help="in place of the JSON's; auto: the largest that fits"
     )
     command.add_argument("--ranks", type=positive, metavar="N", default=1, help="cards (default: 1)")
     command.add_argument("--all", action="store_true", help="a table of every card and every recipe")
@@ -67,31 +74,38 @@ def _gib(text: str) -> float:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    only_one = ("recipe", "overrides", "ds_config", "card", "memory_gb", "vocab_size")
-    if options.all and any(getattr(options, name) for name in only_one):
-        raise ConfigError("--all shows every card and every recipe as they are shipped; leave the other arguments out.")
+    only_one = ("ds_config", "card", "memory_gb", "vocab_size", "micro_batch")
+    if options.all and (any(getattr(options, name) for name in only_one) or options.ranks > 1):
+        raise ConfigError(
+            "--all shows every card alone with its own JSON; with it only --recipe and --set may be given."
+        )
+    if options.overrides and options.all and options.recipe is None:
+        raise ConfigError("--all shows every recipe as it is shipped; say which one --set changes with --recipe.")
     if not options.all and options.ds_config is None:
         raise ConfigError("Say how it would be run with --ds-config, for instance: --ds-config gtx1060-6gb")
 
     from rich.console import Console
 
-    from electra_ds.config.deepspeed import read_deepspeed_json
+    from electra_ds.config.deepspeed import read_deepspeed_json, with_micro_batch
     from electra_ds.config.overrides import load_recipe
     from electra_ds.report.forecast import forecast, forecast_all
     from electra_ds.report.forecast_tables import as_json, print_forecast, print_forecasts
 
     console = Console()
+    if console.width < _NARROWEST:
+        console = Console(width=_NARROWEST)
     if options.all:
-        forecasts = forecast_all()
+        names = recipe_names() if options.recipe is None else [options.recipe]
+        forecasts = forecast_all([load_recipe(name, options.overrides) for name in names])
         if options.json:
             console.print_json(data=[as_json(found) for of_card in forecasts for found in of_card])
         else:
             print_forecasts(forecasts, console)
         return
-    recipe = load_recipe(options.recipe or DEFAULT_RECIPE, options.overrides)
+    recipe = load_recipe(DEFAULT_RECIPE if options.recipe is None else options.recipe, options.overrides)
     found = forecast(
         recipe,
-        read_deepspeed_json(options.ds_config),
+        with_micro_batch(read_deepspeed_json(options.ds_config), options.micro_batch),
         options.ds_config,
         card=_card(options),
         memory_gib=options.memory_gb,
@@ -102,13 +116,14 @@ def _plan(options: argparse.Namespace) -> None:
         console.print_json(data=as_json(found))
     else:
         print_forecast(found, console)
+    if not found.fits:
+        raise SystemExit(1)
 
 
 def _card(options: argparse.Namespace) -> Card | None:
-    from electra_ds.config.cards import CARDS, find_card
-    from electra_ds.config.suggest import did_you_mean
+    from electra_ds.config.cards import CARDS, cards_like, find_card
 
-    if options.memory_gb is not None:
+    if options.memory_gb is not None or options.card == "cpu":
         return None
     if options.card is None:
         card = find_card(Path(options.ds_config).stem)
@@ -119,10 +134,10 @@ def _card(options: argparse.Namespace) -> Card | None:
         return card
     card = find_card(options.card)
     if card is None:
-        names = [card.name for card in CARDS]
-        known = ", ".join(names)
+        near = " or ".join(f"'{card.name}'" for card in cards_like(options.card))
+        known = ", ".join(card.name for card in CARDS)
         raise ConfigError(
-            f"No card '{options.card}' is known{did_you_mean(options.card, names)}. Give its memory with --memory-gb, "
-            f"or take one of: {known}."
+            f"No card '{options.card}' is known{f'; did you mean {near}?' if near else '.'} Give its memory with "
+            f"--memory-gb, or take one of: {known}."
         )
     return card

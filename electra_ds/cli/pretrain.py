@@ -7,9 +7,9 @@ import contextlib
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, duration_s, positive
+from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, duration_s, micro_batch, positive
 from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
 from electra_ds.config.shipped import ds_config_names, recipe_names
 from electra_ds.errors import ConfigError
@@ -63,7 +63,7 @@ def add_pretrain(commands: Commands) -> None:
         help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON",
     )  # fmt: skip
     how.add_argument(
-        "--micro-batch", type=_micro_batch, metavar="N|auto",
+        "--micro-batch", type=micro_batch, metavar="N|auto",
         help="sequences at a time, in place of the JSON's; auto: the largest that fits, found by trying on a GPU",
     )  # fmt: skip
     how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
@@ -83,10 +83,6 @@ def add_pretrain(commands: Commands) -> None:
     how.add_argument("--keep", type=positive, metavar="N", help="checkpoints to retain (default: 3)")
     how.add_argument("--eval-windows", type=positive, metavar="N", help="held-out sequences (default: 512)")
     _add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
-
-
-def _micro_batch(text: str) -> int | Literal["auto"]:
-    return "auto" if text == "auto" else positive(text)
 
 
 def _add_tracking(group: Group) -> None:

@@ -48,5 +48,5 @@ def parse_activations(values: dict[str, Any], num_layers: int, problems: list[st
         )
         return 0
     if count > num_layers:
-        notes.append(f"{name}.{_COUNT} is {count}, and the recipe has {num_layers} layers, so all of them are meant")
+        notes.append(f"{name}.{_COUNT} is {count}, which means all of the recipe's {num_layers}")
     return min(count, num_layers)

@@ -19,6 +19,8 @@ BF16_CAPABILITY = (8, 0)
 FLASH_CAPABILITY = (8, 0)
 """The oldest that torch's flash attention runs on (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 TENSOR_CORE_CAPABILITY = (7, 0)
+DEFAULT_TORCH_CAPABILITY = (7, 5)
+"""The oldest that torch's default builds have code for; older ones need the build for CUDA 12.6."""
 _DISPLAY_GIB = 0.8  # assumed: a desktop, a browser and what the driver keeps
 SHOWN_SHARE = 0.91  # of what is sold; the least that is known of, a T4's with error correction (14.6 to 14.7 GiB)
 _MAKERS_WORDS = {"nvidia", "geforce", "tesla"}
@@ -101,6 +103,12 @@ def find_card(device_name: str) -> Card | None:
     return next((card for card in CARDS if wanted in map(_words, (card.name, *card.aliases))), None)
 
 
+def cards_like(name: str) -> list[Card]:
+    """Those whose names have all of these words, or have it within when nothing stands between the words."""
+    words, squeezed = _words(name), _squeezed(name)
+    return [card for card in CARDS if words and (words <= _words(card.name) or squeezed in _squeezed(card.name))]
+
+
 def peak_flops(card: Card, precision: str) -> float | None:
     """Peak FLOP/s of matrix products in one of `config.precision.Precision`'s names; None where the card lacks it.
 
@@ -119,16 +127,17 @@ class Lack(NamedTuple):
     consequence: str
 
 
-def is_gtx_16(name: str) -> bool:
-    """Turing without tensor cores, whose fp16 products run at a fraction of its fp32's rate (pytorch#121957)."""
-    return re.search(r"\bGTX 16\d\d\b", name) is not None
+def has_slow_fp16(name: str) -> bool:
+    """Turing without tensor cores, GTX 16xx and its siblings for workstations and laptops: fp16 products run at a
+    fraction of the rate of fp32 (pytorch#121957)."""
+    return re.search(r"\b(GTX 16\d\d|T[456][05]0|T1[02]00|MX[45]50)\b", name) is not None
 
 
 def lacks(name: str, capability: tuple[int, int]) -> list[Lack]:
     """What a card cannot do, and what follows from it for training."""
     found = []
-    if is_gtx_16(name):
-        found.append(Lack("tensor cores", 'fp16 is slower than fp32 here, so `"enabled": "auto"` means fp32'))
+    if has_slow_fp16(name):
+        found.append(Lack("tensor cores", 'fp16 is slower than fp32: take fp32, as in cpu.json, or "enabled": "auto"'))
     elif capability < TENSOR_CORE_CAPABILITY:
         found.append(Lack("tensor cores", "fp16 saves memory, hardly time: its products are computed in fp32"))
     if capability < BF16_CAPABILITY:
@@ -138,6 +147,17 @@ def lacks(name: str, capability: tuple[int, int]) -> list[Lack]:
     if capability < TRITON_CAPABILITY:
         found.append(Lack("torch.compile", "Triton needs 7.0, so the step runs as it is written"))
     return found
+
+
+def slow_fp16_note(name: str, precision: str) -> str | None:
+    """What to tell somebody whose card is slowed down by the precision that is asked for."""
+    if not (has_slow_fp16(name) and precision in ("fp16", "autocast-fp16")):
+        return None
+    return f"fp16 is enabled on {name}, which has no tensor cores, so it is slower than fp32, as in cpu.json"
+
+
+def _squeezed(name: str) -> str:
+    return "".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def _words(name: str) -> frozenset[str]:

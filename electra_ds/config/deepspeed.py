@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -57,11 +58,16 @@ class BatchPlan:
     gradient_accumulation_steps: int
     world_size: int
 
+    def cut(self, size: int) -> BatchPlan:
+        """The same batch over the same ranks in other micro-batches. `size` divides each rank's share."""
+        steps, rest = divmod(self.micro_batch_size * self.gradient_accumulation_steps, size)
+        assert not rest
+        return BatchPlan(size, steps, self.world_size)
+
     def others(self) -> list[BatchPlan]:
-        """Every way to cut the same batch over the same ranks, the largest micro-batch first."""
-        per_rank = self.micro_batch_size * self.gradient_accumulation_steps
-        sizes = (size for size in range(per_rank, 0, -1) if per_rank % size == 0)
-        return [BatchPlan(size, per_rank // size, self.world_size) for size in sizes]
+        """Every such cut, the largest micro-batch first."""
+        sizes = _divisors(self.micro_batch_size * self.gradient_accumulation_steps)
+        return [self.cut(size) for size in reversed(sizes)]
 
     def __str__(self) -> str:
         return f"{self.micro_batch_size} x {self.gradient_accumulation_steps} x {self.world_size} rank(s)"
@@ -86,7 +92,7 @@ class DeepSpeedPlan:
 
     def with_micro_batch(self, size: int) -> DeepSpeedPlan:
         """The same with the batch cut otherwise. `size` divides each rank's share of it."""
-        batch = next(cut for cut in self.batch.others() if cut.micro_batch_size == size)
+        batch = self.batch.cut(size)
         document = self.document | {
             "train_micro_batch_size_per_gpu": batch.micro_batch_size,
             "gradient_accumulation_steps": batch.gradient_accumulation_steps,
@@ -293,6 +299,12 @@ def _flattened(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return result
 
 
+def _divisors(number: int) -> list[int]:
+    """Ascending."""
+    low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*low, *(number // size for size in low)})
+
+
 def _same(value: Any, ours: Any) -> bool:
     if isinstance(ours, list):
         return isinstance(value, list) and len(value) == len(ours) and all(map(_same, value, ours))
@@ -330,8 +342,7 @@ def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, prob
     assert micro is not None
     assert accumulation is not None
     if micro * accumulation != per_rank:
-        divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-        nearest = min(divisors, key=lambda size: abs(size - micro))
+        nearest = min(_divisors(per_rank), key=lambda size: abs(size - micro))
         problems.append(
             f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x {world_size} "
             f"rank(s) is {micro * accumulation * world_size}, but global_batch_size (recipe) is {global_batch}. "

@@ -196,7 +196,7 @@ class Recipe(Section):
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides weights, data order, masks, samples and dropout."""
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1, le=1_000_000_000)
     """Sequences in one optimiser step, over all ranks and accumulation steps."""
     tokenizer: TokenizerSection
     data: DataSection

@@ -47,6 +47,12 @@ def parse_zero(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
             problems.append(f"zero_optimization.{key}: not supported here{did_you_mean(key, known)}")
         elif key not in known:
             problems.append(f"zero_optimization.{key}: has no effect at stage {stage}; remove it")
+    for key in _ZERO_DEFAULTS.get(stage, {}):
+        size = section.get(key, "auto")
+        if size != "auto" and (isinstance(size, bool) or not isinstance(size, (int, float)) or not 1 <= size < 1e15):
+            problems.append(f"zero_optimization.{key}: {size!r} is not a positive number of elements")
+    if section.get("overlap_comm", "auto") not in ("auto", True, False):
+        problems.append(f"zero_optimization.overlap_comm: {section['overlap_comm']!r} is not true or false")
     result = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {}) | without_auto(section)
     for name in ("offload_optimizer", "offload_param"):
         if name in result:

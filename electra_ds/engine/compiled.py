@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from electra_ds import runtime
 from electra_ds.config.cards import TRITON_CAPABILITY
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.manifest import Compile
@@ -97,6 +98,9 @@ class CompiledForward:
         try:
             return self._compiled(batch, None)
         except torch._dynamo.exc.TorchDynamoException as error:  # inductor's, Triton's and the C++ compiler's too
+            inner = getattr(error, "inner_exception", None)
+            if inner is not None and runtime.is_out_of_memory(inner):
+                raise inner from error
             if self._must:
                 raise ConfigError(f"torch.compile failed; leave out --compile on. It says: {error}") from error
             _log.warning("torch.compile failed, so the run goes on without it: %s", error)

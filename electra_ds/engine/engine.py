@@ -22,7 +22,7 @@ from electra_ds.engine.compiled import CompiledForward, check_compile
 from electra_ds.engine.model_setup import set_up_model
 from electra_ds.engine.optimizer import MasterAdamW
 from electra_ds.engine.step import StepLosses, StepResult
-from electra_ds.engine.zero import ZeroAdamW, torch_adamw
+from electra_ds.engine.zero import ZeroAdamW, forget_models, torch_adamw
 from electra_ds.errors import ConfigError
 from electra_ds.model.electra import Electra, ElectraOutput
 from electra_ds.objective.microbatch import MicroBatch
@@ -87,6 +87,7 @@ class DeepSpeedEngine:
         accumulation steps is switched off. samples: int64 [M] per micro-batch, to replay another run's.
         """
         self._engine.train()
+        self.optimizer.is_whole = True
         self.optimizer.set_learning_rate(self.learning_rate(step))
         losses = StepLosses(self.recipe, batch)
         size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
@@ -120,6 +121,7 @@ class DeepSpeedEngine:
         """Frees what DeepSpeed and the compiler hold, so that the process ends quietly or goes on."""
         self._engine.destroy()
         functional.linear = _TORCH_LINEAR
+        forget_models()
         if self.is_compiled:
             torch.compiler.reset()  # what is compiled, and how often it may be, is the process's
 

@@ -33,7 +33,9 @@ CPU_SHARE = 0.8
 """Assumed: of the free memory of a machine without a GPU, what a run may take beside everything else."""
 _MASK = 1  # bytes of an element that dropout keeps or not
 _FP32, _HALF, _INT64 = 4, 2, 8
-_CUBLAS_WORKSPACE = 32 * 2**20  # torch's default on Hopper; 8 MiB elsewhere (aten/src/ATen/cuda/CUDABlas.cpp)
+# torch's default on Hopper, 8 MiB elsewhere (aten/src/ATen/cuda/CUDABlas.cpp); one for the forward and one for the
+# backward pass, which have a thread each.
+_CUBLAS_WORKSPACE = 2 * 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Phase(NamedTuple):
     logits: int
     """The piece of the generator's logits that is being worked on, with its softmax and noise."""
     workspace: int
-    """Gradients of activations, communication buffers, cuBLAS."""
+    """Gradients of activations, fp32 copies of gradients, cuBLAS."""
+    buffers: int
+    """For communication between ranks."""
 
     @property
     def total(self) -> int:
@@ -102,8 +106,8 @@ class PeakMemory:
         return round(self.allocated_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
     def needed_bytes(self, kernels: Kernels) -> int:
-        """What must be free for it on a GPU, or of a CPU's memory."""
-        return self.card_bytes if kernels == "cuda" else self.allocated_bytes
+        """What must be free for it on a GPU, or of a CPU's memory, where offloading moves nothing away."""
+        return self.card_bytes if kernels == "cuda" else self.allocated_bytes + self.host_bytes
 
 
 def count_parameters(recipe: Recipe, vocab_size: int) -> ParameterCounts:
@@ -243,7 +247,7 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
     state = _state(count_parameters(recipe, vocab_size).all, plan)
     accumulates = batch.gradient_accumulation_steps > 1 or plan.stage > 0
     early_gradients = state.gradients if accumulates else 0
-    buffers = state.buffers + (_CUBLAS_WORKSPACE if kernels == "cuda" else 0)
+    cublas = _CUBLAS_WORKSPACE if kernels == "cuda" else 0
     during_head = saved.generator + saved.head + saved.weight_copies
     # Of the feed-forward: GELU's result or gradient, and its input's. What the head held is free again by then.
     inner = 2 * sizes.tokens * (discriminator.intermediate_size - discriminator.hidden_size) * sizes.element
@@ -253,12 +257,15 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
     return PeakMemory(
         head=Phase(
             state.weights, early_gradients, state.optimizer, during_head,
-            _logits(recipe, vocab_size, sizes.selected, kernels), buffers + product,
+            _logits(recipe, vocab_size, sizes.selected, kernels), cublas + product, state.buffers,
         ),
         backward=Phase(
-            state.weights, early_gradients, state.optimizer, sum(saved), 0, buffers + max(0, inner) + again
+            state.weights, early_gradients, state.optimizer, sum(saved), 0, cublas + max(0, inner) + again,
+            state.buffers,
         ),
-        update=Phase(state.weights, state.gradients, state.optimizer, 0, 0, buffers + state.update),
+        update=Phase(
+            state.weights, state.gradients, state.optimizer, 0, 0, cublas + state.update, state.buffers
+        ),
         host_bytes=state.host,
     )  # fmt: skip
 
@@ -306,8 +313,8 @@ def _state(parameters: int, plan: DeepSpeedPlan) -> _State:
     weights = parameters * width
     gradients = weights // (ranks if plan.stage >= 2 else 1)
     optimizer = (parameters * _FP32 + moments) // ranks
-    copies = 2 if zero.get("overlap_comm", plan.stage == 3) else 1
-    buckets = int(min(copies * zero["reduce_bucket_size"], 2 * parameters)) * width
+    copies = 2 if plan.stage < 3 and zero.get("overlap_comm") else 1
+    buckets = copies * int(zero["reduce_bucket_size"]) * width  # all of it, however small the model is
     host = weights // ranks if "offload_param" in zero else 0
     if "offload_optimizer" in zero:
         host, optimizer = host + optimizer + gradients, 0

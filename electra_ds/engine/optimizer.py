@@ -89,7 +89,8 @@ class MasterAdamW(torch.optim.Optimizer):
         self._good_steps = torch.zeros((), device=device)
         self._hysteresis_left = torch.tensor(float(self.scaling.hysteresis), device=device)
         self.is_whole = True
-        """False between the first and the last change of an update: an error that comes then leaves it half done."""
+        """False from the first change of an update on, until the next step begins: a step whose update has begun cannot
+        be done again."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in (*self.param_groups, *self._inner.param_groups):
@@ -110,7 +111,6 @@ class MasterAdamW(torch.optim.Optimizer):
         self._inner.step()
         self._copy_back()
         self._update_scale(found_inf)
-        self.is_whole = True
 
     def _master_gradients(self) -> list[torch.Tensor]:
         """The gradients in fp32, also as those of the masters."""

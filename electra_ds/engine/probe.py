@@ -1,38 +1,20 @@
-"""The micro-batch that a device has memory for, found by trying before a run begins; what running out looks like."""
+"""The micro-batch that a device has memory for, found by trying before a run begins."""
 
 from __future__ import annotations
-
-import gc
 
 import psutil
 import torch
 
+from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
-from electra_ds.engine.memory import CPU_SHARE, FRAGMENTATION, Kernels, largest_micro_batch, peak_memory
+from electra_ds.engine.memory import CONTEXT_BYTES, CPU_SHARE, FRAGMENTATION, Kernels, largest_micro_batch, peak_memory
 from electra_ds.engine.model_setup import set_up_model
 from electra_ds.errors import ConfigError
 from electra_ds.model.electra import Electra
 from electra_ds.objective.masking import usual_most_selected
 from electra_ds.objective.microbatch import MicroBatch
 from electra_ds.runtime import Ranks
-
-# Of allocations that are not torch's CUDA allocator's own, torch tells by words alone.
-_OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch raised it for want of memory."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more, cycles included."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def kernels_of(device: torch.device) -> Kernels:
@@ -42,8 +24,7 @@ def kernels_of(device: torch.device) -> Kernels:
 def free_bytes(device: torch.device, ranks: Ranks) -> int:
     """What a run may take of the device: of a GPU what is free, of the CPU's memory this rank's share of that."""
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # which is there already, and needed
     return int(CPU_SHARE * psutil.virtual_memory().available / ranks.launch.local_size)
 
 
@@ -95,11 +76,11 @@ def has_room(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch
     try:
         _pass(recipe, vocab_size, plan, device)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not runtime.is_out_of_memory(error):
             raise
         return False
     finally:
-        release_memory(device)
+        runtime.release_memory(device)
     return True
 
 
@@ -107,7 +88,7 @@ def _pass(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.de
     peak = peak_memory(recipe, vocab_size, plan)
     model = Electra(recipe, vocab_size, 0)
     model.to(device, set_up_model(model, plan)).train()
-    elsewhere = peak.update.optimizer + round(peak.allocated_bytes * FRAGMENTATION)
+    elsewhere = peak.update.optimizer + peak.update.buffers + round(peak.allocated_bytes * FRAGMENTATION)
     stand_in = torch.empty(elsewhere, dtype=torch.uint8, device=device)
     for _ in range(min(2, plan.batch.gradient_accumulation_steps)):  # the second meets the gradients of the first
         output = model(longest_micro_batch(recipe, vocab_size, plan.batch.micro_batch_size).to(device))

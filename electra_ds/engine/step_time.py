@@ -22,14 +22,16 @@ PRODUCT_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.7, 0.75
 LAUNCH_S = 5e-6
 """Assumed: the host's time for one operation."""
 SLOWER = (1.4, 3.0)
-"""Published times over this roofline's for steps like theirs: 1.4 on a V100, 1.9 on a GTX 1060, 2.6 on an RTX 3090,
-3.0 on a GTX 1080 Ti. Their software was not ours."""
+"""Published times over what a roofline by single operations, which is not in this program, said of steps like theirs:
+1.4 on a V100, 1.9 on a GTX 1060, 2.6 on an RTX 3090, 3.0 on a GTX 1080 Ti. Their software was not ours. Of these, this
+roofline knows the original's step on a V100 in fp32, which took 2.2 times as long as it says."""
 # Counted over an eager step, inputs and outputs of every operation that is not a matrix product or attention, as
 # multiples of what is saved for the backward pass, and of the logits in fp32 for the head and its noise.
 TRAFFIC_OF_SAVED, TRAFFIC_OF_LOGITS = 7, 41
 _TRAFFIC_OF_PARAMETER = 36  # bytes: weights and gradients read and written, masters and moments too
 # Operations of a micro-batch, counted the same way: of a layer, of a piece of the head, and of the rest.
 OPERATIONS = (36, 22, 130)
+_COMPUTED_AGAIN = 0.37  # of a step's time, for all layers; measured on a CPU, docs/launching.md
 
 
 class StepTime(NamedTuple):
@@ -52,8 +54,7 @@ class StepTime(NamedTuple):
 def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
     """A step of full rows on cards like this one; None where the card lacks the precision.
 
-    Not in it: torch.compile, which fuses operations, layers that are computed again, offloading, and talk between
-    ranks.
+    Not in it: torch.compile, which fuses operations, offloading, and talk between ranks.
     """
     peak = peak_flops(card, plan.precision.name)
     if peak is None:
@@ -71,8 +72,9 @@ def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) 
     of_layer, of_piece, of_rest = OPERATIONS
     operations = of_layer * (generator.num_hidden_layers + discriminator.num_hidden_layers)
     operations += of_piece * head_pieces(vocab_size, selected // batch.gradient_accumulation_steps) + of_rest
+    again = 1 + _COMPUTED_AGAIN * plan.checkpointed_layers / discriminator.num_hidden_layers
     return StepTime(
-        products_s=flops / (peak * PRODUCT_EFFICIENCY),
-        traffic_s=traffic / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY),
-        host_s=operations * batch.gradient_accumulation_steps * LAUNCH_S,
+        products_s=again * flops / (peak * PRODUCT_EFFICIENCY),
+        traffic_s=again * traffic / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY),
+        host_s=again * operations * batch.gradient_accumulation_steps * LAUNCH_S,
     )

@@ -13,6 +13,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -40,6 +42,15 @@ def torch_adamw(parameters: Iterable[tuple[str, nn.Parameter]], section: Optimiz
         eps=section.epsilon,
         fused=True,
     )
+
+
+def forget_models() -> None:
+    """Empties what stage 3 keeps for the whole process, and every model that it has run with it."""
+    FWD_MODULE_STACK.clear()
+    releases = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in releases.__closure__:  # a cache, inside of what DeepSpeed puts around it
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 class ZeroAdamW:
@@ -84,7 +95,6 @@ class ZeroAdamW:
 
     def count_step(self) -> None:
         """To be called after every optimiser step."""
-        self.is_whole = True
         applied = self._engine.was_step_applied()
         self.taken_steps += applied
         self._skipped += not applied

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 
-from electra_ds.config.cards import CARDS, Card, Lack, is_gtx_16, lacks
+from electra_ds.config.cards import CARDS, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
@@ -51,8 +52,11 @@ class Forecast:
         return self.needed_bytes <= self.budget_bytes
 
     def published_memory(self) -> list[tuple[Publication, PublishedMemory, int]]:
-        """(where, what they needed, what we need for the same accumulation steps in this precision, in bytes)."""
-        rows = []
+        """(where, what they needed, what we need for the same accumulation steps in this precision, in bytes). They had
+        one card, so for several there is nothing beside it."""
+        rows: list[tuple[Publication, PublishedMemory, int]] = []
+        if self.plan.batch.world_size > 1:
+            return rows
         for publication in self.publications:
             for theirs in publication.memory:
                 size = self.recipe.global_batch_size // theirs.gradient_accumulation_steps
@@ -62,8 +66,8 @@ class Forecast:
         return rows
 
     def published_days(self) -> list[tuple[Publication, float]]:
-        """(where, days) of whole trainings on this card."""
-        name = self.card.name if self.card is not None else ""
+        """(where, days) of whole trainings on one card of this kind."""
+        name = self.card.name if self.card is not None and self.plan.batch.world_size == 1 else ""
         return [(where, where.days[name]) for where in self.publications if name in where.days]
 
     @property
@@ -82,10 +86,13 @@ def forecast(
     """
     vocab_size = vocab_size or recipe.tokenizer.vocab_size
     kernels: Kernels = "cuda" if card is not None or memory_gib is not None else "cpu"
-    auto_fp16 = kernels == "cuda" and not (card is not None and is_gtx_16(card.name))
+    auto_fp16 = kernels == "cuda" and not (card is not None and has_slow_fp16(card.name))
     plan = resolve(values, recipe, world_size=world_size, auto_fp16=auto_fp16, source=source)
     if card is not None and card.bf16_tflops is None and plan.precision.name.endswith("bf16"):
         raise ConfigError(f"{card.name} has no bf16, which {source} asks for. Take fp16, as in gtx1060-6gb.")
+    note = slow_fp16_note(card.name, plan.precision.name) if card is not None else None
+    if note is not None:
+        plan = replace(plan, notes=(*plan.notes, note))
     budget_bytes, budget_note = _budget(card, memory_gib)
     largest = largest_micro_batch(recipe, vocab_size, plan, budget_bytes, kernels)
     if plan.is_micro_batch_open and largest is not None:
@@ -118,14 +125,13 @@ def _budget(card: Card | None, memory_gib: float | None) -> tuple[float, str]:
     return card.usable_gib * GIB, f"{card.memory_gib:g} GiB less {card.memory_gib - card.usable_gib:.1f} for {why}"
 
 
-def forecast_all() -> list[list[Forecast]]:
-    """Every card with every shipped recipe, under the JSON made for the card or in the precision that suits it."""
-    recipes = [load_recipe(name, []) for name in recipe_names()]
+def forecast_all(recipes: Sequence[Recipe]) -> list[list[Forecast]]:
+    """Every card with every recipe, under the JSON made for the card or in the precision that suits it."""
     return [[forecast(recipe, *_json_for(card), card=card) for recipe in recipes] for card in CARDS]
 
 
 def _json_for(card: Card) -> tuple[dict[str, Any], str]:
     if card.ds_config is not None:
         return read_deepspeed_json(card.ds_config), card.ds_config
-    precision: Literal["bf16", "fp16"] = "bf16" if card.bf16_tflops else "fp16"
-    return {precision: {"enabled": True if precision == "bf16" else "auto"}}, f"{precision}, stage 0"
+    precision = "bf16" if card.bf16_tflops else "fp32" if has_slow_fp16(card.name) else "fp16"
+    return {} if precision == "fp32" else {precision: {"enabled": True}}, f"{precision}, stage 0"

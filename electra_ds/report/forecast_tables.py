@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from rich import box
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from electra_ds.config.cards import DEFAULT_TORCH_CAPABILITY
+from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.engine.memory import CONTEXT_BYTES, FRAGMENTATION
 from electra_ds.engine.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER
 from electra_ds.report.forecast import GIB, Forecast
@@ -26,14 +29,14 @@ def print_forecast(found: Forecast, console: Console) -> None:
         f"[bold]{escape(recipe.name)}[/] with {escape(found.ds_config)} on {escape(device)}: "
         f"{found.plan.precision.name}, ZeRO stage {found.plan.stage}, micro-batch x accumulation = {found.plan.batch}, "
         f"{recipe.data.sequence_length} tokens a sequence, {found.vocab_size:,} pieces",
-        highlight=False, soft_wrap=True,
+        highlight=False,
     )  # fmt: skip
     for note in found.plan.notes:
-        console.print(f"[yellow]Note:[/] {escape(note)}.", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]Note:[/] {escape(note)}.", highlight=False)
     console.print(_memory_table(found))
     lines = [*_fit_lines(found), *_time_lines(found), *_lack_lines(found), *_published_lines(found)]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False)
 
 
 def _memory_table(found: Forecast) -> Table:
@@ -80,33 +83,53 @@ def _time_lines(found: Forecast) -> list[str]:
     if time is None or card is None:
         return ["Time: not predicted; give a card."]
     low, high = time.days(recipe.schedule.total_steps)
-    milliseconds = [f"{1e3 * part:,.1f} ms" for part in (time.roofline_s, *time)]
+    products, rest, host = (f"{1e3 * part:,.3g} ms" for part in time)
     lines = [
         f"Time: [bold]{_span(low * _DAY_S, high * _DAY_S)}[/] for {recipe.schedule.total_steps:,} steps.",
-        f"  It rests on a roofline of {milliseconds[0]} a step (matrix products {milliseconds[1]} at "
-        f"{PRODUCT_EFFICIENCY:.0%} of the peak, the rest {milliseconds[2]} at {BANDWIDTH_EFFICIENCY:.0%} of the "
-        f"bandwidth, the host {milliseconds[3]} at {LAUNCH_S * 1e6:.0f} µs an operation; all assumed), times "
-        f"{SLOWER[0]} to {SLOWER[1]}, by which published runs were slower. "
-        + ("" if found.was_run else "No step of ours has been timed on this card."),
+        f"  It rests on a roofline of {1e3 * time.roofline_s:,.3g} ms a step: {products} of matrix products at "
+        f"{PRODUCT_EFFICIENCY:.0%} of the peak and {rest} of everything else at {BANDWIDTH_EFFICIENCY:.0%} of the "
+        f"bandwidth; meanwhile the host needs {host} at {LAUNCH_S * 1e6:.0f} µs an operation. All of that is assumed, "
+        f"and multiplied by {SLOWER[0]} to {SLOWER[1]}: so much longer published runs took than rooflines of their own "
+        f"steps. " + ("" if found.was_run else "No step of ours has been timed on this card."),
     ]
+    if left_out := _left_out(found.plan):
+        lines.append(f"  Not in it, and to be added: {', '.join(left_out)}.")
     return lines + [
         f"  Others took {days:g} days on this card ({where.short})." for where, days in found.published_days()
     ]
 
 
+def _left_out(plan: DeepSpeedPlan) -> list[str]:
+    """What takes time and the roofline does not know of."""
+    left_out = []
+    if plan.batch.world_size > 1:
+        left_out.append("talk between cards")
+    if any(name.startswith("offload") for name in plan.document["zero_optimization"]):
+        left_out.append("offloading to the CPU")
+    return left_out
+
+
 def _lack_lines(found: Forecast) -> list[str]:
     if found.card is None:
         return []
+    install = []
+    if found.card.capability < DEFAULT_TORCH_CAPABILITY:
+        install = ["torch's default builds have no code for this card; make install takes the one for CUDA 12.6."]
     if not found.lacks:
         return ["It lacks nothing: bf16, tensor cores, flash attention, torch.compile."]
-    return ["What this card lacks:", *(f"  {escape(lack.what)}: {escape(lack.consequence)}." for lack in found.lacks)]
+    return [
+        *install,
+        "What this card lacks:",
+        *(f"  {escape(lack.what)}: {escape(lack.consequence)}." for lack in found.lacks),
+    ]
 
 
 def _published_lines(found: Forecast) -> list[str]:
     rows = found.published_memory()
     if not rows:
         return []
-    lines = [f"Beside what others needed for this recipe (here {found.plan.precision.name}, context and all):"]
+    here = found.plan.precision.name + (", context and all" if found.kernels == "cuda" else " on a CPU")
+    lines = [f"Beside what others needed for this recipe (here {here}):"]
     for where, theirs, ours in rows:
         steps = theirs.gradient_accumulation_steps
         lines.append(
@@ -128,9 +151,10 @@ def print_forecasts(forecasts: list[list[Forecast]], console: Console) -> None:
         first = of_card[0]
         assert first.card is not None
         name = f"{first.card.name.split('GeForce ')[-1]}{'' if first.was_run else ' *'}"
-        titles = [name, f"  {first.card.usable_gib:.1f}; {first.ds_config}"] + [""] * len(of_card)
-        for title, found in zip(titles, of_card, strict=False):
-            table.add_row(title, found.recipe.name, *_cells(found))
+        titles = [name, f"  {first.card.usable_gib:.1f}; {first.ds_config}"]
+        rows = [(found.recipe.name, *_cells(found)) for found in of_card]
+        for title, row in itertools.zip_longest(titles, rows, fillvalue=()):
+            table.add_row(title or "", *row)
         table.add_section()
     console.print(table)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from electra_ds.config.cards import find_card, is_gtx_16, lacks
+from electra_ds.config.cards import find_card, lacks, slow_fp16_note
 from electra_ds.config.shipped import ds_config_names
 from electra_ds.errors import ConfigError
 
@@ -152,10 +152,8 @@ def notes_at_start(hardware: Hardware, index: int | None, precision: str) -> lis
         why = cannot_use(hardware)
         return [f"{why}. Training runs on the CPU"] if why else []
     gpu = hardware.gpus[index]
-    if not (is_gtx_16(gpu.name) and precision in ("fp16", "autocast-fp16")):
-        return []
-    lack = next(lack for lack in lacks(gpu.name, gpu.capability) if lack.what == "tensor cores")
-    return [f"fp16 is enabled on {gpu.name}, which has no {lack.what}: {lack.consequence}"]
+    note = slow_fp16_note(gpu.name, precision)
+    return [] if note is None else [note]
 
 
 def abilities(gpu: Gpu) -> str:
@@ -172,13 +170,13 @@ _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 
 def has_code_for(capability: Capability, architectures: Iterable[str]) -> bool:
     """Whether a build for these architectures runs on a card: machine code runs within its major version from its
-    minor version on, PTX (compute_XY) on everything newer, and sm_90a on 9.0 alone."""
+    minor version on (so does sm_100f), PTX (compute_XY) on everything newer, and sm_90a on 9.0 alone."""
     for architecture in architectures:
         match = _ARCHITECTURE.fullmatch(architecture)
         if match is None:
             continue
         kind, target = match[1], (int(match[2]), int(match[3]))
-        if match[4]:
+        if match[4] == "a":
             runs = capability == target
         elif kind == "compute":
             runs = capability >= target
@@ -229,7 +227,7 @@ def _driver_gpus() -> tuple[DriverGpu, ...]:
     for fields in ("name,driver_version,compute_cap", "name,driver_version"):  # old drivers do not know compute_cap
         try:
             command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
         except subprocess.CalledProcessError:
             continue
         except (OSError, subprocess.SubprocessError):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from electra_ds import runtime
+from electra_ds.config.cards import find_card
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve, with_micro_batch
 from electra_ds.config.manifest import Compile, RunDirectory, RunRecord, RunSettings, TrackingSettings, WandbMode
 from electra_ds.config.monitors import FolderMonitor, Monitors
@@ -114,7 +115,11 @@ def _resolved(options: Options, values: dict[str, Any], source: str, recipe: Rec
     auto_fp16 = runtime.wants_fp16(device)
     plan = resolve(values, recipe, world_size=ranks.world_size, auto_fp16=auto_fp16, source=source)
     check_plan(plan, device, source, cannot_use(hardware))
-    return replace(plan, notes=(*plan.notes, *notes_at_start(hardware, device.index, plan.precision.name)))
+    notes = notes_at_start(hardware, device.index, plan.precision.name)
+    made_for = find_card(Path(source).stem)
+    if device.type == "cpu" and made_for is not None and not notes:
+        notes = [f"{Path(source).stem} is made for a {made_for.name}; there is no GPU here, so the CPU trains"]
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def prepare_new(
@@ -123,7 +128,7 @@ def prepare_new(
     """A job for a new run. Raises DataError where the corpus is too small to hold out from, and ConfigError where no
     micro-batch fits."""
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    plan = _cut(plan, recipe, store, ranks)
+    plan = _cut(plan, recipe, store, ranks, was_asked_for=options.micro_batch == "auto")
     record = RunRecord(
         store=str(store.path.resolve()),
         store_fingerprint=store.info.fingerprint,
@@ -138,17 +143,19 @@ def prepare_new(
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
 
 
-def _cut(plan: DeepSpeedPlan, recipe: Recipe, store: TokenStore, ranks: Ranks) -> DeepSpeedPlan:
-    """The plan with a micro-batch that fits, where it leaves that to us, and with a note on the memory that it takes
-    where that is little or much."""
+def _cut(plan: DeepSpeedPlan, recipe: Recipe, store: TokenStore, ranks: Ranks, *, was_asked_for: bool) -> DeepSpeedPlan:
+    """The plan with a micro-batch that fits, where it leaves that to us, and with a note on what was found.
+
+    was_asked_for: whether on the command line, so that there is an answer to it.
+    """
     device, vocab_size = runtime.device(ranks.launch), store.tokenizer.vocab_size
     free = free_bytes(device, ranks)
     if plan.is_micro_batch_open:
         fitting = fitting_plan(recipe, vocab_size, plan, device, ranks)
-        if fitting.batch == plan.batch:
+        if fitting.batch == plan.batch and not was_asked_for:
             return fitting
-        size = fitting.batch.micro_batch_size
-        note = f"the largest micro-batch that fits into the {free / 2**30:.1f} GiB that are free is {size}"
+        share = "each rank's whole share" if fitting.batch == plan.batch else "the largest that fits"
+        note = f"micro-batch {fitting.batch.micro_batch_size} is {share}, of {free / 2**30:.1f} GiB that are free"
         return replace(fitting, notes=(*fitting.notes, note))
     kernels = kernels_of(device)
     needed = peak_memory(recipe, vocab_size, plan, kernels).needed_bytes(kernels)
@@ -195,7 +202,7 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
         tracking=tracking,
     )
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    plan = _cut(plan, recipe, store, ranks)
+    plan = _cut(plan, recipe, store, ranks, was_asked_for=options.micro_batch == "auto")
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
@@ -20,7 +21,6 @@ from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint
 from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.probe import is_out_of_memory, release_memory
 from electra_ds.engine.step import StepResult
 from electra_ds.errors import (
     CheckpointError,
@@ -31,7 +31,7 @@ from electra_ds.errors import (
 )
 from electra_ds.model.electra import Electra, encoder_configs
 from electra_ds.runtime import Ranks
-from electra_ds.train.metrics import Evaluator
+from electra_ds.train.metrics import Evaluation, Evaluator
 from electra_ds.train.throughput import Throughput, joint_peak_flops
 from electra_ds.train.trackers import RunLog, open_trackers
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay, read_metrics
@@ -77,12 +77,17 @@ def pretrain(job: PretrainJob, ranks: Ranks, console: Console, time_limit_s: flo
         except (InterruptedBySignalError, ConfigError, FailedElsewhereError):
             raise  # stopped as asked; refused, with the run as it was; told by the rank that failed
         except Exception as error:
+            if runtime.is_out_of_memory(error):  # outside of a step
+                error = TrainingError(
+                    f"Memory ran out beside the steps, as in an evaluation: {str(error).splitlines()[0]} Close what "
+                    f"else uses it, or take a smaller --micro-batch, and go on: bin/pretrain --resume {job.run.path}"
+                )
             with contextlib.suppress(CheckpointError):  # the disk may be full
                 if not runtime.is_lost_connection(error):
                     job.run.write_verdict("failed", reason=str(error) or repr(error))
                 elif job.run.verdict() is None:
                     job.run.write_verdict("failed", reason="a rank died without a word")
-            raise
+            raise error
 
 
 class _Loop:
@@ -113,6 +118,8 @@ class _Loop:
 
     def _make_engine(self) -> DeepSpeedEngine:
         recipe, tokenizer = self.job.recipe, self.job.store.tokenizer
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # what was tried before does not count
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
         return DeepSpeedEngine(model, recipe, self.plan, self.device, self.settings.compile)
 
@@ -199,7 +206,7 @@ class _Loop:
             try:
                 return self.engine.train_step(batch, step)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not runtime.is_out_of_memory(error):
                     raise
                 smaller = self._smaller_plan(step, error)
             self._go_on_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
@@ -210,19 +217,24 @@ class _Loop:
         batch = self.plan.batch
         sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
         ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
-        saved = self.checkpoints.paths()
-        again = f"start again, with --resume {self.job.run.path} from {saved[-1].name} on" if saved else "start anew"
         if not sizes:
             raise TrainingError(
                 f"{ran_out}, and there is no smaller one. Close what else uses the memory, or add an "
-                f"activation_checkpointing section to the DeepSpeed JSON; then {again}."
+                f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_go_on(' --micro-batch auto')}"
             ) from error
         if batch.world_size > 1 or not self.engine.optimizer.is_whole:
-            why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "the update had begun"
+            why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "its update had begun"
             raise TrainingError(
-                f"{ran_out}, and the step cannot be done again, since {why}. With --micro-batch {sizes[0]} {again}."
+                f"{ran_out}, and the step cannot be done again, since {why}. "
+                f"{self._how_to_go_on(f' --micro-batch {sizes[0]}')}"
             ) from error
         return self.plan.with_micro_batch(sizes[0])
+
+    def _how_to_go_on(self, arguments: str = "") -> str:
+        saved = self.checkpoints.paths()
+        if saved:
+            return f"From {saved[-1].name} on: bin/pretrain --resume {self.job.run.path}{arguments}"
+        return f"No checkpoint was saved yet, so start anew{' with' if arguments else ''}{arguments}."
 
     def _go_on_with(self, plan: DeepSpeedPlan) -> None:
         """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
@@ -231,11 +243,15 @@ class _Loop:
         counters = optimizer.counters()
         self.engine.close()
         del optimizer, self.engine
-        release_memory(self.device)
+        runtime.release_memory(self.device)
         self.plan = plan
-        self.engine = self._make_engine()
-        self.engine.optimizer.load(tensors, counters)
-        self.job.run.write_record(self.job.recipe, plan, self.job.record)
+        self.evaluator.micro_batch_size = plan.batch.micro_batch_size
+        try:
+            self.engine = self._make_engine()
+            self.engine.optimizer.load(tensors, counters)
+        except RuntimeError:
+            self._publish(tensors, counters)  # nothing that was learned is lost
+            raise
         if self.log is not None:
             cut = {"micro_batch_size": plan.batch.micro_batch_size}
             self.log.write(
@@ -246,6 +262,14 @@ class _Loop:
             f"with micro-batch x accumulation = {plan.batch}; batch, masks and samples stay as they were.",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+        try:
+            self.job.run.write_record(self.job.recipe, plan, self.job.record)
+        except CheckpointError as error:
+            size = plan.batch.micro_batch_size
+            self.console.print(
+                f"[yellow]Warning:[/] {escape(str(error))} Say --micro-batch {size} when you resume this run.",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
     def _stopped(self, request: runtime.StopRequest) -> bool:
         """Save and leave: False for the time limit, InterruptedBySignalError for a signal."""
@@ -313,7 +337,7 @@ class _Loop:
         )
 
     def _evaluate(self, display: TrainingDisplay) -> None:
-        evaluation = self.evaluator(self.engine.evaluate, self.device)
+        evaluation = self._evaluation()
         with self.ranks.together():
             if self.log is not None:
                 values = {name: _finite(value) for name, value in evaluation._asdict().items()}
@@ -323,12 +347,29 @@ class _Loop:
             f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
         )
 
+    def _evaluation(self) -> Evaluation:
+        """In fewer rows at a time where memory runs out, which its numbers do not depend on."""
+        while True:
+            try:
+                return self.evaluator(self.engine.evaluate, self.device)
+            except RuntimeError as error:
+                if not runtime.is_out_of_memory(error) or self.ranks.world_size > 1:
+                    raise
+                if self.evaluator.micro_batch_size == 1:
+                    self._save()
+                    raise
+            self.evaluator.micro_batch_size //= 2
+            runtime.release_memory(self.device)
+
     def _save(self) -> Path:
         """Publish a checkpoint; all ranks give their part of the state, and leave when it is there."""
         self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
         if self.log is not None:
             self.log.flush()
-        tensors, counters = self.engine.optimizer.tensors(), self.engine.optimizer.counters()
+        return self._publish(self.engine.optimizer.tensors(), self.engine.optimizer.counters())
+
+    def _publish(self, tensors: dict[str, torch.Tensor], counters: dict[str, float]) -> Path:
+        """A checkpoint of what the optimizer told, at the step that is done."""
         state = {
             "step": self.step,
             "tokens": self.tokens,
