@@ -363,13 +363,13 @@ class _Loop:
 
     def _save(self) -> Path:
         """Publish a checkpoint; all ranks give their part of the state, and leave when it is there."""
-        self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
-        if self.log is not None:
-            self.log.flush()
         return self._publish(self.engine.optimizer.tensors(), self.engine.optimizer.counters())
 
     def _publish(self, tensors: dict[str, torch.Tensor], counters: dict[str, float]) -> Path:
         """A checkpoint of what the optimizer told, at the step that is done."""
+        self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
+        if self.log is not None:
+            self.log.flush()
         state = {
             "step": self.step,
             "tokens": self.tokens,
