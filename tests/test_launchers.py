@@ -339,7 +339,7 @@ def test_the_error_of_one_rank_is_shown_first_and_once(store: TokenStore, tmp_pa
 LITTLE_MEMORY = """
 import psutil, torch
 from collections import namedtuple
-psutil.virtual_memory = lambda: namedtuple("Memory", "available")(2_200_000)
+psutil.virtual_memory = lambda: namedtuple("Memory", "available")(52_100_000)
 from electra_ds.model.electra import Electra
 run, passes = Electra.run, [0]
 def faulty(self, batch, samples):

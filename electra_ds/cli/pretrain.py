@@ -129,6 +129,7 @@ def _pretrain(options: argparse.Namespace) -> None:
                 job = launch.prepare_new(wanted, recipe, plan, store or TokenStore(store_path), run, ranks)
             else:
                 job = launch.prepare_resume(wanted, plan, run, ranks)
+        job = launch.with_fitting_micro_batch(job, wanted, ranks)
         with ranks.together():
             if ranks.is_main:
                 held.enter_context(run.locked())

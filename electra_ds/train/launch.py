@@ -125,10 +125,8 @@ def _resolved(options: Options, values: dict[str, Any], source: str, recipe: Rec
 def prepare_new(
     options: Options, recipe: Recipe, plan: DeepSpeedPlan, store: TokenStore, run: RunDirectory, ranks: Ranks
 ) -> PretrainJob:
-    """A job for a new run. Raises DataError where the corpus is too small to hold out from, and ConfigError where no
-    micro-batch fits."""
+    """A job for a new run. Raises DataError where the corpus is too small to hold out from."""
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    plan = _cut(plan, recipe, store, ranks, was_asked_for=options.micro_batch == "auto")
     record = RunRecord(
         store=str(store.path.resolve()),
         store_fingerprint=store.info.fingerprint,
@@ -141,31 +139,6 @@ def prepare_new(
         tracking=options.tracking(TrackingSettings(), plan.monitors, run),
     )
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
-
-
-def _cut(plan: DeepSpeedPlan, recipe: Recipe, store: TokenStore, ranks: Ranks, *, was_asked_for: bool) -> DeepSpeedPlan:
-    """The plan with a micro-batch that fits, where it leaves that to us, and with a note on what was found.
-
-    was_asked_for: whether on the command line, so that there is an answer to it.
-    """
-    device, vocab_size = runtime.device(ranks.launch), store.tokenizer.vocab_size
-    free = free_bytes(device, ranks)
-    if plan.is_micro_batch_open:
-        fitting = fitting_plan(recipe, vocab_size, plan, device, ranks)
-        if fitting.batch == plan.batch and not was_asked_for:
-            return fitting
-        share = "each rank's whole share" if fitting.batch == plan.batch else "the largest that fits"
-        note = f"micro-batch {fitting.batch.micro_batch_size} is {share}, of {free / 2**30:.1f} GiB that are free"
-        return replace(fitting, notes=(*fitting.notes, note))
-    kernels = kernels_of(device)
-    needed = peak_memory(recipe, vocab_size, plan, kernels).needed_bytes(kernels)
-    if needed <= free:
-        return plan
-    note = (
-        f"a step is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
-        f"--micro-batch auto finds what fits"
-    )
-    return replace(plan, notes=(*plan.notes, note))
 
 
 def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
@@ -202,8 +175,34 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
         tracking=tracking,
     )
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    plan = _cut(plan, recipe, store, ranks, was_asked_for=options.micro_batch == "auto")
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
+
+
+def with_fitting_micro_batch(job: PretrainJob, options: Options, ranks: Ranks) -> PretrainJob:
+    """The job with a micro-batch that fits, where its JSON leaves that to us, and with a note on what was found.
+
+    To be called by all ranks, which agree on it. Raises ConfigError on all of them where not even one sequence fits.
+    """
+    plan, recipe, vocab_size = job.plan, job.recipe, job.store.tokenizer.vocab_size
+    device = runtime.device(ranks.launch)
+    free = free_bytes(device, ranks)
+    note = None
+    if plan.is_micro_batch_open:
+        fitting = fitting_plan(recipe, vocab_size, plan, device, ranks)
+        if fitting.batch != plan.batch or options.micro_batch == "auto":
+            share = "each rank's whole share" if fitting.batch == plan.batch else "the largest that fits"
+            note = f"micro-batch {fitting.batch.micro_batch_size} is {share}, of {free / 2**30:.1f} GiB that are free"
+        plan = fitting
+    else:
+        kernels = kernels_of(device)
+        needed = peak_memory(recipe, vocab_size, plan, kernels).needed_bytes(kernels)
+        if needed > free:
+            note = (
+                f"a step is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+                f"--micro-batch auto finds what fits"
+            )
+    notes = plan.notes if note is None else (*plan.notes, note)
+    return replace(job, plan=replace(plan, notes=notes))
 
 
 def _stop_at(options: Options, recipe: Recipe) -> int:
