@@ -89,7 +89,8 @@ def forecast(
     auto_fp16 = kernels == "cuda" and not (card is not None and has_slow_fp16(card.name))
     plan = resolve(values, recipe, world_size=world_size, auto_fp16=auto_fp16, source=source)
     if card is not None and card.bf16_tflops is None and plan.precision.name.endswith("bf16"):
-        raise ConfigError(f"{card.name} has no bf16, which {source} asks for. Take fp16, as in gtx1060-6gb.")
+        instead = "fp32, as in cpu" if has_slow_fp16(card.name) else "fp16, as in gtx1060-6gb"
+        raise ConfigError(f"{card.name} has no bf16, which {source} asks for. Take {instead}.")
     note = slow_fp16_note(card.name, plan.precision.name) if card is not None else None
     if note is not None:
         plan = replace(plan, notes=(*plan.notes, note))
