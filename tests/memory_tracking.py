@@ -18,15 +18,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from electra_ds.model.electra import Electra
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
-def saved_for_backward(model: Electra) -> Iterator[dict[int, torch.UntypedStorage]]:
-    """Storages that autograd keeps of what runs inside, the model's own apart."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+def saved_for_backward(*known: torch.Tensor) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Storages that autograd keeps of what runs inside, those of `known` apart."""
+    own = {tensor.untyped_storage()._cdata for tensor in known}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from electra_ds.errors import ConfigError
 from electra_ds.model.electra import Electra
 from electra_ds.objective.microbatch import MicroBatch
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
+from tests.memory_tracking import saved_for_backward
 from tests.test_engine import PRECISIONS
 
 CPU = torch.device("cpu")
@@ -149,17 +150,10 @@ def test_losses_and_gradients_are_equal_where_rows_are_padded_or_shared(store: T
 
 def saved_bytes(run: Callable[[], Any], *known: torch.Tensor) -> int:
     """What autograd keeps for the backward pass of `run`, each storage once, without those of `known`."""
-    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_for_backward(*known) as saved:
         output = run()
     del output
-    known_addresses = {tensor.untyped_storage().data_ptr() for tensor in known}
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in known_addresses)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @pytest.mark.parametrize("rows", ["padded", "packed"])

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from torch.torch_version import TorchVersion
 
+from electra_ds.config import cards
 from electra_ds.config.cards import CARDS, lacks
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.shipped import ds_config_names
@@ -60,7 +61,7 @@ class Machine:
         self._script.parent.mkdir()
         monkeypatch.setenv("PATH", str(self._script.parent), prepend=os.pathsep)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(hardware, "ds_config_names", lambda: ["cpu", "gtx1060-6gb", "rtx3090-24gb"])
+        monkeypatch.setattr(cards, "ds_config_names", lambda: ["cpu", "gtx1060-6gb", "rtx3090-24gb"])
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         self.driver("exit 9")
 

@@ -47,7 +47,7 @@ def set_up(recipe: Recipe, vocab_size: int, precision: str) -> Electra:
 
 def measured_saved_bytes(recipe: Recipe, vocab_size: int, size: int, precision: str) -> int:
     model = set_up(recipe, vocab_size, precision)
-    with saved_for_backward(model) as saved:
+    with saved_for_backward(*model.parameters(), *model.buffers()) as saved:
         output = model(longest_micro_batch(recipe, vocab_size, size))
         _ = output.generator_loss_sum + output.discriminator_loss_sum
     return sum(storage.nbytes() for storage in saved.values())
@@ -115,7 +115,7 @@ class Tracked:
         for parameter in model.parameters():
             self.tracker.note(parameter)
         with self.tracker:
-            with saved_for_backward(model) as saved:
+            with saved_for_backward(*model.parameters(), *model.buffers()) as saved:
                 output = model.run(batch, None)
                 loss = output.generator_loss_sum + output.discriminator_loss_sum
             self.saved_bytes = sum(storage.nbytes() for storage in saved.values())
@@ -219,7 +219,7 @@ def test_all_layers_share_one_attention_mask_on_a_gpu() -> None:
     )
     kept = []
     for batch in (full, packed):
-        with saved_for_backward(model) as saved:
+        with saved_for_backward(*model.parameters(), *model.buffers()) as saved:
             output = model.run(batch.to(torch.device("meta")), None)
             _ = output.generator_loss_sum + output.discriminator_loss_sum
         kept.append(sum(storage.nbytes() for storage in saved.values()))

@@ -15,12 +15,14 @@ import torch
 from electra_ds import runtime
 from electra_ds.bench.measure import peak_bytes
 from electra_ds.config.cards import CARDS, SHOWN_SHARE, Card
-from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
+from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve, with_micro_batch
 from electra_ds.config.overrides import load_recipe
+from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import GlobalBatch
 from electra_ds.engine.engine import DeepSpeedEngine
 from electra_ds.engine.memory import peak_memory
+from electra_ds.engine.probe import kernels_of
 from electra_ds.errors import ConfigError
 from electra_ds.model.electra import Electra
 
@@ -48,8 +50,7 @@ def cases(
     for dtype in dtypes:
         for size in micro_batches:
             recipe = load_recipe(recipe_name, [f"global_batch_size={size * _ACCUMULATION_ON_CPU}"])
-            precision = {} if dtype == "fp32" else {dtype: {"enabled": True}}
-            values = read_deepspeed_json("cpu") | {"train_micro_batch_size_per_gpu": size} | precision
+            values = with_micro_batch(read_deepspeed_json("cpu"), size) | precision_section(dtype)
             plan = resolve(values, recipe, world_size=1, auto_fp16=False, source="cpu")
             found.append(Case("cpu", recipe, plan))
     return found, {}
@@ -131,7 +132,7 @@ def measure_case(
         finally:
             engine.close()
 
-    predicted = peak_memory(case.recipe, vocab_size, case.plan, "cuda" if device.type == "cuda" else "cpu")
+    predicted = peak_memory(case.recipe, vocab_size, case.plan, kernels_of(device))
     if device.type == "cuda":
         with limited(device, case.limit_bytes):
             found = _gpu_bytes(run, device)

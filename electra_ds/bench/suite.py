@@ -33,6 +33,7 @@ from electra_ds.bench.measure import (
 from electra_ds.bench.synthetic import glue_lengths, web_text_lengths, write_store
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
+from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import BatchBuilder, GlobalBatch
 from electra_ds.data.segments import Ranges
@@ -370,10 +371,9 @@ class Suite:
         return lambda number: sample_tokens(weights_MV, keys_M, columns_V)
 
     def _plan(self, recipe: Recipe, dtype: str) -> DeepSpeedPlan:
-        section = {} if dtype == "fp32" else {dtype: {"enabled": True}}
+        values = {"train_micro_batch_size_per_gpu": recipe.global_batch_size} | precision_section(dtype)
         return resolve(
-            {"train_micro_batch_size_per_gpu": recipe.global_batch_size, **section}, recipe, world_size=1,
-            auto_fp16=runtime.wants_fp16(self.device), source="bench",
+            values, recipe, world_size=1, auto_fp16=runtime.wants_fp16(self.device), source="bench"
         )  # fmt: skip
 
     @staticmethod

@@ -11,9 +11,12 @@ import re
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
     Group: TypeAlias = argparse._ActionsContainer
 
+_NARROWEST = 80
 DEFAULT_RECIPE = "rc2020-small"
 
 
@@ -36,6 +39,14 @@ def add_overrides(group: Group, example: str) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
         help=f"override the recipe, e.g. --set {example}",
     )  # fmt: skip
+
+
+def wide_console() -> Console:
+    """The terminal, taken to have at least the columns that our tables need."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.width >= _NARROWEST else Console(width=_NARROWEST)
 
 
 def positive(text: str) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, positive
+from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, positive, wide_console
 from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ _SECTIONS = {  # and what is in the results if they were measured
 }
 _WHEN_NAMED = ("memory", "precisions")
 _STEPS = 500
-_NARROWEST = 80
 _MEASURING = {
     "recipe": DEFAULT_RECIPE, "sections": [name for name in _SECTIONS if name not in _WHEN_NAMED],
     "micro_batches": None, "dtypes": None, "rounds": 5, "steps": _STEPS, "threads": 1,
@@ -83,15 +82,11 @@ def add_bench(commands: Commands) -> None:
 def _bench(options: argparse.Namespace) -> None:
     _check_arguments(options)
 
-    from rich.console import Console
-
     from electra_ds.bench.compare import compare
     from electra_ds.bench.show import print_results
 
     old = None if options.compare is None else _read(options.compare)
-    console = Console()
-    if console.width < _NARROWEST:
-        console = Console(width=_NARROWEST)
+    console = wide_console()
     if options.source is not None:
         results = _read(options.source)
     else:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, micro_batch, positive
+from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, micro_batch, positive, wide_console
 from electra_ds.config.shipped import ds_config_names, recipe_names
 from electra_ds.errors import ConfigError
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
     from electra_ds.config.cards import Card
 
-_NARROWEST = 80
 _EPILOG = """\
 examples:
   bin/plan --recipe rc2020-small --ds-config gtx1060-6gb
@@ -84,16 +83,12 @@ def _plan(options: argparse.Namespace) -> None:
     if not options.all and options.ds_config is None:
         raise ConfigError("Say how it would be run with --ds-config, for instance: --ds-config gtx1060-6gb")
 
-    from rich.console import Console
-
     from electra_ds.config.deepspeed import read_deepspeed_json, with_micro_batch
     from electra_ds.config.overrides import load_recipe
     from electra_ds.report.forecast import forecast, forecast_all
     from electra_ds.report.forecast_tables import as_json, print_forecast, print_forecasts
 
-    console = Console()
-    if console.width < _NARROWEST:
-        console = Console(width=_NARROWEST)
+    console = wide_console()
     if options.all:
         names = recipe_names() if options.recipe is None else [options.recipe]
         forecasts = forecast_all([load_recipe(name, options.overrides) for name in names])

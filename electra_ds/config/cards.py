@@ -105,8 +105,8 @@ def find_card(device_name: str) -> Card | None:
 
 def cards_like(name: str) -> list[Card]:
     """Those whose names have all of these words, or have it within when nothing stands between the words."""
-    words, squeezed = _words(name), _squeezed(name)
-    return [card for card in CARDS if words and (words <= _words(card.name) or squeezed in _squeezed(card.name))]
+    words, squeezed = _words(name), "".join(_parts(name))
+    return [card for card in CARDS if words and (words <= _words(card.name) or squeezed in "".join(_parts(card.name)))]
 
 
 def peak_flops(card: Card, precision: str) -> float | None:
@@ -156,9 +156,9 @@ def slow_fp16_note(name: str, precision: str) -> str | None:
     return f"fp16 is enabled on {name}, which has no tensor cores, so it is slower than fp32, as in cpu.json"
 
 
-def _squeezed(name: str) -> str:
-    return "".join(re.findall(r"[a-z0-9]+", name.lower()))
+def _parts(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())
 
 
 def _words(name: str) -> frozenset[str]:
-    return frozenset(re.findall(r"[a-z0-9]+", name.lower())) - _MAKERS_WORDS
+    return frozenset(_parts(name)) - _MAKERS_WORDS

@@ -44,6 +44,11 @@ class Precision:
     loss_scaling: LossScaling | None = None
 
 
+def precision_section(name: str) -> dict[str, Any]:
+    """What a DeepSpeed JSON says for fp32, which is nothing, bf16 or fp16."""
+    return {} if name == "fp32" else {name: {"enabled": True}}
+
+
 def parse_precision(
     values: dict[str, Any], stage: int, auto_fp16: bool, problems: list[str], notes: list[str]
 ) -> Precision | None:

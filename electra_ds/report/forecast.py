@@ -11,6 +11,7 @@ import psutil
 from electra_ds.config.cards import CARDS, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
 from electra_ds.config.overrides import load_recipe
+from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import recipe_names
 from electra_ds.engine.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
@@ -135,4 +136,4 @@ def _json_for(card: Card) -> tuple[dict[str, Any], str]:
     if card.ds_config is not None:
         return read_deepspeed_json(card.ds_config), card.ds_config
     precision = "bf16" if card.bf16_tflops else "fp32" if has_slow_fp16(card.name) else "fp16"
-    return {} if precision == "fp32" else {precision: {"enabled": True}}, f"{precision}, stage 0"
+    return precision_section(precision), f"{precision}, stage 0"

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from electra_ds.config.cards import DEFAULT_TORCH_CAPABILITY
 from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.recipe import Recipe
 from electra_ds.engine.memory import CONTEXT_BYTES, FRAGMENTATION
-from electra_ds.engine.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER
+from electra_ds.engine.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER, StepTime
 from electra_ds.report.forecast import GIB, Forecast
 
 _DAY_S = 86_400
@@ -82,10 +83,9 @@ def _time_lines(found: Forecast) -> list[str]:
     time, card, recipe = found.time, found.card, found.recipe
     if time is None or card is None:
         return ["Time: not predicted; give a card."]
-    low, high = time.days(recipe.schedule.total_steps)
     products, rest, host = (f"{1e3 * part:,.3g} ms" for part in time)
     lines = [
-        f"Time: [bold]{_span(low * _DAY_S, high * _DAY_S)}[/] for {recipe.schedule.total_steps:,} steps.",
+        f"Time: [bold]{_span(time, recipe)}[/] for {recipe.schedule.total_steps:,} steps.",
         f"  It rests on a roofline of {1e3 * time.roofline_s:,.3g} ms a step: {products} of matrix products at "
         f"{PRODUCT_EFFICIENCY:.0%} of the peak and {rest} of everything else at {BANDWIDTH_EFFICIENCY:.0%} of the "
         f"bandwidth; meanwhile the host needs {host} at {LAUNCH_S * 1e6:.0f} µs an operation. All of that is assumed, "
@@ -162,11 +162,8 @@ def print_forecasts(forecasts: list[list[Forecast]], console: Console) -> None:
 def _cells(found: Forecast) -> list[str]:
     if not found.fits:
         return ["does not fit", _gib(found.needed_bytes), ""]
-    batch, time = found.plan.batch, found.time
-    span = ""
-    if time is not None:
-        low, high = time.days(found.recipe.schedule.total_steps)
-        span = _span(low * _DAY_S, high * _DAY_S)
+    batch = found.plan.batch
+    span = "" if found.time is None else _span(found.time, found.recipe)
     return [f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps}", _gib(found.needed_bytes), span]
 
 
@@ -209,8 +206,9 @@ def _gib(number_bytes: float) -> str:
     return f"{number_bytes / GIB:.2f}"
 
 
-def _span(low_s: float, high_s: float) -> str:
-    """`9.0 to 19 days`, in the unit that suits the longer one."""
+def _span(time: StepTime, recipe: Recipe) -> str:
+    """Of the whole schedule, `9 to 19 days`, in the unit that suits the longer one."""
+    low_s, high_s = (days * _DAY_S for days in time.days(recipe.schedule.total_steps))
     for unit, seconds in (("days", _DAY_S), ("hours", 3600), ("min", 60)):
         if high_s >= 2 * seconds:
             return f"{_two_digits(low_s / seconds)} to {_two_digits(high_s / seconds)} {unit}"

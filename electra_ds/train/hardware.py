@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from electra_ds.config.cards import find_card, lacks, slow_fp16_note
-from electra_ds.config.shipped import ds_config_names
+from electra_ds.config.cards import DEFAULT_TORCH_CAPABILITY, find_card, lacks, slow_fp16_note
 from electra_ds.errors import ConfigError
 
 Capability = tuple[int, int]
@@ -23,7 +22,6 @@ _CUDA_126 = "https://download.pytorch.org/whl/cu126"
 # Of torch's builds only those for CUDA 12.6 have code for Maxwell, Pascal and Volta, and none for what is older. 2.14
 # is the last release with such builds, which end at Hopper.
 _OLDEST = (5, 0)
-_LAST_ON_CUDA_126_ALONE = (7, 2)
 _BEYOND_CUDA_126 = (10, 0)
 _LAST_WITH_CUDA_126 = Version("2.14.0")
 # The oldest driver, by the CUDA that torch was built for (NVIDIA, "CUDA Compatibility", minor version compatibility).
@@ -104,7 +102,7 @@ def without_code(gpu: Gpu, hardware: Hardware) -> Problem | None:
     if gpu.capability < _OLDEST:
         meaning += "; no newer torch has, which leaves the CPU"
         return Problem(str(gpu), meaning, "export CUDA_VISIBLE_DEVICES=")
-    if gpu.capability <= _LAST_ON_CUDA_126_ALONE:
+    if gpu.capability < DEFAULT_TORCH_CAPABILITY:
         return Problem(str(gpu), meaning, _install_cuda_126(hardware))
     # Forced, since pip takes 2.13.0+cu126 for as good as 2.13.0.
     return Problem(str(gpu), meaning, "pip install --upgrade --force-reinstall torch")
@@ -160,7 +158,7 @@ def abilities(gpu: Gpu) -> str:
     """What a card lacks and what follows from it, and the DeepSpeed JSON that ships for it."""
     missing = [f"no {lack.what}: {lack.consequence}" for lack in lacks(gpu.name, gpu.capability)]
     card = find_card(gpu.name)
-    made_for_it = [name for name in ds_config_names() if card is not None and name in card.aliases]
+    made_for_it = [card.ds_config] if card is not None and card.ds_config is not None else []
     told = missing or ["bf16, tensor cores, flash attention, torch.compile"]
     return "; ".join(told + [f"take --ds-config {name}" for name in made_for_it])
 
@@ -200,7 +198,7 @@ def _takes_cuda_126(hardware: Hardware) -> bool:
     capabilities = [gpu.capability for gpu in hardware.driver_gpus if gpu.capability is not None]
     if any(capability >= _BEYOND_CUDA_126 for capability in capabilities):
         return False
-    only = any(_OLDEST <= capability <= _LAST_ON_CUDA_126_ALONE for capability in capabilities)
+    only = any(_OLDEST <= capability < DEFAULT_TORCH_CAPABILITY for capability in capabilities)
     return only or _OLDEST_DRIVER[12] <= _major(hardware.driver_gpus[0].driver) < _OLDEST_DRIVER[13]
 
 

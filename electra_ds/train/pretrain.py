@@ -104,6 +104,7 @@ class _Loop:
                 store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size, ranks
             )
             self.engine = self._make_engine()
+        self.tokenizer_json = store.tokenizer.backend.to_str()
         self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
         if self.engine.is_compiled:
             console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
@@ -380,7 +381,7 @@ class _Loop:
             if self.ranks.is_main:
                 job = self.job
                 record = job.run.record_files(job.recipe, self.plan, job.record)
-                record["tokenizer.json"] = job.store.tokenizer.backend.to_str()
+                record["tokenizer.json"] = self.tokenizer_json
                 self.checkpoints.save(tensors, state, record)
         return self.checkpoints.path(self.step)
 
