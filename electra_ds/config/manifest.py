@@ -76,6 +76,8 @@ class RunRecord:
     settings: RunSettings
     command: list[str]
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    initialised_from: list[str] = field(default_factory=list)
+    """Folders or Hub names whose weights the run began with; empty for random ones."""
     format: int = FORMAT
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=lambda: versions())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,6 +54,11 @@ class PretrainJob:
     record: RunRecord
     stop_at: int
     """Step at which to save and leave; the schedule stays that of the recipe."""
+
+    def record_files(self) -> dict[str, str]:
+        """What travels in each checkpoint: whoever has one needs nothing else."""
+        files = self.run.record_files(self.recipe, self.plan, self.record)
+        return files | {"tokenizer.json": self.store.tokenizer.backend.to_str()}
 
 
 def pretrain(job: PretrainJob, ranks: Ranks, console: Console, time_limit_s: float | None = None) -> bool:
@@ -104,7 +109,7 @@ class _Loop:
                 store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size, ranks
             )
             self.engine = self._make_engine()
-        self.tokenizer_json = store.tokenizer.backend.to_str()
+        self.record_files = job.record_files()
         self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
         if self.engine.is_compiled:
             console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
@@ -246,6 +251,7 @@ class _Loop:
         del optimizer, self.engine
         runtime.release_memory(self.device)
         self.plan = plan
+        self.record_files = replace(self.job, plan=plan).record_files()
         self.evaluator.micro_batch_size = plan.batch.micro_batch_size
         try:
             self.engine = self._make_engine()
@@ -379,10 +385,7 @@ class _Loop:
         }
         with self.ranks.together():
             if self.ranks.is_main:
-                job = self.job
-                record = job.run.record_files(job.recipe, self.plan, job.record)
-                record["tokenizer.json"] = self.tokenizer_json
-                self.checkpoints.save(tensors, state, record)
+                self.checkpoints.save(tensors, state, self.record_files)
         return self.checkpoints.path(self.step)
 
     def close(self) -> None:

@@ -1,0 +1,35 @@
+"""A run that begins with weights from elsewhere: they become its first checkpoint, and training goes on from that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from electra_ds.engine.checkpoint import CheckpointFolder
+from electra_ds.train.pretrain import PretrainJob
+
+FRESH_COUNTERS = {
+    "taken_steps": 0.0, "skipped_steps": 0.0, "consecutive_skips": 0.0, "is_scaled": 0.0, "loss_scale": 1.0,
+    "good_steps": 0.0, "hysteresis_left": 1.0,
+}  # fmt: skip
+
+
+def begin_with(
+    job: PretrainJob,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    step: int = 0,
+    tokens: int = 0,
+    counters: Mapping[str, float] = FRESH_COUNTERS,
+) -> Path:
+    """Write the run's record and a checkpoint of these tensors; returns its path.
+
+    For the main rank, which holds the run. tensors: fp32, `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` for every
+    parameter of `Electra`; counters: as `MasterAdamW.counters` gives them. Raises CheckpointError where the folder
+    cannot be written.
+    """
+    job.run.write_record(job.recipe, job.plan, job.record)
+    state = {"step": step, "tokens": tokens, "precision": "fp32", "optimizer": dict(counters)}
+    return CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(tensors, state, job.record_files())
