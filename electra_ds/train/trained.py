@@ -10,7 +10,7 @@ import yaml
 
 from electra_ds.config.recipe import Recipe, validate_recipe
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
-from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint
+from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, open_checkpoint
 from electra_ds.errors import CheckpointError
 from electra_ds.model.electra import Electra
 
@@ -23,12 +23,12 @@ def load_trained(run_or_checkpoint: Path) -> tuple[Electra, Tokenizer, Recipe, d
     if (run_or_checkpoint / "manifest.json").is_file():
         checkpoint = load_checkpoint(run_or_checkpoint)
     elif (run_or_checkpoint / "run.json").is_file():
-        newest, damaged = CheckpointFolder(run_or_checkpoint / "checkpoints", keep=1).load_latest()
+        newest, damaged = CheckpointFolder(run_or_checkpoint / "checkpoints", keep=1).newest_whole()
         if newest is None:
             raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
         for problem in damaged.values():
             print(f"Warning: {problem} Taking the one before.")
-        checkpoint = newest
+        checkpoint = open_checkpoint(newest)
     else:
         raise CheckpointError(f"{run_or_checkpoint} is neither a run directory nor a checkpoint.")
     recipe = validate_recipe(
