@@ -48,8 +48,8 @@ def straight(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.T
 
 
 def check(losses: dict[str, list[float]], expected: np.ndarray) -> None:
-    """To the rounding of the coarser precision, for whose size see BOUNDS. The first of them comes from the very weights
-    that were saved, so a jump would show in it."""
+    """To the rounding of the coarser precision, for whose size see BOUNDS. The first of them comes from the very
+    weights that were saved, so a jump would show in it."""
     assert losses.keys() == set(PLANS)
     for plan, found in losses.items():
         np.testing.assert_allclose(found, expected, rtol=BOUNDS[plan.split("/")[1]], err_msg=plan)

@@ -94,14 +94,10 @@ class CheckpointFolder:
         draft.publish(draft.write_shard(tensors, 0, 1), state, record)
         return draft.final
 
-    def prune(self, keep: int | None = None) -> list[Path]:
-        """Remove all but the newest checkpoints; returns what was removed. Raises OSError."""
-        doomed = self.paths()[: -(keep or self.keep)]
-        for path in doomed:
-            aside = path.with_name(f".pruning-{path.name}")
-            path.rename(aside)  # so that no half-deleted checkpoint ever stands under a real name
-            shutil.rmtree(aside)
-        return doomed
+    def prune(self) -> None:
+        """Remove all but the newest checkpoints. Raises OSError."""
+        for path in self.paths()[: -self.keep]:
+            remove(path)
 
     def newest_whole(self, ranks: Ranks | None = None) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint that is whole, and what is wrong with each newer one.
@@ -140,7 +136,7 @@ class CheckpointFolder:
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
             for leftover in self.leftovers():
-                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+                remove(leftover)
         except OSError as error:
             raise CheckpointError(f"Cannot tidy {self.folder}: {error}.") from error
 
@@ -286,6 +282,16 @@ def _manifest(path: Path) -> dict[str, FileEntry]:
         return {str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json cannot be read.") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, or what is left of one. Raises OSError."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    if not path.name.startswith("."):
+        path = path.rename(path.with_name(f".pruning-{path.name}"))  # nothing half-deleted may stand under a real name
+    shutil.rmtree(path)
 
 
 def _flush(path: Path) -> None:
