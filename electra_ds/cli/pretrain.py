@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -133,6 +134,9 @@ def _pretrain(options: argparse.Namespace) -> None:
         with ranks.together():
             if ranks.is_main:
                 held.enter_context(run.locked())
+        owner = ranks.from_main(os.getpid())
+        with ranks.together():
+            run.check_shared(owner)
         launch.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
         if pretrain(job, ranks, console, time_limit) and ranks.is_main:
