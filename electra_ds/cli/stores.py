@@ -79,7 +79,8 @@ def store_name(options: argparse.Namespace, recipe: Recipe) -> str:
     kind = (
         Path(options.tokenizer).stem if options.tokenizer else f"{recipe.tokenizer.kind}-{recipe.tokenizer.vocab_size}"
     )
-    if options.corpus == [[_BUILTIN]]:
+    has_telling_name = not options.tokenizer or is_hub_model(options.tokenizer)  # many folders are `discriminator`
+    if options.corpus == [[_BUILTIN]] and has_telling_name:
         return f"{name}-{kind}"
     corpus = [
         [word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in options.corpus

@@ -58,21 +58,29 @@ def check_fit(recipe: Recipe, discriminator: Wanted, generator: Wanted | None, s
     if not problems:
         return
     changes = _changes(recipe, discriminator, generator) | ({"generator.sharing": sharing} if is_shared_wrongly else {})
-    overrides = f"--set {' '.join(_overrides(changes))}" if changes else ""
     try:
-        mended = _changed(recipe, changes)
-        left = [*_mismatches(mended, discriminator, generator)]
-        if not left:
-            advice = f"Add: {overrides}"
-        else:
-            advice = "No recipe can have" + "".join(f"\n  {problem}" for problem in left)
-            if not [*_mismatches(mended, discriminator, None)]:
-                with_them = f", with {overrides}" if changes else ""
-                advice += f"\n{_rule(mended)}\nGive {discriminator.name} alone{with_them}."
+        left = [*_mismatches(_changed(recipe, changes), discriminator, generator)]
+        advice = _out_of_reach(recipe, discriminator, left) if left else f"Add: {_as_argument(changes)}"
     except ConfigError as error:
         advice = str(error)
     lines = "".join(f"\n  {problem}" for problem in problems)
     raise ConfigError(f"The recipe {recipe.name} does not fit the weights:{lines}\n{advice}")
+
+
+def _out_of_reach(recipe: Recipe, discriminator: Wanted, left: list[str]) -> str:
+    """What to do about mismatches that no override mends."""
+    advice = "No recipe can have" + "".join(f"\n  {problem}" for problem in left)
+    changes = _changes(recipe, discriminator, None)
+    alone = _changed(recipe, changes)
+    if [*_mismatches(alone, discriminator, None)]:
+        return advice
+    with_them = f", with {_as_argument(changes)}" if changes else ""
+    head_size = min(64, alone.model.hidden_size // alone.model.num_attention_heads)
+    return (
+        f"{advice}\nA recipe's generator has at most the discriminator's columns and layers, one head for every "
+        f"{head_size} columns, a feed-forward of 4 times the columns, and everything else as the discriminator.\n"
+        f"Give {discriminator.name} alone{with_them}."
+    )
 
 
 def _mismatches(recipe: Recipe, discriminator: Wanted, generator: Wanted | None) -> Iterator[str]:
@@ -137,15 +145,11 @@ def _overrides(changes: Mapping[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in changes.items()]
 
 
+def _as_argument(changes: Mapping[str, Any]) -> str:
+    return f"--set {' '.join(_overrides(changes))}"
+
+
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """Raises ConfigError where no recipe may be like that."""
     values = apply_overrides(recipe.model_dump(), _overrides(changes))
     return validate_recipe(values, f"{recipe.name}, changed to fit the weights,")
-
-
-def _rule(recipe: Recipe) -> str:
-    head_size = min(64, recipe.model.hidden_size // recipe.model.num_attention_heads)
-    return (
-        f"A recipe's generator has at most the discriminator's columns and layers, one head for every {head_size} "
-        f"columns, a feed-forward of 4 times the columns, and everything else as the discriminator."
-    )

@@ -70,11 +70,15 @@ class Beginning:
         if not problem and size > rows:
             problem = f"it has {size:,} pieces with those that ELECTRA needs"
         if problem:
+            advice = "Give the tokenizer that they were trained with."
+            if known is not None:
+                advice = (
+                    f"Leave --tokenizer out to take the weights' own; a store for --data is made with it by "
+                    f"bin/build-data --tokenizer {known.name}."
+                )
             raise DataError(
                 f"The tokenizer does not fit the weights of {self.discriminator.name}, whose token table has {rows:,} "
-                f"rows: {problem}, so that rows would stand for other pieces than they were trained for. Leave "
-                f"--tokenizer out to take the weights' own; a store for --data is made with it by bin/build-data "
-                f"--tokenizer {self.discriminator.name}."
+                f"rows: {problem}. Rows would stand for other pieces than they were trained for. {advice}"
             )
 
     def notes(self, recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
