@@ -306,7 +306,7 @@ def test_our_own_export_is_a_source_and_step_0_its_equal(
     assert record.initialised_from == [str(folders / "embeddings" / part) for part in ("generator", "discriminator")]
     export_run(tmp_path / "run", tmp_path / "export")
     card = (tmp_path / "export" / "discriminator" / "README.md").read_text("utf8")
-    assert "began with the weights of generator and discriminator." in card
+    assert "began with the weights of embeddings/generator and embeddings/discriminator." in card
     assert str(folders) not in card
     again = beginning_of(tmp_path / "export").tensors(job.recipe, store.tokenizer)
     model, tokenizer, _, state = load_trained(path)

@@ -54,6 +54,14 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     )
 
 
+def _published_name(source: str) -> str:
+    """A Hub name, or a folder's own: its place on this machine is nothing for a published card."""
+    path = Path(source)
+    if is_hub_model(source):
+        return source
+    return f"{path.parent.name}/{path.name}" if path.name in ("generator", "discriminator") else path.name
+
+
 def _model_card(
     part: str, recipe: Recipe, vocab_size: int, state: dict[str, Any], run: Path, sources: list[str]
 ) -> str:
@@ -70,9 +78,7 @@ def _model_card(
     ]
     began = ""
     if sources:
-        # A folder's place on this machine is nothing for a published card.
-        names = [source if is_hub_model(source) else Path(source).name for source in sources]
-        began = f" It began with the weights of {' and '.join(names)}."
+        began = f" It began with the weights of {' and '.join(map(_published_name, sources))}."
     results = ""
     if evaluations:
         rows = "\n".join(
