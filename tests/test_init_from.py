@@ -468,6 +468,15 @@ def test_another_vocabulary_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_tokenizer_of_more_pieces_than_rows_is_refused_even_where_it_came_along(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    make_pair(store.tokenizer.vocab_size - 1, SHARED["none"])["discriminator"].save_pretrained(tmp_path)
+    store.tokenizer.save(tmp_path)
+    with pytest.raises(DataError, match=r"token table has 399 rows: it has 400 pieces with those that ELECTRA needs"):
+        beginning_of(tmp_path).check_vocabulary(store.tokenizer)
+
+
 def test_weights_without_a_tokenizer_need_one(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
