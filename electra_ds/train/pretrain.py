@@ -167,6 +167,12 @@ class _Loop:
 
     def _check_fresh(self) -> None:
         """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
+        sources = self.job.record.initialised_from
+        if sources:
+            raise CheckpointError(
+                f"The run {self.job.run.path} began with the weights of {' and '.join(sources)}, but its checkpoints "
+                f"are gone. Put them back into {self.checkpoints.folder}, or start a new run."
+            )
         metrics = self.job.run.metrics
         reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
         if reached > 2 * self.settings.save_every:  # the first one stands before the second is begun
