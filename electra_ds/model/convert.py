@@ -60,6 +60,49 @@ def discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     return renamed
 
 
+def from_generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `generator_tensors`: from `ElectraForMaskedLM`'s names to `generator.…` and `generator_head.…`.
+
+    The decoder's weight, which is the token table once more, is left out. Raises KeyError where a query, key or value
+    stands without the other two.
+    """
+    heads = {theirs: ours for ours, theirs in _GENERATOR_HEAD_NAMES.items()}
+    renamed = _from_encoder_tensors(tensors, "generator.")
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if module in heads and (module, kind) != (_GENERATOR_HEAD_NAMES["decoder"], "weight"):
+            renamed[f"generator_head.{heads[module]}.{kind}"] = tensor
+    return renamed
+
+
+def from_discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same for `ElectraForPreTraining` and `discriminator_tensors`."""
+    renamed = _from_encoder_tensors(tensors, "discriminator.")
+    for name, tensor in _under(tensors, "discriminator_predictions."):
+        renamed[f"discriminator_head.{name}"] = tensor
+    return renamed
+
+
+def _from_encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    modules = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
+    renamed = {}
+    for name, tensor in _under(tensors, "electra."):
+        if not name.startswith("encoder.layer."):
+            renamed[prefix + name] = tensor
+            continue
+        index, _, inner = name.removeprefix("encoder.layer.").partition(".")
+        module, _, kind = inner.rpartition(".")
+        layer = f"{prefix}layers.{index}"
+        if module == "attention.self.query":
+            parts = [
+                f"electra.encoder.layer.{index}.attention.self.{part}.{kind}" for part in ("query", "key", "value")
+            ]
+            renamed[f"{layer}.query_key_value.{kind}"] = torch.cat([tensors[part] for part in parts])
+        elif module in modules:
+            renamed[f"{layer}.{modules[module]}.{kind}"] = tensor
+    return renamed
+
+
 def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
 

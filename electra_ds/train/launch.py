@@ -101,13 +101,14 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
         raise ConfigError(f"{run.path} already holds a run. Go on with it by --resume, or choose another --run-dir.")
     assert options.ds_config is not None
     _stop_at(options, recipe)
-    plan = _resolved(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
+    plan = resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
     if ranks.is_main:
         check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
     return plan
 
 
-def _resolved(options: Options, values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
+def resolved_plan(options: Options, values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
+    """A DeepSpeed JSON resolved for the device of these ranks. Raises ConfigError where it cannot be run there."""
     device = runtime.device(ranks.launch)
     hardware = look(torch)
     check_gpu(hardware, device.index)
@@ -150,7 +151,7 @@ def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedP
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished. Its model: bin/export {run.path}")
     values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
-    return _resolved(options, values, options.ds_config or str(run.path / "deepspeed.json"), recipe, ranks)
+    return resolved_plan(options, values, options.ds_config or str(run.path / "deepspeed.json"), recipe, ranks)
 
 
 def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> PretrainJob:
