@@ -161,12 +161,7 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
     tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
     if ranks.is_main:
         check_tracking(tracking, run, is_new=False)
-    store = TokenStore(Path(record.store))
-    if store.info.fingerprint != record.store_fingerprint:
-        raise DataError(
-            f"The token store {store.path} is not the one that {run.path} was started on "
-            f"({store.info.fingerprint}, not {record.store_fingerprint}). Put the original back."
-        )
+    store = recorded_store(record, run.path)
     record = replace(
         record,
         device=runtime.device_name(runtime.device(ranks.launch)),
@@ -177,6 +172,17 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
     )
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
+
+
+def recorded_store(record: RunRecord, folder: Path) -> TokenStore:
+    """The token store that a record names. Raises DataError where it is another one by now; `folder` has the record."""
+    store = TokenStore(Path(record.store))
+    if store.info.fingerprint != record.store_fingerprint:
+        raise DataError(
+            f"The token store {store.path} is not the one that {folder} was started on "
+            f"({store.info.fingerprint}, not {record.store_fingerprint}). Put the original back."
+        )
+    return store
 
 
 def with_fitting_micro_batch(job: PretrainJob, options: Options, ranks: Ranks) -> PretrainJob:
