@@ -7,8 +7,10 @@ stand-in that keeps what it was given: tensors and numbers come out, and no code
 
 from __future__ import annotations
 
+import io
 import pickletools
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,15 @@ def _named_in_instructions(path: Path) -> list[str]:
                 content = archive.read(name)
         else:
             content = path.read_bytes()
-        texts: list[str] = []
-        for opcode, argument, _ in pickletools.genops(content):
-            if opcode.name in ("GLOBAL", "INST"):
-                found.add(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL" and len(texts) > 1:
-                found.add(".".join(texts[-2:]))
-            elif isinstance(argument, str):
-                texts.append(argument)
+        stream, texts = io.BytesIO(content), list[str]()
+        while stream.tell() < len(content):  # torch's old format is several pickles, one after the other
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name in ("GLOBAL", "INST"):
+                    found.add(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL" and len(texts) > 1:
+                    found.add(".".join(texts[-2:]))
+                elif isinstance(argument, str):
+                    texts.append(argument)
     except Exception:  # what was named up to here still counts
         pass
     return sorted(found)
@@ -96,7 +99,7 @@ def refuse_untrusted(files: Iterable[Path]) -> None:
             if name in _OWN:
                 own.add(name)
             else:
-                foreign.setdefault(name, path.name)
+                foreign.setdefault(_python_3(name), path.name)
     start = "DeepSpeed's checkpoints are pickles, which are programs that can do anything when they are loaded. "
     if foreign:
         listed = ", ".join(f"{name} (in {file})" for name, file in sorted(foreign.items()))
@@ -130,6 +133,16 @@ def load_inert(path: Path) -> dict[str, Any]:
     return content
 
 
+def _python_3(name: str) -> str:
+    """The name of today for one of Python 2, which pickles of torch's protocol hold: subprocess is `commands` there."""
+    module, _, function = name.rpartition(".")
+    return f"{IMPORT_MAPPING.get(module, module)}.{function}"
+
+
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
+    """What is wrong, without torch's advice to load it without restriction."""
+    text = str(error)
+    if text.startswith("Weights only load failed"):
+        text = text.partition("\n\n")[2]
+    lines = text.splitlines() or [type(error).__name__]
     return lines[0]
