@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 from torch import nn
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
@@ -44,7 +49,13 @@ from tests.launching import ENVIRONMENT
 from tests.native_worker import PRECISIONS, STEPS, config, held_by, plain_engine, train
 from tests.test_pretrain import CPU_JSON, run, start_arguments
 
-STAGES = (0, 1, 2, 3)
+# Every stage and every precision is quick; all combinations take some time.
+QUICK = ((0, "fp32"), (0, "bf16"), (0, "fp16"), (1, "fp32"), (2, "fp16"), (3, "bf16"))
+PLANS = [
+    pytest.param(stage, precision, marks=() if (stage, precision) in QUICK else pytest.mark.slow)
+    for stage in (0, 1, 2, 3)
+    for precision in PRECISIONS
+]
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -107,8 +118,7 @@ def plain(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.Temp
     return path
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "precision"), PLANS)
 def test_a_plain_engines_checkpoint_comes_in_bit_for_bit(
     store: TokenStore, process_group: Ranks, tmp_path: Path, stage: int, precision: str
 ) -> None:
@@ -131,8 +141,7 @@ def test_a_plain_engines_checkpoint_comes_in_bit_for_bit(
     assert f"bin/pretrain --resume {tmp_path / 'run'}" in told
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "precision"), PLANS)
 def test_a_plain_engine_loads_our_export_and_it_comes_back_the_same(
     store: TokenStore, portable: Path, process_group: Ranks, tmp_path: Path, stage: int, precision: str
 ) -> None:
@@ -215,8 +224,10 @@ def train_joint(engine: Any) -> None:
         engine.step()
 
 
-@pytest.mark.parametrize("is_tied", [True, False])
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "fp16"), (2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "precision", "is_tied"),
+    [(0, "fp32", True), (0, "fp16", False), (2, "bf16", True), (1, "fp32", False), (3, "fp32", True)],
+)
 def test_a_joint_module_of_transformers_comes_in_with_its_moments(
     store: TokenStore, process_group: Ranks, tmp_path: Path, stage: int, precision: str, is_tied: bool
 ) -> None:
@@ -248,6 +259,58 @@ def test_a_joint_module_of_transformers_comes_in_with_its_moments(
         return
     with pytest.raises(CheckpointError, match=r"they differ.*generator\.sharing=none"):
         brought_in(tmp_path / "native", store, tmp_path / "other", process_group, small_recipe())
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.inner(*arguments)
+
+
+@pytest.mark.parametrize(("stage", "sharing"), [(0, "tokens"), (0, "all"), (2, "none"), (2, "tokens"), (3, "all")])
+def test_every_sharing_comes_in_also_from_a_wrapped_module(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, stage: int, sharing: str
+) -> None:
+    sizes = ("generator.width_multiplier=1", "generator.depth_multiplier=1") if sharing == "all" else ()
+    recipe = small_recipe(*sizes, f"generator.sharing={sharing}")
+    with plain_engine(Wrapped(model_for(store, recipe)), config(stage, "fp32")) as engine:
+        train(engine, store)
+        expected = {name.replace("/inner.", "/"): t for name, t in saved(engine, tmp_path / "native").items()}
+    checkpoint, _ = brought_in(tmp_path / "native", store, tmp_path / "run", process_group, recipe)
+    assert_same(checkpoint.tensors, expected)
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_without_a_step_that_was_not_skipped_there_are_no_moments(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, stage: int
+) -> None:
+    values = config(stage, "fp16") | {"fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
+    with plain_engine(model_for(store, small_recipe()), values) as engine:
+        train(engine, store)
+        engine.save_checkpoint(str(tmp_path / "native"))
+        assert engine.skipped_steps == STEPS
+    checkpoint, told = brought_in(tmp_path / "native", store, tmp_path / "run", process_group)
+    counters = checkpoint.state["optimizer"]
+    assert "none, so AdamW's begin at zero" in told
+    assert f"{STEPS} of them skipped, loss scale {2**37}" in told.replace("1.37439e+11", str(2**37))
+    assert (counters["taken_steps"], counters["skipped_steps"], counters["loss_scale"]) == (0, STEPS, 2**37)
+    fresh = dict(model_for(store, small_recipe()).named_parameters())
+    for name, parameter in fresh.items():
+        assert torch.equal(checkpoint.tensors[f"master/{name}"], parameter.half().float())
+        assert not checkpoint.tensors[f"exp_avg/{name}"].any()
+
+
+def test_a_device_without_fp16_writes_none(
+    portable: Path, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+    (tmp_path / "ds.json").write_text(json.dumps(config(1, "fp16") | {"train_micro_batch_size_per_gpu": 8}))
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        export_native(portable, tmp_path / "native", str(tmp_path / "ds.json"), process_group)
+    assert not (tmp_path / "native").exists()
 
 
 def test_names_from_transformers_are_the_inverse_of_names_to_it(store: TokenStore) -> None:
@@ -291,12 +354,14 @@ def test_other_optimizers_of_deepspeeds_come_in_too(
         assert torch.equal(torch.cat([checkpoint.tensors[f"{kind}/{name}"].flatten() for name in order]), whole)
 
     for stage in (1, 2):
-        with plain_engine(model_for(store, small_recipe()), config(stage, "fp32")) as engine:
+        with plain_engine(model_for(store, small_recipe()), config(stage, "fp32", elastic_checkpoint=True)) as engine:
             train(engine, store)
             expected = saved(engine, tmp_path / f"old{stage}")
         file = next((tmp_path / f"old{stage}").glob("*/*optim_states.pt"))
         content = torch.load(file, weights_only=False)
-        content["optimizer_state_dict"]["param_slice_mappings"] = None
+        assert isinstance(content["optimizer_state_dict"]["base_optimizer_state"], list)
+        if stage == 2:
+            content["optimizer_state_dict"]["param_slice_mappings"] = None
         torch.save(content, file)
         checkpoint, _ = brought_in(tmp_path / f"old{stage}", store, tmp_path / f"run-old{stage}", process_group)
         assert_same(checkpoint.tensors, expected)
@@ -453,6 +518,30 @@ def test_a_pickle_that_would_run_a_program_does_not(
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_inert(tmp_path / "old.pt")
     assert not target.exists()
+
+
+def test_objects_that_a_script_saved_along_do_not_get_in_the_way(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "native")
+    file = next((tmp_path / "native").glob("*/*model_states.pt"))
+    content = torch.load(file, weights_only=False)
+    client_state = {
+        "args": argparse.Namespace(lr=1), "best": np.float64(0.5), "path": Path("x"), "log": defaultdict(list, a=[1]),
+        "set": {1, 2}, "partial": functools.partial(print, 1),
+    }  # fmt: skip
+    torch.save(content | client_state, file)
+    assert_same(read_native(find_files(tmp_path / "native")).tensors, read_native(find_files(plain)).tensors)
+
+
+def test_a_run_that_could_not_be_written_is_no_run(
+    store: TokenStore, plain: Path, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("electra_ds.engine.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        brought_in(plain, store, tmp_path / "run", process_group)
+    assert not RunDirectory(tmp_path / "run").exists()
 
 
 def test_without_trust_deepspeeds_own_names_are_told_apart(plain: Path) -> None:

@@ -11,9 +11,9 @@ import io
 import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -48,6 +48,11 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             self.attributes = state
+
+
+def _dictionary(*arguments: Any) -> dict[Any, Any]:
+    """Stands for a defaultdict, since torch's unpickler fills only true dictionaries."""
+    return {}
 
 
 def foreign_calls(path: Path) -> list[str]:
@@ -90,7 +95,7 @@ def _named_in_instructions(path: Path) -> list[str]:
     return sorted(found)
 
 
-def refuse_untrusted(files: Iterable[Path]) -> None:
+def refuse_untrusted(files: Iterable[Path]) -> NoReturn:
     """Raises CheckpointError, which says what the files' pickles would call; to be called where nobody trusts them."""
     own: set[str] = set()
     foreign: dict[str, str] = {}
@@ -120,9 +125,12 @@ def load_inert(path: Path) -> dict[str, Any]:
     Raises CheckpointError where it is damaged, holds something else, or names what torch's unpickler never takes
     (modules os, posix, nt and sys).
     """
-    stand_ins: Sequence[Any] = [(type("Inert", (Inert,), {}), name) for name in foreign_calls(path)]
+    stand_ins: list[Any] = [
+        (_dictionary if name == "collections.defaultdict" else type("Inert", (Inert,), {}), name)
+        for name in foreign_calls(path)
+    ]
     try:
-        with torch.serialization.safe_globals(list(stand_ins)):
+        with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a pickle can fail in every way there is
         raise CheckpointError(
@@ -143,6 +151,6 @@ def _first_line(error: Exception) -> str:
     """What is wrong, without torch's advice to load it without restriction."""
     text = str(error)
     if text.startswith("Weights only load failed"):
-        text = text.partition("\n\n")[2]
+        text = text.partition("\n\n")[2].strip()
     lines = text.splitlines() or [type(error).__name__]
     return lines[0]
