@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from electra_ds import runtime
@@ -41,29 +43,40 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
         tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with ranks.together():
+        with ranks.together(), _writing(out):
             if ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
-        tag = write_native(checkpoint, model, recipe, plan, runtime.device(ranks.launch), partial)
-        with ranks.together():
+        with _writing(out):
+            tag = write_native(checkpoint, model, recipe, plan, runtime.device(ranks.launch), partial)
+        with ranks.together(), _writing(out):
             if ranks.is_main:
                 _write_beside(checkpoint, recipe, plan, partial)
                 if out.exists():
                     out.rmdir()
                 partial.rename(out)
-    except (OSError, RuntimeError) as error:
+    finally:
         if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise CheckpointError(f"Cannot write the export {out}: {error}.") from error
+            shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
     return (
         f"{out / tag}: step {checkpoint.state['step']:,} at ZeRO stage {plan.stage}, {plan.precision.name}, "
         f"for {ranks.world_size} rank(s)\n"
         f"{out / 'README.md'}: a script that goes on from it, by engine.load_checkpoint({str(out)!r})"
     )
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """CheckpointError where the disk does not take it, which torch's writer says as a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) or any(
+            word in str(error) for word in ("PytorchStreamWriter", "inline_container")
+        ):
+            raise CheckpointError(f"Cannot write the export {out}: {error}. Make room, then start it anew.") from error
+        raise
 
 
 def _write_beside(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan, folder: Path) -> None:
