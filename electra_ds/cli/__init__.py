@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from electra_ds import __version__
 from electra_ds.cli.bench import add_bench
 from electra_ds.cli.build_data import add_build_data
+from electra_ds.cli.checkpoint import add_checkpoint
 from electra_ds.cli.doctor import add_doctor
 from electra_ds.cli.plan import add_plan
 from electra_ds.cli.pretrain import add_pretrain
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_report(commands)
     add_export(commands)
+    add_checkpoint(commands)
     add_bench(commands)
     add_doctor(commands)
     return parser

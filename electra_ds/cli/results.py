@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command
+from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
 
 _EXPORT_EPILOG = """\
-example:
+examples:
   bin/export runs/tiny-20260101-120000 --out my-electra
       then: AutoModel.from_pretrained("my-electra/discriminator")
+  bin/export runs/tiny-20260101-120000 --to deepspeed --ds-config my_zero2.json --out native
+      then: engine.load_checkpoint("native") in a DeepSpeed script around our model; native/README.md shows one
+  torchrun --nproc_per_node 4 bin/export runs/tiny-20260101-120000 --to deepspeed --ds-config my_zero2.json --out native
+      the same for 4 ranks, which DeepSpeed then needs to load it
 """
 
 
@@ -30,11 +35,19 @@ def add_report(commands: Commands) -> None:
 def add_export(commands: Commands) -> None:
     """The parser of `export`."""
     command = add_command(
-        commands, "export", "Write generator and discriminator as transformers folders.", _EXPORT_EPILOG
+        commands, "export", "Write a model as transformers folders, or a run for DeepSpeed.", _EXPORT_EPILOG
     )
     command.set_defaults(handler=_export)
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
-    command.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+    command.add_argument(
+        "--to", choices=("transformers", "deepspeed"), default="transformers",
+        help="transformers (default): generator and discriminator to load with from_pretrained. deepspeed: weights and "
+        "optimizer as DeepSpeed's own checkpoint",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export, or RUN/native for DeepSpeed")
+    command.add_argument(
+        "--ds-config", metavar="NAME|FILE", help="whose ZeRO stage and precision DeepSpeed gets (default: the run's)"
+    )
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -47,6 +60,22 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.to == "deepspeed":
+        _export_native(options)
+        return
+    if options.ds_config is not None:
+        raise ConfigError("--ds-config is for --to deepspeed; transformers' folders know no DeepSpeed JSON.")
+
     from electra_ds.train.export import export_run
 
     print(export_run(options.run, options.out))
+
+
+def _export_native(options: argparse.Namespace) -> None:
+    from electra_ds import runtime
+    from electra_ds.train.export_native import export_native
+
+    with runtime.ranks() as ranks:
+        told = export_native(options.run, options.out, options.ds_config, ranks)
+        if ranks.is_main:
+            print(told)

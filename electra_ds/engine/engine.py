@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import deepspeed
 import deepspeed.ops
@@ -119,11 +120,16 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Frees what DeepSpeed and the compiler hold, so that the process ends quietly or goes on."""
-        self._engine.destroy()
-        functional.linear = _TORCH_LINEAR
-        forget_models()
+        close_deepspeed(self._engine)
         if self.is_compiled:
             torch.compiler.reset()  # what is compiled, and how often it may be, is the process's
+
+
+def close_deepspeed(engine: Any) -> None:
+    """Frees what a `DeepSpeedEngine` of deepspeed holds, and takes back what stage 3 did to the process."""
+    engine.destroy()
+    functional.linear = _TORCH_LINEAR
+    forget_models()
 
 
 def has_bf16(device: torch.device) -> bool:

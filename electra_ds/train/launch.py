@@ -108,13 +108,14 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
         )
     assert options.ds_config is not None
     _stop_at(options, recipe)
-    plan = _resolved(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
+    plan = resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
     if ranks.is_main:
         check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
     return plan
 
 
-def _resolved(options: Options, values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
+def resolved_plan(options: Options, values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
+    """A DeepSpeed JSON resolved for the device of these ranks. Raises ConfigError where it cannot be run there."""
     device = runtime.device(ranks.launch)
     hardware = look(torch)
     check_gpu(hardware, device.index)
@@ -167,7 +168,7 @@ def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedP
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished. Its model: bin/export {run.path}")
     values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
-    return _resolved(options, values, options.ds_config or str(run.path / "deepspeed.json"), recipe, ranks)
+    return resolved_plan(options, values, options.ds_config or str(run.path / "deepspeed.json"), recipe, ranks)
 
 
 def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> PretrainJob:
@@ -177,12 +178,7 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
     tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
     if ranks.is_main:
         check_tracking(tracking, run, is_new=False)
-    store = TokenStore(Path(record.store))
-    if store.info.fingerprint != record.store_fingerprint:
-        raise DataError(
-            f"The token store {store.path} is not the one that {run.path} was started on "
-            f"({store.info.fingerprint}, not {record.store_fingerprint}). Put the original back."
-        )
+    store = recorded_store(record, run.path)
     record = replace(
         record,
         device=runtime.device_name(runtime.device(ranks.launch)),
@@ -193,6 +189,17 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
     )
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
+
+
+def recorded_store(record: RunRecord, folder: Path) -> TokenStore:
+    """The token store that a record names. Raises DataError where it is another one by now; `folder` has the record."""
+    store = TokenStore(Path(record.store))
+    if store.info.fingerprint != record.store_fingerprint:
+        raise DataError(
+            f"The token store {store.path} is not the one that {folder} was started on "
+            f"({store.info.fingerprint}, not {record.store_fingerprint}). Put the original back."
+        )
+    return store
 
 
 def with_fitting_micro_batch(job: PretrainJob, options: Options, ranks: Ranks) -> PretrainJob:

@@ -10,9 +10,29 @@ import yaml
 
 from electra_ds.config.recipe import Recipe, validate_recipe
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
-from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, open_checkpoint
+from electra_ds.engine.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, open_checkpoint
 from electra_ds.errors import CheckpointError
 from electra_ds.model.electra import Electra
+
+
+def newest_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
+    """A run's newest whole checkpoint, or the given one. Raises CheckpointError where there is none."""
+    if (run_or_checkpoint / "manifest.json").is_file():
+        return load_checkpoint(run_or_checkpoint)
+    if not (run_or_checkpoint / "run.json").is_file():
+        raise CheckpointError(f"{run_or_checkpoint} is neither a run directory nor a checkpoint.")
+    newest, damaged = CheckpointFolder(run_or_checkpoint / "checkpoints", keep=1).newest_whole()
+    if newest is None:
+        raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
+    for problem in damaged.values():
+        print(f"Warning: {problem} Taking the one before.")
+    return open_checkpoint(newest)
+
+
+def recorded_recipe(checkpoint: Checkpoint) -> Recipe:
+    """The recipe that travels in a checkpoint."""
+    path = checkpoint.path / "recipe.yaml"
+    return validate_recipe(yaml.safe_load(path.read_text("utf8")), str(path))
 
 
 def load_trained(run_or_checkpoint: Path) -> tuple[Electra, Tokenizer, Recipe, dict[str, Any]]:
@@ -20,20 +40,8 @@ def load_trained(run_or_checkpoint: Path) -> tuple[Electra, Tokenizer, Recipe, d
 
     Needs nothing but the folder itself. Raises CheckpointError where there is no whole checkpoint.
     """
-    if (run_or_checkpoint / "manifest.json").is_file():
-        checkpoint = load_checkpoint(run_or_checkpoint)
-    elif (run_or_checkpoint / "run.json").is_file():
-        newest, damaged = CheckpointFolder(run_or_checkpoint / "checkpoints", keep=1).newest_whole()
-        if newest is None:
-            raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
-        for problem in damaged.values():
-            print(f"Warning: {problem} Taking the one before.")
-        checkpoint = open_checkpoint(newest)
-    else:
-        raise CheckpointError(f"{run_or_checkpoint} is neither a run directory nor a checkpoint.")
-    recipe = validate_recipe(
-        yaml.safe_load((checkpoint.path / "recipe.yaml").read_text("utf8")), str(checkpoint.path / "recipe.yaml")
-    )
+    checkpoint = newest_checkpoint(run_or_checkpoint)
+    recipe = recorded_recipe(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
     model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
     with torch.no_grad():

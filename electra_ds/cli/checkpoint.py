@@ -1,0 +1,104 @@
+"""`electra-ds checkpoint`: what can be done with checkpoints beside training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from electra_ds.cli.arguments import add_command, add_overrides, micro_batch
+from electra_ds.cli.pretrain import check_arguments
+from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
+from electra_ds.config.shipped import ds_config_names, recipe_names
+from electra_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from electra_ds.cli.arguments import Commands
+
+_EPILOG = """\
+examples:
+  bin/checkpoint import their_checkpoint/ --trusted --run-dir runs/theirs --ds-config cpu --recipe their_recipe.yaml \\
+      --data stores/theirs
+  bin/checkpoint import --help
+"""
+_IMPORT_EPILOG = """\
+examples:
+  bin/checkpoint import out/ --trusted --run-dir runs/back --ds-config ds_configs/rtx3090-24gb.json
+      an export of ours (bin/export --to deepspeed), perhaps trained on elsewhere: recipe and data are those of its run
+  bin/checkpoint import theirs/global_step40 --trusted --run-dir runs/theirs --ds-config cpu --recipe electra-small \\
+      --set schedule.total_steps=100000 --data stores/theirs
+      a checkpoint of somebody's own script, at a ZeRO stage and with ranks that may be others than here
+  bin/pretrain --resume runs/theirs
+
+NATIVE is what DeepSpeed's engine.save_checkpoint wrote: the folder that holds the file `latest`, or one of its tag
+folders. Its parameters are named as in electra_ds's joint module, or as in a joint module of transformers'
+ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles. Without --trusted nothing in them is loaded, and
+the command says what they would call; with it they are read with inert stand-ins for everything but tensors.
+"""
+
+
+def add_checkpoint(commands: Commands) -> None:
+    """The parser of `checkpoint` and its actions."""
+    command = add_command(commands, "checkpoint", "Bring in checkpoints of other programs.", _EPILOG)
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_import(actions)
+
+
+def _add_import(actions: Commands) -> None:
+    action = add_command(
+        actions, "import", "Make a run of a native DeepSpeed checkpoint, to go on from.", _IMPORT_EPILOG
+    )
+    action.set_defaults(handler=_import, resume=None)
+    action.add_argument("native", type=Path, metavar="NATIVE", help="the checkpoint's folder")
+    action.add_argument("--trusted", action="store_true", help="you know where the files come from")
+    action.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run to make")
+    action.add_argument(
+        "--ds-config", metavar="NAME|FILE", required=True,
+        help=f"how the run goes on: {', '.join(ds_config_names())}, or a DeepSpeed JSON",
+    )  # fmt: skip
+    action.add_argument("--micro-batch", type=micro_batch, metavar="N|auto", help="in place of the JSON's")
+    what = action.add_argument_group("what was trained (default: what our own export says)")
+    what.add_argument("--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file")
+    add_overrides(what, "schedule.total_steps=5000 generator.sharing=none")
+    add_corpus_arguments(what, default_note="default: the exported run's token store")
+    what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
+
+
+def _import(options: argparse.Namespace) -> None:
+    check_arguments(options)
+
+    from electra_ds.engine.native import find_files, read_native
+    from electra_ds.engine.native_pickle import refuse_untrusted
+    from electra_ds.train.import_native import folder_of_export, import_native, store_of_export
+
+    files = find_files(options.native)
+    if not options.trusted:
+        refuse_untrusted(files.all())
+    export = folder_of_export(files)
+    has_data = options.data is not None or any(getattr(options, name) for name in CORPUS_ARGUMENTS)
+    if export is None and (options.recipe is None or not has_data):
+        raise ConfigError(
+            f"{files.folder} does not come with recipe and data, as an export of ours does. Say what it was trained "
+            f"by with --recipe, and on what text with --data or --corpus and --tokenizer."
+        )
+
+    from electra_ds import runtime
+    from electra_ds.config.manifest import RunDirectory
+    from electra_ds.config.overrides import load_recipe
+    from electra_ds.train import launch
+
+    recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), options.overrides)
+    run = RunDirectory(options.run_dir)
+    wanted = launch.Options(ds_config=options.ds_config, micro_batch=options.micro_batch)
+    with runtime.ranks() as ranks:
+        if ranks.world_size > 1:
+            raise ConfigError(
+                "One process imports a checkpoint, of however many ranks it is: start it without torchrun."
+            )
+        plan = launch.plan_new(wanted, recipe, run, ranks)
+        native = read_native(files)
+        store = store_of_export(export) if export and not has_data else open_store(options, recipe)
+        job = launch.prepare_new(wanted, recipe, plan, store, run, ranks)
+        job = launch.with_fitting_micro_batch(job, wanted, ranks)
+        with run.locked():
+            print(import_native(native, job, export))

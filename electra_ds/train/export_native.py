@@ -1,0 +1,126 @@
+"""A run's checkpoint as DeepSpeed's own, with what a script needs to go on from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from electra_ds import runtime
+from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json
+from electra_ds.config.recipe import Recipe
+from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.engine.checkpoint import Checkpoint
+from electra_ds.engine.native_export import native_config, write_native
+from electra_ds.errors import CheckpointError
+from electra_ds.model.electra import Electra
+from electra_ds.runtime import Ranks
+from electra_ds.train import launch
+from electra_ds.train.trained import newest_checkpoint, recorded_recipe
+
+_BESIDE = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
+
+
+def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | None, ranks: Ranks) -> str:
+    """Write the newest checkpoint, or the given one, for as many ranks as there are; returns what to do with it.
+
+    To be called by all ranks. ds_config: a DeepSpeed JSON's name or file, None for the one that the run had.
+    `out` appears complete or not at all. Raises CheckpointError where there is nothing to export or `out` already holds
+    something, ConfigError where the JSON cannot be used here.
+    """
+    with ranks.together():
+        checkpoint = newest_checkpoint(run_or_checkpoint)
+        run = checkpoint.path.parent.parent
+        out = out or run / "native"
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
+        recipe = recorded_recipe(checkpoint)
+        source = ds_config or str(checkpoint.path / "deepspeed.json")
+        options = launch.Options(ds_config=ds_config)
+        plan = launch.resolved_plan(options, read_deepspeed_json(source), source, recipe, ranks)
+        tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with ranks.together(), _writing(out):
+            if ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
+        with _writing(out):
+            tag = write_native(checkpoint, model, recipe, plan, runtime.device(ranks.launch), partial)
+        with ranks.together(), _writing(out):
+            if ranks.is_main:
+                _write_beside(checkpoint, recipe, plan, partial)
+                if out.exists():
+                    out.rmdir()
+                partial.rename(out)
+    finally:
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
+    return (
+        f"{out / tag}: step {checkpoint.state['step']:,} at ZeRO stage {plan.stage}, {plan.precision.name}, "
+        f"for {ranks.world_size} rank(s)\n"
+        f"{out / 'README.md'}: a script that goes on from it, by engine.load_checkpoint({str(out)!r})"
+    )
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """CheckpointError where the disk does not take it, which torch's writer says as a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) or any(
+            word in str(error) for word in ("PytorchStreamWriter", "inline_container")
+        ):
+            raise CheckpointError(f"Cannot write the export {out}: {error}. Make room, then start it anew.") from error
+        raise
+
+
+def _write_beside(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan, folder: Path) -> None:
+    for name in _BESIDE:
+        shutil.copyfile(checkpoint.path / name, folder / name)
+    (folder / "deepspeed.json").write_text(json.dumps(native_config(plan), indent=2) + "\n", "utf8")
+    (folder / "README.md").write_text(_readme(checkpoint, recipe, plan), "utf8")
+
+
+def _readme(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan) -> str:
+    optimizer, state = recipe.optimizer, checkpoint.state
+    corrected = "" if optimizer.bias_correction else (
+        "\nIts AdamW makes no bias correction: torch's own does none at the step count of 2^24 that its state holds.\n"
+    )  # fmt: skip
+    return f"""# {recipe.name}, step {state["step"]:,}, as DeepSpeed's own checkpoint
+
+ZeRO stage {plan.stage}, {plan.precision.name}, for {plan.batch.world_size} rank(s), after {state["tokens"]:,} tokens.
+DeepSpeed loads it with as many ranks, the same stage and the same precision. In this folder:
+
+```python
+import json
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from electra_ds.config.recipe import load_yaml, validate_recipe
+from electra_ds.data.tokenizer import load_tokenizer
+from electra_ds.engine.optimizer import parameter_groups
+from electra_ds.model.electra import Electra
+
+recipe = validate_recipe(load_yaml(Path("recipe.yaml").read_text(), "recipe.yaml"), "recipe.yaml")
+tokenizer = load_tokenizer(Path("tokenizer.json"))
+model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
+groups = parameter_groups(model.named_parameters(), {optimizer.weight_decay})
+optimizer = torch.optim.AdamW(
+    groups, lr={optimizer.learning_rate}, betas=({optimizer.beta1}, {optimizer.beta2}), eps={optimizer.epsilon}
+)
+config = json.loads(Path("deepspeed.json").read_text())
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+engine.load_checkpoint(".")
+```
+{corrected}
+`model(batch)` gives sums of losses over the batch, see `ElectraOutput`; the learning rate and its schedule are the
+script's to set. Back into a run of electra_ds: `bin/checkpoint import THIS_FOLDER --trusted --run-dir RUN
+--ds-config JSON`.
+"""
