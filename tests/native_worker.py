@@ -21,7 +21,7 @@ from torch import distributed, nn
 
 from electra_ds import runtime
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import load_checkpoint
+from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint
 from electra_ds.engine.engine import close_deepspeed
 from electra_ds.engine.optimizer import parameter_groups
 from electra_ds.train.export_native import export_native
@@ -100,7 +100,8 @@ def main(store_path: str, run: str, out: str) -> None:
     kind.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
     folder = Path(out)
     store, recipe = TokenStore(Path(store_path)), small_recipe()
-    checkpoint = load_checkpoint(next((Path(run) / "checkpoints").iterdir()))
+    (path,) = CheckpointFolder(Path(run) / "checkpoints", keep=1).paths()
+    checkpoint = load_checkpoint(path)
     with runtime.ranks() as ranks:
         for stage in (1, 2, 3):
             more = {"round_robin_gradients": True} if stage == 2 else {}
@@ -122,8 +123,8 @@ def main(store_path: str, run: str, out: str) -> None:
                 with plain_engine(model_for(store, recipe), values) as engine:
                     engine.load_checkpoint(str(native))
                     held = held_by(engine)
-                    for name, tensor in checkpoint.tensors.items():
-                        assert torch.equal(held[name], tensor), (stage, precision, name)
+                    for name in checkpoint.tensors:
+                        assert torch.equal(held[name], checkpoint.tensors[name]), (stage, precision, name)
                     assert train(engine, store) < 1000
 
 
