@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -151,9 +152,9 @@ class Storm:
             try:
                 self._finish(run, kills)
                 assert_same(run, self.straight)
-            except AssertionError as error:
+            except AssertionError:
                 self.runs["lost"] += 1
-                self._say(f"LOST: {run}: {error}")
+                self._say(f"LOST: {run}:\n{traceback.format_exc()}")
             else:
                 self.runs["finished"] += 1
         self._await_survivors()
