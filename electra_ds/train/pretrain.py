@@ -172,7 +172,10 @@ class _Loop:
         """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
         metrics = self.job.run.metrics
         reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
-        if reached > 2 * self.settings.save_every:  # the first one stands before the second is begun
+        before = (
+            self.job.run.read_record().settings if self.job.run.exists() else self.settings
+        )  # this start may differ
+        if reached > 2 * before.save_every:  # the first one stands before the second is begun
             raise CheckpointError(
                 f"The run {self.job.run.path} had reached step {reached}, but its checkpoints are gone. "
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
