@@ -15,6 +15,7 @@ manifest last. Nothing in it is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -91,14 +92,18 @@ class CheckpointFolder:
         draft = Draft(self, state["step"], secrets.token_hex(4))
         if draft.final.exists():
             return draft.final  # published whole by this very step; damaged ones are set aside before training goes on
-        draft.publish(draft.write_shard(tensors, 0, 1), state, record)
+        try:
+            draft.publish(draft.write_shard(tensors, 0, 1), state, record)
+        except CheckpointError:
+            draft.discard()
+            raise
         return draft.final
 
     def prune(self, keep: int | None = None) -> list[Path]:
         """Remove all but the newest checkpoints; returns what was removed. Raises OSError."""
         doomed = self.paths()[: -(keep or self.keep)]
         for path in doomed:
-            aside = path.with_name(f".pruning-{path.name}")
+            aside = path.with_name(f".pruning-{path.name}-{secrets.token_hex(4)}")
             path.rename(aside)  # so that no half-deleted checkpoint ever stands under a real name
             shutil.rmtree(aside)
         return doomed
@@ -132,6 +137,9 @@ class CheckpointFolder:
         """
         doomed = list(damaged)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK | os.X_OK):  # to be said now, not at the first save
+                raise PermissionError(errno.EACCES, "it cannot be written")
             whole = [path for path in self.paths() if path not in doomed]
             if doomed or whole:
                 self.point_to(whole[-1] if whole else None)
@@ -139,10 +147,10 @@ class CheckpointFolder:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            for leftover in self.leftovers():
-                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         except OSError as error:
             raise CheckpointError(f"Cannot tidy {self.folder}: {error}.") from error
+        for leftover in self.leftovers():
+            _remove(leftover)
 
     def leftovers(self) -> list[Path]:
         """What killed saves and prunings left."""
@@ -181,7 +189,10 @@ class Draft:
         self._temporary = folder.folder / f".writing-{self.final.name}-{token}"
 
     def write_shard(self, tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> dict[str, FileEntry]:
-        """Write and flush this rank's tensors, fp32 on the CPU; returns its files. Raises CheckpointError."""
+        """Write and flush this rank's tensors, fp32 on the CPU; returns its files.
+
+        Raises CheckpointError and leaves what was written, since other ranks may write beside it: see `discard`.
+        """
         weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
         moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("master/")}
         part = "" if world_size == 1 else f"-{rank + 1:05d}-of-{world_size:05d}"
@@ -192,7 +203,6 @@ class Draft:
                 for name, group in ((f"weights{part}.safetensors", weights), (f"optimizer{part}.safetensors", moments))
             }
         except OSError as error:
-            self.discard()
             raise self.folder.cannot_write(self.final, error) from error
 
     def publish(self, shards: Mapping[str, FileEntry], state: dict[str, Any], record: Mapping[str, str]) -> None:
@@ -215,11 +225,10 @@ class Draft:
             self.folder.point_to(self.final)
             self.folder.prune()
         except OSError as error:
-            self.discard()
             raise self.folder.cannot_write(self.final, error) from error
 
     def discard(self) -> None:
-        """Remove what was written; quiet where it cannot be."""
+        """Remove what all ranks wrote, once none of them writes any more; quiet where it cannot be."""
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
@@ -286,6 +295,15 @@ def _manifest(path: Path) -> dict[str, FileEntry]:
         return {str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json cannot be read.") from error
+
+
+def _remove(path: Path) -> None:
+    """As far as it can be: a rank that has outlived its run may still write there, until it finds itself alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
