@@ -326,7 +326,7 @@ def test_a_start_that_died_is_gone_on_with_and_never_taken_for_another(
         prepared(store, tmp_path / "run", process_group, None)
     for name in ("recipe.yaml", "deepspeed.json", "run.json"):  # as before they were written
         (tmp_path / "run" / name).unlink()
-    with pytest.raises(ConfigError, match=r"already holds checkpoints.*--resume, or choose another --run-dir"):
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume, or choose another --run-dir"):
         prepared(store, tmp_path / "run", process_group, None)
     options = launch.Options()
     plan = launch.plan_resume(options, job.run, process_group)

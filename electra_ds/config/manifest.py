@@ -10,6 +10,7 @@ RUN/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -129,9 +130,9 @@ class RunDirectory:
                 raise CheckpointError(
                     f"The run directory {self.path} is in use by process {owner}. Wait for it, or stop it."
                 ) from error
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
+            with contextlib.suppress(OSError):  # a full disk has room for the lock, if not for our name in it
+                os.truncate(lock.fileno(), 0)
+                os.write(lock.fileno(), f"{os.getpid()}\n".encode())
             yield
 
     def check_shared(self, owner: int) -> None:
@@ -152,8 +153,8 @@ class RunDirectory:
             return ""
 
     def exists(self) -> bool:
-        """Whether a run was started here."""
-        return (self.path / "run.json").is_file()
+        """Whether a run was started here; its checkpoints are one, whatever became of its record."""
+        return (self.path / "run.json").is_file() or any(self.checkpoints.glob("step-*"))
 
     def write_record(self, recipe: Recipe, plan: DeepSpeedPlan, record: RunRecord) -> None:
         """Raises CheckpointError where the folder cannot be written."""
@@ -192,7 +193,8 @@ class RunDirectory:
         return verdict
 
     def write_verdict(self, verdict: Verdict, **details: Any) -> None:
-        (self.path / "requeue").unlink(missing_ok=True)
+        """Raises CheckpointError where the folder cannot be written, as do those below."""
+        self._remove("requeue")
         self._write("verdict.json", json.dumps({"verdict": verdict} | details, indent=2) + "\n")
 
     def mark_requeue(self, reason: str) -> None:
@@ -201,7 +203,7 @@ class RunDirectory:
 
     def clear_verdict(self) -> None:
         for name in ("verdict.json", "requeue"):
-            (self.path / name).unlink(missing_ok=True)
+            self._remove(name)
 
     def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
         """A file of the record, or where it is damaged, the copy that travels in the newest checkpoint."""
@@ -221,8 +223,15 @@ class RunDirectory:
             temporary.write_text(text, "utf8")
             temporary.replace(self.path / name)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that has become read-only
+                temporary.unlink(missing_ok=True)
             raise CheckpointError(f"Cannot write {self.path / name}: {error.strerror}.") from error
+
+    def _remove(self, name: str) -> None:
+        try:
+            (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"Cannot remove {self.path / name}: {error.strerror}.") from error
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ manifest last. Nothing in it is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -91,7 +92,11 @@ class CheckpointFolder:
         draft = Draft(self, state["step"], secrets.token_hex(4))
         if draft.final.exists():
             return draft.final  # published whole by this very step; damaged ones are set aside before training goes on
-        draft.publish(draft.write_shard(tensors, 0, 1), state, record)
+        try:
+            draft.publish(draft.write_shard(tensors, 0, 1), state, record)
+        except CheckpointError:
+            draft.discard()
+            raise
         return draft.final
 
     def prune(self) -> None:
@@ -128,6 +133,9 @@ class CheckpointFolder:
         """
         doomed = list(damaged)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK | os.X_OK):  # to be said now, not at the first save
+                raise PermissionError(errno.EACCES, "it cannot be written")
             whole = [path for path in self.paths() if path not in doomed]
             if doomed or whole:
                 self.point_to(whole[-1] if whole else None)
@@ -135,10 +143,11 @@ class CheckpointFolder:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            for leftover in self.leftovers():
-                remove(leftover)
         except OSError as error:
             raise CheckpointError(f"Cannot tidy {self.folder}: {error}.") from error
+        for leftover in self.leftovers():
+            with contextlib.suppress(OSError):  # a rank that has outlived its run may write there until it is alone
+                remove(leftover)
 
     def leftovers(self) -> list[Path]:
         """What killed saves and prunings left."""
@@ -177,7 +186,10 @@ class Draft:
         self._temporary = folder.folder / f".writing-{self.final.name}-{token}"
 
     def write_shard(self, tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> dict[str, FileEntry]:
-        """Write and flush this rank's tensors, fp32 on the CPU; returns its files. Raises CheckpointError."""
+        """Write and flush this rank's tensors, fp32 on the CPU; returns its files.
+
+        Raises CheckpointError and leaves what was written, since other ranks may write beside it: see `discard`.
+        """
         weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
         moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("master/")}
         part = "" if world_size == 1 else f"-{rank + 1:05d}-of-{world_size:05d}"
@@ -188,7 +200,6 @@ class Draft:
                 for name, group in ((f"weights{part}.safetensors", weights), (f"optimizer{part}.safetensors", moments))
             }
         except OSError as error:
-            self.discard()
             raise self.folder.cannot_write(self.final, error) from error
 
     def publish(self, shards: Mapping[str, FileEntry], state: dict[str, Any], record: Mapping[str, str]) -> None:
@@ -211,11 +222,10 @@ class Draft:
             self.folder.point_to(self.final)
             self.folder.prune()
         except OSError as error:
-            self.discard()
             raise self.folder.cannot_write(self.final, error) from error
 
     def discard(self) -> None:
-        """Remove what was written; quiet where it cannot be."""
+        """Remove what all ranks wrote, once none of them writes any more; quiet where it cannot be."""
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
@@ -289,8 +299,8 @@ def remove(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    if not path.name.startswith("."):
-        path = path.rename(path.with_name(f".pruning-{path.name}"))  # nothing half-deleted may stand under a real name
+    if not path.name.startswith("."):  # nothing half-deleted may stand under a real name
+        path = path.rename(path.with_name(f".pruning-{path.name}-{secrets.token_hex(4)}"))
     shutil.rmtree(path)
 
 

@@ -68,13 +68,16 @@ class CheckpointSaver:
         except CheckpointError as caught:
             error = caught
         shards = self._ranks.gather_in_background(own)
+        if None in shards:
+            draft.discard()  # on every rank: one may have a disk of its own
         if error is not None:
-            raise error
-        if self._ranks.is_main:
-            if None in shards:
-                draft.discard()  # the rank that could not write its share says why
-            else:
+            raise error  # the others leave it to this rank to say why
+        if self._ranks.is_main and None not in shards:
+            try:
                 draft.publish({name: entry for shard in shards for name, entry in shard.items()}, state, record)
+            except CheckpointError:
+                draft.discard()
+                raise
 
     @property
     def has_failed(self) -> bool:

@@ -21,7 +21,6 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import CheckpointFolder
 from electra_ds.engine.engine import check_plan
 from electra_ds.engine.memory import count_parameters, peak_memory
 from electra_ds.engine.probe import fitting_plan, free_bytes, kernels_of
@@ -101,11 +100,6 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
     """The DeepSpeed JSON resolved for a new run, checked before its data is built. Raises ConfigError."""
     if run.exists():
         raise ConfigError(f"{run.path} already holds a run. Go on with it by --resume, or choose another --run-dir.")
-    if CheckpointFolder(run.checkpoints, keep=1).paths():  # of a start that died before run.json, or copied here
-        raise ConfigError(
-            f"{run.path} already holds checkpoints, from which this run would go on. Go on with theirs by --resume, or "
-            f"choose another --run-dir."
-        )
     assert options.ds_config is not None
     _stop_at(options, recipe)
     plan = resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)

@@ -116,6 +116,8 @@ class _Loop:
             console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
         self.step = self.tokens = 0
         self._resume()
+        self._evaluated = 0
+        """The last step of an evaluation, as far as this rank knows; the main rank does."""
         with ranks.together():
             self.log = self._open_log() if ranks.is_main else None
         self._unread: deque[tuple[int, StepResult, dict[str, float]]] = deque()
@@ -134,6 +136,7 @@ class _Loop:
         job = self.job
         config = {"recipe": job.recipe.model_dump(mode="json"), "deepspeed": job.plan.document}
         metrics = MetricsFile(job.run.metrics, self.step)
+        self._evaluated = metrics.evaluated
         return RunLog(
             metrics, open_trackers(job.record.tracking, job.run, config, self.step, metrics.reached, self.console)
         )
@@ -175,7 +178,9 @@ class _Loop:
             )
         metrics = self.job.run.metrics
         reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
-        if reached > 2 * self.settings.save_every:  # the first one stands before the second is begun
+        # Those of the starts before, which this one may change.
+        settings = self.job.run.read_record().settings if self.job.run.exists() else self.settings
+        if reached > 2 * settings.save_every:  # the first one stands before the second is begun
             raise CheckpointError(
                 f"The run {self.job.run.path} had reached step {reached}, but its checkpoints are gone. "
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
@@ -205,7 +210,8 @@ class _Loop:
                     self._log(display)
                     return self._stopped(request)
             self._save()
-            self._evaluate(display)
+            if self.ranks.from_main(self._evaluated) < self.step:  # it is not where a kill came after it
+                self._evaluate(display)
         self.saver.finish()
         if self.ranks.is_main:
             if self.step >= job.recipe.schedule.total_steps:
@@ -360,6 +366,7 @@ class _Loop:
             if self.log is not None:
                 values = {name: _finite(value) for name, value in evaluation._asdict().items()}
                 self.log.write("eval", self.step, values)
+        self._evaluated = self.step
         display.say(
             f"held out at step {self.step}: generator {evaluation.generator_masked_loss:.3f} nats at [MASK] "
             f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"

@@ -23,13 +23,14 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         """Lines after `resume_step`, which a killed run wrote beyond its last checkpoint, are dropped.
 
-        `reached` is the last step that they told of.
+        `reached` is the last step that they told of, `evaluated` the last one that is kept of an evaluation.
         """
         try:
             lines = read_metrics(path) if path.exists() else []
             self.reached = max((line["step"] for line in lines), default=0)
+            kept = [line for line in lines if line["step"] <= resume_step]
+            self.evaluated = max((line["step"] for line in kept if line["kind"] == "eval"), default=0)
             if path.exists():
-                kept = [line for line in lines if line["step"] <= resume_step]
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf8")
                 temporary.replace(path)

@@ -1,0 +1,227 @@
+"""Starting the real command often: each start is a fork of one process that has imported everything.
+
+That process runs no torch operation, so a fork of it has what a fresh interpreter has. A start may carry a `Moment`
+at which processes are killed, and a function that makes its surroundings worse, such as a disk without room.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tests.helpers import REPOSITORY
+
+_IMPORTED = [
+    "electra_ds.cli", "electra_ds.cli.stores", "electra_ds.train.launch", "electra_ds.train.pretrain",
+    "electra_ds.report.run_report", "electra_ds.data.build", "deepspeed", "torch._dynamo", "sklearn.metrics",
+    "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin",
+    "tests.forks",
+]  # fmt: skip
+_CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree"}
+_SERVER = multiprocessing.get_context("forkserver")
+
+# What a run does to its directory, in the order in which it comes first. `entry` is the start of the process.
+PHASES = (
+    "entry", "lock", "reading", "tidy", "metrics", "record", "step", "save", "publish", "link", "prune", "verdict",
+    "report",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to kill: `delay_s` after the process is about to do the `nth` thing of a phase in its run directory.
+
+    Without a delay it is killed before it does it.
+    """
+
+    phase: str
+    nth: int = 1
+    delay_s: float = 0.0
+    victims: tuple[int, ...] = (0,)
+    """Ranks."""
+    trigger: int = 0
+    """The rank whose events are counted."""
+
+
+class _Watch:
+    """An audit hook that tells what is about to happen in a run directory, by phase."""
+
+    def __init__(self, run: Path, then: Callable[[str, int], None]) -> None:
+        self._run = str(run)
+        self._then = then
+        self._is_training = False
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in _CHANGES:
+            return
+        folder = arguments[1] if event in ("os.remove", "os.rmdir") else -1  # rmtree names files within a descriptor
+        paths = [_full(path, folder) for path in arguments[: 2 if event in ("os.rename", "os.symlink") else 1]]
+        inside = [path.removeprefix(self._run).lstrip("/") for path in paths if path.startswith(self._run)]
+        if not inside:
+            return
+        phase = self._phase(event, inside, is_read=event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        self._tell(phase)
+        if event == "os.rename" and inside[-1] == "run.json":
+            self._is_training = True
+            self._tell("step")
+
+    def _tell(self, phase: str) -> None:
+        self.counts[phase] += 1
+        self._then(phase, self.counts[phase])
+
+    def _phase(self, event: str, inside: list[str], *, is_read: bool) -> str:
+        first, *rest = inside[0].split("/")
+        if first != "checkpoints":
+            names = {".lock": "lock", "": "lock", "metrics.jsonl": "metrics", "metrics.tmp": "metrics"}
+            name = first.removeprefix(".").removesuffix(".tmp")
+            if name in ("recipe.yaml", "deepspeed.json", "run.json"):
+                return "reading" if is_read and not first.startswith(".") else "record"
+            return "verdict" if name in ("verdict.json", "requeue") else names.get(first, "report")
+        name = rest[0] if rest else ""
+        if not self._is_training:
+            return "reading" if is_read else "tidy"
+        if ".latest-" in " ".join(inside):
+            return "link"
+        if ".pruning-" in " ".join(inside):
+            return "prune"
+        if name.startswith(".writing-") and event in ("os.mkdir", "open") and not (is_read and len(rest) == 1):
+            return "save"
+        return "publish" if name == "" or name.startswith(".writing-") else "report"
+
+
+def _full(path: Any, folder: int) -> str:
+    text = os.fsdecode(path) if not isinstance(path, int) else os.readlink(f"/proc/self/fd/{path}")
+    if folder >= 0 and not text.startswith("/"):
+        text = f"{os.readlink(f'/proc/self/fd/{folder}')}/{text}"
+    return os.path.join(os.getcwd(), text)  # no resolving of links, no dots
+
+
+def _arm(moment: Moment, victims: Sequence[int], run: Path) -> None:
+    """victims: process ids, this one's last."""
+    reached = threading.Event()
+
+    def kill() -> None:
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+
+    def kill_later() -> None:
+        reached.wait()
+        time.sleep(moment.delay_s)
+        kill()
+
+    threading.Thread(target=kill_later, daemon=True).start()
+
+    def then(phase: str, count: int) -> None:
+        if (phase, count) != (moment.phase, moment.nth):
+            return
+        if moment.delay_s == 0:
+            kill()
+        reached.set()
+
+    if moment.phase == "entry":
+        reached.set()
+    else:
+        sys.addaudithook(_Watch(run, then))
+
+
+def _command(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str], run: Path, moment: Moment | None,
+    victims: Sequence[int], counts: Path | None, prepare: Sequence[Any],
+) -> None:  # fmt: skip
+    """What a fork does: the command, in a session of its own as a shell would start it."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(REPOSITORY)
+    sys.argv = ["bin/pretrain", *arguments]
+    if prepare:
+        prepare[0](*prepare[1:])
+    watch = _Watch(run, lambda phase, count: None)
+    if counts is not None:
+        sys.addaudithook(watch)
+    if moment is not None:
+        _arm(moment, [*victims, os.getpid()] if moment.trigger in moment.victims else victims, run)
+    from electra_ds.cli import main
+
+    try:
+        main(["pretrain", *arguments])
+    finally:
+        if counts is not None:
+            counts.write_text("\n".join(f"{phase} {count}" for phase, count in watch.counts.items()))
+
+
+class Started:
+    """A started run: one process for each rank."""
+
+    def __init__(self, processes: list[BaseProcess], log: Path, log_start: int) -> None:
+        """log_start: where in the log this start's lines begin."""
+        self.processes = processes
+        self._log = log
+        self._log_start = log_start
+
+    @property
+    def statuses(self) -> list[int | None]:
+        """Exit statuses by rank, -9 for a killed one, None for one that lives."""
+        return [process.exitcode for process in self.processes]
+
+    def wait(self, timeout_s: float = 120) -> list[int | None]:
+        """Statuses, once all have ended or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return self.statuses
+
+    def signal(self, number: signal.Signals, rank: int = 0) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    @property
+    def output(self) -> str:
+        return self._log.read_bytes()[self._log_start :].decode("utf8", "replace")
+
+
+def start(
+    arguments: Sequence[str], run: Path, log: Path, environments: Sequence[Mapping[str, str]], *,
+    moment: Moment | None = None, counts: Path | None = None, prepare: Mapping[int, Sequence[Any]] | None = None,
+) -> Started:  # fmt: skip
+    """`bin/pretrain` with these arguments, one process for each environment.
+
+    counts: where to write how many events of each phase rank 0 saw. prepare: by rank, a function of a module, and
+    what to call it with, before the command.
+    """
+    _SERVER.set_forkserver_preload(_IMPORTED)
+    log_start = log.stat().st_size if log.exists() else 0
+    processes: list[BaseProcess] = []
+    for rank in reversed(range(len(environments))):  # rank 0 last: it is to know whom to kill
+        mine = moment if moment is not None and moment.trigger == rank else None
+        others = [process.pid for process in processes] if mine and set(mine.victims) - {rank} else []
+        made = _SERVER.Process(
+            target=_command,
+            args=(
+                list(arguments), log, dict(environments[rank]), run, mine, others,
+                counts if rank == 0 else None, (prepare or {}).get(rank, ()),
+            ),
+        )  # fmt: skip
+        made.start()
+        processes.insert(0, made)
+    return Started(processes, log, log_start)
