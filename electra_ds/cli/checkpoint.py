@@ -48,7 +48,7 @@ def _add_import(actions: Commands) -> None:
     action = add_command(
         actions, "import", "Make a run of a native DeepSpeed checkpoint, to go on from.", _IMPORT_EPILOG
     )
-    action.set_defaults(handler=_import, resume=None)
+    action.set_defaults(handler=_import, resume=None, init_from=None)  # for the checks shared with pretrain
     action.add_argument("native", type=Path, metavar="NATIVE", help="the checkpoint's folder")
     action.add_argument("--trusted", action="store_true", help="you know where the files come from")
     action.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run to make")
