@@ -13,7 +13,7 @@ class ConfigError(ElectraError):
 
 
 class DataError(ElectraError):
-    """A corpus, tokenizer or token store that is missing, broken or does not fit."""
+    """A corpus, tokenizer, token store or published model that is missing, broken or does not fit."""
 
 
 class CheckpointError(ElectraError):

@@ -122,6 +122,7 @@ class Ranks:
         self.launcher_watch = LauncherWatch(launch)
         # On the CPU, so that agreeing never waits for a GPU.
         self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
+        self._background = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -144,10 +145,17 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks, on every rank."""
-        if self._control is None:
+        return self._gather(value, self._control)
+
+    def gather_in_background(self, value: Any) -> list[Any]:
+        """The same from a thread beside the one that trains; one thread at a time on each rank."""
+        return self._gather(value, self._background)
+
+    def _gather(self, value: Any, group: distributed.ProcessGroup | None) -> list[Any]:
+        if group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(values, value, group=self._control)
+        distributed.all_gather_object(values, value, group=group)
         return values
 
     def from_main(self, value: Any) -> Any:
@@ -244,7 +252,7 @@ class StopRequest(NamedTuple):
     """The signal, where it was one."""
 
 
-_TIME_LIMIT, _LAUNCHER_DIED = 1000, 1001
+_TIME_LIMIT, _LAUNCHER_DIED, _SAVE_FAILED = 1000, 1001, 1002
 
 
 class StopWish:
@@ -285,16 +293,19 @@ class StopWish:
                 os.write(2, f"\n{signal.Signals(numbers[0]).name} again: leaving at once.\n".encode())
                 os._exit(128 + numbers[0])
 
-    def decide(self) -> StopRequest | None:
+    def decide(self, *, save_failed: bool = False) -> StopRequest | None:
         """To be called by every rank after every step; all get the same answer.
 
-        With several ranks a wish is answered one step later, so that nobody waits for the asking.
+        save_failed: whether this rank wishes to stop since a checkpoint could not be written. With several ranks a wish
+        is answered one step later, so that nobody waits for the asking.
         """
         wish = self._signal
         if not wish and self._deadline is not None and time.monotonic() > self._deadline:
             wish = _TIME_LIMIT
         if not wish and self._ranks.launcher_watch.died():
             wish = _LAUNCHER_DIED
+        if save_failed:
+            wish = _SAVE_FAILED
         if self._ranks.world_size > 1:
             before, self._asked = self._asked, self._ranks.start_maximum(wish)
             wish = 0 if before is None else self._ranks.finish_maximum(before)
@@ -304,6 +315,8 @@ class StopWish:
             return StopRequest("time limit", None)
         if wish == _LAUNCHER_DIED:
             return StopRequest("the launcher died", signal.SIGTERM)
+        if wish == _SAVE_FAILED:
+            return StopRequest("a checkpoint could not be written", None)
         return StopRequest(signal.Signals(wish).name, wish)
 
     def __exit__(self, *exception: object) -> None:

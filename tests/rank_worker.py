@@ -55,7 +55,7 @@ def straight_and_resumed(
 
     first = engine()
     run(first, range(6))
-    tensors, counters = ranks.from_main(first.optimizer.tensors()), first.optimizer.counters()
+    tensors, counters = ranks.from_main(first.optimizer.snapshot()), first.optimizer.counters()
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # at stage 0 they are the engine's own
     straight = run(first, range(6, 12))
     first.close()

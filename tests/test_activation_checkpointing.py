@@ -52,7 +52,7 @@ def three_steps(
     builder = builder_for(store, recipe)
     found = {f"step {step}": torch.stack(engine.train_step(builder.build(step), step)) for step in range(3)}
     assert engine.optimizer.taken_steps == 3
-    found |= {name: tensor.clone() for name, tensor in engine.optimizer.tensors().items()}
+    found |= {name: tensor.clone() for name, tensor in engine.optimizer.snapshot().items()}
     engine.close()
     return found
 

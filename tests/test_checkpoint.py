@@ -44,7 +44,8 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 120, 1000):
         save(folder, step)
     assert [path.name for path in folder.paths()] == ["step-00000120", "step-00001000"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000120", "step-00001000"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000120", "step-00001000"]
+    assert load_checkpoint(tmp_path / "latest").state["step"] == 1000
 
 
 @pytest.fixture(scope="module")
@@ -83,33 +84,40 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tm
     save(folder, 1)
     newest = save(folder, 2)
     (newest / "optimizer.safetensors").unlink()
-    checkpoint, damaged = folder.load_latest()
-    assert checkpoint is not None
-    assert checkpoint.state["step"] == 1
-    assert "optimizer.safetensors is missing" in str(damaged[newest])
+    path, damaged = folder.newest_whole()
+    assert path == folder.path(1)
+    assert "optimizer.safetensors is missing" in damaged[newest]
+    assert os.readlink(tmp_path / "latest") == "step-00000002"
     folder.tidy(damaged)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000002", "step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000002", "latest", "step-00000001"]
+    assert os.readlink(tmp_path / "latest") == "step-00000001"
     save(folder, 2)  # the step is written anew, not taken for saved
     verify_checkpoint(newest)
     newest.joinpath("manifest.json").unlink()
     (folder.paths()[0] / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="No checkpoint of this run is whole"):
-        folder.load_latest()
+        folder.newest_whole()
+
+
+LEFTOVER = ".writing-step-00000009-abcd0123"  # what a kill in the middle of a save leaves
 
 
 def test_a_folder_that_was_never_published_does_not_count(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     path = save(folder, 3)
-    path.rename(tmp_path / ".writing-step-00000009")  # what a kill in the middle of a save leaves
-    assert folder.load_latest() == (None, {})
+    path.rename(tmp_path / LEFTOVER)
+    (tmp_path / "latest").unlink()
+    assert folder.newest_whole() == (None, {})
     save(folder, 9)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000009"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [LEFTOVER, "latest", "step-00000009"]
     for leftover in (".writing-step-00000011", ".pruning-step-00000002"):
         (tmp_path / leftover).mkdir()
     (tmp_path / "step-notes.txt").write_text("mine")
     shutil.copytree(tmp_path / "step-00000009", tmp_path / "step-backup")
     folder.tidy([])
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000009", "step-backup", "step-notes.txt"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "latest", "step-00000009", "step-backup", "step-notes.txt",
+    ]  # fmt: skip
     assert folder.paths() == [tmp_path / "step-00000009"]
 
 
@@ -134,7 +142,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     assert "Cannot write the checkpoint" in result.stdout
     assert "The newest complete one is" in result.stdout
-    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", "step-00000001"]
     verify_checkpoint(tmp_path / "step-00000001")
 
 

@@ -603,3 +603,6 @@ def test_stores_made_on_the_way_have_names_for_people() -> None:
         for more in ([], ["b"], ["--corpus", "b"], ["--text-key", "x"], ["--revision", "x"], ["--tokenizer", "x/y"])
     }
     assert len(names) == 6
+    # A model's folder is often called `discriminator`.
+    assert name("--tokenizer", "google/electra-small-discriminator") == "builtin-electra-small-discriminator"
+    assert name("--tokenizer", "./a/discriminator") != name("--tokenizer", "./b/discriminator")

@@ -103,12 +103,12 @@ def test_the_loss_scale_backs_off_grows_and_skipped_steps_are_counted(store: Tok
     builder = builder_for(store, recipe)
     scales, skips = [], 0
     for step in range(60):
-        before = {name: tensor.clone() for name, tensor in engine.optimizer.tensors().items()}
+        before = {name: tensor.clone() for name, tensor in engine.optimizer.snapshot().items()}
         norm = engine.train_step(builder.build(step), step).grad_norm
         scales.append(engine.optimizer.loss_scale.item())
         if not math.isfinite(norm.item()):
             skips += 1
-            assert all(torch.equal(before[name], now) for name, now in engine.optimizer.tensors().items())
+            assert all(torch.equal(before[name], now) for name, now in engine.optimizer.snapshot().items())
     assert scales[0] == 2**23  # the first step overflows at 2**24
     assert min(scales) < scales[0]
     assert max(scales[scales.index(min(scales)) :]) > min(scales)
@@ -124,7 +124,7 @@ def test_clipping_clips(store: TokenStore) -> None:
     limit = 1e-3
     recipe = small_recipe(f"optimizer.max_grad_norm={limit}", "schedule.warmup_steps=0", "optimizer.beta1=0.9")
     _, engine = run_deepspeed(store, recipe, 1)
-    moments = {n: t for n, t in engine.optimizer.tensors().items() if n.startswith("exp_avg/")}
+    moments = {n: t for n, t in engine.optimizer.snapshot().items() if n.startswith("exp_avg/")}
     norm = torch.linalg.vector_norm(torch.cat([t.flatten() for t in moments.values()])).item()
     assert norm == pytest.approx(0.1 * limit, rel=1e-4)  # (1 - beta1) * clipped gradient
     assert engine.optimizer.grad_norm.item() > limit
@@ -232,7 +232,7 @@ def test_every_stage_updates_as_the_plain_engine_does(store: TokenStore, bias_co
             store, recipe, 8, train_micro_batch_size_per_gpu=4, zero_optimization={"stage": stage}
         )
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
-        tensors = engine.optimizer.tensors()
+        tensors = engine.optimizer.snapshot()
         assert engine.optimizer.taken_steps == 8
         engine.close()
         assert {name for name in tensors if name.startswith("master/")} == {f"master/{name}" for name in weights}
@@ -249,7 +249,7 @@ def test_a_growing_loss_scale_changes_no_update_at_any_stage(store: TokenStore) 
     fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1}
     for stage in (0, 1, 2, 3):
         _, engine = run_deepspeed(store, recipe, 5, samples, fp16=fp16, zero_optimization={"stage": stage})
-        moments = [t.flatten() for name, t in engine.optimizer.tensors().items() if name.startswith("exp_avg/")]
+        moments = [t.flatten() for name, t in engine.optimizer.snapshot().items() if name.startswith("exp_avg/")]
         assert engine.optimizer.counters()["loss_scale"] > 2**4
         assert engine.optimizer.taken_steps == 5
         engine.close()
@@ -271,13 +271,13 @@ def test_a_state_goes_on_at_another_stage(store: TokenStore, before: int, after:
     first = engine(before)
     for step in range(4):
         first.train_step(builder.build(step), step)
-    tensors = {name: tensor.clone() for name, tensor in first.optimizer.tensors().items()}
+    tensors = {name: tensor.clone() for name, tensor in first.optimizer.snapshot().items()}
     counters = first.optimizer.counters()
     straight = [first.train_step(builder.build(step), step).loss.item() for step in range(4, 8)]
     first.close()
     second = engine(after)
     second.optimizer.load(tensors, counters)
-    again = second.optimizer.tensors()
+    again = second.optimizer.snapshot()
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
     assert second.optimizer.counters() == counters
     losses = [second.train_step(builder.build(step), step).loss.item() for step in range(4, 8)]
@@ -355,12 +355,12 @@ def test_the_loss_scale_moves_as_deepspeeds_own_scaler_does(
 def test_a_non_finite_gradient_changes_nothing_in_any_precision(dtype: torch.dtype) -> None:
     module = tiny_module().to(dtype)
     optimizer = MasterAdamW(module.named_parameters(), SECTION, None)
-    before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in optimizer.snapshot().items()}
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
     next(module.parameters()).grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
     optimizer.step()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.tensors().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.snapshot().items())
     assert (optimizer.taken_steps, int(optimizer.skipped_steps), int(optimizer.consecutive_skips)) == (0, 1, 1)
 
 
@@ -428,7 +428,7 @@ def test_every_stage_follows_the_control_on_a_gpu_and_gives_and_takes_its_state(
     losses = []
     for step in range(300):
         if step == 150:
-            tensors, counters = engine.optimizer.tensors(), engine.optimizer.counters()
+            tensors, counters = engine.optimizer.snapshot(), engine.optimizer.counters()
             engine.close()
             engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, device)
             engine.optimizer.load(tensors, counters)

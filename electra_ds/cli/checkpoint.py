@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command, add_overrides, micro_batch
+from electra_ds.cli.checkpoint_folder import add_ls, add_prune, add_verify
 from electra_ds.cli.pretrain import check_arguments
 from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
 from electra_ds.config.shipped import ds_config_names, recipe_names
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
+  bin/checkpoint ls runs/tiny-20260101-120000
+  bin/checkpoint verify runs/tiny-20260101-120000
+  bin/checkpoint prune runs/tiny-20260101-120000 --keep 1
   bin/checkpoint import their_checkpoint/ --trusted --run-dir runs/theirs --ds-config cpu --recipe their_recipe.yaml \\
       --data stores/theirs
   bin/checkpoint import --help
@@ -39,8 +43,13 @@ the command says what they would call; with it they are read with inert stand-in
 
 def add_checkpoint(commands: Commands) -> None:
     """The parser of `checkpoint` and its actions."""
-    command = add_command(commands, "checkpoint", "Bring in checkpoints of other programs.", _EPILOG)
+    command = add_command(
+        commands, "checkpoint", "List, verify and prune a run's checkpoints, or bring in DeepSpeed's own.", _EPILOG
+    )
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add_ls(actions)
+    add_verify(actions)
+    add_prune(actions)
     _add_import(actions)
 
 

@@ -6,11 +6,14 @@ import argparse
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from electra_ds.data.hub_names import is_hub_model
 from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from electra_ds.cli.arguments import Group
     from electra_ds.config.recipe import Recipe, TokenizerSection
     from electra_ds.data.corpus import Source
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
     from electra_ds.data.tokenizer import Tokenizer
 
 CORPUS_ARGUMENTS = ("corpus", "document_boundary", "text_key", "streaming", "revision", "tokenizer", "cased")
-_HUB_MODEL = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _BUILTIN, _HUB = "builtin", "hub:"
 
 
@@ -47,14 +49,23 @@ def add_corpus_arguments(group: Group, default_note: str, required: bool = False
     group.add_argument("--cased", action="store_true", default=None, help="the vocab.txt was made from cased text")
 
 
-def open_store(options: argparse.Namespace, recipe: Recipe) -> TokenStore:
-    """The store that --data names, or one built in stores/ for --corpus or the built-in corpus."""
+def open_store(
+    options: argparse.Namespace, recipe: Recipe, check: Callable[[Tokenizer], None] | None = None
+) -> TokenStore:
+    """The store that --data names, or one built in stores/ for --corpus or the built-in corpus.
+
+    check: raises an error where the store's tokenizer, which is then a given one, will not do; it is asked before
+    anything is tokenised.
+    """
     from electra_ds.data.token_store import TokenStore
 
     if options.data is not None:
-        return TokenStore(options.data)
+        store = TokenStore(options.data)
+        if check is not None:
+            check(store.tokenizer)
+        return store
     options.corpus = options.corpus or [[_BUILTIN]]
-    return make_store(options, recipe, Path("stores") / store_name(options, recipe))
+    return make_store(options, recipe, Path("stores") / store_name(options, recipe), check=check)
 
 
 def store_name(options: argparse.Namespace, recipe: Recipe) -> str:
@@ -68,7 +79,8 @@ def store_name(options: argparse.Namespace, recipe: Recipe) -> str:
     kind = (
         Path(options.tokenizer).stem if options.tokenizer else f"{recipe.tokenizer.kind}-{recipe.tokenizer.vocab_size}"
     )
-    if options.corpus == [[_BUILTIN]]:
+    has_telling_name = not options.tokenizer or is_hub_model(options.tokenizer)  # many folders are `discriminator`
+    if options.corpus == [[_BUILTIN]] and has_telling_name:
         return f"{name}-{kind}"
     corpus = [
         [word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in options.corpus
@@ -80,8 +92,14 @@ def store_name(options: argparse.Namespace, recipe: Recipe) -> str:
     return f"{name}-{kind}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"
 
 
-def make_store(options: argparse.Namespace, recipe: Recipe, out: Path, workers: int | None = None) -> TokenStore:
-    """Build, or finish, the store in `out` from what --corpus and --tokenizer say."""
+def make_store(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    out: Path,
+    workers: int | None = None,
+    check: Callable[[Tokenizer], None] | None = None,
+) -> TokenStore:
+    """Build, or finish, the store in `out` from what --corpus and --tokenizer say. check: as in `open_store`."""
     from electra_ds.data.build import build_store
     from electra_ds.data.corpus import Corpus
 
@@ -90,6 +108,9 @@ def make_store(options: argparse.Namespace, recipe: Recipe, out: Path, workers: 
     ):
         raise ConfigError("--streaming and --revision are for datasets of the Hub; give one as --corpus hub:NAME.")
     tokenizer = _tokenizer(options, recipe)
+    if check is not None:
+        assert options.tokenizer is not None
+        check(cast("Tokenizer", tokenizer))
     corpus = Corpus(tuple(_source(options, words) for words in options.corpus))
     return build_store(corpus, tokenizer, out, workers=workers)
 
@@ -116,11 +137,10 @@ def _tokenizer(options: argparse.Namespace, recipe: Recipe) -> Tokenizer | Token
         if options.cased:
             raise ConfigError("--cased says how a given vocab.txt was made; it needs --tokenizer.")
         return recipe.tokenizer
-    path = Path(options.tokenizer)
-    if path.exists() or path.suffix in (".json", ".txt") or not _HUB_MODEL.fullmatch(options.tokenizer):
+    if not is_hub_model(options.tokenizer):
         from electra_ds.data.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(path, lowercase=False if options.cased else None)
+        tokenizer = load_tokenizer(Path(options.tokenizer), lowercase=False if options.cased else None)
     else:
         if options.cased:
             raise ConfigError(f"--cased is for a vocab.txt; {options.tokenizer} from the Hub says itself what it is.")

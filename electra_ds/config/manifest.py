@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from electra_ds.config.recipe import Recipe, load_yaml, recipe_yaml, validate_re
 from electra_ds.errors import CheckpointError, ConfigError
 
 FORMAT = 1
+_PATIENCE_S = 10
 _PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _Parsed = TypeVar("_Parsed")
 Verdict = Literal["done", "stopped", "failed"]
@@ -123,8 +125,7 @@ class RunDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                lock.seek(0)
-                owner = lock.read().strip() or "unknown"
+                owner = self._owner() or "unknown"
                 raise CheckpointError(
                     f"The run directory {self.path} is in use by process {owner}. Wait for it, or stop it."
                 ) from error
@@ -132,6 +133,23 @@ class RunDirectory:
             lock.write(f"{os.getpid()}\n")
             lock.flush()
             yield
+
+    def check_shared(self, owner: int) -> None:
+        """Raises CheckpointError where this rank does not see the folder that the main rank's process `owner` holds."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while (text := self._owner()) != str(owner) and time.monotonic() < deadline:
+            time.sleep(0.1)  # file systems of several machines tell news late
+        if text != str(owner):
+            raise CheckpointError(
+                f"The main rank's run directory {self.path.resolve()} is not what {platform.node()} sees there. "
+                f"Checkpoints are written by all ranks, so put --run-dir on a file system that all of them share."
+            )
+
+    def _owner(self) -> str:
+        try:
+            return (self.path / ".lock").read_text("utf8").strip()
+        except OSError:
+            return ""
 
     def exists(self) -> bool:
         """Whether a run was started here."""

@@ -1,4 +1,4 @@
-"""Datasets and tokenizers of the Hugging Face Hub, or in folders laid out as there.
+"""Datasets, tokenizers and models of the Hugging Face Hub, or in folders laid out as there.
 
 Imported only where one is used: `datasets` and `transformers` take seconds to import.
 """
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import datasets  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError  # type: ignore[import-untyped]
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 from huggingface_hub.utils import logging as hub_logging
@@ -26,6 +27,11 @@ from electra_ds.errors import DataError
 HUB = "hub:"
 _SPELLING = re.compile(r"(?P<name>[^#@]+)(#(?P<config>[^@]+))?(@(?P<split>.+))?")
 _BATCH_ROWS = 1000
+_MODEL_FILES = [
+    "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "vocab.txt",
+]  # fmt: skip
+_PICKLED_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _NOT_THERE = (DatasetNotFoundError, RepositoryNotFoundError)
 _NOT_REACHED = (ConnectionError, TimeoutError, HfHubHTTPError, LocalEntryNotFoundError)
 
@@ -66,7 +72,7 @@ class HubSource:
         if is_local and revision:
             raise DataError(f"{name} is a folder here and has no revisions. Leave --revision out.")
         path = str(Path(name).resolve()) if is_local else name
-        with _explained(self.description):
+        with explained(self.description):
             try:
                 self._builder = datasets.load_dataset_builder(path, config, revision=revision)
             except ValueError as error:
@@ -116,7 +122,7 @@ class HubSource:
         if self._rows is not None:
             return
         split = self.asked.split
-        with _explained(self.description):
+        with explained(self.description):
             if self._streaming:
                 self._rows = self._builder.as_streaming_dataset(split=split)
             else:
@@ -136,7 +142,7 @@ class HubSource:
         read = 0
         tables = iter(self._rows.with_format("arrow").iter(_BATCH_ROWS))
         while True:
-            with _explained(self.description):
+            with explained(self.description):
                 table = next(tables, None)
             if table is None:
                 return
@@ -175,12 +181,24 @@ class HubSource:
 
 def load_hub_tokenizer(name: str) -> Tokenizer:
     """A model's tokenizer from the Hub. Raises DataError where it cannot be had or is not a fast one."""
-    with _explained(f"the tokenizer {name}"):
+    with explained(f"the tokenizer {name}"):
         loaded = AutoTokenizer.from_pretrained(name)
     if not loaded.is_fast:
         raise DataError(f"The tokenizer {name} has no fast form (tokenizer.json). Choose a model that has one.")
     keys = ("pad_token", "unk_token", "cls_token", "bos_token", "sep_token", "eos_token", "mask_token")
     return Tokenizer(loaded.backend_tokenizer, name, {key: getattr(loaded, key) for key in keys})
+
+
+def fetch_model(name: str) -> Path:
+    """Download a model of the Hub, without what other frameworks need; returns its folder in the cache.
+
+    Pickled weights are fetched only where there are no safetensors. Raises DataError where it cannot be had.
+    """
+    with explained(f"the model {name}"):
+        folder = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=_PICKLED_WEIGHTS))
+    return folder
 
 
 def _stat(name: str) -> Any:
@@ -189,8 +207,11 @@ def _stat(name: str) -> Any:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turns what `datasets` and `transformers` raise into a DataError that says what to do."""
+def explained(what: str, otherwise: str = "") -> Iterator[None]:
+    """Turns what `datasets` and `transformers` raise into a DataError that says what to do.
+
+    otherwise: the advice where neither the name nor the connection is at fault.
+    """
     try:
         yield
     except DataError:
@@ -204,7 +225,7 @@ def _explained(what: str) -> Iterator[None]:
         elif any(isinstance(link, _NOT_REACHED) for link in chain):
             advice = "Check the connection, or the Hub's status; then run the same command again."
         else:
-            advice = ""
+            advice = otherwise
         message = (str(error).strip() or type(error).__name__).rstrip(".")
         if (
             isinstance(error, DatasetGenerationError) and error.__cause__ is not None

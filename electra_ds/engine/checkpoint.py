@@ -1,5 +1,6 @@
-"""The portable checkpoint: complete or absent, and the same from every precision.
+"""The portable checkpoint: complete or absent, and the same from every ZeRO stage, precision and number of ranks.
 
+    checkpoints/latest -> step-00000040
     checkpoints/step-00000040/
       weights.safetensors     fp32 master weights by parameter name
       optimizer.safetensors   AdamW's moments, exp_avg/NAME and exp_avg_sq/NAME
@@ -7,36 +8,62 @@
       recipe.yaml deepspeed.json run.json tokenizer.json
       manifest.json           size and SHA-256 of every file above
 
-It is written into a hidden folder, flushed, and published by one rename. Nothing in it is unpickled.
+Of several ranks each writes a share of the parameters, whole tensors, into weights-00001-of-00002.safetensors and so
+on; any number of ranks reads them. All is written into a hidden folder, flushed, and published by one rename, the
+manifest last. Nothing in it is unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from electra_ds.engine.tensor_file import FileEntry, TensorFiles, hash_file, write_file, write_tensors
 from electra_ds.errors import CheckpointError
+from electra_ds.runtime import Ranks
 
 FORMAT = 1
+LATEST = "latest"
 _NAME = re.compile(r"step-\d{8}")  # a copy that somebody keeps beside them under another name is theirs
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_KINDS = ("master", "exp_avg", "exp_avg_sq")
+_SHARD = re.compile(r"(weights|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
 
 
 class Checkpoint(NamedTuple):
-    """A loaded checkpoint. `tensors` as `MasterAdamW.tensors` names them."""
+    """A verified checkpoint. `tensors` as `MasterAdamW.tensors` names them, read when they are asked for."""
 
     path: Path
-    tensors: dict[str, torch.Tensor]
+    tensors: TensorFiles
     state: dict[str, Any]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError unless it holds exactly what a model with these parameters needs."""
+        wanted = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in _KINDS}
+        problems = [f"{name} is missing" for name in wanted.keys() - self.tensors.keys()]
+        problems += [f"{name} is not the model's" for name in self.tensors.keys() - wanted.keys()]
+        problems += [
+            f"{name} has shape {list(self.tensors.shape(name))}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if name in self.tensors and self.tensors.shape(name) != shape
+        ]
+        if problems:
+            more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise CheckpointError(
+                f"The checkpoint {self.path} does not fit the run's recipe: {'; '.join(sorted(problems)[:3])}{more}. "
+                f"The recipe that it was made with is {self.path / 'recipe.yaml'}."
+            )
 
 
 class CheckpointFolder:
@@ -56,71 +83,42 @@ class CheckpointFolder:
         return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]) -> Path:
-        """Publish a checkpoint of `state["step"]` and prune old ones.
+        """Publish a checkpoint of `state["step"]` from one process, and prune old ones.
 
-        record: text files that travel along, by name. Raises CheckpointError where it cannot be written; the
-        checkpoints before it stay as they are.
+        tensors: on the CPU; record: text files that travel along, by name. Raises CheckpointError where it cannot be
+        written; the checkpoints before it stay as they are.
         """
-        final = self.path(state["step"])
-        if final.exists():
-            return final  # published whole by this very step; damaged ones are set aside before training goes on
-        temporary = self.folder / f".writing-{final.name}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            self._write(temporary, tensors, state, record)
-            temporary.rename(final)
-            _flush(self.folder)
-            self._prune()
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            earlier = self.paths()
-            kept = f"The newest complete one is {earlier[-1]}." if earlier else "There is none before it."
-            raise CheckpointError(
-                f"Cannot write the checkpoint {final}: {error}. {kept} Make room, then go on with --resume."
-            ) from error
-        return final
+        draft = Draft(self, state["step"], secrets.token_hex(4))
+        if draft.final.exists():
+            return draft.final  # published whole by this very step; damaged ones are set aside before training goes on
+        draft.publish(draft.write_shard(tensors, 0, 1), state, record)
+        return draft.final
 
-    def _write(
-        self, folder: Path, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]
-    ) -> None:
-        on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        weights = {name.removeprefix("master/"): t for name, t in on_cpu.items() if name.startswith("master/")}
-        moments = {name: tensor for name, tensor in on_cpu.items() if not name.startswith("master/")}
-        texts = record | {"state.json": json.dumps({"format": FORMAT} | state, indent=2)}  # type: ignore[operator]
-        for name, text in texts.items():
-            (folder / name).write_text(text, "utf8")
-        for name, group in {"weights.safetensors": weights, "optimizer.safetensors": moments}.items():
-            save_file(group, folder / name)
-            shutil.copymode(folder / "state.json", folder / name)  # save_file leaves 0600 whatever the umask
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
-        }
-        for name in files:
-            _flush(folder / name)
-        (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=2), "utf8")
-        _flush(folder / "manifest.json")
-        _flush(folder)
-
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Remove all but the newest checkpoints. Raises OSError."""
         for path in self.paths()[: -self.keep]:
-            doomed = path.with_name(f".pruning-{path.name}")
-            path.rename(doomed)  # so that no half-deleted checkpoint ever stands under a real name
-            shutil.rmtree(doomed)
+            remove(path)
 
-    def load_latest(self) -> tuple[Checkpoint | None, dict[Path, CheckpointError]]:
+    def newest_whole(self, ranks: Ranks | None = None) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint that is whole, and what is wrong with each newer one.
 
-        None where no checkpoint was ever published. Raises CheckpointError where every one is damaged.
+        To be called by all ranks, which share the reading of its files. None where no checkpoint was ever published.
+        Raises CheckpointError where every one is damaged.
         """
-        damaged: dict[Path, CheckpointError] = {}
-        for path in reversed(self.paths()):
+        rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+        damaged: dict[Path, str] = {}
+        for path in reversed(ranks.from_main(self.paths()) if ranks else self.paths()):
             try:
-                return load_checkpoint(path), damaged
+                verify_checkpoint(path, rank, world_size)
+                problem = None
             except CheckpointError as error:
-                damaged[path] = error
+                problem = str(error)
+            problems = [found for found in (ranks.gather(problem) if ranks else [problem]) if found]
+            if not problems:
+                return path, damaged
+            damaged[path] = problems[0]
         if damaged:
-            raise CheckpointError("No checkpoint of this run is whole:\n  " + "\n  ".join(map(str, damaged.values())))
+            raise CheckpointError("No checkpoint of this run is whole:\n  " + "\n  ".join(damaged.values()))
         return None, {}
 
     def tidy(self, damaged: Iterable[Path]) -> None:
@@ -128,59 +126,172 @@ class CheckpointFolder:
 
         For the process that holds the run. Raises CheckpointError where the folder cannot be written.
         """
+        doomed = list(damaged)
         try:
-            for path in damaged:
+            whole = [path for path in self.paths() if path not in doomed]
+            if doomed or whole:
+                self.point_to(whole[-1] if whole else None)
+            for path in doomed:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            for leftover in (*self.folder.glob(".writing-*"), *self.folder.glob(".pruning-*")):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            for leftover in self.leftovers():
+                remove(leftover)
         except OSError as error:
             raise CheckpointError(f"Cannot tidy {self.folder}: {error}.") from error
 
+    def leftovers(self) -> list[Path]:
+        """What killed saves and prunings left."""
+        return sorted(path for kind in ("writing", "pruning", LATEST) for path in self.folder.glob(f".{kind}-*"))
+
+    def point_to(self, path: Path | None) -> None:
+        """Make `latest` name a checkpoint, for people and scripts; nothing here reads it. Raises OSError."""
+        link = self.folder / LATEST
+        if path is None:
+            link.unlink(missing_ok=True)
+        elif not link.is_symlink() or os.readlink(link) != path.name:
+            made = self.folder / f".{LATEST}-{secrets.token_hex(4)}"
+            try:
+                made.symlink_to(path.name)
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOTSUP):
+                    return  # a file system without links
+                raise
+            made.replace(link)
+
+    def cannot_write(self, path: Path, error: Exception) -> CheckpointError:
+        """What to say where a checkpoint could not be written."""
+        earlier = self.paths()
+        kept = f"The newest complete one is {earlier[-1]}." if earlier else "There is none before it."
+        mend = "Make room" if isinstance(error, OSError) and error.errno in _FULL else "Mend that"
+        return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {mend}, then go on with --resume.")
+
+
+class Draft:
+    """A checkpoint in the making, in a hidden folder beside the published ones."""
+
+    def __init__(self, folder: CheckpointFolder, step: int, token: str) -> None:
+        """token: the same on every rank; a rank that outlives its run must not write into another's draft."""
+        self.folder = folder
+        self.final = folder.path(step)
+        self._temporary = folder.folder / f".writing-{self.final.name}-{token}"
+
+    def write_shard(self, tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> dict[str, FileEntry]:
+        """Write and flush this rank's tensors, fp32 on the CPU; returns its files. Raises CheckpointError."""
+        weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
+        moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("master/")}
+        part = "" if world_size == 1 else f"-{rank + 1:05d}-of-{world_size:05d}"
+        try:
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            return {
+                name: write_tensors(self._temporary / name, group)
+                for name, group in ((f"weights{part}.safetensors", weights), (f"optimizer{part}.safetensors", moments))
+            }
+        except OSError as error:
+            self.discard()
+            raise self.folder.cannot_write(self.final, error) from error
+
+    def publish(self, shards: Mapping[str, FileEntry], state: dict[str, Any], record: Mapping[str, str]) -> None:
+        """Write the rest, the manifest last, give it its name, and prune. Raises CheckpointError."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        texts = record | {"state.json": json.dumps({"format": FORMAT, "saved": now} | state, indent=2)}  # type: ignore[operator]
+        try:
+            for name, entry in shards.items():
+                if (self._temporary / name).stat().st_size != entry.bytes:  # of a rank with another disk
+                    raise OSError(f"{name} is not as the rank that wrote it says")
+            files = dict(shards)
+            for name, text in texts.items():
+                files[name] = write_file(self._temporary / name, [text.encode()])
+            listed = {name: entry._asdict() for name, entry in sorted(files.items())}
+            manifest = json.dumps({"format": FORMAT, "files": listed}, indent=2)
+            write_file(self._temporary / "manifest.json", [manifest.encode()])
+            _flush(self._temporary)
+            self._temporary.rename(self.final)
+            _flush(self.folder.folder)
+            self.folder.point_to(self.final)
+            self.folder.prune()
+        except OSError as error:
+            self.discard()
+            raise self.folder.cannot_write(self.final, error) from error
+
+    def discard(self) -> None:
+        """Remove what was written; quiet where it cannot be."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def share_of(shapes: Mapping[str, tuple[int, ...]], rank: int, world_size: int) -> set[str]:
+    """The parameters that a rank writes: shares of nearly equal size, the same at every call."""
+    loads = [0] * world_size
+    own = set()
+    for name, shape in sorted(shapes.items(), key=lambda item: (-torch.Size(item[1]).numel(), item[0])):
+        lightest = loads.index(min(loads))
+        loads[lightest] += torch.Size(shape).numel()
+        if lightest == rank:
+            own.add(name)
+    return own
+
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Load and verify. Raises CheckpointError where a file is missing, cut short or changed."""
+    """Verify and open. Raises CheckpointError where a file is missing, cut short or changed."""
     verify_checkpoint(path)
+    return open_checkpoint(path)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint that was verified. Raises CheckpointError where it cannot be read after all."""
+    path = path.resolve() if path.name == LATEST else path
     try:
-        weights = load_file(path / "weights.safetensors")
-        tensors = {f"master/{name}": tensor for name, tensor in weights.items()}
-        tensors |= load_file(path / "optimizer.safetensors")
+        files = [path / name for name in sorted(_manifest(path)) if _SHARD.fullmatch(name)]
+        tensors = TensorFiles({file: "master/" if file.name.startswith("weights") else "" for file in files})
         state = json.loads((path / "state.json").read_text("utf8"))
-    except (OSError, SafetensorError, ValueError) as error:
+        step, number = state["step"], state["format"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error}.") from error
-    if path.name != f"step-{state['step']:08d}":
-        raise CheckpointError(f"The checkpoint {path} is of step {state['step']}, not what its name says.")
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"The checkpoint {path} has format {state['format']}; this version reads {FORMAT}.")
+    if path.name != f"step-{step:08d}":
+        raise CheckpointError(f"The checkpoint {path} is of step {step}, not what its name says.")
+    if number != FORMAT:
+        raise CheckpointError(f"The checkpoint {path} has format {number}; this version reads {FORMAT}.")
     return Checkpoint(path, tensors, state)
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raises CheckpointError unless every file has the size and hash that the manifest gives."""
+def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Raises CheckpointError unless every file has the size and hash that the manifest gives.
+
+    Of several ranks each hashes its share of the files.
+    """
+    files = _manifest(path)
+    if "state.json" not in files or not any(map(_SHARD.fullmatch, files)):
+        raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json does not list all that belongs to it.")
+    for index, (name, entry) in enumerate(sorted(files.items())):
+        file = path / name
+        try:
+            size = file.stat().st_size
+            if size != entry.bytes:
+                raise CheckpointError(f"The checkpoint {path} is damaged: {name} has {size} bytes, not {entry.bytes}.")
+            if index % world_size == rank and hash_file(file) != entry.sha256:
+                raise CheckpointError(f"The checkpoint {path} is damaged: the content of {name} has changed.")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"The checkpoint {path} is damaged: {name} is missing.") from error
+        except OSError as error:
+            raise CheckpointError(f"The checkpoint {path} is damaged: {name} cannot be read ({error}).") from error
+
+
+def _manifest(path: Path) -> dict[str, FileEntry]:
     try:
         listed = json.loads((path / "manifest.json").read_text("utf8"))["files"].items()
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed}
+        return {str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json cannot be read.") from error
-    for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
-        if name not in files:
-            raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json does not list {name}.")
-    for name, (size, digest) in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"The checkpoint {path} is damaged: {name} is missing.")
-        if file.stat().st_size != size:
-            raise CheckpointError(
-                f"The checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, not {size}."
-            )
-        if _sha256(file) != digest:
-            raise CheckpointError(f"The checkpoint {path} is damaged: the content of {name} has changed.")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def remove(path: Path) -> None:
+    """Remove a checkpoint, or what is left of one. Raises OSError."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    if not path.name.startswith("."):
+        path = path.rename(path.with_name(f".pruning-{path.name}"))  # nothing half-deleted may stand under a real name
+    shutil.rmtree(path)
 
 
 def _flush(path: Path) -> None:

@@ -7,7 +7,7 @@ reads nothing back: overflow is a tensor that torch's fused AdamW takes as `foun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,23 @@ def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: 
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
         "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
     }
+
+
+def copies_on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """fp32 copies; from a GPU through pinned memory, to be waited for with `wait_for_copies`."""
+    copies = {
+        name: torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+        for name, tensor in tensors.items()
+    }
+    for name, tensor in tensors.items():
+        copies[name].copy_(tensor, non_blocking=True)
+    return copies
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Until what `copies_on_cpu` began is there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -169,6 +186,17 @@ class MasterAdamW(torch.optim.Optimizer):
             result[f"exp_avg_sq/{name}"] = state["exp_avg_sq"]
         return result
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters, by name."""
+        return {self.names[parameter]: tuple(parameter.shape) for parameter in self.masters}
+
+    def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """Copies of `tensors` in the CPU's memory, of these parameters or of all."""
+        own = {key: tensor for key, tensor in self.tensors().items() if names is None or key.split("/")[1] in names}
+        copies = copies_on_cpu(own)
+        wait_for_copies(self.loss_scale.device)
+        return copies
+
     def counters(self) -> dict[str, float]:
         """Everything else that the next step depends on."""
         return {
@@ -182,8 +210,8 @@ class MasterAdamW(torch.optim.Optimizer):
         }
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, float]) -> None:
-        """Take over what `tensors` and `counters` gave, perhaps in another precision.
+    def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
+        """Take over what `snapshot` and `counters` gave, perhaps in another precision.
 
         A run that did not scale its loss before starts from the initial scale.
         """

@@ -7,7 +7,7 @@ name, as at stage 0, so that a checkpoint fits every stage, and that the loss sc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import deepspeed
@@ -27,7 +27,7 @@ from torch import distributed, nn
 
 from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection
-from electra_ds.engine.optimizer import NO_SCALING, adamw_state, parameter_groups
+from electra_ds.engine.optimizer import NO_SCALING, adamw_state, copies_on_cpu, parameter_groups, wait_for_copies
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NEVER = 2**62  # steps
@@ -125,15 +125,22 @@ class ZeroAdamW:
     def consecutive_skips(self) -> torch.Tensor:
         return torch.tensor(float(self._consecutive))
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Masters and moments by name, on the CPU of rank 0; empty elsewhere. All ranks must call it."""
-        is_main = distributed.get_rank() == 0
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters, by name."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.named_parameters}
+
+    def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """Masters and moments by name in the CPU's memory, of these parameters or of all, whole.
+
+        All ranks must call it, each for the parameters that it wants.
+        """
         result: dict[str, torch.Tensor] = {}
         for name, parameter in self.named_parameters:
-            whole = {"master": safe_get_full_fp32_param(parameter)}
-            whole |= {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
-            if is_main:
-                result |= {f"{key}/{name}": tensor.float().cpu() for key, tensor in whole.items()}
+            whole = {f"master/{name}": safe_get_full_fp32_param(parameter)}
+            whole |= {f"{key}/{name}": safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
+            if names is None or name in names:
+                result |= copies_on_cpu(whole)
+        wait_for_copies(self._engine.device)
         return result
 
     def counters(self) -> dict[str, float]:
@@ -151,8 +158,8 @@ class ZeroAdamW:
         }
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], counters: dict[str, float]) -> None:
-        """Take over what `tensors` and `counters` gave at any stage and precision, the same on every rank."""
+    def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
+        """Take over what `snapshot` and `counters` gave at any stage and precision, the same on every rank."""
         for name, parameter in self.named_parameters:
             values = {key: tensors[f"{key}/{name}"].to(self._engine.device) for key in ("master", *_MOMENTS)}
             if self._stage == 3:

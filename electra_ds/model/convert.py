@@ -1,4 +1,4 @@
-"""Our tensors under transformers' names: what parity tests compare and exports write."""
+"""Our tensors under transformers' names and back: what parity tests compare, exports write and a run may begin with."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ _GENERATOR_HEAD_NAMES = {
     "LayerNorm": "generator_predictions.LayerNorm",
     "decoder": "generator_lm_head",
 }
+_OUR_LAYER_NAMES = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
+_OUR_GENERATOR_HEAD_NAMES = {theirs: ours for ours, theirs in _GENERATOR_HEAD_NAMES.items()}
+_ATTENTION_PARTS = ("query", "key", "value")
+_TIED = "generator_lm_head.weight"
 
 
 def transformers_config(config: EncoderConfig) -> ElectraConfig:
@@ -60,49 +64,6 @@ def discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torc
     return renamed
 
 
-def from_generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `generator_tensors`: from `ElectraForMaskedLM`'s names to `generator.…` and `generator_head.…`.
-
-    The decoder's weight, which is the token table once more, is left out. Raises KeyError where a query, key or value
-    stands without the other two.
-    """
-    heads = {theirs: ours for ours, theirs in _GENERATOR_HEAD_NAMES.items()}
-    renamed = _from_encoder_tensors(tensors, "generator.")
-    for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
-        if module in heads and (module, kind) != (_GENERATOR_HEAD_NAMES["decoder"], "weight"):
-            renamed[f"generator_head.{heads[module]}.{kind}"] = tensor
-    return renamed
-
-
-def from_discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same for `ElectraForPreTraining` and `discriminator_tensors`."""
-    renamed = _from_encoder_tensors(tensors, "discriminator.")
-    for name, tensor in _under(tensors, "discriminator_predictions."):
-        renamed[f"discriminator_head.{name}"] = tensor
-    return renamed
-
-
-def _from_encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    modules = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
-    renamed = {}
-    for name, tensor in _under(tensors, "electra."):
-        if not name.startswith("encoder.layer."):
-            renamed[prefix + name] = tensor
-            continue
-        index, _, inner = name.removeprefix("encoder.layer.").partition(".")
-        module, _, kind = inner.rpartition(".")
-        layer = f"{prefix}layers.{index}"
-        if module == "attention.self.query":
-            parts = [
-                f"electra.encoder.layer.{index}.attention.self.{part}.{kind}" for part in ("query", "key", "value")
-            ]
-            renamed[f"{layer}.query_key_value.{kind}"] = torch.cat([tensors[part] for part in parts])
-        elif module in modules:
-            renamed[f"{layer}.{modules[module]}.{kind}"] = tensor
-    return renamed
-
-
 def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
 
@@ -115,10 +76,47 @@ def _encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterat
         _, index, module, kind = name.split(".")
         layer = f"electra.encoder.layer.{index}"
         if module == "query_key_value":
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+            for part, piece in zip(_ATTENTION_PARTS, tensor.chunk(3), strict=True):
                 yield f"{layer}.attention.self.{part}.{kind}", piece
         else:
             yield f"{layer}.{_LAYER_NAMES[module]}.{kind}", tensor
+
+
+def from_generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of `ElectraForMaskedLM` under the names of `Electra.state_dict`: the inverse of `generator_tensors`, but
+    for the decoder's weight, which is the token table's and has no name of its own.
+
+    Raises KeyError for a name that is none of transformers'.
+    """
+    renamed = dict(_our_encoder_tensors(tensors, "generator."))
+    for name, tensor in tensors.items():
+        if not name.startswith("electra.") and name != _TIED:
+            module, _, kind = name.rpartition(".")
+            renamed[f"generator_head.{_OUR_GENERATOR_HEAD_NAMES[module]}.{kind}"] = tensor
+    return renamed
+
+
+def from_discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same for `ElectraForPreTraining`, in full, or for its encoder alone."""
+    renamed = dict(_our_encoder_tensors(tensors, "discriminator."))
+    for name, tensor in _under(tensors, "discriminator_predictions."):
+        renamed[f"discriminator_head.{name}"] = tensor
+    return renamed
+
+
+def _our_encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in _under(tensors, "electra."):
+        if not name.startswith("encoder.layer."):
+            yield f"{prefix}{name}", tensor
+            continue
+        _, _, index, rest = name.split(".", 3)
+        module, _, kind = rest.rpartition(".")
+        layer = f"{prefix}layers.{index}"
+        if module == "attention.self.query":  # which stands for all three
+            parts = [tensors[f"electra.{name}".replace(".query.", f".{part}.")] for part in _ATTENTION_PARTS]
+            yield f"{layer}.query_key_value.{kind}", torch.cat(parts)
+        elif not module.startswith("attention.self."):
+            yield f"{layer}.{_OUR_LAYER_NAMES[module]}.{kind}", tensor
 
 
 def to_transformers(model: Electra) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:

@@ -24,12 +24,14 @@ def begin_with(
     tokens: int = 0,
     counters: Mapping[str, float] = FRESH_COUNTERS,
 ) -> Path:
-    """Write the run's record and a checkpoint of these tensors; returns its path.
+    """Write a checkpoint of these tensors and the run's record; returns the checkpoint's path.
 
     For the main rank, which holds the run. tensors: fp32, `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` for every
     parameter of `Electra`; counters: as `MasterAdamW.counters` gives them. Raises CheckpointError where the folder
     cannot be written.
     """
-    job.run.write_record(job.recipe, job.plan, job.record)
     state = {"step": step, "tokens": tokens, "precision": "fp32", "optimizer": dict(counters)}
-    return CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(tensors, state, job.record_files())
+    path = CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(tensors, state, job.record_files())
+    # Last: a run is there only once it has what it begins with, or a resumed one would begin with random weights.
+    job.run.write_record(job.recipe, job.plan, job.record)
+    return path

@@ -10,7 +10,9 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.recipe import Recipe
+from electra_ds.data.hub_names import is_hub_model
 from electra_ds.errors import CheckpointError
 from electra_ds.model.convert import to_transformers
 from electra_ds.train.tracking import read_metrics
@@ -28,6 +30,7 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
     model, tokenizer, recipe, state = load_trained(run_or_checkpoint)
+    sources = RunDirectory(run_or_checkpoint).read_record().initialised_from
     generator, discriminator = to_transformers(model)
     logging.disable_progress_bar()  # which would count one shard
     partial = out.with_name(f".{out.name}.partial")
@@ -37,7 +40,7 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
             exported.save_pretrained(partial / name)
             tokenizer.save(partial / name, recipe.model.max_position_embeddings)
             (partial / name / "README.md").write_text(
-                _model_card(name, recipe, tokenizer.vocab_size, state, run), "utf8"
+                _model_card(name, recipe, tokenizer.vocab_size, state, run, sources), "utf8"
             )
         if out.exists():
             out.rmdir()
@@ -51,7 +54,17 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     )
 
 
-def _model_card(part: str, recipe: Recipe, vocab_size: int, state: dict[str, Any], run: Path) -> str:
+def _published_name(source: str) -> str:
+    """A Hub name, or a folder's own: its place on this machine is nothing for a published card."""
+    path = Path(source)
+    if is_hub_model(source):
+        return source
+    return f"{path.parent.name}/{path.name}" if path.name in ("generator", "discriminator") else path.name
+
+
+def _model_card(
+    part: str, recipe: Recipe, vocab_size: int, state: dict[str, Any], run: Path, sources: list[str]
+) -> str:
     classes = {"generator": "ElectraForMaskedLM", "discriminator": "ElectraForPreTraining"}
     used_for = {
         "generator": "fills in [MASK] tokens; it was trained to give the discriminator something to detect",
@@ -63,6 +76,9 @@ def _model_card(part: str, recipe: Recipe, vocab_size: int, state: dict[str, Any
         for line in (read_metrics(metrics_file) if metrics_file.is_file() else [])
         if line["kind"] == "eval" and line["step"] == state["step"]
     ]
+    began = ""
+    if sources:
+        began = f" It began with the weights of {' and '.join(map(_published_name, sources))}."
     results = ""
     if evaluations:
         rows = "\n".join(
@@ -81,7 +97,7 @@ This model {used_for[part]}.
 
 It was pretrained with electra_ds for {state["step"]:,} of {recipe.schedule.total_steps:,} steps on
 {state["tokens"]:,} tokens, in sequences of {recipe.data.sequence_length} tokens: positions beyond that were never
-trained. Its vocabulary has {vocab_size:,} pieces.
+trained. Its vocabulary has {vocab_size:,} pieces.{began}
 
 ```python
 from transformers import AutoTokenizer, {classes[part]}

@@ -57,11 +57,7 @@ def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | Non
     else:
         tokens, seen = state["tokens"], f"{state['tokens']:,}"
     job = replace(job, record=replace(job.record, initialised_from=[str(native.folder.resolve())]))
-    try:
-        path = begin_with(job, tensors, step=native.step, tokens=tokens, counters=counters)
-    except CheckpointError:
-        (job.run.path / "run.json").unlink(missing_ok=True)  # else it would be a run to resume, from step 0
-        raise
+    path = begin_with(job, tensors, step=native.step, tokens=tokens, counters=counters)
     names = list(model.named_parameters())
     if not found_moments:
         moments = "none, so AdamW's begin at zero"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
+from electra_ds.engine.checkpoint import CheckpointFolder
 from electra_ds.engine.engine import check_plan
 from electra_ds.engine.memory import count_parameters, peak_memory
 from electra_ds.engine.probe import fitting_plan, free_bytes, kernels_of
@@ -99,6 +101,11 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
     """The DeepSpeed JSON resolved for a new run, checked before its data is built. Raises ConfigError."""
     if run.exists():
         raise ConfigError(f"{run.path} already holds a run. Go on with it by --resume, or choose another --run-dir.")
+    if CheckpointFolder(run.checkpoints, keep=1).paths():  # of a start that died before run.json, or copied here
+        raise ConfigError(
+            f"{run.path} already holds checkpoints, from which this run would go on. Go on with theirs by --resume, or "
+            f"choose another --run-dir."
+        )
     assert options.ds_config is not None
     _stop_at(options, recipe)
     plan = resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
@@ -124,9 +131,18 @@ def resolved_plan(options: Options, values: dict[str, Any], source: str, recipe:
 
 
 def prepare_new(
-    options: Options, recipe: Recipe, plan: DeepSpeedPlan, store: TokenStore, run: RunDirectory, ranks: Ranks
+    options: Options,
+    recipe: Recipe,
+    plan: DeepSpeedPlan,
+    store: TokenStore,
+    run: RunDirectory,
+    ranks: Ranks,
+    initialised_from: Sequence[str] = (),
 ) -> PretrainJob:
-    """A job for a new run. Raises DataError where the corpus is too small to hold out from."""
+    """A job for a new run. Raises DataError where the corpus is too small to hold out from.
+
+    initialised_from: where the weights come from that `adopt.begin_with` will be given.
+    """
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     record = RunRecord(
         store=str(store.path.resolve()),
@@ -138,6 +154,7 @@ def prepare_new(
         settings=options.settings(default_settings(recipe.schedule.total_steps)),
         command=sys.argv,
         tracking=options.tracking(TrackingSettings(), plan.monitors, run),
+        initialised_from=list(initialised_from),
     )
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
 
@@ -230,7 +247,8 @@ def announce(job: PretrainJob, console: Console) -> None:
         f"{job.split.holdout.num_tokens:,} of them held out by {job.split.held_out_by}\n"
         f"{job.record.device}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
         f"micro-batch x accumulation = {job.plan.batch}\n"
-        f"run directory: {job.run.path}",
+        + "".join(f"begins with the weights of {source}\n" for source in job.record.initialised_from)
+        + f"run directory: {job.run.path}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     notes = list(job.plan.notes)

@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections import deque
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,8 +18,9 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.data.batches import BatchBuilder, GlobalBatch, prefetched
 from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint
+from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.engine.engine import DeepSpeedEngine
+from electra_ds.engine.saver import CheckpointSaver
 from electra_ds.engine.step import StepResult
 from electra_ds.errors import (
     CheckpointError,
@@ -111,6 +111,7 @@ class _Loop:
             self.engine = self._make_engine()
         self.record_files = job.record_files()
         self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
+        self.saver = CheckpointSaver(self.checkpoints, ranks)
         if self.engine.is_compiled:
             console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
         self.step = self.tokens = 0
@@ -138,24 +139,24 @@ class _Loop:
         )
 
     def _resume(self) -> None:
-        """Every rank reads the checkpoint that the main rank has found whole."""
-        checkpoint = None
+        """Go on from the newest whole checkpoint, which all ranks verify together, each a share of its files."""
+        with self.ranks.together():
+            path, damaged = self.checkpoints.newest_whole(self.ranks)
         with self.ranks.together():
             if self.ranks.is_main:
-                checkpoint, damaged = self.checkpoints.load_latest()
                 for problem in damaged.values():
                     self.console.print(
                         f"[yellow]Warning:[/] {problem} Falling back to the one before.",
                         highlight=False, soft_wrap=True,
                     )  # fmt: skip
                 self.checkpoints.tidy(damaged)
-                if checkpoint is None:
+                if path is None:
                     self._check_fresh()
-        path = self.ranks.from_main(checkpoint and checkpoint.path)
         if path is None:
             return
         with self.ranks.together():
-            checkpoint = checkpoint or load_checkpoint(path)
+            checkpoint = open_checkpoint(path)
+            checkpoint.check(self.engine.optimizer.shapes())
             if checkpoint.state["step"] > self.job.stop_at:
                 raise ConfigError(
                     f"The run is at step {checkpoint.state['step']} already, beyond --stop-at {self.job.stop_at}."
@@ -166,9 +167,15 @@ class _Loop:
 
     def _check_fresh(self) -> None:
         """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
+        sources = self.job.record.initialised_from
+        if sources:
+            raise CheckpointError(
+                f"The run {self.job.run.path} began with the weights of {' and '.join(sources)}, but its checkpoints "
+                f"are gone. Put them back into {self.checkpoints.folder}, or start a new run."
+            )
         metrics = self.job.run.metrics
         reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
-        if reached > self.settings.save_every:
+        if reached > 2 * self.settings.save_every:  # the first one stands before the second is begun
             raise CheckpointError(
                 f"The run {self.job.run.path} had reached step {reached}, but its checkpoints are gone. "
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
@@ -193,12 +200,13 @@ class _Loop:
                 if self.step % settings.save_every == 0 and self.step < job.stop_at:
                     with self.throughput.paused():
                         self._save()
-                request = stop_wish.decide()
+                request = stop_wish.decide(save_failed=self.saver.has_failed)
                 if request is not None and self.step < job.stop_at:
                     self._log(display)
                     return self._stopped(request)
             self._save()
             self._evaluate(display)
+        self.saver.finish()
         if self.ranks.is_main:
             if self.step >= job.recipe.schedule.total_steps:
                 job.run.write_verdict("done", step=self.step)
@@ -245,8 +253,7 @@ class _Loop:
     def _go_on_with(self, plan: DeepSpeedPlan) -> None:
         """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
         optimizer = self.engine.optimizer
-        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer.tensors().items()}
-        counters = optimizer.counters()
+        tensors, counters = optimizer.snapshot(), optimizer.counters()
         self.engine.close()
         del optimizer, self.engine
         runtime.release_memory(self.device)
@@ -257,7 +264,8 @@ class _Loop:
             self.engine = self._make_engine()
             self.engine.optimizer.load(tensors, counters)
         except RuntimeError:
-            self._publish(tensors, counters)  # nothing that was learned is lost
+            self.saver.save_copy(tensors, self._state() | {"optimizer": counters}, self.record_files)
+            self.saver.finish()  # nothing that was learned is lost
             raise
         if self.log is not None:
             cut = {"micro_batch_size": plan.batch.micro_batch_size}
@@ -281,12 +289,15 @@ class _Loop:
     def _stopped(self, request: runtime.StopRequest) -> bool:
         """Save and leave: False for the time limit, InterruptedBySignalError for a signal."""
         run = self.job.run
-        path = self._save()
+        self._save()
+        self.saver.finish()
         with self.ranks.together():  # launchers end the others once the first has left, so all is written before
             if self.ranks.is_main:
                 run.write_verdict("stopped", step=self.step, reason=request.reason)
                 run.mark_requeue(request.reason)
-        message = f"{request.reason}: saved {path}. Go on with: bin/pretrain --resume {run.path}"
+        message = (
+            f"{request.reason}: saved {self.checkpoints.path(self.step)}. Go on with: bin/pretrain --resume {run.path}"
+        )
         if request.signum is not None:
             raise InterruptedBySignalError(message, request.signum)
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
@@ -364,31 +375,24 @@ class _Loop:
                     raise
                 if self.evaluator.micro_batch_size == 1:
                     self._save()
+                    self.saver.finish()
                     raise
             self.evaluator.micro_batch_size //= 2
             runtime.release_memory(self.device)
 
-    def _save(self) -> Path:
-        """Publish a checkpoint; all ranks give their part of the state, and leave when it is there."""
-        return self._publish(self.engine.optimizer.tensors(), self.engine.optimizer.counters())
+    def _save(self) -> None:
+        """Begin to save a checkpoint at the step that is done."""
+        self.saver.save(self.engine.optimizer, self._state(), self.record_files)
 
-    def _publish(self, tensors: dict[str, torch.Tensor], counters: dict[str, float]) -> Path:
-        """A checkpoint of what the optimizer told, at the step that is done."""
+    def _state(self) -> dict[str, object]:
+        """What a checkpoint says beside what the optimizer tells."""
         self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
         if self.log is not None:
             self.log.flush()
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "precision": self.job.plan.precision.name,
-            "optimizer": counters,
-        }
-        with self.ranks.together():
-            if self.ranks.is_main:
-                self.checkpoints.save(tensors, state, self.record_files)
-        return self.checkpoints.path(self.step)
+        return {"step": self.step, "tokens": self.tokens, "precision": self.job.plan.precision.name}
 
     def close(self) -> None:
+        self.saver.close()
         if "engine" in vars(self):  # it is not while it is made anew
             self.engine.close()
 

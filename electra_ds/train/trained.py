@@ -10,7 +10,7 @@ import yaml
 
 from electra_ds.config.recipe import Recipe, validate_recipe
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
-from electra_ds.engine.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from electra_ds.engine.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, open_checkpoint
 from electra_ds.errors import CheckpointError
 from electra_ds.model.electra import Electra
 
@@ -21,12 +21,12 @@ def newest_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
         return load_checkpoint(run_or_checkpoint)
     if not (run_or_checkpoint / "run.json").is_file():
         raise CheckpointError(f"{run_or_checkpoint} is neither a run directory nor a checkpoint.")
-    newest, damaged = CheckpointFolder(run_or_checkpoint / "checkpoints", keep=1).load_latest()
+    newest, damaged = CheckpointFolder(run_or_checkpoint / "checkpoints", keep=1).newest_whole()
     if newest is None:
         raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
     for problem in damaged.values():
         print(f"Warning: {problem} Taking the one before.")
-    return newest
+    return open_checkpoint(newest)
 
 
 def recorded_recipe(checkpoint: Checkpoint) -> Recipe:

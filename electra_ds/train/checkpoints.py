@@ -1,0 +1,128 @@
+"""A run's checkpoints as they lie on the disk: listed, verified, pruned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from electra_ds.config.manifest import RunDirectory
+from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, remove
+from electra_ds.errors import CheckpointError
+
+
+class Listed(NamedTuple):
+    """One checkpoint, by what its files say; None where they do not."""
+
+    name: str
+    step: int | None
+    tokens: int | None
+    saved: str | None
+    """UTC, ISO 8601."""
+    bytes: int
+    precision: str | None
+    """Of the run that saved it; the weights are fp32 in each."""
+    stage: int | None
+    ranks: int | None
+    problem: str | None
+    """What is wrong with it, as far as sizes tell."""
+
+
+def folder_of(run: Path) -> CheckpointFolder:
+    """A run's checkpoints. Raises CheckpointError where there is no run."""
+    directory = RunDirectory(run)
+    if not directory.checkpoints.is_dir():
+        if not directory.exists():
+            raise CheckpointError(f"{run} is not a run directory: it has neither run.json nor checkpoints/.")
+        raise CheckpointError(f"The run {run} has no checkpoint yet.")
+    return CheckpointFolder(directory.checkpoints, keep=1)
+
+
+def listed(run: Path) -> list[Listed]:
+    """Oldest first. Raises CheckpointError where there is no run."""
+    return [_describe(path) for path in folder_of(run).paths()]
+
+
+def _describe(path: Path) -> Listed:
+    state, plan, record = (_json(path / name) for name in ("state.json", "deepspeed.json", "run.json"))
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return Listed(
+        path.name, state.get("step"), state.get("tokens"), state.get("saved"), size, state.get("precision"),
+        plan.get("zero_optimization", {}).get("stage", 0), record.get("world_size"), _problem(path),
+    )  # fmt: skip
+
+
+def _problem(path: Path) -> str | None:
+    files = _json(path / "manifest.json").get("files")
+    if not isinstance(files, dict):
+        return "manifest.json cannot be read"
+    for name, entry in sorted(files.items()):
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def to_verify(run_or_checkpoint: Path) -> list[Path]:
+    """All checkpoints of a run, newest first, or the one that is named. Raises CheckpointError where there is none."""
+    if (run_or_checkpoint / "manifest.json").is_file() or run_or_checkpoint.parent.name == "checkpoints":
+        return [run_or_checkpoint]
+    paths = folder_of(run_or_checkpoint).paths()
+    if not paths:
+        raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint.")
+    return paths[::-1]
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, every byte read: hashes, names and shapes."""
+    try:
+        checkpoint = load_checkpoint(path)
+        tensors = checkpoint.tensors
+        weights = [name.removeprefix("master/") for name in tensors if name.startswith("master/")]
+        checkpoint.check({name: tensors.shape(f"master/{name}") for name in weights})
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[tuple[Path, str]]:
+    """Remove all but the newest checkpoints and what killed saves left; gives each path and why, before it goes.
+
+    keep: how many stay, as many as the run keeps where it is None; damaged: also those that were set aside as damaged;
+    dry: say it only. The newest whole one always stays. Raises CheckpointError where the run is in use, where none of
+    those that would stay is whole, and where the folder cannot be written.
+    """
+    directory, folder = RunDirectory(run), folder_of(run)
+    with directory.locked():
+        keep = keep or directory.read_record().settings.keep
+        newest, wrong = folder.newest_whole()
+        staying = folder.paths()[-keep:]
+        if newest is not None and newest not in staying:
+            raise CheckpointError(
+                f"The {keep} newest checkpoints of {run} are damaged, and {newest.name} is the newest whole one: "
+                f"{next(iter(wrong.values()))} Go on with --resume first, which sets them aside, or give a larger "
+                f"--keep."
+            )
+        doomed = [(path, "older") for path in folder.paths()[:-keep]]
+        doomed += [(path, "left by a killed save") for path in folder.leftovers()]
+        if damaged:
+            doomed += [(path, "damaged") for path in sorted(folder.folder.glob("damaged-step-*"))]
+        for path, why in doomed:
+            yield path, why
+            if dry:
+                continue
+            try:
+                remove(path)
+            except OSError as error:
+                raise CheckpointError(f"Cannot remove {path}: {error}.") from error
