@@ -64,7 +64,7 @@ def go(plan: Plan, folder: Path, *arguments: str) -> None:
     (folder / "ds.json").write_text(json.dumps(values))
     started = start(
         ["--ds-config", str(folder / "ds.json"), *arguments], folder / "run", folder / "log",
-        environments(plan.ranks), prepare={rank: (half_on_cpu,) for rank in range(plan.ranks)},
+        environments(plan.ranks), prepare=dict.fromkeys(range(plan.ranks), (half_on_cpu,)),
     )  # fmt: skip
     assert started.wait() == [0] * plan.ranks, started.output
 

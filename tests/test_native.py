@@ -548,7 +548,7 @@ def test_a_run_that_could_not_be_written_is_no_run(
     def full(*arguments: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("electra_ds.engine.checkpoint.save_file", full)
+    monkeypatch.setattr("electra_ds.engine.checkpoint._flush", full)
     with pytest.raises(CheckpointError, match="No space left"):
         brought_in(plain, store, tmp_path / "run", process_group)
     assert not RunDirectory(tmp_path / "run").exists()
