@@ -202,10 +202,10 @@ class Storm:
     def _wait(self, started: Started, moment: Moment | None) -> None:
         """Until it ends; a rank that is left alone may be left behind, for `_await_survivors`."""
         deadline = time.monotonic() + 300
-        while None in started.statuses:
+        while None in (statuses := started.statuses):
             assert time.monotonic() < deadline, started.output
-            if -9 in started.statuses:
-                alone = started.statuses.index(None)
+            if -9 in statuses:
+                alone = statuses.index(None)
                 self._survivors.append((started, alone, time.monotonic()))
                 if self._random.random() < 0.5:
                     self.found["resumes that did not wait for the rank left alone"] += 1
