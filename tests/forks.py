@@ -6,6 +6,7 @@ at which processes are killed, and a function that makes its surroundings worse,
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -113,7 +114,8 @@ def _arm(moment: Moment, victims: Sequence[int], run: Path) -> None:
 
     def kill() -> None:
         for victim in victims:
-            os.kill(victim, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # rank 1 has nothing to do with the report
+                os.kill(victim, signal.SIGKILL)
 
     def kill_later() -> None:
         reached.wait()
