@@ -42,6 +42,10 @@ class Ratio(NamedTuple):
     high: float
     """Quartiles."""
 
+    def figure(self) -> dict[str, Any]:
+        """As it stands in the results."""
+        return {"speed": self.median, "speed_quartiles": [self.low, self.high]}
+
 
 def interleaved(
     contestants: Mapping[str, Callable[[int], object]],

@@ -37,6 +37,8 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         console.print(f"Start-up: {times}; Python alone {start['python_s']:.2f} s")
     if "memory" in results:
         _print_memory(results["memory"], console)
+    if "checkpoints" in results:
+        _print_checkpoints(results["checkpoints"], console)
     if "precisions" in results:
         _print_precisions(results["precisions"], console)
 
@@ -110,6 +112,27 @@ def _print_memory(memory: dict[str, Any], console: Console) -> None:
     console.print(table)
     for name, reason in memory["not_measured"].items():
         console.print(f"not measured: {name}: {reason}", highlight=False, markup=False)
+
+
+def _print_checkpoints(checkpoints: dict[str, Any], console: Console) -> None:
+    table = Table(title="Checkpoints in fp32 with AdamW's moments, seconds", box=box.SIMPLE)
+    table.add_column("model", no_wrap=True)
+    for column in ("GB", "training\nwaits", "saved", "loaded"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for model, found in checkpoints.items():
+        seconds = {name: f"{value:.2f}" for name, value in found["seconds"].items()}
+        theirs = seconds["deepspeed_save"]
+        table.add_row(
+            f"{model}, {found['parameters'] / 1e6:.1f} M parameters", f"{found['bytes'] / 1e9:.2f}", seconds["stall"],
+            seconds["save"], seconds["load"],
+        )  # fmt: skip
+        table.add_row(
+            "  DeepSpeed's own", f"{found['deepspeed_bytes'] / 1e9:.2f}", theirs, theirs, seconds["deepspeed_load"]
+        )
+    console.print(table)
+    for model, found in checkpoints.items():
+        ratios = (f"{name} {_ratio(found[f'{name}_vs_deepspeed'])}" for name in ("stall", "save", "load"))
+        console.print(f"{model}, against DeepSpeed's: {', '.join(ratios)}", highlight=False)
 
 
 def _print_precisions(precisions: dict[str, Any], console: Console) -> None:

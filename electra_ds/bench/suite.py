@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 from electra_ds import runtime
-from electra_ds.bench import memory, precisions
+from electra_ds.bench import checkpoints, memory, precisions
 from electra_ds.bench.contestants import Contestant, Ours, PaddedBatch, Transformers
 from electra_ds.bench.measure import (
     Clock,
     Operations,
-    Ratio,
     graph_bytes,
     host_waits,
     interleaved,
@@ -98,6 +97,11 @@ class Suite:
                     results |= section()
             if "memory" in self.settings.sections:
                 self.memory(results)
+            if "checkpoints" in self.settings.sections:
+                checkpoints.measure(
+                    results, partial(self._plan, dtype="fp32"), self.device, Path(folder), self.settings.rounds,
+                    self.begin, self.turn,
+                )  # fmt: skip
             if "precisions" in self.settings.sections:
                 assert corpus is not None
                 self.precisions(results, corpus)
@@ -173,7 +177,7 @@ class Suite:
             if who == "transformers":
                 continue
             theirs = found[f"transformers {dtype}"]
-            line: dict[str, Any] = _speed(ratio(seconds[f"transformers {dtype}"], seconds[name]))
+            line: dict[str, Any] = ratio(seconds[f"transformers {dtype}"], seconds[name]).figure()
             line["peak_step_memory"] = values["peak_step_bytes"] / theirs["peak_step_bytes"]
             if dtype != "fp32" and "transformers fp32" in found:
                 line["speed_vs_fp32"] = ratio(seconds["transformers fp32"], seconds[name]).median
@@ -183,7 +187,7 @@ class Suite:
                 results["compiled_vs_transformers"].setdefault(dtype, {})[size] = line
             if who == "plain":
                 speed = ratio(seconds[name], seconds[f"deepspeed {dtype}"])
-                results["deepspeed_vs_plain"].setdefault(dtype, {})[size] = _speed(speed)
+                results["deepspeed_vs_plain"].setdefault(dtype, {})[size] = speed.figure()
 
     # --- parts
 
@@ -212,7 +216,7 @@ class Suite:
                 results.setdefault(dtype, {}).setdefault(who, {})[part] = float(np.median(values))
                 if who == "transformers":
                     speed = ratio(values, seconds[f"deepspeed/{part}"])
-                    speeds.setdefault(dtype, {})[part] = _speed(speed)
+                    speeds.setdefault(dtype, {})[part] = speed.figure()
         return {"parts": {"micro_batch": size, "seconds": results, "deepspeed_vs_transformers": speeds}}
 
     # --- sequences of mixed length
@@ -245,7 +249,7 @@ class Suite:
             "real_tokens_per_s": {name: real / float(np.median(values)) for name, values in seconds.items()},
         }
         for name in ("padded_to_row", "padded_to_longest", "transformers"):
-            results[f"packed_vs_{name}"] = _speed(ratio(seconds[name], seconds["packed"]))
+            results[f"packed_vs_{name}"] = ratio(seconds[name], seconds["packed"]).figure()
         return {"mixed_lengths": results, "unpadded": self._unpadded(dtype)}
 
     def _unpadded(self, dtype: str) -> dict[str, Any]:
@@ -262,7 +266,7 @@ class Suite:
             rounds = 3 * self.settings.rounds  # the ratio is 1 but for noise
             self.begin(f"text without padding, {size} a step", len(timed) * (rounds + 1))
             seconds = interleaved(timed, rounds, self.clock, self.turn, self.calls_a_turn)
-        return {"packed_vs_padded_to_row": _speed(ratio(seconds["padded_to_row"], seconds["packed"]))}
+        return {"packed_vs_padded_to_row": ratio(seconds["padded_to_row"], seconds["packed"]).figure()}
 
     # --- the data path
 
@@ -290,7 +294,7 @@ class Suite:
             "tokens_per_s": tokens / float(np.median(seconds["batch"])),
             "best_tokens_per_s": tokens / min(seconds["batch"]),
             "copy_tokens_per_s": tokens / float(np.median(seconds["copy"])),
-            "batch_vs_copy": _speed(ratio(seconds["copy"], seconds["batch"])),
+            "batch_vs_copy": ratio(seconds["copy"], seconds["batch"]).figure(),
         }
 
     # --- start-up
@@ -312,7 +316,7 @@ class Suite:
                 self.turn()
         results: dict[str, Any] = {f"{name}_s": min(seconds) for name, seconds in found.items()}
         for name in ("help", "imports"):
-            results[f"{name}_vs_python"] = _speed(ratio(found["python"], found[name]))
+            results[f"{name}_vs_python"] = ratio(found["python"], found[name]).figure()
         return {"start_up": results}
 
     # --- the memory model
@@ -410,10 +414,6 @@ class Suite:
             plain = PlainEngine(model(), recipe, recipe.global_batch_size, self.device, fused=True)
             found[f"plain {dtype}"] = Ours(plain)
         return found
-
-
-def _speed(found: Ratio) -> dict[str, Any]:
-    return {"speed": found.median, "speed_quartiles": [found.low, found.high]}
 
 
 def _ignoring_number(function: Callable[[], None]) -> Callable[[int], None]:

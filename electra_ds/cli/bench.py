@@ -23,9 +23,10 @@ _SECTIONS = {  # and what is in the results if they were measured
     "data": ("data_path",),
     "startup": ("start_up",),
     "memory": ("memory",),
+    "checkpoints": ("checkpoints",),
     "precisions": ("precisions",),
 }
-_WHEN_NAMED = ("memory", "precisions")
+_WHEN_NAMED = ("memory", "checkpoints", "precisions")
 _STEPS = 500
 _MEASURING = {
     "recipe": DEFAULT_RECIPE, "sections": [name for name in _SECTIONS if name not in _WHEN_NAMED],
@@ -46,6 +47,8 @@ examples:
   bin/bench --sections memory precisions
       sections that have to be named: the memory model beside what steps really take, on a GPU under the memory of each
       card that a DeepSpeed JSON is shipped for; and loss curves of the recipe by precision, on the same real text
+  bin/bench --sections checkpoints
+      saving and loading, beside DeepSpeed's own checkpoints, of ELECTRA-Small and of 110 M parameters (5 GB of disk)
 """
 
 
@@ -56,7 +59,7 @@ def add_bench(commands: Commands) -> None:
     command.add_argument("--recipe", metavar="NAME|FILE", help="default: %(default)s")
     command.add_argument(
         "--sections", nargs="+", choices=_SECTIONS, metavar="NAME",
-        help=f"of {', '.join(_SECTIONS)}; default: all but {' and '.join(_WHEN_NAMED)}",
+        help=f"of {', '.join(_SECTIONS)}; default: all but {', '.join(_WHEN_NAMED)}",
     )  # fmt: skip
     command.add_argument(
         "--micro-batches", nargs="+", type=positive, metavar="N",

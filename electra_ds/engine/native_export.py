@@ -6,7 +6,8 @@ Unlike in training, DeepSpeed owns precision and loss scale at stage 0 too, sinc
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,21 @@ def write_native(
 ) -> str:
     """Write `folder/TAG/…` and `folder/latest`, each rank its part; returns the tag.
 
-    To be called by all ranks. model: its weights are of no account. Raises ConfigError where the device cannot run the
-    plan's precision.
+    To be called by all ranks, as `native_engine` is.
+    """
+    tag = f"global_step{checkpoint.state['step']}"
+    with native_engine(checkpoint, model, recipe, plan, device) as engine:
+        engine.save_checkpoint(str(folder), tag=tag)
+    return tag
+
+
+@contextmanager
+def native_engine(
+    checkpoint: Checkpoint, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device
+) -> Iterator[Any]:
+    """DeepSpeed's engine with a checkpoint's state in it, closed at the end.
+
+    model: its weights are of no account. Raises ConfigError where the device cannot run the plan's precision.
     """
     check_plan(plan, device, "the DeepSpeed JSON")
     model.to(device)
@@ -64,11 +78,9 @@ def write_native(
         engine.global_steps = step
         engine.global_samples = step * recipe.global_batch_size
         engine.skipped_steps = int(counters["skipped_steps"])
-        tag = f"global_step{step}"
-        engine.save_checkpoint(str(folder), tag=tag)
+        yield engine
     finally:
         close_deepspeed(engine)
-    return tag
 
 
 def _fill_zero(engine: Any, recipe: Recipe, plan: DeepSpeedPlan, checkpoint: Checkpoint) -> None:
