@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, verify_checkpoint
+from electra_ds.engine.checkpoint import CheckpointFolder, Draft, load_checkpoint, share_of, verify_checkpoint
+from electra_ds.engine.tensor_file import TensorFiles, hash_file, write_tensors
 from electra_ds.errors import CheckpointError
 from tests.helpers import REPOSITORY
 
@@ -37,6 +41,67 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
     assert loaded.state["optimizer"]["loss_scale"] == 12.1
     assert (path / "recipe.yaml").read_text() == RECORD["recipe.yaml"]
     assert (path / "weights.safetensors").stat().st_mode == (path / "state.json").stat().st_mode
+
+
+@given(
+    shapes=st.dictionaries(
+        st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20),
+        st.lists(st.integers(1, 5), max_size=3),
+        max_size=6,
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_a_tensor_file_is_to_the_byte_what_safetensors_writes(shapes: dict[str, list[int]]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    named = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items() if name != "__metadata__"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ours"
+        entry = write_tensors(path, named)
+        save_file(named, Path(folder) / "theirs")
+        content = path.read_bytes()
+        assert content == (Path(folder) / "theirs").read_bytes()
+        assert entry == (len(content), hashlib.sha256(content).hexdigest())
+        assert hash_file(path) == entry.sha256
+        again = TensorFiles({path: "x/"})
+        assert again.keys() == {f"x/{name}" for name in named}
+        assert all(torch.equal(again[f"x/{name}"], tensor) for name, tensor in named.items())
+        assert all(again.shape(f"x/{name}") == tensor.shape for name, tensor in named.items())
+
+
+@given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=40), world_size=st.integers(1, 8))
+def test_ranks_share_the_parameters_and_none_has_much_more_than_the_others(sizes: list[int], world_size: int) -> None:
+    shapes = {f"p{index}": (size,) for index, size in enumerate(sizes)}
+    shares = [share_of(shapes, rank, world_size) for rank in range(world_size)]
+    assert sorted(name for share in shares for name in share) == sorted(shapes)
+    loads = [sum(shapes[name][0] for name in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes)
+
+
+def test_shares_of_several_ranks_are_one_checkpoint_and_a_missing_one_is_noticed(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    draft = Draft(folder, 4, "token")
+    whole = tensors(4)
+    entries = {}
+    for rank in range(3):
+        own = {name: tensor for index, (name, tensor) in enumerate(whole.items()) if index % 3 == rank}
+        entries |= draft.write_shard(own, rank, 3)
+    draft.publish(entries, {"step": 4}, RECORD)
+    loaded = load_checkpoint(draft.final)
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in whole.items())
+    assert loaded.tensors.keys() == whole.keys()
+    (draft.final / "optimizer-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer-00002-of-00003\.safetensors is missing"):
+        load_checkpoint(draft.final)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_what_differs(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    with pytest.raises(CheckpointError, match=r"does not fit.*a.weight has shape \[7, 5\], not \[7, 6\]"):
+        checkpoint.check({"a.weight": (7, 6), "a.bias": (7, 5)})
+    with pytest.raises(CheckpointError, match=r"exp_avg_sq/a.bias is missing"):
+        checkpoint.check({"a.weight": (7, 5), "a.bias": (7, 5)})
+    with pytest.raises(CheckpointError, match=r"a.bias is not the model's"):
+        checkpoint.check({"a.weight": (7, 5)})
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -73,13 +73,17 @@ def _ls(options: argparse.Namespace) -> None:
     if options.json:
         console.print_json(data=[checkpoint._asdict() for checkpoint in found])
         return
-    table = Table("checkpoint", "tokens", "saved", "size", "saved by", "state", box=None, pad_edge=False)
+    table = Table("checkpoint", box=None, pad_edge=False)
+    for column in ("tokens", "saved", "size", "precision", "ZeRO", "ranks"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("state")
     for checkpoint in found:
-        saved = "?" if checkpoint.saved is None else f"{datetime.fromisoformat(checkpoint.saved).astimezone():%F %R}"
-        tokens = "?" if checkpoint.tokens is None else f"{checkpoint.tokens:,}"
-        by = f"{checkpoint.precision}, ZeRO {checkpoint.stage}, {checkpoint.ranks} rank(s)"
+        saved = "" if checkpoint.saved is None else f"{datetime.fromisoformat(checkpoint.saved).astimezone():%m-%d %R}"
+        tokens = "" if checkpoint.tokens is None else f"{checkpoint.tokens / 1e6:,.1f} M"
+        values = (checkpoint.precision, checkpoint.stage, checkpoint.ranks)
         state = f"[red]damaged: {escape(checkpoint.problem)}[/]" if checkpoint.problem else "complete"
-        table.add_row(checkpoint.name, tokens, saved, _size(checkpoint.bytes), by, state)
+        known = ("" if value is None else str(value) for value in values)
+        table.add_row(checkpoint.name, tokens, saved, _size(checkpoint.bytes), *known, state)
     console.print(table if found else "No checkpoint yet.")
 
 

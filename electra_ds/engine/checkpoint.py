@@ -251,7 +251,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint that was verified. Raises CheckpointError where it cannot be read after all."""
     path = path.resolve() if path.name == LATEST else path
     try:
-        files = [path / name for name in sorted(_manifest(path)) if _SHARD.fullmatch(name)]
+        files = [path / name for name in sorted(read_manifest(path)) if _SHARD.fullmatch(name)]
         tensors = TensorFiles({file: "master/" if file.name.startswith("weights") else "" for file in files})
         state = json.loads((path / "state.json").read_text("utf8"))
         step, number = state["step"], state["format"]
@@ -269,7 +269,7 @@ def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
 
     Of several ranks each hashes its share of the files.
     """
-    files = _manifest(path)
+    files = read_manifest(path)
     if "state.json" not in files or not any(map(_SHARD.fullmatch, files)):
         raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json does not list all that belongs to it.")
     for index, (name, entry) in enumerate(sorted(files.items())):
@@ -286,7 +286,8 @@ def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
             raise CheckpointError(f"The checkpoint {path} is damaged: {name} cannot be read ({error}).") from error
 
 
-def _manifest(path: Path) -> dict[str, FileEntry]:
+def read_manifest(path: Path) -> dict[str, FileEntry]:
+    """A checkpoint's files by name. Raises CheckpointError."""
     try:
         listed = json.loads((path / "manifest.json").read_text("utf8"))["files"].items()
         return {str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed}

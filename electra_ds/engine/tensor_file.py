@@ -50,7 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
         assert tensors[name].dtype == torch.float32, name
         start, end = end, end + tensors[name].nbytes
         header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
 
     def pieces() -> Iterator[bytes | np.ndarray]:

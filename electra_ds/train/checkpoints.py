@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from electra_ds.config.manifest import RunDirectory
-from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, remove
+from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, read_manifest, remove
 from electra_ds.errors import CheckpointError
 
 
@@ -46,23 +46,26 @@ def listed(run: Path) -> list[Listed]:
 
 def _describe(path: Path) -> Listed:
     state, plan, record = (_json(path / name) for name in ("state.json", "deepspeed.json", "run.json"))
+    zero = plan.get("zero_optimization", {}) if plan else None
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     return Listed(
         path.name, state.get("step"), state.get("tokens"), state.get("saved"), size, state.get("precision"),
-        plan.get("zero_optimization", {}).get("stage", 0), record.get("world_size"), _problem(path),
+        stage, record.get("world_size"), _problem(path),
     )  # fmt: skip
 
 
 def _problem(path: Path) -> str | None:
-    files = _json(path / "manifest.json").get("files")
-    if not isinstance(files, dict):
+    try:
+        files = read_manifest(path)
+    except CheckpointError:
         return "manifest.json cannot be read"
     for name, entry in sorted(files.items()):
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
+        if file.stat().st_size != entry.bytes:
+            return f"{name} has {file.stat().st_size} bytes, not {entry.bytes}"
     return None
 
 
