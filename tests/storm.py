@@ -121,8 +121,7 @@ class Storm:
         self.runs: Counter[str] = Counter({"begun": 0, "finished": 0, "lost": 0})
         self.found: Counter[str] = Counter()
         self.redone: list[int] = []
-        self.alone_s: list[float] = []
-        self._survivors: list[tuple[Started, int, float]] = []
+        self._survivors: list[tuple[Started, int]] = []
 
     def prepare(self) -> None:
         """The run that nothing disturbs, by the script in an interpreter of its own, and its equal by a fork."""
@@ -215,7 +214,7 @@ class Storm:
             assert time.monotonic() < deadline, started.output
             if -9 in statuses:
                 alone = statuses.index(None)
-                self._survivors.append((started, alone, time.monotonic()))
+                self._survivors.append((started, alone))
                 if self._random.random() < 0.5:
                     self.found["resumes that did not wait for the rank left alone"] += 1
                     return
@@ -224,12 +223,11 @@ class Storm:
             time.sleep(0.005)
 
     def _await_survivors(self) -> None:
-        for started, rank, since in self._survivors:
+        for started, rank in self._survivors:
             started.wait(ALONE_S)
             status = started.statuses[rank]
             if status is None:
                 started.kill()
-            self.alone_s.append(time.monotonic() - since)
             assert status is not None, f"rank {rank} lives on after its peer was killed: {started.output}"
         self._survivors.clear()
 
@@ -296,7 +294,6 @@ class Storm:
                 "resumes": len(self.redone), "total": sum(self.redone), "most": max(self.redone, default=0),
             },
             "found": dict(sorted(self.found.items())),
-            "left_alone": {"ranks": len(self.alone_s), "longest_s": round(max(self.alone_s, default=0.0), 1)},
         }  # fmt: skip
 
 
