@@ -245,7 +245,7 @@ def wait_for_steps(run_dir: Path, steps: int, seconds: float = 90) -> None:
 def test_two_ranks_resume_from_disk_and_fall_back_from_a_damaged_checkpoint(
     store: TokenStore, tmp_path: Path, stage: int
 ) -> None:
-    """At stage 2 bit for bit, at stage 3 to rounding."""
+    """Bit for bit."""
     json_file = tmp_path / "ds.json"
     json_file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     how = ["--ds-config", str(json_file), "--save-every", "5"]
@@ -259,9 +259,7 @@ def test_two_ranks_resume_from_disk_and_fall_back_from_a_damaged_checkpoint(
     assert set(finish(processes)) == {0}, (tmp_path / "resumed.log").read_text()
     assert (tmp_path / "resumed.log").read_text().count("Falling back") == 1
     straight, resumed = train_losses(tmp_path / "straight"), train_losses(tmp_path / "parted")
-    np.testing.assert_allclose(
-        [loss for _, loss in resumed], [loss for _, loss in straight], rtol=0 if stage == 2 else 1e-5
-    )
+    assert resumed == straight
 
 
 @pytest.mark.slow
