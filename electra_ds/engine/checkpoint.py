@@ -219,6 +219,7 @@ class Draft:
             _flush(self._temporary)
             self._temporary.rename(self.final)
             _flush(self.folder.folder)
+            _flush(self.folder.folder.parent)
             self.folder.point_to(self.final)
             self.folder.prune()
         except OSError as error:
