@@ -61,14 +61,13 @@ def on_ranks(world_size: int, store: TokenStore, folder: Path, every: int, *writ
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size), "--master_port",
         str(free_port()), "-m", "tests.plan_worker", str(store.path), str(folder), str(every), *writers,
     ]  # fmt: skip
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=550
-    )
+    result = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads((folder / f"{world_size}.json").read_text())
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # four ranks on two cores take their time
 @pytest.mark.usefixtures("half_on_cpu")
 @pytest.mark.parametrize(
     ("world_sizes", "every"), [((2,), 5), pytest.param((2, 4), 1, marks=pytest.mark.nightly)], ids=str
