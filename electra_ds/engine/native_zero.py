@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,12 +14,8 @@ from electra_ds.errors import CheckpointError
 
 _NO_MOMENTS = "its optimizer holds no moments of Adam's, as before the first step"
 _Shapes = dict[str, tuple[int, ...]]
-
-
-class _Group(NamedTuple):
-    """One rank's part of a group: flat tensors by kind, `master` and perhaps `exp_avg`, `exp_avg_sq`."""
-
-    flat: dict[str, torch.Tensor]
+_Group = dict[str, torch.Tensor]
+"""One rank's part of a group: flat tensors by kind, `master` and perhaps `exp_avg`, `exp_avg_sq`."""
 
 
 def partitioned_tensors(
@@ -44,7 +40,7 @@ def partitioned_tensors(
         for group, mapping in zip(own, mappings, strict=True):
             for name, address in mapping.items():
                 start, size = _address(folder, name, address)
-                for kind, flat in group.flat.items():
+                for kind, flat in group.items():
                     if start + size > flat.numel():
                         raise _unknown(folder, f"{name} ends at {start + size} in a {kind} part of {flat.numel()}")
                     pieces.setdefault(name, {}).setdefault(kind, []).append(flat[start : start + size])
@@ -58,8 +54,8 @@ def _in_order(
     """The same where nothing says where which parameter lies: one after the other, as `param_shapes` lists them."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for index, group_shapes in enumerate(shapes):
-        kinds = ranks[0][index].flat
-        whole = {kind: torch.cat([own[index].flat[kind] for own in ranks]) for kind in kinds}
+        kinds = ranks[0][index]
+        whole = {kind: torch.cat([own[index][kind] for own in ranks]) for kind in kinds}
         offset = 0
         for place, (name, shape) in enumerate(group_shapes.items()):
             size = math.prod(shape)
@@ -79,8 +75,8 @@ def shared_out_tensors(
     shapes = {name: shape for group in state["param_shapes"] for name, shape in _shapes(folder, group).items()}
     ranks = []
     for groups in _all_groups(folder, parts, "fp32_flat_groups", "optimizer_state_dict"):
-        kinds = groups[0].flat if groups else {}
-        ranks.append({kind: torch.cat([group.flat[kind] for group in groups]) for kind in kinds})
+        kinds = groups[0] if groups else {}
+        ranks.append({kind: torch.cat([group[kind] for group in groups]) for kind in kinds})
     found: dict[str, dict[str, torch.Tensor]] = {}
     offset = 0
     for name, shape in shapes.items():
@@ -101,7 +97,7 @@ def _all_groups(
 ) -> list[list[_Group]]:
     """Every rank's groups."""
     ranks = [_rank_groups(folder, part, masters_key, state_key) for part in parts]
-    if len({tuple(frozenset(group.flat) for group in own) for own in ranks}) > 1:
+    if len({tuple(frozenset(group) for group in own) for own in ranks}) > 1:
         raise _unknown(folder, "moments on some ranks only")
     return ranks
 
@@ -118,14 +114,14 @@ def _rank_groups(folder: Path, part: Mapping[str, Any], masters_key: str, state_
     else:
         by_number = own.get("state", {}) if isinstance(own, dict) else {}
         states = [by_number[number] for number in sorted(by_number)]
-    groups = [_Group({"master": flat.detach().float()}) for flat in masters]
+    groups: list[_Group] = [{"master": flat.detach().float()} for flat in masters]
     has_moments = len(states) == len(groups) and all("exp_avg" in own and "exp_avg_sq" in own for own in states)
     if has_moments:
         for group, own in zip(groups, states, strict=True):
             for kind in ("exp_avg", "exp_avg_sq"):
-                if own[kind].numel() < group.flat["master"].numel():
-                    raise _unknown(folder, f"{kind} of {own[kind].numel()} for {group.flat['master'].numel()} masters")
-                group.flat[kind] = own[kind].detach().float().flatten()[: group.flat["master"].numel()]
+                if own[kind].numel() < group["master"].numel():
+                    raise _unknown(folder, f"{kind} of {own[kind].numel()} for {group['master'].numel()} masters")
+                group[kind] = own[kind].detach().float().flatten()[: group["master"].numel()]
     return groups
 
 
