@@ -58,7 +58,9 @@ def half_on_cpu() -> None:
 
 
 def go(plan: Plan, folder: Path, *arguments: str) -> None:
-    values = PRECISIONS[plan.precision] | {
+    # A run that begins in fp16 takes a scale at which no step is skipped; one that comes to it needs none.
+    precision = {"fp16": {"enabled": True}} if "--resume" in arguments and plan.precision == "fp16" else None
+    values = (precision or PRECISIONS[plan.precision]) | {
         "zero_optimization": ZERO[plan.zero], "train_micro_batch_size_per_gpu": plan.micro_batch,
     }  # fmt: skip
     (folder / "ds.json").write_text(json.dumps(values))

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +318,20 @@ def test_a_store_that_is_not_the_runs_own_is_refused(store: TokenStore, straight
     (copy / "run.json").write_text(json.dumps(record | {"store_fingerprint": "other"}))
     result = run("pretrain", "--resume", str(copy), status=2)
     assert "is not the one that" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_by_another_recipe(straight: Path, tmp_path: Path) -> None:
+    """A flipped bit, or an edit, that makes another recipe of it."""
+    copy = tmp_path / "run"
+    shutil.copytree(straight, copy, symlinks=True)
+    (copy / "verdict.json").unlink()
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("learning_rate: 0.001", "learning_rate: 0.003"))
+    result = run("pretrain", "--resume", str(copy), status=2)
+    assert "recipe.yaml has changed since" in result.stderr
+    assert "optimizer.learning_rate is 0.003, not 0.001" in result.stderr
+    assert (copy / "metrics.jsonl").read_text() == (straight / "metrics.jsonl").read_text()
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(straight: Path, tmp_path: Path) -> None:

@@ -109,5 +109,5 @@ def _import(options: argparse.Namespace) -> None:
         store = store_of_export(export) if export and not has_data else open_store(options, recipe)
         job = launch.prepare_new(wanted, recipe, plan, store, run, ranks)
         job = launch.with_fitting_micro_batch(job, wanted, ranks)
-        with run.locked():
+        with run.locked(is_new=True):
             print(import_native(native, job, export))

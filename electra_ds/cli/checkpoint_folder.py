@@ -96,8 +96,12 @@ def _verify(options: argparse.Namespace) -> None:
     paths = to_verify(options.run)
     wrong = []
     for path in paths:
-        with console.status(f"reading {escape(path.name)} …"):
-            problem = verify(path)
+        try:
+            with console.status(f"reading {escape(path.name)} …"):
+                problem = verify(path)
+        except FileNotFoundError:
+            console.print(f"{path.name}: pruned meanwhile", highlight=False, markup=False)
+            continue
         if problem is None:
             console.print(f"{path.name}: whole", highlight=False, markup=False)
         else:

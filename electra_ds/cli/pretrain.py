@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -146,10 +145,10 @@ def _pretrain(options: argparse.Namespace) -> None:
         job = launch.with_fitting_micro_batch(job, wanted, ranks)
         with ranks.together():
             if ranks.is_main:
-                held.enter_context(run.locked())
-        owner = ranks.from_main(os.getpid())
+                held.enter_context(run.locked(is_new=recipe is not None))
+        mark = ranks.from_main(run.mark())
         with ranks.together():
-            run.check_shared(owner)
+            run.check_shared(mark)
         with ranks.together():
             if beginning:
                 job = _begin(job, beginning)

@@ -31,6 +31,7 @@ from electra_ds.errors import CheckpointError, ConfigError
 
 FORMAT = 1
 _PATIENCE_S = 10
+_CHECKPOINT = "step-" + 8 * "[0-9]"
 _PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _Parsed = TypeVar("_Parsed")
 Verdict = Literal["done", "stopped", "failed"]
@@ -115,8 +116,9 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder. Raises CheckpointError where it cannot be written or another process holds it."""
+    def locked(self, *, is_new: bool = False) -> Iterator[None]:
+        """Hold the folder. Raises CheckpointError where it cannot be written or another process holds it, and
+        ConfigError where a new run is to begin in it and another one has by now."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+")
@@ -133,18 +135,38 @@ class RunDirectory:
             with contextlib.suppress(OSError):  # a full disk has room for the lock, if not for our name in it
                 os.truncate(lock.fileno(), 0)
                 os.write(lock.fileno(), f"{os.getpid()}\n".encode())
+            if is_new:
+                self.check_free()
             yield
 
-    def check_shared(self, owner: int) -> None:
-        """Raises CheckpointError where this rank does not see the folder that the main rank's process `owner` holds."""
+    def check_free(self) -> None:
+        """Raises ConfigError where a run is there already."""
+        if self.exists():
+            raise ConfigError(
+                f"{self.path} already holds a run. Go on with it by --resume, or choose another --run-dir."
+            )
+
+    def mark(self) -> tuple[int, str]:
+        """What tells this folder from one of the same name on another disk: the lock's inode, and who wrote into it."""
+        try:
+            return (self.path / ".lock").stat().st_ino, self._owner()
+        except OSError:
+            return 0, ""
+
+    def check_shared(self, mark: tuple[int, str]) -> None:
+        """Raises CheckpointError where this rank does not see the folder that the main rank holds, whose mark it is."""
         deadline = time.monotonic() + _PATIENCE_S
-        while (text := self._owner()) != str(owner) and time.monotonic() < deadline:
+        while not (same := self._is_same(mark)) and time.monotonic() < deadline:
             time.sleep(0.1)  # file systems of several machines tell news late
-        if text != str(owner):
+        if not same:
             raise CheckpointError(
                 f"The main rank's run directory {self.path.resolve()} is not what {platform.node()} sees there. "
                 f"Checkpoints are written by all ranks, so put --run-dir on a file system that all of them share."
             )
+
+    def _is_same(self, mark: tuple[int, str]) -> bool:
+        inode, owner = self.mark()  # some file systems number a file differently on each machine; full ones name nobody
+        return inode == mark[0] or (owner != "" and owner == mark[1])
 
     def _owner(self) -> str:
         try:
@@ -154,7 +176,7 @@ class RunDirectory:
 
     def exists(self) -> bool:
         """Whether a run was started here; its checkpoints are one, whatever became of its record."""
-        return (self.path / "run.json").is_file() or any(self.checkpoints.glob("step-*"))
+        return (self.path / "run.json").is_file() or any(self.checkpoints.glob(_CHECKPOINT))
 
     def write_record(self, recipe: Recipe, plan: DeepSpeedPlan, record: RunRecord) -> None:
         """Raises CheckpointError where the folder cannot be written."""
@@ -208,7 +230,7 @@ class RunDirectory:
     def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
         """A file of the record, or where it is damaged, the copy that travels in the newest checkpoint."""
         problem = ""
-        for folder in (self.path, *sorted(self.checkpoints.glob("step-*"), reverse=True)):
+        for folder in (self.path, *sorted(self.checkpoints.glob(_CHECKPOINT), reverse=True)):
             try:
                 return parse((folder / name).read_text("utf8"))
             except FileNotFoundError:

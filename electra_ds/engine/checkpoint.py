@@ -67,6 +67,10 @@ class Checkpoint(NamedTuple):
             )
 
 
+class UnreadableError(CheckpointError):
+    """A file could not be read, which is not to say that it is damaged."""
+
+
 class CheckpointFolder:
     """The checkpoints of one run."""
 
@@ -90,8 +94,6 @@ class CheckpointFolder:
         written; the checkpoints before it stay as they are.
         """
         draft = Draft(self, state["step"], secrets.token_hex(4))
-        if draft.final.exists():
-            return draft.final  # published whole by this very step; damaged ones are set aside before training goes on
         try:
             draft.publish(draft.write_shard(tensors, 0, 1), state, record)
         except CheckpointError:
@@ -108,20 +110,23 @@ class CheckpointFolder:
         """The newest checkpoint that is whole, and what is wrong with each newer one.
 
         To be called by all ranks, which share the reading of its files. None where no checkpoint was ever published.
-        Raises CheckpointError where every one is damaged.
+        Raises CheckpointError where every one is damaged, or one cannot be read.
         """
         rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
         damaged: dict[Path, str] = {}
         for path in reversed(ranks.from_main(self.paths()) if ranks else self.paths()):
+            problem: CheckpointError | None = None
             try:
                 verify_checkpoint(path, rank, world_size)
-                problem = None
             except CheckpointError as error:
-                problem = str(error)
+                problem = error
             problems = [found for found in (ranks.gather(problem) if ranks else [problem]) if found]
             if not problems:
                 return path, damaged
-            damaged[path] = problems[0]
+            for found in problems:
+                if isinstance(found, UnreadableError):
+                    raise found
+            damaged[path] = str(problems[0])
         if damaged:
             raise CheckpointError("No checkpoint of this run is whole:\n  " + "\n  ".join(damaged.values()))
         return None, {}
@@ -220,10 +225,12 @@ class Draft:
             self._temporary.rename(self.final)
             _flush(self.folder.folder)
             _flush(self.folder.folder.parent)
-            self.folder.point_to(self.final)
-            self.folder.prune()
         except OSError as error:
             raise self.folder.cannot_write(self.final, error) from error
+        with contextlib.suppress(OSError):  # it stands; what cannot be removed now is tried again after the next
+            self.folder.point_to(self.final)
+            _flush(self.folder.folder)
+            self.folder.prune()
 
     def discard(self) -> None:
         """Remove what all ranks wrote, once none of them writes any more; quiet where it cannot be."""
@@ -258,7 +265,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         step, number = state["step"], state["format"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error}.") from error
-    if path.name != f"step-{step:08d}":
+    if _NAME.fullmatch(path.name) and path.name != f"step-{step:08d}":
         raise CheckpointError(f"The checkpoint {path} is of step {step}, not what its name says.")
     if number != FORMAT:
         raise CheckpointError(f"The checkpoint {path} has format {number}; this version reads {FORMAT}.")
@@ -283,8 +290,10 @@ def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
                 raise CheckpointError(f"The checkpoint {path} is damaged: the content of {name} has changed.")
         except FileNotFoundError as error:
             raise CheckpointError(f"The checkpoint {path} is damaged: {name} is missing.") from error
-        except OSError as error:
-            raise CheckpointError(f"The checkpoint {path} is damaged: {name} cannot be read ({error}).") from error
+        except OSError as error:  # which another try may not meet
+            raise UnreadableError(
+                f"{file} cannot be read: {error}. If that stays so, move {path} away, and the one before is taken."
+            ) from error
 
 
 def read_manifest(path: Path) -> dict[str, FileEntry]:

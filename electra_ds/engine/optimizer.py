@@ -19,6 +19,9 @@ from electra_ds.config.recipe import OptimizerSection
 
 # Under a fixed scale of 1 the same arithmetic serves fp32 and bf16, where nothing needs scaling.
 NO_SCALING = LossScaling(initial_scale=1.0, is_dynamic=False)
+# What a run that did not scale its loss before takes in fp16 at first, or less where the JSON says so: at DeepSpeed's
+# 2^16 the first updates would be lost until the scale fits (docs/experiments.md). It grows as every scale does.
+FIRST_SCALE = 2.0**8
 # At this step count 1 - beta^count is 1 for every usual beta, and in fp32 adding 1 leaves the count as it is.
 _STEP_WITHOUT_CORRECTION = 2.0**24
 
@@ -47,23 +50,6 @@ def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: 
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
         "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
     }
-
-
-def copies_on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """fp32 copies; from a GPU through pinned memory, to be waited for with `wait_for_copies`."""
-    copies = {
-        name: torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
-        for name, tensor in tensors.items()
-    }
-    for name, tensor in tensors.items():
-        copies[name].copy_(tensor, non_blocking=True)
-    return copies
-
-
-def wait_for_copies(device: torch.device) -> None:
-    """Until what `copies_on_cpu` began is there."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -192,10 +178,11 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
         """Copies of `tensors` in the CPU's memory, of these parameters or of all."""
-        own = {key: tensor for key, tensor in self.tensors().items() if names is None or key.split("/")[1] in names}
-        copies = copies_on_cpu(own)
-        wait_for_copies(self.loss_scale.device)
-        return copies
+        return {
+            key: tensor.to("cpu", copy=True)
+            for key, tensor in self.tensors().items()
+            if names is None or key.split("/")[1] in names
+        }
 
     def counters(self) -> dict[str, float]:
         """Everything else that the next step depends on."""
@@ -213,7 +200,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
         """Take over what `snapshot` and `counters` gave, perhaps in another precision.
 
-        A run that did not scale its loss before starts from the initial scale.
+        A run that did not scale its loss before starts from `FIRST_SCALE`.
         """
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
@@ -224,6 +211,8 @@ class MasterAdamW(torch.optim.Optimizer):
         self._taken_steps.fill_(counters["taken_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
         self.consecutive_skips.fill_(counters["consecutive_skips"])
+        if self.scaling.is_dynamic and counters["taken_steps"] and not counters["is_scaled"]:
+            self.loss_scale.fill_(min(self.scaling.initial_scale, FIRST_SCALE))
         if self.scaling.is_dynamic and counters["is_scaled"]:
             self.loss_scale.fill_(counters["loss_scale"])
             self._good_steps.fill_(counters["good_steps"])

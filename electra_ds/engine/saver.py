@@ -32,20 +32,12 @@ class CheckpointSaver:
         state: what goes into state.json beside the optimizer's counters. Raises CheckpointError where the save before
         this one failed.
         """
-        share = share_of(optimizer.shapes(), self._ranks.rank, self._ranks.world_size)
         self.finish()  # before the copy: two of them may not fit
-        self._begin(optimizer.snapshot(share), state | {"optimizer": optimizer.counters()}, record)
-
-    def save_copy(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]) -> None:
-        """The same of a copy that a single rank has made already, counters included."""
-        self.finish()
-        self._begin(tensors, state, record)
-
-    def _begin(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]) -> None:
-        exists = self._folder.path(state["step"]).exists()
-        token, exists = self._ranks.from_main((secrets.token_hex(4), exists))
-        if exists:
+        is_there, token = self._ranks.from_main((self._folder.path(state["step"]).exists(), secrets.token_hex(4)))
+        if is_there:
             return  # published whole by this very step; damaged ones are set aside before training goes on
+        tensors = optimizer.snapshot(share_of(optimizer.shapes(), self._ranks.rank, self._ranks.world_size))
+        state = state | {"optimizer": optimizer.counters()}
         draft = Draft(self._folder, state["step"], token)
         self._thread = threading.Thread(
             target=self._run, args=(draft, tensors, state, record), name="checkpoint", daemon=True

@@ -27,7 +27,7 @@ from torch import distributed, nn
 
 from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection
-from electra_ds.engine.optimizer import NO_SCALING, adamw_state, copies_on_cpu, parameter_groups, wait_for_copies
+from electra_ds.engine.optimizer import FIRST_SCALE, NO_SCALING, adamw_state, parameter_groups
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NEVER = 2**62  # steps
@@ -139,8 +139,7 @@ class ZeroAdamW:
             whole = {f"master/{name}": safe_get_full_fp32_param(parameter)}
             whole |= {f"{key}/{name}": safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
             if names is None or name in names:
-                result |= copies_on_cpu(whole)
-        wait_for_copies(self._engine.device)
+                result |= {key: tensor.to("cpu", torch.float32) for key, tensor in whole.items()}  # they are copies
         return result
 
     def counters(self) -> dict[str, float]:
@@ -175,6 +174,8 @@ class ZeroAdamW:
             for flat in self._flat_partitions():
                 self._zero.optimizer.state[flat]["step"].fill_(self.taken_steps)
         scaler = self._zero.loss_scaler
+        if isinstance(scaler, DynamicLossScaler) and counters["taken_steps"] and not counters["is_scaled"]:
+            scaler.cur_scale = min(scaler.cur_scale, FIRST_SCALE)
         if isinstance(scaler, DynamicLossScaler) and counters["is_scaled"]:
             scaler.cur_scale = counters["loss_scale"]
             scaler.cur_iter, scaler.last_overflow_iter = int(counters["good_steps"]), -1

@@ -28,7 +28,7 @@ def begin_with(
 
     For the main rank, which holds the run. tensors: fp32, `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` for every
     parameter of `Electra`; counters: as `MasterAdamW.counters` gives them. Raises CheckpointError where the folder
-    cannot be written.
+    cannot be written, or already holds a checkpoint.
     """
     state = {"step": step, "tokens": tokens, "precision": "fp32", "optimizer": dict(counters)}
     path = CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(tensors, state, job.record_files())

@@ -41,7 +41,14 @@ def folder_of(run: Path) -> CheckpointFolder:
 
 def listed(run: Path) -> list[Listed]:
     """Oldest first. Raises CheckpointError where there is no run."""
-    return [_describe(path) for path in folder_of(run).paths()]
+    found = []
+    for path in folder_of(run).paths():
+        try:
+            found.append(_describe(path))
+        except OSError:
+            if path.exists():  # otherwise the run has pruned it meanwhile
+                raise
+    return found
 
 
 def _describe(path: Path) -> Listed:
@@ -88,13 +95,18 @@ def to_verify(run_or_checkpoint: Path) -> list[Path]:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, every byte read: hashes, names and shapes."""
+    """What is wrong with a checkpoint, every byte read: hashes, names and shapes.
+
+    Raises FileNotFoundError where the run has pruned it meanwhile.
+    """
     try:
         checkpoint = load_checkpoint(path)
         tensors = checkpoint.tensors
         weights = [name.removeprefix("master/") for name in tensors if name.startswith("master/")]
         checkpoint.check({name: tensors.shape(f"master/{name}") for name in weights})
     except CheckpointError as error:
+        if not path.exists():
+            raise FileNotFoundError(path) from error
         return str(error)
     return None
 
@@ -121,6 +133,8 @@ def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[
         doomed += [(path, "left by a killed save") for path in folder.leftovers()]
         if damaged:
             doomed += [(path, "damaged") for path in sorted(folder.folder.glob("damaged-step-*"))]
+        if newest is not None and not dry:
+            folder.point_to(newest)
         for path, why in doomed:
             yield path, why
             if dry:

@@ -16,7 +16,7 @@ from electra_ds.data.hub_names import is_hub_model
 from electra_ds.errors import CheckpointError
 from electra_ds.model.convert import to_transformers
 from electra_ds.train.tracking import read_metrics
-from electra_ds.train.trained import load_trained
+from electra_ds.train.trained import beside, load_model, newest_checkpoint
 
 
 def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
@@ -24,13 +24,13 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
 
     Raises CheckpointError where there is nothing to export, or `out` already holds something.
     """
-    is_checkpoint = (run_or_checkpoint / "manifest.json").is_file()
-    run = run_or_checkpoint.parent.parent if is_checkpoint else run_or_checkpoint
-    out = out or run / "export"
+    checkpoint = newest_checkpoint(run_or_checkpoint)
+    out = out or beside(checkpoint, "export")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
-    model, tokenizer, recipe, state = load_trained(run_or_checkpoint)
-    sources = RunDirectory(run_or_checkpoint).read_record().initialised_from
+    model, tokenizer, recipe = load_model(checkpoint)
+    sources = RunDirectory(checkpoint.path).read_record().initialised_from
+    run, state = checkpoint.path.parent.parent, checkpoint.state
     generator, discriminator = to_transformers(model)
     logging.disable_progress_bar()  # which would count one shard
     partial = out.with_name(f".{out.name}.partial")

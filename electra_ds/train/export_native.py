@@ -18,7 +18,7 @@ from electra_ds.errors import CheckpointError
 from electra_ds.model.electra import Electra
 from electra_ds.runtime import Ranks
 from electra_ds.train import launch
-from electra_ds.train.trained import newest_checkpoint, recorded_recipe
+from electra_ds.train.trained import beside, newest_checkpoint, recorded_recipe
 
 _BESIDE = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
 
@@ -31,9 +31,8 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
     something, ConfigError where the JSON cannot be used here.
     """
     with ranks.together():
-        checkpoint = newest_checkpoint(run_or_checkpoint)
-        run = checkpoint.path.parent.parent
-        out = out or run / "native"
+        checkpoint = newest_checkpoint(run_or_checkpoint, ranks)
+        out = out or beside(checkpoint, "native")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
         recipe = recorded_recipe(checkpoint)

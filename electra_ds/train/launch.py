@@ -98,8 +98,7 @@ def default_settings(total_steps: int) -> RunSettings:
 
 def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
     """The DeepSpeed JSON resolved for a new run, checked before its data is built. Raises ConfigError."""
-    if run.exists():
-        raise ConfigError(f"{run.path} already holds a run. Go on with it by --resume, or choose another --run-dir.")
+    run.check_free()
     assert options.ds_config is not None
     _stop_at(options, recipe)
     plan = resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)

@@ -35,6 +35,7 @@ from electra_ds.train.metrics import Evaluation, Evaluator
 from electra_ds.train.throughput import Throughput, joint_peak_flops
 from electra_ds.train.trackers import RunLog, open_trackers
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay, read_metrics
+from electra_ds.train.trained import check_same_recipe
 
 # Steps in a row without a finite gradient, beyond those that a loss scale may need to come down.
 _HOPELESS_SKIPS = 20
@@ -160,6 +161,7 @@ class _Loop:
         with self.ranks.together():
             checkpoint = open_checkpoint(path)
             checkpoint.check(self.engine.optimizer.shapes())
+            check_same_recipe(checkpoint, self.job.recipe, self.job.run)
             if checkpoint.state["step"] > self.job.stop_at:
                 raise ConfigError(
                     f"The run is at step {checkpoint.state['step']} already, beyond --stop-at {self.job.stop_at}."
@@ -180,7 +182,8 @@ class _Loop:
         reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
         # Those of the starts before, which this one may change.
         settings = self.job.run.read_record().settings if self.job.run.exists() else self.settings
-        if reached > 2 * settings.save_every:  # the first one stands before the second is begun
+        # The first one stands before the second is begun, and before a run is said to have stopped.
+        if reached > 2 * settings.save_every or self.job.run.verdict() == "stopped":
             raise CheckpointError(
                 f"The run {self.job.run.path} had reached step {reached}, but its checkpoints are gone. "
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
@@ -258,6 +261,7 @@ class _Loop:
 
     def _go_on_with(self, plan: DeepSpeedPlan) -> None:
         """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
+        self.saver.close()  # whose copy would be a second one
         optimizer = self.engine.optimizer
         tensors, counters = optimizer.snapshot(), optimizer.counters()
         self.engine.close()
@@ -270,8 +274,8 @@ class _Loop:
             self.engine = self._make_engine()
             self.engine.optimizer.load(tensors, counters)
         except RuntimeError:
-            self.saver.save_copy(tensors, self._state() | {"optimizer": counters}, self.record_files)
-            self.saver.finish()  # nothing that was learned is lost
+            if not self.checkpoints.path(self.step).exists():  # nothing that was learned is lost
+                self.checkpoints.save(tensors, self._state() | {"optimizer": counters}, self.record_files)
             raise
         if self.log is not None:
             cut = {"micro_batch_size": plan.batch.micro_batch_size}

@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from electra_ds.config.recipe import Recipe, validate_recipe
+from electra_ds.config.manifest import RunDirectory
+from electra_ds.config.recipe import Recipe, recipe_keys, validate_recipe
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.engine.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, open_checkpoint
-from electra_ds.errors import CheckpointError
+from electra_ds.errors import CheckpointError, ConfigError
 from electra_ds.model.electra import Electra
+from electra_ds.runtime import Ranks
 
 
-def newest_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
-    """A run's newest whole checkpoint, or the given one. Raises CheckpointError where there is none."""
+def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Checkpoint:
+    """A run's newest whole checkpoint, or the given one. Raises CheckpointError where there is none.
+
+    ranks: of several, which all call it.
+    """
     if (run_or_checkpoint / "manifest.json").is_file():
         return load_checkpoint(run_or_checkpoint)
-    if not (run_or_checkpoint / "run.json").is_file():
+    run = RunDirectory(run_or_checkpoint)
+    if not run.exists():
         raise CheckpointError(f"{run_or_checkpoint} is neither a run directory nor a checkpoint.")
-    newest, damaged = CheckpointFolder(run_or_checkpoint / "checkpoints", keep=1).newest_whole()
+    newest, damaged = CheckpointFolder(run.checkpoints, keep=1).newest_whole(ranks)
     if newest is None:
         raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
-    for problem in damaged.values():
-        print(f"Warning: {problem} Taking the one before.")
+    if ranks is None or ranks.is_main:
+        for problem in damaged.values():
+            print(f"Warning: {problem} Taking the one before.")
     return open_checkpoint(newest)
+
+
+def beside(checkpoint: Checkpoint, name: str) -> Path:
+    """Where what is made of a run's checkpoint goes, if nobody says. Raises ConfigError for a copy kept elsewhere."""
+    if checkpoint.path.parent.name != "checkpoints":
+        raise ConfigError(f"{checkpoint.path} is not in a run's folder; say with --out where to write.")
+    return checkpoint.path.parent.parent / name
+
+
+def check_same_recipe(checkpoint: Checkpoint, recipe: Recipe, run: RunDirectory) -> None:
+    """Raises CheckpointError where the run's recipe is not the one that the checkpoint was trained by."""
+    before, now = recorded_recipe(checkpoint), recipe
+    values = {key: (attrgetter(key)(before), attrgetter(key)(now)) for key in recipe_keys()}
+    changed = [f"{key} is {new}, not {old}" for key, (old, new) in values.items() if old != new]
+    if changed:
+        raise CheckpointError(
+            f"{run.path / 'recipe.yaml'} has changed since {checkpoint.path} was saved: {'; '.join(changed)}. Put back "
+            f"{checkpoint.path / 'recipe.yaml'}; another recipe is another run, for which --init-from takes an export."
+        )
 
 
 def recorded_recipe(checkpoint: Checkpoint) -> Recipe:
@@ -41,10 +68,15 @@ def load_trained(run_or_checkpoint: Path) -> tuple[Electra, Tokenizer, Recipe, d
     Needs nothing but the folder itself. Raises CheckpointError where there is no whole checkpoint.
     """
     checkpoint = newest_checkpoint(run_or_checkpoint)
+    return (*load_model(checkpoint), checkpoint.state)
+
+
+def load_model(checkpoint: Checkpoint) -> tuple[Electra, Tokenizer, Recipe]:
+    """(model in fp32, tokenizer, recipe)."""
     recipe = recorded_recipe(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
     model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.tensors[f"master/{name}"])
-    return model.eval(), tokenizer, recipe, checkpoint.state
+    return model.eval(), tokenizer, recipe
