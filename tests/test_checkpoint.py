@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from electra_ds.engine import checkpoint as checkpoint_module
 from electra_ds.engine.checkpoint import CheckpointFolder, Draft, load_checkpoint, share_of, verify_checkpoint
+from electra_ds.engine.optimizer import FRESH_COUNTERS
 from electra_ds.engine.tensor_file import TensorFiles, hash_file, write_tensors
 from electra_ds.errors import CheckpointError
 from tests.helpers import REPOSITORY
@@ -30,7 +33,9 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def save(folder: CheckpointFolder, step: int) -> Path:
-    return folder.save(tensors(step), {"step": step, "optimizer": {"loss_scale": 0.1 + step}}, RECORD)
+    return folder.save(
+        tensors(step), {"step": step, "tokens": 0, "optimizer": FRESH_COUNTERS | {"loss_scale": 0.1 + step}}, RECORD
+    )
 
 
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
@@ -184,6 +189,146 @@ def test_a_folder_that_was_never_published_does_not_count(tmp_path: Path) -> Non
         "latest", "step-00000009", "step-backup", "step-notes.txt",
     ]  # fmt: skip
     assert folder.paths() == [tmp_path / "step-00000009"]
+
+
+def test_a_checkpoint_is_flushed_before_it_gets_its_name_and_an_old_one_goes_only_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut needs, which no test can make: the order of flushing, renaming and removing."""
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=1)
+    save(folder, 1)
+    told: list[str] = []
+
+    def telling(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            path = arguments[0]
+            place = Path(os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path)
+            told.append(f"{name} {place.name.partition('-')[0] if '-' in place.name else place.name}")
+            return function(*arguments, **more)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", telling("flush", os.fsync))
+    monkeypatch.setattr(Path, "rename", telling("rename", Path.rename))
+    monkeypatch.setattr(Path, "replace", telling("replace", Path.replace))
+    monkeypatch.setattr(shutil, "rmtree", telling("remove", shutil.rmtree))
+    save(folder, 2)
+    files = ["weights.safetensors", "optimizer.safetensors", "recipe.yaml", "run.json", "state.json", "manifest.json"]
+    assert told == [f"flush {name}" for name in files] + [
+        "flush .writing", "rename .writing", "flush checkpoints", f"flush {tmp_path.name}", "replace .latest",
+        "flush checkpoints", "rename step", "remove .pruning",
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_pruned_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    save(folder, 1)
+
+    def refuse(path: Path) -> None:
+        raise OSError(39, "Directory not empty")  # as over NFS while somebody reads it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        save(folder, 2)
+    verify_checkpoint(tmp_path / "latest")
+    folder.tidy([])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_a_copy_under_a_name_of_ones_own_can_be_used(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    shutil.copytree(save(folder, 1), tmp_path / "best")
+    shutil.copytree(tmp_path / "best", tmp_path / "step-00000007")
+    assert load_checkpoint(tmp_path / "best").state["step"] == 1
+    with pytest.raises(CheckpointError, match="is of step 1, not what its name says"):
+        load_checkpoint(tmp_path / "step-00000007")
+    assert folder.newest_whole()[0] == folder.path(1)
+
+
+def test_a_folder_called_latest_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    folder = CheckpointFolder(tmp_path, keep=1)
+    save(folder, 1)
+    folder.tidy([])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_what_cannot_be_read_just_now_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    save(folder, 1)
+    save(folder, 2)
+
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "hash_file", fail)
+        with pytest.raises(CheckpointError, match=r"cannot be read: .*Input/output error.*move .*step-00000002 away"):
+            folder.newest_whole()
+    assert folder.newest_whole() == (folder.path(2), {})
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"../../outside": {"bytes": 0, "sha256": "0"}},
+        {"/dev/zero": {"bytes": 0, "sha256": "0"}},
+        {"a\nb": {"bytes": 0, "sha256": "0"}},
+        {"[/red]": {"bytes": 0, "sha256": "0"}},
+        {"weights.safetensors": {"bytes": float("inf"), "sha256": "0"}},
+        {"weights.safetensors": {"bytes": "5", "sha256": "0"}},
+        {"weights.safetensors": {"bytes": 5}},
+        {},
+        [],
+    ],
+    ids=str,
+)
+def test_a_manifest_names_files_of_its_folder_and_nothing_else(tmp_path: Path, files: Any) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    save(folder, 1)
+    newest = save(folder, 2)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    mixed = manifest["files"] | files if files else files
+    (newest / "manifest.json").write_text(json.dumps(manifest | {"files": mixed}))
+    with pytest.raises(CheckpointError, match=r"is damaged: manifest\.json"):
+        load_checkpoint(newest)
+    assert folder.newest_whole()[0] == folder.path(1)
+    (newest / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"is damaged: manifest\.json"):
+        load_checkpoint(newest)
+
+
+def test_a_link_out_of_the_folder_is_no_file_of_it(tmp_path: Path) -> None:
+    path = save(CheckpointFolder(tmp_path, keep=1), 1)
+    (path / "weights.safetensors").rename(tmp_path / "elsewhere")
+    (path / "weights.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="weights.safetensors is no regular file"):  # noqa: RUF043
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("state", [{"step": "2"}, {"step": 2.0}, {"step": True}, {}, {"step": -2}], ids=str)
+def test_a_state_that_is_not_whole_is_passed_over(tmp_path: Path, state: dict[str, Any]) -> None:
+    """With hashes that are right: a version before, or a hand, may have written it."""
+    folder = CheckpointFolder(tmp_path, keep=3)
+    save(folder, 1)
+    newest = save(folder, 2)
+    text = json.dumps({"format": 1} | state)
+    (newest / "state.json").write_text(text)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    verify_checkpoint(newest)
+    path, damaged = folder.newest_whole()
+    assert path == folder.path(1)
+    assert "cannot be read" in damaged[newest]
+
+
+@pytest.mark.parametrize("change", [{"tokens": None}, {"tokens": float("nan")}, {"optimizer": []}, {"optimizer": {}}])
+def test_a_state_without_what_training_needs_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    whole = {"step": 3, "tokens": 0, "optimizer": FRESH_COUNTERS}
+    checkpoint = load_checkpoint(CheckpointFolder(tmp_path, keep=1).save(tensors(), whole | change, RECORD))
+    with pytest.raises(CheckpointError, match=r"its state\.json is not whole"):
+        checkpoint.check({"a.weight": (7, 5)})
 
 
 FULL_DISK = """

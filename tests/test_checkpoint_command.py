@@ -13,6 +13,7 @@ from electra_ds.cli import main
 from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings
 from electra_ds.config.recipe import Recipe
 from electra_ds.engine.checkpoint import CheckpointFolder, verify_checkpoint
+from electra_ds.engine.optimizer import FRESH_COUNTERS
 from tests.helpers import cpu_plan, small_recipe
 from tests.test_checkpoint import tensors
 
@@ -21,7 +22,7 @@ STEPS = (10, 20, 30, 40)
 
 def save(folder: CheckpointFolder, step: int, record: dict[str, str]) -> Path:
     whole = tensors(step) | {"exp_avg_sq/a.bias": tensors()["exp_avg/a.bias"]}
-    state = {"step": step, "tokens": 100 * step, "precision": "bf16", "optimizer": {}}
+    state = {"step": step, "tokens": 100 * step, "precision": "bf16", "optimizer": FRESH_COUNTERS}
     return folder.save(whole, state, record)
 
 
@@ -84,10 +85,74 @@ def test_verify_reads_every_byte_and_ends_with_status_2(run: Path, capsys: pytes
 
 
 def test_verify_notices_tensors_that_do_not_belong_together(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = {"step": 50, "tokens": 0, "precision": "fp32", "optimizer": {}}
+    state = {"step": 50, "tokens": 0, "precision": "fp32", "optimizer": FRESH_COUNTERS}
     CheckpointFolder(run / "checkpoints", keep=10).save(tensors(), state, {})  # without exp_avg_sq/a.bias
     call("verify", run, status=2)
     assert "exp_avg_sq/a.bias is missing" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_training_prunes_meanwhile_is_left_out(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = run / "checkpoints" / "step-00000010"
+    paths = CheckpointFolder.paths
+
+    def then_pruned(folder: CheckpointFolder) -> list[Path]:
+        found = paths(folder)
+        shutil.rmtree(gone, ignore_errors=True)
+        return found
+
+    shutil.copytree(gone, run / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "paths", then_pruned)
+        call("ls", run, "--json")
+        assert [found["step"] for found in json.loads(capsys.readouterr().out)] == [20, 30, 40]
+    shutil.copytree(run / "copy", gone)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "paths", then_pruned)
+        call("verify", run)
+        assert "step-00000010: pruned meanwhile" in capsys.readouterr().out
+
+
+def test_verify_notices_weights_that_are_not_finite(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoilt = tensors() | {"exp_avg_sq/a.bias": tensors()["exp_avg/a.bias"] * float("nan")}
+    state = {"step": 50, "tokens": 0, "precision": "fp32", "optimizer": FRESH_COUNTERS}
+    CheckpointFolder(run / "checkpoints", keep=10).save(spoilt, state, {})
+    call("verify", run, status=2)
+    assert "1 tensors that are not finite, such as exp_avg_sq/a.bias" in capsys.readouterr().err
+
+
+def test_prune_keeps_what_can_be_gone_on_from_where_the_newest_only_looks_whole(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "checkpoints" / "step-00000040", run / "checkpoints" / "step-00000150")
+    before = names(run)
+    call("prune", run, "--keep", "1", status=2)
+    assert "step-00000040 is the newest whole one" in capsys.readouterr().err
+    assert names(run) == before
+
+
+def test_a_record_with_impossible_settings_is_not_followed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The copy in the newest checkpoint is, as for any damaged record."""
+    record = json.loads((run / "run.json").read_text())
+    for keep in (-5, 0, "x", None):
+        (run / "run.json").write_text(json.dumps(record | {"settings": record["settings"] | {"keep": keep}}))
+        assert RunDirectory(run).read_record().settings.keep == 2
+    for name in ("run.json", "recipe.yaml", "deepspeed.json"):
+        (run / name).write_text("[" * 100_000)
+    assert RunDirectory(run).read_record().settings.keep == 2
+    assert RunDirectory(run).read_deepspeed_json()["zero_optimization"]["stage"] == 2
+    call("prune", run, "--dry-run")
+
+
+def test_hostile_words_in_a_checkpoint_are_shown_as_they_are(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"step": "[/red]", "tokens": "many", "saved": "[bold]soon", "precision": "[/x]", "optimizer": []}
+    (run / "checkpoints" / "step-00000020" / "state.json").write_text(json.dumps(state))
+    (run / "checkpoints" / "damaged-step-00000005").mkdir()
+    call("ls", run)
+    out = capsys.readouterr().out
+    assert "[/x]" in out
+    assert "1 set aside as damaged" in out
 
 
 def test_prune_keeps_the_newest_and_what_is_not_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

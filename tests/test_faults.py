@@ -20,10 +20,11 @@ from pathlib import Path
 
 import pytest
 
-from electra_ds.config.manifest import RunDirectory
+from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.checkpoint import CheckpointFolder, verify_checkpoint
 from electra_ds.errors import CheckpointError
+from electra_ds.train.checkpoints import prune
 from electra_ds.train.tracking import read_metrics
 from tests.forks import Moment, Started
 from tests.helpers import REPOSITORY
@@ -78,9 +79,38 @@ def test_a_kill_before_any_file_operation_of_a_save_leaves_the_newest_checkpoint
         folder.tidy([])
         assert {path.name for path in folder.folder.iterdir()} - {"latest"} == {path.name for path in folder.paths()}
         assert os.readlink(folder.folder / "latest") == newest.name
-        folder.save(contents[2], {"step": 2}, RECORD)
+        if newest != folder.path(2):
+            folder.save(contents[2], {"step": 2}, RECORD)
         assert folder.newest_whole() == (folder.path(2), {})
     assert operations > 20
+
+
+def test_a_kill_before_any_file_operation_of_a_prune_leaves_what_was_to_stay(tmp_path: Path) -> None:
+    """Of a run with four checkpoints, two of which it keeps, and a leftover."""
+    settings = RunSettings(log_every=1, eval_every=1, save_every=1, keep=2, eval_windows=1)
+    operations, status = 0, None
+    while status != 0:
+        operations += 1
+        run = RunDirectory(tmp_path / str(operations))
+        run.path.mkdir()
+        (run.path / "run.json").write_text(RunRecord("", "", {}, "", 1, 1, settings, []).to_json())
+        folder = CheckpointFolder(run.checkpoints, keep=9)
+        for step in (1, 2, 3, 4):
+            folder.save(tensors(step), {"step": step}, RECORD)
+        (folder.folder / ".writing-step-00000005-ab").mkdir()
+        child = os.fork()
+        if child == 0:
+            _kill_at(operations)
+            list(prune(run.path, None, damaged=False, dry=False))
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert os.readlink(folder.folder / "latest") == "step-00000004"
+        for path in folder.paths():
+            verify_checkpoint(path)
+        assert folder.paths()[-2:] == [folder.path(3), folder.path(4)]
+        list(prune(run.path, None, damaged=False, dry=False))
+        assert sorted(path.name for path in folder.folder.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert operations > 10
 
 
 def _kill_at(count: int) -> None:

@@ -66,7 +66,7 @@ def _ls(options: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from electra_ds.train.checkpoints import listed
+    from electra_ds.train.checkpoints import listed, set_aside
 
     found = listed(options.run)
     console = wide_console()
@@ -80,11 +80,17 @@ def _ls(options: argparse.Namespace) -> None:
     for checkpoint in found:
         saved = "" if checkpoint.saved is None else f"{datetime.fromisoformat(checkpoint.saved).astimezone():%m-%d %R}"
         tokens = "" if checkpoint.tokens is None else f"{checkpoint.tokens / 1e6:,.1f} M"
-        values = (checkpoint.precision, checkpoint.stage, checkpoint.ranks)
+        known = (checkpoint.precision, checkpoint.stage, checkpoint.ranks)
         state = f"[red]damaged: {escape(checkpoint.problem)}[/]" if checkpoint.problem else "complete"
-        known = ("" if value is None else str(value) for value in values)
-        table.add_row(checkpoint.name, tokens, saved, _size(checkpoint.bytes), *known, state)
+        cells = ("" if value is None else escape(str(value)) for value in known)
+        table.add_row(checkpoint.name, tokens, saved, _size(checkpoint.bytes), *cells, state)
     console.print(table if found else "No checkpoint yet.")
+    aside = set_aside(options.run)
+    if aside:
+        console.print(
+            f"{len(aside)} set aside as damaged; bin/checkpoint prune {options.run} --damaged removes them.",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -23,7 +23,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, TypeAdapter
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe, load_yaml, recipe_yaml, validate_recipe
@@ -34,6 +36,7 @@ _PATIENCE_S = 10
 _CHECKPOINT = "step-" + 8 * "[0-9]"
 _PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _Parsed = TypeVar("_Parsed")
+_Count = Annotated[int, Field(gt=0)]
 Verdict = Literal["done", "stopped", "failed"]
 WandbMode = Literal["off", "online", "offline"]
 Compile = Literal["auto", "on", "off"]
@@ -43,11 +46,11 @@ Compile = Literal["auto", "on", "off"]
 class RunSettings:
     """How often a run reports and saves: neither mathematics nor hardware."""
 
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep: int
-    eval_windows: int
+    log_every: _Count
+    eval_every: _Count
+    save_every: _Count
+    keep: _Count
+    eval_windows: _Count
     compile: Compile = "auto"
 
 
@@ -75,8 +78,8 @@ class RunRecord:
     parameters: dict[str, int]
     """Sizes of the model's parts."""
     device: str
-    threads: int
-    world_size: int
+    threads: _Count
+    world_size: _Count
     settings: RunSettings
     command: list[str]
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
@@ -199,12 +202,7 @@ class RunDirectory:
         return self._read("deepspeed.json", _json_object)
 
     def read_record(self) -> RunRecord:
-        def parse(text: str) -> RunRecord:
-            values = _json_object(text)
-            tracking = TrackingSettings(**values["tracking"])
-            return RunRecord(**values | {"settings": RunSettings(**values["settings"]), "tracking": tracking})
-
-        return self._read("run.json", parse)
+        return self._read("run.json", lambda text: TypeAdapter(RunRecord).validate_python(_json_object(text)))
 
     def verdict(self) -> Verdict | None:
         """How the run ended, None while it has not, or where the file cannot be read."""
@@ -257,7 +255,10 @@ class RunDirectory:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
     return values

@@ -18,10 +18,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from electra_ds.engine.optimizer import FRESH_COUNTERS
 from electra_ds.engine.tensor_file import FileEntry, TensorFiles, hash_file, write_file, write_tensors
 from electra_ds.errors import CheckpointError
 from electra_ds.runtime import Ranks
@@ -39,6 +42,7 @@ LATEST = "latest"
 _NAME = re.compile(r"step-\d{8}")  # a copy that somebody keeps beside them under another name is theirs
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _KINDS = ("master", "exp_avg", "exp_avg_sq")
+_FILE = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 _SHARD = re.compile(r"(weights|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -50,9 +54,15 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError unless it holds exactly what a model with these parameters needs."""
+        """Raises CheckpointError unless it holds exactly what a model with these parameters needs to train on."""
+        counters = self.state.get("optimizer")
+        numbers: list[Any] = [self.state.get("tokens")]
+        numbers += [counters.get(name) for name in FRESH_COUNTERS] if isinstance(counters, dict) else [None]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise CheckpointError(f"The checkpoint {self.path} cannot be gone on from: its state.json is not whole.")
         wanted = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in _KINDS}
         problems = [f"{name} is missing" for name in wanted.keys() - self.tensors.keys()]
+        problems += [f"{name} is {dtype}, not F32" for name, dtype in self.tensors.dtypes() if dtype != "F32"]
         problems += [f"{name} is not the model's" for name in self.tensors.keys() - wanted.keys()]
         problems += [
             f"{name} has shape {list(self.tensors.shape(name))}, not {list(shape)}"
@@ -117,7 +127,7 @@ class CheckpointFolder:
         for path in reversed(ranks.from_main(self.paths()) if ranks else self.paths()):
             problem: CheckpointError | None = None
             try:
-                verify_checkpoint(path, rank, world_size)
+                load_checkpoint(path, rank, world_size)
             except CheckpointError as error:
                 problem = error
             problems = [found for found in (ranks.gather(problem) if ranks else [problem]) if found]
@@ -167,18 +177,20 @@ class CheckpointFolder:
             made = self.folder / f".{LATEST}-{secrets.token_hex(4)}"
             try:
                 made.symlink_to(path.name)
+                made.replace(link)
             except OSError as error:
-                if error.errno in (errno.EPERM, errno.ENOTSUP):
-                    return  # a file system without links
-                raise
-            made.replace(link)
+                with contextlib.suppress(OSError):
+                    made.unlink(missing_ok=True)
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EISDIR):
+                    raise  # a file system without links, or a folder that somebody put there, is none of ours
 
     def cannot_write(self, path: Path, error: Exception) -> CheckpointError:
         """What to say where a checkpoint could not be written."""
         earlier = self.paths()
         kept = f"The newest complete one is {earlier[-1]}." if earlier else "There is none before it."
         mend = "Make room" if isinstance(error, OSError) and error.errno in _FULL else "Mend that"
-        return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {mend}, then go on with --resume.")
+        then = "go on with --resume" if earlier else "give the command again"
+        return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {mend}, then {then}.")
 
 
 class Draft:
@@ -249,22 +261,25 @@ def share_of(shapes: Mapping[str, tuple[int, ...]], rank: int, world_size: int) 
     return own
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify and open. Raises CheckpointError where a file is missing, cut short or changed."""
-    verify_checkpoint(path)
+def load_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
+    """Verify, of several ranks each its share, and open. Raises CheckpointError where a file is missing, cut short or
+    changed, or they do not belong together."""
+    verify_checkpoint(path, rank, world_size)
     return open_checkpoint(path)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint that was verified. Raises CheckpointError where it cannot be read after all."""
-    path = path.resolve() if path.name == LATEST else path
+    path = path.resolve()  # of `latest`, or of `.`
     try:
         files = [path / name for name in sorted(read_manifest(path)) if _SHARD.fullmatch(name)]
         tensors = TensorFiles({file: "master/" if file.name.startswith("weights") else "" for file in files})
         state = json.loads((path / "state.json").read_text("utf8"))
         step, number = state["step"], state["format"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The checkpoint {path} cannot be read: {error}.") from error
+        if type(step) is not int or not 0 <= step < 10**8:
+            raise ValueError(f"its step is {step!r}")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {error!r}.") from error
     if _NAME.fullmatch(path.name) and path.name != f"step-{step:08d}":
         raise CheckpointError(f"The checkpoint {path} is of step {step}, not what its name says.")
     if number != FORMAT:
@@ -283,7 +298,10 @@ def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
     for index, (name, entry) in enumerate(sorted(files.items())):
         file = path / name
         try:
-            size = file.stat().st_size
+            status = file.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"The checkpoint {path} is damaged: {name} is no regular file.")
+            size = status.st_size
             if size != entry.bytes:
                 raise CheckpointError(f"The checkpoint {path} is damaged: {name} has {size} bytes, not {entry.bytes}.")
             if index % world_size == rank and hash_file(file) != entry.sha256:
@@ -300,9 +318,15 @@ def read_manifest(path: Path) -> dict[str, FileEntry]:
     """A checkpoint's files by name. Raises CheckpointError."""
     try:
         listed = json.loads((path / "manifest.json").read_text("utf8"))["files"].items()
-        return {str(name): FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in listed}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json cannot be read.") from error
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name) or type(entry.bytes) is not int or not isinstance(entry.sha256, str):
+            raise CheckpointError(
+                f"The checkpoint {path} is damaged: manifest.json lists {name!r:.80} as {entry!r:.99}."
+            )
+    return files
 
 
 def remove(path: Path) -> None:

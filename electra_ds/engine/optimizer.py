@@ -25,6 +25,12 @@ FIRST_SCALE = 2.0**8
 # At this step count 1 - beta^count is 1 for every usual beta, and in fp32 adding 1 leaves the count as it is.
 _STEP_WITHOUT_CORRECTION = 2.0**24
 
+FRESH_COUNTERS = {
+    "taken_steps": 0.0, "skipped_steps": 0.0, "consecutive_skips": 0.0, "is_scaled": 0.0, "loss_scale": 1.0,
+    "good_steps": 0.0, "hysteresis_left": 1.0,
+}  # fmt: skip
+"""What `MasterAdamW.counters` gives of a run that has not begun."""
+
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices and tables decay; biases and LayerNorm do not (google-research/electra)."""

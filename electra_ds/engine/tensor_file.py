@@ -85,6 +85,11 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         file, key = self._files[name]
         return tuple(file.get_slice(key).get_shape())
 
+    def dtypes(self) -> Iterator[tuple[str, str]]:
+        """(name, dtype as the format names it), such as F32."""
+        for name, (file, key) in self._files.items():
+            yield name, file.get_slice(key).get_dtype()
+
     def __getitem__(self, name: str) -> torch.Tensor:
         file, key = self._files[name]
         tensor: torch.Tensor = file.get_tensor(key)

@@ -60,8 +60,9 @@ def report_run(run: RunDirectory, console: Console) -> None:
         console.print(sentence)
     _write(run.path / "summary.txt", table)
     _write(run.path / "samples.txt", LEGEND, *sentences)
+    go_on = f"To go on: bin/pretrain --resume {run.path}\n" if run.verdict() == "stopped" else ""
     console.print(
-        f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.\n"
+        f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.\n{go_on}"
         f"As transformers models: bin/export {run.path}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip

@@ -8,12 +8,8 @@ from pathlib import Path
 import torch
 
 from electra_ds.engine.checkpoint import CheckpointFolder
+from electra_ds.engine.optimizer import FRESH_COUNTERS
 from electra_ds.train.pretrain import PretrainJob
-
-FRESH_COUNTERS = {
-    "taken_steps": 0.0, "skipped_steps": 0.0, "consecutive_skips": 0.0, "is_scaled": 0.0, "loss_scale": 1.0,
-    "good_steps": 0.0, "hysteresis_left": 1.0,
-}  # fmt: skip
 
 
 def begin_with(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ def folder_of(run: Path) -> CheckpointFolder:
     """A run's checkpoints. Raises CheckpointError where there is no run."""
     directory = RunDirectory(run)
     if not directory.checkpoints.is_dir():
+        if (run / "latest").is_file():
+            raise CheckpointError(f"{run} is DeepSpeed's own checkpoint; bin/checkpoint import makes a run of it.")
         if not directory.exists():
             raise CheckpointError(f"{run} is not a run directory: it has neither run.json nor checkpoints/.")
         raise CheckpointError(f"The run {run} has no checkpoint yet.")
@@ -57,9 +60,28 @@ def _describe(path: Path) -> Listed:
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     return Listed(
-        path.name, state.get("step"), state.get("tokens"), state.get("saved"), size, state.get("precision"),
-        stage, record.get("world_size"), _problem(path),
-    )  # fmt: skip
+        name=path.name,
+        step=_number(state, "step"),
+        tokens=_number(state, "tokens"),
+        saved=_time(state.get("saved")),
+        bytes=size,
+        precision=str(state["precision"]) if "precision" in state else None,
+        stage=stage if isinstance(stage, int) else None,
+        ranks=_number(record, "world_size"),
+        problem=_problem(path),
+    )
+
+
+def _number(values: dict[str, Any], key: str) -> int | None:
+    value = values.get(key)
+    return value if type(value) is int else None
+
+
+def _time(value: Any) -> str | None:
+    try:
+        return datetime.fromisoformat(value).isoformat()
+    except (TypeError, ValueError):
+        return None
 
 
 def _problem(path: Path) -> str | None:
@@ -79,9 +101,14 @@ def _problem(path: Path) -> str | None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def set_aside(run: Path) -> list[Path]:
+    """Checkpoints that a resumed run found damaged."""
+    return sorted(folder_of(run).folder.glob("damaged-step-*"))
 
 
 def to_verify(run_or_checkpoint: Path) -> list[Path]:
@@ -102,6 +129,9 @@ def verify(path: Path) -> str | None:
     try:
         checkpoint = load_checkpoint(path)
         tensors = checkpoint.tensors
+        spoilt = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if spoilt:
+            return f"The checkpoint {path} holds {len(spoilt)} tensors that are not finite, such as {spoilt[0]}."
         weights = [name.removeprefix("master/") for name in tensors if name.startswith("master/")]
         checkpoint.check({name: tensors.shape(f"master/{name}") for name in weights})
     except CheckpointError as error:
@@ -132,7 +162,7 @@ def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[
         doomed = [(path, "older") for path in folder.paths()[:-keep]]
         doomed += [(path, "left by a killed save") for path in folder.leftovers()]
         if damaged:
-            doomed += [(path, "damaged") for path in sorted(folder.folder.glob("damaged-step-*"))]
+            doomed += [(path, "damaged") for path in set_aside(run)]
         if newest is not None and not dry:
             folder.point_to(newest)
         for path, why in doomed:

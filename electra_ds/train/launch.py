@@ -157,6 +157,11 @@ def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedP
 
     Raises CheckpointError where there is no run, or it is finished.
     """
+    if (run.path / "manifest.json").exists():
+        raise CheckpointError(
+            f"{run.path} is a checkpoint, and --resume takes the run that it is of: --resume "
+            f"{run.path.resolve().parent.parent}"
+        )
     recipe = run.read_recipe()
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished. Its model: bin/export {run.path}")
@@ -240,12 +245,12 @@ def announce(job: PretrainJob, console: Console) -> None:
         f"{job.split.holdout.num_tokens:,} of them held out by {job.split.held_out_by}\n"
         f"{job.record.device}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
         f"micro-batch x accumulation = {job.plan.batch}\n"
-        + "".join(f"begins with the weights of {source}\n" for source in job.record.initialised_from)
+        + "".join(f"first weights: {source}\n" for source in job.record.initialised_from)
         + f"run directory: {job.run.path}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     notes = list(job.plan.notes)
-    if trained_from(job.store.path) != recipe.tokenizer:
+    if not job.record.initialised_from and trained_from(job.store.path) != recipe.tokenizer:
         notes.append(f"the tokenizer is the store's, {info.vocab_size:,} pieces, not one of the recipe's kind and size")
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:

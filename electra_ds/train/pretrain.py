@@ -138,6 +138,9 @@ class _Loop:
         config = {"recipe": job.recipe.model_dump(mode="json"), "deepspeed": job.plan.document}
         metrics = MetricsFile(job.run.metrics, self.step)
         self._evaluated = metrics.evaluated
+        if metrics.reached > self.step:
+            again = metrics.reached - self.step
+            self.console.print(f"The {again:,} steps that it had done after that are done again.", highlight=False)
         return RunLog(
             metrics, open_trackers(job.record.tracking, job.run, config, self.step, metrics.reached, self.console)
         )
@@ -150,12 +153,12 @@ class _Loop:
             if self.ranks.is_main:
                 for problem in damaged.values():
                     self.console.print(
-                        f"[yellow]Warning:[/] {problem} Falling back to the one before.",
+                        f"[yellow]Warning:[/] {escape(problem)} Falling back to the one before.",
                         highlight=False, soft_wrap=True,
                     )  # fmt: skip
-                self.checkpoints.tidy(damaged)
                 if path is None:
                     self._check_fresh()
+                self.checkpoints.tidy(damaged)
         if path is None:
             return
         with self.ranks.together():

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from electra_ds.config.manifest import RunDirectory
-from electra_ds.config.recipe import Recipe, recipe_keys, validate_recipe
+from electra_ds.config.recipe import Recipe, load_yaml, recipe_keys, validate_recipe
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.engine.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, open_checkpoint
 from electra_ds.errors import CheckpointError, ConfigError
@@ -59,7 +58,10 @@ def check_same_recipe(checkpoint: Checkpoint, recipe: Recipe, run: RunDirectory)
 def recorded_recipe(checkpoint: Checkpoint) -> Recipe:
     """The recipe that travels in a checkpoint."""
     path = checkpoint.path / "recipe.yaml"
-    return validate_recipe(yaml.safe_load(path.read_text("utf8")), str(path))
+    try:
+        return validate_recipe(load_yaml(path.read_text("utf8"), "It"), str(path))
+    except (OSError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
 
 
 def load_trained(run_or_checkpoint: Path) -> tuple[Electra, Tokenizer, Recipe, dict[str, Any]]:
@@ -76,6 +78,7 @@ def load_model(checkpoint: Checkpoint) -> tuple[Electra, Tokenizer, Recipe]:
     recipe = recorded_recipe(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
     model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
+    checkpoint.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.tensors[f"master/{name}"])
