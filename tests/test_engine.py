@@ -145,6 +145,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(store: TokenStore) -
     engine.close()
 
 
+@pytest.mark.usefixtures("process_group")
 def test_fp16_on_a_cpu_is_refused_with_what_to_do(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)  # some CPUs have it
     recipe = small_recipe()
