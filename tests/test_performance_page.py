@@ -125,3 +125,21 @@ def test_what_was_measured_is_what_the_benchmark_wrote() -> None:
     assert [row[1] for row in table("what", "ratio")] == [ratio(values) for values in measured]
     for name in ("windows", "two_segments"):
         assert f"{RESULTS['data_path'][name]['tokens_per_s'] / 1e6:.1f} M" in PROSE
+
+
+def test_what_checkpoints_cost_is_what_the_benchmark_wrote() -> None:
+    path = REPOSITORY / "benchmarks" / "results" / "cpu-checkpoints.json"
+    measured = json.loads(path.read_text("utf8"))["checkpoints"]
+    costs, ratios = [], []
+    for model, found in measured.items():
+        seconds = {name: f"{value:.2f}" for name, value in found["seconds"].items()}
+        name = f"{model}, {found['parameters'] / 1e6:.1f} M parameters"
+        ours = [f"{found['bytes'] / 1e9:.2f}", *(seconds[key] for key in ("stall", "save", "load"))]
+        theirs = [
+            f"{found['deepspeed_bytes'] / 1e9:.2f}",
+            *(seconds[f"deepspeed_{key}"] for key in ("save", "save", "load")),
+        ]
+        costs += [[name, "electra_ds", *ours], [name, "DeepSpeed", *theirs]]
+        ratios.append([name, *(ratio(found[f"{key}_vs_deepspeed"]) for key in ("stall", "save", "load"))])
+    assert table("model", "written by") == costs
+    assert table("model", "training waits") == ratios
