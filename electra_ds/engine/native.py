@@ -334,8 +334,9 @@ def _adam_step(own: Any) -> float | None:
     states = own if isinstance(own, list) else list(own.get("state", {}).values()) if isinstance(own, dict) else []
     found = [state.get("step") for state in (*states, *_param_groups(own)) if isinstance(state, dict)]
     counts = [float(step) for step in found if isinstance(step, (int, float, torch.Tensor))]
-    if not all(math.isfinite(count) and count >= 0 for count in counts):
-        raise CheckpointError(f"Adam's own count of steps is {min(counts)}. The checkpoint is damaged.")
+    for count in counts:
+        if not math.isfinite(count) or count < 0:
+            raise CheckpointError(f"Adam's own count of steps is {count}. The checkpoint is damaged.")
     return max(counts, default=None)
 
 
