@@ -369,6 +369,10 @@ REFUSED: list[tuple[str, Sources, str]] = [
     ("config of another", lambda at, tmp: [changed(at / "bare", tmp / "x", hidden_size=40)],
      "of other sizes than config.json says are electra.embeddings_project.bias"),
     ("config with words", lambda at, tmp: [changed(at / "bare", tmp / "x", hidden_size="wide")], "Cannot read the"),
+    ("one architecture", lambda at, tmp: [changed(at / "bare", tmp / "x", architectures=5)],
+     "architectures is 5, not a list"),
+    ("long name", lambda at, _: [Path("x" * 300)], "cannot be looked up: File name too long"),
+    ("long Hub name", lambda at, _: [Path("own/" + "x" * 300)], "Cannot read the model own/xxx"),
     ("other shares", lambda at, _: [at / "none"],
      "differ in what generator.sharing: embeddings makes one Add: --set generator.sharing=none"),
     ("tokens alone", lambda at, _: [at / "tokens"], "Add: --set generator.sharing=tokens"),
@@ -386,6 +390,20 @@ def test_sources_that_cannot_serve_are_refused(
     arguments = ["--ds-config", CPU_JSON, "--recipe", "tiny", "--init-from", *given, "--set", *SMALL]
     assert message in refusal(capsys, *arguments)
     assert {*tmp_path.iterdir()} == before  # no run, no store
+
+
+def test_words_and_configs_that_are_nothing_are_refused(
+    folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="an empty name"):
+        read_beginning([""], small_recipe())
+    folder = changed(folders / "bare", tmp_path / "deep")
+    (folder / "config.json").write_text('{"model_type": ' + "[" * 100_000)
+    with pytest.raises(DataError, match="Fetch the model again"):
+        beginning_of(folder)
+    with pytest.raises(DataError, match="Padding_idx"):
+        beginning_of(changed(folders / "none" / "discriminator", tmp_path / "padded", pad_token_id=10**6))
+    assert "Model config" not in capfd.readouterr().err
 
 
 def test_weights_that_are_not_whole_are_refused_by_name(
@@ -611,7 +629,7 @@ def test_a_run_that_is_killed_before_its_first_save_goes_on_from_the_weights(
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step-00000000"]
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-00000000", "latest"}
     assert f"begins with the weights of {folders}" in run("pretrain", "--resume", str(killed)).stdout
     assert train_losses(killed) == train_losses(straight)
 

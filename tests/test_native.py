@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
+import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,9 +43,10 @@ from electra_ds.model.convert import (
 )
 from electra_ds.runtime import Ranks
 from electra_ds.train import launch
-from electra_ds.train.adopt import begin_with
+from electra_ds.train.adopt import FRESH_COUNTERS, begin_with
+from electra_ds.train.export import export_run
 from electra_ds.train.export_native import export_native
-from electra_ds.train.import_native import folder_of_export, import_native
+from electra_ds.train.import_native import _state_of_export, folder_of_export, import_native
 from electra_ds.train.tracking import read_metrics
 from tests.helpers import REPOSITORY, SMALL, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
@@ -181,20 +184,28 @@ def test_a_plain_engine_loads_our_export_and_it_comes_back_the_same(
     assert_same_state(back.state, expected.state)
 
 
-def test_the_readme_of_an_export_loads_it(
-    store: TokenStore, portable: Path, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from electra_ds.engine.engine import close_deepspeed
-
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    export_native(portable, tmp_path / "native", str(tmp_path / "ds.json"), process_group)
-    readme = (tmp_path / "native" / "README.md").read_text()
-    monkeypatch.chdir(tmp_path / "native")
-    names: dict[str, Any] = {}
-    exec(re.findall(r"```python\n(.*?)```", readme, re.S)[0], names)
-    held = held_by(names["engine"])
-    close_deepspeed(names["engine"])
-    assert_same(held, only_checkpoint(portable).tensors)
+def test_the_script_of_an_export_loads_it(portable: Path, process_group: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": {"enabled": "auto"}}))
+    told = export_native(portable, tmp_path / "native", str(tmp_path / "ds.json"), process_group)
+    assert 'Note: fp16.enabled is "auto", which here means' in told
+    assert told.splitlines()[-1].startswith("Written at ZeRO stage 2, fp32, for 1 rank(s)")
+    assert "torchrun --nproc_per_node 1 go_on.py" in (tmp_path / "native" / "README.md").read_text()
+    script = tmp_path / "native" / "go_on.py"
+    script.write_text(
+        script.read_text()
+        + "from safetensors.torch import save_file\n"
+        + "from tests.native_worker import held_by\n"
+        + f"save_file(held_by(engine), {str(tmp_path / 'held.safetensors')!r})\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port()),
+         "go_on.py"],
+        cwd=script.parent, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "step 40" in result.stdout
+    assert_same(load_file(tmp_path / "held.safetensors"), only_checkpoint(portable).tensors)
     with pytest.raises(CheckpointError, match="already exists"):
         export_native(portable, tmp_path / "native", str(tmp_path / "ds.json"), process_group)
 
@@ -202,13 +213,54 @@ def test_the_readme_of_an_export_loads_it(
 def test_no_half_written_export_is_left(
     portable: Path, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError("No space left on device")
+    def failing(number: int) -> Any:
+        def fail(*arguments: Any) -> None:
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(CheckpointError, match="No space left"):
+        return fail
+
+    (tmp_path / ".native.partial").mkdir()
+    (tmp_path / ".native.partial" / "mine").touch()
+    monkeypatch.setattr(shutil, "copyfile", failing(errno.ENOSPC))
+    with pytest.raises(CheckpointError, match=r"No space left.*Make room"):
         export_native(portable, tmp_path / "native", "cpu", process_group)
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "copyfile", failing(errno.EACCES))
+    with pytest.raises(CheckpointError, match="Permission denied") as denied:
+        export_native(portable, tmp_path / "native", "cpu", process_group)
+    assert "Make room" not in str(denied.value)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+        ".native.partial", ".native.partial/mine",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_an_export_replaces_neither_links_nor_files(
+    portable: Path, process_group: Ranks, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    if kind == "link":
+        out.symlink_to(tmp_path / "nowhere")
+    else:
+        out.touch()
+    message = {"link": "is a symbolic link", "file": "is a file"}[kind]
+    with pytest.raises(CheckpointError, match=message):
+        export_native(portable, out, "cpu", process_group)
+    with pytest.raises(CheckpointError, match=message):
+        export_run(portable, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_checkpoint_of_another_recipe_is_not_exported(portable: Path, process_group: Ranks, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(only_checkpoint(portable).path, tmp_path / "copy"))
+    recipe = (source / "recipe.yaml").read_text().replace("num_hidden_layers: 2", "num_hidden_layers: 1")
+    (source / "recipe.yaml").write_text(recipe)
+    manifest = json.loads((source / "manifest.json").read_text())
+    content = recipe.encode()
+    manifest["files"]["recipe.yaml"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (source / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"does not fit the run's recipe.*is not the model's"):
+        export_native(source, tmp_path / "native", "cpu", process_group)
+    assert not (tmp_path / "native").exists()
 
 
 class Joint(nn.Module):
@@ -443,7 +495,7 @@ def test_what_is_missing_or_damaged_is_said(
     for part in ("optim", "model"):
         file = next(damaged(f"cut-{part}").glob(f"*{part}_states.pt"))
         file.write_bytes(file.read_bytes()[:-2000])
-        with pytest.raises(CheckpointError, match=f"{file.name} cannot be read"):
+        with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
             read_native(find_files(file.parent))
     file = next(damaged("nan").glob("*optim_states.pt"))
     content = torch.load(file, weights_only=False)
@@ -473,6 +525,109 @@ def test_what_is_missing_or_damaged_is_said(
     strange = native._replace(tensors={name.replace("_head", "_top"): t for name, t in native.tensors.items()})
     with pytest.raises(CheckpointError, match="neither those of electra_ds's joint module nor"):
         brought_in(strange, store, tmp_path / "strange", process_group)
+
+
+def test_a_file_that_is_not_as_torch_saved_it_is_damaged(tmp_path: Path) -> None:
+    whole, file = tmp_path / "whole.pt", tmp_path / "other.pt"
+    torch.save({"a": torch.arange(1000.0)}, whole)
+    assert torch.equal(load_inert(whole)["a"], torch.arange(1000.0))
+    content = bytearray(whole.read_bytes())
+    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 2001] ^= 1  # a weight's, which torch would take
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"other\.pt is damaged: whole/data/0 in it has changed"):
+        load_inert(file)
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    for act in (load_inert, lambda path: refuse_untrusted([path])):
+        with pytest.raises(CheckpointError, match=r"other\.pt is damaged: .* is compressed"):
+            act(file)
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(CheckpointError, match=r"pipe\.pt is damaged: it is not a regular file"):
+        load_inert(tmp_path / "pipe.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dp_world_size", 3 * 10**7, r"of rank 1, 2, 3, 4, 5 and 29999994 more is missing"),
+        ("dp_world_size", 10**10, r"of rank 1, 2, 3, 4, 5 and 9999999994 more is missing"),
+        ("dp_world_size", 10**40, "which counts nothing"),
+        pytest.param("adam", 10**400, "OverflowError", id="adam-huge"),
+        ("adam", float("nan"), "count of steps is nan"),
+        ("masters", torch.complex64, "no complex numbers"),
+    ],
+)
+def test_numbers_that_no_checkpoint_has_are_refused_at_once(
+    plain: Path, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    shutil.copytree(plain, tmp_path / "native")
+    part = "model" if key == "dp_world_size" else "optim"
+    file = next((tmp_path / "native").glob(f"*/*{part}_states.pt"))
+    content = torch.load(file, weights_only=False)
+    if key == "adam":
+        content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0]["step"] = value
+    elif key == "masters":
+        groups = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+        content["optimizer_state_dict"]["single_partition_of_fp32_groups"] = [g.detach().to(value) for g in groups]
+    else:
+        content[key] = value
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=message):
+        read_native(find_files(tmp_path / "native"))
+
+
+@pytest.mark.parametrize("tag", ["../elsewhere", "a/b", "..", "x" * 201, "x" * 10**6])
+def test_latest_names_a_folder_beside_it(tmp_path: Path, tag: str) -> None:
+    (tmp_path / "latest").write_text(tag)
+    with pytest.raises(CheckpointError, match="does not name a folder beside it") as refused:
+        find_files(tmp_path)
+    assert len(str(refused.value)) < 400
+
+
+GOOD_STATE: dict[str, Any] = {"step": 1, "tokens": 5, "optimizer": FRESH_COUNTERS}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "[" * 100_000, json.dumps(GOOD_STATE | {"tokens": -1}), json.dumps(GOOD_STATE | {"tokens": True}),
+        json.dumps(GOOD_STATE | {"tokens": 1.5}), json.dumps(GOOD_STATE | {"step": "1"}),
+        json.dumps(GOOD_STATE | {"optimizer": [["taken_steps", 1]]}), json.dumps(GOOD_STATE | {"optimizer": {}}),
+        *(json.dumps(GOOD_STATE | {"optimizer": FRESH_COUNTERS | bad}) for bad in (
+            {"more": 1}, {"taken_steps": None}, {"taken_steps": float("nan")}, {"skipped_steps": -1},
+            {"good_steps": float("inf")}, {"consecutive_skips": True}, {"loss_scale": 0}, {"hysteresis_left": 0.5},
+            {"loss_scale": 10**400},
+        )),
+    ],
+)  # fmt: skip
+def test_a_bad_state_beside_an_export_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(json.dumps(GOOD_STATE))
+    assert _state_of_export(tmp_path, 1) == GOOD_STATE
+    assert _state_of_export(tmp_path, 2) is None
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"state\.json .*Delete it to do without"):
+        _state_of_export(tmp_path, 1)
+
+
+def test_an_import_that_is_refused_leaves_no_run(
+    store: TokenStore, plain: Path, process_group: Ranks, tmp_path: Path
+) -> None:
+    native, run_dir = read_native(find_files(plain)), tmp_path / "run"
+    (tmp_path / "state.json").write_text(json.dumps(GOOD_STATE | {"tokens": "many"}))
+    with pytest.raises(CheckpointError, match="tokens is 'many'"):
+        import_native(native, new_job(store, run_dir, process_group), tmp_path)
+    assert not RunDirectory(run_dir).exists()
+    ours = small_recipe().optimizer
+    same = {"betas": torch.tensor([ours.beta1, ours.beta2]), "eps": torch.tensor(ours.epsilon)}
+    other = {"betas": (torch.tensor(0.5), 0.25), "eps": torch.zeros(10)}
+    told = [
+        brought_in(native._replace(adam=adam), store, tmp_path / name, process_group)[1]
+        for name, adam in (("same", same), ("other", other))
+    ]
+    assert "its optimizer had" not in told[0]
+    assert "had betas (0.5, 0.25), and the recipe" in told[1]
+    assert "had eps that are not known" in told[1]
 
 
 class Attack:
@@ -525,8 +680,13 @@ def test_a_pickle_that_would_run_a_program_does_not(
     torch.save({"note": kind(target)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=called):
         refuse_untrusted([tmp_path / "old.pt"])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="old format"):
         load_inert(tmp_path / "old.pt")
+    module = nn.Linear(2, 2)
+    torch.save({"module": module.state_dict(), "weight": module.weight}, tmp_path / "old.pt",
+               _use_new_zipfile_serialization=False)  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"\(torch's own\)"):
+        refuse_untrusted([tmp_path / "old.pt"])
     assert not target.exists()
 
 

@@ -13,6 +13,8 @@ bf16_optimizer.py). Nothing is unpickled beyond torch's safe list, see native_pi
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 
 from electra_ds.engine.native_deal import Flat, Slot, Slots, deal
 from electra_ds.engine.native_pickle import Inert, load_inert
-from electra_ds.engine.native_zero import partitioned_tensors, shared_out_tensors
+from electra_ds.engine.native_zero import in_fp32, partitioned_tensors, shared_out_tensors
 from electra_ds.errors import CheckpointError
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt")
@@ -32,6 +34,10 @@ _HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _NO_CORRECTION = 2.0**24
 """Adam's step from which on its bias correction is 1, as `adamw_state` sets it."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_LONGEST_TAG = 200
+_MOST_SHOWN = 5
+_TOO_LARGE = 2**53
+"""No count of steps or ranks comes here, and floats hold all below it."""
 
 
 class NativeFiles(NamedTuple):
@@ -75,7 +81,13 @@ def find_files(path: Path) -> NativeFiles:
 
     Raises CheckpointError where there is no such checkpoint, or it is of model or pipeline parallelism or experts.
     """
-    folder = _tag_folder(path)
+    try:
+        return _find(_tag_folder(path))
+    except OSError as error:
+        raise CheckpointError(f"Cannot look for a checkpoint in {path}: {error}.") from error
+
+
+def _find(folder: Path) -> NativeFiles:
     model: dict[int, Path] = {}
     optimizer: dict[int, Path] = {}
     for file in sorted(folder.iterdir()):
@@ -102,7 +114,12 @@ def find_files(path: Path) -> NativeFiles:
 def _tag_folder(path: Path) -> Path:
     latest = path / "latest"
     if latest.is_file():
-        tag = latest.read_text("utf8", errors="replace").strip()
+        with latest.open(encoding="utf8", errors="replace") as file:
+            tag = file.read(_LONGEST_TAG + 2).strip()
+        if len(tag) > _LONGEST_TAG or ".." in tag or any(separator in tag for separator in "/\\\0"):
+            raise CheckpointError(
+                f"{latest} does not name a folder beside it: {tag[:40]!r}. It is damaged; give the tag's own folder."
+            )
         folder = path / tag
         if not tag or not folder.is_dir():
             raise CheckpointError(f"{latest} names the tag {tag!r}, and there is no folder {folder}.")
@@ -120,7 +137,11 @@ def read_native(files: NativeFiles) -> NativeCheckpoint:
     """Read a whole checkpoint. Raises CheckpointError that names what is missing, damaged or not understood."""
     try:
         return _read(files)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{files.folder} cannot be read: {error}.") from error
+    except (
+        KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
         raise CheckpointError(
             f"{files.folder} is not laid out as DeepSpeed 0.19.8 lays out a checkpoint "
             f"({type(error).__name__}: {error})."
@@ -168,13 +189,16 @@ def _read(files: NativeFiles) -> NativeCheckpoint:
 
 def _check_ranks(files: NativeFiles, ranks: int) -> None:
     """Raises CheckpointError unless there is one optimizer file for each of so many ranks, 0 for none."""
-    missing = sorted(set(range(ranks)) - set(files.optimizer))
+    missing = ranks - sum(rank < ranks for rank in files.optimizer)
     if missing:
+        # Not all of them: the number is the file's, and may be anything.
+        gone = itertools.islice((rank for rank in range(ranks) if rank not in files.optimizer), _MOST_SHOWN)
+        more = f" and {missing - _MOST_SHOWN} more" if missing > _MOST_SHOWN else ""
         raise CheckpointError(
             f"{files.folder} was saved by {ranks} rank(s), and the *_optim_states.pt of rank "
-            f"{', '.join(map(str, missing))} is missing. Copy every rank's file into the folder."
+            f"{', '.join(map(str, gone))}{more} is missing. Copy every rank's file into the folder."
         )
-    surplus = sorted(set(files.optimizer) - set(range(ranks)))
+    surplus = sorted(rank for rank in files.optimizer if rank >= ranks)
     if surplus:
         raise CheckpointError(
             f"{files.folder} was saved by {ranks or 'no'} rank(s) with ZeRO, and {files.optimizer[surplus[0]].name} is "
@@ -206,8 +230,9 @@ def _precision(module: Mapping[str, Any]) -> str:
 
 def _whole_number(state: Mapping[str, Any], key: str, files: NativeFiles) -> int:
     value = state.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise CheckpointError(f"{files.folder}: {key} is {value!r}, not a whole number. DeepSpeed did not write this.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _TOO_LARGE:
+        shown = repr(value)[:40]
+        raise CheckpointError(f"{files.folder}: {key} is {shown}, which counts nothing. DeepSpeed did not write this.")
     return value
 
 
@@ -237,7 +262,7 @@ def _named_by_dealing(
             weights[name] = tensor
         else:
             aliases[name] = first
-    tensors = {f"master/{name}": weight.float() for name, weight in weights.items()}
+    tensors = {f"master/{name}": in_fp32(weight, name) for name, weight in weights.items()}
     groups = _param_groups(own)
     notes = []
     if not groups:
@@ -296,7 +321,7 @@ def _take(
             if not isinstance(flats, list):
                 values |= {key: states[place][key] for key in MOMENTS if key in states[place]}
             for key, value in values.items():
-                tensors[f"{key}/{name}"] = value.detach().float().view(weights[name].shape)
+                tensors[f"{key}/{name}"] = in_fp32(value, f"{key}/{name}").view(weights[name].shape)
 
 
 def _param_groups(own: Any) -> list[dict[str, Any]]:
@@ -309,6 +334,9 @@ def _adam_step(own: Any) -> float | None:
     states = own if isinstance(own, list) else list(own.get("state", {}).values()) if isinstance(own, dict) else []
     found = [state.get("step") for state in (*states, *_param_groups(own)) if isinstance(state, dict)]
     counts = [float(step) for step in found if isinstance(step, (int, float, torch.Tensor))]
+    for count in counts:
+        if not math.isfinite(count) or count < 0:
+            raise CheckpointError(f"Adam's own count of steps is {count}. The checkpoint is damaged.")
     return max(counts, default=None)
 
 

@@ -3,6 +3,8 @@
 What a file would call is found by reading its instructions, without following them. Loading goes through torch's
 restricted unpickler, and every class outside of torch's own list, DeepSpeed's included, is replaced by an inert
 stand-in that keeps what it was given: tensors and numbers come out, and no code of the file's choosing runs.
+
+torch looks at none of the checksums that its own files hold, so these are checked here.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import _weights_only_unpickler
 
 from electra_ds.errors import CheckpointError
 
@@ -28,6 +31,8 @@ _OWN = frozenset(
     }
 )
 """What DeepSpeed itself puts into its files."""
+_ZIP_START = b"PK\x03\x04"
+"""By which torch tells its files from those of its old format."""
 
 
 class Inert:
@@ -60,15 +65,61 @@ def foreign_calls(path: Path) -> list[str]:
 
     Nothing of the file is followed. Raises CheckpointError where it is not a file of `torch.save`.
     """
+    _check_archive(path)
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception as error:  # torch's reader, the zip's and the pickle's
         names = _named_in_instructions(path)
         if names:
-            return names
+            return [name for name in names if name not in _torchs_own()]
         raise CheckpointError(
-            f"{path} cannot be read: {_first_line(error)}. It is cut short, or not a file that DeepSpeed wrote."
+            f"{path} is damaged: {_first_line(error)}. It is cut short, or not a file that DeepSpeed wrote."
         ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raises CheckpointError for what is no plain file, and for a zip that torch would not have written.
+
+    torch never compresses: whatever is read takes no more memory than the file has bytes.
+    """
+    if not path.is_file():  # a pipe would be waited for without end
+        raise CheckpointError(f"{path} is damaged: it is not a regular file.")
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_ZIP_START)) != _ZIP_START:
+                return
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Copy it anew from where it was saved.") from error
+    compressed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+    if compressed is not None:
+        raise CheckpointError(f"{path} is damaged: {compressed} in it is compressed, and torch.save compresses none.")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise CheckpointError(f"{path} is damaged: it says that it holds more than it has bytes.")
+
+
+def _check_sums(path: Path) -> None:
+    """Raises CheckpointError unless every part of the zip has its checksum."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_ZIP_START)) != _ZIP_START:
+                raise CheckpointError(
+                    f"{path} is of torch's old format or damaged: DeepSpeed 0.19.8 saves zip files, and this is none."
+                )
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Copy it anew from where it was saved.") from error
+    if changed is not None:
+        raise CheckpointError(
+            f"{path} is damaged: {changed} in it has changed since it was saved. Copy it anew from where it was saved."
+        )
+
+
+def _torchs_own() -> frozenset[str]:
+    """What torch's restricted unpickler takes by itself, by full names."""
+    return frozenset(_weights_only_unpickler._get_allowed_globals())
 
 
 def _named_in_instructions(path: Path) -> list[str]:
@@ -129,6 +180,7 @@ def load_inert(path: Path) -> dict[str, Any]:
         (_dictionary if name == "collections.defaultdict" else type("Inert", (Inert,), {}), name)
         for name in foreign_calls(path)
     ]
+    _check_sums(path)
     try:
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

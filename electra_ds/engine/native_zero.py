@@ -92,6 +92,14 @@ def shared_out_tensors(
     return _shaped(folder, shapes, found)
 
 
+def in_fp32(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Raises CheckpointError for complex numbers, of which torch would take the real parts with no more than a
+    warning."""
+    if tensor.is_complex():
+        raise CheckpointError(f"{name} is of {tensor.dtype}, and ELECTRA has no complex numbers.")
+    return tensor.detach().float()
+
+
 def _all_groups(
     folder: Path, parts: Sequence[Mapping[str, Any]], masters_key: str, state_key: str
 ) -> list[list[_Group]]:
@@ -114,14 +122,14 @@ def _rank_groups(folder: Path, part: Mapping[str, Any], masters_key: str, state_
     else:
         by_number = own.get("state", {}) if isinstance(own, dict) else {}
         states = [by_number[number] for number in sorted(by_number)]
-    groups: list[_Group] = [{"master": flat.detach().float()} for flat in masters]
+    groups: list[_Group] = [{"master": in_fp32(flat, f"{folder}: {masters_key}")} for flat in masters]
     has_moments = len(states) == len(groups) and all("exp_avg" in own and "exp_avg_sq" in own for own in states)
     if has_moments:
         for group, own in zip(groups, states, strict=True):
             for kind in ("exp_avg", "exp_avg_sq"):
                 if own[kind].numel() < group["master"].numel():
                     raise _unknown(folder, f"{kind} of {own[kind].numel()} for {group['master'].numel()} masters")
-                group[kind] = own[kind].detach().float().flatten()[: group["master"].numel()]
+                group[kind] = in_fp32(own[kind], f"{folder}: {kind}").flatten()[: group["master"].numel()]
     return groups
 
 

@@ -63,7 +63,7 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
     """
     values = _read_config(name, folder)
     known = {key: values[key] for key in (*SIZES, "vocab_size", "pad_token_id", "hidden_act") if key in values}
-    with explained(f"the model {name}"):
+    with explained(f"the model {name}"), _in_silence():
         # Made of what is named above alone, so that nothing else in the file has a say in how it is loaded.
         config = ElectraConfig(**known)
     is_generator = "ElectraForMaskedLM" in (values.get("architectures") or ())
@@ -97,7 +97,7 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
         raise DataError(f"{there} {name}. {advice}")
     try:
         values = json.loads(file.read_text("utf8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"Cannot read {file}: {error}. Fetch the model again.") from error
     found = values.get("model_type") if isinstance(values, dict) else None
     if found != "electra":
@@ -106,6 +106,9 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{name} has {values['position_embedding_type']} positions; this model has absolute ones alone."
         )
+    architectures = values.get("architectures")
+    if architectures is not None and not isinstance(architectures, list):
+        raise DataError(f"{file}: architectures is {repr(architectures)[:40]}, not a list. Fetch the model again.")
     return dict(values)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.engine.checkpoint import Checkpoint
 from electra_ds.engine.native_export import native_config, write_native
-from electra_ds.errors import CheckpointError
 from electra_ds.model.electra import Electra
 from electra_ds.runtime import Ranks
 from electra_ds.train import launch
+from electra_ds.train.export import cannot_write, check_out, unfinished
 from electra_ds.train.trained import beside, newest_checkpoint, recorded_recipe
 
 _BESIDE = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
@@ -28,25 +29,24 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
 
     To be called by all ranks. ds_config: a DeepSpeed JSON's name or file, None for the one that the run had.
     `out` appears complete or not at all. Raises CheckpointError where there is nothing to export or `out` already holds
-    something, ConfigError where the JSON cannot be used here.
+    something or the tensors are not the recipe's, ConfigError where the JSON cannot be used here.
     """
     with ranks.together():
         checkpoint = newest_checkpoint(run_or_checkpoint, ranks)
         out = out or beside(checkpoint, "native")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
+        check_out(out)
         recipe = recorded_recipe(checkpoint)
         source = ds_config or str(checkpoint.path / "deepspeed.json")
         options = launch.Options(ds_config=ds_config)
         plan = launch.resolved_plan(options, read_deepspeed_json(source), source, recipe, ranks)
         tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
-    partial = out.with_name(f".{out.name}.partial")
+        model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
+        checkpoint.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    partial = unfinished(out, ranks.from_main(secrets.token_hex(4)))
     try:
         with ranks.together(), _writing(out):
             if ranks.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
         with _writing(out):
             tag = write_native(checkpoint, model, recipe, plan, runtime.device(ranks.launch), partial)
         with ranks.together(), _writing(out):
@@ -58,11 +58,19 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
     finally:
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
-    return (
-        f"{out / tag}: step {checkpoint.state['step']:,} at ZeRO stage {plan.stage}, {plan.precision.name}, "
-        f"for {ranks.world_size} rank(s)\n"
-        f"{out / 'README.md'}: a script that goes on from it, by engine.load_checkpoint({str(out)!r})"
-    )
+    lines = [
+        f"{out / tag}: step {checkpoint.state['step']:,}",
+        f"{out / 'go_on.py'}: a script that goes on from it; README.md says how to start it",
+        *(f"Note: {note}." for note in plan.notes),
+        f"Written at {_layout(plan)}; DeepSpeed loads it with the same alone.",
+    ]
+    return "\n".join(lines)
+
+
+def _layout(plan: DeepSpeedPlan) -> str:
+    name = plan.precision.name
+    precision = f"fp32 (without {name}, which is a matter of the steps)" if name.startswith("autocast") else name
+    return f"ZeRO stage {plan.stage}, {precision}, for {plan.batch.world_size} rank(s)"
 
 
 @contextmanager
@@ -74,7 +82,7 @@ def _writing(out: Path) -> Iterator[None]:
         if isinstance(error, OSError) or any(
             word in str(error) for word in ("PytorchStreamWriter", "inline_container")
         ):
-            raise CheckpointError(f"Cannot write the export {out}: {error}. Make room, then start it anew.") from error
+            raise cannot_write(out, error) from error
         raise
 
 
@@ -82,20 +90,14 @@ def _write_beside(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan, f
     for name in _BESIDE:
         shutil.copyfile(checkpoint.path / name, folder / name)
     (folder / "deepspeed.json").write_text(json.dumps(native_config(plan), indent=2) + "\n", "utf8")
+    (folder / "go_on.py").write_text(_script(recipe), "utf8")
     (folder / "README.md").write_text(_readme(checkpoint, recipe, plan), "utf8")
 
 
-def _readme(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan) -> str:
-    optimizer, state = recipe.optimizer, checkpoint.state
-    corrected = "" if optimizer.bias_correction else (
-        "\nIts AdamW makes no bias correction: torch's own does none at the step count of 2^24 that its state holds.\n"
-    )  # fmt: skip
-    return f"""# {recipe.name}, step {state["step"]:,}, as DeepSpeed's own checkpoint
+def _script(recipe: Recipe) -> str:
+    optimizer = recipe.optimizer
+    return f'''"""Goes on from this folder's checkpoint; README.md says how to start it."""
 
-ZeRO stage {plan.stage}, {plan.precision.name}, for {plan.batch.world_size} rank(s), after {state["tokens"]:,} tokens.
-DeepSpeed loads it with as many ranks, the same stage and the same precision. In this folder:
-
-```python
 import json
 from pathlib import Path
 
@@ -107,19 +109,49 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.engine.optimizer import parameter_groups
 from electra_ds.model.electra import Electra
 
-recipe = validate_recipe(load_yaml(Path("recipe.yaml").read_text(), "recipe.yaml"), "recipe.yaml")
-tokenizer = load_tokenizer(Path("tokenizer.json"))
+if not torch.cuda.is_available():
+    # DeepSpeed would otherwise compile a collective with g++ at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+here = Path(__file__).resolve().parent
+recipe = validate_recipe(load_yaml((here / "recipe.yaml").read_text("utf8"), "recipe.yaml"), "recipe.yaml")
+tokenizer = load_tokenizer(here / "tokenizer.json")
 model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
 groups = parameter_groups(model.named_parameters(), {optimizer.weight_decay})
 optimizer = torch.optim.AdamW(
     groups, lr={optimizer.learning_rate}, betas=({optimizer.beta1}, {optimizer.beta2}), eps={optimizer.epsilon}
 )
-config = json.loads(Path("deepspeed.json").read_text())
+config = json.loads((here / "deepspeed.json").read_text("utf8"))
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-engine.load_checkpoint(".")
+loaded, _ = engine.load_checkpoint(str(here))
+if loaded is None:
+    raise SystemExit(f"There is no checkpoint in {{here}}.")
+if torch.distributed.get_rank() == 0:
+    print(f"Loaded {{loaded}}: step {{engine.global_steps}}")
+
+# From here on it is yours: engine(batch), engine.backward(loss), engine.step(), engine.save_checkpoint(folder).
+'''
+
+
+def _readme(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan) -> str:
+    state = checkpoint.state
+    corrected = "" if recipe.optimizer.bias_correction else (
+        "\nIts AdamW makes no bias correction: torch's own does none at the step count of 2^24 that its state holds.\n"
+    )  # fmt: skip
+    return f"""# {recipe.name}, step {state["step"]:,}, as DeepSpeed's own checkpoint
+
+{_layout(plan)}, after {state["tokens"]:,} tokens. DeepSpeed loads it with as many ranks, the same stage and the same
+precision. Where electra_ds is installed:
+
+```bash
+torchrun --nproc_per_node {plan.batch.world_size} go_on.py
 ```
+
+`go_on.py` makes model, optimizer and engine and loads this folder; the training is yours to add. (The line is for one
+machine; on several, their `--nproc_per_node` times `--nnodes` is {plan.batch.world_size}.)
 {corrected}
-`model(batch)` gives sums of losses over the batch, see `ElectraOutput`; the learning rate and its schedule are the
+`engine(batch)` gives sums of losses over the batch, see `ElectraOutput`; the learning rate and its schedule are the
 script's to set. Back into a run of electra_ds: `bin/checkpoint import THIS_FOLDER --trusted --run-dir RUN
 --ds-config JSON`.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,15 @@ from electra_ds.engine.native import MOMENTS, NativeCheckpoint, NativeFiles
 from electra_ds.errors import CheckpointError, ConfigError
 from electra_ds.model.electra import Electra
 from electra_ds.model.names import find_naming, own_tensors
-from electra_ds.train.adopt import begin_with
+from electra_ds.train.adopt import FRESH_COUNTERS, begin_with
 from electra_ds.train.launch import recorded_store
 from electra_ds.train.pretrain import PretrainJob
+
+_LARGEST = 2.0**127
+"""Of the counters, which fp32 holds."""
+_LEAST = {
+    "taken_steps": 0.0, "skipped_steps": 0.0, "consecutive_skips": 0.0, "good_steps": 0.0, "hysteresis_left": 1.0,
+}  # fmt: skip
 
 
 def folder_of_export(files: NativeFiles) -> Path | None:
@@ -57,7 +64,6 @@ def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | Non
     else:
         tokens, seen = state["tokens"], f"{state['tokens']:,}"
     job = replace(job, record=replace(job.record, initialised_from=[str(native.folder.resolve())]))
-    path = begin_with(job, tensors, step=native.step, tokens=tokens, counters=counters)
     names = list(model.named_parameters())
     if not found_moments:
         moments = "none, so AdamW's begin at zero"
@@ -67,7 +73,7 @@ def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | Non
         moments = f"of {found_moments} tensors; the others' begin at zero, as no gradient had reached them"
     skipped = f", {int(counters['skipped_steps'])} of them skipped" if counters["skipped_steps"] else ""
     scale = f", loss scale {counters['loss_scale']:g}" if counters["is_scaled"] else ""
-    lines = [
+    lines = [  # made before anything is written: nothing may fail once the run is there
         f"read {native.folder}: ZeRO stage {native.stage}, {native.precision}, {native.ranks} rank(s)",
         f"  names    those of {naming}",
         f"  step     {native.step:,}{skipped}{scale}",
@@ -75,10 +81,9 @@ def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | Non
         f"  weights  {len(names)} tensors, {sum(parameter.numel() for _, parameter in names):,} parameters",
         f"  moments  {moments}",
         *(f"Note: {note}." for note in (*native.notes, *_differences(native, job.recipe.optimizer))),
-        f"wrote {path}",
-        f"Go on with: bin/pretrain --resume {job.run.path}",
     ]
-    return "\n".join(lines)
+    path = begin_with(job, tensors, step=native.step, tokens=tokens, counters=counters)
+    return "\n".join((*lines, f"wrote {path}", f"Go on with: bin/pretrain --resume {job.run.path}"))
 
 
 def _own(native: NativeCheckpoint, model: Electra) -> tuple[dict[str, torch.Tensor], int, str]:
@@ -108,22 +113,67 @@ def _state_of_export(folder: Path | None, step: int) -> dict[str, Any] | None:
         return None
     try:
         state = json.loads((folder / "state.json").read_text("utf8"))
-        is_of_step = state["step"] == step
-        int(state["tokens"]), dict(state["optimizer"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'state.json'} cannot be read: {error!r}. Delete it to do without.") from error
-    return state if is_of_step else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / 'state.json'} cannot be read: {error}. Delete it to do without.") from error
+    problem = _problem_of_state(state)
+    if problem:
+        raise CheckpointError(
+            f"{folder / 'state.json'} is not what an export of ours holds: {problem}. Delete it to do without."
+        )
+    if state["step"] != step:
+        return None
+    return dict(state, optimizer={name: float(value) for name, value in state["optimizer"].items()})
+
+
+def _problem_of_state(state: Any) -> str:
+    """What keeps a run from going on with it; empty where nothing does."""
+    if not isinstance(state, dict):
+        return "it is no object"
+    for key in ("step", "tokens"):
+        value = state.get(key)
+        if type(value) is not int or not 0 <= value < 2**63:  # True is an int too
+            return f"{key} is {repr(value)[:40]}"
+    counters = state.get("optimizer")
+    if not isinstance(counters, dict):
+        return "optimizer is no object"
+    if counters.keys() != FRESH_COUNTERS.keys():
+        wrong = sorted(map(repr, counters.keys() ^ FRESH_COUNTERS.keys()))
+        return f"optimizer lacks or knows not {', '.join(wrong)[:80]}"
+    for name, value in counters.items():
+        # The bound holds off infinities and NaN, with which every comparison is false.
+        is_number = type(value) in (int, float) and abs(value) < _LARGEST
+        if not is_number or value < _LEAST.get(name, value) or (name == "loss_scale" and value <= 0):
+            return f"optimizer's {name} is {repr(value)[:40]}"
+    return ""
 
 
 def _differences(native: NativeCheckpoint, section: OptimizerSection) -> list[str]:
     """Where the run will go on otherwise than the checkpoint's optimizer would."""
     notes = []
     for key, ours in (("betas", (section.beta1, section.beta2)), ("eps", section.epsilon)):
-        theirs = native.adam.get(key)
-        theirs = tuple(theirs) if isinstance(theirs, list) else theirs
-        if theirs is not None and theirs != ours:
-            notes.append(f"its optimizer had {key} {theirs}, and the recipe has {ours}")
+        theirs = _numbers(native.adam.get(key))
+        own = _numbers(ours)
+        if theirs is None and native.adam.get(key) is not None:
+            notes.append(f"its optimizer had {key} that are not known, and the recipe has {ours}")
+        elif theirs and own and (len(theirs) != len(own) or not all(map(_is_same, theirs, own))):
+            shown = theirs[0] if isinstance(ours, float) and len(theirs) == 1 else theirs
+            notes.append(f"its optimizer had {key} {shown}, and the recipe has {ours}")
     if native.adam and native.corrects_bias != section.bias_correction:
         did, does = ("did", "does not") if native.corrects_bias else ("did not", "does")
         notes.append(f"its optimizer {did} correct Adam's bias, and the recipe's {does}")
     return notes
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    """One number or two, in Python's or torch's form; None for anything else."""
+    if torch.is_tensor(value):
+        value = value.tolist() if value.numel() <= 2 else None
+    values = value if isinstance(value, (list, tuple)) else [value]
+    values = [one.item() if torch.is_tensor(one) and one.numel() == 1 else one for one in values]
+    is_plain = 0 < len(values) <= 2 and all(type(one) in (int, float) and abs(one) < _LARGEST for one in values)
+    return tuple(map(float, values)) if is_plain else None
+
+
+def _is_same(theirs: float, ours: float) -> bool:
+    """Whether they agree as far as fp32 tells, in which a tensor may have them."""
+    return math.isclose(theirs, ours, rel_tol=1e-6)

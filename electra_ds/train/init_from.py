@@ -117,6 +117,8 @@ def read_beginning(sources: Sequence[str], recipe: Recipe) -> Beginning:
     A folder may be one that bin/export made. Raises DataError where a model cannot be had or used, ConfigError where
     they are no discriminator with or without a generator, or do not fit the recipe.
     """
+    for source in sources:
+        _check_word(source)
     parts = [
         read_pretrained(name, fetch_model(name) if is_hub_model(name) else Path(name))
         for source in sources
@@ -143,6 +145,16 @@ def read_beginning(sources: Sequence[str], recipe: Recipe) -> Beginning:
         most_shared(tensors),
     )
     return beginning
+
+
+def _check_word(source: str) -> None:
+    """Raises ConfigError for what can name neither a folder nor a model."""
+    if not source.strip():
+        raise ConfigError("--init-from is given an empty name. Give a folder, or OWNER/NAME of a model on the Hub.")
+    try:
+        (Path(source) / "config.json").exists()
+    except OSError as error:  # too long a name, above all
+        raise ConfigError(f"--init-from {source[:40]}… cannot be looked up: {error.strerror}.") from error
 
 
 def _expanded(source: str) -> list[str]:
