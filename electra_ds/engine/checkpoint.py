@@ -26,6 +26,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,21 +123,14 @@ class CheckpointFolder:
         To be called by all ranks, which share the reading of its files. None where no checkpoint was ever published.
         Raises CheckpointError where every one is damaged, or one cannot be read.
         """
-        rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
         damaged: dict[Path, str] = {}
         for path in reversed(ranks.from_main(self.paths()) if ranks else self.paths()):
-            problem: CheckpointError | None = None
-            try:
-                load_checkpoint(path, rank, world_size)
-            except CheckpointError as error:
-                problem = error
-            problems = [found for found in (ranks.gather(problem) if ranks else [problem]) if found]
-            if not problems:
+            problem = _problem(path, ranks)
+            if problem is None:
                 return path, damaged
-            for found in problems:
-                if isinstance(found, UnreadableError):
-                    raise found
-            damaged[path] = str(problems[0])
+            if isinstance(problem, UnreadableError):
+                raise problem
+            damaged[path] = str(problem)
         if damaged:
             raise CheckpointError("No checkpoint of this run is whole:\n  " + "\n  ".join(damaged.values()))
         return None, {}
@@ -261,10 +255,25 @@ def share_of(shapes: Mapping[str, tuple[int, ...]], rank: int, world_size: int) 
     return own
 
 
-def load_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
-    """Verify, of several ranks each its share, and open. Raises CheckpointError where a file is missing, cut short or
-    changed, or they do not belong together."""
-    verify_checkpoint(path, rank, world_size)
+def _problem(path: Path, ranks: Ranks | None) -> CheckpointError | None:
+    """What any rank finds wrong with a checkpoint: hashes first, each rank its share, then that it can be opened."""
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    for check in (partial(verify_checkpoint, path, rank, world_size), partial(open_checkpoint, path)):
+        own: CheckpointError | None = None
+        try:
+            check()
+        except CheckpointError as error:
+            own = error
+        problems = [problem for problem in (ranks.gather(own) if ranks else [own]) if problem is not None]
+        if problems:
+            return next((problem for problem in problems if isinstance(problem, UnreadableError)), problems[0])
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Verify and open. Raises CheckpointError where a file is missing, cut short or changed, or what they say does not
+    belong together."""
+    verify_checkpoint(path)
     return open_checkpoint(path)
 
 
