@@ -36,12 +36,11 @@ from safetensors import SafetensorError
 from electra_ds.engine.optimizer import FRESH_COUNTERS
 from electra_ds.engine.tensor_file import FileEntry, TensorFiles, hash_file, write_file, write_tensors
 from electra_ds.errors import CheckpointError
-from electra_ds.runtime import Ranks
+from electra_ds.runtime import Ranks, is_disk_full
 
 FORMAT = 1
 LATEST = "latest"
 _NAME = re.compile(r"step-\d{8}")  # a copy that somebody keeps beside them under another name is theirs
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _KINDS = ("master", "exp_avg", "exp_avg_sq")
 _FILE = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 _SHARD = re.compile(r"(weights|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
@@ -182,7 +181,7 @@ class CheckpointFolder:
         """What to say where a checkpoint could not be written."""
         earlier = self.paths()
         kept = f"The newest complete one is {earlier[-1]}." if earlier else "There is none before it."
-        mend = "Make room" if isinstance(error, OSError) and error.errno in _FULL else "Mend that"
+        mend = "Make room" if is_disk_full(error) else "Mend that"
         then = "go on with --resume" if earlier else "give the command again"
         return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {mend}, then {then}.")
 

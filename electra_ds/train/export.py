@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import re
 import secrets
 import shutil
 from pathlib import Path
@@ -16,14 +14,10 @@ from transformers.utils import logging
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.hub_names import is_hub_model
-from electra_ds.errors import CheckpointError
 from electra_ds.model.convert import to_transformers
+from electra_ds.train.export_folder import cannot_write, check_out, unfinished
 from electra_ds.train.tracking import read_metrics
 from electra_ds.train.trained import beside, load_model, newest_checkpoint
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NATIVE_ERROR_NUMBER = re.compile(r"os error (\d+)")
-_LONGEST_NAME = 200
 
 
 def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
@@ -58,35 +52,6 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
         f"{out / 'discriminator'}: the encoder to finetune, AutoModel.from_pretrained({str(out / 'discriminator')!r})\n"
         f"{out / 'generator'}: the masked language model, ElectraForMaskedLM.from_pretrained(…)"
     )
-
-
-def check_out(out: Path) -> None:
-    """Raises CheckpointError unless a folder can be made there, or an empty one be replaced."""
-    try:
-        if out.is_symlink():
-            raise CheckpointError(
-                f"{out} is a symbolic link, which would be replaced. Give the folder itself as --out."
-            )
-        if out.exists() and not out.is_dir():
-            raise CheckpointError(f"{out} is a file, and an export is a folder. Give another --out.")
-        if out.is_dir() and any(out.iterdir()):
-            raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
-    except OSError as error:
-        raise cannot_write(out, error) from error
-
-
-def unfinished(out: Path, token: str) -> Path:
-    """The hidden folder beside it in which the export is made; with a token, so that it is nobody else's."""
-    return out.parent / f".{out.name[:_LONGEST_NAME]}.{token}"
-
-
-def cannot_write(out: Path, error: Exception) -> CheckpointError:
-    """What to say where an export could not be written."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (match := _NATIVE_ERROR_NUMBER.search(str(error))):  # safetensors' own error
-        number = int(match[1])
-    advice = " Make room, then start it anew." if number in _FULL else ""
-    return CheckpointError(f"Cannot write the export {out}: {error}.{advice}")
 
 
 def _published_name(source: str) -> str:

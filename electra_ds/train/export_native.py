@@ -18,7 +18,7 @@ from electra_ds.engine.native_export import native_config, write_native
 from electra_ds.model.electra import Electra
 from electra_ds.runtime import Ranks
 from electra_ds.train import launch
-from electra_ds.train.export import cannot_write, check_out, unfinished
+from electra_ds.train.export_folder import cannot_write, check_out, unfinished
 from electra_ds.train.trained import beside, newest_checkpoint, recorded_recipe
 
 _BESIDE = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
