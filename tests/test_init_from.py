@@ -604,7 +604,7 @@ def test_the_command_begins_with_the_weights_and_their_tokenizer(
         "--set", *SMALL, "schedule.total_steps=4", "schedule.warmup_steps=1",
     ])  # fmt: skip
     out = capsys.readouterr().out
-    assert f"begins with the weights of {folders / 'embeddings' / 'generator'}\n" in out
+    assert f"first weights: {folders / 'embeddings' / 'generator'}\n" in out
     losses = train_losses(tmp_path / "run")
     assert [step for step, _ in losses] == [1, 2, 3, 4]
     assert losses[0][1] == pytest.approx(first.loss.item(), rel=1e-6)
@@ -630,7 +630,7 @@ def test_a_run_that_is_killed_before_its_first_save_goes_on_from_the_weights(
     process.kill()
     process.wait()
     assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-00000000", "latest"}
-    assert f"begins with the weights of {folders}" in run("pretrain", "--resume", str(killed)).stdout
+    assert f"first weights: {folders}" in run("pretrain", "--resume", str(killed)).stdout
     assert train_losses(killed) == train_losses(straight)
 
 
