@@ -253,7 +253,7 @@ def test_two_ranks_resume_from_disk_and_fall_back_from_a_damaged_checkpoint(
         arguments = run_arguments(store.path, tmp_path / run, *DROPOUT)
         processes = start("srun", [*arguments, "--stop-at", stop, *how], tmp_path / f"{run}.log")
         assert set(finish(processes)) == {0}, (tmp_path / f"{run}.log").read_text()
-    newest = tmp_path / "parted" / "checkpoints" / "step-00000010" / "optimizer.safetensors"
+    newest = tmp_path / "parted" / "checkpoints" / "step-00000010" / "optimizer-00002-of-00002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
     processes = start("srun", ["--stop-at", "20"], tmp_path / "resumed.log", resume=tmp_path / "parted")
     assert set(finish(processes)) == {0}, (tmp_path / "resumed.log").read_text()

@@ -22,7 +22,7 @@ from tests.test_ranks import BOUNDS
 HALF, STEPS = 8, 16
 RECIPE = ("global_batch_size=16", "schedule.total_steps=40", "schedule.warmup_steps=5")
 """With dropout off, whose noise belongs to the plan."""
-IN_CI = (0, 1, 2, 3, 8)
+IN_CI = (0, 3, 8)
 
 
 class Plan(NamedTuple):
