@@ -37,7 +37,7 @@ from tests.test_checkpoint import RECORD, tensors
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "kills"),
-    [(1, 14), (2, 6), *(pytest.param(ranks, 100, marks=pytest.mark.nightly) for ranks in (1, 2))],
+    [(1, 16), (2, 4), *(pytest.param(ranks, 100, marks=pytest.mark.nightly) for ranks in (1, 2))],
 )
 @pytest.mark.timeout(3600)
 def test_a_storm_of_kills_loses_no_run(tmp_path: Path, ranks: int, kills: int) -> None:

@@ -634,6 +634,7 @@ def test_a_run_that_is_killed_before_its_first_save_goes_on_from_the_weights(
     assert train_losses(killed) == train_losses(straight)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_ranks_begin_with_the_same_weights_as_one(store: TokenStore, folders: Path, tmp_path: Path) -> None:
     """Dropout off, so that the plan changes no loss."""

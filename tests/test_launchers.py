@@ -241,7 +241,7 @@ def wait_for_steps(run_dir: Path, steps: int, seconds: float = 90) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.nightly), 3])
 def test_two_ranks_resume_from_disk_and_fall_back_from_a_damaged_checkpoint(
     store: TokenStore, tmp_path: Path, stage: int
 ) -> None:

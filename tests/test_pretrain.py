@@ -137,6 +137,7 @@ def test_a_kill_loses_no_line_of_metrics_however_rarely_they_are_read(
     assert train_losses(run_dir) == train_losses(straight)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_run_whose_newest_checkpoint_is_damaged_is_trained_again_from_the_one_before(
     store: TokenStore, straight: Path, tmp_path: Path
