@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from rich.console import Console
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine import probe
-from electra_ds.engine.checkpoint import CheckpointFolder
+from electra_ds.engine.checkpoint import CheckpointFolder, Draft
 from electra_ds.engine.optimizer import MasterAdamW
 from electra_ds.engine.probe import fitting_plan, has_room
 from electra_ds.engine.step import StepLosses
@@ -214,7 +215,8 @@ def test_an_update_that_had_begun_is_not_done_twice(
 def test_a_step_that_is_done_is_not_done_twice(
     store: TokenStore, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
-    """Memory runs out when the losses of the sixth step are put together, after its update."""
+    """Memory runs out when the losses of the sixth step are put together, after its update, and while the checkpoint
+    from before it is still being written."""
     result, calls = StepLosses.result, [0]
 
     def faulty(self: StepLosses, grad_norm: torch.Tensor) -> Any:
@@ -223,6 +225,13 @@ def test_a_step_that_is_done_is_not_done_twice(
             raise out_of_memory()
         return result(self, grad_norm)
 
+    publish = Draft.publish
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.5)  # on a slow disk
+        publish(*arguments)
+
+    monkeypatch.setattr(Draft, "publish", slow)
     monkeypatch.setattr(StepLosses, "result", faulty)
     wanted = r"since its update had begun\. From step-00000005 on: bin/pretrain --resume \S+run --micro-batch 6"
     with pytest.raises(TrainingError, match=wanted):

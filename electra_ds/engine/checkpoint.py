@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from electra_ds.engine.optimizer import FRESH_COUNTERS
+from electra_ds.engine.optimizer import FRESH_COUNTERS, MOMENTS
 from electra_ds.engine.tensor_file import FileEntry, TensorFiles, hash_file, write_file, write_tensors
 from electra_ds.errors import CheckpointError
 from electra_ds.runtime import Ranks, is_disk_full
@@ -41,7 +41,7 @@ from electra_ds.runtime import Ranks, is_disk_full
 FORMAT = 1
 LATEST = "latest"
 _NAME = re.compile(r"step-\d{8}")  # a copy that somebody keeps beside them under another name is theirs
-_KINDS = ("master", "exp_avg", "exp_avg_sq")
+_KINDS = ("master", *MOMENTS)
 _FILE = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 _SHARD = re.compile(r"(weights|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
 

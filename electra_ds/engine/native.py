@@ -25,15 +25,13 @@ import torch
 from electra_ds.engine.native_deal import Flat, Slot, Slots, deal
 from electra_ds.engine.native_pickle import Inert, load_inert
 from electra_ds.engine.native_zero import in_fp32, partitioned_tensors, shared_out_tensors
+from electra_ds.engine.optimizer import MOMENTS, STEP_WITHOUT_CORRECTION
 from electra_ds.errors import CheckpointError
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt")
 _OTHER_LAYOUTS = re.compile(r"layer_.*|.*expert_.*|expp_rank_.*")
 _HALF = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_NO_CORRECTION = 2.0**24
-"""Adam's step from which on its bias correction is 1, as `adamw_state` sets it."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _LONGEST_TAG = 200
 _MOST_SHOWN = 5
 _TOO_LARGE = 2**53
@@ -175,7 +173,7 @@ def _read(files: NativeFiles) -> NativeCheckpoint:
             raise CheckpointError(f"{files.folder}: {name} is not finite. Take a checkpoint from before.")
     step, skipped = _whole_number(state, "global_steps", files), _whole_number(state, "skipped_steps", files)
     adam_step = _adam_step(own)
-    corrects = adam_step is None or adam_step < _NO_CORRECTION
+    corrects = adam_step is None or adam_step < STEP_WITHOUT_CORRECTION
     precision = _precision(state["module"])
     counters = _loss_scale(scaling, precision == "fp16") | {
         "taken_steps": adam_step if adam_step is not None and corrects else float(max(0, step - skipped)),

@@ -20,7 +20,7 @@ from electra_ds.config.monitors import MONITOR_SECTIONS
 from electra_ds.config.recipe import Recipe
 from electra_ds.engine.checkpoint import Checkpoint
 from electra_ds.engine.engine import check_plan, close_deepspeed
-from electra_ds.engine.optimizer import adamw_state
+from electra_ds.engine.optimizer import MOMENTS, adamw_state
 from electra_ds.engine.zero import ZeroAdamW, torch_adamw
 from electra_ds.model.electra import Electra
 from electra_ds.objective.schedule import learning_rate_at
@@ -114,7 +114,7 @@ def _fill_whole(
             state = adamw_state(
                 master, bias_correction=recipe.optimizer.bias_correction, taken_steps=counters["taken_steps"]
             )
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 state[key].copy_(tensors[f"{key}/{name}"])
             optimizer.state[master] = state
     if wrapper is not None and wrapper.loss_scale_config.dynamic_loss_scale and counters["is_scaled"]:

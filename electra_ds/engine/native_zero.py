@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from electra_ds.engine.native_pickle import Inert
+from electra_ds.engine.optimizer import MOMENTS
 from electra_ds.errors import CheckpointError
 
 _NO_MOMENTS = "its optimizer holds no moments of Adam's, as before the first step"
@@ -126,7 +127,7 @@ def _rank_groups(folder: Path, part: Mapping[str, Any], masters_key: str, state_
     has_moments = len(states) == len(groups) and all("exp_avg" in own and "exp_avg_sq" in own for own in states)
     if has_moments:
         for group, own in zip(groups, states, strict=True):
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind in MOMENTS:
                 if own[kind].numel() < group["master"].numel():
                     raise _unknown(folder, f"{kind} of {own[kind].numel()} for {group['master'].numel()} masters")
                 group[kind] = in_fp32(own[kind], f"{folder}: {kind}").flatten()[: group["master"].numel()]

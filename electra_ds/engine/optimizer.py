@@ -22,8 +22,9 @@ NO_SCALING = LossScaling(initial_scale=1.0, is_dynamic=False)
 # What a run that did not scale its loss before takes in fp16 at first, or less where the JSON says so: at DeepSpeed's
 # 2^16 the first updates would be lost until the scale fits (docs/experiments.md). It grows as every scale does.
 FIRST_SCALE = 2.0**8
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # At this step count 1 - beta^count is 1 for every usual beta, and in fp32 adding 1 leaves the count as it is.
-_STEP_WITHOUT_CORRECTION = 2.0**24
+STEP_WITHOUT_CORRECTION = 2.0**24
 
 FRESH_COUNTERS = {
     "taken_steps": 0.0, "skipped_steps": 0.0, "consecutive_skips": 0.0, "is_scaled": 0.0, "loss_scale": 1.0,
@@ -50,7 +51,7 @@ def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: 
     Without bias correction the step count stands so high that the correction is 1: the update is the original's,
     through torch's own kernels. `taken_steps` then has no say.
     """
-    step = taken_steps if bias_correction else _STEP_WITHOUT_CORRECTION
+    step = taken_steps if bias_correction else STEP_WITHOUT_CORRECTION
     return {
         "step": torch.full((), step, device=parameter.device, dtype=torch.float32),
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),

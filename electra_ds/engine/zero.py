@@ -27,9 +27,8 @@ from torch import distributed, nn
 
 from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection
-from electra_ds.engine.optimizer import FIRST_SCALE, NO_SCALING, adamw_state, parameter_groups
+from electra_ds.engine.optimizer import FIRST_SCALE, MOMENTS, NO_SCALING, adamw_state, parameter_groups
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _NEVER = 2**62  # steps
 
 
@@ -137,7 +136,7 @@ class ZeroAdamW:
         result: dict[str, torch.Tensor] = {}
         for name, parameter in self.named_parameters:
             whole = {f"master/{name}": safe_get_full_fp32_param(parameter)}
-            whole |= {f"{key}/{name}": safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
+            whole |= {f"{key}/{name}": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if names is None or name in names:
                 result |= {key: tensor.to("cpu", torch.float32) for key, tensor in whole.items()}  # they are copies
         return result
@@ -160,12 +159,12 @@ class ZeroAdamW:
     def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
         """Take over what `snapshot` and `counters` gave at any stage and precision, the same on every rank."""
         for name, parameter in self.named_parameters:
-            values = {key: tensors[f"{key}/{name}"].to(self._engine.device) for key in ("master", *_MOMENTS)}
+            values = {key: tensors[f"{key}/{name}"].to(self._engine.device) for key in ("master", *MOMENTS)}
             if self._stage == 3:
                 self._set_partition(parameter, values)
             else:
                 safe_set_full_fp32_param(parameter, values["master"])
-                for key in _MOMENTS:
+                for key in MOMENTS:
                     safe_set_full_optimizer_state(parameter, values[key], key)
                 parameter.copy_(values["master"])
         self.taken_steps = int(counters["taken_steps"])
@@ -192,7 +191,7 @@ class ZeroAdamW:
             return padded[first : first + size]
 
         safe_set_local_fp32_param(parameter, own(values["master"]))
-        for key in _MOMENTS:
+        for key in MOMENTS:
             safe_set_local_optimizer_state(parameter, own(values[key]), key)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if distributed.get_rank() == 0:

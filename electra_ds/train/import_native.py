@@ -14,8 +14,8 @@ import torch
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.recipe import OptimizerSection
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.native import MOMENTS, NativeCheckpoint, NativeFiles
-from electra_ds.engine.optimizer import FRESH_COUNTERS
+from electra_ds.engine.native import NativeCheckpoint, NativeFiles
+from electra_ds.engine.optimizer import FRESH_COUNTERS, MOMENTS
 from electra_ds.errors import CheckpointError, ConfigError
 from electra_ds.model.electra import Electra
 from electra_ds.model.names import find_naming, own_tensors

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections import deque
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -257,7 +258,7 @@ class _Loop:
         return self.plan.with_micro_batch(sizes[0])
 
     def _how_to_go_on(self, arguments: str = "") -> str:
-        saved = self.checkpoints.paths()
+        saved = self._saved()
         if saved:
             return f"From {saved[-1].name} on: bin/pretrain --resume {self.job.run.path}{arguments}"
         return f"No checkpoint was saved yet, so start anew{' with' if arguments else ''}{arguments}."
@@ -360,7 +361,7 @@ class _Loop:
             allowed += scaling.hysteresis + int(math.log2(max(1.0, scaling.initial_scale)))
         if consecutive_skips < allowed:
             return
-        saved = self.checkpoints.paths()
+        saved = self._saved()
         last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
         raise TrainingError(
             f"The gradients have not been finite for {consecutive_skips} steps (now at step {self.step}); the weights "
@@ -397,6 +398,11 @@ class _Loop:
     def _save(self) -> None:
         """Begin to save a checkpoint at the step that is done."""
         self.saver.save(self.engine.optimizer, self._state(), self.record_files)
+
+    def _saved(self) -> list[Path]:
+        """The checkpoints there are, with the one that is being written."""
+        self.saver.close()
+        return self.checkpoints.paths()
 
     def _state(self) -> dict[str, object]:
         """What a checkpoint says beside what the optimizer tells."""
