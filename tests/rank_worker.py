@@ -72,7 +72,7 @@ def evaluation(store: TokenStore, ranks: runtime.Ranks) -> Evaluation:
     plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=1, zero_optimization={"stage": 3})
     engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    found = Evaluator(store, split, recipe, 21, 3, ranks)(engine.evaluate, torch.device("cpu"))
+    found = Evaluator(store, split, recipe, 21, ranks)(engine.evaluate, torch.device("cpu"), 3)
     engine.close()
     return found
 

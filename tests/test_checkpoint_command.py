@@ -30,7 +30,10 @@ def save(folder: CheckpointFolder, step: int, record: dict[str, str]) -> Path:
 def run(tmp_path: Path) -> Path:
     recipe: Recipe = small_recipe()
     settings = RunSettings(log_every=1, eval_every=1, save_every=10, keep=2, eval_windows=8)
-    record = RunRecord("store", "fingerprint", {}, "CPU", 1, 2, settings, [])
+    record = RunRecord(
+        store="store", store_fingerprint="fingerprint", parameters={}, device="CPU", threads=1, world_size=2,
+        settings=settings, command=[],
+    )  # fmt: skip
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     plan = cpu_plan(recipe, zero_optimization={"stage": 2})

@@ -88,12 +88,15 @@ def test_a_kill_before_any_file_operation_of_a_save_leaves_the_newest_checkpoint
 def test_a_kill_before_any_file_operation_of_a_prune_leaves_what_was_to_stay(tmp_path: Path) -> None:
     """Of a run with four checkpoints, two of which it keeps, and a leftover."""
     settings = RunSettings(log_every=1, eval_every=1, save_every=1, keep=2, eval_windows=1)
+    blank = RunRecord(
+        store="", store_fingerprint="", parameters={}, device="", threads=1, world_size=1, settings=settings, command=[]
+    )
     operations, status = 0, None
     while status != 0:
         operations += 1
         run = RunDirectory(tmp_path / str(operations))
         run.path.mkdir()
-        (run.path / "run.json").write_text(RunRecord("", "", {}, "", 1, 1, settings, []).to_json())
+        (run.path / "run.json").write_text(blank.to_json())
         folder = CheckpointFolder(run.checkpoints, keep=9)
         for step in (1, 2, 3, 4):
             folder.save(tensors(step), {"step": step}, RECORD)

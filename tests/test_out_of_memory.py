@@ -33,7 +33,7 @@ from electra_ds.objective.microbatch import MicroBatch
 from electra_ds.runtime import Ranks, is_out_of_memory
 from electra_ds.train import launch
 from electra_ds.train.metrics import Evaluator
-from electra_ds.train.pretrain import _Loop, pretrain
+from electra_ds.train.pretrain import PretrainLoop, pretrain
 from electra_ds.train.tracking import read_metrics
 from tests.helpers import cpu_plan, small_recipe
 from tests.test_pretrain import DROPOUT, final_tensors, run, start_arguments, train_losses
@@ -299,15 +299,15 @@ def test_a_full_disk_does_not_hide_that_memory_ran_out_nor_end_the_run(
 def test_where_not_even_the_engine_can_be_made_again_what_was_learned_is_saved(
     store: TokenStore, process_group: Ranks, halves: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, calls = _Loop._make_engine, [0]
+    make, calls = PretrainLoop._make_engine, [0]
 
-    def faulty(self: _Loop) -> Any:
+    def faulty(self: PretrainLoop) -> Any:
         calls[0] += 1
         if calls[0] == 2:
             raise out_of_memory()
         return make(self)
 
-    monkeypatch.setattr(_Loop, "_make_engine", faulty)
+    monkeypatch.setattr(PretrainLoop, "_make_engine", faulty)
     with fails("backward", lambda turn, _: turn == 3), pytest.raises(TrainingError, match="Memory ran out"):
         train(store, tmp_path, process_group, micro(12))
     run_dir = tmp_path / "run"
@@ -323,15 +323,15 @@ def test_nothing_of_the_failed_step_and_its_engine_stays(
     store: TokenStore, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
     """When the next engine is made, the one before it is gone, model, state and all."""
-    make, before = _Loop._make_engine, []
+    make, before = PretrainLoop._make_engine, []
 
-    def watched(self: _Loop) -> Any:
+    def watched(self: PretrainLoop) -> Any:
         assert [alive() for alive in before] == [None] * len(before)
         engine = make(self)
         before.extend(map(weakref.ref, (engine, engine.module, engine.optimizer, *engine.module.parameters())))
         return engine
 
-    monkeypatch.setattr(_Loop, "_make_engine", watched)
+    monkeypatch.setattr(PretrainLoop, "_make_engine", watched)
     with fails("backward", lambda turn, _: turn == 3):
         train(store, tmp_path, process_group, micro(12, zero_optimization={"stage": stage}))
     assert len(before) > 20

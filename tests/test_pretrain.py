@@ -382,7 +382,7 @@ def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_last_good_chec
     with directory.locked():
         plan = launch.plan_new(options, recipe, directory, process_group)
         job = launch.prepare_new(options, recipe, plan, store, directory, process_group)
-        loop = pretrain._Loop(job, process_group, Console(file=open(os.devnull, "w")))  # noqa: SIM115
+        loop = pretrain.PretrainLoop(job, process_group, Console(file=open(os.devnull, "w")))  # noqa: SIM115
         train_step = loop.engine.train_step
 
         def poisoned(batch: Any, step: int) -> Any:
@@ -415,8 +415,8 @@ def test_evaluation_agrees_with_a_second_implementation(store: TokenStore, proce
     recipe = small_recipe("model.initializer_range=0.3")
     model = model_for(store, recipe)
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    evaluator = Evaluator(store, split, recipe, num_windows=24, micro_batch_size=5, ranks=process_group)
-    found = evaluator(model.eval(), torch.device("cpu"))
+    evaluator = Evaluator(store, split, recipe, num_windows=24, ranks=process_group)
+    found = evaluator(model.eval(), torch.device("cpu"), 5)
     batch = held_out_batch(store, split, recipe, 24)
     whole = batch.micro_batch(0, 24)
     model.eval()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.config.overrides import load_recipe, parse_value
-from electra_ds.config.recipe import recipe_keys, recipe_yaml, validate_recipe
+from electra_ds.config.recipe import Recipe, recipe_yaml, validate_recipe
 from electra_ds.config.shipped import recipe_names
 from electra_ds.errors import ConfigError
 
@@ -140,4 +140,4 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 
 def test_the_list_of_keys_reaches_every_section() -> None:
-    assert {"seed", "model.hidden_size", "masking.replace_at", "data.holdout_by"} <= set(recipe_keys())
+    assert {"seed", "model.hidden_size", "masking.replace_at", "data.holdout_by"} <= set(Recipe.dotted_keys())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from electra_ds import runtime
+from electra_ds.data.batches import GlobalBatch
 from electra_ds.data.token_store import TokenStore
 from electra_ds.model.electra import encoder_configs
+from electra_ds.model.encoder import EncoderConfig
 from electra_ds.model.flops import step_flops
 from electra_ds.report.run_report import speed_line
 from electra_ds.train import throughput
@@ -33,31 +37,35 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def flops_by(configs: tuple[EncoderConfig, EncoderConfig]) -> Callable[[GlobalBatch], float]:
+    return lambda batch: step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward
+
+
 def test_mfu_is_the_flops_of_the_steps_over_their_time_over_the_peak(store: TokenStore, clock: Clock) -> None:
     recipe = small_recipe()
     configs = encoder_configs(recipe, store.info.vocab_size, store.tokenizer.pad_id)
     batches = [builder_for(store, recipe).build(step) for step in range(3)]
     peak = 1e9
-    speed = Throughput(*configs, CPU, peak)
+    speed = Throughput(CPU, peak, flops_by(configs))
     for batch in batches[:2]:
         speed.count(batch)
     clock.now += 2.0
     with speed.paused():
         clock.now += 50.0  # an evaluation
     tokens = sum(batch.num_tokens for batch in batches[:2])
-    flops = sum(step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward for batch in batches[:2])
+    flops = sum(map(flops_by(configs), batches[:2]))
     assert speed.read() == {"tokens_per_s": round(tokens / 2), "mfu": round(flops / 2 / peak, 4)}
 
     speed.count(batches[2])
     clock.now += 4.0
-    flops = step_flops(*configs, batches[2].lengths_B, batches[2].num_selected).forward_and_backward
+    flops = flops_by(configs)(batches[2])
     assert speed.read() == {"tokens_per_s": round(batches[2].num_tokens / 4), "mfu": round(flops / 4 / peak, 4)}
 
 
 def test_where_the_peak_is_not_known_there_is_no_mfu(store: TokenStore, clock: Clock) -> None:
     recipe = small_recipe()
     configs = encoder_configs(recipe, store.info.vocab_size, store.tokenizer.pad_id)
-    speed = Throughput(*configs, CPU, joint_peak_flops(CPU, "fp32", 1))
+    speed = Throughput(CPU, joint_peak_flops(CPU, "fp32", 1), flops_by(configs))
     speed.count(builder_for(store, recipe).build(0))
     clock.now += 1.0
     assert set(speed.read()) == {"tokens_per_s"}

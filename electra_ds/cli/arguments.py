@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from electra_ds.config.shipped import ds_config_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,3 +74,40 @@ def duration_s(text: str) -> float:
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
     raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90m, 3.5h or 23:55:00")
+
+
+def add_launcher_arguments(command: argparse.ArgumentParser) -> None:
+    """What the deepspeed launcher adds, and what people who know its scripts give."""
+    command.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    command.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+
+
+def add_plan_arguments(how: Group, run_dir: str, micro_batch_help: str, ds_config_note: str = "") -> None:
+    """How any training is run. run_dir: where a run lives by default."""
+    how.add_argument(
+        "--ds-config", "--deepspeed_config", metavar="NAME|FILE",
+        help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON{ds_config_note}",
+    )  # fmt: skip
+    how.add_argument("--micro-batch", type=micro_batch, metavar="N|auto", help=micro_batch_help)
+    how.add_argument("--run-dir", type=Path, metavar="DIR", help=f"where the run lives (default: {run_dir})")
+    how.add_argument("--stop-at", type=positive, metavar="STEP", help="save and leave at this step of the schedule")
+    how.add_argument(
+        "--time-limit", type=duration_s, metavar="TIME",
+        help="save and leave after this time, e.g. 90m, 3.5h or 23:55:00, and leave the file `requeue` in the run",
+    )  # fmt: skip
+    how.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    how.add_argument("--log-every", type=positive, metavar="STEPS", help="default: 10")
+
+
+def add_tracking(group: Group) -> None:
+    """Where a run's numbers go."""
+    group.add_argument(
+        "--wandb", choices=("off", "online", "offline"),
+        help="Weights & Biases; offline needs no account and is uploaded later by `wandb sync` (default: off)",
+    )  # fmt: skip
+    group.add_argument("--wandb-project", metavar="NAME", help="default: electra_ds")
+    group.add_argument("--wandb-entity", metavar="NAME", help="the user or team (default: that of the account)")
+    group.add_argument("--wandb-group", metavar="NAME", help="shows runs together")
+    group.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, help="write RUN/tensorboard (default: no)"
+    )

@@ -10,13 +10,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, duration_s, micro_batch, positive
+from electra_ds.cli.arguments import (
+    DEFAULT_RECIPE,
+    add_command,
+    add_launcher_arguments,
+    add_overrides,
+    add_plan_arguments,
+    add_tracking,
+    positive,
+)
 from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
-from electra_ds.config.shipped import ds_config_names, recipe_names
+from electra_ds.config.shipped import recipe_names
 from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
-    from electra_ds.cli.arguments import Commands, Group
+    from electra_ds.cli.arguments import Commands
     from electra_ds.config.recipe import Recipe
     from electra_ds.train.init_from import Beginning
     from electra_ds.train.pretrain import PretrainJob
@@ -65,48 +73,21 @@ def add_pretrain(commands: Commands) -> None:
     )  # fmt: skip
     add_corpus_arguments(what, default_note="default: the built-in corpus")
     what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
-    # What the deepspeed launcher adds, and what people who know its scripts give.
-    command.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    command.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    add_launcher_arguments(command)
     how = command.add_argument_group("how to run it")
-    how.add_argument(
-        "--ds-config", "--deepspeed_config", metavar="NAME|FILE",
-        help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON",
+    add_plan_arguments(
+        how, "runs/RECIPE-TIME",
+        "sequences at a time, in place of the JSON's; auto: the largest that fits, found by trying on a GPU",
     )  # fmt: skip
-    how.add_argument(
-        "--micro-batch", type=micro_batch, metavar="N|auto",
-        help="sequences at a time, in place of the JSON's; auto: the largest that fits, found by trying on a GPU",
-    )  # fmt: skip
-    how.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE-TIME)")
-    how.add_argument("--stop-at", type=positive, metavar="STEP", help="save and leave at this step of the schedule")
-    how.add_argument(
-        "--time-limit", type=duration_s, metavar="TIME",
-        help="save and leave after this time, e.g. 90m, 3.5h or 23:55:00, and leave the file `requeue` in the run",
-    )  # fmt: skip
-    how.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
     how.add_argument(
         "--compile", choices=("auto", "on", "off"),
         help="torch.compile, and CUDA graphs without accumulation; auto: on GPUs of compute capability 7.0 and above",
     )  # fmt: skip
-    how.add_argument("--log-every", type=positive, metavar="STEPS", help="default: 10")
     how.add_argument("--eval-every", type=positive, metavar="STEPS", help="default: a tenth of it, at most 5000")
     how.add_argument("--save-every", type=positive, metavar="STEPS", help="default: a tenth of it, at most 2000")
     how.add_argument("--keep", type=positive, metavar="N", help="checkpoints to retain (default: 3)")
     how.add_argument("--eval-windows", type=positive, metavar="N", help="held-out sequences (default: 512)")
-    _add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
-
-
-def _add_tracking(group: Group) -> None:
-    group.add_argument(
-        "--wandb", choices=("off", "online", "offline"),
-        help="Weights & Biases; offline needs no account and is uploaded later by `wandb sync` (default: off)",
-    )  # fmt: skip
-    group.add_argument("--wandb-project", metavar="NAME", help="default: electra_ds")
-    group.add_argument("--wandb-entity", metavar="NAME", help="the user or team (default: that of the account)")
-    group.add_argument("--wandb-group", metavar="NAME", help="shows runs together")
-    group.add_argument(
-        "--tensorboard", action=argparse.BooleanOptionalAction, help="write RUN/tensorboard (default: no)"
-    )
+    add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -143,12 +124,7 @@ def _pretrain(options: argparse.Namespace) -> None:
             else:
                 job = launch.prepare_resume(wanted, plan, run, ranks)
         job = launch.with_fitting_micro_batch(job, wanted, ranks)
-        with ranks.together():
-            if ranks.is_main:
-                held.enter_context(run.locked(is_new=recipe is not None))
-        mark = ranks.from_main(run.mark())
-        with ranks.together():
-            run.check_shared(mark)
+        launch.hold(run, ranks, held, is_new=recipe is not None)
         with ranks.together():
             if beginning:
                 job = _begin(job, beginning)

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from electra_ds.config.activations import parse_activations
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
 from electra_ds.config.precision import PRECISION_KEYS, Precision, parse_precision
-from electra_ds.config.recipe import Recipe
-from electra_ds.config.shipped import ds_config_names, ds_config_text
+from electra_ds.config.recipe import TrainingRecipe
+from electra_ds.config.shipped import DS_CONFIGS, ds_config_names, shipped_text
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.zero import parse_zero, without_auto
 from electra_ds.errors import ConfigError
@@ -131,7 +131,7 @@ def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
         )
     try:
         if name_or_path in names:
-            text = ds_config_text(name_or_path)
+            text = shipped_text(DS_CONFIGS, name_or_path)
         else:
             text = path.read_text("utf8")
         values = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -155,7 +155,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, auto_fp16: bool, source: str) -> DeepSpeedPlan:
+def resolve(
+    values: dict[str, Any], recipe: TrainingRecipe, *, world_size: int, auto_fp16: bool, source: str
+) -> DeepSpeedPlan:
     """Fill in, check and solve the batch plan. ConfigError lists every problem at once.
 
     auto_fp16: what `"fp16": {"enabled": "auto"}` means on the device, see `runtime.wants_fp16`.
@@ -168,7 +170,7 @@ def resolve(values: dict[str, Any], recipe: Recipe, *, world_size: int, auto_fp1
     zero = parse_zero(values, problems)
     precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes)
     monitors = parse_monitors(values, problems)
-    checkpointed_layers = parse_activations(values, recipe.model.num_hidden_layers, problems, notes)
+    checkpointed_layers = parse_activations(values, recipe.num_hidden_layers, problems, notes)
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:
         raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(problems))
@@ -224,7 +226,7 @@ _FLOPS_PROFILER: dict[str, tuple[type, ...]] = {
 _JSON_TYPES = {dict: "object", bool: "boolean", int: "whole number", str: "string"}
 
 
-def _check_recipe_owned(values: dict[str, Any], recipe: Recipe, problems: list[str], notes: list[str]) -> None:
+def _check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]) -> None:
     optimizer, schedule = recipe.optimizer, recipe.schedule
     owners: dict[str, tuple[Any, str]] = {
         "train_batch_size": (recipe.global_batch_size, "global_batch_size"),
@@ -265,7 +267,7 @@ def _check_recipe_owned(values: dict[str, Any], recipe: Recipe, problems: list[s
             )
 
 
-def _check_scheduler(section: dict[str, Any], recipe: Recipe, problems: list[str], notes: list[str]) -> None:
+def _check_scheduler(section: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]) -> None:
     """A scheduler whose numbers are all "auto", as in transformers' files, stands for the recipe's own schedule;
     one with numbers must be the recipe's."""
     kind, params = section.get("type", "auto"), section.get("params", {})

@@ -23,12 +23,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
+from typing_extensions import TypeVar
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Recipe, load_yaml, recipe_yaml, validate_recipe
+from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, recipe_yaml, validate_recipe
 from electra_ds.errors import CheckpointError, ConfigError
 
 FORMAT = 1
@@ -36,6 +37,7 @@ _PATIENCE_S = 10
 _CHECKPOINT = "step-" + 8 * "[0-9]"
 _PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _Parsed = TypeVar("_Parsed")
+_RecordT = TypeVar("_RecordT", bound="Record", default="RunRecord")
 _Count = Annotated[int, Field(gt=0)]
 Verdict = Literal["done", "stopped", "failed"]
 WandbMode = Literal["off", "online", "offline"]
@@ -43,15 +45,37 @@ Compile = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class Settings:
     """How often a run reports and saves: neither mathematics nor hardware."""
 
     log_every: _Count
     eval_every: _Count
     save_every: _Count
     keep: _Count
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    """Of a pretraining."""
+
     eval_windows: _Count
     compile: Compile = "auto"
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(Settings):
+    """Of a finetuning. early_stopping and best choose by the development set, whose scores are no test then."""
+
+    predict_test: bool = False
+    """Whether the test sets are predicted at the end."""
+    early_stopping: _Count | None = None
+    """Evaluations without a better score after which training ends."""
+    best: bool = False
+    """Whether the best evaluation's weights and scores are kept, in place of the last one's."""
+    discard_weights: bool = False
+    """Whether the checkpoints go once the run is done: scores and predictions stay."""
+    max_train_examples: _Count | None = None
+    """Train on so many examples, which the seed chooses."""
 
 
 @dataclass(frozen=True)
@@ -68,29 +92,73 @@ class TrackingSettings:
     csv: str | None = None
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What run.json says."""
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What run.json says of any run."""
 
-    store: str
-    """Path of the token store."""
-    store_fingerprint: str
     parameters: dict[str, int]
     """Sizes of the model's parts."""
     device: str
     threads: _Count
     world_size: _Count
-    settings: RunSettings
+    settings: Settings
     command: list[str]
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
-    initialised_from: list[str] = field(default_factory=list)
-    """Folders or Hub names whose weights the run began with; empty for random ones."""
     format: int = FORMAT
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """Of a pretraining."""
+
+    store: str
+    """Path of the token store."""
+    store_fingerprint: str
+    settings: RunSettings
+    initialised_from: list[str] = field(default_factory=list)
+    """Folders or Hub names whose weights the run began with; empty for random ones."""
+    kind: Literal["pretrain"] = "pretrain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSource:
+    """Where a task's examples come from: one of the three."""
+
+    folder: str | None = None
+    """Of official files."""
+    hub: str | None = None
+    """A dataset's name on the Hub."""
+    train: str | None = None
+    """The user's own files, and below what their columns are called."""
+    dev: str | None = None
+    test: str | None = None
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    label_kind: Literal["auto", "classification", "regression"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecord(Record):
+    """Of a finetuning."""
+
+    task: str
+    source: TaskSource
+    data_fingerprint: str
+    num_examples: _Count
+    """Training examples, those in both orders counted twice; windows, of question answering."""
+    model: str
+    """What --model named."""
+    model_fingerprint: str
+    """SHA-256 of the encoder's tensors; of random ones, what it is random from."""
+    has_random_weights: bool
+    settings: FinetuneSettings
+    kind: Literal["finetune"] = "finetune"
 
 
 def versions() -> dict[str, str]:
@@ -181,13 +249,13 @@ class RunDirectory:
         """Whether a run was started here; its checkpoints are one, whatever became of its record."""
         return (self.path / "run.json").is_file() or any(self.checkpoints.glob(_CHECKPOINT))
 
-    def write_record(self, recipe: Recipe, plan: DeepSpeedPlan, record: RunRecord) -> None:
+    def write_record(self, recipe: Section, plan: DeepSpeedPlan, record: Record) -> None:
         """Raises CheckpointError where the folder cannot be written."""
         for name, text in self.record_files(recipe, plan, record).items():
             self._write(name, text)
 
     @staticmethod
-    def record_files(recipe: Recipe, plan: DeepSpeedPlan, record: RunRecord) -> dict[str, str]:
+    def record_files(recipe: Section, plan: DeepSpeedPlan, record: Record) -> dict[str, str]:
         """The record's files by name, which travel in each checkpoint too."""
         return {
             "recipe.yaml": recipe_yaml(recipe),
@@ -195,14 +263,25 @@ class RunDirectory:
             "run.json": record.to_json(),
         }
 
-    def read_recipe(self) -> Recipe:
-        return self._read("recipe.yaml", lambda text: validate_recipe(load_yaml(text, "It"), str(self.path)))
+    def kind(self) -> str:
+        """`pretrain` or `finetune`. Raises CheckpointError where there is no run, as do those below."""
+        return self._read("run.json", lambda text: str(_json_object(text).get("kind", "pretrain")))
+
+    def check_kind(self, wanted: Literal["pretrain", "finetune"]) -> None:
+        """Raises CheckpointError for a run of the other kind."""
+        kind = self.kind()
+        if kind != wanted:
+            raise CheckpointError(f"{self.path} is a run of bin/{kind}, and a run of bin/{wanted} is needed here.")
+
+    def read_recipe(self, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
+        return self._read("recipe.yaml", lambda text: validate_recipe(load_yaml(text, "It"), str(self.path), kind))
 
     def read_deepspeed_json(self) -> dict[str, Any]:
         return self._read("deepspeed.json", _json_object)
 
-    def read_record(self) -> RunRecord:
-        return self._read("run.json", lambda text: TypeAdapter(RunRecord).validate_python(_json_object(text)))
+    def read_record(self, kind: type[_RecordT] = RunRecord) -> _RecordT:  # type: ignore[assignment]
+        """kind: `Record` reads what any run's says."""
+        return self._read("run.json", lambda text: TypeAdapter(kind).validate_python(_json_object(text)))
 
     def verdict(self) -> Verdict | None:
         """How the run ended, None while it has not, or where the file cannot be read."""

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from electra_ds.config.recipe import Recipe, load_yaml, read_recipe_values, recipe_keys, validate_recipe
+from electra_ds.config.recipe import Recipe, load_yaml, named_values, validate_recipe
 from electra_ds.errors import ConfigError
 
 
@@ -16,10 +16,9 @@ def parse_value(text: str) -> Any:
     return load_yaml(text, f"The value {text!r}")
 
 
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of a recipe's raw mapping with `key=value` overrides applied. Unknown keys raise ConfigError."""
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
+    """A copy of a recipe's raw mapping with `key=value` overrides applied. Raises ConfigError for a key not known."""
     result = copy.deepcopy(values)
-    known = recipe_keys()
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -28,16 +27,21 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         elif key not in known:
             problems.append(f"  {key}: unknown key{_nearest(key, known)}")
         else:
-            section, _, name = key.rpartition(".")
-            target = result.setdefault(section, {}) if section else result
-            if isinstance(target, dict):  # if not, the recipe's validation says so
-                target[name] = parse_value(text)
+            put_value(result, key, parse_value(text))
     if problems:
         raise ConfigError("These overrides cannot be applied:\n" + "\n".join(problems))
     return result
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def put_value(values: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at its dotted key into a recipe's raw mapping."""
+    section, _, name = key.rpartition(".")
+    target = values.setdefault(section, {}) if section else values
+    if isinstance(target, dict):  # if not, the recipe's validation says so
+        target[name] = value
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not near:  # the right name without its section
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -46,5 +50,5 @@ def _nearest(key: str, known: list[str]) -> str:
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """A shipped recipe or a YAML file, with overrides applied and everything validated."""
-    values = apply_overrides(read_recipe_values(name_or_path), overrides)
+    values = apply_overrides(named_values(name_or_path), overrides, Recipe.dotted_keys())
     return validate_recipe(values, name_or_path)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from typing_extensions import TypeVar
 
-from electra_ds.config.shipped import recipe_names, recipe_text
+from electra_ds.config.shipped import RECIPES, shipped_names, shipped_text
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.errors import ConfigError
 
@@ -58,6 +59,21 @@ class Section(BaseModel):
                 if isinstance(values.get(name), bool) and field.annotation in (int, float):
                     raise ValueError(f"{name} must be a number, not {values[name]}")
         return values
+
+    @classmethod
+    def dotted_keys(cls) -> list[str]:
+        """Every key, those of sections such as `model.hidden_size`."""
+        keys = []
+        for name, field in cls.model_fields.items():
+            section = field.annotation
+            if isinstance(section, type) and issubclass(section, Section):
+                keys += [f"{name}.{inner}" for inner in section.model_fields]
+            else:
+                keys.append(name)
+        return keys
+
+
+RecipeT = TypeVar("RecipeT", bound=Section, default="Recipe")
 
 
 class TokenizerSection(Section):
@@ -190,6 +206,28 @@ class ScheduleSection(Section):
         return self
 
 
+class TrainingRecipe(Protocol):
+    """What an engine and a DeepSpeed JSON need to know of any recipe."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def global_batch_size(self) -> int: ...
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def optimizer(self) -> OptimizerSection: ...
+
+    @property
+    def schedule(self) -> ScheduleSection: ...
+
+
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     """Names the run directory."""
@@ -207,6 +245,10 @@ class Recipe(Section):
     optimizer: OptimizerSection
     schedule: ScheduleSection
 
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.model.num_hidden_layers
+
     @model_validator(mode="after")
     def _sequence_fits_positions(self) -> Recipe:
         if self.data.sequence_length > self.model.max_position_embeddings:
@@ -217,17 +259,17 @@ class Recipe(Section):
         return self
 
 
-def read_recipe_values(name_or_path: str) -> dict[str, Any]:
-    """The raw mapping of a shipped recipe's name or of a YAML file. Raises ConfigError."""
-    if name_or_path in recipe_names():
-        text = recipe_text(name_or_path)
+def named_values(name_or_path: str, folder: str = RECIPES) -> dict[str, Any]:
+    """The raw mapping of a YAML file, or of the name of one that is shipped in `folder`. Raises ConfigError."""
+    names = shipped_names(folder)
+    if name_or_path in names:
+        text = shipped_text(folder, name_or_path)
     elif Path(name_or_path).is_file():
         try:
             text = Path(name_or_path).read_text("utf8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Cannot read the recipe {name_or_path}: {error}") from error
     else:
-        names = recipe_names()
         raise ConfigError(
             f"There is no recipe '{name_or_path}': neither a file nor one of {', '.join(names)}"
             f"{did_you_mean(name_or_path, names)}"
@@ -238,16 +280,18 @@ def read_recipe_values(name_or_path: str) -> dict[str, Any]:
     return values
 
 
-def validate_recipe(values: dict[str, Any], source: str) -> Recipe:
-    """A Recipe from a raw mapping; ConfigError lists every problem with its dotted key."""
+def validate_recipe(values: dict[str, Any], source: str, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
+    """A recipe, of pretraining or of another kind, from a raw mapping; ConfigError lists every problem with its dotted
+    key."""
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"Recipe {source} is not valid:\n" + "\n".join(_problems(error))) from error
+        raise ConfigError(f"Recipe {source} is not valid:\n" + "\n".join(_problems(error, kind))) from error
 
 
-def _problems(error: pydantic.ValidationError) -> list[str]:
-    known = [*Recipe.model_fields, *recipe_keys()]
+def _problems(error: pydantic.ValidationError, kind: type[Section]) -> list[str]:
+    """A line for each, with its dotted key."""
+    known = [*kind.model_fields, *kind.dotted_keys()]
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
@@ -260,18 +304,6 @@ def _problems(error: pydantic.ValidationError) -> list[str]:
     return lines
 
 
-def recipe_keys() -> list[str]:
-    """Every dotted key of a recipe, such as `model.hidden_size`."""
-    keys = []
-    for name, field in Recipe.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            keys += [f"{name}.{inner}" for inner in section.model_fields]
-        else:
-            keys.append(name)
-    return keys
-
-
-def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe in full, defaults included, as YAML that `validate_recipe` accepts."""
+def recipe_yaml(recipe: Section) -> str:
+    """The recipe in full, defaults included, as YAML that its validation accepts."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)

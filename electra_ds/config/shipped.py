@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import importlib.resources
 
-_ENDINGS = {"recipes": ".yaml", "ds_configs": ".json"}
+RECIPES, FINETUNE_RECIPES, DS_CONFIGS = "recipes", "finetune_recipes", "ds_configs"
+_ENDINGS = {RECIPES: ".yaml", FINETUNE_RECIPES: ".yaml", DS_CONFIGS: ".json"}
 
 
 def recipe_names() -> list[str]:
-    return _names("recipes")
+    return shipped_names(RECIPES)
+
+
+def finetune_recipe_names() -> list[str]:
+    return shipped_names(FINETUNE_RECIPES)
 
 
 def ds_config_names() -> list[str]:
-    return _names("ds_configs")
+    return shipped_names(DS_CONFIGS)
 
 
-def recipe_text(name: str) -> str:
-    """One of `recipe_names` as YAML."""
-    return _text("recipes", name)
-
-
-def ds_config_text(name: str) -> str:
-    """One of `ds_config_names` as JSON."""
-    return _text("ds_configs", name)
-
-
-def _names(folder: str) -> list[str]:
+def shipped_names(folder: str) -> list[str]:
+    """Of the files in one of the three folders."""
     ending = _ENDINGS[folder]
     files = (importlib.resources.files("electra_ds") / folder).iterdir()
     return sorted(file.name.removesuffix(ending) for file in files if file.name.endswith(ending))
 
 
-def _text(folder: str, name: str) -> str:
+def shipped_text(folder: str, name: str) -> str:
+    """One of `shipped_names`, as it stands."""
     return (importlib.resources.files("electra_ds") / folder / f"{name}{_ENDINGS[folder]}").read_text("utf8")

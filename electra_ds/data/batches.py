@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -175,12 +175,18 @@ def _before(stops_B: np.ndarray, width: int) -> np.ndarray:
     return before
 
 
-def prefetched(builder: BatchBuilder, first_step: int, stop_step: int) -> Iterator[tuple[int, GlobalBatch]]:
+class Builder(Protocol):
+    """Builds the batch of any step, of whatever kind."""
+
+    def build(self, step: int) -> Any: ...
+
+
+def prefetched(builder: Builder, first_step: int, stop_step: int) -> Iterator[tuple[int, Any]]:
     """(step, batch) in order, built one or two steps ahead in a thread."""
-    ready: queue.Queue[tuple[int, GlobalBatch] | BaseException | None] = queue.Queue(maxsize=2)
+    ready: queue.Queue[tuple[int, Any] | BaseException | None] = queue.Queue(maxsize=2)
     stopped = threading.Event()
 
-    def put(item: tuple[int, GlobalBatch] | BaseException | None) -> None:
+    def put(item: tuple[int, Any] | BaseException | None) -> None:
         while not stopped.is_set():
             try:
                 return ready.put(item, timeout=0.1)

@@ -1,9 +1,10 @@
-"""The joint step through a DeepSpeed engine, at every ZeRO stage and precision."""
+"""A step through a DeepSpeed engine, at every ZeRO stage and precision: any model's, and pretraining's joint one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -17,15 +18,15 @@ from torch.nn import functional
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.manifest import Compile
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, TrainingRecipe
 from electra_ds.data.batches import GlobalBatch
 from electra_ds.engine.compiled import CompiledForward, check_compile
-from electra_ds.engine.model_setup import set_up_model
-from electra_ds.engine.optimizer import MasterAdamW
-from electra_ds.engine.step import StepLosses, StepResult
+from electra_ds.engine.model_setup import TrainableModel, set_up_model
+from electra_ds.engine.optimizer import MasterAdamW, Rates, pretraining_rates
+from electra_ds.engine.step import Losses, StepBatch, StepLosses
 from electra_ds.engine.zero import ZeroAdamW, forget_models, torch_adamw
 from electra_ds.errors import ConfigError
-from electra_ds.model.electra import Electra, ElectraOutput
+from electra_ds.model.electra import Electra
 from electra_ds.objective.microbatch import MicroBatch
 from electra_ds.objective.schedule import learning_rate_at
 
@@ -36,16 +37,22 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 _TORCH_LINEAR = functional.linear
 
 
-class DeepSpeedEngine:
+class TrainingEngine:
     """One rank's engine. Needs an initialised process group (`runtime.ranks`).
 
     At stage 0 our `MasterAdamW` owns precision, loss scale and clipping; at stages 1 to 3 DeepSpeed does.
     """
 
     def __init__(
-        self, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, compile: Compile = "off"
+        self,
+        model: TrainableModel,
+        recipe: TrainingRecipe,
+        plan: DeepSpeedPlan,
+        device: torch.device,
+        losses: Callable[[Any], Losses],
+        rates: Rates = pretraining_rates,
     ) -> None:
-        """Raises ConfigError where the device cannot run the plan's precision, or cannot compile and must."""
+        """losses: made for each step's batch. Raises ConfigError where the device cannot run the plan's precision."""
         self.recipe = recipe
         self.plan = plan
         self.device = device
@@ -56,50 +63,48 @@ class DeepSpeedEngine:
         optimizer: MasterAdamW | torch.optim.AdamW
         if plan.stage == 0:
             model.to(dtype=dtype)
-            optimizer = MasterAdamW(model.named_parameters(), recipe.optimizer, plan.precision.loss_scaling)
+            optimizer = MasterAdamW(model.named_parameters(), recipe.optimizer, plan.precision.loss_scaling, rates)
         else:
-            optimizer = torch_adamw(model.named_parameters(), recipe.optimizer)
+            optimizer = torch_adamw(model.named_parameters(), recipe.optimizer, rates)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=plan.engine_config(), dist_init_required=False
         )
         if plan.stage == 0 and plan.batch.world_size == 1:
             # DeepSpeed would flatten all gradients, "sum" them over the one rank, and copy each of them back.
             self._engine.enable_backward_allreduce = False
-        self.module: Electra = self._engine.module
-        self.is_compiled = check_compile(compile, device, plan)
-        self._compiled = CompiledForward(self.module, recipe, plan, device, compile) if self.is_compiled else None
         self.optimizer: MasterAdamW | ZeroAdamW = (
             optimizer
             if isinstance(optimizer, MasterAdamW)
             else ZeroAdamW(self._engine, recipe.optimizer, plan.precision.loss_scaling)
         )
+        self._losses = losses
         # Losses are normalised over the global batch, so gradients are summed over ranks; stage 3 knows only the mean.
         self._loss_factor = plan.batch.world_size if plan.stage == 3 else 1
 
     def learning_rate(self, step: int) -> float:
-        """Of optimiser step `step`, 0 for the first one."""
+        """Of optimiser step `step`, 0 for the first one, before any parameter's own scale."""
         peak = self.recipe.optimizer.learning_rate
         return learning_rate_at(step, learning_rate=peak, **self.recipe.schedule.model_dump())
 
-    def train_step(self, batch: GlobalBatch, step: int, samples: Sequence[torch.Tensor] | None = None) -> StepResult:
-        """One optimiser step over this rank's micro-batches.
+    def train_step(self, batch: StepBatch, step: int, samples: Sequence[torch.Tensor] | None = None) -> Any:
+        """One optimiser step over this rank's micro-batches; returns what its losses make of it.
 
         Losses are sums divided by counts over the global batch, so DeepSpeed's own division by the
-        accumulation steps is switched off. samples: int64 [M] per micro-batch, to replay another run's.
+        accumulation steps is switched off. samples: for each micro-batch what the model takes beside it, to replay
+        another run's.
         """
         self._engine.train()
         self.optimizer.is_whole = True
         self.optimizer.set_learning_rate(self.learning_rate(step))
-        losses = StepLosses(self.recipe, batch)
+        losses = self._losses(batch)
         size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
         for index in range(accumulation):
             runtime.seed_dropout(self.recipe.seed, step, index, self.rank)
             first = (self.rank * accumulation + index) * size
-            if self._compiled is None or samples is not None:
-                micro_batch = batch.micro_batch(first, size)
+            if samples is None:
+                output = self._engine(self._micro_batch(batch, first, size).to(self.device))
             else:
-                micro_batch = self._compiled.micro_batch(batch, first, size)
-            output = self._engine(micro_batch.to(self.device), None if samples is None else samples[index])
+                output = self._engine(batch.micro_batch(first, size).to(self.device), samples[index])
             loss = losses.add(output) * self._loss_factor
             if isinstance(self.optimizer, MasterAdamW):
                 loss = loss * self.optimizer.loss_scale
@@ -111,16 +116,39 @@ class DeepSpeedEngine:
             self.optimizer.count_step()
         return losses.result(self.optimizer.grad_norm)
 
+    def _micro_batch(self, batch: Any, first: int, size: int) -> Any:
+        return batch.micro_batch(first, size)
+
     @torch.no_grad()
-    def evaluate(self, micro_batch: MicroBatch) -> ElectraOutput:
-        """The model without dropout and gradients. At stage 3 all ranks must call it together."""
+    def evaluate(self, micro_batch: Any) -> Any:
+        """The model's output without dropout and gradients. At stage 3 all ranks must call it together."""
         self._engine.eval()
-        output: ElectraOutput = self._engine(micro_batch.to(self.device))
-        return output
+        return self._engine(micro_batch.to(self.device))
 
     def close(self) -> None:
-        """Frees what DeepSpeed and the compiler hold, so that the process ends quietly or goes on."""
+        """Frees what DeepSpeed holds, so that the process ends quietly or goes on."""
         close_deepspeed(self._engine)
+
+
+class DeepSpeedEngine(TrainingEngine):
+    """Of pretraining: generator and discriminator together, compiled where that pays."""
+
+    def __init__(
+        self, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, compile: Compile = "off"
+    ) -> None:
+        """Raises ConfigError, too, where the device cannot compile and must."""
+        super().__init__(model, recipe, plan, device, partial(StepLosses, recipe))
+        self.module: Electra = self._engine.module
+        self.is_compiled = check_compile(compile, device, plan)
+        self._compiled = CompiledForward(self.module, recipe, plan, device, compile) if self.is_compiled else None
+
+    def _micro_batch(self, batch: GlobalBatch, first: int, size: int) -> MicroBatch:
+        if self._compiled is None:
+            return batch.micro_batch(first, size)
+        return self._compiled.micro_batch(batch, first, size)
+
+    def close(self) -> None:
+        super().close()
         if self.is_compiled:
             torch.compiler.reset()  # what is compiled, and how often it may be, is the process's
 

@@ -8,7 +8,7 @@ reads nothing back: overflow is a tensor that torch's fused AdamW takes as `foun
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,16 +33,39 @@ FRESH_COUNTERS = {
 """What `MasterAdamW.counters` gives of a run that has not begun."""
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and tables decay; biases and LayerNorm do not (google-research/electra)."""
-    decaying: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
+class ParameterRates(NamedTuple):
+    """How one parameter is treated apart from the others."""
+
+    lr_scale: float = 1.0
+    """Its learning rate over the schedule's."""
+    decays: bool = True
+
+
+def pretraining_rates(name: str) -> ParameterRates:
+    """Matrices and tables decay; biases and LayerNorm do not (google-research/electra)."""
+    return ParameterRates(decays=not (name.endswith("bias") or "norm" in name.lower()))
+
+
+Rates = Callable[[str], ParameterRates]
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, rates: Rates = pretraining_rates
+) -> list[dict[str, Any]]:
+    """Parameters that are treated alike, in the order in which their kinds first come; what decays comes first."""
+    groups: dict[ParameterRates, list[nn.Parameter]] = {}
     for name, parameter in parameters:
-        (exempt if name.endswith("bias") or "norm" in name.lower() else decaying).append(parameter)
+        groups.setdefault(rates(name), []).append(parameter)
     return [
-        {"params": decaying, "weight_decay": weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
+        {"params": alike, "weight_decay": weight_decay if kind.decays else 0.0, "lr_scale": kind.lr_scale}
+        for kind, alike in sorted(groups.items(), key=lambda item: not item[0].decays)
     ]
+
+
+def put_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Give an optimizer's groups the schedule's learning rate, each at its own scale."""
+    for group in groups:
+        group["lr"] = learning_rate * group["lr_scale"]
 
 
 def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: float = 0.0) -> dict[str, torch.Tensor]:
@@ -68,10 +91,14 @@ class MasterAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection, scaling: LossScaling | None
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        section: OptimizerSection,
+        scaling: LossScaling | None,
+        rates: Rates = pretraining_rates,
     ) -> None:
         named = list(parameters)
-        super().__init__(parameter_groups(named, section.weight_decay), {"lr": section.learning_rate})
+        super().__init__(parameter_groups(named, section.weight_decay, rates), {"lr": section.learning_rate})
         self.max_grad_norm = section.max_grad_norm
         self.bias_correction = section.bias_correction
         self.scaling = scaling or NO_SCALING
@@ -103,8 +130,7 @@ class MasterAdamW(torch.optim.Optimizer):
         be done again."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        for group in (*self.param_groups, *self._inner.param_groups):
-            group["lr"] = learning_rate
+        put_learning_rate((*self.param_groups, *self._inner.param_groups), learning_rate)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

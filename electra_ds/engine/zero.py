@@ -27,15 +27,26 @@ from torch import distributed, nn
 
 from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection
-from electra_ds.engine.optimizer import FIRST_SCALE, MOMENTS, NO_SCALING, adamw_state, parameter_groups
+from electra_ds.engine.optimizer import (
+    FIRST_SCALE,
+    MOMENTS,
+    NO_SCALING,
+    Rates,
+    adamw_state,
+    parameter_groups,
+    pretraining_rates,
+    put_learning_rate,
+)
 
 _NEVER = 2**62  # steps
 
 
-def torch_adamw(parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection) -> torch.optim.AdamW:
+def torch_adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection, rates: Rates = pretraining_rates
+) -> torch.optim.AdamW:
     """What DeepSpeed shards: torch's own AdamW, since DeepSpeed's would be compiled at the first start."""
     return torch.optim.AdamW(
-        parameter_groups(parameters, section.weight_decay),
+        parameter_groups(parameters, section.weight_decay, rates),
         lr=section.learning_rate,
         betas=(section.beta1, section.beta2),
         eps=section.epsilon,
@@ -89,8 +100,7 @@ class ZeroAdamW:
         return partitions
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        for group in self._zero.optimizer.param_groups:
-            group["lr"] = learning_rate
+        put_learning_rate(self._zero.optimizer.param_groups, learning_rate)
 
     def count_step(self) -> None:
         """To be called after every optimiser step."""

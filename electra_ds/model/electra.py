@@ -96,6 +96,12 @@ class Electra(nn.Module):
                 table = encoder.embeddings.word_embeddings
                 table.weight[table.padding_idx].zero_()
 
+    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
+        """What an engine's plan says of the model itself."""
+        self.autocast_dtype = autocast_dtype
+        for encoder in (self.generator, self.discriminator):
+            encoder.checkpointed_layers = checkpointed_layers
+
     def forward(self, batch: MicroBatch, samples_M: torch.Tensor | None = None) -> ElectraOutput:
         """Both losses of one micro-batch.
 

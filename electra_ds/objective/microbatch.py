@@ -6,6 +6,7 @@ T positions, M selected positions, Q queries: T, or 1 where all of a row's queri
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -68,11 +69,17 @@ class MicroBatch(NamedTuple):
         return self.sequences_BT[:, None, :, None] == self.sequences_BT[:, None, None, :]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device; to a GPU from pinned memory, so that the host does not wait for the copy."""
+        """The same on another device."""
+        return self._replace(**moved(self._asdict(), device))
 
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            if device.type == "cuda" and tensor.device.type == "cpu":
-                tensor = tensor.pin_memory()
-            return tensor.to(device, non_blocking=True)
 
-        return self._replace(**{name: moved(tensor) for name, tensor in self._asdict().items() if tensor is not None})
+def moved(tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
+    """Those that are there, on another device; to a GPU from pinned memory, so that the host does not wait for the
+    copy."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    return {name: move(tensor) for name, tensor in tensors.items() if tensor is not None}

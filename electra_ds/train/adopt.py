@@ -27,7 +27,9 @@ def begin_with(
     cannot be written, or already holds a checkpoint.
     """
     state = {"step": step, "tokens": tokens, "precision": "fp32", "optimizer": dict(counters)}
-    path = CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(tensors, state, job.record_files())
+    path = CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(
+        tensors, state, job.record_files(job.plan)
+    )
     # Last: a run is there only once it has what it begins with, or a resumed one would begin with random weights.
     job.run.write_record(job.recipe, job.plan, job.record)
     return path

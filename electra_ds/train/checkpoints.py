@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from electra_ds.config.manifest import RunDirectory
+from electra_ds.config.manifest import Record, RunDirectory
 from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, read_manifest, remove
 from electra_ds.errors import CheckpointError
 
@@ -150,7 +150,7 @@ def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[
     """
     directory, folder = RunDirectory(run), folder_of(run)
     with directory.locked():
-        keep = keep or directory.read_record().settings.keep
+        keep = keep or directory.read_record(Record).settings.keep
         newest, wrong = folder.newest_whole()
         staying = folder.paths()[-keep:]
         if newest is not None and newest not in staying:

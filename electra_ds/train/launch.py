@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -15,9 +16,17 @@ from rich.markup import escape
 from electra_ds import runtime
 from electra_ds.config.cards import find_card
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve, with_micro_batch
-from electra_ds.config.manifest import Compile, RunDirectory, RunRecord, RunSettings, TrackingSettings, WandbMode
+from electra_ds.config.manifest import (
+    Compile,
+    FinetuneSettings,
+    RunDirectory,
+    RunRecord,
+    RunSettings,
+    TrackingSettings,
+    WandbMode,
+)
 from electra_ds.config.monitors import FolderMonitor, Monitors
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, TrainingRecipe
 from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
@@ -29,6 +38,8 @@ from electra_ds.runtime import Ranks
 from electra_ds.train.hardware import cannot_use, check_gpu, look, notes_at_start
 from electra_ds.train.pretrain import PretrainJob
 from electra_ds.train.trackers import check_tracking
+
+SettingsT = TypeVar("SettingsT", RunSettings, FinetuneSettings)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Options:
     wandb_group: str | None = None
     tensorboard: bool | None = None
 
-    def settings(self, defaults: RunSettings) -> RunSettings:
+    def settings(self, defaults: SettingsT) -> SettingsT:
         """The defaults with what was given put in their place."""
         given = {name: getattr(self, name) for name in asdict(defaults) if getattr(self, name) is not None}
         return replace(defaults, **given)
@@ -107,7 +118,9 @@ def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) 
     return plan
 
 
-def resolved_plan(options: Options, values: dict[str, Any], source: str, recipe: Recipe, ranks: Ranks) -> DeepSpeedPlan:
+def resolved_plan(
+    options: Options, values: dict[str, Any], source: str, recipe: TrainingRecipe, ranks: Ranks
+) -> DeepSpeedPlan:
     """A DeepSpeed JSON resolved for the device of these ranks. Raises ConfigError where it cannot be run there."""
     device = runtime.device(ranks.launch)
     hardware = look(torch)
@@ -162,6 +175,7 @@ def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedP
             f"{run.path} is a checkpoint, and --resume takes the run that it is of: --resume "
             f"{run.path.resolve().parent.parent}"
         )
+    run.check_kind("pretrain")
     recipe = run.read_recipe()
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished. Its model: bin/export {run.path}")
@@ -225,6 +239,16 @@ def with_fitting_micro_batch(job: PretrainJob, options: Options, ranks: Ranks) -
             )
     notes = plan.notes if note is None else (*plan.notes, note)
     return replace(job, plan=replace(plan, notes=notes))
+
+
+def hold(run: RunDirectory, ranks: Ranks, held: contextlib.ExitStack, *, is_new: bool) -> None:
+    """Lock the run for this job, and see that all ranks have it before them. Raises CheckpointError or ConfigError."""
+    with ranks.together():
+        if ranks.is_main:
+            held.enter_context(run.locked(is_new=is_new))
+    mark = ranks.from_main(run.mark())
+    with ranks.together():
+        run.check_shared(mark)
 
 
 def _stop_at(options: Options, recipe: Recipe) -> int:

@@ -78,25 +78,24 @@ class Evaluator:
     The numbers are put together in the order of the windows, so they are the same for every number of ranks.
     """
 
-    def __init__(
-        self, store: TokenStore, split: Split, recipe: Recipe, num_windows: int, micro_batch_size: int, ranks: Ranks
-    ) -> None:
+    def __init__(self, store: TokenStore, split: Split, recipe: Recipe, num_windows: int, ranks: Ranks) -> None:
         self.batch = held_out_batch(store, split, recipe, num_windows)
-        self.micro_batch_size = micro_batch_size
         self.ranks = ranks
         self._unigram_nats = unigram_nats(store, split)
 
     @torch.no_grad()
-    def __call__(self, model: Callable[[MicroBatch], ElectraOutput], device: torch.device) -> Evaluation:
+    def __call__(
+        self, model: Callable[[MicroBatch], ElectraOutput], device: torch.device, micro_batch_size: int
+    ) -> Evaluation:
         """model: runs one micro-batch in evaluation mode. To be called by all ranks; all get the metrics."""
         world_size = self.ranks.world_size
-        starts = range(0, len(self.batch.ids_BT), self.micro_batch_size)
+        starts = range(0, len(self.batch.ids_BT), micro_batch_size)
         own = []
         for turn in range(-(-len(starts) // world_size)):
             index = turn * world_size + self.ranks.rank
             # At stage 3 all ranks run the model together, so one without a share left runs the last again.
             first = starts[min(index, len(starts) - 1)]
-            micro_batch = self.batch.micro_batch(first, self.micro_batch_size).to(device)
+            micro_batch = self.batch.micro_batch(first, micro_batch_size).to(device)
             output = model(micro_batch)
             if index < len(starts):
                 own.append(_measured(micro_batch, output))

@@ -1,52 +1,36 @@
-"""The pretraining loop: from a run directory and a plan to a trained model, resumable at any step."""
+"""Pretraining: generator and discriminator together, from a run directory and a plan to a trained model."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections import deque
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from rich.console import Console
-from rich.markup import escape
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.manifest import RunDirectory, RunRecord
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.batches import BatchBuilder, GlobalBatch, prefetched
+from electra_ds.data.batches import BatchBuilder
 from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.saver import CheckpointSaver
-from electra_ds.engine.step import StepResult
-from electra_ds.errors import (
-    CheckpointError,
-    ConfigError,
-    FailedElsewhereError,
-    InterruptedBySignalError,
-    TrainingError,
-)
+from electra_ds.errors import CheckpointError
 from electra_ds.model.electra import Electra, encoder_configs
+from electra_ds.model.flops import step_flops
 from electra_ds.runtime import Ranks
-from electra_ds.train.metrics import Evaluation, Evaluator
+from electra_ds.train.loop import TrainingLoop, train
+from electra_ds.train.metrics import Evaluator
 from electra_ds.train.throughput import Throughput, joint_peak_flops
-from electra_ds.train.trackers import RunLog, open_trackers
-from electra_ds.train.tracking import MetricsFile, TrainingDisplay, read_metrics
-from electra_ds.train.trained import check_same_recipe
-
-# Steps in a row without a finite gradient, beyond those that a loss scale may need to come down.
-_HOPELESS_SKIPS = 20
-# However rarely a run logs, its losses are read back and its gradients looked at this often.
-_LOOK_EVERY = 100
+from electra_ds.train.tracking import TrainingDisplay, read_metrics
 
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """Everything a run needs, checked before anything long starts."""
+    """Everything a pretraining needs, checked before anything long starts."""
+
+    command: ClassVar[str] = "bin/pretrain"
 
     run: RunDirectory
     recipe: Recipe
@@ -55,126 +39,51 @@ class PretrainJob:
     split: Split
     record: RunRecord
     stop_at: int
-    """Step at which to save and leave; the schedule stays that of the recipe."""
 
-    def record_files(self) -> dict[str, str]:
-        """What travels in each checkpoint: whoever has one needs nothing else."""
-        files = self.run.record_files(self.recipe, self.plan, self.record)
+    @property
+    def total_steps(self) -> int:
+        return self.recipe.schedule.total_steps
+
+    def record_files(self, plan: DeepSpeedPlan) -> dict[str, str]:
+        files = self.run.record_files(self.recipe, plan, self.record)
         return files | {"tokenizer.json": self.store.tokenizer.backend.to_str()}
 
 
 def pretrain(job: PretrainJob, ranks: Ranks, console: Console, time_limit_s: float | None = None) -> bool:
-    """Train from the newest checkpoint, or from the start, to `job.stop_at`; False where the time limit came first.
-
-    To be called by all ranks. Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError
-    where gradients stay non-finite, CheckpointError where the disk is full. The main rank's caller holds the run's
-    lock.
-    """
-    with runtime.StopWish(ranks, time_limit_s) as stop_wish, contextlib.ExitStack() as stack:
-        try:
-            loop = _Loop(job, ranks, console)
-            if loop.log is not None:
-                stack.push(loop.log.finish)
-            stack.callback(loop.close)
-            if ranks.is_main:
-                # Only now, since a JSON that DeepSpeed cannot run must not take the place of the one that it could.
-                job.run.write_record(job.recipe, job.plan, job.record)
-                job.run.clear_verdict()
-            return loop.run(stop_wish)
-        except (InterruptedBySignalError, ConfigError, FailedElsewhereError):
-            raise  # stopped as asked; refused, with the run as it was; told by the rank that failed
-        except Exception as error:
-            if runtime.is_out_of_memory(error):  # outside of a step
-                error = TrainingError(
-                    f"Memory ran out beside the steps, as in an evaluation: {str(error).splitlines()[0]} Close what "
-                    f"else uses it, or take a smaller --micro-batch, and go on: bin/pretrain --resume {job.run.path}"
-                )
-            with contextlib.suppress(CheckpointError):  # the disk may be full
-                if not runtime.is_lost_connection(error):
-                    job.run.write_verdict("failed", reason=str(error) or repr(error))
-                elif job.run.verdict() is None:
-                    job.run.write_verdict("failed", reason="a rank died without a word")
-            raise error
+    """As `loop.train`."""
+    return train(lambda: PretrainLoop(job, ranks, console), job, ranks, time_limit_s)
 
 
-class _Loop:
+class PretrainLoop(TrainingLoop):
+    job: PretrainJob
+    engine: DeepSpeedEngine
+
     def __init__(self, job: PretrainJob, ranks: Ranks, console: Console) -> None:
-        self.job, self.ranks, self.console = job, ranks, console
         recipe, plan, store = job.recipe, job.plan, job.store
-        self.settings = job.record.settings
         with ranks.together():
-            self.device = runtime.device(ranks.launch)
-            self.builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
-            self.plan = plan
-            """The job's, or with smaller micro-batches once memory has run out."""
-            self.evaluator = Evaluator(
-                store, job.split, recipe, self.settings.eval_windows, plan.batch.micro_batch_size, ranks
-            )
-            self.engine = self._make_engine()
-        self.record_files = job.record_files()
-        self.checkpoints = CheckpointFolder(job.run.checkpoints, self.settings.keep)
-        self.saver = CheckpointSaver(self.checkpoints, ranks)
+            device = runtime.device(ranks.launch)
+            builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
+            self.evaluator = Evaluator(store, job.split, recipe, job.record.settings.eval_windows, ranks)
+        configs = encoder_configs(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
+        throughput = Throughput(
+            device,
+            joint_peak_flops(device, plan.precision.name, plan.batch.world_size),
+            lambda batch: step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward,
+        )
+        super().__init__(job, ranks, console, builder, throughput)
         if self.engine.is_compiled:
             console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
-        self.step = self.tokens = 0
-        self._resume()
-        self._evaluated = 0
-        """The last step of an evaluation, as far as this rank knows; the main rank does."""
-        with ranks.together():
-            self.log = self._open_log() if ranks.is_main else None
-        self._unread: deque[tuple[int, StepResult, dict[str, float]]] = deque()
-        peak_flops = joint_peak_flops(self.device, plan.precision.name, plan.batch.world_size)
-        configs = encoder_configs(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
-        self.throughput = Throughput(*configs, self.device, peak_flops)
 
-    def _make_engine(self) -> DeepSpeedEngine:
+    def make_engine(self) -> DeepSpeedEngine:
         recipe, tokenizer = self.job.recipe, self.job.store.tokenizer
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # what was tried before does not count
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
-        return DeepSpeedEngine(model, recipe, self.plan, self.device, self.settings.compile)
+        return DeepSpeedEngine(model, recipe, self.plan, self.device, self.job.record.settings.compile)
 
-    def _open_log(self) -> RunLog:
-        job = self.job
-        config = {"recipe": job.recipe.model_dump(mode="json"), "deepspeed": job.plan.document}
-        metrics = MetricsFile(job.run.metrics, self.step)
-        self._evaluated = metrics.evaluated
-        if metrics.reached > self.step:
-            again = metrics.reached - self.step
-            self.console.print(f"The {again:,} steps that it had done after that are done again.", highlight=False)
-        return RunLog(
-            metrics, open_trackers(job.record.tracking, job.run, config, self.step, metrics.reached, self.console)
-        )
+    def shown(self, values: Mapping[str, float | None]) -> str:
+        generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
+        return f"generator {_shown(generator)}  discriminator {_shown(discriminator)}"
 
-    def _resume(self) -> None:
-        """Go on from the newest whole checkpoint, which all ranks verify together, each a share of its files."""
-        with self.ranks.together():
-            path, damaged = self.checkpoints.newest_whole(self.ranks)
-        with self.ranks.together():
-            if self.ranks.is_main:
-                for problem in damaged.values():
-                    self.console.print(
-                        f"[yellow]Warning:[/] {escape(problem)} Falling back to the one before.",
-                        highlight=False, soft_wrap=True,
-                    )  # fmt: skip
-                if path is None:
-                    self._check_fresh()
-                self.checkpoints.tidy(damaged)
-        if path is None:
-            return
-        with self.ranks.together():
-            checkpoint = open_checkpoint(path)
-            checkpoint.check(self.engine.optimizer.shapes())
-            check_same_recipe(checkpoint, self.job.recipe, self.job.run)
-            if checkpoint.state["step"] > self.job.stop_at:
-                raise ConfigError(
-                    f"The run is at step {checkpoint.state['step']} already, beyond --stop-at {self.job.stop_at}."
-                )
-        self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
-        self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
-        self.console.print(f"Going on from {path}, step {self.step}.", highlight=False, markup=False, soft_wrap=True)
-
-    def _check_fresh(self) -> None:
+    def check_fresh(self) -> None:
         """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
         sources = self.job.record.initialised_from
         if sources:
@@ -185,7 +94,7 @@ class _Loop:
         metrics = self.job.run.metrics
         reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
         # Those of the starts before, which this one may change.
-        settings = self.job.run.read_record().settings if self.job.run.exists() else self.settings
+        settings = self.job.run.read_record().settings if self.job.run.exists() else self.job.record.settings
         # The first one stands before the second is begun, and before a run is said to have stopped.
         if reached > 2 * settings.save_every or self.job.run.verdict() == "stopped":
             raise CheckpointError(
@@ -193,238 +102,14 @@ class _Loop:
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
             )
 
-    def run(self, stop_wish: runtime.StopWish) -> bool:
-        """Train; False where the time limit came before `stop_at`."""
-        job, settings = self.job, self.settings
-        with TrainingDisplay(self.console, job.stop_at, self.step) as display:
-            for step, batch in prefetched(self.builder, self.step, job.stop_at):
-                result = self._train_step(batch, step)
-                self.step = step + 1
-                self.tokens += batch.num_tokens
-                self.throughput.count(batch)
-                known = {"learning_rate": self.engine.learning_rate(step), "tokens_seen": float(self.tokens)}
-                self._unread.append((self.step, result, known))
-                if self.step % min(settings.log_every, _LOOK_EVERY) == 0 or self.step == job.stop_at:
-                    self._log(display)
-                if self.step % settings.eval_every == 0 and self.step < job.stop_at:
-                    with self.throughput.paused():
-                        self._evaluate(display)
-                if self.step % settings.save_every == 0 and self.step < job.stop_at:
-                    with self.throughput.paused():
-                        self._save()
-                request = stop_wish.decide(save_failed=self.saver.has_failed)
-                if request is not None and self.step < job.stop_at:
-                    self._log(display)
-                    return self._stopped(request)
-            self._save()
-            if self.ranks.from_main(self._evaluated) < self.step:  # it is not where a kill came after it
-                self._evaluate(display)
-        self.saver.finish()
-        if self.ranks.is_main:
-            if self.step >= job.recipe.schedule.total_steps:
-                job.run.write_verdict("done", step=self.step)
-            else:
-                job.run.write_verdict("stopped", step=self.step, reason=f"--stop-at {job.stop_at}")
-        return True
-
-    def _train_step(self, batch: GlobalBatch, step: int) -> StepResult:
-        """One optimiser step; where memory runs out, the same step in smaller micro-batches."""
-        while True:
-            try:
-                return self.engine.train_step(batch, step)
-            except RuntimeError as error:
-                if not runtime.is_out_of_memory(error):
-                    raise
-                smaller = self._smaller_plan(step, error)
-            self._go_on_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
-
-    def _smaller_plan(self, step: int, error: RuntimeError) -> DeepSpeedPlan:
-        """With half the micro-batch, or the next smaller one that divides the batch. Raises TrainingError where the
-        step cannot be done again."""
-        batch = self.plan.batch
-        sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
-        ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
-        if not sizes:
-            raise TrainingError(
-                f"{ran_out}, and there is no smaller one. Close what else uses the memory, or add an "
-                f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_go_on(' --micro-batch auto')}"
-            ) from error
-        if batch.world_size > 1 or not self.engine.optimizer.is_whole:
-            why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "its update had begun"
-            raise TrainingError(
-                f"{ran_out}, and the step cannot be done again, since {why}. "
-                f"{self._how_to_go_on(f' --micro-batch {sizes[0]}')}"
-            ) from error
-        return self.plan.with_micro_batch(sizes[0])
-
-    def _how_to_go_on(self, arguments: str = "") -> str:
-        saved = self._saved()
-        if saved:
-            return f"From {saved[-1].name} on: bin/pretrain --resume {self.job.run.path}{arguments}"
-        return f"No checkpoint was saved yet, so start anew{' with' if arguments else ''}{arguments}."
-
-    def _go_on_with(self, plan: DeepSpeedPlan) -> None:
-        """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
-        self.saver.close()  # whose copy would be a second one
-        optimizer = self.engine.optimizer
-        tensors, counters = optimizer.snapshot(), optimizer.counters()
-        self.engine.close()
-        del optimizer, self.engine
-        runtime.release_memory(self.device)
-        self.plan = plan
-        self.record_files = replace(self.job, plan=plan).record_files()
-        self.evaluator.micro_batch_size = plan.batch.micro_batch_size
-        try:
-            self.engine = self._make_engine()
-            self.engine.optimizer.load(tensors, counters)
-        except RuntimeError:
-            if not self.checkpoints.path(self.step).exists():  # nothing that was learned is lost
-                self.checkpoints.save(tensors, self._state() | {"optimizer": counters}, self.record_files)
-            raise
-        if self.log is not None:
-            cut = {"micro_batch_size": plan.batch.micro_batch_size}
-            self.log.write(
-                "plan", self.step, cut | {"gradient_accumulation_steps": plan.batch.gradient_accumulation_steps}
-            )
-        self.console.print(
-            f"[yellow]Note:[/] memory ran out in step {self.step + 1}, which is done again and everything after it "
-            f"with micro-batch x accumulation = {plan.batch}; batch, masks and samples stay as they were.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        try:
-            self.job.run.write_record(self.job.recipe, plan, self.job.record)
-        except CheckpointError as error:
-            size = plan.batch.micro_batch_size
-            self.console.print(
-                f"[yellow]Warning:[/] {escape(str(error))} Say --micro-batch {size} when you resume this run.",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
-
-    def _stopped(self, request: runtime.StopRequest) -> bool:
-        """Save and leave: False for the time limit, InterruptedBySignalError for a signal."""
-        run = self.job.run
-        self._save()
-        self.saver.finish()
-        with self.ranks.together():  # launchers end the others once the first has left, so all is written before
-            if self.ranks.is_main:
-                run.write_verdict("stopped", step=self.step, reason=request.reason)
-                run.mark_requeue(request.reason)
-        message = (
-            f"{request.reason}: saved {self.checkpoints.path(self.step)}. Go on with: bin/pretrain --resume {run.path}"
-        )
-        if request.signum is not None:
-            raise InterruptedBySignalError(message, request.signum)
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
-        return False
-
-    def _log(self, display: TrainingDisplay) -> None:
-        """Read back the steps since the last call, write them, and see whether training still moves."""
-        optimizer = self.engine.optimizer
-        rates = self.throughput.read()
-        loss_scale, skipped = optimizer.loss_scale.item(), int(optimizer.skipped_steps.item())
-        memory = {}
-        if self.device.type == "cuda":
-            memory["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
-        values = self._write_unread(skipped_steps=skipped, loss_scale=loss_scale, **rates, **memory)
-        generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
-        numbers = f"generator {_shown(generator)}  discriminator {_shown(discriminator)}  {_shown_rates(**rates)}"
-        display.update(self.step, numbers + (f"  skipped {skipped}" if skipped else ""))
-        with self.ranks.together():
-            self._check_progress(int(optimizer.consecutive_skips.item()))
-
-    def _write_unread(self, **extra: float) -> dict[str, float | None]:
-        """Write a line for each step whose losses are still on the device; returns the last one's values."""
-        values: dict[str, float | None] = {}
-        with self.ranks.together():
-            for step, values in self._read_back():
-                if self.log is not None:
-                    self.log.write("train", step, values | (extra if step == self.step else {}))
-        return values
-
-    def _read_back(self) -> list[tuple[int, dict[str, float | None]]]:
-        """(step, its numbers) of the unread steps: one sum over ranks, one wait for the device."""
-        if not self._unread:
-            return []
-        steps, results, known = zip(*self._unread, strict=True)
-        self._unread.clear()
-        losses = self.ranks.sum(torch.stack([torch.stack(result[:-1]) for result in results])).tolist()
-        norms = torch.stack([result.grad_norm for result in results]).tolist()
-        return [
-            (step, dict(zip(StepResult._fields, map(_finite, (*loss, norm)), strict=True)) | of_step)
-            for step, loss, norm, of_step in zip(steps, losses, norms, known, strict=True)
-        ]
-
-    def _check_progress(self, consecutive_skips: int) -> None:
-        scaling = self.job.plan.precision.loss_scaling
-        allowed = _HOPELESS_SKIPS
-        if scaling is not None and scaling.is_dynamic:
-            allowed += scaling.hysteresis + int(math.log2(max(1.0, scaling.initial_scale)))
-        if consecutive_skips < allowed:
-            return
-        saved = self._saved()
-        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
-        raise TrainingError(
-            f"The gradients have not been finite for {consecutive_skips} steps (now at step {self.step}); the weights "
-            f"were left as they were, and {last}. Lower optimizer.learning_rate, or use bf16 or fp32 in place of fp16."
-        )
-
-    def _evaluate(self, display: TrainingDisplay) -> None:
-        evaluation = self._evaluation()
-        with self.ranks.together():
-            if self.log is not None:
-                values = {name: _finite(value) for name, value in evaluation._asdict().items()}
-                self.log.write("eval", self.step, values)
-        self._evaluated = self.step
+    def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
+        evaluation = self.evaluator(self.engine.evaluate, self.device, self.evaluation_rows)
         display.say(
             f"held out at step {self.step}: generator {evaluation.generator_masked_loss:.3f} nats at [MASK] "
             f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
         )
-
-    def _evaluation(self) -> Evaluation:
-        """In fewer rows at a time where memory runs out, which its numbers do not depend on."""
-        while True:
-            try:
-                return self.evaluator(self.engine.evaluate, self.device)
-            except RuntimeError as error:
-                if not runtime.is_out_of_memory(error) or self.ranks.world_size > 1:
-                    raise
-                if self.evaluator.micro_batch_size == 1:
-                    self._save()
-                    self.saver.finish()
-                    raise
-            self.evaluator.micro_batch_size //= 2
-            runtime.release_memory(self.device)
-
-    def _save(self) -> None:
-        """Begin to save a checkpoint at the step that is done."""
-        self.saver.save(self.engine.optimizer, self._state(), self.record_files)
-
-    def _saved(self) -> list[Path]:
-        """The checkpoints there are, with the one that is being written."""
-        self.saver.close()
-        return self.checkpoints.paths()
-
-    def _state(self) -> dict[str, object]:
-        """What a checkpoint says beside what the optimizer tells."""
-        self._write_unread()  # what comes before a checkpoint must not be lost to a kill after it
-        if self.log is not None:
-            self.log.flush()
-        return {"step": self.step, "tokens": self.tokens, "precision": self.job.plan.precision.name}
-
-    def close(self) -> None:
-        self.saver.close()
-        if "engine" in vars(self):  # it is not while it is made anew
-            self.engine.close()
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no nan."""
-    return value if math.isfinite(value) else None
+        return evaluation._asdict()
 
 
 def _shown(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
-
-
-def _shown_rates(tokens_per_s: float, mfu: float | None = None) -> str:
-    return f"{tokens_per_s:,.0f} tokens/s" + ("" if mfu is None else f"  MFU {mfu:.1%}")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 
 from electra_ds import runtime
 from electra_ds.config.cards import find_card, peak_flops
-from electra_ds.data.batches import GlobalBatch
-from electra_ds.model.encoder import EncoderConfig
-from electra_ds.model.flops import step_flops
 
 
 def joint_peak_flops(device: torch.device, precision: str, world_size: int) -> float | None:
@@ -22,23 +20,28 @@ def joint_peak_flops(device: torch.device, precision: str, world_size: int) -> f
     return None if peak is None else peak * world_size
 
 
+class CountedBatch(Protocol):
+    @property
+    def num_tokens(self) -> int:
+        """Without padding."""
+
+
 class Throughput:
     """Tokens and model FLOPs a second of all ranks since the last reading; padding is neither."""
 
-    def __init__(
-        self, generator: EncoderConfig, discriminator: EncoderConfig, device: torch.device, peak_flops: float | None
-    ) -> None:
-        self._configs = generator, discriminator
+    def __init__(self, device: torch.device, peak_flops: float | None, flops_of: Callable[[Any], float]) -> None:
+        """flops_of: model FLOPs of a step over a batch, asked for where the peak is known."""
         self._device = device
         self._peak_flops = peak_flops
-        self._tokens = self._flops = 0
+        self._flops_of = flops_of
+        self._tokens, self._flops = 0, 0.0
         self._clock = time.monotonic()
 
-    def count(self, batch: GlobalBatch) -> None:
+    def count(self, batch: CountedBatch) -> None:
         """A step over this batch was begun."""
         self._tokens += batch.num_tokens
         if self._peak_flops is not None:
-            self._flops += step_flops(*self._configs, batch.lengths_B, batch.num_selected).forward_and_backward
+            self._flops += self._flops_of(batch)
 
     def read(self) -> dict[str, float]:
         """`tokens_per_s` and, where the peak is known, `mfu`: model FLOPs a second over the peak."""
@@ -47,7 +50,7 @@ class Throughput:
         rates: dict[str, float] = {"tokens_per_s": round(self._tokens / elapsed_s)}
         if self._peak_flops is not None:
             rates["mfu"] = round(self._flops / elapsed_s / self._peak_flops, 4)
-        self._tokens = self._flops = 0
+        self._tokens, self._flops = 0, 0.0
         self._clock = now
         return rates
 

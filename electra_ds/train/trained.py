@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from electra_ds.config.manifest import RunDirectory
-from electra_ds.config.recipe import Recipe, load_yaml, recipe_keys, validate_recipe
+from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, validate_recipe
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.engine.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, open_checkpoint
 from electra_ds.errors import CheckpointError, ConfigError
@@ -43,10 +43,10 @@ def beside(checkpoint: Checkpoint, name: str) -> Path:
     return checkpoint.path.parent.parent / name
 
 
-def check_same_recipe(checkpoint: Checkpoint, recipe: Recipe, run: RunDirectory) -> None:
+def check_same_recipe(checkpoint: Checkpoint, recipe: Section, run: RunDirectory) -> None:
     """Raises CheckpointError where the run's recipe is not the one that the checkpoint was trained by."""
-    before, now = recorded_recipe(checkpoint), recipe
-    values = {key: (attrgetter(key)(before), attrgetter(key)(now)) for key in recipe_keys()}
+    before, now = recorded_recipe(checkpoint, type(recipe)), recipe
+    values = {key: (attrgetter(key)(before), attrgetter(key)(now)) for key in recipe.dotted_keys()}
     changed = [f"{key} is {new}, not {old}" for key, (old, new) in values.items() if old != new]
     if changed:
         raise CheckpointError(
@@ -55,11 +55,11 @@ def check_same_recipe(checkpoint: Checkpoint, recipe: Recipe, run: RunDirectory)
         )
 
 
-def recorded_recipe(checkpoint: Checkpoint) -> Recipe:
+def recorded_recipe(checkpoint: Checkpoint, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
     """The recipe that travels in a checkpoint."""
     path = checkpoint.path / "recipe.yaml"
     try:
-        return validate_recipe(load_yaml(path.read_text("utf8"), "It"), str(path))
+        return validate_recipe(load_yaml(path.read_text("utf8"), "It"), str(path), kind)
     except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
 

@@ -1,0 +1,160 @@
+"""The recipe of a finetuning: every value that changes its mathematics, resolved for one task.
+
+Recipes are YAML files; those in `electra_ds/finetune_recipes/` are known by name. A file's `by_task` holds overrides
+for single tasks, and is gone once the recipe is resolved. Sources: google-research/electra (the original) and
+cccwam/rc2020_electra (the reproduction study), their papers and their code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from electra_ds.config.overrides import apply_overrides, put_value
+from electra_ds.config.recipe import OptimizerSection, ScheduleSection, Section, named_values, validate_recipe
+from electra_ds.config.shipped import FINETUNE_RECIPES
+from electra_ds.config.suggest import did_you_mean
+from electra_ds.errors import ConfigError
+
+
+class TaskDataSection(Section):
+    max_length: int = Field(default=128, ge=8)
+    """Tokens of one input, special ones included. Of a pair that is longer, the longer text is cut first."""
+    segment_ids: bool = True
+    """Whether the second text's tokens are told from the first's by segment ids, where the model has a table of them;
+    one that was pretrained on single segments has never trained the second row."""
+    double_unordered: bool = False
+    """Whether a pair's training examples come in both orders (the original: MRPC and STS-B)."""
+    regression_scale: Literal["raw", "unit"] = "raw"
+    """Regression targets as they are, or from the range of the scores to 0 to 1 (the original)."""
+    doc_stride: int = Field(default=128, ge=1)
+    """Question answering: tokens from the beginning of one window of a long context to that of the next."""
+    max_query_length: int = Field(default=64, ge=1)
+    """Question answering: tokens of a question, beyond which it is cut."""
+    max_answer_length: int = Field(default=30, ge=1)
+    """Question answering: tokens of an answer."""
+    n_best: int = Field(default=20, ge=1)
+    """Question answering: starts and ends that are tried for each window."""
+
+
+class HeadSection(Section):
+    pooling: Literal["first", "mean"] = "first"
+    """A text's vector: the first token's, or the mean over all tokens that are no padding."""
+    num_layers: Literal[1, 2] = 1
+    """One matrix from the vector to the scores, or two with a GELU between them."""
+    hidden_size: int | None = Field(default=None, ge=1)
+    """Width between the two; null takes the encoder's."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """On the vector, before each matrix named by `dropout_at`."""
+    dropout_at: Literal["first", "each"] = "first"
+    """Before the first matrix alone, or before each (transformers' ELECTRA)."""
+    initializer: Literal["normal", "glorot-uniform"] = "normal"
+    """Normal with `initializer_range`, or Glorot's uniform (TensorFlow's default, which the original keeps)."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    span: Literal["independent", "joint"] = "independent"
+    """Question answering: start and end scored on their own, or the end given the start, beside a classifier for
+    whether there is an answer (the original)."""
+    span_hidden_size: int = Field(default=512, ge=1)
+    """Width of the joint head's hidden layers."""
+    beam_size: int = Field(default=20, ge=1)
+    """Starts that the joint head goes on from, and ends of each."""
+    answerable_weight: float = Field(default=0.5, ge=0)
+    """Weight of the joint head's loss for whether there is an answer."""
+    null_threshold: float = 0.0
+    """SQuAD 2.0: no answer is given where the evidence against one is greater than this."""
+
+
+class FinetuneOptimizerSection(OptimizerSection):
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of a layer over that of the one above it."""
+    layer_decay_exponents: Literal["original", "corrected", "study"] = "corrected"
+    """How often the decay is applied, in an encoder of n layers. `corrected`: 0 at the head, 1 at the last layer, n at
+    the first, n + 1 at the embeddings. `original`: one more everywhere but at the head, as its code has it
+    (google-research/electra issue 51). `study`: 0 at head and last layer, n - 1 at the first and the embeddings."""
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """Whether biases and LayerNorm decay too (the study's code)."""
+
+
+class FinetuneScheduleSection(Section):
+    kind: Literal["linear", "product"] = "linear"
+    """As in pretraining."""
+    epochs: float = Field(default=3.0, gt=0, le=10_000)
+    warmup_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+
+
+class FinetuneRecipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides the head's first weights, the order of the examples and dropout."""
+    global_batch_size: int = Field(default=32, ge=1, le=1_000_000_000)
+    """Examples in one optimiser step, over all ranks and accumulation steps."""
+    data: TaskDataSection = TaskDataSection()
+    head: HeadSection = HeadSection()
+    optimizer: FinetuneOptimizerSection
+    schedule: FinetuneScheduleSection = FinetuneScheduleSection()
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """A recipe over so many training examples: what an engine and a DeepSpeed JSON need to know."""
+
+    recipe: FinetuneRecipe
+    num_examples: int
+    num_hidden_layers: int
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.recipe.global_batch_size
+
+    @property
+    def optimizer(self) -> FinetuneOptimizerSection:
+        return self.recipe.optimizer
+
+    @property
+    def schedule(self) -> ScheduleSection:
+        """In steps; the last one may begin another epoch."""
+        section = self.recipe.schedule
+        total = max(1, math.ceil(section.epochs * self.num_examples / self.global_batch_size - 1e-9))
+        warmup = min(int(section.warmup_share * total), total - 1)
+        return ScheduleSection(kind=section.kind, total_steps=total, warmup_steps=warmup)
+
+
+def load_finetune_recipe(name_or_path: str, task: str, overrides: Sequence[str] = ()) -> FinetuneRecipe:
+    """A shipped recipe or a YAML file, with what it says of the task, then the overrides, applied, and validated."""
+    values = named_values(name_or_path, FINETUNE_RECIPES)
+    for key, value in _of_task(values.pop("by_task", None) or {}, task, name_or_path).items():
+        put_value(values, key, value)
+    values = apply_overrides(values, overrides, FinetuneRecipe.dotted_keys())
+    return validate_recipe(values, name_or_path, FinetuneRecipe)
+
+
+def _of_task(by_task: Any, task: str, source: str) -> dict[str, Any]:
+    """What `by_task` says of a task. Raises ConfigError where it is not as it must be, for whatever task."""
+    if not isinstance(by_task, dict) or not all(isinstance(inner, dict) for inner in by_task.values()):
+        raise ConfigError(
+            f"Recipe {source}: by_task must be a mapping of tasks to dotted keys, such as rte: {{schedule.epochs: 10}}."
+        )
+    known = FinetuneRecipe.dotted_keys()
+    unknown = [
+        f"  by_task.{name}: unknown key {key}{did_you_mean(str(key), known)}"
+        for name, inner in by_task.items()
+        for key in inner
+        if key not in known
+    ]
+    if unknown:
+        raise ConfigError(f"Recipe {source} is not valid:\n" + "\n".join(unknown))
+    return dict(by_task.get(task, {}))
