@@ -1,0 +1,193 @@
+"""From the scores of a window's tokens to answers.
+
+A window is one part of a question's context, in a sequence [CLS] question [SEP] window [SEP]. Shape suffixes: T the
+sequence's positions, C its context's tokens, K beams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+N_BEST = 20
+MAX_ANSWER_LENGTH = 30
+"""In tokens. Both numbers are BERT's and the original ELECTRA's."""
+BERT_THRESHOLD = 0.0
+"""Of null score minus best score, above which BERT says that there is no answer."""
+ELECTRA_THRESHOLD = -2.75
+"""Of the answerability logit alone, above which the original ELECTRA says so: `qa_na_threshold` in
+configure_finetuning.py of https://github.com/google-research/electra. There finetune/qa/qa_metrics.py writes every
+question's best span, and beside it the smallest of its windows' answerability logits, which is trained to be positive
+where there is no answer; the official script compares that with the threshold."""
+
+
+class Candidate(NamedTuple):
+    """A span of one window; `end` is its last token's position."""
+
+    start: int
+    end: int
+    score: float
+
+
+class Answer(NamedTuple):
+    """What is said to one question."""
+
+    text: str
+    """A slice of the context; "" for no answer."""
+    score: float
+    """Of the best span; minus infinity where there is none."""
+    null_score: float
+    """The smallest of the windows'; 0 where none are given."""
+    n_best: list[tuple[str, float]]
+    """(text, score) of the best spans, best first, each text once, none empty."""
+    na_score: float
+    """What was compared with the threshold: larger for less of an answer."""
+
+    @property
+    def span(self) -> str:
+        """The best text as if there were an answer, which the official script wants beside `na_score`."""
+        return self.n_best[0][0] if self.n_best else ""
+
+
+class Asked(Protocol):
+    """A question as far as it is needed here."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def context(self) -> str: ...
+
+
+class Windows(Protocol):
+    """Features as far as they are needed here; one entry a window."""
+
+    @property
+    def question(self) -> np.ndarray: ...
+    @property
+    def offsets(self) -> Sequence[np.ndarray]: ...
+    @property
+    def context(self) -> np.ndarray: ...
+
+
+def null_score(start_logits_T: np.ndarray, end_logits_T: np.ndarray) -> float:
+    """BERT's score of no answer: the span that is [CLS] alone."""
+    return float(start_logits_T[0]) + float(end_logits_T[0])
+
+
+def independent_candidates(
+    start_logits_T: np.ndarray,
+    end_logits_T: np.ndarray,
+    context: Sequence[int] | np.ndarray,
+    is_max_context_C: np.ndarray,
+    n_best: int = N_BEST,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+) -> list[Candidate]:
+    """BERT's scheme: of the n_best starts and n_best ends, the pairs that are a span of the context, no longer than
+    max_answer_length tokens, whose start has its most context in this window. Score: the sum of both logits.
+
+    context: (first position, position after the last); is_max_context_C: bool. Best first, at most n_best; of equals
+    the leftmost. BERT ranks all positions and then drops those that may not be; here only those that may be are ranked,
+    so that [CLS] and the question take no place: what BERT would find is found too.
+    """
+    first, stop = int(context[0]), int(context[1])
+    starts = first + np.flatnonzero(is_max_context_C)
+    starts = _highest(starts, start_logits_T[starts], n_best)
+    ends = np.arange(first, stop)
+    ends = _highest(ends, end_logits_T[first:stop], n_best)
+    starts_KK, ends_KK = np.broadcast_arrays(starts[:, None], ends[None, :])
+    scores_KK = start_logits_T[starts_KK].astype(np.float64) + end_logits_T[ends_KK]
+    return _best(starts_KK, ends_KK, scores_KK, n_best, max_answer_length)
+
+
+def joint_candidates(
+    start_log_probs_K: np.ndarray,
+    start_index_K: np.ndarray,
+    end_log_probs_KK: np.ndarray,
+    end_index_KK: np.ndarray,
+    context: Sequence[int] | np.ndarray,
+    is_max_context_C: np.ndarray,
+    n_best: int = N_BEST,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+) -> list[Candidate]:
+    """The original ELECTRA's, and XLNet's, beam search: row i of the ends belongs to the start i. The same spans are
+    allowed as above. Score: log probability of the start plus that of the end given the start.
+
+    Whether there is an answer is another head's to say, see `best_answers`.
+    """
+    first, stop = int(context[0]), int(context[1])
+    starts_KK = np.broadcast_to(start_index_K[:, None], end_index_KK.shape)
+    inside_KK = (starts_KK >= first) & (starts_KK < stop) & (end_index_KK >= first) & (end_index_KK < stop)
+    may_start_T = np.zeros(max(stop, int(starts_KK.max(initial=0)) + 1), bool)
+    may_start_T[first:stop] = is_max_context_C
+    allowed_KK = inside_KK & may_start_T[starts_KK]
+    scores_KK = start_log_probs_K[:, None].astype(np.float64) + end_log_probs_KK
+    return _best(starts_KK[allowed_KK], end_index_KK[allowed_KK], scores_KK[allowed_KK], n_best, max_answer_length)
+
+
+def best_answers(
+    questions: Sequence[Asked],
+    windows: Windows,
+    candidates: Sequence[Sequence[Candidate]],
+    null_scores: Sequence[float] | np.ndarray | None = None,
+    *,
+    threshold: float = BERT_THRESHOLD,
+    against_best: bool = True,
+    n_best: int = N_BEST,
+) -> dict[str, Answer]:
+    """Every question's answer, by its id, from its windows' candidates.
+
+    null_scores: one a window, or None where every question has an answer (SQuAD 1.1): then always the best span. With
+    them there is no answer where `null score - best score > threshold`, BERT's rule, or with against_best=False where
+    `null score > threshold`, the original ELECTRA's, whose null score is its answerability logit (ELECTRA_THRESHOLD).
+    A text is the context from its first token's first character to its last token's last, without whitespace around it.
+    """
+    pools: list[list[tuple[float, int, Candidate]]] = [[] for _ in questions]
+    nulls = np.full(len(questions), np.inf)
+    for window, (index, found) in enumerate(zip(windows.question.tolist(), candidates, strict=True)):
+        pools[index] += [(candidate.score, window, candidate) for candidate in found]
+        if null_scores is not None:
+            nulls[index] = min(nulls[index], float(null_scores[window]))
+    answers = {}
+    for question, pool, null in zip(questions, pools, nulls.tolist(), strict=True):
+        best = _distinct_texts(question.context, windows, sorted(pool, key=lambda each: -each[0]), n_best)
+        text, score = best[0] if best else ("", -np.inf)
+        if null_scores is None:
+            answers[question.id] = Answer(text, score, 0.0, best, -np.inf)
+            continue
+        na_score = null - score if against_best else null
+        answers[question.id] = Answer("" if na_score > threshold else text, score, null, best, na_score)
+    return answers
+
+
+def _distinct_texts(
+    context: str, windows: Windows, ranked: Sequence[tuple[float, int, Candidate]], n_best: int
+) -> list[tuple[str, float]]:
+    best: dict[str, float] = {}
+    for score, window, (start, end, _) in ranked:
+        offsets, first = windows.offsets[window], int(windows.context[window][0])
+        text = context[int(offsets[start - first][0]) : int(offsets[end - first][1])].strip()
+        if text:
+            best.setdefault(text, score)
+        if len(best) == n_best:
+            break
+    return list(best.items())
+
+
+def _highest(positions: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+    """The `count` positions of the highest scores; of equals the leftmost."""
+    return positions[np.argsort(-scores, kind="stable")[:count]]
+
+
+def _best(
+    starts: np.ndarray, ends: np.ndarray, scores: np.ndarray, n_best: int, max_answer_length: int
+) -> list[Candidate]:
+    """Of pairs, in arrays of one shape, those that are spans, best first; of equals the leftmost, then the shortest."""
+    is_span = (ends >= starts) & (ends - starts < max_answer_length)
+    starts, ends, scores = starts[is_span], ends[is_span], scores[is_span]
+    order = np.lexsort((ends, starts, -scores))[:n_best]
+    return [
+        Candidate(*each)
+        for each in zip(starts[order].tolist(), ends[order].tolist(), scores[order].tolist(), strict=True)
+    ]
