@@ -1,0 +1,172 @@
+"""The scores.json that a finetuning run leaves, read and told apart: what belongs together, and what was run twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.report.glue_score import TaskMetrics
+
+FORMAT = 1
+BOUNDED = {"accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman", "exact"}
+"""Shares and correlations, which tables show in percent; any other metric keeps its own unit."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class ScoredSet(_Record):
+    rows: int = Field(gt=0)
+    metrics: dict[str, float | None]
+
+
+class Scores(_Record):
+    """What scores.json says."""
+
+    task: str
+    recipe: str
+    seed: int
+    model: str
+    model_fingerprint: str
+    data_fingerprint: str
+    step: int
+    chosen: str
+    """Which of the run's evaluations this is."""
+    sets: dict[str, ScoredSet]
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Of one set; `read_scores` has seen to it that all are finite."""
+        return {metric: value for metric, value in self.sets[name].metrics.items() if value is not None}
+
+    def dev_metrics(self) -> dict[str, float]:
+        """As `glue_score` names them."""
+        found: dict[str, float] = {}
+        for name, suffix in (("dev", ""), ("dev_matched", ""), ("dev_mismatched", "_mismatched")):
+            if name in self.sets:
+                found |= {metric + suffix: value for metric, value in self.metrics(name).items()}
+        return found
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    path: Path
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one pretrained model and one recipe."""
+
+    name: str
+    recipe: str
+    tasks: dict[str, dict[int, ScoredRun]]
+    """{task: {seed: run}}, seeds rising."""
+
+    def seeds(self, task: str) -> set[int]:
+        return set(self.tasks.get(task, {}))
+
+    def of_seed(self, seed: int) -> TaskMetrics:
+        return {task: runs[seed].scores.dev_metrics() for task, runs in self.tasks.items() if seed in runs}
+
+    def means(self) -> TaskMetrics:
+        """Of each metric that all seeds of its task have."""
+        found = {}
+        for task, runs in self.tasks.items():
+            seeds = [run.scores.dev_metrics() for run in runs.values()]
+            shared = [metric for metric in seeds[0] if all(metric in metrics for metrics in seeds)]
+            found[task] = {metric: sum(metrics[metric] for metrics in seeds) / len(seeds) for metric in shared}
+        return found
+
+
+def read_run(path: Path) -> ScoredRun:
+    """Raises CheckpointError where its scores.json is missing, broken, or holds what is no score."""
+    file = path / "scores.json"
+    try:
+        document = json.loads(file.read_text("utf8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} has no scores.json: it is no finetuning run, or has not finished. Finish it, or leave it out."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {file}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is damaged: it is not JSON ({error}). Finetune it anew, or leave it out."
+        ) from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else None
+        raise CheckpointError(f"{file} is not of format {FORMAT}, which this version reads, but of {found!r}.")
+    try:
+        scores = Scores.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{file} is damaged: {place}: {first['msg']}. Finetune it anew, or leave it out."
+        ) from error
+    _check_values(file, scores)
+    return ScoredRun(path, scores)
+
+
+def _check_values(file: Path, scores: Scores) -> None:
+    for name, scored in scores.sets.items():
+        for metric, value in scored.metrics.items():
+            if value is None or not math.isfinite(value):
+                raise CheckpointError(
+                    f"{file}: {metric} on {name} is no finite number. The finetuning has failed: repeat it, or leave "
+                    f"the run out."
+                )
+            if metric in BOUNDED and not -1 <= value <= 1:
+                raise CheckpointError(
+                    f"{file}: {metric} on {name} is {value:g}, and a share or a correlation is meant. Divide percent "
+                    f"by 100."
+                )
+    if not any(scored.metrics for scored in scores.sets.values()):
+        raise CheckpointError(f"{file} holds no score. Finetune with a set that has labels, or leave the run out.")
+
+
+def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
+    """(runs, notes). A run that is given twice, or whose scores a copy repeats, counts once.
+
+    Raises CheckpointError where one cannot be read, and ConfigError where two runs of the same model, recipe, task and
+    seed differ.
+    """
+    if not paths:
+        raise ConfigError("No runs to report: give the directories of finetuning runs.")
+    runs: dict[tuple, ScoredRun] = {}
+    notes = []
+    for run in map(read_run, {path.resolve(): path for path in paths}.values()):
+        scores = run.scores
+        key = (scores.model, scores.model_fingerprint, scores.recipe, scores.task, scores.seed)
+        first = runs.setdefault(key, run)
+        if first.scores != scores:
+            raise ConfigError(
+                f"{first.path} and {run.path} are both {scores.task} of {scores.model} by {scores.recipe} with seed "
+                f"{scores.seed}, and their scores differ. Leave one out."
+            )
+        if first is not run:
+            notes.append(f"{run.path} repeats {first.path} and is counted once")
+    return list(runs.values()), notes
+
+
+def group_runs(runs: Sequence[ScoredRun]) -> list[Group]:
+    """By model and recipe. Models of one name but other weights are told apart by their fingerprints."""
+    weights: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        weights[run.scores.model].add(run.scores.model_fingerprint)
+    found: dict[tuple[str, str], dict[str, dict[int, ScoredRun]]] = defaultdict(lambda: defaultdict(dict))
+    for run in sorted(runs, key=lambda run: run.scores.seed):
+        scores = run.scores
+        name = scores.model
+        if len(weights[name]) > 1:
+            name = f"{name} (weights {scores.model_fingerprint[:12]})"
+        found[name, scores.recipe][scores.task][scores.seed] = run
+    return [Group(name, recipe, dict(tasks)) for (name, recipe), tasks in sorted(found.items())]

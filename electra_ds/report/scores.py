@@ -1,0 +1,260 @@
+"""What finetuning runs came to: each task over its seeds, AVG and GLUE, printed and as CSV."""
+
+from __future__ import annotations
+
+import contextlib
+import csv as csv_files
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from electra_ds.errors import CheckpointError
+from electra_ds.report.glue_score import (
+    AVERAGE_METRICS,
+    GLUE_METRICS,
+    TaskMetrics,
+    Wnli,
+    average,
+    glue,
+    missing_for_average,
+)
+from electra_ds.report.published_glue import PublishedScores, PublishedTable, find_published
+from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
+from electra_ds.report.statistics import Spread, difference_interval, spread
+from electra_ds.report.submission import zip_submission
+
+PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
+_CONFIDENCE = 0.95
+_COLUMNS = (
+    "run", "model", "model_fingerprint", "recipe", "task", "data_fingerprint", "seed", "step", "chosen", "set", "rows",
+    "metric", "value",
+)  # fmt: skip
+_Found = tuple[PublishedTable, PublishedScores]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """AVG or GLUE of a group, a share."""
+
+    name: str
+    by_seed: dict[int, float]
+    """Where all its tasks have the same seeds."""
+    value: float | None
+    """The mean over seeds, or of the tasks' means; None where a metric is missing."""
+    notes: tuple[str, ...]
+
+
+def report_scores(
+    runs: Sequence[Path],
+    console: Console,
+    *,
+    compare: str | None = None,
+    csv: Path | None = None,
+    submission: Path | None = None,
+) -> None:
+    """Print the tables of finetuning runs' scores.json; `compare` names published scores to be shown beside them.
+
+    `csv` is a file that gets every run's metrics, `submission` a zip that gets their predictions of GLUE's test sets.
+    Raises ConfigError where the runs do not fit together or nothing is published under that name, and CheckpointError
+    where one has no scores, its predictions are broken, or a file cannot be written.
+    """
+    published = find_published(compare) if compare is not None else None
+    scored, notes = read_scores(runs)
+    groups = group_runs(scored)
+    for group in groups:
+        _print_group(group, published, console)
+    if len(groups) == 2:
+        console.print(_differences(*groups))
+    _say(console, [*notes, PLUS_MINUS, *(_published_notes(*published) if published is not None else [])])
+    if csv is not None:
+        write_csv(csv, scored)
+        _say(console, [f"{csv}: every metric of every run"])
+    if submission is not None:
+        _say(console, zip_submission([run.path for run in scored], submission, fill_wnli=True))
+
+
+def means(group: Group) -> list[Mean]:
+    """AVG, GLUE, and where WNLI was finetuned, GLUE with the model's own."""
+    found = [_mean(group, "AVG", list(AVERAGE_METRICS), average, missing_for_average(group.means()))]
+    conventions: list[Wnli] = ["majority", "own"] if "wnli" in group.tasks else ["majority"]
+    for wnli in conventions:
+        score = glue(group.means(), wnli)
+        tasks = [task for task in GLUE_METRICS if task != "wnli" or wnli == "own"]
+        name = "GLUE" if wnli == "majority" else "GLUE, own WNLI"
+
+        def value(metrics: TaskMetrics, wnli: Wnli = wnli) -> float | None:
+            return glue(metrics, wnli).value
+
+        found.append(_mean(group, name, tasks, value, score.missing, f"{name} on dev counts WNLI as {score.wnli}"))
+    return found
+
+
+def _mean(
+    group: Group,
+    name: str,
+    tasks: list[str],
+    score: Callable[[TaskMetrics], float | None],
+    missing: tuple[str, ...],
+    *notes: str,
+) -> Mean:
+    if missing:
+        return Mean(name, {}, None, (f"{name} lacks {', '.join(missing)}",))
+    seeds = group.seeds(tasks[0])
+    if all(group.seeds(task) == seeds for task in tasks):
+        by_seed = {seed: value for seed in sorted(seeds) if (value := score(group.of_seed(seed))) is not None}
+        return Mean(name, by_seed, sum(by_seed.values()) / len(by_seed), notes)
+    told = f"{name} is made from the tasks' means, and has no ±: their seeds differ"
+    return Mean(name, {}, score(group.means()), (*notes, told))
+
+
+def _print_group(group: Group, published: _Found | None, console: Console) -> None:
+    table = Table(title=f"{escape(group.name)}, recipe {escape(group.recipe)}", title_justify="left", box=box.SIMPLE)
+    table.add_column("task")
+    table.add_column("metric")
+    for column in ("mean ± std", "n", "median", "min–max"):
+        table.add_column(column, justify="right")
+    theirs = published[1] if published is not None else None
+    if theirs is not None:
+        table.add_column(escape(theirs.name), justify="right")
+    for task, name, metric, values in _rows(group):
+        cells = _spread_cells(spread(values), 100 if metric in BOUNDED else 1)
+        label = task if name == "dev" else f"{task} ({name.removeprefix('dev_')})"
+        table.add_row(escape(label), escape(metric), *cells, *_their_cell(theirs, task, name, metric))
+    table.add_section()
+    found = means(group)
+    for mean in found:
+        table.add_row(mean.name, "", *_mean_cells(mean), *_their_mean(theirs, mean.name))
+    console.print(table)
+    _say(console, [note for mean in found for note in mean.notes] + _group_notes(group))
+
+
+def _rows(group: Group) -> list[tuple[str, str, str, list[float]]]:
+    """(task, set, metric, values over seeds), GLUE's tasks first and in its order."""
+    order = list(GLUE_METRICS)
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for task in sorted(group.tasks, key=lambda task: (order.index(task) if task in order else len(order), task)):
+        for run in group.tasks[task].values():
+            for name in run.scores.sets:
+                for metric, value in run.scores.metrics(name).items():
+                    found.setdefault((task, name, metric), []).append(value)
+    return [(*key, values) for key, values in found.items()]
+
+
+def _spread_cells(found: Spread, scale: int) -> tuple[str, str, str, str]:
+    std = f" ± {scale * found.std:.2f}" if found.std is not None else ""
+    return (
+        f"{scale * found.mean:.2f}{std}", str(found.n), f"{scale * found.median:.2f}",
+        f"{scale * found.low:.2f}–{scale * found.high:.2f}",
+    )  # fmt: skip
+
+
+def _mean_cells(mean: Mean) -> tuple[str, str, str, str]:
+    if mean.by_seed:
+        return _spread_cells(spread(list(mean.by_seed.values())), 100)
+    return f"{100 * mean.value:.2f}" if mean.value is not None else "–", "–", "–", "–"
+
+
+def _their_cell(theirs: PublishedScores | None, task: str, name: str, metric: str) -> list[str]:
+    """Beside our dev set's value, that of the very same metric."""
+    if theirs is None:
+        return []
+    value = theirs.tasks.get(task, {}).get(metric) if name in ("dev", "dev_matched") else None
+    if value is None:
+        return ["–"]
+    return [f"{value:g}" + (f" ± {theirs.std[task]:g}" if task in theirs.std else "")]
+
+
+def _their_mean(theirs: PublishedScores | None, name: str) -> list[str]:
+    if theirs is None:
+        return []
+    printed = {"AVG": (theirs.average, theirs.average_std), "GLUE": (theirs.glue, theirs.glue_std)}
+    value, std = printed.get(name, (None, None))
+    if value is None:
+        return ["–"]
+    return [f"{value:g}" + (f" ± {std:g}" if std is not None else "")]
+
+
+def _published_notes(table: PublishedTable, row: PublishedScores) -> list[str]:
+    head = f"{row.name}: {row.model}. {table.source}. On {table.split}; {table.statistic}"
+    lacks = [f"not comparable in {row.name}: {what}" for what in table.not_comparable]
+    if row.average is None and row.column_mean is not None:
+        lacks.append(f"{row.name} prints no AVG; its eight columns have the mean {row.column_mean:g}")
+    return [head, *lacks, *([f"{row.name}: {row.note}"] if row.note is not None else [])]
+
+
+def _group_notes(group: Group) -> list[str]:
+    """What keeps the seeds of a task from being repetitions of one experiment."""
+    notes = []
+    for task, runs in group.tasks.items():
+        scores = [run.scores for run in runs.values()]
+        chosen = sorted({found.chosen for found in scores})
+        if chosen != ["last"]:
+            notes.append(
+                f"{task} is scored at: {', '.join(chosen)}; the best of several is above what the last one has"
+            )
+        if len({found.data_fingerprint for found in scores}) > 1:
+            notes.append(f"{task} was finetuned on data that differ between seeds")
+        if chosen == ["last"] and len({found.step for found in scores}) > 1:
+            notes.append(f"{task} ended at steps that differ between seeds")
+        if len({tuple((name, *sorted(part.metrics)) for name, part in found.sets.items()) for found in scores}) > 1:
+            notes.append(f"{task} has sets or metrics that some seeds lack; n counts those that have one")
+    return notes
+
+
+def _differences(first: Group, second: Group) -> Table:
+    """Of the tasks' named metrics and the means, in points of percent."""
+    table = Table(title="Difference, points of percent", title_justify="left", box=box.SIMPLE)
+    table.caption = f"First minus second table, with Welch's interval ({_CONFIDENCE:.0%}) over finetuning seeds."
+    for column in ("", "difference", "interval"):
+        table.add_column(column, justify="right" if column else "left")
+    for (name, ours), theirs in zip(_compared(first).items(), _compared(second).values(), strict=True):
+        if ours and theirs:
+            points = [100 * value for value in ours], [100 * value for value in theirs]
+            difference, low, high = difference_interval(*points, _CONFIDENCE)
+            interval = f"{low:+.2f} to {high:+.2f}" if low is not None and high is not None else "–"
+            table.add_row(name, f"{difference:+.2f}", interval)
+    return table
+
+
+def _compared(group: Group) -> dict[str, list[float]]:
+    found = {}
+    for task, metric in AVERAGE_METRICS.items():
+        runs = group.tasks.get(task, {}).values()
+        scores = [run.scores.dev_metrics() for run in runs]
+        found[f"{task} {metric}"] = [metrics[metric] for metrics in scores if metric in metrics]
+    return found | {mean.name: list(mean.by_seed.values()) for mean in means(group)[:2]}
+
+
+def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
+    """One row a metric, values as in scores.json. Raises CheckpointError where it cannot be written."""
+    if path.is_dir():
+        raise CheckpointError(f"Cannot write {path}: it is a folder. Name a file.")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf8", newline="") as file:
+            writer = csv_files.writer(file, lineterminator="\n")
+            writer.writerow(_COLUMNS)
+            for run in runs:
+                found = run.scores
+                for name, part in found.sets.items():
+                    for metric, value in found.metrics(name).items():
+                        writer.writerow([
+                            run.path, found.model, found.model_fingerprint, found.recipe, found.task,
+                            found.data_fingerprint, found.seed, found.step, found.chosen, name, part.rows, metric,
+                            value,
+                        ])  # fmt: skip
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def _say(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(f"{line}.", highlight=False, markup=False, soft_wrap=True)
