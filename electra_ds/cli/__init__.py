@@ -17,6 +17,7 @@ from electra_ds.cli.bench import add_bench
 from electra_ds.cli.build_data import add_build_data
 from electra_ds.cli.checkpoint import add_checkpoint
 from electra_ds.cli.doctor import add_doctor
+from electra_ds.cli.finetune import add_finetune
 from electra_ds.cli.plan import add_plan
 from electra_ds.cli.pretrain import add_pretrain
 from electra_ds.cli.results import add_export, add_report
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"electra_ds {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_pretrain(commands)
+    add_finetune(commands)
     add_build_data(commands)
     add_plan(commands)
     add_report(commands)

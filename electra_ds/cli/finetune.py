@@ -1,0 +1,242 @@
+"""`electra-ds finetune`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from electra_ds.cli.arguments import (
+    add_command,
+    add_launcher_arguments,
+    add_overrides,
+    add_plan_arguments,
+    add_tracking,
+    positive,
+)
+from electra_ds.config.shipped import finetune_recipe_names
+from electra_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from electra_ds.cli.arguments import Commands
+    from electra_ds.config.finetune_recipe import FinetuneRecipe
+    from electra_ds.config.manifest import RunDirectory
+    from electra_ds.runtime import Ranks
+    from electra_ds.train.finetune import FinetuneJob
+    from electra_ds.train.finetune_launch import FinetuneOptions
+
+_STARTED = time.monotonic()
+_DEFAULT_RECIPE = "rc2020"
+_TASKS = ("cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli", "squad1", "squad2")
+_EPILOG = f"""\
+examples:
+  bin/finetune --model runs/mini-20260101-120000 --task mrpc --data-dir glue/ --seed 3
+      glue/ holds the folders of gluebenchmark.com's downloads: CoLA, MRPC, STS-B, …
+  bin/finetune --model google/electra-small-discriminator --task sts-b
+      model and data from the Hugging Face Hub
+  bin/finetune --model export/discriminator --task cola --data-dir glue/ --recipe original
+  bin/finetune --model google-bert/bert-base-uncased --task squad1 --data-dir squad/ --set optimizer.learning_rate=1e-4
+  bin/finetune --model runs/mini-20260101-120000 --train reviews.csv --dev held_out.csv --text review --label stars
+      your own classification or regression, CSV, TSV or JSON lines
+  bin/finetune --resume runs/mrpc-rc2020-s3-20260101-120000
+  bin/report runs/mrpc-* runs/cola-*
+      mean and standard deviation over the seeds, AVG and GLUE
+
+tasks: {", ".join(_TASKS)}
+AX, GLUE's diagnostic set, has no training examples: mnli with --predict-test predicts it.
+
+The scores of a run are in RUN/scores.json, the predictions in RUN/predictions/, and with --predict-test those of the
+test sets in RUN/submission/, in the files that GLUE's site takes; bin/report --submission zips them.
+"""
+_OF_OWN = ("train", "dev", "test", "text", "pair", "label", "label_kind")
+_NEW_RUN_ONLY = (
+    "model", "task", "seed", "recipe", "overrides", "data_dir", "hub", *_OF_OWN, "random_init", "max_train_examples",
+    "run_dir",
+)  # fmt: skip
+
+
+def add_finetune(commands: Commands) -> None:
+    """The parser of `finetune`."""
+    command = add_command(commands, "finetune", "Finetune an encoder on GLUE, SQuAD or a task of your own.", _EPILOG)
+    command.set_defaults(handler=_finetune)
+    what = command.add_argument_group("what to train")
+    what.add_argument(
+        "--model", metavar="RUN|FOLDER|HUB",
+        help="the encoder: a run of bin/pretrain or bin/finetune, a transformers folder, or a name on the Hub",
+    )  # fmt: skip
+    what.add_argument("--task", choices=_TASKS, metavar="TASK", help="one of those below")
+    what.add_argument("--seed", type=_seed, metavar="S", help="of the head, the order of the examples and dropout (0)")
+    names = ", ".join(finetune_recipe_names())
+    what.add_argument("--recipe", metavar="NAME|FILE", help=f"{names}, or a YAML file (default: {_DEFAULT_RECIPE})")
+    add_overrides(what, "schedule.epochs=5 head.pooling=first")
+    what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
+    what.add_argument(
+        "--random-init", action="store_true",
+        help="the model's shape and tokenizer, but random weights by the seed: what pretraining is compared with",
+    )  # fmt: skip
+    what.add_argument("--max-train-examples", type=positive, metavar="N", help="train on N examples (default: all)")
+    data = command.add_argument_group("where the examples come from (default: the Hub)")
+    data.add_argument("--data-dir", type=Path, metavar="DIR", help="official files: GLUE's folders, or SQuAD's JSON")
+    data.add_argument("--hub", metavar="NAME", help="a data set on the Hub, laid out as nyu-mll/glue or squad")
+    data.add_argument("--train", type=Path, metavar="FILE", help="your own training examples: .csv, .tsv or .jsonl")
+    data.add_argument("--dev", type=Path, metavar="FILE", help="your own examples to score by")
+    data.add_argument("--test", type=Path, metavar="FILE", help="your own examples to predict; labels are optional")
+    data.add_argument("--text", metavar="COLUMN", help="the text (default: the first of text, sentence, sentence1, …)")
+    data.add_argument("--pair", metavar="COLUMN", help="the second text, where there is one")
+    data.add_argument("--label", metavar="COLUMN", help="the label (default: the first of label, labels, score, …)")
+    data.add_argument(
+        "--label-kind", choices=("classification", "regression"), help="default: regression where labels are no classes"
+    )
+    add_launcher_arguments(command)
+    how = command.add_argument_group("how to run it")
+    add_plan_arguments(
+        how, "runs/TASK-RECIPE-sSEED-TIME",
+        "inputs at a time, in place of the JSON's; auto: a rank's whole share, or less where memory runs out",
+        " (default: the one made for this card, or for a CPU)",
+    )  # fmt: skip
+    how.add_argument("--eval-every", type=positive, metavar="STEPS", help="default: an epoch")
+    how.add_argument("--save-every", type=positive, metavar="STEPS", help="default: 500")
+    how.add_argument("--keep", type=positive, metavar="N", help="checkpoints to retain (default: 1)")
+    how.add_argument(
+        "--discard-weights", action="store_true", default=None,
+        help="remove the checkpoints once the run is done; scores and predictions stay",
+    )  # fmt: skip
+    how.add_argument(
+        "--predict-test", action="store_true", default=None, help="predict the test sets too, and write GLUE's files"
+    )
+    choice = command.add_argument_group("choices by the development set, whose scores are then no test any more")
+    choice.add_argument(
+        "--early-stopping", type=positive, metavar="N", help="end after N evaluations without a better score"
+    )
+    choice.add_argument(
+        "--best", action="store_true", default=None, help="keep and score the best evaluation's weights, not the last"
+    )
+    add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    _check_arguments(options)
+
+    from electra_ds.config.finetune_recipe import load_finetune_recipe
+
+    recipe = None
+    if not options.resume:
+        seed = [] if options.seed is None else [f"seed={options.seed}"]
+        recipe = load_finetune_recipe(
+            options.recipe or _DEFAULT_RECIPE, options.task or "", [*options.overrides, *seed]
+        )  # fmt: skip
+
+    from rich.console import Console
+
+    from electra_ds import runtime
+    from electra_ds.config.manifest import RunDirectory
+    from electra_ds.train import finetune_launch, launch
+    from electra_ds.train.finetune import discard_weights, finetune
+
+    names = finetune_launch.FinetuneOptions.__dataclass_fields__
+    wanted = finetune_launch.FinetuneOptions(**{name: getattr(options, name, None) for name in names})
+    with runtime.ranks() as ranks, contextlib.ExitStack() as held:
+        console = Console(quiet=not ranks.is_main)
+        run = RunDirectory(ranks.from_main(_run_path(options, recipe)))
+        if recipe is not None:
+            job = _new_job(options, wanted, recipe, run, ranks, console)
+        else:
+            with ranks.together():
+                job = finetune_launch.prepare_resume(wanted, run, ranks, console)
+        launch.hold(run, ranks, held, is_new=recipe is not None)
+        finetune_launch.announce(job, console)
+        time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
+        if finetune(job, ranks, console, time_limit) and ranks.is_main and run.verdict() == "done":
+            finetune_launch.show_scores(job, console)
+            if job.record.settings.discard_weights:
+                discard_weights(run)
+
+
+def _new_job(
+    options: argparse.Namespace,
+    wanted: FinetuneOptions,
+    recipe: FinetuneRecipe,
+    run: RunDirectory,
+    ranks: Ranks,
+    console: Console,
+) -> FinetuneJob:
+    from electra_ds.config.finetune_recipe import Finetuning
+    from electra_ds.config.manifest import TaskSource
+    from electra_ds.train import finetune_launch
+    from electra_ds.train.encoder_source import read_encoder
+
+    source = TaskSource(
+        folder=_full(options.data_dir), hub=options.hub,
+        train=_full(options.train), dev=_full(options.dev), test=_full(options.test),
+        text=options.text, pair=options.pair, label=options.label, label_kind=options.label_kind or "auto",
+    )  # fmt: skip
+    for is_turn in (ranks.is_main, not ranks.is_main):  # what the first one downloads, the others find
+        with ranks.together():
+            if not is_turn:
+                continue
+            run.check_free()
+            loaded = finetune_launch.load_task(options.task, source)
+            encoder = read_encoder(options.model)
+            # Once before anything long, with as many inputs as there are examples; then with those there really are.
+            finetune_launch.plan_for(wanted, Finetuning(recipe, 10**6, encoder.num_layers), ranks)
+    with ranks.together():
+        return finetune_launch.prepare_new(
+            wanted, options.task, loaded, source, encoder, recipe, run, ranks, console,
+            has_random_weights=options.random_init,
+        )  # fmt: skip
+
+
+def _full(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
+
+
+def _run_path(options: argparse.Namespace, recipe: FinetuneRecipe | None) -> Path:
+    if options.resume or options.run_dir:
+        path: Path = options.resume or options.run_dir
+        return path
+    assert recipe is not None
+    task = options.task or options.train.stem
+    return Path("runs") / f"{task}-{recipe.name}-s{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _check_arguments(options: argparse.Namespace) -> None:
+    """ConfigError where arguments cannot go together."""
+    if options.resume is not None:
+        given = [name for name in _NEW_RUN_ONLY if getattr(options, name) not in (None, [], False)]
+        if given:
+            flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)
+            raise ConfigError(f"--resume takes task, model and recipe from the run, so leave out {flags}.")
+        return
+    if options.model is None:
+        raise ConfigError("Say what to finetune with --model: a run, a transformers folder, or a name on the Hub.")
+    if any(override.partition("=")[0] == "seed" for override in options.overrides) and options.seed is not None:
+        raise ConfigError("Give the seed once: either --seed or --set seed=…")
+    if options.task is None:
+        _check_own(options)
+        return
+    of_own = [name for name in _OF_OWN if getattr(options, name) is not None]
+    if of_own:
+        raise ConfigError(
+            f"--{of_own[0].replace('_', '-')} is for examples of your own, and --task {options.task} has others. Leave "
+            f"--task out for your own; for official files there is --data-dir."
+        )
+    if options.data_dir is not None and options.hub is not None:
+        raise ConfigError("Give either --data-dir or --hub.")
+
+
+def _check_own(options: argparse.Namespace) -> None:
+    if options.train is None or options.dev is None:
+        raise ConfigError("Say what to finetune on: --task TASK, or your own examples with --train and --dev.")
+    if options.data_dir is not None or options.hub is not None:
+        raise ConfigError("--data-dir and --hub are for --task; your own examples are given with --train and --dev.")

@@ -1,0 +1,252 @@
+"""Finetuning: an encoder and a new head on one task, from a run directory and a plan to scores and predictions.
+
+RUN/
+  scores.json         what the task's sets were scored with, and what that was
+  predictions/        of each set: labels, predictions and logits; answers
+  submission/         of GLUE's test sets, in the official files
+  best/               the best evaluation's checkpoint, where that was asked for
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from rich.console import Console
+
+from electra_ds import runtime
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
+from electra_ds.config.manifest import FinetuneRecord, RunDirectory
+from electra_ds.data.task_batches import TaskBatchBuilder, TaskInputs, evaluation_chunks
+from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.engine.engine import TrainingEngine
+from electra_ds.engine.layer_decay import finetuning_rates
+from electra_ds.engine.saver import CheckpointSaver
+from electra_ds.engine.task_step import TaskLosses
+from electra_ds.errors import CheckpointError
+from electra_ds.model.task_model import TaskModel, make_encoder, make_head
+from electra_ds.runtime import Ranks
+from electra_ds.train.encoder_source import EncoderSource
+from electra_ds.train.loop import TrainingLoop, train
+from electra_ds.train.task_sets import Judged, Outputs, TaskSets
+from electra_ds.train.throughput import Throughput
+from electra_ds.train.tracking import TrainingDisplay, read_metrics
+
+SCORES = "scores.json"
+_FORMAT = 1
+_LEAST_ROWS = 32
+"""Inputs that an evaluation takes at a time, however small the micro-batches are: it keeps nothing for a backward
+pass."""
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Everything a finetuning needs, checked before anything long starts."""
+
+    command: ClassVar[str] = "bin/finetune"
+
+    run: RunDirectory
+    training: Finetuning
+    plan: DeepSpeedPlan
+    record: FinetuneRecord
+    encoder: EncoderSource
+    sets: TaskSets
+    stop_at: int
+
+    @property
+    def recipe(self) -> FinetuneRecipe:
+        return self.training.recipe
+
+    @property
+    def total_steps(self) -> int:
+        return self.training.schedule.total_steps
+
+    def record_files(self, plan: DeepSpeedPlan) -> dict[str, str]:
+        return self.run.record_files(self.recipe, plan, self.record) | self.encoder.files()
+
+
+def finetune(job: FinetuneJob, ranks: Ranks, console: Console, time_limit_s: float | None = None) -> bool:
+    """As `loop.train`; what a finished run leaves behind is said above."""
+    return train(lambda: FinetuneLoop(job, ranks, console), job, ranks, time_limit_s)
+
+
+def task_model(job: FinetuneJob) -> TaskModel:
+    """Encoder and head as training begins with them."""
+    encoder = make_encoder(job.encoder.config, job.recipe.seed)
+    if job.encoder.tensors:
+        encoder.load_state_dict(job.encoder.tensors, strict=True)
+    head = make_head(job.recipe, job.encoder.hidden_size, job.sets.num_outputs, job.sets.is_regression)
+    return TaskModel(encoder, head)
+
+
+class FinetuneLoop(TrainingLoop):
+    job: FinetuneJob
+
+    def __init__(self, job: FinetuneJob, ranks: Ranks, console: Console) -> None:
+        builder = TaskBatchBuilder(job.sets.train, job.recipe.global_batch_size, job.recipe.seed)
+        throughput = Throughput(runtime.device(ranks.launch), None, lambda batch: 0.0)
+        super().__init__(job, ranks, console, builder, throughput)
+        self.evaluation_rows = max(self.evaluation_rows, _LEAST_ROWS)
+        self._best_folder = CheckpointFolder(job.run.path / "best", keep=1)
+        self._best_saver = CheckpointSaver(self._best_folder, ranks)
+        self._best_step = 0
+        self._judged: dict[str, Judged] = {}
+        """Of the last evaluation, on the main rank."""
+        self._history: list[tuple[int, float]] = ranks.from_main(self._earlier_evaluations())
+        """(step, the score that choices are made by) of each evaluation."""
+
+    def make_engine(self) -> TrainingEngine:
+        training = self.job.training
+        rates = finetuning_rates(training.num_hidden_layers, training.optimizer)
+        return TrainingEngine(task_model(self.job), training, self.plan, self.device, TaskLosses, rates)
+
+    def shown(self, values: Mapping[str, float | None]) -> str:
+        loss = values.get("loss")
+        return f"loss {'not finite' if loss is None else f'{loss:.4f}'}"
+
+    def check_fresh(self) -> None:
+        if self.job.run.verdict() in ("stopped", "done"):
+            raise CheckpointError(
+                f"The run {self.job.run.path} was trained before, but its checkpoints are gone. "
+                f"Put them back into {self.checkpoints.folder}, or start a new run."
+            )
+
+    # --- evaluation
+
+    def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
+        sets = self.job.sets
+        self._judged = self._judge(sets.dev)
+        scores = self.ranks.from_main({name: judged.metrics for name, judged in self._judged.items()})
+        for name, metrics in scores.items():
+            display.say(f"{name} at step {self.step}: {sets.shown(name, metrics)}")
+        self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
+        if len(scores) == 1:
+            return dict(next(iter(scores.values())))
+        return {f"{name}/{metric}": value for name, metrics in scores.items() for metric, value in metrics.items()}
+
+    def _judge(self, sets: Mapping[str, TaskInputs]) -> dict[str, Judged]:
+        """On the main rank; the others only compute their share."""
+        judged = {}
+        for name, inputs in sets.items():
+            outputs = self._outputs(inputs)
+            if self.ranks.is_main:
+                judged[name] = self.job.sets.judge(name, outputs)
+        return judged
+
+    def _outputs(self, inputs: TaskInputs) -> Outputs:
+        """The head's scores of each input, in order; on every rank, which share the work."""
+        chunks, world_size = evaluation_chunks(inputs, self.evaluation_rows), self.ranks.world_size
+        own: list[list[dict[str, np.ndarray]]] = []
+        for turn in range(-(-len(chunks) // world_size)):
+            index = turn * world_size + self.ranks.rank
+            # At stage 3 all ranks run the model together, so one without a share left runs the last again.
+            rows = chunks[min(index, len(chunks) - 1)]
+            scores = self.engine.evaluate(inputs.micro_batch(rows, with_labels=False)).scores
+            arrays = {name: tensor.cpu().numpy() for name, tensor in scores.items()}
+            if index < len(chunks):
+                own.append([{name: array[row] for name, array in arrays.items()} for row in range(len(rows))])
+        shares = self.ranks.gather(own)
+        outputs: list[Any] = [None] * len(inputs)
+        for index, rows in enumerate(chunks):
+            for row, scores_of_row in zip(rows.tolist(), shares[index % world_size][index // world_size], strict=True):
+                outputs[row] = scores_of_row
+        return outputs
+
+    def _choose(self, score: float) -> None:
+        """Keep the weights where they are the best so far, and see whether it is time to stop."""
+        settings = self.job.record.settings
+        before = [earlier for step, earlier in self._history if step < self.step]
+        is_best = not before or score > max(before)
+        self._history = [(step, earlier) for step, earlier in self._history if step < self.step] + [(self.step, score)]
+        if settings.best and is_best:
+            self._best_saver.save(self.engine.optimizer, self._state(), self.record_files)
+            self._best_saver.finish()
+        if settings.early_stopping is not None:
+            best_at = max(range(len(self._history)), key=lambda index: (self._history[index][1], -index))
+            self.ends_early = len(self._history) - 1 - best_at >= settings.early_stopping
+
+    def _earlier_evaluations(self) -> list[tuple[int, float]]:
+        """Those that metrics.jsonl tells of; for the main rank."""
+        sets = self.job.sets
+        name = sets.chosen_by if len(sets.dev) == 1 else f"{next(iter(sets.dev))}/{sets.chosen_by}"
+        path = self.job.run.metrics
+        lines = read_metrics(path) if self.ranks.is_main and path.exists() else []
+        return [(line["step"], float(line[name])) for line in lines if line["kind"] == "eval" and name in line]
+
+    # --- the end
+
+    def finish(self) -> None:
+        """Score and predict with the weights that are kept, and write it all down."""
+        settings = self.job.record.settings
+        if settings.best:
+            self._take_best()
+        if settings.best or not self.ranks.from_main(self._judged):
+            self._judged = self._judge(self.job.sets.dev)
+        judged = self._judged | (self._judge(self.job.sets.test) if settings.predict_test else {})
+        with self.ranks.together():
+            if self.ranks.is_main:
+                self._write(judged)
+
+    def _take_best(self) -> None:
+        with self.ranks.together():
+            path, damaged = self._best_folder.newest_whole(self.ranks)
+            if path is None:
+                raise CheckpointError(
+                    f"The best evaluation's weights are gone from {self._best_folder.folder}"
+                    + "".join(f": {problem}" for problem in damaged.values())
+                )
+            checkpoint = open_checkpoint(path)
+            checkpoint.check(self.engine.optimizer.shapes())
+        self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
+        self._best_step = int(checkpoint.state["step"])
+
+    def _write(self, judged: Mapping[str, Judged]) -> None:
+        job, best = self.job, self.job.record.settings.best
+        evaluations = len(self._history)
+        scores = {
+            "format": _FORMAT,
+            "task": job.sets.name,
+            "recipe": job.recipe.name,
+            "seed": job.recipe.seed,
+            "model": job.record.model,
+            "has_random_weights": job.record.has_random_weights,
+            "model_fingerprint": job.record.model_fingerprint,
+            "data_fingerprint": job.record.data_fingerprint,
+            "training_examples": job.record.num_examples,
+            "step": self._best_step if best else self.step,
+            "chosen": f"best of {evaluations} evaluations on {next(iter(job.sets.dev))}" if best else "last",
+            "sets": {
+                name: {"rows": of.rows, "metrics": of.metrics} | of.details for name, of in judged.items()
+            },
+        }  # fmt: skip
+        for of in judged.values():
+            for name, text in of.files.items():
+                write_text(job.run.path / name, text)
+        write_text(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all. Raises CheckpointError where the disk is full."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_text(text, "utf8")
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def discard_weights(run: RunDirectory) -> None:
+    """Remove the checkpoints of a run that is done. Raises CheckpointError where that cannot be done."""
+    for folder in (run.checkpoints, run.path / "best"):
+        try:
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        except OSError as error:
+            raise CheckpointError(f"Cannot remove {folder}: {error.strerror}.") from error

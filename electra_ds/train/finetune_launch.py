@@ -1,0 +1,289 @@
+"""From what the user asked for to a checked finetuning."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from electra_ds import runtime
+from electra_ds.config.cards import find_card
+from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json
+from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
+from electra_ds.config.manifest import FinetuneRecord, FinetuneSettings, RunDirectory, TaskSource, TrackingSettings
+from electra_ds.config.monitors import Monitors
+from electra_ds.data import glue, squad, task_files
+from electra_ds.data.glue import GLUE
+from electra_ds.data.glue_hub import REPOSITORY, load_glue_hub
+from electra_ds.data.squad import SquadData
+from electra_ds.data.tasks import TaskData
+from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.engine.layer_decay import check_layers
+from electra_ds.errors import CheckpointError, ConfigError, DataError
+from electra_ds.runtime import Ranks
+from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
+from electra_ds.train.finetune import SCORES, FinetuneJob
+from electra_ds.train.launch import Options, resolved_plan
+from electra_ds.train.task_sets import LabelledSets, SpanSets, TaskSets
+from electra_ds.train.trackers import check_tracking
+
+SQUAD = {"squad1": "rajpurkar/squad", "squad2": "rajpurkar/squad_v2"}
+TASKS = (*(name for name in GLUE if name != "ax"), *SQUAD)
+_SAVE_EVERY = 500
+_SMALL_RATE, _BASE_WIDTH = 2e-4, 768
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(Options):
+    """Command-line values that are None where they were not given."""
+
+    predict_test: bool | None = None
+    early_stopping: int | None = None
+    best: bool | None = None
+    discard_weights: bool | None = None
+    max_train_examples: int | None = None
+
+
+class LoadedTask(NamedTuple):
+    data: TaskData | SquadData
+    notes: list[str]
+
+
+def load_task(name: str | None, source: TaskSource) -> LoadedTask:
+    """A task's examples, checked to be trainable and scorable. Raises DataError, or ConfigError for no such task.
+
+    name: one of TASKS, or None for the user's own files.
+    """
+    if name is None:
+        own = task_files.load_own(
+            _path(source.train), _path(source.dev), _path(source.test),
+            text=source.text, pair=source.pair, label=source.label, kind=source.label_kind,
+        )  # fmt: skip
+        return LoadedTask(_complete(own), task_files.notes(own))
+    if name in SQUAD:
+        questions = (
+            squad.load_squad(name, Path(source.folder))  # type: ignore[arg-type]
+            if source.folder is not None
+            else squad.load_squad_hub(name, source.hub or SQUAD[name])  # type: ignore[arg-type]
+        )
+        for part, rows in (("training", questions.train), ("development", questions.dev)):
+            if not rows:
+                raise DataError(f"{questions.source} has no {part} questions of {name}.")
+        return LoadedTask(questions, [*squad.notes(questions), *squad.differing_rows(questions)])
+    data = (
+        glue.load_glue(name, Path(source.folder))
+        if source.folder is not None
+        else load_glue_hub(name, source.hub or REPOSITORY)
+    )
+    return LoadedTask(_complete(data), [*task_files.notes(data), *glue.differing_rows(data)])
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _complete(data: TaskData) -> TaskData:
+    for what, examples in (("training", data.train), ("development", next(iter(data.dev.values()), None))):
+        if examples is None or not len(examples):
+            raise DataError(f"{data.source} has no {what} examples of {data.task.name}, which are needed.")
+    return data
+
+
+def tokenised_sets(
+    data: TaskData | SquadData, encoder: EncoderSource, recipe: FinetuneRecipe, max_train: int | None, console: Console
+) -> TaskSets:
+    """The task's sets as the encoder's inputs, under a progress bar. Raises ConfigError where inputs are longer than
+    the encoder takes."""
+    if recipe.data.max_length > encoder.max_length:
+        raise ConfigError(
+            f"data.max_length is {recipe.data.max_length}, and {encoder.name} takes {encoder.max_length} tokens. "
+            f"Add --set data.max_length={encoder.max_length}"
+        )
+    if isinstance(data, SquadData):
+        make: Callable[..., TaskSets] = partial(SpanSets, data)
+        total = len(data.dev) + min(len(data.train), max_train or len(data.train))
+    else:
+        make, total = partial(LabelledSets, data), sum(len(examples) for examples in data.sets().values())
+    with Progress(
+        TextColumn("tokenising"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=total)
+        return make(
+            encoder.tokenizer, recipe, has_segments=encoder.has_segments, max_train=max_train,
+            progress=lambda done: progress.advance(task, done),
+        )  # fmt: skip
+
+
+def default_ds_config(ranks: Ranks) -> str | dict[str, Any]:
+    """The DeepSpeed JSON of this machine: its card's, or one that leaves everything to the card, or the CPU's."""
+    device = runtime.device(ranks.launch)
+    if device.type == "cpu":
+        return "cpu"
+    card = find_card(runtime.device_name(device))
+    if card is not None and card.ds_config is not None:
+        return card.ds_config
+    return {"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 0}}
+
+
+def prepare_new(
+    options: FinetuneOptions,
+    task: str | None,
+    loaded: LoadedTask,
+    source: TaskSource,
+    encoder: EncoderSource,
+    recipe: FinetuneRecipe,
+    run: RunDirectory,
+    ranks: Ranks,
+    console: Console,
+    *,
+    has_random_weights: bool,
+) -> FinetuneJob:
+    """A job for a new run. Raises ConfigError where recipe, JSON, task and model do not go together."""
+    check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
+    sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
+    training = Finetuning(recipe, len(sets.train), encoder.num_layers)
+    plan = plan_for(options, training, ranks)
+    notes = [note.rstrip(".") for note in (*loaded.notes, *_advice(recipe, encoder))]
+    plan = replace(plan, notes=(*plan.notes, *notes))
+    if ranks.is_main:
+        check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
+    record = FinetuneRecord(
+        task=task or sets.name,
+        source=source,
+        data_fingerprint=loaded.data.fingerprint,
+        num_examples=len(sets.train),
+        model=encoder.name,
+        model_fingerprint=encoder.fingerprint,
+        has_random_weights=has_random_weights,
+        parameters={"encoder": sum(tensor.numel() for tensor in encoder.tensors.values())},
+        device=runtime.device_name(runtime.device(ranks.launch)),
+        threads=runtime.set_threads(options.threads, ranks.launch),
+        world_size=ranks.world_size,
+        settings=options.settings(_default_settings(training)),
+        command=sys.argv,
+        tracking=options.tracking(TrackingSettings(), plan.monitors, run),
+    )
+    if has_random_weights:
+        encoder = replace(encoder, tensors={})
+    return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
+
+
+def plan_for(options: FinetuneOptions, training: Finetuning, ranks: Ranks) -> DeepSpeedPlan:
+    """The DeepSpeed JSON of a new run, or the default one, resolved. Raises ConfigError."""
+    chosen = options.ds_config or default_ds_config(ranks)
+    values, name = (read_deepspeed_json(chosen), chosen) if isinstance(chosen, str) else (chosen, "the default JSON")
+    return resolved_plan(options, values, name, training, ranks)
+
+
+def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
+    """A job that goes on with a run. Raises CheckpointError where it is finished, DataError where its examples or the
+    model that it began with have changed."""
+    run.check_kind("finetune")
+    recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
+    if run.verdict() == "done":
+        raise CheckpointError(f"The run {run.path} is finished: {run.path / 'scores.json'}")
+    values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
+    encoder = _encoder_again(run, record)
+    training = Finetuning(recipe, record.num_examples, encoder.num_layers)
+    plan = resolved_plan(options, values, options.ds_config or str(run.path / "deepspeed.json"), training, ranks)
+    tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
+    if ranks.is_main:
+        check_tracking(tracking, run, is_new=False)
+    loaded = load_task(record.task if record.task in TASKS else None, record.source)
+    if loaded.data.fingerprint != record.data_fingerprint:
+        raise DataError(
+            f"{loaded.data.source} has changed since {run.path} began, so the run cannot go on with it. Put the files "
+            f"back, or start a new run."
+        )
+    settings = options.settings(record.settings)
+    sets = tokenised_sets(loaded.data, encoder, recipe, settings.max_train_examples, console)
+    record = replace(
+        record,
+        device=runtime.device_name(runtime.device(ranks.launch)),
+        threads=runtime.set_threads(options.threads or record.threads, ranks.launch),
+        world_size=ranks.world_size,
+        settings=settings,
+        tracking=tracking,
+    )
+    return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
+
+
+def _encoder_again(run: RunDirectory, record: FinetuneRecord) -> EncoderSource:
+    """The configuration and tokenizer that travel with a run, and what it began with where no checkpoint has more."""
+    newest, _ = CheckpointFolder(run.checkpoints, keep=1).newest_whole()
+    if newest is not None:
+        config, tokenizer = finetuned_encoder(open_checkpoint(newest))
+        return EncoderSource(record.model, config, tokenizer, {}, record.model_fingerprint)
+    encoder = read_encoder(record.model)
+    if encoder.fingerprint != record.model_fingerprint:
+        raise DataError(
+            f"The model {record.model} has changed since {run.path} began, and the run has no checkpoint yet. "
+            f"Start a new run."
+        )
+    return replace(encoder, tensors={}) if record.has_random_weights else encoder
+
+
+def _default_settings(training: Finetuning) -> FinetuneSettings:
+    epoch = math.ceil(training.num_examples / training.global_batch_size)
+    return FinetuneSettings(log_every=10, eval_every=epoch, save_every=_SAVE_EVERY, keep=1)
+
+
+def _stop_at(options: Options, training: Finetuning) -> int:
+    total = training.schedule.total_steps
+    if options.stop_at is not None and options.stop_at > total:
+        raise ConfigError(f"--stop-at {options.stop_at} is beyond the schedule's {total} steps.")
+    return options.stop_at or total
+
+
+def _advice(recipe: FinetuneRecipe, encoder: EncoderSource) -> list[str]:
+    """What a user of a published recipe should know of this model."""
+    if encoder.hidden_size >= _BASE_WIDTH and recipe.optimizer.learning_rate > _SMALL_RATE:
+        rate = "1e-4" if encoder.hidden_size == _BASE_WIDTH else "5e-5"
+        return [
+            f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper takes "
+            f"{rate} for one of this size: --set optimizer.learning_rate={rate}"
+        ]
+    return []
+
+
+def announce(job: FinetuneJob, console: Console) -> None:
+    """What is about to run, in a few lines."""
+    recipe, record, schedule = job.recipe, job.record, job.training.schedule
+    began = "random weights of the shape of " if record.has_random_weights else ""
+    sets = ", ".join(f"{name} {len(inputs):,}" for name, inputs in (job.sets.dev | job.sets.test).items())
+    console.print(
+        f"{job.sets.name}, recipe {recipe.name}, seed {recipe.seed}: {began}{record.model}, "
+        f"{record.parameters['encoder'] / 1e6:.2f} M parameters\n"
+        f"data: {len(job.sets.train):,} training inputs; {sets}\n"
+        f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({recipe.schedule.epochs:g} epochs); "
+        f"{record.device}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
+        f"micro-batch x accumulation = {job.plan.batch}\n"
+        f"run directory: {job.run.path}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    for note in job.plan.notes:
+        console.print("[yellow]Note:[/]", escape(note) + ".", highlight=False, soft_wrap=True)
+
+
+def show_scores(job: FinetuneJob, console: Console) -> None:
+    """The end of a run, for people."""
+    scores = json.loads((job.run.path / SCORES).read_text("utf8"))
+    for name, of_set in scores["sets"].items():
+        if of_set["metrics"]:
+            numbers = job.sets.shown(name, of_set["metrics"])
+            console.print(f"{name}, {of_set['rows']:,} rows: {numbers}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.\n"
+        f"Several runs together: bin/report RUN RUN …   As a transformers model: bin/export {job.run.path}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
