@@ -173,6 +173,7 @@ def _new_job(
 ) -> FinetuneJob:
     from electra_ds.config.finetune_recipe import Finetuning
     from electra_ds.config.manifest import TaskSource
+    from electra_ds.data.tasks import TaskData
     from electra_ds.train import finetune_launch
     from electra_ds.train.encoder_source import read_encoder
 
@@ -188,8 +189,9 @@ def _new_job(
             run.check_free()
             loaded = finetune_launch.load_task(options.task, source)
             encoder = read_encoder(options.model)
-            # Once before anything long, with as many inputs as there are examples; then with those there really are.
-            finetune_launch.plan_for(wanted, Finetuning(recipe, 10**6, encoder.num_layers), ranks)
+            if isinstance(loaded.data, TaskData):  # a JSON that cannot be used is told of before tokenising begins
+                count = finetune_launch.num_training_inputs(loaded.data, recipe, options.max_train_examples)
+                finetune_launch.plan_for(wanted, Finetuning(recipe, count, encoder.num_layers), ranks)
     with ranks.together():
         return finetune_launch.prepare_new(
             wanted, options.task, loaded, source, encoder, recipe, run, ranks, console,

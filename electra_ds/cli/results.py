@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import add_command
+from electra_ds.cli.arguments import add_command, wide_console
 from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,15 +21,30 @@ examples:
   torchrun --nproc_per_node 4 bin/export runs/tiny-20260101-120000 --to deepspeed --ds-config my_zero2.json --out native
       the same for 4 ranks, which DeepSpeed then needs to load it
 """
+_REPORT_EPILOG = """\
+examples:
+  bin/report runs/tiny-20260101-120000
+      a pretraining: table, curves, sample sentences
+  bin/report runs/mrpc-rc2020-s* runs/cola-rc2020-s*
+      finetunings: mean and standard deviation of each task over its seeds, AVG and GLUE
+  bin/report runs/*-rc2020-s0-* --submission glue.zip
+"""
 
 
 def add_report(commands: Commands) -> None:
     """The parser of `report`."""
     command = add_command(
-        commands, "report", "Summarise a run: table, curves, sample sentences.", "example:\n  bin/report runs/tiny-…\n"
+        commands,
+        "report",
+        "Summarise a pretraining, or the scores of finetunings over seeds and tasks.",
+        _REPORT_EPILOG,
     )
     command.set_defaults(handler=_report)
-    command.add_argument("run", type=Path, metavar="RUN", help="a run directory, finished or not")
+    command.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not")
+    scores = command.add_argument_group("for runs of bin/finetune")
+    scores.add_argument("--compare", metavar="NAME", help="a published row to show beside them")
+    scores.add_argument("--csv", type=Path, metavar="FILE", help="write every run's scores there")
+    scores.add_argument("--submission", type=Path, metavar="FILE", help="write the zip for gluebenchmark.com there")
 
 
 def add_export(commands: Commands) -> None:
@@ -51,12 +66,30 @@ def add_export(commands: Commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from electra_ds.config.manifest import RunDirectory
+
+    runs = [RunDirectory(path) for path in options.run]
+    of_finetuning = [run for run in runs if run.kind() == "finetune"]
+    if of_finetuning:
+        for run in runs:
+            run.check_kind("finetune")
+
+        from electra_ds.report.scores import report_scores
+
+        report_scores(
+            options.run, wide_console(), compare=options.compare, csv=options.csv, submission=options.submission
+        )
+        return
+    given = [name for name in ("compare", "csv", "submission") if getattr(options, name) is not None]
+    if len(runs) > 1 or given:
+        what = f"--{given[0]} is" if given else "several runs at a time are"
+        raise ConfigError(f"{what} for runs of bin/finetune, and {runs[0].path} is one of bin/pretrain.")
+
     from rich.console import Console
 
-    from electra_ds.config.manifest import RunDirectory
     from electra_ds.report.run_report import report_run
 
-    report_run(RunDirectory(options.run), Console())
+    report_run(runs[0], Console())
 
 
 def _export(options: argparse.Namespace) -> None:

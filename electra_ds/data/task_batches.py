@@ -29,8 +29,10 @@ class SpanTargets:
     """Where the answers of N windows stand, and where answers may stand."""
 
     starts_N: np.ndarray
+    """int64 positions; 0 where a window does not hold the answer."""
     ends_N: np.ndarray
     is_impossible_N: np.ndarray
+    """bool, whether the window's question has no answer at all."""
     context_N2: np.ndarray
     """First position of each window's context, and the one after its last."""
 
@@ -201,7 +203,8 @@ def span_inputs(
     segments = features.token_type_ids if has_segments and recipe.data.segment_ids else None
     # As the original has it: a window without the answer does not make its question one without an answer.
     is_impossible = np.array([question.is_impossible for question in questions])[features.question]
-    spans = SpanTargets(features.start_position, features.end_position, is_impossible, features.context)
+    starts, ends = (places.astype(np.int64) for places in (features.start_position, features.end_position))
+    spans = SpanTargets(starts, ends, is_impossible, features.context)
     return _inputs(features.input_ids, segments, tokenizer, spans=spans)
 
 

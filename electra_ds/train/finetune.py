@@ -10,6 +10,7 @@ RUN/
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ class FinetuneLoop(TrainingLoop):
         """Of the last evaluation, on the main rank."""
         self._history: list[tuple[int, float]] = ranks.from_main(self._earlier_evaluations())
         """(step, the score that choices are made by) of each evaluation."""
+        self.ends_early = self._is_over()
 
     def make_engine(self) -> TrainingEngine:
         training = self.job.training
@@ -160,16 +162,17 @@ class FinetuneLoop(TrainingLoop):
 
     def _choose(self, score: float) -> None:
         """Keep the weights where they are the best so far, and see whether it is time to stop."""
-        settings = self.job.record.settings
-        before = [earlier for step, earlier in self._history if step < self.step]
-        is_best = not before or score > max(before)
-        self._history = [(step, earlier) for step, earlier in self._history if step < self.step] + [(self.step, score)]
-        if settings.best and is_best:
+        before = self._history
+        self._history = [*before, (self.step, score if math.isfinite(score) else -math.inf)]
+        if self.job.record.settings.best and (not before or score > max(earlier for _, earlier in before)):
             self._best_saver.save(self.engine.optimizer, self._state(), self.record_files)
             self._best_saver.finish()
-        if settings.early_stopping is not None:
-            best_at = max(range(len(self._history)), key=lambda index: (self._history[index][1], -index))
-            self.ends_early = len(self._history) - 1 - best_at >= settings.early_stopping
+        self.ends_early = self._is_over()
+
+    def _is_over(self) -> bool:
+        """Whether as many evaluations as were asked for have brought nothing better than the first of the best."""
+        patience, scores = self.job.record.settings.early_stopping, [score for _, score in self._history]
+        return patience is not None and bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
     def _earlier_evaluations(self) -> list[tuple[int, float]]:
         """Those that metrics.jsonl tells of; for the main rank."""
@@ -177,7 +180,8 @@ class FinetuneLoop(TrainingLoop):
         name = sets.chosen_by if len(sets.dev) == 1 else f"{next(iter(sets.dev))}/{sets.chosen_by}"
         path = self.job.run.metrics
         lines = read_metrics(path) if self.ranks.is_main and path.exists() else []
-        return [(line["step"], float(line[name])) for line in lines if line["kind"] == "eval" and name in line]
+        found = [(line["step"], line[name]) for line in lines if line["kind"] == "eval" and name in line]
+        return [(step, -math.inf if score is None else float(score)) for step, score in found]
 
     # --- the end
 
@@ -186,7 +190,7 @@ class FinetuneLoop(TrainingLoop):
         settings = self.job.record.settings
         if settings.best:
             self._take_best()
-        if settings.best or not self.ranks.from_main(self._judged):
+        if settings.best or not self.ranks.from_main(bool(self._judged)):
             self._judged = self._judge(self.job.sets.dev)
         judged = self._judged | (self._judge(self.job.sets.test) if settings.predict_test else {})
         with self.ranks.together():
@@ -214,15 +218,18 @@ class FinetuneLoop(TrainingLoop):
             "task": job.sets.name,
             "recipe": job.recipe.name,
             "seed": job.recipe.seed,
-            "model": job.record.model,
-            "has_random_weights": job.record.has_random_weights,
+            "model": f"{job.record.model} (random weights)" if job.record.has_random_weights else job.record.model,
             "model_fingerprint": job.record.model_fingerprint,
             "data_fingerprint": job.record.data_fingerprint,
             "training_examples": job.record.num_examples,
             "step": self._best_step if best else self.step,
             "chosen": f"best of {evaluations} evaluations on {next(iter(job.sets.dev))}" if best else "last",
             "sets": {
-                name: {"rows": of.rows, "metrics": of.metrics} | of.details for name, of in judged.items()
+                name: {
+                    "rows": of.rows,
+                    "metrics": {key: value if math.isfinite(value) else None for key, value in of.metrics.items()},
+                } | of.details
+                for name, of in judged.items()
             },
         }  # fmt: skip
         for of in judged.values():

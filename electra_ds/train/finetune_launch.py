@@ -98,6 +98,13 @@ def _complete(data: TaskData) -> TaskData:
     return data
 
 
+def num_training_inputs(data: TaskData, recipe: FinetuneRecipe, max_train: int | None) -> int:
+    """How many there will be, before they are tokenised."""
+    assert data.train is not None
+    orders = 2 if recipe.data.double_unordered and data.train.pairs is not None else 1
+    return min(len(data.train), max_train or len(data.train)) * orders
+
+
 def tokenised_sets(
     data: TaskData | SquadData, encoder: EncoderSource, recipe: FinetuneRecipe, max_train: int | None, console: Console
 ) -> TaskSets:

@@ -201,7 +201,7 @@ class TrainingLoop(ABC):
         """Train; False where the time limit came before `stop_at`."""
         job, settings = self.job, self.job.record.settings
         with TrainingDisplay(self.console, job.stop_at, self.step) as display:
-            for step, batch in prefetched(self.builder, self.step, job.stop_at):
+            for step, batch in prefetched(self.builder, self.step, self.step if self.ends_early else job.stop_at):
                 result = self._train_step(batch, step)
                 self.step = step + 1
                 self.tokens += batch.num_tokens
