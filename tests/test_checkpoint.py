@@ -55,7 +55,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(tmp_path: Path) -> None:
         max_size=6,
     )
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_tensor_file_is_to_the_byte_what_safetensors_writes(shapes: dict[str, list[int]]) -> None:
     rng = torch.Generator().manual_seed(0)
     named = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items() if name != "__metadata__"}
@@ -124,7 +124,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(data=st.data())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_flipped_byte_or_a_cut_file_is_always_noticed(saved: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(path.name for path in saved.iterdir())))
     file = saved / name

@@ -331,7 +331,7 @@ def test_a_loss_scale_that_has_come_down_to_one_is_resumed_at_one() -> None:
     consecutive=st.booleans(),
     power=st.integers(0, 8),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_loss_scale_moves_as_deepspeeds_own_scaler_does(
     overflows: list[bool], window: int, hysteresis: int, consecutive: bool, power: int
 ) -> None:

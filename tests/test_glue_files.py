@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.data.glue import GLUE, OFFICIAL_ROWS, differing_rows, load_glue
@@ -353,7 +353,6 @@ def test_broken_official_files_are_refused_with_their_place(
 FIELDS = st.text(st.characters(exclude_characters="\t\n\r\0", exclude_categories=["Cs"]), max_size=12)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(FIELDS, FIELDS), max_size=20), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
 def test_any_text_survives_a_tsv(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], end: str, bom: bool
@@ -514,7 +513,6 @@ def write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]])
 ANY_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=15)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(ANY_TEXT, ANY_TEXT, st.sampled_from(["no", "yes"])), min_size=1, max_size=12),
     st.sampled_from([".csv", ".tsv", ".jsonl"]),

@@ -85,7 +85,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     return load_recipe("tiny", [f"{key}={value}" for key, value in values.items()])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(recipes(), st.integers(300, 3000), st.sampled_from(PRECISIONS))
 def test_saved_bytes_of_any_recipe_are_within_three_percent(recipe: Recipe, vocab_size: int, precision: str) -> None:
     size = recipe.global_batch_size
@@ -93,7 +93,7 @@ def test_saved_bytes_of_any_recipe_are_within_three_percent(recipe: Recipe, voca
     assert predicted == pytest.approx(measured_saved_bytes(recipe, vocab_size, size, precision), rel=0.03)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(recipes(), st.integers(300, 3000))
 def test_parameters_are_counted_without_the_model(recipe: Recipe, vocab_size: int) -> None:
     sizes = {True: 0, False: 0}

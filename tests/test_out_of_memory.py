@@ -116,7 +116,7 @@ def halves(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.Tem
     return {size: train(store, folder / str(size), process_group, micro(size)) for size in (1, 2, 3, 6)}
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.sampled_from([12, 6, 4, 3]), seed=st.integers(0, 10**6), where=st.sampled_from(["forward", "backward"]))
 def test_a_fault_at_any_micro_step_leaves_the_losses_of_the_smaller_plan(
     store: TokenStore, process_group: Ranks, halves: dict[int, Path], size: int, seed: int, where: str

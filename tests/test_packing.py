@@ -103,7 +103,7 @@ def test_statistics_are_the_originals() -> None:
 
 
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=12), min_size=1, max_size=8), st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_examples_are_whole_lines_of_one_document_and_nothing_is_left_out(text: list[list[int]], seed: int) -> None:
     lines, ranges = text_of(text)
     packed = PackedExamples(lines, ranges, 32, seed)
@@ -123,7 +123,7 @@ def test_examples_are_whole_lines_of_one_document_and_nothing_is_left_out(text: 
 
 
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=12), min_size=1, max_size=8), st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_segments_obey_the_rule_line_by_line(text: list[list[int]], seed: int) -> None:
     lines, ranges = text_of(text)
     packed = PackedExamples(lines, ranges, 32, seed)

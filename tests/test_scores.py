@@ -92,7 +92,7 @@ def test_metrics_that_are_no_shares_keep_their_unit(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.floats(0, 1), min_size=8, max_size=8), min_size=2, max_size=4))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_means_are_computed_by_seed(tmp_path_factory: pytest.TempPathFactory, seeds: list[list[float]]) -> None:
     by_task = {task: {seed: values[index] for seed, values in enumerate(seeds)} for index, task in enumerate(EIGHT)}
     runs, _ = read_scores(write_glue(tmp_path_factory.mktemp("runs"), by_task))

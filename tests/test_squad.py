@@ -337,7 +337,7 @@ def text_at(question: Question, features: Features, window: int, start: int, end
 
 
 @each_tokenizer
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(question=asked(), room=st.integers(1, 40), doc_stride=st.integers(1, 50), max_query=st.integers(1, 12))
 def test_windows_are_berts(
     tokenizer: PreTrainedTokenizerFast, question: Question, room: int, doc_stride: int, max_query: int
@@ -375,7 +375,7 @@ def test_windows_are_berts(
 
 
 @each_tokenizer
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(question=asked(), room=st.integers(2, 30), doc_stride=st.integers(1, 30))
 def test_windows_are_those_of_the_tokenizers_own_truncation(
     tokenizer: PreTrainedTokenizerFast, question: Question, room: int, doc_stride: int
@@ -510,7 +510,7 @@ def joint(features: Features, window: int) -> list[Candidate]:
 
 
 @each_tokenizer
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(question=asked(), room=st.integers(30, 60))
 def test_perfect_logits_give_the_answers(tokenizer: PreTrainedTokenizerFast, question: Question, room: int) -> None:
     special = len(tokenizer("a", "b")["input_ids"]) - 2

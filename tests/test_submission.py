@@ -55,7 +55,7 @@ def test_all_eleven_files(tmp_path: Path) -> None:
 
 
 @given(st.sets(st.sampled_from(SMALL), min_size=1), st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_what_is_missing_is_named(tmp_path_factory: pytest.TempPathFactory, names: set[str], fill: bool) -> None:
     folder = tmp_path_factory.mktemp("runs")
     for name in names:
@@ -82,7 +82,7 @@ def test_wnli_is_filled_with_its_larger_class(tmp_path: Path) -> None:
 
 
 @given(st.sampled_from(SMALL), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_broken_files_are_refused_and_no_zip_appears(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:
@@ -142,7 +142,7 @@ def test_messages_name_the_line_and_the_count(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.sampled_from(SMALL), min_size=2, max_size=4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_file_is_brought_by_one_run(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
     folder = tmp_path_factory.mktemp("runs")
     runs = [folder / str(index) for index in range(len(names))]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.objective.task_metrics import METRICS, confusion, score
@@ -39,7 +39,6 @@ def of_library(function: Callable, truth: list[float], found: list[float], **opt
         return float(function(truth, found, **options))
 
 
-@settings(deadline=None)
 @given(classes(2))
 def test_scores_of_two_classes_are_the_librarys(pairs: Pairs) -> None:
     truth, found = split(pairs)
@@ -51,7 +50,6 @@ def test_scores_of_two_classes_are_the_librarys(pairs: Pairs) -> None:
     assert scored["matthews"] == pytest.approx(of_library(sklearn.metrics.matthews_corrcoef, truth, found))
 
 
-@settings(deadline=None)
 @given(classes(4))
 def test_scores_of_several_classes_are_the_librarys_and_the_confusion_tells_them(pairs: Pairs) -> None:
     truth, found = split(pairs)
@@ -71,7 +69,6 @@ def sklearn_confusion(truth: list[float], found: list[float], count: int) -> np.
     return sklearn.metrics.confusion_matrix(truth, found, labels=range(count))
 
 
-@settings(deadline=None)
 @given(SCORES)
 def test_correlations_are_the_librarys_and_never_nan(pairs: Pairs) -> None:
     truth, found = split(pairs)
@@ -89,7 +86,6 @@ def test_correlations_are_the_librarys_and_never_nan(pairs: Pairs) -> None:
         assert -1 - 1e-9 <= scored[name] <= 1 + 1e-9
 
 
-@settings(deadline=None)
 @given(SCORES)
 def test_spearman_is_the_correlation_of_ranks_with_ties_sharing_their_mean(pairs: Pairs) -> None:
     def ranks(values: list[float]) -> list[float]:
