@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command, wide_console
-from electra_ds.errors import ConfigError
+from electra_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -16,6 +16,10 @@ _EXPORT_EPILOG = """\
 examples:
   bin/export runs/tiny-20260101-120000 --out my-electra
       then: AutoModel.from_pretrained("my-electra/discriminator")
+  bin/export runs/mrpc-original-s0-20260101-120000 --out my-mrpc
+      a run of bin/finetune; then: pipeline("text-classification", model="my-mrpc")
+  bin/export runs/mrpc-rc2020-s0-20260101-120000 --encoder-only
+      without its head, which transformers cannot hold where it pools by the mean
   bin/export runs/tiny-20260101-120000 --to deepspeed --ds-config my_zero2.json --out native
       then: engine.load_checkpoint("native") in a DeepSpeed script around our model; native/README.md shows one
   torchrun --nproc_per_node 4 bin/export runs/tiny-20260101-120000 --to deepspeed --ds-config my_zero2.json --out native
@@ -56,12 +60,15 @@ def add_export(commands: Commands) -> None:
     command.add_argument("run", type=Path, metavar="RUN", help="a run directory, or one of its checkpoints")
     command.add_argument(
         "--to", choices=("transformers", "deepspeed"), default="transformers",
-        help="transformers (default): generator and discriminator to load with from_pretrained. deepspeed: weights and "
-        "optimizer as DeepSpeed's own checkpoint",
+        help="transformers (default): generator and discriminator, or a finetuned model with its head, to load with "
+        "from_pretrained. deepspeed: a pretraining's weights and optimizer as DeepSpeed's own checkpoint",
     )  # fmt: skip
     command.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export, or RUN/native for DeepSpeed")
     command.add_argument(
         "--ds-config", metavar="NAME|FILE", help="whose ZeRO stage and precision DeepSpeed gets (default: the run's)"
+    )
+    command.add_argument(
+        "--encoder-only", action="store_true", help="of a finetuned model the encoder, to load with AutoModel"
     )
 
 
@@ -93,15 +100,38 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    is_finetuned = _is_finetuned(options.run)
+    if options.encoder_only and not is_finetuned:
+        raise ConfigError(
+            "--encoder-only is for runs of bin/finetune; of a pretraining the folder discriminator is the encoder."
+        )
     if options.to == "deepspeed":
+        if is_finetuned:
+            raise ConfigError(
+                f"{options.run} is a run of bin/finetune, and --to deepspeed is for those of bin/pretrain."
+            )
         _export_native(options)
         return
     if options.ds_config is not None:
         raise ConfigError("--ds-config is for --to deepspeed; transformers' folders know no DeepSpeed JSON.")
+    if is_finetuned:
+        from electra_ds.train.export_finetuned import export_finetuned
+
+        print(export_finetuned(options.run, options.out, encoder_only=options.encoder_only))
+        return
 
     from electra_ds.train.export import export_run
 
     print(export_run(options.run, options.out))
+
+
+def _is_finetuned(run_or_checkpoint: Path) -> bool:
+    from electra_ds.config.manifest import RunDirectory
+
+    try:
+        return RunDirectory(run_or_checkpoint).kind() == "finetune"
+    except CheckpointError:  # what is wrong with it, the export says
+        return False
 
 
 def _export_native(options: argparse.Namespace) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.hub_names import is_hub_model
 from electra_ds.model.convert import to_transformers
-from electra_ds.train.export_folder import cannot_write, check_out, unfinished
+from electra_ds.train.export_folder import check_out, new_folder, published_name
 from electra_ds.train.tracking import read_metrics
 from electra_ds.train.trained import beside, load_model, newest_checkpoint
 
@@ -33,33 +29,17 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     run, state = checkpoint.path.parent.parent, checkpoint.state
     generator, discriminator = to_transformers(model)
     logging.disable_progress_bar()  # which would count one shard
-    partial = unfinished(out, secrets.token_hex(4))
-    try:
+    with new_folder(out) as partial:
         for name, exported in (("generator", generator), ("discriminator", discriminator)):
             exported.save_pretrained(partial / name)
             tokenizer.save(partial / name, recipe.model.max_position_embeddings)
             (partial / name / "README.md").write_text(
                 _model_card(name, recipe, tokenizer.vocab_size, state, run, sources), "utf8"
             )
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(out, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
     return (
         f"{out / 'discriminator'}: the encoder to finetune, AutoModel.from_pretrained({str(out / 'discriminator')!r})\n"
         f"{out / 'generator'}: the masked language model, ElectraForMaskedLM.from_pretrained(…)"
     )
-
-
-def _published_name(source: str) -> str:
-    """A Hub name, or a folder's own: its place on this machine is nothing for a published card."""
-    path = Path(source)
-    if is_hub_model(source):
-        return source
-    return f"{path.parent.name}/{path.name}" if path.name in ("generator", "discriminator") else path.name
 
 
 def _model_card(
@@ -78,7 +58,7 @@ def _model_card(
     ]
     began = ""
     if sources:
-        began = f" It began with the weights of {' and '.join(map(_published_name, sources))}."
+        began = f" It began with the weights of {' and '.join(map(published_name, sources))}."
     results = ""
     if evaluations:
         rows = "\n".join(

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from electra_ds import runtime
+from electra_ds.data.hub_names import is_hub_model
 from electra_ds.errors import CheckpointError
 
 _LONGEST_NAME = 200
@@ -25,6 +32,25 @@ def check_out(out: Path) -> None:
         raise cannot_write(out, error) from error
 
 
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder to write into, which becomes `out` at the end, or is removed where anything is raised.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    partial = unfinished(out, secrets.token_hex(4))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
+
+
 def unfinished(out: Path, token: str) -> Path:
     """The hidden folder beside it in which the export is made; with a token, so that it is nobody else's."""
     return out.parent / f".{out.name[:_LONGEST_NAME]}.{token}"
@@ -34,3 +60,11 @@ def cannot_write(out: Path, error: Exception) -> CheckpointError:
     """What to say where an export could not be written."""
     advice = " Make room, then start it anew." if runtime.is_disk_full(error) else ""
     return CheckpointError(f"Cannot write the export {out}: {error}.{advice}")
+
+
+def published_name(source: str) -> str:
+    """A Hub name, or a folder's own: its place on this machine is nothing for a published card."""
+    path = Path(source)
+    if is_hub_model(source):
+        return source
+    return f"{path.parent.name}/{path.name}" if path.name in ("generator", "discriminator") else path.name

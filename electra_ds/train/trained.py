@@ -38,7 +38,7 @@ def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Ch
 
 def beside(checkpoint: Checkpoint, name: str) -> Path:
     """Where what is made of a run's checkpoint goes, if nobody says. Raises ConfigError for a copy kept elsewhere."""
-    if checkpoint.path.parent.name != "checkpoints":
+    if checkpoint.path.parent.name not in ("checkpoints", "best"):
         raise ConfigError(f"{checkpoint.path} is not in a run's folder; say with --out where to write.")
     return checkpoint.path.parent.parent / name
 
