@@ -77,7 +77,8 @@ class TaskInputs:
             first_S1, stop_S1 = self.spans.context_N2[rows_S].T[:, :, None]
             tensors["answerable_BT"] = ((places_T >= first_S1) & (places_T < stop_S1)) | (places_T == 0)
             if with_labels:
-                tensors["starts_B"], tensors["ends_B"] = self.spans.starts_N[rows_S], self.spans.ends_N[rows_S]
+                tensors["starts_B"] = self.spans.starts_N[rows_S].astype(np.int64)  # what torch takes as an index
+                tensors["ends_B"] = self.spans.ends_N[rows_S].astype(np.int64)
                 tensors["is_impossible_B"] = self.spans.is_impossible_N[rows_S].astype(np.float32)
         return TaskMicroBatch(**{name: torch.from_numpy(array) for name, array in tensors.items()})
 

@@ -10,6 +10,7 @@ RUN/
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ class FinetuneLoop(TrainingLoop):
         self._judged: dict[str, Judged] = {}
         """Of the last evaluation, on the main rank."""
         self._history: list[tuple[int, float]] = ranks.from_main(self._earlier_evaluations())
-        """(step, the score that choices are made by) of each evaluation."""
+        """(step, the score that choices are made by) of each evaluation; minus infinity for one that is not finite."""
+        self.ends_early = bool(self._history) and self._history[-1][0] == self.step and self._is_in_vain()
 
     def make_engine(self) -> TrainingEngine:
         training = self.job.training
@@ -125,10 +127,16 @@ class FinetuneLoop(TrainingLoop):
         scores = self.ranks.from_main({name: judged.metrics for name, judged in self._judged.items()})
         for name, metrics in scores.items():
             display.say(f"{name} at step {self.step}: {sets.shown(name, metrics)}")
-        self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
+        if self._is_of_schedule(self.step):
+            self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
         if len(scores) == 1:
             return dict(next(iter(scores.values())))
         return {f"{name}/{metric}": value for name, metrics in scores.items() for metric, value in metrics.items()}
+
+    def _is_of_schedule(self, step: int) -> bool:
+        """Whether a run that is never stopped is evaluated there: where --stop-at has it evaluated too, nothing is
+        chosen, so that it ends as that one does."""
+        return step % self.job.record.settings.eval_every == 0 or step == self.job.total_steps
 
     def _judge(self, sets: Mapping[str, TaskInputs]) -> dict[str, Judged]:
         """On the main rank; the others only compute their share."""
@@ -161,15 +169,22 @@ class FinetuneLoop(TrainingLoop):
     def _choose(self, score: float) -> None:
         """Keep the weights where they are the best so far, and see whether it is time to stop."""
         settings = self.job.record.settings
+        score = score if math.isfinite(score) else -math.inf
         before = [earlier for step, earlier in self._history if step < self.step]
         is_best = not before or score > max(before)
         self._history = [(step, earlier) for step, earlier in self._history if step < self.step] + [(self.step, score)]
         if settings.best and is_best:
             self._best_saver.save(self.engine.optimizer, self._state(), self.record_files)
             self._best_saver.finish()
-        if settings.early_stopping is not None:
-            best_at = max(range(len(self._history)), key=lambda index: (self._history[index][1], -index))
-            self.ends_early = len(self._history) - 1 - best_at >= settings.early_stopping
+        self.ends_early = self._is_in_vain()
+
+    def _is_in_vain(self) -> bool:
+        """Whether so many evaluations as --early-stopping says have brought no better score."""
+        patience = self.job.record.settings.early_stopping
+        if patience is None:
+            return False
+        best_at = max(range(len(self._history)), key=lambda index: (self._history[index][1], -index))
+        return len(self._history) - 1 - best_at >= patience
 
     def _earlier_evaluations(self) -> list[tuple[int, float]]:
         """Those that metrics.jsonl tells of; for the main rank."""
@@ -177,7 +192,10 @@ class FinetuneLoop(TrainingLoop):
         name = sets.chosen_by if len(sets.dev) == 1 else f"{next(iter(sets.dev))}/{sets.chosen_by}"
         path = self.job.run.metrics
         lines = read_metrics(path) if self.ranks.is_main and path.exists() else []
-        return [(line["step"], float(line[name])) for line in lines if line["kind"] == "eval" and name in line]
+        scores = [(line["step"], line[name]) for line in lines if line["kind"] == "eval" and name in line]
+        return [
+            (step, -math.inf if score is None else float(score)) for step, score in scores if self._is_of_schedule(step)
+        ]
 
     # --- the end
 
@@ -187,8 +205,9 @@ class FinetuneLoop(TrainingLoop):
         if settings.best:
             self._take_best()
         if settings.best or not self.ranks.from_main(self._judged):
-            self._judged = self._judge(self.job.sets.dev)
-        judged = self._judged | (self._judge(self.job.sets.test) if settings.predict_test else {})
+            self._judged = self.in_memory(lambda: self._judge(self.job.sets.dev))
+        tested = self.in_memory(lambda: self._judge(self.job.sets.test)) if settings.predict_test else {}
+        judged = self._judged | tested
         with self.ranks.together():
             if self.ranks.is_main:
                 self._write(judged)
