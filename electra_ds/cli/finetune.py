@@ -215,7 +215,8 @@ def _run_path(options: argparse.Namespace, recipe: FinetuneRecipe | None) -> Pat
 def _check_arguments(options: argparse.Namespace) -> None:
     """ConfigError where arguments cannot go together."""
     if options.resume is not None:
-        given = [name for name in _NEW_RUN_ONLY if getattr(options, name) not in (None, [], False)]
+        values = {name: getattr(options, name) for name in _NEW_RUN_ONLY}
+        given = [name for name, value in values.items() if value is not None and value is not False and value != []]
         if given:
             flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)
             raise ConfigError(f"--resume takes task, model and recipe from the run, so leave out {flags}.")

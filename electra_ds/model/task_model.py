@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
@@ -57,7 +59,9 @@ class TaskModel(nn.Module):
                 f"transformers cannot compute layers of {type(self.encoder).__name__} again; remove "
                 f"activation_checkpointing from the DeepSpeed JSON."
             )
-        self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a new name, which older 5.x do not know
+            self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers[checkpointed_layers:]:
             layer.gradient_checkpointing = False
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from electra_ds.config.manifest import RunDirectory
@@ -128,6 +136,11 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
         config = AutoConfig.from_pretrained(folder)
     if getattr(config, "is_encoder_decoder", False):
         raise DataError(f"{name} is an encoder with a decoder ({config.model_type}), and an encoder alone is needed.")
+    if _is_decoder(config):
+        raise DataError(
+            f"{name} is a decoder ({config.model_type}), whose tokens do not see those after them, and an encoder is "
+            f"needed."
+        )
     if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
         raise DataError(
             f"{name} has no tokenizer: neither tokenizer.json nor vocab.txt. Put the one that it was pretrained with "
@@ -149,6 +162,13 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
     return config, tokenizer
 
 
+def _is_decoder(config: PretrainedConfig) -> bool:
+    """What transformers has a model of for text generation and none for masked tokens, is none but that."""
+    if getattr(config, "is_decoder", False):
+        return True
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
 def _of_folder(folder: Path, name: str) -> EncoderSource:
     config, tokenizer = read_config_and_tokenizer(folder, name)
     verbosity = logging.get_verbosity()
@@ -156,11 +176,15 @@ def _of_folder(folder: Path, name: str) -> EncoderSource:
     logging.disable_progress_bar()
     try:
         with explained(f"the weights of {name}", "Where files were lost or damaged, fetch or export it again."):
-            model, info = AutoModel.from_pretrained(
-                folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except pickle.UnpicklingError as error:  # never a DataError's cause that `explained` knows
-        raise DataError(f"The weights of {name} are pickled and hold more than tensors: {error}") from error
+            try:
+                model, info = AutoModel.from_pretrained(
+                    folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+            except pickle.UnpicklingError as error:  # whose words advise to run what is in it
+                raise DataError(
+                    f"The weights of {name} are pickled, and either damaged or more than tensors, which may be code. "
+                    f"Take a model whose weights are in model.safetensors."
+                ) from error
     finally:
         logging.set_verbosity(verbosity)
     tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(_POOLER)}

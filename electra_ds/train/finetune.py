@@ -100,8 +100,8 @@ class FinetuneLoop(TrainingLoop):
         self._judged: dict[str, Judged] = {}
         """Of the last evaluation, on the main rank."""
         self._history: list[tuple[int, float]] = ranks.from_main(self._earlier_evaluations())
-        """(step, the score that choices are made by) of each evaluation."""
-        self.ends_early = self._is_over()
+        """(step, the score that choices are made by) of each evaluation; minus infinity for one that is not finite."""
+        self.ends_early = bool(self._history) and self._history[-1][0] == self.step and self._is_in_vain()
 
     def make_engine(self) -> TrainingEngine:
         training = self.job.training
@@ -127,10 +127,16 @@ class FinetuneLoop(TrainingLoop):
         scores = self.ranks.from_main({name: judged.metrics for name, judged in self._judged.items()})
         for name, metrics in scores.items():
             display.say(f"{name} at step {self.step}: {sets.shown(name, metrics)}")
-        self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
+        if self._is_of_schedule(self.step):
+            self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
         if len(scores) == 1:
             return dict(next(iter(scores.values())))
         return {f"{name}/{metric}": value for name, metrics in scores.items() for metric, value in metrics.items()}
+
+    def _is_of_schedule(self, step: int) -> bool:
+        """Whether a run that is never stopped is evaluated there: where --stop-at has it evaluated too, nothing is
+        chosen, so that it ends as that one does."""
+        return step % self.job.record.settings.eval_every == 0 or step == self.job.total_steps
 
     def _judge(self, sets: Mapping[str, TaskInputs]) -> dict[str, Judged]:
         """On the main rank; the others only compute their share."""
@@ -162,17 +168,18 @@ class FinetuneLoop(TrainingLoop):
 
     def _choose(self, score: float) -> None:
         """Keep the weights where they are the best so far, and see whether it is time to stop."""
-        before = self._history
-        self._history = [*before, (self.step, score if math.isfinite(score) else -math.inf)]
+        score = score if math.isfinite(score) else -math.inf
+        before = [(step, earlier) for step, earlier in self._history if step < self.step]
+        self._history = [*before, (self.step, score)]
         if self.job.record.settings.best and (not before or score > max(earlier for _, earlier in before)):
             self._best_saver.save(self.engine.optimizer, self._state(), self.record_files)
             self._best_saver.finish()
-        self.ends_early = self._is_over()
+        self.ends_early = self._is_in_vain()
 
-    def _is_over(self) -> bool:
-        """Whether as many evaluations as were asked for have brought nothing better than the first of the best."""
+    def _is_in_vain(self) -> bool:
+        """Whether so many evaluations as --early-stopping says have brought nothing better than the first of the best."""
         patience, scores = self.job.record.settings.early_stopping, [score for _, score in self._history]
-        return patience is not None and bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+        return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
 
     def _earlier_evaluations(self) -> list[tuple[int, float]]:
         """Those that metrics.jsonl tells of; for the main rank."""
@@ -180,8 +187,10 @@ class FinetuneLoop(TrainingLoop):
         name = sets.chosen_by if len(sets.dev) == 1 else f"{next(iter(sets.dev))}/{sets.chosen_by}"
         path = self.job.run.metrics
         lines = read_metrics(path) if self.ranks.is_main and path.exists() else []
-        found = [(line["step"], line[name]) for line in lines if line["kind"] == "eval" and name in line]
-        return [(step, -math.inf if score is None else float(score)) for step, score in found]
+        scores = [(line["step"], line[name]) for line in lines if line["kind"] == "eval" and name in line]
+        return [
+            (step, -math.inf if score is None else float(score)) for step, score in scores if self._is_of_schedule(step)
+        ]
 
     # --- the end
 
@@ -191,8 +200,9 @@ class FinetuneLoop(TrainingLoop):
         if settings.best:
             self._take_best()
         if settings.best or not self.ranks.from_main(bool(self._judged)):
-            self._judged = self._judge(self.job.sets.dev)
-        judged = self._judged | (self._judge(self.job.sets.test) if settings.predict_test else {})
+            self._judged = self.in_memory(lambda: self._judge(self.job.sets.dev))
+        tested = self.in_memory(lambda: self._judge(self.job.sets.test)) if settings.predict_test else {}
+        judged = self._judged | tested
         with self.ranks.together():
             if self.ranks.is_main:
                 self._write(judged)

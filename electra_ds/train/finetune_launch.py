@@ -195,6 +195,11 @@ def plan_for(options: FinetuneOptions, training: Finetuning, ranks: Ranks) -> De
 def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
     """A job that goes on with a run. Raises CheckpointError where it is finished, DataError where its examples or the
     model that it began with have changed."""
+    if (run.path / "manifest.json").exists():
+        raise CheckpointError(
+            f"{run.path} is a checkpoint, and --resume takes the run that it is of: --resume "
+            f"{run.path.resolve().parent.parent}"
+        )
     run.check_kind("finetune")
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
     if run.verdict() == "done":
@@ -206,7 +211,7 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
     tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
     if ranks.is_main:
         check_tracking(tracking, run, is_new=False)
-    loaded = load_task(record.task if record.task in TASKS else None, record.source)
+    loaded = load_task(record.task if record.source.train is None else None, record.source)
     if loaded.data.fingerprint != record.data_fingerprint:
         raise DataError(
             f"{loaded.data.source} has changed since {run.path} began, so the run cannot go on with it. Put the files "

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -36,6 +36,7 @@ from electra_ds.train.trackers import RunLog, open_trackers
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay
 from electra_ds.train.trained import check_same_recipe
 
+_Evaluated = TypeVar("_Evaluated")
 # Steps in a row without a finite gradient, beyond those that a loss scale may need to come down.
 _HOPELESS_SKIPS = 20
 # However rarely a run logs, its losses are read back and its gradients looked at this often.
@@ -201,7 +202,9 @@ class TrainingLoop(ABC):
         """Train; False where the time limit came before `stop_at`."""
         job, settings = self.job, self.job.record.settings
         with TrainingDisplay(self.console, job.stop_at, self.step) as display:
-            for step, batch in prefetched(self.builder, self.step, self.step if self.ends_early else job.stop_at):
+            # A run that died between its early end and its verdict has nothing more to train for.
+            stop_at = self.step if self.ends_early else job.stop_at
+            for step, batch in prefetched(self.builder, self.step, stop_at):
                 result = self._train_step(batch, step)
                 self.step = step + 1
                 self.tokens += batch.num_tokens
@@ -376,17 +379,17 @@ class TrainingLoop(ABC):
 
     def _evaluate(self, display: TrainingDisplay) -> None:
         with self.throughput.paused():
-            values = self._evaluation(display)
+            values = self.in_memory(lambda: self.evaluate(display))
             with self.ranks.together():
                 if self.log is not None:
                     self.log.write("eval", self.step, {name: _finite(value) for name, value in values.items()})
         self._evaluated = self.step
 
-    def _evaluation(self, display: TrainingDisplay) -> Mapping[str, float]:
+    def in_memory(self, evaluate: Callable[[], _Evaluated]) -> _Evaluated:
         """In fewer rows at a time where memory runs out, which its numbers do not depend on."""
         while True:
             try:
-                return self.evaluate(display)
+                return evaluate()
             except RuntimeError as error:
                 if not runtime.is_out_of_memory(error) or self.ranks.world_size > 1:
                     raise

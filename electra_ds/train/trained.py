@@ -49,9 +49,10 @@ def check_same_recipe(checkpoint: Checkpoint, recipe: Section, run: RunDirectory
     values = {key: (attrgetter(key)(before), attrgetter(key)(now)) for key in recipe.dotted_keys()}
     changed = [f"{key} is {new}, not {old}" for key, (old, new) in values.items() if old != new]
     if changed:
+        begins = ", for which --init-from takes an export" if isinstance(recipe, Recipe) else ""
         raise CheckpointError(
             f"{run.path / 'recipe.yaml'} has changed since {checkpoint.path} was saved: {'; '.join(changed)}. Put back "
-            f"{checkpoint.path / 'recipe.yaml'}; another recipe is another run, for which --init-from takes an export."
+            f"{checkpoint.path / 'recipe.yaml'}; another recipe is another run{begins}."
         )
 
 
