@@ -28,7 +28,7 @@ from tests.helpers import SHARED_DATA
 REAL = SHARED_DATA / "glue"
 FOLDERS = {
     "cola": "CoLA", "sst-2": "SST-2", "mrpc": "MRPC", "sts-b": "STS-B", "qqp": "QQP",
-    "mnli": "MNLI", "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI", "ax": "diagnostic",
+    "mnli": "MNLI", "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI",
 }  # fmt: skip
 PARSES = ["sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse"]
 MNLI_HEADER = ["index", "promptID", "pairID", "genre", *PARSES, "sentence1", "sentence2"]
@@ -92,7 +92,7 @@ def official_table(name: str, set_name: str, rows: list[Row]) -> tuple[list[str]
             return ["id", "question1", "question2"], [[str(i), a, b] for i, (a, b, _) in enumerate(triples)]
         header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
         return header, [[f"{i + 700}", "1", "2", a, b, label] for i, (a, b, label) in enumerate(triples)]
-    if set_name == "dev" and name == "ax":
+    if set_name == "labelled ax":
         header = ["Lexical Semantics", "Predicate-Argument Structure", "Logic", "Knowledge", "Domain"]
         return [*header, "Premise", "Hypothesis", "Label"], [["", "", "Negation", "", "News", *t] for t in triples]
     header, annotations = (["index", "sentence1", "sentence2"], [])
@@ -119,8 +119,6 @@ def write_tsv(path: Path, table: tuple[list[str] | None, list[list[str]]], end: 
 
 
 def official_file(name: str, set_name: str) -> str:
-    if name == "ax":
-        return "diagnostic-full.tsv" if set_name == "dev" else "diagnostic.tsv"
     return "../diagnostic/diagnostic.tsv" if set_name == "ax" else f"{set_name}.tsv"
 
 
@@ -177,8 +175,7 @@ def test_tasks_agree_with_each_other_and_with_the_benchmark() -> None:
 def test_predictions_are_written_as_the_benchmark_asks() -> None:
     for name in ("cola", "sst-2", "mrpc", "qqp", "wnli"):
         assert [GLUE[name].written_prediction(index) for index in (0, 1)] == ["0", "1"]
-    for name in ("mnli", "ax"):
-        assert [GLUE[name].written_prediction(i) for i in range(3)] == ["entailment", "neutral", "contradiction"]
+    assert [GLUE["mnli"].written_prediction(i) for i in range(3)] == ["entailment", "neutral", "contradiction"]
     for name in ("qnli", "rte"):
         assert [GLUE[name].written_prediction(np.int64(i)) for i in range(2)] == ["entailment", "not_entailment"]
     scores = [GLUE["sts-b"].written_prediction(score) for score in (-0.2, 0, 3.14159, np.float32(5.1))]
@@ -286,17 +283,14 @@ def test_mnli_without_a_gold_label_as_json_lines_and_with_the_diagnostic_set_ins
         load_glue("mnli", folder)
 
 
-def test_a_labelled_diagnostic_file_alone_is_dev_and_test(tmp_path: Path) -> None:
-    rows = rows_for("ax", "dev")
-    write_tsv(tmp_path / "MNLI" / "diagnostic-full.tsv", official_table("ax", "dev", rows))
-    data = load_glue("ax", tmp_path)
-    check_rows(data.dev["dev"], rows, GLUE["ax"], labelled=True)
-    check_rows(data.test["test"], rows, GLUE["ax"], labelled=False)
-    write_tsv(tmp_path / "AX.tsv", official_table("ax", "test", rows[:5]))  # unlabelled, and nearer
-    data = load_glue("ax", tmp_path)
-    assert (len(data.test["test"]), len(data.dev["dev"])) == (5, 12)
-    (tmp_path / "MNLI" / "diagnostic-full.tsv").unlink()
-    assert load_glue("ax", tmp_path).dev == {}
+def test_the_diagnostic_set_is_labelled_where_its_file_is(tmp_path: Path) -> None:
+    write_official(tmp_path, "mnli")
+    rows = rows_for("mnli", "ax")
+    assert load_glue("mnli", tmp_path).test["ax"].labels is None
+    write_tsv(tmp_path / "diagnostic" / "diagnostic-full.tsv", official_table("mnli", "labelled ax", rows))
+    data = load_glue("mnli", tmp_path)
+    check_rows(data.test["ax"], rows, GLUE["mnli"], labelled=True)
+    assert data.test["test_matched"].labels is None
 
 
 def test_a_row_with_too_many_columns_is_read_and_counted(tmp_path: Path) -> None:
@@ -317,7 +311,7 @@ def test_folders_without_the_task_are_refused(tmp_path: Path) -> None:
     for name in GLUE:
         with pytest.raises(DataError, match=f"holds no files of {name}. Looked for .*tsv.*, there and in a folder"):
             load_glue(name, tmp_path)
-    write_official(tmp_path, "ax")
+    write_tsv(tmp_path / "diagnostic" / "diagnostic.tsv", official_table("mnli", "ax", rows_for("mnli", "ax")))
     (tmp_path / "MNLI").mkdir()
     with pytest.raises(DataError, match=r"Looked for train.tsv, train.jsonl, dev_matched.tsv"):
         load_glue("mnli", tmp_path)
@@ -413,9 +407,9 @@ def write_hub(
     """The tasks in Parquet, as nyu-mll/glue has them; of its real configuration "ax" has only a test set."""
     card, written = ["---", "configs:"], {}
     for name in tasks:
-        config, task = name.replace("-", ""), GLUE[name]
+        config, task = name.replace("-", ""), GLUE["mnli" if name == "ax" else name]
         wanted = ["test"] if name == "ax" else [s for s in sets_of(name) if s != "ax"]
-        written[name] = {set_name: rows_for(name, set_name) for set_name in wanted}
+        written[name] = {set_name: rows_for(task.name, set_name) for set_name in wanted}
         card += [f"- config_name: {config}", "  data_files:"]
         for set_name, rows in written[name].items():
             split = set_name.replace("dev", "validation")
@@ -445,7 +439,6 @@ def test_the_hubs_layout_gives_the_same_data_as_the_official_files(tmp_path: Pat
         if name == "mnli":
             continue
         write_official(tmp_path / "files", name)
-        (tmp_path / "files" / "diagnostic" / "diagnostic-full.tsv").unlink(missing_ok=True)
         files, hub = load_glue(name, tmp_path / "files"), load_glue_hub(name, str(tmp_path / "hub"))
         assert hub.task == files.task
         assert list(hub.sets()) == list(files.sets())
@@ -626,28 +619,14 @@ def test_a_test_file_may_have_labels_or_something_in_their_place(tmp_path: Path)
     assert labels.tolist() == [0]
 
 
-def test_the_classes_of_a_finetuned_model_read_further_files(tmp_path: Path) -> None:
-    task = load_own(write(tmp_path / "train.csv", "text,label", "a,no", "b,yes"), None, None).task
-    dev = write(tmp_path / "more.csv", "text,label", "a,yes")
-    data = load_own(None, dev, None, known=task)
-    assert data.task == task
-    labels = data.dev["dev"].labels
-    assert labels is not None
-    assert labels.tolist() == [1]
-    assert data.train is None
-    plain = write(tmp_path / "plain.csv", "text", "a")
-    assert load_own(None, None, plain, known=task).test["test"].texts == ["a"]
-    with pytest.raises(DataError, match="has no labels"):
-        load_own(None, None, plain)
-    pairs = write(tmp_path / "pairs.csv", "text,text_b", "a,b")
-    with pytest.raises(
-        DataError, match=r"pairs\.csv is read as text 'text' and pair 'text_b', no label, but 'train' has"
-    ):
-        load_own(None, None, pairs, known=task)
-    words = write(tmp_path / "words.csv", "sentence,label", "a,acceptable", "b,0")
-    labels = load_own(None, words, None, known=GLUE["cola"]).dev["dev"].labels
-    assert labels is not None
-    assert labels.tolist() == [1, 0]
+def test_the_name_of_an_own_task_says_what_it_is_and_is_never_a_published_one(tmp_path: Path) -> None:
+    lines = ("text,label", "a,no", "b,yes")
+    for path, name in (
+        ("reviews.csv", "reviews"), ("stars/train.csv", "stars"), ("cola.csv", "own-cola"),
+        ("rte/train.csv", "own-rte"), ("SQuAD1.csv", "own-SQuAD1"),
+    ):  # fmt: skip
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        assert load_own(write(tmp_path / path, *lines), None, None).task.name == name
 
 
 def test_a_class_that_dev_lacks_is_reported(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,7 @@ def _updated(
     values = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 2}
     plan = resolve(values, training, world_size=ranks.world_size, auto_fp16=False, source="test")
     rates = finetuning_rates(2, recipe.optimizer)
-    engine = TrainingEngine(model, training, plan, torch.device("cpu"), TaskLosses, rates)
+    engine = TrainingEngine(model, training, plan, torch.device("cpu"), partial(TaskLosses, "mean"), rates)
     try:
         engine.train_step(TaskBatchBuilder(inputs, 4, 0).build(step), step)
         after = {

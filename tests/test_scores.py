@@ -23,7 +23,8 @@ from electra_ds.report.scores import means, report_scores
 
 def document(task: str, seed: int, sets: dict[str, dict[str, float]], **changes: Any) -> dict[str, Any]:
     return {
-        "format": 1, "task": task, "recipe": "rc2020", "seed": seed, "model": "runs/mini",
+        "format": 1, "task": task, "recipe": "rc2020", "recipe_source": "shipped", "changes": [],
+        "seed": seed, "model": "runs/mini",
         "model_fingerprint": "f1" * 32, "data_fingerprint": "d1" * 32, "step": 345, "chosen": "last",
         "sets": {name: {"rows": 408, "metrics": found, "confusion": [[1, 2], [3, 4]]} for name, found in sets.items()},
     } | changes  # fmt: skip
@@ -152,6 +153,19 @@ def test_two_models_differ_by_welchs_interval(tmp_path: Path) -> None:
     assert -4 < low < 0
 
 
+def test_runs_under_other_overrides_are_of_another_recipe(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path, str(index), document("rte", 1, {"dev": {"accuracy": 0.1 * index}}, **changes))
+        for index, changes in enumerate(
+            [{}, {"changes": ["schedule.epochs=5"]}, {"changes": ["100 training examples"]}, {"recipe_source": "ab12"}]
+        )
+    ]
+    found, _ = read_scores(runs)
+    assert [group.recipe for group in group_runs(found)] == [
+        "rc2020", "rc2020 (ab12)", "rc2020 with 100 training examples", "rc2020 with schedule.epochs=5",
+    ]  # fmt: skip
+
+
 def test_what_is_no_repetition_is_said(tmp_path: Path) -> None:
     dev = {"dev": {"accuracy": 0.6}}
     runs = [
@@ -181,7 +195,7 @@ def test_a_run_counts_once(tmp_path: Path) -> None:
 def test_two_results_of_one_seed_are_refused(tmp_path: Path) -> None:
     first = write(tmp_path, "first", document("rte", 1, {"dev": {"accuracy": 0.6}}))
     second = write(tmp_path, "second", document("rte", 1, {"dev": {"accuracy": 0.7}}))
-    with pytest.raises(ConfigError, match=r"first and .*second are both rte of runs/mini by rc2020 with seed 1"):
+    with pytest.raises(ConfigError, match=r"first and .*second are both rte of runs/mini by rc2020, seed 1"):
         told([first, second])
 
 

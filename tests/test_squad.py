@@ -31,7 +31,6 @@ from electra_ds.data.squad_features import Features, make_features, window_spans
 from electra_ds.errors import ConfigError, DataError
 from electra_ds.objective.spans import (
     BERT_THRESHOLD,
-    ELECTRA_THRESHOLD,
     Candidate,
     best_answers,
     independent_candidates,
@@ -580,9 +579,9 @@ def test_no_answer_by_berts_and_by_the_original_electras_rule() -> None:
     assert text([4.5, 9.0], BERT_THRESHOLD) == ""
     assert text([4.5, 9.0], 1.0) == "one"
     # ELECTRA: the logit alone, whatever the span's score.
-    assert text([-2.0, 5.0], ELECTRA_THRESHOLD, against_best=False) == ""
-    assert text([-2.75, 5.0], ELECTRA_THRESHOLD, against_best=False) == "one"
-    assert text([5.0, -3.0], ELECTRA_THRESHOLD, against_best=False) == "one"
+    assert text([-2.0, 5.0], -2.75, against_best=False) == ""
+    assert text([-2.75, 5.0], -2.75, against_best=False) == "one"
+    assert text([5.0, -3.0], -2.75, against_best=False) == "one"
 
 
 # --- the real files

@@ -193,7 +193,8 @@ def test_the_report_writes_it_too(tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out.zip"
     write(run, "RTE.tsv")
     (run / "scores.json").write_text(json.dumps({
-        "format": 1, "task": "rte", "recipe": "rc2020", "seed": 1, "model": "m", "model_fingerprint": "f",
+        "format": 1, "task": "rte", "recipe": "rc2020", "recipe_source": "shipped", "changes": [],
+        "seed": 1, "model": "m", "model_fingerprint": "f",
         "data_fingerprint": "d", "step": 1, "chosen": "last",
         "sets": {"dev": {"rows": 277, "metrics": {"accuracy": 0.5}}},
     }), "utf8")  # fmt: skip

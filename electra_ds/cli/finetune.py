@@ -18,6 +18,7 @@ from electra_ds.cli.arguments import (
     positive,
 )
 from electra_ds.config.shipped import finetune_recipe_names
+from electra_ds.config.tasks import TASKS
 from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 _STARTED = time.monotonic()
 _DEFAULT_RECIPE = "rc2020"
-_TASKS = ("cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli", "squad1", "squad2")
 _EPILOG = f"""\
 examples:
   bin/finetune --model runs/mini-20260101-120000 --task mrpc --data-dir glue/ --seed 3
@@ -47,7 +47,7 @@ examples:
   bin/report runs/mrpc-* runs/cola-*
       mean and standard deviation over the seeds, AVG and GLUE
 
-tasks: {", ".join(_TASKS)}
+tasks: {", ".join(TASKS)}
 AX, GLUE's diagnostic set, has no training examples: mnli with --predict-test predicts it.
 
 The scores of a run are in RUN/scores.json, the predictions in RUN/predictions/, and with --predict-test those of the
@@ -55,8 +55,8 @@ test sets in RUN/submission/, in the files that GLUE's site takes; bin/report --
 """
 _OF_OWN = ("train", "dev", "test", "text", "pair", "label", "label_kind")
 _NEW_RUN_ONLY = (
-    "model", "task", "seed", "recipe", "overrides", "data_dir", "hub", *_OF_OWN, "random_init", "max_train_examples",
-    "run_dir",
+    "model", "task", "seed", "recipe", "overrides", "data_dir", "hub", "revision", *_OF_OWN, "random_init",
+    "max_train_examples", "run_dir",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def add_finetune(commands: Commands) -> None:
         "--model", metavar="RUN|FOLDER|HUB",
         help="the encoder: a run of bin/pretrain or bin/finetune, a transformers folder, or a name on the Hub",
     )  # fmt: skip
-    what.add_argument("--task", choices=_TASKS, metavar="TASK", help="one of those below")
+    what.add_argument("--task", choices=TASKS, metavar="TASK", help="one of those below")
     what.add_argument("--seed", type=_seed, metavar="S", help="of the head, the order of the examples and dropout (0)")
     names = ", ".join(finetune_recipe_names())
     what.add_argument("--recipe", metavar="NAME|FILE", help=f"{names}, or a YAML file (default: {_DEFAULT_RECIPE})")
@@ -83,6 +83,7 @@ def add_finetune(commands: Commands) -> None:
     data = command.add_argument_group("where the examples come from (default: the Hub)")
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="official files: GLUE's folders, or SQuAD's JSON")
     data.add_argument("--hub", metavar="NAME", help="a data set on the Hub, laid out as nyu-mll/glue or squad")
+    data.add_argument("--revision", metavar="REV", help="commit, branch or tag of the data set on the Hub")
     data.add_argument("--train", type=Path, metavar="FILE", help="your own training examples: .csv, .tsv or .jsonl")
     data.add_argument("--dev", type=Path, metavar="FILE", help="your own examples to score by")
     data.add_argument("--test", type=Path, metavar="FILE", help="your own examples to predict; labels are optional")
@@ -171,14 +172,14 @@ def _new_job(
     ranks: Ranks,
     console: Console,
 ) -> FinetuneJob:
-    from electra_ds.config.finetune_recipe import Finetuning
+    from electra_ds.config.finetune_recipe import Finetuning, recipe_source
     from electra_ds.config.manifest import TaskSource
     from electra_ds.data.tasks import TaskData
     from electra_ds.train import finetune_launch
     from electra_ds.train.encoder_source import read_encoder
 
     source = TaskSource(
-        folder=_full(options.data_dir), hub=options.hub,
+        folder=_full(options.data_dir), hub=options.hub, revision=options.revision,
         train=_full(options.train), dev=_full(options.dev), test=_full(options.test),
         text=options.text, pair=options.pair, label=options.label, label_kind=options.label_kind or "auto",
     )  # fmt: skip
@@ -196,7 +197,16 @@ def _new_job(
         return finetune_launch.prepare_new(
             wanted, options.task, loaded, source, encoder, recipe, run, ranks, console,
             has_random_weights=options.random_init,
+            source_of_recipe=recipe_source(options.recipe or _DEFAULT_RECIPE), changes=_changes(options),
         )  # fmt: skip
+
+
+def _changes(options: argparse.Namespace) -> list[str]:
+    """What tells runs of one recipe apart that are not repetitions of each other."""
+    changes = sorted(override for override in options.overrides if override.partition("=")[0] != "seed")
+    if options.max_train_examples is not None:
+        changes.append(f"{options.max_train_examples} training examples")
+    return changes
 
 
 def _full(path: Path | None) -> str | None:
@@ -234,12 +244,14 @@ def _check_arguments(options: argparse.Namespace) -> None:
             f"--{of_own[0].replace('_', '-')} is for examples of your own, and --task {options.task} has others. Leave "
             f"--task out for your own; for official files there is --data-dir."
         )
-    if options.data_dir is not None and options.hub is not None:
-        raise ConfigError("Give either --data-dir or --hub.")
+    if options.data_dir is not None and (options.hub is not None or options.revision is not None):
+        raise ConfigError("--hub and --revision are for data sets of the Hub, and --data-dir is given.")
 
 
 def _check_own(options: argparse.Namespace) -> None:
     if options.train is None or options.dev is None:
         raise ConfigError("Say what to finetune on: --task TASK, or your own examples with --train and --dev.")
-    if options.data_dir is not None or options.hub is not None:
-        raise ConfigError("--data-dir and --hub are for --task; your own examples are given with --train and --dev.")
+    if any(given is not None for given in (options.data_dir, options.hub, options.revision)):
+        raise ConfigError(
+            "--data-dir, --hub and --revision are for --task; your own examples are given with --train and --dev."
+        )

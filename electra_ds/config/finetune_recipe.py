@@ -7,6 +7,8 @@ cccwam/rc2020_electra (the reproduction study), their papers and their code.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from pydantic import Field
 
 from electra_ds.config.overrides import apply_overrides, put_value
 from electra_ds.config.recipe import OptimizerSection, ScheduleSection, Section, named_values, validate_recipe
-from electra_ds.config.shipped import FINETUNE_RECIPES
+from electra_ds.config.shipped import FINETUNE_RECIPES, shipped_names
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.errors import ConfigError
 
@@ -75,6 +77,9 @@ class FinetuneOptimizerSection(OptimizerSection):
     """How often the decay is applied, in an encoder of n layers. `corrected`: 0 at the head, 1 at the last layer, n at
     the first, n + 1 at the embeddings. `original`: one more everywhere but at the head, as its code has it
     (google-research/electra issue 51). `study`: 0 at head and last layer, n - 1 at the first and the embeddings."""
+    loss: Literal["mean", "sum"] = "mean"
+    """Over the examples of a batch. Of a sum (the original's code) gradients are as many times as large, so that nearly
+    every step is clipped, and epsilon weighs as many times less."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     """Whether biases and LayerNorm decay too (the study's code)."""
 
@@ -140,6 +145,14 @@ def load_finetune_recipe(name_or_path: str, task: str, overrides: Sequence[str] 
         put_value(values, key, value)
     values = apply_overrides(values, overrides, FinetuneRecipe.dotted_keys())
     return validate_recipe(values, name_or_path, FinetuneRecipe)
+
+
+def recipe_source(name_or_path: str) -> str:
+    """`shipped`, or the beginning of a hash of a file of the user's own."""
+    if name_or_path in shipped_names(FINETUNE_RECIPES):
+        return "shipped"
+    values = named_values(name_or_path, FINETUNE_RECIPES)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _of_task(by_task: Any, task: str, source: str) -> dict[str, Any]:

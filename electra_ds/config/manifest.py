@@ -133,6 +133,8 @@ class TaskSource:
     """Of official files."""
     hub: str | None = None
     """A dataset's name on the Hub."""
+    revision: str | None = None
+    """Its commit, branch or tag."""
     train: str | None = None
     """The user's own files, and below what their columns are called."""
     dev: str | None = None
@@ -157,6 +159,10 @@ class FinetuneRecord(Record):
     model_fingerprint: str
     """SHA-256 of the encoder's tensors; of random ones, what it is random from."""
     has_random_weights: bool
+    recipe_source: str
+    """`shipped`, or of a file of the user's own what tells it from others of its name."""
+    changes: list[str]
+    """What is otherwise than in that recipe: overrides but for the seed, and fewer examples."""
     settings: FinetuneSettings
     kind: Literal["finetune"] = "finetune"
 

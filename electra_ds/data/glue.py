@@ -48,7 +48,6 @@ GLUE: dict[str, Task] = {
         _classes("qnli", "QNLI.tsv", _ENTAILED, _ENTAILED),
         _classes("rte", "RTE.tsv", _ENTAILED, _ENTAILED),
         _classes("wnli", "WNLI.tsv", ("not_entailment", "entailment"), _BINARY),
-        _classes("ax", "AX.tsv", _NLI, _NLI, "matthews"),
     )
 }  # fmt: skip
 """By name. Classes are in the order of the Hub's dataset, metrics are GLUE's (Wang et al. 2019, table 1)."""
@@ -66,7 +65,6 @@ OFFICIAL_ROWS: dict[str, dict[str, int]] = {
     "qnli": {"train": 104743, "dev": 5463, "test": 5463},
     "rte": {"train": 2490, "dev": 277, "test": 3000},
     "wnli": {"train": 635, "dev": 71, "test": 146},
-    "ax": {"dev": 1104, "test": 1104},
 }  # fmt: skip
 """Sizes of the sets, from the card of the Hub's dataset nyu-mll/glue; QNLI is its second version."""
 
@@ -94,7 +92,8 @@ _COLUMNS = {
 _COLA_HEADER = ("source", "label", "original_label", "sentence")
 _MNLI_JSON = _Columns("premise", "hypothesis", "label")
 _AX_FULL = _Columns("Premise", "Hypothesis", "Label")
-_FOLDERS = {name: (name.upper(),) for name in GLUE} | {"cola": ("CoLA",), "ax": ("AX", "diagnostic", "diagnostics")}
+_FOLDERS = {name: (name.upper(),) for name in GLUE} | {"cola": ("CoLA",)}
+_AX_FOLDERS = ("AX", "diagnostic", "diagnostics")
 _MNLI_SETS = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
 _AX_FILES = ("AX.tsv", "diagnostic.tsv", "diagnostic-full.tsv")
 _MRPC_ORIGINAL = {"train": "msr_paraphrase_train.txt", "dev": "msr_paraphrase_train.txt"}
@@ -109,7 +108,7 @@ def load_glue(name: str, folder: Path) -> TaskData:
     label, or the names of the TSV); for MRPC then the original msr_paraphrase_train.txt, split by dev_ids.tsv, and
     msr_paraphrase_test.txt. The diagnostic set is looked for in AX or diagnostic, in MNLI's folder and beside it. Sets
     without a file are left out. Test sets have no labels here, even where a file has them (MRPC): they are GLUE's to
-    score. diagnostic-full.tsv is labelled and so a dev set of "ax".
+    score. The diagnostic set's are public, and read from diagnostic-full.tsv.
 
     Raises DataError for an unknown task, a folder with none of its files, and files that break their format.
     """
@@ -120,14 +119,11 @@ def load_glue(name: str, folder: Path) -> TaskData:
         raise DataError(f"There is no folder {folder} with the files of {name}.")
     own = _task_folder(name, folder)
     reading = _Reading(task, own)
-    if name == "ax":
-        _read_ax(reading, [own, folder, *_children(folder, _FOLDERS["mnli"])])
-    else:
-        for set_name in _MNLI_SETS if name == "mnli" else ("train", "dev", "test"):
-            _read_set(reading, set_name)
-        if name == "mnli" and reading.sets:
-            beside = own.absolute().parent
-            _read_ax(reading, [own, *_children(beside, _FOLDERS["ax"]), beside])
+    for set_name in _MNLI_SETS if name == "mnli" else ("train", "dev", "test"):
+        _read_set(reading, set_name)
+    if name == "mnli" and reading.sets:
+        beside = own.absolute().parent
+        _read_ax(reading, [own, *_children(beside, _AX_FOLDERS), beside])
     if not reading.sets:
         looked_for = ", ".join(dict.fromkeys(reading.looked_for))
         raise DataError(
@@ -244,20 +240,15 @@ def _original_mrpc(reading: _Reading, path: Path, name: str) -> Table:
 
 
 def _read_ax(reading: _Reading, folders: Iterable[Path]) -> None:
-    """For "ax" test, and dev where it is labelled; for MNLI the test set "ax"."""
-    test, labelled = ("ax", False) if reading.task.name == "mnli" else ("test", True)
+    """MNLI's test set "ax", with labels where a file has them: they are public."""
     for folder in folders:
         *plain, full = _AX_FILES
-        if test not in reading.sets and (path := reading.find(*plain, folder=folder)):
-            reading.add(test, _read(path, _COLUMNS["ax"], is_test=True), _COLUMNS["ax"], has_labels=False)
-        if (test not in reading.sets or (labelled and "dev" not in reading.sets)) and (
-            path := reading.find(full, folder=folder)
-        ):
-            table = _read(path, _AX_FULL, is_test=False)
-            if test not in reading.sets:
-                reading.add(test, table, _AX_FULL, has_labels=False)
-            if labelled:
-                reading.add("dev", table, _AX_FULL, has_labels=True)
+        if path := reading.find(full, folder=folder):
+            reading.add("ax", _read(path, _AX_FULL, is_test=False), _AX_FULL, has_labels=True)
+            return
+        if path := reading.find(*plain, folder=folder):
+            reading.add("ax", _read(path, _COLUMNS["ax"], is_test=True), _COLUMNS["ax"], has_labels=False)
+            return
 
 
 def _labels(task: Task, table: Table, words: list[str], kept: list[int]) -> np.ndarray:
@@ -286,7 +277,7 @@ def _task_folder(name: str, folder: Path) -> Path:
     if inner := next((path for path in _children(folder, _FOLDERS[name]) if path.is_dir()), None):
         return inner
     of = next((task for task, names in _FOLDERS.items() if _plain(folder.absolute().name) in map(_plain, names)), name)
-    if of != name and {of, name} != {"ax", "mnli"}:
+    if of != name:
         raise DataError(f"{folder} is the folder of {of}, not of {name}. Give that, or the folder that holds them all.")
     return folder
 

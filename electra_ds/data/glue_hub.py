@@ -20,7 +20,6 @@ _TEXTS = {
     "cola": ("sentence",), "sst-2": ("sentence",), "mrpc": ("sentence1", "sentence2"),
     "sts-b": ("sentence1", "sentence2"), "qqp": ("question1", "question2"), "mnli": ("premise", "hypothesis"),
     "qnli": ("question", "sentence"), "rte": ("sentence1", "sentence2"), "wnli": ("sentence1", "sentence2"),
-    "ax": ("premise", "hypothesis"),
 }  # fmt: skip
 
 

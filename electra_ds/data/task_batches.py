@@ -77,7 +77,7 @@ class TaskInputs:
             tensors["labels_B"] = self.labels_N[rows_S]
         if self.spans is not None:
             first_S1, stop_S1 = self.spans.context_N2[rows_S].T[:, :, None]
-            tensors["answerable_BT"] = ((places_T >= first_S1) & (places_T < stop_S1)) | (places_T == 0)
+            tensors["answerable_BT"] = ((places_T >= first_S1) & (places_T <= stop_S1)) | (places_T == 0)
             if with_labels:
                 tensors["starts_B"] = self.spans.starts_N[rows_S].astype(np.int64)  # what torch takes as an index
                 tensors["ends_B"] = self.spans.ends_N[rows_S].astype(np.int64)

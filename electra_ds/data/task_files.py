@@ -19,6 +19,7 @@ from typing import IO, Literal, NamedTuple
 import numpy as np
 
 from electra_ds.config.suggest import did_you_mean
+from electra_ds.config.tasks import TASKS
 from electra_ds.data.tasks import Examples, Kind, Task, TaskData, task_data
 from electra_ds.errors import DataError
 
@@ -34,6 +35,7 @@ LABEL_COLUMNS = ("label", "labels", "score", "target", "class", "gold_label")
 """Where no label column is named: the first of these that is there and holds no text."""
 ID_COLUMNS = ("id", "idx", "index")
 """What rows are called; otherwise their number from 0."""
+_USES = ("train", "training", "data")
 MOST_NUMBERED_CLASSES = 20
 """Whole numbers as labels are classes up to so many different ones, and scores beyond."""
 NO_LABELS = ({""}, {"-1"}, {"?"})
@@ -153,15 +155,12 @@ def load_own(
     pair: str | None = None,
     label: str | None = None,
     kind: Literal["auto"] | Kind = "auto",
-    known: Task | None = None,
 ) -> TaskData:
     """The user's own task. Columns are chosen by the first of the files, see TEXT_COLUMNS and LABEL_COLUMNS.
 
     The kind is regression where every label of the first file is a number and some are not whole, or more than
     MOST_NUMBERED_CLASSES differ. Classes are the labels that the training file has, in the order of their numbers if
     all are whole numbers, otherwise of the alphabet. A test file may lack labels.
-
-    known: the task of a finetuned model whose kind and classes these files are read by.
 
     Raises DataError for what cannot be learnt from or scored, with its file and line.
     """
@@ -175,14 +174,10 @@ def load_own(
         _check_own(table, columns, needs_label=name != "test")
     labels: dict[str, list[str]] = {}
     for name, table in tables.items():
-        seen = {*(known.labels if known else ()), *(label for found in labels.values() for label in found)}
+        seen = {label for found in labels.values() for label in found}
         if (found := _labels(table, columns, None if name != "test" else seen)) is not None:
             labels[name] = found
-    if known is not None and known.is_pair != (columns.pair is not None):
-        raise DataError(
-            f"{first.path} is read as {columns}, but '{known.name}' has {'two texts' if known.is_pair else 'one text'}."
-        )
-    task = known or _own_task(tables, labels, columns, kind)
+    task = _own_task(tables, labels, columns, kind)
     indices = {name: _indices(tables[name], found, task) for name, found in labels.items()}
     sets = {name: _examples(table, columns, indices.get(name)) for name, table in tables.items()}
     if "train" in indices and len(np.unique(indices["train"])) == 1:
@@ -228,6 +223,12 @@ class _Columns(NamedTuple):
         return [self.text, self.pair] if self.pair else [self.text]
 
 
+def _own_name(path: Path) -> str:
+    """The file's, or its folder's where that says only what it is for; never that of a published task."""
+    name = path.absolute().parent.name if path.stem.lower() in _USES else path.stem
+    return f"own-{name}" if name.lower() in (*TASKS, "ax") else name
+
+
 def _own_task(tables: dict[str, Table], labels: dict[str, list[str]], columns: _Columns, kind: str) -> Task:
     """The classes are the first labelled file's."""
     if not labels:
@@ -239,7 +240,7 @@ def _own_task(tables: dict[str, Table], labels: dict[str, list[str]], columns: _
         fractional = any(number is None or not number.is_integer() for number in numbers)
         is_score = None not in numbers and (fractional or len(distinct) > MOST_NUMBERED_CLASSES)
         kind = "regression" if is_score else "classification"
-    name, is_pair = next(iter(tables.values())).path.stem, columns.pair is not None
+    name, is_pair = _own_name(next(iter(tables.values())).path), columns.pair is not None
     if kind == "regression":
         scores = _indices(tables[of], found, Task(name, "regression", (), is_pair, ()))
         span = (float(scores.min()), float(scores.max()))

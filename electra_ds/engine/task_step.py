@@ -5,7 +5,7 @@ Apart from `engine.step`, since what it imports takes seconds that a pretraining
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -23,16 +23,17 @@ class TaskStepResult(NamedTuple):
 
 
 class TaskLosses:
-    """The mean of a step's losses over its examples."""
+    """A step's losses over its examples: differentiated as their mean or sum, reported as their mean."""
 
-    def __init__(self, batch: TaskBatch) -> None:
+    def __init__(self, reduction: Literal["mean", "sum"], batch: TaskBatch) -> None:
         self._size = len(batch)
+        self._divisor = self._size if reduction == "mean" else 1
         self._sums: list[torch.Tensor] = []
 
     def add(self, output: TaskOutput) -> torch.Tensor:
         assert output.loss_sum is not None
         self._sums.append(output.loss_sum.detach())
-        return output.loss_sum / self._size
+        return output.loss_sum / self._divisor
 
     def result(self, grad_norm: torch.Tensor) -> TaskStepResult:
         return TaskStepResult(torch.stack(self._sums).sum() / self._size, grad_norm)

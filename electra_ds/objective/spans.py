@@ -16,11 +16,6 @@ MAX_ANSWER_LENGTH = 30
 """In tokens. Both numbers are BERT's and the original ELECTRA's."""
 BERT_THRESHOLD = 0.0
 """Of null score minus best score, above which BERT says that there is no answer."""
-ELECTRA_THRESHOLD = -2.75
-"""Of the answerability logit alone, above which the original ELECTRA says so: `qa_na_threshold` in
-configure_finetuning.py of https://github.com/google-research/electra. There finetune/qa/qa_metrics.py writes every
-question's best span, and beside it the smallest of its windows' answerability logits, which is trained to be positive
-where there is no answer; the official script compares that with the threshold."""
 
 
 class Candidate(NamedTuple):
@@ -140,7 +135,9 @@ def best_answers(
 
     null_scores: one a window, or None where every question has an answer (SQuAD 1.1): then always the best span. With
     them there is no answer where `null score - best score > threshold`, BERT's rule, or with against_best=False where
-    `null score > threshold`, the original ELECTRA's, whose null score is its answerability logit (ELECTRA_THRESHOLD).
+    `null score > threshold`, the original ELECTRA's, whose null score is its answerability logit, at -2.75
+    (`qa_na_threshold` of its configure_finetuning.py): finetune/qa/qa_metrics.py writes every question's best span, and
+    beside it the smallest of its windows' logits, which the official script compares with the threshold.
     A text is the context from its first token's first character to its last token's last, without whitespace around it.
     """
     pools: list[list[tuple[float, int, Candidate]]] = [[] for _ in questions]

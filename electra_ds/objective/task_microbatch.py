@@ -30,7 +30,7 @@ class TaskMicroBatch(NamedTuple):
     is_impossible_B: torch.Tensor | None = None
     """float32, 1 where there is no answer."""
     answerable_BT: torch.Tensor | None = None
-    """bool, the context's positions and the first one."""
+    """bool, the context's positions, the special token after them, and the first one (the original's choice)."""
 
     def to(self, device: torch.device) -> TaskMicroBatch:
         """The same on another device."""

@@ -15,7 +15,10 @@ from electra_ds.errors import CheckpointError, ConfigError
 from electra_ds.report.glue_score import TaskMetrics
 
 FORMAT = 1
-BOUNDED = {"accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman", "exact"}
+BOUNDED = {
+    "accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman",
+    "exact", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1", "best_exact", "best_f1",
+}  # fmt: skip
 """Shares and correlations, which tables show in percent; any other metric keeps its own unit."""
 
 
@@ -33,6 +36,10 @@ class Scores(_Record):
 
     task: str
     recipe: str
+    recipe_source: str
+    """`shipped`, or what tells a file of the user's own from others of its name."""
+    changes: list[str]
+    """What is otherwise than in that recipe."""
     seed: int
     model: str
     model_fingerprint: str
@@ -41,6 +48,12 @@ class Scores(_Record):
     chosen: str
     """Which of the run's evaluations this is."""
     sets: dict[str, ScoredSet]
+
+    @property
+    def whole_recipe(self) -> str:
+        """With all that makes it another."""
+        name = self.recipe if self.recipe_source == "shipped" else f"{self.recipe} ({self.recipe_source})"
+        return " ".join([name, *(["with", ", ".join(self.changes)] if self.changes else [])])
 
     def metrics(self, name: str) -> dict[str, float]:
         """Of one set; `read_scores` has seen to it that all are finite."""
@@ -145,11 +158,11 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
     notes = []
     for run in map(read_run, {path.resolve(): path for path in paths}.values()):
         scores = run.scores
-        key = (scores.model, scores.model_fingerprint, scores.recipe, scores.task, scores.seed)
+        key = (scores.model, scores.model_fingerprint, scores.whole_recipe, scores.task, scores.seed)
         first = runs.setdefault(key, run)
         if first.scores != scores:
             raise ConfigError(
-                f"{first.path} and {run.path} are both {scores.task} of {scores.model} by {scores.recipe} with seed "
+                f"{first.path} and {run.path} are both {scores.task} of {scores.model} by {scores.whole_recipe}, seed "
                 f"{scores.seed}, and their scores differ. Leave one out."
             )
         if first is not run:
@@ -168,5 +181,5 @@ def group_runs(runs: Sequence[ScoredRun]) -> list[Group]:
         name = scores.model
         if len(weights[name]) > 1:
             name = f"{name} (weights {scores.model_fingerprint[:12]})"
-        found[name, scores.recipe][scores.task][scores.seed] = run
+        found[name, scores.whole_recipe][scores.task][scores.seed] = run
     return [Group(name, recipe, dict(tasks)) for (name, recipe), tasks in sorted(found.items())]

@@ -31,8 +31,8 @@ from electra_ds.report.submission import zip_submission
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 _CONFIDENCE = 0.95
 _COLUMNS = (
-    "run", "model", "model_fingerprint", "recipe", "task", "data_fingerprint", "seed", "step", "chosen", "set", "rows",
-    "metric", "value",
+    "run", "model", "model_fingerprint", "recipe", "recipe_source", "changes", "task", "data_fingerprint", "seed",
+    "step", "chosen", "set", "rows", "metric", "value",
 )  # fmt: skip
 _Found = tuple[PublishedTable, PublishedScores]
 
@@ -68,8 +68,8 @@ def report_scores(
     groups = group_runs(scored)
     for group in groups:
         _print_group(group, published, console)
-    if len(groups) == 2:
-        console.print(_differences(*groups))
+    if len(groups) == 2 and (differences := _differences(*groups)).row_count:
+        console.print(differences)
     _say(console, [*notes, PLUS_MINUS, *(_published_notes(*published) if published is not None else [])])
     if csv is not None:
         write_csv(csv, scored)
@@ -126,7 +126,7 @@ def _print_group(group: Group, published: _Found | None, console: Console) -> No
         label = task if name == "dev" else f"{task} ({name.removeprefix('dev_')})"
         table.add_row(escape(label), escape(metric), *cells, *_their_cell(theirs, task, name, metric))
     table.add_section()
-    found = means(group)
+    found = means(group) if set(group.tasks) & set(GLUE_METRICS) else []
     for mean in found:
         table.add_row(mean.name, "", *_mean_cells(mean), *_their_mean(theirs, mean.name))
     console.print(table)
@@ -212,7 +212,9 @@ def _differences(first: Group, second: Group) -> Table:
     table.caption = f"First minus second table, with Welch's interval ({_CONFIDENCE:.0%}) over finetuning seeds."
     for column in ("", "difference", "interval"):
         table.add_column(column, justify="right" if column else "left")
-    for (name, ours), theirs in zip(_compared(first).items(), _compared(second).values(), strict=True):
+    others = _compared(second)
+    for name, ours in _compared(first).items():
+        theirs = others.get(name)
         if ours and theirs:
             points = [100 * value for value in ours], [100 * value for value in theirs]
             difference, low, high = difference_interval(*points, _CONFIDENCE)
@@ -222,11 +224,11 @@ def _differences(first: Group, second: Group) -> Table:
 
 
 def _compared(group: Group) -> dict[str, list[float]]:
-    found = {}
-    for task, metric in AVERAGE_METRICS.items():
-        runs = group.tasks.get(task, {}).values()
-        scores = [run.scores.dev_metrics() for run in runs]
-        found[f"{task} {metric}"] = [metrics[metric] for metrics in scores if metric in metrics]
+    found: dict[str, list[float]] = {}
+    for task, name, metric, values in _rows(group):
+        if task not in AVERAGE_METRICS or (AVERAGE_METRICS[task] == metric and name in ("dev", "dev_matched")):
+            scale = 1.0 if metric in BOUNDED else 0.01  # points of percent, or the metric's own unit
+            found[f"{task} {metric}"] = [scale * value for value in values]
     return found | {mean.name: list(mean.by_seed.values()) for mean in means(group)[:2]}
 
 
@@ -244,7 +246,8 @@ def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
                 for name, part in found.sets.items():
                     for metric, value in found.metrics(name).items():
                         writer.writerow([
-                            run.path, found.model, found.model_fingerprint, found.recipe, found.task,
+                            run.path, found.model, found.model_fingerprint, found.recipe, found.recipe_source,
+                            ", ".join(found.changes), found.task,
                             found.data_fingerprint, found.seed, found.step, found.chosen, name, part.rows, metric,
                             value,
                         ])  # fmt: skip

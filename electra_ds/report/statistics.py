@@ -33,18 +33,17 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def difference_interval(
-    a: Sequence[float], b: Sequence[float], confidence: float = 0.95, *, paired: bool = False
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
 ) -> tuple[float, float | None, float | None]:
-    """(mean of a - mean of b, low, high): Welch's interval, or the paired one where a[i] and b[i] share their seed.
+    """(mean of a - mean of b, low, high), Welch's interval.
 
     low and high are None where the values tell nothing of their spread: a single value, or only equal ones.
     """
     difference = float(np.mean(a) - np.mean(b))
-    unequal = [np.ptp(np.subtract(a, b))] if paired else [np.ptp(a), np.ptp(b)]
-    if min(len(a), len(b)) < 2 or max(unequal) < _ROUNDING:
+    if min(len(a), len(b)) < 2 or max(np.ptp(a), np.ptp(b)) < _ROUNDING:
         return difference, None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # one side's values are all equal
-        test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+        test = stats.ttest_ind(a, b, equal_var=False)
         low, high = (float(bound) for bound in test.confidence_interval(confidence))
     return difference, low, high

@@ -32,7 +32,7 @@ from electra_ds.data.hub_names import is_hub_model
 from electra_ds.engine.checkpoint import Checkpoint
 from electra_ds.errors import CheckpointError, DataError
 from electra_ds.model.convert import discriminator_tensors, transformers_config
-from electra_ds.train.trained import load_model, newest_checkpoint
+from electra_ds.train.trained import kept_checkpoint, load_model, newest_checkpoint
 
 _POOLER = "pooler."
 _ENCODER = "electra."
@@ -107,9 +107,10 @@ def read_encoder(name: str) -> EncoderSource:
 
 
 def _of_run(path: Path) -> EncoderSource:
-    checkpoint = newest_checkpoint(path)
     name = str(path.resolve())
-    if RunDirectory(checkpoint.path).kind() == "finetune":
+    is_finetuned = RunDirectory(path).kind() == "finetune"
+    checkpoint = kept_checkpoint(path) if is_finetuned else newest_checkpoint(path)
+    if is_finetuned:
         tensors = {
             key.removeprefix("master/encoder."): checkpoint.tensors[key]
             for key in checkpoint.tensors
@@ -133,7 +134,7 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
     if not (folder / "config.json").is_file():
         raise DataError(f"{name} has no config.json, so it is no model of transformers.")
     with explained(f"the model {name}", "Is it a folder that transformers' save_pretrained wrote?"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise DataError(f"{name} is an encoder with a decoder ({config.model_type}), and an encoder alone is needed.")
     if _is_decoder(config):
@@ -147,12 +148,16 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
             f"beside its config.json."
         )
     with explained(f"the tokenizer of {name}", "Its files may be damaged; fetch or export the model again."):
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise DataError(f"The tokenizer of {name} has no fast form (tokenizer.json). Choose a model that has one.")
     if tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
         lacking = "[CLS] that a text begins with" if tokenizer.cls_token_id is None else "[PAD]"
         raise DataError(f"The tokenizer of {name} has no {lacking}; is the model an encoder?")
+    if tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
+        raise DataError(
+            f"The tokenizer of {name} does not begin a text with {tokenizer.cls_token}; is it an encoder's?"
+        )
     rows = int(config.vocab_size)
     if len(tokenizer) > rows:
         raise DataError(
@@ -178,7 +183,12 @@ def _of_folder(folder: Path, name: str) -> EncoderSource:
         with explained(f"the weights of {name}", "Where files were lost or damaged, fetch or export it again."):
             try:
                 model, info = AutoModel.from_pretrained(
-                    folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+                    folder,
+                    config=config,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    trust_remote_code=False,
                 )
             except pickle.UnpicklingError as error:  # whose words advise to run what is in it
                 raise DataError(

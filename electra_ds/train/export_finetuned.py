@@ -27,7 +27,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.manifest import FinetuneRecord, RunDirectory
 from electra_ds.data.glue import GLUE
 from electra_ds.data.tasks import TaskData
-from electra_ds.engine.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, open_checkpoint
+from electra_ds.engine.checkpoint import Checkpoint
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.model.task_heads import SequenceHead, SpanHead
 from electra_ds.model.task_model import TaskModel, make_encoder, make_head
@@ -37,7 +37,7 @@ from electra_ds.train.export_folder import check_out, new_folder
 from electra_ds.train.finetune import SCORES
 from electra_ds.train.finetune_launch import load_task
 from electra_ds.train.finetuned_card import Exported, finetuned_card
-from electra_ds.train.trained import beside, newest_checkpoint, recorded_recipe
+from electra_ds.train.trained import beside, kept_checkpoint, recorded_recipe
 
 _GELU_IS_IDENTITY = 6.0
 """From here on GELU(z) is z in fp32, to the last bit; measured, it is so from 5.36 on."""
@@ -54,7 +54,7 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
     Raises CheckpointError where there is nothing to export or `out` already holds something, ConfigError where no class
     of transformers computes what was trained.
     """
-    checkpoint = _kept_checkpoint(run_or_checkpoint)
+    checkpoint = kept_checkpoint(run_or_checkpoint)
     recipe = recorded_recipe(checkpoint, FinetuneRecipe)
     record = RunDirectory(checkpoint.path).read_record(FinetuneRecord)
     out = out or beside(checkpoint, "export")
@@ -85,28 +85,6 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
 
 
 # --- what was trained
-
-
-def _kept_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
-    """The given checkpoint, or of a run the best evaluation's where that was asked for, or else the newest."""
-    if (run_or_checkpoint / "manifest.json").is_file():
-        return load_checkpoint(run_or_checkpoint)
-    run = RunDirectory(run_or_checkpoint)
-    settings = run.read_record(FinetuneRecord).settings
-    best, _ = CheckpointFolder(run.path / "best", keep=1).newest_whole()
-    if settings.best and best is not None:
-        return open_checkpoint(best)
-    if best is None and not any(run.checkpoints.glob("step-*")) and settings.discard_weights:
-        raise CheckpointError(
-            f"{run.path} has no weights any more: it was run with --discard-weights, which keeps scores and "
-            f"predictions alone. Train again without it; {run.path / 'run.json'} has the command."
-        )
-    if settings.best and run.verdict() == "done":
-        raise CheckpointError(
-            f"{run.path} was to keep its best evaluation's weights, and {run.path / 'best'} has none. For the last "
-            f"ones give the checkpoint itself: {run.checkpoints / 'latest'}"
-        )
-    return newest_checkpoint(run_or_checkpoint)
 
 
 def _scores(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.config.manifest import FinetuneRecord, RunDirectory
 from electra_ds.data.task_batches import TaskBatchBuilder, TaskInputs, evaluation_chunks
-from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint, remove
 from electra_ds.engine.engine import TrainingEngine
 from electra_ds.engine.layer_decay import finetuning_rates
 from electra_ds.engine.saver import CheckpointSaver
@@ -96,6 +97,9 @@ class FinetuneLoop(TrainingLoop):
         self.evaluation_rows = max(self.evaluation_rows, _LEAST_ROWS)
         self._best_folder = CheckpointFolder(job.run.path / "best", keep=1)
         self._best_saver = CheckpointSaver(self._best_folder, ranks)
+        with ranks.together():
+            if ranks.is_main and self._best_folder.folder.is_dir():
+                self._forget_later_best()
         self._best_step = 0
         self._judged: dict[str, Judged] = {}
         """Of the last evaluation, on the main rank."""
@@ -103,10 +107,21 @@ class FinetuneLoop(TrainingLoop):
         """(step, the score that choices are made by) of each evaluation; minus infinity for one that is not finite."""
         self.ends_early = bool(self._history) and self._history[-1][0] == self.step and self._is_in_vain()
 
+    def _forget_later_best(self) -> None:
+        """Remove what evaluations kept that are done again."""
+        for path in self._best_folder.paths():
+            if path.name > self._best_folder.path(self.step).name:
+                try:
+                    remove(path)
+                except OSError as error:
+                    raise CheckpointError(f"Cannot remove {path}: {error.strerror}.") from error
+        self._best_folder.tidy(())
+
     def make_engine(self) -> TrainingEngine:
         training = self.job.training
         rates = finetuning_rates(training.num_hidden_layers, training.optimizer)
-        return TrainingEngine(task_model(self.job), training, self.plan, self.device, TaskLosses, rates)
+        losses = partial(TaskLosses, training.optimizer.loss)
+        return TrainingEngine(task_model(self.job), training, self.plan, self.device, losses, rates)
 
     def shown(self, values: Mapping[str, float | None]) -> str:
         loss = values.get("loss")
@@ -177,7 +192,7 @@ class FinetuneLoop(TrainingLoop):
         self.ends_early = self._is_in_vain()
 
     def _is_in_vain(self) -> bool:
-        """Whether so many evaluations as --early-stopping says have brought nothing better than the first of the best."""
+        """Whether as many evaluations as --early-stopping says have brought nothing better than the first best one."""
         patience, scores = self.job.record.settings.early_stopping, [score for _, score in self._history]
         return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
 
@@ -222,18 +237,22 @@ class FinetuneLoop(TrainingLoop):
 
     def _write(self, judged: Mapping[str, Judged]) -> None:
         job, best = self.job, self.job.record.settings.best
-        evaluations = len(self._history)
+        chosen = f"best of {len(self._history)} evaluations on {next(iter(job.sets.dev))}" if best else "last"
+        if self.ends_early:
+            chosen += f", stopped after {job.record.settings.early_stopping} evaluations without a better one"
         scores = {
             "format": _FORMAT,
             "task": job.sets.name,
             "recipe": job.recipe.name,
+            "recipe_source": job.record.recipe_source,
+            "changes": job.record.changes,
             "seed": job.recipe.seed,
             "model": f"{job.record.model} (random weights)" if job.record.has_random_weights else job.record.model,
             "model_fingerprint": job.record.model_fingerprint,
             "data_fingerprint": job.record.data_fingerprint,
             "training_examples": job.record.num_examples,
             "step": self._best_step if best else self.step,
-            "chosen": f"best of {evaluations} evaluations on {next(iter(job.sets.dev))}" if best else "last",
+            "chosen": chosen,
             "sets": {
                 name: {
                     "rows": of.rows,
@@ -243,17 +262,17 @@ class FinetuneLoop(TrainingLoop):
             },
         }  # fmt: skip
         for of in judged.values():
-            for name, text in of.files.items():
-                write_text(job.run.path / name, text)
-        write_text(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
+            for name, content in of.files.items():
+                write_file(job.run.path / name, content)
+        write_file(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Whole or not at all. Raises CheckpointError where the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        temporary.write_text(text, "utf8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
         raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error

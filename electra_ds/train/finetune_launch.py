@@ -22,7 +22,6 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.config.manifest import FinetuneRecord, FinetuneSettings, RunDirectory, TaskSource, TrackingSettings
 from electra_ds.config.monitors import Monitors
 from electra_ds.data import glue, squad, task_files
-from electra_ds.data.glue import GLUE
 from electra_ds.data.glue_hub import REPOSITORY, load_glue_hub
 from electra_ds.data.squad import SquadData
 from electra_ds.data.tasks import TaskData
@@ -37,7 +36,6 @@ from electra_ds.train.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.train.trackers import check_tracking
 
 SQUAD = {"squad1": "rajpurkar/squad", "squad2": "rajpurkar/squad_v2"}
-TASKS = (*(name for name in GLUE if name != "ax"), *SQUAD)
 _SAVE_EVERY = 500
 _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
 
@@ -61,7 +59,7 @@ class LoadedTask(NamedTuple):
 def load_task(name: str | None, source: TaskSource) -> LoadedTask:
     """A task's examples, checked to be trainable and scorable. Raises DataError, or ConfigError for no such task.
 
-    name: one of TASKS, or None for the user's own files.
+    name: one of config.tasks.TASKS, or None for the user's own files.
     """
     if name is None:
         own = task_files.load_own(
@@ -73,7 +71,7 @@ def load_task(name: str | None, source: TaskSource) -> LoadedTask:
         questions = (
             squad.load_squad(name, Path(source.folder))  # type: ignore[arg-type]
             if source.folder is not None
-            else squad.load_squad_hub(name, source.hub or SQUAD[name])  # type: ignore[arg-type]
+            else squad.load_squad_hub(name, source.hub or SQUAD[name], source.revision)  # type: ignore[arg-type]
         )
         for part, rows in (("training", questions.train), ("development", questions.dev)):
             if not rows:
@@ -82,7 +80,7 @@ def load_task(name: str | None, source: TaskSource) -> LoadedTask:
     data = (
         glue.load_glue(name, Path(source.folder))
         if source.folder is not None
-        else load_glue_hub(name, source.hub or REPOSITORY)
+        else load_glue_hub(name, source.hub or REPOSITORY, source.revision)
     )
     return LoadedTask(_complete(data), [*task_files.notes(data), *glue.differing_rows(data)])
 
@@ -154,6 +152,8 @@ def prepare_new(
     console: Console,
     *,
     has_random_weights: bool,
+    source_of_recipe: str,
+    changes: list[str],
 ) -> FinetuneJob:
     """A job for a new run. Raises ConfigError where recipe, JSON, task and model do not go together."""
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
@@ -172,6 +172,8 @@ def prepare_new(
         model=encoder.name,
         model_fingerprint=encoder.fingerprint,
         has_random_weights=has_random_weights,
+        recipe_source=source_of_recipe,
+        changes=changes,
         parameters={"encoder": sum(tensor.numel() for tensor in encoder.tensors.values())},
         device=runtime.device_name(runtime.device(ranks.launch)),
         threads=runtime.set_threads(options.threads, ranks.launch),
@@ -204,6 +206,8 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished: {run.path / 'scores.json'}")
+    if options.best and not record.settings.best:
+        raise ConfigError("--best begins with a run: the weights of the evaluations so far were not kept.")
     values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
     encoder = _encoder_again(run, record)
     training = Finetuning(recipe, record.num_examples, encoder.num_layers)
@@ -260,7 +264,7 @@ def _stop_at(options: Options, training: Finetuning) -> int:
 def _advice(recipe: FinetuneRecipe, encoder: EncoderSource) -> list[str]:
     """What a user of a published recipe should know of this model."""
     if encoder.hidden_size >= _BASE_WIDTH and recipe.optimizer.learning_rate > _SMALL_RATE:
-        rate = "1e-4" if encoder.hidden_size == _BASE_WIDTH else "5e-5"
+        rate = "1e-4" if encoder.hidden_size == _BASE_WIDTH else "5e-5 optimizer.layer_decay=0.9"
         return [
             f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper takes "
             f"{rate} for one of this size: --set optimizer.learning_rate={rate}"

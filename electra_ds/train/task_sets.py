@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from electra_ds.objective.squad_metrics import evaluate
 from electra_ds.objective.task_metrics import confusion, score
 
 _PART = 0xF2
+_AX_METRICS = ("matthews",)  # GLUE's for its diagnostic set
 _SHARES = (
     "exact_match",
     "exact",
@@ -54,7 +56,7 @@ class Judged:
     """Empty where the set has no labels. Shares lie in [0, 1], correlations in [-1, 1]."""
     details: dict[str, Any]
     """What else scores.json says of the set."""
-    files: dict[str, str] = field(repr=False)
+    files: dict[str, str | bytes] = field(repr=False)
     """By name, what is kept of the predictions."""
 
 
@@ -124,11 +126,11 @@ class LabelledSets(TaskSets):
         predictions = unscaled(logits[:, 0], self.task, self._recipe) if self.is_regression else logits.argmax(-1)
         metrics, details = {}, {}
         if examples.labels is not None:
-            metrics = score(self.task.metrics, examples.labels, predictions)
+            metrics = score(_AX_METRICS if name == "ax" else self.task.metrics, examples.labels, predictions)
         if examples.labels is not None and not self.is_regression:
             counts = confusion(examples.labels, predictions, len(self.labels))
             details = {"labels": list(self.labels), "confusion": counts}
-        files = {f"predictions/{name}.jsonl": self._lines(examples, predictions, logits)}
+        files: dict[str, str | bytes] = {f"predictions/{name}.jsonl": self._lines(examples, predictions, logits)}
         if name in self.task.submission:
             rows = zip(examples.ids, predictions, strict=True)
             lines = [f"{index}\t{self.task.written_prediction(prediction)}" for index, prediction in rows]
@@ -148,7 +150,7 @@ class LabelledSets(TaskSets):
         return "\n".join(lines) + "\n"
 
     def shown(self, name: str, metrics: Mapping[str, float]) -> str:
-        return "  ".join(f"{metric} {metrics[metric]:.4f}" for metric in self.task.metrics if metric in metrics)
+        return "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
 
 
 class SpanSets(TaskSets):
@@ -204,7 +206,8 @@ class SpanSets(TaskSets):
         golds = {question.id: question.answers for question in self._dev}
         percents = evaluate(self.name, golds, told, na_scores, self._recipe.head.null_threshold)
         metrics = {_OWN_NAMES.get(key, key): value / 100 for key, value in percents.items() if key in _SHARES}
-        files = {
+        files: dict[str, str | bytes] = {
+            f"predictions/{name}-logits.npz": _packed(outputs, self.dev[name]),
             f"predictions/{name}.json": _json({key: answer.text for key, answer in answers.items()}),
             f"predictions/{name}-n-best.json": _json({key: answer.n_best for key, answer in answers.items()}),
         }
@@ -234,6 +237,22 @@ class SpanSets(TaskSets):
 
     def shown(self, name: str, metrics: Mapping[str, float]) -> str:
         return f"exact {metrics['exact']:.4f}  f1 {metrics['f1']:.4f}"
+
+
+def _packed(outputs: Outputs, inputs: TaskInputs) -> bytes:
+    """numpy's archive: each of the head's scores, in fp16 where they are no indices; those of every position end to
+    end without padding, window after window, with `lengths`, the windows' positions."""
+    lengths = inputs.lengths
+    arrays: dict[str, Any] = {"lengths": lengths}
+    for name in outputs[0]:
+        if name in ("start", "end"):
+            joined = np.concatenate([row[name][:length] for row, length in zip(outputs, lengths, strict=True)])
+        else:
+            joined = np.stack([row[name] for row in outputs])
+        arrays[name] = joined.astype(np.float16 if joined.dtype.kind == "f" else np.int16)
+    archive = io.BytesIO()
+    np.savez_compressed(archive, **arrays)
+    return archive.getvalue()
 
 
 def _json(values: Mapping[str, Any]) -> str:

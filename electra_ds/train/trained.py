@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from electra_ds.config.manifest import RunDirectory
+from electra_ds.config.manifest import FinetuneRecord, RunDirectory
 from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, validate_recipe
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.engine.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, open_checkpoint
@@ -34,6 +34,28 @@ def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Ch
         for problem in damaged.values():
             print(f"Warning: {problem} Taking the one before.")
     return open_checkpoint(newest)
+
+
+def kept_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
+    """The given checkpoint, or of a run the best evaluation's where that was asked for, or else the newest."""
+    if (run_or_checkpoint / "manifest.json").is_file():
+        return load_checkpoint(run_or_checkpoint)
+    run = RunDirectory(run_or_checkpoint)
+    settings = run.read_record(FinetuneRecord).settings
+    best, _ = CheckpointFolder(run.path / "best", keep=1).newest_whole()
+    if settings.best and best is not None:
+        return open_checkpoint(best)
+    if best is None and not any(run.checkpoints.glob("step-*")) and settings.discard_weights:
+        raise CheckpointError(
+            f"{run.path} has no weights any more: it was run with --discard-weights, which keeps scores and "
+            f"predictions alone. Train again without it; {run.path / 'run.json'} has the command."
+        )
+    if settings.best and run.verdict() == "done":
+        raise CheckpointError(
+            f"{run.path} was to keep its best evaluation's weights, and {run.path / 'best'} has none. For the last "
+            f"ones give the checkpoint itself: {run.checkpoints / 'latest'}"
+        )
+    return newest_checkpoint(run_or_checkpoint)
 
 
 def beside(checkpoint: Checkpoint, name: str) -> Path:
