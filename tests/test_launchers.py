@@ -180,10 +180,7 @@ def test_the_readmes_line_runs_and_gives_the_same_losses(
 
 
 WAYS = ("SIGTERM", "SIGINT", "SIGUSR1", "time limit")
-IN_CI = {
-    ("bare", "SIGUSR1"), ("torchrun", "SIGTERM"), ("torchrun", "SIGUSR1"), ("deepspeed", "SIGTERM"),
-    ("deepspeed", "SIGINT"), ("srun", "time limit"),
-}  # fmt: skip
+IN_CI = {("bare", "SIGUSR1"), ("torchrun", "SIGTERM"), ("deepspeed", "SIGINT"), ("srun", "time limit")}
 
 
 @pytest.mark.slow
