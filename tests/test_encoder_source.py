@@ -244,7 +244,7 @@ def _edited(name: str, **changes: Any) -> Callable[[Path], None]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (_without_tokenizer, "has no tokenizer: neither tokenizer.json nor vocab.txt"),
-    "tokenizer larger than the table": (_larger_tokenizer, "pieces, and its token table"),
+    "tokenizer larger than the table": (_larger_tokenizer, "and its token table"),
     "tokenizer cut": (_cut("tokenizer.json"), "Cannot read the tokenizer of"),
     "no [CLS]": (_edited("tokenizer_config.json", cls_token=None), "has no [CLS] that a text begins with"),
     "weight lost": (_weights(_lost), "missing are encoder.layer.1.output.dense.weight. Fetch or export it again."),
@@ -409,3 +409,15 @@ def test_a_made_encoder_takes_nothing_from_torchs_generator() -> None:
 def test_data_errors_are_data_errors() -> None:
     with pytest.raises(DataError, match="There is no model"):
         read_encoder("no/such/thing/at/all")
+
+
+def test_more_layers_or_other_positions_than_config_says_are_refused(tmp_path: Path) -> None:
+    folder = tiny_electra(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for changes, message in (
+        ({"num_hidden_layers": 1}, "more than config.json says"),
+        ({"position_embedding_type": "relative_key"}, "relative_key positions"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(DataError, match=message):
+            read_encoder(str(folder))

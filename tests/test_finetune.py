@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 from electra_ds import runtime
 from electra_ds.cli import main
 from electra_ds.config.finetune_recipe import Finetuning, load_finetune_recipe
+from electra_ds.config.manifest import RunDirectory
 from electra_ds.data.sampling import shuffled
 from electra_ds.data.task_batches import _ORDER
 from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
@@ -33,7 +34,6 @@ from electra_ds.engine.engine import TrainingEngine
 from electra_ds.model.task_model import TaskModel, make_head
 from electra_ds.objective.task_microbatch import TaskMicroBatch
 from electra_ds.train import finetune as finetune_module
-from electra_ds.train import task_sets
 from tests.finetuning import (
     BAD,
     GOOD,
@@ -775,17 +775,34 @@ def test_a_run_that_died_after_it_had_ended_early_is_not_trained_further(
     assert outcome(tmp_path / "run") == expected
 
 
-def test_evaluations_without_a_finite_score_are_the_worst(
-    electra: Path, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("task", ["sst-2", "sts-b"])
+def test_a_run_that_has_diverged_has_failed_and_is_not_scored(
+    electra: Path, glue: Path, tmp_path: Path, task: str
 ) -> None:
-    """The first two of them have none, which a resumed run reads back too."""
-    flags = {"eval_every": 4, "best": True, "early_stopping": 5}
-    with monkeypatch.context() as patch:
-        patch.setattr(task_sets, "score", lambda metrics, *_: dict.fromkeys(metrics, math.nan))
-        finetune(*arguments_of(electra, glue, "sst-2", tmp_path / "run", **flags, stop_at=8))
-    resume(tmp_path / "run")
-    assert [line["accuracy"] for line in evaluations_of(tmp_path / "run")][:2] == [None, None]
-    assert scores_of(tmp_path / "run")["step"] > 8
+    arguments = arguments_of(electra, glue, task, tmp_path / "run", "optimizer.learning_rate=1e30")
+    assert "scores are not finite at step" in finetune(*arguments, status=2)
+    assert RunDirectory(tmp_path / "run").verdict() == "failed"
+    assert not (tmp_path / "run" / "scores.json").exists()
+
+
+def test_what_was_kept_for_the_best_is_missed_before_training_goes_on(
+    electra: Path, glue: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    finetune(*arguments_of(electra, glue, "sst-2", run_dir, eval_every=4, best=True, stop_at=10))
+    assert "--eval-every decides what --best" in resume(run_dir, "--eval-every", 5, status=2)
+    shutil.rmtree(run_dir / "best")
+    assert "weights are gone from" in resume(run_dir, status=2)
+
+
+def test_test_sets_are_asked_for_only_where_there_are_some(electra: Path, glue: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "SST-2"
+    shutil.copytree(glue / "SST-2", folder)
+    (folder / "test.tsv").write_text("index\tsentence\n")
+    assert "no test set of sst-2" in refused(
+        *arguments_of(electra, folder, "sst-2", tmp_path / "run", predict_test=True)
+    )
+    finetune(*arguments_of(electra, folder, "sst-2", tmp_path / "run", stop_at=1))
 
 
 def test_discarded_weights_leave_scores_and_predictions(

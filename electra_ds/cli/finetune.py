@@ -155,6 +155,7 @@ def _finetune(options: argparse.Namespace) -> None:
         else:
             with ranks.together():
                 job = finetune_launch.prepare_resume(wanted, run, ranks, console)
+        finetune_launch.check_same_examples(job, ranks)
         launch.hold(run, ranks, held, is_new=recipe is not None)
         finetune_launch.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
@@ -210,7 +211,7 @@ def _changes(options: argparse.Namespace) -> list[str]:
 
 
 def _full(path: Path | None) -> str | None:
-    return None if path is None else str(path.resolve())
+    return None if path is None else str(path.absolute())
 
 
 def _run_path(options: argparse.Namespace, recipe: FinetuneRecipe | None) -> Path:

@@ -20,6 +20,7 @@ from electra_ds.config.overrides import apply_overrides, put_value
 from electra_ds.config.recipe import OptimizerSection, ScheduleSection, Section, named_values, validate_recipe
 from electra_ds.config.shipped import FINETUNE_RECIPES, shipped_names
 from electra_ds.config.suggest import did_you_mean
+from electra_ds.config.tasks import TASKS
 from electra_ds.errors import ConfigError
 
 
@@ -97,7 +98,7 @@ class FinetuneRecipe(Section):
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the head's first weights, the order of the examples and dropout."""
-    global_batch_size: int = Field(default=32, ge=1, le=1_000_000_000)
+    global_batch_size: int = Field(default=32, ge=1, le=1_000_000)
     """Examples in one optimiser step, over all ranks and accumulation steps."""
     data: TaskDataSection = TaskDataSection()
     head: HeadSection = HeadSection()
@@ -163,6 +164,10 @@ def _of_task(by_task: Any, task: str, source: str) -> dict[str, Any]:
         )
     known = FinetuneRecipe.dotted_keys()
     unknown = [
+        f"  by_task.{name}: there is no such task{suggestion}"
+        for name in map(str, by_task)
+        if name not in TASKS and (suggestion := did_you_mean(name.lower(), TASKS))
+    ] + [
         f"  by_task.{name}: unknown key {key}{did_you_mean(str(key), known)}"
         for name, inner in by_task.items()
         for key in inner

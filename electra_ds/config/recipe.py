@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import pydantic
 import yaml
@@ -56,7 +56,8 @@ class Section(BaseModel):
         """pydantic would take `yes`, which YAML reads as true, for 1."""
         if isinstance(values, dict):
             for name, field in cls.model_fields.items():
-                if isinstance(values.get(name), bool) and field.annotation in (int, float):
+                kinds = get_args(field.annotation) or (field.annotation,)
+                if isinstance(values.get(name), bool) and {int, float} & set(kinds):
                     raise ValueError(f"{name} must be a number, not {values[name]}")
         return values
 

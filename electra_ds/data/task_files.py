@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ LABEL_COLUMNS = ("label", "labels", "score", "target", "class", "gold_label")
 """Where no label column is named: the first of these that is there and holds no text."""
 ID_COLUMNS = ("id", "idx", "index")
 """What rows are called; otherwise their number from 0."""
+_LARGEST_SCORE = 1e18  # whose square fp32 still holds
 _USES = ("train", "training", "data")
 MOST_NUMBERED_CLASSES = 20
 """Whole numbers as labels are classes up to so many different ones, and scores beyond."""
@@ -315,8 +315,8 @@ def _indices(table: Table, labels: list[str], task: Task) -> np.ndarray:
     scores = []
     for label, line in zip(labels, table.lines, strict=True):
         number = _number(label)
-        if number is None or not math.isfinite(number):
-            problem = "no number" if number is None else "not finite"
+        if number is None or not abs(number) < _LARGEST_SCORE:
+            problem = "no number" if number is None else "not finite, or too large"
             raise DataError(f"{table.path}, line {line}: the score '{label}' is {problem}. Correct or drop the row.")
         scores.append(number)
     return np.array(scores, np.float64)

@@ -234,8 +234,8 @@ def _compared(group: Group) -> dict[str, list[float]]:
 
 def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
     """One row a metric, values as in scores.json. Raises CheckpointError where it cannot be written."""
-    if path.is_dir():
-        raise CheckpointError(f"Cannot write {path}: it is a folder. Name a file.")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise CheckpointError(f"Cannot write {path}: it is no ordinary file. Name one.")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf8", newline="") as file:

@@ -124,8 +124,8 @@ def _is_prediction(word: str, words: tuple[str, ...] | None) -> bool:
 
 
 def _write(out: Path, contents: dict[str, bytes]) -> None:
-    if out.is_dir():
-        raise CheckpointError(f"Cannot write {out}: it is a folder. Name a file.")
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise CheckpointError(f"Cannot write {out}: it is no ordinary file. Name one.")
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from electra_ds.model.convert import discriminator_tensors, transformers_config
 from electra_ds.train.trained import kept_checkpoint, load_model, newest_checkpoint
 
 _POOLER = "pooler."
+_LAYER = re.compile(r"\.layers?\.\d+\.")
+_ABSOLUTE = ("electra", "bert", "roberta", "xlm-roberta", "camembert")
+"""Of which transformers 5 has no form with relative positions any more."""
 _ENCODER = "electra."
 _SHOWN_NAMES = 4
 
@@ -135,6 +139,9 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
         raise DataError(f"{name} has no config.json, so it is no model of transformers.")
     with explained(f"the model {name}", "Is it a folder that transformers' save_pretrained wrote?"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind = getattr(config, "position_embedding_type", None)
+    if config.model_type in _ABSOLUTE and kind not in (None, "absolute"):
+        raise DataError(f"{name} has {kind} positions, which transformers does not compute any more.")
     if getattr(config, "is_encoder_decoder", False):
         raise DataError(f"{name} is an encoder with a decoder ({config.model_type}), and an encoder alone is needed.")
     if _is_decoder(config):
@@ -159,9 +166,10 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
             f"The tokenizer of {name} does not begin a text with {tokenizer.cls_token}; is it an encoder's?"
         )
     rows = int(config.vocab_size)
-    if len(tokenizer) > rows:
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
         raise DataError(
-            f"The tokenizer of {name} has {len(tokenizer):,} pieces, and its token table {rows:,} rows. Put the one "
+            f"The tokenizer of {name} has ids up to {needed - 1:,}, and its token table {rows:,} rows. Put the one "
             f"that it was pretrained with beside its config.json."
         )
     return config, tokenizer
@@ -203,7 +211,9 @@ def _of_folder(folder: Path, name: str) -> EncoderSource:
 
 
 def _check_whole(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
+    layers = {key for key in info["unexpected_keys"] if _LAYER.search(f".{key}")}
     problems = {
+        "more than config.json says are": layers,
         "missing are": {key for key in info["missing_keys"] if not key.startswith(_POOLER)},
         "of other sizes than config.json says are": {key for key, *_ in info["mismatched_keys"]},
         "not finite are": {key for key, tensor in tensors.items() if not tensor.isfinite().all()},

@@ -31,7 +31,7 @@ from electra_ds.engine.engine import TrainingEngine
 from electra_ds.engine.layer_decay import finetuning_rates
 from electra_ds.engine.saver import CheckpointSaver
 from electra_ds.engine.task_step import TaskLosses
-from electra_ds.errors import CheckpointError
+from electra_ds.errors import CheckpointError, TrainingError
 from electra_ds.model.task_model import TaskModel, make_encoder, make_head
 from electra_ds.runtime import Ranks
 from electra_ds.train.encoder_source import EncoderSource
@@ -104,7 +104,13 @@ class FinetuneLoop(TrainingLoop):
         self._judged: dict[str, Judged] = {}
         """Of the last evaluation, on the main rank."""
         self._history: list[tuple[int, float]] = ranks.from_main(self._earlier_evaluations())
-        """(step, the score that choices are made by) of each evaluation; minus infinity for one that is not finite."""
+        """(step, the score that choices are made by) of each evaluation."""
+        with ranks.together():
+            if job.record.settings.best and self._history and not self._best_folder.paths():
+                raise CheckpointError(
+                    f"The best evaluation's weights are gone from {self._best_folder.folder}. Put them back, or start "
+                    f"a new run."
+                )
         self.ends_early = bool(self._history) and self._history[-1][0] == self.step and self._is_in_vain()
 
     def _forget_later_best(self) -> None:
@@ -179,11 +185,15 @@ class FinetuneLoop(TrainingLoop):
         for index, rows in enumerate(chunks):
             for row, scores_of_row in zip(rows.tolist(), shares[index % world_size][index // world_size], strict=True):
                 outputs[row] = scores_of_row
+        if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
+            raise TrainingError(
+                f"The model's scores are not finite at step {self.step}, so training has diverged and nothing can be "
+                f"scored. Lower optimizer.learning_rate, or look into the weights that it began with."
+            )
         return outputs
 
     def _choose(self, score: float) -> None:
         """Keep the weights where they are the best so far, and see whether it is time to stop."""
-        score = score if math.isfinite(score) else -math.inf
         before = [(step, earlier) for step, earlier in self._history if step < self.step]
         self._history = [*before, (self.step, score)]
         if self.job.record.settings.best and (not before or score > max(earlier for _, earlier in before)):
@@ -202,9 +212,11 @@ class FinetuneLoop(TrainingLoop):
         name = sets.chosen_by if len(sets.dev) == 1 else f"{next(iter(sets.dev))}/{sets.chosen_by}"
         path = self.job.run.metrics
         lines = read_metrics(path) if self.ranks.is_main and path.exists() else []
-        scores = [(line["step"], line[name]) for line in lines if line["kind"] == "eval" and name in line]
+        scores = [(line["step"], line.get(name)) for line in lines if line["kind"] == "eval"]
         return [
-            (step, -math.inf if score is None else float(score)) for step, score in scores if self._is_of_schedule(step)
+            (step, float(score))
+            for step, score in scores
+            if isinstance(score, int | float) and self._is_of_schedule(step)
         ]
 
     # --- the end

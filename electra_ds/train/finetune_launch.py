@@ -182,6 +182,8 @@ def prepare_new(
         command=sys.argv,
         tracking=options.tracking(TrackingSettings(), plan.monitors, run),
     )
+    if record.settings.predict_test and not sets.test:
+        raise ConfigError(f"--predict-test: {loaded.data.source} has no test set of {sets.name}.")
     if has_random_weights:
         encoder = replace(encoder, tensors={})
     return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
@@ -206,6 +208,9 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished: {run.path / 'scores.json'}")
+    changed = options.eval_every is not None and options.eval_every != record.settings.eval_every
+    if changed and (record.settings.best or record.settings.early_stopping is not None):
+        raise ConfigError("--eval-every decides what --best and --early-stopping choose from, and stays as it was.")
     if options.best and not record.settings.best:
         raise ConfigError("--best begins with a run: the weights of the evaluations so far were not kept.")
     values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
@@ -232,6 +237,15 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
         tracking=tracking,
     )
     return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
+
+
+def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
+    """Raises DataError where the ranks have not read the same. To be called by all of them."""
+    counts = (len(job.sets.train), [len(inputs) for inputs in (job.sets.dev | job.sets.test).values()])
+    found = ranks.gather((job.record.data_fingerprint, counts))
+    with ranks.together():
+        if any(other != found[0] for other in found):
+            raise DataError("The ranks have read different examples. Put the files where all of them see the same.")
 
 
 def _encoder_again(run: RunDirectory, record: FinetuneRecord) -> EncoderSource:

@@ -118,7 +118,7 @@ class LabelledSets(TaskSets):
 
         self.train = inputs(train, True)
         self.dev = {name: inputs(examples, False) for name, examples in data.dev.items()}
-        self.test = {name: inputs(examples, False) for name, examples in data.test.items()}
+        self.test = {name: inputs(examples, False) for name, examples in data.test.items() if len(examples)}
 
     def judge(self, name: str, outputs: Outputs) -> Judged:
         examples = self._data.sets()[name]

@@ -57,7 +57,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             values = json.loads(line)
             lines.append(values | {"step": int(values["step"]), "kind": str(values["kind"])})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return lines
 
