@@ -279,6 +279,15 @@ class RunDirectory:
         if kind != wanted:
             raise CheckpointError(f"{self.path} is a run of bin/{kind}, and a run of bin/{wanted} is needed here.")
 
+    def check_resumable(self, wanted: Literal["pretrain", "finetune"]) -> None:
+        """The same, and for a checkpoint, in which a run would begin anew."""
+        if (self.path / "manifest.json").exists():
+            raise CheckpointError(
+                f"{self.path} is a checkpoint, and --resume takes the run that it is of: --resume "
+                f"{self.path.resolve().parent.parent}"
+            )
+        self.check_kind(wanted)
+
     def read_recipe(self, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
         return self._read("recipe.yaml", lambda text: validate_recipe(load_yaml(text, "It"), str(self.path), kind))
 

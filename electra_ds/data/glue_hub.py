@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
@@ -10,7 +9,7 @@ import numpy as np
 
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.data.glue import GLUE
-from electra_ds.data.hub import HUB, explained
+from electra_ds.data.hub import HUB, dataset_path, explained
 from electra_ds.data.tasks import Examples, Task, TaskData, task_data
 from electra_ds.errors import DataError
 
@@ -34,12 +33,7 @@ def load_glue_hub(name: str, repository: str = REPOSITORY, revision: str | None 
     task = GLUE.get(name)
     if task is None:
         raise DataError(f"There is no GLUE task '{name}'{did_you_mean(name, GLUE)}. They are {', '.join(GLUE)}.")
-    is_local = Path(repository).is_dir()
-    if not is_local and repository.startswith((".", "/", "~")):
-        raise DataError(f"There is no folder {repository} with a dataset in it.")
-    if is_local and revision:
-        raise DataError(f"{repository} is a folder here and has no revisions. Leave the revision out.")
-    path = str(Path(repository).resolve()) if is_local else repository
+    path = dataset_path(repository, revision)
     config = name.replace("-", "")
     description = f"{HUB}{repository}#{config}{f', revision {revision}' if revision else ''}"
     with explained(description):

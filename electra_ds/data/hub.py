@@ -55,6 +55,19 @@ def parse_hub_name(text: str) -> HubName:
     return HubName(match["name"], match["config"], match["split"] or "train")
 
 
+def dataset_path(name: str, revision: str | None) -> str:
+    """What `datasets` is to open: a folder here in full, or the name on the Hub.
+
+    Raises DataError for a folder that is not there, or that a revision is asked of.
+    """
+    is_local = Path(name).is_dir()
+    if not is_local and name.startswith((".", "/", "~")):
+        raise DataError(f"There is no folder {name} with a dataset in it.")
+    if is_local and revision:
+        raise DataError(f"{name} is a folder here and has no revisions. Leave --revision out.")
+    return str(Path(name).resolve()) if is_local else name
+
+
 class HubSource:
     """One split of a dataset; a row is a document. Rows without a text are left out."""
 
@@ -66,12 +79,7 @@ class HubSource:
         self._streaming = streaming
         self._rows: Any = None
         name, config, split = self.asked
-        is_local = Path(name).is_dir()
-        if not is_local and name.startswith((".", "/", "~")):
-            raise DataError(f"There is no folder {name} with a dataset in it.")
-        if is_local and revision:
-            raise DataError(f"{name} is a folder here and has no revisions. Leave --revision out.")
-        path = str(Path(name).resolve()) if is_local else name
+        path = dataset_path(name, revision)
         with explained(self.description):
             try:
                 self._builder = datasets.load_dataset_builder(path, config, revision=revision)

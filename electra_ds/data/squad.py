@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import datasets  # type: ignore[import-untyped]
 
-from electra_ds.data.hub import explained
+from electra_ds.data.hub import dataset_path, explained
 from electra_ds.errors import DataError
 
 SquadName = Literal["squad1", "squad2"]
@@ -99,14 +99,10 @@ def load_squad_hub(name: SquadName, repository: str, revision: str | None = None
     Its splits are train, which need not be there, and validation; a question without answers is impossible. Raises
     DataError where it cannot be had or is laid out otherwise.
     """
-    is_local = Path(repository).is_dir()
-    if not is_local and repository.startswith((".", "/", "~")):
-        raise DataError(f"There is no folder {repository} with a data set in it.")
-    if is_local and revision:
-        raise DataError(f"{repository} is a folder here and has no revisions. Leave the revision out.")
+    path = dataset_path(repository, revision)
     source = f"{repository}{f', revision {revision}' if revision else ''}"
     with explained(source, "See that it is laid out as rajpurkar/squad is."):
-        tables = datasets.load_dataset(str(Path(repository).resolve()) if is_local else repository, revision=revision)
+        tables = datasets.load_dataset(path, revision=revision)
     if "validation" not in tables:
         raise DataError(f"{source} has no split 'validation'; its splits are {', '.join(map(str, tables))}.")
     digest = hashlib.sha256(name.encode())

@@ -199,12 +199,7 @@ def plan_for(options: FinetuneOptions, training: Finetuning, ranks: Ranks) -> De
 def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
     """A job that goes on with a run. Raises CheckpointError where it is finished, DataError where its examples or the
     model that it began with have changed."""
-    if (run.path / "manifest.json").exists():
-        raise CheckpointError(
-            f"{run.path} is a checkpoint, and --resume takes the run that it is of: --resume "
-            f"{run.path.resolve().parent.parent}"
-        )
-    run.check_kind("finetune")
+    run.check_resumable("finetune")
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished: {run.path / 'scores.json'}")

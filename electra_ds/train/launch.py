@@ -170,12 +170,7 @@ def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedP
 
     Raises CheckpointError where there is no run, or it is finished.
     """
-    if (run.path / "manifest.json").exists():
-        raise CheckpointError(
-            f"{run.path} is a checkpoint, and --resume takes the run that it is of: --resume "
-            f"{run.path.resolve().parent.parent}"
-        )
-    run.check_kind("pretrain")
+    run.check_resumable("pretrain")
     recipe = run.read_recipe()
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished. Its model: bin/export {run.path}")
