@@ -411,12 +411,15 @@ def test_data_errors_are_data_errors() -> None:
         read_encoder("no/such/thing/at/all")
 
 
-def test_more_layers_or_other_positions_than_config_says_are_refused(tmp_path: Path) -> None:
+def test_a_config_that_the_weights_or_transformers_cannot_follow_is_refused(tmp_path: Path) -> None:
     folder = tiny_electra(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     for changes, message in (
         ({"num_hidden_layers": 1}, "more than config.json says"),
+        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers by its config.json, which cannot be"),
         ({"position_embedding_type": "relative_key"}, "relative_key positions"),
+        ({"num_attention_heads": 0}, "Its config.json or its weights may be damaged"),
+        ({"model_type": "own", "auto_map": {"AutoModel": "code.Model"}}, "computed by code of its own, which is not"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(DataError, match=message):

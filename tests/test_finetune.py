@@ -512,6 +512,15 @@ def test_a_run_whose_recipe_has_changed_cannot_go_on(stopped: Path) -> None:
     resume(stopped)
 
 
+def test_a_run_whose_number_of_examples_was_edited_cannot_go_on(stopped: Path) -> None:
+    path = stopped / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"num_examples": record["num_examples"] + 32}))
+    assert f"and there are {record['num_examples']}: it was edited" in refused("--resume", stopped)
+    path.write_text(json.dumps(record))
+    resume(stopped)
+
+
 def test_a_run_without_a_checkpoint_whose_model_has_changed_cannot_go_on(
     electra: Path, glue: Path, tmp_path: Path
 ) -> None:
@@ -1039,6 +1048,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "folder and hub": (["--hub", "nyu-mll/glue"], "--hub and --revision are for data sets of the Hub"),
     "bad seed": (["--seed", "-1"], "is not a whole number from 0 on"),
     "fractional seed": (["--seed", "1.5"], "is not a whole number from 0 on"),
+    "seed in other digits": (["--seed", "\u0663"], "is not a whole number from 0 on"),
     "no examples": (["--max-train-examples", "0"], "is not a positive whole number"),
 }
 

@@ -253,6 +253,10 @@ def test_two_layers_go_in_as_they_are_and_the_best_weights_are_taken(bench: Benc
 
 def test_class_names_are_read_from_the_examples_again_where_scores_are_gone(bench: Bench, tmp_path: Path) -> None:
     run = Path(shutil.copytree(bench.two_layers(), tmp_path / "run"))
+    for damaged in ("", "[1]", "{}", '{"sets": 3}', '{"sets": {"dev": 3}}', 100_000 * "["):
+        (run / "scores.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"scores\.json cannot be read.*Put it back, or move it away"):
+            export_finetuned(run, tmp_path / "out")
     (run / "scores.json").unlink()
     export_finetuned(run, tmp_path / "out")
     names = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label

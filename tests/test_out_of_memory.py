@@ -188,7 +188,7 @@ def test_where_one_sequence_is_too_much_the_run_fails_with_what_to_do(
         fails("forward", lambda turn, _: turn > 12),
         pytest.raises(
             TrainingError,
-            match=r"step 2 with micro-batch 1, and there is no smaller one.*start anew with --micro-batch auto\.",
+            match=r"step 2 with micro-batch 1, and there is no smaller one.*the start: .*run --micro-batch auto",
         ),
     ):
         train(store, tmp_path, process_group, micro(1))
@@ -207,7 +207,9 @@ def test_an_update_that_had_begun_is_not_done_twice(
         update(self, found_inf)
 
     monkeypatch.setattr(MasterAdamW, "_update_scale", faulty)
-    with pytest.raises(TrainingError, match=r"since its update had begun\. No checkpoint.*anew with --micro-batch 6\."):
+    with pytest.raises(
+        TrainingError, match=r"since its update had begun\. No checkpoint.*--resume .*run --micro-batch 6"
+    ):
         train(store, tmp_path, process_group, micro(12))
 
 

@@ -180,6 +180,7 @@ def test_the_nearest_place_is_found(context: str, answer: str, start: int) -> No
         (json.dumps(document(entry("a", ("lamp", True)))), "answer 1: 'answer_start' is missing or not a whole number"),
         (json.dumps(document(entry("a"))), "question 1: no answers"),
         (json.dumps(document(entry("a", is_impossible=True))), "which SQuAD 1.1 does not have"),
+        (json.dumps(document(entry("a", LAMP, is_impossible="false"))), "'is_impossible' is 'false', and not true or"),
         (json.dumps(document(entry("a", LAMP), entry("a", LAMP))), "two questions have the id a"),
         (b"\xff\xfe", "not JSON"),
         ("[" * 100_000, "not JSON"),
@@ -363,12 +364,12 @@ def test_windows_are_berts(
         start += min(room, doc_stride)
     assert (best == 1).all()
     # Where the answer is whole, its positions say it; the tokens are the words' own here.
-    inside = np.flatnonzero(~features.is_impossible)
+    inside = np.flatnonzero(features.start_position)
     for window in inside:
         positions = int(features.start_position[window]), int(features.end_position[window])
         assert text_at(question, features, window, *positions) == question.answers[0]
-    for window in np.flatnonzero(features.is_impossible):
-        assert features.start_position[window] == features.end_position[window] == 0
+    for window in np.flatnonzero(features.start_position == 0):
+        assert features.end_position[window] == 0
     if room >= len(whole):
         assert len(inside) == len(features) == 1
 
@@ -400,7 +401,6 @@ def test_windows_are_those_of_the_tokenizers_own_truncation(
             # RoBERTa's leaves the space before a window's first token, and trims a token of spaces alone otherwise.
             assert question.context[begin:end] == question.context[own_begin:own_end].strip()
             assert begin == end or begin >= own_begin
-    assert not features.is_impossible.any()
     assert not features.start_position.any()
 
 
@@ -423,7 +423,6 @@ def test_max_context_is_as_in_the_example_that_bert_gives() -> None:
         # 'gallon' has (0, 2), and (3, 1) before; 'of' (1, 1), and (4, 0) before.
         [False, True, True],
     ]
-    assert features.is_impossible.tolist() == [True, False, False, True]
     # [CLS] [SEP] and three tokens of the second window come before it, one of the third.
     assert features.start_position.tolist() == features.end_position.tolist() == [0, 2 + 4, 2 + 1, 0]
 
@@ -443,7 +442,6 @@ def test_features_of_a_question_too_long_an_empty_context_and_an_impossible_ques
     assert features.question.tolist() == [0, 1, 2, 3]
     assert [len(ids) for ids in features.input_ids] == [8 + 3 + 2, 1 + 3, 3 + 3, 3 + 3]
     assert features.context.tolist() == [[10, 12], [3, 3], [3, 5], [3, 5]]
-    assert features.is_impossible.tolist() == [False, True, True, True]
     assert features.start_position.tolist() == [11, 0, 0, 0]
     assert features.token_type_ids[0].tolist() == [0] * 10 + [1] * 3
     assert all(ids.dtype == np.int32 for ids in features.input_ids)
@@ -522,7 +520,7 @@ def test_perfect_logits_give_the_answers(tokenizer: PreTrainedTokenizerFast, que
     assume(
         any(
             features.is_max_context[window][features.start_position[window] - features.context[window, 0]]
-            for window in np.flatnonzero(~features.is_impossible)
+            for window in np.flatnonzero(features.start_position)
         )
     )
     for find in (independent, joint):
@@ -543,7 +541,6 @@ def plain_features(contexts: int, windows: Sequence[int]) -> tuple[list[Question
         is_max_context=[np.ones(4, bool)] * count,
         start_position=np.zeros(count, np.int32),
         end_position=np.zeros(count, np.int32),
-        is_impossible=np.zeros(count, bool),
     )
 
 
@@ -612,7 +609,7 @@ def test_real_files_have_their_questions(squad: SquadData) -> None:
 def test_real_answers_stand_at_their_positions(squad: SquadData, bert: PreTrainedTokenizerFast) -> None:
     """But for those that begin or end inside a token, such as 'six' of 'sixth'."""
     features = make_features(squad.train, bert, max_length=384, for_training=True)
-    matching, inside = 0, np.flatnonzero(~features.is_impossible)
+    matching, inside = 0, np.flatnonzero(features.start_position)
     for window in inside:
         question = squad.train[features.question[window]]
         text = text_at(question, features, window, features.start_position[window], features.end_position[window])

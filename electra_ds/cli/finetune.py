@@ -121,7 +121,7 @@ def add_finetune(commands: Commands) -> None:
 
 
 def _seed(text: str) -> int:
-    if not text.isdigit() or int(text) >= 2**63:
+    if not (text.isascii() and text.isdecimal()) or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
 

@@ -137,12 +137,14 @@ def load_glue(name: str, folder: Path) -> TaskData:
 
 
 def differing_rows(data: TaskData) -> list[str]:
-    """A sentence for each set of a GLUE task that has not the official number of rows."""
-    official = OFFICIAL_ROWS.get(data.task.name, {})
+    """A sentence for each set of a GLUE task that has not the official number of rows, or is missing and scored by."""
+    name, sets = data.task.name, data.sets()
     return [
-        f"{data.task.name}: {name} has {len(examples):,} rows, officially {official[name]:,}."
-        for name, examples in data.sets().items()
-        if len(examples) != official.get(name, len(examples))
+        f"{name}: {each} has {len(sets[each]):,} rows, officially {rows:,}."
+        if each in sets
+        else f"{name}: there is no {each}, so nothing is scored by it."
+        for each, rows in OFFICIAL_ROWS.get(name, {}).items()
+        if (len(sets[each]) != rows if each in sets else each.startswith("dev"))
     ]
 
 
@@ -159,7 +161,7 @@ class _Reading:
 
     def find(self, *names: str, folder: Path | None = None) -> Path | None:
         self.looked_for += names
-        return next((path for path in _children(folder or self.folder, names) if path.is_file()), None)
+        return next(iter(_children(folder or self.folder, names)), None)
 
     def add(self, set_name: str, table: Table, columns: _Columns, *, has_labels: bool) -> None:
         """Rows of QQP without a label and MNLI's without a gold label ("-") are left out and counted."""
@@ -179,7 +181,11 @@ class _Reading:
         ):
             if count:
                 self.remarks.append(f"{table.path}: rows {problem}: {count}.")
-        numbers = table.columns[columns.ids] if columns.ids in table.columns else list(map(str, table.numbers))
+        numbers = list(map(str, table.numbers))
+        if columns.ids in table.columns:
+            if table.columns[columns.ids] != numbers and not has_labels:
+                self.remarks.append(f"{table.path}: '{columns.ids}' does not count from 0, as GLUE's site wants it.")
+            numbers = table.columns[columns.ids]
         texts = table.columns[columns.text]
         pairs = table.columns[columns.pair] if columns.pair else None
         self.sets[set_name] = Examples(

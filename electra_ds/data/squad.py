@@ -169,7 +169,9 @@ def _questions(document: Any, path: str, name: SquadName) -> Iterator[Question]:
                     (_text(answer, "text", spot), _field(answer, "answer_start", int, spot))
                     for answer, spot in _records(record, "answers", at, "answer")
                 ]
-                is_impossible = bool(record.get("is_impossible", name == "squad2" and not answers))
+                is_impossible = record.get("is_impossible", name == "squad2" and not answers)
+                if not isinstance(is_impossible, bool):
+                    raise DataError(f"{at}: 'is_impossible' is {is_impossible!r}, and not true or false.")
                 identity, question = _text(record, "id", at), _text(record, "question", at)
                 yield _question(name, at, (identity, title, question, context), answers, is_impossible)
 

@@ -39,12 +39,10 @@ class Features:
     is_max_context: list[np.ndarray]
     """bool [C], whether no other window has more context around the token; of equals the leftmost has it."""
     start_position: np.ndarray
-    """int32 [W], position of the answer's first token; 0, [CLS], where the answer is not in the window."""
+    """int32 [W], position of the answer's first token; 0, [CLS], where the window does not hold the whole answer. The
+    original ELECTRA's flag for that is the question's, also in windows of an answerable question without the answer."""
     end_position: np.ndarray
     """int32 [W], that of its last."""
-    is_impossible: np.ndarray
-    """bool [W], whether the answer is not in the window as a whole. The original ELECTRA's flag is the question's, also
-    in the windows of an answerable question that do not hold the answer."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -88,7 +86,7 @@ def make_features(
     `tokenizer(question, context, truncation="only_second", stride=overlap, return_overflowing_tokens=True)` gives.
     An answer that begins or ends inside a token, as `six` of `sixth`, gets the whole token.
 
-    for_training: with the first answer's positions; else all of them are 0 and no window is impossible.
+    for_training: with the first answer's positions; else all of them are 0.
     An empty context has one window, without context tokens. progress: told how many of the questions are done.
 
     Raises ConfigError where a question leaves no room for its context, DataError for a tokenizer without pairs.
@@ -114,7 +112,7 @@ def make_features(
             tokens = contexts[question.context]
             builder.add(index, query_ids, tokens, room, doc_stride, _answer(question, tokens) if for_training else None)
         progress(begin + len(batch))
-    return builder.features(for_training)
+    return builder.features()
 
 
 def window_spans(length: int, room: int, doc_stride: int) -> list[tuple[int, int]]:
@@ -181,7 +179,7 @@ class _Builder:
                 positions = (first + answer[0] - start, first + answer[1] - start)
             self._numbers.append((index, first, first + size, *positions))
 
-    def features(self, for_training: bool) -> Features:
+    def features(self) -> Features:
         numbers = np.array(self._numbers, np.int32).reshape(-1, 5)
         return Features(
             question=numbers[:, 0],
@@ -192,7 +190,6 @@ class _Builder:
             is_max_context=self._is_max,
             start_position=numbers[:, 3],
             end_position=numbers[:, 4],
-            is_impossible=(numbers[:, 3] == 0) & for_training,
         )
 
 

@@ -196,16 +196,15 @@ def load_own(
 
 
 def notes(data: TaskData) -> list[str]:
-    """What is no error but should be known: what reading passed over, and classes that a dev set lacks."""
+    """What is no error but should be known: what reading passed over, and classes that a set lacks."""
     sentences = list(data.remarks)
-    if data.task.kind == "regression" or data.train is None or data.train.labels is None:
-        return sentences
-    trained = np.unique(data.train.labels)
-    for name, examples in data.dev.items():
-        missing = np.setdiff1d(trained, trained if examples.labels is None else examples.labels)
-        if len(missing):
+    sets = ({"train": data.train} if data.train is not None else {}) | data.dev
+    for name, examples in sets.items() if data.task.kind == "classification" else ():
+        found = np.arange(0) if examples.labels is None else examples.labels
+        if len(missing := np.setdiff1d(np.arange(len(data.task.labels)), found)):
             these = _listed([data.task.labels[index] for index in missing])
-            sentences.append(f"No example of {name} has the label {these}: its scores say nothing of that.")
+            so = "it will not be predicted" if name == "train" else "its scores say nothing of that"
+            sentences.append(f"No example of {name} has the label {these}: {so}.")
     return sentences
 
 

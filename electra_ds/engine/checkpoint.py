@@ -182,7 +182,8 @@ class CheckpointFolder:
         earlier = self.paths()
         kept = f"The newest complete one is {earlier[-1]}." if earlier else "There is none before it."
         mend = "Make room" if is_disk_full(error) else "Mend that"
-        then = "go on with --resume" if earlier else "give the command again"
+        is_begun = earlier or (self.folder.parent / "run.json").is_file()
+        then = "go on with --resume" if is_begun else "give the command again"
         return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {mend}, then {then}.")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
@@ -41,6 +42,8 @@ _ABSOLUTE = ("electra", "bert", "roberta", "xlm-roberta", "camembert")
 """Of which transformers 5 has no form with relative positions any more."""
 _ENCODER = "electra."
 _SHOWN_NAMES = 4
+_MOST_LAYERS = 10_000
+"""A config.json with more is damaged, and would take all memory before anything says so."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,12 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
     """What `EncoderSource.files` wrote, or transformers did."""
     if not (folder / "config.json").is_file():
         raise DataError(f"{name} has no config.json, so it is no model of transformers.")
+    _check_needs_no_code(folder / "config.json", name)
     with explained(f"the model {name}", "Is it a folder that transformers' save_pretrained wrote?"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not 0 < int(getattr(config, "num_hidden_layers", 1)) <= _MOST_LAYERS:
+        raise DataError(f"{name} has {config.num_hidden_layers:,} layers by its config.json, which cannot be.")
+    config.chunk_size_feed_forward = 0  # which changes no number, and takes inputs of some lengths alone
     kind = getattr(config, "position_embedding_type", None)
     if config.model_type in _ABSOLUTE and kind not in (None, "absolute"):
         raise DataError(f"{name} has {kind} positions, which transformers does not compute any more.")
@@ -175,6 +182,18 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
     return config, tokenizer
 
 
+def _check_needs_no_code(file: Path, name: str) -> None:
+    try:
+        values = json.loads(file.read_text("utf8"))
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong with it
+    if isinstance(values, dict) and "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
+        raise DataError(
+            f"{name} is a model of a kind that transformers does not have, computed by code of its own, which is not "
+            f"run here. Choose a model of transformers."
+        )
+
+
 def _is_decoder(config: PretrainedConfig) -> bool:
     """What transformers has a model of for text generation and none for masked tokens, is none but that."""
     if getattr(config, "is_decoder", False):
@@ -188,7 +207,9 @@ def _of_folder(folder: Path, name: str) -> EncoderSource:
     logging.set_verbosity_error()  # which otherwise tells of heads that are not wanted here
     logging.disable_progress_bar()
     try:
-        with explained(f"the weights of {name}", "Where files were lost or damaged, fetch or export it again."):
+        with explained(
+            f"the weights of {name}", "Its config.json or its weights may be damaged; fetch or export it again."
+        ):
             try:
                 model, info = AutoModel.from_pretrained(
                     folder,

@@ -223,6 +223,11 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
         )
     settings = options.settings(record.settings)
     sets = tokenised_sets(loaded.data, encoder, recipe, settings.max_train_examples, console)
+    if len(sets.train) != record.num_examples:
+        raise CheckpointError(
+            f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, and there are {len(sets.train):,}: "
+            f"it was edited, or tokenizer or program are others by now. Put it back, or start a new run."
+        )
     record = replace(
         record,
         device=runtime.device_name(runtime.device(ranks.launch)),

@@ -270,9 +270,8 @@ class TrainingLoop(ABC):
 
     def _how_to_go_on(self, arguments: str = "") -> str:
         saved = self._saved()
-        if saved:
-            return f"From {saved[-1].name} on: {self.job.command} --resume {self.job.run.path}{arguments}"
-        return f"No checkpoint was saved yet, so start anew{' with' if arguments else ''}{arguments}."
+        begin = f"From {saved[-1].name} on" if saved else "No checkpoint was saved yet, so from the start"
+        return f"{begin}: {self.job.command} --resume {self.job.run.path}{arguments}"
 
     def _go_on_with(self, plan: DeepSpeedPlan) -> None:
         """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
