@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -197,6 +198,8 @@ def finetune(*arguments: object, status: int = 0) -> str:
             main(["finetune", *map(str, arguments)])
         except SystemExit as leaving:
             found = int(leaving.code or 0)
+        except KeyboardInterrupt:
+            found = 128 + signal.SIGINT
     assert found == status, printed.getvalue()
     assert "Traceback" not in printed.getvalue()
     return printed.getvalue()

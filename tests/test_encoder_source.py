@@ -309,8 +309,13 @@ def test_the_fingerprint_is_that_of_names_shapes_and_values(electra: Path, tmp_p
 
 @pytest.fixture(scope="module")
 def pretrained(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = small_recipe("schedule.total_steps=3", "schedule.warmup_steps=1", "data.sequence_length=64")
-    run = RunDirectory(tmp_path_factory.mktemp("pretrained") / "run")
+    return pretrain_on(64, store, process_group, tmp_path_factory.mktemp("pretrained") / "run")
+
+
+def pretrain_on(length: int, store: TokenStore, process_group: Ranks, run_dir: Path) -> Path:
+    """Three steps on sequences of so many tokens."""
+    recipe = small_recipe("schedule.total_steps=3", "schedule.warmup_steps=1", f"data.sequence_length={length}")
+    run = RunDirectory(run_dir)
     options = launch.Options(
         ds_config=str(REPOSITORY / "ds_configs/cpu.json"), threads=1, save_every=3, eval_windows=4, compile="off"
     )
@@ -339,6 +344,17 @@ def test_a_pretraining_run_is_the_encoder_that_it_exports(pretrained: Path, tmp_
         torch.testing.assert_close(hidden_of(source, encoded), expected, rtol=0, atol=0)
         assert source.tokenizer(*PAIR)["input_ids"] == tokenizer(*PAIR)["input_ids"]
         assert source.has_segments
+
+
+def test_positions_that_pretraining_never_saw_are_told(
+    store: TokenStore, process_group: Ranks, glue: Path, tmp_path: Path
+) -> None:
+    run = pretrain_on(8, store, process_group, tmp_path / "pretrained")
+    assert read_encoder(str(run)).trained_length == 8
+    said = finetune(*arguments_of(run, glue, "mrpc", tmp_path / "run", stop_at=1))
+    assert "longer than the 8 tokens that the encoder was pretrained on" in said
+    said = finetune(*arguments_of(run, glue, "mrpc", tmp_path / "cut", "data.max_length=8", stop_at=1))
+    assert "pretrained on" not in said
 
 
 def test_a_pretraining_run_and_its_export_are_finetuned_alike(pretrained: Path, glue: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from electra_ds.engine.engine import TrainingEngine
 from electra_ds.model.task_model import TaskModel, make_head
 from electra_ds.objective.task_microbatch import TaskMicroBatch
 from electra_ds.train import finetune as finetune_module
+from electra_ds.train.export_finetuned import export_finetuned
 from tests.finetuning import (
     BAD,
     GOOD,
@@ -814,6 +815,44 @@ def test_test_sets_are_asked_for_only_where_there_are_some(electra: Path, glue: 
     finetune(*arguments_of(electra, folder, "sst-2", tmp_path / "run", stop_at=1))
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_the_test_sets_of_a_finished_run_are_predicted_later(
+    electra: Path, glue: Path, tmp_path: Path, best: bool
+) -> None:
+    flags: dict[str, Any] = {"eval_every": 5} | ({"best": True} if best else {})
+    finetune(*arguments_of(electra, glue, "mrpc", tmp_path / "at once", **flags, predict_test=True))
+    finetune(*arguments_of(electra, glue, "mrpc", tmp_path / "later", **flags))
+    losses = losses_of(tmp_path / "later")
+    assert not (tmp_path / "later" / "submission").exists()
+    resume(tmp_path / "later", "--predict-test")
+    assert scores_of(tmp_path / "later") == scores_of(tmp_path / "at once")
+    assert predictions_of(tmp_path / "later", "test") == predictions_of(tmp_path / "at once", "test")
+    assert (tmp_path / "later/submission/MRPC.tsv").read_text() == (
+        tmp_path / "at once/submission/MRPC.tsv"
+    ).read_text()
+    assert losses_of(tmp_path / "later") == losses
+    assert json.loads((tmp_path / "later" / "verdict.json").read_text())["verdict"] == "done"
+    assert "is finished" in refused("--resume", tmp_path / "later", "--predict-test")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flags", "told"),
+    [
+        (["head.pooling=mean"], {}, "bin/export {run} --encoder-only"),
+        (["head.pooling=first", "head.hidden_size=null"], {}, "bin/export {run}\n"),
+        ([], {"discard_weights": True}, "bin/report RUN RUN …\n"),
+    ],
+)
+def test_the_export_that_is_named_at_the_end_is_one_that_can_be_made(
+    electra: Path, glue: Path, tmp_path: Path, overrides: list[str], flags: dict[str, Any], told: str
+) -> None:
+    run = tmp_path / "run"
+    said = finetune(*arguments_of(electra, glue, "mrpc", run, *overrides, **flags, max_train_examples=8))
+    assert told.format(run=run) in said
+    if not flags:
+        export_finetuned(run, tmp_path / "out", encoder_only=told.endswith("--encoder-only"))
+
+
 def test_discarded_weights_leave_scores_and_predictions(
     straight: Path, electra: Path, glue: Path, tmp_path: Path
 ) -> None:
@@ -851,7 +890,6 @@ def test_examples_of_ones_own_are_classified_and_scored(electra: Path, tmp_path:
             test=test,
             text="review",
             label="stars",
-            predict_test=True,
         )
     )
     scores = scores_of(tmp_path / "run")
@@ -967,16 +1005,21 @@ def sst(folder: Path, name: str, text: str) -> None:
     (folder / "SST-2" / f"{name}.tsv").write_text(text)
 
 
+def test_tasks_are_known_by_the_hubs_names_too(electra: Path, glue: Path, tmp_path: Path) -> None:
+    finetune(*arguments_of(electra, glue, "SST2", tmp_path / "run", stop_at=1))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["task"] == "sst-2"
+
+
 SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "wrong columns": ("sst-2", lambda f: sst(f, "train", "text\tlabel\na film\t1\n"), "no column 'sentence'"),
     "too few columns in a row": ("sst-2", lambda f: sst(f, "train", "sentence\tlabel\na film\n"), "1 columns instead"),
     "unknown label": (
         "sst-2", lambda f: sst(f, "dev", "sentence\tlabel\na film\t2\n"), "line 2: the label '2' is not one of 0, 1"
     ),
-    "empty dev": ("sst-2", lambda f: sst(f, "dev", "sentence\tlabel\n"), "has no development examples"),
-    "empty train": ("sst-2", lambda f: sst(f, "train", "sentence\tlabel\n"), "has no training examples"),
-    "no dev": ("sst-2", lambda f: (f / "SST-2/dev.tsv").unlink(), "has no development examples"),
-    "no train": ("sst-2", lambda f: (f / "SST-2/train.tsv").unlink(), "has no training examples"),
+    "empty dev": ("sst-2", lambda f: sst(f, "dev", "sentence\tlabel\n"), "There are no development examples"),
+    "empty train": ("sst-2", lambda f: sst(f, "train", "sentence\tlabel\n"), "There are no training examples"),
+    "no dev": ("sst-2", lambda f: (f / "SST-2/dev.tsv").unlink(), "There are no development examples"),
+    "no train": ("sst-2", lambda f: (f / "SST-2/train.tsv").unlink(), "There are no training examples"),
     "no text": ("sst-2", lambda f: (f / "SST-2/dev.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n"), "not UTF-8"),
     "score out of range": (
         "sts-b",

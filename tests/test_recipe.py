@@ -78,6 +78,8 @@ def test_every_integer_survives_an_override(value: int) -> None:
         ("model.hidden=1", "model.hidden_size"),
         ("learning_rate=1", "optimizer.learning_rate"),
         ("sede=1", "seed"),
+        ("optimizer.lr=1", "optimizer.learning_rate"),
+        ("batch_size=1", "global_batch_size"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(override: str, nearest: str) -> None:

@@ -134,12 +134,12 @@ def test_groups_are_models_by_recipes_and_fingerprints(tmp_path: Path) -> None:
     ]
     groups = group_runs(read_scores(runs)[0])
     assert [(group.name, group.recipe) for group in groups] == [
-        ("runs/mini (weights f1f1f1f1f1f1)", "clark2020"),
         ("runs/mini (weights f1f1f1f1f1f1)", "rc2020"),
-        ("runs/mini (weights f2f2f2f2f2f2)", "rc2020"),
+        ("runs/mini (weights f1f1f1f1f1f1)", "clark2020"),
         ("runs/other", "rc2020"),
+        ("runs/mini (weights f2f2f2f2f2f2)", "rc2020"),
     ]
-    assert "Difference" not in told(runs)
+    assert "Differences are of two tables" in told(runs)
 
 
 def test_two_models_differ_by_welchs_interval(tmp_path: Path) -> None:
@@ -151,6 +151,30 @@ def test_two_models_differ_by_welchs_interval(tmp_path: Path) -> None:
     low, high = (float(word) for word in line.split()[-3::2])
     assert math.isclose(low + high, 22, abs_tol=0.02)
     assert -4 < low < 0
+    assert "-11.00" in told(runs[2:] + runs[:2])  # first minus second, in the order that they are given
+
+
+def test_every_dev_metric_is_compared_and_no_test_metric(tmp_path: Path) -> None:
+    sets = {"dev": {"accuracy": 0.8, "f1": 0.9}, "test": {"accuracy": 0.5}}
+    runs = [
+        write(tmp_path, f"{model}-{seed}", document("mrpc", seed, sets, model=model))
+        for model in ("a", "b")
+        for seed in (1, 2)
+    ]
+    differences = told(runs).partition("Difference")[2]
+    assert ["mrpc accuracy" in differences, "mrpc f1" in differences, "test" in differences] == [True, True, False]
+
+
+def test_a_run_that_has_not_finished_is_left_out_beside_one_that_has(tmp_path: Path) -> None:
+    finished = write(tmp_path, "a", document("rte", 1, {"dev": {"accuracy": 0.6}}))
+    begun = tmp_path / "b"
+    begun.mkdir()
+    (begun / "run.json").write_text("{}")
+    found, notes = read_scores([begun, finished])
+    assert [run.path for run in found] == [finished]
+    assert notes == [f"{begun} has not finished and is left out"]
+    with pytest.raises(CheckpointError, match=r"has not finished\. Finish it"):
+        read_scores([begun])
 
 
 def test_runs_under_other_overrides_are_of_another_recipe(tmp_path: Path) -> None:
@@ -162,7 +186,7 @@ def test_runs_under_other_overrides_are_of_another_recipe(tmp_path: Path) -> Non
     ]
     found, _ = read_scores(runs)
     assert [group.recipe for group in group_runs(found)] == [
-        "rc2020", "rc2020 (ab12)", "rc2020 with 100 training examples", "rc2020 with schedule.epochs=5",
+        "rc2020", "rc2020 with schedule.epochs=5", "rc2020 with 100 training examples", "rc2020 (ab12)",
     ]  # fmt: skip
 
 
@@ -170,7 +194,7 @@ def test_what_is_no_repetition_is_said(tmp_path: Path) -> None:
     dev = {"dev": {"accuracy": 0.6}}
     runs = [
         write(tmp_path, "a", document("rte", 1, dev, chosen="best of 10 evaluations on dev")),
-        write(tmp_path, "b", document("rte", 2, dev, data_fingerprint="d2")),
+        write(tmp_path, "b", document("rte", 2, {**dev, "test": {}}, data_fingerprint="d2")),
         write(tmp_path, "c", document("cola", 1, dev)),
         write(tmp_path, "d", document("cola", 2, {**dev, "test": {"accuracy": 0.5}}, step=346)),
     ]
@@ -179,6 +203,7 @@ def test_what_is_no_repetition_is_said(tmp_path: Path) -> None:
     assert "rte was finetuned on data that differ between seeds." in text
     assert "cola ended at steps that differ between seeds." in text
     assert "cola has sets or metrics that some seeds lack" in text
+    assert "rte has sets or metrics" not in text  # a set without labels has none
     assert "cola (test)" in text
 
 
@@ -229,7 +254,7 @@ def test_no_runs() -> None:
 
 def test_published_scores_beside_ours(tmp_path: Path) -> None:
     runs = write_glue(tmp_path, {task: {1: 0.5, 2: 0.7} for task in EIGHT})
-    text = told(runs, compare="mercier2021")
+    text = told(runs, compare=["mercier2021"])
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "cola matthews 60.00 ± 14.14 2 60.00 50.00–70.00 53.5 ± 2.47" in lines
     assert "qqp accuracy 60.00 ± 14.14 2 60.00 50.00–70.00 –" in lines
@@ -238,11 +263,12 @@ def test_published_scores_beside_ours(tmp_path: Path) -> None:
     assert any(line.startswith("not comparable in mercier2021: QQP is headed") for line in lines)
     assert any("mean of 5 finetuning seeds" in line for line in lines)
 
-    text = told(runs, compare="clark2020-small-owt")
+    text = told(runs, compare=["mercier2021", "clark2020-small-owt"])
+    assert row(text, "cola", "matthews").endswith("50.00–70.00 53.5 ± 2.47 56.8")
     assert "prints no AVG; its eight columns have the mean 80.36." in text
     assert "median over many finetuning seeds" in text
     with pytest.raises(ConfigError, match="No published scores are called 'nobody'"):
-        told(runs, compare="nobody")
+        told(runs, compare=["nobody"])
 
 
 def test_csv_has_every_metric_of_every_run(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from electra_ds import __version__
 from electra_ds.cli.bench import add_bench
@@ -46,12 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and turn our errors into one message and an exit status (2; 128 + N after signal N).
 
     What every rank of a node meets alike is said by its first one; what one rank meets, by that rank.
+
+    A process without a launcher ends after Ctrl-C as one that the signal itself has ended, which shells show as 130
+    too: a loop in a script goes on after a program that leaves with a status, whatever it is.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without → must not end a run
     try:
-        speaks = detect(os.environ).local_rank == 0
+        launch = detect(os.environ)
+        speaks = launch.local_rank == 0
     except ConfigError as error:
         print(f"electra-ds: {error}", file=sys.stderr)
         sys.exit(2)
@@ -64,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InterruptedBySignalError as stop:
         if speaks:
             print(stop, file=sys.stderr)
+        if stop.signum == signal.SIGINT and launch.launcher == "none":
+            _end_by_ctrl_c()
         sys.exit(128 + stop.signum)
     except ElectraError as error:
         if speaks or error.rank is not None:
@@ -73,4 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         if speaks:
             print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
+        if launch.launcher == "none":
+            _end_by_ctrl_c()
+        sys.exit(128 + signal.SIGINT)
+
+
+def _end_by_ctrl_c() -> NoReturn:
+    """Python sends itself the signal once it has closed everything, where nobody catches this."""
+    sys.excepthook = lambda *error: None  # everything has been said
+    raise KeyboardInterrupt

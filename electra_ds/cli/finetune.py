@@ -18,6 +18,7 @@ from electra_ds.cli.arguments import (
     positive,
 )
 from electra_ds.config.shipped import finetune_recipe_names
+from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.tasks import TASKS
 from electra_ds.errors import ConfigError
 
@@ -69,7 +70,7 @@ def add_finetune(commands: Commands) -> None:
         "--model", metavar="RUN|FOLDER|HUB",
         help="the encoder: a run of bin/pretrain or bin/finetune, a transformers folder, or a name on the Hub",
     )  # fmt: skip
-    what.add_argument("--task", choices=TASKS, metavar="TASK", help="one of those below")
+    what.add_argument("--task", type=_task, metavar="TASK", help="one of those below")
     what.add_argument("--seed", type=_seed, metavar="S", help="of the head, the order of the examples and dropout (0)")
     names = ", ".join(finetune_recipe_names())
     what.add_argument("--recipe", metavar="NAME|FILE", help=f"{names}, or a YAML file (default: {_DEFAULT_RECIPE})")
@@ -86,7 +87,9 @@ def add_finetune(commands: Commands) -> None:
     data.add_argument("--revision", metavar="REV", help="commit, branch or tag of the data set on the Hub")
     data.add_argument("--train", type=Path, metavar="FILE", help="your own training examples: .csv, .tsv or .jsonl")
     data.add_argument("--dev", type=Path, metavar="FILE", help="your own examples to score by")
-    data.add_argument("--test", type=Path, metavar="FILE", help="your own examples to predict; labels are optional")
+    data.add_argument(
+        "--test", type=Path, metavar="FILE", help="your own examples to predict at the end; labels are optional"
+    )
     data.add_argument("--text", metavar="COLUMN", help="the text (default: the first of text, sentence, sentence1, …)")
     data.add_argument("--pair", metavar="COLUMN", help="the second text, where there is one")
     data.add_argument("--label", metavar="COLUMN", help="the label (default: the first of label, labels, score, …)")
@@ -108,7 +111,10 @@ def add_finetune(commands: Commands) -> None:
         help="remove the checkpoints once the run is done; scores and predictions stay",
     )  # fmt: skip
     how.add_argument(
-        "--predict-test", action="store_true", default=None, help="predict the test sets too, and write GLUE's files"
+        "--predict-test",
+        action="store_true",
+        default=None,
+        help="predict the test sets too, and write GLUE's files; with --resume for a finished run as well",
     )
     choice = command.add_argument_group("choices by the development set, whose scores are then no test any more")
     choice.add_argument(
@@ -118,6 +124,17 @@ def add_finetune(commands: Commands) -> None:
         "--best", action="store_true", default=None, help="keep and score the best evaluation's weights, not the last"
     )
     add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
+
+
+def _task(text: str) -> str:
+    """Under the names of the Hub too, `stsb` and `sst2`."""
+    plain = {task.replace("-", ""): task for task in TASKS}
+    task = plain.get(text.lower().replace("-", "").replace("_", ""))
+    if task is None:
+        raise argparse.ArgumentTypeError(
+            f"there is no task {text!r}{did_you_mean(text.lower(), TASKS)}. They are {', '.join(TASKS)}"
+        )
+    return task
 
 
 def _seed(text: str) -> int:
@@ -145,6 +162,8 @@ def _finetune(options: argparse.Namespace) -> None:
     from electra_ds.train import finetune_launch, launch
     from electra_ds.train.finetune import discard_weights, finetune
 
+    if options.test is not None:
+        options.predict_test = True
     names = finetune_launch.FinetuneOptions.__dataclass_fields__
     wanted = finetune_launch.FinetuneOptions(**{name: getattr(options, name, None) for name in names})
     with runtime.ranks() as ranks, contextlib.ExitStack() as held:
@@ -250,8 +269,11 @@ def _check_arguments(options: argparse.Namespace) -> None:
 
 
 def _check_own(options: argparse.Namespace) -> None:
-    if options.train is None or options.dev is None:
+    if options.train is None and options.dev is None:
         raise ConfigError("Say what to finetune on: --task TASK, or your own examples with --train and --dev.")
+    if options.train is None or options.dev is None:
+        lacking = "--dev FILE, the examples to score by," if options.dev is None else "--train FILE"
+        raise ConfigError(f"Your own examples need {lacking} too.")
     if any(given is not None for given in (options.data_dir, options.hub, options.revision)):
         raise ConfigError(
             "--data-dir, --hub and --revision are for --task; your own examples are given with --train and --dev."

@@ -46,7 +46,11 @@ def add_report(commands: Commands) -> None:
     command.set_defaults(handler=_report)
     command.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not")
     scores = command.add_argument_group("for runs of bin/finetune")
-    scores.add_argument("--compare", metavar="NAME", help="a published row to show beside them")
+    scores.add_argument(
+        "--compare", nargs="+", action="extend", default=[], metavar="NAME",
+        help="published rows to show beside them, such as mercier2021 and clark2020-small-owt; docs/glue-scores.md has "
+        "the others",
+    )  # fmt: skip
     scores.add_argument("--csv", type=Path, metavar="FILE", help="write every run's scores there")
     scores.add_argument("--submission", type=Path, metavar="FILE", help="write the zip for gluebenchmark.com there")
 
@@ -87,7 +91,7 @@ def _report(options: argparse.Namespace) -> None:
             options.run, wide_console(), compare=options.compare, csv=options.csv, submission=options.submission
         )
         return
-    given = [name for name in ("compare", "csv", "submission") if getattr(options, name) is not None]
+    given = [name for name in ("compare", "csv", "submission") if getattr(options, name)]
     if len(runs) > 1 or given:
         what = f"--{given[0]} is" if given else "several runs at a time are"
         raise ConfigError(f"{what} for runs of bin/finetune, and {runs[0].path} is one of bin/pretrain.")

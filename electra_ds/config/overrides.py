@@ -10,6 +10,9 @@ from typing import Any
 from electra_ds.config.recipe import Recipe, load_yaml, named_values, validate_recipe
 from electra_ds.errors import ConfigError
 
+_SHORT = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "eps": "epsilon"}
+"""Names that people give to ours."""
+
 
 def parse_value(text: str) -> Any:
     """A scalar as a recipe file would read it. Raises ConfigError."""
@@ -42,6 +45,8 @@ def put_value(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
+    if meant := [name for name in known if name.rpartition(".")[2] == _SHORT.get(key.rpartition(".")[2])]:
+        return f"; did you mean '{meant[0]}'?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not near:  # the right name without its section
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]

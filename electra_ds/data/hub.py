@@ -202,7 +202,7 @@ def fetch_model(name: str) -> Path:
 
     Pickled weights are fetched only where there are no safetensors. Raises DataError where it cannot be had.
     """
-    with explained(f"the model {name}"):
+    with explained(f"the model {name}, which is no folder here and so one of the Hub"):
         folder = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=_PICKLED_WEIGHTS))

@@ -55,6 +55,11 @@ class Scores(_Record):
         name = self.recipe if self.recipe_source == "shipped" else f"{self.recipe} ({self.recipe_source})"
         return " ".join([name, *(["with", ", ".join(self.changes)] if self.changes else [])])
 
+    @property
+    def scored(self) -> dict[str, ScoredSet]:
+        """The sets that have labels."""
+        return {name: scored for name, scored in self.sets.items() if scored.metrics}
+
     def metrics(self, name: str) -> dict[str, float]:
         """Of one set; `read_scores` has seen to it that all are finite."""
         return {metric: value for metric, value in self.sets[name].metrics.items() if value is not None}
@@ -146,17 +151,26 @@ def _check_values(file: Path, scores: Scores) -> None:
         raise CheckpointError(f"{file} holds no score. Finetune with a set that has labels, or leave the run out.")
 
 
-def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
-    """(runs, notes). A run that is given twice, or whose scores a copy repeats, counts once.
+def _is_unfinished(path: Path) -> bool:
+    return (path / "run.json").is_file() and not (path / "scores.json").exists()
 
-    Raises CheckpointError where one cannot be read, and ConfigError where two runs of the same model, recipe, task and
-    seed differ.
+
+def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
+    """(runs, notes). A run that is given twice, or whose scores a copy repeats, counts once; one that has not finished
+    is left out beside others that have.
+
+    Raises CheckpointError where one cannot be read, or none has finished, and ConfigError where two runs of the same
+    model, recipe, task and seed differ.
     """
     if not paths:
         raise ConfigError("No runs to report: give the directories of finetuning runs.")
     runs: dict[tuple, ScoredRun] = {}
-    notes = []
-    for run in map(read_run, {path.resolve(): path for path in paths}.values()):
+    given = list({path.resolve(): path for path in paths}.values())
+    unfinished = [path for path in given if _is_unfinished(path)]
+    if len(unfinished) == len(given):
+        read_run(given[0])
+    notes = [f"{path} has not finished and is left out" for path in unfinished]
+    for run in (read_run(path) for path in given if path not in unfinished):
         scores = run.scores
         key = (scores.model, scores.model_fingerprint, scores.whole_recipe, scores.task, scores.seed)
         first = runs.setdefault(key, run)
@@ -171,15 +185,19 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
 
 
 def group_runs(runs: Sequence[ScoredRun]) -> list[Group]:
-    """By model and recipe. Models of one name but other weights are told apart by their fingerprints."""
+    """By model and recipe, in the order in which they come. Models of one name but other weights are told apart by
+    their fingerprints."""
     weights: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         weights[run.scores.model].add(run.scores.model_fingerprint)
     found: dict[tuple[str, str], dict[str, dict[int, ScoredRun]]] = defaultdict(lambda: defaultdict(dict))
-    for run in sorted(runs, key=lambda run: run.scores.seed):
+    for run in runs:
         scores = run.scores
         name = scores.model
         if len(weights[name]) > 1:
             name = f"{name} (weights {scores.model_fingerprint[:12]})"
         found[name, scores.whole_recipe][scores.task][scores.seed] = run
-    return [Group(name, recipe, dict(tasks)) for (name, recipe), tasks in sorted(found.items())]
+    return [
+        Group(name, recipe, {task: dict(sorted(of_seed.items())) for task, of_seed in tasks.items()})
+        for (name, recipe), tasks in found.items()
+    ]

@@ -53,24 +53,27 @@ def report_scores(
     runs: Sequence[Path],
     console: Console,
     *,
-    compare: str | None = None,
+    compare: Sequence[str] = (),
     csv: Path | None = None,
     submission: Path | None = None,
 ) -> None:
-    """Print the tables of finetuning runs' scores.json; `compare` names published scores to be shown beside them.
+    """Print the tables of finetuning runs' scores.json, a table for each model and recipe in the order of the runs;
+    `compare` names published scores to be shown beside them.
 
     `csv` is a file that gets every run's metrics, `submission` a zip that gets their predictions of GLUE's test sets.
     Raises ConfigError where the runs do not fit together or nothing is published under that name, and CheckpointError
     where one has no scores, its predictions are broken, or a file cannot be written.
     """
-    published = find_published(compare) if compare is not None else None
+    published = [find_published(name) for name in compare]
     scored, notes = read_scores(runs)
     groups = group_runs(scored)
     for group in groups:
         _print_group(group, published, console)
     if len(groups) == 2 and (differences := _differences(*groups)).row_count:
         console.print(differences)
-    _say(console, [*notes, PLUS_MINUS, *(_published_notes(*published) if published is not None else [])])
+    elif len(groups) > 2:
+        notes = [*notes, "Differences are of two tables: give the runs of two models or recipes alone"]
+    _say(console, [*notes, PLUS_MINUS, *(note for found in published for note in _published_notes(*found))])
     if csv is not None:
         write_csv(csv, scored)
         _say(console, [f"{csv}: every metric of every run"])
@@ -112,23 +115,25 @@ def _mean(
     return Mean(name, {}, score(group.means()), (*notes, told))
 
 
-def _print_group(group: Group, published: _Found | None, console: Console) -> None:
+def _print_group(group: Group, published: Sequence[_Found], console: Console) -> None:
     table = Table(title=f"{escape(group.name)}, recipe {escape(group.recipe)}", title_justify="left", box=box.SIMPLE)
     table.add_column("task")
     table.add_column("metric")
     for column in ("mean ± std", "n", "median", "min–max"):
         table.add_column(column, justify="right")
-    theirs = published[1] if published is not None else None
-    if theirs is not None:
-        table.add_column(escape(theirs.name), justify="right")
+    others = [row for _, row in published]
+    for theirs in others:
+        table.add_column(escape(theirs.name), justify="right", overflow="fold")
     for task, name, metric, values in _rows(group):
         cells = _spread_cells(spread(values), 100 if metric in BOUNDED else 1)
         label = task if name == "dev" else f"{task} ({name.removeprefix('dev_')})"
-        table.add_row(escape(label), escape(metric), *cells, *_their_cell(theirs, task, name, metric))
+        table.add_row(
+            escape(label), escape(metric), *cells, *(_their_cell(theirs, task, name, metric) for theirs in others)
+        )
     table.add_section()
     found = means(group) if set(group.tasks) & set(GLUE_METRICS) else []
     for mean in found:
-        table.add_row(mean.name, "", *_mean_cells(mean), *_their_mean(theirs, mean.name))
+        table.add_row(mean.name, "", *_mean_cells(mean), *(_their_mean(theirs, mean.name) for theirs in others))
     console.print(table)
     _say(console, [note for mean in found for note in mean.notes] + _group_notes(group))
 
@@ -159,24 +164,20 @@ def _mean_cells(mean: Mean) -> tuple[str, str, str, str]:
     return f"{100 * mean.value:.2f}" if mean.value is not None else "–", "–", "–", "–"
 
 
-def _their_cell(theirs: PublishedScores | None, task: str, name: str, metric: str) -> list[str]:
+def _their_cell(theirs: PublishedScores, task: str, name: str, metric: str) -> str:
     """Beside our dev set's value, that of the very same metric."""
-    if theirs is None:
-        return []
     value = theirs.tasks.get(task, {}).get(metric) if name in ("dev", "dev_matched") else None
     if value is None:
-        return ["–"]
-    return [f"{value:g}" + (f" ± {theirs.std[task]:g}" if task in theirs.std else "")]
+        return "–"
+    return f"{value:g}" + (f" ± {theirs.std[task]:g}" if task in theirs.std else "")
 
 
-def _their_mean(theirs: PublishedScores | None, name: str) -> list[str]:
-    if theirs is None:
-        return []
+def _their_mean(theirs: PublishedScores, name: str) -> str:
     printed = {"AVG": (theirs.average, theirs.average_std), "GLUE": (theirs.glue, theirs.glue_std)}
     value, std = printed.get(name, (None, None))
     if value is None:
-        return ["–"]
-    return [f"{value:g}" + (f" ± {std:g}" if std is not None else "")]
+        return "–"
+    return f"{value:g}" + (f" ± {std:g}" if std is not None else "")
 
 
 def _published_notes(table: PublishedTable, row: PublishedScores) -> list[str]:
@@ -201,15 +202,17 @@ def _group_notes(group: Group) -> list[str]:
             notes.append(f"{task} was finetuned on data that differ between seeds")
         if chosen == ["last"] and len({found.step for found in scores}) > 1:
             notes.append(f"{task} ended at steps that differ between seeds")
-        if len({tuple((name, *sorted(part.metrics)) for name, part in found.sets.items()) for found in scores}) > 1:
+        if len({tuple((name, *sorted(part.metrics)) for name, part in found.scored.items()) for found in scores}) > 1:
             notes.append(f"{task} has sets or metrics that some seeds lack; n counts those that have one")
     return notes
 
 
 def _differences(first: Group, second: Group) -> Table:
-    """Of the tasks' named metrics and the means, in points of percent."""
+    """Of each metric of a development set, and of the means, in points of percent."""
     table = Table(title="Difference, points of percent", title_justify="left", box=box.SIMPLE)
-    table.caption = f"First minus second table, with Welch's interval ({_CONFIDENCE:.0%}) over finetuning seeds."
+    table.caption = (
+        f"First minus second table, with Welch's interval ({_CONFIDENCE:.0%}) over finetuning seeds where each has two."
+    )
     for column in ("", "difference", "interval"):
         table.add_column(column, justify="right" if column else "left")
     others = _compared(second)
@@ -226,9 +229,10 @@ def _differences(first: Group, second: Group) -> Table:
 def _compared(group: Group) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for task, name, metric, values in _rows(group):
-        if task not in AVERAGE_METRICS or (AVERAGE_METRICS[task] == metric and name in ("dev", "dev_matched")):
+        if name.startswith("dev"):
             scale = 1.0 if metric in BOUNDED else 0.01  # points of percent, or the metric's own unit
-            found[f"{task} {metric}"] = [scale * value for value in values]
+            part = name.removeprefix("dev").replace("_", " ")
+            found[f"{task}{part} {metric}"] = [scale * value for value in values]
     return found | {mean.name: list(mean.by_seed.values()) for mean in means(group)[:2]}
 
 

@@ -58,6 +58,8 @@ class EncoderSource:
     """fp32, under the names of `AutoModel`, without a pooler."""
     fingerprint: str
     """SHA-256 of names, shapes and values."""
+    trained_length: int | None = None
+    """Tokens of a sequence in pretraining, as far as is known."""
 
     @property
     def num_layers(self) -> int:
@@ -133,7 +135,8 @@ def _of_run(path: Path) -> EncoderSource:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         own_tokenizer.save(Path(folder), recipe.model.max_position_embeddings)
-        return EncoderSource(name, *read_config_and_tokenizer(Path(folder), name), tensors, fingerprint(tensors))
+        found = read_config_and_tokenizer(Path(folder), name)
+    return EncoderSource(name, *found, tensors, fingerprint(tensors), recipe.data.sequence_length)
 
 
 def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:

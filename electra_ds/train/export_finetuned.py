@@ -37,6 +37,7 @@ from electra_ds.train.export_folder import check_out, new_folder
 from electra_ds.train.finetune import SCORES
 from electra_ds.train.finetune_launch import load_task
 from electra_ds.train.finetuned_card import Exported, finetuned_card
+from electra_ds.train.holdable import ENCODER_ONLY, check_holdable
 from electra_ds.train.trained import beside, kept_checkpoint, recorded_recipe
 
 _GELU_IS_IDENTITY = 6.0
@@ -45,7 +46,6 @@ _TOLERANCE = 1e-4
 """Of the scores of the folder and of the run, as a share of the largest score, at least 1; rounding gives 1e-6 where
 the head is held as it is, and up to 1e-5 where dense shifts."""
 _CHECKED_ROWS, _CHECKED_LENGTH = 4, 24
-_ENCODER_ONLY = "or export the finetuned encoder without its head: add --encoder-only"
 
 
 def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only: bool = False) -> str:
@@ -63,7 +63,7 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
     scores = _scores(checkpoint)
     is_span = not encoder_only and record.source.train is None and record.task not in GLUE
     if not encoder_only:
-        _check_holdable(recipe, config, is_span)
+        check_holdable(recipe, config, is_span)
     logging.disable_progress_bar()  # which would count one shard
     labels: tuple[str, ...] = ()
     scale = (0.0, 1.0)
@@ -145,9 +145,9 @@ def _own_data(record: FinetuneRecord, checkpoint: Checkpoint) -> TaskData:
     try:
         data = load_task(None, record.source).data
     except DataError as error:
-        raise DataError(f"{why}, which cannot be read again: {error} Put them back, {_ENCODER_ONLY}") from error
+        raise DataError(f"{why}, which cannot be read again: {error} Put them back, {ENCODER_ONLY}") from error
     if data.fingerprint != record.data_fingerprint:
-        raise DataError(f"{why}, and {data.source} has changed since. Put the files back, {_ENCODER_ONLY}")
+        raise DataError(f"{why}, and {data.source} has changed since. Put the files back, {ENCODER_ONLY}")
     assert isinstance(data, TaskData)
     return data
 
@@ -158,37 +158,6 @@ def uses_segments(recipe: FinetuneRecipe, config: PretrainedConfig) -> bool:
 
 
 # --- what transformers has for it
-
-
-def _check_holdable(recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> None:
-    """Raises ConfigError where no class of transformers has this head."""
-    head, what, instead = recipe.head, "", ""
-    if is_span and head.span == "joint":
-        what = (
-            "head.span is joint, a head that scores ends given the start, and transformers' classes for question "
-            "answering score start and end on their own"
-        )
-        instead = "Finetune with --set head.span=independent, "
-    elif not is_span and config.model_type != "electra":
-        raise ConfigError(
-            f"This head scores the encoder's output, and transformers' classes for {config.model_type} have other "
-            f"layers before the scores, which were not trained. Export the finetuned encoder without its head: add "
-            f"--encoder-only"
-        )
-    elif not is_span and head.pooling != "first":
-        what = (
-            f"head.pooling is {head.pooling}, and transformers' ElectraForSequenceClassification scores the first "
-            f"token's vector alone"
-        )
-        instead = "Finetune with --set head.pooling=first head.hidden_size=null, "
-    elif not is_span and head.num_layers == 2 and head.hidden_size not in (None, int(config.hidden_size)):
-        what = (
-            f"head.hidden_size is {head.hidden_size}, and that of transformers' head is the encoder's, "
-            f"{config.hidden_size}"
-        )
-        instead = "Finetune with --set head.hidden_size=null, "
-    if what:
-        raise ConfigError(f"No class of transformers computes what was trained: {what}. {instead}{_ENCODER_ONLY}")
 
 
 def _for_question_answering(trained: TaskModel, config: PretrainedConfig) -> PreTrainedModel:

@@ -31,6 +31,7 @@ from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.runtime import Ranks
 from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.train.finetune import SCORES, FinetuneJob
+from electra_ds.train.holdable import is_holdable
 from electra_ds.train.launch import Options, resolved_plan
 from electra_ds.train.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.train.trackers import check_tracking
@@ -92,7 +93,7 @@ def _path(name: str | None) -> Path | None:
 def _complete(data: TaskData) -> TaskData:
     for what, examples in (("training", data.train), ("development", next(iter(data.dev.values()), None))):
         if examples is None or not len(examples):
-            raise DataError(f"{data.source} has no {what} examples of {data.task.name}, which are needed.")
+            raise DataError(f"There are no {what} examples of {data.task.name} in {data.source}, and they are needed.")
     return data
 
 
@@ -160,7 +161,7 @@ def prepare_new(
     sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
     training = Finetuning(recipe, len(sets.train), encoder.num_layers)
     plan = plan_for(options, training, ranks)
-    notes = [note.rstrip(".") for note in (*loaded.notes, *_advice(recipe, encoder))]
+    notes = [note.rstrip(".") for note in (*loaded.notes, *_advice(recipe, encoder, sets))]
     plan = replace(plan, notes=(*plan.notes, *notes))
     if ranks.is_main:
         check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
@@ -182,8 +183,7 @@ def prepare_new(
         command=sys.argv,
         tracking=options.tracking(TrackingSettings(), plan.monitors, run),
     )
-    if record.settings.predict_test and not sets.test:
-        raise ConfigError(f"--predict-test: {loaded.data.source} has no test set of {sets.name}.")
+    _check_test(record, sets, loaded)
     if has_random_weights:
         encoder = replace(encoder, tensors={})
     return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
@@ -201,8 +201,10 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
     model that it began with have changed."""
     run.check_resumable("finetune")
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
-    if run.verdict() == "done":
-        raise CheckpointError(f"The run {run.path} is finished: {run.path / 'scores.json'}")
+    if run.verdict() == "done" and not (options.predict_test and not record.settings.predict_test):
+        raise CheckpointError(
+            f"The run {run.path} is finished: {run.path / 'scores.json'}. What can be added is --predict-test."
+        )
     changed = options.eval_every is not None and options.eval_every != record.settings.eval_every
     if changed and (record.settings.best or record.settings.early_stopping is not None):
         raise ConfigError("--eval-every decides what --best and --early-stopping choose from, and stays as it was.")
@@ -236,7 +238,13 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
         settings=settings,
         tracking=tracking,
     )
+    _check_test(record, sets, loaded)
     return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
+
+
+def _check_test(record: FinetuneRecord, sets: TaskSets, loaded: LoadedTask) -> None:
+    if record.settings.predict_test and not sets.test:
+        raise ConfigError(f"--predict-test: {loaded.data.source} has no test set of {sets.name}.")
 
 
 def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
@@ -275,15 +283,24 @@ def _stop_at(options: Options, training: Finetuning) -> int:
     return options.stop_at or total
 
 
-def _advice(recipe: FinetuneRecipe, encoder: EncoderSource) -> list[str]:
+def _advice(recipe: FinetuneRecipe, encoder: EncoderSource, sets: TaskSets) -> list[str]:
     """What a user of a published recipe should know of this model."""
+    said = []
+    longest, trained = int(sets.train.lengths.max()), encoder.trained_length
+    if trained is not None and longest > trained:
+        share = float((sets.train.lengths > trained).mean())
+        said.append(
+            f"{share:.0%} of the training inputs are longer than the {trained} tokens that the encoder was pretrained "
+            f"on, the longest {longest}; positions beyond have never been trained. --set data.max_length={trained} "
+            f"would cut them there"
+        )
     if encoder.hidden_size >= _BASE_WIDTH and recipe.optimizer.learning_rate > _SMALL_RATE:
         rate = "1e-4" if encoder.hidden_size == _BASE_WIDTH else "5e-5 optimizer.layer_decay=0.9"
-        return [
+        said.append(
             f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper takes "
             f"{rate} for one of this size: --set optimizer.learning_rate={rate}"
-        ]
-    return []
+        )
+    return said
 
 
 def announce(job: FinetuneJob, console: Console) -> None:
@@ -314,6 +331,14 @@ def show_scores(job: FinetuneJob, console: Console) -> None:
             console.print(f"{name}, {of_set['rows']:,} rows: {numbers}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.\n"
-        f"Several runs together: bin/report RUN RUN …   As a transformers model: bin/export {job.run.path}",
+        f"Several runs together: bin/report RUN RUN …{_how_to_export(job)}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _how_to_export(job: FinetuneJob) -> str:
+    if job.record.settings.discard_weights:
+        return ""
+    is_span = job.sets.num_outputs is None
+    is_held = is_holdable(job.recipe, job.encoder.config, is_span)
+    return f"   As a transformers model: bin/export {job.run.path}{'' if is_held else ' --encoder-only'}"
