@@ -37,7 +37,7 @@ from electra_ds.train.export_folder import check_out, new_folder
 from electra_ds.train.finetune import SCORES
 from electra_ds.train.finetune_launch import load_task
 from electra_ds.train.finetuned_card import Exported, finetuned_card
-from electra_ds.train.holdable import ENCODER_ONLY, check_holdable
+from electra_ds.train.holdable import ENCODER_ONLY, why_not_held
 from electra_ds.train.trained import beside, kept_checkpoint, recorded_recipe
 
 _GELU_IS_IDENTITY = 6.0
@@ -62,8 +62,8 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
     config, _ = finetuned_encoder(checkpoint)
     scores = _scores(checkpoint)
     is_span = not encoder_only and record.source.train is None and record.task not in GLUE
-    if not encoder_only:
-        check_holdable(recipe, config, is_span)
+    if not encoder_only and (why := why_not_held(recipe, config, is_span)):
+        raise ConfigError(why)
     logging.disable_progress_bar()  # which would count one shard
     labels: tuple[str, ...] = ()
     scale = (0.0, 1.0)

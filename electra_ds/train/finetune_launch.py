@@ -31,7 +31,7 @@ from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.runtime import Ranks
 from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.train.finetune import SCORES, FinetuneJob
-from electra_ds.train.holdable import is_holdable
+from electra_ds.train.holdable import why_not_held
 from electra_ds.train.launch import Options, resolved_plan
 from electra_ds.train.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.train.trackers import check_tracking
@@ -340,5 +340,5 @@ def _how_to_export(job: FinetuneJob) -> str:
     if job.record.settings.discard_weights:
         return ""
     is_span = job.sets.num_outputs is None
-    is_held = is_holdable(job.recipe, job.encoder.config, is_span)
-    return f"   As a transformers model: bin/export {job.run.path}{'' if is_held else ' --encoder-only'}"
+    without_head = why_not_held(job.recipe, job.encoder.config, is_span) is not None
+    return f"   As a transformers model: bin/export {job.run.path}{' --encoder-only' if without_head else ''}"

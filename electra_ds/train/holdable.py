@@ -5,23 +5,13 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
-from electra_ds.errors import ConfigError
 
 ENCODER_ONLY = "or export the finetuned encoder without its head: add --encoder-only"
 
 
-def is_holdable(recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> bool:
-    """Whether an export can have the head too. Of question answering with other encoders than ELECTRA, as far as can be
-    said without making the model."""
-    try:
-        check_holdable(recipe, config, is_span)
-    except ConfigError:
-        return False
-    return True
-
-
-def check_holdable(recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> None:
-    """Raises ConfigError where no class of transformers has this head."""
+def why_not_held(recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> str | None:
+    """Why no class of transformers computes this head, and what to do; None where one does. Of question answering with
+    other encoders than ELECTRA, as far as can be said without making the model."""
     head, what, instead = recipe.head, "", ""
     if is_span and head.span == "joint":
         what = (
@@ -30,7 +20,7 @@ def check_holdable(recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bo
         )
         instead = "Finetune with --set head.span=independent, "
     elif not is_span and config.model_type != "electra":
-        raise ConfigError(
+        return (
             f"This head scores the encoder's output, and transformers' classes for {config.model_type} have other "
             f"layers before the scores, which were not trained. Export the finetuned encoder without its head: add "
             f"--encoder-only"
@@ -47,5 +37,4 @@ def check_holdable(recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bo
             f"{config.hidden_size}"
         )
         instead = "Finetune with --set head.hidden_size=null, "
-    if what:
-        raise ConfigError(f"No class of transformers computes what was trained: {what}. {instead}{ENCODER_ONLY}")
+    return f"No class of transformers computes what was trained: {what}. {instead}{ENCODER_ONLY}" if what else None
