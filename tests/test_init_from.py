@@ -548,7 +548,7 @@ def test_a_hub_name_that_cannot_be_had_says_what_to_do(
         raise error
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(DataError, match=f"Cannot read the model some/name: .*{message}"):
+    with pytest.raises(DataError, match=f"Cannot read the model some/name, which is no folder here .*{message}"):
         read_beginning(["some/name"], small_recipe())
 
 

@@ -396,7 +396,7 @@ def test_a_signal_ends_the_wandb_run_with_its_status(store: TokenStore, tmp_path
         assert process.poll() is None
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=60) == -signal.SIGINT
     [records] = wandb_records(run_dir)
     assert [item.exit_code for item in of_kind(records, "exit")] == [130]
     assert wandb_rows(records)[-1]["step"] == train_losses(run_dir)[-1][0]
