@@ -24,7 +24,7 @@ from electra_ds.cli.plan import add_plan
 from electra_ds.cli.pretrain import add_pretrain
 from electra_ds.cli.results import add_export, add_report
 from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
-from electra_ds.launcher import detect
+from electra_ds.launcher import Launch, detect
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,9 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InterruptedBySignalError as stop:
         if speaks:
             print(stop, file=sys.stderr)
-        if stop.signum == signal.SIGINT and launch.launcher == "none":
-            _end_by_ctrl_c()
-        sys.exit(128 + stop.signum)
+        _end_by(stop.signum, launch)
     except ElectraError as error:
         if speaks or error.rank is not None:
             where = f" (rank {error.rank})" if error.rank else ""
@@ -81,12 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         if speaks:
             print("Interrupted.", file=sys.stderr)
-        if launch.launcher == "none":
-            _end_by_ctrl_c()
-        sys.exit(128 + signal.SIGINT)
+        _end_by(signal.SIGINT, launch)
 
 
-def _end_by_ctrl_c() -> NoReturn:
-    """Python sends itself the signal once it has closed everything, where nobody catches this."""
-    sys.excepthook = lambda *error: None  # everything has been said
-    raise KeyboardInterrupt
+def _end_by(signum: int, launch: Launch) -> NoReturn:
+    """After Ctrl-C without a launcher Python sends itself the signal, once it has closed everything, where nobody
+    catches what is raised here."""
+    if signum == signal.SIGINT and launch.launcher == "none":
+        sys.excepthook = lambda *error: None  # everything has been said
+        raise KeyboardInterrupt
+    sys.exit(128 + signum)

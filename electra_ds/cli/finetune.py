@@ -111,11 +111,9 @@ def add_finetune(commands: Commands) -> None:
         help="remove the checkpoints once the run is done; scores and predictions stay",
     )  # fmt: skip
     how.add_argument(
-        "--predict-test",
-        action="store_true",
-        default=None,
+        "--predict-test", action="store_true", default=None,
         help="predict the test sets too, and write GLUE's files; with --resume for a finished run as well",
-    )
+    )  # fmt: skip
     choice = command.add_argument_group("choices by the development set, whose scores are then no test any more")
     choice.add_argument(
         "--early-stopping", type=positive, metavar="N", help="end after N evaluations without a better score"

@@ -166,11 +166,9 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
         raise ConfigError("No runs to report: give the directories of finetuning runs.")
     runs: dict[tuple, ScoredRun] = {}
     given = list({path.resolve(): path for path in paths}.values())
-    unfinished = [path for path in given if _is_unfinished(path)]
-    if len(unfinished) == len(given):
-        read_run(given[0])
-    notes = [f"{path} has not finished and is left out" for path in unfinished]
-    for run in (read_run(path) for path in given if path not in unfinished):
+    finished = [path for path in given if not _is_unfinished(path)] or given  # of none of them, reading says so
+    notes = [f"{path} has not finished and is left out" for path in given if path not in finished]
+    for run in map(read_run, finished):
         scores = run.scores
         key = (scores.model, scores.model_fingerprint, scores.whole_recipe, scores.task, scores.seed)
         first = runs.setdefault(key, run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv as csv_files
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from electra_ds.errors import CheckpointError
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,
@@ -27,6 +25,7 @@ from electra_ds.report.published_glue import PublishedScores, PublishedTable, fi
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
 from electra_ds.report.statistics import Spread, difference_interval, spread
 from electra_ds.report.submission import zip_submission
+from electra_ds.report.whole_file import whole_file
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 _CONFIDENCE = 0.95
@@ -238,28 +237,18 @@ def _compared(group: Group) -> dict[str, list[float]]:
 
 def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
     """One row a metric, values as in scores.json. Raises CheckpointError where it cannot be written."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise CheckpointError(f"Cannot write {path}: it is no ordinary file. Name one.")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf8", newline="") as file:
-            writer = csv_files.writer(file, lineterminator="\n")
-            writer.writerow(_COLUMNS)
-            for run in runs:
-                found = run.scores
-                for name, part in found.sets.items():
-                    for metric, value in found.metrics(name).items():
-                        writer.writerow([
-                            run.path, found.model, found.model_fingerprint, found.recipe, found.recipe_source,
-                            ", ".join(found.changes), found.task,
-                            found.data_fingerprint, found.seed, found.step, found.chosen, name, part.rows, metric,
-                            value,
-                        ])  # fmt: skip
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf8", newline="") as file:
+        writer = csv_files.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for run in runs:
+            found = run.scores
+            for name, part in found.sets.items():
+                for metric, value in found.metrics(name).items():
+                    writer.writerow([
+                        run.path, found.model, found.model_fingerprint, found.recipe, found.recipe_source,
+                        ", ".join(found.changes), found.task, found.data_fingerprint, found.seed, found.step,
+                        found.chosen, name, part.rows, metric, value,
+                    ])  # fmt: skip
 
 
 def _say(console: Console, lines: Sequence[str]) -> None:

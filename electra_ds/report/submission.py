@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import zipfile
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.report.whole_file import whole_file
 
 _HEADER = "index\tprediction"
 _NUMBERS = ("0", "1")
@@ -124,17 +124,8 @@ def _is_prediction(word: str, words: tuple[str, ...] | None) -> bool:
 
 
 def _write(out: Path, contents: dict[str, bytes]) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_file()):
-        raise CheckpointError(f"Cannot write {out}: it is no ordinary file. Name one.")
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
-            for name in OFFICIAL:
-                if name in contents:
-                    entry = zipfile.ZipInfo(name, _ZIP_DATE)
-                    file.writestr(entry, contents[name], zipfile.ZIP_DEFLATED)
-        temporary.replace(out)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"Cannot write {out}: {error.strerror}.") from error
+    with whole_file(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in OFFICIAL:
+            if name in contents:
+                entry = zipfile.ZipInfo(name, _ZIP_DATE)
+                file.writestr(entry, contents[name], zipfile.ZIP_DEFLATED)

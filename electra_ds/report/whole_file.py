@@ -1,0 +1,25 @@
+"""Files that somebody asked for by name, there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from electra_ds.errors import CheckpointError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `path` at the end. Raises CheckpointError where it cannot."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise CheckpointError(f"Cannot write {path}: it is no ordinary file. Name one.")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
