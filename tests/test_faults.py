@@ -451,13 +451,14 @@ def test_signals_in_the_middle_of_a_slow_save_wait_for_it_and_for_the_next(
     checkpoints = begin.run / "checkpoints"
     wait_for(lambda: list(checkpoints.glob(".writing-step-00000006-*")), started)
     started.signal(signal.SIGTERM)
-    wait_for(lambda: list(checkpoints.glob(".writing-step-00000007-*")), started)
+    wait_for(lambda: [path for path in checkpoints.glob(".writing-step-*") if "00000006" not in path.name], started)
     started.signal(signal.SIGTERM)
     assert started.wait() == [128 + signal.SIGTERM], started.output
     assert "SIGTERM: saved" in started.output
     folder = CheckpointFolder(checkpoints, keep=2)
-    assert [path.name for path in folder.paths()] == ["step-00000006", "step-00000007"]
-    assert folder.newest_whole() == (folder.path(7), {})
+    before, last = folder.paths()  # of the stop, at the next step or, on a busy machine, the one after
+    assert (before.name, last.name > before.name) == ("step-00000006", True)
+    assert folder.newest_whole() == (last, {})
     assert not folder.leftovers()
     assert RunDirectory(begin.run).verdict() == "stopped"
     begin.through()
