@@ -37,7 +37,7 @@ from tests.test_checkpoint import RECORD, tensors
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "kills"),
-    [(1, 16), (2, 4), *(pytest.param(ranks, 100, marks=pytest.mark.nightly) for ranks in (1, 2))],
+    [(1, 8), (2, 2), *(pytest.param(ranks, 100, marks=pytest.mark.nightly) for ranks in (1, 2))],
 )
 @pytest.mark.timeout(3600)
 def test_a_storm_of_kills_loses_no_run(tmp_path: Path, ranks: int, kills: int) -> None:
@@ -427,7 +427,7 @@ def test_a_second_process_is_refused_and_does_not_disturb_the_first(
     assert_same(begin.run, straight(1))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_goes_on_while_a_rank_of_the_killed_one_still_writes(
     straight: Callable[[int], Path], begin: Start
 ) -> None:

@@ -272,7 +272,10 @@ def test_any_plan_gives_the_same_losses_and_predictions(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stage"),
-    [("rc2020", 2), ("original-squad", 3), pytest.param("original", 0, marks=pytest.mark.nightly)],
+    [
+        ("rc2020", 2),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in (("original-squad", 3), ("original", 0))),
+    ],
 )
 def test_two_ranks_give_the_same_losses_and_predictions(
     kind: str, stage: int, whole: dict[str, Path], dry: Path, glue: Path, squad: Path, tmp_path: Path

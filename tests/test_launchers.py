@@ -180,7 +180,7 @@ def test_the_readmes_line_runs_and_gives_the_same_losses(
 
 
 WAYS = ("SIGTERM", "SIGINT", "SIGUSR1", "time limit")
-IN_CI = {("bare", "SIGUSR1"), ("torchrun", "SIGTERM"), ("deepspeed", "SIGINT"), ("srun", "time limit")}
+IN_CI = {("torchrun", "SIGTERM"), ("deepspeed", "SIGINT"), ("srun", "time limit")}
 
 
 @pytest.mark.slow
@@ -239,8 +239,8 @@ def wait_for_steps(run_dir: Path, steps: int, seconds: float = 90) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.nightly), 3])
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_resume_from_disk_and_fall_back_from_a_damaged_checkpoint(
     store: TokenStore, tmp_path: Path, stage: int
 ) -> None:
@@ -376,7 +376,7 @@ def test_ranks_take_the_micro_batch_that_fits_all_and_end_together_where_memory_
     assert RunDirectory(run_dir).verdict() == "failed"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_hostfile_of_two_nodes_without_ssh(store: TokenStore, tmp_path: Path) -> None:
     """`--deepspeed --deepspeed_config FILE`, as scripts written for DeepSpeed are started; both nodes are this one."""
     (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")

@@ -719,7 +719,7 @@ def test_without_trust_deepspeeds_own_names_are_told_apart(plain: Path) -> None:
         refuse_untrusted(find_files(plain).all())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_ranks_in_and_out(store: TokenStore, portable: Path, process_group: Ranks, tmp_path: Path) -> None:
     launch_command: Any = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
