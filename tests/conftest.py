@@ -41,15 +41,6 @@ def store(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Toke
 
 
 @pytest.fixture(scope="session")
-def builtin_stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder `stores` that all tests share, which the first run of a recipe on the built-in corpus fills."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / "builtin" / "stores"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def process_group() -> Iterator[runtime.Ranks]:
     """One for all tests, since DeepSpeed keeps the first it meets."""
     with runtime.ranks() as ranks:
