@@ -7,6 +7,7 @@ so that --help and bad arguments answer at once.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     Group: TypeAlias = argparse._ActionsContainer
 
 _NARROWEST = 80
+_OF_A_FILE = 120
 DEFAULT_RECIPE = "rc2020-small"
 
 
@@ -45,11 +47,12 @@ def add_overrides(group: Group, example: str) -> None:
 
 
 def wide_console() -> Console:
-    """The terminal, taken to have at least the columns that our tables need."""
+    """The terminal, taken to have at least the columns that our tables need; a file has more."""
     from rich.console import Console
 
     console = Console()
-    return console if console.width >= _NARROWEST else Console(width=_NARROWEST)
+    least = _NARROWEST if console.is_terminal or "COLUMNS" in os.environ else _OF_A_FILE
+    return console if console.width >= least else Console(width=least)
 
 
 def positive(text: str) -> int:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from electra_ds.cli.arguments import Commands
     from electra_ds.config.finetune_recipe import FinetuneRecipe
-    from electra_ds.config.manifest import RunDirectory
+    from electra_ds.config.manifest import RunDirectory, TaskSource
     from electra_ds.runtime import Ranks
     from electra_ds.train.finetune import FinetuneJob
     from electra_ds.train.finetune_launch import FinetuneOptions
@@ -130,7 +130,7 @@ def _task(text: str) -> str:
     task = plain.get(text.lower().replace("-", "").replace("_", ""))
     if task is None:
         raise argparse.ArgumentTypeError(
-            f"there is no task {text!r}{did_you_mean(text.lower(), TASKS)}. They are {', '.join(TASKS)}"
+            f"there is no task {text!r}{did_you_mean(text.lower(), TASKS) or '.'} They are {', '.join(TASKS)}"
         )
     return task
 
@@ -142,7 +142,7 @@ def _seed(text: str) -> int:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    _check_arguments(options)
+    check_arguments(options)
 
     from electra_ds.config.finetune_recipe import load_finetune_recipe
 
@@ -191,22 +191,18 @@ def _new_job(
     console: Console,
 ) -> FinetuneJob:
     from electra_ds.config.finetune_recipe import Finetuning, recipe_source
-    from electra_ds.config.manifest import TaskSource
+    from electra_ds.data.loaded_task import load_task
     from electra_ds.data.tasks import TaskData
     from electra_ds.train import finetune_launch
     from electra_ds.train.encoder_source import read_encoder
 
-    source = TaskSource(
-        folder=_full(options.data_dir), hub=options.hub, revision=options.revision,
-        train=_full(options.train), dev=_full(options.dev), test=_full(options.test),
-        text=options.text, pair=options.pair, label=options.label, label_kind=options.label_kind or "auto",
-    )  # fmt: skip
+    source = task_source(options)
     for is_turn in (ranks.is_main, not ranks.is_main):  # what the first one downloads, the others find
         with ranks.together():
             if not is_turn:
                 continue
             run.check_free()
-            loaded = finetune_launch.load_task(options.task, source)
+            loaded = load_task(options.task, source)
             encoder = read_encoder(options.model)
             if isinstance(loaded.data, TaskData):  # a JSON that cannot be used is told of before tokenising begins
                 count = finetune_launch.num_training_inputs(loaded.data, recipe, options.max_train_examples)
@@ -217,6 +213,17 @@ def _new_job(
             has_random_weights=options.random_init,
             source_of_recipe=recipe_source(options.recipe or _DEFAULT_RECIPE), changes=_changes(options),
         )  # fmt: skip
+
+
+def task_source(options: argparse.Namespace) -> TaskSource:
+    """Where the examples are."""
+    from electra_ds.config.manifest import TaskSource
+
+    return TaskSource(
+        folder=_full(options.data_dir), hub=options.hub, revision=options.revision,
+        train=_full(options.train), dev=_full(options.dev), test=_full(options.test),
+        text=options.text, pair=options.pair, label=options.label, label_kind=options.label_kind or "auto",
+    )  # fmt: skip
 
 
 def _changes(options: argparse.Namespace) -> list[str]:
@@ -240,7 +247,7 @@ def _run_path(options: argparse.Namespace, recipe: FinetuneRecipe | None) -> Pat
     return Path("runs") / f"{task}-{recipe.name}-s{recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _check_arguments(options: argparse.Namespace) -> None:
+def check_arguments(options: argparse.Namespace) -> None:
     """ConfigError where arguments cannot go together."""
     if options.resume is not None:
         values = {name: getattr(options, name) for name in _NEW_RUN_ONLY}

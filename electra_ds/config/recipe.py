@@ -197,7 +197,7 @@ class ScheduleSection(Section):
     kind: Literal["linear", "product"] = "linear"
     """`linear`: warm-up from 0 to the learning rate, then decay to 0 at `total_steps`. `product`: the warm-up times
     a decay that begins at step 0 (the original's code)."""
-    total_steps: int = Field(ge=1)
+    total_steps: int = Field(ge=1, le=10**12)
     warmup_steps: int = Field(ge=0)
 
     @model_validator(mode="after")

@@ -1,11 +1,11 @@
-"""The recipes and DeepSpeed JSON files that come with the package, known by name."""
+"""The recipes, sweeps and DeepSpeed JSON files that come with the package, known by name."""
 
 from __future__ import annotations
 
 import importlib.resources
 
-RECIPES, FINETUNE_RECIPES, DS_CONFIGS = "recipes", "finetune_recipes", "ds_configs"
-_ENDINGS = {RECIPES: ".yaml", FINETUNE_RECIPES: ".yaml", DS_CONFIGS: ".json"}
+RECIPES, FINETUNE_RECIPES, SWEEPS, DS_CONFIGS = "recipes", "finetune_recipes", "sweeps", "ds_configs"
+_ENDINGS = {RECIPES: ".yaml", FINETUNE_RECIPES: ".yaml", SWEEPS: ".yaml", DS_CONFIGS: ".json"}
 
 
 def recipe_names() -> list[str]:
@@ -21,7 +21,7 @@ def ds_config_names() -> list[str]:
 
 
 def shipped_names(folder: str) -> list[str]:
-    """Of the files in one of the three folders."""
+    """Of the files in one of the folders."""
     ending = _ENDINGS[folder]
     files = (importlib.resources.files("electra_ds") / folder).iterdir()
     return sorted(file.name.removesuffix(ending) for file in files if file.name.endswith(ending))

@@ -59,16 +59,22 @@ def build_store(
     partial = out.with_name(out.name + ".partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            return _reopen(corpus, tokenizer, out)
-        partial.mkdir(exist_ok=True)
-        with _locked(partial), _nothing_left_of_a_refusal(partial):
-            corpus.prepare()  # before the progress display, for a download has its own
-            with _progress() as progress:
-                trained = _trained(corpus, tokenizer, partial, progress)
-                shards, read = _tokenise(corpus, trained, partial, workers, progress)
-                _join(shards, trained, corpus, read, partial)
-            partial.rename(out)
+        while not out.exists():
+            partial.mkdir(exist_ok=True)
+            with _locked(partial) as is_ours, _nothing_left_of_a_refusal(partial):
+                if not is_ours or out.exists():  # another has just finished it
+                    partial_is_empty = is_ours and {entry.name for entry in partial.iterdir()} <= {".lock"}
+                    if partial_is_empty:
+                        shutil.rmtree(partial)
+                    continue
+                corpus.prepare()  # before the progress display, for a download has its own
+                with _progress() as progress:
+                    trained = _trained(corpus, tokenizer, partial, progress)
+                    shards, read = _tokenise(corpus, trained, partial, workers, progress)
+                    _join(shards, trained, corpus, read, partial)
+                partial.rename(out)
+                return TokenStore(out)
+        return _reopen(corpus, tokenizer, out)
     except concurrent.futures.process.BrokenProcessPool as error:
         raise DataError(
             f"A worker process was killed, perhaps for want of memory. What is finished is kept in {partial}; "
@@ -79,7 +85,6 @@ def build_store(
             f"Cannot write the token store {out}: {error.strerror or error}. What is finished is kept in {partial}; "
             f"make room and run the same command again."
         ) from error
-    return TokenStore(out)
 
 
 def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) -> TokenStore:
@@ -130,13 +135,27 @@ def _nothing_left_of_a_refusal(partial: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    with (partial / ".lock").open("w") as lock:
+def _locked(partial: Path) -> Iterator[bool]:
+    """Whether it is ours to build now. It is not where another process was at it, for which this has waited then: the
+    folder may be a finished store by now, or gone."""
+    try:
+        file = (partial / ".lock").open("w")
+    except FileNotFoundError:
+        yield False
+        return
+    with file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"Another process is building {partial.with_suffix('')} right now.") from error
-        yield
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another process is building {partial.with_suffix('')}; waiting for it.", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield False
+            return
+        try:
+            is_this = os.path.samestat((partial / ".lock").stat(), os.fstat(file.fileno()))
+        except OSError:  # the other has just finished
+            is_this = False
+        yield is_this
 
 
 def _progress() -> Progress:

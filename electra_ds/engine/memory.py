@@ -244,7 +244,7 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
     batch, precision = plan.batch, plan.precision.name
     sizes = _Sizes(recipe, vocab_size, batch.micro_batch_size, precision, kernels, plan.checkpointed_layers)
     saved, discriminator = sizes.saved(), sizes.discriminator_config
-    state = _state(count_parameters(recipe, vocab_size).all, plan)
+    state = training_state(count_parameters(recipe, vocab_size).all, plan)
     accumulates = batch.gradient_accumulation_steps > 1 or plan.stage > 0
     early_gradients = state.gradients if accumulates else 0
     cublas = _CUBLAS_WORKSPACE if kernels == "cuda" else 0
@@ -286,7 +286,7 @@ def head_pieces(vocab_size: int, selected: int) -> int:
     return -(-selected // _piece_rows(vocab_size, "cuda"))
 
 
-class _State(NamedTuple):
+class TrainingState(NamedTuple):
     """Bytes that do not depend on the micro-batch."""
 
     weights: int
@@ -299,7 +299,8 @@ class _State(NamedTuple):
     host: int
 
 
-def _state(parameters: int, plan: DeepSpeedPlan) -> _State:
+def training_state(parameters: int, plan: DeepSpeedPlan) -> TrainingState:
+    """Of a model of any kind with so many parameters."""
     width = _HALF if plan.precision.name in ("fp16", "bf16") else _FP32
     ranks, zero = plan.batch.world_size, plan.document["zero_optimization"]
     masters = parameters * _FP32 if width == _HALF else 0
@@ -307,7 +308,7 @@ def _state(parameters: int, plan: DeepSpeedPlan) -> _State:
     if plan.stage == 0:
         flat = parameters * _FP32 if width == _HALF else 0  # the gradients in fp32
         reduced = parameters * width if ranks > 1 else 0  # and in one piece for the collective
-        return _State(parameters * width, parameters * width, masters + moments, 0, max(flat, reduced), 0)
+        return TrainingState(parameters * width, parameters * width, masters + moments, 0, max(flat, reduced), 0)
     # Stages 1 to 3, after DeepSpeed's ZeRO tutorial: fp32 masters in every precision, all state sharded. The weights of
     # stage 3 are sharded too, but gathered and kept while the card has room for them.
     weights = parameters * width
@@ -318,7 +319,7 @@ def _state(parameters: int, plan: DeepSpeedPlan) -> _State:
     host = weights // ranks if "offload_param" in zero else 0
     if "offload_optimizer" in zero:
         host, optimizer = host + optimizer + gradients, 0
-    return _State(weights, gradients, optimizer, buckets, parameters * _FP32 // ranks, host)
+    return TrainingState(weights, gradients, optimizer, buckets, parameters * _FP32 // ranks, host)
 
 
 def largest_micro_batch(

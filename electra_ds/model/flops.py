@@ -70,6 +70,12 @@ def transformers_step_flops(
     return step_flops(generator, discriminator, lengths_B, selected=int(np.sum(lengths_B)))
 
 
+def encoder_flops(config: EncoderConfig, lengths_B: Sequence[int] | np.ndarray) -> int:
+    """Forward and backward pass of an encoder alone, as finetuning has it."""
+    tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
+    return _PASSES * (_encoder(config, tokens) + _attention(config, pairs) + _projection(config, tokens))
+
+
 def _encoder(config: EncoderConfig, tokens: int) -> int:
     """Query, key, value and output, then the feed-forward's two."""
     hidden, inner = config.hidden_size, config.intermediate_size

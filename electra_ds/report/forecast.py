@@ -95,7 +95,7 @@ def forecast(
     note = slow_fp16_note(card.name, plan.precision.name) if card is not None else None
     if note is not None:
         plan = replace(plan, notes=(*plan.notes, note))
-    budget_bytes, budget_note = _budget(card, memory_gib)
+    budget_bytes, budget_note = device_budget(card, memory_gib)
     largest = largest_micro_batch(recipe, vocab_size, plan, budget_bytes, kernels)
     if plan.is_micro_batch_open and largest is not None:
         plan = largest
@@ -117,7 +117,7 @@ def forecast(
     )
 
 
-def _budget(card: Card | None, memory_gib: float | None) -> tuple[float, str]:
+def device_budget(card: Card | None, memory_gib: float | None) -> tuple[float, str]:
     if memory_gib is not None:
         return memory_gib * GIB, "as given"
     if card is None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from electra_ds.config.whole_file import whole_file
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,
@@ -25,7 +26,6 @@ from electra_ds.report.published_glue import PublishedScores, PublishedTable, fi
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
 from electra_ds.report.statistics import Spread, difference_interval, spread
 from electra_ds.report.submission import zip_submission
-from electra_ds.report.whole_file import whole_file
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 _CONFIDENCE = 0.95

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.manifest import FinetuneRecord, RunDirectory
 from electra_ds.data.glue import GLUE
+from electra_ds.data.loaded_task import load_task
 from electra_ds.data.tasks import TaskData
 from electra_ds.engine.checkpoint import Checkpoint
 from electra_ds.errors import CheckpointError, ConfigError, DataError
@@ -35,7 +36,6 @@ from electra_ds.objective.task_microbatch import TaskMicroBatch
 from electra_ds.train.encoder_source import finetuned_encoder
 from electra_ds.train.export_folder import check_out, new_folder
 from electra_ds.train.finetune import SCORES
-from electra_ds.train.finetune_launch import load_task
 from electra_ds.train.finetuned_card import Exported, finetuned_card
 from electra_ds.train.holdable import ENCODER_ONLY, why_not_held
 from electra_ds.train.trained import beside, kept_checkpoint, recorded_recipe

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,8 +20,7 @@ from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.config.manifest import FinetuneRecord, FinetuneSettings, RunDirectory, TaskSource, TrackingSettings
 from electra_ds.config.monitors import Monitors
-from electra_ds.data import glue, squad, task_files
-from electra_ds.data.glue_hub import REPOSITORY, load_glue_hub
+from electra_ds.data.loaded_task import LoadedTask, load_task
 from electra_ds.data.squad import SquadData
 from electra_ds.data.tasks import TaskData
 from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
@@ -36,7 +34,6 @@ from electra_ds.train.launch import Options, resolved_plan
 from electra_ds.train.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.train.trackers import check_tracking
 
-SQUAD = {"squad1": "rajpurkar/squad", "squad2": "rajpurkar/squad_v2"}
 _SAVE_EVERY = 500
 _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
 
@@ -50,51 +47,6 @@ class FinetuneOptions(Options):
     best: bool | None = None
     discard_weights: bool | None = None
     max_train_examples: int | None = None
-
-
-class LoadedTask(NamedTuple):
-    data: TaskData | SquadData
-    notes: list[str]
-
-
-def load_task(name: str | None, source: TaskSource) -> LoadedTask:
-    """A task's examples, checked to be trainable and scorable. Raises DataError, or ConfigError for no such task.
-
-    name: one of config.tasks.TASKS, or None for the user's own files.
-    """
-    if name is None:
-        own = task_files.load_own(
-            _path(source.train), _path(source.dev), _path(source.test),
-            text=source.text, pair=source.pair, label=source.label, kind=source.label_kind,
-        )  # fmt: skip
-        return LoadedTask(_complete(own), task_files.notes(own))
-    if name in SQUAD:
-        questions = (
-            squad.load_squad(name, Path(source.folder))  # type: ignore[arg-type]
-            if source.folder is not None
-            else squad.load_squad_hub(name, source.hub or SQUAD[name], source.revision)  # type: ignore[arg-type]
-        )
-        for part, rows in (("training", questions.train), ("development", questions.dev)):
-            if not rows:
-                raise DataError(f"{questions.source} has no {part} questions of {name}.")
-        return LoadedTask(questions, [*squad.notes(questions), *squad.differing_rows(questions)])
-    data = (
-        glue.load_glue(name, Path(source.folder))
-        if source.folder is not None
-        else load_glue_hub(name, source.hub or REPOSITORY, source.revision)
-    )
-    return LoadedTask(_complete(data), [*task_files.notes(data), *glue.differing_rows(data)])
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
-
-
-def _complete(data: TaskData) -> TaskData:
-    for what, examples in (("training", data.train), ("development", next(iter(data.dev.values()), None))):
-        if examples is None or not len(examples):
-            raise DataError(f"There are no {what} examples of {data.task.name} in {data.source}, and they are needed.")
-    return data
 
 
 def num_training_inputs(data: TaskData, recipe: FinetuneRecipe, max_train: int | None) -> int:

@@ -85,7 +85,7 @@ def look(torch: Any) -> Hardware:
         cuda=None if torch is None else torch.version.cuda,
         architectures=tuple(torch.cuda.get_arch_list()) if cuda else (),
         gpus=tuple(Gpu(item.name, item.total_memory, (item.major, item.minor)) for item in devices),
-        driver_gpus=() if devices else _driver_gpus(),
+        driver_gpus=() if devices else driver_gpus(),
         visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
     )
 
@@ -221,7 +221,7 @@ def _major(version: str) -> int:
     return int(version.split(".")[0])
 
 
-def _driver_gpus() -> tuple[DriverGpu, ...]:
+def driver_gpus() -> tuple[DriverGpu, ...]:
     for fields in ("name,driver_version,compute_cap", "name,driver_version"):  # old drivers do not know compute_cap
         try:
             command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]

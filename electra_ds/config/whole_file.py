@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which becomes `path` at the end. Raises CheckpointError where it cannot."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"Cannot write {path}: it is no ordinary file. Name one.")
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)
