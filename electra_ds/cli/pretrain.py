@@ -86,6 +86,13 @@ def add_pretrain(commands: Commands) -> None:
     how.add_argument("--eval-every", type=positive, metavar="STEPS", help="default: a tenth of it, at most 5000")
     how.add_argument("--save-every", type=positive, metavar="STEPS", help="default: a tenth of it, at most 2000")
     how.add_argument("--keep", type=positive, metavar="N", help="checkpoints to retain (default: 3)")
+    how.add_argument(
+        "--keep-at", nargs="+", type=positive, metavar="STEP", help="steps whose checkpoints stay, whatever --keep says"
+    )
+    how.add_argument(
+        "--stop-on-collapse", action="store_true", default=None,
+        help="end the run where the discriminator stays at chance while the generator gets better",
+    )  # fmt: skip
     how.add_argument("--eval-windows", type=positive, metavar="N", help="held-out sequences (default: 512)")
     add_tracking(command.add_argument_group("where to watch it (metrics.jsonl is always written)"))
 

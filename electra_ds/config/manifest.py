@@ -4,7 +4,7 @@ RUN/
   recipe.yaml       the recipe, every value in full
   deepspeed.json    the DeepSpeed JSON, resolved
   run.json          command, versions, hardware, data fingerprint
-  verdict.json      how it ended: done, stopped or failed
+  verdict.json      how it ended: done, stopped, collapsed or failed
   requeue           there while a signal or the time limit has stopped the run: it wants to go on
 """
 
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypeVar
@@ -39,7 +39,7 @@ _PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "
 _Parsed = TypeVar("_Parsed")
 _RecordT = TypeVar("_RecordT", bound="Record", default="RunRecord")
 _Count = Annotated[int, Field(gt=0)]
-Verdict = Literal["done", "stopped", "failed"]
+Verdict = Literal["done", "stopped", "collapsed", "failed"]
 WandbMode = Literal["off", "online", "offline"]
 Compile = Literal["auto", "on", "off"]
 
@@ -60,6 +60,10 @@ class RunSettings(Settings):
 
     eval_windows: _Count
     compile: Compile = "auto"
+    keep_at: list[_Count] = field(default_factory=list)
+    """Steps whose checkpoints stay, whatever `keep` says."""
+    stop_on_collapse: bool = False
+    """Whether the run ends where its discriminator has collapsed (train/collapse.py)."""
 
 
 @dataclass(frozen=True)
@@ -300,11 +304,15 @@ class RunDirectory:
 
     def verdict(self) -> Verdict | None:
         """How the run ended, None while it has not, or where the file cannot be read."""
+        verdict = self.verdict_details().get("verdict")
+        return verdict if verdict in get_args(Verdict) else None
+
+    def verdict_details(self) -> dict[str, Any]:
+        """The verdict with its step and its reason, as far as they are told."""
         try:
-            verdict: Verdict = _json_object((self.path / "verdict.json").read_text("utf8"))["verdict"]
-        except (OSError, ValueError, KeyError):
-            return None
-        return verdict
+            return _json_object((self.path / "verdict.json").read_text("utf8"))
+        except (OSError, ValueError):
+            return {}
 
     def write_verdict(self, verdict: Verdict, **details: Any) -> None:
         """Raises CheckpointError where the folder cannot be written, as do those below."""

@@ -24,7 +24,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -84,10 +84,11 @@ class UnreadableError(CheckpointError):
 class CheckpointFolder:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """keep: how many of the newest to retain."""
+    def __init__(self, folder: Path, keep: int, keep_at: Collection[int] = ()) -> None:
+        """keep: how many of the newest to retain; keep_at: steps whose checkpoints are retained beside them."""
         self.folder = folder
         self.keep = keep
+        self._for_good = {self.path(step) for step in keep_at}
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""
@@ -112,9 +113,10 @@ class CheckpointFolder:
         return draft.final
 
     def prune(self) -> None:
-        """Remove all but the newest checkpoints. Raises OSError."""
+        """Remove all but the newest checkpoints, and those that are kept for good. Raises OSError."""
         for path in self.paths()[: -self.keep]:
-            remove(path)
+            if path not in self._for_good:
+                remove(path)
 
     def newest_whole(self, ranks: Ranks | None = None) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint that is whole, and what is wrong with each newer one.

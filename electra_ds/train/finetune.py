@@ -111,7 +111,8 @@ class FinetuneLoop(TrainingLoop):
                     f"The best evaluation's weights are gone from {self._best_folder.folder}. Put them back, or start "
                     f"a new run."
                 )
-        self.ends_early = bool(self._history) and self._history[-1][0] == self.step and self._is_in_vain()
+        if self._history and self._history[-1][0] == self.step and self._is_in_vain():
+            self.ends_early = "done"
 
     def _forget_later_best(self) -> None:
         """Remove what evaluations kept that are done again."""
@@ -199,7 +200,7 @@ class FinetuneLoop(TrainingLoop):
         if self.job.record.settings.best and (not before or score > max(earlier for _, earlier in before)):
             self._best_saver.save(self.engine.optimizer, self._state(), self.record_files)
             self._best_saver.finish()
-        self.ends_early = self._is_in_vain()
+        self.ends_early = "done" if self._is_in_vain() else None
 
     def _is_in_vain(self) -> bool:
         """Whether as many evaluations as --early-stopping says have brought nothing better than the first best one."""
@@ -250,7 +251,7 @@ class FinetuneLoop(TrainingLoop):
     def _write(self, judged: Mapping[str, Judged]) -> None:
         job, best = self.job, self.job.record.settings.best
         chosen = f"best of {len(self._history)} evaluations on {next(iter(job.sets.dev))}" if best else "last"
-        if self.ends_early:
+        if self.ends_early is not None:
             chosen += f", stopped after {job.record.settings.early_stopping} evaluations without a better one"
         scores = {
             "format": _FORMAT,

@@ -56,6 +56,8 @@ class Options:
     keep: int | None = None
     eval_windows: int | None = None
     compile: Compile | None = None
+    keep_at: list[int] | None = None
+    stop_on_collapse: bool | None = None
     wandb: WandbMode | None = None
     wandb_project: str | None = None
     wandb_entity: str | None = None

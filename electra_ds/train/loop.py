@@ -6,7 +6,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.manifest import Record, RunDirectory
+from electra_ds.config.manifest import Record, RunDirectory, Verdict
 from electra_ds.config.recipe import Section
 from electra_ds.data.batches import Builder, prefetched
 from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
@@ -122,14 +122,14 @@ class TrainingLoop(ABC):
             self.device = runtime.device(ranks.launch)
             self.engine = self._make_engine()
         self.record_files = job.record_files(self.plan)
-        self.checkpoints = CheckpointFolder(job.run.checkpoints, job.record.settings.keep)
+        self.checkpoints = CheckpointFolder(job.run.checkpoints, job.record.settings.keep, self.keep_at)
         self.saver = CheckpointSaver(self.checkpoints, ranks)
         self.step = self.tokens = 0
         self._resume()
         self._evaluated = 0
         """The last step of an evaluation, as far as this rank knows; the main rank does."""
-        self.ends_early = False
-        """Set by an evaluation after which there is nothing more to train for."""
+        self.ends_early: Verdict | None = None
+        """Set by an evaluation after which there is nothing more to train for: what the run has come to."""
         with ranks.together():
             self.log = self._open_log() if ranks.is_main else None
         self._unread: deque[tuple[int, Any, dict[str, float]]] = deque()
@@ -154,6 +154,15 @@ class TrainingLoop(ABC):
     @abstractmethod
     def check_fresh(self) -> None:
         """On the main rank, where there is no checkpoint. Raises CheckpointError where one must have been lost."""
+
+    @property
+    def keep_at(self) -> Collection[int]:
+        """Steps whose checkpoints are kept for good."""
+        return ()
+
+    def about_the_end(self) -> dict[str, Any]:
+        """What verdict.json says beside the verdict and the step."""
+        return {}
 
     def finish(self) -> None:  # noqa: B027  # pretraining has nothing to do there
         """What is done after the last evaluation, before the run is said to be done."""
@@ -203,7 +212,7 @@ class TrainingLoop(ABC):
         job, settings = self.job, self.job.record.settings
         with TrainingDisplay(self.console, job.stop_at, self.step) as display:
             # A run that died between its early end and its verdict has nothing more to train for.
-            stop_at = self.step if self.ends_early else job.stop_at
+            stop_at = self.step if self.ends_early is not None else job.stop_at
             for step, batch in prefetched(self.builder, self.step, stop_at):
                 result = self._train_step(batch, step)
                 self.step = step + 1
@@ -215,9 +224,9 @@ class TrainingLoop(ABC):
                     self._log(display)
                 if self.step % settings.eval_every == 0 and self.step < job.stop_at:
                     self._evaluate(display)
-                    if self.ends_early:
+                    if self.ends_early is not None:
                         break
-                if self.step % settings.save_every == 0 and self.step < job.stop_at:
+                if self._is_to_be_saved() and self.step < job.stop_at:
                     with self.throughput.paused():
                         self._save()
                 request = stop_wish.decide(save_failed=self.saver.has_failed)
@@ -228,15 +237,16 @@ class TrainingLoop(ABC):
             if self.ranks.from_main(self._evaluated) < self.step:  # it is not where a kill came after it
                 self._evaluate(display)
         self.saver.finish()
-        is_done = self.ends_early or self.step >= job.total_steps
-        if is_done:
+        verdict: Verdict = self.ends_early or ("done" if self.step >= job.total_steps else "stopped")
+        if verdict != "stopped":
             self.finish()
         if self.ranks.is_main:
-            if is_done:
-                job.run.write_verdict("done", step=self.step)
-            else:
-                job.run.write_verdict("stopped", step=self.step, reason=f"--stop-at {job.stop_at}")
+            reason = {"reason": f"--stop-at {job.stop_at}"} if verdict == "stopped" else {}
+            job.run.write_verdict(verdict, step=self.step, **reason, **self.about_the_end())
         return True
+
+    def _is_to_be_saved(self) -> bool:
+        return self.step % self.job.record.settings.save_every == 0 or self.step in self.keep_at
 
     def _train_step(self, batch: StepBatch, step: int) -> Any:
         """One optimiser step; where memory runs out, the same step in smaller micro-batches."""

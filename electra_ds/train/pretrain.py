@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -20,6 +20,7 @@ from electra_ds.errors import CheckpointError
 from electra_ds.model.electra import Electra, encoder_configs
 from electra_ds.model.flops import step_flops
 from electra_ds.runtime import Ranks
+from electra_ds.train.collapse import collapsed_at
 from electra_ds.train.loop import TrainingLoop, train
 from electra_ds.train.metrics import Evaluator
 from electra_ds.train.throughput import Throughput, joint_peak_flops
@@ -71,6 +72,11 @@ class PretrainLoop(TrainingLoop):
             lambda batch: step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward,
         )
         super().__init__(job, ranks, console, builder, throughput)
+        self._evaluations: list[Mapping[str, Any]] | None = None
+        """Of the whole run, on the main rank."""
+        self._collapsed_at: int | None = ranks.from_main(self._look_for_collapse(()))
+        if self._collapsed_at is not None and job.record.settings.stop_on_collapse:
+            self.ends_early = "collapsed"
         if self.engine.is_compiled:
             console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
 
@@ -108,7 +114,41 @@ class PretrainLoop(TrainingLoop):
             f"held out at step {self.step}: generator {evaluation.generator_masked_loss:.3f} nats at [MASK] "
             f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
         )
+        if self._collapsed_at is None:
+            self._collapsed_at = self.ranks.from_main(
+                self._look_for_collapse([evaluation._asdict() | {"step": self.step}])
+            )
+            if self._collapsed_at is not None:
+                self._say_collapsed(display)
         return evaluation._asdict()
+
+    @property
+    def keep_at(self) -> Collection[int]:
+        return self.job.record.settings.keep_at
+
+    def about_the_end(self) -> dict[str, Any]:
+        return {} if self._collapsed_at is None else {"collapsed_at": self._collapsed_at}
+
+    def _look_for_collapse(self, newest: Sequence[Mapping[str, Any]]) -> int | None:
+        """On the main rank, which has the evaluations before."""
+        if not self.ranks.is_main:
+            return None
+        if self._evaluations is None:
+            path = self.job.run.metrics
+            lines = read_metrics(path) if path.exists() else []
+            self._evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] <= self.step]
+        self._evaluations += newest
+        schedule = self.job.recipe.schedule
+        return collapsed_at(self._evaluations, schedule.total_steps, schedule.warmup_steps)
+
+    def _say_collapsed(self, display: TrainingDisplay) -> None:
+        ends = self.job.record.settings.stop_on_collapse
+        display.say(
+            f"The discriminator has been at chance since step {self._collapsed_at} while the generator got better: it "
+            f"has collapsed{'' if ends else ', and --stop-on-collapse would end the run'}."
+        )
+        if ends:
+            self.ends_early = "collapsed"
 
 
 def _shown(value: float | None) -> str:

@@ -52,12 +52,16 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every whole line; one may have been cut by a kill."""
+    return metrics_lines(path.read_text("utf8", errors="replace"))
+
+
+def metrics_lines(text: str) -> list[dict[str, Any]]:
     lines = []
-    for line in path.read_text("utf8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             values = json.loads(line)
             lines.append(values | {"step": int(values["step"]), "kind": str(values["kind"])})
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     return lines
 
