@@ -24,6 +24,7 @@ from electra_ds.cli.finetune import add_finetune
 from electra_ds.cli.plan import add_plan
 from electra_ds.cli.pretrain import add_pretrain
 from electra_ds.cli.results import add_export, add_report
+from electra_ds.cli.sweep import add_sweep
 from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
 from electra_ds.launcher import Launch, detect
 
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_pretrain(commands)
     add_finetune(commands)
+    add_sweep(commands)
     add_build_data(commands)
     add_plan(commands)
     add_report(commands)

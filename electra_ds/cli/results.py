@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command, wide_console
+from electra_ds.cli.sweep import status_of_sweep
 from electra_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ examples:
   bin/report runs/mrpc-rc2020-s* runs/cola-rc2020-s*
       finetunings: mean and standard deviation of each task over its seeds, AVG and GLUE
   bin/report runs/*-rc2020-s0-* --submission glue.zip
+  bin/report runs/sweep-glue-seeds
+      a sweep: its tables and pictures, as bin/sweep status shows them; its single runs are runs/sweep-glue-seeds/runs/*
 """
 
 
@@ -40,11 +43,13 @@ def add_report(commands: Commands) -> None:
     command = add_command(
         commands,
         "report",
-        "Summarise a pretraining, or the scores of finetunings over seeds and tasks.",
+        "Summarise a pretraining, a sweep, or the scores of finetunings over seeds and tasks.",
         _REPORT_EPILOG,
     )
     command.set_defaults(handler=_report)
-    command.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not")
+    command.add_argument(
+        "run", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not, or a sweep's folder"
+    )
     scores = command.add_argument_group("for runs of bin/finetune")
     scores.add_argument(
         "--compare", nargs="+", action="extend", default=[], metavar="NAME",
@@ -79,6 +84,10 @@ def add_export(commands: Commands) -> None:
 def _report(options: argparse.Namespace) -> None:
     from electra_ds.config.manifest import RunDirectory
 
+    given = [name for name in ("compare", "csv", "submission") if getattr(options, name)]
+    if len(options.run) == 1 and (options.run[0] / "sweep.yaml").is_file() and not given:
+        status_of_sweep(options.run[0], wide_console())
+        return
     runs = [RunDirectory(path) for path in options.run]
     of_finetuning = [run for run in runs if run.kind() == "finetune"]
     if of_finetuning:
@@ -91,7 +100,6 @@ def _report(options: argparse.Namespace) -> None:
             options.run, wide_console(), compare=options.compare, csv=options.csv, submission=options.submission
         )
         return
-    given = [name for name in ("compare", "csv", "submission") if getattr(options, name)]
     if len(runs) > 1 or given:
         what = f"--{given[0]} is" if given else "several runs at a time are"
         raise ConfigError(f"{what} for runs of bin/finetune, and {runs[0].path} is one of bin/pretrain.")

@@ -1,0 +1,296 @@
+"""`electra-ds sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from electra_ds.cli import finetune, pretrain
+from electra_ds.cli.arguments import add_command, duration_s, wide_console
+from electra_ds.config.shipped import SWEEPS, shipped_names
+from electra_ds.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from electra_ds.cli.arguments import Commands
+    from electra_ds.config.manifest import TaskSource
+    from electra_ds.sweep.folder import SweepFolder
+    from electra_ds.sweep.spec import SweepSpec
+    from electra_ds.sweep.trials import Trial
+
+_EPILOG = """\
+examples:
+  bin/sweep smoke
+      a minute or two on a CPU: four small pretrainings, two at a time
+  bin/sweep sweeps/glue_seeds.yaml --set finetune.model=runs/mini-20260101-120000 finetune.data_dir=glue/
+      nine tasks, five seeds each, as many at once as the machine has room for
+  bin/sweep glue_seeds --set finetune.model=google/electra-small-discriminator --dry-run
+      what would be run, and what it would cost
+  bin/sweep glue_seeds --set finetune.model=RUN resources.gpus=0.25 --local
+      one after the other, without Ray
+  bin/sweep --resume runs/sweep-glue-seeds
+      what is missing, after a kill or a failure
+  bin/sweep --resume runs/sweep-glue-seeds --set finetune.seeds=[0,1,2,3,4,5,6,7,8,9]
+      the new seeds alone
+  bin/sweep status runs/sweep-glue-seeds
+  bin/report runs/sweep-glue-seeds
+
+A sweep is a YAML file: what its trials run, what varies over them, and what one trial gets. docs/sweeps.md explains it.
+"""
+
+
+def add_sweep(commands: Commands) -> None:
+    """The parser of `sweep`."""
+    command = add_command(commands, "sweep", "Run a study: one command over seeds, tasks, hyperparameters.", _EPILOG)
+    command.set_defaults(handler=_sweep)
+    command.add_argument(
+        "what", nargs="*", metavar="NAME|FILE", help=f"{', '.join(shipped_names(SWEEPS))}, or a YAML file; status DIR"
+    )
+    command.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change the file, e.g. --set finetune.model=RUN finetune.seeds=[0,1] resources.gpus=0.5",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, metavar="DIR", help="where it lives (default: runs/sweep-NAME)")
+    command.add_argument("--resume", type=Path, metavar="DIR", help="run what is missing in this sweep")
+    command.add_argument("--retry-failed", action="store_true", help="with --resume: those that failed too")
+    command.add_argument("--dry-run", action="store_true", help="list the trials and what they cost, and run nothing")
+    how = command.add_argument_group("where to run it")
+    how.add_argument("--local", action="store_true", help="one trial after the other, without Ray")
+    how.add_argument(
+        "--address", metavar="ADDRESS", help="a Ray cluster: auto, HOST:6379, or from outside it ray://HOST:10001"
+    )
+    how.add_argument("--storage", metavar="DIR|URI", help="where Tune keeps its records (default: DIR/tune)")
+    how.add_argument("--time-limit", type=duration_s, metavar="TIME", help="save and leave after this time")
+
+
+_CLIENT = "ray://"
+
+
+class _Strict(argparse.ArgumentParser):
+    """Raises instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+@cache
+def _strict_parser() -> argparse.ArgumentParser:
+    parser = _Strict(prog="electra-ds")
+    commands: Commands = parser.add_subparsers(dest="command")  # type: ignore[assignment]  # of strict parsers
+    pretrain.add_pretrain(commands)
+    finetune.add_finetune(commands)
+    return parser
+
+
+def check_arguments(stage: str, arguments: Sequence[str]) -> None:
+    """Whether a command takes these arguments, and finds its examples. Raises ConfigError or DataError where not."""
+    try:
+        options = _strict_parser().parse_args([stage, *arguments])
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    if stage == "pretrain":
+        pretrain.check_arguments(options)
+        return
+    finetune.check_arguments(options)
+    if problem := _examples_problem(options.task, finetune.task_source(options)):
+        raise DataError(problem)
+
+
+@cache
+def _examples_problem(task: str | None, source: TaskSource) -> str:
+    """What is wrong with examples on this machine: nobody is to find out after a night that one task's are missing."""
+    from electra_ds.data.loaded_task import load_task
+
+    if source.folder is None and source.train is None:
+        return ""
+    try:
+        load_task(task, source)
+    except (ConfigError, DataError) as error:
+        return str(error)
+    return ""
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    _check(options)
+    if options.what[:1] == ["status"]:
+        status_of_sweep(Path(options.what[1]), wide_console())
+        return
+
+    from electra_ds.sweep.folder import SweepFolder
+    from electra_ds.sweep.reach import check_reachable
+    from electra_ds.sweep.room import this_machine, trials_at_once
+    from electra_ds.sweep.spec import load_sweep
+    from electra_ds.sweep.trials import expand
+
+    if options.resume is not None:
+        folder = SweepFolder(options.resume)
+        spec = folder.read(options.overrides)
+    else:
+        spec = load_sweep(options.what[0], options.overrides)
+        folder = SweepFolder(options.out or Path("runs") / f"sweep-{spec.name}")
+        if not options.dry_run:
+            _check_new(folder)
+    if options.local and spec.search.kind == "optuna":
+        raise ConfigError("Optuna's suggestions are run by Ray, so leave out --local.")
+    trials = expand(spec, check_arguments)
+    if options.dry_run:
+        _show(options, trials, spec, folder)
+        return
+    if options.address is None:
+        trials_at_once(spec.resources, [this_machine()])
+    with folder.locked():
+        if options.resume is None:
+            _check_new(folder)  # somebody may have begun it since
+        if not (options.address or "").startswith(_CLIENT):
+            _run(options, trials, spec, folder)
+            return
+        check_reachable(options.address)
+        folder.write(spec)
+    _run_from_outside(options, folder)
+
+
+def _run_from_outside(options: argparse.Namespace, folder: SweepFolder) -> NoReturn:
+    """Have a node of the cluster go on with what is written."""
+    from electra_ds.sweep.outside import run_from_outside
+
+    arguments = ["--resume", str(folder.path), *(["--retry-failed"] if options.retry_failed else [])]
+    arguments += ["--storage", options.storage] if options.storage else []
+    arguments += ["--time-limit", f"{options.time_limit:.0f}s"] if options.time_limit else []
+    raise SystemExit(run_from_outside(options.address, folder, arguments, sys.stdout.write))
+
+
+def _check_new(folder: SweepFolder) -> None:
+    if folder.exists():
+        raise ConfigError(f"{folder.path} holds a sweep already. Go on with it by --resume, or choose another --out.")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """ConfigError where arguments cannot go together."""
+    if options.what[:1] == ["status"]:
+        others = (options.overrides, options.out, options.resume, options.retry_failed, options.dry_run, options.local)
+        if len(options.what) != 2 or any(others) or options.address or options.storage or options.time_limit:
+            raise ConfigError("Say which sweep, and nothing else: bin/sweep status DIR")
+        return
+    if options.retry_failed and options.resume is None:
+        raise ConfigError("--retry-failed is for --resume.")
+    if (options.resume is None) == (not options.what) or len(options.what) > 1:
+        raise ConfigError("Give one sweep to run, by name or file, or --resume DIR to go on with one.")
+    if options.resume is not None and options.out is not None:
+        raise ConfigError("--resume names the sweep's folder, so leave out --out.")
+    if options.local and (options.address or options.storage):
+        raise ConfigError("--local runs without Ray, so leave out --address and --storage.")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
+    """Run what is missing, and say what the sweep has come to. Exits with 1 where a trial has not come to its end."""
+    from electra_ds.report.sweep_report import report_sweep
+    from electra_ds.sweep.display import SweepDisplay
+    from electra_ds.sweep.folder import AS_PLANNED, ENDED
+    from electra_ds.sweep.trials import counted, suggested
+
+    console = wide_console()
+    before = _suggested_before(spec, folder)
+    known = [*trials, *before]
+    again = {"failed"} if options.retry_failed else set()
+    states = {trial.key: folder.state_of(trial)[0] for trial in known}
+    missing = [trial for trial in known if states[trial.key] not in ENDED or states[trial.key] in again]
+    more = max(0, spec.search.samples - len(before)) if spec.search.kind == "optuna" else 0
+    before_failed = sum(state == "failed" for state in states.values()) if not again else 0
+    done = len(known) - len(missing) - before_failed
+    failed = f", {before_failed} that failed" if before_failed else ""
+    _say(console, f"{spec.name}: {counted(len(known) + more)}, {done} done before{failed}; in {folder.path}")
+    if missing or more:
+        _say_what_is_read(spec, console)
+
+    def begin() -> None:
+        """Once nothing can refuse it any more."""
+        folder.write(spec)
+        for trial in missing:
+            folder.forget_failure(trial.key)
+
+    folder.forget_stop()
+    is_cut = False
+    """Whether there would have been more suggestions."""
+    display = SweepDisplay(console, folder, len(missing) + more, at_once=1)
+    display.expect([trial.stage for trial in missing] + list(spec.stages)[-1:] * more)
+    if options.local:
+        from electra_ds.sweep.local import run_locally
+
+        if spec.scheduler is not None:
+            _say(console, f"Without Ray there is no {spec.scheduler.kind}: every trial is run to its end.")
+        begin()
+        with display:
+            run_locally(missing, folder, spec, display, options.time_limit)
+    elif missing or more:
+        from electra_ds.sweep.runner import ray_runner
+
+        where = {"address": options.address, "storage": options.storage, "time_limit_s": options.time_limit}
+        with ray_runner(folder, spec, display, **where) as runner, display:
+            begin()
+            runner.run(missing)
+            if more:
+                runner.suggest(before, lambda config: suggested(spec, config, check_arguments))
+                is_cut = folder.wants_to_stop()
+    else:
+        begin()
+    trials = [*trials, *_suggested_before(spec, folder)]
+    table = report_sweep(folder, trials, spec, console, has_more=is_cut)
+    if is_cut or not table["state"].isin(AS_PLANNED).all():
+        raise SystemExit(1)
+
+
+def _suggested_before(spec: SweepSpec, folder: SweepFolder) -> list[Trial]:
+    from electra_ds.sweep.trials import recorded
+
+    return recorded(spec, [record.values for record in folder.records()])
+
+
+def status_of_sweep(path: Path, console: Console) -> None:
+    """Print what a sweep has come to so far, and write its tables and pictures; what it read may be gone by now."""
+    from electra_ds.report.sweep_report import report_sweep
+    from electra_ds.sweep.folder import SweepFolder
+    from electra_ds.sweep.trials import expand
+
+    folder = SweepFolder(path)
+    spec = folder.read()
+    trials = [*expand(spec, None), *_suggested_before(spec, folder)]
+    report_sweep(folder, trials, spec, console, is_running=folder.is_being_run())
+
+
+def _show(options: argparse.Namespace, trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
+    from electra_ds.report.sweep_forecast import print_plan
+    from electra_ds.sweep.room import this_machine, trials_at_once
+    from electra_ds.sweep.trials import ends
+
+    console, at_once, problem = wide_console(), 1, ""
+    if options.address is None:
+        try:
+            room = trials_at_once(spec.resources, [this_machine()])
+            at_once = 1 if options.local else room
+        except ConfigError as error:  # this need not be the machine that it will run on
+            problem = str(error)
+    is_suggested = spec.search.kind == "optuna"
+    before = _suggested_before(spec, folder)
+    suggested = max(0, spec.search.samples - len(before)) if is_suggested else 0
+    print_plan([*trials, *before], spec, folder, at_once, console, ends=ends(spec), suggested=suggested)
+    if problem:
+        _say(console, f"On this machine it would be refused: {problem}")
+    _say_what_is_read(spec, console)
+
+
+def _say_what_is_read(spec: SweepSpec, console: Console) -> None:
+    """Nobody is to find out after a day that it was the documentation of Python."""
+    stage = spec.pretrain
+    if stage is None or any(key in given for key in ("corpus", "data") for given in (stage.options, stage.space)):
+        return
+    if not all({"corpus", "data"} & set(settings) for settings in stage.variants.values() or [{}]):
+        _say(console, "pretrain reads the built-in corpus, some 6 M tokens; give pretrain.corpus or pretrain.data.")

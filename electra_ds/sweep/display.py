@@ -1,0 +1,155 @@
+"""What a sweep says while it runs: how many trials are done, what the running ones are at, and when it will end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from electra_ds.config.recipe import Recipe
+from electra_ds.sweep.folder import State, SweepFolder
+from electra_ds.sweep.follow import MetricsFollower
+from electra_ds.sweep.trials import Trial
+
+_LOOK_EVERY_S = 2.0
+_PLAIN_LINE_EVERY_S = 60.0
+_TELLING_S = 10.0
+"""Of steps, before which their speed says little."""
+_SHOWN = 2
+
+
+@dataclass
+class _Running:
+    trial: Trial
+    metrics: MetricsFollower
+    began: float
+    goes_on: bool
+    """Whether there were steps before."""
+    first: tuple[float, int] | None = None
+    """When a step of this attempt was first seen, and which."""
+    step: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def look(self) -> str:
+        if lines := self.metrics.lines():
+            if self.first is None or lines[0]["step"] < self.step:  # a run that goes on has cut its file back
+                self.first = time.monotonic(), lines[-1]["step"]
+            self.step = lines[-1]["step"]
+        return self.trial.label + (f" step {self.step:,}" if self.step else "")
+
+    def by_steps(self) -> tuple[float, float] | None:
+        """(seconds that are left, seconds that all steps take), None where those that were made do not tell."""
+        recipe = self.trial.recipe
+        if not isinstance(recipe, Recipe) or self.first is None or self.step <= self.first[1]:
+            return None
+        seconds, last = time.monotonic() - self.first[0], self.trial.stop_at or recipe.schedule.total_steps
+        of_one = seconds / (self.step - self.first[1])
+        return None if seconds < _TELLING_S else (of_one * (last - self.step), of_one * last)
+
+
+class SweepDisplay:
+    """A progress bar with ETA on a terminal; elsewhere a line for each trial, and one a minute between them."""
+
+    def __init__(self, console: Console, folder: SweepFolder, trials: int, at_once: int) -> None:
+        """trials: how many are to be run; at_once: how many side by side."""
+        self._console, self._folder, self.at_once = console, folder, at_once
+        self._total, self._done = trials, 0
+        self._waiting: dict[str, int] = {}
+        """Trials of each stage that have not ended."""
+        self._took: dict[str, list[float]] = {}
+        self._running: dict[str, _Running] = {}
+        self._looked = self._said = time.monotonic()
+        self._progress = Progress(
+            TextColumn("trials"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[now]}"),
+            TimeElapsedColumn(), TextColumn("{task.fields[eta]}"),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=trials, now="", eta="")
+
+    def __enter__(self) -> SweepDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def expect(self, stages: Sequence[str]) -> None:
+        """The stage of each trial that is to be run."""
+        self._waiting = dict(Counter(stages))
+
+    def begin(self, trial: Trial) -> None:
+        metrics = MetricsFollower(self._folder.run(trial.key).metrics)
+        goes_on = bool(metrics.lines())
+        self._running.setdefault(trial.key, _Running(trial, metrics, time.monotonic(), goes_on))
+
+    def look(self) -> None:
+        """Show what the running trials are at, now and then."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = now
+        shown = [running.look() for running in self._running.values()]
+        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        told = " | ".join(shown[:_SHOWN]) + more
+        self._progress.update(self._task, now=told, eta=self._eta())
+        if not self._console.is_terminal and now - self._said >= _PLAIN_LINE_EVERY_S and shown:
+            self.say(f"running: {told}  {self._eta()}")
+
+    def end(self, trial: Trial, state: State, reason: str) -> None:
+        """Say how a trial ended, or that it has saved and left."""
+        running = self._running.pop(trial.key, None)
+        seconds = 0.0 if running is None else running.seconds
+        if state == "unfinished":
+            self.say(f"saved  {trial.label}, which is unfinished  {_time(seconds)}")
+            return
+        if running is not None and not running.goes_on and state != "failed":
+            self._took.setdefault(trial.stage, []).append(seconds)
+        self._waiting[trial.stage] = self._waiting.get(trial.stage, 1) - 1
+        self._done += 1
+        eta = self._eta()
+        self._progress.update(self._task, completed=self._done, eta=eta)
+        why = f": {reason}" if state in ("failed", "collapsed", "waiting", "skipped") and reason else ""
+        self.say(f"{self._done}/{self._total}  {trial.label}  {state}{why}  {_time(seconds)}  {eta}".rstrip())
+
+    def refuse(self, message: str) -> None:
+        """Say what came of a suggestion that is no trial."""
+        self._done += 1
+        self._progress.update(self._task, completed=self._done)
+        self.say(f"{self._done}/{self._total}  {message}")
+
+    def say(self, line: str) -> None:
+        """Among the lines of the trials."""
+        self._said = time.monotonic()
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _eta(self) -> str:
+        """By the steps of the trials that run, and by what those of each stage take."""
+        left = longest = 0.0
+        for stage, count in self._waiting.items():
+            if count <= 0:
+                continue
+            running = [each for each in self._running.values() if each.trial.stage == stage]
+            told = [each.by_steps() for each in running]
+            known = [each[1] for each in told if each is not None] + self._took.get(stage, [])
+            if not known:
+                return ""
+            mean = sum(known) / len(known)
+            rests = [
+                max(0.0, mean - each.seconds) if by_steps is None else by_steps[0]
+                for each, by_steps in zip(running, told, strict=True)
+            ]
+            left += sum(rests) + mean * (count - len(running))
+            longest = max(longest, *rests, 0.0)
+        return f"ETA {_time(max(left / self.at_once, longest))}" if left else ""
+
+
+def _time(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

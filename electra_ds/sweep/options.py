@@ -1,0 +1,198 @@
+"""The options of the commands that a sweep's stage may give, by their names in its file. No torch and no Ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from electra_ds.config.finetune_recipe import FinetuneRecipe
+from electra_ds.config.recipe import Recipe
+from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, shipped_names
+from electra_ds.config.suggest import did_you_mean
+from electra_ds.config.tasks import SQUAD_TASKS
+from electra_ds.data.glue import GLUE
+from electra_ds.data.hub_names import is_hub_model
+
+HOW = frozenset(
+    {
+        "ds_config", "micro_batch", "log_every", "save_every", "keep", "compile", "discard_weights", "tensorboard",
+        "wandb", "wandb_project", "wandb_entity", "wandb_group",
+    }
+)  # fmt: skip
+"""Those that a trial's outcome does not depend on."""
+OPTIONS = {
+    "pretrain": (HOW - {"discard_weights"})
+    | {
+        "recipe", "init_from", "corpus", "document_boundary", "text_key", "streaming", "revision", "tokenizer", "cased",
+        "data", "eval_every", "eval_windows",
+    },
+    "finetune": (HOW - {"compile"})
+    | {
+        "model", "task", "recipe", "random_init", "max_train_examples", "data_dir", "hub", "revision", "train", "dev",
+        "test", "text", "pair", "label", "label_kind", "eval_every", "predict_test", "early_stopping", "best",
+    },
+}  # fmt: skip
+"""By command."""
+INSTEAD = {
+    "resume": "bin/sweep --resume goes on", "run_dir": "every trial has its own", "seed": "write seeds: [0, 1]",
+    "stop_at": "write stop_at_share", "threads": "write resources.cpus", "time_limit": "give it to bin/sweep",
+    "overrides": "write set", "keep_at": "write checkpoints",
+    "stop_on_collapse": "write it beside seeds, the same for all trials",
+}  # fmt: skip
+"""What to write for those that the sweep sets itself."""
+RECIPE_KEYS = {"pretrain": Recipe.dotted_keys(), "finetune": FinetuneRecipe.dotted_keys()}
+PRETRAIN_METRICS = (
+    "generator_loss", "discriminator_loss", "generator_masked_loss", "unigram_loss", "generator_gain",
+    "generator_accuracy", "generator_sampled_accuracy", "replaced_share", "discriminator_accuracy",
+    "discriminator_precision", "discriminator_recall", "discriminator_f1", "discriminator_auc",
+)  # fmt: skip
+"""What an evaluation of a pretraining reports: the fields of train.metrics.Evaluation, which needs torch."""
+SCORE = "score"
+"""A finetuning's first metric, on the first development set."""
+
+_FLAGS = {
+    "streaming", "cased", "random_init", "discard_weights", "predict_test", "best", "tensorboard",
+}  # fmt: skip
+_ON = {"compile": "on", "wandb": "offline"}
+"""What true stands for, as which YAML reads the word on; false, or off, is off."""
+_LISTS = {"init_from", "corpus"}
+_FILES = ("train", "dev", "test")
+_FOLDERS = ("data_dir", "data")
+_MODELS = ("model", "tokenizer", "init_from")
+_CORPUS = ("builtin", "hub:")
+NAMED = frozenset({"recipe", "task", "ds_config", *_FILES, *_FOLDERS, *_MODELS, "corpus"})
+"""Whose value is a name or a path, or a list of them."""
+_SHIPPED = {("pretrain", "recipe"): RECIPES, ("finetune", "recipe"): FINETUNE_RECIPES}
+
+
+def words(name: str, value: Any) -> list[str]:
+    """An option as it stands on the command line; nothing for null and for a flag that is not set."""
+    flag = "--" + name.replace("_", "-")
+    if name in _ON and isinstance(value, bool):
+        return [flag, _ON[name] if value else "off"]
+    if name == "tensorboard" and value is False:
+        return ["--no-tensorboard"]
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, list) and any(isinstance(each, list) for each in value):
+        return [word for each in value for word in words(name, each)]  # several corpora
+    return [flag, *map(_word, value if isinstance(value, list) else [value])]
+
+
+def _word(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def value_problem(name: str, value: Any) -> str:
+    """What is wrong with an option's value, but for what its parser says; empty where nothing is."""
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        return f"{dict(value)} is no value; what varies stands under space"
+    if isinstance(value, list) and name not in _LISTS:
+        return f"takes one value, and not {value}; to try several write space: {{{name}: {{grid: {value}}}}}"
+    if isinstance(value, bool) and name not in _FLAGS | _ON.keys():
+        return f"takes no {str(value).lower()}"
+    if not isinstance(value, bool) and name in _FLAGS:
+        return f"is either true or false, and not {value!r}"
+    if name in NAMED:
+        for each in _flattened(value):
+            if not isinstance(each, str) or not each.strip():
+                return f"is a name or a path, and not {each!r}"
+    if any("\0" in each or not _is_encodable(each) for each in _flattened(value) if isinstance(each, str)):
+        return f"holds what no text can: {value!r}"
+    return ""
+
+
+def _flattened(value: Any) -> list[Any]:
+    return [inner for each in value for inner in _flattened(each)] if isinstance(value, list) else [value]
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def key_problem(stage: str, key: str) -> str:
+    """Why a key is neither a stage's option nor its recipe's; empty where it is."""
+    if key in INSTEAD:
+        return f"is the sweep's to set; {INSTEAD[key]}"
+    if key in OPTIONS[stage] or key in RECIPE_KEYS[stage]:
+        return ""
+    if inner := [known for known in RECIPE_KEYS[stage] if known.startswith(f"{key}.")]:
+        return f"is a section of the recipe; write dotted keys, such as {inner[0]}"
+    return f"unknown key{nearest(key, [*OPTIONS[stage], *RECIPE_KEYS[stage]])}"
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown key, which may lack its section."""
+    names = sorted(known)
+    same_end = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return did_you_mean(same_end[0], same_end) if same_end else did_you_mean(key, names)
+
+
+def full_path(stage: str, name: str, value: Any) -> Any:
+    """What an option names, as it is from everywhere: paths in full; names of the Hub and of what is shipped as they
+    are, and what cannot be a path."""
+    if isinstance(value, list):
+        return [full_path(stage, name, each) for each in value]
+    try:
+        return str(Path(value).expanduser().absolute()) if _is_path(stage, name, value) else value
+    except (OSError, RuntimeError, ValueError):
+        return value
+
+
+def missing_path(stage: str, name: str, value: Any) -> str:
+    """What an option names that is not there; empty where it is, or is no path."""
+    if isinstance(value, list):
+        return next((missing for each in value if (missing := missing_path(stage, name, each))), "")
+    try:
+        if not _is_path(stage, name, value):
+            return ""
+        path = Path(value).expanduser()
+        if name in _FILES:
+            return "" if path.is_file() else f"there is no file {path}"
+        if name in _FOLDERS:
+            return "" if path.is_dir() else f"there is no folder {path}"
+        hint = "; a model of the Hub is written OWNER/NAME" if name in _MODELS else ""
+        return "" if path.exists() else f"there is no {path}{hint}"
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, somebody's home that is not there
+        return f"{value[:80]!r} cannot be a path: {error}"
+
+
+def _is_path(stage: str, name: str, value: Any) -> bool:
+    if not isinstance(value, str) or not value:
+        return False
+    if name in _MODELS:  # runs/mini-2026 that is not there is no model of the Hub where there is a folder runs
+        return not is_hub_model(value) or Path(value).parent.is_dir()
+    if name == "corpus":
+        return not value.startswith(_CORPUS)
+    if name in ("recipe", "ds_config"):
+        folder = DS_CONFIGS if name == "ds_config" else _SHIPPED[stage, name]
+        return value not in shipped_names(folder) and (Path(value).exists() or "/" in value)
+    return name in _FILES or name in _FOLDERS
+
+
+def metrics_of(stage: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """What every evaluation of such a trial reports; of the user's own examples, what it may."""
+    if stage == "pretrain":
+        return PRETRAIN_METRICS
+    task = options.get("task")
+    if task in SQUAD_TASKS:
+        return (SCORE, "exact", "f1")
+    if task == "mnli":
+        return (SCORE, "accuracy", "accuracy_mismatched")
+    if task in GLUE:
+        return (SCORE, *GLUE[task].metrics)
+    by_kind = {
+        "classification": ("accuracy", "f1_macro", "f1", "matthews"),
+        "regression": ("spearman", "pearson", "mse"),
+    }
+    wanted = options.get("label_kind")
+    return (SCORE, *(name for kind, names in by_kind.items() if wanted in (None, kind) for name in names))
