@@ -15,4 +15,6 @@ venv/bin/electra-ds pretrain --ds-config cpu --recipe tiny --corpus corpus --run
 ls run/wandb/offline-run-*/run-*.wandb run/tensorboard/events.out.tfevents.*
 venv/bin/electra-ds export run
 venv/bin/python -c "from transformers import AutoModel, AutoTokenizer; AutoModel.from_pretrained('run/export/discriminator'); print(AutoTokenizer.from_pretrained('run/export/discriminator')('the miller').input_ids)"
+venv/bin/electra-ds sweep smoke --dry-run
+venv/bin/python -c "from electra_ds.sweep import trainable"
 echo "a clean install works"

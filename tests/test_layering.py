@@ -19,6 +19,7 @@ ROWS = [
     {"model"},
     {"engine"},
     {"train"},
+    {"sweep"},
     {"report"},
     {"bench"},
     {"cli"},
@@ -29,6 +30,9 @@ LATE = {
     ("electra_ds.train.metrics", "sklearn.metrics"),
     ("electra_ds.objective.task_metrics", "sklearn.metrics"),
     ("electra_ds.objective.task_metrics", "scipy.stats"),
+    ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),  # for type checkers
+    ("electra_ds.sweep.runner", "optuna"),  # which need not be installed
+    ("electra_ds.sweep.runner", "ray.tune.search.optuna"),
 }
 FILES = sorted((REPOSITORY / "electra_ds").rglob("*.py"))
 
