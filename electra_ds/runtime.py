@@ -227,7 +227,13 @@ def ranks() -> Iterator[Ranks]:
             raise lost from error
         finally:
             if started and (alone or completed):  # after an error the others may never come
-                distributed.destroy_process_group()
+                _part()
+
+
+def _part() -> None:
+    """Leave the process group, DeepSpeed with us: it would go on with this one where another is met later."""
+    theirs = sys.modules.get("deepspeed.comm")
+    (theirs if theirs is not None and theirs.is_initialized() else distributed).destroy_process_group()
 
 
 def _meet(launch: Launch) -> None:

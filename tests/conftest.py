@@ -58,7 +58,7 @@ def builtin_stores(shared_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def process_group() -> Iterator[runtime.Ranks]:
-    """One for all tests, since DeepSpeed keeps the first it meets."""
+    """One for all tests of a process: meeting anew takes longer than most of them."""
     with runtime.ranks() as ranks:
         yield ranks
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ from electra_ds.train.checkpoints import prune
 from electra_ds.train.tracking import read_metrics
 from tests.forks import Moment, Started
 from tests.helpers import REPOSITORY
-from tests.storm import STEPS, assert_same, start_run
+from tests.storm import STEPS, arguments_for, assert_same, start_run
 from tests.test_checkpoint import RECORD, tensors
 
 # --- kills
@@ -226,6 +226,12 @@ def slow_disk(seconds: float) -> None:
         return write(path, group)  # type: ignore[arg-type]
 
     checkpoint.write_tensors = slowly  # type: ignore[assignment]
+
+
+def pretrained_before(arguments: Sequence[str]) -> None:
+    from electra_ds.cli import main
+
+    main(["pretrain", *arguments])
 
 
 def broken_writer() -> None:
@@ -462,6 +468,18 @@ def test_signals_in_the_middle_of_a_slow_save_wait_for_it_and_for_the_next(
     assert not folder.leftovers()
     assert RunDirectory(begin.run).verdict() == "stopped"
     begin.through()
+    assert_same(begin.run, straight(1))
+
+
+@pytest.mark.slow
+def test_a_process_that_has_pretrained_before_pretrains_alike(
+    store: TokenStore, straight: Callable[[int], Path], begin: Start, tmp_path: Path
+) -> None:
+    """DeepSpeed by itself would go on with the process group of the first run, which is gone."""
+    before = [*arguments_for(store.path, tmp_path / "before", 1), "--stop-at", "3"]
+    started = begin(prepare={0: (pretrained_before, before)})
+    assert started.wait() == [0], started.output
+    assert reached(tmp_path / "before") == 3
     assert_same(begin.run, straight(1))
 
 
