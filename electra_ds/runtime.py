@@ -25,10 +25,8 @@ from torch import distributed
 from electra_ds.config.cards import has_slow_fp16
 from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, LostRankError
 from electra_ds.launcher import Launch, LauncherWatch, detect
+from electra_ds.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 
-# The deepspeed launcher sends SIGINT and SIGTERM together: what comes within this time is the same wish.
-SECOND_SIGNAL_AFTER_S = 5.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Over gloo a rank that died is noticed at once, by its closed connections. This bounds only the waiting for one that
 # lives, such as rank 0 while it tokenises a corpus.
 _PATIENCE = timedelta(days=7)
@@ -307,10 +305,7 @@ class StopWish:
             if first is None:
                 first, self._signal = now, numbers[0]
             elif now - first >= SECOND_SIGNAL_AFTER_S:
-                if sys.stderr.isatty():
-                    sys.stderr.write("\x1b[?25h")  # the progress bar had hidden the cursor
-                os.write(2, f"\n{signal.Signals(numbers[0]).name} again: leaving at once.\n".encode())
-                os._exit(128 + numbers[0])
+                leave_at_once(numbers[0])
 
     def decide(self, *, save_failed: bool = False) -> StopRequest | None:
         """To be called by every rank after every step; all get the same answer.

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from electra_ds.errors import InterruptedBySignalError
+from electra_ds.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.sweep.folder import SweepFolder
 
 
 @contextmanager
 def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]:
-    """While it lasts, SIGINT, SIGTERM and SIGUSR1 and the end of the time ask the sweep's trials to save and leave.
+    """While it lasts, SIGINT, SIGTERM and SIGUSR1 and the end of the time ask the sweep's trials to save and leave. A
+    second signal, at least 5 s after the first, ends this process at once and its trials with it.
 
     Raises InterruptedBySignalError at its end where a signal came.
     """
-    came: list[int] = []
+    came: list[tuple[int, float]] = []
 
-    def stop(why: str) -> None:
-        sys.stderr.write(f"{why}: the trials that run save and leave.\n")
+    def stop(why: str, more: str = "") -> None:
         folder.ask_to_stop()
+        with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
+            sys.stderr.write(f"{why}: the trials that run save and leave.{more}\n")
 
     def note(number: int, frame: FrameType | None) -> None:
-        if not came:
-            stop(signal.Signals(number).name)
+        came.append((number, time.monotonic()))
+        if len(came) == 1:
+            stop(signal.Signals(number).name, " A second signal leaves at once.")
+        elif came[-1][1] - came[0][1] >= SECOND_SIGNAL_AFTER_S:
+            leave_at_once(number)
         folder.ask_to_stop()  # again, where a driver elsewhere has only now begun
-        came.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     timer = None
     if time_limit_s is not None:
         timer = threading.Timer(min(time_limit_s, threading.TIMEOUT_MAX), stop, ["The time is over"])
@@ -46,7 +53,7 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
             signal.signal(number, handler)
         folder.forget_stop()
     if came:
-        name = signal.Signals(came[0]).name
+        first, _ = came[0]
         raise InterruptedBySignalError(
-            f"{name}: what is done is kept. Go on with: bin/sweep --resume {folder.path}", came[0]
+            f"{signal.Signals(first).name}: what is done is kept. Go on with: bin/sweep --resume {folder.path}", first
         )
