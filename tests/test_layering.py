@@ -13,7 +13,7 @@ ROWS = [
     {"errors"},
     {"config"},
     {"objective"},
-    {"launcher"},
+    {"launcher", "signals"},
     {"runtime"},
     {"data"},
     {"model"},
@@ -72,9 +72,11 @@ def test_imports_go_one_way(path: Path) -> None:
         assert at_top or may_be_late, f"{own} imports {module} inside a function"
 
 
-def test_config_does_not_know_torch_and_the_engine_alone_knows_deepspeed() -> None:
+def test_config_does_not_know_torch_and_few_know_deepspeed_and_ray() -> None:
     users = {path.name for path in FILES if any(name.split(".")[0] == "deepspeed" for name, _ in imports_of(path))}
     assert users == {"engine.py", "native_export.py", "zero.py"}
+    users = {path.name for path in FILES if any(name.split(".")[0] == "ray" for name, _ in imports_of(path))}
+    assert users == {"orderly.py", "outside.py", "runner.py", "tune_trial.py"}
     for path in (REPOSITORY / "electra_ds" / "config").glob("*.py"):
         assert not any(name.split(".")[0] in ("torch", "transformers") for name, _ in imports_of(path))
 

@@ -23,6 +23,7 @@ _SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "30",
+    "TUNE_MAX_PENDING_TRIALS_PG": "200",
 }
 """Read by Ray when it is imported or started; what a user has set stays."""
 for _name, _value in _SETTINGS.items():
@@ -38,7 +39,7 @@ from electra_ds.sweep import process, tune_trial  # noqa: E402
 from electra_ds.sweep.display import SweepDisplay  # noqa: E402
 from electra_ds.sweep.folder import SUCCEEDED, SweepFolder  # noqa: E402
 from electra_ds.sweep.follow import MetricsFollower, as_result  # noqa: E402
-from electra_ds.sweep.orderly import NothingRuns, OrderlyScheduler  # noqa: E402
+from electra_ds.sweep.orderly import InOrder, NothingRuns, OrderlyScheduler  # noqa: E402
 from electra_ds.sweep.reach import check_reachable, checked_storage  # noqa: E402
 from electra_ds.sweep.room import Node, this_machine, trials_at_once  # noqa: E402
 from electra_ds.sweep.spec import SweepSpec  # noqa: E402
@@ -60,18 +61,14 @@ class RayRunner:
         self._storage = storage
 
     def run(self, trials: Sequence[Trial]) -> None:
-        """Stage after stage, until the folder's `stop` file is there: then those that run save and leave."""
-        for stage in self._spec.stages:
-            ready = []
-            for trial in (trial for trial in trials if trial.stage == stage):
-                if self._folder.can_begin(trial):
-                    ready.append(trial)
-                elif not self._folder.wants_to_stop():
-                    self._display.end(trial, *self._folder.state_of(trial))
-            if ready and not self._folder.wants_to_stop():
-                scheduler = _scheduler(self._spec) if stage == list(self._spec.stages)[-1] else FIFOScheduler()
-                space = {"key": tune.grid_search([trial.key for trial in ready])}
-                self._fit(_by_key(ready), space, tune.TuneConfig(scheduler=scheduler))
+        """In their order, so pretrainings first, and in the room that they leave finetunings of those that have ended;
+        until the folder's `stop` file is there: then those that run save and leave."""
+        if not trials:
+            return
+        order = InOrder(trials, self._folder, lambda trial: self._display.end(trial, *self._folder.state_of(trial)))
+        known = {trial.key: trial for trial in trials}
+        config = tune.TuneConfig(search_alg=order, num_samples=len(trials))
+        self._fit(lambda config: known[config["key"]], {}, config)
 
     def suggest(self, before: Sequence[Trial], resolve: tune_trial.Resolve) -> None:
         """By Optuna, until there are as many as the search's samples.
@@ -87,10 +84,8 @@ class RayRunner:
             else getattr(tune, domain.kind)(*domain.values)
             for key, domain in stage.domains.items() if domain.is_random
         }  # fmt: skip
-        config = tune.TuneConfig(
-            search_alg=_optuna(self._spec, self._learned(before, space)), scheduler=_scheduler(self._spec),
-            num_samples=left, max_concurrent_trials=self._at_once,
-        )  # fmt: skip
+        searcher = _optuna(self._spec, self._learned(before, space))
+        config = tune.TuneConfig(search_alg=searcher, num_samples=left, max_concurrent_trials=self._at_once)
         self._fit(resolve, space, config)
 
     def _learned(self, before: Sequence[Trial], space: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:
@@ -101,7 +96,7 @@ class RayRunner:
             lines = MetricsFollower(self._folder.run(trial.key).metrics).lines()
             last = next((line for line in reversed(lines) if line["kind"] == "eval"), None)
             reward = None if last is None else as_result(trial.stage, last).get(self._spec.metric.name)
-            is_of_space = all(key in trial.values for key in space)  # which may have grown
+            is_of_space = all(_is_in(trial.values, key, space[key]) for key in space)  # which may have changed
             if reward is not None and is_of_space and self._folder.state(trial.key)[0] in SUCCEEDED:
                 found.append(({key: trial.values[key] for key in space}, float(reward)))
         return found
@@ -111,8 +106,8 @@ class RayRunner:
         naming: Callable[[Any], str] = lambda trial: str(trial.config.get("key", trial.trial_id))  # noqa: E731
         config.trial_name_creator = config.trial_dirname_creator = naming
         watch = _Watch(resolve, self._folder, self._display)
-        assert config.scheduler is not None
-        config.scheduler = OrderlyScheduler(config.scheduler, self._folder, lambda trial: resolve(trial.config).key)
+        key_of: Callable[[Any], str] = lambda trial: resolve(trial.config).key  # noqa: E731
+        config.scheduler = OrderlyScheduler(_scheduler(self._spec), self._folder, key_of)
         tuner = tune.Tuner(
             tune_trial.trial_class(resolve, self._folder, self._spec, raises=False),
             param_space=dict(space),
@@ -138,9 +133,9 @@ class RayRunner:
             shutil.rmtree(records, ignore_errors=True)  # the folder says it all
 
 
-def _by_key(trials: Sequence[Trial]) -> tune_trial.Resolve:
-    known = {trial.key: trial for trial in trials}
-    return lambda config: known[config["key"]]
+def _is_in(values: Mapping[str, Any], key: str, domain: Any) -> bool:
+    """Whether a searcher could have suggested it; of one that is no choice any number will do."""
+    return key in values and (not hasattr(domain, "categories") or values[key] in domain.categories)
 
 
 class _Watch(tune.Callback):

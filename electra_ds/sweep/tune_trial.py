@@ -1,4 +1,4 @@
-"""A trial as Ray Tune runs it. This module and `runner` alone import Ray.
+"""A trial as Ray Tune runs it.
 
 A trial is a Tune trainable with a placement group: an empty bundle for itself, and one for each worker. A worker's
 actor starts the project's own command and waits for it, so a trial gives the numbers that the command gives, and ends
