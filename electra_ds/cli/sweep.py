@@ -146,6 +146,9 @@ def _sweep(options: argparse.Namespace) -> None:
     with folder.locked():
         if options.resume is None:
             _check_new(folder)  # somebody may have begun it since
+        own = folder.with_own_inputs(spec)
+        if own != spec:
+            spec, trials = own, expand(own, None)
         if not (options.address or "").startswith(_CLIENT):
             _run(options, trials, spec, folder)
             return

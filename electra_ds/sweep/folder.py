@@ -2,6 +2,7 @@
 
 DIR/
   sweep.yaml          the sweep in full
+  inputs/             copies of its recipes and DeepSpeed JSON files, where they are the user's own
   runs/KEY/           each trial's run directory, as bin/pretrain and bin/finetune make it
   trials/KEY.json     what the trial is, and each attempt: when, how long, how it ended
   trials/KEY.log      what its processes said
@@ -14,13 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -29,6 +32,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.whole_file import whole_file
 from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.sweep.options import INPUTS, is_small_file, with_folder, without_folder
 from electra_ds.sweep.spec import SweepSpec, load_sweep, sweep_yaml
 from electra_ds.sweep.trials import Trial
 
@@ -87,6 +91,7 @@ class SweepFolder:
         self.path = path.absolute()
         self.start_in = Path.cwd()
         """Where trials are started, as somebody would by hand: token stores are made there."""
+        self._copied: list[Path] = []
 
     def run(self, key: str) -> RunDirectory:
         return RunDirectory(self.path / "runs" / key)
@@ -110,7 +115,29 @@ class SweepFolder:
 
     def write(self, spec: SweepSpec) -> None:
         self.make()
-        _write(self.path / "sweep.yaml", sweep_yaml(spec))
+        _write(self.path / "sweep.yaml", sweep_yaml(spec.with_options(partial(without_folder, self.path))))
+
+    def with_own_inputs(self, spec: SweepSpec) -> SweepSpec:
+        """The sweep with copies of its recipes and DeepSpeed JSON files: what is edited or removed while it runs, or
+        before it goes on, changes nothing. Raises ConfigError where one cannot be read."""
+        return spec.with_options(self._owned)
+
+    def _owned(self, stage: str, name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._owned(stage, name, each) for each in value]
+        if not is_small_file(stage, name, value) or value.startswith(f"{self.path}/{INPUTS}/"):
+            return value
+        try:
+            content = Path(value).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"Cannot read {value}: {error.strerror}.") from error
+        copy = self.path / INPUTS / hashlib.sha256(content).hexdigest()[:12] / Path(value).name
+        if not copy.exists():
+            _make(copy.parent)
+            self._copied.append(copy)
+            with whole_file(copy) as temporary:
+                temporary.write_bytes(content)
+        return str(copy)
 
     def make(self) -> None:
         for name in ("runs", "trials"):
@@ -134,9 +161,12 @@ class SweepFolder:
                     self._remove_what_is_empty()
 
     def _remove_what_is_empty(self) -> None:
-        with contextlib.suppress(OSError):
-            (self.path / ".lock").unlink(missing_ok=True)
-            self.path.rmdir()
+        for file in (self.path / ".lock", *self._copied):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        for folder in (*{copy.parent for copy in self._copied}, self.path / INPUTS, self.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def ask_to_stop(self) -> None:
         """Let the trials that run save and leave, and no other begin."""
@@ -172,7 +202,14 @@ class SweepFolder:
         if last.status is None:
             with contextlib.suppress(OSError):
                 last = replace(last, seconds=max(0.0, round(self.log(key).stat().st_mtime - last.began, 3)))
-        return replace(record, attempts=(*before, last))
+        return replace(record, attempts=(*before, last), values=self._values(record, with_folder))
+
+    def _values(self, record: TrialRecord, change: Callable[[Path, str, str, Any], Any]) -> dict[str, Any]:
+        """With the copies that the folder keeps by other names."""
+        return {
+            key: change(self.path, record.stage, key.removeprefix("pretrain."), value)
+            for key, value in record.values.items()
+        }
 
     def records(self) -> list[TrialRecord]:
         """Of every trial that was ever begun, in the order of their beginning."""
@@ -220,6 +257,7 @@ class SweepFolder:
             self._put(replace(record, attempts=(*before, ended)))
 
     def _put(self, record: TrialRecord) -> None:
+        record = replace(record, values=self._values(record, without_folder))
         _write(self.path / "trials" / f"{record.key}.json", json.dumps(asdict(record), indent=1, default=str) + "\n")
 
     def state(self, key: str) -> tuple[State, str]:

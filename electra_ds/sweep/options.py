@@ -61,6 +61,9 @@ _FILES = ("train", "dev", "test")
 _FOLDERS = ("data_dir", "data")
 _MODELS = ("model", "tokenizer", "init_from")
 _CORPUS = ("builtin", "hub:")
+_SMALL = ("recipe", "ds_config")
+INPUTS = "inputs"
+"""Where a sweep's folder keeps copies of those."""
 NAMED = frozenset({"recipe", "task", "ds_config", *_FILES, *_FOLDERS, *_MODELS, "corpus"})
 """Whose value is a name or a path, or a list of them."""
 _SHIPPED = {("pretrain", "recipe"): RECIPES, ("finetune", "recipe"): FINETUNE_RECIPES}
@@ -148,6 +151,27 @@ def full_path(stage: str, name: str, value: Any) -> Any:
         return value
 
 
+def is_small_file(stage: str, name: str, value: Any) -> bool:
+    """Whether it is a recipe or a DeepSpeed JSON of the user's own, which a sweep keeps a copy of."""
+    return name in _SMALL and _is_path(stage, name, value)
+
+
+def without_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
+    """A copy that a sweep keeps, by its place in the sweep's folder, which may be moved."""
+    if isinstance(value, list):
+        return [without_folder(folder, stage, name, each) for each in value]
+    is_kept = name in _SMALL and isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
+    return value.removeprefix(f"{folder}/") if is_kept else value
+
+
+def with_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
+    """The reverse of `without_folder`; what is no copy stays as it is."""
+    if isinstance(value, list):
+        return [with_folder(folder, stage, name, each) for each in value]
+    is_kept = name in _SMALL and isinstance(value, str) and value.startswith(f"{INPUTS}/")
+    return str(folder.absolute() / value) if is_kept and (folder / value).is_file() else value
+
+
 def missing_path(stage: str, name: str, value: Any) -> str:
     """What an option names that is not there; empty where it is, or is no path."""
     if isinstance(value, list):
@@ -173,7 +197,7 @@ def _is_path(stage: str, name: str, value: Any) -> bool:
         return not is_hub_model(value) or Path(value).parent.is_dir()
     if name == "corpus":
         return not value.startswith(_CORPUS)
-    if name in ("recipe", "ds_config"):
+    if name in _SMALL:
         folder = DS_CONFIGS if name == "ds_config" else _SHIPPED[stage, name]
         return value not in shipped_names(folder) and (Path(value).exists() or "/" in value)
     return name in _FILES or name in _FOLDERS

@@ -15,7 +15,8 @@ A stage is a command by its options' names, as on its command line, and what var
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,7 @@ from electra_ds.sweep.options import (
     key_problem,
     nearest,
     value_problem,
+    with_folder,
 )
 
 STAGES = ("pretrain", "finetune")
@@ -45,6 +47,9 @@ _MOST_PROBLEMS = 10
 _PLAINLY = {"missing": "is missing", "too_short": "is empty", "list_type": "must be a list, in brackets"}
 """For pydantic's own words."""
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
+
+Change = Callable[[str, str, Any], Any]
+"""(stage, option, its value) to another value."""
 
 
 def _no_boolean(value: Any) -> Any:
@@ -161,6 +166,10 @@ class SweepSpec(Section):
         """Those there are, in their order."""
         return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
 
+    def with_options(self, change: Change) -> SweepSpec:
+        """With all values of its commands' options changed, wherever they stand."""
+        return SweepSpec.model_validate(_with_options(self.model_dump(), change))
+
 
 def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepSpec:
     """A shipped sweep or a file, with `finetune.seeds=[0, 1]` and the like applied. Raises ConfigError, which lists
@@ -181,6 +190,7 @@ def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepSpec:
     values = load_yaml(text, f"The sweep {name_or_path}")
     if not isinstance(values, dict):
         raise ConfigError(f"The sweep {name_or_path} must be a mapping, not {type(values).__name__}.")
+    values = _with_options(values, partial(with_folder, Path(name_or_path).parent))
     for override in overrides:
         _put(values, override)
     return parse_sweep(values, name_or_path)
@@ -188,7 +198,7 @@ def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepSpec:
 
 def parse_sweep(values: dict[str, Any], source: str) -> SweepSpec:
     """A sweep from a raw mapping, its paths in full. Raises ConfigError, which lists every problem with its key."""
-    values = {key: _with_full_paths(key, value) if key in STAGES else value for key, value in values.items()}
+    values = _with_options(values, full_path)
     spec, problems = None, []
     try:
         spec = SweepSpec.model_validate(values)
@@ -251,28 +261,28 @@ def _put(values: dict[str, Any], override: str) -> None:
         target[parts[-1]] = value
 
 
-def _with_full_paths(stage: str, given: Any) -> Any:
-    """A stage with its paths in full, so that a sweep goes on from any folder. What is no mapping stays as it is."""
-    if not isinstance(given, dict):
-        return given
+def _with_options(values: Mapping[str, Any], change: Change) -> dict[str, Any]:
+    """A sweep's raw mapping with its options changed. What is no mapping where one should be stays as it is."""
+    return {key: _stage_with_options(key, value, change) if key in STAGES else value for key, value in values.items()}
 
-    def full(values: Any) -> Any:
+
+def _stage_with_options(stage: str, given: Any, change: Change) -> Any:
+    def changed(values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {key: full_path(stage, str(key), value) for key, value in values.items()}
+        return {key: change(stage, str(key), value) for key, value in values.items()}
 
-    result = full(given)
-    if isinstance(variants := given.get("variants"), dict):
-        result["variants"] = {name: full(settings) for name, settings in variants.items()}
-    if isinstance(space := given.get("space"), dict):
-        result["space"] = {key: _full_domain(stage, str(key), domain) for key, domain in space.items()}
+    def in_domain(key: str, domain: Any) -> Any:
+        if not isinstance(domain, dict):
+            return domain
+        return {kind: change(stage, key, values) for kind, values in domain.items()}
+
+    result = changed(given)
+    if isinstance(given, dict) and isinstance(variants := given.get("variants"), dict):
+        result["variants"] = {name: changed(settings) for name, settings in variants.items()}
+    if isinstance(given, dict) and isinstance(space := given.get("space"), dict):
+        result["space"] = {key: in_domain(str(key), domain) for key, domain in space.items()}
     return result
-
-
-def _full_domain(stage: str, key: str, domain: Any) -> Any:
-    if not isinstance(domain, dict):
-        return domain
-    return {kind: full_path(stage, key, values) for kind, values in domain.items()}
 
 
 # --- what must hold
