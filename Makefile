@@ -33,7 +33,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: install
 	$(VENV)/bin/python bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny
 
-PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+# A file's tests run in one process, which makes what they share once.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST)
@@ -56,9 +57,9 @@ check-install: install
 	rm -rf build dist .check-install && mkdir .check-install
 	$(VENV)/bin/python -m build -q --outdir .check-install
 	$(PYTHON) -m venv .check-install/venv
-	$(PIP) --python .check-install/venv/bin/python install -q torch==$(TORCH)+cpu 2>/dev/null \
-	  || $(PIP) --python .check-install/venv/bin/python install -q --index-url $(TORCH_CPU_INDEX) torch==$(TORCH)
-	$(PIP) --python .check-install/venv/bin/python install -q -c constraints.txt "$$(ls .check-install/*.whl)[tensorboard]"
+	$(PIP) --python .check-install/venv/bin/python install -q --no-compile torch==$(TORCH)+cpu 2>/dev/null \
+	  || $(PIP) --python .check-install/venv/bin/python install -q --no-compile --index-url $(TORCH_CPU_INDEX) torch==$(TORCH)
+	$(PIP) --python .check-install/venv/bin/python install -q --no-compile -c constraints.txt "$$(ls .check-install/*.whl)[tensorboard]"
 	cp tests/check_install.sh .check-install && cd .check-install && sh check_install.sh
 	rm -rf .check-install build
 

@@ -1,6 +1,8 @@
-"""Run by torchrun from tests/test_ranks.py: the same steps at every ZeRO stage and precision, on these ranks.
+"""Run by torchrun from tests/test_ranks.py, on these ranks: the same steps at every ZeRO stage and precision, and
+engines that take over.
 
-Arguments: a token store, a file of samples to replay, and where rank 0 writes the losses.
+Arguments: `follow`, a token store and a file of samples to replay, or `take_over` and a token store; and where rank 0
+writes what it found.
 """
 
 from __future__ import annotations
@@ -77,39 +79,50 @@ def evaluation(store: TokenStore, ranks: runtime.Ranks) -> Evaluation:
     return found
 
 
-def main(store_path: str, samples_path: str, out: str) -> None:
+def follow(store: TokenStore, ranks: runtime.Ranks, samples_path: str) -> dict[str, np.ndarray]:
+    """Losses at every stage and precision."""
+    recipe = small_recipe(*RECIPE)
+    replayed = np.load(samples_path)
+    builder = builder_for(store, recipe)
+    found = {}
+    for name, section in PRECISIONS.items():
+        for stage in (0, 1, 2, 3):
+            zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+            plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=2, zero_optimization=zero, **section)
+            engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
+            losses = []
+            steps = STEPS if name == "fp32" else STEPS_IN_HALF
+            for step in range(steps):
+                batch = builder.build(step)
+                accumulation = plan.batch.gradient_accumulation_steps
+                replay = own_samples(batch, replayed[f"step{step}"], 2, accumulation, ranks.rank)
+                result = engine.train_step(batch, step, None if name == "fp32" else replay)
+                losses.append(ranks.sum(result.loss.detach().float().clone()).item())
+            counters = engine.optimizer.counters()
+            assert (counters["taken_steps"], counters["skipped_steps"]) == (steps, 0)
+            found[f"{name}-{stage}"] = np.array(losses)
+            engine.close()
+    return found
+
+
+def take_over(store: TokenStore, ranks: runtime.Ranks) -> dict[str, np.ndarray]:
+    """Losses at one go and of an engine that took over, and an evaluation."""
+    found = {}
+    for stage in (0, 1, 2, 3):
+        found[f"straight-{stage}"], found[f"resumed-{stage}"] = straight_and_resumed(store, stage, ranks)
+    checkpointing = {"activation_checkpointing": {"number_checkpoints": 1}}
+    found["checkpointed"], _ = straight_and_resumed(store, 3, ranks, **checkpointing)
+    return found | {"evaluation": np.array(evaluation(store, ranks))}
+
+
+def main(what: str, store_path: str, *more: str) -> None:
+    *samples, out = more
     torch.set_num_threads(1)
     kind = type(get_accelerator())
     kind.is_fp16_supported = lambda self: True
     kind.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
-    recipe = small_recipe(*RECIPE)
-    replayed = np.load(samples_path)
-    found = {}
     with runtime.ranks() as ranks:
-        store = TokenStore(Path(store_path))
-        builder = builder_for(store, recipe)
-        for name, section in PRECISIONS.items():
-            for stage in (0, 1, 2, 3):
-                zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-                plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=2, zero_optimization=zero, **section)
-                engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
-                losses = []
-                steps = STEPS if name == "fp32" else STEPS_IN_HALF
-                for step in range(steps):
-                    batch = builder.build(step)
-                    accumulation = plan.batch.gradient_accumulation_steps
-                    replay = own_samples(batch, replayed[f"step{step}"], 2, accumulation, ranks.rank)
-                    result = engine.train_step(batch, step, None if name == "fp32" else replay)
-                    losses.append(ranks.sum(result.loss.detach().float().clone()).item())
-                counters = engine.optimizer.counters()
-                assert (counters["taken_steps"], counters["skipped_steps"]) == (steps, 0)
-                found[f"{name}-{stage}"] = np.array(losses)
-                engine.close()
-        for stage in (0, 1, 2, 3):
-            found[f"straight-{stage}"], found[f"resumed-{stage}"] = straight_and_resumed(store, stage, ranks)
-        checkpointing = {"activation_checkpointing": {"number_checkpoints": 1}}
-        found["checkpointed"], _ = straight_and_resumed(store, 3, ranks, **checkpointing)
-        found["evaluation"] = np.array(evaluation(store, ranks))
+        found = {"follow": follow, "take_over": take_over}[what](TokenStore(Path(store_path)), ranks, *samples)
         if ranks.is_main:
             np.savez(out, **found)
 

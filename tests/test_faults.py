@@ -37,7 +37,7 @@ from tests.test_checkpoint import RECORD, tensors
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "kills"),
-    [(1, 8), (2, 2), *(pytest.param(ranks, 100, marks=pytest.mark.nightly) for ranks in (1, 2))],
+    [(1, 8), *(pytest.param(ranks, kills, marks=pytest.mark.nightly) for ranks, kills in ((2, 2), (1, 100), (2, 100)))],
 )
 @pytest.mark.timeout(3600)
 def test_a_storm_of_kills_loses_no_run(tmp_path: Path, ranks: int, kills: int) -> None:
@@ -258,12 +258,11 @@ def cut(file: Path) -> None:
 
 
 DAMAGE = {"flipped": flipped, "cut": cut, "removed": Path.unlink}
-SHARD = "optimizer-00002-of-00002.safetensors"
 OF_ONE_RANK = ["optimizer.safetensors", "weights.safetensors"]
 OF_TWO_RANKS = [f"{name}-0000{rank}-of-00002.safetensors" for name in ("optimizer", "weights") for rank in (1, 2)]
 TEXTS = ["deepspeed.json", "manifest.json", "recipe.yaml", "run.json", "state.json", "tokenizer.json"]
 IN_CI = [(1, "flipped", name) for name in (*OF_ONE_RANK, *TEXTS)]
-IN_CI += [(1, "cut", "manifest.json"), (1, "removed", "weights.safetensors"), (2, "removed", SHARD)]
+IN_CI += [(1, "cut", "manifest.json"), (1, "removed", "weights.safetensors")]
 
 
 @pytest.mark.slow
