@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-ROUNDS, STEPS = 4, 200
+ROUNDS, STEPS = 3, 200
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Each logged step has its tokens per second since the one before, of which the run's own time is made.
 _PRETRAIN = {"recipe": "mini", "ds_config": "cpu", "log_every": 10, "eval_every": 100, "eval_windows": 64}
