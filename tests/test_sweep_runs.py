@@ -290,7 +290,7 @@ def test_each_checkpoint_of_what_has_not_collapsed_is_finetuned(store: TokenStor
            for seed, name in enumerate(("train", "dev"))}  # fmt: skip
     values["finetune"] = {"recipe": "rc2020", "ds_config": "cpu", "set": {"schedule.epochs": 1}} | own
     out = tmp_path / "sweep"
-    slow = before_each_batch(tmp_path, "time.sleep(0.2)")
+    slow = before_each_batch(tmp_path, "time.sleep(0.6 if step > 25 else 0)")  # where the dead one has ended
     result = run_sweep(write_sweep(tmp_path, values), "--out", out, environment=slow)
     table = pd.read_csv(out / "results.csv")
     told = result.stdout + result.stderr + table[["trial", "state", "reason"]].to_string()
