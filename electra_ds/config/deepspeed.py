@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from electra_ds.config.activations import parse_activations
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
+from electra_ds.config.overrides import dotted_values
 from electra_ds.config.precision import PRECISION_KEYS, Precision, parse_precision
 from electra_ds.config.recipe import TrainingRecipe
 from electra_ds.config.shipped import DS_CONFIGS, ds_config_names, shipped_text
@@ -251,7 +252,7 @@ def _check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, problems
             del owned[name]
     if isinstance(owned.get("scheduler"), dict):
         _check_scheduler(owned["scheduler"], recipe, problems, notes)
-    for key, value in _flattened(owned):
+    for key, value in dotted_values(owned):
         if value == "auto" or key == "scheduler.type":
             continue
         if key == "optimizer.type":
@@ -289,16 +290,6 @@ def _check_scheduler(section: dict[str, Any], recipe: TrainingRecipe, problems: 
             'scheduler.params.warmup_type: DeepSpeed\'s default, "log", contradicts the recipe, whose warm-up is '
             'linear; write "linear", or make all params "auto"'
         )
-
-
-def _flattened(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    result = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            result += _flattened(value, f"{prefix}{key}.")
-        else:
-            result.append((prefix + key, value))
-    return result
 
 
 def _divisors(number: int) -> list[int]:

@@ -44,6 +44,17 @@ def put_value(values: dict[str, Any], key: str, value: Any) -> None:
         target[name] = value
 
 
+def dotted_values(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of everything in a nested mapping."""
+    result = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            result += dotted_values(value, f"{prefix}{key}.")
+        else:
+            result.append((prefix + key, value))
+    return result
+
+
 def _nearest(key: str, known: Sequence[str]) -> str:
     if meant := [name for name in known if name.rpartition(".")[2] == _SHORT.get(key.rpartition(".")[2])]:
         return f"; did you mean '{meant[0]}'?"

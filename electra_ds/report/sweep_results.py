@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd  # type: ignore[import-untyped]
 
 from electra_ds.config.manifest import Record
+from electra_ds.config.overrides import dotted_values
 from electra_ds.config.whole_file import whole_file
 from electra_ds.errors import CheckpointError
 from electra_ds.report.score_files import read_run
@@ -61,7 +62,7 @@ def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
     if told is not None:
         row |= {"device": told.device, "world_size": told.world_size, "threads": told.threads}
     row |= {f"option.{key}": _plain(value) for key, value in trial.options.items() if value is not None}
-    row |= {f"recipe.{key}": _plain(value) for key, value in _flat(trial.recipe.model_dump(mode="json"))}
+    row |= {f"recipe.{key}": _plain(value) for key, value in dotted_values(trial.recipe.model_dump(mode="json"))}
     return row | {"run": str(run.path)}
 
 
@@ -93,16 +94,6 @@ def evaluations_of(run: Path) -> list[dict[str, float]]:
 
 def _is_sound(value: float) -> bool:
     return not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{before}{key}.")
-        else:
-            found.append((before + key, value))
-    return found
 
 
 def _plain(value: Any) -> Any:

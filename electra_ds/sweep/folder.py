@@ -123,8 +123,6 @@ class SweepFolder:
         return spec.with_options(self._owned)
 
     def _owned(self, stage: str, name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._owned(stage, name, each) for each in value]
         if not is_small_file(stage, name, value) or value.startswith(f"{self.path}/{INPUTS}/"):
             return value
         try:

@@ -143,8 +143,6 @@ def nearest(key: str, known: Iterable[str]) -> str:
 def full_path(stage: str, name: str, value: Any) -> Any:
     """What an option names, as it is from everywhere: paths in full; names of the Hub and of what is shipped as they
     are, and what cannot be a path."""
-    if isinstance(value, list):
-        return [full_path(stage, name, each) for each in value]
     try:
         return str(Path(value).expanduser().absolute()) if _is_path(stage, name, value) else value
     except (OSError, RuntimeError, ValueError):
@@ -158,16 +156,12 @@ def is_small_file(stage: str, name: str, value: Any) -> bool:
 
 def without_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
     """A copy that a sweep keeps, by its place in the sweep's folder, which may be moved."""
-    if isinstance(value, list):
-        return [without_folder(folder, stage, name, each) for each in value]
     is_kept = name in _SMALL and isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
     return value.removeprefix(f"{folder}/") if is_kept else value
 
 
 def with_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
     """The reverse of `without_folder`; what is no copy stays as it is."""
-    if isinstance(value, list):
-        return [with_folder(folder, stage, name, each) for each in value]
     is_kept = name in _SMALL and isinstance(value, str) and value.startswith(f"{INPUTS}/")
     return str(folder.absolute() / value) if is_kept and (folder / value).is_file() else value
 

@@ -167,7 +167,7 @@ class SweepSpec(Section):
         return {name: stage for name in STAGES if (stage := getattr(self, name)) is not None}
 
     def with_options(self, change: Change) -> SweepSpec:
-        """With all values of its commands' options changed, wherever they stand."""
+        """With every value of its commands' options changed, wherever it stands."""
         return SweepSpec.model_validate(_with_options(self.model_dump(), change))
 
 
@@ -267,15 +267,14 @@ def _with_options(values: Mapping[str, Any], change: Change) -> dict[str, Any]:
 
 
 def _stage_with_options(stage: str, given: Any, change: Change) -> Any:
+    def each(key: str, value: Any) -> Any:
+        return [each(key, inner) for inner in value] if isinstance(value, list) else change(stage, key, value)
+
     def changed(values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {key: change(stage, str(key), value) for key, value in values.items()}
+        return {key: each(str(key), value) for key, value in values.items()} if isinstance(values, dict) else values
 
     def in_domain(key: str, domain: Any) -> Any:
-        if not isinstance(domain, dict):
-            return domain
-        return {kind: change(stage, key, values) for kind, values in domain.items()}
+        return {kind: each(key, values) for kind, values in domain.items()} if isinstance(domain, dict) else domain
 
     result = changed(given)
     if isinstance(given, dict) and isinstance(variants := given.get("variants"), dict):
