@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 from electra_ds.cli import build_parser
 from electra_ds.program import as_called, command
-from tests.helpers import REPOSITORY
 
 
 @pytest.fixture

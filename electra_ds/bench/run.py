@@ -25,6 +25,7 @@ from electra_ds.data.corpus import BUILTIN, open_corpus
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import has_bf16
 from electra_ds.errors import ConfigError
+from electra_ds.program import command
 from electra_ds.train.hardware import check_gpu, look
 
 
@@ -45,7 +46,7 @@ def measure(
     """
     with runtime.ranks() as ranks:
         if ranks.world_size > 1:
-            raise ConfigError("bin/bench measures one process; start it without a launcher.")
+            raise ConfigError(f"{command('bench')} measures one process; start it without a launcher.")
         device = runtime.device(ranks.launch)
         check_gpu(look(torch), device.index)
         on_gpu = device.type == "cuda"

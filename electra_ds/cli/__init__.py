@@ -27,6 +27,7 @@ from electra_ds.cli.results import add_export, add_report
 from electra_ds.cli.sweep import add_sweep
 from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
 from electra_ds.launcher import Launch, detect
+from electra_ds.program import as_called, command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +45,20 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint(commands)
     add_bench(commands)
     add_doctor(commands)
+    _name_as_called(parser)
     return parser
+
+
+def _name_as_called(parser: argparse.ArgumentParser, name: str = "") -> None:
+    """Make usage, help and examples call every command as this process was called."""
+    for action in parser._actions:
+        if action.help:
+            action.help = as_called(action.help)
+        if isinstance(action, argparse._SubParsersAction):
+            for below, subparser in action.choices.items():
+                subparser.prog = command(f"{name} {below}".lstrip())
+                subparser.epilog = as_called(subparser.epilog or "")
+                _name_as_called(subparser, f"{name} {below}".lstrip())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ElectraError as error:
         if speaks or error.rank is not None:
             where = f" (rank {error.rank})" if error.rank else ""
-            print(f"electra-ds {options.command}{where}: {error}", file=sys.stderr)
+            print(f"{command(options.command)}{where}: {error}", file=sys.stderr)
         _leave(2, launch)
     except KeyboardInterrupt:
         if speaks:

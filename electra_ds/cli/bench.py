@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, positive, wide_console
 from electra_ds.errors import ConfigError
+from electra_ds.program import command
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -162,12 +163,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not a result of bin/bench --json: {error}") from error
+        raise ConfigError(f"{path} is not a result of {command('bench')} --json: {error}") from error
     with _whole(path):
         has_any = figures(results) or any(section in results for section in _WHEN_NAMED)
         if results["made_by"] == "electra-ds bench" and isinstance(results["recipe"], str) and has_any:
             return dict(results)
-    raise ConfigError(f"{path} is not a result of bin/bench --json.")
+    raise ConfigError(f"{path} is not a result of {command('bench')} --json.")
 
 
 @contextlib.contextmanager
@@ -187,4 +188,4 @@ def _whole(path: Path | None) -> Iterator[None]:
     ) as error:
         if path is None:
             raise
-        raise ConfigError(f"{path} is not a whole result of bin/bench --json: {error}") from error
+        raise ConfigError(f"{path} is not a whole result of {command('bench')} --json: {error}") from error

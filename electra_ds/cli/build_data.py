@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, positive
 from electra_ds.cli.stores import add_corpus_arguments, make_store
+from electra_ds.program import command
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -48,5 +49,5 @@ def _build_data(options: argparse.Namespace) -> None:
     print(
         f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,} kinds "
         f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB). "
-        f"Train on it with: bin/pretrain --data {store.path} --recipe … --ds-config …"
+        f"Train on it with: {command('pretrain')} --data {store.path} --recipe … --ds-config …"
     )

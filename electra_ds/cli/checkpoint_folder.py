@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command, positive, wide_console
 from electra_ds.errors import CheckpointError
+from electra_ds.program import command
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -88,7 +89,7 @@ def _ls(options: argparse.Namespace) -> None:
     aside = set_aside(options.run)
     if aside:
         console.print(
-            f"{len(aside)} set aside as damaged; bin/checkpoint prune {options.run} --damaged removes them.",
+            f"{len(aside)} set aside as damaged; {command('checkpoint')} prune {options.run} --damaged removes them.",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from electra_ds.cli.arguments import add_command, wide_console
 from electra_ds.cli.sweep import status_of_sweep
 from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.program import command
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -102,7 +103,9 @@ def _report(options: argparse.Namespace) -> None:
         return
     if len(runs) > 1 or given:
         what = f"--{given[0]} is" if given else "several runs at a time are"
-        raise ConfigError(f"{what} for runs of bin/finetune, and {runs[0].path} is one of bin/pretrain.")
+        raise ConfigError(
+            f"{what} for runs of {command('finetune')}, and {runs[0].path} is one of {command('pretrain')}."
+        )
 
     from rich.console import Console
 
@@ -115,12 +118,14 @@ def _export(options: argparse.Namespace) -> None:
     is_finetuned = _is_finetuned(options.run)
     if options.encoder_only and not is_finetuned:
         raise ConfigError(
-            "--encoder-only is for runs of bin/finetune; of a pretraining the folder discriminator is the encoder."
+            f"--encoder-only is for runs of {command('finetune')}. The export of a pretraining has its encoder in "
+            f"the folder discriminator."
         )
     if options.to == "deepspeed":
         if is_finetuned:
             raise ConfigError(
-                f"{options.run} is a run of bin/finetune, and --to deepspeed is for those of bin/pretrain."
+                f"--to deepspeed is for runs of {command('pretrain')}, and {options.run} is one of "
+                f"{command('finetune')}."
             )
         _export_native(options)
         return

@@ -13,6 +13,7 @@ from electra_ds.cli import finetune, pretrain
 from electra_ds.cli.arguments import add_command, duration_s, wide_console
 from electra_ds.config.shipped import SWEEPS, shipped_names
 from electra_ds.errors import ConfigError, DataError
+from electra_ds.program import command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,7 +178,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.what[:1] == ["status"]:
         others = (options.overrides, options.out, options.resume, options.retry_failed, options.dry_run, options.local)
         if len(options.what) != 2 or any(others) or options.address or options.storage or options.time_limit:
-            raise ConfigError("Say which sweep, and nothing else: bin/sweep status DIR")
+            raise ConfigError(f"Say which sweep, and nothing else: {command('sweep')} status DIR")
         return
     if options.retry_failed and options.resume is None:
         raise ConfigError("--retry-failed is for --resume.")

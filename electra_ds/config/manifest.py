@@ -31,6 +31,7 @@ from typing_extensions import TypeVar
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, recipe_yaml, validate_recipe
 from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.program import command
 
 FORMAT = 1
 _PATIENCE_S = 10
@@ -281,7 +282,9 @@ class RunDirectory:
         """Raises CheckpointError for a run of the other kind."""
         kind = self.kind()
         if kind != wanted:
-            raise CheckpointError(f"{self.path} is a run of bin/{kind}, and a run of bin/{wanted} is needed here.")
+            raise CheckpointError(
+                f"{self.path} was made by {command(kind)}, but a run of {command(wanted)} is needed here."
+            )
 
     def check_resumable(self, wanted: Literal["pretrain", "finetune"]) -> None:
         """The same, and for a checkpoint, in which a run would begin anew."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.errors import DataError
+from electra_ds.program import command
 
 FORMAT = 2
 
@@ -74,13 +75,13 @@ class TokenStore:
                 found = "is missing" if actual is None else f"has {actual} bytes"
                 raise DataError(
                     f"The token store {path} is damaged: {name} {found}, store.json says {size}. "
-                    f"Delete the folder and build it again with bin/build-data."
+                    f"Delete the folder and build it again with {command('build-data')}."
                 )
         self.tokenizer: Tokenizer = load_tokenizer(path / "tokenizer")
         if self.tokenizer.fingerprint != self.info.tokenizer_fingerprint:
             raise DataError(
                 f"The tokenizer in {path / 'tokenizer'} is not the one that made this token store. "
-                f"Put the original back, or build the store again with bin/build-data."
+                f"Put the original back, or build the store again with {command('build-data')}."
             )
         try:
             self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
@@ -104,18 +105,20 @@ class TokenStore:
 
 def _read_info(path: Path) -> StoreInfo:
     if not path.is_dir():
-        raise DataError(f"There is no token store at {path}. Build one with: bin/build-data --out {path} --corpus …")
+        raise DataError(
+            f"There is no token store at {path}. Build one with: {command('build-data')} --out {path} --corpus …"
+        )
     try:
         values: dict[str, Any] = json.loads((path / "store.json").read_text("utf8"))
         if values["format"] != FORMAT:
             raise DataError(
                 f"The token store {path} has format {values['format']}; this version reads {FORMAT}. "
-                f"Delete the folder and build it again with bin/build-data."
+                f"Delete the folder and build it again with {command('build-data')}."
             )
         return StoreInfo(**values | {"corpora": [SourceInfo(**source) for source in values["corpora"]]})
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is not a finished token store: it has no store.json. Build it with bin/build-data; "
+            f"{path} is not a finished token store: it has no store.json. Build it with {command('build-data')}; "
             f"an interrupted build goes on where it stopped."
         ) from error
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -14,6 +14,7 @@ from electra_ds.errors import ConfigError
 from electra_ds.model.electra import Electra
 from electra_ds.objective.masking import usual_most_selected
 from electra_ds.objective.microbatch import MicroBatch
+from electra_ds.program import command
 from electra_ds.runtime import Ranks
 
 
@@ -43,8 +44,8 @@ def fitting_plan(
     if fitting is None:
         raise ConfigError(
             "Not even one sequence fits into the memory that is free. Close what else uses it, shard over more cards "
-            "(--ds-config zero3-offload), or add an activation_checkpointing section to the DeepSpeed JSON; bin/plan "
-            "shows what takes how much."
+            "(--ds-config zero3-offload), or add an activation_checkpointing section to the DeepSpeed JSON. "
+            f"{command('plan')} shows which part takes how much."
         )
     return fitting
 

@@ -21,6 +21,7 @@ from electra_ds.data.hub import explained
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.errors import DataError
 from electra_ds.model.convert import from_discriminator_tensors, from_generator_tensors
+from electra_ds.program import command
 
 Kind = Literal["generator", "discriminator"]
 SIZES = (
@@ -91,9 +92,9 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         there = "There is no folder" if not folder.is_dir() else "There is no config.json in"
-        advice = "Give a folder that transformers or bin/export wrote, or OWNER/NAME of a model on the Hub."
+        advice = f"Give a folder that transformers or {command('export')} wrote, or OWNER/NAME of a model on the Hub."
         if (folder / "run.json").is_file():
-            advice = f"It is a run: export it with bin/export {name}, and give the folder that this makes."
+            advice = f"It is a run: export it with {command('export')} {name}, and give the folder that this makes."
         raise DataError(f"{there} {name}. {advice}")
     try:
         values = json.loads(file.read_text("utf8"))

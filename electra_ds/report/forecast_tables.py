@@ -15,6 +15,7 @@ from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
 from electra_ds.engine.memory import CONTEXT_BYTES, FRAGMENTATION
 from electra_ds.engine.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER, StepTime
+from electra_ds.program import command
 from electra_ds.report.forecast import GIB, Forecast
 
 _DAY_S = 86_400
@@ -70,7 +71,9 @@ def _fit_lines(found: Forecast) -> list[str]:
             "depend on the micro-batch; activation checkpointing what does."
         )
     elif found.largest.batch.micro_batch_size != batch.micro_batch_size:
-        lines.append(f"Largest micro-batch that fits: {found.largest.batch}; say --micro-batch to bin/pretrain.")
+        lines.append(
+            f"Largest micro-batch that fits: {found.largest.batch}; say --micro-batch to {command('pretrain')}."
+        )
     else:
         lines.append(
             f"Largest micro-batch that fits: {batch.micro_batch_size}"
@@ -143,7 +146,8 @@ def print_forecasts(forecasts: list[list[Forecast]], console: Console) -> None:
     """Every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
     table = Table(
         title="Predicted for every card and every recipe", title_justify="left", box=box.SIMPLE, caption_justify="left",
-        caption="* No step has been run on this card. bin/plan --recipe R --ds-config C --card NAME says more.",
+        caption="* No step has been run on this card. "
+        f"{command('plan')} --recipe R --ds-config C --card NAME says more.",
     )  # fmt: skip
     for column in ("card; usable GiB, JSON", "recipe", "batch", "GiB", "time"):
         table.add_column(column)

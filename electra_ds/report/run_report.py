@@ -13,6 +13,7 @@ from electra_ds.config.manifest import RunDirectory
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.errors import CheckpointError
+from electra_ds.program import command
 from electra_ds.report.figures import draw_curves
 from electra_ds.report.samples import LEGEND, sample_sentences
 from electra_ds.train.metrics import held_out_batch
@@ -60,10 +61,10 @@ def report_run(run: RunDirectory, console: Console) -> None:
         console.print(sentence)
     _write(run.path / "summary.txt", table)
     _write(run.path / "samples.txt", LEGEND, *sentences)
-    go_on = f"To go on: bin/pretrain --resume {run.path}\n" if run.verdict() == "stopped" else ""
+    go_on = f"To go on: {command('pretrain')} --resume {run.path}\n" if run.verdict() == "stopped" else ""
     console.print(
         f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.\n{go_on}"
-        f"As transformers models: bin/export {run.path}",
+        f"As transformers models: {command('export')} {run.path}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 

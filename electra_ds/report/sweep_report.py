@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from electra_ds.program import command
 from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
 from electra_ds.report.score_files import BOUNDED
 from electra_ds.report.statistics import spread
@@ -94,9 +95,11 @@ def _say_how_to_go_on(folder: SweepFolder, table: pd.DataFrame, console: Console
     can_begin = (table["state"] == "unfinished") | ((table["state"] == "waiting") & (table["reason"] == ""))
     has_failed = (table["state"] == "failed").any()
     if has_more or can_begin.any() or ((table["state"] == "waiting").any() and not has_failed):
-        console.print(f"Go on with: bin/sweep --resume {folder.path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"Go on with: {command('sweep')} --resume {folder.path}", highlight=False, markup=False, soft_wrap=True
+        )
     if has_failed:
-        again = f"bin/sweep --resume {folder.path} --retry-failed"
+        again = f"{command('sweep')} --resume {folder.path} --retry-failed"
         console.print(f"Run what failed again: {again}", highlight=False, markup=False, soft_wrap=True)
 
 

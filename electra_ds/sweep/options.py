@@ -35,8 +35,9 @@ OPTIONS = {
 }  # fmt: skip
 """By command."""
 INSTEAD = {
-    "resume": "bin/sweep --resume goes on", "run_dir": "every trial has its own", "seed": "write seeds: [0, 1]",
-    "stop_at": "write stop_at_share", "threads": "write resources.cpus", "time_limit": "give it to bin/sweep",
+    "resume": "resume the sweep itself with --resume", "run_dir": "every trial has its own",
+    "seed": "write seeds: [0, 1]", "stop_at": "write stop_at_share", "threads": "write resources.cpus",
+    "time_limit": "give the sweep itself --time-limit",
     "overrides": "write set", "keep_at": "write checkpoints",
     "stop_on_collapse": "write it beside seeds, the same for all trials",
 }  # fmt: skip

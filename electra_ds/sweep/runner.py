@@ -35,6 +35,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher  # noqa: E402
 
 from electra_ds.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
+from electra_ds.program import command  # noqa: E402
 from electra_ds.sweep import process, tune_trial  # noqa: E402
 from electra_ds.sweep.display import SweepDisplay  # noqa: E402
 from electra_ds.sweep.folder import SUCCEEDED, SweepFolder  # noqa: E402
@@ -263,7 +264,7 @@ def ray_runner(
             ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
         where = "Ray cannot be started here" if address is None else f"No Ray cluster can be reached at {address}"
-        raise ConfigError(f"{where}: {str(error).strip()}. Without Ray: bin/sweep --local") from error
+        raise ConfigError(f"{where}: {str(error).strip()}. Without Ray: {command('sweep')} --local") from error
     try:
         nodes = [
             Node(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from electra_ds.errors import InterruptedBySignalError
+from electra_ds.program import command
 from electra_ds.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.sweep.folder import SweepFolder
 
@@ -55,5 +56,6 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
     if came:
         first, _ = came[0]
         raise InterruptedBySignalError(
-            f"{signal.Signals(first).name}: what is done is kept. Go on with: bin/sweep --resume {folder.path}", first
+            f"{signal.Signals(first).name}: what is done is kept. Go on with: {command('sweep')} --resume {folder.path}",
+            first,
         )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from electra_ds.config.manifest import Record, RunDirectory
 from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, read_manifest, remove
 from electra_ds.errors import CheckpointError
+from electra_ds.program import command
 
 
 class Listed(NamedTuple):
@@ -35,7 +36,9 @@ def folder_of(run: Path) -> CheckpointFolder:
     directory = RunDirectory(run)
     if not directory.checkpoints.is_dir():
         if (run / "latest").is_file():
-            raise CheckpointError(f"{run} is DeepSpeed's own checkpoint; bin/checkpoint import makes a run of it.")
+            raise CheckpointError(
+                f"{run} is DeepSpeed's own checkpoint; {command('checkpoint import')} makes a run of it."
+            )
         if not directory.exists():
             raise CheckpointError(f"{run} is not a run directory: it has neither run.json nor checkpoints/.")
         raise CheckpointError(f"The run {run} has no checkpoint yet.")

@@ -152,6 +152,6 @@ torchrun --nproc_per_node {plan.batch.world_size} go_on.py
 machine; on several, their `--nproc_per_node` times `--nnodes` is {plan.batch.world_size}.)
 {corrected}
 `engine(batch)` gives sums of losses over the batch, see `ElectraOutput`; the learning rate and its schedule are the
-script's to set. Back into a run of electra_ds: `bin/checkpoint import THIS_FOLDER --trusted --run-dir RUN
+script's to set. Back into a run of electra_ds: `electra-ds checkpoint import THIS_FOLDER --trusted --run-dir RUN
 --ds-config JSON`.
 """

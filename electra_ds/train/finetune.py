@@ -51,7 +51,7 @@ pass."""
 class FinetuneJob:
     """Everything a finetuning needs, checked before anything long starts."""
 
-    command: ClassVar[str] = "bin/finetune"
+    command: ClassVar[str] = "finetune"
 
     run: RunDirectory
     training: Finetuning

@@ -26,6 +26,7 @@ from electra_ds.data.tasks import TaskData
 from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.engine.layer_decay import check_layers
 from electra_ds.errors import CheckpointError, ConfigError, DataError
+from electra_ds.program import command
 from electra_ds.runtime import Ranks
 from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.train.finetune import SCORES, FinetuneJob
@@ -283,7 +284,7 @@ def show_scores(job: FinetuneJob, console: Console) -> None:
             console.print(f"{name}, {of_set['rows']:,} rows: {numbers}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.\n"
-        f"Several runs together: bin/report RUN RUN …{_how_to_export(job)}",
+        f"Several runs together: {command('report')} RUN RUN …{_how_to_export(job)}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -293,4 +294,4 @@ def _how_to_export(job: FinetuneJob) -> str:
         return ""
     is_span = job.sets.num_outputs is None
     without_head = why_not_held(job.recipe, job.encoder.config, is_span) is not None
-    return f"   As a transformers model: bin/export {job.run.path}{' --encoder-only' if without_head else ''}"
+    return f"   As a transformers model: {command('export')} {job.run.path}{' --encoder-only' if without_head else ''}"

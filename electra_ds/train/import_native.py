@@ -19,6 +19,7 @@ from electra_ds.engine.optimizer import FRESH_COUNTERS, MOMENTS
 from electra_ds.errors import CheckpointError, ConfigError
 from electra_ds.model.electra import Electra
 from electra_ds.model.names import find_naming, own_tensors
+from electra_ds.program import command
 from electra_ds.train.adopt import begin_with
 from electra_ds.train.launch import recorded_store
 from electra_ds.train.pretrain import PretrainJob
@@ -84,7 +85,7 @@ def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | Non
         *(f"Note: {note}." for note in (*native.notes, *_differences(native, job.recipe.optimizer))),
     ]
     path = begin_with(job, tensors, step=native.step, tokens=tokens, counters=counters)
-    return "\n".join((*lines, f"wrote {path}", f"Go on with: bin/pretrain --resume {job.run.path}"))
+    return "\n".join((*lines, f"wrote {path}", f"Go on with: {command('pretrain')} --resume {job.run.path}"))
 
 
 def _own(native: NativeCheckpoint, model: Electra) -> tuple[dict[str, torch.Tensor], int, str]:

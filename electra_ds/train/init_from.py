@@ -19,6 +19,7 @@ from electra_ds.errors import ConfigError, DataError
 from electra_ds.model.electra import Electra
 from electra_ds.model.fit import Wanted, check_fit, most_shared
 from electra_ds.model.pretrained import Pretrained, read_pretrained
+from electra_ds.program import command
 
 _PARTS = ("generator", "discriminator")
 _COMES_ALONG = {
@@ -74,7 +75,7 @@ class Beginning:
             if known is not None:
                 advice = (
                     f"Leave --tokenizer out to take the weights' own; a store for --data is made with it by "
-                    f"bin/build-data --tokenizer {known.name}."
+                    f"{command('build-data')} --tokenizer {known.name}."
                 )
             raise DataError(
                 f"The tokenizer does not fit the weights of {self.discriminator.name}, whose token table has {rows:,} "

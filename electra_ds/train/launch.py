@@ -34,6 +34,7 @@ from electra_ds.engine.engine import check_plan
 from electra_ds.engine.memory import count_parameters, peak_memory
 from electra_ds.engine.probe import fitting_plan, free_bytes, kernels_of
 from electra_ds.errors import CheckpointError, ConfigError, DataError
+from electra_ds.program import command
 from electra_ds.runtime import Ranks
 from electra_ds.train.hardware import cannot_use, check_gpu, look, notes_at_start
 from electra_ds.train.pretrain import PretrainJob
@@ -175,7 +176,7 @@ def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedP
     run.check_resumable("pretrain")
     recipe = run.read_recipe()
     if run.verdict() == "done":
-        raise CheckpointError(f"The run {run.path} is finished. Its model: bin/export {run.path}")
+        raise CheckpointError(f"The run {run.path} is finished. Its model: {command('export')} {run.path}")
     values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
     return resolved_plan(options, values, options.ds_config or str(run.path / "deepspeed.json"), recipe, ranks)
 

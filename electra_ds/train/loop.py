@@ -30,6 +30,7 @@ from electra_ds.errors import (
     InterruptedBySignalError,
     TrainingError,
 )
+from electra_ds.program import command
 from electra_ds.runtime import Ranks
 from electra_ds.train.throughput import Throughput
 from electra_ds.train.trackers import RunLog, open_trackers
@@ -97,7 +98,8 @@ def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_li
             if runtime.is_out_of_memory(error):  # outside of a step
                 error = TrainingError(
                     f"Memory ran out beside the steps, as in an evaluation: {str(error).splitlines()[0]} Close what "
-                    f"else uses it, or take a smaller --micro-batch, and go on: {job.command} --resume {job.run.path}"
+                    f"else uses it, or take a smaller --micro-batch, and resume: "
+                    f"{command(job.command)} --resume {job.run.path}"
                 )
             with contextlib.suppress(CheckpointError):  # the disk may be full
                 if not runtime.is_lost_connection(error):
@@ -281,7 +283,7 @@ class TrainingLoop(ABC):
     def _how_to_go_on(self, arguments: str = "") -> str:
         saved = self._saved()
         begin = f"From {saved[-1].name} on" if saved else "No checkpoint was saved yet, so from the start"
-        return f"{begin}: {self.job.command} --resume {self.job.run.path}{arguments}"
+        return f"{begin}: {command(self.job.command)} --resume {self.job.run.path}{arguments}"
 
     def _go_on_with(self, plan: DeepSpeedPlan) -> None:
         """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
@@ -329,7 +331,7 @@ class TrainingLoop(ABC):
             if self.ranks.is_main:
                 run.write_verdict("stopped", step=self.step, reason=request.reason)
                 run.mark_requeue(request.reason)
-        go_on = f"{self.job.command} --resume {run.path}"
+        go_on = f"{command(self.job.command)} --resume {run.path}"
         message = f"{request.reason}: saved {self.checkpoints.path(self.step)}. Go on with: {go_on}"
         if request.signum is not None:
             raise InterruptedBySignalError(message, request.signum)

@@ -31,7 +31,7 @@ from electra_ds.train.tracking import TrainingDisplay, read_metrics
 class PretrainJob:
     """Everything a pretraining needs, checked before anything long starts."""
 
-    command: ClassVar[str] = "bin/pretrain"
+    command: ClassVar[str] = "pretrain"
 
     run: RunDirectory
     recipe: Recipe
