@@ -307,7 +307,7 @@ def test_curves_have_nothing_to_compare_and_that_is_told_before_they_are_trained
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compare", "nowhere.json"], "nowhere.json is not a result of bin/bench --json"),
+        (["--compare", "nowhere.json"], "nowhere.json is not a result of"),
         (["--json", "."], "that is a folder"),
         (["--picture", "x.pdf"], "call it x.png"),
         (["--from", "x.json", "--rounds", "3"], "--rounds cannot be given with it"),

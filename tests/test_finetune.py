@@ -464,7 +464,7 @@ def test_a_signal_saves_and_leaves_with_its_status_and_says_how_to_go_on(
     with before_step(7, lambda: os.kill(os.getpid(), number)):
         said = finetune(*arguments_of(electra, glue, "mrpc", run_dir, **SAVED), status=128 + number)
     assert f"{number.name}: saved {run_dir / 'checkpoints' / 'step-'}" in said
-    assert f"Go on with: bin/finetune --resume {run_dir}" in said
+    assert f"Go on with: electra-ds finetune --resume {run_dir}" in said
     assert json.loads((run_dir / "verdict.json").read_text())["verdict"] == "stopped"
     assert (run_dir / "requeue").exists()
     resume(run_dir)
@@ -562,10 +562,12 @@ def test_each_command_resumes_its_own_runs_alone(stopped: Path, store: Any, caps
     with pytest.raises(SystemExit) as left:
         main(["pretrain", "--resume", str(stopped)])
     assert left.value.code == 2
-    assert "is a run of bin/finetune, and a run of bin/pretrain is needed here" in capsys.readouterr().err
+    assert "was made by electra-ds finetune, but a run of electra-ds pretrain is needed here" in capsys.readouterr().err
     record = json.loads((stopped / "run.json").read_text())
     (stopped / "run.json").write_text(json.dumps(record | {"kind": "pretrain"}))
-    assert "is a run of bin/pretrain, and a run of bin/finetune is needed here" in refused("--resume", stopped)
+    assert "was made by electra-ds pretrain, but a run of electra-ds finetune is needed here" in refused(
+        "--resume", stopped
+    )
 
 
 @pytest.mark.parametrize(
@@ -841,9 +843,9 @@ def test_the_test_sets_of_a_finished_run_are_predicted_later(
 @pytest.mark.parametrize(
     ("overrides", "flags", "told"),
     [
-        (["head.pooling=mean"], {}, "bin/export {run} --encoder-only"),
-        (["head.pooling=first", "head.hidden_size=null"], {}, "bin/export {run}\n"),
-        ([], {"discard_weights": True}, "bin/report RUN RUN …\n"),
+        (["head.pooling=mean"], {}, "electra-ds export {run} --encoder-only"),
+        (["head.pooling=first", "head.hidden_size=null"], {}, "electra-ds export {run}\n"),
+        ([], {"discard_weights": True}, "electra-ds report RUN RUN …\n"),
     ],
 )
 def test_the_export_that_is_named_at_the_end_is_one_that_can_be_made(

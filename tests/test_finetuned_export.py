@@ -478,9 +478,9 @@ def test_runs_without_weights_and_folders_in_use_are_refused(
     with pytest.raises(CheckpointError, match="was to keep its best evaluation's weights"):
         export_finetuned(best, None)
     for arguments, message in (
-        ((str(bench.mrpc()), "--to", "deepspeed"), "--to deepspeed is for those of bin/pretrain"),
+        ((str(bench.mrpc()), "--to", "deepspeed"), "--to deepspeed is for runs of electra-ds pretrain"),
         ((str(tmp_path / "nowhere"),), "is neither a run directory nor a checkpoint"),
-        ((str(tmp_path / "nowhere"), "--encoder-only"), "--encoder-only is for runs of bin/finetune"),
+        ((str(tmp_path / "nowhere"), "--encoder-only"), "--encoder-only is for runs of electra-ds finetune"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["export", *arguments])

@@ -192,7 +192,7 @@ def test_the_table_has_every_card_and_every_recipe() -> None:
 
 def test_the_examples_of_help_work() -> None:
     lines = run("plan", "--help").stdout.splitlines()
-    examples = [re.split(r"\s{2,}", line.strip())[0] for line in lines if line.startswith("  bin/plan")]
+    examples = [re.split(r"\s{2,}", line.strip())[0] for line in lines if line.startswith(f"  {REPOSITORY}/bin/plan")]
     assert len(examples) >= 6
     for example in examples:
         assert "GiB" in command(*shlex.split(example)[1:])

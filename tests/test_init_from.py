@@ -312,7 +312,7 @@ def test_our_own_export_is_a_source_and_step_0_its_equal(
     model, tokenizer, _, state = load_trained(path)
     assert (state["step"], tokenizer.fingerprint) == (0, store.tokenizer.fingerprint)
     assert all(torch.equal(again[f"master/{name}"], parameter) for name, parameter in model.named_parameters())
-    with pytest.raises(DataError, match="It is a run: export it with bin/export"):
+    with pytest.raises(DataError, match="It is a run: export it with electra-ds export"):
         beginning_of(tmp_path / "run")
 
 

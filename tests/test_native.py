@@ -152,7 +152,7 @@ def test_a_plain_engines_checkpoint_comes_in_bit_for_bit(
     assert counters["good_steps"] == (STEPS if precision == "fp16" else 0)
     assert f"stage {stage}, {precision}, 1 rank(s)" in told
     assert "both of AdamW's, whole" in told
-    assert f"bin/pretrain --resume {tmp_path / 'run'}" in told
+    assert f"electra-ds pretrain --resume {tmp_path / 'run'}" in told
 
 
 @pytest.mark.parametrize(("stage", "precision"), PLANS)
@@ -750,7 +750,7 @@ def test_a_run_goes_out_and_back_and_on_as_if_it_had_never_left(store: TokenStor
     told = run(
         "checkpoint", "import", str(tmp_path / "native"), "--trusted", "--run-dir", str(back), "--ds-config", CPU_JSON
     ).stdout  # fmt: skip
-    assert f"Go on with: bin/pretrain --resume {back}" in told
+    assert f"Go on with: electra-ds pretrain --resume {back}" in told
     run("pretrain", "--resume", str(back), "--threads", "1", "--log-every", "1")
     expected = [line for line in read_metrics(straight / "metrics.jsonl") if line["kind"] == "train"][20:]
     found = [line for line in read_metrics(back / "metrics.jsonl") if line["kind"] == "train"]

@@ -235,7 +235,7 @@ def test_a_step_that_is_done_is_not_done_twice(
 
     monkeypatch.setattr(Draft, "publish", slow)
     monkeypatch.setattr(StepLosses, "result", faulty)
-    wanted = r"since its update had begun\. From step-00000005 on: bin/pretrain --resume \S+run --micro-batch 6"
+    wanted = r"since its update had begun\. From step-00000005 on: electra-ds pretrain --resume \S+run --micro-batch 6"
     with pytest.raises(TrainingError, match=wanted):
         train(store, tmp_path, process_group, micro(12, zero_optimization={"stage": stage}))
 

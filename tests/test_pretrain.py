@@ -174,7 +174,7 @@ def test_a_signal_saves_at_the_next_step_and_leaves(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-number if number == signal.SIGINT else 128 + number)
-    assert "Go on with: bin/pretrain --resume" in errors
+    assert f"Go on with: {REPOSITORY}/bin/pretrain --resume" in errors
     verdict = json.loads((run_dir / "verdict.json").read_text())
     assert (verdict["verdict"], verdict["reason"]) == ("stopped", number.name)
     assert verdict["step"] < 40
@@ -477,11 +477,16 @@ def test_help_teaches_by_example(name: str) -> None:
 
 
 def test_the_three_ways_to_start_it_are_one_program() -> None:
-    module = subprocess.run(
-        [sys.executable, "-m", "electra_ds", "pretrain", "--help"], capture_output=True, text=True, check=True,
-        cwd=REPOSITORY,
-    )  # fmt: skip
-    assert module.stdout == run("pretrain", "--help").stdout
+    def said(*command: str) -> str:
+        done = subprocess.run(
+            [*command, "--help"], capture_output=True, text=True, check=True, cwd=REPOSITORY,
+            env=os.environ | {"COLUMNS": "9999"},
+        )  # fmt: skip
+        return done.stdout
+
+    module = said(sys.executable, "-m", "electra_ds", "pretrain")
+    assert module.startswith("usage: python -m electra_ds pretrain [-h]")
+    assert module.replace("python -m electra_ds ", "bin/") == said(sys.executable, "bin/pretrain")
 
 
 SLOW_IMPORTS = {

@@ -450,12 +450,12 @@ def test_how_to_go_on_is_told_and_whether_it_is_being_run(folder: SweepFolder) -
     pretend(folder, trials[0], 0.5)
     pretend(folder, trials[3], 0.5)
     pretend(folder, trials[1], None, "failed", reason="it broke")
-    assert f"Go on with: bin/sweep --resume {folder.path}\n" in told(folder, trials, spec)
+    assert f"Go on with: electra-ds sweep --resume {folder.path}\n" in told(folder, trials, spec)
     pretend(folder, trials[2], 0.5, "stopped", reason="--stop-at 9")
     text = told(folder, trials, spec)
     assert "1 stopped as planned" in text
     assert "Go on with" not in text
-    assert f"Run what failed again: bin/sweep --resume {folder.path} --retry-failed\n" in text
+    assert f"Run what failed again: electra-ds sweep --resume {folder.path} --retry-failed\n" in text
     (folder.run(trials[2].key).path / "verdict.json").unlink()
     shutil.rmtree(folder.run(trials[3].key).path)  # begun, and has written nothing yet
     assert not folder.is_being_run()

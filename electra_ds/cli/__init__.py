@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _name_as_called(parser: argparse.ArgumentParser, name: str = "") -> None:
     """Make usage, help and examples call every command as this process was called."""
+    for group in parser._action_groups:
+        group.title = as_called(group.title or "")
     for action in parser._actions:
         if action.help:
             action.help = as_called(action.help)
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ElectraError as error:
         if speaks or error.rank is not None:
             where = f" (rank {error.rank})" if error.rank else ""
-            print(f"{command(options.command)}{where}: {error}", file=sys.stderr)
+            print(f"electra-ds {options.command}{where}: {error}", file=sys.stderr)
         _leave(2, launch)
     except KeyboardInterrupt:
         if speaks:

@@ -45,8 +45,6 @@ ENDED: tuple[State, ...] = (*AS_PLANNED, "failed")
 STOPPED_AT, ENDED_EARLY = "--stop-at", "ended by the scheduler"
 """Reasons for which a run that has stopped is not to go on."""
 _TAIL_CHARACTERS = 4000
-_SAYS = ("python -m electra_ds ", "electra-ds ")
-"""How a message of a trial's process begins."""
 _LOOKS_AT_MOST_S = 0.5
 """For which somebody who only looks whether a sweep is being run may hold its lock."""
 
@@ -355,7 +353,7 @@ class SweepFolder:
                 lines = [line.strip() for line in file.read().decode("utf8", "replace").splitlines() if line.strip()]
         except OSError:
             lines = []
-        told = [line for line in lines if line.startswith(_SAYS)]
+        told = [line for line in lines if line.startswith("electra-ds ")]
         return (told or lines or [f"exit status {status}"])[-1]
 
 

@@ -55,7 +55,7 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
         folder.forget_stop()
     if came:
         first, _ = came[0]
+        resume = f"{command('sweep')} --resume {folder.path}"
         raise InterruptedBySignalError(
-            f"{signal.Signals(first).name}: what is done is kept. Go on with: {command('sweep')} --resume {folder.path}",
-            first,
+            f"{signal.Signals(first).name}: what is done is kept. Go on with: {resume}", first
         )
