@@ -375,7 +375,7 @@ def test_ranks_take_the_micro_batch_that_fits_all_and_end_together_where_memory_
     message = (
         f"(rank 1): Memory ran out in step {step} with micro-batch {size}, and the step cannot be done again, since "
         f"the other ranks wait in the middle of it. No checkpoint was saved yet, so from the start: "
-        f"{REPOSITORY}/bin/pretrain --resume {run_dir} --micro-batch {size // 2}"
+        f"bin/pretrain --resume {run_dir} --micro-batch {size // 2}"
     )
     assert text.count(message) == 1, text
     assert "Traceback" not in text
