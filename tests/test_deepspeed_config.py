@@ -21,7 +21,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import DeepSpeedEngine
 from electra_ds.engine.plain import PlainEngine
 from electra_ds.errors import ConfigError
-from tests.helpers import REPOSITORY, builder_for, model_for, small_recipe
+from tests.helpers import REPOSITORY, SHARED_DATA, builder_for, model_for, small_recipe
 
 
 def plan_of(
@@ -245,7 +245,39 @@ def test_a_batch_plan_is_exact_or_refused(micro: Any, accumulation: Any, global_
     assert accumulation in ("auto", batch.gradient_accumulation_steps)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"a": 1, "a": 2}'])
+COMMENTED = """
+{
+    // half precision
+    "bf16": {"enabled": true,},
+    "zero_optimization": {"stage": 1, "overlap_comm": true,}, # everything on one card
+    /* seldom
+       looked at */
+    "train_micro_batch_size_per_gpu": 4,
+}
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_comments_trailing_commas_and_a_byte_order_mark_are_read_as_deepspeed_reads_them(
+    tmp_path: Path, encoding: str
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(COMMENTED, encoding)
+    assert read_deepspeed_json(str(path)) == {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1, "overlap_comm": True},
+        "train_micro_batch_size_per_gpu": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    "path", sorted((SHARED_DATA / "reported" / "09-json").glob("*.json")), ids=lambda path: path.stem
+)
+def test_reported_json_files_resolve(path: Path) -> None:
+    resolve(read_deepspeed_json(str(path)), small_recipe(), world_size=1, auto_fp16=False, source=path.name)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": 1, "a": 2}', '{"a": 1, // b\n "a": 2,}'])
 def test_a_broken_json_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(text)

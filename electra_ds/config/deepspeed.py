@@ -9,11 +9,12 @@ so every such case is caught here first, and all problems are reported together.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import hjson
 
 from electra_ds.config.activations import parse_activations
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
@@ -122,7 +123,11 @@ class DeepSpeedPlan:
 
 
 def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
-    """The raw mapping of a shipped file's name or of a JSON file. Raises ConfigError."""
+    """Return the raw mapping of a shipped file, by its name, or of a JSON file.
+
+    As in DeepSpeed itself the file may be HJSON: comments and trailing commas are allowed, and so is a byte-order
+    mark. Raises ConfigError where it cannot be read, with line and column, or holds a key twice.
+    """
     names = ds_config_names()
     path = Path(name_or_path)
     if name_or_path not in names and not path.is_file():
@@ -134,8 +139,10 @@ def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
         if name_or_path in names:
             text = shipped_text(DS_CONFIGS, name_or_path)
         else:
-            text = path.read_text("utf8")
-        values = json.loads(text, object_pairs_hook=_without_duplicates)
+            text = path.read_text("utf-8-sig")
+        if not text.strip():
+            raise ValueError("it is empty")
+        values = hjson.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
