@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import REPOSITORY
 
 ROWS = [
-    {"errors", "program"},
+    {"errors", "program", "terminal"},
     {"config"},
     {"objective"},
     {"launcher", "signals"},

@@ -22,7 +22,6 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from rich.progress import (
-    BarColumn,
     Progress,
     TaskID,
     TaskProgressColumn,
@@ -37,6 +36,7 @@ from electra_ds.data.token_store import FORMAT, SourceInfo, StoreInfo, TokenStor
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from electra_ds.data.worker_pool import worker_pool
 from electra_ds.errors import DataError
+from electra_ds.terminal import StatusProgress, flexible_bar
 
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"
@@ -159,9 +159,9 @@ def _locked(partial: Path) -> Iterator[bool]:
 
 
 def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    return StatusProgress(
+        TextColumn("{task.description}"), flexible_bar(), TaskProgressColumn(),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
     )  # fmt: skip
 
 
@@ -171,9 +171,9 @@ def _trained(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: P
     if isinstance(tokenizer, TokenizerSection):
         if trained_from(partial, corpus) == tokenizer:
             return load_tokenizer(folder)
-        task = progress.add_task(f"training {tokenizer.kind} tokenizer", total=None, note="")
+        task = progress.add_task("training the tokenizer", total=None, status=tokenizer.kind)
         trained = train_tokenizer(_first_lines(corpus, tokenizer.max_training_characters, progress, task), tokenizer)
-        progress.update(task, total=1, completed=1, note=f"{trained.vocab_size:,} pieces")
+        progress.update(task, total=1, completed=1, status=f"{tokenizer.kind}, {trained.vocab_size:,} pieces")
         (folder / _TRAINED_FROM).unlink(missing_ok=True)
         trained.save(folder)
         marker = {"section": tokenizer.model_dump(), "corpus_signature": corpus.signature()}
@@ -218,7 +218,7 @@ def _counted(documents: Iterable[_Item], progress: Progress, task: TaskID) -> It
     """The documents, their number shown as they pass."""
     for number, document in enumerate(documents, 1):
         if number % 1000 == 0:
-            progress.update(task, note=f"{number:,} documents")
+            progress.update(task, status=f"{number:,} documents")
         yield document
 
 
@@ -288,7 +288,7 @@ def _tokenise(
     """Shards in order, and what was read."""
     workers = workers or os.cpu_count() or 1
     read = _TextRead(corpus)
-    task = progress.add_task("tokenising", total=corpus.num_bytes, note="")
+    task = progress.add_task("tokenising", total=corpus.num_bytes, status="")
     shards: list[_Shard] = []
     running: set[concurrent.futures.Future[None]] = set()
     with worker_pool(workers, _start_worker, partial / "tokenizer") as pool:
@@ -308,7 +308,7 @@ def _tokenise(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    progress.update(task, total=1, completed=1, note=f"{sum(read.documents):,} documents")
+    progress.update(task, total=1, completed=1, status=f"{sum(read.documents):,} documents")
     return shards, read
 
 

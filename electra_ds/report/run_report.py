@@ -16,6 +16,7 @@ from electra_ds.errors import CheckpointError
 from electra_ds.program import command
 from electra_ds.report.figures import draw_curves
 from electra_ds.report.samples import LEGEND, sample_sentences
+from electra_ds.terminal import say
 from electra_ds.train.metrics import held_out_batch
 from electra_ds.train.tracking import read_metrics
 from electra_ds.train.trained import load_trained
@@ -62,10 +63,10 @@ def report_run(run: RunDirectory, console: Console) -> None:
     _write(run.path / "summary.txt", table)
     _write(run.path / "samples.txt", LEGEND, *sentences)
     go_on = f"To go on: {command('pretrain')} --resume {run.path}\n" if run.verdict() == "stopped" else ""
-    console.print(
+    say(
+        console,
         f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.\n{go_on}"
         f"As transformers models: {command('export')} {run.path}",
-        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
 

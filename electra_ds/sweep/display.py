@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from electra_ds.config.recipe import Recipe
 from electra_ds.sweep.folder import State, SweepFolder
 from electra_ds.sweep.follow import MetricsFollower
 from electra_ds.sweep.trials import Trial
+from electra_ds.terminal import StatusProgress, flexible_bar, say
 
 _LOOK_EVERY_S = 2.0
 _PLAIN_LINE_EVERY_S = 60.0
@@ -66,12 +67,12 @@ class SweepDisplay:
         self._took: dict[str, list[float]] = {}
         self._running: dict[str, _Running] = {}
         self._looked = self._said = time.monotonic()
-        self._progress = Progress(
-            TextColumn("trials"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[now]}"),
-            TimeElapsedColumn(), TextColumn("{task.fields[eta]}"),
+        self._progress = StatusProgress(
+            TextColumn("trials"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(),
+            TextColumn("{task.fields[eta]}"),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._progress.add_task("", total=trials, now="", eta="")
+        self._task = self._progress.add_task("", total=trials, status="", eta="")
 
     def __enter__(self) -> SweepDisplay:
         self._progress.start()
@@ -98,7 +99,7 @@ class SweepDisplay:
         shown = [running.look() for running in self._running.values()]
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
         told = " | ".join(shown[:_SHOWN]) + more
-        self._progress.update(self._task, now=told, eta=self._eta())
+        self._progress.update(self._task, status=told.replace(" | ", "  "), eta=self._eta())
         if not self._console.is_terminal and now - self._said >= _PLAIN_LINE_EVERY_S and shown:
             self.say(f"running: {told}  {self._eta()}")
 
@@ -127,7 +128,7 @@ class SweepDisplay:
     def say(self, line: str) -> None:
         """Among the lines of the trials."""
         self._said = time.monotonic()
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, line)
 
     def _eta(self) -> str:
         """By the steps of the trials that run, and by what those of each stage take."""

@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from electra_ds import runtime
 from electra_ds.config.cards import find_card
@@ -28,6 +27,7 @@ from electra_ds.engine.layer_decay import check_layers
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.program import command
 from electra_ds.runtime import Ranks
+from electra_ds.terminal import StatusProgress, flexible_bar, note, say
 from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.train.finetune import SCORES, FinetuneJob
 from electra_ds.train.holdable import why_not_held
@@ -72,8 +72,9 @@ def tokenised_sets(
         total = len(data.dev) + min(len(data.train), max_train or len(data.train))
     else:
         make, total = partial(LabelledSets, data), sum(len(examples) for examples in data.sets().values())
-    with Progress(
-        TextColumn("tokenising"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+    with StatusProgress(
+        TextColumn("tokenising"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=total)
@@ -261,7 +262,8 @@ def announce(job: FinetuneJob, console: Console) -> None:
     recipe, record, schedule = job.recipe, job.record, job.training.schedule
     began = "random weights of the shape of " if record.has_random_weights else ""
     sets = ", ".join(f"{name} {len(inputs):,}" for name, inputs in (job.sets.dev | job.sets.test).items())
-    console.print(
+    say(
+        console,
         f"{job.sets.name}, recipe {recipe.name}, seed {recipe.seed}: {began}{record.model}, "
         f"{record.parameters['encoder'] / 1e6:.2f} M parameters\n"
         f"data: {len(job.sets.train):,} training inputs; {sets}\n"
@@ -269,10 +271,9 @@ def announce(job: FinetuneJob, console: Console) -> None:
         f"{record.device}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
         f"micro-batch x accumulation = {job.plan.batch}\n"
         f"run directory: {job.run.path}",
-        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
-    for note in job.plan.notes:
-        console.print("[yellow]Note:[/]", escape(note) + ".", highlight=False, soft_wrap=True)
+    for each in job.plan.notes:
+        note(console, each)
 
 
 def show_scores(job: FinetuneJob, console: Console) -> None:
@@ -281,11 +282,11 @@ def show_scores(job: FinetuneJob, console: Console) -> None:
     for name, of_set in scores["sets"].items():
         if of_set["metrics"]:
             numbers = job.sets.shown(name, of_set["metrics"])
-            console.print(f"{name}, {of_set['rows']:,} rows: {numbers}", highlight=False, markup=False, soft_wrap=True)
-    console.print(
+            say(console, f"{name}, {of_set['rows']:,} rows: {numbers}")
+    say(
+        console,
         f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.\n"
         f"Several runs together: {command('report')} RUN RUN …{_how_to_export(job)}",
-        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from electra_ds import runtime
 from electra_ds.config.cards import find_card
@@ -36,6 +35,7 @@ from electra_ds.engine.probe import fitting_plan, free_bytes, kernels_of
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.program import command
 from electra_ds.runtime import Ranks
+from electra_ds.terminal import note, say
 from electra_ds.train.hardware import cannot_use, check_gpu, look, notes_at_start
 from electra_ds.train.pretrain import PretrainJob
 from electra_ds.train.trackers import check_tracking
@@ -259,7 +259,8 @@ def _stop_at(options: Options, recipe: Recipe) -> int:
 def announce(job: PretrainJob, console: Console) -> None:
     """What is about to run, in a few lines."""
     recipe, info, parameters = job.recipe, job.store.info, job.record.parameters
-    console.print(
+    say(
+        console,
         f"{recipe.name}: discriminator {parameters['discriminator'] / 1e6:.2f} M parameters, generator "
         f"{parameters['generator'] / 1e6:.2f} M more; {recipe.schedule.total_steps:,} steps of "
         f"{recipe.global_batch_size} x {recipe.data.sequence_length} tokens\n"
@@ -269,7 +270,6 @@ def announce(job: PretrainJob, console: Console) -> None:
         f"micro-batch x accumulation = {job.plan.batch}\n"
         + "".join(f"first weights: {source}\n" for source in job.record.initialised_from)
         + f"run directory: {job.run.path}",
-        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     notes = list(job.plan.notes)
     if not job.record.initialised_from and trained_from(job.store.path) != recipe.tokenizer:
@@ -277,5 +277,5 @@ def announce(job: PretrainJob, console: Console) -> None:
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:
         notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times over")
-    for note in notes:
-        console.print("[yellow]Note:[/]", escape(note) + ".", highlight=False, soft_wrap=True)
+    for each in notes:
+        note(console, each)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from electra_ds.errors import CheckpointError
+from electra_ds.terminal import StatusProgress, flexible_bar, say
 
 _PLAIN_LINE_EVERY_S = 15.0
 
@@ -74,12 +75,12 @@ class TrainingDisplay:
         self.total_steps = total_steps
         self._first_step = first_step
         self._started = self._last_line = time.monotonic()
-        self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        self._progress = StatusProgress(
+            TextColumn("step"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(), TextColumn("ETA"),
+            TimeRemainingColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._progress.add_task("", total=total_steps, completed=first_step, numbers="")
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, status="")
 
     def __enter__(self) -> TrainingDisplay:
         self._progress.start()
@@ -90,7 +91,7 @@ class TrainingDisplay:
 
     def update(self, step: int, numbers: str) -> None:
         """Say where training is. `step` counts finished steps."""
-        self._progress.update(self._task, completed=step, numbers=numbers)
+        self._progress.update(self._task, completed=step, status=numbers)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self._last_line > _PLAIN_LINE_EVERY_S or step == self.total_steps):
             self._last_line = now
@@ -100,4 +101,4 @@ class TrainingDisplay:
             self.say(f"step {step}/{self.total_steps}  {numbers}  {eta_text}")
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
