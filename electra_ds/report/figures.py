@@ -19,7 +19,7 @@ def draw_curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> No
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(2, 2)
-    _losses(panels[0][0], train, evaluations, "generator_loss", "generator loss (nats)")
+    _losses(panels[0][0], train, evaluations, "generator_loss", "generator loss at all selected tokens (nats)")
     _losses(panels[0][1], train, evaluations, "discriminator_loss", "discriminator loss (nats)")
     gain, auc = panels[1]
     _held_out(gain, evaluations, {"generator_gain": "gain over unigram at [MASK]"}, "nats")

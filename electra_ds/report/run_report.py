@@ -21,15 +21,17 @@ from electra_ds.train.metrics import held_out_batch
 from electra_ds.train.tracking import read_metrics
 from electra_ds.train.trained import load_trained
 
+_ALWAYS_ORIGINAL = "always_original_accuracy"
 _ROWS = {
-    "unigram_loss": "tokens at [MASK] under the training unigram (nats)",
-    "generator_masked_loss": "generator at [MASK] (nats)",
-    "generator_gain": "generator's gain over unigram (nats)",
+    "generator_loss": "generator loss at all selected tokens (nats)",
+    "generator_masked_loss": "generator loss at [MASK] (nats)",
+    "unigram_loss": "  loss of the training unigram there (nats)",
+    "generator_gain": "  gain of the generator over it (nats)",
     "generator_accuracy": "generator accuracy at [MASK], argmax",
     "generator_sampled_accuracy": "generator accuracy at [MASK], sampled",
     "discriminator_loss": "discriminator loss (nats)",
-    "replaced_share": "share of tokens replaced",
     "discriminator_accuracy": "discriminator accuracy",
+    _ALWAYS_ORIGINAL: '  accuracy of always answering "original"',
     "discriminator_precision": "discriminator precision (replaced)",
     "discriminator_recall": "discriminator recall (replaced)",
     "discriminator_f1": "discriminator F1 (replaced)",
@@ -77,6 +79,7 @@ def _summary(evaluations: list[dict[str, Any]], name: str) -> Table:
     columns = [first, last] if first is not last else [last]
     for line in columns:
         table.add_column(f"step {line['step']:,}", justify="right")
+        line[_ALWAYS_ORIGINAL] = 1 - line["replaced_share"]
     for key, label in _ROWS.items():
         table.add_row(label, *(f"{line[key]:.4f}" if line[key] is not None else "–" for line in columns))
     return table

@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
     """Metrics of one evaluation; shares and rates in [0, 1], losses in nats."""
 
     generator_loss: float
-    """Mean over the selected positions, as in training."""
+    """Mean over the selected positions, [MASK] or not, as in training."""
     discriminator_loss: float
     """Mean over the counted positions, as in training."""
     generator_masked_loss: float

@@ -87,7 +87,7 @@ class PretrainLoop(TrainingLoop):
 
     def shown(self, values: Mapping[str, float | None]) -> str:
         generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
-        return f"generator {_shown(generator)}  discriminator {_shown(discriminator)}"
+        return f"generator loss {_shown(generator)}  discriminator loss {_shown(discriminator)}"
 
     def check_fresh(self) -> None:
         """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
@@ -111,8 +111,11 @@ class PretrainLoop(TrainingLoop):
     def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
         evaluation = self.evaluator(self.engine.evaluate, self.device, self.evaluation_rows)
         display.say(
-            f"held out at step {self.step}: generator {evaluation.generator_masked_loss:.3f} nats at [MASK] "
-            f"({evaluation.generator_gain:+.3f} over unigram), discriminator AUC {evaluation.discriminator_auc:.3f}"
+            f"held out at step {self.step}: generator loss {evaluation.generator_loss:.3f} "
+            f"({evaluation.generator_masked_loss:.3f} at [MASK], a gain of {evaluation.generator_gain:+.3f} nats over "
+            f"the unigram), discriminator loss {evaluation.discriminator_loss:.3f}, accuracy "
+            f'{evaluation.discriminator_accuracy:.3f} (always "original": {1 - evaluation.replaced_share:.3f}), AUC '
+            f"{evaluation.discriminator_auc:.3f}"
         )
         if self._collapsed_at is None:
             self._collapsed_at = self.ranks.from_main(
