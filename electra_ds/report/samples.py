@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from rich.text import Text
@@ -16,10 +19,15 @@ LEGEND = Text.assemble(
     ". Accused are the tokens with the highest scores, as many as were replaced.",
 )  # fmt: skip
 
+_BETWEEN_WORDS = " .,;:?!'’\"“”«»…。、，；：？！।؟،"
+
 
 @torch.no_grad()
 def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: GlobalBatch, count: int) -> list[Text]:
-    """The first `count` sequences of a held-out batch, marked up. The threshold is set on the whole batch."""
+    """Return the `count` sequences of a held-out batch that read most like prose, marked up.
+
+    The threshold is set on the whole batch.
+    """
     micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False)
     output = model(micro_batch)
     scores = output.discriminator_logits_BT.numpy()
@@ -32,7 +40,7 @@ def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: GlobalBatch, c
     )
     shown = shown.reshape(batch.ids_BT.shape)
     sentences = []
-    for row in range(min(count, len(shown))):
+    for row in most_prose([_decoded(tokenizer, row) for row in batch.ids_BT], count):
         text = Text()
         for place in range(1, batch.lengths_B[row] - 1):
             accused = counted[row, place] and scores[row, place] > threshold
@@ -50,6 +58,29 @@ def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: GlobalBatch, c
                 text.append(token)
         sentences.append(text)
     return sentences
+
+
+def most_prose(texts: Sequence[str], count: int) -> list[int]:
+    """Return the places of the `count` texts with the largest share of prose, in their order.
+
+    Prose, in any script, is letters, spaces and the marks between sentences and their parts; brackets, digits,
+    underscores and operators are what code and tables are made of. Texts that are shorter than half of the longest
+    come last, since a short one is easily all letters.
+    """
+    longest = max(map(len, texts), default=0)
+    ranked = sorted(
+        range(len(texts)), key=lambda place: (2 * len(texts[place]) < longest, -_share_of_prose(texts[place]))
+    )
+    return sorted(ranked[:count])
+
+
+def _share_of_prose(text: str) -> float:
+    is_prose = [unicodedata.category(each)[0] in "LM" or each in _BETWEEN_WORDS for each in text]
+    return sum(is_prose) / max(1, len(text))
+
+
+def _decoded(tokenizer: Tokenizer, ids_T: np.ndarray) -> str:
+    return tokenizer.backend.decode(ids_T.tolist(), skip_special_tokens=True)
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
