@@ -70,6 +70,19 @@ def test_the_time_that_is_left_is_told_by_the_steps_of_what_runs(clock: Any, tmp
     assert shown.eta("running: ") == 60 * (STEPS - 3210) / 200  # for all that a second one would have room
 
 
+def test_a_trial_without_a_step_yet_is_said_to_prepare(clock: Any, tmp_path: Path) -> None:
+    shown = Shown(tmp_path, seeds=1, at_once=1)
+    shown.display.begin(shown.trials[0])
+    clock.now = 70.0
+    shown.display.look()
+    assert shown.lines()[-1].rstrip().endswith("prepares data and model")
+    shown.at(shown.trials[0], 12)
+    clock.now = 140.0
+    shown.display.look()
+    assert "prepares" not in shown.lines()[-1]
+    assert "step 12" in shown.lines()[-1]
+
+
 def test_a_trial_that_has_saved_has_not_ended(clock: Any, tmp_path: Path) -> None:
     shown = Shown(tmp_path, seeds=2, at_once=1)
     shown.display.begin(shown.trials[0])

@@ -428,6 +428,16 @@ def test_what_optuna_may_suggest_is_priced_by_its_ends(folder: SweepFolder) -> N
     assert "0 trials" not in text
 
 
+def test_a_cost_that_is_not_known_is_said_to_be_unknown_and_not_nothing(folder: SweepFolder) -> None:
+    stage = {"recipe": "rc2020", "model": "nobody/none", "task": "rte", "seeds": [0, 1]}
+    spec, trials = made({"name": "x", "finetune": stage})
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_plan(trials, spec, folder, 1, console)
+    text = console.export_text()
+    assert "Cost unknown for 2 trials" in text
+    assert "In all" not in text
+
+
 def test_what_a_killed_rank_leaves_is_no_verdict_and_a_refusal_to_go_on_is_one(folder: SweepFolder) -> None:
     spec, (trial,) = made(pretraining(seeds=[0]))
     pretend(folder, trial, 0.5, "failed", reason="a rank died without a word")

@@ -191,7 +191,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    from electra_ds.terminal import say
+
+    say(console, line)
 
 
 def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
@@ -213,6 +215,8 @@ def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, fold
     failed = f", {before_failed} that failed" if before_failed else ""
     _say(console, f"{spec.name}: {counted(len(known) + more)}, {done} done before{failed}; in {folder.path}")
     if missing or more:
+        if spec.description:
+            _say(console, spec.description)
         _say_what_is_read(spec, console)
 
     def begin() -> None:

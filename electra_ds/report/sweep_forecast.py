@@ -294,9 +294,13 @@ def print_plan(
     bases = dict.fromkeys(basis for row in rows for basis in row.bases)
     start = f" A start-up of {_START_S:.0f} s is in it." if set(bases) - {_MEASURED} else ""
     unknown = sum(row.left for row in rows if row.seconds is None)
-    some = "" if not unknown else f", without {counted(unknown)} of which nothing is known"
     low, high = (sum(row.left * row.seconds[end] for row in told if row.seconds) / at_once for end in (0, 1))
-    lines = [f"Each: {'; '.join(bases)}.{start}", f"In all {_span(low, high)} with {at_once} at once{some}."]
+    lines = [f"Each: {'; '.join(bases)}.{start}"] if bases else []
+    if told:
+        rest = ", without those whose cost is unknown" if unknown else ""
+        lines.append(f"In all {_span(low, high)} with {at_once} at once{rest}.")
+    if unknown:
+        lines.append(f"Cost unknown for {counted(unknown)}: the model or the task is not on this machine yet.")
     if crowded := _crowded([row.fit for row in rows], spec):
         lines.append(crowded)
     for line in lines:

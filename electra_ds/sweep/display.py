@@ -43,7 +43,7 @@ class _Running:
             if self.first is None or lines[0]["step"] < self.step:  # a run that goes on has cut its file back
                 self.first = time.monotonic(), lines[-1]["step"]
             self.step = lines[-1]["step"]
-        return self.trial.label + (f" step {self.step:,}" if self.step else "")
+        return self.trial.label + (f" step {self.step:,}" if self.step else " prepares data and model")
 
     def by_steps(self) -> tuple[float, float] | None:
         """(seconds that are left, seconds that all steps take), None where those that were made do not tell."""
