@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.config import deepspeed as config
+from electra_ds.config import inert
 from electra_ds.config.deepspeed import read_deepspeed_json, resolve
 from electra_ds.config.monitors import MONITOR_SECTIONS, FolderMonitor, Monitors, WandbMonitor
 from electra_ds.config.precision import LossScaling
@@ -85,8 +86,23 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
         ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'"),
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage: "auto" says nothing'),
         ({"zero_optimization": {"stage": 7}}, "7 is not one of 0, 1, 2, 3"),
-        ({"zero_optimization": {"stage": 0, "overlap_comm": True}}, "overlap_comm: has no effect at stage 0"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {}}}, "offload_param: has no effect at stage 2"),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer: DeepSpeed does not offload at stage 0",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param: DeepSpeed does not offload at stage 2",
+        ),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "mics_shard_size: DeepSpeed 0.19 no longer has"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload: not supported here"),
+        ({"zero_optimization": {"stage": 3, "compute_grad_norm": False}}, "compute_grad_norm: not supported here"),
+        ({"elasticity": {"enabled": True}}, "elasticity: DeepSpeed 0.19 no longer has this feature"),
+        ({"amp": {"enabled": True, "opt_level": "O1"}}, "amp: DeepSpeed 0.19 no longer has this feature"),
+        ({"prescale_gradients": True}, "prescale_gradients: this DeepSpeed feature is not supported"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: this DeepSpeed feature is not supported"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint: this DeepSpeed feature is not supported"),
+        ({"comms_logger": {"enabled": True}}, "comms_logger: it is not supported here"),
         ({"zero_optimization": {"stage": 2, "overlap_com": 1}}, "overlap_com: not supported.*mean 'overlap_comm'"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights: not supported"),
         (
@@ -133,7 +149,7 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
         ({"fp16": {"enabled": True, "auto_cast": True}}, "fp16.auto_cast: is not supported"),
         ({"steps_per_print": "x"}, "steps_per_print: 'x' is not of type whole number"),
         ({"optimizer": "AdamW"}, "optimizer: must be an object"),
-        ({"autotuning": {}}, "autotuning: this DeepSpeed feature is not supported"),
+        ({"autotuning": {"enabled": True}}, "autotuning: this DeepSpeed feature is not supported"),
         ({"comet": {"enabled": True}}, "comet: Comet is not supported; use --wandb, --tensorboard"),
         ({"tensorboard": True}, "tensorboard: must be an object"),
         ({"tensorboard": {"enabled": "yes"}}, "tensorboard.enabled: 'yes' is not true or false"),
@@ -145,6 +161,74 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
 def test_each_fault_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (
+            {"prescale_gradients": False, "gradient_predivide_factor": 1},
+            "prescale_gradients, gradient_predivide_factor",
+        ),
+        ({"autotuning": {"enabled": False, "fast": True}}, "autotuning"),
+        ({"elasticity": {"enabled": False}, "amp": False}, "elasticity, amp"),
+        ({"curriculum_learning": {"enabled": False}, "sparse_gradients": False}, "curriculum_learning"),
+        ({"comms_logger": {"enabled": False, "verbose": True}}, "comms_logger"),
+        ({"aio": {"block_size": 1048576, "queue_depth": 8}}, "aio"),
+        ({"checkpoint": {"tag_validation": "Warn", "load_universal": False}}, "checkpoint"),
+        ({"tensor_parallel": {"autotp_size": 1}, "communication_data_type": None}, "tensor_parallel"),
+        ({"zero_optimization": {"stage": 0, "overlap_comm": True}}, "zero_optimization.overlap_comm (at stage 0)"),
+        (
+            {"zero_optimization": {"stage": 2, "sub_group_size": 1e9, "offload_param": {"device": "none"}}},
+            "zero_optimization.sub_group_size (at stage 2), zero_optimization.offload_param (at stage 2)",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "mics_shard_size": -1, "zero_hpz_partition_size": 1}},
+            "zero_optimization.mics_shard_size, zero_optimization.zero_hpz_partition_size",
+        ),
+        ({"zero_optimization": {"stage": 1, "cpu_offload": False, "elastic_checkpoint": False}}, "cpu_offload"),
+    ],
+)
+def test_what_changes_nothing_is_a_note_and_the_plan_is_that_without_it(values: dict[str, Any], named: str) -> None:
+    plan = plan_of(values)
+    (note,) = plan.notes
+    assert note.startswith("left out, since nothing depends on it here: ")
+    assert named in note
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    assert plan.document == plan_of({"zero_optimization": {"stage": stage}}).document
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"bf16": {"enabled": True, "immediate_grad_update": True, "loss_scale": 0, "initial_scale_power": 16}},
+        {"fp16": {"enabled": False, "auto_cast": True}, "bf16": {"enabled": True}},
+        {"bf16": {"enabled": True, "check_grad_overflow": False, "bf16_optimizer_states": False}},
+    ],
+)
+def test_a_precision_section_may_spell_out_defaults_and_what_bf16_has_no_use_for(values: dict[str, Any]) -> None:
+    plan = plan_of(values)
+    assert plan.notes == ()
+    assert plan.document == plan_of({"bf16": {"enabled": True}}).document
+
+
+def test_the_defaults_that_may_be_spelled_out_are_deepspeeds_own() -> None:
+    import deepspeed.runtime.config as theirs
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key, value in inert.TOP_DEFAULTS.items():
+        (name,) = (name for name in dir(constants) if getattr(constants, name) == key and not name.endswith("DEFAULT"))
+        default = f"{name}_DEFAULT".replace("PARALLELISM_DEFAULT", "PARALLEL_DEFAULT")
+        assert getattr(constants, default) == value, key
+    for key, value in inert.ZERO_DEFAULTS.items():
+        field = DeepSpeedZeroConfig.model_fields[key]
+        assert (field.default, type(field.default)) == (value, type(value)), key
+    assert set(inert.REMOVED) == set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert set(inert.ZERO_REMOVED) == set(theirs._REMOVED_ZERO_CONFIG_KEYS)
+    ours = {*ZERO_KEYS, *ZERO_3_KEYS, *inert.ZERO_DEFAULTS}
+    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert known <= ours | {"leaf_module"}
 
 
 def test_monitor_sections_have_deepspeeds_own_fields_and_are_not_handed_on() -> None:
@@ -210,10 +294,10 @@ def test_what_deepspeed_itself_refuses_is_refused_before_anything_starts() -> No
 
     from electra_ds.engine.engine import check_plan
 
-    plan = plan_of({"comms_logger": {"foo": 1}})
+    plan = plan_of({"timers": {"throughput": {"foo": 1}}})
     with pytest.raises(ConfigError, match=r"(?s)DeepSpeed refuses x\.json.*foo"):
         check_plan(plan, torch.device("cpu"), "x.json")
-    check_plan(plan_of({"comms_logger": {"enabled": False}}), torch.device("cpu"), "x.json")
+    check_plan(plan_of({"timers": {"throughput": {"enabled": False}}}), torch.device("cpu"), "x.json")
 
 
 def test_precision_is_not_handed_to_deepspeed_at_stage_0() -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import hjson
 
 from electra_ds.config.activations import parse_activations
+from electra_ds.config.inert import REMOVED, is_inert
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
 from electra_ds.config.overrides import dotted_values
 from electra_ds.config.precision import PRECISION_KEYS, Precision, parse_precision
@@ -30,7 +31,6 @@ OWNED_BY_RECIPE = ("train_batch_size", "gradient_clipping", "optimizer", "schedu
 _CUT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 RESOLVED_HERE = (*_CUT, "zero_optimization", "fp16", "bf16", "torch_autocast", "activation_checkpointing")
 HANDED_ON: dict[str, type] = {
-    "comms_logger": dict,
     "disable_python_gc": bool,
     "dump_state": bool,
     "flops_profiler": dict,
@@ -49,7 +49,10 @@ NOT_USED = (
     "managed_gradient_accumulation", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type",
     "tensor_parallel", "use_data_before_expert_parallelism", "weight_quantization",
 )  # fmt: skip
-INSTEAD = {"comet": "Comet is not supported; use --wandb, --tensorboard, or a csv_monitor section instead"}
+INSTEAD = {
+    "comet": "Comet is not supported; use --wandb, --tensorboard, or a csv_monitor section instead",
+    "comms_logger": "it is not supported here, where nothing prints its summary; remove the key",
+}
 
 
 @dataclass(frozen=True)
@@ -172,11 +175,13 @@ def resolve(
     """
     problems: list[str] = []
     document = without_auto({key: value for key, value in values.items() if key in (*HANDED_ON, *MONITOR_SECTIONS)})
-    _check_keys(values, problems)
     notes: list[str] = []
+    inert = _check_keys(values, problems)
     _check_recipe_owned(values, recipe, problems, notes)
-    zero = parse_zero(values, problems)
+    zero = parse_zero(values, problems, inert)
     precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes)
+    if inert:
+        notes.append(f"left out, since nothing depends on it here: {', '.join(inert)}")
     monitors = parse_monitors(values, problems)
     checkpointed_layers = parse_activations(values, recipe.num_hidden_layers, problems, notes)
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
@@ -196,18 +201,25 @@ def resolve(
         document["activation_checkpointing"] = {"number_checkpoints": checkpointed_layers}
     for name in PRECISION_KEYS:
         if isinstance(values.get(name), dict) and name.replace("torch_", "") == precision.name.split("-")[0]:
-            document[name] = without_auto(values[name]) | {"enabled": True}
+            known = {key: value for key, value in values[name].items() if key in PRECISION_KEYS[name]}
+            document[name] = without_auto(known) | {"enabled": True}
     is_open = all(values.get(key, "auto") == "auto" for key in _CUT)
     return DeepSpeedPlan(
         document, batch, precision, monitors, zero["stage"], checkpointed_layers, tuple(notes), is_open
     )
 
 
-def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
+def _check_keys(values: dict[str, Any], problems: list[str]) -> list[str]:
+    """Return the keys that change nothing."""
     known = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *HANDED_ON, *MONITOR_SECTIONS)
+    inert = []
     for key in values:
-        if key in INSTEAD:
+        if key in (*INSTEAD, *NOT_USED, *REMOVED) and is_inert(key, values[key]):
+            inert.append(key)
+        elif key in INSTEAD:
             problems.append(f"{key}: {INSTEAD[key]}")
+        elif key in REMOVED:
+            problems.append(f"{key}: DeepSpeed 0.19 no longer has this feature; remove the key")
         elif key in NOT_USED:
             problems.append(f"{key}: this DeepSpeed feature is not supported here; remove the key")
         elif key not in known:
@@ -224,6 +236,7 @@ def _check_keys(values: dict[str, Any], problems: list[str]) -> None:
             problems.append(f"flops_profiler.{key}: unknown key")
         elif value != "auto" and type(value) not in _FLOPS_PROFILER[key]:
             problems.append(f"flops_profiler.{key}: {value!r} is of the wrong type")
+    return inert
 
 
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")

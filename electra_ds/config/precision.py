@@ -15,10 +15,12 @@ PRECISION_KEYS = {
     "bf16": {"enabled"},
     "torch_autocast": {"enabled", "dtype"},
 }  # fmt: skip
-_WITHOUT_EFFECT = {
-    "auto_cast", "fp16_master_weights_and_grads", "check_grad_overflow", "immediate_grad_update",
-    "bf16_master_weights_and_grads", "bf16_optimizer_states", "lower_precision_safe_modules",
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "auto_cast": False, "fp16_master_weights_and_grads": False, "check_grad_overflow": False,
+    "immediate_grad_update": True, "bf16_master_weights_and_grads": False, "bf16_optimizer_states": False,
+    "lower_precision_safe_modules": None,
 }  # fmt: skip
+"""With DeepSpeed's defaults, which may be spelled out."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,13 @@ def parse_precision(
         if not isinstance(section, dict):
             problems.append(f'{name}: must be an object such as {{"enabled": true}}')
             continue
+        is_on = section.get("enabled", False) is not False
         for key in section:
             if key in _WITHOUT_EFFECT:
-                if section[key]:
+                if is_on and section[key] and section[key] not in ("auto", _WITHOUT_EFFECT[key]):
                     problems.append(f"{name}.{key}: is not supported here; remove it")
+            elif name == "bf16" and key in PRECISION_KEYS["fp16"]:
+                continue  # bf16 has no loss scale, in DeepSpeed neither
             elif key not in known:
                 problems.append(f"{name}.{key}: unknown key{did_you_mean(key, known)}")
         on = section.get("enabled", False)

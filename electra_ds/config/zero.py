@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from electra_ds.config.inert import ZERO_REMOVED, is_inert_in_zero, is_offload
 from electra_ds.config.suggest import did_you_mean
 
 # Our own bucket sizes, in elements: DeepSpeed's 5e8 would be a gigabyte, more than the whole of a small model.
@@ -28,8 +29,11 @@ ZERO_3_KEYS = {
 }  # fmt: skip
 
 
-def parse_zero(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The zero_optimization section with every "auto" filled in and buffers of a size for small cards."""
+def parse_zero(values: dict[str, Any], problems: list[str], inert: list[str]) -> dict[str, Any]:
+    """Return the zero_optimization section with every "auto" filled in and buffers of a size for small cards.
+
+    Keys that change nothing are left out and added to `inert`.
+    """
     section = values.get("zero_optimization", {})
     if not isinstance(section, dict):
         problems.append("zero_optimization: must be an object")
@@ -42,11 +46,19 @@ def parse_zero(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     if stage not in (0, 1, 2, 3):
         return {"stage": 0}
     known = {0: {"stage"}, 1: ZERO_KEYS, 2: ZERO_KEYS, 3: ZERO_KEYS | ZERO_3_KEYS}[stage]
-    for key in section:
-        if key not in ZERO_KEYS | ZERO_3_KEYS:
+    for key, value in section.items():
+        if key in ZERO_KEYS | ZERO_3_KEYS:
+            if key not in known and is_offload(key, value):
+                problems.append(f"zero_optimization.{key}: DeepSpeed does not offload at stage {stage}; remove it")
+            elif key not in known:
+                inert.append(f"zero_optimization.{key} (at stage {stage})")
+        elif is_inert_in_zero(key, value):
+            inert.append(f"zero_optimization.{key}")
+        elif key in ZERO_REMOVED:
+            problems.append(f"zero_optimization.{key}: DeepSpeed 0.19 no longer has this feature; remove the key")
+        else:
             problems.append(f"zero_optimization.{key}: not supported here{did_you_mean(key, known)}")
-        elif key not in known:
-            problems.append(f"zero_optimization.{key}: has no effect at stage {stage}; remove it")
+    section = {key: value for key, value in section.items() if key in known}
     for key in _ZERO_DEFAULTS.get(stage, {}):
         size = section.get(key, "auto")
         if size != "auto" and (isinstance(size, bool) or not isinstance(size, (int, float)) or not 1 <= size < 1e15):
