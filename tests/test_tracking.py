@@ -328,6 +328,30 @@ def test_the_command_line_wins_over_the_json_and_the_json_over_the_record(tmp_pa
         Options(wandb_project="mine").tracking(TrackingSettings(), Monitors(), directory)
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [(None, "online"), ("offline", "offline"), ("dryrun", "offline"), ("disabled", "off"), ("online", "online")],
+)
+def test_wandb_mode_decides_where_only_the_json_asks_for_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None, expected: str
+) -> None:
+    if mode is not None:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    run, monitors = RunDirectory(tmp_path / "run"), Monitors(wandb=WandbMonitor("p"))
+    assert Options().tracking(TrackingSettings(), monitors, run).wandb == expected
+    assert Options(wandb="offline").tracking(TrackingSettings(), monitors, run).wandb == "offline"
+    assert Options().tracking(TrackingSettings(), Monitors(), run).wandb == "off"
+
+
+def test_one_line_says_that_the_flag_wins_over_wandb_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode, lines in (("offline", 0), ("disabled", 1)):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        console = Console(file=io.StringIO(), width=200)
+        opened(OFFLINE, tmp_path / mode, console=console).finish(None)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert said.count("--wandb offline, given here or recorded by the run, wins over WANDB_MODE") == lines
+
+
 def test_each_new_run_has_its_own_wandb_id() -> None:
     assert len({TrackingSettings().wandb_id for _ in range(100)}) == 100
 

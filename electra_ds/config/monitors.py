@@ -6,11 +6,17 @@ the sections are not handed on to `deepspeed.initialize`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
 from electra_ds.config.suggest import did_you_mean
 
+WANDB_MODES = {
+    "online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
+    "disabled": "off",
+}  # fmt: skip
+"""What the values of WANDB_MODE mean for `--wandb`."""
 MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor")
 
 
@@ -38,6 +44,11 @@ class Monitors:
     tensorboard: FolderMonitor | None = None
     wandb: WandbMonitor | None = None
     csv_monitor: FolderMonitor | None = None
+
+
+def wandb_mode_of_environment() -> str | None:
+    """Return the `--wandb` that wandb's own variable WANDB_MODE asks for, None where it is not set or is unknown."""
+    return WANDB_MODES.get(os.environ.get("WANDB_MODE", "").strip().lower())
 
 
 def parse_monitors(values: dict[str, Any], problems: list[str]) -> Monitors:

@@ -24,7 +24,7 @@ from electra_ds.config.manifest import (
     TrackingSettings,
     WandbMode,
 )
-from electra_ds.config.monitors import FolderMonitor, Monitors
+from electra_ds.config.monitors import FolderMonitor, Monitors, wandb_mode_of_environment
 from electra_ds.config.recipe import Recipe, TrainingRecipe
 from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
@@ -73,13 +73,16 @@ class Options:
     def tracking(self, before: TrackingSettings, monitors: Monitors, run: RunDirectory) -> TrackingSettings:
         """What was recorded, then the sections that a DeepSpeed JSON enables, then what was given here.
 
+        WANDB_MODE decides the mode where only the JSON asks for wandb, as it does in DeepSpeed.
         Raises ConfigError where a value would have no effect.
         """
         new: dict[str, Any] = {}
         if monitors.wandb is not None:
             section = monitors.wandb
             given = {"wandb_project": section.project, "wandb_entity": section.team, "wandb_group": section.group}
-            new = {"wandb": "online"} | {name: value for name, value in given.items() if value is not None}
+            new = {"wandb": wandb_mode_of_environment() or "online"} | {
+                name: value for name, value in given.items() if value is not None
+            }
         if self.tensorboard is not None:
             new["tensorboard"] = "tensorboard" if self.tensorboard else None
         if monitors.tensorboard is not None and self.tensorboard is not False:
