@@ -9,6 +9,14 @@ import sys
 from pathlib import Path
 
 _CONSOLE_SCRIPT = "electra-ds"
+PACKAGES = frozenset(
+    {
+        "datasets", "deepspeed", "huggingface_hub", "matplotlib", "numpy", "packaging", "pandas", "psutil", "pyarrow",
+        "pydantic", "ray", "rich", "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers",
+        "typing_extensions", "wandb", "yaml", "zstandard",
+    }
+)  # fmt: skip
+"""Modules that are installed with this program, by the names that they are imported by."""
 _IN_BIN = re.compile(r"(?<![\w/.])bin/(?=[a-z])")
 
 
@@ -24,6 +32,21 @@ def command(name: str) -> str:
 def as_called(text: str) -> str:
     """Return a help text with each `bin/NAME` in it as `command` would write it."""
     return _IN_BIN.sub(lambda _: _prefix(sys.argv[0] if sys.argv else ""), text)
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """Return what to tell a user who started a command outside its environment, and None where another module is
+    missing: one of a plug-in of the user's own, or a part of a package that is installed."""
+    if error.name not in PACKAGES:
+        return None
+    found = f"The package {error.name} is not installed in the environment of {sys.executable}."
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "Makefile").is_file():
+        return f"{found} Install this program again, with all that it needs: {sys.executable} -m pip install electra_ds"
+    python = checkout / ".venv" / "bin" / "python"
+    if not python.exists() or Path(sys.prefix) == python.parent.parent:
+        return f"{found} Run 'make install' in {checkout}, then 'source {python.parent}/activate', and try again."
+    return f"{found} Run 'source {python.parent}/activate' and try again, or start the command with {python}."
 
 
 def _prefix(called: str) -> str:

@@ -10,6 +10,8 @@ for number in 1 2 3 4 5 6 7 8 9; do
 done
 venv/bin/electra-ds --version
 venv/bin/electra-ds doctor
+venv/bin/electra-ds recipes tiny
+venv/bin/electra-ds pretrain --corpus corpus --dry-run
 venv/bin/electra-ds pretrain --ds-config cpu --recipe tiny --corpus corpus --run-dir run --eval-windows 16 \
   --wandb offline --tensorboard --set schedule.total_steps=5 schedule.warmup_steps=1 tokenizer.vocab_size=400
 ls run/wandb/offline-run-*/run-*.wandb run/tensorboard/events.out.tfevents.*

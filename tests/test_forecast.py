@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from electra_ds.config.cards import CARDS, Card, find_card, lacks
 from electra_ds.config.deepspeed import read_deepspeed_json
@@ -179,6 +180,14 @@ def test_the_command_says_all_of_it() -> None:
     assert "fits." in command("--ds-config", "cpu", "--recipe", "tiny")
 
 
+def test_without_arguments_the_plan_is_for_what_this_machine_would_run() -> None:
+    """A CPU, as far as tests know."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "tiny with cpu on this machine's CPU: fp32" in command()
+    assert "rc2020-small with rtx3090-24gb on NVIDIA GeForce RTX 3090" in command("--card", "RTX 3090")
+
+
 def test_the_table_has_every_card_and_every_recipe() -> None:
     said = json.loads(command("--all", "--json"))
     assert {(row["card"], row["recipe"]) for row in said} == {
@@ -232,7 +241,6 @@ def test_json_has_every_number() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((), "Say how it would be run with --ds-config"),
         (("--ds-config", "zero1"), "zero1 is not named after a card; say which one with --card or --memory-gb"),
         (("--ds-config", "gtx1060-6gb", "--card", "GTX 1070"), "No card 'GTX 1070' is known. Give its memory"),
         (("--ds-config", "gtx1060-6gb", "--card", "gtx1060"), "did you mean 'NVIDIA GeForce GTX 1060 6GB'? Give"),

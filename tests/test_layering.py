@@ -27,6 +27,7 @@ ROWS = [
 ]
 # Imports inside functions, beside those of the commands: what takes seconds and a run's first step does not need.
 LATE = {
+    ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
     ("electra_ds.train.metrics", "sklearn.metrics"),
     ("electra_ds.objective.task_metrics", "sklearn.metrics"),
     ("electra_ds.objective.task_metrics", "scipy.stats"),

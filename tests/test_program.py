@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from electra_ds.cli import build_parser
-from electra_ds.program import as_called, command
+from electra_ds.program import PACKAGES, as_called, command, missing_package
+from tests.helpers import REPOSITORY
 
 
 @pytest.fixture
@@ -61,3 +65,51 @@ def test_help_names_the_program_that_was_called(monkeypatch: pytest.MonkeyPatch,
 
 def test_as_called_changes_names_of_commands_alone() -> None:
     assert as_called("bin/pretrain, /usr/bin/env and cabin/x") == "electra-ds pretrain, /usr/bin/env and cabin/x"
+
+
+# --- outside the environment
+
+SCRIPTS = {
+    "bench": [], "build-data": ["--corpus", "x", "--out", "y"], "checkpoint": ["ls", "x"], "doctor": [],
+    "export": ["x"], "finetune": ["--model", "x", "--task", "rte"], "plan": [], "pretrain": [], "recipes": [],
+    "report": ["x"], "sweep": ["smoke", "--dry-run"],
+}  # fmt: skip
+
+
+def test_every_script_is_tested() -> None:
+    assert SCRIPTS.keys() == {path.name for path in (REPOSITORY / "bin").iterdir()}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_command_without_its_packages_says_which_is_missing_and_what_to_run(name: str, tmp_path: Path) -> None:
+    """-S hides every installed package. What is imported when the handler runs counts, not only what comes first."""
+    result = subprocess.run(
+        [sys.executable, "-S", str(REPOSITORY / "bin" / name), *SCRIPTS[name]],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={},
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert re.match(r"The package (rich|pydantic|yaml|numpy|torch) is not installed in the env", result.stderr)
+    assert "/activate'" in result.stderr
+
+
+def test_a_missing_module_that_is_not_installed_with_the_program_is_not_taken_for_one() -> None:
+    assert missing_package(ModuleNotFoundError("No module named 'my_plugin'", name="my_plugin")) is None
+    assert missing_package(ModuleNotFoundError("No module named 'torch.x'", name="torch.x")) is None
+    assert missing_package(ModuleNotFoundError("no name")) is None
+    told = missing_package(ModuleNotFoundError("No module named 'rich'", name="rich"))
+    assert told is not None
+    assert told.startswith("The package rich is not installed")
+
+
+def test_the_packages_that_are_known_are_those_that_are_imported() -> None:
+    imported = set()
+    for path in (REPOSITORY / "electra_ds").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    late = {"wandb"}  # by name
+    optional = {"optuna"}
+    assert imported - set(sys.stdlib_module_names) - {"electra_ds"} - optional | late == PACKAGES

@@ -7,9 +7,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from electra_ds.cli import main
+from electra_ds.config.finetune_recipe import load_finetune_recipe
 from electra_ds.config.overrides import load_recipe, parse_value
 from electra_ds.config.recipe import Recipe, recipe_yaml, validate_recipe
-from electra_ds.config.shipped import recipe_names
+from electra_ds.config.shipped import FINETUNE_RECIPES, RECIPES, finetune_recipe_names, recipe_names, shipped_text
 from electra_ds.errors import ConfigError
 
 
@@ -107,6 +109,138 @@ def test_a_recipe_file_reads_numbers_as_the_command_line_does(tmp_path: Path) ->
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_yaml(load_recipe("tiny")).replace("total_steps: 10000", "total_steps: 1e4"))
     assert load_recipe(str(path)) == load_recipe("tiny")
+
+
+# --- warm-up as a share
+
+
+def test_the_warm_up_of_shipped_recipes_is_as_long_as_it_was() -> None:
+    steps = {name: load_recipe(name).schedule.warmup_steps for name in recipe_names()}
+    assert steps == {"tiny": 200, "mini": 1000, "rc2020-small": 10_000, "electra-small": 10_000}
+
+
+@pytest.mark.parametrize(("overrides", "steps"), [
+    (["schedule.total_steps=4000"], 80),
+    (["schedule.total_steps=7"], 0),
+    (["schedule.warmup_steps=7"], 7),
+    (["schedule.warmup_share=0.5"], 5000),
+    (["schedule.warmup_share=0.3", "schedule.total_steps=9"], 2),
+    (["schedule.warmup_share=0.9999999999999999", "schedule.total_steps=1e12"], 10**12 - 1),
+])  # fmt: skip
+def test_a_share_of_the_steps_is_resolved_to_steps_and_either_takes_the_others_place(
+    overrides: list[str], steps: int
+) -> None:
+    recipe = load_recipe("tiny", overrides)
+    assert recipe.schedule.warmup_steps == steps
+    assert "warmup_share" not in recipe_yaml(recipe)
+    assert validate_recipe(yaml.safe_load(recipe_yaml(recipe)), "again") == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.warmup_steps=7", "schedule.warmup_share=0.1"], "schedule: give either .*, not both"),
+        (["schedule.warmup_share=null"], "schedule: give either warmup_steps or warmup_share"),
+        (["schedule.warmup_share=1"], "schedule.warmup_share: .*less than 1"),
+        (["schedule.warmup_share=yes"], "warmup_share must be a number"),
+        (["schedule.warmup_steps=10000"], "must be below total_steps 10000; warmup_share, such as 0.01, follows"),
+    ],
+)
+def test_a_warm_up_is_given_exactly_once(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("tiny", overrides)
+
+
+# --- recipes that extend another
+
+
+@pytest.mark.parametrize(("base", "parent"), [("tiny", "tiny"), ("../base.yaml", "mini"), ("base2.yaml", "mini")])
+def test_a_recipe_extends_a_shipped_one_or_a_file_beside_it(tmp_path: Path, base: str, parent: str) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (tmp_path / "base.yaml").write_text(shipped_text(RECIPES, "mini"))
+    (folder / "base2.yaml").write_text("extends: ../base.yaml\n")
+    (folder / "mine.yaml").write_text(
+        f"extends: {base}\ndata: {{sequence_length: 48}}\nschedule: {{total_steps: 50, warmup_steps: 3}}\n"
+    )
+    same = load_recipe(parent, ["data.sequence_length=48", "schedule.total_steps=50", "schedule.warmup_steps=3"])
+    recipe = load_recipe(str(folder / "mine.yaml"))
+    assert recipe == same.model_copy(update={"name": "mine", "description": ""})
+    assert "extends" not in recipe_yaml(recipe)
+    assert load_recipe(str(folder / "mine.yaml"), ["name=x", "seed=5"]).seed == 5
+
+
+def test_a_finetuning_recipe_extends_another_task_by_task(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "extends: rc2020\nname: ours\noptimizer: {learning_rate: 1e-3}\nby_task: {rte: {data.max_length: 64}}\n"
+    )
+    recipe, shipped = load_finetune_recipe(str(path), "rte"), load_finetune_recipe("rc2020", "rte")
+    assert (recipe.name, recipe.schedule.epochs, recipe.data.max_length) == ("ours", 10, 64)
+    assert recipe.optimizer.learning_rate == 1e-3
+    assert recipe.head == shipped.head
+    assert load_finetune_recipe(str(path), "mrpc").data.max_length == 128
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: mine.yaml\n", "extends itself"),
+        ("extends: other.yaml\n", "mine.yaml extends .*other.yaml extends .*mine.yaml"),
+        ("extends: tinny\n", "mine.yaml extends .*tinny.*There is no recipe"),
+        ("extends: [tiny, mini]\n", "extends takes the name or the path of one recipe"),
+        ("extends: broken.yaml\n", "must be a mapping"),
+        ("extends: tiny\nmodel: {hidden: 3}\n", "model.hidden: unknown key"),
+        ("extends: tiny\nschedule: {warmup_share: 0.1, warmup_steps: 3}\n", "not both"),
+    ],
+)
+def test_a_recipe_that_cannot_be_extended_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml\n")
+    (tmp_path / "broken.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+# --- the command that prints them
+
+
+@pytest.mark.parametrize("name", [*recipe_names(), *finetune_recipe_names()])
+def test_every_shipped_recipe_is_printed_in_full_and_loads_back(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["recipes", name])
+    text = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(text)
+    # What stands there as a comment is written out, too: the values are those that the recipe has anyway.
+    _, marker, defaults = text.partition("# Left at their defaults:\n")
+    assert marker
+    overrides = [line.removeprefix("#   ").replace(": ", "=", 1) for line in defaults.splitlines()]
+    if name in recipe_names():
+        assert load_recipe(str(tmp_path / "printed.yaml")) == load_recipe(name)
+        assert load_recipe(str(tmp_path / "printed.yaml"), overrides) == load_recipe(name)
+        assert text.startswith(shipped_text(RECIPES, name))
+        return
+    for task in ("rte", "squad2", ""):
+        assert load_finetune_recipe(str(tmp_path / "printed.yaml"), task) == load_finetune_recipe(name, task)
+    assert text.startswith(shipped_text(FINETUNE_RECIPES, name))
+
+
+def test_the_list_of_recipes_has_a_line_for_each_and_names_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in (*recipe_names(), *finetune_recipe_names()):
+        [line] = [line for line in lines if line.split()[0] == name]
+        assert len(line.split()) > 4
+    for name, default in (("tiny", "without a GPU"), ("rc2020-small", "with a GPU"), ("rc2020", "default")):
+        assert any(line.split()[0] == name and default in line for line in lines)
+
+
+def test_an_unknown_recipe_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["recipes", "tinny"])
+    assert leaving.value.code == 2
+    assert "did you mean 'tiny'?" in capsys.readouterr().err
 
 
 def test_an_override_without_a_value_is_refused() -> None:

@@ -63,6 +63,24 @@ def test_a_sweep_is_the_same_one_after_its_files_are_gone_and_its_folder_has_mov
     assert not any(str(own) in str(trial.options) for trial in expand(again, None))
 
 
+def test_the_copy_of_a_recipe_that_extends_another_is_complete(own: Path, tmp_path: Path) -> None:
+    changes = "schedule: {total_steps: 2000, warmup_share: 0.1}\n"
+    (own / "other" / "extends.yaml").write_text("extends: ../mine.yaml\n" + changes)
+    (own / "tuned2.yaml").write_text("extends: rc2020\nschedule: {epochs: 1}\n")
+    values = pretraining(recipe=str(own / "other" / "extends.yaml")) | {
+        "finetune": {"task": "rte", "recipe": str(own / "tuned2.yaml")}
+    }
+    spec = parse_sweep(values, "test")
+    keys = [trial.key for trial in expand(spec, None)]
+    started(SweepFolder(tmp_path / "sweep"), spec)
+    for path in own.rglob("*.*"):
+        path.unlink()
+    moved = (tmp_path / "sweep").rename(tmp_path / "moved")
+    again = expand(SweepFolder(moved).read(), None)
+    assert [trial.key for trial in again] == keys
+    assert [trial.recipe.name for trial in again] == ["extends", "tuned2"]
+
+
 def test_what_is_shipped_is_no_copy_and_what_is_given_anew_is_one_more(own: Path, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "sweep")
     kept = started(folder, parse_sweep(sweep_of(own), "test"))

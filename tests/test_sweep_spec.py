@@ -53,8 +53,6 @@ def trials_of(values: dict[str, Any]) -> list[Trial]:
 def what_it_needs(name: str) -> list[str]:
     values = yaml.safe_load(shipped_text(SWEEPS, name))
     needs = []
-    if "pretrain" in values and "ds_config" not in values["pretrain"]:
-        needs.append("pretrain.ds_config=cpu")
     if ("pretrain" not in values and "variants" not in values["finetune"]) or name.endswith("finetuning"):
         needs.append(f"finetune.model={MODEL}")
     return needs

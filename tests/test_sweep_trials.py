@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from electra_ds.cli import finetune, pretrain
+from electra_ds.cli.arguments import with_seed
 from electra_ds.cli.sweep import check_arguments
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
 from electra_ds.config.overrides import load_recipe
@@ -52,8 +53,8 @@ def recipe_by_hand(trial: Trial) -> Recipe | FinetuneRecipe:
     """As the command's handler resolves it."""
     options = parsed(trial)
     if trial.stage == "pretrain":
-        return load_recipe(options.recipe, options.overrides)
-    return load_finetune_recipe(options.recipe, options.task or "", [*options.overrides, f"seed={options.seed}"])
+        return load_recipe(options.recipe, with_seed(options))
+    return load_finetune_recipe(options.recipe, options.task or "", with_seed(options))
 
 
 def keys(trials: Sequence[Trial]) -> set[str]:
@@ -281,10 +282,6 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("no model", finetuning(model=None), ["finetune.model: is missing; give a run, a transformers folder or a name"]),
     ("no task", finetuning(task=None), ["finetune.task: is missing; write one, or train and dev"]),
     ("no recipe", finetuning(recipe=None), ["finetune.recipe: is missing; write one such as recipe: rc2020"]),
-    (
-        "no JSON", pretraining(ds_config=None),
-        ["pretrain.ds_config: is missing; write how to run it, such as ds_config: cpu"],
-    ),
     ("two models", pretraining() | {"finetune": FINETUNE}, ["finetune.model: is what pretrain makes; leave out one"]),
     ("recipe", finetuning(recipe="rc202"), ["finetune.recipe: There is no recipe 'rc202'", "did you mean 'rc2020'"]),
     ("task", finetuning(task="mrcp"), ["finetune.task: there is no task 'mrcp'; did you mean 'mrpc'?"]),

@@ -23,11 +23,12 @@ from electra_ds.cli.doctor import add_doctor
 from electra_ds.cli.finetune import add_finetune
 from electra_ds.cli.plan import add_plan
 from electra_ds.cli.pretrain import add_pretrain
+from electra_ds.cli.recipes import add_recipes
 from electra_ds.cli.results import add_export, add_report
 from electra_ds.cli.sweep import add_sweep
 from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
 from electra_ds.launcher import Launch, detect
-from electra_ds.program import as_called, command
+from electra_ds.program import as_called, command, missing_package
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_sweep(commands)
     add_build_data(commands)
     add_plan(commands)
+    add_recipes(commands)
     add_report(commands)
     add_export(commands)
     add_checkpoint(commands)
@@ -99,9 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if speaks:
             print("Interrupted.", file=sys.stderr)
         _end_by(signal.SIGINT, launch)
-    except Exception:
+    except Exception as error:
         if launch.world_size == 1:
-            raise
+            raise  # where only a package is missing, __main__ says so
+        if isinstance(error, ModuleNotFoundError) and (told := missing_package(error)) is not None:
+            if speaks:
+                print(told, file=sys.stderr)
+            _leave(1, launch)
         sys.excepthook(*sys.exc_info())
         _leave(1, launch)
 

@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from electra_ds.config.shipped import ds_config_names
+from electra_ds.config.shipped import DS_CONFIG_NOTE, GPU_RECIPE, ds_config_names
+from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 _NARROWEST = 80
 _OF_A_FILE = 120
-DEFAULT_RECIPE = "rc2020-small"
+DEFAULT_RECIPE = GPU_RECIPE
+"""Of commands whose outcome is for another machine, too."""
 
 
 def add_command(commands: Commands, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
@@ -44,6 +46,31 @@ def add_overrides(group: Group, example: str) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
         help=f"override the recipe, e.g. --set {example}",
     )  # fmt: skip
+
+
+def add_seed(group: Group, what: str) -> None:
+    """--seed, as `options.seed`."""
+    group.add_argument("--seed", type=_seed, metavar="S", help=f"{what}; the same as --set seed=S (default: 0)")
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def with_seed(options: argparse.Namespace) -> list[str]:
+    """The recipe's overrides, --seed among them."""
+    return [*options.overrides, *([] if options.seed is None else [f"seed={options.seed}"])]
+
+
+def check_seed(options: argparse.Namespace) -> None:
+    """ConfigError where --seed and --set give different seeds."""
+    from electra_ds.config.overrides import parse_value
+
+    others = [value for key, _, value in (each.partition("=") for each in options.overrides) if key == "seed"]
+    if options.seed is not None and any(parse_value(other) != options.seed for other in others):
+        raise ConfigError(f"--seed {options.seed} and --set seed={others[-1]} differ. Give one of them.")
 
 
 def wide_console() -> Console:
@@ -85,11 +112,11 @@ def add_launcher_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
 
 
-def add_plan_arguments(how: Group, run_dir: str, micro_batch_help: str, ds_config_note: str = "") -> None:
+def add_plan_arguments(how: Group, run_dir: str, micro_batch_help: str) -> None:
     """How any training is run. run_dir: where a run lives by default."""
     how.add_argument(
         "--ds-config", "--deepspeed_config", metavar="NAME|FILE",
-        help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON{ds_config_note}",
+        help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON ({DS_CONFIG_NOTE})",
     )  # fmt: skip
     how.add_argument("--micro-batch", type=micro_batch, metavar="N|auto", help=micro_batch_help)
     how.add_argument("--run-dir", type=Path, metavar="DIR", help=f"where the run lives (default: {run_dir})")
@@ -98,6 +125,13 @@ def add_plan_arguments(how: Group, run_dir: str, micro_batch_help: str, ds_confi
         "--time-limit", type=duration_s, metavar="TIME",
         help="save and leave after this time, e.g. 90m, 3.5h or 23:55:00, and leave the file `requeue` in the run",
     )  # fmt: skip
+    how.add_argument(
+        "--dry-run", action="store_true",
+        help="check everything that can be checked without training, show what would run, and write nothing",
+    )  # fmt: skip
+    how.add_argument(
+        "--yes", action="store_true", help="start even a run that is predicted to take a year or more, without asking"
+    )
     how.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
     how.add_argument("--log-every", type=positive, metavar="STEPS", help="default: 10")
 

@@ -35,7 +35,10 @@ def add_build_data(commands: Commands) -> None:
     command.set_defaults(handler=_build_data)
     add_corpus_arguments(command, default_note="`builtin` for the built-in corpus", required=True)
     command.add_argument("--out", type=Path, required=True, metavar="STORE", help="folder to make")
-    command.add_argument("--recipe", default=DEFAULT_RECIPE, metavar="NAME|FILE", help="whose tokenizer to train")
+    command.add_argument(
+        "--recipe", default=DEFAULT_RECIPE, metavar="NAME|FILE",
+        help=f"whose tokenizer to train (default: {DEFAULT_RECIPE})",
+    )  # fmt: skip
     add_overrides(command, "tokenizer.vocab_size=16000")
     command.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core)")
 

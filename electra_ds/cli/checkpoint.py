@@ -10,7 +10,7 @@ from electra_ds.cli.arguments import add_command, add_overrides, micro_batch
 from electra_ds.cli.checkpoint_folder import add_ls, add_prune, add_verify
 from electra_ds.cli.pretrain import check_arguments
 from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
-from electra_ds.config.shipped import ds_config_names, recipe_names
+from electra_ds.config.shipped import DS_CONFIG_NOTE, ds_config_names, recipe_names
 from electra_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ def _add_import(actions: Commands) -> None:
     action = add_command(
         actions, "import", "Make a run of a native DeepSpeed checkpoint, to go on from.", _IMPORT_EPILOG
     )
-    action.set_defaults(handler=_import, resume=None, init_from=None)
+    action.set_defaults(handler=_import, resume=None, init_from=None, seed=None)
     action.add_argument("native", type=Path, metavar="NATIVE", help="the checkpoint's folder")
     action.add_argument("--trusted", action="store_true", help="you know where the files come from")
     action.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run to make")
     action.add_argument(
-        "--ds-config", metavar="NAME|FILE", required=True,
-        help=f"how the run goes on: {', '.join(ds_config_names())}, or a DeepSpeed JSON",
+        "--ds-config", metavar="NAME|FILE",
+        help=f"how the run continues: {', '.join(ds_config_names())}, or a DeepSpeed JSON ({DS_CONFIG_NOTE})",
     )  # fmt: skip
     action.add_argument("--micro-batch", type=micro_batch, metavar="N|auto", help="in place of the JSON's")
     what = action.add_argument_group("what was trained (default: what our own export says)")

@@ -14,10 +14,14 @@ from electra_ds.cli.arguments import (
     add_launcher_arguments,
     add_overrides,
     add_plan_arguments,
+    add_seed,
     add_tracking,
+    check_seed,
     positive,
+    with_seed,
 )
-from electra_ds.config.shipped import finetune_recipe_names
+from electra_ds.cli.asking import ask_before_years, say_dry_run
+from electra_ds.config.shipped import FINETUNE_RECIPE, finetune_recipe_names
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.tasks import TASKS
 from electra_ds.errors import ConfigError
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
     from electra_ds.train.finetune_launch import FinetuneOptions
 
 _STARTED = time.monotonic()
-_DEFAULT_RECIPE = "rc2020"
 _EPILOG = f"""\
 examples:
   bin/finetune --model runs/mini-20260101-120000 --task mrpc --data-dir glue/ --seed 3
@@ -71,9 +74,9 @@ def add_finetune(commands: Commands) -> None:
         help="the encoder: a run of bin/pretrain or bin/finetune, a transformers folder, or a name on the Hub",
     )  # fmt: skip
     what.add_argument("--task", type=_task, metavar="TASK", help="one of those below")
-    what.add_argument("--seed", type=_seed, metavar="S", help="of the head, the order of the examples and dropout (0)")
+    add_seed(what, "of the head, the order of the examples and dropout")
     names = ", ".join(finetune_recipe_names())
-    what.add_argument("--recipe", metavar="NAME|FILE", help=f"{names}, or a YAML file (default: {_DEFAULT_RECIPE})")
+    what.add_argument("--recipe", metavar="NAME|FILE", help=f"{names}, or a YAML file (default: {FINETUNE_RECIPE})")
     add_overrides(what, "schedule.epochs=5 head.pooling=first")
     what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
     what.add_argument(
@@ -101,7 +104,6 @@ def add_finetune(commands: Commands) -> None:
     add_plan_arguments(
         how, "runs/TASK-RECIPE-sSEED-TIME",
         "inputs at a time, in place of the JSON's; auto: a rank's whole share, or less where memory runs out",
-        " (default: the one made for this card, or for a CPU)",
     )  # fmt: skip
     how.add_argument("--eval-every", type=positive, metavar="STEPS", help="default: an epoch")
     how.add_argument("--save-every", type=positive, metavar="STEPS", help="default: 500")
@@ -135,12 +137,6 @@ def _task(text: str) -> str:
     return task
 
 
-def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
-
-
 def _finetune(options: argparse.Namespace) -> None:
     check_arguments(options)
 
@@ -148,10 +144,7 @@ def _finetune(options: argparse.Namespace) -> None:
 
     recipe = None
     if not options.resume:
-        seed = [] if options.seed is None else [f"seed={options.seed}"]
-        recipe = load_finetune_recipe(
-            options.recipe or _DEFAULT_RECIPE, options.task or "", [*options.overrides, *seed]
-        )  # fmt: skip
+        recipe = load_finetune_recipe(options.recipe or FINETUNE_RECIPE, options.task or "", with_seed(options))
 
     from rich.console import Console
 
@@ -173,6 +166,14 @@ def _finetune(options: argparse.Namespace) -> None:
             with ranks.together():
                 job = finetune_launch.prepare_resume(wanted, run, ranks, console)
         finetune_launch.check_same_examples(job, ranks)
+        time_here = finetune_launch.run_time(job, ranks)
+        if options.dry_run:
+            finetune_launch.announce(job, console)
+            say_dry_run(time_here, job.stop_at, console)
+            return
+        if recipe is not None:
+            shorter = "Choose a smaller --model, or fewer examples with --max-train-examples N."
+            ask_before_years(options, time_here, shorter, ranks)
         launch.hold(run, ranks, held, is_new=recipe is not None)
         finetune_launch.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
@@ -193,7 +194,7 @@ def _new_job(
     from electra_ds.config.finetune_recipe import Finetuning, recipe_source
     from electra_ds.data.loaded_task import load_task
     from electra_ds.data.tasks import TaskData
-    from electra_ds.train import finetune_launch
+    from electra_ds.train import finetune_launch, launch
     from electra_ds.train.encoder_source import read_encoder
 
     source = task_source(options)
@@ -206,12 +207,12 @@ def _new_job(
             encoder = read_encoder(options.model)
             if isinstance(loaded.data, TaskData):  # a JSON that cannot be used is told of before tokenising begins
                 count = finetune_launch.num_training_inputs(loaded.data, recipe, options.max_train_examples)
-                finetune_launch.plan_for(wanted, Finetuning(recipe, count, encoder.num_layers), ranks)
+                launch.plan_for(wanted, Finetuning(recipe, count, encoder.num_layers), ranks)
     with ranks.together():
         return finetune_launch.prepare_new(
             wanted, options.task, loaded, source, encoder, recipe, run, ranks, console,
             has_random_weights=options.random_init,
-            source_of_recipe=recipe_source(options.recipe or _DEFAULT_RECIPE), changes=_changes(options),
+            source_of_recipe=recipe_source(options.recipe or FINETUNE_RECIPE), changes=_changes(options),
         )  # fmt: skip
 
 
@@ -258,8 +259,7 @@ def check_arguments(options: argparse.Namespace) -> None:
         return
     if options.model is None:
         raise ConfigError("Say what to finetune with --model: a run, a transformers folder, or a name on the Hub.")
-    if any(override.partition("=")[0] == "seed" for override in options.overrides) and options.seed is not None:
-        raise ConfigError("Give the seed once: either --seed or --set seed=…")
+    check_seed(options)
     if options.task is None:
         _check_own(options)
         return

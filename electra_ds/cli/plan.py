@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, micro_batch, positive, wide_console
-from electra_ds.config.shipped import ds_config_names, recipe_names
+from electra_ds.cli.arguments import add_command, add_overrides, micro_batch, positive, wide_console
+from electra_ds.config.shipped import (
+    CPU_RECIPE,
+    DS_CONFIG_NOTE,
+    GPU_RECIPE,
+    RECIPE_NOTE,
+    ds_config_names,
+    recipe_names,
+)
 from electra_ds.errors import ConfigError
+from electra_ds.launcher import detect
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -16,6 +25,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
+  bin/plan                                                what bin/pretrain would run on this machine
   bin/plan --recipe rc2020-small --ds-config gtx1060-6gb
       memory by part, the micro-batch that fits a GTX 1060, days, and what the card cannot do
   bin/plan --ds-config gtx1060-6gb --card "RTX 2060"      the same JSON on another card
@@ -35,15 +45,18 @@ def add_plan(commands: Commands) -> None:
     command.set_defaults(handler=_plan)
     command.add_argument(
         "--recipe", metavar="NAME|FILE",
-        help=f"{', '.join(recipe_names())}, or a YAML file (default: {DEFAULT_RECIPE})",
+        help=f"{', '.join(recipe_names())}, or a YAML file ({RECIPE_NOTE})",
     )  # fmt: skip
     add_overrides(command, "data.sequence_length=512")
     command.add_argument(
-        "--ds-config", metavar="NAME|FILE", help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON"
-    )
+        "--ds-config", metavar="NAME|FILE",
+        help=f"{', '.join(ds_config_names())}, or a DeepSpeed JSON ({DS_CONFIG_NOTE})",
+    )  # fmt: skip
     where = command.add_mutually_exclusive_group()
     where.add_argument(
-        "--card", metavar="NAME", help="or cpu, for this machine's; default: what the JSON is named after"
+        "--card",
+        metavar="NAME",
+        help="or cpu, for this machine's (default: what the JSON is named after, else this machine)",
     )
     where.add_argument(
         "--memory-gb",
@@ -80,10 +93,9 @@ def _plan(options: argparse.Namespace) -> None:
         )
     if options.overrides and options.all and options.recipe is None:
         raise ConfigError("--all shows every recipe as it is shipped; say which one --set changes with --recipe.")
-    if not options.all and options.ds_config is None:
-        raise ConfigError("Say how it would be run with --ds-config, for instance: --ds-config gtx1060-6gb")
 
     from electra_ds.config.deepspeed import read_deepspeed_json, with_micro_batch
+    from electra_ds.config.defaults import default_ds_config
     from electra_ds.config.overrides import load_recipe
     from electra_ds.report.forecast import forecast, forecast_all
     from electra_ds.report.forecast_tables import as_json, print_forecast, print_forecasts
@@ -97,12 +109,17 @@ def _plan(options: argparse.Namespace) -> None:
         else:
             print_forecasts(forecasts, console)
         return
-    recipe = load_recipe(DEFAULT_RECIPE if options.recipe is None else options.recipe, options.overrides)
+    card = _card(options)
+    has_gpu = card is not None or options.memory_gb is not None
+    recipe = load_recipe(options.recipe or (GPU_RECIPE if has_gpu else CPU_RECIPE), options.overrides)
+    values, source = default_ds_config(has_gpu, card)
+    if options.ds_config is not None:
+        values, source = read_deepspeed_json(options.ds_config), options.ds_config
     found = forecast(
         recipe,
-        with_micro_batch(read_deepspeed_json(options.ds_config), options.micro_batch),
-        options.ds_config,
-        card=_card(options),
+        with_micro_batch(values, options.micro_batch),
+        source,
+        card=card,
         memory_gib=options.memory_gb,
         vocab_size=options.vocab_size,
         world_size=options.ranks,
@@ -120,6 +137,8 @@ def _card(options: argparse.Namespace) -> Card | None:
 
     if options.memory_gb is not None or options.card == "cpu":
         return None
+    if options.card is None and options.ds_config is None:
+        return _card_here()
     if options.card is None:
         card = find_card(Path(options.ds_config).stem)
         if card is None and Path(options.ds_config).stem != "cpu":
@@ -134,5 +153,22 @@ def _card(options: argparse.Namespace) -> Card | None:
         raise ConfigError(
             f"No card '{options.card}' is known{f'; did you mean {near}?' if near else '.'} Give its memory with "
             f"--memory-gb, or take one of: {known}."
+        )
+    return card
+
+
+def _card_here() -> Card | None:
+    """This machine's GPU; None where there is none."""
+    from electra_ds import runtime
+    from electra_ds.config.cards import find_card
+
+    device = runtime.device(detect(os.environ))
+    if device.type == "cpu":
+        return None
+    card = find_card(runtime.device_name(device))
+    if card is None:
+        raise ConfigError(
+            f"The rates of this machine's {runtime.device_name(device)} are not known. Give its memory with "
+            f"--memory-gb, or another card with --card."
         )
     return card

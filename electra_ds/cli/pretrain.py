@@ -4,36 +4,51 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import (
-    DEFAULT_RECIPE,
     add_command,
     add_launcher_arguments,
     add_overrides,
     add_plan_arguments,
+    add_seed,
     add_tracking,
+    check_seed,
     positive,
+    with_seed,
 )
-from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
-from electra_ds.config.shipped import recipe_names
+from electra_ds.cli.asking import ask_before_years, say_dry_run
+from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, look_for_store, open_store
+from electra_ds.config.shipped import CPU_RECIPE, GPU_RECIPE, RECIPE_NOTE, recipe_names
 from electra_ds.errors import ConfigError
+from electra_ds.launcher import detect
+from electra_ds.program import command as command_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from electra_ds.cli.arguments import Commands
+    from electra_ds.config.deepspeed import DeepSpeedPlan
+    from electra_ds.config.manifest import RunDirectory
     from electra_ds.config.recipe import Recipe
+    from electra_ds.engine.run_time import RunTime
+    from electra_ds.runtime import Ranks
     from electra_ds.train.init_from import Beginning
+    from electra_ds.train.launch import Options
     from electra_ds.train.pretrain import PretrainJob
 
 _STARTED = time.monotonic()  # what a time limit counts from
 _EPILOG = """\
 examples:
-  bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny
+  bin/pretrain --recipe tiny
       a first run, on documentation text that every machine has
+  bin/pretrain --recipe rc2020-small --corpus my_texts/ --dry-run
+      what would run here, and how long it would take
   bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus my_texts/
       the reproduction study's ELECTRA-Small on your own text, on a 6 GB card
   bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus 'hub:wikimedia/wikipedia#20231101.sw' --corpus news/
@@ -43,7 +58,7 @@ examples:
       goes on from published weights, with their own vocabulary; that generator is as large as its discriminator
   bin/pretrain --ds-config cpu --recipe tiny --wandb offline --tensorboard
       with curves to watch; ds_configs/cpu.json is known by its name too
-  bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 seed=3
+  bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 --seed 3
   bin/pretrain --resume runs/tiny-20260101-120000
   bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
       the same run goes on under another DeepSpeed JSON: same batch, schedule, data, masks and samples
@@ -63,8 +78,11 @@ def add_pretrain(commands: Commands) -> None:
     command = add_command(commands, "pretrain", "Pretrain generator and discriminator.", _EPILOG)
     command.set_defaults(handler=_pretrain)
     what = command.add_argument_group("what to train")
-    what.add_argument("--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file")
+    what.add_argument(
+        "--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file ({RECIPE_NOTE})"
+    )
     add_overrides(what, "schedule.total_steps=5000 model.hidden_size=256")
+    add_seed(what, "of weights, data order, masks, samples and dropout")
     what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
     what.add_argument(
         "--init-from", nargs="+", metavar="SOURCE",
@@ -102,7 +120,8 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     from electra_ds.config.overrides import load_recipe
 
-    recipe = None if options.resume else load_recipe(options.recipe or DEFAULT_RECIPE, options.overrides)
+    name = options.recipe or _default_recipe(options)
+    recipe = load_recipe(name, with_seed(options)) if name else None
 
     from rich.console import Console
 
@@ -118,6 +137,13 @@ def _pretrain(options: argparse.Namespace) -> None:
         run = RunDirectory(ranks.from_main(_run_path(options, recipe)))
         with ranks.together():
             plan = launch.plan_new(wanted, recipe, run, ranks) if recipe else launch.plan_resume(wanted, run, ranks)
+        if recipe and not options.recipe:
+            plan = replace(plan, notes=(_of_default(recipe), *plan.notes))
+        if options.dry_run:
+            _dry_run(options, wanted, recipe, plan, run, ranks, console)
+            return
+        if recipe:
+            ask_before_years(options, _run_time(options, recipe, plan, ranks), _shorter(recipe), ranks)
         store = beginning = None
         with ranks.together():
             if ranks.is_main and recipe:
@@ -142,6 +168,77 @@ def _pretrain(options: argparse.Namespace) -> None:
             from electra_ds.report.run_report import report_run
 
             report_run(run, console)
+
+
+def _default_recipe(options: argparse.Namespace) -> str | None:
+    """None where the recipe is the resumed run's."""
+    if options.resume:
+        return None
+
+    from electra_ds import runtime
+
+    return CPU_RECIPE if runtime.device(detect(os.environ)).type == "cpu" else GPU_RECIPE
+
+
+def _of_default(recipe: Recipe) -> str:
+    has_gpu = "with a GPU" if recipe.name == GPU_RECIPE else "without a GPU"
+    return f"{recipe.name} is the default recipe {has_gpu}; {command_of('recipes')} shows the others"
+
+
+def _run_time(
+    options: argparse.Namespace, recipe: Recipe, plan: DeepSpeedPlan, ranks: Ranks, vocab_size: int | None = None
+) -> RunTime | None:
+    from electra_ds import runtime
+    from electra_ds.engine.run_time import pretraining_time
+
+    steps = options.stop_at or recipe.schedule.total_steps
+    size, device = vocab_size or recipe.tokenizer.vocab_size, runtime.device(ranks.launch)
+    return pretraining_time(recipe, size, plan, device, steps=steps, threads=options.threads)
+
+
+def _shorter(recipe: Recipe) -> str:
+    smaller = "" if recipe.name == CPU_RECIPE else f" a smaller recipe, such as --recipe {CPU_RECIPE},"
+    return f"Choose{smaller or ' smaller sizes'} or fewer steps with --set schedule.total_steps=N."
+
+
+def _dry_run(
+    options: argparse.Namespace, wanted: Options, recipe: Recipe | None, plan: DeepSpeedPlan, run: RunDirectory,
+    ranks: Ranks, console: Console,
+) -> None:  # fmt: skip
+    """Check what can be checked without training or building a store, and say what would run. Writes nothing."""
+    from electra_ds import runtime
+    from electra_ds.data.token_store import TokenStore
+    from electra_ds.engine.memory import count_parameters
+    from electra_ds.train import launch
+
+    with ranks.together():
+        beginning = _read_beginning(options, recipe) if recipe else None
+        found = look_for_store(options, recipe, beginning.check_vocabulary if beginning else None) if recipe else None
+        if recipe is None:
+            job = launch.prepare_resume(wanted, plan, run, ranks)
+        elif isinstance(found, TokenStore):
+            names = beginning.names if beginning else ()
+            job = launch.prepare_new(wanted, recipe, plan, found, run, ranks, names)
+            if beginning:
+                plan = replace(plan, notes=(*plan.notes, *beginning.notes(recipe, found.tokenizer)))
+                job = replace(job, plan=plan)
+        else:
+            job = None
+    if job is not None:
+        job = launch.with_fitting_micro_batch(job, wanted, ranks)
+        launch.announce(job, console)
+        recipe, plan, vocab_size = job.recipe, job.plan, job.store.tokenizer.vocab_size
+    else:
+        assert recipe is not None
+        assert isinstance(found, tuple)
+        path, vocab_size = found
+        plan = launch.fitted(plan, recipe, vocab_size, wanted, ranks)
+        launch.show_run(
+            recipe, asdict(count_parameters(recipe, vocab_size)), f"data: the token store {path} would be built first",
+            runtime.device_name(runtime.device(ranks.launch)), plan, run, console, beginning.names if beginning else (),
+        )  # fmt: skip
+    steps = options.stop_at or recipe.schedule.total_steps
+    say_dry_run(_run_time(options, recipe, plan, ranks, vocab_size), steps, console)
 
 
 def _read_beginning(options: argparse.Namespace, recipe: Recipe) -> Beginning | None:
@@ -176,14 +273,14 @@ def _run_path(options: argparse.Namespace, recipe: Recipe | None) -> Path:
 def check_arguments(options: argparse.Namespace) -> None:
     """ConfigError where arguments cannot go together."""
     if options.resume is not None:
-        new_run_only = ("recipe", "overrides", "init_from", "data", *CORPUS_ARGUMENTS, "run_dir")
-        given = [name for name in new_run_only if getattr(options, name)]
+        new_run_only = ("recipe", "overrides", "seed", "init_from", "data", *CORPUS_ARGUMENTS, "run_dir")
+        given = [name for name in new_run_only if getattr(options, name) or (name == "seed" and options.seed == 0)]
         if given:
             flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)
             raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
-    elif options.ds_config is None:
-        raise ConfigError("Say how to run it with --ds-config, for instance: --ds-config cpu")
-    elif options.init_from is not None and len(options.init_from) > 2:
+        return
+    check_seed(options)
+    if options.init_from is not None and len(options.init_from) > 2:
         raise ConfigError(
             f"--init-from takes a generator and a discriminator, and {len(options.init_from)} models are given."
         )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from electra_ds.cli.arguments import Group
     from electra_ds.config.recipe import Recipe, TokenizerSection
-    from electra_ds.data.corpus import Source
+    from electra_ds.data.corpus import Corpus, Source
     from electra_ds.data.token_store import TokenStore
     from electra_ds.data.tokenizer import Tokenizer
 
@@ -68,6 +68,22 @@ def open_store(
     return make_store(options, recipe, Path("stores") / store_name(options, recipe), check=check)
 
 
+def look_for_store(
+    options: argparse.Namespace, recipe: Recipe, check: Callable[[Tokenizer], None] | None = None
+) -> TokenStore | tuple[Path, int]:
+    """The store that `open_store` opens; where it would have to build one, that one's path and vocabulary size.
+
+    Everything but the text is checked, and nothing is written.
+    """
+    if options.data is None:
+        options.corpus = options.corpus or [[_BUILTIN]]
+        out = Path("stores") / store_name(options, recipe)
+        if not out.exists():
+            _, tokenizer = _asked_for(options, recipe, check)
+            return out, tokenizer.vocab_size
+    return open_store(options, recipe, check)
+
+
 def store_name(options: argparse.Namespace, recipe: Recipe) -> str:
     """A name for people, after the first source and the tokenizer, and a hash of all that was asked for."""
     first = options.corpus[0][0]
@@ -101,6 +117,14 @@ def make_store(
 ) -> TokenStore:
     """Build, or finish, the store in `out` from what --corpus and --tokenizer say. check: as in `open_store`."""
     from electra_ds.data.build import build_store
+
+    return build_store(*_asked_for(options, recipe, check), out, workers=workers)
+
+
+def _asked_for(
+    options: argparse.Namespace, recipe: Recipe, check: Callable[[Tokenizer], None] | None
+) -> tuple[Corpus, Tokenizer | TokenizerSection]:
+    """What a store is built from, checked."""
     from electra_ds.data.corpus import Corpus
 
     if (options.streaming or options.revision) and not any(
@@ -111,8 +135,7 @@ def make_store(
     if check is not None:
         assert options.tokenizer is not None
         check(cast("Tokenizer", tokenizer))
-    corpus = Corpus(tuple(_source(options, words) for words in options.corpus))
-    return build_store(corpus, tokenizer, out, workers=workers)
+    return Corpus(tuple(_source(options, words) for words in options.corpus)), tokenizer
 
 
 def _source(options: argparse.Namespace, words: list[str]) -> Source:

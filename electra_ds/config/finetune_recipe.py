@@ -135,8 +135,7 @@ class Finetuning:
         """In steps; the last one may begin another epoch."""
         section = self.recipe.schedule
         total = max(1, math.ceil(section.epochs * self.num_examples / self.global_batch_size - 1e-9))
-        warmup = min(int(section.warmup_share * total), total - 1)
-        return ScheduleSection(kind=section.kind, total_steps=total, warmup_steps=warmup)
+        return ScheduleSection(kind=section.kind, total_steps=total, warmup_share=section.warmup_share)
 
 
 def load_finetune_recipe(name_or_path: str, task: str, overrides: Sequence[str] = ()) -> FinetuneRecipe:

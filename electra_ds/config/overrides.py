@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from electra_ds.config.recipe import Recipe, load_yaml, named_values, validate_recipe
+from electra_ds.config.recipe import Recipe, load_yaml, merge, named_values, validate_recipe
 from electra_ds.errors import ConfigError
 
 _SHORT = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "eps": "epsilon"}
@@ -21,7 +20,7 @@ def parse_value(text: str) -> Any:
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
     """A copy of a recipe's raw mapping with `key=value` overrides applied. Raises ConfigError for a key not known."""
-    result = copy.deepcopy(values)
+    given: dict[str, Any] = {}
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -30,10 +29,10 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], known: Seq
         elif key not in known:
             problems.append(f"  {key}: unknown key{_nearest(key, known)}")
         else:
-            put_value(result, key, parse_value(text))
+            put_value(given, key, parse_value(text))
     if problems:
         raise ConfigError("These overrides cannot be applied:\n" + "\n".join(problems))
-    return result
+    return merge(values, given)
 
 
 def put_value(values: dict[str, Any], key: str, value: Any) -> None:

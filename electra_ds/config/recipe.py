@@ -198,12 +198,24 @@ class ScheduleSection(Section):
     """`linear`: warm-up from 0 to the learning rate, then decay to 0 at `total_steps`. `product`: the warm-up times
     a decay that begins at step 0 (the original's code)."""
     total_steps: int = Field(ge=1, le=10**12)
-    warmup_steps: int = Field(ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises. A recipe gives either these or `warmup_share`."""
+    warmup_share: float | None = Field(default=None, ge=0, lt=1, exclude=True)
+    """The same as a share of `total_steps`, rounded down. A resolved recipe holds `warmup_steps` alone."""
 
     @model_validator(mode="after")
-    def _warmup_ends_before_the_end(self) -> ScheduleSection:
+    def _warmup_is_given_once_and_ends_before_the_end(self) -> ScheduleSection:
+        has_steps = "warmup_steps" in self.model_fields_set
+        if has_steps == (self.warmup_share is not None):
+            raise ValueError("give either warmup_steps or warmup_share" + (", not both" if has_steps else ""))
+        if self.warmup_share is not None:  # the model is frozen, and whoever reads it knows steps alone
+            steps = min(int(self.warmup_share * self.total_steps), self.total_steps - 1)
+            self.__dict__.update(warmup_steps=steps, warmup_share=None)
         if self.warmup_steps >= self.total_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be below total_steps {self.total_steps}")
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be below total_steps {self.total_steps}; "
+                f"warmup_share, such as 0.01, follows total_steps"
+            )
         return self
 
 
@@ -260,8 +272,55 @@ class Recipe(Section):
         return self
 
 
+_INSTEAD = {"warmup_steps": "warmup_share", "warmup_share": "warmup_steps"}
+"""Keys of a section of which a recipe has one: giving it takes the other's place."""
+
+
+def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's raw mapping over the one that it extends: sections key by key, everything else replaced."""
+    result = {key: value for key, value in base.items() if _INSTEAD.get(key) not in own}
+    for key, value in own.items():
+        below = result.get(key)
+        if not isinstance(value, dict) or below is None:
+            result[key] = value
+        elif isinstance(below, dict):  # if not, the recipe's validation says so
+            result[key] = merge(below, value)
+    return result
+
+
 def named_values(name_or_path: str, folder: str = RECIPES) -> dict[str, Any]:
-    """The raw mapping of a YAML file, or of the name of one that is shipped in `folder`. Raises ConfigError."""
+    """Return the raw mapping of a YAML file, or of the name of one that is shipped in `folder`, merged over the recipe
+    that it `extends`. Raises ConfigError.
+
+    A recipe that extends another is called what its file is called, unless it says its name; it does not inherit
+    name and description.
+    """
+    return _extended(name_or_path, folder, ())
+
+
+def _extended(name_or_path: str, folder: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """above: the recipes that extend this one, the nearest last."""
+    is_file = name_or_path not in shipped_names(folder)
+    identity = str(Path(name_or_path).resolve()) if is_file else name_or_path
+    if identity in above:
+        raise ConfigError(f"Recipe {above[0]} extends itself: {' extends '.join((*above, identity))}.")
+    try:
+        values = _raw_values(name_or_path, folder)
+    except ConfigError as error:
+        raise ConfigError(f"Recipe {above[-1]} extends {name_or_path}. {error}" if above else str(error)) from error
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"Recipe {name_or_path}: extends takes the name or the path of one recipe, not {base!r}.")
+    if base not in shipped_names(folder):
+        base = str(Path(name_or_path).parent / base)
+    inherited = _extended(base, folder, (*above, identity))
+    named = {"name": Path(name_or_path).stem}
+    return named | merge({key: value for key, value in inherited.items() if key not in ("name", "description")}, values)
+
+
+def _raw_values(name_or_path: str, folder: str) -> dict[str, Any]:
     names = shipped_names(folder)
     if name_or_path in names:
         text = shipped_text(folder, name_or_path)
@@ -307,4 +366,9 @@ def _problems(error: pydantic.ValidationError, kind: type[Section]) -> list[str]
 
 def recipe_yaml(recipe: Section) -> str:
     """The recipe in full, defaults included, as YAML that its validation accepts."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return values_yaml(recipe.model_dump())
+
+
+def values_yaml(values: dict[str, Any]) -> str:
+    """A recipe's raw mapping as YAML."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

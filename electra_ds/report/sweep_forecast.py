@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +18,7 @@ from transformers import AutoConfig
 
 from electra_ds.config.cards import Card, find_card, has_slow_fp16, peak_flops
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
+from electra_ds.config.defaults import default_ds_config
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.overrides import load_recipe
@@ -27,6 +26,7 @@ from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.glue import OFFICIAL_ROWS
 from electra_ds.engine.memory import CONTEXT_BYTES, FRAGMENTATION, count_parameters, saved_bytes, training_state
+from electra_ds.engine.run_time import CPU_SLOWER, cpu_rate, pretraining_flops, span
 from electra_ds.engine.step_time import (
     BANDWIDTH_EFFICIENCY,
     LAUNCH_S,
@@ -37,8 +37,7 @@ from electra_ds.engine.step_time import (
 )  # fmt: skip
 from electra_ds.errors import ElectraError
 from electra_ds.model.electra import encoder_configs
-from electra_ds.model.flops import encoder_flops, step_flops
-from electra_ds.objective.masking import usual_most_selected
+from electra_ds.model.flops import encoder_flops
 from electra_ds.report.forecast import GIB, device_budget, forecast
 from electra_ds.sweep.folder import ENDED, SUCCEEDED, SweepFolder
 from electra_ds.sweep.spec import SweepSpec
@@ -46,12 +45,9 @@ from electra_ds.sweep.trials import Trial, counted, value_text
 from electra_ds.train.hardware import driver_gpus
 
 _SQUAD_ROWS = {"squad1": 87_599, "squad2": 130_319}
-_CPU_SLOWER = (1.5, 6.0)
-"""A step over its products alone at the rate of one large product."""
 _START_S = 8.0
 """Until a trial's first step, most of it Python's imports (docs/sweeps.md)."""
 _MEASURED = "measured in this folder"
-_CALIBRATION, _CALIBRATION_S = 768, 0.2
 
 
 @dataclass(frozen=True)
@@ -121,18 +117,15 @@ class SweepForecast:
     def _pretraining(self, trial: Trial) -> Cost:
         recipe, card = trial.recipe, self._card(trial)
         assert isinstance(recipe, Recipe)
-        name = trial.options["ds_config"]
-        found = forecast(recipe, read_deepspeed_json(name), name, card=card, world_size=self._spec.resources.workers)
+        name = trial.options.get("ds_config")
+        values, name = (read_deepspeed_json(name), name) if name else default_ds_config(card is not None, card)
+        found = forecast(recipe, values, name, card=card, world_size=self._spec.resources.workers)
         steps = trial.stop_at or recipe.schedule.total_steps
         memory = _memory_of(found.needed_bytes, card)
         if card is not None:
             days = None if found.time is None else found.time.days(steps)
             return Cost(steps, days and (86_400 * days[0], 86_400 * days[1]), f"roofline, {card.name}", **memory)
-        rows, length = recipe.global_batch_size, recipe.data.sequence_length
-        masking = recipe.masking
-        selected = usual_most_selected(rows, length, mlm_probability=masking.mlm_probability, count=masking.count)
-        configs = encoder_configs(recipe, found.vocab_size, 0)
-        flops = step_flops(*configs, [length] * rows, selected).forward_and_backward
+        flops = pretraining_flops(recipe, found.vocab_size)
         return Cost(steps, self._on_cpu(steps * flops), "arithmetic, this CPU", **memory)
 
     def _finetuning(self, trial: Trial) -> Cost:
@@ -195,9 +188,9 @@ class SweepForecast:
 
     def _on_cpu(self, flops: float) -> tuple[float, float]:
         if self._flops_per_s is None:
-            self._flops_per_s = _cpu_rate(self._spec.resources.cpus)
+            self._flops_per_s = cpu_rate(self._spec.resources.cpus)
         rate = self._flops_per_s * self._spec.resources.workers
-        return flops / rate * _CPU_SLOWER[0], flops / rate * _CPU_SLOWER[1]
+        return flops / rate * CPU_SLOWER[0], flops / rate * CPU_SLOWER[1]
 
 
 def _memory_of(needed_bytes: int, card: Card | None) -> dict[str, Any]:
@@ -245,22 +238,6 @@ def _found_encoder(model: str, length: int) -> _Sizes | None:
     return _Sizes(recipe, int(config.get("vocab_size") or 30_522))
 
 
-def _cpu_rate(threads: int) -> float:
-    """FLOPs a second of a large product in fp32 on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        left, right = torch.ones(_CALIBRATION, _CALIBRATION), torch.ones(_CALIBRATION, _CALIBRATION)
-        left @ right
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < _CALIBRATION_S:
-            left @ right
-            count += 1
-        return 2.0 * _CALIBRATION**3 * count / (time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(before)
-
-
 # --- shown
 
 
@@ -287,7 +264,7 @@ def print_plan(
     for row in rows:
         fit = ["" if row.fit is None else str(row.fit)] if by_card else []
         steps = "–".join(dict.fromkeys(f"{count:,}" for count in row.steps))
-        each = "?" if row.seconds is None else _span(*row.seconds)
+        each = "?" if row.seconds is None else span(*row.seconds)
         table.add_row(row.stage, escape(row.of), f"{row.trials:,}", steps, each, _memory(row.needed_bytes), *fit)
     console.print(table)
     told = [row for row in rows if row.seconds is not None]
@@ -298,7 +275,7 @@ def print_plan(
     lines = [f"Each: {'; '.join(bases)}.{start}"] if bases else []
     if told:
         rest = ", without those whose cost is unknown" if unknown else ""
-        lines.append(f"In all {_span(low, high)} with {at_once} at once{rest}.")
+        lines.append(f"In all {span(low, high)} with {at_once} at once{rest}.")
     if unknown:
         lines.append(f"Cost unknown for {counted(unknown)}: the model or the task is not on this machine yet.")
     if crowded := _crowded([row.fit for row in rows], spec):
@@ -396,10 +373,3 @@ def _crowded(room: Sequence[int | None], spec: SweepSpec) -> str:
         return ""
     advice = "no such trial fits one" if fit == 0 else f"write resources.gpus={1 / fit:.3g}"
     return f"With resources.gpus={share:g} {side_by_side} trials share a card, which has memory for {fit}: {advice}."
-
-
-def _span(low: float, high: float) -> str:
-    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
-    unit, size = next((each for each in units if high >= 1.5 * each[1]), units[-1])
-    first, last = (f"{value / size:.2g}" if value / size < 10 else f"{value / size:.0f}" for value in (low, high))
-    return f"{first} {unit}" if first == last else f"{first}–{last} {unit}"

@@ -32,7 +32,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.whole_file import whole_file
 from electra_ds.errors import CheckpointError, ConfigError
-from electra_ds.sweep.options import INPUTS, is_small_file, with_folder, without_folder
+from electra_ds.sweep.options import INPUTS, is_small_file, own_content, with_folder, without_folder
 from electra_ds.sweep.spec import SweepSpec, load_sweep, sweep_yaml
 from electra_ds.sweep.trials import Trial
 
@@ -125,10 +125,7 @@ class SweepFolder:
     def _owned(self, stage: str, name: str, value: Any) -> Any:
         if not is_small_file(stage, name, value) or value.startswith(f"{self.path}/{INPUTS}/"):
             return value
-        try:
-            content = Path(value).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"Cannot read {value}: {error.strerror}.") from error
+        content = own_content(stage, name, value)
         copy = self.path / INPUTS / hashlib.sha256(content).hexdigest()[:12] / Path(value).name
         if not copy.exists():
             _make(copy.parent)

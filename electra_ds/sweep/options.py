@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, named_values, values_yaml
 from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, shipped_names
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.tasks import SQUAD_TASKS
 from electra_ds.data.glue import GLUE
 from electra_ds.data.hub_names import is_hub_model
+from electra_ds.errors import ConfigError
 
 HOW = frozenset(
     {
         "ds_config", "micro_batch", "log_every", "save_every", "keep", "compile", "discard_weights", "tensorboard",
-        "wandb", "wandb_project", "wandb_entity", "wandb_group",
+        "wandb", "wandb_project", "wandb_entity", "wandb_group", "yes",
     }
 )  # fmt: skip
 """Those that a trial's outcome does not depend on."""
@@ -38,6 +39,7 @@ INSTEAD = {
     "resume": "resume the sweep itself with --resume", "run_dir": "every trial has its own",
     "seed": "write seeds: [0, 1]", "stop_at": "write stop_at_share", "threads": "write resources.cpus",
     "time_limit": "give the sweep itself --time-limit",
+    "dry_run": "give the sweep itself --dry-run",
     "overrides": "write set", "keep_at": "write checkpoints",
     "stop_on_collapse": "write it beside seeds, the same for all trials",
 }  # fmt: skip
@@ -53,7 +55,7 @@ SCORE = "score"
 """A finetuning's first metric, on the first development set."""
 
 _FLAGS = {
-    "streaming", "cased", "random_init", "discard_weights", "predict_test", "best", "tensorboard",
+    "streaming", "cased", "random_init", "discard_weights", "predict_test", "best", "tensorboard", "yes",
 }  # fmt: skip
 _ON = {"compile": "on", "wandb": "offline"}
 """What true stands for, as which YAML reads the word on; false, or off, is off."""
@@ -153,6 +155,17 @@ def full_path(stage: str, name: str, value: Any) -> Any:
 def is_small_file(stage: str, name: str, value: Any) -> bool:
     """Whether it is a recipe or a DeepSpeed JSON of the user's own, which a sweep keeps a copy of."""
     return name in _SMALL and _is_path(stage, name, value)
+
+
+def own_content(stage: str, name: str, value: str) -> bytes:
+    """What a sweep keeps of such a file: a recipe that extends another, complete. Raises ConfigError."""
+    try:
+        content = Path(value).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"Cannot read {value}: {error.strerror}.") from error
+    if name == "recipe" and b"extends" in content:
+        return values_yaml(named_values(value, _SHIPPED[stage, name])).encode()
+    return content
 
 
 def without_folder(folder: Path, stage: str, name: str, value: Any) -> Any:

@@ -84,12 +84,8 @@ class Trial:
     def arguments(self, threads: int) -> list[str]:
         """Of the command, for a new run; without its directory and without a model that is pretrained first."""
         given = [word for name, value in self.options.items() for word in words(name, value)]
-        changes = _overrides(self.settings)
-        if self.stage == "pretrain":
-            changes.append(f"seed={self.seed}")
-        else:
-            given += ["--seed", str(self.seed)]
-        if changes:
+        given += ["--seed", str(self.seed)]
+        if changes := _overrides(self.settings):
             given += ["--set", *changes]
         collapse = ["--stop-on-collapse"] if self.stop_on_collapse else []
         return [*given, *self.ending(), *collapse, "--threads", str(threads)]
@@ -341,8 +337,6 @@ def _missing(spec: SweepSpec, name: str, options: Mapping[str, Value], where: _P
     problems = []
     if options.get("recipe") is None:
         problems.append(f"{name}.recipe: is missing; write one such as recipe: {_EXAMPLE[name]}")
-    if name == "pretrain" and options.get("ds_config") is None:
-        problems.append("pretrain.ds_config: is missing; write how to run it, such as ds_config: cpu")
     if name == "finetune":
         has_model = options.get("model") is not None
         if _is_pretrained(spec, name) and has_model:

@@ -8,14 +8,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from electra_ds import runtime
-from electra_ds.config.cards import find_card
-from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json
+from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.config.manifest import FinetuneRecord, FinetuneSettings, RunDirectory, TaskSource, TrackingSettings
 from electra_ds.config.monitors import Monitors
@@ -24,6 +22,7 @@ from electra_ds.data.squad import SquadData
 from electra_ds.data.tasks import TaskData
 from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.engine.layer_decay import check_layers
+from electra_ds.engine.run_time import RunTime, finetuning_time
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.program import command
 from electra_ds.runtime import Ranks
@@ -31,7 +30,7 @@ from electra_ds.terminal import StatusProgress, flexible_bar, note, say
 from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.train.finetune import SCORES, FinetuneJob
 from electra_ds.train.holdable import why_not_held
-from electra_ds.train.launch import Options, resolved_plan
+from electra_ds.train.launch import Options, plan_for, resolved_plan
 from electra_ds.train.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.train.trackers import check_tracking
 
@@ -84,17 +83,6 @@ def tokenised_sets(
         )  # fmt: skip
 
 
-def default_ds_config(ranks: Ranks) -> str | dict[str, Any]:
-    """The DeepSpeed JSON of this machine: its card's, or one that leaves everything to the card, or the CPU's."""
-    device = runtime.device(ranks.launch)
-    if device.type == "cpu":
-        return "cpu"
-    card = find_card(runtime.device_name(device))
-    if card is not None and card.ds_config is not None:
-        return card.ds_config
-    return {"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 0}}
-
-
 def prepare_new(
     options: FinetuneOptions,
     task: str | None,
@@ -141,13 +129,6 @@ def prepare_new(
     if has_random_weights:
         encoder = replace(encoder, tensors={})
     return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
-
-
-def plan_for(options: FinetuneOptions, training: Finetuning, ranks: Ranks) -> DeepSpeedPlan:
-    """The DeepSpeed JSON of a new run, or the default one, resolved. Raises ConfigError."""
-    chosen = options.ds_config or default_ds_config(ranks)
-    values, name = (read_deepspeed_json(chosen), chosen) if isinstance(chosen, str) else (chosen, "the default JSON")
-    return resolved_plan(options, values, name, training, ranks)
 
 
 def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
@@ -274,6 +255,17 @@ def announce(job: FinetuneJob, console: Console) -> None:
     )  # fmt: skip
     for each in job.plan.notes:
         note(console, each)
+
+
+def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
+    """How long the run is predicted to take; None for a GPU whose rates are not known."""
+    train, encoder, batch = job.sets.train, job.encoder, job.recipe.global_batch_size
+    config = encoder.config.to_dict()
+    table = int(config.get("vocab_size") or 0) * int(config.get("embedding_size") or encoder.hidden_size)
+    return finetuning_time(
+        max(0, job.record.parameters["encoder"] - table), encoder.num_layers, batch * float(train.lengths.mean()),
+        job.plan, runtime.device(ranks.launch), steps=job.stop_at, threads=job.record.threads,
+    )  # fmt: skip
 
 
 def show_scores(job: FinetuneJob, console: Console) -> None:

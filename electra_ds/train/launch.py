@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +15,7 @@ from rich.console import Console
 from electra_ds import runtime
 from electra_ds.config.cards import find_card
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve, with_micro_batch
+from electra_ds.config.defaults import default_ds_config
 from electra_ds.config.manifest import (
     Compile,
     FinetuneSettings,
@@ -116,12 +117,21 @@ def default_settings(total_steps: int) -> RunSettings:
 def plan_new(options: Options, recipe: Recipe, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
     """The DeepSpeed JSON resolved for a new run, checked before its data is built. Raises ConfigError."""
     run.check_free()
-    assert options.ds_config is not None
     _stop_at(options, recipe)
-    plan = resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
+    plan = plan_for(options, recipe, ranks)
     if ranks.is_main:
         check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
     return plan
+
+
+def plan_for(options: Options, recipe: TrainingRecipe, ranks: Ranks) -> DeepSpeedPlan:
+    """The DeepSpeed JSON of a new run, or the default one of this machine, resolved. Raises ConfigError."""
+    if options.ds_config:
+        return resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
+    device = runtime.device(ranks.launch)
+    values, source = default_ds_config(device.type == "cuda", find_card(runtime.device_name(device)))
+    plan = resolved_plan(options, values, source, recipe, ranks)
+    return replace(plan, notes=(f"without --ds-config this run uses {source}", *plan.notes))
 
 
 def resolved_plan(
@@ -220,7 +230,11 @@ def with_fitting_micro_batch(job: PretrainJob, options: Options, ranks: Ranks) -
 
     To be called by all ranks, which agree on it. Raises ConfigError on all of them where not even one sequence fits.
     """
-    plan, recipe, vocab_size = job.plan, job.recipe, job.store.tokenizer.vocab_size
+    return replace(job, plan=fitted(job.plan, job.recipe, job.store.tokenizer.vocab_size, options, ranks))
+
+
+def fitted(plan: DeepSpeedPlan, recipe: Recipe, vocab_size: int, options: Options, ranks: Ranks) -> DeepSpeedPlan:
+    """The plan of `with_fitting_micro_batch`, for a run that may have no token store yet."""
     device = runtime.device(ranks.launch)
     free = free_bytes(device, ranks)
     note = None
@@ -238,8 +252,7 @@ def with_fitting_micro_batch(job: PretrainJob, options: Options, ranks: Ranks) -
                 f"a step is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
                 f"--micro-batch auto finds what fits"
             )
-    notes = plan.notes if note is None else (*plan.notes, note)
-    return replace(job, plan=replace(plan, notes=notes))
+    return plan if note is None else replace(plan, notes=(*plan.notes, note))
 
 
 def hold(run: RunDirectory, ranks: Ranks, held: contextlib.ExitStack, *, is_new: bool) -> None:
@@ -261,24 +274,42 @@ def _stop_at(options: Options, recipe: Recipe) -> int:
 
 def announce(job: PretrainJob, console: Console) -> None:
     """What is about to run, in a few lines."""
-    recipe, info, parameters = job.recipe, job.store.info, job.record.parameters
+    recipe, info = job.recipe, job.store.info
+    data = (
+        f"data: {info.num_tokens:,} tokens in {info.num_documents:,} documents ({job.store.path}), "
+        f"{job.split.holdout.num_tokens:,} of them held out by {job.split.held_out_by}"
+    )
+    sources = job.record.initialised_from
+    notes = list(job.plan.notes)
+    if not sources and trained_from(job.store.path) != recipe.tokenizer:
+        notes.append(f"the tokenizer is the store's, {info.vocab_size:,} pieces, not one of the recipe's kind and size")
+    seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
+    if seen > 200 * info.num_tokens:
+        notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times over")
+    plan = replace(job.plan, notes=tuple(notes))
+    show_run(recipe, job.record.parameters, data, job.record.device, plan, job.run, console, sources)
+
+
+def show_run(
+    recipe: Recipe,
+    parameters: Mapping[str, int],
+    data: str,
+    device: str,
+    plan: DeepSpeedPlan,
+    run: RunDirectory,
+    console: Console,
+    sources: Sequence[str] = (),
+) -> None:
+    """The lines of `announce`. data: a line about the text; sources: of the first weights."""
     say(
         console,
         f"{recipe.name}: discriminator {parameters['discriminator'] / 1e6:.2f} M parameters, generator "
         f"{parameters['generator'] / 1e6:.2f} M more; {recipe.schedule.total_steps:,} steps of "
         f"{recipe.global_batch_size} x {recipe.data.sequence_length} tokens\n"
-        f"data: {info.num_tokens:,} tokens in {info.num_documents:,} documents ({job.store.path}), "
-        f"{job.split.holdout.num_tokens:,} of them held out by {job.split.held_out_by}\n"
-        f"{job.record.device}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
-        f"micro-batch x accumulation = {job.plan.batch}\n"
-        + "".join(f"first weights: {source}\n" for source in job.record.initialised_from)
-        + f"run directory: {job.run.path}",
+        f"{data}\n"
+        f"{device}, {plan.precision.name}, ZeRO stage {plan.stage}, micro-batch x accumulation = {plan.batch}\n"
+        + "".join(f"first weights: {source}\n" for source in sources)
+        + f"run directory: {run.path}",
     )  # fmt: skip
-    notes = list(job.plan.notes)
-    if not job.record.initialised_from and trained_from(job.store.path) != recipe.tokenizer:
-        notes.append(f"the tokenizer is the store's, {info.vocab_size:,} pieces, not one of the recipe's kind and size")
-    seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
-    if seen > 200 * info.num_tokens:
-        notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times over")
-    for each in notes:
+    for each in plan.notes:
         note(console, each)
