@@ -104,7 +104,7 @@ def test_a_sweep_of_pretrainings_needs_no_deepspeed_json_and_its_cost_is_told(
     assert "arithmetic, this CPU" in said
     Path("dry.yaml").write_text("name: x\npretrain: {recipe: tiny, dry_run: true}\n")
     refused = answer(capsys, "sweep", "dry.yaml", "--dry-run", status=2)
-    assert "dry_run: is the sweep's to set; give it to bin/sweep" in refused
+    assert "dry_run: is the sweep's to set; give the sweep itself --dry-run" in refused
 
 
 # --- --seed
