@@ -11,8 +11,8 @@ from pathlib import Path
 _CONSOLE_SCRIPT = "electra-ds"
 PACKAGES = frozenset(
     {
-        "datasets", "deepspeed", "hjson", "huggingface_hub", "matplotlib", "numpy", "packaging", "pandas", "psutil", "pyarrow",
-        "pydantic", "ray", "rich", "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers",
+        "datasets", "deepspeed", "hjson", "huggingface_hub", "matplotlib", "numpy", "packaging", "pandas", "psutil",
+        "pyarrow", "pydantic", "ray", "rich", "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers",
         "typing_extensions", "wandb", "yaml", "zstandard",
     }
 )  # fmt: skip

@@ -89,7 +89,7 @@ def test_a_command_without_its_packages_says_which_is_missing_and_what_to_run(na
     )  # fmt: skip
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
-    assert re.match(r"The package (rich|pydantic|yaml|numpy|torch) is not installed in the env", result.stderr)
+    assert re.match(r"The package (rich|pydantic|yaml|numpy|torch|hjson) is not installed in the env", result.stderr)
     assert "/activate'" in result.stderr
 
 
