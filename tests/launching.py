@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.helpers import REPOSITORY, SMALL, free_port
 
 LAUNCHERS = ("bare", "torchrun", "deepspeed", "srun")
+_NUMBERS = ("--nproc_per_node", "--num_gpus", "--ntasks")
 ENVIRONMENT = os.environ | {
     "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
     "CUDA_VISIBLE_DEVICES": "",  # two ranks need no two GPUs here
@@ -32,14 +33,16 @@ def start(
     log: Path,
     *,
     resume: Path | None = None,
+    ranks: int = 2,
     environment_of_rank_1: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """The README's line with more arguments; one process under a launcher, both ranks under a simulated `srun`.
 
-    To resume, the line's own arguments give way to `--resume`.
+    To resume, the line's own arguments give way to `--resume`; ranks: in place of the line's own number.
     """
     line = readme_line(launcher)
     cut = line.index("bin/pretrain")
+    line[:cut] = [str(ranks) if line[max(0, place - 1)] in _NUMBERS else word for place, word in enumerate(line[:cut])]
     before, after = line[:cut], line[cut:] if resume is None else ["bin/pretrain", "--resume", str(resume)]
     if launcher in ("torchrun", "deepspeed"):
         before += ["--master_port", str(free_port())]
@@ -47,10 +50,9 @@ def start(
     if launcher == "bare":
         before = [sys.executable]
     if launcher == "srun":
-        ranks = int(before[before.index("--ntasks") + 1])
         before, port = [sys.executable], str(free_port())
         environments = [ENVIRONMENT | srun_environment(rank, ranks) | {"MASTER_PORT": port} for rank in range(ranks)]
-        environments[1] |= environment_of_rank_1 or {}
+        environments[-1] |= environment_of_rank_1 or {}
     with log.open("a") as output:
         return [
             subprocess.Popen(

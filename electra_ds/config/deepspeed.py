@@ -94,6 +94,9 @@ class DeepSpeedPlan:
     """To be told to the user: what was read otherwise than the file says, and what the machine makes of it."""
     is_micro_batch_open: bool = field(default=False, compare=False)
     """Whether the file leaves the cut of the batch to us; until that is decided, each rank takes its share at once."""
+    given_batch: dict[str, int] | None = field(default=None, compare=False)
+    """Micro-batch and accumulation as far as the user gave them, by their keys in the JSON: these stay on any number of
+    ranks, and the others are chosen again. None where nobody knows any more who chose them."""
 
     def with_micro_batch(self, size: int) -> DeepSpeedPlan:
         """The same with the batch cut otherwise. `size` divides each rank's share of it."""
@@ -102,7 +105,8 @@ class DeepSpeedPlan:
             "train_micro_batch_size_per_gpu": batch.micro_batch_size,
             "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         }
-        return replace(self, document=document, batch=batch, is_micro_batch_open=False)
+        given = self.given_batch and {key: document[key] for key in self.given_batch}
+        return replace(self, document=document, batch=batch, is_micro_batch_open=False, given_batch=given)
 
     def engine_config(self) -> dict[str, Any]:
         """What `deepspeed.initialize` is given.
@@ -158,6 +162,18 @@ def with_micro_batch(values: dict[str, Any], size: int | Literal["auto"] | None)
     return values if size is None else values | {"train_micro_batch_size_per_gpu": size, _CUT[1]: "auto"}
 
 
+def cut_for(values: dict[str, Any], given: dict[str, int] | None, share: int) -> dict[str, Any]:
+    """Return a run's resolved JSON with the batch left to be cut again, for another number of ranks.
+
+    given: as `DeepSpeedPlan.given_batch`. Where that is not known, the micro-batch stays as far as it divides `share`,
+    the sequences of a rank: it takes no more memory than before.
+    """
+    if given is None:
+        before = values[_CUT[0]]
+        given = {_CUT[0]: max(size for size in _divisors(share) if size <= before)}
+    return values | dict.fromkeys(_CUT, "auto") | given
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
@@ -203,9 +219,9 @@ def resolve(
         if isinstance(values.get(name), dict) and name.replace("torch_", "") == precision.name.split("-")[0]:
             known = {key: value for key, value in values[name].items() if key in PRECISION_KEYS[name]}
             document[name] = without_auto(known) | {"enabled": True}
-    is_open = all(values.get(key, "auto") == "auto" for key in _CUT)
+    given = {key: values[key] for key in _CUT if values.get(key, "auto") != "auto"}
     return DeepSpeedPlan(
-        document, batch, precision, monitors, zero["stage"], checkpointed_layers, tuple(notes), is_open
+        document, batch, precision, monitors, zero["stage"], checkpointed_layers, tuple(notes), not given, given
     )
 
 
@@ -359,7 +375,7 @@ def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, prob
         problems.append(
             f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x {world_size} "
             f"rank(s) is {micro * accumulation * world_size}, but global_batch_size (recipe) is {global_batch}. "
-            f'For instance: micro-batch {nearest} and accumulation "auto"'
+            f'Give --micro-batch {nearest}, or write micro-batch {nearest} and accumulation "auto" in the JSON'
         )
         return None
     return BatchPlan(micro, accumulation, world_size)

@@ -20,7 +20,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -109,6 +109,11 @@ class Record:
     settings: Settings
     command: list[str]
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    given_batch: dict[str, int] | None = None
+    """`DeepSpeedPlan.given_batch` of the plan that is written with it. Records of earlier versions have none."""
+    threads_given: bool | None = None
+    """Whether the user gave `threads`, which are else chosen again on other ranks or another device. Those of earlier
+    versions do not say, and theirs stay."""
     format: int = FORMAT
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=lambda: versions())
@@ -271,7 +276,7 @@ class RunDirectory:
         return {
             "recipe.yaml": recipe_yaml(recipe),
             "deepspeed.json": json.dumps(plan.document, indent=2) + "\n",
-            "run.json": record.to_json(),
+            "run.json": replace(record, given_batch=plan.given_batch).to_json(),
         }
 
     def kind(self) -> str:

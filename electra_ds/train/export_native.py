@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from electra_ds import runtime
-from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.manifest import Record, RunDirectory
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.engine.checkpoint import Checkpoint
@@ -36,9 +37,9 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
         out = out or beside(checkpoint, "native")
         check_out(out)
         recipe = recorded_recipe(checkpoint)
-        source = ds_config or str(checkpoint.path / "deepspeed.json")
+        saved = RunDirectory(checkpoint.path)
         options = launch.Options(ds_config=ds_config)
-        plan = launch.resolved_plan(options, read_deepspeed_json(source), source, recipe, ranks)
+        plan = launch.plan_of_run(options, saved, saved.read_record(Record), recipe, ranks)
         tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
         checkpoint.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from electra_ds import runtime
-from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.config.manifest import FinetuneRecord, FinetuneSettings, RunDirectory, TaskSource, TrackingSettings
 from electra_ds.config.monitors import Monitors
@@ -30,7 +29,7 @@ from electra_ds.terminal import StatusProgress, flexible_bar, note, say
 from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.train.finetune import SCORES, FinetuneJob
 from electra_ds.train.holdable import why_not_held
-from electra_ds.train.launch import Options, plan_for, resolved_plan
+from electra_ds.train.launch import Options, plan_for, plan_of_run, record_again
 from electra_ds.train.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.train.trackers import check_tracking
 
@@ -120,6 +119,7 @@ def prepare_new(
         parameters={"encoder": sum(tensor.numel() for tensor in encoder.tensors.values())},
         device=runtime.device_name(runtime.device(ranks.launch)),
         threads=runtime.set_threads(options.threads, ranks.launch),
+        threads_given=options.threads is not None,
         world_size=ranks.world_size,
         settings=options.settings(_default_settings(training)),
         command=sys.argv,
@@ -145,10 +145,9 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
         raise ConfigError("--eval-every decides what --best and --early-stopping choose from, and stays as it was.")
     if options.best and not record.settings.best:
         raise ConfigError("--best begins with a run: the weights of the evaluations so far were not kept.")
-    values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
     encoder = _encoder_again(run, record)
     training = Finetuning(recipe, record.num_examples, encoder.num_layers)
-    plan = resolved_plan(options, values, options.ds_config or str(run.path / "deepspeed.json"), training, ranks)
+    plan = plan_of_run(options, run, record, training, ranks)
     tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
     if ranks.is_main:
         check_tracking(tracking, run, is_new=False)
@@ -165,14 +164,7 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
             f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, and there are {len(sets.train):,}: "
             f"it was edited, or tokenizer or program are others by now. Put it back, or start a new run."
         )
-    record = replace(
-        record,
-        device=runtime.device_name(runtime.device(ranks.launch)),
-        threads=runtime.set_threads(options.threads or record.threads, ranks.launch),
-        world_size=ranks.world_size,
-        settings=settings,
-        tracking=tracking,
-    )
+    record = record_again(record, options, ranks, settings, tracking)
     _check_test(record, sets, loaded)
     return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
 

@@ -14,11 +14,12 @@ from rich.console import Console
 
 from electra_ds import runtime
 from electra_ds.config.cards import find_card
-from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve, with_micro_batch
+from electra_ds.config.deepspeed import DeepSpeedPlan, cut_for, read_deepspeed_json, resolve, with_micro_batch
 from electra_ds.config.defaults import default_ds_config
 from electra_ds.config.manifest import (
     Compile,
     FinetuneSettings,
+    Record,
     RunDirectory,
     RunRecord,
     RunSettings,
@@ -42,6 +43,7 @@ from electra_ds.train.pretrain import PretrainJob
 from electra_ds.train.trackers import check_tracking
 
 SettingsT = TypeVar("SettingsT", RunSettings, FinetuneSettings)
+RecordT = TypeVar("RecordT", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,57 @@ def resolved_plan(
     return replace(plan, notes=(*plan.notes, *notes))
 
 
+def plan_of_run(
+    options: Options, run: RunDirectory, record: Record, recipe: TrainingRecipe, ranks: Ranks
+) -> DeepSpeedPlan:
+    """The plan of a run that is resumed, or of one of its checkpoints: the JSON that is given, or else its own.
+
+    Of its own, what we chose of the batch's cut is chosen again on another number of ranks, and on another device where
+    that depends on its memory; what the user gave stays. Raises ConfigError.
+    """
+    if options.ds_config:
+        return resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
+    values, source = run.read_deepspeed_json(), str(run.path / "deepspeed.json")
+    if options.micro_batch is not None:
+        return resolved_plan(options, values, source, recipe, ranks)
+    given, is_same_number = record.given_batch, ranks.world_size == record.world_size
+    if not is_same_number and recipe.global_batch_size % ranks.world_size == 0:
+        values = cut_for(values, given, recipe.global_batch_size // ranks.world_size)
+    plan = resolved_plan(options, values, source, recipe, ranks)
+    is_open = given == {} and not _is_as_recorded(record, ranks)
+    notes = plan.notes
+    if given is None and not is_same_number:
+        notes = (
+            *notes,
+            f"the run's record does not say who chose its micro-batch, so it is kept as far as it divides the batch "
+            f"({plan.batch}); --micro-batch auto chooses it again",
+        )
+    return replace(plan, given_batch=given, is_micro_batch_open=is_open, notes=notes)
+
+
+def _is_as_recorded(record: Record, ranks: Ranks) -> bool:
+    """Whether a run goes on with as many ranks as it had, on the same kind of device."""
+    device = runtime.device_name(runtime.device(ranks.launch))
+    return ranks.world_size == record.world_size and device == record.device
+
+
+def record_again(record: RecordT, options: Options, ranks: Ranks, settings: Any, tracking: TrackingSettings) -> RecordT:
+    """A run's record for where it is resumed. The number of threads is set, and chosen again where we chose it and
+    ranks or device are others."""
+    is_given = options.threads is not None
+    is_chosen_again = record.threads_given is False and not _is_as_recorded(record, ranks)
+    threads = options.threads if is_given or is_chosen_again else record.threads
+    return replace(
+        record,
+        device=runtime.device_name(runtime.device(ranks.launch)),
+        threads=runtime.set_threads(threads, ranks.launch),
+        threads_given=is_given or record.threads_given,
+        world_size=ranks.world_size,
+        settings=settings,
+        tracking=tracking,
+    )
+
+
 def prepare_new(
     options: Options,
     recipe: Recipe,
@@ -172,6 +225,7 @@ def prepare_new(
         parameters=asdict(count_parameters(recipe, store.tokenizer.vocab_size)),
         device=runtime.device_name(runtime.device(ranks.launch)),
         threads=runtime.set_threads(options.threads, ranks.launch),
+        threads_given=options.threads is not None,
         world_size=ranks.world_size,
         settings=options.settings(default_settings(recipe.schedule.total_steps)),
         command=sys.argv,
@@ -190,8 +244,7 @@ def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedP
     recipe = run.read_recipe()
     if run.verdict() == "done":
         raise CheckpointError(f"The run {run.path} is finished. Its model: {command('export')} {run.path}")
-    values = read_deepspeed_json(options.ds_config) if options.ds_config else run.read_deepspeed_json()
-    return resolved_plan(options, values, options.ds_config or str(run.path / "deepspeed.json"), recipe, ranks)
+    return plan_of_run(options, run, run.read_record(), recipe, ranks)
 
 
 def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> PretrainJob:
@@ -202,14 +255,7 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
     if ranks.is_main:
         check_tracking(tracking, run, is_new=False)
     store = recorded_store(record, run.path)
-    record = replace(
-        record,
-        device=runtime.device_name(runtime.device(ranks.launch)),
-        threads=runtime.set_threads(options.threads or record.threads, ranks.launch),
-        world_size=ranks.world_size,
-        settings=options.settings(record.settings),
-        tracking=tracking,
-    )
+    record = record_again(record, options, ranks, options.settings(record.settings), tracking)
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
 
@@ -238,7 +284,7 @@ def fitted(plan: DeepSpeedPlan, recipe: Recipe, vocab_size: int, options: Option
     device = runtime.device(ranks.launch)
     free = free_bytes(device, ranks)
     note = None
-    if plan.is_micro_batch_open:
+    if ranks.from_main(plan.is_micro_batch_open):  # the others' devices may have other names
         fitting = fitting_plan(recipe, vocab_size, plan, device, ranks)
         if fitting.batch != plan.batch or options.micro_batch == "auto":
             share = "each rank's whole share" if fitting.batch == plan.batch else "the largest that fits"
