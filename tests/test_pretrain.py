@@ -258,7 +258,6 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Say how to run it with --ds-config"),
         (["--ds-config", "nowhere.json"], "There is no DeepSpeed JSON at nowhere.json"),
         (["--ds-config", CPU_JSON, "--recipe", "tinny"], "did you mean 'tiny'"),
         (["--ds-config", CPU_JSON, "--set", "model.hiden_size=3"], "did you mean 'model.hidden_size'"),
