@@ -14,7 +14,7 @@ from electra_ds.config import deepspeed as config
 from electra_ds.config import inert
 from electra_ds.config.deepspeed import read_deepspeed_json, resolve
 from electra_ds.config.monitors import MONITOR_SECTIONS, FolderMonitor, Monitors, WandbMonitor
-from electra_ds.config.precision import LossScaling
+from electra_ds.config.precision import _WITHOUT_EFFECT, LossScaling
 from electra_ds.config.shipped import ds_config_names
 from electra_ds.config.zero import ZERO_3_KEYS, ZERO_KEYS
 from electra_ds.data.batches import GlobalBatch
@@ -102,6 +102,10 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
         ({"prescale_gradients": True}, "prescale_gradients: this DeepSpeed feature is not supported"),
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: this DeepSpeed feature is not supported"),
         ({"checkpoint": {"load_universal": True}}, "checkpoint: this DeepSpeed feature is not supported"),
+        ({"checkpoint": {"use_node_local_storage": True}}, "checkpoint: this DeepSpeed feature is not supported"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation: this DeepSpeed feature"),
+        ({"data_efficiency": {"enabled": False, "data_routing": {"enabled": True}}}, "data_efficiency: this DeepSpeed"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "bf16.check_grad_overflow: is not supported here"),
         ({"comms_logger": {"enabled": True}}, "comms_logger: it is not supported here"),
         ({"zero_optimization": {"stage": 2, "overlap_com": 1}}, "overlap_com: not supported.*mean 'overlap_comm'"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights: not supported"),
@@ -201,9 +205,9 @@ def test_what_changes_nothing_is_a_note_and_the_plan_is_that_without_it(values: 
 @pytest.mark.parametrize(
     "values",
     [
-        {"bf16": {"enabled": True, "immediate_grad_update": True, "loss_scale": 0, "initial_scale_power": 16}},
+        {"bf16": {"enabled": True, "immediate_grad_update": False, "loss_scale": 0, "initial_scale_power": 16}},
         {"fp16": {"enabled": False, "auto_cast": True}, "bf16": {"enabled": True}},
-        {"bf16": {"enabled": True, "check_grad_overflow": False, "bf16_optimizer_states": False}},
+        {"bf16": {"enabled": True, "check_grad_overflow": True, "bf16_optimizer_states": False}},
     ],
 )
 def test_a_precision_section_may_spell_out_defaults_and_what_bf16_has_no_use_for(values: dict[str, Any]) -> None:
@@ -215,6 +219,7 @@ def test_a_precision_section_may_spell_out_defaults_and_what_bf16_has_no_use_for
 def test_the_defaults_that_may_be_spelled_out_are_deepspeeds_own() -> None:
     import deepspeed.runtime.config as theirs
     from deepspeed.runtime import constants
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for key, value in inert.TOP_DEFAULTS.items():
@@ -224,6 +229,9 @@ def test_the_defaults_that_may_be_spelled_out_are_deepspeeds_own() -> None:
     for key, value in inert.ZERO_DEFAULTS.items():
         field = DeepSpeedZeroConfig.model_fields[key]
         assert (field.default, type(field.default)) == (value, type(value)), key
+    for kind in (DeepSpeedBF16Config, DeepSpeedFP16Config):
+        for key in set(_WITHOUT_EFFECT) & set(kind.model_fields):
+            assert kind.model_fields[key].default == _WITHOUT_EFFECT[key], key
     assert set(inert.REMOVED) == set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert set(inert.ZERO_REMOVED) == set(theirs._REMOVED_ZERO_CONFIG_KEYS)
     ours = {*ZERO_KEYS, *ZERO_3_KEYS, *inert.ZERO_DEFAULTS}

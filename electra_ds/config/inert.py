@@ -35,20 +35,24 @@ _ONLY_FOR_NVME = "aio"
 
 
 def is_off(value: Any) -> bool:
-    """Whether a section or a switch is spelled out to be off: false, null, or an object that is not enabled."""
+    """Whether a section or a switch is spelled out to be off: false, null, or an object in which nothing is enabled."""
     if isinstance(value, dict):
-        return not value.get("enabled", False) if "enabled" in value else all(map(is_off, value.values()))
+        if "enabled" in value:
+            nested = [each for each in value.values() if isinstance(each, dict)]
+            return not value["enabled"] and all(map(is_off, nested))
+        return all(map(is_off, value.values()))
     return value is None or value is False
 
 
 def is_inert(key: str, value: Any) -> bool:
     """Whether a top-level key that is not supported here says no more than DeepSpeed's default or an off switch."""
     if key == "checkpoint":  # checkpoints here are our own
-        return isinstance(value, dict) and not value.get("load_universal", False)
+        asked = ("load_universal", "use_node_local_storage")
+        return isinstance(value, dict) and not any(value.get(each, False) for each in asked)
     if key == "tensor_parallel" and isinstance(value, dict):
         return value.get("autotp_size", 0) in (0, 1)
-    if key in TOP_DEFAULTS and value == TOP_DEFAULTS[key]:
-        return True
+    if key in TOP_DEFAULTS:
+        return value in (None, "auto", TOP_DEFAULTS[key])
     return key == _ONLY_FOR_NVME or value == "auto" or is_off(value)
 
 

@@ -16,8 +16,8 @@ PRECISION_KEYS = {
     "torch_autocast": {"enabled", "dtype"},
 }  # fmt: skip
 _WITHOUT_EFFECT: dict[str, Any] = {
-    "auto_cast": False, "fp16_master_weights_and_grads": False, "check_grad_overflow": False,
-    "immediate_grad_update": True, "bf16_master_weights_and_grads": False, "bf16_optimizer_states": False,
+    "auto_cast": False, "fp16_master_weights_and_grads": False, "check_grad_overflow": True,
+    "immediate_grad_update": False, "bf16_master_weights_and_grads": False, "bf16_optimizer_states": False,
     "lower_precision_safe_modules": None,
 }  # fmt: skip
 """With DeepSpeed's defaults, which may be spelled out."""
@@ -65,7 +65,7 @@ def parse_precision(
         is_on = section.get("enabled", False) is not False
         for key in section:
             if key in _WITHOUT_EFFECT:
-                if is_on and section[key] and section[key] not in ("auto", _WITHOUT_EFFECT[key]):
+                if is_on and section[key] not in ("auto", None, _WITHOUT_EFFECT[key]):
                     problems.append(f"{name}.{key}: is not supported here; remove it")
             elif name == "bf16" and key in PRECISION_KEYS["fp16"]:
                 continue  # bf16 has no loss scale, in DeepSpeed neither
