@@ -1084,7 +1084,7 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "bad value": (["--set", "head.pooling=last"], "head.pooling"),
     "recipe for pretraining's key": (["--set", "masking.mlm_probability=0.1"], "masking.mlm_probability"),
     "unknown recipe": (["--recipe", "orignal"], "orignal"),
-    "seed twice": (["--seed", "1", "--set", "seed=2"], "Give the seed once"),
+    "seed twice": (["--seed", "1", "--set", "seed=2"], "--seed 1 and --set seed=2 differ"),
     "max_length beyond the positions": (
         ["--set", "data.max_length=65"],
         "takes 64 tokens. Add --set data.max_length=64",
