@@ -222,15 +222,15 @@ def test_a_run_that_may_take_years_is_asked_about_on_a_terminal_and_refused_else
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     with pytest.raises(ConfigError, match=r"predicted to take 0.4–1.6 years .* Do less. To start it anyway, add --yes"):
-        ask_before_years(options_of(), LONG, "Do less.", process_group)
+        ask_before_years(options_of(), lambda: LONG, "Do less.", process_group)
     monkeypatch.setattr(sys, "stdout", Terminal())
     for typed, starts in (("y\n", True), ("Yes\n", True), ("n\n", False), ("\n", False), ("", False)):
         monkeypatch.setattr(sys, "stdin", Terminal(typed))
         if starts:
-            ask_before_years(options_of(), LONG, "Do less.", process_group)
+            ask_before_years(options_of(), lambda: LONG, "Do less.", process_group)
         else:
             with pytest.raises(ConfigError, match=r"was not started. Do less."):
-                ask_before_years(options_of(), LONG, "Do less.", process_group)
+                ask_before_years(options_of(), lambda: LONG, "Do less.", process_group)
 
 
 def test_weeks_are_not_asked_about_nor_is_a_run_that_ends_or_was_confirmed(
@@ -242,7 +242,7 @@ def test_weeks_are_not_asked_about_nor_is_a_run_that_ends_or_was_confirmed(
     ):  # fmt: skip
         options = options_of()
         vars(options).update(given)
-        ask_before_years(options, time, "", process_group)
+        ask_before_years(options, lambda time=time: time, "", process_group)
 
 
 def test_a_million_steps_on_a_slow_cpu_are_refused_before_anything_is_built(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _NARROWEST = 80
 _OF_A_FILE = 120
 DEFAULT_RECIPE = GPU_RECIPE
-"""Of commands whose outcome is for another machine, too."""
+"""The default of commands whose result may be used on another machine."""
 
 
 def add_command(commands: Commands, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:

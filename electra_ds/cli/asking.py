@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from electra_ds.errors import ConfigError
@@ -15,14 +16,19 @@ if TYPE_CHECKING:
     from electra_ds.runtime import Ranks
 
 
-def ask_before_years(options: argparse.Namespace, time: RunTime | None, shorter: str, ranks: Ranks) -> None:
+def ask_before_years(
+    options: argparse.Namespace, predict: Callable[[], RunTime | None], shorter: str, ranks: Ranks
+) -> None:
     """Ask on a terminal whether to start a run that may take a year or more; elsewhere refuse it with a ConfigError.
 
-    To be called by all ranks. --yes and --time-limit, after which a run ends anyway, answer it. shorter: how to make
-    the run shorter.
+    To be called by all ranks. --yes and --time-limit, after which a run ends anyway, answer it. predict: measures this
+    machine, so it is called only where its answer matters. shorter: how to make the run shorter.
     """
     with ranks.together():
-        if not ranks.is_main or options.yes or options.time_limit or time is None or not time.may_take_years:
+        if not ranks.is_main or options.yes or options.time_limit:
+            return
+        time = predict()
+        if time is None or not time.may_take_years:
             return
         found = f"This run is predicted to take {time} on this machine."
         if ranks.world_size == 1 and sys.stdin.isatty() and sys.stdout.isatty():

@@ -166,14 +166,13 @@ def _finetune(options: argparse.Namespace) -> None:
             with ranks.together():
                 job = finetune_launch.prepare_resume(wanted, run, ranks, console)
         finetune_launch.check_same_examples(job, ranks)
-        time_here = finetune_launch.run_time(job, ranks)
         if options.dry_run:
             finetune_launch.announce(job, console)
-            say_dry_run(time_here, job.stop_at, console)
+            say_dry_run(finetune_launch.run_time(job, ranks), job.stop_at, console)
             return
         if recipe is not None:
             shorter = "Choose a smaller --model, or fewer examples with --max-train-examples N."
-            ask_before_years(options, time_here, shorter, ranks)
+            ask_before_years(options, lambda: finetune_launch.run_time(job, ranks), shorter, ranks)
         launch.hold(run, ranks, held, is_new=recipe is not None)
         finetune_launch.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)

@@ -158,7 +158,7 @@ def _card(options: argparse.Namespace) -> Card | None:
 
 
 def _card_here() -> Card | None:
-    """This machine's GPU; None where there is none."""
+    """Return this machine's GPU, or None if it has none."""
     from electra_ds import runtime
     from electra_ds.config.cards import find_card
 

@@ -143,7 +143,7 @@ def _pretrain(options: argparse.Namespace) -> None:
             _dry_run(options, wanted, recipe, plan, run, ranks, console)
             return
         if recipe:
-            ask_before_years(options, _run_time(options, recipe, plan, ranks), _shorter(recipe), ranks)
+            ask_before_years(options, lambda: _run_time(options, recipe, plan, ranks), _shorter(recipe), ranks)
         store = beginning = None
         with ranks.together():
             if ranks.is_main and recipe:

@@ -124,7 +124,7 @@ def make_store(
 def _asked_for(
     options: argparse.Namespace, recipe: Recipe, check: Callable[[Tokenizer], None] | None
 ) -> tuple[Corpus, Tokenizer | TokenizerSection]:
-    """What a store is built from, checked."""
+    """Return the corpus and the tokenizer to build a store from, after checking them."""
     from electra_ds.data.corpus import Corpus
 
     if (options.streaming or options.revision) and not any(

@@ -1,7 +1,7 @@
-"""What a DeepSpeed JSON may spell out although it changes nothing here: defaults, off switches, keys of other stages.
+"""Keys of a DeepSpeed JSON that change nothing here: defaults, off switches, and keys of other ZeRO stages.
 
-Such keys are left out, and one note names them. What would change the mathematics, or what a user would expect to
-have an effect that it has not, is not inert. The defaults are those of DeepSpeed 0.19.8; a test compares them.
+They are left out, and one note names them. A key is not inert if it would change the mathematics, or if a user would
+expect an effect that it does not have. The defaults are those of DeepSpeed 0.19.8; a test compares them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ONLY_FOR_NVME = "aio"
 
 
 def is_off(value: Any) -> bool:
-    """Whether a section or a switch is spelled out to be off: false, null, or an object in which nothing is enabled."""
+    """Return whether a section or a switch is off: false, null, or an object in which nothing is enabled."""
     if isinstance(value, dict):
         if "enabled" in value:
             nested = [each for each in value.values() if isinstance(each, dict)]
@@ -45,7 +45,7 @@ def is_off(value: Any) -> bool:
 
 
 def is_inert(key: str, value: Any) -> bool:
-    """Whether a top-level key that is not supported here says no more than DeepSpeed's default or an off switch."""
+    """Return whether an unsupported top-level key only spells out DeepSpeed's default or an off switch."""
     if key == "checkpoint":  # checkpoints here are our own
         asked = ("load_universal", "use_node_local_storage")
         return isinstance(value, dict) and not any(value.get(each, False) for each in asked)
@@ -57,17 +57,16 @@ def is_inert(key: str, value: Any) -> bool:
 
 
 def is_inert_in_zero(key: str, value: Any) -> bool:
-    """The same of a key in `zero_optimization`."""
-    if key in ZERO_REMOVED and value == ZERO_REMOVED[key]:
-        return True
-    if key in ZERO_DEFAULTS and type(value) is type(ZERO_DEFAULTS[key]) and value == ZERO_DEFAULTS[key]:
-        return True
-    if key in ZERO_DEFAULTS and ZERO_DEFAULTS[key] is True:
+    """Return the same for a key of `zero_optimization`."""
+    off = ZERO_DEFAULTS | ZERO_REMOVED
+    if key not in off:
         return False
-    return key in (*ZERO_DEFAULTS, *ZERO_REMOVED) and (value == "auto" or is_off(value))
+    if type(value) is type(off[key]) and value == off[key]:  # true is no 1
+        return True
+    return off[key] is not True and (value == "auto" or is_off(value))
 
 
 def is_offload(key: str, value: Any) -> bool:
-    """Whether a key asks for offloading, which a user would miss where a stage has none."""
+    """Return whether a key asks for offloading. A user who asked for it must be told where a stage has none."""
     device = value.get("device", "none") if isinstance(value, dict) else value
     return key in ("offload_optimizer", "offload_param") and device not in ("none", None)

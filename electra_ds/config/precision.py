@@ -68,7 +68,7 @@ def parse_precision(
                 if is_on and section[key] not in ("auto", None, _WITHOUT_EFFECT[key]):
                     problems.append(f"{name}.{key}: is not supported here; remove it")
             elif name == "bf16" and key in PRECISION_KEYS["fp16"]:
-                continue  # bf16 has no loss scale, in DeepSpeed neither
+                continue  # bf16 has no loss scale, here or in DeepSpeed
             elif key not in known:
                 problems.append(f"{name}.{key}: unknown key{did_you_mean(key, known)}")
         on = section.get("enabled", False)

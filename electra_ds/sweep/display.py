@@ -98,10 +98,9 @@ class SweepDisplay:
         self._looked = now
         shown = [running.look() for running in self._running.values()]
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        told = " | ".join(shown[:_SHOWN]) + more
-        self._progress.update(self._task, status=told.replace(" | ", "  "), eta=self._eta())
+        self._progress.update(self._task, status="  ".join(shown[:_SHOWN]) + more, eta=self._eta())
         if not self._console.is_terminal and now - self._said >= _PLAIN_LINE_EVERY_S and shown:
-            self.say(f"running: {told}  {self._eta()}")
+            self.say(f"running: {' | '.join(shown[:_SHOWN])}{more}  {self._eta()}")
 
     def end(self, trial: Trial, state: State, reason: str) -> None:
         """Say how a trial ended, or that it has saved and left."""

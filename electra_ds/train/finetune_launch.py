@@ -267,10 +267,10 @@ def show_scores(job: FinetuneJob, console: Console) -> None:
         if of_set["metrics"]:
             numbers = job.sets.shown(name, of_set["metrics"])
             say(console, f"{name}, {of_set['rows']:,} rows: {numbers}")
-    say(
-        console,
+    console.print(  # commands to be copied, which no line break may cut
         f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.\n"
         f"Several runs together: {command('report')} RUN RUN …{_how_to_export(job)}",
+        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
 

@@ -53,6 +53,11 @@ class Evaluation(NamedTuple):
     """Area under the ROC curve; nan where only one class occurred."""
 
 
+def always_original_accuracy(replaced_share: float) -> float:
+    """Return the accuracy of always answering "original", the baseline of `discriminator_accuracy`."""
+    return 1 - replaced_share
+
+
 def held_out_batch(store: TokenStore, split: Split, recipe: Recipe, num_windows: int) -> GlobalBatch:
     """The same held-out windows, masks and noise at every call."""
     seed = int(hash64(recipe.seed, _EVALUATION) >> np.uint64(1))

@@ -22,7 +22,7 @@ from electra_ds.model.flops import step_flops
 from electra_ds.runtime import Ranks
 from electra_ds.train.collapse import collapsed_at
 from electra_ds.train.loop import TrainingLoop, train
-from electra_ds.train.metrics import Evaluator
+from electra_ds.train.metrics import Evaluator, always_original_accuracy
 from electra_ds.train.throughput import Throughput, joint_peak_flops
 from electra_ds.train.tracking import TrainingDisplay, read_metrics
 
@@ -110,11 +110,12 @@ class PretrainLoop(TrainingLoop):
 
     def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
         evaluation = self.evaluator(self.engine.evaluate, self.device, self.evaluation_rows)
+        original = always_original_accuracy(evaluation.replaced_share)
         display.say(
             f"held out at step {self.step}: generator loss {evaluation.generator_loss:.3f} "
             f"({evaluation.generator_masked_loss:.3f} at [MASK], a gain of {evaluation.generator_gain:+.3f} nats over "
             f"the unigram), discriminator loss {evaluation.discriminator_loss:.3f}, accuracy "
-            f'{evaluation.discriminator_accuracy:.3f} (always "original": {1 - evaluation.replaced_share:.3f}), AUC '
+            f'{evaluation.discriminator_accuracy:.3f} (always "original": {original:.3f}), AUC '
             f"{evaluation.discriminator_auc:.3f}"
         )
         if self._collapsed_at is None:
