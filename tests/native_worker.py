@@ -126,6 +126,15 @@ def main(store_path: str, run: str, out: str) -> None:
                     for name in checkpoint.tensors:
                         assert torch.equal(held[name], checkpoint.tensors[name]), (stage, precision, name)
                     assert train(engine, store) < 1000
+            frozen = model_for(store, recipe)
+            table = frozen.discriminator.embeddings.position_embeddings.weight.requires_grad_(False)
+            given = table.detach().clone()
+            groups = parameter_groups([(n, p) for n, p in frozen.named_parameters() if p.requires_grad], 0.01)
+            with plain_engine(frozen, config(stage, "fp32", **more), groups) as engine:
+                train(engine, store)
+                engine.save_checkpoint(str(folder / f"frozen-{stage}"))
+            if ranks.is_main:
+                save_file({"table": given}, folder / f"frozen-{stage}.safetensors")
 
 
 if __name__ == "__main__":

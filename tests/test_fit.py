@@ -53,6 +53,11 @@ def fit(recipe: str, discriminator: dict[str, Any], generator: dict[str, Any] | 
         # 191 columns have 2 heads of 64, and are rounded up to 192.
         ("electra-small", SMALL_GOOGLE, SMALL_GOOGLE | {"hidden_size": 192, "num_attention_heads": 2,
          "intermediate_size": 768}, "generator.width_multiplier=0.746"),
+        # The rule gives one head to 64 columns.
+        ("electra-small", SMALL_GOOGLE, SMALL_GOOGLE | {"hidden_size": 64, "intermediate_size": 256},
+         "generator.num_attention_heads=4"),
+        ("electra-small generator.num_attention_heads=4", SMALL_GOOGLE, SMALL_GOOGLE | {"hidden_size": 64,
+         "num_attention_heads": 1, "intermediate_size": 256}, "generator.num_attention_heads=1"),
     ],
 )  # fmt: skip
 def test_the_overrides_that_are_named_make_the_recipe_fit(
@@ -72,7 +77,7 @@ def test_the_overrides_that_are_named_make_the_recipe_fit(
         (SMALL_GOOGLE | {"type_vocab_size": 1}, None, r"No recipe can have\n  type_vocab_size 1 as in D.*has 2$"),
         (SMALL_GOOGLE, SMALL_GOOGLE | {"intermediate_size": 512}, r"intermediate_size 512 as in G.*Give D alone\.$"),
         (SMALL_GOOGLE, BASE_GOOGLE, r"hidden_size 768 as in G.*Give D alone\.$"),
-        (BASE_GOOGLE, BASE_GENERATOR | {"num_attention_heads": 8}, f"Give D alone, with --set {BASE_SET}.$"),
+        (BASE_GOOGLE, BASE_GENERATOR | {"intermediate_size": 8}, f"Give D alone, with --set {BASE_SET}.$"),
         (SMALL_GOOGLE | {"hidden_size": 4, "num_attention_heads": 1}, None, "changed to fit the weights, is not valid"),
     ],
 )

@@ -34,10 +34,11 @@ examples:
       a checkpoint of somebody's own script, at a ZeRO stage and with ranks that may be others than here
   bin/pretrain --resume runs/theirs
 
-NATIVE is what DeepSpeed's engine.save_checkpoint wrote: the folder that holds the file `latest`, or one of its tag
-folders. Its parameters are named as in electra_ds's joint module, or as in a joint module of transformers'
-ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles. Without --trusted nothing in them is loaded, and
-the command says what they would call; with it they are read with inert stand-ins for everything but tensors.
+NATIVE is what DeepSpeed's engine.save_checkpoint wrote, or what its ds_to_universal made of that: the folder that holds
+the file `latest` or `latest_universal`, or one of its tag folders. Its parameters are named as in electra_ds's joint
+module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles.
+Without --trusted nothing in them is loaded, and the command says what they would call; with it they are read with inert
+stand-ins for everything but tensors.
 """
 
 
@@ -71,6 +72,24 @@ def _add_import(actions: Commands) -> None:
     add_overrides(what, "schedule.total_steps=5000 generator.sharing=none")
     add_corpus_arguments(what, default_note="default: the exported run's token store")
     what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
+    _add_untold(action)
+
+
+def _add_untold(action: argparse.ArgumentParser) -> None:
+    untold = action.add_argument_group(
+        "what the files may not tell",
+        "Heads, layer_norm_eps, activation and kind of positions leave no trace in the tensors. They are the recipe's "
+        "(--set generator.num_attention_heads=4 model.layer_norm_eps=1e-6), and are checked against the config.json "
+        "files that lie beside or above the checkpoint, or that you give.",
+    )
+    for part in ("generator", "discriminator"):
+        untold.add_argument(
+            f"--{part}-config", type=Path, metavar="FILE", help=f"the {part}'s config.json, or the folder it is in"
+        )
+    untold.add_argument(
+        "--frozen", nargs="+", default=[], metavar="NAME",
+        help="what names of parameters begin with that were not trained, for a stage 0 checkpoint that leaves it open",
+    )  # fmt: skip
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -78,6 +97,7 @@ def _import(options: argparse.Namespace) -> None:
 
     from electra_ds.engine.native import find_files, read_native
     from electra_ds.engine.native_pickle import refuse_untrusted
+    from electra_ds.train.import_known import find_known
     from electra_ds.train.import_native import folder_of_export, import_native, store_of_export
 
     files = find_files(options.native)
@@ -97,6 +117,8 @@ def _import(options: argparse.Namespace) -> None:
     from electra_ds.train import launch
 
     recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), options.overrides)
+    given = {"generator": options.generator_config, "discriminator": options.discriminator_config}
+    known = find_known(files.folder, given, export, recipe)
     run = RunDirectory(options.run_dir)
     wanted = launch.Options(ds_config=options.ds_config, micro_batch=options.micro_batch)
     with runtime.ranks() as ranks:
@@ -105,9 +127,9 @@ def _import(options: argparse.Namespace) -> None:
                 "One process imports a checkpoint, of however many ranks it is: start it without torchrun."
             )
         plan = launch.plan_new(wanted, recipe, run, ranks)
-        native = read_native(files)
+        native = read_native(files, options.frozen)
         store = store_of_export(export) if export and not has_data else open_store(options, recipe)
         job = launch.prepare_new(wanted, recipe, plan, store, run, ranks)
         job = launch.with_fitting_micro_batch(job, wanted, ranks)
         with run.locked(is_new=True):
-            print(import_native(native, job, export))
+            print(import_native(native, job, export, known))

@@ -145,6 +145,8 @@ class GeneratorSection(Section):
     """Generator width over discriminator width; feed-forward size and heads follow the original's rule."""
     depth_multiplier: float = Field(default=1.0, gt=0, le=1)
     """Generator layers over discriminator layers."""
+    num_attention_heads: int | None = Field(default=None, ge=1)
+    """Heads of the generator; null takes as many as the original's rule gives for its width."""
     sharing: Literal["embeddings", "tokens", "none", "all"] = "embeddings"
     """Weights that generator and discriminator share: all embedding tables with their LayerNorm, the token
     table alone, nothing, or the whole encoder (which needs both multipliers at 1)."""
@@ -156,6 +158,8 @@ class GeneratorSection(Section):
     def _sharing_all_needs_equal_size(self) -> GeneratorSection:
         if self.sharing == "all" and (self.width_multiplier, self.depth_multiplier) != (1.0, 1.0):
             raise ValueError("sharing: all needs width_multiplier: 1.0 and depth_multiplier: 1.0")
+        if self.sharing == "all" and self.num_attention_heads is not None:
+            raise ValueError("sharing: all takes the discriminator's heads: leave num_attention_heads out")
         return self
 
 

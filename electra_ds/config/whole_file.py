@@ -13,12 +13,16 @@ from electra_ds.errors import CheckpointError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which becomes `path` at the end. Raises CheckpointError where it cannot."""
+    """A temporary path to write to, which becomes `path` at the end, with the mode that the umask gives whatever the
+    writer makes of it. Raises CheckpointError where it cannot."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"Cannot write {path}: it is no ordinary file. Name one.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode & 0o666)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

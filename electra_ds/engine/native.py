@@ -7,6 +7,12 @@
     FOLDER/TAG/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt   stages 1 to 3: rank R's part of masters and moments,
                                                            flat, group after group
 
+and what DeepSpeed's ds_to_universal made of one, see native_universal:
+
+    FOLDER/latest_universal                                a tag, such as global_step40_universal
+    FOLDER/TAG/zero/NAME/fp32.pt exp_avg.pt exp_avg_sq.pt  one parameter's, whole
+    FOLDER/TAG/*_model_states.pt                           as above
+
 The layouts are those of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, runtime/fp16/, runtime/
 bf16_optimizer.py). Nothing is unpickled beyond torch's safe list, see native_pickle.
 """
@@ -14,19 +20,27 @@ bf16_optimizer.py). Nothing is unpickled beyond torch's safe list, see native_pi
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from electra_ds.engine.native_deal import Flat, Slot, Slots, deal
+from electra_ds.engine.native_optimizer import (
+    adam_step,
+    loss_scale,
+    other_than_adam,
+    param_groups,
+    why_no_moments,
+)
 from electra_ds.engine.native_pickle import Inert, load_inert
-from electra_ds.engine.native_zero import in_fp32, partitioned_tensors, shared_out_tensors
+from electra_ds.engine.native_universal import universal_tensors
+from electra_ds.engine.native_zero import in_fp32, partitioned_tensors, shared_out_tensors, sliced
 from electra_ds.engine.optimizer import MOMENTS, STEP_WITHOUT_CORRECTION
 from electra_ds.errors import CheckpointError
+from electra_ds.model.other_formats import refuse_other_frameworks
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt")
@@ -46,9 +60,12 @@ class NativeFiles(NamedTuple):
     """One file at stages 0 to 2."""
     optimizer: dict[int, Path]
     """Empty at stage 0."""
+    universal: Path | None = None
+    """The folder `zero` of a universal checkpoint."""
 
     def all(self) -> list[Path]:
-        return [*self.model.values(), *self.optimizer.values()]
+        universal = sorted(self.universal.rglob("*.pt")) if self.universal else []
+        return [*self.model.values(), *self.optimizer.values(), *universal]
 
 
 class NativeCheckpoint(NamedTuple):
@@ -72,6 +89,22 @@ class NativeCheckpoint(NamedTuple):
     """Whether Adam made up for moments that start at 0."""
     notes: tuple[str, ...]
     """What could not be had, and why."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that the optimizer did not hold, by their names; they have no moments."""
+    is_universal: bool = False
+
+
+class _Content(NamedTuple):
+    """What differs between the layouts, as it was read."""
+
+    stage: int
+    tensors: dict[str, torch.Tensor]
+    own: Any
+    """The state of the optimizer that DeepSpeed wraps."""
+    scaling: Mapping[str, Any]
+    """Attributes of the loss scaler."""
+    notes: list[str]
+    frozen: list[str]
 
 
 def find_files(path: Path) -> NativeFiles:
@@ -102,16 +135,18 @@ def _find(folder: Path) -> NativeFiles:
                     )
                 found[rank] = file
     if not model:
+        refuse_other_frameworks(folder, str(folder))
         raise CheckpointError(
             f"{folder} holds no *_model_states.pt. Give the folder that DeepSpeed's save_checkpoint wrote, with the "
             f"file `latest`, or one of its tag folders such as global_step40."
         )
-    return NativeFiles(folder, model, optimizer)
+    universal = folder / "zero"
+    return NativeFiles(folder, model, optimizer, universal if universal.is_dir() else None)
 
 
 def _tag_folder(path: Path) -> Path:
-    latest = path / "latest"
-    if latest.is_file():
+    latest = next((path / name for name in ("latest", "latest_universal") if (path / name).is_file()), None)
+    if latest is not None:
         with latest.open(encoding="utf8", errors="replace") as file:
             tag = file.read(_LONGEST_TAG + 2).strip()
         if len(tag) > _LONGEST_TAG or ".." in tag or any(separator in tag for separator in "/\\\0"):
@@ -123,18 +158,18 @@ def _tag_folder(path: Path) -> Path:
             raise CheckpointError(f"{latest} names the tag {tag!r}, and there is no folder {folder}.")
         return folder
     if not path.is_dir():
+        refuse_other_frameworks(path, str(path))
         raise CheckpointError(f"There is no folder {path}.")
-    if (path / "latest_universal").is_file() or (path / "zero").is_dir():
-        raise CheckpointError(
-            f"{path} is a universal checkpoint of DeepSpeed's. Give the one that it was made from, which has `latest`."
-        )
     return path
 
 
-def read_native(files: NativeFiles) -> NativeCheckpoint:
-    """Read a whole checkpoint. Raises CheckpointError that names what is missing, damaged or not understood."""
+def read_native(files: NativeFiles, frozen: Sequence[str] = ()) -> NativeCheckpoint:
+    """Read a complete checkpoint. Raises CheckpointError that names what is missing, damaged or not understood.
+
+    frozen: what names of parameters begin with that were not trained, for a stage 0 checkpoint that leaves it open.
+    """
     try:
-        return _read(files)
+        return _read(files, frozen)
     except OSError as error:
         raise CheckpointError(f"{files.folder} cannot be read: {error}.") from error
     except (
@@ -146,43 +181,124 @@ def read_native(files: NativeFiles) -> NativeCheckpoint:
         ) from error
 
 
-def _read(files: NativeFiles) -> NativeCheckpoint:
+def _read(files: NativeFiles, frozen: Sequence[str]) -> NativeCheckpoint:
     state = load_inert(files.model[min(files.model)])
     if not isinstance(state.get("module"), dict):
         raise CheckpointError(f"{files.model[min(files.model)]} has no `module`: DeepSpeed's engine did not write it.")
     ranks = _whole_number(state, "dp_world_size", files)
     is_partitioned = state.get("param_shapes") is not None
-    _check_ranks(files, ranks if is_partitioned else 0)
-    if is_partitioned:
-        parts = {rank: _optimizer_part(path) for rank, path in sorted(files.optimizer.items())}
-        stage = _stage(parts[0])
-        gather = shared_out_tensors if stage == 3 else partitioned_tensors
-        tensors, notes = gather(files.folder, state, list(parts.values()))
-        own = parts[0].get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
-        scaler = parts[0].get("loss_scaler")
-        scaling = scaler.attributes if isinstance(scaler, Inert) else {}
-        _add_tied(tensors, state.get("shared_params"))
-    else:
-        stage = 0
-        optimizer = state.get("optimizer")
-        scaling = optimizer if isinstance(optimizer, dict) else {}
-        own = scaling.get("optimizer_state_dict", optimizer)
-        tensors, notes = _named_by_dealing(state, scaling, own)
-    for name, tensor in tensors.items():
+    if files.universal is None:
+        _check_ranks(files, ranks if is_partitioned else 0)
+    content = _read_partitioned(files, state) if is_partitioned else _read_whole(state, frozen)
+    for name, tensor in content.tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{files.folder}: {name} is not finite. Take a checkpoint from before.")
     step, skipped = _whole_number(state, "global_steps", files), _whole_number(state, "skipped_steps", files)
-    adam_step = _adam_step(own)
-    corrects = adam_step is None or adam_step < STEP_WITHOUT_CORRECTION
+    taken = adam_step(content.own)
+    corrects = taken is None or taken < STEP_WITHOUT_CORRECTION
     precision = _precision(state["module"])
-    counters = _loss_scale(scaling, precision == "fp16") | {
-        "taken_steps": adam_step if adam_step is not None and corrects else float(max(0, step - skipped)),
+    counters = loss_scale(content.scaling, precision == "fp16") | {
+        "taken_steps": taken if taken is not None and corrects else float(max(0, step - skipped)),
         "skipped_steps": float(skipped),
     }
-    group = next(iter(_param_groups(own)), {})
+    group = {} if other_than_adam(content.own) else next(iter(param_groups(content.own)), {})
     return NativeCheckpoint(
-        files.folder, stage, precision, ranks, step, tensors, counters, group, corrects, tuple(notes)
-    )
+        files.folder, content.stage, precision, ranks, step, content.tensors, counters, group, corrects,
+        tuple(content.notes), tuple(content.frozen), files.universal is not None,
+    )  # fmt: skip
+
+
+def _read_partitioned(files: NativeFiles, state: Mapping[str, Any]) -> _Content:
+    """Stages 1 to 3, and universal checkpoints."""
+    if state.get("frozen_param_shapes") and any(path.name.startswith("zero_pp_rank") for path in files.model.values()):
+        _check_ranks_of_model(files, _whole_number(state, "dp_world_size", files))
+    if files.universal is not None:
+        own: Any
+        common, tensors, own = universal_tensors(files.universal, state)
+        stage = _stage(common)
+    else:
+        parts = [_optimizer_part(path) for _, path in sorted(files.optimizer.items())]
+        common, stage = parts[0], _stage(parts[0])
+        gather = shared_out_tensors if stage == 3 else partitioned_tensors
+        tensors = gather(files.folder, state, parts)
+        own = common.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
+    notes = why_no_moments(own, any(name.startswith("exp_avg/") for name in tensors))
+    scaler = common.get("loss_scaler")
+    _add_tied(tensors, state.get("shared_params"))
+    frozen = _add_frozen_slices(tensors, files, state) if stage == 3 else _add_left_out(tensors, state)
+    return _Content(stage, tensors, own, scaler.attributes if isinstance(scaler, Inert) else {}, notes, frozen)
+
+
+def _add_left_out(tensors: dict[str, torch.Tensor], state: Mapping[str, Any]) -> list[str]:
+    """Stages 1 and 2: what is in `module` and in no group was frozen, or is another name of what is in one; return the
+    frozen ones' names."""
+    weights, aliases = _named_once(state)
+    frozen = []
+    for name, weight in weights.items():
+        names = [name, *(alias for alias, first in aliases.items() if first == name)]
+        held = next((one for one in names if f"master/{one}" in tensors), None)
+        if held is None:
+            frozen.append(name)
+            tensors[f"master/{name}"] = in_fp32(weight, name)
+        _add_tied(tensors, {other: held or name for other in names if f"master/{other}" not in tensors})
+    return frozen
+
+
+def _add_frozen_slices(tensors: dict[str, torch.Tensor], files: NativeFiles, state: Mapping[str, Any]) -> list[str]:
+    """Stage 3: every rank's file of the model has a slice of each frozen parameter; return their names."""
+    shapes = state.get("frozen_param_shapes") or {}
+    if not shapes:
+        return []
+    ranks = [load_inert(path)["frozen_param_fragments"] for _, path in sorted(files.model.items())]
+    for name, shape in shapes.items():
+        tensors[f"master/{name}"] = sliced(files.folder, name, shape, [in_fp32(own[name], name) for own in ranks])
+    return list(shapes)
+
+
+def _read_whole(state: Mapping[str, Any], frozen: Sequence[str]) -> _Content:
+    """Stage 0: the weights have names, masters and moments get them from native_deal, or from the groups."""
+    optimizer = state.get("optimizer")
+    wrapper = optimizer if isinstance(optimizer, dict) else {}
+    own: Any = wrapper.get("optimizer_state_dict", optimizer)
+    weights, aliases = _named_once(state)
+    tensors = {f"master/{name}": in_fp32(weight, name) for name, weight in weights.items()}
+    groups, left_out = param_groups(own), []
+    has_moments = any(_moments(one) for one in own.get("state", {}).values()) if groups else False
+    notes = why_no_moments(own, has_moments)
+    has_masters = any(isinstance(wrapper.get(key), list) for key in ("fp32_groups_flat", "fp32_groups"))
+    if has_moments or (groups and has_masters):
+        in_groups = {name: one for name, one in weights.items() if not name.startswith(tuple(frozen))}
+        names = _names_in_groups(in_groups, wrapper, own, groups)
+        if names is None:
+            notes.append(
+                "its optimizer does not say which of its tensors belongs to which parameter, and the shapes allow "
+                "several ways or none; if parameters were frozen there, name them with --frozen"
+            )
+        else:
+            _take(tensors, weights, wrapper, own, groups, names)
+            left_out = [name for name in weights if not any(name in group for group in names)]
+            if len(in_groups) > sum(map(len, names)):
+                notes.append("which parameters were frozen follows from what fits alone; --frozen says it for certain")
+    _add_tied(tensors, aliases)
+    return _Content(0, tensors, own, wrapper, notes, left_out)
+
+
+def _named_once(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(parameters of `module` by their first names, first names by the others)."""
+    buffers = state.get("buffer_names") or ()
+    weights: dict[str, torch.Tensor] = {}
+    first_names: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in state["module"].items():
+        if name in buffers or not torch.is_tensor(tensor):
+            continue
+        identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        first = first_names.setdefault(identity, name)
+        if first == name:
+            weights[name] = tensor
+        else:
+            aliases[name] = first
+    return weights, aliases
 
 
 def _check_ranks(files: NativeFiles, ranks: int) -> None:
@@ -201,6 +317,17 @@ def _check_ranks(files: NativeFiles, ranks: int) -> None:
         raise CheckpointError(
             f"{files.folder} was saved by {ranks or 'no'} rank(s) with ZeRO, and {files.optimizer[surplus[0]].name} is "
             f"from another save. Move such files away."
+        )
+
+
+def _check_ranks_of_model(files: NativeFiles, ranks: int) -> None:
+    """Raises CheckpointError unless there is a file of the model for each of so many ranks."""
+    gone = [rank for rank in range(ranks) if rank not in files.model]
+    if gone:
+        raise CheckpointError(
+            f"{files.folder} holds a slice of every frozen parameter for each of {ranks} rank(s), and the "
+            f"*_model_states.pt of rank {', '.join(map(str, gone[:_MOST_SHOWN]))} is missing. Copy every rank's file "
+            f"into the folder."
         )
 
 
@@ -242,42 +369,6 @@ def _add_tied(tensors: dict[str, torch.Tensor], shared: Any) -> None:
                 tensors[f"{key}/{alias}"] = tensors[f"{key}/{name}"]
 
 
-def _named_by_dealing(
-    state: Mapping[str, Any], wrapper: Mapping[str, Any], own: Any
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Stage 0: the weights have names, masters and moments get them from native_deal, or from the groups."""
-    buffers = state.get("buffer_names") or ()
-    module = {name: tensor for name, tensor in state["module"].items() if torch.is_tensor(tensor)}
-    weights: dict[str, torch.Tensor] = {}
-    first_names: dict[Any, str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in module.items():
-        if name in buffers:
-            continue
-        identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        first = first_names.setdefault(identity, name)
-        if first == name:
-            weights[name] = tensor
-        else:
-            aliases[name] = first
-    tensors = {f"master/{name}": in_fp32(weight, name) for name, weight in weights.items()}
-    groups = _param_groups(own)
-    notes = []
-    if not groups:
-        notes.append("it holds no optimizer")
-    else:
-        names = _names_in_groups(weights, wrapper, own, groups)
-        if names is None:
-            notes.append(
-                "its optimizer does not say which of its tensors belongs to which parameter, and the shapes allow "
-                "several ways or none"
-            )
-        else:
-            _take(tensors, weights, wrapper, own, groups, names)
-    _add_tied(tensors, aliases)
-    return tensors, notes
-
-
 def _names_in_groups(
     weights: Mapping[str, torch.Tensor], wrapper: Mapping[str, Any], own: Any, groups: list[dict[str, Any]]
 ) -> list[list[str]] | None:
@@ -308,7 +399,7 @@ def _take(
         states = [own["state"].get(number, {}) for number in group["params"]]
         if isinstance(flats, list):
             sizes = [weights[name].numel() for name in own_names]
-            whole = {"master": flats[index]} | {key: states[0][key] for key in MOMENTS if key in states[0]}
+            whole = {"master": flats[index]} | _moments(states[0])
             pieces = {key: tensor[: sum(sizes)].split(sizes) for key, tensor in whole.items()}
         else:
             pieces = {}
@@ -317,43 +408,11 @@ def _take(
             if isinstance(apart, list):
                 values["master"] = apart[index][place]
             if not isinstance(flats, list):
-                values |= {key: states[place][key] for key in MOMENTS if key in states[place]}
+                values |= _moments(states[place])
             for key, value in values.items():
                 tensors[f"{key}/{name}"] = in_fp32(value, f"{key}/{name}").view(weights[name].shape)
 
 
-def _param_groups(own: Any) -> list[dict[str, Any]]:
-    groups = own.get("param_groups") if isinstance(own, dict) else None
-    return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
-
-
-def _adam_step(own: Any) -> float | None:
-    """Adam's own count of updates, the largest of those that its state and groups hold."""
-    states = own if isinstance(own, list) else list(own.get("state", {}).values()) if isinstance(own, dict) else []
-    found = [state.get("step") for state in (*states, *_param_groups(own)) if isinstance(state, dict)]
-    counts = [float(step) for step in found if isinstance(step, (int, float, torch.Tensor))]
-    for count in counts:
-        if not math.isfinite(count) or count < 0:
-            raise CheckpointError(f"Adam's own count of steps is {count}. The checkpoint is damaged.")
-    return max(counts, default=None)
-
-
-def _loss_scale(scaling: Mapping[str, Any], is_scaled: bool) -> dict[str, float]:
-    """From a loss scaler's attributes, or what stage 0 has of them.
-
-    DeepSpeed counts iterations from 0, and -1 stands for an overflow that never was.
-    """
-
-    def number(key: str, default: float) -> float:
-        value = scaling.get(key, default)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if is_number and abs(value) < 2.0**127 else default
-
-    good = number("cur_iter", 0) - number("last_overflow_iter", -1) - 1
-    return {
-        "consecutive_skips": 0.0,
-        "is_scaled": float(is_scaled),
-        "loss_scale": max(number("cur_scale", 1.0), 2.0**-24) if is_scaled else 1.0,
-        "good_steps": max(0.0, good) if is_scaled else 0.0,
-        "hysteresis_left": max(1.0, number("cur_hysteresis", 1.0)),
-    }
+def _moments(own: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Both of Adam's or none: other optimizers keep something of their own under one of the names."""
+    return {key: own[key] for key in MOMENTS} if all(torch.is_tensor(own.get(key)) for key in MOMENTS) else {}

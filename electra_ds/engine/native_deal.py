@@ -7,11 +7,15 @@ cards are, each only where its shape fits and, where the optimizer holds fp32 ma
 the weight. A dealing is taken where it is the only one. That covers one group, matrices apart from biases and norms
 in either order, and with masters practically every grouping. Where there are several, as without masters where
 tensors of one shape are in different groups, a known convention decides, if exactly one of them fits.
+
+Parameters that were frozen are in no group: where the groups hold less than there is, the rest is dealt out like one
+more group, and a convention then also says what is frozen: one module, or the embeddings with the lowest layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,22 +74,65 @@ class Flat(NamedTuple):
         return position + weight.numel() if fits else None
 
 
+class Rest(NamedTuple):
+    """What the groups do not hold. A position in it counts what theirs count."""
+
+    end: int
+    counts_elements: bool
+
+    def after(self, position: int, weight: torch.Tensor) -> int | None:
+        """The position behind the weight, if there is room for it."""
+        position += weight.numel() if self.counts_elements else 1
+        return position if position <= self.end else None
+
+
+_Group = Slots | Flat | Rest
+
+
 def deal(weights: Mapping[str, torch.Tensor], groups: Sequence[Slots | Flat]) -> list[list[str]] | None:
-    """The names of each group's parameters in order, or None where that is not certain.
+    """Return the names of each group's parameters in order, or None where that is not certain.
 
     weights: the model's parameters in its order, each once.
     """
-    only, ways = _dealings(weights, groups)
+    by_elements = any(isinstance(group, Flat) for group in groups)
+    there = sum(weight.numel() for weight in weights.values()) if by_elements else len(weights)
+    rest = Rest(there - sum(group.end for group in groups), by_elements)
+    only, ways = _dealings(weights, [*groups, rest] if rest.end else groups)
     if ways < 2:
-        return only
-    conventional = [names for names in _conventions(list(weights)) if _fits_whole(weights, groups, names)]
+        return None if only is None else only[: len(groups)]
+    conventional = [
+        names
+        for frozen in _frozen_by_convention(list(weights), rest)
+        for names in _conventions([name for name in weights if name not in frozen])
+        if _fits_whole(weights, groups, names)
+    ]
     distinct = [names for index, names in enumerate(conventional) if names not in conventional[:index]]
     return distinct[0] if len(distinct) == 1 else None
 
 
-def _dealings(
-    weights: Mapping[str, torch.Tensor], groups: Sequence[Slots | Flat]
-) -> tuple[list[list[str]] | None, int]:
+def _frozen_by_convention(names: Sequence[str], rest: Rest) -> Iterator[frozenset[str]]:
+    """What may be in `rest`: nothing where it is empty; else any one parameter or module, or a network's embeddings
+    with its lowest layers. Those that are too large or too small for it do not fit later."""
+    if not rest.end:
+        yield frozenset()
+        return
+    prefixes = {name[: match.end()] for name in names for match in re.finditer(r"\.|$", name)}
+    for prefix in sorted(prefixes):
+        yield frozenset(name for name in names if name.startswith(prefix))
+    for component in sorted({part for name in names for part in name.split(".")}):
+        yield frozenset(name for name in names if component in name.split("."))
+    for network in sorted({match[1] for name in names if (match := re.match(r"(.*?)embeddings\.", name))}):
+        numbered = {
+            name: int(match[1])
+            for name in names
+            if (match := re.match(rf"{re.escape(network)}(?:encoder\.)?layers?\.(\d+)\.", name))
+        }
+        embeddings = {name for name in names if name.startswith(f"{network}embeddings.")}
+        for depth in range(1, len(set(numbered.values())) + 1):
+            yield frozenset(embeddings | {name for name, layer in numbered.items() if layer < depth})
+
+
+def _dealings(weights: Mapping[str, torch.Tensor], groups: Sequence[_Group]) -> tuple[list[list[str]] | None, int]:
     """(a dealing where there is one, the number of them: 0, 1 or 2 for several)."""
     ways = {(0,) * len(groups): 1}
     last: list[dict[tuple[int, ...], tuple[int, tuple[int, ...]]]] = []

@@ -13,6 +13,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
@@ -48,8 +53,15 @@ def write_native(
     """
     tag = f"global_step{checkpoint.state['step']}"
     with native_engine(checkpoint, model, recipe, plan, device) as engine:
-        engine.save_checkpoint(str(folder), tag=tag)
+        engine.save_checkpoint(str(folder), tag=tag, client_state=_for_ds_to_universal(plan.stage))
     return tag
+
+
+def _for_ds_to_universal(stage: int) -> dict[str, Any]:
+    """What the script asks of stages 1 and 2, and DeepSpeed leaves to whoever saves; it takes no stage 0 checkpoint."""
+    if stage not in (1, 2):
+        return {}
+    return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
 
 
 @contextmanager

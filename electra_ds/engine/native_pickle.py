@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import zipfile
-from _compat_pickle import IMPORT_MAPPING
-from collections.abc import Iterable
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,30 @@ _OWN = frozenset(
     }
 )
 """What DeepSpeed itself puts into its files."""
+_PLAIN = re.compile(
+    r"builtins\.(bool|bytearray|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple)"
+    r"|numpy\.(ndarray|dtype|dtypes\.\w+|bool_?|u?int\d+|float\d+|longdouble|complex\d+|str_|bytes_)"
+    r"|numpy\._?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer)"
+    r"|numpy\.random\.(_pickle\.__\w+_ctor|\w+\.(MT19937|PCG64|PCG64DXSM|Philox|SFC64|(__pyx_unpickle_)?SeedSequence))"
+    r"|argparse\.Namespace|collections\.(Counter|OrderedDict|defaultdict|deque)|functools\.partial"
+    r"|datetime\.(date|datetime|time|timedelta|timezone)|decimal\.Decimal|fractions\.Fraction|uuid\.UUID"
+    r"|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path|types\.(MappingProxyType|SimpleNamespace)"
+    r"|copyreg\.(_reconstructor|__newobj__)|_codecs\.encode"
+)
+"""Of Python and NumPy: what holds data or puts it together, and does nothing else."""
+_HARMFUL = re.compile(
+    r"(_imp|_pickle|_posixsubprocess|bdb|cProfile|cloudpickle|code|codeop|compileall|ctypes|_ctypes|dill|distutils"
+    r"|doctest|ftplib|http|httpx|imp|importlib|joblib|marshal|multiprocessing|nt|ntpath|os|pdb|pickle|pip|pkg_resources"
+    r"|pkgutil|posix|posixpath|profile|pty|py_compile|requests|runpy|setuptools|shelve|shutil|smtplib|socket"
+    r"|subprocess|sys|tempfile|timeit|trace|urllib|webbrowser)\..+"
+    r"|builtins\.(__import__|breakpoint|compile|delattr|eval|exec|getattr|globals|input|locals|open|setattr|vars)"
+    r"|_?io\.(FileIO|open|open_code)|_?operator\.(attrgetter|methodcaller)|functools\.reduce|pandas\.read_pickle"
+    r"|types\.(CodeType|FunctionType|LambdaType|MethodType|ModuleType)"
+    r"|torch\.(classes|hub|jit|load|ops|package|serialization|utils\.cpp_extension)(\..+)?"
+    r"|numpy\.(f2py|fromfile|genfromtxt|load|loadtxt|memmap|save|savetxt|testing)(\..+)?"
+    r"|.+\._?(builtins|os|posix|subprocess|sys)\..+"
+)
+"""What runs programs or code, changes files or reaches the network, or leads to what does."""
 _ZIP_START = b"PK\x03\x04"
 """By which torch tells its files from those of its old format."""
 
@@ -58,6 +83,14 @@ class Inert:
 def _dictionary(*arguments: Any) -> dict[Any, Any]:
     """Stands for a defaultdict, since torch's unpickler fills only true dictionaries."""
     return {}
+
+
+def _list(*arguments: Any) -> list[Any]:
+    """The same for a deque, which it fills as a list."""
+    return []
+
+
+_FILLED: dict[str, Any] = {"collections.defaultdict": _dictionary, "collections.deque": _list}
 
 
 def foreign_calls(path: Path) -> list[str]:
@@ -147,56 +180,80 @@ def _named_in_instructions(path: Path) -> list[str]:
 
 
 def refuse_untrusted(files: Iterable[Path]) -> NoReturn:
-    """Raises CheckpointError, which says what the files' pickles would call; to be called where nobody trusts them."""
-    own: set[str] = set()
-    foreign: dict[str, str] = {}
+    """Raise CheckpointError, which says what the files' pickles would call; to be called where nobody trusts them.
+
+    Only what could do harm is called harmful: data of Python's and NumPy's that a script saved with its state is not.
+    """
+    found: dict[str, dict[str, str]] = {"own": {}, "plain": {}, "harmful": {}, "other": {}}
     for path in files:
         for name in foreign_calls(path):
-            if name in _OWN:
-                own.add(name)
-            else:
-                foreign.setdefault(_python_3(name), path.name)
+            found[_kind_of(name)].setdefault(_python_3(name), path.name)
     start = "DeepSpeed's checkpoints are pickles, which are programs that can do anything when they are loaded. "
-    if foreign:
-        listed = ", ".join(f"{name} (in {file})" for name, file in sorted(foreign.items()))
+    if found["harmful"]:
         raise CheckpointError(
-            f"{start}These call what no DeepSpeed checkpoint needs: {listed}. Do not trust it, unless whoever saved it "
-            f"says why it is there. Nothing was loaded."
+            f"{start}These call what could run programs or change files, which no checkpoint needs: "
+            f"{_listed(found['harmful'])}. Do not trust it, unless whoever saved it says why it is there. Nothing was "
+            f"loaded."
         )
-    called = f"DeepSpeed's own {', '.join(sorted(name.rpartition('.')[2] for name in own))}" if own else "torch's own"
+    held = f"DeepSpeed's own {', '.join(sorted(name.rpartition('.')[2] for name in found['own']))}"
+    known = [held if found["own"] else "torch's own", *sorted(found["plain"])]
+    other = ""
+    if found["other"]:
+        other = (
+            f" They also name {_listed(found['other'])}, which is code of other packages: whoever saved them should "
+            f"know why. It is not loaded either."
+        )
     raise CheckpointError(
-        f"{start}These name only what DeepSpeed's files hold ({called}), and are read with inert stand-ins for it. "
-        f"If you know where they come from, add --trusted. Nothing was loaded."
+        f"{start}These hold data ({', '.join(known)}) and nothing that is known to do harm, and are read with inert "
+        f"stand-ins for all but tensors and numbers.{other} If you know where they come from, add --trusted. Nothing "
+        f"was loaded."
     )
 
 
-def load_inert(path: Path) -> dict[str, Any]:
-    """The file's dictionary, tensors on the CPU and mapped from the file, other objects as `Inert`.
+def _kind_of(name: str) -> str:
+    """`own` of DeepSpeed, `plain` data, `harmful` or `other`."""
+    if name in _OWN:
+        return "own"
+    name = _python_3(name)
+    if _PLAIN.fullmatch(name):
+        return "plain"
+    return "harmful" if _HARMFUL.fullmatch(name) else "other"
 
-    Raises CheckpointError where it is damaged, holds something else, or names what torch's unpickler never takes
-    (modules os, posix, nt and sys).
-    """
-    stand_ins: list[Any] = [
-        (_dictionary if name == "collections.defaultdict" else type("Inert", (Inert,), {}), name)
-        for name in foreign_calls(path)
-    ]
-    _check_sums(path)
-    try:
-        with torch.serialization.safe_globals(stand_ins):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a pickle can fail in every way there is
-        raise CheckpointError(
-            f"{path} cannot be read: {_first_line(error)} It is damaged, or was not written by DeepSpeed alone."
-        ) from error
+
+def _listed(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} (in {file})" for name, file in sorted(found.items()))
+
+
+def load_inert(path: Path) -> dict[str, Any]:
+    """The file's dictionary, see `load_inert_content`. Raises CheckpointError also where it holds something else."""
+    content = load_inert_content(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, which is not what DeepSpeed saves.")
     return content
 
 
+def load_inert_content(path: Path) -> Any:
+    """What the file holds, tensors on the CPU and mapped from the file, other objects as `Inert`.
+
+    Raises CheckpointError where it is damaged, or names what torch's unpickler never takes (modules os, posix, nt and
+    sys).
+    """
+    stand_ins: list[Any] = [(_FILLED.get(name) or type("Inert", (Inert,), {}), name) for name in foreign_calls(path)]
+    _check_sums(path)
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a pickle can fail in every way there is
+        raise CheckpointError(
+            f"{path} cannot be read: {_first_line(error)} It is damaged, or was not written by DeepSpeed alone."
+        ) from error
+
+
 def _python_3(name: str) -> str:
     """The name of today for one of Python 2, which pickles of torch's protocol hold: subprocess is `commands` there."""
     module, _, function = name.rpartition(".")
-    return f"{IMPORT_MAPPING.get(module, module)}.{function}"
+    module, function = NAME_MAPPING.get((module, function), (IMPORT_MAPPING.get(module, module), function))
+    return f"{module}.{function}"
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,6 @@ from electra_ds.engine.native_pickle import Inert
 from electra_ds.engine.optimizer import MOMENTS
 from electra_ds.errors import CheckpointError
 
-_NO_MOMENTS = "its optimizer holds no moments of Adam's, as before the first step"
 _Shapes = dict[str, tuple[int, ...]]
 _Group = dict[str, torch.Tensor]
 """One rank's part of a group: flat tensors by kind, `master` and perhaps `exp_avg`, `exp_avg_sq`."""
@@ -21,8 +20,8 @@ _Group = dict[str, torch.Tensor]
 
 def partitioned_tensors(
     folder: Path, state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """(tensors by `KIND/NAME`, what could not be had) of stages 1 and 2.
+) -> dict[str, torch.Tensor]:
+    """Return tensors by `KIND/NAME` of stages 1 and 2; moments of those groups alone that have both of Adam's.
 
     state: the model's file; parts: each rank's optimizer. A group is one flat tensor, cut into a part for each rank;
     a rank's `param_slice_mappings` says where in its part which parameter's piece lies, and pieces follow each other
@@ -51,7 +50,7 @@ def partitioned_tensors(
 
 def _in_order(
     folder: Path, shapes: Sequence[_Shapes], ranks: Sequence[Sequence[_Group]], paddings: Any
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+) -> dict[str, torch.Tensor]:
     """The same where nothing says where which parameter lies: one after the other, as `param_shapes` lists them."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for index, group_shapes in enumerate(shapes):
@@ -67,7 +66,7 @@ def _in_order(
 
 def shared_out_tensors(
     folder: Path, state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+) -> dict[str, torch.Tensor]:
     """The same of stage 3: every parameter is cut into equal slices, one for each rank, the last padded.
 
     A rank's slices lie one after the other in the order of `param_shapes`, through all its groups; the moments lie as
@@ -76,7 +75,7 @@ def shared_out_tensors(
     shapes = {name: shape for group in state["param_shapes"] for name, shape in _shapes(folder, group).items()}
     ranks = []
     for groups in _all_groups(folder, parts, "fp32_flat_groups", "optimizer_state_dict"):
-        kinds = groups[0] if groups else {}
+        kinds = set.intersection(*map(set, groups)) if groups else set()
         ranks.append({kind: torch.cat([group[kind] for group in groups]) for kind in kinds})
     found: dict[str, dict[str, torch.Tensor]] = {}
     offset = 0
@@ -91,6 +90,13 @@ def shared_out_tensors(
         if own["master"].numel() != offset:
             raise _unknown(folder, f"rank {rank} holds {own['master'].numel()} elements, and the shapes need {offset}")
     return _shaped(folder, shapes, found)
+
+
+def sliced(folder: Path, name: str, shape: Any, slices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parameter that every rank has a slice of at stage 3, the last padded. Raises CheckpointError as above."""
+    shape = tuple(shape)
+    flat = torch.cat([own.flatten() for own in slices])[: math.prod(shape)]
+    return _shaped(folder, {name: shape}, {name: {"master": flat}})[f"master/{name}"]
 
 
 def in_fp32(tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -112,25 +118,21 @@ def _all_groups(
 
 
 def _rank_groups(folder: Path, part: Mapping[str, Any], masters_key: str, state_key: str) -> list[_Group]:
-    """The groups of one rank. Moments are left out of all of them where one has none."""
+    """The groups of one rank, with moments where a group has both of Adam's."""
     masters = part.get(masters_key)
     masters = [masters] if torch.is_tensor(masters) else masters
     if not isinstance(masters, list) or not all(map(torch.is_tensor, masters)):
         raise _unknown(folder, f"an optimizer without {masters_key}")
     own = part.get(state_key)
-    if isinstance(own, list):  # elastic checkpoints
-        states = own
-    else:
-        by_number = own.get("state", {}) if isinstance(own, dict) else {}
-        states = [by_number[number] for number in sorted(by_number)]
+    states = own if isinstance(own, list) else own.get("state", {}) if isinstance(own, dict) else {}
+    by_number = dict(enumerate(states)) if isinstance(states, list) else states  # a list in elastic checkpoints
     groups: list[_Group] = [{"master": in_fp32(flat, f"{folder}: {masters_key}")} for flat in masters]
-    has_moments = len(states) == len(groups) and all("exp_avg" in own and "exp_avg_sq" in own for own in states)
-    if has_moments:
-        for group, own in zip(groups, states, strict=True):
-            for kind in MOMENTS:
-                if own[kind].numel() < group["master"].numel():
-                    raise _unknown(folder, f"{kind} of {own[kind].numel()} for {group['master'].numel()} masters")
-                group[kind] = in_fp32(own[kind], f"{folder}: {kind}").flatten()[: group["master"].numel()]
+    for index, group in enumerate(groups):
+        moments = by_number.get(index, {})
+        for kind in MOMENTS if all(torch.is_tensor(moments.get(kind)) for kind in MOMENTS) else ():
+            if moments[kind].numel() < group["master"].numel():
+                raise _unknown(folder, f"{kind} of {moments[kind].numel()} for {group['master'].numel()} masters")
+            group[kind] = in_fp32(moments[kind], f"{folder}: {kind}").flatten()[: group["master"].numel()]
     return groups
 
 
@@ -149,9 +151,7 @@ def _address(folder: Path, name: str, address: Any) -> tuple[int, int]:
     return start, size
 
 
-def _shaped(
-    folder: Path, shapes: _Shapes, found: Mapping[str, Mapping[str, torch.Tensor]]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _shaped(folder: Path, shapes: _Shapes, found: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
         kinds = found.get(name, {})
@@ -163,8 +163,7 @@ def _shaped(
                     f"Are they all of one save?"
                 )
             tensors[f"{kind}/{name}"] = kinds[kind].view(shape)
-    has_moments = all(f"exp_avg/{name}" in tensors for name in shapes)
-    return tensors, [] if has_moments else [_NO_MOMENTS]
+    return tensors
 
 
 def _unknown(folder: Path, what: str) -> CheckpointError:

@@ -43,14 +43,17 @@ def most_shared(tensors: Mapping[str, torch.Tensor]) -> str:
     return "none"
 
 
-def check_fit(recipe: Recipe, discriminator: Wanted, generator: Wanted | None, sharing: str) -> None:
-    """Raises ConfigError with everything in which the recipe's model differs, and the overrides that mend it.
+def check_fit(
+    recipe: Recipe, discriminator: Wanted | None, generator: Wanted | None, sharing: str, *, takes_one: bool = True
+) -> None:
+    """Raise ConfigError with everything in which the recipe's model differs, and the overrides that fix it.
 
-    sharing: the largest that the weights allow, see `most_shared`.
+    discriminator, generator: None where nothing is known of it. sharing: the largest that the weights allow, see
+    `most_shared`. takes_one: whether a discriminator may be given without its generator.
     """
     problems = [*_mismatches(recipe, discriminator, generator)]
     is_shared_wrongly = generator is not None and SHARINGS.index(recipe.generator.sharing) > SHARINGS.index(sharing)
-    if generator is not None and is_shared_wrongly:
+    if generator is not None and discriminator is not None and is_shared_wrongly:
         problems.append(
             f"{generator.name} and {discriminator.name} differ in what generator.sharing: {recipe.generator.sharing} "
             f"makes one"
@@ -60,30 +63,29 @@ def check_fit(recipe: Recipe, discriminator: Wanted, generator: Wanted | None, s
     changes = _changes(recipe, discriminator, generator) | ({"generator.sharing": sharing} if is_shared_wrongly else {})
     try:
         left = [*_mismatches(_changed(recipe, changes), discriminator, generator)]
-        advice = _out_of_reach(recipe, discriminator, left) if left else f"Add: {_as_argument(changes)}"
+        advice = f"Add: {_as_argument(changes)}"
+        if left:
+            advice = "No recipe can have" + "".join(f"\n  {problem}" for problem in left)
+            advice += _alone(recipe, discriminator) if discriminator is not None and takes_one else ""
     except ConfigError as error:
         advice = str(error)
     lines = "".join(f"\n  {problem}" for problem in problems)
     raise ConfigError(f"The recipe {recipe.name} does not fit the weights:{lines}\n{advice}")
 
 
-def _out_of_reach(recipe: Recipe, discriminator: Wanted, left: list[str]) -> str:
-    """What to do about mismatches that no override mends."""
-    advice = "No recipe can have" + "".join(f"\n  {problem}" for problem in left)
+def _alone(recipe: Recipe, discriminator: Wanted) -> str:
+    """How the discriminator fits alone, where no override makes the generator fit; empty where it does not either."""
     changes = _changes(recipe, discriminator, None)
-    alone = _changed(recipe, changes)
-    if [*_mismatches(alone, discriminator, None)]:
-        return advice
+    if [*_mismatches(_changed(recipe, changes), discriminator, None)]:
+        return ""
     with_them = f", with {_as_argument(changes)}" if changes else ""
-    head_size = min(64, alone.model.hidden_size // alone.model.num_attention_heads)
     return (
-        f"{advice}\nA recipe's generator has at most the discriminator's columns and layers, one head for every "
-        f"{head_size} columns, a feed-forward of 4 times the columns, and everything else as the discriminator.\n"
-        f"Give {discriminator.name} alone{with_them}."
+        f"\nA recipe's generator has at most the discriminator's columns and layers, a feed-forward of 4 times the "
+        f"columns, and everything else as the discriminator.\nGive {discriminator.name} alone{with_them}."
     )
 
 
-def _mismatches(recipe: Recipe, discriminator: Wanted, generator: Wanted | None) -> Iterator[str]:
+def _mismatches(recipe: Recipe, discriminator: Wanted | None, generator: Wanted | None) -> Iterator[str]:
     configs = encoder_configs(recipe, vocab_size=1, pad_token_id=0)
     for wanted, config in zip((generator, discriminator), configs, strict=True):
         ours = asdict(config) | {"hidden_act": "gelu"}
@@ -93,36 +95,36 @@ def _mismatches(recipe: Recipe, discriminator: Wanted, generator: Wanted | None)
                 yield f"{name} {value} as in {wanted.name}; the recipe's {part} has {ours[name]}"
 
 
-def _changes(recipe: Recipe, discriminator: Wanted, generator: Wanted | None) -> dict[str, Any]:
+def _changes(recipe: Recipe, discriminator: Wanted | None, generator: Wanted | None) -> dict[str, Any]:
     """Overrides, by dotted key, that bring the recipe's sizes to those of the weights as far as any do."""
     model = recipe.model.model_dump()
+    whole = model if discriminator is None else discriminator.sizes
     changes: dict[str, Any] = {
-        f"model.{name}": value
-        for name, value in discriminator.sizes.items()
-        if name in model and value != model[name]
-    }  # fmt: skip
-    positions = discriminator.sizes["max_position_embeddings"]
+        f"model.{name}": value for name, value in whole.items() if name in model and value != model[name]
+    }
+    positions = whole["max_position_embeddings"]
     if recipe.data.sequence_length > positions:
         changes["data.sequence_length"] = positions
     if generator is None:
         return changes
-    depth = _multiplier(generator.sizes["num_hidden_layers"], discriminator.sizes["num_hidden_layers"])
-    for columns in _columns_before_rounding(generator):
-        width = _multiplier(columns, discriminator.sizes["hidden_size"])
-        multipliers = {"generator.width_multiplier": width, "generator.depth_multiplier": depth}
-        before = recipe.generator
-        needed: dict[str, Any] = {
-            key: value
-            for key, value in multipliers.items()
-            if value is not None and value != getattr(before, key.partition(".")[2])
-        }
-        if needed and before.sharing == "all":
-            needed["generator.sharing"] = "embeddings"
-        try:
-            if not [*_mismatches(_changed(recipe, changes | needed), discriminator, generator)]:
-                return changes | needed
-        except ConfigError:
-            continue
+    depth = _multiplier(generator.sizes["num_hidden_layers"], whole["num_hidden_layers"])
+    before = recipe.generator
+    for heads in (before.num_attention_heads, generator.sizes["num_attention_heads"]):
+        for columns in _columns_before_rounding(generator):
+            width = _multiplier(columns, whole["hidden_size"])
+            wanted = {"width_multiplier": width, "depth_multiplier": depth, "num_attention_heads": heads}
+            needed: dict[str, Any] = {
+                f"generator.{key}": value
+                for key, value in wanted.items()
+                if value is not None and value != getattr(before, key)
+            }
+            if needed and before.sharing == "all":
+                needed["generator.sharing"] = "embeddings"
+            try:
+                if not [*_mismatches(_changed(recipe, changes | needed), discriminator, generator)]:
+                    return changes | needed
+            except ConfigError:
+                continue
     return changes
 
 

@@ -21,6 +21,7 @@ from electra_ds.data.hub import explained
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.errors import DataError
 from electra_ds.model.convert import from_discriminator_tensors, from_generator_tensors
+from electra_ds.model.other_formats import refuse_other_frameworks
 from electra_ds.program import command
 
 Kind = Literal["generator", "discriminator"]
@@ -62,11 +63,9 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
     Which one it is, its weights' names say. Raises DataError, with its name, where it is no ELECTRA, damaged or not
     whole, or where a pickle holds anything but tensors.
     """
+    refuse_other_frameworks(folder, name)
     values = _read_config(name, folder)
-    known = {key: values[key] for key in (*SIZES, "vocab_size", "pad_token_id", "hidden_act") if key in values}
-    with explained(f"the model {name}"), _in_silence():
-        # Made of what is named above alone, so that nothing else in the file has a say in how it is loaded.
-        config = ElectraConfig(**known)
+    config = _config_of(values, name)
     is_generator = "ElectraForMaskedLM" in (values.get("architectures") or ())
     kind: Kind = "generator" if is_generator else "discriminator"
     other: Kind = "discriminator" if is_generator else "generator"
@@ -82,9 +81,29 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
     convert = from_generator_tensors if kind == "generator" else from_discriminator_tensors
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file()
     return Pretrained(
-        name, kind, has_head, {key: getattr(config, key) for key in (*SIZES, "hidden_act")}, config.vocab_size,
+        name, kind, has_head, _sizes(config), config.vocab_size,
         convert(tensors), load_tokenizer(folder) if has_tokenizer else None,
     )  # fmt: skip
+
+
+def read_sizes(file: Path) -> tuple[Kind | None, dict[str, Any]]:
+    """Return (which of the two models, None where its architecture does not say; what SIZES names, and `hidden_act`)
+    of a config.json. Raises DataError where it is no ELECTRA's."""
+    values = _parsed(file, str(file))
+    architectures = values.get("architectures") or ()
+    kind = next((kind for kind, own in _CLASSES.items() if own.__name__ in architectures), None)
+    return kind, _sizes(_config_of(values, str(file)))
+
+
+def _config_of(values: Mapping[str, Any], name: str) -> ElectraConfig:
+    """Made of what is named here alone, so that nothing else in the file has a say in how weights are loaded."""
+    known = {key: values[key] for key in (*SIZES, "vocab_size", "pad_token_id", "hidden_act") if key in values}
+    with explained(f"the model {name}"), _in_silence():
+        return ElectraConfig(**known)
+
+
+def _sizes(config: ElectraConfig) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in (*SIZES, "hidden_act")}
 
 
 def _read_config(name: str, folder: Path) -> dict[str, Any]:
@@ -96,6 +115,11 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
         if (folder / "run.json").is_file():
             advice = f"It is a run: export it with {command('export')} {name}, and give the folder that this makes."
         raise DataError(f"{there} {name}. {advice}")
+    return _parsed(file, name)
+
+
+def _parsed(file: Path, name: str) -> dict[str, Any]:
+    """The values of a config.json, which is an ELECTRA's."""
     try:
         values = json.loads(file.read_text("utf8"))
     except (OSError, ValueError, RecursionError) as error:

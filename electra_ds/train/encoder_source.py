@@ -34,6 +34,7 @@ from electra_ds.data.hub_names import is_hub_model
 from electra_ds.engine.checkpoint import Checkpoint
 from electra_ds.errors import CheckpointError, DataError
 from electra_ds.model.convert import discriminator_tensors, transformers_config
+from electra_ds.model.other_formats import refuse_other_frameworks
 from electra_ds.train.trained import kept_checkpoint, load_model, newest_checkpoint
 
 _POOLER = "pooler."
@@ -102,6 +103,7 @@ def read_encoder(name: str) -> EncoderSource:
     without a checkpoint.
     """
     path = Path(name)
+    refuse_other_frameworks(path, name)
     if (path / "run.json").is_file() or (path / "manifest.json").is_file():
         return _of_run(path)
     if (path / "discriminator" / "config.json").is_file():
@@ -205,6 +207,7 @@ def _is_decoder(config: PretrainedConfig) -> bool:
 
 
 def _of_folder(folder: Path, name: str) -> EncoderSource:
+    refuse_other_frameworks(folder, name)
     config, tokenizer = read_config_and_tokenizer(folder, name)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # which otherwise tells of heads that are not wanted here

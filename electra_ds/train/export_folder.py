@@ -42,6 +42,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        _give_usual_modes(partial)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -49,6 +50,14 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise cannot_write(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Files of safetensors' writer, which are the owner's alone, become readable to whom the umask says."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def unfinished(out: Path, token: str) -> Path:

@@ -22,6 +22,8 @@ from electra_ds.train import launch
 from electra_ds.train.export_folder import cannot_write, check_out, unfinished
 from electra_ds.train.trained import beside, newest_checkpoint, recorded_recipe
 
+_CONVERTED = (1, 2)
+"""Stages that DeepSpeed loads a universal checkpoint at as it was saved."""
 _BESIDE = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
 
 
@@ -64,8 +66,16 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
         f"{out / 'go_on.py'}: a script that goes on from it; README.md says how to start it",
         *(f"Note: {note}." for note in plan.notes),
         f"Written at {_layout(plan)}; DeepSpeed loads it with the same alone.",
+        *([_to_other_ranks(out / tag)] if plan.stage in _CONVERTED else []),
     ]
     return "\n".join(lines)
+
+
+def _to_other_ranks(folder: Path) -> str:
+    return (
+        f"For another number of ranks: python -m deepspeed.checkpoint.ds_to_universal --input_folder {folder} "
+        f"--output_folder {folder}_universal"
+    )
 
 
 def _layout(plan: DeepSpeedPlan) -> str:
@@ -135,6 +145,20 @@ if torch.distributed.get_rank() == 0:
 '''
 
 
+def _universal(checkpoint: Checkpoint, plan: DeepSpeedPlan) -> str:
+    if plan.stage not in _CONVERTED:
+        return ""
+    tag = f"global_step{checkpoint.state['step']}"
+    return f"""
+For another number of ranks, make a universal checkpoint of it, and add `"checkpoint": {{"load_universal": true}}` to
+deepspeed.json:
+
+```bash
+python -m deepspeed.checkpoint.ds_to_universal --input_folder {tag} --output_folder {tag}_universal
+```
+"""
+
+
 def _readme(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan) -> str:
     state = checkpoint.state
     corrected = "" if recipe.optimizer.bias_correction else (
@@ -151,7 +175,7 @@ torchrun --nproc_per_node {plan.batch.world_size} go_on.py
 
 `go_on.py` makes model, optimizer and engine and loads this folder; the training is yours to add. (The line is for one
 machine; on several, their `--nproc_per_node` times `--nnodes` is {plan.batch.world_size}.)
-{corrected}
+{corrected}{_universal(checkpoint, plan)}
 `engine(batch)` gives sums of losses over the batch, see `ElectraOutput`; the learning rate and its schedule are the
 script's to set. Back into a run of electra_ds: `electra-ds checkpoint import THIS_FOLDER --trusted --run-dir RUN
 --ds-config JSON`.

@@ -1,4 +1,4 @@
-"""A run that goes on from a native DeepSpeed checkpoint, whoever wrote it."""
+"""A run that continues a native DeepSpeed checkpoint, whoever wrote it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from electra_ds.model.electra import Electra
 from electra_ds.model.names import find_naming, own_tensors
 from electra_ds.program import command
 from electra_ds.train.adopt import begin_with
+from electra_ds.train.import_known import Known, told
 from electra_ds.train.launch import recorded_store
 from electra_ds.train.pretrain import PretrainJob
 
+_NOTHING = Known()
+_SHOWN = 3
 _LARGEST = 2.0**127
 """Of the counters, which fp32 holds."""
 _LEAST = {
@@ -42,11 +45,12 @@ def store_of_export(folder: Path) -> TokenStore:
     return recorded_store(RunDirectory(folder).read_record(), folder)
 
 
-def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | None) -> str:
+def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | None, known: Known = _NOTHING) -> str:
     """Write the run with one checkpoint of what was read; returns what came in, and the next command.
 
-    For the one process that holds the run. export: what `folder_of_export` found. Raises CheckpointError where the
-    checkpoint does not fit the job, ConfigError where the recipe's schedule has ended by then.
+    For the one process that holds the run. export: what `folder_of_export` found; known: what `find_known` did. Raises
+    CheckpointError where the checkpoint does not fit the job, ConfigError where the recipe's schedule has ended by
+    then.
     """
     if native.step > job.recipe.schedule.total_steps:
         raise ConfigError(
@@ -67,25 +71,40 @@ def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | Non
         tokens, seen = state["tokens"], f"{state['tokens']:,}"
     job = replace(job, record=replace(job.record, initialised_from=[str(native.folder.resolve())]))
     names = list(model.named_parameters())
-    if not found_moments:
-        moments = "none, so AdamW's begin at zero"
-    elif found_moments == len(names):
-        moments = "both of AdamW's, whole"
-    else:
-        moments = f"of {found_moments} tensors; the others' begin at zero, as no gradient had reached them"
     skipped = f", {int(counters['skipped_steps'])} of them skipped" if counters["skipped_steps"] else ""
     scale = f", loss scale {counters['loss_scale']:g}" if counters["is_scaled"] else ""
     lines = [  # made before anything is written: nothing may fail once the run is there
-        f"read {native.folder}: ZeRO stage {native.stage}, {native.precision}, {native.ranks} rank(s)",
+        f"read {native.folder}: {'universal, from ' if native.is_universal else ''}ZeRO stage {native.stage}, "
+        f"{native.precision}, {native.ranks} rank(s)",
         f"  names    those of {naming}",
         f"  step     {native.step:,}{skipped}{scale}",
         f"  tokens   {seen}",
         f"  weights  {len(names)} tensors, {sum(parameter.numel() for _, parameter in names):,} parameters",
-        f"  moments  {moments}",
-        *(f"Note: {note}." for note in (*native.notes, *_differences(native, job.recipe.optimizer))),
+        f"  moments  {_moments(found_moments, len(names))}",
+        *told(job.recipe, known),
+        *(f"Note: {note}." for note in (*native.notes, *_frozen(native), *_differences(native, job.recipe.optimizer))),
     ]
     path = begin_with(job, tensors, step=native.step, tokens=tokens, counters=counters)
     return "\n".join((*lines, f"wrote {path}", f"Go on with: {command('pretrain')} --resume {job.run.path}"))
+
+
+def _moments(found: int, total: int) -> str:
+    if not found:
+        return "none, so AdamW's begin at zero"
+    if found == total:
+        return "both of AdamW's, complete"
+    why = "as they were frozen or no gradient had reached them"
+    return f"of {found} tensors; those of the other {total - found} begin at zero, {why}"
+
+
+def _frozen(native: NativeCheckpoint) -> list[str]:
+    if not native.frozen:
+        return []
+    names, more = native.frozen[:_SHOWN], len(native.frozen) - _SHOWN
+    return [
+        f"{len(native.frozen)} of its tensors were not trained and are trained from here on: {', '.join(names)}"
+        f"{f' and {more} more' if more > 0 else ''}"
+    ]
 
 
 def _own(native: NativeCheckpoint, model: Electra) -> tuple[dict[str, torch.Tensor], int, str]:

@@ -18,6 +18,7 @@ from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.errors import ConfigError, DataError
 from electra_ds.model.electra import Electra
 from electra_ds.model.fit import Wanted, check_fit, most_shared
+from electra_ds.model.other_formats import refuse_other_frameworks
 from electra_ds.model.pretrained import Pretrained, read_pretrained
 from electra_ds.program import command
 
@@ -149,13 +150,14 @@ def read_beginning(sources: Sequence[str], recipe: Recipe) -> Beginning:
 
 
 def _check_word(source: str) -> None:
-    """Raises ConfigError for what can name neither a folder nor a model."""
+    """Raises ConfigError for what can name neither a folder nor a model, DataError for another framework's weights."""
     if not source.strip():
         raise ConfigError("--init-from is given an empty name. Give a folder, or OWNER/NAME of a model on the Hub.")
     try:
         (Path(source) / "config.json").exists()
     except OSError as error:  # too long a name, above all
         raise ConfigError(f"--init-from {source[:40]}… cannot be looked up: {error.strerror}.") from error
+    refuse_other_frameworks(Path(source), source)
 
 
 def _expanded(source: str) -> list[str]:

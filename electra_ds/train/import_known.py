@@ -1,0 +1,121 @@
+"""What the tensors of a checkpoint do not tell of its two networks, and where else it is said.
+
+The number of heads, the layer-norm epsilon, the activation and the kind of positions change no tensor's shape: with
+others than it was trained with, a network computes something else, and nothing else shows it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import Recipe
+from electra_ds.errors import ConfigError, DataError
+from electra_ds.model.electra import encoder_configs
+from electra_ds.model.fit import Wanted, check_fit
+from electra_ds.model.pretrained import SIZES, read_sizes
+
+_PARTS = ("generator", "discriminator")
+_HIDDEN = ("num_attention_heads", "layer_norm_eps", "hidden_act")
+
+
+class Known(NamedTuple):
+    """The sizes of the networks as far as anything at hand says them."""
+
+    generator: Wanted | None = None
+    discriminator: Wanted | None = None
+
+
+def find_known(folder: Path, given: Mapping[str, Path | None], export: Path | None, recipe: Recipe) -> Known:
+    """Return what says how the networks of the checkpoint in `folder` are built, and check the recipe against it.
+
+    given: a config.json, or the folder that it is in, for `generator` and `discriminator`; it comes before the recipe
+    that our own export has beside the checkpoint, and that before config.json files of transformers beside and above it
+    whose visible sizes are the recipe's. Raises ConfigError where the recipe differs, DataError for a bad config.
+    """
+    found: dict[str, Wanted] = {}
+    for part, path in given.items():
+        if path is not None:
+            found[part] = _given(part, path)
+    if export is not None:
+        found = _of_recipe(export / "recipe.yaml") | found
+    for part, wanted in _around(folder, recipe) if len(found) < len(_PARTS) else ():
+        found.setdefault(part, wanted)
+    known = Known(**found)
+    check_fit(recipe, known.discriminator, known.generator, recipe.generator.sharing, takes_one=False)
+    return known
+
+
+def told(recipe: Recipe, known: Known) -> list[str]:
+    """Lines of the import's summary: what of each network was checked, against what, and what is assumed."""
+    checked, assumed = [], []
+    for part, wanted, sizes in zip(_PARTS, known, _sizes(recipe), strict=True):
+        heads = sizes["num_attention_heads"]
+        line = (
+            f"{part}: {heads} head(s) of {sizes['hidden_size'] // heads}, layer_norm_eps {sizes['layer_norm_eps']:g}, "
+            f"{sizes['hidden_act']}, absolute positions"
+        )
+        if wanted is None:
+            assumed.append(f"  assumed  {line}")
+        else:
+            checked.append(f"  checked  {line}, as in {wanted.name}")
+    if not assumed:
+        return checked
+    return [
+        *checked, *assumed,
+        "           The recipe says so; the tensors do not tell, and with other values than they were trained with the "
+        "model computes something else.",
+        "           Give the models' config.json to have it checked (--generator-config, --discriminator-config), "
+        "or change it by --set generator.num_attention_heads=N model.num_attention_heads=N model.layer_norm_eps=X",
+    ]  # fmt: skip
+
+
+def _given(part: str, path: Path) -> Wanted:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"There is no config.json {path}. --{part}-config takes one, or the folder that it is in.")
+    kind, sizes = read_sizes(file)
+    if kind not in (None, part):
+        raise ConfigError(f"{file} is a {kind}'s by its architectures, and is given as --{part}-config.")
+    return Wanted(str(file), sizes)
+
+
+def _of_recipe(file: Path) -> dict[str, Wanted]:
+    names = (*SIZES, "hidden_act")
+    return {
+        part: Wanted(str(file), {name: sizes[name] for name in names})
+        for part, sizes in zip(_PARTS, _sizes(load_recipe(str(file), [])), strict=True)
+    }
+
+
+def _around(folder: Path, recipe: Recipe) -> Iterator[tuple[str, Wanted]]:
+    """Those beside and above the checkpoint that are an ELECTRA's, of the recipe's sizes where tensors show them."""
+    ours = dict(zip(_PARTS, _sizes(recipe), strict=True))
+    for place in (folder, *folder.resolve().parents[:2]):
+        named = [(part, place / part / "config.json") for part in _PARTS]
+        named += [(part, place / f"{part}_config.json") for part in _PARTS]
+        for part, file in (*named, (None, place / "config.json")):
+            if not _is_electra(file):
+                continue
+            kind, sizes = read_sizes(file)
+            for one in _PARTS if kind is None and part is None else (kind or part,):
+                if all(sizes[name] == ours[str(one)][name] for name in sizes if name not in _HIDDEN):
+                    yield str(one), Wanted(str(file), sizes)
+
+
+def _is_electra(file: Path) -> bool:
+    try:
+        values = json.loads(file.read_text("utf8"))
+    except (OSError, ValueError, RecursionError):  # somebody else's file, or none
+        return False
+    return isinstance(values, dict) and values.get("model_type") == "electra"
+
+
+def _sizes(recipe: Recipe) -> list[dict[str, Any]]:
+    """Sizes of generator and discriminator, by their names in config.json."""
+    configs = encoder_configs(recipe, vocab_size=1, pad_token_id=0)
+    return [asdict(config) | {"hidden_act": "gelu"} for config in configs]
