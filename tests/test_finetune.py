@@ -500,6 +500,7 @@ def test_a_run_whose_data_have_changed_cannot_go_on(stopped: Path) -> None:
         said = refused("--resume", stopped)
         assert "has changed since" in said
         assert "Put the files back, or start a new run." in said
+        assert f"--resume {stopped} --data-dir DIR" in said
         path.write_text(before)
     resume(stopped)
 
@@ -546,8 +547,15 @@ def test_a_run_needs_its_model_no_more_once_it_has_a_checkpoint(
     assert losses_of(tmp_path / "run") == losses_of(straight)
 
 
-def test_a_finished_run_is_not_resumed(straight: Path) -> None:
-    assert f"is finished: {straight / 'scores.json'}" in refused("--resume", straight)
+def test_resuming_a_finished_run_is_no_error_and_names_its_scores_and_its_model(straight: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+    assert finetune("--resume", straight) == (
+        f"The run {straight} is finished: nothing is left to train.\n"
+        f"Its scores: {straight / 'scores.json'}   Several runs together: electra-ds report RUN RUN …\n"
+        f"As a transformers model: electra-ds export {straight} --encoder-only\n"
+        f"To predict the test sets: electra-ds finetune --resume {straight} --predict-test\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
 
 def test_what_is_no_run_of_this_command_is_not_resumed(stopped: Path, tmp_path: Path) -> None:
@@ -837,7 +845,9 @@ def test_the_test_sets_of_a_finished_run_are_predicted_later(
     ).read_text()
     assert losses_of(tmp_path / "later") == losses
     assert json.loads((tmp_path / "later" / "verdict.json").read_text())["verdict"] == "done"
-    assert "is finished" in refused("--resume", tmp_path / "later", "--predict-test")
+    said = finetune("--resume", tmp_path / "later", "--predict-test")
+    assert "is finished" in said
+    assert "To predict" not in said
 
 
 @pytest.mark.parametrize(
@@ -867,7 +877,9 @@ def test_discarded_weights_leave_scores_and_predictions(
     assert not (run_dir / "best").exists()
     assert losses_of(run_dir) == losses_of(straight)
     assert len(predictions_of(run_dir)) == 24
-    assert "is finished" in refused("--resume", run_dir)
+    said = finetune("--resume", run_dir)
+    assert "is finished" in said
+    assert "export" not in said
 
 
 def test_a_stopped_run_keeps_its_weights_though_they_are_to_be_discarded(

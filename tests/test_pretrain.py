@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
+from electra_ds.cli import main
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
@@ -154,8 +155,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_is_trained_again_from_the_one_
     assert "step 25" in result.stdout
     run("pretrain", "--resume", str(run_dir), "--stop-at", "40")
     assert all(torch.equal(final_tensors(run_dir)[name], tensor) for name, tensor in final_tensors(straight).items())
-    refused = run("pretrain", "--resume", str(run_dir), status=2)
-    assert "is finished" in refused.stderr
+    assert "is finished" in run("pretrain", "--resume", str(run_dir)).stdout
 
 
 @pytest.mark.slow
@@ -305,8 +305,18 @@ def test_a_run_directory_in_use_is_refused(store: TokenStore, straight: Path, tm
     assert "in use by process 4711" in result.stderr
     taken = run("pretrain", *start_arguments(store, straight), status=2)
     assert "already holds a run" in taken.stderr
-    finished = run("pretrain", "--resume", str(straight), status=2)
-    assert "is finished" in finished.stderr
+
+
+def test_resuming_a_finished_run_is_no_error_and_names_its_report_and_its_model(
+    straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+    main(["pretrain", "--resume", str(straight)])
+    assert capsys.readouterr().out == (
+        f"The run {straight} is finished, at step 40: nothing is left to train.\n"
+        f"Its report: electra-ds report {straight}   As transformers models: electra-ds export {straight}\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
 
 def test_a_store_that_is_not_the_runs_own_is_refused(store: TokenStore, straight: Path, tmp_path: Path) -> None:

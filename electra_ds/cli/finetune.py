@@ -59,9 +59,10 @@ test sets in RUN/submission/, in the files that GLUE's site takes; bin/report --
 """
 _OF_OWN = ("train", "dev", "test", "text", "pair", "label", "label_kind")
 _NEW_RUN_ONLY = (
-    "model", "task", "seed", "recipe", "overrides", "data_dir", "hub", "revision", *_OF_OWN, "random_init",
+    "task", "seed", "recipe", "overrides", "hub", "revision", "text", "pair", "label", "label_kind", "random_init",
     "max_train_examples", "run_dir",
 )  # fmt: skip
+"""The others may be given with --resume, which say where something is now that has moved."""
 
 
 def add_finetune(commands: Commands) -> None:
@@ -84,7 +85,11 @@ def add_finetune(commands: Commands) -> None:
         help="the model's shape and tokenizer, but random weights by the seed: what pretraining is compared with",
     )  # fmt: skip
     what.add_argument("--max-train-examples", type=positive, metavar="N", help="train on N examples (default: all)")
-    data = command.add_argument_group("where the examples come from (default: the Hub)")
+    data = command.add_argument_group(
+        "where the examples come from (default: the Hub)",
+        "With --resume, --data-dir, --train, --dev and --test say where a run's own examples are now; --model says the "
+        "same of the encoder, which a run without a checkpoint needs.",
+    )
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="official files: GLUE's folders, or SQuAD's JSON")
     data.add_argument("--hub", metavar="NAME", help="a data set on the Hub, laid out as nyu-mll/glue or squad")
     data.add_argument("--revision", metavar="REV", help="commit, branch or tag of the data set on the Hub")
@@ -160,6 +165,9 @@ def _finetune(options: argparse.Namespace) -> None:
     with runtime.ranks() as ranks, contextlib.ExitStack() as held:
         console = Console(quiet=not ranks.is_main)
         run = RunDirectory(ranks.from_main(_run_path(options, recipe)))
+        if recipe is None and finetune_launch.is_finished(wanted, run, ranks):
+            finetune_launch.say_finished(run, console)
+            return
         if recipe is not None:
             job = _new_job(options, wanted, recipe, run, ranks, console)
         else:

@@ -90,7 +90,10 @@ def add_pretrain(commands: Commands) -> None:
         "name on the Hub, a folder that bin/export made, or a discriminator alone",
     )  # fmt: skip
     add_corpus_arguments(what, default_note="default: the built-in corpus")
-    what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
+    what.add_argument(
+        "--data", type=Path, metavar="STORE",
+        help="a token store that bin/build-data made; with --resume: where the run's own store is now",
+    )  # fmt: skip
     add_launcher_arguments(command)
     how = command.add_argument_group("how to run it")
     add_plan_arguments(
@@ -135,6 +138,9 @@ def _pretrain(options: argparse.Namespace) -> None:
     with runtime.ranks() as ranks, contextlib.ExitStack() as held:
         console = Console(quiet=not ranks.is_main)
         run = RunDirectory(ranks.from_main(_run_path(options, recipe)))
+        if recipe is None and launch.is_finished(run, "pretrain", ranks):
+            launch.say_finished(run, console)
+            return
         with ranks.together():
             plan = launch.plan_new(wanted, recipe, run, ranks) if recipe else launch.plan_resume(wanted, run, ranks)
         if recipe and not options.recipe:
@@ -273,7 +279,7 @@ def _run_path(options: argparse.Namespace, recipe: Recipe | None) -> Path:
 def check_arguments(options: argparse.Namespace) -> None:
     """ConfigError where arguments cannot go together."""
     if options.resume is not None:
-        new_run_only = ("recipe", "overrides", "seed", "init_from", "data", *CORPUS_ARGUMENTS, "run_dir")
+        new_run_only = ("recipe", "overrides", "seed", "init_from", *CORPUS_ARGUMENTS, "run_dir")
         given = [name for name in new_run_only if getattr(options, name) or (name == "seed" and options.seed == 0)]
         if given:
             flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)

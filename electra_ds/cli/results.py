@@ -51,6 +51,9 @@ def add_report(commands: Commands) -> None:
     command.add_argument(
         "run", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not, or a sweep's folder"
     )
+    command.add_argument(
+        "--data", type=Path, metavar="STORE", help="where a pretraining's token store is now, if it has moved"
+    )
     scores = command.add_argument_group("for runs of bin/finetune")
     scores.add_argument(
         "--compare", nargs="+", action="extend", default=[], metavar="NAME",
@@ -86,12 +89,16 @@ def _report(options: argparse.Namespace) -> None:
     from electra_ds.config.manifest import RunDirectory
 
     given = [name for name in ("compare", "csv", "submission") if getattr(options, name)]
-    if len(options.run) == 1 and (options.run[0] / "sweep.yaml").is_file() and not given:
+    if len(options.run) == 1 and (options.run[0] / "sweep.yaml").is_file() and not given and options.data is None:
         status_of_sweep(options.run[0], wide_console())
         return
     runs = [RunDirectory(path) for path in options.run]
     of_finetuning = [run for run in runs if run.kind() == "finetune"]
     if of_finetuning:
+        if options.data is not None:
+            raise ConfigError(
+                f"--data is for a run of {command('pretrain')}, whose report draws samples from its store."
+            )
         for run in runs:
             run.check_kind("finetune")
 
@@ -111,7 +118,7 @@ def _report(options: argparse.Namespace) -> None:
 
     from electra_ds.report.run_report import report_run
 
-    report_run(runs[0], Console())
+    report_run(runs[0], Console(), options.data)
 
 
 def _export(options: argparse.Namespace) -> None:

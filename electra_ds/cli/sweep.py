@@ -131,6 +131,8 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.resume is not None:
         folder = SweepFolder(options.resume)
         spec = folder.read(options.overrides)
+        if not (options.overrides or options.dry_run) and _is_finished(spec, folder):
+            return
     else:
         spec = load_sweep(options.what[0], options.overrides)
         folder = SweepFolder(options.out or Path("runs") / f"sweep-{spec.name}")
@@ -138,7 +140,7 @@ def _sweep(options: argparse.Namespace) -> None:
             _check_new(folder)
     if options.local and spec.search.kind == "optuna":
         raise ConfigError("Optuna's suggestions are run by Ray, so leave out --local.")
-    trials = expand(spec, check_arguments)
+    trials = expand(spec, check_arguments, folder.now if options.resume is not None else None)
     if options.dry_run:
         _show(options, trials, spec, folder)
         return
@@ -246,7 +248,7 @@ def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, fold
             begin()
             runner.run(missing)
             if more:
-                runner.suggest(before, lambda config: suggested(spec, config, check_arguments))
+                runner.suggest(before, lambda config: suggested(spec, config, check_arguments, folder.now))
                 is_cut = folder.wants_to_stop()
     else:
         begin()
@@ -254,6 +256,24 @@ def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, fold
     table = report_sweep(folder, trials, spec, console, has_more=is_cut)
     if is_cut or not table["state"].isin(AS_PLANNED).all():
         raise SystemExit(1)
+
+
+def _is_finished(spec: SweepSpec, folder: SweepFolder) -> bool:
+    """Whether nothing of a sweep is left to run. If so, it is said, with what the sweep has come to."""
+    from electra_ds.report.sweep_report import report_sweep
+    from electra_ds.sweep.folder import AS_PLANNED
+    from electra_ds.sweep.trials import counted, expand
+
+    suggested = _suggested_before(spec, folder)
+    trials = [*expand(spec, None), *suggested]
+    has_all = spec.search.kind != "optuna" or len(suggested) >= spec.search.samples
+    if not has_all or not all(folder.state_of(trial)[0] in AS_PLANNED for trial in trials):
+        return False
+    console = wide_console()
+    done = f"{spec.name}: {counted(len(trials))}, {len(trials)} done before; in {folder.path}"
+    _say(console, f"{done}. The sweep is finished: nothing is left to run. --set may add seeds or values.")
+    report_sweep(folder, trials, spec, console)
+    return True
 
 
 def _suggested_before(spec: SweepSpec, folder: SweepFolder) -> list[Trial]:

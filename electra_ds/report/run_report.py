@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from electra_ds.config.manifest import RunDirectory
+from electra_ds.data.recorded_store import recorded_store
 from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import TokenStore
 from electra_ds.errors import CheckpointError
 from electra_ds.program import command
 from electra_ds.report.figures import draw_curves
@@ -40,8 +40,12 @@ _SENTENCES = 4
 _SENTENCE_BATCH = 64
 
 
-def report_run(run: RunDirectory, console: Console) -> None:
-    """Print and write summary.txt, curves.png and samples.txt. Raises CheckpointError where there is nothing yet."""
+def report_run(run: RunDirectory, console: Console, data: Path | None = None) -> None:
+    """Print and write summary.txt, curves.png and samples.txt.
+
+    data: where the run's token store is now, if it has moved. Raises CheckpointError where there is nothing yet, and
+    DataError, once the rest is printed, where the store that samples are drawn from is not there.
+    """
     metrics = read_metrics(run.metrics) if run.metrics.exists() else []
     evaluations = [line for line in metrics if line["kind"] == "eval"]
     if not evaluations:
@@ -52,8 +56,10 @@ def report_run(run: RunDirectory, console: Console) -> None:
     console.print(table)
     draw_curves(metrics, f"{recipe.name}: {evaluations[-1]['step']:,} steps, {record.device}", run.path / "curves.png")
 
+    _write(run.path / "summary.txt", table)
+    remedy = f"say where it is now: {command('report')} {run.path} --data STORE"
+    store = recorded_store(record, run.path, data, remedy)
     model, tokenizer, _, _ = load_trained(run.path)
-    store = TokenStore(Path(record.store))
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     batch = held_out_batch(store, split, recipe, _SENTENCE_BATCH)
     sentences = sample_sentences(model, tokenizer, batch, _SENTENCES)
@@ -61,7 +67,6 @@ def report_run(run: RunDirectory, console: Console) -> None:
     for sentence in sentences:
         console.print()
         console.print(sentence)
-    _write(run.path / "summary.txt", table)
     _write(run.path / "samples.txt", LEGEND, *sentences)
     go_on = f"To go on: {command('pretrain')} --resume {run.path}\n" if run.verdict() == "stopped" else ""
     console.print(  # commands to be copied, which no line break may cut

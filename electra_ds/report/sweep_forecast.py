@@ -180,7 +180,7 @@ class SweepForecast:
             recipe = trial.pretraining.recipe
             assert isinstance(recipe, Recipe)
             return _Sizes(_resized(recipe, length), recipe.tokenizer.vocab_size)
-        model = str(trial.options["model"])
+        model = str(self._folder.now(trial.stage, trial.options)["model"])
         key = f"{model}/{length}"
         if key not in self._encoders:
             self._encoders[key] = _found_encoder(model, length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import Trial
@@ -20,7 +22,7 @@ def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str
         how = {name: trial.options[name] for name in _HOW if trial.options.get(name) is not None}
         flags = [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         return ["--resume", str(run.path), *flags, *trial.ending(), "--threads", str(threads)]
-    arguments = trial.arguments(threads)
+    arguments = replace(trial, options=folder.now(trial.stage, trial.options)).arguments(threads)
     if trial.options.get("wandb") not in (None, False, "off") and trial.options.get("wandb_group") is None:
         arguments += ["--wandb-group", spec.name]
     if trial.pretraining is not None:

@@ -2,6 +2,7 @@
 
 DIR/
   sweep.yaml          the sweep in full
+  home                where this folder was when the sweep began: the paths in sweep.yaml are of that time
   inputs/             copies of its recipes and DeepSpeed JSON files, where they are the user's own
   runs/KEY/           each trial's run directory, as bin/pretrain and bin/finetune make it
   trials/KEY.json     what the trial is, and each attempt: when, how long, how it ended
@@ -20,10 +21,10 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.whole_file import whole_file
 from electra_ds.errors import CheckpointError, ConfigError
-from electra_ds.sweep.options import INPUTS, is_small_file, own_content, with_folder, without_folder
+from electra_ds.sweep.options import INPUTS, is_small_file, moved_along, own_content, with_folder, without_folder
 from electra_ds.sweep.spec import SweepSpec, load_sweep, sweep_yaml
 from electra_ds.sweep.trials import Trial
 
@@ -44,6 +45,8 @@ AS_PLANNED: tuple[State, ...] = (*SUCCEEDED, "skipped")
 ENDED: tuple[State, ...] = (*AS_PLANNED, "failed")
 STOPPED_AT, ENDED_EARLY = "--stop-at", "ended by the scheduler"
 """Reasons for which a run that has stopped is not to go on."""
+ENDED_AT_START = "asked to leave before training began"
+"""A reason for which it is."""
 _TAIL_CHARACTERS = 4000
 _LOOKS_AT_MOST_S = 0.5
 """For which somebody who only looks whether a sweep is being run may hold its lock."""
@@ -115,7 +118,26 @@ class SweepFolder:
 
     def write(self, spec: SweepSpec) -> None:
         self.make()
+        if not (self.path / "home").exists():
+            _write(self.path / "home", f"{self.home}\n")
         _write(self.path / "sweep.yaml", sweep_yaml(spec.with_options(partial(without_folder, self.path))))
+
+    @cached_property
+    def home(self) -> Path:
+        """Where the folder was when the sweep began; of one that did not note it, where its oldest trial ran."""
+        try:
+            return Path((self.path / "home").read_text("utf8").rstrip("\n"))
+        except OSError:
+            words = [word for record in self.records()[:1] for word in record.command]
+        given = next((words[place + 1] for place, word in enumerate(words) if word in ("--run-dir", "--resume")), None)
+        return self.path if given is None else Path(given).parent.parent
+
+    def now(self, stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial's options with its inputs where they are now. Its key goes by where they were: so a sweep that was
+        moved together with its inputs is the same sweep."""
+        if self.home == self.path:
+            return dict(options)
+        return {name: moved_along(self.home, self.path, stage, name, value) for name, value in options.items()}
 
     def with_own_inputs(self, spec: SweepSpec) -> SweepSpec:
         """The sweep with copies of its recipes and DeepSpeed JSON files: what is edited or removed while it runs, or
@@ -319,6 +341,15 @@ class SweepFolder:
                 yield False
                 return
             yield True
+
+    def note_stopped(self, key: str, status: int, step: int) -> None:
+        """Let a trial count as stopped whose processes were asked to leave before its run could note that itself, as
+        while it starts. It is resumed, or begun anew, as any that a signal has stopped."""
+        run = self.run(key)
+        if run.verdict() is not None or 0 < status < 128:  # it has ended by itself
+            return
+        _make(run.path)
+        run.write_verdict("stopped", step=step, reason=ENDED_AT_START)
 
     def give_up(self, key: str, why: str) -> None:
         """Let a trial that cannot be finished count as failed, where it has not come to something."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,17 @@ def with_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
     """The reverse of `without_folder`; what is no copy stays as it is."""
     is_kept = name in _SMALL and isinstance(value, str) and value.startswith(f"{INPUTS}/")
     return str(folder.absolute() / value) if is_kept and (folder / value).is_file() else value
+
+
+def moved_along(home: Path, folder: Path, stage: str, name: str, value: Any) -> Any:
+    """Where an input is now, if it was moved together with a sweep's folder, which was at `home` once: at the same
+    place relative to it. What is not there stays as it is."""
+    if isinstance(value, list):
+        return [moved_along(home, folder, stage, name, each) for each in value]
+    if name in _SMALL or not _is_path(stage, name, value) or not Path(value).is_absolute():
+        return value
+    place = Path(os.path.normpath(folder / os.path.relpath(value, home)))
+    return str(place) if os.path.exists(place) else value
 
 
 def missing_path(stage: str, name: str, value: Any) -> str:

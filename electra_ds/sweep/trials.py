@@ -30,6 +30,8 @@ _EXAMPLE = {"pretrain": "rc2020-small", "finetune": "rc2020"}
 CheckArguments = Callable[[str, Sequence[str]], None]
 """Raises ConfigError where a command, `pretrain` or `finetune`, does not take these arguments, and DataError where its
 examples will not do. Where None stands in its place, nothing is to be run: neither is looked at."""
+Now = Callable[[str, Mapping[str, Value]], dict[str, Value]]
+"""A stage's options with their inputs where they are now; None where they are where they were."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _as_yaml(value: Value) -> str:
     return "".join(char if " " <= char <= "~" else f"\\U{ord(char):08x}" for char in text)
 
 
-def expand(spec: SweepSpec, check: CheckArguments | None) -> list[Trial]:
+def expand(spec: SweepSpec, check: CheckArguments | None, now: Now | None = None) -> list[Trial]:
     """Every trial of a sweep, pretrainings first; of one by Optuna those that it does not suggest. Raises ConfigError,
     before anything is run, with every recipe, option, path and metric that will not do.
 
@@ -147,7 +149,7 @@ def expand(spec: SweepSpec, check: CheckArguments | None) -> list[Trial]:
         encoders = [(None, None)] if name == "pretrain" or spec.pretrain is None else _encoders(trials)
         is_suggested = spec.search.kind == "optuna" and name == _last(spec)
         for picked in _corners(stage) if is_suggested else _cells(stage, spec):
-            trial, found = _tried(spec, name, picked, check)
+            trial, found = _tried(spec, name, picked, check, now)
             problems |= dict.fromkeys(found)
             if trial is not None and not is_suggested:
                 trials += [_of(trial, seed, *encoder) for seed in stage.seeds for encoder in encoders]
@@ -157,13 +159,15 @@ def expand(spec: SweepSpec, check: CheckArguments | None) -> list[Trial]:
     return trials
 
 
-def suggested(spec: SweepSpec, values: Mapping[str, Value], check: CheckArguments | None) -> Trial:
+def suggested(
+    spec: SweepSpec, values: Mapping[str, Value], check: CheckArguments | None, now: Now | None = None
+) -> Trial:
     """The trial of what somebody suggests for a sweep of one stage; without a `seed` it has the stage's first one.
     Raises ConfigError where it is none."""
     ((name, stage),) = spec.stages.items()
     varying = {key: value for key, value in values.items() if key != "seed"}
     problems = [f"{name}.{key}: {problem}" for key in varying if (problem := key_problem(name, key))]
-    trial, found = (None, []) if problems else _tried(spec, name, varying, check)
+    trial, found = (None, []) if problems else _tried(spec, name, varying, check, now)
     _raise(spec, [*problems, *found])
     assert trial is not None
     return _of(trial, values.get("seed", stage.seeds[0]), None, None)
@@ -264,7 +268,7 @@ def _encoders(pretrainings: Sequence[Trial]) -> list[tuple[Trial | None, int | N
 
 
 def _tried(
-    spec: SweepSpec, name: str, picked: dict[str, Value], check: CheckArguments | None
+    spec: SweepSpec, name: str, picked: dict[str, Value], check: CheckArguments | None, now: Now | None
 ) -> tuple[Trial | None, list[str]]:
     """The trial of a stage's first seed, without an encoder; else what is wrong with it, each with its key."""
     stage = spec.stages[name]
@@ -278,7 +282,8 @@ def _tried(
                 return None, [f"{where(key)}: {error}"]
             picked[key] = (options if key in OPTIONS[name] else settings)[key] = value
     missing = _missing(spec, name, options, where)
-    lost = [] if check is None else [*_lost(name, options, where), *_ds_config_problems(options, where)]
+    here = options if now is None else now(name, options)
+    lost = [] if check is None else [*_lost(name, here, where, now), *_ds_config_problems(options, where)]
     problems = [*missing, *lost, *_metric_problems(spec, name, options)]
     try:
         recipe = None if options.get("recipe") is None else _recipe(name, options, settings, stage.seeds[0])
@@ -291,7 +296,7 @@ def _tried(
     if isinstance(stage, PretrainStage) and isinstance(recipe, Recipe):
         trial, found = _placed(trial, stage, recipe.schedule.total_steps)
         problems += found
-    arguments = trial.arguments(spec.resources.cpus)
+    arguments = replace(trial, options=here).arguments(spec.resources.cpus)
     try:
         if check is not None and not missing:
             check(name, ["--model", "RUN", *arguments] if _is_pretrained(spec, name) else arguments)
@@ -348,10 +353,11 @@ def _missing(spec: SweepSpec, name: str, options: Mapping[str, Value], where: _P
     return problems
 
 
-def _lost(name: str, options: Mapping[str, Value], where: _Places) -> list[str]:
+def _lost(name: str, options: Mapping[str, Value], where: _Places, now: Now | None) -> list[str]:
     """Files and folders that are not there; of the recipe its loading tells."""
     found = {key: missing_path(name, key, value) for key, value in options.items() if key != "recipe"}
-    return [f"{where(key)}: {problem}" for key, problem in found.items() if problem]
+    remedy = "" if now is None else ", nor at the same place relative to the sweep; put it back there, or make a link"
+    return [f"{where(key)}: {problem}{remedy}" for key, problem in found.items() if problem]
 
 
 def _ds_config_problems(options: Mapping[str, Value], where: _Places) -> list[str]:

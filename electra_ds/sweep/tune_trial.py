@@ -187,12 +187,15 @@ class _TuneTrial(tune.Trainable):
             self._folder.end(self._trial.key, status)
 
     def cleanup(self) -> None:
-        """Of a trial that somebody's own scheduler ends or pauses, its run saves."""
+        """Let the run of a trial save that somebody's own scheduler ends or pauses; one that could not yet is stopped
+        all the same."""
         if self._ranks is not None:
             self._ranks.leave()
             while self._ranks.are_running():
                 self._ranks.wait(_LOOK_EVERY_S)
-            self._end(self._ranks.status())
+            status = self._ranks.status()
+            self._end(status)
+            self._folder.note_stopped(self._trial.key, status, self._last.get("step", 0))
         self._stack.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.manifest import FinetuneRecord, RunDirectory
 from electra_ds.data.glue import GLUE
-from electra_ds.data.loaded_task import load_task
+from electra_ds.data.recorded_task import recorded_task
 from electra_ds.data.tasks import TaskData
 from electra_ds.engine.checkpoint import Checkpoint
 from electra_ds.errors import CheckpointError, ConfigError, DataError
@@ -143,11 +143,10 @@ def _labels_and_scale(
 def _own_data(record: FinetuneRecord, checkpoint: Checkpoint) -> TaskData:
     why = f"{checkpoint.path} does not say what its scores are called and scaled by; the examples do"
     try:
-        data = load_task(None, record.source).data
+        loaded, _ = recorded_task(record, checkpoint.path, record.source, f"put them back, {ENCODER_ONLY}")
     except DataError as error:
-        raise DataError(f"{why}, which cannot be read again: {error} Put them back, {ENCODER_ONLY}") from error
-    if data.fingerprint != record.data_fingerprint:
-        raise DataError(f"{why}, and {data.source} has changed since. Put the files back, {ENCODER_ONLY}")
+        raise DataError(f"{why}, which cannot be read again: {error}") from error
+    data = loaded.data
     assert isinstance(data, TaskData)
     return data
 

@@ -255,7 +255,7 @@ class FinetuneLoop(TrainingLoop):
             chosen += f", stopped after {job.record.settings.early_stopping} evaluations without a better one"
         scores = {
             "format": _FORMAT,
-            "task": job.sets.name,
+            "task": job.record.task,
             "recipe": job.recipe.name,
             "recipe_source": job.record.recipe_source,
             "changes": job.record.changes,

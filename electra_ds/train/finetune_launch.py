@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PretrainedConfig
 
 from electra_ds import runtime
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.config.manifest import FinetuneRecord, FinetuneSettings, RunDirectory, TaskSource, TrackingSettings
 from electra_ds.config.monitors import Monitors
-from electra_ds.data.loaded_task import LoadedTask, load_task
+from electra_ds.config.moved import read_where_it_is
+from electra_ds.data.glue import GLUE
+from electra_ds.data.loaded_task import LoadedTask
+from electra_ds.data.recorded_task import recorded_task
 from electra_ds.data.squad import SquadData
 from electra_ds.data.tasks import TaskData
 from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
@@ -26,12 +33,14 @@ from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.program import command
 from electra_ds.runtime import Ranks
 from electra_ds.terminal import StatusProgress, flexible_bar, note, say
+from electra_ds.train import launch
 from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.train.finetune import SCORES, FinetuneJob
 from electra_ds.train.holdable import why_not_held
 from electra_ds.train.launch import Options, plan_for, plan_of_run, record_again
 from electra_ds.train.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.train.trackers import check_tracking
+from electra_ds.train.trained import kept_checkpoint
 
 _SAVE_EVERY = 500
 _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
@@ -46,6 +55,12 @@ class FinetuneOptions(Options):
     best: bool | None = None
     discard_weights: bool | None = None
     max_train_examples: int | None = None
+    model: str | None = None
+    """Where the encoder of a resumed finetuning is now; of its examples, what follows."""
+    data_dir: Path | None = None
+    train: Path | None = None
+    dev: Path | None = None
+    test: Path | None = None
 
 
 def num_training_inputs(data: TaskData, recipe: FinetuneRecipe, max_train: int | None) -> int:
@@ -131,32 +146,54 @@ def prepare_new(
     return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
 
 
+def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bool:
+    """Whether nothing of a run is left to do: it has come to its end, and no test set is to be predicted in addition.
+
+    To be called by all ranks, which agree on it. Raises CheckpointError where there is no such run.
+    """
+    if not launch.is_finished(run, "finetune", ranks):
+        return False
+    with ranks.together():
+        has_predicted = run.read_record(FinetuneRecord).settings.predict_test
+    return ranks.from_main(has_predicted or not options.predict_test)
+
+
+def say_finished(run: RunDirectory, console: Console) -> None:
+    """Say that there is nothing left to train, and where what came of it is."""
+    record, recipe = run.read_record(FinetuneRecord), run.read_recipe(FinetuneRecipe)
+    lines = [
+        f"The run {run.path} is finished: nothing is left to train.",
+        f"Its scores: {run.path / SCORES}   Several runs together: {command('report')} RUN RUN …",
+    ]
+    with contextlib.suppress(CheckpointError):  # raised where there are no weights any more
+        config, _ = finetuned_encoder(kept_checkpoint(run.path))
+        is_span = record.source.train is None and record.task not in GLUE
+        lines.append(_how_to_export(run, record, recipe, config, is_span).strip())
+        if not record.settings.predict_test:
+            lines.append(f"To predict the test sets: {command('finetune')} --resume {run.path} --predict-test")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
 def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
-    """A job that goes on with a run. Raises CheckpointError where it is finished, DataError where its examples or the
-    model that it began with have changed."""
+    """A job that goes on with a run. Raises DataError where its examples or the model that it began with have
+    changed."""
     run.check_resumable("finetune")
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
-    if run.verdict() == "done" and not (options.predict_test and not record.settings.predict_test):
-        raise CheckpointError(
-            f"The run {run.path} is finished: {run.path / 'scores.json'}. What can be added is --predict-test."
-        )
     changed = options.eval_every is not None and options.eval_every != record.settings.eval_every
     if changed and (record.settings.best or record.settings.early_stopping is not None):
         raise ConfigError("--eval-every decides what --best and --early-stopping choose from, and stays as it was.")
     if options.best and not record.settings.best:
         raise ConfigError("--best begins with a run: the weights of the evaluations so far were not kept.")
-    encoder = _encoder_again(run, record)
+    source = _source_now(options, record)
+    encoder = _encoder_again(run, record, options.model)
     training = Finetuning(recipe, record.num_examples, encoder.num_layers)
     plan = plan_of_run(options, run, record, training, ranks)
     tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
     if ranks.is_main:
         check_tracking(tracking, run, is_new=False)
-    loaded = load_task(record.task if record.source.train is None else None, record.source)
-    if loaded.data.fingerprint != record.data_fingerprint:
-        raise DataError(
-            f"{loaded.data.source} has changed since {run.path} began, so the run cannot go on with it. Put the files "
-            f"back, or start a new run."
-        )
+    places = "--data-dir DIR" if record.source.train is None else "--train FILE --dev FILE"
+    remedy = f"say where they are now: {command('finetune')} --resume {run.path} {places}"
+    loaded, source = recorded_task(record, run.path, source, remedy)
     settings = options.settings(record.settings)
     sets = tokenised_sets(loaded.data, encoder, recipe, settings.max_train_examples, console)
     if len(sets.train) != record.num_examples:
@@ -164,7 +201,7 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
             f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, and there are {len(sets.train):,}: "
             f"it was edited, or tokenizer or program are others by now. Put it back, or start a new run."
         )
-    record = record_again(record, options, ranks, settings, tracking)
+    record = record_again(replace(record, source=source), options, ranks, settings, tracking)
     _check_test(record, sets, loaded)
     return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
 
@@ -183,18 +220,50 @@ def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
             raise DataError("The ranks have read different examples. Put the files where all of them see the same.")
 
 
-def _encoder_again(run: RunDirectory, record: FinetuneRecord) -> EncoderSource:
-    """The configuration and tokenizer that travel with a run, and what it began with where no checkpoint has more."""
+def _source_now(options: FinetuneOptions, record: FinetuneRecord) -> TaskSource:
+    """A run's source, with what the user says of where it is now. Raises ConfigError for what it has not."""
+    is_own = record.source.train is not None
+    paths = {"folder": options.data_dir, "train": options.train, "dev": options.dev, "test": options.test}
+    given: dict[str, Any] = {name: str(path.absolute()) for name, path in paths.items() if path is not None}
+    wrong = [name for name in given if (name == "folder") == is_own]
+    if wrong:
+        of = "examples of your own" if is_own else f"official files of {record.task}"
+        flag = wrong[0].replace("folder", "data-dir")
+        raise ConfigError(f"--{flag} does not fit this run, which was begun on {of}.")
+    return replace(record.source, **given)
+
+
+def _encoder_again(run: RunDirectory, record: FinetuneRecord, given: str | None) -> EncoderSource:
+    """The configuration and tokenizer that travel with a run, and what it began with where no checkpoint has more.
+
+    given: where the user says that it is now.
+    """
     newest, _ = CheckpointFolder(run.checkpoints, keep=1).newest_whole()
     if newest is not None:
+        if given is not None:
+            raise ConfigError(f"The weights of {run.path} are in its checkpoints, so leave out --model.")
         config, tokenizer = finetuned_encoder(open_checkpoint(newest))
         return EncoderSource(record.model, config, tokenizer, {}, record.model_fingerprint)
-    encoder = read_encoder(record.model)
-    if encoder.fingerprint != record.model_fingerprint:
-        raise DataError(
-            f"The model {record.model} has changed since {run.path} began, and the run has no checkpoint yet. "
-            f"Start a new run."
+    remedy = f"{command('finetune')} --resume {run.path} --model FOLDER"
+
+    def read(place: str | Path) -> EncoderSource:
+        encoder = read_encoder(str(place))
+        if encoder.fingerprint != record.model_fingerprint:
+            raise DataError(
+                f"The model {place} is not the one that {run.path} began with, or has changed since, and the run has "
+                f"no checkpoint yet. If the original is elsewhere, say where: {remedy}. Otherwise start a new run."
+            )
+        return encoder
+
+    if given is not None or not Path(record.model).is_absolute():  # of the Hub
+        encoder = read(given or record.model)
+    else:
+        missing = (
+            f"The model that {run.path} began with is neither at {record.model} nor at the same place relative to the "
+            f"run, and the run has no checkpoint yet. If it has moved, say where it is now: {remedy}"
         )
+        encoder = read_where_it_is(record.model, run.path, read, missing)
+    encoder = replace(encoder, name=record.model)
     return replace(encoder, tensors={}) if record.has_random_weights else encoder
 
 
@@ -267,16 +336,18 @@ def show_scores(job: FinetuneJob, console: Console) -> None:
         if of_set["metrics"]:
             numbers = job.sets.shown(name, of_set["metrics"])
             say(console, f"{name}, {of_set['rows']:,} rows: {numbers}")
+    export = _how_to_export(job.run, job.record, job.recipe, job.encoder.config, job.sets.num_outputs is None)
     console.print(  # commands to be copied, which no line break may cut
         f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.\n"
-        f"Several runs together: {command('report')} RUN RUN …{_how_to_export(job)}",
+        f"Several runs together: {command('report')} RUN RUN …{export}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
 
-def _how_to_export(job: FinetuneJob) -> str:
-    if job.record.settings.discard_weights:
+def _how_to_export(
+    run: RunDirectory, record: FinetuneRecord, recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool
+) -> str:
+    if record.settings.discard_weights:
         return ""
-    is_span = job.sets.num_outputs is None
-    without_head = why_not_held(job.recipe, job.encoder.config, is_span) is not None
-    return f"   As a transformers model: {command('export')} {job.run.path}{' --encoder-only' if without_head else ''}"
+    without_head = why_not_held(recipe, config, is_span) is not None
+    return f"   As a transformers model: {command('export')} {run.path}{' --encoder-only' if without_head else ''}"

@@ -13,6 +13,7 @@ import torch
 
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.recipe import OptimizerSection
+from electra_ds.data.recorded_store import recorded_store
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.native import NativeCheckpoint, NativeFiles
 from electra_ds.engine.optimizer import FRESH_COUNTERS, MOMENTS
@@ -22,7 +23,6 @@ from electra_ds.model.names import find_naming, own_tensors
 from electra_ds.program import command
 from electra_ds.train.adopt import begin_with
 from electra_ds.train.import_known import Known, told
-from electra_ds.train.launch import recorded_store
 from electra_ds.train.pretrain import PretrainJob
 
 _NOTHING = Known()
@@ -42,7 +42,7 @@ def folder_of_export(files: NativeFiles) -> Path | None:
 
 def store_of_export(folder: Path) -> TokenStore:
     """The token store of the run that was exported. Raises DataError where it is another by now."""
-    return recorded_store(RunDirectory(folder).read_record(), folder)
+    return recorded_store(RunDirectory(folder).read_record(), folder, None, "say where it is now with --data STORE")
 
 
 def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | None, known: Known = _NOTHING) -> str:

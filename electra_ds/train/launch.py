@@ -29,12 +29,13 @@ from electra_ds.config.manifest import (
 from electra_ds.config.monitors import FolderMonitor, Monitors, wandb_mode_of_environment
 from electra_ds.config.recipe import Recipe, TrainingRecipe
 from electra_ds.data.build import trained_from
+from electra_ds.data.recorded_store import recorded_store
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import check_plan
 from electra_ds.engine.memory import count_parameters, peak_memory
 from electra_ds.engine.probe import fitting_plan, free_bytes, kernels_of
-from electra_ds.errors import CheckpointError, ConfigError, DataError
+from electra_ds.errors import ConfigError
 from electra_ds.program import command
 from electra_ds.runtime import Ranks
 from electra_ds.terminal import note, say
@@ -50,6 +51,8 @@ RecordT = TypeVar("RecordT", bound=Record)
 class Options:
     """Command-line values that are None where they were not given."""
 
+    data: Path | None = None
+    """Where a resumed pretraining's token store is now."""
     ds_config: str | None = None
     micro_batch: int | Literal["auto"] | None = None
     stop_at: int | None = None
@@ -235,15 +238,29 @@ def prepare_new(
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
 
 
-def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
-    """The plan to go on with a run: its own DeepSpeed JSON, or another.
+def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks: Ranks) -> bool:
+    """Whether a run has come to the end of its schedule. To be called by all ranks, which agree on it.
 
-    Raises CheckpointError where there is no run, or it is finished.
+    Raises CheckpointError where there is no such run.
     """
+    with ranks.together():
+        run.check_resumable(kind)
+    return ranks.from_main(run.verdict() == "done")
+
+
+def say_finished(run: RunDirectory, console: Console) -> None:
+    """Say that there is nothing left to train, and where what came of it is."""
+    console.print(  # whose commands no line break may cut
+        f"The run {run.path} is finished, at step {run.verdict_details().get('step')}: nothing is left to train.\n"
+        f"Its report: {command('report')} {run.path}   As transformers models: {command('export')} {run.path}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
+    """The plan to resume a run with: its own DeepSpeed JSON, or another. Raises CheckpointError where there is none."""
     run.check_resumable("pretrain")
     recipe = run.read_recipe()
-    if run.verdict() == "done":
-        raise CheckpointError(f"The run {run.path} is finished. Its model: {command('export')} {run.path}")
     return plan_of_run(options, run, run.read_record(), recipe, ranks)
 
 
@@ -254,21 +271,12 @@ def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ran
     tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
     if ranks.is_main:
         check_tracking(tracking, run, is_new=False)
-    store = recorded_store(record, run.path)
+    remedy = f"say where it is now: {command('pretrain')} --resume {run.path} --data STORE"
+    store = recorded_store(record, run.path, options.data, remedy)
+    record = replace(record, store=str(store.path.resolve()))
     record = record_again(record, options, ranks, options.settings(record.settings), tracking)
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     return PretrainJob(run, recipe, plan, store, split, record, _stop_at(options, recipe))
-
-
-def recorded_store(record: RunRecord, folder: Path) -> TokenStore:
-    """The token store that a record names. Raises DataError where it is another one by now; `folder` has the record."""
-    store = TokenStore(Path(record.store))
-    if store.info.fingerprint != record.store_fingerprint:
-        raise DataError(
-            f"The token store {store.path} is not the one that {folder} was started on "
-            f"({store.info.fingerprint}, not {record.store_fingerprint}). Put the original back."
-        )
-    return store
 
 
 def with_fitting_micro_batch(job: PretrainJob, options: Options, ranks: Ranks) -> PretrainJob:
