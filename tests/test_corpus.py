@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,13 +23,14 @@ from electra_ds import cli
 from electra_ds.cli.pretrain import check_arguments
 from electra_ds.cli.stores import store_name
 from electra_ds.config.recipe import TokenizerSection
-from electra_ds.data import builtin
+from electra_ds.data import builtin, tokenizer
 from electra_ds.data.build import build_store
 from electra_ds.data.builtin import builtin_documents
 from electra_ds.data.corpus import Boundary, Corpus, open_corpus, open_source
+from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.hub import HubSource, parse_hub_name
 from electra_ds.data.token_store import TokenStore
-from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.data.tokenizer import Tokenizer, train_tokenizer
 from electra_ds.errors import ConfigError, DataError
 from tests.helpers import REPOSITORY, SHARED_DATA, small_recipe, write_corpus
 
@@ -106,7 +108,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_p
         ("a.jsonl", b'{"body": "x"}\n', r"no text field 'text'; its keys are body"),
         ("a.jsonl", b"[1]\n", "it is not an object"),
         ("a.txt", b"", "is empty"),
-        ("a.txt", "text".encode("utf-16"), "compressed or UTF-16"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16 text"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ],
 )
@@ -272,8 +274,8 @@ def test_a_large_archive_is_read_block_by_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", gzip.compress(b"text", mtime=0), "compressed or UTF-16"),
-        ("a.txt.gz", gzip.compress(gzip.compress(b"text", mtime=0), mtime=0), "compressed or UTF-16"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "is compressed with gzip"),
+        ("a.txt.gz", gzip.compress(gzip.compress(b"text", mtime=0), mtime=0), "is compressed with gzip"),
         ("a.txt.gz", b"plain text", "is damaged, or not what its name says"),
         ("a.tar.gz", gzip.compress(b"text", mtime=0), "not compressed text"),
         ("a.jsonl.gz", gzip.compress(b'{"body": ""}', mtime=0), "no text field 'text'; its keys are body"),
@@ -471,12 +473,13 @@ def test_documents_without_a_token_have_no_place_in_a_source(tmp_path: Path) -> 
     for name, text in (("x", "a\n\n\u200b\n\nb\n"), ("y", "b\n")):
         (tmp_path / f"{name}.txt").write_text(text, "utf8")
     corpus = open_corpus([tmp_path / "x.txt", tmp_path / "y.txt"], "blank-line")
-    built, _ = store_of(corpus, load_tokenizer(vocabulary), tmp_path / "s")
+    given, _ = load_given_tokenizer(str(vocabulary))
+    built, _ = store_of(corpus, given, tmp_path / "s")
     assert [part.num_documents for part in built.info.corpora] == [2, 1]
     assert built.info.documents_read == [3, 1]
     (tmp_path / "z.txt").write_text("\u200b\n", "utf8")
     with pytest.raises(DataError, match=r"z\.txt holds no token"):
-        store_of(open_corpus([tmp_path / "x.txt", tmp_path / "z.txt"]), load_tokenizer(vocabulary), tmp_path / "t")
+        store_of(open_corpus([tmp_path / "x.txt", tmp_path / "z.txt"]), given, tmp_path / "t")
 
 
 def test_a_source_without_text_is_refused_by_name(store: TokenStore, tmp_path: Path) -> None:
@@ -553,10 +556,10 @@ def test_each_corpus_argument_is_a_source(tmp_path: Path, monkeypatch: pytest.Mo
         (["--corpus", "hub:a", "texts"], "Give each Hub dataset a --corpus of its own"),
         (["--corpus", "builtin", "texts"], "Give `builtin` a --corpus of its own"),
         (["--corpus", "texts", "--streaming"], "--streaming and --revision are for datasets of the Hub"),
-        (["--corpus", "texts", "--cased"], "--cased says how a given vocab.txt was made"),
+        (["--corpus", "texts", "--cased"], "--cased, --uncased and --strip-accents say how a given vocab.txt was made"),
         (["--corpus", "texts", "--tokenizer", "nowhere.txt"], "No tokenizer at nowhere.txt"),
-        (["--corpus", "texts", "--tokenizer", "./nowhere"], "No tokenizer at nowhere"),
-        (["--corpus", "texts", "--tokenizer", "some/model", "--cased"], "--cased is for a vocab.txt"),
+        (["--corpus", "texts", "--tokenizer", "./nowhere"], "No tokenizer at ./nowhere"),
+        (["--corpus", "texts", "--no-strip-accents"], "so they need --tokenizer"),
     ],
 )
 def test_arguments_that_cannot_go_together_are_refused(
@@ -575,13 +578,22 @@ def test_arguments_that_cannot_go_together_are_refused(
 
 @pytest.mark.parametrize(
     "flags",
-    [["--text-key", "body"], ["--document-boundary", "file"], ["--cased"], ["--streaming"], ["--revision", "x"]],
+    [
+        ["--text-key", "body"],
+        ["--document-boundary", "file"],
+        ["--cased"],
+        ["--streaming"],
+        ["--revision", "x"],
+        ["--no-strip-accents"],
+        ["--allow-unknown"],
+    ],
 )
 def test_what_belongs_to_a_corpus_cannot_be_given_with_resume_or_data(flags: list[str]) -> None:
     for what in (["--resume", "run"], ["--data", "store", "--ds-config", "x.json"]):
         options = cli.build_parser().parse_args(["pretrain", *what, *flags])
         with pytest.raises(
-            ConfigError, match=flags[0] if what[0] == "--resume" else "--data is a finished token store"
+            ConfigError,
+            match=flags[0].replace("--no-", "--") if what[0] == "--resume" else "--data is a finished token store",
         ):
             check_arguments(options)
 
@@ -606,3 +618,195 @@ def test_stores_made_on_the_way_have_names_for_people() -> None:
     # A model's folder is often called `discriminator`.
     assert name("--tokenizer", "google/electra-small-discriminator") == "builtin-electra-small-discriminator"
     assert name("--tokenizer", "./a/discriminator") != name("--tokenizer", "./b/discriminator")
+
+
+# --- Wikipedia extracts in parts
+
+
+ARTICLE = '<doc id="{0}" url="u?curid={0}" title="Place {0}">\nPlace {0}\n\nText {0}.\n</doc>\n'
+EXTRACT = "".join(ARTICLE.format(number) for number in range(4))
+COMPLETE = [[f"Place {number}", f"Text {number}."] for number in range(4)]
+
+
+def notes_of(path: Path, boundary: Boundary = "file") -> str:
+    corpus = open_corpus([path], boundary)
+    assert corpus.notes() == []
+    for _ in range(2):
+        list(corpus.documents())
+    return " ".join(corpus.notes())
+
+
+@pytest.mark.parametrize("boundary", ["file", "blank-line"])
+def test_an_extract_cut_anywhere_gives_its_articles_without_a_tag_and_says_which_are_cut(
+    tmp_path: Path, boundary: Boundary
+) -> None:
+    """At every byte: both parts together hold all of the text, no tag, and no document of two articles."""
+    front, back = tmp_path / "part-0", tmp_path / "part-1"
+    for size in range(EXTRACT.index("</doc>") + 6, EXTRACT.rindex("<doc ")):
+        front.write_text(EXTRACT[:size])
+        back.write_text(EXTRACT[size:])
+        found = [documents_of(front, boundary), documents_of(back, boundary)]
+        for document in (document for part in found for document in part):
+            assert not any("<" in line or "title=" in line for line in document), (size, document)
+            assert len({number for line in document for number in "0123" if line.endswith((number, f"{number}."))}) <= 1
+        joined = "".join("".join(document) for part in found for document in part)
+        assert joined == "".join(line for article in COMPLETE for line in article), size
+        assert found[0][0] == COMPLETE[0]
+        assert found[1][-1] == COMPLETE[3]
+
+
+def test_cut_articles_are_kept_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(EXTRACT)
+    assert (documents_of(path), notes_of(path)) == (COMPLETE, "")
+    middle = EXTRACT.index("Text 1")
+    path.write_text(EXTRACT[:middle])
+    assert documents_of(path) == [COMPLETE[0], ["Place 1"]]
+    assert "1 cut-off articles of WikiExtractor's (1 without its end)" in notes_of(path)
+    path.write_text(EXTRACT[middle:])
+    assert documents_of(path) == [["Text 1."], *COMPLETE[2:]]
+    assert "(1 without its beginning)" in notes_of(path)
+    path.write_text(f"{EXTRACT[:middle]}\n{EXTRACT}")  # two files put together: an article is open where one begins
+    assert documents_of(path) == [COMPLETE[0], ["Place 1"], *COMPLETE]
+    assert "(1 without its end)" in notes_of(path)
+
+
+@pytest.mark.parametrize("boundary", ["file", "blank-line"])
+def test_the_tags_are_found_after_blank_lines_and_after_other_text(tmp_path: Path, boundary: Boundary) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(f"\n\n</doc>\n{EXTRACT}")
+    assert (documents_of(path, boundary), notes_of(path)) == (COMPLETE, "")
+    path.write_text(f"About this dump.\n\nMade in May.\n\n{EXTRACT}")
+    before = [["About this dump.", "Made in May."]] if boundary == "file" else [["About this dump."], ["Made in May."]]
+    assert (documents_of(path, boundary), notes_of(path)) == (before + COMPLETE, "")
+
+
+def test_the_command_says_how_many_articles_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part").write_text(EXTRACT[: EXTRACT.rindex("Text")] * 20)
+    cli.main(["build-data", "--corpus", "part", "--recipe", "tiny", "--out", "s", "--workers", "1"])
+    assert "part: 20 cut-off articles of WikiExtractor's (20 without its end)" in capsys.readouterr().out
+    assert TokenStore(tmp_path / "s").info.num_documents == 80
+
+
+# --- files that are not what their names say
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b'{"text": "one"}\n{"text": "two"}\n', r"a\.txt is JSON lines, .* Rename it to end in \.jsonl"),
+        ("a.jsonl", b"Plain text.\n", r"not JSON .* If this is plain text, rename it to end in \.txt"),
+        ("a.json", b'[\n{"text": "one"},\n{"text": "two"}\n]\n', r"one object per line; convert a list with: jq -c"),
+        ("a.json", b'[{"text": "one"}, {"text": "two"}]\n', r"a list of objects.* convert a list with: jq -c"),
+        ("a.txt", b"PAR1\x15\x04", r"is Parquet, .* Rename it to end in \.parquet"),
+        ("a.jsonl", b"PAR1\x15\x04", r"is Parquet, .* Rename it to end in \.parquet"),
+        ("a.parquet", gzip.compress(b"text", mtime=0), "is compressed with gzip, and its name says Parquet"),
+        ("a.arrow", b"text, and more than eight bytes of it", "is cut off, or is not an Arrow file as its name says"),
+        ("a.txt", bz2.compress(b"text"), r"is compressed with bzip2, .* Add \.bz2 to its name"),
+        ("a.txt", lzma.compress(b"text"), r"is compressed with xz, .* Add \.xz to its name"),
+        ("a.txt", PACKERS[".zst"](b"text"), r"is compressed with zstd, .* Add \.zst to its name"),
+        ("a.txt", b"%PDF-1.7\n%\xe2\xe3", "is a PDF, .* pdftotext"),
+        ("a.txt", b"PK\x03\x04\x14", "is a ZIP archive, as .docx and .odt files are"),
+        ("a.txt", b"ARROW1\0\0", "is an Arrow file"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+    ],
+)  # fmt: skip
+def test_a_corpus_file_that_is_not_what_its_name_says_is_called_what_it_is(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        documents_of(tmp_path / name)
+
+
+def test_text_that_only_looks_like_json_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text('{"title": "x"}\n{not json}\n')
+    assert documents_of(tmp_path / "a.txt") == [['{"title": "x"}', "{not json}"]]
+
+
+# --- datasets saved by save_to_disk
+
+
+def rows_of(*texts: str | None) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"n": list(range(len(texts))), "text": list(texts)})
+
+
+def test_a_saved_dataset_is_read_like_the_same_text_in_a_file(store: TokenStore, tmp_path: Path) -> None:
+    rows_of(*TEXTS).save_to_disk(tmp_path / "saved", num_shards=3)
+    rows_of(*reversed(TEXTS)).select([3, 2, 1, 0]).save_to_disk(tmp_path / "chosen")
+    with (tmp_path / "a.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    stores = []
+    for name in ("a.jsonl", "saved", "chosen"):
+        corpus = open_corpus([tmp_path / name])
+        seen: list[int] = []
+        list(corpus.documents(seen.append))
+        assert sum(seen) == corpus.num_bytes
+        stores.append(build_store(corpus, store.tokenizer, tmp_path / f"store-{name}", workers=1).info)
+    assert len({info.fingerprint for info in stores}) == 1
+    assert len({info.num_documents for info in stores}) == 1
+
+
+def test_a_saved_datasets_splits_are_folders_and_train_is_the_default(tmp_path: Path) -> None:
+    parts = {"train": rows_of("one", None, "two"), "validation": rows_of("three")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert documents_of(tmp_path / "saved") == documents_of(tmp_path / "saved" / "train") == [["one"], ["two"]]
+    assert open_corpus([tmp_path / "saved"]).description == str(tmp_path / "saved" / "train")
+    assert documents_of(tmp_path / "saved" / "validation") == [["three"]]
+    datasets.DatasetDict({"a": parts["train"], "b": parts["validation"]}).save_to_disk(tmp_path / "others")
+    with pytest.raises(DataError, match=r"holds the splits a, b\. Give the folder of one: --corpus .*others/SPLIT"):
+        open_corpus([tmp_path / "others"])
+    with pytest.raises(DataError, match=r"holds datasets that save_to_disk wrote .* its own --corpus, such as"):
+        open_corpus([tmp_path])
+    with pytest.raises(DataError, match=r"no column 'body'; its columns are n, text\. Name it with --text-key"):
+        documents_of(tmp_path / "saved", text_key="body")
+    with pytest.raises(DataError, match="'n' is of type int64, not text"):
+        documents_of(tmp_path / "saved", text_key="n")
+
+
+def test_a_saved_dataset_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    rows_of(*TEXTS).save_to_disk(tmp_path)
+    (file,) = tmp_path.glob("*.arrow")
+    complete = file.read_bytes()
+    for size in (0, 1, 8, len(complete) // 2, len(complete) - 8, len(complete) - 1):
+        file.write_bytes(complete[:size])
+        with pytest.raises(DataError, match=r"data-00000-of-00001\.arrow|is empty"):
+            documents_of(tmp_path)
+    file.unlink()
+    with pytest.raises(DataError, match=r"lacks data-00000-of-00001\.arrow"):
+        documents_of(tmp_path)
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [], "_indices_data_files": [{"filename": "i"}]}))
+    with pytest.raises(DataError, match="flatten_indices"):
+        documents_of(tmp_path)
+
+
+# --- text without spaces
+
+
+@pytest.mark.parametrize("kind", ["byte-level-bpe", "wordpiece"])
+def test_training_on_a_long_word_takes_about_as_long_as_on_short_ones(kind: str) -> None:
+    """Of 100,000 letters; uncut it takes some thirty times as long."""
+    letters = "".join(np.random.default_rng(0).choice(list("ACGT"), 100_000))
+    section = TokenizerSection(kind=kind, vocab_size=1000)  # type: ignore[arg-type]
+    seconds = []
+    for lines in ([letters[start : start + 900] for start in range(0, len(letters), 900)], [letters]):
+        start = time.process_time()
+        assert train_tokenizer(lines, section).vocab_size == 1000
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 8 * seconds[0]
+
+
+@pytest.mark.parametrize("kind", ["byte-level-bpe", "wordpiece"])
+def test_only_the_training_cuts_long_words(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [*TEXTS, "ACGT" * 600]
+    section = TokenizerSection(kind=kind, vocab_size=300)  # type: ignore[arg-type]
+    trained = train_tokenizer(lines, section)
+    assert "FixedLength" not in trained.backend.to_str()
+    if kind == "byte-level-bpe":  # whose training is the same each time
+        short = train_tokenizer(TEXTS, section)
+        monkeypatch.setattr(tokenizer, "LONGEST_TRAINING_WORD", 10**6)
+        assert train_tokenizer(TEXTS, section).fingerprint == short.fingerprint

@@ -100,14 +100,15 @@ def test_options_of_every_kind_become_arguments(tmp_path: Path) -> None:
     given_options = {
         "corpus": [[str(tmp_path), str(tmp_path / "a")], ["hub:x/y"]], "init_from": ["a/b", "c/d"], "compile": False,
         "wandb": False, "tensorboard": False, "streaming": True, "cased": False, "keep": 3.0, "micro_batch": "auto",
-        "revision": None,
+        "revision": None, "strip_accents": False, "allow_unknown": True,
     }  # fmt: skip
     (trial,) = trials_of(pretraining(**given_options))
     options = parsed(trial)
     assert options.corpus == given_options["corpus"]
     assert options.init_from == given_options["init_from"]
     assert (options.compile, options.wandb, options.tensorboard) == ("off", "off", False)
-    assert (options.streaming, options.cased, options.keep, options.micro_batch) == (True, None, 3, "auto")
+    assert (options.streaming, options.cased, options.keep, options.micro_batch) == (True, False, 3, "auto")
+    assert (options.strip_accents, options.allow_unknown) == (False, True)
     assert options.revision is None
 
 

@@ -25,7 +25,7 @@ Each --corpus is one source of text, and data.corpus_weights has one number for 
 (read recursively), `builtin`, or hub:NAME#CONFIG@SPLIT, a dataset of the Hugging Face Hub (the split is `train` where
 none is given; a local folder in the Hub's layout is hub:./FOLDER). Files are text (one document each, or
 --document-boundary blank-line), JSON lines, WikiExtractor's <doc> files, each also as .gz, .bz2, .xz or .zst, and
-Parquet. An interrupted build goes on where it stopped when run again.
+Parquet; a folder may also be a dataset that save_to_disk wrote. An interrupted build resumes when run again.
 """
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from electra_ds.cli.arguments import add_command, add_overrides, micro_batch
 from electra_ds.cli.checkpoint_folder import add_ls, add_prune, add_verify
 from electra_ds.cli.pretrain import check_arguments
-from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, open_store
+from electra_ds.cli.stores import add_corpus_arguments, gives_corpus, open_store
 from electra_ds.config.shipped import DS_CONFIG_NOTE, ds_config_names, recipe_names
 from electra_ds.errors import ConfigError
 
@@ -104,7 +104,7 @@ def _import(options: argparse.Namespace) -> None:
     if not options.trusted:
         refuse_untrusted(files.all())
     export = folder_of_export(files)
-    has_data = options.data is not None or any(getattr(options, name) for name in CORPUS_ARGUMENTS)
+    has_data = options.data is not None or gives_corpus(options)
     if export is None and (options.recipe is None or not has_data):
         raise ConfigError(
             f"{files.folder} does not come with recipe and data, as an export of ours does. Say what it was trained "

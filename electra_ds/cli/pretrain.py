@@ -23,7 +23,7 @@ from electra_ds.cli.arguments import (
     with_seed,
 )
 from electra_ds.cli.asking import ask_before_years, say_dry_run
-from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, look_for_store, open_store
+from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, gives_corpus, look_for_store, open_store
 from electra_ds.config.shipped import CPU_RECIPE, GPU_RECIPE, RECIPE_NOTE, recipe_names
 from electra_ds.errors import ConfigError
 from electra_ds.launcher import detect
@@ -280,7 +280,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     """ConfigError where arguments cannot go together."""
     if options.resume is not None:
         new_run_only = ("recipe", "overrides", "seed", "init_from", *CORPUS_ARGUMENTS, "run_dir")
-        given = [name for name in new_run_only if getattr(options, name) or (name == "seed" and options.seed == 0)]
+        given = [name for name in new_run_only if getattr(options, name) not in (None, [])]
         if given:
             flags = ", ".join("--" + name.replace("overrides", "set").replace("_", "-") for name in given)
             raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
@@ -290,5 +290,5 @@ def check_arguments(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--init-from takes a generator and a discriminator, and {len(options.init_from)} models are given."
         )
-    elif options.data is not None and any(getattr(options, name) for name in CORPUS_ARGUMENTS):
+    elif options.data is not None and gives_corpus(options):
         raise ConfigError("--data is a finished token store; give either it or --corpus and what belongs to that.")

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from electra_ds.cli.arguments import Group
     from electra_ds.config.recipe import Recipe, TokenizerSection
     from electra_ds.data.corpus import Corpus, Source
-    from electra_ds.data.token_store import TokenStore
+    from electra_ds.data.token_store import StoreInfo, TokenStore
     from electra_ds.data.tokenizer import Tokenizer
 
-CORPUS_ARGUMENTS = ("corpus", "document_boundary", "text_key", "streaming", "revision", "tokenizer", "cased")
+CORPUS_ARGUMENTS = (
+    "corpus", "document_boundary", "text_key", "streaming", "revision", "tokenizer", "cased", "strip_accents",
+    "allow_unknown",
+)  # fmt: skip
 _BUILTIN, _HUB = "builtin", "hub:"
 
 
@@ -46,7 +49,25 @@ def add_corpus_arguments(group: Group, default_note: str, required: bool = False
         help="use this tokenizer.json or vocab.txt, a folder with one, or that of a model on the Hub, such as "
         "FacebookAI/xlm-roberta-base, instead of training one",
     )  # fmt: skip
-    group.add_argument("--cased", action="store_true", default=None, help="the vocab.txt was made from cased text")
+    casing = group.add_mutually_exclusive_group()
+    casing.add_argument("--cased", action="store_true", default=None, help="the vocab.txt was made from cased text")
+    casing.add_argument(
+        "--uncased", action="store_false", dest="cased", default=None,
+        help="it was made from lower-cased text (what is assumed where nothing says it)",
+    )  # fmt: skip
+    group.add_argument(
+        "--strip-accents", action=argparse.BooleanOptionalAction,
+        help="whether it was made from text without accents (default: where that is lower-cased)",
+    )  # fmt: skip
+    group.add_argument(
+        "--allow-unknown", action="store_true", default=None,
+        help="build a store even if the tokenizer knows almost nothing of a source, so that it is nearly all [UNK]",
+    )  # fmt: skip
+
+
+def gives_corpus(options: argparse.Namespace) -> bool:
+    """Whether any of CORPUS_ARGUMENTS is given."""
+    return any(getattr(options, name) is not None for name in CORPUS_ARGUMENTS)
 
 
 def open_store(
@@ -63,6 +84,7 @@ def open_store(
         store = TokenStore(options.data)
         if check is not None:
             check(store.tokenizer)
+        _print_unknown(store.info)
         return store
     options.corpus = options.corpus or [[_BUILTIN]]
     return make_store(options, recipe, Path("stores") / store_name(options, recipe), check=check)
@@ -104,6 +126,7 @@ def store_name(options: argparse.Namespace, recipe: Recipe) -> str:
     given = (
         corpus, options.document_boundary, options.text_key, options.revision, options.tokenizer, options.cased,
         None if options.tokenizer else recipe.tokenizer.lowercase,
+        *(() if options.strip_accents is None else (options.strip_accents,)),
     )  # fmt: skip
     return f"{name}-{kind}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"
 
@@ -118,7 +141,12 @@ def make_store(
     """Build, or finish, the store in `out` from what --corpus and --tokenizer say. check: as in `open_store`."""
     from electra_ds.data.build import build_store
 
-    return build_store(*_asked_for(options, recipe, check), out, workers=workers)
+    corpus, tokenizer = _asked_for(options, recipe, check)
+    store = build_store(corpus, tokenizer, out, workers=workers, allow_unknown=bool(options.allow_unknown))
+    for note in corpus.notes():
+        print(note)
+    _print_unknown(store.info, always=True)
+    return store
 
 
 def _asked_for(
@@ -136,6 +164,19 @@ def _asked_for(
         assert options.tokenizer is not None
         check(cast("Tokenizer", tokenizer))
     return Corpus(tuple(_source(options, words) for words in options.corpus)), tokenizer
+
+
+def _print_unknown(info: StoreInfo, always: bool = False) -> None:
+    """Say how much of each source is [UNK], or only where that is too much."""
+    from electra_ds.data.unknown import problem, report
+
+    for source in info.corpora:
+        if source.unknown is None:
+            continue
+        if said := problem(source.description, source.unknown, source.num_tokens):
+            print(f"Warning: {said}")
+        elif always:
+            print(f"{source.description}: {report(source.unknown, source.num_tokens)}.")
 
 
 def _source(options: argparse.Namespace, words: list[str]) -> Source:
@@ -157,20 +198,15 @@ def _source(options: argparse.Namespace, words: list[str]) -> Source:
 def _tokenizer(options: argparse.Namespace, recipe: Recipe) -> Tokenizer | TokenizerSection:
     """The given tokenizer, from here or from the Hub, or the recipe's section to train one from."""
     if options.tokenizer is None:
-        if options.cased:
-            raise ConfigError("--cased says how a given vocab.txt was made; it needs --tokenizer.")
+        if options.cased is not None or options.strip_accents is not None:
+            raise ConfigError(
+                "--cased, --uncased and --strip-accents say how a given vocab.txt was made, so they need --tokenizer. "
+                "For a tokenizer that is trained here, set tokenizer.lowercase."
+            )
         return recipe.tokenizer
-    if not is_hub_model(options.tokenizer):
-        from electra_ds.data.tokenizer import load_tokenizer
+    from electra_ds.data.given_tokenizer import Casing, load_given_tokenizer
 
-        tokenizer = load_tokenizer(Path(options.tokenizer), lowercase=False if options.cased else None)
-    else:
-        if options.cased:
-            raise ConfigError(f"--cased is for a vocab.txt; {options.tokenizer} from the Hub says itself what it is.")
-        from electra_ds.data.hub import load_hub_tokenizer
-
-        tokenizer = load_hub_tokenizer(options.tokenizer)
-    if tokenizer.added:
-        added = ", ".join(tokenizer.added)
-        print(f"The tokenizer {options.tokenizer} lacked {added}; new pieces at the end of its vocabulary play them.")
+    tokenizer, notes = load_given_tokenizer(options.tokenizer, Casing(options.cased, options.strip_accents))
+    for note in notes:
+        print(note)
     return tokenizer

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -34,23 +35,31 @@ from electra_ds.config.recipe import TokenizerSection
 from electra_ds.data.corpus import Corpus, Source
 from electra_ds.data.token_store import FORMAT, SourceInfo, StoreInfo, TokenStore, token_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, unknown_in
 from electra_ds.data.worker_pool import worker_pool
 from electra_ds.errors import DataError
 from electra_ds.terminal import StatusProgress, flexible_bar
 
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"
+_SHARD_FORMAT = 2
 _ARRAYS = ("tokens.bin", "documents.npy", "lines.npy")
 _Item = TypeVar("_Item")
 
 
 def build_store(
-    corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path, *, workers: int | None = None
+    corpus: Corpus,
+    tokenizer: Tokenizer | TokenizerSection,
+    out: Path,
+    *,
+    workers: int | None = None,
+    allow_unknown: bool = False,
 ) -> TokenStore:
     """Build the store at `out`, or open it if it is already there and holds the same text and tokenizer.
 
-    tokenizer: a finished one, or the recipe's section from which to train one on this corpus. Raises
-    DataError for a bad corpus, for another store at `out`, and for a full disk; finished shards are kept.
+    tokenizer: a finished one, or the recipe's section from which to train one on this corpus. allow_unknown: build it
+    even where nearly all of a source becomes [UNK]. Raises DataError for a bad corpus, for such a source otherwise, for
+    another store at `out`, and for a full disk; finished shards are kept.
     """
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))  # which gives "." a name
@@ -71,7 +80,7 @@ def build_store(
                 with _progress() as progress:
                     trained = _trained(corpus, tokenizer, partial, progress)
                     shards, read = _tokenise(corpus, trained, partial, workers, progress)
-                    _join(shards, trained, corpus, read, partial)
+                    _join(shards, trained, corpus, read, partial, allow_unknown)
                 partial.rename(out)
                 return TokenStore(out)
         return _reopen(corpus, tokenizer, out)
@@ -252,6 +261,12 @@ class _Shard(NamedTuple):
     path: Path
 
 
+class _Counts(NamedTuple):
+    place: int
+    num_tokens: int
+    unknown: UnknownText
+
+
 def _chunks(
     documents_by_source: Iterable[tuple[int, list[str]]], partial: Path, tokenizer: Tokenizer, read: _TextRead
 ) -> Iterator[_Chunk]:
@@ -260,7 +275,7 @@ def _chunks(
     num_chars = number = current = 0
 
     def finished() -> _Chunk:
-        content = hashlib.sha256(tokenizer.fingerprint.encode())
+        content = hashlib.sha256(f"{_SHARD_FORMAT} {tokenizer.fingerprint}".encode())
         for document in documents:
             _update(content, document)
         return _Chunk(current, partial / f"shard-{number:06d}-{content.hexdigest()[:16]}.npz", documents)
@@ -290,7 +305,8 @@ def _tokenise(
     read = _TextRead(corpus)
     task = progress.add_task("tokenising", total=corpus.num_bytes, status="")
     shards: list[_Shard] = []
-    running: set[concurrent.futures.Future[None]] = set()
+    running: set[concurrent.futures.Future[_Counts]] = set()
+    is_checked = [False] * len(corpus.sources)
     with worker_pool(workers, _start_worker, partial / "tokenizer") as pool:
         try:
             documents = corpus.documents_by_source(lambda num_bytes: progress.advance(task, num_bytes))
@@ -301,7 +317,7 @@ def _tokenise(
                 while len(running) >= 2 * workers:
                     done, running = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
                     for future in done:
-                        future.result()
+                        _warn_early(corpus, future.result(), is_checked, progress)
                 running.add(pool.submit(_write_shard, chunk))
             for future in running:
                 future.result()
@@ -310,6 +326,16 @@ def _tokenise(
             raise
     progress.update(task, total=1, completed=1, status=f"{sum(read.documents):,} documents")
     return shards, read
+
+
+def _warn_early(corpus: Corpus, counts: _Counts, is_checked: list[bool], progress: Progress) -> None:
+    """Say while it is being tokenised that a source's text becomes [UNK]; whether too much of it did, only its end
+    tells."""
+    place, num_tokens, unknown = counts
+    if not is_checked[place] and unknown.share(num_tokens) >= REFUSED_SHARE:
+        said = problem(f"the beginning of {corpus.sources[place].description}", unknown, num_tokens)
+        progress.console.print(f"Warning: {said}", markup=False, highlight=False)
+    is_checked[place] = True
 
 
 _worker_tokenizer: Tokenizer
@@ -321,12 +347,13 @@ def _start_worker(folder: Path) -> None:
     _worker_tokenizer = load_tokenizer(folder)
 
 
-def _write_shard(chunk: _Chunk) -> None:
+def _write_shard(chunk: _Chunk) -> _Counts:
     lines = [line for document in chunk.documents for line in document]
     ids = _worker_tokenizer.encode_lines(lines)
     lines_of_document = np.array([len(document) for document in chunk.documents])
     tokens_of_line = np.array([len(line) for line in ids])
     first_lines = np.concatenate([[0], np.cumsum(lines_of_document)[:-1]])
+    unknown = unknown_in(lines, ids, _worker_tokenizer)
     temporary = chunk.path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.savez(
@@ -334,11 +361,16 @@ def _write_shard(chunk: _Chunk) -> None:
             tokens=np.fromiter(itertools.chain.from_iterable(ids), dtype=token_dtype(_worker_tokenizer.vocab_size)),
             tokens_of_line=tokens_of_line[tokens_of_line > 0],
             tokens_of_document=np.add.reduceat(tokens_of_line, first_lines),
+            unknown=json.dumps(asdict(unknown)),
         )
     os.replace(temporary, chunk.path)
+    return _Counts(chunk.place, int(tokens_of_line.sum()), unknown)
 
 
-def _join(shards: list[_Shard], tokenizer: Tokenizer, corpus: Corpus, read: _TextRead, partial: Path) -> None:
+def _join(
+    shards: list[_Shard], tokenizer: Tokenizer, corpus: Corpus, read: _TextRead, partial: Path, allow_unknown: bool
+) -> None:
+    unknown = [UnknownText() for _ in corpus.sources]
     tokens_of_line: list[np.ndarray] = []
     tokens_of_document: list[list[np.ndarray]] = [[] for _ in corpus.sources]
     with (partial / "tokens.bin").open("wb") as file:
@@ -348,12 +380,18 @@ def _join(shards: list[_Shard], tokenizer: Tokenizer, corpus: Corpus, read: _Tex
                 tokens_of_line.append(shard["tokens_of_line"])
                 sizes = shard["tokens_of_document"]
                 tokens_of_document[place].append(sizes[sizes > 0])
+                unknown[place].add(UnknownText(**json.loads(str(shard["unknown"]))))
     corpora = []
-    for source, parts in zip(corpus.sources, tokens_of_document, strict=True):
+    for source, parts, not_known in zip(corpus.sources, tokens_of_document, unknown, strict=True):
         num_documents, num_tokens = sum(map(len, parts)), sum(int(part.sum()) for part in parts)
         if not num_tokens:
             raise DataError(f"The corpus {source.description} holds no token that this tokenizer knows.")
-        corpora.append(SourceInfo(source.description, num_documents, num_tokens))
+        if not_known.share(num_tokens) >= REFUSED_SHARE and not allow_unknown:
+            raise DataError(
+                f"{problem(source.description, not_known, num_tokens)} Nothing can be learned from such a store; to "
+                f"build it all the same, give --allow-unknown."
+            )
+        corpora.append(SourceInfo(source.description, num_documents, num_tokens, not_known))
     documents = _starts(np.concatenate(list(itertools.chain.from_iterable(tokens_of_document))))
     lines = _starts(np.concatenate(tokens_of_line))
     np.save(partial / "documents.npy", documents)
@@ -371,6 +409,7 @@ def _join(shards: list[_Shard], tokenizer: Tokenizer, corpus: Corpus, read: _Tex
         num_lines=len(lines) - 1,
         num_tokens=int(documents[-1]),
         file_bytes={name: (partial / name).stat().st_size for name in _ARRAYS},
+        unknown_share=sum(each.num_tokens for each in unknown) / int(documents[-1]),
     )
     (partial / "store.json").write_text(info.to_json(), "utf8")
     for path in partial.glob("shard-*"):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from electra_ds.data.builtin import builtin_documents, builtin_sources
 from electra_ds.data.text_files import FORMATS, Boundary, Progress, file_documents, is_corpus_file
 from electra_ds.errors import DataError
 
 BUILTIN = "builtin"
+_SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
+"""Files that tell a dataset of `save_to_disk`."""
 
 
 class Source(Protocol):
@@ -34,6 +38,9 @@ class Source(Protocol):
     def documents(self, progress: Progress) -> Iterator[list[str]]:
         """Every document, perhaps without a line, always in the same order. Raises DataError."""
 
+    def notes(self) -> list[str]:
+        """What the last reading found that a user should know."""
+
 
 @dataclass(frozen=True)
 class FileSource:
@@ -44,6 +51,8 @@ class FileSource:
     text_key: str = "text"
     name: str = ""
     """The folder that the files are from, where there is one."""
+    cut_articles: Counter[str] = field(default_factory=Counter, compare=False)
+    """What the last reading found of WikiExtractor's articles that are not complete."""
 
     @property
     def description(self) -> str:
@@ -63,8 +72,18 @@ class FileSource:
         """Files are there already."""
 
     def documents(self, progress: Progress) -> Iterator[list[str]]:
+        self.cut_articles.clear()
         for path in self.files:
-            yield from file_documents(path, self.boundary, self.text_key, progress)
+            yield from file_documents(path, self.boundary, self.text_key, progress, self.cut_articles)
+
+    def notes(self) -> list[str]:
+        if not (total := self.cut_articles.total()):
+            return []
+        parts = ", ".join(f"{count:,} {what}" for what, count in sorted(self.cut_articles.items()))
+        return [
+            f"{self.description}: {total:,} cut-off articles of WikiExtractor's ({parts}). What is there of each is "
+            f"kept as a document. If a complete extract was split, join its parts first: cat PART… > FILE"
+        ]
 
 
 class BuiltinSource:
@@ -81,6 +100,9 @@ class BuiltinSource:
 
     def documents(self, progress: Progress) -> Iterator[list[str]]:
         yield from builtin_documents()
+
+    def notes(self) -> list[str]:
+        return []
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,10 @@ class Corpus:
             if is_empty:
                 raise DataError(f"The corpus {source.description} holds no text.")
 
+    def notes(self) -> list[str]:
+        """What the last reading found that a user should know."""
+        return [note for source in self.sources for note in source.notes()]
+
 
 def open_corpus(sources: Iterable[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Corpus:
     """A corpus of which each file, folder, or `builtin`, is a source. Raises DataError as `open_source` does."""
@@ -139,20 +165,67 @@ def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_k
     if [str(path) for path in paths] == [BUILTIN]:
         return BuiltinSource()
     files: list[Path] = []
+    name = str(paths[0])
     for path in map(Path, paths):
         if path.is_file():
             files.append(path)
         elif path.is_dir():
-            found = sorted(entry for entry in path.rglob("*") if _is_listed(entry, path))
-            if not found:
-                raise DataError(f"The folder {path} holds no text files ({FORMATS}).")
-            files += found
+            saved = _saved_dataset(path)
+            name = str(saved[0].parent) if saved else name
+            files += saved or _files_in(path)
         else:
             raise DataError(f"The corpus {path} does not exist.")
-    source = FileSource(tuple(files), boundary, text_key, str(paths[0]) if len(paths) == 1 else "")
+    source = FileSource(tuple(files), boundary, text_key, name if len(paths) == 1 else "")
     if not source.num_bytes:
         raise DataError(f"The corpus is empty: {source.description}.")
     return source
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """A folder's files. Raises DataError where there is none, or a saved dataset is among them."""
+    found = sorted(entry for entry in folder.rglob("*") if _is_listed(entry, folder))
+    if not found:
+        raise DataError(f"The folder {folder} holds no text files ({FORMATS}).")
+    saved = sorted({file.parent for file in found if file.name == _STATE and (file.parent / _INFO).is_file()})
+    if saved:
+        raise DataError(
+            f"The folder {folder} holds datasets that save_to_disk wrote ({len(saved)}). Give each its own --corpus, "
+            f"such as --corpus {saved[0]}"
+        )
+    return found
+
+
+def _saved_dataset(folder: Path) -> list[Path]:
+    """The files of a dataset that `save_to_disk` of `datasets` wrote into this folder, of its split `train` where it
+    has several; none where the folder holds something else."""
+    if (folder / _SPLITS).is_file():
+        splits = _json_of(folder / _SPLITS).get("splits") or []
+        if "train" not in splits and len(splits) != 1:
+            raise DataError(
+                f"{folder} holds the splits {', '.join(splits)}. Give the folder of one: --corpus {folder}/SPLIT"
+            )
+        folder = folder / ("train" if "train" in splits else splits[0])
+    if not ((folder / _STATE).is_file() and (folder / _INFO).is_file()):
+        return []
+    state = _json_of(folder / _STATE)
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(
+            f"{folder} is a selection of rows that an old version of datasets saved. Save it anew: "
+            f"load_from_disk(...).flatten_indices().save_to_disk(...)"
+        )
+    files = [folder / entry["filename"] for entry in state.get("_data_files") or ()]
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        raise DataError(f"The dataset in {folder} lacks {missing[0].name if missing else 'its files'}. Save it again.")
+    return files
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text("utf8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read {file}: {error}. Save the dataset again.") from error
+    return values if isinstance(values, dict) else {}
 
 
 def _is_listed(entry: Path, root: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Datasets, tokenizers and models of the Hugging Face Hub, or in folders laid out as there.
+"""Datasets and models of the Hugging Face Hub, or in folders laid out as there.
 
-Imported only where one is used: `datasets` and `transformers` take seconds to import.
+Imported only where one is used: `datasets` takes seconds to import.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoTokenizer
 
 from electra_ds.data.text_files import Progress, is_text_type, lines_of
-from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.errors import DataError
 
 HUB = "hub:"
 _SPELLING = re.compile(r"(?P<name>[^#@]+)(#(?P<config>[^@]+))?(@(?P<split>.+))?")
 _BATCH_ROWS = 1000
-_MODEL_FILES = [
-    "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "vocab.txt",
+_TOKENIZER_FILES = [
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 ]  # fmt: skip
+_MODEL_FILES = ["model*.safetensors", "model.safetensors.index.json", *_TOKENIZER_FILES]
 _PICKLED_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _NOT_THERE = (DatasetNotFoundError, RepositoryNotFoundError)
 _NOT_REACHED = (ConnectionError, TimeoutError, HfHubHTTPError, LocalEntryNotFoundError)
@@ -168,6 +167,10 @@ class HubSource:
                 progress(total_bytes * done // total_rows - total_bytes * min(read, total_rows) // total_rows)
             read += len(table)
 
+    def notes(self) -> list[str]:
+        """Nothing."""
+        return []
+
     def _num_rows(self) -> int | None:
         if not self._streaming:
             return len(self._rows)
@@ -187,14 +190,11 @@ class HubSource:
             )
 
 
-def load_hub_tokenizer(name: str) -> Tokenizer:
-    """A model's tokenizer from the Hub. Raises DataError where it cannot be had or is not a fast one."""
+def fetch_tokenizer(name: str) -> Path:
+    """Download the tokenizer of a model of the Hub; return its folder in the cache. Raises DataError where it cannot be
+    had."""
     with explained(f"the tokenizer {name}"):
-        loaded = AutoTokenizer.from_pretrained(name)
-    if not loaded.is_fast:
-        raise DataError(f"The tokenizer {name} has no fast form (tokenizer.json). Choose a model that has one.")
-    keys = ("pad_token", "unk_token", "cls_token", "bos_token", "sep_token", "eos_token", "mask_token")
-    return Tokenizer(loaded.backend_tokenizer, name, {key: getattr(loaded, key) for key in keys})
+        return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES))
 
 
 def fetch_model(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""One file's documents: text, WikiExtractor's output and JSON lines, each perhaps compressed, and Parquet.
+"""One file's documents: text, WikiExtractor's output and JSON lines, each perhaps compressed, Parquet and Arrow.
 
 A document is a list of non-empty, stripped lines.
 """
@@ -6,10 +6,13 @@ A document is a list of non-empty, stripped lines.
 from __future__ import annotations
 
 import bz2
+import itertools
 import json
 import lzma
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +20,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import zstandard
 
+from electra_ds.data.file_kinds import kind_of
 from electra_ds.errors import DataError
 
 Boundary = Literal["file", "blank-line"]
@@ -24,6 +28,7 @@ Progress = Callable[[int], None]
 
 _BLOCK_BYTES = 1 << 18
 _PARQUET_ROWS = 1000
+_HEAD_BYTES = 32
 _TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst"}
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _PARQUET_SUFFIX = ".parquet"
@@ -35,7 +40,17 @@ _UNPACKERS: dict[str, Callable[[], Any]] = {
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
 _UNPACKING_ERRORS = (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError)
-_FOREIGN = (b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff", b"\x28\xb5\x2f\xfd", b"BZh", b"PK\x03\x04", b"\xfd7zXZ")
+_ARROW_SUFFIX = ".arrow"
+_ARROW_FILE = b"ARROW1"
+_END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_CLOSING_TAG = "</doc>"
+_END_OF_OPENING_TAG = re.compile(r'[^<]*">')
+_END_OF_CLOSING_TAG = re.compile(r"/?(doc|oc|c)?>")
+_BEGINNING_OF_TAG = re.compile(r"<(doc .*|/?(d|do|doc)?)")
+_LONGEST_HEAD_CHARS = 8_000_000
+"""Longer than any article."""
+WITHOUT_END, WITHOUT_BEGINNING = "without its end", "without its beginning"
+"""What may be missing of an article."""
 
 FORMATS = (
     f"{', '.join(sorted((_TEXT_SUFFIXES | _JSON_SUFFIXES) - {''}))}, names without a suffix, each also with "
@@ -50,20 +65,29 @@ def is_corpus_file(path: Path) -> bool:
     return content in _TEXT_SUFFIXES | _JSON_SUFFIXES or (content == _PARQUET_SUFFIX and not packing)
 
 
-def file_documents(path: Path, boundary: Boundary, text_key: str, progress: Progress) -> Iterator[list[str]]:
-    """Every document, perhaps without a line. `progress` is told bytes of the file as they are read.
+def file_documents(
+    path: Path, boundary: Boundary, text_key: str, progress: Progress, cut_articles: Counter[str]
+) -> Iterator[list[str]]:
+    """Every document, perhaps without a line.
 
-    Raises DataError for a file that cannot be read, is damaged, cut off or not UTF-8, or lacks the text field.
+    progress: is given bytes of the file as they are read. cut_articles: counts WITHOUT_END and WITHOUT_BEGINNING, for
+    WikiExtractor's articles. Raises DataError for a file that cannot be read, is damaged, cut off or not UTF-8, lacks
+    the text field, or is not what its name says.
     """
     content, packing = _suffixes(path)
-    if packing and content in (".tar", _PARQUET_SUFFIX):
+    if packing and content in (".tar", _PARQUET_SUFFIX, _ARROW_SUFFIX):
         raise DataError(f"{path} is not compressed text. Unpack it first.")
     if content == _PARQUET_SUFFIX:
         return _parquet_documents(path, text_key, progress)
+    if content == _ARROW_SUFFIX:
+        return _arrow_documents(path, text_key, progress)
     lines = _lines(path, content in _JSON_SUFFIXES, _UNPACKERS.get(packing), progress)
     if content in _JSON_SUFFIXES:
         return _json_documents(path, lines, text_key)
-    return _plain_documents(lines, boundary)
+    lines = _not_json(path, lines, text_key)
+    if boundary == "blank-line":
+        lines = _with_head_in_one(lines)
+    return _text_documents(lines, boundary, cut_articles)
 
 
 def lines_of(text: str) -> list[str]:
@@ -134,8 +158,8 @@ def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progre
     if unpacker is not None:
         blocks = _unpacked(path, blocks, unpacker)
     for number, raw in enumerate(_raw_lines(blocks), 1):
-        if number == 1 and raw.startswith(_FOREIGN):
-            raise DataError(f"{path} is compressed or UTF-16, not UTF-8 text. Unpack or convert it first.")
+        if number == 1 and (kind := kind_of(raw)):
+            raise DataError(f"{path} is {kind.what}, and its name says text. {kind.advice}")
         if b"\0" in raw:
             raise DataError(f"{path}, line {number}: NUL bytes, so it is UTF-16 or no text. Convert it to UTF-8 first.")
         try:
@@ -149,35 +173,70 @@ def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progre
             yield line.strip()
 
 
-def _plain_documents(lines: Iterator[str], boundary: Boundary) -> Iterator[list[str]]:
-    first = next((line for line in lines if line), None)
-    if first is None:
-        return iter(())
-    if first.startswith("<doc ") and first.endswith(">"):
-        return _wiki_documents(lines)
-    return _text_documents(first, lines, boundary)
+def _not_json(path: Path, lines: Iterator[str], text_key: str) -> Iterator[str]:
+    """The same lines. Raises DataError where the first one is a JSON object with the text field."""
+    first = next(lines, "")
+    if first.startswith("{"):
+        try:
+            record = json.loads(first)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and isinstance(record.get(text_key), str):
+            raise DataError(f"{path} is JSON lines, and its name says text. Rename it to end in .jsonl.")
+    return itertools.chain([first], lines)
 
 
-def _text_documents(first: str, lines: Iterator[str], boundary: Boundary) -> Iterator[list[str]]:
-    document = [first]
+def _is_opening_tag(line: str) -> bool:
+    return line.startswith("<doc ") and line.endswith(">")
+
+
+def _with_head_in_one(lines: Iterator[str]) -> Iterator[str]:
+    """Lines without the blank ones before a closing tag that comes first: those are the end of one article."""
+    head: list[str] = []
+    num_chars = 0
     for line in lines:
-        if line:
-            document.append(line)
-        elif boundary == "blank-line" and document:
-            yield document
-            document = []
-    yield document
+        head.append(line)
+        num_chars += len(line) + 1
+        if line == _CLOSING_TAG:
+            head = [line for line in head if line]
+        if line == _CLOSING_TAG or _is_opening_tag(line) or num_chars > _LONGEST_HEAD_CHARS:
+            break
+    yield from head
+    yield from lines
 
 
-def _wiki_documents(lines: Iterator[str]) -> Iterator[list[str]]:
-    """WikiExtractor's `<doc id=… url=… title=…>` … `</doc>` blocks; the first opening tag is already read."""
+def _text_documents(lines: Iterable[str], boundary: Boundary, cut_articles: Counter[str]) -> Iterator[list[str]]:
+    """Text as `boundary` says, but what stands between WikiExtractor's tags `<doc id=… url=… title=…>` and `</doc>`
+    as a document each, wherever in the file they are.
+
+    A file may begin or end within an article or a tag, as the parts of an extract do that was split or cut off. What
+    is there of such an article is a document too.
+    """
     document: list[str] = []
+    is_open = has_tags = False
     for line in lines:
-        if line == "</doc>":
+        opens, closes = _is_opening_tag(line), line == _CLOSING_TAG
+        if opens or closes:
+            if document and not has_tags:
+                is_open = bool(_END_OF_OPENING_TAG.fullmatch(document[0]))
+                if is_open or _END_OF_CLOSING_TAG.fullmatch(document[0]):
+                    del document[0]
+            if opens and is_open:
+                cut_articles[WITHOUT_END] += 1
+            if document and closes and not is_open:
+                cut_articles[WITHOUT_BEGINNING] += 1
+            yield document
+            document, is_open, has_tags = [], opens, True
+        elif line:
+            document.append(line)
+        elif boundary == "blank-line" and document and not is_open:
             yield document
             document = []
-        elif line and not line.startswith("<doc "):
-            document.append(line)
+    if has_tags and document and _BEGINNING_OF_TAG.fullmatch(document[-1]):
+        del document[-1]
+        is_open = False  # where an article was open, this was its end
+    if is_open:
+        cut_articles[WITHOUT_END] += 1
     yield document
 
 
@@ -188,7 +247,9 @@ def _json_documents(path: Path, lines: Iterator[str], text_key: str) -> Iterator
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}); one object per line.") from error
+            raise DataError(f"{path}, line {number}: not JSON ({error}). {_advice_on_json(number, line)}") from error
+        if isinstance(record, list) and any(isinstance(each, dict) for each in record):
+            raise DataError(f"{path}, line {number}: a list of objects. {_advice_on_json(number, line)}")
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             keys = f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
             if isinstance(record, dict) and text_key in record:
@@ -198,20 +259,57 @@ def _json_documents(path: Path, lines: Iterator[str], text_key: str) -> Iterator
         yield lines_of(record[text_key].encode("utf8", "replace").decode("utf8"))  # a lone surrogate is no text
 
 
+def _advice_on_json(number: int, line: str) -> str:
+    if number == 1 and line.startswith("["):
+        return "JSON lines hold one object per line; convert a list with: jq -c '.[]' FILE.json > FILE.jsonl"
+    if number == 1 and not line.startswith("{"):
+        return "JSON lines hold one object per line. If this is plain text, rename it to end in .txt."
+    return "JSON lines hold one object per line."
+
+
+def _check_column(path: Path, schema: Any, text_key: str) -> None:
+    if text_key not in schema.names:
+        names = ", ".join(schema.names)
+        raise DataError(f"{path}: no column '{text_key}'; its columns are {names}. Name it with --text-key.")
+    if not is_text_type(kind := schema.field(text_key).type):
+        raise DataError(f"{path}: the column '{text_key}' is of type {kind}, not text. See --text-key.")
+
+
 def _parquet_documents(path: Path, text_key: str, progress: Progress) -> Iterator[list[str]]:
     """One document a row; rows without a text are left out. The file's bytes are counted by its rows."""
     try:
         size, read = path.stat().st_size, 0
+        with path.open("rb") as head:
+            kind = kind_of(head.read(_HEAD_BYTES))
+        if kind and kind.what != "Parquet":
+            raise DataError(f"{path} is {kind.what}, and its name says Parquet. {kind.advice}")
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            schema, num_rows = file.schema_arrow, file.metadata.num_rows
-            if text_key not in schema.names:
-                names = ", ".join(schema.names)
-                raise DataError(f"{path}: no column '{text_key}'; its columns are {names}. Name it with --text-key.")
-            if not is_text_type(kind := schema.field(text_key).type):
-                raise DataError(f"{path}: the column '{text_key}' is of type {kind}, not text. See --text-key.")
+            num_rows = file.metadata.num_rows
+            _check_column(path, file.schema_arrow, text_key)
             for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_key]):
                 yield from (lines_of(text) for text in batch.column(0).to_pylist() if text is not None)
                 progress(size * (read + len(batch)) // num_rows - size * read // num_rows)
                 read += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the Parquet file {path}; it may be damaged or cut off: {error}") from error
+
+
+def _arrow_documents(path: Path, text_key: str, progress: Progress) -> Iterator[list[str]]:
+    """One document a row, of the streams that `save_to_disk` of `datasets` writes, and of Arrow's own files."""
+    try:
+        size = path.stat().st_size
+        with pa.memory_map(str(path)) as source:
+            is_stream = source.read_at(len(_ARROW_FILE), 0) != _ARROW_FILE
+            if is_stream and source.read_at(len(_END_OF_ARROW_STREAM), max(size - 8, 0)) != _END_OF_ARROW_STREAM:
+                raise DataError(f"{path} is cut off, or is not an Arrow file as its name says. Save the dataset again.")
+            file = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
+            _check_column(path, file.schema, text_key)
+            read = 0
+            for batch in file if is_stream else map(file.get_batch, range(file.num_record_batches)):
+                yield from (lines_of(text) for text in batch.column(text_key).to_pylist() if text is not None)
+                done = min(batch.nbytes, size - read)  # which the file's other columns and its headers are not in
+                progress(done)
+                read += done
+            progress(size - read)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read the Arrow file {path}; it may be damaged or cut off: {error}") from error

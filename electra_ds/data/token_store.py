@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.data.unknown import UnknownText
 from electra_ds.errors import DataError
 from electra_ds.program import command
 
@@ -31,6 +32,8 @@ class SourceInfo:
     description: str
     num_documents: int
     num_tokens: int
+    unknown: UnknownText | None = None
+    """None in stores that were built before this was counted."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class StoreInfo:
     num_lines: int
     num_tokens: int
     file_bytes: dict[str, int]
+    unknown_share: float | None = None
+    """Of the tokens, those that are [UNK]; None as in `SourceInfo`."""
 
     @property
     def fingerprint(self) -> str:
@@ -115,7 +120,7 @@ def _read_info(path: Path) -> StoreInfo:
                 f"The token store {path} has format {values['format']}; this version reads {FORMAT}. "
                 f"Delete the folder and build it again with {command('build-data')}."
             )
-        return StoreInfo(**values | {"corpora": [SourceInfo(**source) for source in values["corpora"]]})
+        return StoreInfo(**values | {"corpora": [_source_info(**source) for source in values["corpora"]]})
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is not a finished token store: it has no store.json. Build it with {command('build-data')}; "
@@ -123,6 +128,10 @@ def _read_info(path: Path) -> StoreInfo:
         ) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{path / 'store.json'} is damaged ({error}). Build the store again.") from error
+
+
+def _source_info(unknown: dict[str, Any] | None = None, **values: Any) -> SourceInfo:
+    return SourceInfo(**values, unknown=None if unknown is None else UnknownText(**unknown))
 
 
 def token_dtype(vocab_size: int) -> str:

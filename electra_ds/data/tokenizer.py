@@ -34,6 +34,13 @@ _CONFIG_KEYS = {
     "[MASK]": ("mask_token",),
 }
 
+LONGEST_TRAINING_WORD = 1000
+"""Characters, or bytes of a byte-level BPE. The time to train on a word grows with the square of its length.
+
+Measured on one core: 100,000 letters without a space take 3.8 s uncut, 0.37 s in words of 10,000, 0.20 s of 3,000,
+0.11 s of 1,000 and 0.07 s of 300. In words of 1,000 the time is linear: 1.3 s for 1 MB, 3.1 s for 2 MB, 5.7 s for 4 MB.
+"""
+
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` whose special tokens are known to be there."""
@@ -194,7 +201,10 @@ def _is_byte_level(document: dict[str, Any]) -> bool:
 
 
 def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenizer:
-    """A tokenizer of the recipe's kind and size, trained on lines of text."""
+    """A tokenizer of the recipe's kind and size, trained on lines of text.
+
+    Words longer than LONGEST_TRAINING_WORD are cut for the training alone.
+    """
     if section.kind == "byte-level-bpe":
         backend = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
         # A line's first word is tokenised like any other: the prefix space stands for the line break.
@@ -212,38 +222,24 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
         trainer = trainers.WordPieceTrainer(
             vocab_size=section.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
         )
+    words = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_TRAINING_WORD)])
     backend.train_from_iterator(lines, trainer)
+    backend.pre_tokenizer = words
     return Tokenizer(backend, "trained here")
 
 
-def load_tokenizer(path: Path, *, lowercase: bool | None = None) -> Tokenizer:
-    """A tokenizer from a folder with `tokenizer.json` or `vocab.txt`, or from either file itself.
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer that `Tokenizer.save` wrote into this folder, or whose tokenizer.json this is.
 
-    `vocab.txt` is a WordPiece vocabulary, one piece a line; `lowercase` says how it was made, and None leaves it
-    to `do_lower_case` of a `tokenizer_config.json` beside it, or else to the default of BERT, True. Raises DataError
-    where there is no tokenizer or it cannot be used.
+    What others wrote is read by `given_tokenizer`. Raises DataError where there is none or it cannot be used.
     """
-    candidates = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise DataError(
-            f"No tokenizer at {path}: give a folder with tokenizer.json or vocab.txt, such a file, or a name on "
-            f"the Hub with its owner, such as openai-community/gpt2."
-        )
+    file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (beside := file.with_name(name)).is_file():
-                settings |= json.loads(beside.read_text("utf8"))
-        if file.suffix == ".json":
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        else:
-            if lowercase is None:
-                lowercase = bool(settings.get("do_lower_case", True))
-            backend = _wordpiece(models.WordPiece.from_file(str(file), unk_token="[UNK]"), lowercase)
+        backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise DataError(f"Cannot read the tokenizer {file}: {error}") from error
-    return Tokenizer(backend, str(path), settings)
+    return Tokenizer(backend, str(path))
 
 
 def _wordpiece(model: models.WordPiece, lowercase: bool) -> tokenizers.Tokenizer:

@@ -17,8 +17,9 @@ import torch
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, PreTrainedModel
 from transformers.utils import logging
 
+from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.hub import explained
-from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
+from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.errors import DataError
 from electra_ds.model.convert import from_discriminator_tensors, from_generator_tensors
 from electra_ds.model.other_formats import refuse_other_frameworks
@@ -82,7 +83,7 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file()
     return Pretrained(
         name, kind, has_head, _sizes(config), config.vocab_size,
-        convert(tensors), load_tokenizer(folder) if has_tokenizer else None,
+        convert(tensors), load_given_tokenizer(str(folder))[0] if has_tokenizer else None,
     )  # fmt: skip
 
 

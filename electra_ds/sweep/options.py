@@ -27,7 +27,7 @@ OPTIONS = {
     "pretrain": (HOW - {"discard_weights"})
     | {
         "recipe", "init_from", "corpus", "document_boundary", "text_key", "streaming", "revision", "tokenizer", "cased",
-        "data", "eval_every", "eval_windows",
+        "strip_accents", "allow_unknown", "data", "eval_every", "eval_windows",
     },
     "finetune": (HOW - {"compile"})
     | {
@@ -56,10 +56,13 @@ SCORE = "score"
 """A finetuning's first metric, on the first development set."""
 
 _FLAGS = {
-    "streaming", "cased", "random_init", "discard_weights", "predict_test", "best", "tensorboard", "yes",
+    "streaming", "cased", "strip_accents", "allow_unknown", "random_init", "discard_weights", "predict_test", "best",
+    "tensorboard", "yes",
 }  # fmt: skip
 _ON = {"compile": "on", "wandb": "offline"}
 """What true stands for, as which YAML reads the word on; false, or off, is off."""
+_OFF = {"tensorboard": "--no-tensorboard", "cased": "--uncased", "strip_accents": "--no-strip-accents"}
+"""Flags whose false is an argument of its own."""
 _LISTS = {"init_from", "corpus"}
 _FILES = ("train", "dev", "test")
 _FOLDERS = ("data_dir", "data")
@@ -78,8 +81,8 @@ def words(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
     if name in _ON and isinstance(value, bool):
         return [flag, _ON[name] if value else "off"]
-    if name == "tensorboard" and value is False:
-        return ["--no-tensorboard"]
+    if name in _OFF and value is False:
+        return [_OFF[name]]
     if value is None or value is False:
         return []
     if value is True:

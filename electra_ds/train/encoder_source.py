@@ -22,13 +22,13 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
 from electra_ds.config.manifest import RunDirectory
+from electra_ds.data.given_tokenizer import VOCABULARIES, read_folder
 from electra_ds.data.hub import explained, fetch_model
 from electra_ds.data.hub_names import is_hub_model
 from electra_ds.engine.checkpoint import Checkpoint
@@ -61,6 +61,8 @@ class EncoderSource:
     """SHA-256 of names, shapes and values."""
     trained_length: int | None = None
     """Tokens of a sequence in pretraining, as far as is known."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how its tokenizer was read."""
 
     @property
     def num_layers(self) -> int:
@@ -127,7 +129,8 @@ def _of_run(path: Path) -> EncoderSource:
             for key in checkpoint.tensors
             if key.startswith("master/encoder.")
         }
-        return EncoderSource(name, *read_config_and_tokenizer(checkpoint.path, name), tensors, fingerprint(tensors))
+        config, tokenizer, _ = read_config_and_tokenizer(checkpoint.path, name)
+        return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors))
     model, own_tokenizer, recipe = load_model(checkpoint)
     renamed = discriminator_tensors({key: tensor.detach() for key, tensor in model.state_dict().items()})
     tensors = {
@@ -137,12 +140,12 @@ def _of_run(path: Path) -> EncoderSource:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         own_tokenizer.save(Path(folder), recipe.model.max_position_embeddings)
-        found = read_config_and_tokenizer(Path(folder), name)
-    return EncoderSource(name, *found, tensors, fingerprint(tensors), recipe.data.sequence_length)
+        config, tokenizer, _ = read_config_and_tokenizer(Path(folder), name)
+    return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors), recipe.data.sequence_length)
 
 
-def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-    """What `EncoderSource.files` wrote, or transformers did."""
+def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast, list[str]]:
+    """Return what `EncoderSource.files` wrote, or transformers did, and notes on the tokenizer."""
     if not (folder / "config.json").is_file():
         raise DataError(f"{name} has no config.json, so it is no model of transformers.")
     _check_needs_no_code(folder / "config.json", name)
@@ -161,15 +164,12 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
             f"{name} is a decoder ({config.model_type}), whose tokens do not see those after them, and an encoder is "
             f"needed."
         )
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
+    if not any((folder / file).is_file() for file in VOCABULARIES):
         raise DataError(
             f"{name} has no tokenizer: neither tokenizer.json nor vocab.txt. Put the one that it was pretrained with "
-            f"beside its config.json."
+            f"next to its config.json."
         )
-    with explained(f"the tokenizer of {name}", "Its files may be damaged; fetch or export the model again."):
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise DataError(f"The tokenizer of {name} has no fast form (tokenizer.json). Choose a model that has one.")
+    tokenizer, notes = read_folder(folder, name, config)
     if tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
         lacking = "[CLS] that a text begins with" if tokenizer.cls_token_id is None else "[PAD]"
         raise DataError(f"The tokenizer of {name} has no {lacking}; is the model an encoder?")
@@ -184,7 +184,7 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
             f"The tokenizer of {name} has ids up to {needed - 1:,}, and its token table {rows:,} rows. Put the one "
             f"that it was pretrained with beside its config.json."
         )
-    return config, tokenizer
+    return config, tokenizer, notes
 
 
 def _check_needs_no_code(file: Path, name: str) -> None:
@@ -208,7 +208,7 @@ def _is_decoder(config: PretrainedConfig) -> bool:
 
 def _of_folder(folder: Path, name: str) -> EncoderSource:
     refuse_other_frameworks(folder, name)
-    config, tokenizer = read_config_and_tokenizer(folder, name)
+    config, tokenizer, notes = read_config_and_tokenizer(folder, name)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # which otherwise tells of heads that are not wanted here
     logging.disable_progress_bar()
@@ -234,7 +234,7 @@ def _of_folder(folder: Path, name: str) -> EncoderSource:
         logging.set_verbosity(verbosity)
     tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(_POOLER)}
     _check_whole(name, tensors, info)
-    return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors))
+    return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors), notes=tuple(notes))
 
 
 def _check_whole(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
@@ -267,6 +267,6 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 def finetuned_encoder(checkpoint: Checkpoint) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
     """Configuration and tokenizer that travel in a finetuning's checkpoint."""
     try:
-        return read_config_and_tokenizer(checkpoint.path, str(checkpoint.path))
+        return read_config_and_tokenizer(checkpoint.path, str(checkpoint.path))[:2]
     except DataError as error:
         raise CheckpointError(f"{checkpoint.path} cannot be used: {error}") from error

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PretrainedConfig
@@ -26,6 +27,7 @@ from electra_ds.data.loaded_task import LoadedTask
 from electra_ds.data.recorded_task import recorded_task
 from electra_ds.data.squad import SquadData
 from electra_ds.data.tasks import TaskData
+from electra_ds.data.unknown import NOTED_SHARE
 from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.engine.layer_decay import check_layers
 from electra_ds.engine.run_time import RunTime, finetuning_time
@@ -117,7 +119,8 @@ def prepare_new(
     sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
     training = Finetuning(recipe, len(sets.train), encoder.num_layers)
     plan = plan_for(options, training, ranks)
-    notes = [note.rstrip(".") for note in (*loaded.notes, *_advice(recipe, encoder, sets))]
+    said = (*encoder.notes, *_unknown_text(encoder, sets.train.ids), *_advice(recipe, encoder, sets))
+    notes = [note.rstrip(".") for note in (*loaded.notes, *said)]
     plan = replace(plan, notes=(*plan.notes, *notes))
     if ranks.is_main:
         check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
@@ -297,6 +300,22 @@ def _advice(recipe: FinetuneRecipe, encoder: EncoderSource, sets: TaskSets) -> l
             f"{rate} for one of this size: --set optimizer.learning_rate={rate}"
         )
     return said
+
+
+def _unknown_text(encoder: EncoderSource, ids: np.ndarray) -> list[str]:
+    """A note where the encoder's tokenizer gives too much of the training text as [UNK]."""
+    tokenizer = encoder.tokenizer
+    text = ids[~np.isin(ids, [tokenizer.cls_token_id, tokenizer.sep_token_id])]
+    if tokenizer.unk_token_id is None or not len(text):
+        return []
+    share = float((text == tokenizer.unk_token_id).mean())
+    if share < NOTED_SHARE:
+        return []
+    return [
+        f"{share:.0%} of the training inputs' tokens are {tokenizer.unk_token}: the tokenizer of {encoder.name} does "
+        f"not know this text. Is it in another language or case, or without spaces between words? Choose a model that "
+        f"was pretrained on such text"
+    ]
 
 
 def announce(job: FinetuneJob, console: Console) -> None:

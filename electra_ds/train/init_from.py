@@ -5,6 +5,7 @@ Imported only where a run begins so, since transformers takes seconds to import.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,10 @@ class Beginning:
     def _parts(self) -> list[Pretrained]:
         return [part for part in (self.generator, self.discriminator) if part is not None]
 
+    def _own_tokenizer(self) -> Tokenizer | None:
+        """The one that came with the weights, the discriminator's first."""
+        return next((part.tokenizer for part in reversed(self._parts()) if part.tokenizer is not None), None)
+
     def own_tokenizer(self) -> str:
         """What --tokenizer would say to take the weights' own. Raises ConfigError where none came with them."""
         for part in reversed(self._parts()):
@@ -64,9 +69,9 @@ class Beginning:
         Where no tokenizer came with the weights, there must be as many pieces as rows.
         """
         rows, size = self.discriminator.vocab_size, tokenizer.vocab_size
-        known = next((part for part in reversed(self._parts()) if part.tokenizer is not None), None)
-        if known is not None and known.tokenizer is not None:
-            problem = _difference(known.tokenizer, tokenizer)
+        known = self._own_tokenizer()
+        if known is not None:
+            problem = _difference(known, tokenizer)
         else:
             problem = "" if size == rows else f"it has {size:,} pieces"
         if not problem and size > rows:
@@ -76,7 +81,7 @@ class Beginning:
             if known is not None:
                 advice = (
                     f"Leave --tokenizer out to take the weights' own; a store for --data is made with it by "
-                    f"{command('build-data')} --tokenizer {known.name}."
+                    f"{command('build-data')} --tokenizer {self.own_tokenizer()}."
                 )
             raise DataError(
                 f"The tokenizer does not fit the weights of {self.discriminator.name}, whose token table has {rows:,} "
@@ -91,6 +96,13 @@ class Beginning:
         if not self.discriminator.has_head:
             notes.append(
                 f"{self.discriminator.name} is an encoder alone: the discriminator's head begins with random weights"
+            )
+        own = self._own_tokenizer()
+        if own is not None and (differing := _differing_steps(own, tokenizer)):
+            notes.append(
+                f"the tokenizer has the weights' pieces but cuts text otherwise than theirs: {differing}. Unless you "
+                f"mean that, use theirs: leave --tokenizer and --data out, or build the store with "
+                f"{command('build-data')} --tokenizer {self.own_tokenizer()}"
             )
         spare = self.discriminator.vocab_size - tokenizer.vocab_size
         if spare:
@@ -180,6 +192,18 @@ def _check_one_vocabulary(generator: Pretrained, discriminator: Pretrained) -> N
             f"{generator.name} and {discriminator.name} do not read the same vocabulary: {problem}. Give a pair that "
             f"was trained together, or the discriminator alone."
         )
+
+
+def _differing_steps(theirs: Tokenizer, ours: Tokenizer) -> str:
+    """How two tokenizers differ in what they do to text before they look pieces up; empty where in nothing."""
+    found = []
+    for step in ("normalizer", "pre_tokenizer"):
+        one, other = (json.loads(tokenizer.backend.to_str())[step] for tokenizer in (theirs, ours))
+        if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+            found += [f"{key} {one[key]} there and {other[key]} here" for key in one if one[key] != other[key]]
+        elif one != other:
+            found.append(f"another {step}")
+    return ", ".join(found)
 
 
 def _difference(expected: Tokenizer, found: Tokenizer) -> str:

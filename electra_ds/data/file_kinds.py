@@ -1,0 +1,33 @@
+"""What a file holds, told by its first bytes: for messages about files that are not what their names say."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class FileKind(NamedTuple):
+    """What a file is, and what to do where text was expected."""
+
+    what: str
+    advice: str
+
+
+_BY_FIRST_BYTES = {
+    b"\x1f\x8b": FileKind("compressed with gzip", "Add .gz to its name, or unpack it."),
+    b"BZh": FileKind("compressed with bzip2", "Add .bz2 to its name, or unpack it."),
+    b"\xfd7zXZ": FileKind("compressed with xz", "Add .xz to its name, or unpack it."),
+    b"\x28\xb5\x2f\xfd": FileKind("compressed with zstd", "Add .zst to its name, or unpack it."),
+    b"PK\x03\x04": FileKind("a ZIP archive, as .docx and .odt files are", "Unpack it, or save it as plain text."),
+    b"\xff\xfe": FileKind("UTF-16 text", "Convert it: iconv -f utf-16 -t utf-8"),
+    b"\xfe\xff": FileKind("UTF-16 text", "Convert it: iconv -f utf-16 -t utf-8"),
+    b"PAR1": FileKind("Parquet", "Rename it to end in .parquet."),
+    b"ARROW1": FileKind("an Arrow file", "Convert it to Parquet, or give the save_to_disk folder that it is from."),
+    b"\xff\xff\xff\xff": FileKind("an Arrow file", "Give the save_to_disk folder that it is from."),
+    b"%PDF": FileKind("a PDF", "Extract its text first: pdftotext FILE.pdf"),
+    b"version https://git-lfs": FileKind("a Git LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
+}
+
+
+def kind_of(content: bytes) -> FileKind | None:
+    """Return what a file is whose content begins with these bytes; None for what may be UTF-8 text."""
+    return next((kind for start, kind in _BY_FIRST_BYTES.items() if content.startswith(start)), None)

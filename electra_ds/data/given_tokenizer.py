@@ -1,0 +1,327 @@
+"""Tokenizers that a user gives: of a model on the Hub, of a model's folder, a tokenizer.json or a vocab.txt.
+
+Every command reads them here, and transformers does the reading, so that pretraining, finetuning and whoever uses the
+model later see the same ids. Imported only where one is given: `transformers` takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import normalizers
+from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+from electra_ds.data.file_kinds import kind_of
+from electra_ds.data.hub import explained, fetch_tokenizer
+from electra_ds.data.hub_names import is_hub_model
+from electra_ds.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from electra_ds.errors import DataError
+
+_JSON, _VOCABULARY, _SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
+VOCABULARIES = (_JSON, _VOCABULARY, "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+"""Files of which a tokenizer's folder has one."""
+_BESIDE = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", "config.json")
+_TOKEN_KEYS = ("pad_token", "unk_token", "cls_token", "bos_token", "sep_token", "eos_token", "mask_token")
+_SCORED = re.compile(r".+\t-?\d+(\.\d+)?(e-?\d+)?")
+_SHOWN_PIECES = 3
+
+
+@dataclass(frozen=True)
+class Casing:
+    """How a vocab.txt was made, as far as the user says so; None leaves it to the settings next to the file."""
+
+    cased: bool | None = None
+    strip_accents: bool | None = None
+
+    def arguments(self) -> dict[str, bool]:
+        """What transformers' BERT tokenizer takes."""
+        given = {"do_lower_case": None if self.cased is None else not self.cased, "strip_accents": self.strip_accents}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+_UNSAID = Casing()
+
+
+def load_given_tokenizer(name: str, casing: Casing = _UNSAID) -> tuple[Tokenizer, list[str]]:
+    """Return the tokenizer that `name` names, and what the user should know about it.
+
+    name: OWNER/NAME on the Hub, a folder, or a file. Raises DataError as `read_folder` does.
+    """
+    fast, notes = _read(name, casing)
+    tokenizer = Tokenizer(fast.backend_tokenizer, name, {key: getattr(fast, key) for key in _TOKEN_KEYS})
+    path = Path(name)
+    there = _pieces(path) if path.exists() else {}
+    lacking = [token for token in tokenizer.special_tokens.values() if token in tokenizer.added or
+               (there and token not in there)]  # fmt: skip
+    if lacking:
+        notes.append(
+            f"The tokenizer {name} lacked {', '.join(lacking)}; new pieces at the end of its vocabulary play them."
+        )
+    return tokenizer, notes
+
+
+def _read(name: str, casing: Casing) -> tuple[PreTrainedTokenizerFast, list[str]]:
+    path = Path(name)
+    if is_hub_model(name):
+        return read_folder(fetch_tokenizer(name), name, casing=casing)
+    if not path.exists():
+        raise DataError(_not_there(name))
+    if path.is_dir():
+        return read_folder(path, name, casing=casing)
+    _check_content(path)
+    if path.suffix == ".json":
+        _check_casing(casing, name)
+        with explained(f"the tokenizer {name}"):
+            settings = {key: value for key, value in _settings(path.parent).items() if key in _TOKEN_KEYS}
+            return PreTrainedTokenizerFast(tokenizer_file=str(path), **_texts(settings)), []
+    with tempfile.TemporaryDirectory() as folder:  # as if tokenizer.json were not next to it
+        for beside in filter(Path.is_file, map(path.with_name, _BESIDE)):
+            shutil.copy(beside, folder)
+        shutil.copy(path, Path(folder) / _VOCABULARY)
+        return read_folder(Path(folder), name, casing=casing)
+
+
+def read_folder(
+    folder: Path, name: str, config: PretrainedConfig | None = None, casing: Casing | None = None
+) -> tuple[PreTrainedTokenizerFast, list[str]]:
+    """Return the tokenizer in a model's folder as transformers reads it, and what the user should know about it.
+
+    name: what messages call it. config: the model's, where it is read already. casing: None where the command has no
+    such options. Raises DataError where there is no tokenizer, its files are not what their names say, its class needs
+    code of its own or does not read what is there, or it has no fast form.
+    """
+    there = {file for file in VOCABULARIES if (folder / file).is_file()}
+    if not there:
+        raise DataError(_not_there(name))
+    for file in there & {_JSON, _VOCABULARY}:
+        _check_content(folder / file, name)
+    settings = _settings(folder)
+    if _JSON in there or _VOCABULARY not in there:
+        _check_casing(casing, name)
+        fast = _fast(folder, name, config, settings)
+        return fast, _notes_on_json(fast, folder, name) if _JSON in there else []
+    chosen = casing or _UNSAID
+    if config is None and not _names_a_class(folder, settings):
+        with explained(f"the tokenizer {name}"):
+            fast = BertTokenizer.from_pretrained(folder, **chosen.arguments())  # type: ignore[arg-type]
+    else:
+        fast = _of_class(folder, name, config, settings, chosen)
+    _check_wordpiece(fast, folder, name, settings)
+    is_said = chosen.cased is not None or "do_lower_case" in settings
+    return fast, [] if is_said else [_assumption(fast, folder, name, casing)]
+
+
+def _of_class(
+    folder: Path, name: str, config: PretrainedConfig | None, settings: dict[str, Any], casing: Casing
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of the class that the folder names, made of vocab.txt."""
+    try:
+        return _fast(folder, name, config, settings, **casing.arguments())
+    except DataError as error:
+        if error.__cause__ is None:
+            raise
+        kind = settings.get("tokenizer_class") or "tokenizer of its own"
+        raise DataError(
+            f"The tokenizer of {name} is a {kind}, which transformers cannot make of {_VOCABULARY} alone, and code "
+            f"that comes with a tokenizer is not run here. Give its {_JSON}."
+        ) from error.__cause__
+
+
+def _fast(
+    source: Path | str, name: str, config: PretrainedConfig | None, settings: dict[str, Any] | None = None,
+    **arguments: bool,
+) -> PreTrainedTokenizerFast:  # fmt: skip
+    given: dict[str, Any] = {**arguments, "config": config}
+    kind = (settings or {}).get("tokenizer_class") or "of an unknown class"
+    with explained(
+        f"the tokenizer of {name} ({kind})",
+        f"Its files may be damaged, or its class may need code or a package that is not here. Choose a tokenizer with "
+        f"{_JSON}.",
+    ):
+        loaded: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **given)
+    if not loaded.is_fast:
+        raise DataError(
+            f"The tokenizer of {name} is a {type(loaded).__name__}, which has no fast form ({_JSON}) and which a plain "
+            f"WordPiece cannot stand for. Choose a model that has one."
+        )
+    fast: PreTrainedTokenizerFast = loaded
+    return fast
+
+
+def _not_there(name: str) -> str:
+    return (
+        f"No tokenizer at {name}: give a folder with {_JSON} or {_VOCABULARY}, such a file, or a name on the Hub with "
+        f"its owner, such as openai-community/gpt2."
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What the files next to a vocabulary say. Raises DataError where they are damaged."""
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", _SETTINGS):
+        settings |= _json_object(folder / name)
+    return settings
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text("utf8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"Cannot read {file}: {error}. Fetch the tokenizer again.") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{file} is not a JSON object. Fetch the tokenizer again.")
+    return values
+
+
+def _texts(settings: dict[str, Any]) -> dict[str, str]:
+    """Tokens as strings, which transformers' files also write as objects."""
+    found = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def _names_a_class(folder: Path, settings: dict[str, Any]) -> bool:
+    config = _json_object(folder / "config.json")
+    return any(settings.get(key) for key in ("tokenizer_class", "auto_map")) or any(
+        config.get(key) for key in ("tokenizer_class", "model_type")
+    )
+
+
+def _check_casing(casing: Casing | None, name: str) -> None:
+    if casing is not None and casing.arguments():
+        raise DataError(
+            f"--cased, --uncased and --strip-accents are for a {_VOCABULARY}; {name} says itself how it treats text."
+        )
+
+
+def _pieces(path: Path) -> dict[str, int]:
+    """The vocabulary in a folder's or file's own words, before transformers adds to it; empty where it is in neither
+    tokenizer.json nor vocab.txt."""
+    file = next((path / name for name in (_JSON, _VOCABULARY) if (path / name).is_file()), path)
+    if file.is_dir():
+        return {}
+    added = _json_object(file.with_name("added_tokens.json"))
+    if file.suffix != ".json":
+        lines = file.read_text("utf8").split("\n")
+        return {piece: number for number, line in enumerate(lines) if (piece := line.rstrip())} | added
+    document = _json_object(file)
+    vocabulary = document["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+    return vocabulary | {token["content"]: token["id"] for token in document.get("added_tokens") or ()} | added
+
+
+def _check_wordpiece(fast: PreTrainedTokenizerFast, folder: Path, name: str, settings: dict[str, Any]) -> None:
+    """Raises DataError unless transformers made a WordPiece of the lines of vocab.txt. A class that reads other files
+    comes with none but its own special tokens instead."""
+    ours, theirs = _pieces(folder), fast.get_vocab()
+    model = json.loads(fast.backend_tokenizer.to_str())["model"]
+    num_shared = sum(theirs.get(piece) == number for piece, number in ours.items())
+    if model["type"] != "WordPiece" or num_shared < len(ours) / 2:
+        kind = settings.get("tokenizer_class") or type(fast).__name__
+        raise DataError(
+            f"{name} is the tokenizer of a {kind}, which does not read {_VOCABULARY} as a WordPiece vocabulary. Give "
+            f"its {_JSON}, or a folder with all of its files."
+        )
+    if model["unk_token"] not in ours:
+        raise DataError(f"The tokenizer {name} lacks {model['unk_token']}, which text outside its vocabulary needs.")
+
+
+def _assumption(fast: PreTrainedTokenizerFast, folder: Path, name: str, casing: Casing | None) -> str:
+    """What is assumed of a vocabulary that does not say how it was made, and what in it speaks against that."""
+    keeps = casing is not None and casing.strip_accents is False
+    normalizer = normalizers.BertNormalizer(False, False, strip_accents=not keeps, lowercase=True)
+    special = {*SPECIAL_TOKENS, *fast.all_special_tokens}
+    never = [piece for piece in _pieces(folder) if piece not in special and normalizer.normalize_str(piece) != piece]
+    doubt = f" {len(never):,} of its pieces, such as {', '.join(never[:_SHOWN_PIECES])}, can then never occur."
+    switch = "" if casing is None else "give --cased or --no-strip-accents (--uncased says that it is right), or "
+    return (
+        f"{name} does not say whether its vocabulary is cased. It is taken as uncased, as transformers does: text is "
+        f"lower-cased and its accents are {'kept' if keeps else 'stripped'}.{doubt if never else ''} If it was made "
+        f"otherwise, {switch}write do_lower_case and strip_accents into a {_SETTINGS} next to it."
+    )
+
+
+def _notes_on_json(fast: PreTrainedTokenizerFast, folder: Path, name: str) -> list[str]:
+    """Whether transformers cuts text in another way than tokenizer.json says, whose vocabulary alone some of its
+    classes read."""
+    ours, theirs = _json_object(folder / _JSON), json.loads(fast.backend_tokenizer.to_str())
+    if ours["model"].get("type") != "WordPiece":
+        return []  # whose other kinds have several ways to write the same steps
+    differing = [step for step in ("normalizer", "pre_tokenizer") if ours.get(step) != theirs[step]]
+    if not differing:
+        return []
+    return [
+        f"The {' and '.join(differing)} of {name} are not those of its {_JSON}: transformers makes them anew for a "
+        f"{type(fast).__name__}, from {_SETTINGS}. The ids are transformers'; to have the file's, give {_JSON} itself."
+    ]
+
+
+def _check_content(file: Path, name: str | None = None) -> None:
+    """Raises DataError where a tokenizer's file holds something else than its name says."""
+    shown = file if name is None or not Path(name).is_dir() else Path(name) / file.name
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"Cannot read {shown}: {error.strerror}.") from error
+    if kind := kind_of(content):
+        raise DataError(f"{shown} is {kind.what}, not a tokenizer. {kind.advice}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{shown} is not text. A SentencePiece model, such as spiece.model, has to be saved by transformers as "
+            f"{_JSON}; then give that."
+        ) from error
+    problem = _problem_of_json(text) if file.suffix == ".json" else _problem_of_vocabulary(text)
+    if problem:
+        raise DataError(f"{shown} {problem}")
+
+
+def _problem_of_json(text: str) -> str:
+    values = _parsed(text)
+    if values is None and {"[UNK]", "[CLS]"} <= set(text.split()):
+        return f"is a vocabulary of one piece a line, not a {_JSON}. Rename it to {_VOCABULARY}."
+    if values is None:
+        return "is not JSON: it is damaged, cut off, or something else. Fetch it again."
+    if isinstance(values, dict) and isinstance(values.get("model"), dict):
+        return ""
+    return f"is {_what_json_is(values)}, not a {_JSON}, which says how text is cut too. Give the model's {_JSON}."
+
+
+def _problem_of_vocabulary(text: str) -> str:
+    values = _parsed(text) if text.lstrip().startswith(("{", "[\n", '["')) else None
+    if isinstance(values, dict) and isinstance(values.get("model"), dict):
+        return f"is a {_JSON}, not a vocabulary of one piece a line. Rename it to {_JSON}."
+    if values is not None:
+        return f"is {_what_json_is(values)}, not a vocabulary of one piece a line. Give the model's {_JSON}."
+    lines = text.splitlines()
+    if lines and lines[0].startswith("#version"):
+        return f"holds the merges of a byte-level BPE, not a vocabulary. Give the model's {_JSON}."
+    if lines and all(_SCORED.fullmatch(line) for line in lines):
+        return f"holds a SentencePiece vocabulary with scores, not one of WordPiece. Give the model's {_JSON}."
+    return ""
+
+
+def _parsed(text: str) -> Any:
+    """The JSON in a text, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _what_json_is(values: Any) -> str:
+    if isinstance(values, dict) and {"tokenizer_class", "do_lower_case", "model_max_length"} & values.keys():
+        return f"a {_SETTINGS}"
+    if isinstance(values, dict) and values and all(isinstance(number, int) for number in values.values()):
+        return "a vocab.json, pieces with their ids"
+    return "some other JSON"

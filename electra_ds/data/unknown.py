@@ -1,0 +1,97 @@
+"""Text that a tokenizer gives as [UNK]: how much of a store it is, why, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from electra_ds.data.tokenizer import Tokenizer
+
+NOTED_SHARE = 0.03
+"""Assumed: a WordPiece made for a text leaves well under 1 % of it unknown."""
+REFUSED_SHARE = 0.9
+_EXAMPLES = 3
+_EXAMPLE_CHARS = 24
+
+
+@dataclass
+class UnknownText:
+    """What [UNK] stands for in some text. A token says little about how much that is: in a text without spaces one
+    [UNK] may stand for a whole line."""
+
+    num_tokens: int = 0
+    num_chars: int = 0
+    """Characters that those tokens stand for."""
+    num_long_chars: int = 0
+    """Of those, the ones in words too long for a WordPiece to look up."""
+    text_chars: int = 0
+    """Characters of all the text, with spaces."""
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, other: UnknownText) -> None:
+        """Count another text's too."""
+        self.num_tokens += other.num_tokens
+        self.num_chars += other.num_chars
+        self.num_long_chars += other.num_long_chars
+        self.text_chars += other.text_chars
+        self.examples = list(dict.fromkeys([*self.examples, *other.examples]))[:_EXAMPLES]
+
+    def share(self, all_tokens: int) -> float:
+        """The larger of the shares of tokens and of characters."""
+        return max(self.num_tokens / max(all_tokens, 1), self.num_chars / max(self.text_chars, 1))
+
+
+def unknown_in(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> UnknownText:
+    """What [UNK] stands for in lines that the tokenizer gives these ids."""
+    found = UnknownText(text_chars=sum(map(len, lines)))
+    longest_word = getattr(tokenizer.backend.model, "max_input_chars_per_word", None)
+    for unknown in _unknown_words(lines, ids, tokenizer):
+        found.num_tokens += 1
+        found.num_chars += len(unknown)
+        if longest_word is not None and len(unknown) > longest_word:
+            found.num_long_chars += len(unknown)
+        if len(found.examples) < _EXAMPLES and (example := unknown[:_EXAMPLE_CHARS]) not in found.examples:
+            found.examples.append(example)
+    return found
+
+
+def _unknown_words(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> Iterator[str]:
+    lines_with = [line for line, ids_of_line in zip(lines, ids, strict=True) if tokenizer.unk_id in ids_of_line]
+    for line, encoding in zip(
+        lines_with, tokenizer.backend.encode_batch(lines_with, add_special_tokens=False), strict=True
+    ):
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id == tokenizer.unk_id:
+                yield line[start:stop]
+
+
+def report(unknown: UnknownText, all_tokens: int) -> str:
+    """How much of a text is [UNK]."""
+    if not unknown.num_tokens:
+        return f"none of {all_tokens:,} tokens is [UNK]"
+    of_tokens, of_chars = unknown.num_tokens / all_tokens, unknown.num_chars / unknown.text_chars
+    return (
+        f"{unknown.num_tokens:,} of {all_tokens:,} tokens are [UNK] ({of_tokens:.2%}), in place of {of_chars:.2%} of "
+        f"the characters"
+    )
+
+
+def problem(description: str, unknown: UnknownText, all_tokens: int) -> str | None:
+    """What to say about a source of which too much is [UNK], with the reason and what to do; None where it is not."""
+    if unknown.share(all_tokens) < NOTED_SHARE:
+        return None
+    examples = ", ".join(f"'{example}'" for example in unknown.examples)
+    if unknown.num_long_chars > unknown.num_chars / 2:
+        reason = (
+            f"It has no spaces between words ({examples} …), and a WordPiece does not look up words of more than 100 "
+            f"characters. Put spaces between the words first, with a word segmenter for the language, or"
+        )
+    else:
+        reason = (
+            f"The vocabulary lacks characters or forms of the text, such as {examples}. Use a tokenizer that was made "
+            f"for this language, in the right case (--cased and --strip-accents say how a vocab.txt was made), or"
+        )
+    return (
+        f"The tokenizer does not know much of {description}: {report(unknown, all_tokens)}. {reason} train a "
+        f"byte-level BPE, which knows all text: leave --tokenizer out and give --set tokenizer.kind=byte-level-bpe."
+    )
