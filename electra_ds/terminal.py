@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.progress import BarColumn, Progress, ProgressColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
+
+PREPARING = "preparing: "
+"""How a line begins that says, where there is no terminal, what is done before training."""
+_PLAIN_LINE_EVERY_S = 10.0
 
 
 def say(console: Console, text: str) -> None:
@@ -15,10 +28,26 @@ def say(console: Console, text: str) -> None:
     console.print(_wrapped(console, text), highlight=False, markup=False, soft_wrap=True)
 
 
+def say_command(console: Console, lead: str, command: str) -> None:
+    """Print a command to be copied, on a line of its own where it does not fit behind `lead`: it is never broken."""
+    fits = not console.is_terminal or len(lead) + 1 + len(command) <= console.width
+    for line in [f"{lead} {command}"] if fits else [lead, command]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def note(console: Console, text: str) -> None:
     """Print a note, which is given without its full stop."""
-    shown = Text(_wrapped(console, f"Note: {text}."))
-    shown.stylize("yellow", 0, len("Note:"))
+    _labelled(console, "Note:", f"{text}.")
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning."""
+    _labelled(console, "Warning:", text)
+
+
+def _labelled(console: Console, label: str, text: str) -> None:
+    shown = Text(_wrapped(console, f"{label} {text}"))
+    shown.stylize("yellow", 0, len(label))
     console.print(shown, highlight=False, soft_wrap=True)
 
 
@@ -38,10 +67,11 @@ def flexible_bar() -> BarColumn:
 
 
 class StatusProgress(Progress):
-    """A progress bar over the whole width, and below it the status of each task on a line of its own.
+    """A progress bar over the whole width, and below it the status of each task on lines of its own.
 
-    The status is the task's field `status`: parts that two spaces separate, the most important first. Parts that do
-    not fit into the width are left out, the last ones first, so that times and ETA above are always there.
+    The status is the task's field `status`. Each of its lines has parts that two spaces separate, the most important
+    first. Parts that do not fit into the width are left out, the last ones first, so that times and ETA above are
+    always there.
     """
 
     def __init__(
@@ -53,8 +83,58 @@ class StatusProgress(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:
             yield self.make_tasks_table([task])
-            if status := task.fields.get("status"):
-                yield _Status(str(status))
+            for line in str(task.fields.get("status", "")).splitlines():
+                yield _Status(line)
+
+
+class StageProgress(StatusProgress):
+    """The stages of a preparation: a bar for each on a terminal; elsewhere, as in a log file, a line when one begins
+    and one now and then, which a sweep reads in its trials' logs."""
+
+    def __init__(self, console: Console | None = None, transient: bool = False) -> None:
+        super().__init__(
+            TextColumn("{task.description}"), flexible_bar(), TaskProgressColumn(), TimeElapsedColumn(),
+            TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=transient,
+        )  # fmt: skip
+        self.disable = not self.console.is_terminal
+        self._last_line = 0.0
+
+    def begin(self, stage: str, total: float | None = None, status: str = "") -> None:
+        """Show a new stage, which all that follows is about. total: how much is to be done; None if it is unknown."""
+        self._stage = self.add_task(stage, total=total, status=status)
+        self._say()
+
+    def add(self, done: float) -> None:
+        """So much more is done."""
+        self.advance(self._stage, done)
+        self._say_now_and_then()
+
+    def reach(self, completed: float) -> None:
+        """So much of the total is done."""
+        self.update(self._stage, completed=completed)
+        self._say_now_and_then()
+
+    def tell(self, status: str) -> None:
+        """What there is to say of the stage now."""
+        self.update(self._stage, status=status)
+        self._say_now_and_then()
+
+    def end(self, status: str = "") -> None:
+        """The stage is done; status: what came of it."""
+        self.update(self._stage, total=1, completed=1, status=status)
+        self._say()
+
+    def _say_now_and_then(self) -> None:
+        if time.monotonic() - self._last_line > _PLAIN_LINE_EVERY_S:
+            self._say()
+
+    def _say(self) -> None:
+        if self.disable:
+            self._last_line = time.monotonic()
+            task = self.tasks[-1]
+            share = [] if task.total is None else [f"{task.percentage:.0f}%"]
+            status = [task.fields["status"]] if task.fields["status"] else []
+            say(self.console, f"{PREPARING}{', '.join([task.description, *share, *status])}")
 
 
 class _Status:

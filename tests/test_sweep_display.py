@@ -83,6 +83,33 @@ def test_a_trial_without_a_step_yet_is_said_to_prepare(clock: Any, tmp_path: Pat
     assert "step 12" in shown.lines()[-1]
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_each_running_trial_has_a_line_with_the_stage_in_its_log(clock: Any, tmp_path: Path, width: int) -> None:
+    shown = Shown(tmp_path, seeds=3, at_once=3)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    shown.display = display.SweepDisplay(console, shown.folder, 3, at_once=3)
+    for trial, line in zip(
+        shown.trials, ("tokenising, 45%", "waiting for another process, which builds stores/x", "x"), strict=True
+    ):
+        shown.folder.log(trial.key).parent.mkdir(parents=True, exist_ok=True)
+        shown.folder.log(trial.key).write_text(f"preparing: training the tokenizer\npreparing: {line}\n")
+        shown.display.begin(trial)
+    clock.now = 3.0
+    shown.display.look()
+    console.print(shown.display._progress.get_renderable())
+    first, second, third = (line.strip() for line in console.file.getvalue().splitlines()[-3:])  # type: ignore[attr-defined]
+    assert first.endswith("s0: tokenising, 45%")
+    assert "s1: waiting for another process" in second
+    assert third == "and 1 more"
+    assert max(map(len, (first, second))) <= width
+    with shown.folder.log(shown.trials[0].key).open("a") as log:
+        log.write("run directory: runs/x\n")  # what comes after the preparation
+    clock.now = 6.0
+    shown.display.look()
+    console.print(shown.display._progress.get_renderable())
+    assert "s0: prepares data and model" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_trial_that_has_saved_has_not_ended(clock: Any, tmp_path: Path) -> None:
     shown = Shown(tmp_path, seeds=2, at_once=1)
     shown.display.begin(shown.trials[0])

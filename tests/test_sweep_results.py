@@ -428,6 +428,28 @@ def test_what_optuna_may_suggest_is_priced_by_its_ends(folder: SweepFolder) -> N
     assert "0 trials" not in text
 
 
+def test_the_accuracy_of_always_answering_original_stands_next_to_the_discriminators(folder: SweepFolder) -> None:
+    spec, trials = made(pretraining(seeds=[0, 1]) | {"metric": {"name": "discriminator_accuracy"}})
+    for trial, replaced in zip(trials, (0.2, 0.3), strict=True):
+        pretend(folder, trial, 0.7)
+        line = {"kind": "eval", "step": 9, "discriminator_accuracy": 0.8, "replaced_share": replaced}
+        folder.run(trial.key).metrics.write_text(json.dumps(line) + "\n")
+    lines = told(folder, trials, spec, 80).splitlines()
+    (place,) = (number for number, line in enumerate(lines) if "discriminator_accuracy" in line)
+    assert "always_original_accuracy" in lines[place + 1]
+    assert re.search(r" 0\.75\d* ± ", lines[place + 1])  # the mean of 1 - 0.2 and 1 - 0.3
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_long_name_over_a_column_is_broken_at_its_underscores(folder: SweepFolder, width: int) -> None:
+    space = {"generator.width_multiplier": {"grid": [0.25, 1.0]}}
+    spec, trials = made(pretraining(space=space, seeds=[0, 1]))
+    for trial in trials:
+        pretend(folder, trial, 0.7)
+    words = re.findall(r"[a-z_]+", told(folder, trials, spec, width))
+    assert {"width_", "multiplier", "discriminator_auc"} <= set(words)
+
+
 def test_a_cost_that_is_not_known_is_said_to_be_unknown_and_not_nothing(folder: SweepFolder) -> None:
     stage = {"recipe": "rc2020", "model": "nobody/none", "task": "rte", "seeds": [0, 1]}
     spec, trials = made({"name": "x", "finetune": stage})

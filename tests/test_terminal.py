@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from electra_ds.data import build
+from electra_ds.config.recipe import TokenizerSection
+from electra_ds.data.build import build_store
+from electra_ds.data.corpus import Corpus, open_source
 from electra_ds.sweep.display import SweepDisplay
 from electra_ds.sweep.folder import SweepFolder
-from electra_ds.terminal import note, say
+from electra_ds.terminal import StageProgress, note, say, say_command
 from electra_ds.train.tracking import TrainingDisplay
+from tests.helpers import REPOSITORY
 
 NUMBERS = "generator 3.6912  discriminator 0.3512  123,456 tokens/s  MFU 35.1%  skipped 3"
 DESCRIPTION = "training the tokenizer"
@@ -35,15 +38,15 @@ def training(console: Console) -> None:
 
 def sweep(console: Console) -> None:
     display = SweepDisplay(console, SweepFolder(Path("nowhere")), 40, 2)
-    now = "mrpc, recipe rc2020, seed 3 step 1,234  sts-b, recipe rc2020, seed 0 step 12 and 3 more"
+    now = "mrpc, recipe rc2020, seed 3: step 1,234"
     display._progress.update(display._task, completed=7, status=now, eta="ETA 1:02:03")
     console.print(display._progress.get_renderable())
 
 
 def building(console: Console) -> None:
-    progress = build._progress()
-    task = progress.add_task(DESCRIPTION, total=100, status="1,234,000 documents")
-    progress.update(task, completed=40)
+    progress = StageProgress(console)
+    progress.begin(DESCRIPTION, total=100, status="1,234,000 documents")
+    progress.reach(40)
     console.print(progress.get_renderable())
 
 
@@ -52,7 +55,7 @@ def building(console: Console) -> None:
     ("show", "first", "status"),
     [
         (training, ["step", "123456/1000000", "0:00:0", "ETA", "-:--:--"], NUMBERS.split("  ")),
-        (sweep, ["trials", "7/40", "0:00:0", "ETA 1:02:03"], ["mrpc, recipe rc2020, seed 3 step 1,234"]),
+        (sweep, ["trials", "7/40", "0:00:0", "ETA 1:02:03"], ["mrpc, recipe rc2020, seed 3: step 1,234"]),
         (building, [DESCRIPTION, "40%", "0:00:0", "ETA"], ["1,234,000 documents"]),
     ],
 )
@@ -66,7 +69,7 @@ def test_times_are_shown_at_every_width_and_the_status_is_cut_between_its_parts(
     assert all(part in bar for part in first), bar
     parts = below.split("  ")
     assert parts[: len(status)] == status[: len(parts)]
-    assert len(parts) == len(status) or width < 80 or show is sweep
+    assert len(parts) == len(status) or width < 80
 
 
 def test_text_breaks_between_words_on_a_terminal_and_nowhere_in_a_file() -> None:
@@ -81,3 +84,48 @@ def test_text_breaks_between_words_on_a_terminal_and_nowhere_in_a_file() -> None
     file = Console(file=io.StringIO(), width=60)
     say(file, text)
     assert shown(file) == [text]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_command_to_be_copied_is_never_broken(width: int) -> None:
+    command = "bin/sweep --resume /home/somebody/experiments/runs/sweep-glue-seeds --retry-failed"
+    console = console_of(width)
+    say_command(console, "Run what failed again:", command)
+    lines = shown(console)
+    assert lines == ([f"Run what failed again: {command}"] if width == 120 else ["Run what failed again:", command])
+    file = Console(file=io.StringIO(), width=60)
+    say_command(file, "Run what failed again:", command)
+    assert shown(file) == [f"Run what failed again: {command}"]
+
+
+def test_running_text_is_printed_by_one_module_alone() -> None:
+    """What is printed in any other way breaks inside words. A JSON document is no running text."""
+    own = {REPOSITORY / "electra_ds" / "terminal.py"}
+    found = {
+        path.name: [line.strip() for line in path.read_text("utf8").splitlines() if "soft_wrap" in line]
+        for path in set((REPOSITORY / "electra_ds").rglob("*.py")) - own
+    }
+    assert {name: lines for name, lines in found.items() if lines and "json.dumps" not in lines[0]} == {}
+
+
+def test_where_there_is_no_terminal_the_stages_of_building_a_store_are_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"the {n} lamps of the house had gone out" for n in range(200)))
+    section = TokenizerSection(kind="wordpiece", vocab_size=400, lowercase=True)
+    build_store(Corpus((open_source([str(text)], "file", "text"),)), section, tmp_path / "store", workers=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert all(line.startswith("preparing: ") for line in lines), lines
+    stages = list(dict.fromkeys(line.removeprefix("preparing: ").split(",")[0] for line in lines))
+    assert stages == ["reading text", "training the tokenizer", "tokenising"]
+    assert lines[-1].endswith("100%, 1 documents")
+
+
+def test_a_stage_whose_extent_is_unknown_shows_no_share() -> None:
+    """A share of 0 for minutes looks as if nothing happened."""
+    console = console_of(80)
+    progress = StageProgress(console)
+    progress.begin("reading text")
+    console.print(progress.get_renderable())
+    assert "%" not in shown(console)[0]

@@ -44,10 +44,9 @@ def ask_before_years(
 
 def say_dry_run(time: RunTime | None, steps: int, console: Console) -> None:
     """The end of a dry run."""
+    from electra_ds.terminal import say
+
     if time is not None and time.may_take_years:
-        console.print("Such a run starts only with --yes, or after a question on a terminal.", soft_wrap=True)
+        say(console, "Such a run starts only with --yes, or after a question on a terminal.")
     told = "not predicted for this GPU, whose rates are not known" if time is None else f"predicted to take {time}"
-    console.print(
-        f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    say(console, f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.")

@@ -88,6 +88,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     from electra_ds.bench.compare import compare
     from electra_ds.bench.show import print_results
+    from electra_ds.terminal import say
 
     old = None if options.compare is None else _read(options.compare)
     console = wide_console()
@@ -104,14 +105,14 @@ def _bench(options: argparse.Namespace) -> None:
         print_results(results, console)
     _write(results, options)
     if "incomplete" in results:
-        console.print(f"Incomplete: {results['incomplete']}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"Incomplete: {results['incomplete']}")
         raise SystemExit(1)
     if old is not None:
         found = compare(old, results)
         lines = [f"on other hardware: {difference}" for difference in found.differences]
         lines += [f"not measured now: {name}" for name in found.missing]
         for line in (*lines, *(f"slower: {line}" for line in found.slower)):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(console, line)
         if found.slower:
             raise SystemExit(1)
         console.print(f"Nothing that was measured got slower since {options.compare}.", highlight=False)

@@ -44,13 +44,19 @@ def add_build_data(commands: Commands) -> None:
 
 
 def _build_data(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from electra_ds.config.overrides import load_recipe
+    from electra_ds.terminal import say, say_command
 
     recipe = load_recipe(options.recipe, options.overrides)
     store = make_store(options, recipe, options.out, options.workers)
     info = store.info
-    print(
+    console = Console()
+    say(
+        console,
         f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,} kinds "
-        f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB). "
-        f"Train on it with: {command('pretrain')} --data {store.path} --recipe … --ds-config …"
+        f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB).",
     )
+    train = f"{command('pretrain')} --data {store.path} --recipe … --ds-config …"
+    say_command(console, "Train on it with:", train)

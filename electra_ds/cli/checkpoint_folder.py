@@ -67,6 +67,7 @@ def _ls(options: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from electra_ds.terminal import say_command
     from electra_ds.train.checkpoints import listed, set_aside
 
     found = listed(options.run)
@@ -88,10 +89,8 @@ def _ls(options: argparse.Namespace) -> None:
     console.print(table if found else "No checkpoint yet.")
     aside = set_aside(options.run)
     if aside:
-        console.print(
-            f"{len(aside)} set aside as damaged; {command('checkpoint')} prune {options.run} --damaged removes them.",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+        remove = f"{command('checkpoint')} prune {options.run} --damaged"
+        say_command(console, f"{len(aside)} set aside as damaged. To remove them:", remove)
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -84,7 +84,7 @@ def open_store(
         store = TokenStore(options.data)
         if check is not None:
             check(store.tokenizer)
-        _print_unknown(store.info)
+        _say_unknown(store.info)
         return store
     options.corpus = options.corpus or [[_BUILTIN]]
     return make_store(options, recipe, Path("stores") / store_name(options, recipe), check=check)
@@ -143,9 +143,8 @@ def make_store(
 
     corpus, tokenizer = _asked_for(options, recipe, check)
     store = build_store(corpus, tokenizer, out, workers=workers, allow_unknown=bool(options.allow_unknown))
-    for note in corpus.notes():
-        print(note)
-    _print_unknown(store.info, always=True)
+    _say(corpus.notes())
+    _say_unknown(store.info, always=True)
     return store
 
 
@@ -166,17 +165,30 @@ def _asked_for(
     return Corpus(tuple(_source(options, words) for words in options.corpus)), tokenizer
 
 
-def _print_unknown(info: StoreInfo, always: bool = False) -> None:
+def _say_unknown(info: StoreInfo, always: bool = False) -> None:
     """Say how much of each source is [UNK], or only where that is too much."""
-    from electra_ds.data.unknown import problem, report
+    from rich.console import Console
 
+    from electra_ds.data.unknown import problem, report
+    from electra_ds.terminal import warn
+
+    console = Console()
     for source in info.corpora:
         if source.unknown is None:
             continue
         if said := problem(source.description, source.unknown, source.num_tokens):
-            print(f"Warning: {said}")
+            warn(console, said)
         elif always:
-            print(f"{source.description}: {report(source.unknown, source.num_tokens)}.")
+            _say([f"{source.description}: {report(source.unknown, source.num_tokens)}."])
+
+
+def _say(notes: list[str]) -> None:
+    from rich.console import Console
+
+    from electra_ds.terminal import say
+
+    for note in notes:
+        say(Console(), note)
 
 
 def _source(options: argparse.Namespace, words: list[str]) -> Source:
@@ -207,6 +219,5 @@ def _tokenizer(options: argparse.Namespace, recipe: Recipe) -> Tokenizer | Token
     from electra_ds.data.given_tokenizer import Casing, load_given_tokenizer
 
     tokenizer, notes = load_given_tokenizer(options.tokenizer, Casing(options.cased, options.strip_accents))
-    for note in notes:
-        print(note)
+    _say(notes)
     return tokenizer

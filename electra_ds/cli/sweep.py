@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 examples:
   bin/sweep smoke
-      a minute or two on a CPU: four small pretrainings, two at a time
+      a few minutes on a CPU: four small pretrainings, two at a time
   bin/sweep sweeps/glue_seeds.yaml --set finetune.model=runs/mini-20260101-120000 finetune.data_dir=glue/
       nine tasks, five seeds each, as many at once as the machine has room for
   bin/sweep glue_seeds --set finetune.model=google/electra-small-discriminator --dry-run

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures.process
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -22,14 +21,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from rich.progress import (
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.data.corpus import Corpus, Source
@@ -38,7 +29,7 @@ from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, unknown_in
 from electra_ds.data.worker_pool import worker_pool
 from electra_ds.errors import DataError
-from electra_ds.terminal import StatusProgress, flexible_bar
+from electra_ds.terminal import PREPARING, StageProgress, warn
 
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"
@@ -77,7 +68,7 @@ def build_store(
                         shutil.rmtree(partial)
                     continue
                 corpus.prepare()  # before the progress display, for a download has its own
-                with _progress() as progress:
+                with StageProgress() as progress:
                     trained = _trained(corpus, tokenizer, partial, progress)
                     shards, read = _tokenise(corpus, trained, partial, workers, progress)
                     _join(shards, trained, corpus, read, partial, allow_unknown)
@@ -156,7 +147,7 @@ def _locked(partial: Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"Another process is building {partial.with_suffix('')}; waiting for it.", flush=True)
+            print(f"{PREPARING}waiting for another process, which builds {partial.with_suffix('')}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
             yield False
             return
@@ -167,22 +158,16 @@ def _locked(partial: Path) -> Iterator[bool]:
         yield is_this
 
 
-def _progress() -> Progress:
-    return StatusProgress(
-        TextColumn("{task.description}"), flexible_bar(), TaskProgressColumn(),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-    )  # fmt: skip
-
-
-def _trained(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: Path, progress: Progress) -> Tokenizer:
+def _trained(
+    corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: Path, progress: StageProgress
+) -> Tokenizer:
     """The tokenizer to use: the given one, the one that an interrupted build had finished, or a new one."""
     folder = partial / "tokenizer"
     if isinstance(tokenizer, TokenizerSection):
         if trained_from(partial, corpus) == tokenizer:
             return load_tokenizer(folder)
-        task = progress.add_task("training the tokenizer", total=None, status=tokenizer.kind)
-        trained = train_tokenizer(_first_lines(corpus, tokenizer.max_training_characters, progress, task), tokenizer)
-        progress.update(task, total=1, completed=1, status=f"{tokenizer.kind}, {trained.vocab_size:,} pieces")
+        trained = train_tokenizer(_first_lines(corpus, tokenizer, progress), tokenizer)
+        progress.end(f"{tokenizer.kind}, {trained.vocab_size:,} pieces")
         (folder / _TRAINED_FROM).unlink(missing_ok=True)
         trained.save(folder)
         marker = {"section": tokenizer.model_dump(), "corpus_signature": corpus.signature()}
@@ -193,16 +178,17 @@ def _trained(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: P
     return tokenizer
 
 
-def _first_lines(corpus: Corpus, max_characters: int, progress: Progress, task: TaskID) -> Iterator[str]:
-    """Lines to train a tokenizer on: each source's first ones, up to an equal share of so many characters."""
-    share = -(-max_characters // len(corpus.sources))
-    progress.update(task, total=len(corpus.sources))
+def _first_lines(corpus: Corpus, section: TokenizerSection, progress: StageProgress) -> Iterator[str]:
+    """Lines to train a tokenizer on: each source's first ones, up to an equal share of its `max_training_characters`.
+
+    Training begins, as the progress display is told, once the last one is read.
+    """
+    share = -(-section.max_training_characters // len(corpus.sources))
+    progress.begin("reading text", total=len(corpus.sources) if corpus.num_bytes else None)
     for place, source in enumerate(corpus.sources):
-        yield from _share_of(source, share, functools.partial(_advance, progress, task, place))
-
-
-def _advance(progress: Progress, task: TaskID, place: int, done: float) -> None:
-    progress.update(task, completed=place + done)
+        yield from _share_of(source, share, lambda done, place=place: progress.reach(place + done))  # type: ignore[misc]
+    progress.end()
+    progress.begin("training the tokenizer", status=section.kind)
 
 
 def _share_of(source: Source, share: int, advance: Callable[[float], None]) -> Iterator[str]:
@@ -223,11 +209,11 @@ def _share_of(source: Source, share: int, advance: Callable[[float], None]) -> I
             return
 
 
-def _counted(documents: Iterable[_Item], progress: Progress, task: TaskID) -> Iterator[_Item]:
+def _counted(documents: Iterable[_Item], progress: StageProgress) -> Iterator[_Item]:
     """The documents, their number shown as they pass."""
     for number, document in enumerate(documents, 1):
         if number % 1000 == 0:
-            progress.update(task, status=f"{number:,} documents")
+            progress.tell(f"{number:,} documents")
         yield document
 
 
@@ -298,19 +284,19 @@ def _update(digest: hashlib._Hash, document: list[str]) -> None:
 
 
 def _tokenise(
-    corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: Progress
+    corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: StageProgress
 ) -> tuple[list[_Shard], _TextRead]:
     """Shards in order, and what was read."""
     workers = workers or os.cpu_count() or 1
     read = _TextRead(corpus)
-    task = progress.add_task("tokenising", total=corpus.num_bytes, status="")
+    progress.begin("tokenising", total=corpus.num_bytes)
     shards: list[_Shard] = []
     running: set[concurrent.futures.Future[_Counts]] = set()
     is_checked = [False] * len(corpus.sources)
     with worker_pool(workers, _start_worker, partial / "tokenizer") as pool:
         try:
-            documents = corpus.documents_by_source(lambda num_bytes: progress.advance(task, num_bytes))
-            for chunk in _chunks(_counted(documents, progress, task), partial, tokenizer, read):
+            documents = corpus.documents_by_source(progress.add)
+            for chunk in _chunks(_counted(documents, progress), partial, tokenizer, read):
                 shards.append(_Shard(chunk.place, chunk.path))
                 if chunk.path.exists():
                     continue
@@ -324,17 +310,17 @@ def _tokenise(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    progress.update(task, total=1, completed=1, status=f"{sum(read.documents):,} documents")
+    progress.end(f"{sum(read.documents):,} documents")
     return shards, read
 
 
-def _warn_early(corpus: Corpus, counts: _Counts, is_checked: list[bool], progress: Progress) -> None:
+def _warn_early(corpus: Corpus, counts: _Counts, is_checked: list[bool], progress: StageProgress) -> None:
     """Say while it is being tokenised that a source's text becomes [UNK]; whether too much of it did, only its end
     tells."""
     place, num_tokens, unknown = counts
-    if not is_checked[place] and unknown.share(num_tokens) >= REFUSED_SHARE:
-        said = problem(f"the beginning of {corpus.sources[place].description}", unknown, num_tokens)
-        progress.console.print(f"Warning: {said}", markup=False, highlight=False)
+    said = problem(f"the beginning of {corpus.sources[place].description}", unknown, num_tokens)
+    if said and not is_checked[place] and unknown.share(num_tokens) >= REFUSED_SHARE:
+        warn(progress.console, said)
     is_checked[place] = True
 
 

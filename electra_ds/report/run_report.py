@@ -16,11 +16,11 @@ from electra_ds.errors import CheckpointError
 from electra_ds.program import command
 from electra_ds.report.figures import draw_curves
 from electra_ds.report.samples import LEGEND, sample_sentences
-from electra_ds.train.metrics import always_original_accuracy, held_out_batch
+from electra_ds.terminal import say, say_command
+from electra_ds.train.metrics import ALWAYS_ORIGINAL, held_out_batch, with_baseline
 from electra_ds.train.tracking import read_metrics
 from electra_ds.train.trained import load_trained
 
-_ALWAYS_ORIGINAL = "always_original_accuracy"
 _ROWS = {
     "generator_loss": "generator loss at all selected tokens (nats)",
     "generator_masked_loss": "generator loss at [MASK] (nats)",
@@ -30,7 +30,7 @@ _ROWS = {
     "generator_sampled_accuracy": "generator accuracy at [MASK], sampled",
     "discriminator_loss": "discriminator loss (nats)",
     "discriminator_accuracy": "discriminator accuracy",
-    _ALWAYS_ORIGINAL: '  accuracy of always answering "original"',
+    ALWAYS_ORIGINAL: '  accuracy of always answering "original"',
     "discriminator_precision": "discriminator precision (replaced)",
     "discriminator_recall": "discriminator recall (replaced)",
     "discriminator_f1": "discriminator F1 (replaced)",
@@ -68,30 +68,22 @@ def report_run(run: RunDirectory, console: Console, data: Path | None = None) ->
         console.print()
         console.print(sentence)
     _write(run.path / "samples.txt", LEGEND, *sentences)
-    go_on = f"To go on: {command('pretrain')} --resume {run.path}\n" if run.verdict() == "stopped" else ""
-    console.print(  # commands to be copied, which no line break may cut
-        f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.\n{go_on}"
-        f"As transformers models: {command('export')} {run.path}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    say(console, f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.")
+    if run.verdict() == "stopped":
+        say_command(console, "To go on:", f"{command('pretrain')} --resume {run.path}")
+    say_command(console, "As transformers models:", f"{command('export')} {run.path}")
 
 
 def _summary(evaluations: list[dict[str, Any]], name: str) -> Table:
     first, last = evaluations[0], evaluations[-1]
     table = Table(title=f"{name} on held-out text")
     table.add_column("")
-    columns = [_with_baseline(line) for line in ([first, last] if first is not last else [last])]
+    columns = [with_baseline(line) for line in ([first, last] if first is not last else [last])]
     for line in columns:
         table.add_column(f"step {line['step']:,}", justify="right")
     for key, label in _ROWS.items():
         table.add_row(label, *(f"{line[key]:.4f}" if line[key] is not None else "–" for line in columns))
     return table
-
-
-def _with_baseline(line: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of an evaluation with the baseline of its accuracy; a share that is not finite is null."""
-    share = line["replaced_share"]
-    return line | {_ALWAYS_ORIGINAL: None if share is None else always_original_accuracy(share)}
 
 
 def speed_line(metrics: list[dict[str, Any]], device: str) -> str | None:

@@ -26,6 +26,7 @@ from electra_ds.report.published_glue import PublishedScores, PublishedTable, fi
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
 from electra_ds.report.statistics import Spread, difference_interval, spread
 from electra_ds.report.submission import zip_submission
+from electra_ds.terminal import say
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 _CONFIDENCE = 0.95
@@ -253,4 +254,4 @@ def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
 
 def _say(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
-        console.print(f"{line}.", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{line}.")

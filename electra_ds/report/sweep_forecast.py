@@ -42,6 +42,7 @@ from electra_ds.report.forecast import GIB, device_budget, forecast
 from electra_ds.sweep.folder import ENDED, SUCCEEDED, SweepFolder
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import Trial, counted, value_text
+from electra_ds.terminal import say
 from electra_ds.train.hardware import driver_gpus
 
 _SQUAD_ROWS = {"squad1": 87_599, "squad2": 130_319}
@@ -281,7 +282,7 @@ def print_plan(
     if crowded := _crowded([row.fit for row in rows], spec):
         lines.append(crowded)
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
 
 
 class _Row(NamedTuple):

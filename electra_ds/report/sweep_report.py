@@ -23,6 +23,8 @@ from electra_ds.sweep.follow import MetricsFollower
 from electra_ds.sweep.options import SCORE
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import Trial, counted, value_text
+from electra_ds.terminal import say, say_command
+from electra_ds.train.metrics import ALWAYS_ORIGINAL
 
 _OF_PRETRAINING = ("generator_gain", "generator_accuracy", "discriminator_auc", "discriminator_recall")
 _NESTED = (
@@ -33,6 +35,8 @@ _WHAT_STD_IS = {
     "pretrain": "±: sample standard deviation over seeds",
     "finetune": "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it",
 }
+_LONG_NAME = 12
+"""Characters beyond which a column's name is broken at its underscores."""
 _WIDE = 100
 """Columns of a terminal from which on medians are shown too; cells.csv has all of it."""
 
@@ -95,12 +99,9 @@ def _say_how_to_go_on(folder: SweepFolder, table: pd.DataFrame, console: Console
     can_begin = (table["state"] == "unfinished") | ((table["state"] == "waiting") & (table["reason"] == ""))
     has_failed = (table["state"] == "failed").any()
     if has_more or can_begin.any() or ((table["state"] == "waiting").any() and not has_failed):
-        console.print(
-            f"Go on with: {command('sweep')} --resume {folder.path}", highlight=False, markup=False, soft_wrap=True
-        )
+        say_command(console, "Go on with:", f"{command('sweep')} --resume {folder.path}")
     if has_failed:
-        again = f"{command('sweep')} --resume {folder.path} --retry-failed"
-        console.print(f"Run what failed again: {again}", highlight=False, markup=False, soft_wrap=True)
+        say_command(console, "Run what failed again:", f"{command('sweep')} --resume {folder.path} --retry-failed")
 
 
 def _metrics(table: pd.DataFrame, stage: str, spec: SweepSpec) -> list[str]:
@@ -111,6 +112,7 @@ def _metrics(table: pd.DataFrame, stage: str, spec: SweepSpec) -> list[str]:
     if stage == "finetune":
         shown = [name for name in there if name not in ("step", SCORE)]
     first = [spec.metric.name] if spec.metric is not None and spec.metric.name in there else []
+    first += [ALWAYS_ORIGINAL] if first == ["discriminator_accuracy"] else []
     return first + [name for name in shown if name not in first]
 
 
@@ -209,7 +211,9 @@ def _scores(row: pd.Series) -> dict[str, float]:
 def _table(title: str, axes: list[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
     for axis in axes:
-        table.add_column(escape(axis.rpartition(".")[2]), overflow="fold", min_width=8)
+        name = axis.rpartition(".")[2]
+        header = name.replace("_", "_\n") if len(name) > _LONG_NAME else name
+        table.add_column(escape(header), overflow="fold", min_width=8)
     return table
 
 
@@ -235,4 +239,4 @@ def _cell(value: Any) -> str:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(f"{line.rstrip('.')}.", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{line.rstrip('.')}.")

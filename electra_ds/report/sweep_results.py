@@ -18,6 +18,7 @@ from electra_ds.report.statistics import spread
 from electra_ds.sweep.folder import ENDED_EARLY, SUCCEEDED, State, SweepFolder
 from electra_ds.sweep.follow import as_result
 from electra_ds.sweep.trials import Trial
+from electra_ds.train.metrics import with_baseline
 from electra_ds.train.tracking import read_metrics
 
 SEEDS = ("seed", "pretrain.seed")
@@ -71,7 +72,8 @@ def _metrics(path: Path, trial: Trial, state: State) -> dict[str, float]:
     a scheduler has ended, the last evaluation."""
     if trial.stage == "pretrain" or state == "stopped":
         evaluations = evaluations_of(path)
-        return as_result(trial.stage, evaluations[-1]) if evaluations else {}
+        last = as_result(trial.stage, evaluations[-1]) if evaluations else {}
+        return with_baseline(last) if "replaced_share" in last else last
     try:
         scores = read_run(path).scores
     except CheckpointError:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from electra_ds.config.recipe import Recipe
-from electra_ds.sweep.folder import State, SweepFolder
+from electra_ds.sweep.folder import STOPPED_AT, State, SweepFolder
 from electra_ds.sweep.follow import MetricsFollower
 from electra_ds.sweep.trials import Trial
-from electra_ds.terminal import StatusProgress, flexible_bar, say
+from electra_ds.terminal import PREPARING, StatusProgress, flexible_bar, say
 
 _LOOK_EVERY_S = 2.0
 _PLAIN_LINE_EVERY_S = 60.0
@@ -26,6 +26,7 @@ _SHOWN = 2
 @dataclass
 class _Running:
     trial: Trial
+    folder: SweepFolder
     metrics: MetricsFollower
     began: float
     goes_on: bool
@@ -43,7 +44,13 @@ class _Running:
             if self.first is None or lines[0]["step"] < self.step:  # a run that goes on has cut its file back
                 self.first = time.monotonic(), lines[-1]["step"]
             self.step = lines[-1]["step"]
-        return self.trial.label + (f" step {self.step:,}" if self.step else " prepares data and model")
+        return f"{self.trial.label}: {f'step {self.step:,}' if self.step else self._preparation()}"
+
+    def _preparation(self) -> str:
+        """What a trial without a step is at, by the last line of its log."""
+        last = self.folder.last_lines(self.trial.key)[-1:]
+        stages = [line.removeprefix(PREPARING) for line in last if line.startswith(PREPARING)]
+        return stages[0] if stages else "prepares data and model"
 
     def by_steps(self) -> tuple[float, float] | None:
         """(seconds that are left, seconds that all steps take), None where those that were made do not tell."""
@@ -79,6 +86,7 @@ class SweepDisplay:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._progress.update(self._task, status="", eta="")
         self._progress.stop()
 
     def expect(self, stages: Sequence[str]) -> None:
@@ -88,7 +96,7 @@ class SweepDisplay:
     def begin(self, trial: Trial) -> None:
         metrics = MetricsFollower(self._folder.run(trial.key).metrics)
         goes_on = bool(metrics.lines())
-        self._running.setdefault(trial.key, _Running(trial, metrics, time.monotonic(), goes_on))
+        self._running.setdefault(trial.key, _Running(trial, self._folder, metrics, time.monotonic(), goes_on))
 
     def look(self) -> None:
         """Show what the running trials are at, now and then."""
@@ -97,10 +105,10 @@ class SweepDisplay:
             return
         self._looked = now
         shown = [running.look() for running in self._running.values()]
-        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        self._progress.update(self._task, status="  ".join(shown[:_SHOWN]) + more, eta=self._eta())
+        told = shown[:_SHOWN] + ([f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else [])
+        self._progress.update(self._task, status="\n".join(told), eta=self._eta())
         if not self._console.is_terminal and now - self._said >= _PLAIN_LINE_EVERY_S and shown:
-            self.say(f"running: {' | '.join(shown[:_SHOWN])}{more}  {self._eta()}")
+            self.say(f"running: {' | '.join(told)}  {self._eta()}")
 
     def end(self, trial: Trial, state: State, reason: str) -> None:
         """Say how a trial ended, or that it has saved and left."""
@@ -116,7 +124,8 @@ class SweepDisplay:
         eta = self._eta()
         self._progress.update(self._task, completed=self._done, eta=eta)
         why = f": {reason}" if state in ("failed", "collapsed", "waiting", "skipped") and reason else ""
-        self.say(f"{self._done}/{self._total}  {trial.label}  {state}{why}  {_time(seconds)}  {eta}".rstrip())
+        how = "stopped as planned" if reason.startswith(STOPPED_AT) else state
+        self.say(f"{self._done}/{self._total}  {trial.label}  {how}{why}  {_time(seconds)}  {eta}".rstrip())
 
     def refuse(self, message: str) -> None:
         """Say what came of a suggestion that is no trial."""

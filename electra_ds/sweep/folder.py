@@ -371,16 +371,20 @@ class SweepFolder:
         except OSError as error:
             raise CheckpointError(f"Cannot write into {run.path}: {error.strerror}.") from error
 
+    def last_lines(self, key: str) -> list[str]:
+        """The end of what a trial's processes have said, without empty lines."""
+        try:
+            with self.log(key).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_CHARACTERS))
+                return [line.strip() for line in file.read().decode("utf8", "replace").splitlines() if line.strip()]
+        except OSError:
+            return []
+
     def _reason(self, key: str, status: int) -> str:
         """The last words of its processes."""
         if status < 0:
             return f"killed by signal {-status}"
-        try:
-            with self.log(key).open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_CHARACTERS))
-                lines = [line.strip() for line in file.read().decode("utf8", "replace").splitlines() if line.strip()]
-        except OSError:
-            lines = []
+        lines = self.last_lines(key)
         told = [line for line in lines if line.startswith("electra-ds ")]
         return (told or lines or [f"exit status {status}"])[-1]
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from electra_ds.errors import ElectraError
+from electra_ds.terminal import say_command
 from electra_ds.train.hardware import Gpu, Hardware, abilities, look, unused, without_code
 from electra_ds.train.trackers import wandb_login
 
@@ -204,7 +205,7 @@ def _print(findings: list[Finding], can_pretrain: bool, console: Console) -> Non
     console.print()
     for finding in findings:
         if finding.mend is not None:
-            console.print(f"To mend {finding.what}: {finding.mend}", highlight=False, markup=False, soft_wrap=True)
+            say_command(console, f"To mend {finding.what}:", finding.mend)
     verdict = "[green]Pretraining can run here.[/]" if can_pretrain else "[red]Pretraining cannot run here yet.[/]"
     console.print(verdict, highlight=False)
 

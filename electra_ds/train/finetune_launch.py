@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PretrainedConfig
 
 from electra_ds import runtime
@@ -34,7 +33,7 @@ from electra_ds.engine.run_time import RunTime, finetuning_time
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.program import command
 from electra_ds.runtime import Ranks
-from electra_ds.terminal import StatusProgress, flexible_bar, note, say
+from electra_ds.terminal import StageProgress, note, say, say_command
 from electra_ds.train import launch
 from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.train.finetune import SCORES, FinetuneJob
@@ -87,15 +86,10 @@ def tokenised_sets(
         total = len(data.dev) + min(len(data.train), max_train or len(data.train))
     else:
         make, total = partial(LabelledSets, data), sum(len(examples) for examples in data.sets().values())
-    with StatusProgress(
-        TextColumn("tokenising"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("", total=total)
+    with StageProgress(console, transient=True) as progress:
+        progress.begin("tokenising", total)
         return make(
-            encoder.tokenizer, recipe, has_segments=encoder.has_segments, max_train=max_train,
-            progress=lambda done: progress.advance(task, done),
+            encoder.tokenizer, recipe, has_segments=encoder.has_segments, max_train=max_train, progress=progress.add
         )  # fmt: skip
 
 
@@ -164,17 +158,15 @@ def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bo
 def say_finished(run: RunDirectory, console: Console) -> None:
     """Say that there is nothing left to train, and where what came of it is."""
     record, recipe = run.read_record(FinetuneRecord), run.read_recipe(FinetuneRecipe)
-    lines = [
-        f"The run {run.path} is finished: nothing is left to train.",
-        f"Its scores: {run.path / SCORES}   Several runs together: {command('report')} RUN RUN …",
-    ]
+    say(console, f"The run {run.path} is finished: nothing is left to train. Its scores are in {run.path / SCORES}.")
+    say_command(console, "Several runs together:", f"{command('report')} RUN RUN …")
     with contextlib.suppress(CheckpointError):  # raised where there are no weights any more
         config, _ = finetuned_encoder(kept_checkpoint(run.path))
         is_span = record.source.train is None and record.task not in GLUE
-        lines.append(_how_to_export(run, record, recipe, config, is_span).strip())
+        say_command(console, "As a transformers model:", _how_to_export(run, recipe, config, is_span))
         if not record.settings.predict_test:
-            lines.append(f"To predict the test sets: {command('finetune')} --resume {run.path} --predict-test")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+            predict = f"{command('finetune')} --resume {run.path} --predict-test"
+            say_command(console, "To predict the test sets:", predict)
 
 
 def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
@@ -355,18 +347,13 @@ def show_scores(job: FinetuneJob, console: Console) -> None:
         if of_set["metrics"]:
             numbers = job.sets.shown(name, of_set["metrics"])
             say(console, f"{name}, {of_set['rows']:,} rows: {numbers}")
-    export = _how_to_export(job.run, job.record, job.recipe, job.encoder.config, job.sets.num_outputs is None)
-    console.print(  # commands to be copied, which no line break may cut
-        f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.\n"
-        f"Several runs together: {command('report')} RUN RUN …{export}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    say(console, f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.")
+    say_command(console, "Several runs together:", f"{command('report')} RUN RUN …")
+    if not job.record.settings.discard_weights:
+        export = _how_to_export(job.run, job.recipe, job.encoder.config, job.sets.num_outputs is None)
+        say_command(console, "As a transformers model:", export)
 
 
-def _how_to_export(
-    run: RunDirectory, record: FinetuneRecord, recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool
-) -> str:
-    if record.settings.discard_weights:
-        return ""
+def _how_to_export(run: RunDirectory, recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> str:
     without_head = why_not_held(recipe, config, is_span) is not None
-    return f"   As a transformers model: {command('export')} {run.path}{' --encoder-only' if without_head else ''}"
+    return f"{command('export')} {run.path}{' --encoder-only' if without_head else ''}"

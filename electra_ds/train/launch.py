@@ -38,7 +38,7 @@ from electra_ds.engine.probe import fitting_plan, free_bytes, kernels_of
 from electra_ds.errors import ConfigError
 from electra_ds.program import command
 from electra_ds.runtime import Ranks
-from electra_ds.terminal import note, say
+from electra_ds.terminal import note, say, say_command
 from electra_ds.train.hardware import cannot_use, check_gpu, look, notes_at_start
 from electra_ds.train.pretrain import PretrainJob
 from electra_ds.train.trackers import check_tracking
@@ -250,11 +250,10 @@ def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks:
 
 def say_finished(run: RunDirectory, console: Console) -> None:
     """Say that there is nothing left to train, and where what came of it is."""
-    console.print(  # whose commands no line break may cut
-        f"The run {run.path} is finished, at step {run.verdict_details().get('step')}: nothing is left to train.\n"
-        f"Its report: {command('report')} {run.path}   As transformers models: {command('export')} {run.path}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    step = run.verdict_details().get("step")
+    say(console, f"The run {run.path} is finished, at step {step}: nothing is left to train.")
+    say_command(console, "Its report:", f"{command('report')} {run.path}")
+    say_command(console, "As transformers models:", f"{command('export')} {run.path}")
 
 
 def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
@@ -32,6 +31,7 @@ from electra_ds.errors import (
 )
 from electra_ds.program import command
 from electra_ds.runtime import Ranks
+from electra_ds.terminal import note, say, say_command, warn
 from electra_ds.train.throughput import Throughput
 from electra_ds.train.trackers import RunLog, open_trackers
 from electra_ds.train.tracking import MetricsFile, TrainingDisplay
@@ -176,7 +176,7 @@ class TrainingLoop(ABC):
         self._evaluated = metrics.evaluated
         if metrics.reached > self.step:
             again = metrics.reached - self.step
-            self.console.print(f"The {again:,} steps that it had done after that are done again.", highlight=False)
+            say(self.console, f"The {again:,} steps that it had done after that are done again.")
         return RunLog(
             metrics, open_trackers(job.record.tracking, job.run, config, self.step, metrics.reached, self.console)
         )
@@ -188,10 +188,7 @@ class TrainingLoop(ABC):
         with self.ranks.together():
             if self.ranks.is_main:
                 for problem in damaged.values():
-                    self.console.print(
-                        f"[yellow]Warning:[/] {escape(problem)} Falling back to the one before.",
-                        highlight=False, soft_wrap=True,
-                    )  # fmt: skip
+                    warn(self.console, f"{problem} Falling back to the one before.")
                 if path is None:
                     self.check_fresh()
                 self.checkpoints.tidy(damaged)
@@ -207,7 +204,7 @@ class TrainingLoop(ABC):
                 )
         self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
-        self.console.print(f"Going on from {path}, step {self.step}.", highlight=False, markup=False, soft_wrap=True)
+        say(self.console, f"Going on from {path}, step {self.step}.")
 
     def run(self, stop_wish: runtime.StopWish) -> bool:
         """Train; False where the time limit came before `stop_at`."""
@@ -308,19 +305,16 @@ class TrainingLoop(ABC):
             self.log.write(
                 "plan", self.step, cut | {"gradient_accumulation_steps": plan.batch.gradient_accumulation_steps}
             )
-        self.console.print(
-            f"[yellow]Note:[/] memory ran out in step {self.step + 1}, which is done again and everything after it "
-            f"with micro-batch x accumulation = {plan.batch}; batch, masks and samples stay as they were.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        note(
+            self.console,
+            f"memory ran out in step {self.step + 1}, which is done again and everything after it with "
+            f"micro-batch x accumulation = {plan.batch}; batch, masks and samples stay as they were",
+        )
         try:
             self.job.run.write_record(self.job.recipe, plan, self.job.record)
         except CheckpointError as error:
             size = plan.batch.micro_batch_size
-            self.console.print(
-                f"[yellow]Warning:[/] {escape(str(error))} Say --micro-batch {size} when you resume this run.",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            warn(self.console, f"{error} Give --micro-batch {size} when you resume this run.")
 
     def _stopped(self, request: runtime.StopRequest) -> bool:
         """Save and leave: False for the time limit, InterruptedBySignalError for a signal."""
@@ -332,10 +326,10 @@ class TrainingLoop(ABC):
                 run.write_verdict("stopped", step=self.step, reason=request.reason)
                 run.mark_requeue(request.reason)
         go_on = f"{command(self.job.command)} --resume {run.path}"
-        message = f"{request.reason}: saved {self.checkpoints.path(self.step)}. Go on with: {go_on}"
+        message = f"{request.reason}: saved {self.checkpoints.path(self.step)}. Go on with:"
         if request.signum is not None:
-            raise InterruptedBySignalError(message, request.signum)
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            raise InterruptedBySignalError(f"{message} {go_on}", request.signum)
+        say_command(self.console, message, go_on)
         return False
 
     def _log(self, display: TrainingDisplay) -> None:

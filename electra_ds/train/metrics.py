@@ -5,8 +5,8 @@ Shape suffixes: M masked positions, V vocabulary, B sequences, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from electra_ds.objective.keyed_random import hash64
 from electra_ds.objective.microbatch import MicroBatch
 from electra_ds.runtime import Ranks
 
+ALWAYS_ORIGINAL = "always_original_accuracy"
 _EVALUATION = 0xE7
 _UNIGRAM_TOKENS = 100_000_000  # counting more changes nothing that is printed
 
@@ -56,6 +57,12 @@ class Evaluation(NamedTuple):
 def always_original_accuracy(replaced_share: float) -> float:
     """Return the accuracy of always answering "original", the baseline of `discriminator_accuracy`."""
     return 1 - replaced_share
+
+
+def with_baseline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an evaluation as metrics.jsonl has it, with that baseline."""
+    share = evaluation.get("replaced_share")
+    return dict(evaluation) | {ALWAYS_ORIGINAL: None if share is None else always_original_accuracy(share)}
 
 
 def held_out_batch(store: TokenStore, split: Split, recipe: Recipe, num_windows: int) -> GlobalBatch:

@@ -19,7 +19,7 @@ from rich.console import Console
 from electra_ds.config.manifest import RunDirectory, TrackingSettings
 from electra_ds.config.monitors import wandb_mode_of_environment
 from electra_ds.errors import CheckpointError, ConfigError, ElectraError, InterruptedBySignalError
-from electra_ds.terminal import note
+from electra_ds.terminal import note, say, say_command, warn
 from electra_ds.train.tracking import MetricsFile, read_metrics
 
 _FINISH_WITHIN_S = 60.0
@@ -72,11 +72,11 @@ class Trackers:
                 act(writer)
             except Exception as error:  # whatever a tracker raises, it must not end the training
                 self._writers.remove(writer)
-                self._console.print(
-                    f"[yellow]Warning:[/] {writer.name} failed and is left out from here on "
-                    f"({type(error).__name__}: {error}). Training goes on; metrics.jsonl has every number.",
-                    highlight=False, soft_wrap=True,
-                )  # fmt: skip
+                warn(
+                    self._console,
+                    f"{writer.name} failed and is left out from here on ({type(error).__name__}: {error}). Training "
+                    f"goes on; metrics.jsonl has every number.",
+                )
 
 
 class RunLog:
@@ -285,10 +285,7 @@ class _Wandb:
             try:
                 self._run = self._init("online", start)
             except Exception as error:  # no network, a refused key: the numbers can be uploaded later
-                console.print(
-                    f"[yellow]Warning:[/] wandb cannot be reached ({error}). It goes on offline.",
-                    highlight=False, soft_wrap=True,
-                )  # fmt: skip
+                warn(console, f"wandb cannot be reached ({error}). It goes on offline.")
                 self._module.teardown()  # or its service would say that the id is in use
                 mode = "offline"
         if mode == "offline":
@@ -298,8 +295,10 @@ class _Wandb:
                 raise ConfigError(f"wandb cannot start: {error}. Train without it by --wandb off.") from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        where = self._run.url if mode == "online" else f"offline; upload with: wandb sync {Path(self._run.dir).parent}"
-        console.print(f"wandb: {where}", highlight=False, markup=False, soft_wrap=True)
+        if mode == "online":
+            say(console, f"wandb: {self._run.url}")
+        else:
+            say_command(console, "wandb: offline; upload with:", f"wandb sync {Path(self._run.dir).parent}")
         if wandb_mode_of_environment() not in (None, settings.wandb):
             note(console, f"--wandb {settings.wandb}, given here or recorded by the run, wins over WANDB_MODE")
 
