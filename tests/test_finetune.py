@@ -550,8 +550,8 @@ def test_a_run_needs_its_model_no_more_once_it_has_a_checkpoint(
 def test_resuming_a_finished_run_is_no_error_and_names_its_scores_and_its_model(straight: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
     assert finetune("--resume", straight) == (
-        f"The run {straight} is finished: nothing is left to train.\n"
-        f"Its scores: {straight / 'scores.json'}   Several runs together: electra-ds report RUN RUN …\n"
+        f"The run {straight} is finished: nothing is left to train. Its scores are in {straight / 'scores.json'}.\n"
+        "Several runs together: electra-ds report RUN RUN …\n"
         f"As a transformers model: electra-ds export {straight} --encoder-only\n"
         f"To predict the test sets: electra-ds finetune --resume {straight} --predict-test\n"
     )

@@ -294,7 +294,7 @@ def test_a_full_disk_does_not_hide_that_memory_ran_out_nor_end_the_run(
         path = train(store, tmp_path, process_group, micro(12), console=Console(width=400))
     said = " ".join(capsys.readouterr().out.split())
     assert "memory ran out in step 3" in said
-    assert "No space left on device. Say --micro-batch 6 when you resume this run." in said
+    assert "No space left on device. Give --micro-batch 6 when you resume this run." in said
     assert len(train_losses(path)) == STEPS
 
 

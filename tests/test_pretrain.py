@@ -267,7 +267,7 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
         (["--ds-config", CPU_JSON, "--recipe", "tiny", "--stop-at", "99999999"], "beyond schedule.total_steps"),
         (["--ds-config", CPU_JSON, "--data", "x", "--corpus", "y"], "give either it or --corpus"),
         (["--resume", "nowhere"], "is not a run directory"),
-        (["--ds-config", CPU_JSON, "--cased"], "it needs --tokenizer"),
+        (["--ds-config", CPU_JSON, "--cased"], "so they need --tokenizer"),
         (["--resume", "x", "--recipe", "tiny"], "--recipe cannot be given with it"),
         (["--threads", "0"], "not a positive whole number"),
         (["--no-such-flag"], "unrecognized arguments"),
@@ -314,7 +314,8 @@ def test_resuming_a_finished_run_is_no_error_and_names_its_report_and_its_model(
     main(["pretrain", "--resume", str(straight)])
     assert capsys.readouterr().out == (
         f"The run {straight} is finished, at step 40: nothing is left to train.\n"
-        f"Its report: electra-ds report {straight}   As transformers models: electra-ds export {straight}\n"
+        f"Its report: electra-ds report {straight}\n"
+        f"As transformers models: electra-ds export {straight}\n"
     )
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
