@@ -663,7 +663,7 @@ def test_cut_articles_are_kept_and_counted(tmp_path: Path) -> None:
     middle = EXTRACT.index("Text 1")
     path.write_text(EXTRACT[:middle])
     assert documents_of(path) == [COMPLETE[0], ["Place 1"]]
-    assert "1 cut-off articles of WikiExtractor's (1 without its end)" in notes_of(path)
+    assert "1 of WikiExtractor's articles is cut off (1 without its end)" in notes_of(path)
     path.write_text(EXTRACT[middle:])
     assert documents_of(path) == [["Text 1."], *COMPLETE[2:]]
     assert "(1 without its beginning)" in notes_of(path)
@@ -688,7 +688,7 @@ def test_the_command_says_how_many_articles_are_cut(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "part").write_text(EXTRACT[: EXTRACT.rindex("Text")] * 20)
     cli.main(["build-data", "--corpus", "part", "--recipe", "tiny", "--out", "s", "--workers", "1"])
-    assert "part: 20 cut-off articles of WikiExtractor's (20 without its end)" in capsys.readouterr().out
+    assert "part: 20 of WikiExtractor's articles are cut off (20 without its end)" in capsys.readouterr().out
     assert TokenStore(tmp_path / "s").info.num_documents == 80
 
 

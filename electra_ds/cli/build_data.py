@@ -58,5 +58,4 @@ def _build_data(options: argparse.Namespace) -> None:
         f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,} kinds "
         f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB).",
     )
-    train = f"{command('pretrain')} --data {store.path} --recipe … --ds-config …"
-    say_command(console, "Train on it with:", train)
+    say_command(console, "Train on it with:", f"{command('pretrain')} --data {store.path}")

@@ -81,8 +81,9 @@ class FileSource:
             return []
         parts = ", ".join(f"{count:,} {what}" for what, count in sorted(self.cut_articles.items()))
         return [
-            f"{self.description}: {total:,} cut-off articles of WikiExtractor's ({parts}). What is there of each is "
-            f"kept as a document. If a complete extract was split, join its parts first: cat PART… > FILE"
+            f"{self.description}: {total:,} of WikiExtractor's articles {'is' if total == 1 else 'are'} cut off "
+            f"({parts}). What is there of each is kept as a document. If a complete extract was split, join its parts "
+            f"first: cat PART… > FILE"
         ]
 
 
