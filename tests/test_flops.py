@@ -142,8 +142,8 @@ def test_the_step_of_electra_small_is_of_the_size_that_a_count_by_hand_gives() -
         ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-16GB"),
         ("h200", "NVIDIA H200"),
         ("NVIDIA GeForce GTX 1060 3GB", None),
-        ("NVIDIA GeForce RTX 3090 Ti", None),
-        ("NVIDIA GeForce RTX 2060 SUPER", None),
+        ("NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 3090 Ti"),
+        ("NVIDIA GeForce RTX 2060 SUPER", "NVIDIA GeForce RTX 2060 SUPER"),
         ("NVIDIA H200 NVL", None),
         ("NVIDIA H100 NVL", None),
         ("CPU (2 cores)", None),
@@ -163,7 +163,7 @@ def test_half_precision_is_as_fast_as_the_card_is() -> None:
     assert rates["NVIDIA GeForce GTX 1060 6GB"] == [4.4e12, 4.4e12, None]
     assert rates["Tesla P100-PCIE-16GB"] == [9.3e12, 9.3e12, None]
     assert rates["Tesla V100-SXM2-16GB"] == [15.7e12, 125e12, None]
-    assert rates["NVIDIA GeForce RTX 3090"] == [35.6e12, 71e12, 71e12]
+    assert rates["NVIDIA GeForce RTX 3090"] == [35.6e12, 71.2e12, 71.2e12]
     for card in CARDS:
         assert (card.bf16_tflops is None) == (card.capability < (8, 0))
         assert (card.fp16_tflops is None) == (card.capability < (7, 0))

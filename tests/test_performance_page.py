@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from electra_ds.config.cards import Card, find_card, peak_flops
@@ -11,6 +12,7 @@ from electra_ds.config.overrides import load_recipe
 from electra_ds.engine.step_time import SLOWER, step_time
 from electra_ds.model.electra import Electra, encoder_configs
 from electra_ds.model.flops import step_flops, transformers_step_flops
+from electra_ds.report.literature import evidence
 from tests.helpers import REPOSITORY
 
 RECIPE = load_recipe("rc2020-small", [])
@@ -94,8 +96,22 @@ def test_shares_of_the_peak_and_predictions_follow_from_what_stands_beside_them(
         assert roofline_ms == f"{time.roofline_s * 1e3:.3g}"
         low, high = time.days(RECIPE.schedule.total_steps)
         assert predicted == f"{low:.2g} to {high:.2g}", name
+        if published != "–":
+            assert low <= float(published.split()[0]) <= high, name
     low, high = SLOWER
     assert f"times {low} to {high}" in PROSE
+
+
+def test_the_range_is_that_of_all_published_runs_over_our_roofline_and_the_page_has_each() -> None:
+    found = sorted(evidence(), key=lambda each: each.factor)
+    assert (math.floor(10 * found[0].factor) / 10, math.ceil(10 * found[-1].factor) / 10) == SLOWER
+    assert table("published", "tokens") == [
+        [
+            each.publication.short, str(each.recipe.data.sequence_length), each.run.card, each.run.precision,
+            f"{1e3 * each.step_s:,.0f}", each.precision, f"{1e3 * each.time.roofline_s:,.0f}", f"{each.factor:.2f}",
+        ]
+        for each in found
+    ]  # fmt: skip
 
 
 RESULTS: dict[str, Any] = json.loads((REPOSITORY / "benchmarks" / "results" / "cpu-1-thread.json").read_text("utf8"))

@@ -75,7 +75,7 @@ def test_where_the_peak_is_not_known_there_is_no_mfu(store: TokenStore, clock: C
     ("name", "precision", "world_size", "expected"),
     [
         ("NVIDIA GeForce GTX 1060 6GB", "fp16", 1, 4.4e12),
-        ("NVIDIA GeForce RTX 3090", "fp16", 2, 2 * 71e12),
+        ("NVIDIA GeForce RTX 3090", "fp16", 2, 2 * 71.2e12),
         ("Tesla V100-SXM2-16GB", "autocast-bf16", 1, None),
         ("NVIDIA Something New", "fp32", 1, None),
     ],

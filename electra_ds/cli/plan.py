@@ -18,6 +18,7 @@ from electra_ds.config.shipped import (
 )
 from electra_ds.errors import ConfigError
 from electra_ds.launcher import detect
+from electra_ds.program import command as command_of
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -28,20 +29,22 @@ examples:
   bin/plan                                                what bin/pretrain would run on this machine
   bin/plan --recipe rc2020-small --ds-config gtx1060-6gb
       memory by part, the micro-batch that fits a GTX 1060, days, and what the card cannot do
+  bin/plan --card "RTX 4090"                              the default recipe and JSON of bin/pretrain on such a card
+  bin/plan --card cpu --recipe mini                       time and memory on this machine's CPU
   bin/plan --ds-config gtx1060-6gb --card "RTX 2060"      the same JSON on another card
   bin/plan --ds-config zero1 --card "RTX 3090" --ranks 4  each of four cards
   bin/plan --ds-config gtx1060-6gb --memory-gb 3.5        a card of which so much is free
-  bin/plan --ds-config cpu                                this machine without a GPU
   bin/plan --all --recipe rc2020-small                    every card; without --recipe, every recipe too
 
-Nothing is run and no GPU is needed. Memory is computed from the sizes of tensors; days are a roofline's. The exit
-status is 1 where it does not fit.
+Nothing is trained and no GPU is needed. Memory is computed from the sizes of tensors. Time is a range: on a card the
+roofline of a step times the factors between such rooflines and published runs, on this machine's CPU the recipe's FLOPs
+at a rate that is measured in a fifth of a second. The exit status is 1 if the plan does not fit.
 """
 
 
 def add_plan(commands: Commands) -> None:
     """The parser of `plan`."""
-    command = add_command(commands, "plan", "Say beforehand what fits on a card, and how long it will take.", _EPILOG)
+    command = add_command(commands, "plan", "Predict what fits on a GPU or this CPU, and how long it takes.", _EPILOG)
     command.set_defaults(handler=_plan)
     command.add_argument(
         "--recipe", metavar="NAME|FILE",
@@ -56,7 +59,8 @@ def add_plan(commands: Commands) -> None:
     where.add_argument(
         "--card",
         metavar="NAME",
-        help="or cpu, for this machine's (default: what the JSON is named after, else this machine)",
+        help="a GPU, here or not, such as 'GTX 1060 6GB', RTX4090, 'RTX 5070 Ti', A6000, L4, L40S or A10; or cpu for "
+        "this machine's (default: the card that the JSON is named after, else this machine)",
     )
     where.add_argument(
         "--memory-gb",
@@ -133,9 +137,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _card(options: argparse.Namespace) -> Card | None:
-    from electra_ds.config.cards import CARDS, cards_like, find_card
+    from electra_ds.config.cards import cards_like, find_card
 
-    if options.memory_gb is not None or options.card == "cpu":
+    if options.memory_gb is not None or (options.card or "").lower() == "cpu":
         return None
     if options.card is None and options.ds_config is None:
         return _card_here()
@@ -148,11 +152,10 @@ def _card(options: argparse.Namespace) -> Card | None:
         return card
     card = find_card(options.card)
     if card is None:
-        near = " or ".join(f"'{card.name}'" for card in cards_like(options.card))
-        known = ", ".join(card.name for card in CARDS)
+        near = ", ".join(f"'{card.name}'" for card in cards_like(options.card))
         raise ConfigError(
-            f"No card '{options.card}' is known{f'; did you mean {near}?' if near else '.'} Give its memory with "
-            f"--memory-gb, or take one of: {known}."
+            f"No card '{options.card}' is known. {f'The nearest names are {near}. ' if near else ''}"
+            f"{command_of('plan')} --all lists every card; for another one, give its free memory with --memory-gb."
         )
     return card
 

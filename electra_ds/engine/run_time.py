@@ -87,7 +87,7 @@ def pretraining_time(
         flops = steps * pretraining_flops(recipe, vocab_size)
         return cpu_time(flops, threads or torch.get_num_threads(), plan.batch.world_size)
     card = find_card(runtime.device_name(device))
-    return _steps_of(None if card is None else step_time(recipe, vocab_size, plan, card), steps)
+    return time_of_steps(None if card is None else step_time(recipe, vocab_size, plan, card), steps)
 
 
 def finetuning_time(
@@ -106,10 +106,11 @@ def finetuning_time(
     if peak is None:
         return None
     host_s = (OPERATIONS[0] * num_layers + OPERATIONS[2]) * plan.batch.gradient_accumulation_steps * LAUNCH_S
-    return _steps_of(StepTime(flops / plan.batch.world_size / (peak * PRODUCT_EFFICIENCY), 0.0, host_s), steps)
+    return time_of_steps(StepTime(flops / plan.batch.world_size / (peak * PRODUCT_EFFICIENCY), 0.0, host_s), steps)
 
 
-def _steps_of(step: StepTime | None, steps: int) -> RunTime | None:
+def time_of_steps(step: StepTime | None, steps: int) -> RunTime | None:
+    """Return the time of so many steps on a card."""
     if step is None:
         return None
     low, high = step.days(steps)

@@ -1,8 +1,8 @@
-"""How long a step takes on a card that is not here: a roofline, and how far it is to be trusted.
+"""How long a step takes on a card that is not here: a roofline, and the range that people are told.
 
-Products run at a share of the card's peak, everything else at a share of its memory's bandwidth, and no faster than
-the host begins operations. Runs of others took longer than the same roofline says of steps like theirs, so what is told
-to people is a range.
+A step's matrix products run at a share of the card's peak, everything else at a share of its memory's bandwidth, and no
+step is faster than the host starts operations. Published runs took longer than the roofline of our step, each by
+another factor, so the prediction is the range that contains all of them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ PRODUCT_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.7, 0.75
 """Assumed shares of what makers print."""
 LAUNCH_S = 5e-6
 """Assumed: the host's time for one operation."""
-SLOWER = (1.4, 3.0)
-"""Published times over what a roofline by single operations, which is not in this program, said of steps like theirs:
-1.4 on a V100, 1.9 on a GTX 1060, 2.6 on an RTX 3090, 3.0 on a GTX 1080 Ti. Their software was not ours. Of these, this
-roofline knows the original's step on a V100 in fp32, which took 2.2 times as long as it says."""
+SLOWER = (0.9, 7.0)
+"""The fastest and the slowest published run over the roofline of our step at its size (`report/literature.py`). A test
+compares both with all runs in electra_ds/report/published/, and docs/performance.md lists them."""
 # Counted over an eager step, inputs and outputs of every operation that is not a matrix product or attention, as
 # multiples of what is saved for the backward pass, and of the logits in fp32 for the head and its noise.
 TRAFFIC_OF_SAVED, TRAFFIC_OF_LOGITS = 7, 41
@@ -54,7 +53,7 @@ class StepTime(NamedTuple):
 def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
     """A step of full rows on cards like this one; None where the card lacks the precision.
 
-    Not in it: torch.compile, which fuses operations, offloading, and talk between ranks.
+    Not in it: torch.compile, which fuses operations, offloading, and communication between ranks.
     """
     peak = peak_flops(card, plan.precision.name)
     if peak is None:

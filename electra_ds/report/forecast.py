@@ -1,4 +1,5 @@
-"""What a recipe will take on a card that may not be here: memory by part, the micro-batch that fits, and days."""
+"""What a recipe will take on a card that may not be here, or on this CPU: memory by part, the micro-batch that fits,
+and time."""
 
 from __future__ import annotations
 
@@ -7,14 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
+import torch
 
 from electra_ds.config.cards import CARDS, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
-from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
+from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
+from electra_ds.config.defaults import default_ds_config
 from electra_ds.config.overrides import load_recipe
-from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import recipe_names
 from electra_ds.engine.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
+from electra_ds.engine.run_time import RunTime, pretraining_time, time_of_steps
 from electra_ds.engine.step_time import StepTime, step_time
 from electra_ds.errors import ConfigError
 from electra_ds.report.literature import Publication, PublishedMemory, publications
@@ -22,6 +25,7 @@ from electra_ds.report.literature import Publication, PublishedMemory, publicati
 GIB = 2**30
 # Cards that benchmarks/results holds a training run of.
 CARDS_RUN: frozenset[str] = frozenset()
+_MOST_PUBLISHED_ACCUMULATION = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Forecast:
     largest: DeepSpeedPlan | None
     """The plan with the largest micro-batch that fits; None where none does."""
     time: StepTime | None
+    """A step on the card; None on a CPU, and where only a card's memory is known."""
     lacks: list[Lack]
     publications: list[Publication]
 
@@ -66,10 +71,28 @@ class Forecast:
                 rows.append((publication, theirs, peak.needed_bytes(self.kernels)))
         return rows
 
+    def run_time(self) -> RunTime | None:
+        """Return the time of all steps, or None where only a card's memory is known.
+
+        On a CPU this measures the machine for a fifth of a second. Its cores are shared by all ranks.
+        """
+        steps = self.recipe.schedule.total_steps
+        if self.kernels == "cuda":
+            return time_of_steps(self.time, steps)
+        threads = max(1, torch.get_num_threads() // self.plan.batch.world_size)
+        device = torch.device("cpu")
+        return pretraining_time(self.recipe, self.vocab_size, self.plan, device, steps=steps, threads=threads)
+
     def published_days(self) -> list[tuple[Publication, float]]:
-        """(where, days) of whole trainings on one card of this kind."""
-        name = self.card.name if self.card is not None and self.plan.batch.world_size == 1 else ""
-        return [(where, where.days[name]) for where in self.publications if name in where.days]
+        """(where, days) of complete trainings on one card of this kind, if this plan runs a step as they did: in one or
+        two micro-batches, and computing nothing twice."""
+        batch = self.plan.batch
+        if self.card is None or batch.world_size > 1 or self.plan.checkpointed_layers:
+            return []
+        if batch.gradient_accumulation_steps > _MOST_PUBLISHED_ACCUMULATION:
+            return []
+        found = ((where, where.days_on(self.card.name)) for where in self.publications)
+        return [(where, days) for where, days in found if days is not None]
 
     @property
     def was_run(self) -> bool:
@@ -99,7 +122,11 @@ def forecast(
     largest = largest_micro_batch(recipe, vocab_size, plan, budget_bytes, kernels)
     if plan.is_micro_batch_open and largest is not None:
         plan = largest
-    is_as_shipped = recipe.name in recipe_names() and recipe == load_recipe(recipe.name, [])
+    is_as_shipped = (
+        recipe.name in recipe_names()
+        and recipe == load_recipe(recipe.name, [])
+        and vocab_size == recipe.tokenizer.vocab_size
+    )
     return Forecast(
         recipe=recipe,
         vocab_size=vocab_size,
@@ -128,12 +155,5 @@ def device_budget(card: Card | None, memory_gib: float | None) -> tuple[float, s
 
 
 def forecast_all(recipes: Sequence[Recipe]) -> list[list[Forecast]]:
-    """Every card with every recipe, under the JSON made for the card or in the precision that suits it."""
-    return [[forecast(recipe, *_json_for(card), card=card) for recipe in recipes] for card in CARDS]
-
-
-def _json_for(card: Card) -> tuple[dict[str, Any], str]:
-    if card.ds_config is not None:
-        return read_deepspeed_json(card.ds_config), card.ds_config
-    precision = "bf16" if card.bf16_tflops else "fp32" if has_slow_fp16(card.name) else "fp16"
-    return precision_section(precision), f"{precision}, stage 0"
+    """Every card with every recipe, under the card's default JSON."""
+    return [[forecast(recipe, *default_ds_config(True, card), card=card) for recipe in recipes] for card in CARDS]

@@ -12,13 +12,16 @@ from rich.table import Table
 
 from electra_ds.config.cards import DEFAULT_TORCH_CAPABILITY
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Recipe
 from electra_ds.engine.memory import CONTEXT_BYTES, FRAGMENTATION
+from electra_ds.engine.run_time import CPU_SLOWER
 from electra_ds.engine.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER, StepTime
 from electra_ds.program import command
 from electra_ds.report.forecast import GIB, Forecast
+from electra_ds.report.literature import Evidence, evidence
 
 _DAY_S = 86_400
+MEASURED_SPEEDUP = (1.7, 3.4)
+"""How many times as fast as transformers' step ours was on CPUs. A test compares it with docs/performance.md."""
 
 
 def print_forecast(found: Forecast, console: Console) -> None:
@@ -83,30 +86,52 @@ def _fit_lines(found: Forecast) -> list[str]:
 
 
 def _time_lines(found: Forecast) -> list[str]:
-    time, card, recipe = found.time, found.card, found.recipe
-    if time is None or card is None:
-        return ["Time: not predicted; give a card."]
-    products, rest, host = (f"{1e3 * part:,.3g} ms" for part in time)
-    lines = [
-        f"Time: [bold]{_span(time, recipe)}[/] for {recipe.schedule.total_steps:,} steps.",
-        f"  It rests on a roofline of {1e3 * time.roofline_s:,.3g} ms a step: {products} of matrix products at "
-        f"{PRODUCT_EFFICIENCY:.0%} of the peak and {rest} of everything else at {BANDWIDTH_EFFICIENCY:.0%} of the "
-        f"bandwidth; meanwhile the host needs {host} at {LAUNCH_S * 1e6:.0f} µs an operation. All of that is assumed, "
-        f"and multiplied by {SLOWER[0]} to {SLOWER[1]}: so much longer published runs took than rooflines of their own "
-        f"steps. " + ("" if found.was_run else "No step of ours has been timed on this card."),
-    ]
+    run_time, steps = found.run_time(), found.recipe.schedule.total_steps
+    if run_time is None:
+        return ["Time: not predicted, because only the card's memory is known. Give its name with --card."]
+    lines = [f"Time: [bold]{run_time}[/] for {steps:,} steps."]
+    if found.time is None:
+        lines.append(
+            f"  This is {CPU_SLOWER[0]} to {CPU_SLOWER[1]} times what the recipe's FLOPs take at the rate of one large "
+            f"matrix product, which was measured on this CPU just now."
+        )
+    else:
+        lines += _card_lines(found, found.time)
     if left_out := _left_out(found.plan):
-        lines.append(f"  Not in it, and to be added: {', '.join(left_out)}.")
+        lines.append(f"  Not included: {', '.join(left_out)}.")
+    return lines
+
+
+def _card_lines(found: Forecast, time: StepTime) -> list[str]:
+    products, rest, host = (f"{1e3 * part:,.3g} ms" for part in time)
+    ends = sorted(evidence(), key=lambda each: each.factor)
+    lines = [
+        f"  The roofline of a step is {1e3 * time.roofline_s:,.3g} ms: {products} of matrix products at "
+        f"{PRODUCT_EFFICIENCY:.0%} of the peak and {rest} of everything else at {BANDWIDTH_EFFICIENCY:.0%} of the "
+        f"bandwidth; meanwhile the host needs {host} at {LAUNCH_S * 1e6:.0f} µs an operation. All three are assumed.",
+        f"  The range is {SLOWER[0]} to {SLOWER[1]} times the roofline and contains every published run, from "
+        f"{_run(ends[0])} to {_run(ends[-1])}.",
+        f"  On CPUs our step was {MEASURED_SPEEDUP[0]} to {MEASURED_SPEEDUP[1]} times as fast as transformers' "
+        f"(docs/performance.md). This is not measured on a GPU, so the range does not count on it.",
+    ]  # fmt: skip
+    if not found.was_run:
+        lines.append("  None of our steps has been timed on this card.")
     return lines + [
         f"  Others took {days:g} days on this card ({where.short})." for where, days in found.published_days()
     ]
+
+
+def _run(found: Evidence) -> str:
+    """Name a published run in `_card_lines`."""
+    compared = "" if found.precision == found.run.precision else f", compared with a roofline in {found.precision}"
+    return f"{found.factor:.2f} ({found.publication.short} in {found.run.precision} on a {found.run.card}{compared})"
 
 
 def _left_out(plan: DeepSpeedPlan) -> list[str]:
     """What takes time and the roofline does not know of."""
     left_out = []
     if plan.batch.world_size > 1:
-        left_out.append("talk between cards")
+        left_out.append("communication between ranks")
     if any(name.startswith("offload") for name in plan.document["zero_optimization"]):
         left_out.append("offloading to the CPU")
     return left_out
@@ -146,16 +171,16 @@ def print_forecasts(forecasts: list[list[Forecast]], console: Console) -> None:
     """Every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
     table = Table(
         title="Predicted for every card and every recipe", title_justify="left", box=box.SIMPLE, caption_justify="left",
-        caption="* No step has been run on this card. "
-        f"{command('plan')} --recipe R --ds-config C --card NAME says more.",
+        caption="* No step has been run on this card. any GPU: the default JSON. "
+        f"{command('plan')} --recipe R --card NAME says more.",
     )  # fmt: skip
     for column in ("card; usable GiB, JSON", "recipe", "batch", "GiB", "time"):
         table.add_column(column)
     for of_card in forecasts:
         first = of_card[0]
         assert first.card is not None
-        name = f"{first.card.name.split('GeForce ')[-1]}{'' if first.was_run else ' *'}"
-        titles = [name, f"  {first.card.usable_gib:.1f}; {first.ds_config}"]
+        name = f"{first.card.name.removeprefix('NVIDIA ').removeprefix('GeForce ')}{'' if first.was_run else ' *'}"
+        titles = [name, f"  {first.card.usable_gib:.1f}; {first.card.ds_config or 'any GPU'}"]
         rows = [(found.recipe.name, *_cells(found)) for found in of_card]
         for title, row in itertools.zip_longest(titles, rows, fillvalue=()):
             table.add_row(title or "", *row)
@@ -167,13 +192,13 @@ def _cells(found: Forecast) -> list[str]:
     if not found.fits:
         return ["does not fit", _gib(found.needed_bytes), ""]
     batch = found.plan.batch
-    span = "" if found.time is None else _span(found.time, found.recipe)
-    return [f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps}", _gib(found.needed_bytes), span]
+    size = f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps}"
+    return [size, _gib(found.needed_bytes), str(found.run_time() or "")]
 
 
 def as_json(found: Forecast) -> dict[str, Any]:
     """Every number, bytes and seconds."""
-    time, steps = found.time, found.recipe.schedule.total_steps
+    time, run_time = found.time, found.run_time()
     return {
         "recipe": found.recipe.name,
         "ds_config": found.ds_config,
@@ -194,7 +219,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "fits": found.fits,
         "largest_micro_batch_size": found.largest.batch.micro_batch_size if found.largest is not None else None,
         "step_s": time._asdict() | {"roofline_s": time.roofline_s} if time is not None else None,
-        "days": list(time.days(steps)) if time is not None else None,
+        "days": None if run_time is None else [seconds / _DAY_S for seconds in run_time],
         "lacks": [lack._asdict() for lack in found.lacks],
         "published_memory": [
             {"source": where.source, "theirs_gb": theirs.memory_gb, "ours_bytes": ours}
@@ -208,16 +233,3 @@ def as_json(found: Forecast) -> dict[str, Any]:
 
 def _gib(number_bytes: float) -> str:
     return f"{number_bytes / GIB:.2f}"
-
-
-def _span(time: StepTime, recipe: Recipe) -> str:
-    """Of the whole schedule, `9 to 19 days`, in the unit that suits the longer one."""
-    low_s, high_s = (days * _DAY_S for days in time.days(recipe.schedule.total_steps))
-    for unit, seconds in (("days", _DAY_S), ("hours", 3600), ("min", 60)):
-        if high_s >= 2 * seconds:
-            return f"{_two_digits(low_s / seconds)} to {_two_digits(high_s / seconds)} {unit}"
-    return f"{_two_digits(low_s)} to {_two_digits(high_s)} s"
-
-
-def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
