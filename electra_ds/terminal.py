@@ -17,8 +17,17 @@ def say(console: Console, text: str) -> None:
 
 def note(console: Console, text: str) -> None:
     """Print a note, which is given without its full stop."""
-    shown = Text(_wrapped(console, f"Note: {text}."))
-    shown.stylize("yellow", 0, len("Note:"))
+    _headed(console, "Note:", text)
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning, which is given without its full stop."""
+    _headed(console, "Warning:", text)
+
+
+def _headed(console: Console, head: str, text: str) -> None:
+    shown = Text(_wrapped(console, f"{head} {text}."))
+    shown.stylize("yellow", 0, len(head))
     console.print(shown, highlight=False, soft_wrap=True)
 
 
