@@ -905,6 +905,7 @@ def test_examples_of_ones_own_are_classified_and_scored(electra: Path, tmp_path:
             train=train,
             dev=dev,
             test=test,
+            recipe="rc2020",
             text="review",
             label="stars",
         )

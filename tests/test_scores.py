@@ -305,3 +305,45 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
     text = told([write(tmp_path, "a", document("[red]mine[/]", 1, dev, model="[b]", recipe="[/x]"))])
     assert "[red]mine[/]" in text
     assert "[b], recipe [/x]" in text
+
+
+def with_baseline(task: str, seed: int, baseline: dict[str, float], **scored: Any) -> dict[str, Any]:
+    found = document(task, seed, sets_of(task, 0.5))
+    for of_set in found["sets"].values():
+        of_set |= {"baseline": baseline, "baseline_prediction": "'0'"} | scored
+    return found
+
+
+def test_each_score_and_each_mean_stands_next_to_its_baseline(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path, task, with_baseline(task, 0, dict.fromkeys(GLUE_METRICS[task], index / 20)))
+        for index, task in enumerate(EIGHT)
+    ]
+    text = told(runs, csv=tmp_path / "scores.csv")
+    for index, task in enumerate(EIGHT):
+        part = ["(matched)"] if task == "mnli" else []
+        assert row(text, task, *part, AVERAGE_METRICS[task]).split()[-4] == f"{5 * index:.2f}"
+    assert row(text, "AVG").split()[1:3] == ["50.00", "17.50"]  # 5 x (0 + 1 + ... + 7) / 8
+    assert "baseline: what one prediction for every row scores" in text
+    with (tmp_path / "scores.csv").open(newline="", encoding="utf8") as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["task"], float(line["baseline"])) for line in lines} == {
+        (task, index / 20) for index, task in enumerate(EIGHT)
+    }
+
+
+def test_runs_that_recorded_no_baseline_are_reported_without_one(tmp_path: Path) -> None:
+    old = write(tmp_path, "old", document("rte", 0, {"dev": {"accuracy": 0.6}}))
+    assert "baseline" not in told([old])
+    new = write(tmp_path, "new", with_baseline("cola", 0, {"matthews": 0.0}))
+    text = told([old, new])
+    assert row(text, "rte", "accuracy") == "rte accuracy 60.00 – 1 60.00 60.00–60.00"
+    assert row(text, "cola", "matthews") == "cola matthews 50.00 0.00 1 50.00 50.00–50.00"
+
+
+def test_a_model_that_is_no_better_than_its_baseline_is_warned_of_with_its_seeds(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path, str(seed), with_baseline("rte", seed, {"accuracy": 0.5}, **({"warning": why} if why else {})))
+        for seed, why in enumerate(["all are 'x'", "", "all are 'x'"])
+    ]
+    assert "Warning: rte, seeds 0, 2: all are 'x'." in told(runs)

@@ -149,6 +149,39 @@ def test_glues_means_are_over_the_seeds_that_have_all_tasks(folder: SweepFolder)
     assert "26 done, 1 waiting of 27 trials" in text
 
 
+def test_scores_stand_next_to_their_baseline_and_warnings_are_said(folder: SweepFolder) -> None:
+    tasks = [task for task in GLUE if task != "ax"]
+    values = {"name": "x", "finetune": {"recipe": "rc2020", "model": MODEL, "space": {"task": {"grid": tasks}}}}
+    spec, trials = made(values)
+    for trial in trials:
+        pretend(folder, trial, 0.5)
+        path = folder.run(trial.key).path / "scores.json"
+        scores = json.loads(path.read_text())
+        for of_set in scores["sets"].values():
+            of_set |= {"baseline": dict.fromkeys(of_set["metrics"], 0.125), "warning": "all are 'x'"}
+        path.write_text(json.dumps(scores))
+    text = told(folder, trials, spec, width=240)
+    (line,) = [line.split() for line in text.splitlines() if line.split()[:1] == ["baseline"]]
+    # of nine tasks and AVG; GLUE counts WNLI as its majority class: (8 x 12.5 + 56.338) / 9
+    assert line[1:] == ["12.50"] * (len(tasks) + 1) + ["17.37"]
+    assert all(f"Warning: {trial.key}: all are 'x'" in text for trial in trials)
+    table = pd.read_csv(folder.path / "cells.csv")
+    assert (table[table["metric"] == "accuracy"]["baseline"] == 0.125).all()
+
+
+def test_scores_on_examples_of_ones_own_stand_next_to_their_baseline(folder: SweepFolder, tmp_path: Path) -> None:
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "dev")}
+    spec, (trial,) = made({"name": "x", "finetune": {"recipe": "own", "model": MODEL} | files})
+    pretend(folder, trial, None)
+    scores = document("train", trial.seed, {"dev": {"accuracy": 0.5, "mse": 2.0}}, recipe="own")
+    scores["sets"]["dev"]["baseline"] = {"accuracy": 0.125, "mse": 3.0}
+    (folder.run(trial.key).path / "scores.json").write_text(json.dumps(scores))
+    lines = [line.split() for line in told(folder, [trial], spec, width=90).splitlines()]
+    assert ["metric", "mean", "±", "std", "baseline", "n", "min–max"] in lines
+    assert ["accuracy", "50.00", "12.50", "1", "50.00–50.00"] in lines
+    assert ["mse", "2.0000", "3.0000", "1", "2.0000–2.0000"] in lines
+
+
 def test_the_best_cell_comes_first_where_the_sweep_goes_by_a_metric(folder: SweepFolder) -> None:
     values = pretraining(space={"optimizer.learning_rate": {"grid": [1e-4, 2e-4, 3e-4]}})
     for mode, order in (("max", ["0.0002", "0.0001", "0.0003"]), ("min", ["0.0003", "0.0001", "0.0002"])):

@@ -13,7 +13,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from electra_ds.objective.task_metrics import METRICS, confusion, score
+from electra_ds.objective.task_metrics import METRICS, baseline, confusion, has_constant_predictions, score
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -144,3 +144,36 @@ def test_labels_without_as_many_predictions_are_refused() -> None:
         with pytest.raises(ValueError, match="cannot be compared"):
             score(["accuracy"], truth, found)  # type: ignore[arg-type]
     assert set(METRICS) == {"accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman", "mse"}
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
+def test_no_class_for_every_row_is_more_accurate_than_the_baseline(truth: list[int]) -> None:
+    found = baseline(["accuracy", "matthews"], truth, is_regression=False)
+    assert found.metrics["accuracy"] == max(truth.count(label) for label in truth) / len(truth)
+    assert truth[truth.index(int(found.prediction))] == found.prediction
+    assert found.metrics["matthews"] == 0
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30), st.floats(-1e3, 1e3))
+def test_no_score_for_every_row_has_a_smaller_squared_error_than_the_baseline(truth: list[float], any_: float) -> None:
+    found = baseline(["mse", "pearson"], truth, is_regression=True)
+    assert found.metrics["mse"] == pytest.approx(np.var(truth), abs=1e-6)
+    assert found.metrics["mse"] <= score(["mse"], truth, [any_] * len(truth))["mse"] + 1e-6
+    assert found.metrics["pearson"] == 0
+
+
+@pytest.mark.parametrize(
+    ("truth", "found", "is_regression", "expected"),
+    [
+        ([0, 1, 1], [1, 1, 1], False, True),
+        ([0, 1, 1], [0, 1, 1], False, False),
+        ([1, 1, 1], [1, 1, 1], False, False),  # right
+        ([0.0, 5.0, 2.5], [2.50, 2.52, 2.51], True, True),
+        ([0.0, 5.0, 2.5], [2.0, 3.0, 2.5], True, False),
+        ([2.5, 2.5], [2.5, 2.5], True, False),
+    ],
+)
+def test_predictions_are_constant_where_they_do_not_follow_labels_that_differ(
+    truth: list[float], found: list[float], is_regression: bool, expected: bool
+) -> None:
+    assert has_constant_predictions(truth, found, is_regression=is_regression) == expected

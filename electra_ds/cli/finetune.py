@@ -21,7 +21,7 @@ from electra_ds.cli.arguments import (
     with_seed,
 )
 from electra_ds.cli.asking import ask_before_years, say_dry_run
-from electra_ds.config.shipped import FINETUNE_RECIPE, finetune_recipe_names
+from electra_ds.config.shipped import FINETUNE_RECIPE, OWN_RECIPE, finetune_recipe_names
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.tasks import TASKS
 from electra_ds.errors import ConfigError
@@ -54,6 +54,10 @@ examples:
 tasks: {", ".join(TASKS)}
 AX, GLUE's diagnostic set, has no training examples: mnli with --predict-test predicts it.
 
+recipes: own trains for at least 500 steps, however few the examples are. bin/export writes a transformers model with
+the head of own, and of original but for SQuAD. rc2020 averages over the tokens, which no class of transformers does, so
+of its models bin/export writes the encoder alone.
+
 The scores of a run are in RUN/scores.json, the predictions in RUN/predictions/, and with --predict-test those of the
 test sets in RUN/submission/, in the files that GLUE's site takes; bin/report --submission zips them.
 """
@@ -77,7 +81,10 @@ def add_finetune(commands: Commands) -> None:
     what.add_argument("--task", type=_task, metavar="TASK", help="one of those below")
     add_seed(what, "of the head, the order of the examples and dropout")
     names = ", ".join(finetune_recipe_names())
-    what.add_argument("--recipe", metavar="NAME|FILE", help=f"{names}, or a YAML file (default: {FINETUNE_RECIPE})")
+    what.add_argument(
+        "--recipe", metavar="NAME|FILE",
+        help=f"{names}, or a YAML file (default: {FINETUNE_RECIPE} with --task, {OWN_RECIPE} with --train)",
+    )  # fmt: skip
     add_overrides(what, "schedule.epochs=5 head.pooling=first")
     what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
     what.add_argument(
@@ -110,7 +117,10 @@ def add_finetune(commands: Commands) -> None:
         how, "runs/TASK-RECIPE-sSEED-TIME",
         "inputs at a time, in place of the JSON's; auto: a rank's whole share, or less where memory runs out",
     )  # fmt: skip
-    how.add_argument("--eval-every", type=positive, metavar="STEPS", help="default: an epoch")
+    how.add_argument(
+        "--eval-every", type=positive, metavar="STEPS",
+        help="default: an epoch, or a tenth of the recipe's schedule.min_steps where that is more",
+    )  # fmt: skip
     how.add_argument("--save-every", type=positive, metavar="STEPS", help="default: 500")
     how.add_argument("--keep", type=positive, metavar="N", help="checkpoints to retain (default: 1)")
     how.add_argument(
@@ -149,7 +159,7 @@ def _finetune(options: argparse.Namespace) -> None:
 
     recipe = None
     if not options.resume:
-        recipe = load_finetune_recipe(options.recipe or FINETUNE_RECIPE, options.task or "", with_seed(options))
+        recipe = load_finetune_recipe(_recipe_name(options), options.task or "", with_seed(options))
 
     from rich.console import Console
 
@@ -190,6 +200,11 @@ def _finetune(options: argparse.Namespace) -> None:
                 discard_weights(run)
 
 
+def _recipe_name(options: argparse.Namespace) -> str:
+    name: str | None = options.recipe
+    return name or (OWN_RECIPE if options.task is None else FINETUNE_RECIPE)
+
+
 def _new_job(
     options: argparse.Namespace,
     wanted: FinetuneOptions,
@@ -219,7 +234,7 @@ def _new_job(
         return finetune_launch.prepare_new(
             wanted, options.task, loaded, source, encoder, recipe, run, ranks, console,
             has_random_weights=options.random_init,
-            source_of_recipe=recipe_source(options.recipe or FINETUNE_RECIPE), changes=_changes(options),
+            source_of_recipe=recipe_source(_recipe_name(options)), changes=_changes(options),
         )  # fmt: skip
 
 

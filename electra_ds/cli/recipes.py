@@ -11,6 +11,7 @@ from electra_ds.config.shipped import (
     FINETUNE_RECIPE,
     FINETUNE_RECIPES,
     GPU_RECIPE,
+    OWN_RECIPE,
     RECIPES,
     finetune_recipe_names,
     recipe_names,
@@ -39,7 +40,8 @@ _KINDS = {
     FINETUNE_RECIPES: "finetuning, bin/finetune --recipe NAME",
 }
 _DEFAULTS = {
-    GPU_RECIPE: " (default with a GPU)", CPU_RECIPE: " (default without a GPU)", FINETUNE_RECIPE: " (default)",
+    GPU_RECIPE: " (default with a GPU)", CPU_RECIPE: " (default without a GPU)",
+    FINETUNE_RECIPE: " (default with --task)", OWN_RECIPE: " (default with --train)",
 }  # fmt: skip
 
 

@@ -89,6 +89,9 @@ class FinetuneScheduleSection(Section):
     kind: Literal["linear", "product"] = "linear"
     """As in pretraining."""
     epochs: float = Field(default=3.0, gt=0, le=10_000)
+    """Passes over the training examples. A file or an override that gives them does not inherit `min_steps`."""
+    min_steps: int = Field(default=0, ge=0, le=10**9, exclude_if=lambda steps: steps == 0)
+    """The fewest optimizer steps of a run: where `epochs` come to fewer, it has more epochs."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
 
@@ -131,10 +134,15 @@ class Finetuning:
         return self.recipe.optimizer
 
     @property
+    def steps_of_epochs(self) -> int:
+        """The steps that the recipe's epochs come to."""
+        return math.ceil(self.recipe.schedule.epochs * self.num_examples / self.global_batch_size - 1e-9)
+
+    @property
     def schedule(self) -> ScheduleSection:
         """In steps; the last one may begin another epoch."""
         section = self.recipe.schedule
-        total = max(1, math.ceil(section.epochs * self.num_examples / self.global_batch_size - 1e-9))
+        total = max(1, section.min_steps, self.steps_of_epochs)
         return ScheduleSection(kind=section.kind, total_steps=total, warmup_share=section.warmup_share)
 
 

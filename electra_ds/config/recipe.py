@@ -276,8 +276,9 @@ class Recipe(Section):
         return self
 
 
-_INSTEAD = {"warmup_steps": "warmup_share", "warmup_share": "warmup_steps"}
-"""Keys of a section of which a recipe has one: giving it takes the other's place."""
+_INSTEAD = {"warmup_steps": "warmup_share", "warmup_share": "warmup_steps", "min_steps": "epochs"}
+"""Keys of a section that are not inherited where the other is given: a recipe has one of the two warm-ups, and epochs
+that are given are not raised."""
 
 
 def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

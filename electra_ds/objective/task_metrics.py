@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 Values = np.ndarray | Sequence[int] | Sequence[float]
+_LEAST_SPREAD = 0.05
+"""Predicted scores count as constant where their standard deviation is less than this share of that of the labels.
+Least squares predicts with a spread of r times that of the labels, so they explain r^2 < 0.3 % of the variance."""
 
 
 def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -87,6 +91,29 @@ def score(metrics: Sequence[str], labels: Values, predictions: Values) -> dict[s
     if not np.isfinite(found).all():
         return dict.fromkeys(metrics, float("nan"))
     return {name: METRICS[name](truth, found) for name in metrics}
+
+
+class Baseline(NamedTuple):
+    """What a model has to beat: the scores of one prediction for every row of a set."""
+
+    prediction: float
+    """The index of the set's most frequent class, or the mean of its scores."""
+    metrics: dict[str, float]
+
+
+def baseline(metrics: Sequence[str], labels: Values, *, is_regression: bool) -> Baseline:
+    """Return the baseline of a set with these labels, by the same metrics as `score`."""
+    truth = np.asarray(labels)
+    constant = float(truth.mean()) if is_regression else int(np.bincount(truth).argmax())
+    return Baseline(constant, score(metrics, truth, np.full(len(truth), constant)))
+
+
+def has_constant_predictions(labels: Values, predictions: Values, *, is_regression: bool) -> bool:
+    """Return whether a model predicts the same for every row, although the labels differ."""
+    truth, found = np.asarray(labels), np.asarray(predictions)
+    if _is_constant(truth):
+        return False
+    return bool(found.std() < _LEAST_SPREAD * truth.std()) if is_regression else _is_constant(found)
 
 
 def confusion(labels: Values, predictions: Values, num_classes: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,10 @@ class _Record(BaseModel):
 class ScoredSet(_Record):
     rows: int = Field(gt=0)
     metrics: dict[str, float | None]
+    baseline: dict[str, float] = {}
+    """What one prediction for every row scores; empty in runs that did not record it, and of SQuAD 1.1."""
+    warning: str = ""
+    """What was said of a model that is no better than one prediction for every row."""
 
 
 class Scores(_Record):
@@ -66,11 +70,22 @@ class Scores(_Record):
 
     def dev_metrics(self) -> dict[str, float]:
         """As `glue_score` names them."""
+        return self._of_dev(self.metrics)
+
+    def dev_baselines(self) -> dict[str, float]:
+        """Their baselines, under the same names."""
+        return self._of_dev(lambda name: self.sets[name].baseline)
+
+    def _of_dev(self, values: Callable[[str], dict[str, float]]) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, suffix in (("dev", ""), ("dev_matched", ""), ("dev_mismatched", "_mismatched")):
             if name in self.sets:
-                found |= {metric + suffix: value for metric, value in self.metrics(name).items()}
+                found |= {metric + suffix: value for metric, value in values(name).items()}
         return found
+
+    @property
+    def warnings(self) -> list[str]:
+        return [scored.warning for scored in self.sets.values() if scored.warning]
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,16 @@ class Group:
 
     def means(self) -> TaskMetrics:
         """Of each metric that all seeds of its task have."""
+        return self._means(Scores.dev_metrics)
+
+    def baselines(self) -> TaskMetrics:
+        """Their baselines, which are the same for all seeds that are scored on the same rows."""
+        return self._means(Scores.dev_baselines)
+
+    def _means(self, values: Callable[[Scores], dict[str, float]]) -> TaskMetrics:
         found = {}
         for task, runs in self.tasks.items():
-            seeds = [run.scores.dev_metrics() for run in runs.values()]
+            seeds = [values(run.scores) for run in runs.values()]
             shared = [metric for metric in seeds[0] if all(metric in metrics for metrics in seeds)]
             found[task] = {metric: sum(metrics[metric] for metrics in seeds) / len(seeds) for metric in shared}
         return found

@@ -26,13 +26,17 @@ from electra_ds.report.published_glue import PublishedScores, PublishedTable, fi
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
 from electra_ds.report.statistics import Spread, difference_interval, spread
 from electra_ds.report.submission import zip_submission
-from electra_ds.terminal import say
+from electra_ds.terminal import say, warn
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
+BASELINE = (
+    "baseline: what one prediction for every row scores: a set's most frequent class, the mean of its scores, or in "
+    "SQuAD 2.0 no answer"
+)
 _CONFIDENCE = 0.95
 _COLUMNS = (
     "run", "model", "model_fingerprint", "recipe", "recipe_source", "changes", "task", "data_fingerprint", "seed",
-    "step", "chosen", "set", "rows", "metric", "value",
+    "step", "chosen", "set", "rows", "metric", "value", "baseline",
 )  # fmt: skip
 _Found = tuple[PublishedTable, PublishedScores]
 
@@ -46,6 +50,8 @@ class Mean:
     """Where all its tasks have the same seeds."""
     value: float | None
     """The mean over seeds, or of the tasks' means; None where a metric is missing."""
+    baseline: float | None
+    """The same mean of the baselines."""
     notes: tuple[str, ...]
 
 
@@ -73,7 +79,8 @@ def report_scores(
         console.print(differences)
     elif len(groups) > 2:
         notes = [*notes, "Differences are of two tables: give the runs of two models or recipes alone"]
-    _say(console, [*notes, PLUS_MINUS, *(note for found in published for note in _published_notes(*found))])
+    legend = [PLUS_MINUS, BASELINE] if any(_baselines(group) for group in groups) else [PLUS_MINUS]
+    _say(console, [*notes, *legend, *(note for found in published for note in _published_notes(*found))])
     if csv is not None:
         write_csv(csv, scored)
         _say(console, [f"{csv}: every metric of every run"])
@@ -105,37 +112,46 @@ def _mean(
     missing: tuple[str, ...],
     *notes: str,
 ) -> Mean:
+    baseline = score(group.baselines())
     if missing:
-        return Mean(name, {}, None, (f"{name} lacks {', '.join(missing)}",))
+        return Mean(name, {}, None, baseline, (f"{name} lacks {', '.join(missing)}",))
     seeds = group.seeds(tasks[0])
     if all(group.seeds(task) == seeds for task in tasks):
         by_seed = {seed: value for seed in sorted(seeds) if (value := score(group.of_seed(seed))) is not None}
-        return Mean(name, by_seed, sum(by_seed.values()) / len(by_seed), notes)
+        return Mean(name, by_seed, sum(by_seed.values()) / len(by_seed), baseline, notes)
     told = f"{name} is made from the tasks' means, and has no ±: their seeds differ"
-    return Mean(name, {}, score(group.means()), (*notes, told))
+    return Mean(name, {}, score(group.means()), baseline, (*notes, told))
 
 
 def _print_group(group: Group, published: Sequence[_Found], console: Console) -> None:
     table = Table(title=f"{escape(group.name)}, recipe {escape(group.recipe)}", title_justify="left", box=box.SIMPLE)
     table.add_column("task")
     table.add_column("metric")
-    for column in ("mean ± std", "n", "median", "min–max"):
+    baselines = _baselines(group)
+    for column in ("mean ± std", *(["baseline"] if baselines else []), "n", "median", "min–max"):
         table.add_column(column, justify="right")
     others = [row for _, row in published]
     for theirs in others:
         table.add_column(escape(theirs.name), justify="right", overflow="fold")
     for task, name, metric, values in _rows(group):
-        cells = _spread_cells(spread(values), 100 if metric in BOUNDED else 1)
+        scale = 100 if metric in BOUNDED else 1
+        first, *cells = _spread_cells(spread(values), scale)
+        if baselines:
+            cells = [_scaled(baselines.get((task, name, metric)), scale), *cells]
         label = task if name == "dev" else f"{task} ({name.removeprefix('dev_')})"
-        table.add_row(
-            escape(label), escape(metric), *cells, *(_their_cell(theirs, task, name, metric) for theirs in others)
-        )
+        published_cells = [_their_cell(theirs, task, name, metric) for theirs in others]
+        table.add_row(escape(label), escape(metric), first, *cells, *published_cells)
     table.add_section()
     found = means(group) if set(group.tasks) & set(GLUE_METRICS) else []
     for mean in found:
-        table.add_row(mean.name, "", *_mean_cells(mean), *(_their_mean(theirs, mean.name) for theirs in others))
+        first, *cells = _mean_cells(mean)
+        if baselines:
+            cells = [_scaled(mean.baseline, 100), *cells]
+        table.add_row(mean.name, "", first, *cells, *(_their_mean(theirs, mean.name) for theirs in others))
     console.print(table)
     _say(console, [note for mean in found for note in mean.notes] + _group_notes(group))
+    for text in _warnings(group):
+        warn(console, text)
 
 
 def _rows(group: Group) -> list[tuple[str, str, str, list[float]]]:
@@ -148,6 +164,34 @@ def _rows(group: Group) -> list[tuple[str, str, str, list[float]]]:
                 for metric, value in run.scores.metrics(name).items():
                     found.setdefault((task, name, metric), []).append(value)
     return [(*key, values) for key, values in found.items()]
+
+
+def _baselines(group: Group) -> dict[tuple[str, str, str], float]:
+    """The baseline of each (task, set, metric) that has one; the mean where seeds were scored on different rows."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for task, runs in group.tasks.items():
+        for run in runs.values():
+            for name, scored in run.scores.sets.items():
+                for metric, value in scored.baseline.items():
+                    found.setdefault((task, name, metric), []).append(value)
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def _warnings(group: Group) -> list[str]:
+    """The warnings of a group's runs, each once, with its task and seeds."""
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for task, runs in group.tasks.items():
+        for seed, run in runs.items():
+            for text in run.scores.warnings:
+                seeds.setdefault((task, text), []).append(seed)
+    return [
+        f"{task}, seed{'s' if len(those) > 1 else ''} {', '.join(map(str, those))}: {text}"
+        for (task, text), those in seeds.items()
+    ]
+
+
+def _scaled(value: float | None, scale: int) -> str:
+    return "–" if value is None else f"{scale * value:.2f}"
 
 
 def _spread_cells(found: Spread, scale: int) -> tuple[str, str, str, str]:
@@ -248,7 +292,7 @@ def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
                     writer.writerow([
                         run.path, found.model, found.model_fingerprint, found.recipe, found.recipe_source,
                         ", ".join(found.changes), found.task, found.data_fingerprint, found.seed, found.step,
-                        found.chosen, name, part.rows, metric, value,
+                        found.chosen, name, part.rows, metric, value, part.baseline.get(metric, ""),
                     ])  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from electra_ds.program import command
 from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
 from electra_ds.report.score_files import BOUNDED
+from electra_ds.report.scores import BASELINE
 from electra_ds.report.statistics import spread
 from electra_ds.report.sweep_figures import draw_capacity
 from electra_ds.report.sweep_results import axes_of, cells, results, write_results
@@ -23,7 +24,7 @@ from electra_ds.sweep.follow import MetricsFollower
 from electra_ds.sweep.options import SCORE
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import Trial, counted, value_text
-from electra_ds.terminal import say, say_command
+from electra_ds.terminal import say, say_command, warn
 from electra_ds.train.metrics import ALWAYS_ORIGINAL
 
 _OF_PRETRAINING = ("generator_gain", "generator_accuracy", "discriminator_auc", "discriminator_recall")
@@ -63,6 +64,8 @@ def report_sweep(
             _print_cells(of_stage, axes_of(table, stage), _title(stage, spec), console)
         if of_stage["std"].notna().any():
             _say(console, _WHAT_STD_IS[stage] if "std_finetuning" not in of_stage else _NESTED)
+        if "baseline" in of_stage:
+            _say(console, BASELINE)
     write_results(table, pd.concat([each.assign(stage=stage) for stage, each in found.items()]), folder.path)
     if spec.pretrain is not None:
         draw_capacity(table, folder.path / "curves.png")
@@ -84,6 +87,8 @@ def print_states(table: pd.DataFrame, console: Console) -> None:
     _say(console, f"{', '.join(counts)} of {counted(len(table))}" if counts else "0 trials")
     for _, row in table[table["state"].isin(["failed", "collapsed", "done"]) & (table["reason"] != "")].iterrows():
         _say(console, f"{row['trial']} {row['state']}: {row['reason']}")
+    for _, row in (table.dropna(subset="warning") if "warning" in table else table[:0]).iterrows():
+        warn(console, f"{row['trial']}: {row['warning']}")
 
 
 def _say_what_runs(folder: SweepFolder, trials: Sequence[Trial], table: pd.DataFrame, console: Console) -> None:
@@ -138,9 +143,11 @@ def _title(stage: str, spec: SweepSpec) -> str:
 
 
 def _print_cells(found: pd.DataFrame, axes: list[str], title: str, console: Console) -> None:
-    has_inner, is_wide = "std_finetuning" in found, console.width >= _WIDE
+    has_inner, has_baseline, is_wide = "std_finetuning" in found, "baseline" in found, console.width >= _WIDE
     shown = _table(title, axes)
-    columns = ["mean ± std", *(["within"] if has_inner else []), "n", *(["median"] if is_wide else []), "min–max"]
+    inner = ["within"] if has_inner else []
+    trivial, median_too = ["baseline"] if has_baseline else [], ["median"] if is_wide else []
+    columns = ["mean ± std", *inner, *trivial, "n", *median_too, "min–max"]
     shown.add_column("metric", no_wrap=True)
     for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
@@ -148,7 +155,7 @@ def _print_cells(found: pd.DataFrame, axes: list[str], title: str, console: Cons
         low, high, median = (_number(row, name) for name in ("low", "high", "median"))
         values = {
             "mean ± std": _mean(row), "within": _number(row, "std_finetuning"), "n": str(row["n"]), "median": median,
-            "min–max": f"{low}–{high}",
+            "baseline": _number(row, "baseline"), "min–max": f"{low}–{high}",
         }  # fmt: skip
         shown.add_row(*_axes_cells(row, axes), row["metric"], *(values[column] for column in columns))
     console.print(shown)
@@ -163,7 +170,10 @@ def _print_tasks(found: pd.DataFrame, table: pd.DataFrame, axes: list[str], titl
     groups = [group for _, group in found.groupby(axes, sort=False, dropna=False)] if axes else [found]
     means = [_glue_means(_runs_of(group.iloc[0], table, axes)) for group in groups]
     names = [name for name in ("AVG", "GLUE") if any(name in each for each in means)]
+    has_baseline = "baseline" in found
     shown = _table(title, axes)
+    if has_baseline and not axes:
+        shown.add_column("")
     for task, metric in firsts.items():
         shown.add_column(f"{task}\n{metric}", justify="right", no_wrap=True)
     for column in (*names, "n"):
@@ -172,7 +182,14 @@ def _print_tasks(found: pd.DataFrame, table: pd.DataFrame, axes: list[str], titl
         first = group[group["metric"] == group["task"].map(firsts)].set_index("task")
         scores = [_mean(first.loc[task]) if task in first.index else "" for task in firsts]
         number = "–".join(dict.fromkeys(map(str, (first["n"].min(), first["n"].max()))))
-        shown.add_row(*_axes_cells(group.iloc[0], axes), *scores, *(mean.get(name, "") for name in names), number)
+        head = _axes_cells(group.iloc[0], axes) or (["mean"] if has_baseline else [])
+        shown.add_row(*head, *scores, *(mean.get(name, "") for name in names), number)
+    if has_baseline:
+        by_task = found[found["metric"] == found["task"].map(firsts)].drop_duplicates("task").set_index("task")
+        scores = [_number(by_task.loc[task], "baseline") for task in firsts]
+        mean = _baseline_means(_runs_of(groups[0].iloc[0], table, axes))
+        shown.add_section()
+        shown.add_row("baseline", *[""] * (len(axes) - 1), *scores, *(mean.get(name, "") for name in names), "")
     console.print(shown)
 
 
@@ -191,9 +208,8 @@ def _glue_means(runs: pd.DataFrame) -> dict[str, str]:
     for of_encoder in by_encoder:
         of_its_seeds: dict[str, list[float]] = {"AVG": [], "GLUE": []}
         for _, of_seed in of_encoder.groupby("seed"):
-            scores = {row["task"]: _scores(row) for _, row in of_seed.iterrows()}
-            for name, value in (("AVG", average(scores)), ("GLUE", glue(scores).value)):
-                of_its_seeds[name] += [] if value is None else [100 * value]
+            for name, value in _avg_and_glue(of_seed, "metric.").items():
+                of_its_seeds[name].append(value)
         for name, values in of_its_seeds.items():
             found[name] += [sum(values) / len(values)] if is_nested and values else values
     spreads = {name: spread(values) for name, values in found.items() if values}
@@ -203,9 +219,21 @@ def _glue_means(runs: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def _scores(row: pd.Series) -> dict[str, float]:
-    names = [name for name in row.index if name.startswith("metric.") and pd.notna(row[name])]
-    return {name.removeprefix("metric."): float(row[name]) for name in names}
+def _baseline_means(runs: pd.DataFrame) -> dict[str, str]:
+    of_tasks = runs.drop_duplicates("task")
+    return {name: f"{value:.2f}" for name, value in _avg_and_glue(of_tasks, "baseline.").items()}
+
+
+def _avg_and_glue(of_tasks: pd.DataFrame, prefix: str) -> dict[str, float]:
+    """AVG and GLUE in percent, as far as the columns with this prefix give them. of_tasks: a row for each task."""
+    scores = {row["task"]: _values(row, prefix) for _, row in of_tasks.iterrows()}
+    means = {"AVG": average(scores), "GLUE": glue(scores).value}
+    return {name: 100 * value for name, value in means.items() if value is not None}
+
+
+def _values(row: pd.Series, prefix: str) -> dict[str, float]:
+    names = [name for name in row.index if name.startswith(prefix) and pd.notna(row[name])]
+    return {name.removeprefix(prefix): float(row[name]) for name in names}
 
 
 def _table(title: str, axes: list[str]) -> Table:

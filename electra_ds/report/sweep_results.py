@@ -13,10 +13,11 @@ from electra_ds.config.manifest import Record
 from electra_ds.config.overrides import dotted_values
 from electra_ds.config.whole_file import whole_file
 from electra_ds.errors import CheckpointError
-from electra_ds.report.score_files import read_run
+from electra_ds.report.score_files import Scores, read_run
 from electra_ds.report.statistics import spread
 from electra_ds.sweep.folder import ENDED_EARLY, SUCCEEDED, State, SweepFolder
 from electra_ds.sweep.follow import as_result
+from electra_ds.sweep.options import SCORE
 from electra_ds.sweep.trials import Trial
 from electra_ds.train.metrics import with_baseline
 from electra_ds.train.tracking import read_metrics
@@ -43,8 +44,12 @@ def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
         name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in trial.values.items()
     }
     row |= {"state": state, "reason": reason}
-    metrics = _metrics(run.path, trial, state)
+    scores = _scores(run.path) if trial.stage == "finetune" and state != "stopped" else None
+    metrics = _metrics(run.path, trial, state, scores)
     row |= {f"metric.{name}": value for name, value in metrics.items()}
+    if scores is not None:
+        row |= {f"baseline.{name}": value for name, value in scores.dev_baselines().items()}
+        row |= {"warning": "; ".join(scores.warnings)} if scores.warnings else {}
     if state == "done" and not metrics:
         row["reason"] = "it is done, but its scores cannot be read"
     if record is not None:
@@ -67,19 +72,22 @@ def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
     return row | {"run": str(run.path)}
 
 
-def _metrics(path: Path, trial: Trial, state: State) -> dict[str, float]:
+def _scores(path: Path) -> Scores | None:
+    try:
+        return read_run(path).scores
+    except CheckpointError:
+        return None
+
+
+def _metrics(path: Path, trial: Trial, state: State, scores: Scores | None) -> dict[str, float]:
     """A finetuning's scores on the development sets and `score`, its first; of a pretraining, and of a finetuning that
     a scheduler has ended, the last evaluation."""
     if trial.stage == "pretrain" or state == "stopped":
         evaluations = evaluations_of(path)
         last = as_result(trial.stage, evaluations[-1]) if evaluations else {}
         return with_baseline(last) if "replaced_share" in last else last
-    try:
-        scores = read_run(path).scores
-    except CheckpointError:
-        return {}
-    found = scores.dev_metrics()
-    return {"step": scores.step, "score": next(iter(found.values()))} | found if found else {}
+    found = {} if scores is None else scores.dev_metrics()
+    return {"step": scores.step, SCORE: next(iter(found.values()))} | found if scores is not None and found else {}
 
 
 def evaluations_of(run: Path) -> list[dict[str, float]]:
@@ -104,8 +112,9 @@ def _plain(value: Any) -> Any:
 
 def cells(table: pd.DataFrame, stage: str, metrics: Sequence[str]) -> pd.DataFrame:
     """Over the seeds of each cell of a stage: n, mean, sample standard deviation, median, lowest and highest of each
-    metric. Where a cell has several pretraining seeds, `std` is that of their means, `n` their number, and
-    `std_finetuning` the mean standard deviation over finetuning seeds within one."""
+    metric, and `baseline`, what one prediction for every row scores. Where a cell has several pretraining seeds, `std`
+    is that of their means, `n` their number, and `std_finetuning` the mean standard deviation over finetuning seeds
+    within one."""
     ended = table[(table["stage"] == stage) & table["state"].isin(SUCCEEDED) & (table["reason"] != ENDED_EARLY)]
     of_stage = table[table["stage"] == stage]
     is_nested = "pretrain.seed" in of_stage and of_stage["pretrain.seed"].nunique() > 1
@@ -118,7 +127,10 @@ def cells(table: pd.DataFrame, stage: str, metrics: Sequence[str]) -> pd.DataFra
             values = group[column].dropna() if column in group else pd.Series(dtype=float)
             if values.empty:
                 continue
-            found.append(named | {"metric": metric} | _summed(group.loc[values.index], column, is_nested=is_nested))
+            summed = _summed(group.loc[values.index], column, is_nested=is_nested)
+            if f"baseline.{metric}" in group:
+                summed["baseline"] = float(group[f"baseline.{metric}"].mean())
+            found.append(named | {"metric": metric} | summed)
     return pd.DataFrame(found)
 
 

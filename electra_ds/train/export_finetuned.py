@@ -62,8 +62,8 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
     config, _ = finetuned_encoder(checkpoint)
     scores = _scores(checkpoint)
     is_span = not encoder_only and record.source.train is None and record.task not in GLUE
-    if not encoder_only and (why := why_not_held(recipe, config, is_span)):
-        raise ConfigError(why)
+    if not encoder_only and (not_held := why_not_held(recipe, config, is_span)):
+        raise ConfigError(str(not_held))
     logging.disable_progress_bar()  # which would count one shard
     labels: tuple[str, ...] = ()
     scale = (0.0, 1.0)

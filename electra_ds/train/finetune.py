@@ -35,6 +35,7 @@ from electra_ds.errors import CheckpointError, TrainingError
 from electra_ds.model.task_model import TaskModel, make_encoder, make_head
 from electra_ds.runtime import Ranks
 from electra_ds.train.encoder_source import EncoderSource
+from electra_ds.train.finetune_advice import useless_warning
 from electra_ds.train.loop import TrainingLoop, train
 from electra_ds.train.task_sets import Judged, Outputs, TaskSets
 from electra_ds.train.throughput import Throughput
@@ -146,9 +147,10 @@ class FinetuneLoop(TrainingLoop):
     def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
         sets = self.job.sets
         self._judged = self._judge(sets.dev)
+        for name, judged in self._judged.items():
+            constant = "" if judged.constant is None else f"; every prediction is {judged.constant}"
+            display.say(f"{name} at step {self.step}: {sets.shown(judged.metrics, judged.baseline)}{constant}")
         scores = self.ranks.from_main({name: judged.metrics for name, judged in self._judged.items()})
-        for name, metrics in scores.items():
-            display.say(f"{name} at step {self.step}: {sets.shown(name, metrics)}")
         if self._is_of_schedule(self.step):
             self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
         if len(scores) == 1:
@@ -267,10 +269,7 @@ class FinetuneLoop(TrainingLoop):
             "step": self._best_step if best else self.step,
             "chosen": chosen,
             "sets": {
-                name: {
-                    "rows": of.rows,
-                    "metrics": {key: value if math.isfinite(value) else None for key, value in of.metrics.items()},
-                } | of.details
+                name: self._written(name, of)
                 for name, of in judged.items()
             },
         }  # fmt: skip
@@ -278,6 +277,20 @@ class FinetuneLoop(TrainingLoop):
             for name, content in of.files.items():
                 write_file(job.run.path / name, content)
         write_file(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
+
+    def _written(self, name: str, of: Judged) -> dict[str, Any]:
+        """What scores.json says of a set."""
+        said: dict[str, Any] = {
+            "rows": of.rows,
+            "metrics": {key: value if math.isfinite(value) else None for key, value in of.metrics.items()},
+        }
+        if of.baseline:
+            said |= {"baseline": of.baseline, "baseline_prediction": of.baseline_prediction}
+        if of.constant is not None or of.is_beaten:
+            job = self.job
+            steps = self._best_step or self.step
+            said["warning"] = useless_warning(name, of, steps, job.training, job.encoder, job.sets)
+        return said | of.details
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from transformers import PretrainedConfig
 
@@ -26,17 +25,17 @@ from electra_ds.data.loaded_task import LoadedTask
 from electra_ds.data.recorded_task import recorded_task
 from electra_ds.data.squad import SquadData
 from electra_ds.data.tasks import TaskData
-from electra_ds.data.unknown import NOTED_SHARE
 from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.engine.layer_decay import check_layers
 from electra_ds.engine.run_time import RunTime, finetuning_time
 from electra_ds.errors import CheckpointError, ConfigError, DataError
 from electra_ds.program import command
 from electra_ds.runtime import Ranks
-from electra_ds.terminal import StageProgress, note, say, say_command
+from electra_ds.terminal import StageProgress, note, say, say_command, warn
 from electra_ds.train import launch
 from electra_ds.train.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.train.finetune import SCORES, FinetuneJob
+from electra_ds.train.finetune_advice import advice
 from electra_ds.train.holdable import why_not_held
 from electra_ds.train.launch import Options, plan_for, plan_of_run, record_again
 from electra_ds.train.task_sets import LabelledSets, SpanSets, TaskSets
@@ -44,7 +43,8 @@ from electra_ds.train.trackers import check_tracking
 from electra_ds.train.trained import kept_checkpoint
 
 _SAVE_EVERY = 500
-_SMALL_RATE, _BASE_WIDTH = 2e-4, 768
+_EVALUATIONS = 10
+"""Of a run that schedule.min_steps makes longer, which would otherwise be evaluated at each of a hundred epochs."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def prepare_new(
     sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
     training = Finetuning(recipe, len(sets.train), encoder.num_layers)
     plan = plan_for(options, training, ranks)
-    said = (*encoder.notes, *_unknown_text(encoder, sets.train.ids), *_advice(recipe, encoder, sets))
+    said = (*encoder.notes, *advice(training, encoder, sets, keeps_weights=not options.discard_weights))
     notes = [note.rstrip(".") for note in (*loaded.notes, *said)]
     plan = replace(plan, notes=(*plan.notes, *notes))
     if ranks.is_main:
@@ -264,7 +264,8 @@ def _encoder_again(run: RunDirectory, record: FinetuneRecord, given: str | None)
 
 def _default_settings(training: Finetuning) -> FinetuneSettings:
     epoch = math.ceil(training.num_examples / training.global_batch_size)
-    return FinetuneSettings(log_every=10, eval_every=epoch, save_every=_SAVE_EVERY, keep=1)
+    eval_every = max(epoch, training.recipe.schedule.min_steps // _EVALUATIONS)
+    return FinetuneSettings(log_every=10, eval_every=eval_every, save_every=_SAVE_EVERY, keep=1)
 
 
 def _stop_at(options: Options, training: Finetuning) -> int:
@@ -274,45 +275,12 @@ def _stop_at(options: Options, training: Finetuning) -> int:
     return options.stop_at or total
 
 
-def _advice(recipe: FinetuneRecipe, encoder: EncoderSource, sets: TaskSets) -> list[str]:
-    """What a user of a published recipe should know of this model."""
-    said = []
-    longest, trained = int(sets.train.lengths.max()), encoder.trained_length
-    if trained is not None and longest > trained:
-        share = float((sets.train.lengths > trained).mean())
-        said.append(
-            f"{share:.0%} of the training inputs are longer than the {trained} tokens that the encoder was pretrained "
-            f"on, the longest {longest}; positions beyond have never been trained. --set data.max_length={trained} "
-            f"would cut them there"
-        )
-    if encoder.hidden_size >= _BASE_WIDTH and recipe.optimizer.learning_rate > _SMALL_RATE:
-        rate = "1e-4" if encoder.hidden_size == _BASE_WIDTH else "5e-5 optimizer.layer_decay=0.9"
-        said.append(
-            f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper takes "
-            f"{rate} for one of this size: --set optimizer.learning_rate={rate}"
-        )
-    return said
-
-
-def _unknown_text(encoder: EncoderSource, ids: np.ndarray) -> list[str]:
-    """A note where the encoder's tokenizer gives too much of the training text as [UNK]."""
-    tokenizer = encoder.tokenizer
-    text = ids[~np.isin(ids, [tokenizer.cls_token_id, tokenizer.sep_token_id])]
-    if tokenizer.unk_token_id is None or not len(text):
-        return []
-    share = float((text == tokenizer.unk_token_id).mean())
-    if share < NOTED_SHARE:
-        return []
-    return [
-        f"{share:.0%} of the training inputs' tokens are {tokenizer.unk_token}: the tokenizer of {encoder.name} does "
-        f"not know this text. Is it in another language or case, or without spaces between words? Choose a model that "
-        f"was pretrained on such text"
-    ]
-
-
 def announce(job: FinetuneJob, console: Console) -> None:
     """What is about to run, in a few lines."""
     recipe, record, schedule = job.recipe, job.record, job.training.schedule
+    epochs = recipe.schedule.epochs
+    if schedule.total_steps > job.training.steps_of_epochs:
+        epochs = round(schedule.total_steps * recipe.global_batch_size / len(job.sets.train))
     began = "random weights of the shape of " if record.has_random_weights else ""
     sets = ", ".join(f"{name} {len(inputs):,}" for name, inputs in (job.sets.dev | job.sets.test).items())
     say(
@@ -320,7 +288,7 @@ def announce(job: FinetuneJob, console: Console) -> None:
         f"{job.sets.name}, recipe {recipe.name}, seed {recipe.seed}: {began}{record.model}, "
         f"{record.parameters['encoder'] / 1e6:.2f} M parameters\n"
         f"data: {len(job.sets.train):,} training inputs; {sets}\n"
-        f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({recipe.schedule.epochs:g} epochs); "
+        f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epochs); "
         f"{record.device}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
         f"micro-batch x accumulation = {job.plan.batch}\n"
         f"run directory: {job.run.path}",
@@ -345,8 +313,11 @@ def show_scores(job: FinetuneJob, console: Console) -> None:
     scores = json.loads((job.run.path / SCORES).read_text("utf8"))
     for name, of_set in scores["sets"].items():
         if of_set["metrics"]:
-            numbers = job.sets.shown(name, of_set["metrics"])
-            say(console, f"{name}, {of_set['rows']:,} rows: {numbers}")
+            baseline = of_set.get("baseline", {})
+            of = f"\n  baseline: {of_set['baseline_prediction']} for every row" if baseline else ""
+            say(console, f"{name}, {of_set['rows']:,} rows: {job.sets.shown(of_set['metrics'], baseline)}{of}")
+            if "warning" in of_set:
+                warn(console, of_set["warning"])
     say(console, f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.")
     say_command(console, "Several runs together:", f"{command('report')} RUN RUN …")
     if not job.record.settings.discard_weights:

@@ -42,6 +42,7 @@ _NULL = """\
     if output.start_logits[0, 0] + output.end_logits[0, 0] - best.max() > THRESHOLD:
         return ""  # the context has no answer
 """
+_COLUMNS = "| set | rows | metric | value | the same prediction for every row |"
 
 
 @dataclass(frozen=True)
@@ -159,15 +160,20 @@ def _scores(what: Exported, kind: str) -> str:
     if scores.get("step") != what.state["step"]:
         return ""
     rows = [
-        f"| {name} | {of['rows']:,} | {metric} | {value:.4f} |"
+        f"| {name} | {of['rows']:,} | {metric} | {value:.4f} | {_baseline(of, metric)} |"
         for name, of in scores["sets"].items()
         for metric, value in of["metrics"].items()
     ]
     chosen = scores["chosen"]
     note = f"\nThe weights are those of the {chosen}, so that its scores are no test.\n" if chosen != "last" else ""
     heading = "Scores, with its head" if kind == "feature-extraction" else "Scores"
-    table = "\n".join(["| set | rows | metric | value |", "| --- | --- | --- | --- |", *rows])
+    table = "\n".join([_COLUMNS, "| --- | --- | --- | --- | --- |", *rows])
     return f"\n## {heading}\n\n{table}\n{note}"
+
+
+def _baseline(of: dict[str, Any], metric: str) -> str:
+    found = of.get("baseline", {})
+    return f"{found[metric]:.4f} ({of['baseline_prediction']})" if metric in found else "–"
 
 
 def _of_head(what: Exported, model: PreTrainedModel, kind: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from transformers import PretrainedConfig
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
@@ -9,32 +11,47 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 ENCODER_ONLY = "or export the finetuned encoder without its head: add --encoder-only"
 
 
-def why_not_held(recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> str | None:
+class NotHeld(NamedTuple):
+    why: str
+    """Without a full stop."""
+    instead: str
+    """Overrides of the recipe with which a class of transformers does hold the head; empty where there are none."""
+
+    def __str__(self) -> str:
+        otherwise = f"Finetune with --set {self.instead}, {ENCODER_ONLY}"
+        if not self.instead:
+            otherwise = "Export the finetuned encoder without its head: add --encoder-only"
+        return f"No class of transformers computes what was trained: {self.why}. {otherwise}"
+
+
+def why_not_held(recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> NotHeld | None:
     """Why no class of transformers computes this head, and what to do; None where one does. Of question answering with
     other encoders than ELECTRA, as far as can be said without making the model."""
-    head, what, instead = recipe.head, "", ""
-    if is_span and head.span == "joint":
-        what = (
+    head = recipe.head
+    if is_span:
+        if head.span != "joint":
+            return None
+        return NotHeld(
             "head.span is joint, a head that scores ends given the start, and transformers' classes for question "
-            "answering score start and end on their own"
+            "answering score start and end on their own",
+            "head.span=independent",
         )
-        instead = "Finetune with --set head.span=independent, "
-    elif not is_span and config.model_type != "electra":
-        return (
-            f"This head scores the encoder's output, and transformers' classes for {config.model_type} have other "
-            f"layers before the scores, which were not trained. Export the finetuned encoder without its head: add "
-            f"--encoder-only"
+    if config.model_type != "electra":
+        return NotHeld(
+            f"this head scores the encoder's output, and transformers' classes for {config.model_type} have other "
+            f"layers before the scores, which are not trained here",
+            "",
         )
-    elif not is_span and head.pooling != "first":
-        what = (
+    if head.pooling != "first":
+        return NotHeld(
             f"head.pooling is {head.pooling}, and transformers' ElectraForSequenceClassification scores the first "
-            f"token's vector alone"
+            f"token's vector alone",
+            "head.pooling=first head.hidden_size=null",
         )
-        instead = "Finetune with --set head.pooling=first head.hidden_size=null, "
-    elif not is_span and head.num_layers == 2 and head.hidden_size not in (None, int(config.hidden_size)):
-        what = (
+    if head.num_layers == 2 and head.hidden_size not in (None, int(config.hidden_size)):
+        return NotHeld(
             f"head.hidden_size is {head.hidden_size}, and that of transformers' head is the encoder's, "
-            f"{config.hidden_size}"
+            f"{config.hidden_size}",
+            "head.hidden_size=null",
         )
-        instead = "Finetune with --set head.hidden_size=null, "
-    return f"No class of transformers computes what was trained: {what}. {instead}{ENCODER_ONLY}" if what else None
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ from electra_ds.objective.spans import (
     joint_candidates,
     null_score,
 )
-from electra_ds.objective.squad_metrics import evaluate
-from electra_ds.objective.task_metrics import confusion, score
+from electra_ds.objective.squad_metrics import Golds, evaluate
+from electra_ds.objective.task_metrics import baseline, confusion, has_constant_predictions, score
 
 _PART = 0xF2
 _AX_METRICS = ("matthews",)  # GLUE's for its diagnostic set
@@ -54,6 +55,13 @@ class Judged:
     rows: int
     metrics: dict[str, float]
     """Empty where the set has no labels. Shares lie in [0, 1], correlations in [-1, 1]."""
+    baseline: dict[str, float]
+    """What `baseline_prediction` scores where it is given for every row; empty where there is none."""
+    baseline_prediction: str
+    constant: str | None
+    """What all predictions are, where the labels differ and the predictions do not."""
+    is_beaten: bool
+    """Whether the labels differ and the first metric is no better than its baseline."""
     details: dict[str, Any]
     """What else scores.json says of the set."""
     files: dict[str, str | bytes] = field(repr=False)
@@ -75,14 +83,19 @@ class TaskSets(ABC):
     test: dict[str, TaskInputs]
     chosen_by: str
     """The metric of choices."""
+    shown_metrics: tuple[str, ...] = ()
+    """Those that the terminal shows; empty where it shows all."""
 
     @abstractmethod
     def judge(self, name: str, outputs: Outputs) -> Judged:
         """name: of a set in `dev` or `test`."""
 
-    @abstractmethod
-    def shown(self, name: str, metrics: Mapping[str, float]) -> str:
-        """For the terminal."""
+    def shown(self, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> str:
+        """Scores for the terminal, each next to its baseline where there is one."""
+        return "  ".join(
+            f"{name} {metrics[name]:.4f}" + (f" (baseline {baseline[name]:.4f})" if name in baseline else "")
+            for name in self.shown_metrics or metrics
+        )
 
 
 class LabelledSets(TaskSets):
@@ -124,18 +137,32 @@ class LabelledSets(TaskSets):
         examples = self._data.sets()[name]
         logits = np.stack([row["logits"] for row in outputs])
         predictions = unscaled(logits[:, 0], self.task, self._recipe) if self.is_regression else logits.argmax(-1)
-        metrics, details = {}, {}
-        if examples.labels is not None:
-            metrics = score(_AX_METRICS if name == "ax" else self.task.metrics, examples.labels, predictions)
-        if examples.labels is not None and not self.is_regression:
-            counts = confusion(examples.labels, predictions, len(self.labels))
-            details = {"labels": list(self.labels), "confusion": counts}
         files: dict[str, str | bytes] = {f"predictions/{name}.jsonl": self._lines(examples, predictions, logits)}
         if name in self.task.submission:
             rows = zip(examples.ids, predictions, strict=True)
             lines = [f"{index}\t{self.task.written_prediction(prediction)}" for index, prediction in rows]
             files[f"submission/{self.task.submission[name]}"] = "\n".join(["index\tprediction", *lines]) + "\n"
-        return Judged(len(examples), metrics, details, files)
+        if examples.labels is None:
+            return Judged(len(examples), {}, {}, "", None, False, {}, files)
+        wanted = _AX_METRICS if name == "ax" else self.task.metrics
+        metrics = score(wanted, examples.labels, predictions)
+        trivial = baseline(wanted, examples.labels, is_regression=self.is_regression)
+        is_beaten = metrics[wanted[0]] <= trivial.metrics[wanted[0]] and len(set(examples.labels.tolist())) > 1
+        constant = None
+        if has_constant_predictions(examples.labels, predictions, is_regression=self.is_regression):
+            constant = ("about " if self.is_regression else "") + self._named(float(np.mean(predictions)))
+        details: dict[str, Any] = {}
+        if not self.is_regression:
+            counts = confusion(examples.labels, predictions, len(self.labels))
+            details = {"labels": list(self.labels), "confusion": counts}
+        return Judged(
+            len(examples), metrics, trivial.metrics, self._named(trivial.prediction), constant, is_beaten, details,
+            files,
+        )  # fmt: skip
+
+    def _named(self, prediction: float) -> str:
+        """A prediction for people."""
+        return f"{prediction:.4g}" if self.is_regression else f"'{self.labels[int(prediction)]}'"
 
     def _lines(self, examples: Any, predictions: np.ndarray, logits: np.ndarray) -> str:
         def named(value: Any) -> Any:
@@ -149,9 +176,6 @@ class LabelledSets(TaskSets):
             lines.append(json.dumps(line, ensure_ascii=False))
         return "\n".join(lines) + "\n"
 
-    def shown(self, name: str, metrics: Mapping[str, float]) -> str:
-        return "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
-
 
 class SpanSets(TaskSets):
     """Of question answering."""
@@ -160,6 +184,7 @@ class SpanSets(TaskSets):
     is_regression = False
     labels = ()
     chosen_by = "f1"
+    shown_metrics = ("exact", "f1")
 
     def __init__(
         self,
@@ -205,7 +230,7 @@ class SpanSets(TaskSets):
         na_scores = {key: answer.na_score for key, answer in answers.items()} if is_second else None
         golds = {question.id: question.answers for question in self._dev}
         percents = evaluate(self.name, golds, told, na_scores, self._recipe.head.null_threshold)
-        metrics = {_OWN_NAMES.get(key, key): value / 100 for key, value in percents.items() if key in _SHARES}
+        metrics = _shares(percents)
         files: dict[str, str | bytes] = {
             f"predictions/{name}-logits.npz": _packed(outputs, self.dev[name]),
             f"predictions/{name}.json": _json({key: answer.text for key, answer in answers.items()}),
@@ -213,8 +238,15 @@ class SpanSets(TaskSets):
         }
         if na_scores is not None:
             files[f"predictions/{name}-na-scores.json"] = _json(na_scores)
+        # In 1.1 every question has an answer, and no answer is right for all of them.
+        trivial = _shares(evaluate(self.name, golds, *_unanswered(golds))) if is_second else {}
+        has_answers = is_second and any(golds.values())
+        constant = "no answer" if has_answers and not any(answer.text for answer in answers.values()) else None
+        is_beaten = has_answers and metrics["exact"] <= trivial["exact"]
         details = {key: value for key, value in percents.items() if key not in _SHARES}
-        return Judged(len(self._dev), metrics, details, files)
+        return Judged(
+            len(self._dev), metrics, trivial, "no answer" if trivial else "", constant, is_beaten, details, files
+        )
 
     def _answers(self, outputs: Outputs) -> dict[str, Answer]:
         section, features = self._recipe.data, self._features
@@ -235,8 +267,14 @@ class SpanSets(TaskSets):
             threshold=head.null_threshold, against_best=head.span == "independent", n_best=section.n_best,
         )  # fmt: skip
 
-    def shown(self, name: str, metrics: Mapping[str, float]) -> str:
-        return f"exact {metrics['exact']:.4f}  f1 {metrics['f1']:.4f}"
+
+def _shares(percents: Mapping[str, float]) -> dict[str, float]:
+    return {_OWN_NAMES.get(key, key): value / 100 for key, value in percents.items() if key in _SHARES}
+
+
+def _unanswered(golds: Golds) -> tuple[dict[str, str], dict[str, float]]:
+    """(answers, scores of no answer) of a model that never answers."""
+    return dict.fromkeys(golds, ""), dict.fromkeys(golds, math.inf)
 
 
 def _packed(outputs: Outputs, inputs: TaskInputs) -> bytes:
