@@ -344,6 +344,6 @@ def test_runs_that_recorded_no_baseline_are_reported_without_one(tmp_path: Path)
 def test_a_model_that_is_no_better_than_its_baseline_is_warned_of_with_its_seeds(tmp_path: Path) -> None:
     runs = [
         write(tmp_path, str(seed), with_baseline("rte", seed, {"accuracy": 0.5}, **({"warning": why} if why else {})))
-        for seed, why in enumerate(["all are 'x'", "", "all are 'x'"])
+        for seed, why in enumerate(["All are 'x'.", "", "All are 'x'."])
     ]
-    assert "Warning: rte, seeds 0, 2: all are 'x'." in told(runs)
+    assert "Warning: rte, seeds 0, 2: All are 'x'." in told(runs)
