@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from electra_ds.config.inert import ZERO_REMOVED, is_inert_in_zero, is_offload
+from electra_ds.config.inert import ZERO_REMOVED, ZERO_UNREAD, is_inert_in_zero, is_offload
 from electra_ds.config.suggest import did_you_mean
 
 # Our own bucket sizes, in elements: DeepSpeed's 5e8 would be a gigabyte, more than the whole of a small model.
@@ -15,18 +15,25 @@ _ZERO_DEFAULTS: dict[int, dict[str, int]] = {
     2: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
     3: {"reduce_bucket_size": _BUCKET, "stage3_prefetch_bucket_size": _BUCKET},
 }
-ZERO_KEYS = {
-    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "overlap_comm", "offload_optimizer", "round_robin_gradients",
+_FLAGS = {
+    "contiguous_gradients", "reduce_scatter", "allgather_partitions", "overlap_comm", "round_robin_gradients",
     "use_multi_rank_bucket_allreduce", "ignore_unused_parameters",
 }  # fmt: skip
-ZERO_3_KEYS = {
-    "offload_param", "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
-    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
-    "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings",
-    "stage3_allgather_sequential", "gather_16bit_weights_on_model_save",
+_BUFFER, _COUNT = (1, 10**15), (0, 2**63 - 1)
+_SIZES = {"reduce_bucket_size": _BUFFER, "allgather_bucket_size": _BUFFER}
+"""In elements, with the lowest and the highest value."""
+_FLAGS_3 = {
+    "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings",
+    "stage3_allgather_sequential",
 }  # fmt: skip
+_SIZES_3 = {
+    "sub_group_size": _COUNT, "stage3_max_live_parameters": _COUNT, "stage3_max_reuse_distance": _COUNT,
+    "stage3_prefetch_bucket_size": _BUFFER, "stage3_param_persistence_threshold": _COUNT,
+    "stage3_model_persistence_threshold": _COUNT, "stage3_module_granularity_threshold": _COUNT,
+}  # fmt: skip
+ZERO_KEYS = {"stage", "offload_optimizer", *_FLAGS, *_SIZES}
+ZERO_3_KEYS = {"offload_param", *_FLAGS_3, *_SIZES_3}
+OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def parse_zero(values: dict[str, Any], problems: list[str], inert: list[str]) -> dict[str, Any]:
@@ -46,39 +53,41 @@ def parse_zero(values: dict[str, Any], problems: list[str], inert: list[str]) ->
     if stage not in (0, 1, 2, 3):
         return {"stage": 0}
     known = {0: {"stage"}, 1: ZERO_KEYS, 2: ZERO_KEYS, 3: ZERO_KEYS | ZERO_3_KEYS}[stage]
+    result: dict[str, Any] = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {})
     for key, value in section.items():
-        if key in ZERO_KEYS | ZERO_3_KEYS:
-            if key not in known and is_offload(key, value):
-                problems.append(f"zero_optimization.{key}: DeepSpeed does not offload at stage {stage}; remove it")
-            elif key not in known:
-                inert.append(f"zero_optimization.{key} (at stage {stage})")
+        _check_type(key, value, problems)
+        if key in known and (key not in OFFLOADS or is_offload(key, value)):
+            result |= without_auto({key: value}) if value is not None else {}
+        elif is_offload(key, value):
+            problems.append(f"zero_optimization.{key}: DeepSpeed does not offload at stage {stage}; remove it")
+        elif key in ZERO_KEYS | ZERO_3_KEYS:
+            inert.append(f"zero_optimization.{key}" + ("" if key in known else f" (at stage {stage})"))
         elif is_inert_in_zero(key, value):
             inert.append(f"zero_optimization.{key}")
-        elif key in ZERO_REMOVED:
+        elif key in (*ZERO_REMOVED, *ZERO_UNREAD):
             problems.append(f"zero_optimization.{key}: DeepSpeed 0.19 no longer has this feature; remove the key")
         else:
             problems.append(f"zero_optimization.{key}: not supported here{did_you_mean(key, known)}")
-    section = {key: value for key, value in section.items() if key in known}
-    for key in _ZERO_DEFAULTS.get(stage, {}):
-        size = section.get(key, "auto")
-        if size != "auto" and (isinstance(size, bool) or not isinstance(size, (int, float)) or not 1 <= size < 1e15):
-            problems.append(f"zero_optimization.{key}: {size!r} is not a positive number of elements")
-    if section.get("overlap_comm", "auto") not in ("auto", True, False):
-        problems.append(f"zero_optimization.overlap_comm: {section['overlap_comm']!r} is not true or false")
-    result = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {}) | without_auto(section)
-    for name in ("offload_optimizer", "offload_param"):
-        if name in result:
-            _check_offload(name, result, problems)
+    for name in OFFLOADS:
+        device = result[name].get("device") if isinstance(result.get(name), dict) else result.get(name, "cpu")
+        if device != "cpu":
+            problems.append(f'zero_optimization.{name}.device: {device!r} is not supported here; "cpu" and "none" are')
     return result
 
 
-def _check_offload(name: str, zero: dict[str, Any], problems: list[str]) -> None:
-    section = zero[name]
-    device = section.get("device", "none") if isinstance(section, dict) else section
-    if device not in ("cpu", "none", None):
-        problems.append(f'zero_optimization.{name}.device: {device!r} is not supported here; "cpu" and "none" are')
-    elif device != "cpu":
-        del zero[name]
+def _check_type(key: str, value: Any, problems: list[str]) -> None:
+    """At every stage: a value of the wrong type is a slip also where the key has no effect."""
+    if value in ("auto", None):
+        return
+    if key in _FLAGS | _FLAGS_3:
+        if value not in (True, False):
+            problems.append(f"zero_optimization.{key}: {value!r} is not true or false")
+    elif key in _SIZES | _SIZES_3:
+        lowest, highest = (_SIZES | _SIZES_3)[key]
+        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+            problems.append(
+                f"zero_optimization.{key}: {value!r} is not a whole number of elements from {lowest} to {highest:g}"
+            )
 
 
 def without_auto(values: dict[str, Any]) -> dict[str, Any]:
