@@ -37,7 +37,7 @@ NOT_USED = (
     "disable_allgather", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
     "managed_gradient_accumulation", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type",
     "sequence_parallel_size", "tensor_parallel", "use_data_before_expert_parallelism", "vocabulary_size",
-    "weight_quantization",
+    "weight_quantization", "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
 INSTEAD = {
     "comet": "Comet is not supported; use --wandb, --tensorboard, or a csv_monitor section instead",
@@ -184,7 +184,7 @@ def resolve(
     values = as_read(values, problems, notes)
     inert = _check_keys(values, problems)
     check_recipe_owned(values, recipe, problems, notes)
-    zero = parse_zero(values, problems, inert)
+    zero = parse_zero(values, problems, notes, inert)
     precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes)
     if inert:
         notes.append(f"left out, since nothing depends on it here: {', '.join(inert)}")
@@ -231,7 +231,7 @@ def _check_keys(values: dict[str, Any], problems: list[str]) -> list[str]:
         elif key in NOT_USED:
             problems.append(f"{key}: this DeepSpeed feature is not supported here; remove the key")
         elif key not in known:
-            problems.append(f"{key}: unknown key{did_you_mean(key, known)}")
+            problems.append(f"{key}: unknown key, which DeepSpeed would ignore{did_you_mean(key, known)}")
     return inert
 
 

@@ -14,7 +14,6 @@ HANDED_ON: dict[str, type[Any]] = {
     "timers": dict,
     "wall_clock_breakdown": bool,
     "zero_allow_untested_optimizer": bool,
-    "zero_force_ds_cpu_optimizer": bool,
 }
 _JSON_TYPES = {dict: "object", bool: "boolean", int: "whole number", str: "string"}
 _FLOPS_PROFILER: dict[str, tuple[type, ...]] = {

@@ -11,17 +11,21 @@ from collections.abc import Iterator
 from typing import Any
 
 TOP_DEFAULTS: dict[str, Any] = {
-    "communication_data_type": None, "dataloader_drop_last": False, "disable_allgather": False,
-    "gradient_allreduce_op": "mean", "gradient_predivide_factor": 1.0, "managed_gradient_accumulation": True,
+    "communication_data_type": None, "gradient_allreduce_op": "mean", "gradient_predivide_factor": 1.0,
+    "managed_gradient_accumulation": True,
     "prescale_gradients": False, "seq_parallel_communication_data_type": "fp32", "sequence_parallel_size": 1,
     "use_data_before_expert_parallelism": False,
 }  # fmt: skip
-WITHOUT_EFFECT = ("aio", "allgather_size", "vocabulary_size")
-"""Top-level keys on which nothing depends here: files on NVMe, a buffer of ZeRO's oldest form, a hint about speed."""
+WITHOUT_EFFECT = (
+    "aio", "allgather_size", "dataloader_drop_last", "disable_allgather", "vocabulary_size",
+    "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+"""Top-level keys on which nothing depends here: files on NVMe, a buffer of ZeRO's oldest form, the last batch of
+DeepSpeed's own loader (every batch is full here), a switch that DeepSpeed reads and does not use, a hint about speed,
+and whose AdamW an offloaded optimizer is, which is torch's here."""
 ZERO_DEFAULTS: dict[str, Any] = {
-    "compute_grad_norm": True, "cpu_offload": None, "cpu_offload_param": None, "enable_sanity_checks": False,
-    "legacy_stage1": False, "memory_efficient_linear": True, "override_module_apply": True,
-    "parameter_alignment": False, "save_muon_momentum_buffer_in_memory": False,
+    "compute_grad_norm": True, "cpu_offload": None, "cpu_offload_param": None, "legacy_stage1": False,
+    "override_module_apply": True, "parameter_alignment": False, "save_muon_momentum_buffer_in_memory": False,
     "stage3_gather_fp16_weights_on_model_save": False, "zenflow": None, "zero_hpz_partition_size": 1,
     "zero_quantized_gradients": False, "zero_quantized_nontrainable_weights": False, "zero_quantized_weights": False,
 }  # fmt: skip

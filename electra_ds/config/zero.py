@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from electra_ds.config.inert import ZERO_REMOVED, ZERO_UNREAD, is_inert_in_zero, is_offload
+from electra_ds.config.inert import ZERO_DEFAULTS, ZERO_REMOVED, ZERO_UNREAD, is_inert_in_zero, is_offload
 from electra_ds.config.suggest import did_you_mean
 
 # Our own bucket sizes, in elements: DeepSpeed's 5e8 would be a gigabyte, more than the whole of a small model.
@@ -24,7 +24,7 @@ _SIZES = {"reduce_bucket_size": _BUFFER, "allgather_bucket_size": _BUFFER}
 """In elements, with the lowest and the highest value."""
 _FLAGS_3 = {
     "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings",
-    "stage3_allgather_sequential",
+    "stage3_allgather_sequential", "memory_efficient_linear", "enable_sanity_checks",
 }  # fmt: skip
 _SIZES_3 = {
     "sub_group_size": _COUNT, "stage3_max_live_parameters": _COUNT, "stage3_max_reuse_distance": _COUNT,
@@ -36,10 +36,10 @@ ZERO_3_KEYS = {"offload_param", *_FLAGS_3, *_SIZES_3}
 OFFLOADS = ("offload_optimizer", "offload_param")
 
 
-def parse_zero(values: dict[str, Any], problems: list[str], inert: list[str]) -> dict[str, Any]:
+def parse_zero(values: dict[str, Any], problems: list[str], notes: list[str], inert: list[str]) -> dict[str, Any]:
     """Return the zero_optimization section with every "auto" filled in and buffers of a size for small cards.
 
-    Keys that change nothing are left out and added to `inert`.
+    Keys that change nothing are left out and added to `inert`; `notes` says which of them another stage would use.
     """
     section = values.get("zero_optimization", {})
     if not isinstance(section, dict):
@@ -54,20 +54,26 @@ def parse_zero(values: dict[str, Any], problems: list[str], inert: list[str]) ->
         return {"stage": 0}
     known = {0: {"stage"}, 1: ZERO_KEYS, 2: ZERO_KEYS, 3: ZERO_KEYS | ZERO_3_KEYS}[stage]
     result: dict[str, Any] = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {})
+    of_other_stages = []
     for key, value in section.items():
         _check_type(key, value, problems)
         if key in known and (key not in OFFLOADS or is_offload(key, value)):
             result |= without_auto({key: value}) if value is not None else {}
         elif is_offload(key, value):
             problems.append(f"zero_optimization.{key}: DeepSpeed does not offload at stage {stage}; remove it")
-        elif key in ZERO_KEYS | ZERO_3_KEYS:
-            inert.append(f"zero_optimization.{key}" + ("" if key in known else f" (at stage {stage})"))
-        elif is_inert_in_zero(key, value):
-            inert.append(f"zero_optimization.{key}")
+        elif key in (ZERO_KEYS | ZERO_3_KEYS) - known:
+            of_other_stages.append(key)
+        elif key in OFFLOADS or is_inert_in_zero(key, value):
+            is_open = isinstance(value, dict) and value.get("device") == "auto"
+            inert.append(f"zero_optimization.{key}" + (' (its device is "auto", which is none)' if is_open else ""))
         elif key in (*ZERO_REMOVED, *ZERO_UNREAD):
             problems.append(f"zero_optimization.{key}: DeepSpeed 0.19 no longer has this feature; remove the key")
+        elif key in ZERO_DEFAULTS:
+            problems.append(f"zero_optimization.{key}: not supported here; remove the key")
         else:
             problems.append(f"zero_optimization.{key}: not supported here{did_you_mean(key, known)}")
+    if of_other_stages:
+        notes.append(f"at stage {stage} these keys of zero_optimization have no effect: {', '.join(of_other_stages)}")
     for name in OFFLOADS:
         device = result[name].get("device") if isinstance(result.get(name), dict) else result.get(name, "cpu")
         if device != "cpu":
