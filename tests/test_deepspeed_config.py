@@ -16,8 +16,8 @@ from electra_ds.config.deepspeed import read_deepspeed_json, resolve
 from electra_ds.config.monitors import MONITOR_SECTIONS, FolderMonitor, Monitors, WandbMonitor
 from electra_ds.config.precision import _WITHOUT_EFFECT, LossScaling
 from electra_ds.config.shipped import ds_config_names
-from electra_ds.config.spelling import ZERO_OLD_NAMES, ZERO_SHORT_NAMES
-from electra_ds.config.zero import ZERO_3_KEYS, ZERO_KEYS
+from electra_ds.config.spelling import UNSET_BY_NULL, ZERO_OLD_NAMES, ZERO_SHORT_NAMES
+from electra_ds.config.zero import OF_DEEPSPEEDS_ADAM, ZERO_3_KEYS, ZERO_KEYS
 from electra_ds.data.batches import GlobalBatch
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import DeepSpeedEngine
@@ -135,6 +135,12 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
             "offload_optimizer.device: 'nvme' is not supported",
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "offload_optimizer.super_offload: needs DeepSpeed's own Adam",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer: must be an object"),
+        ({"wall_clock_breakdown": None}, "wall_clock_breakdown: None is not of type boolean"),
         ({"zero_optimization": 2}, "zero_optimization: must be an object"),
         ({"log_level": "x"}, "log_level: 'x' is not one of debug"),
         (
@@ -217,6 +223,7 @@ def test_each_fault_is_named(values: dict[str, Any], message: str) -> None:
         ({"checkpoint": {"tag_validation": "Warn", "load_universal": False}}, "checkpoint"),
         ({"tensor_parallel": {"autotp_size": 1}, "communication_data_type": None}, "tensor_parallel"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": False}}, "offload_optimizer"),
         (
             {"zero_optimization": {"stage": 3, "mics_shard_size": -1, "zero_hpz_partition_size": 1}},
             "zero_optimization.mics_shard_size, zero_optimization.zero_hpz_partition_size",
@@ -287,6 +294,7 @@ def test_the_defaults_that_may_be_spelled_out_are_deepspeeds_own() -> None:
     from deepspeed.runtime import constants
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
     for key, value in inert.TOP_DEFAULTS.items():
         if key == "sequence_parallel_size":  # DeepSpeed has no constant for it: without the key there is one group
@@ -302,6 +310,8 @@ def test_the_defaults_that_may_be_spelled_out_are_deepspeeds_own() -> None:
             assert kind.model_fields[key].default == _WITHOUT_EFFECT[key], key
     assert set(inert.REMOVED) == set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert set(inert.ZERO_REMOVED) == set(theirs._REMOVED_ZERO_CONFIG_KEYS)
+    for key, value in OF_DEEPSPEEDS_ADAM.items():
+        assert DeepSpeedZeroOffloadOptimizerConfig.model_fields[key].default == value, key
     assert set(inert.ZERO_WITHOUT_EFFECT) <= set(DeepSpeedZeroConfig.model_fields)
     assert not set(inert.UNREAD) & {value for value in vars(constants).values() if isinstance(value, str)}
     ours = {*ZERO_KEYS, *ZERO_3_KEYS, *inert.ZERO_DEFAULTS, *inert.ZERO_WITHOUT_EFFECT}
@@ -479,7 +489,7 @@ def test_an_unknown_name_lists_the_names_and_the_nearest() -> None:
                 "flops_profiler": {"profile_step": 5},
             },
         ),
-        ({"log_level": None, "steps_per_print": None}, {}),
+        (dict.fromkeys(UNSET_BY_NULL), {}),
         ({"bf16": None, "zero_optimization": {"stage": 3, "overlap_comm": None}}, {"zero_optimization": {"stage": 3}}),
     ],
 )  # fmt: skip
@@ -532,6 +542,14 @@ def test_an_older_name_is_read_as_deepspeed_reads_it_and_a_note_says_so(
     assert {key: zero[key] for key in zero if key not in ZERO_OLD_NAMES} == {
         key: expected_zero[key] for key in expected_zero if key not in ZERO_OLD_NAMES
     }
+
+
+def test_deepspeed_too_reads_a_null_as_a_key_that_is_not_there() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    theirs = DeepSpeedConfig(dict.fromkeys(UNSET_BY_NULL) | {"train_batch_size": 8})
+    assert (theirs.train_micro_batch_size_per_gpu, theirs.gradient_accumulation_steps) == (8, 1)
+    assert (theirs.steps_per_print, theirs.log_level, theirs.bfloat16_config.enabled) == (None, None, False)
 
 
 def test_every_short_and_old_name_is_one_that_deepspeed_takes() -> None:

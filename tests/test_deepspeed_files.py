@@ -147,6 +147,9 @@ REFUSED: dict[str, list[str]] = {
     "llama-factory-z3-fp8": [
         "fp8: unknown key, which DeepSpeed would ignore", f"gradient_clipping: 0.001 {CONTRADICTS}",
     ],
+    "llama-factory-z3-partial-offload": [
+        "zero_optimization.offload_optimizer.ratio: needs DeepSpeed's own Adam, and torch's AdamW runs here",
+    ],
     "megatron-curriculum": [f"curriculum_learning: {GONE}"],
     "megatron-data-efficiency": [f"data_efficiency: {NOT_HERE}"],
     "megatron-first-zero": [f"train_batch_size: 16 {CONTRADICTS}", f"optimizer.params.lr: 0.00015 {CONTRADICTS}"],

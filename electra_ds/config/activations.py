@@ -35,7 +35,7 @@ def parse_activations(values: dict[str, Any], num_layers: int, problems: list[st
     _check_switches(name, section, problems, notes)
     count = section.get(_COUNT)
     if count == 0 or (section and all(value in (None, False) for value in section.values())):
-        notes.append(f"everything in {name} is off, so no layer is computed again in the backward pass")
+        notes.append(f"{name} is off, so no layer is computed again in the backward pass")
         return 0
     if count in (None, "auto"):  # null is DeepSpeed's own default
         notes.append(f"{name} names no number, so all {num_layers} layers are computed again in the backward pass")

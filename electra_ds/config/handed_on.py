@@ -29,7 +29,7 @@ NEVER = 2**31 - 1
 
 def parse_handed_on(values: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
     """Return what is handed on as it is. What is wrong is added to `problems`, what will show nothing to `notes`."""
-    given: dict[str, Any] = {key: values[key] for key in HANDED_ON if values.get(key) not in ("auto", None)}
+    given: dict[str, Any] = {key: values[key] for key in HANDED_ON if values.get(key, "auto") != "auto"}
     before = len(problems)
     for key, value in given.items():
         if type(value) is not HANDED_ON[key]:

@@ -115,4 +115,4 @@ def is_offload(key: str, value: Any) -> bool:
     A device that is left open, as in files that accelerate completes, is DeepSpeed's default: none.
     """
     device = value.get("device", "none") if isinstance(value, dict) else value
-    return key in ("offload_optimizer", "offload_param") and device not in ("none", "auto", None)
+    return key in ("offload_optimizer", "offload_param") and device not in ("none", "auto", None, False)

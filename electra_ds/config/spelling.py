@@ -17,6 +17,11 @@ _PYTHON = re.compile("(True|False|None),?")
 """HJSON, which DeepSpeed reads, takes a bare word up to the end of its line for text, the comma included."""
 _PLACEHOLDER = re.compile("[A-Z][A-Z0-9]*(_[A-Z0-9]+)+,?")
 """Such as CONFIG_BATCH_SIZE and ZERO_STAGE in Megatron-DeepSpeed's templates, whose scripts fill them in."""
+UNSET_BY_NULL = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "log_level",
+    "bf16",
+)  # fmt: skip
+"""Keys whose null means to DeepSpeed that they are not there."""
 _FREE_TEXT = (*MONITOR_SECTIONS, "flops_profiler")
 ZERO_OLD_NAMES = {
     "cpu_offload": "offload_optimizer",
@@ -43,6 +48,7 @@ def as_read(values: dict[str, Any], problems: list[str], notes: list[str]) -> di
     What cannot be read is left out and added to `problems`; older names are added to `notes`.
     """
     values = _plain(values, "", problems)
+    values = {key: value for key, value in values.items() if value is not None or key not in UNSET_BY_NULL}
     renamed: list[str] = []
     _rename_bf16(values, problems, renamed)
     _rename_zero(values, problems, renamed)
@@ -77,8 +83,6 @@ def _fault_of_text(text: str, place: str) -> str | None:
 
 
 def _rename_bf16(values: dict[str, Any], problems: list[str], renamed: list[str]) -> None:
-    if values.get("bf16", False) is None:
-        del values["bf16"]
     if "bfloat16" not in values:
         return
     section = values.pop("bfloat16")

@@ -19,9 +19,9 @@ _FLAGS = {
     "contiguous_gradients", "reduce_scatter", "allgather_partitions", "overlap_comm", "round_robin_gradients",
     "use_multi_rank_bucket_allreduce", "ignore_unused_parameters",
 }  # fmt: skip
-_BUFFER, _COUNT = (1, 10**15), (0, 2**63 - 1)
+_BUFFER, _COUNT = (range(1, 10**15 + 1), "from 1 to 1e15"), (range(2**63), "from 0 on")
 _SIZES = {"reduce_bucket_size": _BUFFER, "allgather_bucket_size": _BUFFER}
-"""In elements, with the lowest and the highest value."""
+"""In elements, with what they may be."""
 _FLAGS_3 = {
     "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings",
     "stage3_allgather_sequential", "memory_efficient_linear", "enable_sanity_checks",
@@ -34,6 +34,8 @@ _SIZES_3 = {
 ZERO_KEYS = {"stage", "offload_optimizer", *_FLAGS, *_SIZES}
 ZERO_3_KEYS = {"offload_param", *_FLAGS_3, *_SIZES_3}
 OFFLOADS = ("offload_optimizer", "offload_param")
+OF_DEEPSPEEDS_ADAM: dict[str, Any] = {"ratio": 1, "super_offload": False}
+"""Keys of an offload section that work with DeepSpeed's CPU Adam alone, with their defaults."""
 
 
 def parse_zero(values: dict[str, Any], problems: list[str], notes: list[str], inert: list[str]) -> dict[str, Any]:
@@ -75,10 +77,20 @@ def parse_zero(values: dict[str, Any], problems: list[str], notes: list[str], in
     if of_other_stages:
         notes.append(f"at stage {stage} these keys of zero_optimization have no effect: {', '.join(of_other_stages)}")
     for name in OFFLOADS:
-        device = result[name].get("device") if isinstance(result.get(name), dict) else result.get(name, "cpu")
-        if device != "cpu":
-            problems.append(f'zero_optimization.{name}.device: {device!r} is not supported here; "cpu" and "none" are')
+        if name in result:
+            _check_offload(f"zero_optimization.{name}", result[name], problems)
     return result
+
+
+def _check_offload(place: str, section: Any, problems: list[str]) -> None:
+    if not isinstance(section, dict):
+        problems.append(f'{place}: must be an object such as {{"device": "cpu"}}')
+        return
+    if section["device"] != "cpu":
+        problems.append(f'{place}.device: {section["device"]!r} is not supported here; "cpu" and "none" are')
+    for key, default in OF_DEEPSPEEDS_ADAM.items():
+        if section.get(key, default) != default:
+            problems.append(f"{place}.{key}: needs DeepSpeed's own Adam, and torch's AdamW runs here; remove the key")
 
 
 def _check_type(key: str, value: Any, problems: list[str]) -> None:
@@ -89,11 +101,9 @@ def _check_type(key: str, value: Any, problems: list[str]) -> None:
         if value not in (True, False):
             problems.append(f"zero_optimization.{key}: {value!r} is not true or false")
     elif key in _SIZES | _SIZES_3:
-        lowest, highest = (_SIZES | _SIZES_3)[key]
-        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-            problems.append(
-                f"zero_optimization.{key}: {value!r} is not a whole number of elements from {lowest} to {highest:g}"
-            )
+        allowed, in_words = (_SIZES | _SIZES_3)[key]
+        if type(value) is not int or value not in allowed:
+            problems.append(f"zero_optimization.{key}: {value!r} is not a whole number of elements {in_words}")
 
 
 def without_auto(values: dict[str, Any]) -> dict[str, Any]:
