@@ -204,6 +204,7 @@ def plan_of(section: Any) -> DeepSpeedPlan:
     ("section", "expected"),
     [
         ({"number_checkpoints": 2}, 2),
+        ({"number_checkpoints": 2.0}, 2),
         ({"number_checkpoints": 1, "profile": False}, 1),
         ({"number_checkpoints": LAYERS}, LAYERS),
     ],
@@ -226,7 +227,7 @@ def test_a_number_is_taken_as_it_is_and_deepspeed_reads_the_same(section: dict[s
         ("auto", "names no number, so all 3 layers"),
         ({}, "names no number, so all 3 layers"),
         ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "names no number, so all 3 layers"),
-        (dict.fromkeys(SWITCHES, False) | {"number_checkpoints": None}, "names no number, so all 3 layers"),
+        ({"number_checkpoints": None, "profile": "auto"}, "names no number, so all 3 layers"),
         ({"number_checkpoints": 100}, "is 100, which means all of the recipe's 3"),
     ],
 )  # fmt: skip
@@ -240,6 +241,30 @@ def test_all_layers_are_meant_where_no_number_or_a_larger_one_is_named_and_that_
     assert note in said
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        dict.fromkeys(SWITCHES, False) | {"number_checkpoints": None},
+        dict.fromkeys(SWITCHES, False),
+        {"number_checkpoints": None},
+        {"number_checkpoints": False},
+        {"number_checkpoints": 0, "partition_activations": False},
+    ],
+)
+def test_a_section_in_which_everything_is_off_is_off_and_that_is_said(section: dict[str, Any]) -> None:
+    plan = plan_of(section)
+    assert plan.notes == ("activation_checkpointing is off, so no layer is computed again in the backward pass",)
+    assert plan.document == cpu_plan(small_recipe(*RECIPE)).document
+
+
+@pytest.mark.parametrize("switch", ["partition_activations", "contiguous_memory_optimization"])
+def test_a_switch_for_model_parallelism_is_a_note(switch: str) -> None:
+    plan = plan_of({switch: True, "number_checkpoints": 2})
+    assert plan.notes == (f"activation_checkpointing.{switch} has no effect, since no model is split over ranks here",)
+    assert plan.document == plan_of({"number_checkpoints": 2}).document
+    assert plan_of({switch: True}).checkpointed_layers == LAYERS
+
+
 def test_without_the_section_nothing_is_computed_again() -> None:
     plan = cpu_plan(small_recipe(*RECIPE))
     assert plan.checkpointed_layers == 0
@@ -249,16 +274,19 @@ def test_without_the_section_nothing_is_computed_again() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"number_checkpoints": 0}, "number_checkpoints: 0 is not a positive whole number; .* remove the section"),
-        ({"number_checkpoints": -1}, "number_checkpoints: -1 is not a positive whole number"),
-        ({"number_checkpoints": 2.0}, "number_checkpoints: 2.0 is not a positive whole number"),
+        ({"number_checkpoints": -1}, "number_checkpoints: -1 is not a positive whole number; .* remove the section"),
+        ({"number_checkpoints": 2.5}, "number_checkpoints: 2.5 is not a positive whole number"),
         ({"number_checkpoints": True}, "number_checkpoints: True is not a positive whole number"),
         ({"number_checkpoints": "2"}, "number_checkpoints: '2' is not a positive whole number"),
         ({"number_checkpoint": 2}, "number_checkpoint: unknown key; did you mean 'number_checkpoints'"),
         ({"cpu_checkpoints": False}, "cpu_checkpoints: unknown key; did you mean 'cpu_checkpointing'"),
         (True, r'activation_checkpointing: must be an object such as {"number_checkpoints": 3}'),
         (None, "activation_checkpointing: must be an object"),
-        *(({name: True}, f"activation_checkpointing.{name}: is not supported here; remove it") for name in SWITCHES),
+        ({"profile": "yes"}, "activation_checkpointing.profile: 'yes' is not true or false"),
+        *(
+            ({name: True}, f"activation_checkpointing.{name}: is not supported here; remove it")
+            for name in ("cpu_checkpointing", "synchronize_checkpoint_boundary", "profile")
+        ),
     ],
 )  # fmt: skip
 def test_each_fault_of_the_section_is_named(section: Any, message: str) -> None:

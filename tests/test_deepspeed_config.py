@@ -16,7 +16,8 @@ from electra_ds.config.deepspeed import read_deepspeed_json, resolve
 from electra_ds.config.monitors import MONITOR_SECTIONS, FolderMonitor, Monitors, WandbMonitor
 from electra_ds.config.precision import _WITHOUT_EFFECT, LossScaling
 from electra_ds.config.shipped import ds_config_names
-from electra_ds.config.zero import ZERO_3_KEYS, ZERO_KEYS
+from electra_ds.config.spelling import UNSET_BY_NULL, ZERO_OLD_NAMES, ZERO_SHORT_NAMES
+from electra_ds.config.zero import OF_DEEPSPEEDS_ADAM, ZERO_3_KEYS, ZERO_KEYS
 from electra_ds.data.batches import GlobalBatch
 from electra_ds.data.token_store import TokenStore
 from electra_ds.engine.engine import DeepSpeedEngine
@@ -63,7 +64,7 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
     getters = set(re.findall(r"(get_\w+)\(param_dict", body))
     assert len(getters) > 20
     ours = {*config.OWNED_BY_RECIPE, *config.RESOLVED_HERE, *config.HANDED_ON, *config.NOT_USED, *config.INSTEAD}
-    ours |= set(MONITOR_SECTIONS)
+    ours |= {*MONITOR_SECTIONS, "bfloat16"}
     scalars = {
         "TRAIN_BATCH_SIZE", "TRAIN_MICRO_BATCH_SIZE_PER_GPU", "GRADIENT_ACCUMULATION_STEPS", "STEPS_PER_PRINT",
         "MANAGED_GRADIENT_ACCUMULATION", "DUMP_STATE", "DISABLE_PYTHON_GC", "DISABLE_ALLGATHER", "FP16", "BFLOAT16",
@@ -82,7 +83,10 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"zero_optimisation": {}}, "zero_optimisation: unknown key; did you mean 'zero_optimization'"),
+        (
+            {"zero_optimisation": {}},
+            "zero_optimisation: unknown key, which DeepSpeed would ignore; did you mean 'zero_optimization'",
+        ),
         ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'"),
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage: "auto" says nothing'),
         ({"zero_optimization": {"stage": 7}}, "7 is not one of 0, 1, 2, 3"),
@@ -95,7 +99,25 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
             "offload_param: DeepSpeed does not offload at stage 2",
         ),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "mics_shard_size: DeepSpeed 0.19 no longer has"),
-        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload: not supported here"),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.cpu_offload: is the old name of offload_optimizer, which is given too",
+        ),
+        ({"zero_optimization": {"stage": 0, "cpu_offload": True}}, "offload_optimizer: DeepSpeed does not offload at"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload_params": True}}, "cpu_offload_params: DeepSpeed 0.19 no"),
+        ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, "legacy_stage1: DeepSpeed 0.19 no longer has"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": "True,"}}, "overlap_comm: 'True,' is text to a JSON"),
+        ({"zero_optimization": {"stage": 0, "reduce_scatter": "yes"}}, "reduce_scatter: 'yes' is not true or false"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "reduce_bucket_size: 0 is not a whole number"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 0.5}}, "sub_group_size: 0.5 is not a whole number"),
+        ({"fp32_allreduce": True}, "fp32_allreduce: DeepSpeed 0.19 no longer has this feature"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size: this DeepSpeed feature is not supported"),
+        ({"pipeline": {"stages": 2}}, "pipeline: this DeepSpeed feature is not supported"),
+        ({"comms_logger": {"enabled": "yes"}}, "comms_logger: it is not supported here"),
+        ({"train_batch_size": "CONFIG_BATCH_SIZE"}, "'CONFIG_BATCH_SIZE' is a placeholder of a template"),
+        ({"zero_optimization": {"stage": "ZERO_STAGE"}}, "zero_optimization.stage: 'ZERO_STAGE' is a placeholder"),
+        ({"wall_clock_breakdown": "False,"}, "wall_clock_breakdown: 'False,' is text to a JSON parser"),
+        ({"bf16": {"enabled": False}, "bfloat16": {"enabled": True}}, "bfloat16: is the old name of bf16"),
         ({"zero_optimization": {"stage": 3, "compute_grad_norm": False}}, "compute_grad_norm: not supported here"),
         ({"elasticity": {"enabled": True}}, "elasticity: DeepSpeed 0.19 no longer has this feature"),
         ({"amp": {"enabled": True, "opt_level": "O1"}}, "amp: DeepSpeed 0.19 no longer has this feature"),
@@ -113,6 +135,12 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
             "offload_optimizer.device: 'nvme' is not supported",
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "offload_optimizer.super_offload: needs DeepSpeed's own Adam",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer: must be an object"),
+        ({"wall_clock_breakdown": None}, "wall_clock_breakdown: None is not of type boolean"),
         ({"zero_optimization": 2}, "zero_optimization: must be an object"),
         ({"log_level": "x"}, "log_level: 'x' is not one of debug"),
         (
@@ -128,6 +156,19 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
         ({"gradient_clipping": 0.5}, "contradicts the recipe .optimizer.max_grad_norm is 1.0."),
         ({"train_batch_size": 64}, "contradicts the recipe .global_batch_size is 8."),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type: 'Lamb'"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type: DeepSpeed 0.19 no longer has OneBitAdam"),
+        ({"optimizer": {"type": 3}}, "optimizer.type: 3 is not what the recipe runs"),
+        ({"optimizer": {"params": {"max_grad_norm": 0.5}}}, "max_grad_norm: 0.5 contradicts the recipe"),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode: False contradicts"),
+        ({"optimizer": {"type": "Adam", "params": {"amsgrad": True}}}, "amsgrad: True contradicts"),
+        ({"optimizer": {"type": "Adam", "params": 3}}, "optimizer: must be an object with type and params"),
+        ({"optimizer": {"type": "Adam", "param": {}}}, "optimizer.param: unknown key"),
+        ({"scheduler": {"type": "warmuplr"}}, "scheduler.type: 'warmuplr' .* did you mean 'WarmupLR'"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0.1, "warmup_num_steps": "auto"}}},
+            "WarmupLR stays at its peak",
+        ),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 40}}}, "WarmupLR stays at its peak"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-3"}}}, "optimizer.params.lr: '1e-3' contradicts"),
         ({"optimizer": {"params": {"lrr": 1}}}, "optimizer.params.lrr: unknown key"),
         ({"scheduler": {"type": "WarmupCosineLR"}}, "scheduler.type: 'WarmupCosineLR' is not the recipe's linear"),
@@ -181,16 +222,39 @@ def test_each_fault_is_named(values: dict[str, Any], message: str) -> None:
         ({"aio": {"block_size": 1048576, "queue_depth": 8}}, "aio"),
         ({"checkpoint": {"tag_validation": "Warn", "load_universal": False}}, "checkpoint"),
         ({"tensor_parallel": {"autotp_size": 1}, "communication_data_type": None}, "tensor_parallel"),
-        ({"zero_optimization": {"stage": 0, "overlap_comm": True}}, "zero_optimization.overlap_comm (at stage 0)"),
-        (
-            {"zero_optimization": {"stage": 2, "sub_group_size": 1e9, "offload_param": {"device": "none"}}},
-            "zero_optimization.sub_group_size (at stage 2), zero_optimization.offload_param (at stage 2)",
-        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": False}}, "offload_optimizer"),
         (
             {"zero_optimization": {"stage": 3, "mics_shard_size": -1, "zero_hpz_partition_size": 1}},
             "zero_optimization.mics_shard_size, zero_optimization.zero_hpz_partition_size",
         ),
         ({"zero_optimization": {"stage": 1, "cpu_offload": False, "elastic_checkpoint": False}}, "cpu_offload"),
+        (
+            {"zero_optimization": {"stage": 2, "elastic_checkpoint": True, "load_from_fp32_weights": False}},
+            "zero_optimization.elastic_checkpoint, zero_optimization.load_from_fp32_weights",
+        ),
+        ({"zero_optimization": {"stage": 3, "pipeline_loading_checkpoint": True}}, "pipeline_loading_checkpoint"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload_use_pin_memory": True}}, "cpu_offload_use_pin_memory"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}}, '"auto", which is none'),
+        ({"amp": {"enabled": "auto", "opt_level": "auto"}}, "amp"),
+        ({"pipeline": {"stages": "auto", "partition": "best", "seed_layers": False}}, "pipeline"),
+        ({"disable_allgather": True, "dataloader_drop_last": True}, "disable_allgather, dataloader_drop_last"),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer"),
+        ({"vocabulary_size": 30522, "fp32_allreduce": False}, "vocabulary_size, fp32_allreduce"),
+        ({"sequence_parallel_size": 1, "allgather_size": 5e8}, "sequence_parallel_size, allgather_size"),
+        ({"comms_logger": {"verbose": True}, "compile": {"deepcompile": False, "double_buffer": True}}, "comms_logger"),
+        ({"curriculum_learning": {"enabled": False, "schedule_config": {"difficulty_step": 8}}}, "curriculum_learning"),
+        (
+            {
+                "compression_training": {
+                    "weight_quantization": {
+                        "shared_parameters": {"enabled": False, "schedule_offset": 0},
+                        "different_groups": {"wq1": {"params": {"target_bits": 8}}},
+                    }
+                }
+            },
+            "compression_training",
+        ),
     ],
 )
 def test_what_changes_nothing_is_a_note_and_the_plan_is_that_without_it(values: dict[str, Any], named: str) -> None:
@@ -202,15 +266,24 @@ def test_what_changes_nothing_is_a_note_and_the_plan_is_that_without_it(values: 
     assert plan.document == plan_of({"zero_optimization": {"stage": stage}}).document
 
 
+def test_keys_of_other_stages_are_one_note_of_their_own() -> None:
+    values = {"stage": 2, "sub_group_size": 1e9, "offload_param": {"device": "none"}, "overlap_comm": True}
+    plan = plan_of({"zero_optimization": values})
+    assert plan.notes == ("at stage 2 these keys of zero_optimization have no effect: sub_group_size, offload_param",)
+    assert plan.document == plan_of({"zero_optimization": {"stage": 2, "overlap_comm": True}}).document
+
+
 @pytest.mark.parametrize(
     "values",
     [
-        {"bf16": {"enabled": True, "immediate_grad_update": False, "loss_scale": 0, "initial_scale_power": 16}},
+        {"bf16": {"enabled": True, "immediate_grad_update": False}},
+        {"bf16": {"enabled": True}, "fp16": {"enabled": False, "loss_scale": 0, "initial_scale_power": 16}},
+        {"bf16": {"enabled": True}, "fp16": {"enabled": False, "loss_scale_window": 1000.0}},
         {"fp16": {"enabled": False, "auto_cast": True}, "bf16": {"enabled": True}},
         {"bf16": {"enabled": True, "check_grad_overflow": True, "bf16_optimizer_states": False}},
     ],
 )
-def test_a_precision_section_may_spell_out_defaults_and_what_bf16_has_no_use_for(values: dict[str, Any]) -> None:
+def test_a_precision_section_may_spell_out_defaults(values: dict[str, Any]) -> None:
     plan = plan_of(values)
     assert plan.notes == ()
     assert plan.document == plan_of({"bf16": {"enabled": True}}).document
@@ -221,8 +294,11 @@ def test_the_defaults_that_may_be_spelled_out_are_deepspeeds_own() -> None:
     from deepspeed.runtime import constants
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
     for key, value in inert.TOP_DEFAULTS.items():
+        if key == "sequence_parallel_size":  # DeepSpeed has no constant for it: without the key there is one group
+            continue
         (name,) = (name for name in dir(constants) if getattr(constants, name) == key and not name.endswith("DEFAULT"))
         default = f"{name}_DEFAULT".replace("PARALLELISM_DEFAULT", "PARALLEL_DEFAULT")
         assert getattr(constants, default) == value, key
@@ -234,7 +310,11 @@ def test_the_defaults_that_may_be_spelled_out_are_deepspeeds_own() -> None:
             assert kind.model_fields[key].default == _WITHOUT_EFFECT[key], key
     assert set(inert.REMOVED) == set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert set(inert.ZERO_REMOVED) == set(theirs._REMOVED_ZERO_CONFIG_KEYS)
-    ours = {*ZERO_KEYS, *ZERO_3_KEYS, *inert.ZERO_DEFAULTS}
+    for key, value in OF_DEEPSPEEDS_ADAM.items():
+        assert DeepSpeedZeroOffloadOptimizerConfig.model_fields[key].default == value, key
+    assert set(inert.ZERO_WITHOUT_EFFECT) <= set(DeepSpeedZeroConfig.model_fields)
+    assert not set(inert.UNREAD) & {value for value in vars(constants).values() if isinstance(value, str)}
+    ours = {*ZERO_KEYS, *ZERO_3_KEYS, *inert.ZERO_DEFAULTS, *inert.ZERO_WITHOUT_EFFECT}
     known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
     assert known <= ours | {"leaf_module"}
 
@@ -387,10 +467,203 @@ def test_an_unknown_name_lists_the_names_and_the_nearest() -> None:
         read_deepspeed_json("gtx1060")
 
 
+# --- spellings
+
+
+@pytest.mark.parametrize(
+    ("spelled", "plain"),
+    [
+        ({"_comment": "b", "//": "c", "bf16": {"_note": 1, "enabled": True}}, {"bf16": {"enabled": True}}),
+        ({"#zero": {"stage": 9}, "zero_optimization": {"stage": 1, "_stage": 2}}, {"zero_optimization": {"stage": 1}}),
+        (
+            {
+                "train_micro_batch_size_per_gpu": 4.0, "gradient_accumulation_steps": 2.0, "steps_per_print": 1e5,
+                "zero_optimization": {"stage": 2.0, "reduce_bucket_size": 2e8}, "train_batch_size": 8.0,
+                "fp16": {"enabled": True, "initial_scale_power": 12.0, "hysteresis": 2.0, "loss_scale_window": 1e3},
+                "flops_profiler": {"profile_step": 5.0},
+            },
+            {
+                "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "steps_per_print": 100_000,
+                "zero_optimization": {"stage": 2, "reduce_bucket_size": 200_000_000}, "train_batch_size": 8,
+                "fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 2, "loss_scale_window": 1000},
+                "flops_profiler": {"profile_step": 5},
+            },
+        ),
+        (dict.fromkeys(UNSET_BY_NULL), {}),
+        ({"bf16": None, "zero_optimization": {"stage": 3, "overlap_comm": None}}, {"zero_optimization": {"stage": 3}}),
+    ],
+)  # fmt: skip
+def test_comments_whole_floats_and_nulls_change_nothing(spelled: dict[str, Any], plain: dict[str, Any]) -> None:
+    assert plan_of(spelled) == plan_of(plain)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "note"),
+    [
+        ({"bfloat16": {"enabled": True}}, {"bf16": {"enabled": True}}, "bfloat16 as bf16"),
+        ({"bf16": None, "bfloat16": {"enabled": True}}, {"bf16": {"enabled": True}}, "bfloat16 as bf16"),
+        ({"zero_optimization": True}, {"zero_optimization": {"stage": 1}}, "true as stage 1"),
+        ({"zero_optimization": False}, {"zero_optimization": {"stage": 0}}, "false as stage 0"),
+        (
+            {"zero_optimization": True, "allgather_size": 3e8},
+            {"zero_optimization": {"stage": 1, "allgather_bucket_size": 3e8}},
+            "true as stage 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.cpu_offload as offload_optimizer",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "cpu_offload_param": True}},
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.cpu_offload_param as offload_param",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_gather_fp16_weights_on_model_save": True}},
+            {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}},
+            "as stage3_gather_16bit_weights_on_model_save",
+        ),
+    ],
+)
+def test_an_older_name_is_read_as_deepspeed_reads_it_and_a_note_says_so(
+    old: dict[str, Any], new: dict[str, Any], note: str
+) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    plan = plan_of(old)
+    assert plan.document == plan_of(new).document
+    assert note in plan.notes[0]
+    theirs, expected = (DeepSpeedConfig(values | {"train_batch_size": 8}) for values in (old, new))
+    assert theirs.bfloat16_config == expected.bfloat16_config
+    zero, expected_zero = (
+        each.zero_config.model_dump(exclude={"allgather_bucket_size"}) for each in (theirs, expected)
+    )
+    assert {key: zero[key] for key in zero if key not in ZERO_OLD_NAMES} == {
+        key: expected_zero[key] for key in expected_zero if key not in ZERO_OLD_NAMES
+    }
+
+
+def test_deepspeed_too_reads_a_null_as_a_key_that_is_not_there() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    theirs = DeepSpeedConfig(dict.fromkeys(UNSET_BY_NULL) | {"train_batch_size": 8})
+    assert (theirs.train_micro_batch_size_per_gpu, theirs.gradient_accumulation_steps) == (8, 1)
+    assert (theirs.steps_per_print, theirs.log_level, theirs.bfloat16_config.enabled) == (None, None, False)
+
+
+def test_every_short_and_old_name_is_one_that_deepspeed_takes() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    assert {name for name, field in fields.items() if field.alias} == set(ZERO_SHORT_NAMES)
+    assert all(fields[name].alias == f"stage3_{name}" for name in ZERO_SHORT_NAMES)
+    for old, new in ZERO_OLD_NAMES.items():
+        extra = fields[old].json_schema_extra
+        assert isinstance(extra, dict)
+        assert new.endswith(str(extra["new_param"]))
+    short = plan_of({"zero_optimization": {"stage": 3, "max_live_parameters": 5}})
+    assert short == plan_of({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 5}})
+
+
+def test_a_comment_may_stand_in_a_file_as_often_as_its_author_likes(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"_comment": "a", "_comment": "b", "//": 1, "//": 2, "bf16": {"enabled": true}}')
+    assert plan_of(read_deepspeed_json(str(path))) == plan_of({"bf16": {"enabled": True}})
+
+
+@pytest.mark.parametrize("kind", ["Adam", "adam", "AdamW", "adamw", "ADAMW", "auto"])
+def test_an_optimizer_is_known_in_any_case_as_to_deepspeed(kind: str) -> None:
+    params = {
+        "lr": 0.001, "betas": "auto", "torch_adam": False, "adam_w_mode": True, "amsgrad": False, "max_grad_norm": 1,
+        "fp32_optimizer_states": True, "foreach": None,
+    }  # fmt: skip
+    plan = plan_of({"optimizer": {"type": kind, "params": params, "legacy_fusion": False}})
+    assert plan == plan_of({})
+
+
+def test_the_mode_of_adam_has_no_say_where_the_type_is_adamw() -> None:
+    assert plan_of({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}) == plan_of({})
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"optimizer": {"type": "Lamb", "params": {"lr": 11e-3, "max_coeff": 0.3, "min_coeff": 0.01}}},
+        {"optimizer": {"type": "OneBitAdam", "params": {"freeze_step": 23000, "cuda_aware": False}}},
+        {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.004, "decay_step_size": 1000}}},
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 1, "warmup_num_steps": 9}}},
+    ],
+)
+def test_a_refused_optimizer_or_scheduler_is_one_fault(section: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of(section)
+    assert len(str(error.value).splitlines()) == 2, error.value
+
+
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR"])
+@pytest.mark.parametrize(
+    "default", [{"warmup_min_lr": 0}, {"last_batch_iteration": -1}, {"warmup_min_lr": 0.0, "warmup_type": "linear"}]
+)
+def test_a_default_beside_auto_leaves_the_schedule_to_the_recipe(kind: str, default: dict[str, Any]) -> None:
+    plan = plan_of({"scheduler": {"type": kind, "params": {"warmup_num_steps": "auto"} | default}})
+    assert plan.notes == (f"scheduler {kind} leaves its numbers to the recipe, so the recipe's linear schedule is run",)
+
+
+def test_what_bf16_has_no_use_for_is_a_note() -> None:
+    plan = plan_of({"bf16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}})
+    assert plan.document == plan_of({"bf16": {"enabled": True}}).document
+    assert plan.notes == ("bf16 has no loss scale, so these are left out: bf16.loss_scale, bf16.initial_scale_power",)
+
+
+# --- what DeepSpeed prints
+
+
+@pytest.mark.parametrize(
+    ("values", "silent"),
+    [
+        ({"dump_state": True}, ["dump_state"]),
+        ({"steps_per_print": 1, "timers": {"throughput": {"enabled": True}}}, ["steps_per_print, timers"]),
+        ({"timers": {"throughput": {"enabled": True}}}, ["timers", "the file names none"]),
+        ({"dump_state": True, "steps_per_print": 1, "log_level": "INFO"}, []),
+        ({"wall_clock_breakdown": True, "memory_breakdown": True, "flops_profiler": {"enabled": True}}, []),
+        ({"dump_state": False, "timers": {"throughput": {"enabled": False}}}, []),
+    ],
+)
+@pytest.mark.usefixtures("process_group")
+def test_what_deepspeed_would_not_print_is_a_note_and_the_rest_is_printed(
+    store: TokenStore,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    values: dict[str, Any],
+    silent: list[str],
+) -> None:
+    from deepspeed.utils.logging import set_log_level_from_string
+
+    recipe = small_recipe()
+    plan = resolve(values, recipe, world_size=1, auto_fp16=False, source="x.json")
+    assert len(plan.notes) == len(silent)
+    assert all(said in note for said, note in zip(silent, plan.notes, strict=True))
+    capfd.readouterr()
+    try:
+        engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
+        builder = builder_for(store, recipe)
+        for step in range(2):
+            engine.train_step(builder.build(step), step)
+        engine.close()
+    finally:
+        set_log_level_from_string("warning")
+    asked = any(value is True or key == "flops_profiler" for key, value in values.items())
+    assert bool(capfd.readouterr().out.strip() or caplog.text) == (asked and not silent)
+
+
 # --- ZeRO
 
 
-JSON_FILES = sorted((REPOSITORY / "ds_configs").glob("*.json")) + sorted((REPOSITORY / "tests/ds_json").glob("*.json"))
+JSON_FILES = [
+    *sorted((REPOSITORY / "ds_configs").glob("*.json")),
+    *sorted((REPOSITORY / "tests/deepspeed_files").glob("transformers-zero[23].json")),
+]
 
 
 @pytest.mark.usefixtures("process_group", "half_on_cpu")

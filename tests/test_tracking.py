@@ -32,6 +32,7 @@ from tests.helpers import REPOSITORY
 from tests.test_pretrain import CPU_JSON, DROPOUT, command, run, start_arguments, train_losses
 
 OFFLINE = TrackingSettings(wandb="offline")
+NO_ONE_ASKED = "given here, recorded by the run or its default"
 
 
 @pytest.fixture(autouse=True)
@@ -343,13 +344,25 @@ def test_wandb_mode_decides_where_only_the_json_asks_for_wandb(
     assert Options().tracking(TrackingSettings(), Monitors(), run).wandb == "off"
 
 
-def test_one_line_says_that_the_flag_wins_over_wandb_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for mode, lines in (("offline", 0), ("disabled", 1)):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        console = Console(file=io.StringIO(), width=200)
-        opened(OFFLINE, tmp_path / mode, console=console).finish(None)
-        said = console.file.getvalue()  # type: ignore[attr-defined]
-        assert said.count("--wandb offline, given here or recorded by the run, wins over WANDB_MODE") == lines
+@pytest.mark.parametrize(
+    ("settings", "mode", "line"),
+    [
+        (OFFLINE, "offline", None),
+        (OFFLINE, "disabled", "--wandb offline, given here or recorded by the run, wins over WANDB_MODE=disabled."),
+        (TrackingSettings(), "disabled", None),
+        (TrackingSettings(), "nonsense", None),
+        (TrackingSettings(), "online", f"--wandb off, {NO_ONE_ASKED}, wins over WANDB_MODE=online."),
+        (TrackingSettings(), "dryrun", f"--wandb off, {NO_ONE_ASKED}, wins over WANDB_MODE=dryrun."),
+    ],
+)
+def test_one_line_says_which_wins_where_wandb_mode_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: TrackingSettings, mode: str, line: str | None
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    console = Console(file=io.StringIO(), width=200)
+    opened(settings, tmp_path / "run", console=console).finish(None)
+    said = [each for each in console.file.getvalue().splitlines() if "WANDB_MODE" in each]  # type: ignore[attr-defined]
+    assert said == ([f"Note: {line}"] if line else [])
 
 
 def test_each_new_run_has_its_own_wandb_id() -> None:

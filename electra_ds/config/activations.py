@@ -11,15 +11,15 @@ from typing import Any
 from electra_ds.config.suggest import did_you_mean
 
 _COUNT = "number_checkpoints"
-_SWITCHES = (
-    "partition_activations", "cpu_checkpointing", "contiguous_memory_optimization",
-    "synchronize_checkpoint_boundary", "profile",
-)  # fmt: skip
+_FOR_MODEL_PARALLELISM = ("partition_activations", "contiguous_memory_optimization")
+"""Without it DeepSpeed itself partitions nothing, and lays out what it has partitioned."""
+_SWITCHES = (*_FOR_MODEL_PARALLELISM, "cpu_checkpointing", "synchronize_checkpoint_boundary", "profile")
 
 
 def parse_activations(values: dict[str, Any], num_layers: int, problems: list[str], notes: list[str]) -> int:
-    """Layers of each encoder that are computed again in the backward pass: 0 without the section, and all of them where
-    it names no number. What is wrong is added to `problems`, what was decided here to `notes`.
+    """Layers of each encoder that are computed again in the backward pass: 0 without the section, or where everything
+    in it is off, and all of them where it names no number. What is wrong is added to `problems`, what was decided here
+    to `notes`.
 
     num_layers: of the discriminator, which has no fewer than the generator.
     """
@@ -32,13 +32,11 @@ def parse_activations(values: dict[str, Any], num_layers: int, problems: list[st
     if not isinstance(section, dict):
         problems.append(f'{name}: must be an object such as {{"{_COUNT}": {num_layers}}}')
         return 0
-    for key, value in section.items():
-        if key in _SWITCHES:
-            if value and value != "auto":
-                problems.append(f"{name}.{key}: is not supported here; remove it")
-        elif key != _COUNT:
-            problems.append(f"{name}.{key}: unknown key{did_you_mean(key, (_COUNT, *_SWITCHES))}")
+    _check_switches(name, section, problems, notes)
     count = section.get(_COUNT)
+    if count == 0 or (section and all(value in (None, False) for value in section.values())):
+        notes.append(f"{name} is off, so no layer is computed again in the backward pass")
+        return 0
     if count in (None, "auto"):  # null is DeepSpeed's own default
         notes.append(f"{name} names no number, so all {num_layers} layers are computed again in the backward pass")
         return num_layers
@@ -50,3 +48,15 @@ def parse_activations(values: dict[str, Any], num_layers: int, problems: list[st
     if count > num_layers:
         notes.append(f"{name}.{_COUNT} is {count}, which means all of the recipe's {num_layers}")
     return min(count, num_layers)
+
+
+def _check_switches(name: str, section: dict[str, Any], problems: list[str], notes: list[str]) -> None:
+    for key, value in section.items():
+        if key not in (_COUNT, *_SWITCHES):
+            problems.append(f"{name}.{key}: unknown key{did_you_mean(key, (_COUNT, *_SWITCHES))}")
+        elif key in _SWITCHES and value not in (True, False, None, "auto"):
+            problems.append(f"{name}.{key}: {value!r} is not true or false")
+        elif key in _FOR_MODEL_PARALLELISM and value is True:
+            notes.append(f"{name}.{key} has no effect, since no model is split over ranks here")
+        elif key in _SWITCHES and value is True:
+            problems.append(f"{name}.{key}: is not supported here; remove it")

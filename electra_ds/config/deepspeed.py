@@ -17,37 +17,27 @@ from typing import Any, Literal
 import hjson
 
 from electra_ds.config.activations import parse_activations
-from electra_ds.config.inert import REMOVED, is_inert
+from electra_ds.config.handed_on import HANDED_ON, NEVER, parse_handed_on
+from electra_ds.config.inert import REMOVED, UNREAD, is_inert
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
-from electra_ds.config.overrides import dotted_values
 from electra_ds.config.precision import PRECISION_KEYS, Precision, parse_precision
 from electra_ds.config.recipe import TrainingRecipe
+from electra_ds.config.recipe_owned import OWNED_BY_RECIPE, check_recipe_owned
 from electra_ds.config.shipped import DS_CONFIGS, ds_config_names, shipped_text
+from electra_ds.config.spelling import as_read, is_comment
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.zero import parse_zero, without_auto
 from electra_ds.errors import ConfigError
 
-OWNED_BY_RECIPE = ("train_batch_size", "gradient_clipping", "optimizer", "scheduler")
 _CUT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 RESOLVED_HERE = (*_CUT, "zero_optimization", "fp16", "bf16", "torch_autocast", "activation_checkpointing")
-HANDED_ON: dict[str, type] = {
-    "disable_python_gc": bool,
-    "dump_state": bool,
-    "flops_profiler": dict,
-    "log_level": str,
-    "memory_breakdown": bool,
-    "steps_per_print": int,
-    "timers": dict,
-    "wall_clock_breakdown": bool,
-    "zero_allow_untested_optimizer": bool,
-    "zero_force_ds_cpu_optimizer": bool,
-}
 NOT_USED = (
-    "aio", "autotuning", "bfloat16", "checkpoint", "communication_data_type", "compile",
+    "aio", "allgather_size", "autotuning", "checkpoint", "communication_data_type", "compile",
     "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
     "disable_allgather", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
     "managed_gradient_accumulation", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type",
-    "tensor_parallel", "use_data_before_expert_parallelism", "weight_quantization",
+    "sequence_parallel_size", "tensor_parallel", "use_data_before_expert_parallelism", "vocabulary_size",
+    "weight_quantization", "zero_force_ds_cpu_optimizer",
 )  # fmt: skip
 INSTEAD = {
     "comet": "Comet is not supported; use --wandb, --tensorboard, or a csv_monitor section instead",
@@ -175,7 +165,7 @@ def cut_for(values: dict[str, Any], given: dict[str, int] | None, share: int) ->
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
+    keys = [key for key, _ in pairs if not is_comment(key)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(f"the key {', '.join(twice)} stands twice")
@@ -190,29 +180,31 @@ def resolve(
     auto_fp16: what `"fp16": {"enabled": "auto"}` means on the device, see `runtime.wants_fp16`.
     """
     problems: list[str] = []
-    document = without_auto({key: value for key, value in values.items() if key in (*HANDED_ON, *MONITOR_SECTIONS)})
     notes: list[str] = []
+    values = as_read(values, problems, notes)
     inert = _check_keys(values, problems)
-    _check_recipe_owned(values, recipe, problems, notes)
-    zero = parse_zero(values, problems, inert)
+    check_recipe_owned(values, recipe, problems, notes)
+    zero = parse_zero(values, problems, notes, inert)
     precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes)
     if inert:
         notes.append(f"left out, since nothing depends on it here: {', '.join(inert)}")
     monitors = parse_monitors(values, problems)
     checkpointed_layers = parse_activations(values, recipe.num_hidden_layers, problems, notes)
+    document = parse_handed_on(values, problems, notes)
+    document |= {key: values[key] for key in MONITOR_SECTIONS if key in values}
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:
         raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(problems))
     assert precision is not None
     assert batch is not None
-    document |= {
+    document = without_auto(document) | {
         "train_batch_size": recipe.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "gradient_clipping": recipe.optimizer.max_grad_norm,
         "zero_optimization": zero,
     }
-    document.setdefault("steps_per_print", 2**31 - 1)  # the progress bar reports, not DeepSpeed
+    document.setdefault("steps_per_print", NEVER)
     if checkpointed_layers:
         document["activation_checkpointing"] = {"number_checkpoints": checkpointed_layers}
     for name in PRECISION_KEYS:
@@ -230,116 +222,23 @@ def _check_keys(values: dict[str, Any], problems: list[str]) -> list[str]:
     known = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *HANDED_ON, *MONITOR_SECTIONS)
     inert = []
     for key in values:
-        if key in (*INSTEAD, *NOT_USED, *REMOVED) and is_inert(key, values[key]):
+        if key in (*INSTEAD, *NOT_USED, *REMOVED, *UNREAD) and is_inert(key, values[key]):
             inert.append(key)
         elif key in INSTEAD:
             problems.append(f"{key}: {INSTEAD[key]}")
-        elif key in REMOVED:
+        elif key in (*REMOVED, *UNREAD):
             problems.append(f"{key}: DeepSpeed 0.19 no longer has this feature; remove the key")
         elif key in NOT_USED:
             problems.append(f"{key}: this DeepSpeed feature is not supported here; remove the key")
         elif key not in known:
-            problems.append(f"{key}: unknown key{did_you_mean(key, known)}")
-        elif key in HANDED_ON and values[key] != "auto" and type(values[key]) is not HANDED_ON[key]:
-            problems.append(f"{key}: {values[key]!r} is not of type {_JSON_TYPES[HANDED_ON[key]]}")
-        elif key == "log_level" and values[key] != "auto" and values[key] not in _LOG_LEVELS:
-            problems.append(f"log_level: {values[key]!r} is not one of {', '.join(_LOG_LEVELS)}")
-        elif key == "steps_per_print" and values[key] != "auto" and values[key] < 1:
-            problems.append(f"steps_per_print: {values[key]} is not a positive whole number")
-    profiler = values.get("flops_profiler")
-    for key, value in profiler.items() if isinstance(profiler, dict) else ():
-        if key not in _FLOPS_PROFILER:
-            problems.append(f"flops_profiler.{key}: unknown key")
-        elif value != "auto" and type(value) not in _FLOPS_PROFILER[key]:
-            problems.append(f"flops_profiler.{key}: {value!r} is of the wrong type")
+            problems.append(f"{key}: unknown key, which DeepSpeed would ignore{did_you_mean(key, known)}")
     return inert
-
-
-_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-_FLOPS_PROFILER: dict[str, tuple[type, ...]] = {
-    "enabled": (bool,), "recompute_fwd_factor": (int, float), "profile_step": (int,), "module_depth": (int,),
-    "top_modules": (int,), "detailed": (bool,), "output_file": (str, type(None)),
-}  # fmt: skip
-_JSON_TYPES = {dict: "object", bool: "boolean", int: "whole number", str: "string"}
-
-
-def _check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]) -> None:
-    optimizer, schedule = recipe.optimizer, recipe.schedule
-    owners: dict[str, tuple[Any, str]] = {
-        "train_batch_size": (recipe.global_batch_size, "global_batch_size"),
-        "gradient_clipping": (optimizer.max_grad_norm, "optimizer.max_grad_norm"),
-        "optimizer.params.lr": (optimizer.learning_rate, "optimizer.learning_rate"),
-        "optimizer.params.betas": ([optimizer.beta1, optimizer.beta2], "optimizer.beta1 and beta2"),
-        "optimizer.params.eps": (optimizer.epsilon, "optimizer.epsilon"),
-        "optimizer.params.weight_decay": (optimizer.weight_decay, "optimizer.weight_decay"),
-        "optimizer.params.bias_correction": (optimizer.bias_correction, "optimizer.bias_correction"),
-        "optimizer.params.torch_adam": (True, "the optimizer, which is torch's AdamW"),
-        "optimizer.params.adam_w_mode": (True, "the optimizer, which is AdamW"),
-        "scheduler.params.warmup_min_lr": (0, "the schedule, which starts at 0"),
-        "scheduler.params.warmup_max_lr": (optimizer.learning_rate, "optimizer.learning_rate"),
-        "scheduler.params.warmup_num_steps": (schedule.warmup_steps, "schedule.warmup_steps"),
-        "scheduler.params.total_num_steps": (schedule.total_steps, "schedule.total_steps"),
-        "scheduler.params.warmup_type": ("linear", "the schedule, whose warm-up is linear"),
-    }
-    owned = {name: values[name] for name in OWNED_BY_RECIPE if name in values}
-    for name in ("optimizer", "scheduler"):
-        if name in owned and owned[name] != "auto" and not isinstance(owned[name], dict):
-            problems.append(f"{name}: must be an object with type and params")
-            del owned[name]
-    if isinstance(owned.get("scheduler"), dict):
-        _check_scheduler(owned["scheduler"], recipe, problems, notes)
-    for key, value in dotted_values(owned):
-        if value == "auto" or key == "scheduler.type":
-            continue
-        if key == "optimizer.type":
-            if value not in ("Adam", "AdamW"):
-                problems.append(f"{key}: {value!r} is not what the recipe runs (Adam or AdamW)")
-        elif key not in owners:
-            problems.append(f"{key}: unknown key")
-        elif not _same(value, owners[key][0]):
-            ours, owner = owners[key]
-            problems.append(
-                f'{key}: {value!r} contradicts the recipe ({owner} is {ours!r}); write "auto" or leave it out, '
-                f"and change the recipe instead"
-            )
-
-
-def _check_scheduler(section: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]) -> None:
-    """A scheduler whose numbers are all "auto", as in transformers' files, stands for the recipe's own schedule;
-    one with numbers must be the recipe's."""
-    kind, params = section.get("type", "auto"), section.get("params", {})
-    schedule = f"the recipe's {recipe.schedule.kind} schedule"
-    if kind not in ("WarmupLR", "WarmupDecayLR", "auto"):
-        problems.append(f"scheduler.type: {kind!r} is not {schedule}; remove the section, or WarmupDecayLR")
-    elif not isinstance(params, dict) or all(value == "auto" for value in params.values()):
-        if kind != "auto":
-            notes.append(f"scheduler {kind} leaves its numbers to the recipe, so {schedule} is run")
-    elif kind == "WarmupLR":
-        problems.append(
-            f"scheduler.type: WarmupLR stays at its peak after the warm-up, which contradicts {schedule}; "
-            f'make its params "auto" or remove the section'
-        )
-    elif recipe.schedule.kind != "linear":
-        problems.append(f"scheduler.type: {kind} contradicts {schedule}; remove the section")
-    elif params.get("warmup_type", "log") in ("log", "auto"):
-        problems.append(
-            'scheduler.params.warmup_type: DeepSpeed\'s default, "log", contradicts the recipe, whose warm-up is '
-            'linear; write "linear", or make all params "auto"'
-        )
 
 
 def _divisors(number: int) -> list[int]:
     """Ascending."""
     low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*low, *(number // size for size in low)})
-
-
-def _same(value: Any, ours: Any) -> bool:
-    if isinstance(ours, list):
-        return isinstance(value, list) and len(value) == len(ours) and all(map(_same, value, ours))
-    if isinstance(ours, (bool, str)) or isinstance(value, bool):
-        return bool(value == ours)
-    return isinstance(value, (int, float)) and abs(value - ours) <= 1e-12 * abs(ours)
 
 
 def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, problems: list[str]) -> BatchPlan | None:

@@ -2,71 +2,117 @@
 
 They are left out, and one note names them. A key is not inert if it would change the mathematics, or if a user would
 expect an effect that it does not have. The defaults are those of DeepSpeed 0.19.8; a test compares them.
+The tables come first, the functions that read them after.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 TOP_DEFAULTS: dict[str, Any] = {
-    "communication_data_type": None, "dataloader_drop_last": False, "disable_allgather": False,
-    "gradient_allreduce_op": "mean", "gradient_predivide_factor": 1.0, "managed_gradient_accumulation": True,
-    "prescale_gradients": False, "seq_parallel_communication_data_type": "fp32",
+    "communication_data_type": None, "gradient_allreduce_op": "mean", "gradient_predivide_factor": 1.0,
+    "managed_gradient_accumulation": True,
+    "prescale_gradients": False, "seq_parallel_communication_data_type": "fp32", "sequence_parallel_size": 1,
     "use_data_before_expert_parallelism": False,
 }  # fmt: skip
+WITHOUT_EFFECT = (
+    "aio", "allgather_size", "dataloader_drop_last", "disable_allgather", "vocabulary_size",
+    "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+"""Top-level keys on which nothing depends here: files on NVMe, a buffer of ZeRO's oldest form, the last batch of
+DeepSpeed's own loader (every batch is full here), a switch that DeepSpeed reads and does not use, a hint about speed,
+and whose AdamW an offloaded optimizer is, which is torch's here."""
 ZERO_DEFAULTS: dict[str, Any] = {
-    "compute_grad_norm": True, "cpu_offload": None, "cpu_offload_param": None, "cpu_offload_use_pin_memory": None,
-    "elastic_checkpoint": False, "enable_sanity_checks": False, "legacy_stage1": False, "load_from_fp32_weights": True,
-    "memory_efficient_linear": True, "override_module_apply": True, "parameter_alignment": False,
-    "pipeline_loading_checkpoint": False, "save_muon_momentum_buffer_in_memory": False, "zenflow": None,
-    "zero_hpz_partition_size": 1, "zero_quantized_gradients": False, "zero_quantized_nontrainable_weights": False,
-    "zero_quantized_weights": False,
+    "compute_grad_norm": True, "cpu_offload": None, "cpu_offload_param": None, "legacy_stage1": False,
+    "override_module_apply": True, "parameter_alignment": False, "save_muon_momentum_buffer_in_memory": False,
+    "stage3_gather_fp16_weights_on_model_save": False, "zenflow": None, "zero_hpz_partition_size": 1,
+    "zero_quantized_gradients": False, "zero_quantized_nontrainable_weights": False, "zero_quantized_weights": False,
 }  # fmt: skip
+ZERO_WITHOUT_EFFECT = (
+    "cpu_offload_use_pin_memory", "elastic_checkpoint", "load_from_fp32_weights", "pipeline_loading_checkpoint",
+)  # fmt: skip
+"""The same in `zero_optimization`: a switch that DeepSpeed reads no more, and three about its own checkpoints. Ours
+load into every stage and number of ranks."""
+SECTION_DEFAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "data_types": {"keep_in_fp32_modules": ("auto",)},
+    "pipeline": {
+        "stages": ("auto", 1), "partition": ("best",), "activation_checkpoint_interval": (0,),
+        "pipe_partitioned": (True,), "grad_partitioned": (True,),
+    },
+    "tensor_parallel": {"autotp_size": (0, 1), "vocab_parallel_ce_backend": ("torch",)},
+}  # fmt: skip
+"""Values in sections that are DeepSpeed's defaults, or mean what the defaults mean."""
+SECTION_SWITCHES = {
+    "autotuning": ("enabled",),
+    "checkpoint": ("load_universal", "use_node_local_storage"),
+    "comms_logger": ("enabled",),
+    "compile": ("deepcompile", "enabled"),
+    "hybrid_engine": ("enabled",),
+}
+"""Sections in which nothing has an effect unless one of these is on. None of them is on by default."""
 REMOVED = (
     "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
     "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
 )  # fmt: skip
 """Top-level keys of older versions that DeepSpeed 0.19 refuses, whatever they say."""
+UNREAD = ("fp32_allreduce",)
+"""Top-level keys of older versions that DeepSpeed 0.19 does not read any more, and does not mention."""
 ZERO_REMOVED: dict[str, Any] = {
     "mics_shard_size": -1, "mics_hierarchical_params_gather": False, "zeropp_loco_param": None,
 }  # fmt: skip
-"""The same in `zero_optimization`, with the values that switched them off."""
-_ONLY_FOR_NVME = "aio"
+"""Keys of `zero_optimization` that it refuses, with the values that switched them off."""
+ZERO_UNREAD = {"cpu_offload_params": False, "legacy_stage1": False}
+"""Those of older versions that do not exist any more, or whose old implementation is gone."""
 
 
 def is_off(value: Any) -> bool:
-    """Return whether a section or a switch is off: false, null, or an object in which nothing is enabled."""
+    """Return whether a section or a switch is off: false, null, left open, or an object in which nothing is enabled."""
     if isinstance(value, dict):
-        if "enabled" in value:
-            nested = [each for each in value.values() if isinstance(each, dict)]
-            return not value["enabled"] and all(map(is_off, nested))
-        return all(map(is_off, value.values()))
-    return value is None or value is False
+        switches = list(_switches(value))
+        return all(map(is_off, switches or value.values()))
+    return value is None or value is False or value == "auto"
+
+
+def _switches(section: dict[str, Any]) -> Iterator[Any]:
+    """The values of `enabled` in a section and in those inside it."""
+    for key, value in section.items():
+        if key == "enabled":
+            yield value
+        elif isinstance(value, dict):
+            yield from _switches(value)
 
 
 def is_inert(key: str, value: Any) -> bool:
     """Return whether an unsupported top-level key only spells out DeepSpeed's default or an off switch."""
-    if key == "checkpoint":  # checkpoints here are our own
-        asked = ("load_universal", "use_node_local_storage")
-        return isinstance(value, dict) and not any(value.get(each, False) for each in asked)
-    if key == "tensor_parallel" and isinstance(value, dict):
-        return value.get("autotp_size", 0) in (0, 1)
+    if key in WITHOUT_EFFECT:
+        return True
     if key in TOP_DEFAULTS:
         return value in (None, "auto", TOP_DEFAULTS[key])
-    return key == _ONLY_FOR_NVME or value == "auto" or is_off(value)
+    if key in SECTION_SWITCHES and isinstance(value, dict):
+        return all(is_off(value.get(switch)) for switch in SECTION_SWITCHES[key])
+    if key in SECTION_DEFAULTS and isinstance(value, dict):
+        defaults = SECTION_DEFAULTS[key]
+        return all(is_off(each) or each in defaults.get(name, ()) for name, each in value.items())
+    return is_off(value)
 
 
 def is_inert_in_zero(key: str, value: Any) -> bool:
     """Return the same for a key of `zero_optimization`."""
-    off = ZERO_DEFAULTS | ZERO_REMOVED
+    if key in ZERO_WITHOUT_EFFECT:
+        return value in (True, False, None, "auto")
+    off = ZERO_DEFAULTS | ZERO_REMOVED | ZERO_UNREAD
     if key not in off:
         return False
     if type(value) is type(off[key]) and value == off[key]:  # true is no 1
         return True
-    return off[key] is not True and (value == "auto" or is_off(value))
+    return off[key] is not True and is_off(value)
 
 
 def is_offload(key: str, value: Any) -> bool:
-    """Return whether a key asks for offloading. A user who asked for it must be told where a stage has none."""
+    """Return whether a key asks for offloading. A user who asked for it must be told where a stage has none.
+
+    A device that is left open, as in files that accelerate completes, is DeepSpeed's default: none.
+    """
     device = value.get("device", "none") if isinstance(value, dict) else value
-    return key in ("offload_optimizer", "offload_param") and device not in ("none", None)
+    return key in ("offload_optimizer", "offload_param") and device not in ("none", "auto", None, False)

@@ -51,6 +51,14 @@ def wandb_mode_of_environment() -> str | None:
     return WANDB_MODES.get(os.environ.get("WANDB_MODE", "").strip().lower())
 
 
+def overruled_wandb_mode(mode: str) -> str | None:
+    """Return a note where WANDB_MODE asks for another mode than the one that a run has, None where it does not."""
+    if wandb_mode_of_environment() in (None, mode):
+        return None
+    whose = "given here, recorded by the run or its default" if mode == "off" else "given here or recorded by the run"
+    return f"--wandb {mode}, {whose}, wins over WANDB_MODE={os.environ['WANDB_MODE']}"
+
+
 def parse_monitors(values: dict[str, Any], problems: list[str]) -> Monitors:
     """The monitors of a raw DeepSpeed JSON. What is wrong is added to `problems`."""
     return Monitors(

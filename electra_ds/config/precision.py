@@ -55,7 +55,8 @@ def parse_precision(
     values: dict[str, Any], stage: int, auto_fp16: bool, problems: list[str], notes: list[str]
 ) -> Precision | None:
     """The one precision that is enabled. What is wrong is added to `problems`, what was decided here to `notes`."""
-    enabled = []
+    enabled: list[str] = []
+    without_scale: list[str] = []
     before = len(problems)
     for name, known in PRECISION_KEYS.items():
         section = values.get(name, {})
@@ -67,8 +68,8 @@ def parse_precision(
             if key in _WITHOUT_EFFECT:
                 if is_on and section[key] not in ("auto", None, _WITHOUT_EFFECT[key]):
                     problems.append(f"{name}.{key}: is not supported here; remove it")
-            elif name == "bf16" and key in PRECISION_KEYS["fp16"]:
-                continue  # bf16 has no loss scale, here or in DeepSpeed
+            elif name == "bf16" and key in PRECISION_KEYS["fp16"] - known:
+                without_scale += [f"bf16.{key}"] if section.get("enabled") is True else []
             elif key not in known:
                 problems.append(f"{name}.{key}: unknown key{did_you_mean(key, known)}")
         on = section.get("enabled", False)
@@ -80,6 +81,8 @@ def parse_precision(
             problems.append(f'{name}.enabled: {on!r} is not true, false or "auto"')
         elif on:
             enabled.append(name)
+    if without_scale:
+        notes.append(f"bf16 has no loss scale, so these are left out: {', '.join(without_scale)}")
     if len(enabled) > 1:
         problems.append(f"{', '.join(enabled)}: only one precision can be enabled")
     if len(problems) > before:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 
 from electra_ds.config.manifest import RunDirectory, TrackingSettings
-from electra_ds.config.monitors import wandb_mode_of_environment
+from electra_ds.config.monitors import overruled_wandb_mode
 from electra_ds.errors import CheckpointError, ConfigError, ElectraError, InterruptedBySignalError
 from electra_ds.terminal import note, say, say_command, warn
 from electra_ds.train.tracking import MetricsFile, read_metrics
@@ -135,6 +135,8 @@ def open_trackers(
     ConfigError where wandb cannot start even offline.
     """
     writers: list[Writer] = []
+    if overruled := overruled_wandb_mode(settings.wandb):
+        note(console, overruled)
     try:
         if settings.csv is not None:
             writers.append(_CsvFolder(run.path / settings.csv, resume_step))
@@ -299,8 +301,6 @@ class _Wandb:
             say(console, f"wandb: {self._run.url}")
         else:
             say_command(console, "wandb: offline; upload with:", f"wandb sync {Path(self._run.dir).parent}")
-        if wandb_mode_of_environment() not in (None, settings.wandb):
-            note(console, f"--wandb {settings.wandb}, given here or recorded by the run, wins over WANDB_MODE")
 
     def _init(self, mode: str, start: dict[str, Any]) -> Any:
         settings = self._module.Settings(silent=True, console="off", finish_timeout=_FINISH_WITHIN_S)
