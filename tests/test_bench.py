@@ -229,7 +229,7 @@ def test_a_gpu_is_held_to_the_memory_of_every_card_that_is_not_larger(monkeypatc
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
     chosen, not_measured = memory.cases("rc2020-small", ["fp32", "fp16"], [32], gpu)
     assert [case.ds_config for case in chosen] == [
-        "gtx1060-6gb", "gtx1080ti-11gb", "rtx2060-6gb", "t4-16gb", "p100-16gb", "v100-16gb",
+        "gtx1060-6gb", "gtx1080ti-11gb", "rtx2060-6gb", "p100-16gb", "v100-16gb", "t4-16gb",
     ]  # fmt: skip
     assert {str(case.plan.batch) for case in chosen} == {"128 x 1 x 1 rank(s)"}
     assert set(not_measured) == {"rtx3090-24gb", "a100-40gb", "h200-141gb"}
