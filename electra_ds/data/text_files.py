@@ -41,6 +41,7 @@ _UNPACKERS: dict[str, Callable[[], Any]] = {
 }
 _UNPACKING_ERRORS = (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError)
 _ARROW_SUFFIX = ".arrow"
+_TAR_SUFFIXES = {".tar", ".tgz", ".tbz2", ".txz"}
 _ARROW_FILE = b"ARROW1"
 _END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _CLOSING_TAG = "</doc>"
@@ -75,7 +76,9 @@ def file_documents(
     the text field, or is not what its name says.
     """
     content, packing = _suffixes(path)
-    if packing and content in (".tar", _PARQUET_SUFFIX, _ARROW_SUFFIX):
+    if content in _TAR_SUFFIXES:
+        raise DataError(f"{path} is a tar archive. Unpack it first: tar xf {path}")
+    if packing and content in (_PARQUET_SUFFIX, _ARROW_SUFFIX):
         raise DataError(f"{path} is not compressed text. Unpack it first.")
     if content == _PARQUET_SUFFIX:
         return _parquet_documents(path, text_key, progress)
@@ -159,7 +162,7 @@ def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progre
         blocks = _unpacked(path, blocks, unpacker)
     for number, raw in enumerate(_raw_lines(blocks), 1):
         if number == 1 and (kind := kind_of(raw)):
-            raise DataError(f"{path} is {kind.what}, and its name says text. {kind.advice}")
+            raise DataError(f"{path} is {kind.what}, not plain text in UTF-8. {kind.advice}")
         if b"\0" in raw:
             raise DataError(f"{path}, line {number}: NUL bytes, so it is UTF-16 or no text. Convert it to UTF-8 first.")
         try:
