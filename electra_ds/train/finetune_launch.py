@@ -113,7 +113,7 @@ def prepare_new(
     sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
     training = Finetuning(recipe, len(sets.train), encoder.num_layers)
     plan = plan_for(options, training, ranks)
-    said = (*encoder.notes, *_unknown_text(encoder, sets.train.ids), *_advice(recipe, encoder, sets))
+    said = (*encoder.notes, *_unknown_text(encoder, sets), *_advice(recipe, encoder, sets))
     notes = [note.rstrip(".") for note in (*loaded.notes, *said)]
     plan = replace(plan, notes=(*plan.notes, *notes))
     if ranks.is_main:
@@ -294,20 +294,22 @@ def _advice(recipe: FinetuneRecipe, encoder: EncoderSource, sets: TaskSets) -> l
     return said
 
 
-def _unknown_text(encoder: EncoderSource, ids: np.ndarray) -> list[str]:
-    """A note where the encoder's tokenizer gives too much of the training text as [UNK]."""
+def _unknown_text(encoder: EncoderSource, sets: TaskSets) -> list[str]:
+    """Notes where the encoder's tokenizer gives too much of a set's text as [UNK]."""
     tokenizer = encoder.tokenizer
-    text = ids[~np.isin(ids, [tokenizer.cls_token_id, tokenizer.sep_token_id])]
-    if tokenizer.unk_token_id is None or not len(text):
-        return []
-    share = float((text == tokenizer.unk_token_id).mean())
-    if share < NOTED_SHARE:
-        return []
-    return [
-        f"{share:.0%} of the training inputs' tokens are {tokenizer.unk_token}: the tokenizer of {encoder.name} does "
-        f"not know this text. Is it in another language or case, or without spaces between words? Choose a model that "
-        f"was pretrained on such text"
-    ]
+    said = []
+    for name, inputs in ({"training": sets.train} | sets.dev | sets.test).items():
+        text = inputs.ids[~np.isin(inputs.ids, [tokenizer.cls_token_id, tokenizer.sep_token_id])]
+        if tokenizer.unk_token_id is None or not len(text):
+            continue
+        share = float((text == tokenizer.unk_token_id).mean())
+        if share >= NOTED_SHARE:
+            said.append(
+                f"{share:.0%} of the {name} inputs' tokens are {tokenizer.unk_token}: the tokenizer of {encoder.name} "
+                f"does not know this text. Is it in another language or case, or without spaces between words? Choose "
+                f"a model that was pretrained on such text"
+            )
+    return said
 
 
 def announce(job: FinetuneJob, console: Console) -> None:
