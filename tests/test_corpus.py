@@ -724,7 +724,7 @@ def test_the_command_says_how_many_articles_are_cut(
         ("a.txt", PACKERS[".zst"](b"text"), r"is compressed with zstd, .* Add \.zst to its name"),
         ("a.xml.bz2", bz2.compress(b"<mediawiki version='0.10'>\n"), "is a MediaWiki dump in XML"),
         ("a.txt", b"%PDF-1.7\n%\xe2\xe3", "is a PDF, .* pdftotext"),
-        ("a.txt", b"PK\x03\x04\x14", "is a ZIP archive, as .docx and .odt files are"),
+        ("a.txt", b"PK\x03\x04\x14", "is a ZIP archive, as .docx and .xlsx files are"),
         ("a.txt", b"ARROW1\0\0", "is an Arrow file"),
         ("a", _tar_of(b"text"), "is a tar archive, not plain text.* tar xf"),
         ("a.7z", b"7z\xbc\xaf\x27\x1c\0\4", "is a 7z archive, not plain text"),

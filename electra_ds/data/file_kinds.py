@@ -20,7 +20,7 @@ _BY_FIRST_BYTES = {
     b"\x04\x22\x4d\x18": FileKind("compressed with lz4", "Unpack it: lz4 -d FILE"),
     b"7z\xbc\xaf\x27\x1c": FileKind("a 7z archive", "Unpack it: 7z x FILE"),
     b"Rar!\x1a\x07": FileKind("a RAR archive", "Unpack it: unrar x FILE"),
-    b"PK\x03\x04": FileKind("a ZIP archive, as .docx and .odt files are", "Unpack it, or save it as plain text."),
+    b"PK\x03\x04": FileKind("a ZIP archive, as .docx and .xlsx files are", "Unpack it, or save it as plain text."),
     b"\xff\xfe": FileKind("UTF-16 text", "Convert it: iconv -f utf-16 -t utf-8"),
     b"\xfe\xff": FileKind("UTF-16 text", "Convert it: iconv -f utf-16 -t utf-8"),
     b"PAR1": FileKind("Parquet", "Rename it to end in .parquet."),
