@@ -281,6 +281,13 @@ def test_a_large_archive_is_read_block_by_block(tmp_path: Path) -> None:
         assert documents_of(path) == [lines]
 
 
+@pytest.mark.parametrize("boundary", ["file", "blank-line"])
+def test_tags_of_articles_that_share_a_line_with_text_are_no_text(boundary: Boundary, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text('<doc id="1" title="A > B">1.</doc>\n<doc id="2" title="C"> 2.\n3.</doc>\n<doc id="3">\n4.\n')
+    assert documents_of(path, boundary) == [["1."], ["2.", "3."], ["4."]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

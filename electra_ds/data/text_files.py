@@ -45,6 +45,7 @@ _TAR_SUFFIXES = {".tar", ".tgz", ".tbz2", ".txz"}
 _ARROW_FILE = b"ARROW1"
 _END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _CLOSING_TAG = "</doc>"
+_OPENING_TAG_AND_TEXT = re.compile(r'(<doc [^<]*?">)(.+)')
 _END_OF_OPENING_TAG = re.compile(r'[^<]*">')
 _END_OF_CLOSING_TAG = re.compile(r"/?(doc|oc|c)?>")
 _BEGINNING_OF_TAG = re.compile(r"<(doc .*|/?(d|do|doc)?)")
@@ -87,7 +88,7 @@ def file_documents(
     lines = _lines(path, content in _JSON_SUFFIXES, _UNPACKERS.get(packing), progress)
     if content in _JSON_SUFFIXES:
         return _json_documents(path, lines, text_key)
-    lines = _not_json(path, lines, text_key)
+    lines = _tags_on_lines_of_their_own(_not_json(path, lines, text_key))
     if boundary == "blank-line":
         lines = _with_head_in_one(lines)
     return _text_documents(lines, boundary, cut_articles)
@@ -187,6 +188,19 @@ def _not_json(path: Path, lines: Iterator[str], text_key: str) -> Iterator[str]:
         if isinstance(record, dict) and isinstance(record.get(text_key), str):
             raise DataError(f"{path} is JSON lines, and its name says text. Rename it to end in .jsonl.")
     return itertools.chain([first], lines)
+
+
+def _tags_on_lines_of_their_own(lines: Iterable[str]) -> Iterator[str]:
+    """Lines with WikiExtractor's tags apart from the text that shares a line with them in what some tools write."""
+    for line in lines:
+        text = line
+        if line.startswith("<doc ") and (match := _OPENING_TAG_AND_TEXT.fullmatch(line)):
+            yield match[1]
+            text = match[2].strip()
+        if text.endswith(_CLOSING_TAG) and text != _CLOSING_TAG:
+            yield text.removesuffix(_CLOSING_TAG).rstrip()
+            text = _CLOSING_TAG
+        yield text
 
 
 def _is_opening_tag(line: str) -> bool:
