@@ -113,5 +113,5 @@ def problem(description: str, unknown: UnknownText, all_tokens: int) -> str | No
         )
     return (
         f"The tokenizer does not know much of {description}: {report(unknown, all_tokens)}. {reason} train a "
-        f"byte-level BPE, which knows all text: leave --tokenizer out and give --set tokenizer.kind=byte-level-bpe."
+        f"byte-level BPE, which knows all text: give --set tokenizer.kind=byte-level-bpe and no --tokenizer."
     )
