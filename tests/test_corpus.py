@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 import random
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,14 @@ TEXTS = [
     "日本語の文。\u2028And a second line after U+2028.",
     "A last, short one.",
 ]
+
+
+def _tar_of(content: bytes) -> bytes:
+    packed, entry = io.BytesIO(), tarfile.TarInfo("a.txt")
+    entry.size = len(content)
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -271,13 +281,23 @@ def test_a_large_archive_is_read_block_by_block(tmp_path: Path) -> None:
         assert documents_of(path) == [lines]
 
 
+@pytest.mark.parametrize("boundary", ["file", "blank-line"])
+def test_tags_of_articles_that_share_a_line_with_text_are_no_text(boundary: Boundary, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text('<doc id="1" title="A > B">1.</doc>\n<doc id="2" title="C"> 2.\n3.</doc>\n<doc id="3">\n4.\n')
+    assert documents_of(path, boundary) == [["1."], ["2.", "3."], ["4."]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", gzip.compress(b"text", mtime=0), "is compressed with gzip"),
         ("a.txt.gz", gzip.compress(gzip.compress(b"text", mtime=0), mtime=0), "is compressed with gzip"),
         ("a.txt.gz", b"plain text", "is damaged, or not what its name says"),
-        ("a.tar.gz", gzip.compress(b"text", mtime=0), "not compressed text"),
+        ("a.tar.gz", gzip.compress(b"text", mtime=0), "is a tar archive. Unpack it first: tar xf"),
+        ("a.tgz", gzip.compress(b"text", mtime=0), "is a tar archive. Unpack it first: tar xf"),
+        ("a.txt.gz", gzip.compress(_tar_of(b"text"), mtime=0), "is a tar archive, not plain text"),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "not compressed text"),
         ("a.jsonl.gz", gzip.compress(b'{"body": ""}', mtime=0), "no text field 'text'; its keys are body"),
     ],
 )
@@ -709,9 +729,19 @@ def test_the_command_says_how_many_articles_are_cut(
         ("a.txt", bz2.compress(b"text"), r"is compressed with bzip2, .* Add \.bz2 to its name"),
         ("a.txt", lzma.compress(b"text"), r"is compressed with xz, .* Add \.xz to its name"),
         ("a.txt", PACKERS[".zst"](b"text"), r"is compressed with zstd, .* Add \.zst to its name"),
+        ("a.xml.bz2", bz2.compress(b"<mediawiki version='0.10'>\n"), "is a MediaWiki dump in XML"),
         ("a.txt", b"%PDF-1.7\n%\xe2\xe3", "is a PDF, .* pdftotext"),
-        ("a.txt", b"PK\x03\x04\x14", "is a ZIP archive, as .docx and .odt files are"),
+        ("a.txt", b"PK\x03\x04\x14", "is a ZIP archive, as .docx and .xlsx files are"),
         ("a.txt", b"ARROW1\0\0", "is an Arrow file"),
+        ("a", _tar_of(b"text"), "is a tar archive, not plain text.* tar xf"),
+        ("a.7z", b"7z\xbc\xaf\x27\x1c\0\4", "is a 7z archive, not plain text"),
+        ("a.rar", b"Rar!\x1a\x07\x01\0", "is a RAR archive"),
+        ("a.txt.lz4", b"\x04\x22\x4d\x18\x64", "is compressed with lz4"),
+        ("a.doc", bytes.fromhex("d0cf11e0a1b11ae1"), "is an old Office file, .* Save it as plain text"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+        ("a.npy", b"\x93NUMPY\1\0", "is a NumPy array"),
+        ("a.db", b"SQLite format 3\0", "is an SQLite database"),
+        ("a.xml", b'<mediawiki xmlns="x">\n<page>', "is a MediaWiki dump in XML, .* WikiExtractor"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*git lfs pull"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
     ],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,16 @@ def test_a_store_with_a_foreign_tokenizer_or_a_damaged_index_is_refused(store: T
     (copy / "store.json").unlink()
     with pytest.raises(DataError, match="not a finished token store"):
         TokenStore(copy)
+
+
+def test_text_as_a_store_and_a_store_as_text_name_the_other_option(store: TokenStore, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    for text in (tmp_path / "texts", tmp_path / "texts" / "a.txt"):
+        with pytest.raises(DataError, match=re.escape(f"--corpus {text}")):
+            TokenStore(text)
+    with pytest.raises(DataError, match=re.escape(f"is a token store, not text. Train on it with --data {store.path}")):
+        open_corpus([store.path])
 
 
 def test_ids_outside_the_vocabulary_are_refused_when_they_are_met(store: TokenStore, tmp_path: Path) -> None:

@@ -427,9 +427,14 @@ def test_a_made_encoder_takes_nothing_from_torchs_generator() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_data_errors_are_data_errors() -> None:
+def test_data_errors_are_data_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="There is no model"):
         read_encoder("no/such/thing/at/all")
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(DataError, match="is a file, not a model: give a run directory, a folder"):
+        read_encoder(str(tmp_path / "model.pt"))
+    with pytest.raises(DataError, match=r"no model of transformers\. Give a run directory, a folder"):
+        read_encoder(str(tmp_path))
 
 
 def test_a_config_that_the_weights_or_transformers_cannot_follow_is_refused(tmp_path: Path) -> None:

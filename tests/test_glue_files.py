@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -683,6 +684,8 @@ BROKEN: list[tuple[str, dict[str, str], str]] = [
     ("open quote", {"train.tsv": 'text\tlabel\na\t0\n"b\t1\nc\t1\n'}, r"train\.tsv, line 3: the quotes do not match"),
     ("quote inside", {"train.csv": 'text,label\n"b" c,0\n'}, r"train\.csv, line 2: the quotes do not match"),
     ("empty text", {"train.csv": "text,label\n,0\n ,1\n"}, r"the column 'text' is empty in every row"),
+    ("list in lines", {"train.json": '[\n{"text": "a", "label": 0}\n]\n'}, r"line 1: not JSON .* with: jq -c '\.\[\]'"),
+    ("list in a line", {"train.json": '[{"text": "a", "label": 0}]\n'}, r"not an object .* with: jq -c '\.\[\]'"),
     ("foreign name", {"train.xlsx": "x"}, r"Files of examples end in one of \.csv, \.tsv, \.jsonl"),
 ]  # fmt: skip
 
@@ -711,3 +714,32 @@ def test_a_long_text_is_no_hindrance(tmp_path: Path) -> None:
     assert data.train is not None
     assert len(data.train.texts[1]) == 250_000
     assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("train.csv", b"PK\x03\x04", "a ZIP archive, as .docx and .xlsx files are"),
+        ("train.parquet", b"PAR1", "Parquet"),
+        ("train.csv.gz", b"\x1f\x8b\x08", "compressed with gzip"),
+        ("train.tsv", "text\tlabel\n".encode("utf-16"), "UTF-16 text"),
+    ],
+)
+def test_examples_in_another_kind_of_file_are_called_what_they_are(
+    name: str, content: bytes, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"is {what}, not a table .* read from \.csv, \.tsv, .*, in UTF-8"):
+        load_own(tmp_path / name, None, None)
+
+
+@pytest.mark.parametrize("split", ["", "['train']"])
+def test_a_saved_dataset_as_examples_names_the_command_that_converts_it(split: str, tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    (datasets.DatasetDict({"train": saved}) if split else saved).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="is a dataset that save_to_disk wrote") as refused:
+        load_own(tmp_path / "saved", None, None)
+    line = re.search(r'python -c "(.*)"', str(refused.value))
+    assert line is not None
+    exec(line[1].replace("saved.jsonl", f"{tmp_path}/saved.jsonl"))
+    assert load_own(tmp_path / "saved.jsonl", None, None).train is not None

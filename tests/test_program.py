@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from electra_ds.cli import build_parser
+from electra_ds.cli import build_parser, main
 from electra_ds.program import PACKAGES, as_called, command, missing_package
 from tests.helpers import REPOSITORY
 
@@ -61,6 +61,18 @@ def test_help_names_the_program_that_was_called(monkeypatch: pytest.MonkeyPatch,
         said = capsys.readouterr().out
         assert "bin/" not in said
         assert f"electra-ds {name}" in said
+
+
+@pytest.mark.parametrize("name", ["pretrain", "checkpoint ls"])
+def test_an_unknown_option_is_answered_by_the_command_that_was_called(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(REPOSITORY / "bin" / name.split()[0])])
+    with pytest.raises(SystemExit):
+        main([*name.split(), *(["run"] if "ls" in name else []), "--oops"])
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: {command(name)} ")
+    assert f"{command(name)}: error: unrecognized arguments: --oops" in said
 
 
 def test_as_called_changes_names_of_commands_alone() -> None:

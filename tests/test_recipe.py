@@ -236,6 +236,19 @@ def test_the_list_of_recipes_has_a_line_for_each_and_names_the_defaults(capsys: 
         assert any(line.split()[0] == name and default in line for line in lines)
 
 
+def test_the_list_of_recipes_breaks_between_words_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["recipes"])
+    in_a_file = capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal for rich
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["recipes"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.split() == in_a_file.split()
+
+
 def test_an_unknown_recipe_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         main(["recipes", "tinny"])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from rich.console import Console
 
 from electra_ds.config.manifest import RunDirectory, TrackingSettings
@@ -26,7 +27,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.errors import ConfigError, InterruptedBySignalError, TrainingError
 from electra_ds.train import trackers
 from electra_ds.train.launch import Options
-from electra_ds.train.trackers import Trackers, check_tracking, open_trackers
+from electra_ds.train.trackers import Trackers, check_tracking, open_trackers, wandb_login
 from electra_ds.train.tracking import read_metrics
 from tests.helpers import REPOSITORY
 from tests.test_pretrain import CPU_JSON, DROPOUT, command, run, start_arguments, train_losses
@@ -363,6 +364,14 @@ def test_one_line_says_which_wins_where_wandb_mode_says_otherwise(
     opened(settings, tmp_path / "run", console=console).finish(None)
     said = [each for each in console.file.getvalue().splitlines() if "WANDB_MODE" in each]  # type: ignore[attr-defined]
     assert said == ([f"Note: {line}"] if line else [])
+
+
+@pytest.mark.parametrize("mode", ["", "on"])
+def test_a_wandb_mode_that_wandb_does_not_know_is_a_message(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb.teardown()  # which has read the environment once
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(ConfigError, match=r"WANDB_MODE: [\s\S]*--wandb off"):
+        wandb_login()
 
 
 def test_each_new_run_has_its_own_wandb_id() -> None:

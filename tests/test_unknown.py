@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from electra_ds import cli
 from electra_ds.cli.stores import open_store
@@ -17,7 +19,7 @@ from electra_ds.data.corpus import open_corpus
 from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.token_store import StoreInfo, TokenStore
 from electra_ds.data.tokenizer import Tokenizer, train_tokenizer
-from electra_ds.data.unknown import UnknownText, problem, report, unknown_in
+from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, report, unknown_in
 from electra_ds.errors import DataError
 from tests.finetuning import arguments_of, finetune, tiny_electra, write_csv
 from tests.helpers import SHARED_DATA, small_recipe
@@ -162,6 +164,25 @@ def test_a_long_build_says_early_that_its_text_is_unknown(
     assert said.count("Warning: The tokenizer does not know much of the beginning of") == 1
 
 
+@pytest.mark.parametrize("is_byte_level", [True, False])
+def test_text_that_a_tokenizer_leaves_out_without_a_token_is_counted_too(is_byte_level: bool, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE())  # without unk_token, and trained without an alphabet of all bytes
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel() if is_byte_level else pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(special_tokens=["[UNK]"], show_progress=False)
+    backend.train_from_iterator([KNOWN] * 20, trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    bpe = load_given_tokenizer(str(tmp_path / "tokenizer.json"))[0]
+    lines = [KNOWN, f"fox {FOREIGN}"]
+    found = unknown_in(lines, bpe.encode_lines(lines), bpe)
+    assert (found.num_tokens, found.num_left_out, found.num_chars, found.examples[0]) == (0, 3, 10, "пес")
+    info = built(corpus_of(tmp_path / "a.txt", *lines), bpe, tmp_path / "store")
+    assert info.corpora[0].unknown == found
+    said = problem("a.txt", found, 20)
+    assert said is not None
+    assert "3 stretches of text are left out, for which it has no token" in said
+    assert UnknownText(0, 800, 0, 1000, [], num_left_out=100).share(5) > REFUSED_SHARE
+
+
 def test_a_byte_level_tokenizer_knows_everything(tmp_path: Path) -> None:
     path = corpus_of(tmp_path / "a.txt", FOREIGN, LONG, "日本語 🙂")
     info = build_store(open_corpus([path]), small_recipe().tokenizer, tmp_path / "store", workers=1).info
@@ -184,3 +205,4 @@ def test_finetuning_on_text_that_the_model_does_not_know_says_so(tmp_path: Path)
         *arguments_of(model, None, "mine", tmp_path / "run", train=tmp_path / "train.csv", dev=tmp_path / "dev.csv")
     )
     assert re.search(r"8\d% of the training inputs' tokens are \[UNK\]", " ".join(out.split()))
+    assert re.search(r"8\d% of the dev inputs' tokens are \[UNK\]", " ".join(out.split()))

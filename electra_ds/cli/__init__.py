@@ -60,6 +60,7 @@ def _name_as_called(parser: argparse.ArgumentParser, name: str = "") -> None:
             action.help = as_called(action.help)
         if isinstance(action, argparse._SubParsersAction):
             for below, subparser in action.choices.items():
+                subparser.set_defaults(parser=subparser)
                 subparser.prog = command(f"{name} {below}".lstrip())
                 subparser.epilog = as_called(subparser.epilog or "")
                 _name_as_called(subparser, f"{name} {below}".lstrip())
@@ -83,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"electra-ds: {error}", file=sys.stderr)
         sys.exit(2)
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
-        options = build_parser().parse_args(arguments)
+        options, unknown = build_parser().parse_known_args(arguments)
+        if unknown:  # said by the command's own parser, with its usage and its name
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         options.handler(options)
     except FailedElsewhereError:

@@ -57,13 +57,17 @@ def _recipes(options: argparse.Namespace) -> None:
         print(full_text(options.name), end="")
         return
 
+    from rich.console import Console
+
     from electra_ds.config.recipe import named_values
     from electra_ds.program import as_called
+    from electra_ds.terminal import say
 
+    console = Console()
     for folder, kind in _KINDS.items():
-        print(as_called(f"{kind}:"))
+        say(console, as_called(f"{kind}:"))
         for name in shipped_names(folder):
-            print(f"  {name:14}{named_values(name, folder)['description']}{_DEFAULTS.get(name, '')}")
+            say(console, f"  {name:14}{named_values(name, folder)['description']}{_DEFAULTS.get(name, '')}")
 
 
 def full_text(name: str) -> str:

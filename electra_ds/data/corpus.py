@@ -183,7 +183,9 @@ def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_k
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """A folder's files. Raises DataError where there is none, or a saved dataset is among them."""
+    """A folder's files. Raises DataError where there is none, a saved dataset is among them, or it is a token store."""
+    if (folder / "store.json").is_file() and (folder / "tokens.bin").is_file():
+        raise DataError(f"The folder {folder} is a token store, not text. Train on it with --data {folder}")
     found = sorted(entry for entry in folder.rglob("*") if _is_listed(entry, folder))
     if not found:
         raise DataError(f"The folder {folder} holds no text files ({FORMATS}).")

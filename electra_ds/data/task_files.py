@@ -19,6 +19,7 @@ import numpy as np
 
 from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.tasks import TASKS
+from electra_ds.data.file_kinds import kind_of
 from electra_ds.data.tasks import Examples, Kind, Task, TaskData, task_data
 from electra_ds.errors import DataError
 
@@ -43,6 +44,7 @@ NO_LABELS = ({""}, {"-1"}, {"?"})
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_KNOWN = ", ".join((*_DELIMITERS, *_JSON_SUFFIXES))
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -128,9 +130,10 @@ def read_jsonl(path: Path) -> Table:
             try:
                 record = json.loads(content)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {line}: not JSON ({error}); one object per line.") from error
+                raise DataError(f"{path}, line {line}: not JSON ({error}); {_one_a_line(path, content)}") from error
             if not isinstance(record, dict):
-                raise DataError(f'{path}, line {line}: not an object such as {{"text": …, "label": …}}.')
+                problem = 'not an object such as {"text": …, "label": …}'
+                raise DataError(f"{path}, line {line}: {problem}; {_one_a_line(path, content)}")
             table.numbers.append(len(records))
             table.lines.append(line)
             records.append(record)
@@ -144,6 +147,11 @@ def read_jsonl(path: Path) -> Table:
         else:
             table.columns[name] = [_as_text(record[name]) for record in records]
     return table
+
+
+def _one_a_line(path: Path, line: str) -> str:
+    is_list = line.startswith("[")
+    return "one object per line" + (f"; convert a list with: jq -c '.[]' {path} > NEW.jsonl" if is_list else ".")
 
 
 def load_own(
@@ -330,13 +338,34 @@ def _examples(table: Table, columns: _Columns, labels: np.ndarray | None) -> Exa
 
 
 def _read_own(path: Path) -> Table:
+    _check_content(path)
     suffix = path.suffix.lower()
     if suffix in _DELIMITERS:
         return _read_quoted(path, _DELIMITERS[suffix])
     if suffix in _JSON_SUFFIXES:
         return read_jsonl(path)
-    known = ", ".join((*_DELIMITERS, *_JSON_SUFFIXES))
-    raise DataError(f"{path}: its name does not say what it is. Files of examples end in one of {known}.")
+    raise DataError(f"{path}: its name does not say what it is. Files of examples end in one of {_KNOWN}.")
+
+
+def _check_content(path: Path) -> None:
+    """Raises DataError for a dataset or a file that holds no table in text, with what makes one of it."""
+    is_dict = (path / "dataset_dict.json").is_file()
+    if is_dict or (path / "dataset_info.json").is_file():
+        split = "['train']" if is_dict else ""
+        raise DataError(
+            f"{path} is a dataset that save_to_disk wrote. Write what you want of it as JSON lines, and give that:\n"
+            f"  python -c \"import datasets; datasets.load_from_disk('{path}'){split}.to_json('{path.name}.jsonl')\""
+        )
+    try:
+        with path.open("rb") as file:
+            kind = kind_of(file.read(512))
+    except OSError:  # who reads it says what is wrong
+        return
+    if kind:
+        raise DataError(
+            f"{path} is {kind.what}, not a table in plain text. Examples are read from {_KNOWN}, in UTF-8 and not "
+            f"compressed."
+        )
 
 
 def _read_quoted(path: Path, delimiter: str) -> Table:

@@ -41,9 +41,11 @@ _UNPACKERS: dict[str, Callable[[], Any]] = {
 }
 _UNPACKING_ERRORS = (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError)
 _ARROW_SUFFIX = ".arrow"
+_TAR_SUFFIXES = {".tar", ".tgz", ".tbz2", ".txz"}
 _ARROW_FILE = b"ARROW1"
 _END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _CLOSING_TAG = "</doc>"
+_OPENING_TAG_AND_TEXT = re.compile(r'(<doc [^<]*?">)(.+)')
 _END_OF_OPENING_TAG = re.compile(r'[^<]*">')
 _END_OF_CLOSING_TAG = re.compile(r"/?(doc|oc|c)?>")
 _BEGINNING_OF_TAG = re.compile(r"<(doc .*|/?(d|do|doc)?)")
@@ -75,7 +77,9 @@ def file_documents(
     the text field, or is not what its name says.
     """
     content, packing = _suffixes(path)
-    if packing and content in (".tar", _PARQUET_SUFFIX, _ARROW_SUFFIX):
+    if content in _TAR_SUFFIXES:
+        raise DataError(f"{path} is a tar archive. Unpack it first: tar xf {path}")
+    if packing and content in (_PARQUET_SUFFIX, _ARROW_SUFFIX):
         raise DataError(f"{path} is not compressed text. Unpack it first.")
     if content == _PARQUET_SUFFIX:
         return _parquet_documents(path, text_key, progress)
@@ -84,7 +88,7 @@ def file_documents(
     lines = _lines(path, content in _JSON_SUFFIXES, _UNPACKERS.get(packing), progress)
     if content in _JSON_SUFFIXES:
         return _json_documents(path, lines, text_key)
-    lines = _not_json(path, lines, text_key)
+    lines = _tags_on_lines_of_their_own(_not_json(path, lines, text_key))
     if boundary == "blank-line":
         lines = _with_head_in_one(lines)
     return _text_documents(lines, boundary, cut_articles)
@@ -159,7 +163,7 @@ def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progre
         blocks = _unpacked(path, blocks, unpacker)
     for number, raw in enumerate(_raw_lines(blocks), 1):
         if number == 1 and (kind := kind_of(raw)):
-            raise DataError(f"{path} is {kind.what}, and its name says text. {kind.advice}")
+            raise DataError(f"{path} is {kind.what}, not plain text in UTF-8. {kind.advice}")
         if b"\0" in raw:
             raise DataError(f"{path}, line {number}: NUL bytes, so it is UTF-16 or no text. Convert it to UTF-8 first.")
         try:
@@ -184,6 +188,19 @@ def _not_json(path: Path, lines: Iterator[str], text_key: str) -> Iterator[str]:
         if isinstance(record, dict) and isinstance(record.get(text_key), str):
             raise DataError(f"{path} is JSON lines, and its name says text. Rename it to end in .jsonl.")
     return itertools.chain([first], lines)
+
+
+def _tags_on_lines_of_their_own(lines: Iterable[str]) -> Iterator[str]:
+    """Lines with WikiExtractor's tags apart from the text that shares a line with them in what some tools write."""
+    for line in lines:
+        text = line
+        if line.startswith("<doc ") and (match := _OPENING_TAG_AND_TEXT.fullmatch(line)):
+            yield match[1]
+            text = match[2].strip()
+        if text.endswith(_CLOSING_TAG) and text != _CLOSING_TAG:
+            yield text.removesuffix(_CLOSING_TAG).rstrip()
+            text = _CLOSING_TAG
+        yield text
 
 
 def _is_opening_tag(line: str) -> bool:

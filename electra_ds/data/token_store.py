@@ -109,6 +109,8 @@ class TokenStore:
 
 
 def _read_info(path: Path) -> StoreInfo:
+    if path.is_file():
+        raise DataError(f"{path} is a file, not the folder of a token store. To train on its text: --corpus {path}")
     if not path.is_dir():
         raise DataError(
             f"There is no token store at {path}. Build one with: {command('build-data')} --out {path} --corpus …"
@@ -123,8 +125,8 @@ def _read_info(path: Path) -> StoreInfo:
         return StoreInfo(**values | {"corpora": [_source_info(**source) for source in values["corpora"]]})
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} is not a finished token store: it has no store.json. Build it with {command('build-data')}; "
-            f"an interrupted build goes on where it stopped."
+            f"{path} is not a finished token store: it has no store.json. If it holds text: --corpus {path}. "
+            f"Otherwise build it with {command('build-data')}; an interrupted build goes on where it stopped."
         ) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{path / 'store.json'} is damaged ({error}). Build the store again.") from error

@@ -101,6 +101,19 @@ class Tokenizer:
         return special
 
     @cached_property
+    def leaves_text_out(self) -> bool:
+        """Whether there is text for which it gives no token, not even [UNK]: so does a BPE that has neither a token for
+        unknown text nor a piece for every byte."""
+        document = json.loads(self.backend.to_str())
+        if document["model"]["type"] != "BPE" or document["model"]["unk_token"] is not None:
+            return False
+        steps = json.dumps([document["normalizer"], document["pre_tokenizer"]])
+        in_words = '"ByteLevel"' in steps
+        alphabet = pre_tokenizers.ByteLevel.alphabet() if in_words else [f"<0x{byte:02X}>" for byte in range(256)]
+        pieces = document["model"]["vocab"]
+        return not (in_words or document["model"]["byte_fallback"]) or not all(piece in pieces for piece in alphabet)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what the tokenizer does."""
         return hashlib.sha256(_canonical(self.backend).encode("utf8")).hexdigest()

@@ -1,4 +1,4 @@
-"""Text that a tokenizer gives as [UNK]: how much of a store it is, why, and what to do about it."""
+"""Text that a tokenizer gives as [UNK] or leaves out: how much of a store it is, why, and what to do about it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class UnknownText:
     text_chars: int = 0
     """Characters of all the text, with spaces."""
     examples: list[str] = field(default_factory=list)
+    num_left_out: int = 0
+    """Stretches that no token stands for, not even [UNK]; their characters are among num_chars."""
 
     def add(self, other: UnknownText) -> None:
         """Count another text's too."""
@@ -34,19 +36,22 @@ class UnknownText:
         self.num_chars += other.num_chars
         self.num_long_chars += other.num_long_chars
         self.text_chars += other.text_chars
+        self.num_left_out += other.num_left_out
         self.examples = list(dict.fromkeys([*self.examples, *other.examples]))[:_EXAMPLES]
 
     def share(self, all_tokens: int) -> float:
-        """The larger of the shares of tokens and of characters."""
-        return max(self.num_tokens / max(all_tokens, 1), self.num_chars / max(self.text_chars, 1))
+        """The larger of the shares of tokens and of characters. What is left out counts as a token for each stretch."""
+        of_tokens = (self.num_tokens + self.num_left_out) / max(all_tokens + self.num_left_out, 1)
+        return max(of_tokens, self.num_chars / max(self.text_chars, 1))
 
 
 def unknown_in(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> UnknownText:
     """What [UNK] stands for in lines that the tokenizer gives these ids."""
     found = UnknownText(text_chars=sum(map(len, lines)))
     longest_word = getattr(tokenizer.backend.model, "max_input_chars_per_word", None)
-    for unknown in _unknown_words(lines, ids, tokenizer):
-        found.num_tokens += 1
+    for unknown, is_left_out in _unknown_words(lines, ids, tokenizer):
+        found.num_tokens += not is_left_out
+        found.num_left_out += is_left_out
         found.num_chars += len(unknown)
         if longest_word is not None and len(unknown) > longest_word:
             found.num_long_chars += len(unknown)
@@ -55,21 +60,36 @@ def unknown_in(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> 
     return found
 
 
-def _unknown_words(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> Iterator[str]:
-    lines_with = [line for line, ids_of_line in zip(lines, ids, strict=True) if tokenizer.unk_id in ids_of_line]
+def _unknown_words(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """Each piece of text that becomes [UNK] or is left out, and whether it is left out."""
+    leaves_out = tokenizer.leaves_text_out
+    looked_at = [
+        line for line, ids_of_line in zip(lines, ids, strict=True) if leaves_out or tokenizer.unk_id in ids_of_line
+    ]
     for line, encoding in zip(
-        lines_with, tokenizer.backend.encode_batch(lines_with, add_special_tokens=False), strict=True
+        looked_at, tokenizer.backend.encode_batch(looked_at, add_special_tokens=False), strict=True
     ):
         for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id == tokenizer.unk_id:
-                yield line[start:stop]
+                yield line[start:stop], False
+        if leaves_out:
+            rest = list(line)
+            for start, stop in encoding.offsets:
+                rest[start:stop] = " " * (stop - start)
+            yield from ((word, True) for word in "".join(rest).split())
 
 
 def report(unknown: UnknownText, all_tokens: int) -> str:
-    """How much of a text is [UNK]."""
+    """How much of a text is [UNK], or left out."""
+    of_chars = unknown.num_chars / max(unknown.text_chars, 1)
+    if unknown.num_left_out:
+        return (
+            f"{unknown.num_tokens:,} of {all_tokens:,} tokens are [UNK], and {unknown.num_left_out:,} stretches of "
+            f"text are left out, for which it has no token, not even [UNK]: together {of_chars:.2%} of the characters"
+        )
     if not unknown.num_tokens:
         return f"none of {all_tokens:,} tokens is [UNK]"
-    of_tokens, of_chars = unknown.num_tokens / all_tokens, unknown.num_chars / unknown.text_chars
+    of_tokens = unknown.num_tokens / all_tokens
     return (
         f"{unknown.num_tokens:,} of {all_tokens:,} tokens are [UNK] ({of_tokens:.2%}), in place of {of_chars:.2%} of "
         f"the characters"
@@ -93,5 +113,5 @@ def problem(description: str, unknown: UnknownText, all_tokens: int) -> str | No
         )
     return (
         f"The tokenizer does not know much of {description}: {report(unknown, all_tokens)}. {reason} train a "
-        f"byte-level BPE, which knows all text: leave --tokenizer out and give --set tokenizer.kind=byte-level-bpe."
+        f"byte-level BPE, which knows all text: give --set tokenizer.kind=byte-level-bpe and no --tokenizer."
     )

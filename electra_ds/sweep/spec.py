@@ -243,7 +243,7 @@ def _put(values: dict[str, Any], override: str) -> None:
     parts = path.split(".")
     homes = [f"{stage}.set.{path}" for stage in STAGES if stage in values and path in RECIPE_KEYS[stage]]
     if homes and len(parts) > 1:
-        raise ConfigError(f"{override!r}: is of a recipe; write it as {' or '.join(homes)}")
+        raise ConfigError(f"{override!r}: is a key of a recipe; write it as {' or '.join(homes)}")
     if parts[0] in STAGES:  # a recipe's key is one, for all its dots
         whole = {"set": 2, "space": 2, "variants": 3}.get(parts[1] if len(parts) > 1 else "", 1)
         parts = [*parts[:whole], *filter(None, [".".join(parts[whole:])])]

@@ -114,6 +114,11 @@ def read_encoder(name: str) -> EncoderSource:
         return _of_folder(path, str(path.resolve()))
     if is_hub_model(name):
         return _of_folder(fetch_model(name), name)
+    if path.is_file():
+        raise DataError(
+            f"{name} is a file, not a model: give a run directory, a folder that transformers' save_pretrained wrote, "
+            f"or OWNER/NAME on the Hub."
+        )
     raise DataError(
         f"There is no model {name}: neither a run directory, nor a folder with config.json, nor OWNER/NAME on the Hub."
     )
@@ -147,7 +152,10 @@ def _of_run(path: Path) -> EncoderSource:
 def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast, list[str]]:
     """Return what `EncoderSource.files` wrote, or transformers did, and notes on the tokenizer."""
     if not (folder / "config.json").is_file():
-        raise DataError(f"{name} has no config.json, so it is no model of transformers.")
+        raise DataError(
+            f"{name} has no config.json, so it is no model of transformers. Give a run directory, a folder that "
+            f"transformers' save_pretrained wrote, or OWNER/NAME on the Hub."
+        )
     _check_needs_no_code(folder / "config.json", name)
     with explained(f"the model {name}", "Is it a folder that transformers' save_pretrained wrote?"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

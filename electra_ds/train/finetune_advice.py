@@ -53,18 +53,19 @@ def advice(training: Finetuning, encoder: EncoderSource, sets: TaskSets, *, keep
 
 
 def _unknown_text(encoder: EncoderSource, sets: TaskSets) -> Iterator[str]:
-    """Yield a note where the encoder's tokenizer gives too much of the training text as [UNK]."""
-    tokenizer, ids = encoder.tokenizer, sets.train.ids
-    text = ids[~np.isin(ids, [tokenizer.cls_token_id, tokenizer.sep_token_id])]
-    if tokenizer.unk_token_id is None or not len(text):
-        return
-    share = float((text == tokenizer.unk_token_id).mean())
-    if share >= NOTED_SHARE:
-        yield (
-            f"{share:.0%} of the training inputs' tokens are {tokenizer.unk_token}: the tokenizer of {encoder.name} "
-            f"does not know this text. Is it in another language or case, or without spaces between words? Choose a "
-            f"model that was pretrained on such text"
-        )
+    """Yield a note for each set of whose text the encoder's tokenizer gives too much as [UNK]."""
+    tokenizer = encoder.tokenizer
+    for name, inputs in ({"training": sets.train} | sets.dev | sets.test).items():
+        text = inputs.ids[~np.isin(inputs.ids, [tokenizer.cls_token_id, tokenizer.sep_token_id])]
+        if tokenizer.unk_token_id is None or not len(text):
+            continue
+        share = float((text == tokenizer.unk_token_id).mean())
+        if share >= NOTED_SHARE:
+            yield (
+                f"{share:.0%} of the {name} inputs' tokens are {tokenizer.unk_token}: the tokenizer of {encoder.name} "
+                f"does not know this text. Is it in another language or case, or without spaces between words? Choose "
+                f"a model that was pretrained on such text"
+            )
 
 
 def useless_warning(

@@ -222,7 +222,13 @@ def wandb_login() -> bool:
     Raises ConfigError where there are some that cannot be right.
     """
     wandb = _wandb_module()
-    wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
+    try:
+        wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
+    except ValueError as error:
+        raise ConfigError(
+            f"wandb cannot read its settings, such as the variable WANDB_MODE: {error}\nCorrect or unset the variable, "
+            f"or train without wandb by --wandb off."
+        ) from error
     try:
         return bool(wandb.login(prompt=False, verify=False))
     except wandb.errors.AuthenticationError as error:
