@@ -120,6 +120,9 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_p
         ("a.txt", b"", "is empty"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16 text"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.csv", b"text,label\nfine,1\n", "is a table, not plain text. Write the column"),
+        ("a.tsv.gz", b"text", r"is a table, .*sep='\\t'"),
+        ("a.html", b"<p>text</p>", "is HTML, not plain text"),
     ],
 )
 def test_a_broken_corpus_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -133,6 +136,15 @@ def test_a_missing_or_fileless_corpus_is_refused(tmp_path: Path) -> None:
         open_corpus([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="holds no text files"):
         open_corpus([tmp_path])
+
+
+def test_a_folder_says_which_of_its_files_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    for name in ("b.zip", "c.zip", "d.csv", ".hidden.zip"):
+        (tmp_path / name).write_bytes(b"PK")
+    corpus = open_corpus([tmp_path])
+    assert list(corpus.documents()) == [["some text"]]
+    assert "3 other files are not read (1 .csv, 2 .zip)" in corpus.notes()[0]
 
 
 @pytest.mark.slow

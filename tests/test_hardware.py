@@ -243,7 +243,7 @@ def test_doctor_prints_the_sentence_and_tries_no_step_that_must_fail(
 
 def test_a_machine_without_any_gpu(machine: Machine, start: Callable[..., list[str]]) -> None:
     machine.torch("2.13.0+cpu")
-    assert gpu_findings() == [Finding("GPU", "none", meaning="training runs on the CPU; take --ds-config cpu")]
+    assert gpu_findings() == [Finding("GPU", "none", meaning="training runs on the CPU")]
     assert start() == []
     machine.torch("2.13.0+cu130")
     assert start() == []
@@ -313,7 +313,7 @@ def test_a_card_that_torch_cannot_use_is_told_with_its_mend_and_training_goes_on
 def test_a_card_too_old_for_any_torch_is_passed_over(machine: Machine, start: Callable[..., list[str]]) -> None:
     machine.torch("2.13.0+cu126")
     machine.driver("echo Tesla K80, 470.256.02, 3.7")
-    assert gpu_findings() == [Finding("GPU", "Tesla K80", meaning="training runs on the CPU; take --ds-config cpu")]
+    assert gpu_findings() == [Finding("GPU", "Tesla K80", meaning="training runs on the CPU")]
     assert start() == []
 
 

@@ -53,6 +53,8 @@ class FileSource:
     """The folder that the files are from, where there is one."""
     cut_articles: Counter[str] = field(default_factory=Counter, compare=False)
     """What the last reading found of WikiExtractor's articles that are not complete."""
+    passed_over: Counter[str] = field(default_factory=Counter, compare=False)
+    """Suffixes of files in the given folders that are not read."""
 
     @property
     def description(self) -> str:
@@ -77,14 +79,21 @@ class FileSource:
             yield from file_documents(path, self.boundary, self.text_key, progress, self.cut_articles)
 
     def notes(self) -> list[str]:
-        if not (total := self.cut_articles.total()):
-            return []
-        parts = ", ".join(f"{count:,} {what}" for what, count in sorted(self.cut_articles.items()))
-        return [
-            f"{self.description}: {total:,} of WikiExtractor's articles {'is' if total == 1 else 'are'} cut off "
-            f"({parts}). What is there of each is kept as a document. If a complete extract was split, join its parts "
-            f"first: cat PART… > FILE"
-        ]
+        found = []
+        if total := self.passed_over.total():
+            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.passed_over.items()))
+            found.append(
+                f"{self.description}: {total:,} other {'file is' if total == 1 else 'files are'} not read ({kinds}), "
+                f"since only these are read in a folder: {FORMATS}."
+            )
+        if total := self.cut_articles.total():
+            parts = ", ".join(f"{count:,} {what}" for what, count in sorted(self.cut_articles.items()))
+            found.append(
+                f"{self.description}: {total:,} of WikiExtractor's articles {'is' if total == 1 else 'are'} cut off "
+                f"({parts}). What is there of each is kept as a document. If a complete extract was split, join its "
+                f"parts first: cat PART… > FILE"
+            )
+        return found
 
 
 class BuiltinSource:
@@ -166,6 +175,7 @@ def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_k
     if [str(path) for path in paths] == [BUILTIN]:
         return BuiltinSource()
     files: list[Path] = []
+    passed_over: Counter[str] = Counter()
     name = str(paths[0])
     for path in map(Path, paths):
         if path.is_file():
@@ -173,20 +183,25 @@ def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_k
         elif path.is_dir():
             saved = _saved_dataset(path)
             name = str(saved[0].parent) if saved else name
-            files += saved or _files_in(path)
+            files += saved or _files_in(path, passed_over)
         else:
             raise DataError(f"The corpus {path} does not exist.")
-    source = FileSource(tuple(files), boundary, text_key, name if len(paths) == 1 else "")
+    source = FileSource(tuple(files), boundary, text_key, name if len(paths) == 1 else "", passed_over=passed_over)
     if not source.num_bytes:
         raise DataError(f"The corpus is empty: {source.description}.")
     return source
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """A folder's files. Raises DataError where there is none, a saved dataset is among them, or it is a token store."""
+def _files_in(folder: Path, passed_over: Counter[str]) -> list[Path]:
+    """Return a folder's files, and count in `passed_over` the suffixes of those that are not read.
+
+    Raises DataError where there is none to read, a saved dataset is among them, or it is a token store.
+    """
     if (folder / "store.json").is_file() and (folder / "tokens.bin").is_file():
         raise DataError(f"The folder {folder} is a token store, not text. Train on it with --data {folder}")
-    found = sorted(entry for entry in folder.rglob("*") if _is_listed(entry, folder))
+    visible = sorted(entry for entry in folder.rglob("*") if entry.is_file() and not _is_hidden(entry, folder))
+    found = [entry for entry in visible if is_corpus_file(entry)]
+    passed_over.update(entry.suffix.lower() for entry in visible if not is_corpus_file(entry))
     if not found:
         raise DataError(f"The folder {folder} holds no text files ({FORMATS}).")
     saved = sorted({file.parent for file in found if file.name == _STATE and (file.parent / _INFO).is_file()})
@@ -231,9 +246,8 @@ def _json_of(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _is_listed(entry: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in entry.relative_to(root).parts)
-    return entry.is_file() and not hidden and is_corpus_file(entry)
+def _is_hidden(entry: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in entry.relative_to(root).parts)
 
 
 def _listing(files: Iterable[Path]) -> list[tuple[str, int, int]]:

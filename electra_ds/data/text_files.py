@@ -32,6 +32,18 @@ _HEAD_BYTES = 32
 _TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst"}
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _PARQUET_SUFFIX = ".parquet"
+_TABLE_ADVICE = (
+    "Write the column with the text as JSON lines: "
+    """python -c "import pandas; pandas.read_csv('{path}'SEP)[['text']].to_json('text.jsonl', orient='records', """
+    """lines=True, force_ascii=False)\""""
+)
+_OTHER_SUFFIXES = {
+    ".csv": ("a table", _TABLE_ADVICE.replace("SEP", "")),
+    ".tsv": ("a table", _TABLE_ADVICE.replace("SEP", r", sep='\t', quoting=3")),
+    ".html": ("HTML", "Take the text out of its markup first, and give that."),
+    ".htm": ("HTML", "Take the text out of its markup first, and give that."),
+}
+"""Text files whose text is not all to be trained on: (what they are, what to do)."""
 _UNPACKERS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".bz2": bz2.BZ2Decompressor,
@@ -77,6 +89,9 @@ def file_documents(
     the text field, or is not what its name says.
     """
     content, packing = _suffixes(path)
+    if content in _OTHER_SUFFIXES:
+        what, advice = _OTHER_SUFFIXES[content]
+        raise DataError(f"{path} is {what}, not plain text. {advice.format(path=path)}")
     if content in _TAR_SUFFIXES:
         raise DataError(f"{path} is a tar archive. Unpack it first: tar xf {path}")
     if packing and content in (_PARQUET_SUFFIX, _ARROW_SUFFIX):

@@ -161,7 +161,7 @@ def _gpus(hardware: Hardware) -> list[Finding]:
     if problem is not None:
         return [Finding("GPU", problem.found, "note", problem.meaning, problem.mend)]
     names = ", ".join(gpu.name for gpu in hardware.driver_gpus)
-    return [Finding("GPU", names or "none", meaning="training runs on the CPU; take --ds-config cpu")]
+    return [Finding("GPU", names or "none", meaning="training runs on the CPU")]
 
 
 def _gpu(index: int, gpu: Gpu, hardware: Hardware) -> Finding:

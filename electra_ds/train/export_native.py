@@ -65,7 +65,7 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
         f"{out / tag}: step {checkpoint.state['step']:,}",
         f"{out / 'go_on.py'}: a script that goes on from it; README.md says how to start it",
         *(f"Note: {note}." for note in plan.notes),
-        f"Written at {_layout(plan)}; DeepSpeed loads it with the same alone.",
+        f"Written at {_layout(plan)}; DeepSpeed loads it only with the same stage, precision and number of ranks.",
         *([_to_other_ranks(out / tag)] if plan.stage in _CONVERTED else []),
     ]
     return "\n".join(lines)

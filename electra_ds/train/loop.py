@@ -200,7 +200,8 @@ class TrainingLoop(ABC):
             check_same_recipe(checkpoint, self.job.recipe, self.job.run)
             if checkpoint.state["step"] > self.job.stop_at:
                 raise ConfigError(
-                    f"The run is at step {checkpoint.state['step']} already, beyond --stop-at {self.job.stop_at}."
+                    f"The run is at step {checkpoint.state['step']} already, beyond --stop-at {self.job.stop_at}. "
+                    f"Give a later step, or leave --stop-at out to train to the end."
                 )
         self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
