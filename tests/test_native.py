@@ -755,7 +755,7 @@ def test_a_run_goes_out_and_back_and_on_as_if_it_had_never_left(store: TokenStor
     told = run(
         "checkpoint", "import", str(tmp_path / "native"), "--trusted", "--run-dir", str(back), "--ds-config", CPU_JSON
     ).stdout  # fmt: skip
-    assert f"Go on with: {REPOSITORY}/bin/pretrain --resume {back}" in told
+    assert f"Resume it with: {REPOSITORY}/bin/pretrain --resume {back}" in told
     run("pretrain", "--resume", str(back), "--threads", "1", "--log-every", "1")
     expected = [line for line in read_metrics(straight / "metrics.jsonl") if line["kind"] == "train"][20:]
     found = [line for line in read_metrics(back / "metrics.jsonl") if line["kind"] == "train"]

@@ -5,7 +5,7 @@ RUN/
   deepspeed.json    the DeepSpeed JSON, resolved
   run.json          command, versions, hardware, data fingerprint
   verdict.json      how it ended: done, stopped, collapsed or failed
-  requeue           there while a signal or the time limit has stopped the run: it wants to go on
+  requeue           there while a signal or the time limit has stopped the run: it is to be resumed
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class TrackingSettings:
 
     wandb: WandbMode = "off"
     wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))
-    """Made once: whatever resumes the run goes on with the same run at wandb."""
+    """Made once: whatever resumes the run continues the same run at wandb."""
     wandb_project: str = "electra_ds"
     wandb_entity: str | None = None
     wandb_group: str | None = None
@@ -229,9 +229,7 @@ class RunDirectory:
     def check_free(self) -> None:
         """Raises ConfigError where a run is there already."""
         if self.exists():
-            raise ConfigError(
-                f"{self.path} already holds a run. Go on with it by --resume, or choose another --run-dir."
-            )
+            raise ConfigError(f"{self.path} already holds a run. Resume it with --resume, or choose another --run-dir.")
 
     def mark(self) -> tuple[int, str]:
         """What tells this folder from one of the same name on another disk: the lock's inode, and who wrote into it."""

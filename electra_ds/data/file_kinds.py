@@ -1,4 +1,4 @@
-"""What a file holds, told by its first bytes: for messages about files that are not what their names say."""
+"""Recognise what a file holds by its first bytes, for messages about files that are not what their names say."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ _BY_FIRST_BYTES = {
 
 
 def kind_of(content: bytes) -> FileKind | None:
-    """Return what a file is whose content begins with these bytes; None for what may be UTF-8 text."""
+    """Return the kind of a file whose content begins with these bytes, or None if it may be UTF-8 text."""
     return next((kind for start, kind in _BY_FIRST_BYTES.items() if content.startswith(start)), None)

@@ -1,6 +1,6 @@
 """Datasets and models of the Hugging Face Hub, or in folders laid out as there.
 
-Imported only where one is used: `datasets` takes seconds to import.
+This module is imported only if one is used: `datasets` takes seconds to import.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class HubSource:
             read += len(table)
 
     def notes(self) -> list[str]:
-        """Nothing."""
+        """Return no notes."""
         return []
 
     def _num_rows(self) -> int | None:
@@ -191,8 +191,8 @@ class HubSource:
 
 
 def fetch_tokenizer(name: str) -> Path:
-    """Download the tokenizer of a model of the Hub; return its folder in the cache. Raises DataError where it cannot be
-    had."""
+    """Download the tokenizer of a model on the Hub and return its folder in the cache. Raises DataError if that
+    fails."""
     with explained(f"the tokenizer {name}"):
         return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES))
 

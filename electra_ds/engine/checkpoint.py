@@ -59,7 +59,7 @@ class Checkpoint(NamedTuple):
         numbers: list[Any] = [self.state.get("tokens")]
         numbers += [counters.get(name) for name in FRESH_COUNTERS] if isinstance(counters, dict) else [None]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-            raise CheckpointError(f"The checkpoint {self.path} cannot be gone on from: its state.json is not whole.")
+            raise CheckpointError(f"The checkpoint {self.path} cannot be resumed: its state.json is incomplete.")
         wanted = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in _KINDS}
         problems = [f"{name} is missing" for name in wanted.keys() - self.tensors.keys()]
         problems += [f"{name} is {dtype}, not F32" for name, dtype in self.tensors.dtypes() if dtype != "F32"]
@@ -133,7 +133,7 @@ class CheckpointFolder:
                 raise problem
             damaged[path] = str(problem)
         if damaged:
-            raise CheckpointError("No checkpoint of this run is whole:\n  " + "\n  ".join(damaged.values()))
+            raise CheckpointError("No checkpoint of this run is complete:\n  " + "\n  ".join(damaged.values()))
         return None, {}
 
     def tidy(self, damaged: Iterable[Path]) -> None:
@@ -183,9 +183,9 @@ class CheckpointFolder:
         """What to say where a checkpoint could not be written."""
         earlier = self.paths()
         kept = f"The newest complete one is {earlier[-1]}." if earlier else "There is none before it."
-        mend = "Make room" if is_disk_full(error) else "Mend that"
+        mend = "Make room" if is_disk_full(error) else "Fix that"
         is_begun = earlier or (self.folder.parent / "run.json").is_file()
-        then = "go on with --resume" if is_begun else "give the command again"
+        then = "resume with --resume" if is_begun else "give the command again"
         return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {mend}, then {then}.")
 
 

@@ -103,7 +103,7 @@ class CompiledForward:
                 raise inner from error
             if self._must:
                 raise ConfigError(f"torch.compile failed; leave out --compile on. It says: {error}") from error
-            _log.warning("torch.compile failed, so the run goes on without it: %s", error)
+            _log.warning("torch.compile failed, so the run continues without it: %s", error)
             self._compiled = None
             return self._eager(batch, None)
 

@@ -58,7 +58,7 @@ def write_native(
 
 
 def _for_ds_to_universal(stage: int) -> dict[str, Any]:
-    """What the script asks of stages 1 and 2, and DeepSpeed leaves to whoever saves; it takes no stage 0 checkpoint."""
+    """Return what ds_to_universal needs at stages 1 and 2 and DeepSpeed leaves to the caller; it takes no stage 0."""
     if stage not in (1, 2):
         return {}
     return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}

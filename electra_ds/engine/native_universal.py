@@ -1,4 +1,4 @@
-"""Universal checkpoints: what DeepSpeed's ds_to_universal makes of a checkpoint of ZeRO, for any number of ranks.
+"""Universal checkpoints: DeepSpeed's ds_to_universal makes them from ZeRO checkpoints, for any number of ranks.
 
 A folder for each parameter, `zero/NAME/`, holds its whole master and moments; `zero/optimizer_state.pt` has what is
 common to all. Parameters that were frozen, buffers and second names of tied parameters are there in the precision of
@@ -20,7 +20,7 @@ from electra_ds.errors import CheckpointError
 
 _FILES = {"master": "fp32.pt"} | {kind: f"{kind}.pt" for kind in MOMENTS}
 _PARAMETER = "param"
-"""Key of the tensor in a file that says more than it."""
+"""The key of the tensor in a file that holds more than it."""
 
 
 def universal_tensors(

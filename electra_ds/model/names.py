@@ -50,7 +50,7 @@ def find_naming(names: Iterable[str]) -> Naming:
         return Naming(False, generator, discriminator)
     if generator is not None or discriminator is not None:
         there, gone = ("generator", "discriminator") if discriminator is None else ("discriminator", "generator")
-        raise CheckpointError(f"The checkpoint holds a {there} alone. Its {gone} is needed too to go on training.")
+        raise CheckpointError(f"The checkpoint holds a {there} alone. Its {gone} is needed too to continue training.")
     raise CheckpointError(
         f"The checkpoint's names ({_listed(names)}) are neither those of electra_ds's joint module nor those of one "
         f"of transformers' ElectraForMaskedLM and ElectraForPreTraining."

@@ -112,9 +112,9 @@ def _plain(value: Any) -> Any:
 
 def cells(table: pd.DataFrame, stage: str, metrics: Sequence[str]) -> pd.DataFrame:
     """Over the seeds of each cell of a stage: n, mean, sample standard deviation, median, lowest and highest of each
-    metric, and `baseline`, what one prediction for every row scores. Where a cell has several pretraining seeds, `std`
-    is that of their means, `n` their number, and `std_finetuning` the mean standard deviation over finetuning seeds
-    within one."""
+    metric, and `baseline`, the score of the same prediction for every row. If a cell has several pretraining seeds,
+    `std` is that of their means, `n` their number, and `std_finetuning` the mean standard deviation over finetuning
+    seeds within one."""
     ended = table[(table["stage"] == stage) & table["state"].isin(SUCCEEDED) & (table["reason"] != ENDED_EARLY)]
     of_stage = table[table["stage"] == stage]
     is_nested = "pretrain.seed" in of_stage and of_stage["pretrain.seed"].nunique() > 1

@@ -129,7 +129,7 @@ class RayRunner:
         except OSError as error:
             raise CheckpointError(f"Tune cannot write into {self._storage or records}: {error}") from error
         except tune.TuneError as error:
-            raise TrainingError(f"Tune has ended the sweep, which --resume goes on with: {error}") from error
+            raise TrainingError(f"Tune has ended the sweep: {error}. Resume it with --resume.") from error
         if self._storage is None:
             shutil.rmtree(records, ignore_errors=True)  # the folder says it all
 

@@ -31,7 +31,7 @@ CheckArguments = Callable[[str, Sequence[str]], None]
 """Raises ConfigError where a command, `pretrain` or `finetune`, does not take these arguments, and DataError where its
 examples will not do. Where None stands in its place, nothing is to be run: neither is looked at."""
 Now = Callable[[str, Mapping[str, Value]], dict[str, Value]]
-"""A stage's options with their inputs where they are now; None where they are where they were."""
+"""A function that gives a stage's options with their inputs where they are now. None: no input has moved."""
 
 
 @dataclass(frozen=True)

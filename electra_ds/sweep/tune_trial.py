@@ -187,8 +187,8 @@ class _TuneTrial(tune.Trainable):
             self._folder.end(self._trial.key, status)
 
     def cleanup(self) -> None:
-        """Let the run of a trial save that somebody's own scheduler ends or pauses; one that could not yet is stopped
-        all the same."""
+        """Let the run of a trial that the user's own scheduler ends or pauses save first. A run that cannot save yet is
+        stopped anyway."""
         if self._ranks is not None:
             self._ranks.leave()
             while self._ranks.are_running():

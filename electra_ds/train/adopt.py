@@ -1,4 +1,4 @@
-"""A run that begins with weights from elsewhere: they become its first checkpoint, and training goes on from that."""
+"""A run that begins with weights from elsewhere: they become its first checkpoint, and training continues from that."""
 
 from __future__ import annotations
 

@@ -158,8 +158,8 @@ def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[
         staying = folder.paths()[-keep:]
         if newest is not None and newest not in staying:
             raise CheckpointError(
-                f"The {keep} newest checkpoints of {run} are damaged, and {newest.name} is the newest whole one: "
-                f"{next(iter(wrong.values()))} Go on with --resume first, which sets them aside, or give a larger "
+                f"The {keep} newest checkpoints of {run} are damaged, and {newest.name} is the newest complete one: "
+                f"{next(iter(wrong.values()))} Resume the run first, which sets them aside, or give a larger "
                 f"--keep."
             )
         doomed = [(path, "older") for path in folder.paths()[:-keep]]

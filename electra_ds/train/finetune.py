@@ -279,7 +279,7 @@ class FinetuneLoop(TrainingLoop):
         write_file(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
 
     def _written(self, name: str, of: Judged) -> dict[str, Any]:
-        """What scores.json says of a set."""
+        """Return what scores.json says about a set."""
         said: dict[str, Any] = {
             "rows": of.rows,
             "metrics": {key: value if math.isfinite(value) else None for key, value in of.metrics.items()},

@@ -186,7 +186,7 @@ def plan_of_run(
 
 
 def _is_as_recorded(record: Record, ranks: Ranks) -> bool:
-    """Whether a run goes on with as many ranks as it had, on the same kind of device."""
+    """Return whether a run resumes with as many ranks as it had, on the same kind of device."""
     device = runtime.device_name(runtime.device(ranks.launch))
     return ranks.world_size == record.world_size and device == record.device
 
@@ -239,7 +239,7 @@ def prepare_new(
 
 
 def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks: Ranks) -> bool:
-    """Whether a run has come to the end of its schedule. To be called by all ranks, which agree on it.
+    """Return whether a run has reached the end of its schedule. To be called by all ranks, which agree on it.
 
     Raises CheckpointError where there is no such run.
     """
@@ -249,7 +249,7 @@ def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks:
 
 
 def say_finished(run: RunDirectory, console: Console) -> None:
-    """Say that there is nothing left to train, and where what came of it is."""
+    """Print that nothing is left to train, and where the results are."""
     step = run.verdict_details().get("step")
     say(console, f"The run {run.path} is finished, at step {step}: nothing is left to train.")
     say_command(console, "Its report:", f"{command('report')} {run.path}")
@@ -257,14 +257,15 @@ def say_finished(run: RunDirectory, console: Console) -> None:
 
 
 def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
-    """The plan to resume a run with: its own DeepSpeed JSON, or another. Raises CheckpointError where there is none."""
+    """Return the plan to resume a run with: its own DeepSpeed JSON, or another. Raises CheckpointError if there is
+    none."""
     run.check_resumable("pretrain")
     recipe = run.read_recipe()
     return plan_of_run(options, run, run.read_record(), recipe, ranks)
 
 
 def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> PretrainJob:
-    """A job that goes on with a run."""
+    """Return a job that resumes a run."""
     recipe, record = run.read_recipe(), run.read_record()
     # The run's own JSON spoke at the start; what was said then, --wandb off for instance, is in the record.
     tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)

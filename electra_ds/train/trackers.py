@@ -74,8 +74,8 @@ class Trackers:
                 self._writers.remove(writer)
                 warn(
                     self._console,
-                    f"{writer.name} failed and is left out from here on ({type(error).__name__}: {error}). Training "
-                    f"goes on; metrics.jsonl has every number.",
+                    f"{writer.name} failed and is left out from now on ({type(error).__name__}: {error}). Training "
+                    f"continues; metrics.jsonl has every number.",
                 )
 
 
@@ -287,7 +287,7 @@ class _Wandb:
             try:
                 self._run = self._init("online", start)
             except Exception as error:  # no network, a refused key: the numbers can be uploaded later
-                warn(console, f"wandb cannot be reached ({error}). It goes on offline.")
+                warn(console, f"wandb cannot be reached ({error}). The run continues offline.")
                 self._module.teardown()  # or its service would say that the id is in use
                 mode = "offline"
         if mode == "offline":
