@@ -720,5 +720,5 @@ def test_precision_is_deepspeeds_own_business_at_stages_1_to_3_but_for_autocast(
 
 def test_a_scheduler_that_leaves_its_numbers_open_stands_for_the_recipes_and_that_is_said() -> None:
     scheduler = {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}}
-    assert "the recipe's linear schedule is run" in plan_of({"scheduler": scheduler}).notes[0]
+    assert "the recipe's linear schedule is used" in plan_of({"scheduler": scheduler}).notes[0]
     assert "which here means off" in plan_of({"fp16": {"enabled": "auto"}}).notes[0]

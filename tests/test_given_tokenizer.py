@@ -89,7 +89,7 @@ def test_a_class_that_reads_only_the_vocabulary_of_a_json_is_followed_with_a_not
     BertTokenizer(VOCABULARY_OF, do_lower_case=False).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
     assert ids_of(tmp_path) == theirs(tmp_path)
-    assert "The normalizer of" in notes_of(tmp_path)
+    assert "does not use the normalizer in" in notes_of(tmp_path)
     assert ids_of(tmp_path / "tokenizer.json") != ids_of(tmp_path)
 
 
@@ -188,7 +188,7 @@ CONTENTS: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     ),
     "merges": ("vocab.txt", b"#version: 0.2\na b\n", "holds the merges of a byte-level BPE"),
     "scores": ("vocab.txt", "▁a\t-1.5\n▁b\t-2\n".encode(), "SentencePiece vocabulary with scores"),
-    "model": ("vocab.txt", b"\n\x0e\n\x05<unk>\x15\xff\x00", "is not text. A SentencePiece model"),
+    "model": ("vocab.txt", b"\n\x0e\n\x05<unk>\x15\xff\x00", "is not text. If it is a SentencePiece model"),
     "gzip": ("vocab.txt", b"\x1f\x8b\x08abc", "is compressed with gzip, not a tokenizer"),
     "pointer": ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer.*git lfs pull"),
     "vocabulary": ("tokenizer.json", "\n".join(VOCABULARY).encode(), r"Rename it to vocab\.txt"),
@@ -252,7 +252,7 @@ def test_build_data_takes_the_switches_and_says_what_it_assumes(
     for name in ("tokenizer.json", "."):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["build-data", "--corpus", "texts.txt", "--tokenizer", name, "--out", "x", "--cased"])
-        assert "are for a vocab.txt" in capsys.readouterr().err
+        assert "are only for a vocab.txt" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(
             ["build-data", "--corpus", "texts.txt", "--tokenizer", "vocab.txt", "--out", "x", "--cased", "--uncased"]

@@ -42,7 +42,7 @@ class Figure(NamedTuple):
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
-    """Raises ConfigError where the two measured different things."""
+    """Raises ConfigError if the two measured different things."""
     check_recipe(old, new["recipe"])
     before, after = figures(old), figures(new)
     common = [name for name in after if name in before]

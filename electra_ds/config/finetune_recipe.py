@@ -164,7 +164,7 @@ def recipe_source(name_or_path: str) -> str:
 
 
 def _of_task(by_task: Any, task: str, source: str) -> dict[str, Any]:
-    """What `by_task` says of a task. Raises ConfigError where it is not as it must be, for whatever task."""
+    """Return what `by_task` says of a task. Raises ConfigError if it is not as it must be, for whatever task."""
     if not isinstance(by_task, dict) or not all(isinstance(inner, dict) for inner in by_task.values()):
         raise ConfigError(
             f"Recipe {source}: by_task must be a mapping of tasks to dotted keys, such as rte: {{schedule.epochs: 10}}."

@@ -162,7 +162,7 @@ def open_corpus(sources: Iterable[str | Path], boundary: Boundary = "file", text
 
 def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Source:
     """One source of files and folders (read recursively, in sorted order); the one path `builtin` names the
-    built-in corpus. Raises DataError where a path is missing or holds no text."""
+    built-in corpus. Raises DataError if a path is missing or holds no text."""
     if [str(path) for path in paths] == [BUILTIN]:
         return BuiltinSource()
     files: list[Path] = []

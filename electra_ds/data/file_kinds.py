@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class FileKind(NamedTuple):
-    """What a file is, and what to do where text was expected."""
+    """The kind of a file, and what to do if text was expected."""
 
     what: str
     advice: str

@@ -93,7 +93,7 @@ def read_folder(
     """Return the tokenizer in a model's folder as transformers reads it, and what the user should know about it.
 
     name: what messages call it. config: the model's, where it is read already. casing: None where the command has no
-    such options. Raises DataError where there is no tokenizer, its files are not what their names say, its class needs
+    such options. Raises DataError if there is no tokenizer, its files are not what their names say, its class needs
     code of its own or does not read what is there, or it has no fast form.
     """
     there = {file for file in VOCABULARIES if (folder / file).is_file()}

@@ -232,7 +232,7 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
 def load_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer that `Tokenizer.save` wrote into this folder, or whose tokenizer.json this is.
 
-    What others wrote is read by `given_tokenizer`. Raises DataError where there is none or it cannot be used.
+    What others wrote is read by `given_tokenizer`. Raises DataError if there is none or it cannot be used.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:

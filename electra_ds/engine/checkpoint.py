@@ -101,7 +101,7 @@ class CheckpointFolder:
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]) -> Path:
         """Publish a checkpoint of `state["step"]` from one process, and prune old ones.
 
-        tensors: on the CPU; record: text files that travel along, by name. Raises CheckpointError where it cannot be
+        tensors: on the CPU; record: text files that travel along, by name. Raises CheckpointError if it cannot be
         written; the checkpoints before it stay as they are.
         """
         draft = Draft(self, state["step"], secrets.token_hex(4))
@@ -122,7 +122,7 @@ class CheckpointFolder:
         """The newest checkpoint that is whole, and what is wrong with each newer one.
 
         To be called by all ranks, which share the reading of its files. None where no checkpoint was ever published.
-        Raises CheckpointError where every one is damaged, or one cannot be read.
+        Raises CheckpointError if every one is damaged, or one cannot be read.
         """
         damaged: dict[Path, str] = {}
         for path in reversed(ranks.from_main(self.paths()) if ranks else self.paths()):
@@ -139,7 +139,7 @@ class CheckpointFolder:
     def tidy(self, damaged: Iterable[Path]) -> None:
         """Set damaged checkpoints aside as `damaged-…`, and remove what killed saves and prunings left.
 
-        For the process that holds the run. Raises CheckpointError where the folder cannot be written.
+        For the process that holds the run. Raises CheckpointError if the folder cannot be written.
         """
         doomed = list(damaged)
         try:
@@ -273,14 +273,14 @@ def _problem(path: Path, ranks: Ranks | None) -> CheckpointError | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify and open. Raises CheckpointError where a file is missing, cut short or changed, or what they say does not
+    """Verify and open. Raises CheckpointError if a file is missing, cut short or changed, or what they say does not
     belong together."""
     verify_checkpoint(path)
     return open_checkpoint(path)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint that was verified. Raises CheckpointError where it cannot be read after all."""
+    """Open a checkpoint that was verified. Raises CheckpointError if it cannot be read after all."""
     path = path.resolve()  # of `latest`, or of `.`
     try:
         files = [path / name for name in sorted(read_manifest(path)) if _SHARD.fullmatch(name)]

@@ -56,7 +56,7 @@ def _forbidden_by(plan: DeepSpeedPlan) -> str | None:
 
 
 def check_compile(wanted: Compile, device: torch.device, plan: DeepSpeedPlan) -> bool:
-    """Whether to compile. Raises ConfigError where that was asked for and cannot be."""
+    """Return whether to compile. Raises ConfigError if that was asked for and cannot be."""
     if wanted == "off":
         return False
     reason = obstacle(device, plan)

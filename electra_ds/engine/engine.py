@@ -52,7 +52,7 @@ class TrainingEngine:
         losses: Callable[[Any], Losses],
         rates: Rates = pretraining_rates,
     ) -> None:
-        """losses: made for each step's batch. Raises ConfigError where the device cannot run the plan's precision."""
+        """losses: made for each step's batch. Raises ConfigError if the device cannot run the plan's precision."""
         self.recipe = recipe
         self.plan = plan
         self.device = device

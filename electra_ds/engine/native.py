@@ -110,7 +110,7 @@ class _Content(NamedTuple):
 def find_files(path: Path) -> NativeFiles:
     """The files of the folder that holds `latest`, or of a tag folder.
 
-    Raises CheckpointError where there is no such checkpoint, or it is of model or pipeline parallelism or experts.
+    Raises CheckpointError if there is no such checkpoint, or it is of model or pipeline parallelism or experts.
     """
     try:
         return _find(_tag_folder(path))

@@ -70,7 +70,7 @@ def native_engine(
 ) -> Iterator[Any]:
     """DeepSpeed's engine with a checkpoint's state in it, closed at the end.
 
-    model: its weights are of no account. Raises ConfigError where the device cannot run the plan's precision.
+    model: its weights are of no account. Raises ConfigError if the device cannot run the plan's precision.
     """
     check_plan(plan, device, "the DeepSpeed JSON")
     model.to(device)

@@ -96,7 +96,7 @@ _FILLED: dict[str, Any] = {"collections.defaultdict": _dictionary, "collections.
 def foreign_calls(path: Path) -> list[str]:
     """Full names of the classes and functions outside of torch's safe list that loading the file would call, sorted.
 
-    Nothing of the file is followed. Raises CheckpointError where it is not a file of `torch.save`.
+    Nothing of the file is followed. Raises CheckpointError if it is not a file of `torch.save`.
     """
     _check_archive(path)
     try:
@@ -235,7 +235,7 @@ def load_inert(path: Path) -> dict[str, Any]:
 def load_inert_content(path: Path) -> Any:
     """Return what the file holds: tensors on the CPU, mapped from the file, and other objects as `Inert`.
 
-    Raises CheckpointError where it is damaged, or names what torch's unpickler never takes (modules os, posix, nt and
+    Raises CheckpointError if it is damaged, or names what torch's unpickler never takes (modules os, posix, nt and
     sys).
     """
     stand_ins: list[Any] = [(_FILLED.get(name) or type("Inert", (Inert,), {}), name) for name in foreign_calls(path)]

@@ -28,7 +28,7 @@ def universal_tensors(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
     """Return (what is common to all parameters, tensors by `KIND/NAME`, the optimizer's state without its tensors).
 
-    state: the model's file. Raises CheckpointError where a parameter's file is missing or of another size.
+    state: the model's file. Raises CheckpointError if a parameter's file is missing or of another size.
     """
     common = load_inert(zero / "optimizer_state.pt")
     tensors: dict[str, torch.Tensor] = {}

@@ -26,7 +26,7 @@ def partitioned_tensors(
     state: the model's file; parts: each rank's optimizer. A group is one flat tensor, cut into a part for each rank;
     a rank's `param_slice_mappings` says where in its part which parameter's piece lies, and pieces follow each other
     in the order of ranks. Without them, as older versions write, parameters lie in the order of `param_shapes`.
-    Raises CheckpointError where a part is missing or the sizes contradict each other.
+    Raises CheckpointError if a part is missing or the sizes contradict each other.
     """
     shapes = [_shapes(folder, group) for group in state["param_shapes"]]
     groups = _all_groups(folder, parts, "single_partition_of_fp32_groups", "base_optimizer_state")

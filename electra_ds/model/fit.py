@@ -153,6 +153,6 @@ def _as_argument(changes: Mapping[str, Any]) -> str:
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Raises ConfigError where no recipe may be like that."""
+    """Raises ConfigError if no recipe may be like that."""
     values = apply_overrides(recipe.model_dump(), _overrides(changes), Recipe.dotted_keys())
     return validate_recipe(values, f"{recipe.name}, changed to fit the weights,")

@@ -83,7 +83,7 @@ on its first step."""
 def score(metrics: Sequence[str], labels: Values, predictions: Values) -> dict[str, float]:
     """The metrics by name, in the order asked for.
 
-    Raises ValueError where there are no labels, or not as many predictions.
+    Raises ValueError if there are no labels, or not as many predictions.
     """
     truth, found = np.asarray(labels), np.asarray(predictions)
     if truth.ndim != 1 or truth.shape != found.shape or not len(truth):

@@ -1,5 +1,5 @@
-"""What a recipe needs on a card that may not be here, or on this CPU: memory by part, the micro-batch that fits, and
-time."""
+"""Predict what a recipe needs on a card that may not be here, or on this CPU: memory by part, the micro-batch that
+fits, and time."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Group:
 
 
 def read_run(path: Path) -> ScoredRun:
-    """Raises CheckpointError where its scores.json is missing, broken, or holds what is no score."""
+    """Raises CheckpointError if its scores.json is missing, broken, or holds what is no score."""
     file = path / "scores.json"
     try:
         document = json.loads(file.read_text("utf8"))
@@ -181,7 +181,7 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
     """(runs, notes). A run that is given twice, or whose scores a copy repeats, counts once; one that has not finished
     is left out beside others that have.
 
-    Raises CheckpointError where one cannot be read, or none has finished, and ConfigError where two runs of the same
+    Raises CheckpointError if one cannot be read, or none has finished, and ConfigError where two runs of the same
     model, recipe, task and seed differ.
     """
     if not paths:

@@ -67,7 +67,7 @@ def report_scores(
     `compare` names published scores to be shown beside them.
 
     `csv` is a file that gets every run's metrics, `submission` a zip that gets their predictions of GLUE's test sets.
-    Raises ConfigError where the runs do not fit together or nothing is published under that name, and CheckpointError
+    Raises ConfigError if the runs do not fit together or nothing is published under that name, and CheckpointError
     where one has no scores, its predictions are broken, or a file cannot be written.
     """
     published = [find_published(name) for name in compare]
@@ -281,7 +281,7 @@ def _compared(group: Group) -> dict[str, list[float]]:
 
 
 def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
-    """One row a metric, values as in scores.json. Raises CheckpointError where it cannot be written."""
+    """One row a metric, values as in scores.json. Raises CheckpointError if it cannot be written."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf8", newline="") as file:
         writer = csv_files.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)

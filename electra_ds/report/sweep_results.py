@@ -158,7 +158,7 @@ def axes_of(table: pd.DataFrame, stage: str) -> list[str]:
 
 
 def write_results(table: pd.DataFrame, over_seeds: pd.DataFrame, folder: Path) -> None:
-    """results.csv, results.parquet and cells.csv. Raises CheckpointError where they cannot be written."""
+    """results.csv, results.parquet and cells.csv. Raises CheckpointError if they cannot be written."""
     with whole_file(folder / "results.csv") as path:
         table.to_csv(path, index=False)
     mixed = {name: table[name].map(_text, na_action="ignore") for name in table if _is_mixed(table[name])}

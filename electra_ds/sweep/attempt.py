@@ -15,7 +15,7 @@ _HOW = ("ds_config", "micro_batch", "log_every", "keep")
 def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str]:
     """Return the arguments of the trial's command: for a new run, or to resume one that is there.
 
-    Raises CheckpointError where the encoder is not there that it is to finetune.
+    Raises CheckpointError if the encoder is not there that it is to finetune.
     """
     run, threads = folder.run(trial.key), spec.resources.cpus
     if run.exists():

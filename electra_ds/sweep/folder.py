@@ -111,7 +111,7 @@ class SweepFolder:
             raise CheckpointError(f"{self.path} cannot be a sweep's folder: {error.strerror}.") from error
 
     def read(self, overrides: Sequence[str] = ()) -> SweepSpec:
-        """Raises CheckpointError where there is no sweep, ConfigError where its file is damaged."""
+        """Raises CheckpointError if there is no sweep, ConfigError where its file is damaged."""
         if not self.exists():
             raise CheckpointError(f"{self.path} holds no sweep: there is no sweep.yaml in it.")
         return load_sweep(str(self.path / "sweep.yaml"), overrides)
@@ -142,7 +142,7 @@ class SweepFolder:
 
     def with_own_inputs(self, spec: SweepSpec) -> SweepSpec:
         """The sweep with copies of its recipes and DeepSpeed JSON files: what is edited or removed while it runs, or
-        before it goes on, changes nothing. Raises ConfigError where one cannot be read."""
+        before it goes on, changes nothing. Raises ConfigError if one cannot be read."""
         return spec.with_options(self._owned)
 
     def _owned(self, stage: str, name: str, value: Any) -> Any:
@@ -163,7 +163,7 @@ class SweepFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Raises ConfigError where another process runs this sweep, CheckpointError where it cannot be written."""
+        """Raises ConfigError if another process runs this sweep, CheckpointError where it cannot be written."""
         _make(self.path)
         try:
             lock = (self.path / ".lock").open("a+")
@@ -314,7 +314,7 @@ class SweepFolder:
     def encoder_of(self, trial: Trial) -> Path:
         """What a trial finetunes: a run that was pretrained before it, or one of its checkpoints.
 
-        Raises CheckpointError where that is not there.
+        Raises CheckpointError if that is not there.
         """
         assert trial.pretraining is not None
         run = self.run(trial.pretraining.key)

@@ -23,7 +23,7 @@ def begin_with(
     """Write a checkpoint of these tensors and the run's record; returns the checkpoint's path.
 
     For the main rank, which holds the run. tensors: fp32, `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` for every
-    parameter of `Electra`; counters: as `MasterAdamW.counters` gives them. Raises CheckpointError where the folder
+    parameter of `Electra`; counters: as `MasterAdamW.counters` gives them. Raises CheckpointError if the folder
     cannot be written, or already holds a checkpoint.
     """
     state = {"step": step, "tokens": tokens, "precision": "fp32", "optimizer": dict(counters)}

@@ -101,7 +101,7 @@ def read_encoder(name: str) -> EncoderSource:
     """The encoder that `name` names: a run directory or checkpoint of ours, a folder that `bin/export` or transformers
     wrote, or a model of the Hub.
 
-    Raises DataError where there is none, it is damaged, not whole, or lacks its tokenizer; CheckpointError for a run
+    Raises DataError if there is none, it is damaged, not whole, or lacks its tokenizer; CheckpointError for a run
     without a checkpoint.
     """
     path = Path(name)

@@ -36,7 +36,7 @@ def check_out(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder to write into, which becomes `out` at the end, or is removed where anything is raised.
 
-    Raises CheckpointError where it cannot be written.
+    Raises CheckpointError if it cannot be written.
     """
     partial = unfinished(out, secrets.token_hex(4))
     try:

@@ -31,7 +31,7 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
     """Write the newest checkpoint, or the given one, for as many ranks as there are; returns what to do with it.
 
     To be called by all ranks. ds_config: a DeepSpeed JSON's name or file, None for the one that the run had.
-    `out` appears complete or not at all. Raises CheckpointError where there is nothing to export or `out` already holds
+    `out` appears complete or not at all. Raises CheckpointError if there is nothing to export or `out` already holds
     something or the tensors are not the recipe's, ConfigError where the JSON cannot be used here.
     """
     with ranks.together():

@@ -74,7 +74,7 @@ def num_training_inputs(data: TaskData, recipe: FinetuneRecipe, max_train: int |
 def tokenised_sets(
     data: TaskData | SquadData, encoder: EncoderSource, recipe: FinetuneRecipe, max_train: int | None, console: Console
 ) -> TaskSets:
-    """The task's sets as the encoder's inputs, under a progress bar. Raises ConfigError where inputs are longer than
+    """The task's sets as the encoder's inputs, under a progress bar. Raises ConfigError if inputs are longer than
     the encoder takes."""
     if recipe.data.max_length > encoder.max_length:
         raise ConfigError(
@@ -108,7 +108,7 @@ def prepare_new(
     source_of_recipe: str,
     changes: list[str],
 ) -> FinetuneJob:
-    """A job for a new run. Raises ConfigError where recipe, JSON, task and model do not go together."""
+    """A job for a new run. Raises ConfigError if recipe, JSON, task and model do not go together."""
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
     sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
     training = Finetuning(recipe, len(sets.train), encoder.num_layers)
@@ -146,7 +146,7 @@ def prepare_new(
 def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bool:
     """Return whether nothing of a run is left to do: it is finished, and no test set is to be predicted in addition.
 
-    To be called by all ranks, which agree on it. Raises CheckpointError where there is no such run.
+    To be called by all ranks, which agree on it. Raises CheckpointError if there is no such run.
     """
     if not launch.is_finished(run, "finetune", ranks):
         return False
@@ -170,7 +170,7 @@ def say_finished(run: RunDirectory, console: Console) -> None:
 
 
 def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
-    """Return a job that resumes a run. Raises DataError where its examples or the model that it began with have
+    """Return a job that resumes a run. Raises DataError if its examples or the model that it began with have
     changed."""
     run.check_resumable("finetune")
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
@@ -207,7 +207,7 @@ def _check_test(record: FinetuneRecord, sets: TaskSets, loaded: LoadedTask) -> N
 
 
 def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
-    """Raises DataError where the ranks have not read the same. To be called by all of them."""
+    """Raises DataError if the ranks have not read the same. To be called by all of them."""
     counts = (len(job.sets.train), [len(inputs) for inputs in (job.sets.dev | job.sets.test).values()])
     found = ranks.gather((job.record.data_fingerprint, counts))
     with ranks.together():

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint do not show of its two networks, and where else to find it.
+"""Find what the tensors of a checkpoint do not show about its two networks.
 
 The number of heads, the layer-norm epsilon, the activation and the position type do not change the shape of any tensor.
 With values other than those of its training a network computes something else, and nothing else shows it.

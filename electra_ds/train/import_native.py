@@ -41,7 +41,7 @@ def folder_of_export(files: NativeFiles) -> Path | None:
 
 
 def store_of_export(folder: Path) -> TokenStore:
-    """The token store of the run that was exported. Raises DataError where it is another by now."""
+    """The token store of the run that was exported. Raises DataError if it is another by now."""
     return recorded_store(RunDirectory(folder).read_record(), folder, None, "say where it is now with --data STORE")
 
 
@@ -49,7 +49,7 @@ def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | Non
     """Write the run with one checkpoint of what was read; returns what came in, and the next command.
 
     To be called by the one process that holds the run. export: what `folder_of_export` found; known: what `find_known`
-    found. Raises CheckpointError where the checkpoint does not fit the job, ConfigError where the recipe's schedule
+    found. Raises CheckpointError if the checkpoint does not fit the job, ConfigError if the recipe's schedule
     has ended by then.
     """
     if native.step > job.recipe.schedule.total_steps:

@@ -54,7 +54,7 @@ class Beginning:
         return next((part.tokenizer for part in reversed(self._parts()) if part.tokenizer is not None), None)
 
     def own_tokenizer(self) -> str:
-        """What --tokenizer would say to take the weights' own. Raises ConfigError where none came with them."""
+        """Return the argument of --tokenizer for the weights' own. Raises ConfigError if none came with them."""
         for part in reversed(self._parts()):
             if part.tokenizer is not None or is_hub_model(part.name):
                 return part.name
@@ -128,7 +128,7 @@ class Beginning:
 def read_beginning(sources: Sequence[str], recipe: Recipe) -> Beginning:
     """The weights in one or two folders of transformers' or names on the Hub, in any order.
 
-    A folder may be one that bin/export made. Raises DataError where a model cannot be had or used, ConfigError where
+    A folder may be one that bin/export made. Raises DataError if a model cannot be had or used, ConfigError where
     they are no discriminator with or without a generator, or do not fit the recipe.
     """
     for source in sources:

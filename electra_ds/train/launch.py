@@ -80,7 +80,7 @@ class Options:
         """What was recorded, then the sections that a DeepSpeed JSON enables, then what was given here.
 
         WANDB_MODE decides the mode where only the JSON asks for wandb, as it does in DeepSpeed.
-        Raises ConfigError where a value would have no effect.
+        Raises ConfigError if a value would have no effect.
         """
         new: dict[str, Any] = {}
         if monitors.wandb is not None:
@@ -142,7 +142,7 @@ def plan_for(options: Options, recipe: TrainingRecipe, ranks: Ranks) -> DeepSpee
 def resolved_plan(
     options: Options, values: dict[str, Any], source: str, recipe: TrainingRecipe, ranks: Ranks
 ) -> DeepSpeedPlan:
-    """A DeepSpeed JSON resolved for the device of these ranks. Raises ConfigError where it cannot be run there."""
+    """A DeepSpeed JSON resolved for the device of these ranks. Raises ConfigError if it cannot be run there."""
     device = runtime.device(ranks.launch)
     hardware = look(torch)
     check_gpu(hardware, device.index)
@@ -217,7 +217,7 @@ def prepare_new(
     ranks: Ranks,
     initialised_from: Sequence[str] = (),
 ) -> PretrainJob:
-    """A job for a new run. Raises DataError where the corpus is too small to hold out from.
+    """A job for a new run. Raises DataError if the corpus is too small to hold out from.
 
     initialised_from: where the weights come from that `adopt.begin_with` will be given.
     """
@@ -241,7 +241,7 @@ def prepare_new(
 def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks: Ranks) -> bool:
     """Return whether a run has reached the end of its schedule. To be called by all ranks, which agree on it.
 
-    Raises CheckpointError where there is no such run.
+    Raises CheckpointError if there is no such run.
     """
     with ranks.together():
         run.check_resumable(kind)

@@ -155,7 +155,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def check_fresh(self) -> None:
-        """On the main rank, where there is no checkpoint. Raises CheckpointError where one must have been lost."""
+        """On the main rank, where there is no checkpoint. Raises CheckpointError if one must have been lost."""
 
     @property
     def keep_at(self) -> Collection[int]:
@@ -259,8 +259,8 @@ class TrainingLoop(ABC):
             self._continue_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
 
     def _smaller_plan(self, step: int, error: RuntimeError) -> DeepSpeedPlan:
-        """With half the micro-batch, or the next smaller one that divides the batch. Raises TrainingError where the
-        step cannot be done again."""
+        """Return the plan with half the micro-batch, or the next smaller one that divides the batch. Raises
+        TrainingError if the step cannot be done again."""
         batch = self.plan.batch
         sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
         ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
