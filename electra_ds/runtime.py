@@ -139,7 +139,7 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """What is inside succeeds on every rank or fails on every rank.
 
-        Raises the ElectraError that happened here, or FailedElsewhereError where it happened on another rank.
+        Raises the ElectraError that happened here, or FailedElsewhereError if it happened on another rank.
         """
         error = None
         try:
@@ -196,7 +196,7 @@ def ranks() -> Iterator[Ranks]:
     """Meet the other ranks, for as long as the context lasts; in a process group that is there already, stay in it.
 
     A process without a launcher is a group of its own, without a port. Raises ConfigError if the ranks cannot
-    meet, and LostRankError where one of them is gone.
+    meet, and LostRankError if one of them is gone.
     """
     launch = detect(os.environ)
     with warnings.catch_warnings():

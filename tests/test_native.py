@@ -660,7 +660,7 @@ def test_a_pickle_that_would_run_a_program_does_not(
     file = next((tmp_path / "native").glob("*/*model_states.pt"))
     content = torch.load(file, weights_only=False)
     torch.save(content | {"note": kind(target)}, file)
-    with pytest.raises(CheckpointError, match=rf"which no checkpoint needs: {called}.*Do not trust it"):
+    with pytest.raises(CheckpointError, match=rf"which no checkpoint needs: {called}.*Do not trust the files"):
         refuse_untrusted(find_files(tmp_path / "native").all())
     arguments = (
         "checkpoint", "import", str(tmp_path / "native"), "--run-dir", str(tmp_path / "run"), "--ds-config", "cpu",

@@ -105,4 +105,4 @@ def test_what_could_do_harm_is_called_harmful_wherever_it_is(tmp_path: Path, nam
     assert f".{name.rpartition('.')[2]} (in file.pt)" in told
     assert "Namespace" not in told
     assert "numpy._core" not in told
-    assert "Do not trust it" in told
+    assert "Do not trust the files" in told

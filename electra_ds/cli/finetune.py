@@ -271,7 +271,7 @@ def _run_path(options: argparse.Namespace, recipe: FinetuneRecipe | None) -> Pat
 
 
 def check_arguments(options: argparse.Namespace) -> None:
-    """ConfigError where arguments cannot go together."""
+    """Raise ConfigError if arguments cannot go together."""
     if options.resume is not None:
         values = {name: getattr(options, name) for name in _NEW_RUN_ONLY}
         given = [name for name, value in values.items() if value is not None and value is not False and value != []]

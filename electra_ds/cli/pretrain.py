@@ -277,7 +277,7 @@ def _run_path(options: argparse.Namespace, recipe: Recipe | None) -> Path:
 
 
 def check_arguments(options: argparse.Namespace) -> None:
-    """ConfigError where arguments cannot go together."""
+    """Raise ConfigError if arguments cannot go together."""
     if options.resume is not None:
         new_run_only = ("recipe", "overrides", "seed", "init_from", *CORPUS_ARGUMENTS, "run_dir")
         given = [name for name in new_run_only if getattr(options, name) not in (None, [])]

@@ -89,7 +89,7 @@ def _strict_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(stage: str, arguments: Sequence[str]) -> None:
-    """Whether a command takes these arguments, and finds its examples. Raises ConfigError or DataError where not."""
+    """Whether a command takes these arguments, and finds its examples. Raises ConfigError or DataError if not."""
     try:
         options = _strict_parser().parse_args([stage, *arguments])
     except argparse.ArgumentError as error:
@@ -176,7 +176,7 @@ def _check_new(folder: SweepFolder) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """ConfigError where arguments cannot go together."""
+    """Raise ConfigError if arguments cannot go together."""
     if options.what[:1] == ["status"]:
         others = (options.overrides, options.out, options.resume, options.retry_failed, options.dry_run, options.local)
         if len(options.what) != 2 or any(others) or options.address or options.storage or options.time_limit:

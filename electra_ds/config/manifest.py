@@ -205,7 +205,7 @@ class RunDirectory:
     @contextmanager
     def locked(self, *, is_new: bool = False) -> Iterator[None]:
         """Hold the folder. Raises CheckpointError if it cannot be written or another process holds it, and
-        ConfigError where a new run is to begin in it and another one has by now."""
+        ConfigError if a new run is to begin in it and another one has by now."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+")

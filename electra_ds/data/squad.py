@@ -97,7 +97,7 @@ def load_squad_hub(name: SquadName, repository: str, revision: str | None = None
     """Of a data set of the Hub such as rajpurkar/squad or rajpurkar/squad_v2, or of a folder laid out as there.
 
     Its splits are train, which need not be there, and validation; a question without answers is impossible. Raises
-    DataError where it cannot be had or is laid out otherwise.
+    DataError if it cannot be had or is laid out otherwise.
     """
     path = dataset_path(repository, revision)
     source = f"{repository}{f', revision {revision}' if revision else ''}"

@@ -192,7 +192,8 @@ def refuse_untrusted(files: Iterable[Path]) -> NoReturn:
     if found["harmful"]:
         raise CheckpointError(
             f"{start}These call what could run programs or change files, which no checkpoint needs: "
-            f"{_listed(found['harmful'])}. Do not trust them unless whoever saved them can say why. Nothing was loaded."
+            f"{_listed(found['harmful'])}. Do not trust the files unless whoever saved them can explain "
+            f"that. Nothing was loaded."
         )
     held = f"DeepSpeed's own {', '.join(sorted(name.rpartition('.')[2] for name in found['own']))}"
     known = [held if found["own"] else "torch's own", *sorted(found["plain"])]

@@ -106,7 +106,7 @@ def forecast(
     """Resolve the JSON for such a card and say what to expect.
 
     memory_gib: what is free, in place of the card's own. Without either the plan is for this machine's CPU. Raises
-    ConfigError where the JSON cannot be used with the recipe, or asks for what the card has not.
+    ConfigError if the JSON cannot be used with the recipe, or asks for what the card has not.
     """
     vocab_size = vocab_size or recipe.tokenizer.vocab_size
     kernels: Kernels = "cuda" if card is not None or memory_gib is not None else "cpu"

@@ -181,7 +181,7 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
     """(runs, notes). A run that is given twice, or whose scores a copy repeats, counts once; one that has not finished
     is left out beside others that have.
 
-    Raises CheckpointError if one cannot be read, or none has finished, and ConfigError where two runs of the same
+    Raises CheckpointError if one cannot be read, or none has finished, and ConfigError if two runs of the same
     model, recipe, task and seed differ.
     """
     if not paths:

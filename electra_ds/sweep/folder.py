@@ -111,7 +111,7 @@ class SweepFolder:
             raise CheckpointError(f"{self.path} cannot be a sweep's folder: {error.strerror}.") from error
 
     def read(self, overrides: Sequence[str] = ()) -> SweepSpec:
-        """Raises CheckpointError if there is no sweep, ConfigError where its file is damaged."""
+        """Raises CheckpointError if there is no sweep, ConfigError if its file is damaged."""
         if not self.exists():
             raise CheckpointError(f"{self.path} holds no sweep: there is no sweep.yaml in it.")
         return load_sweep(str(self.path / "sweep.yaml"), overrides)
@@ -163,7 +163,7 @@ class SweepFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Raises ConfigError if another process runs this sweep, CheckpointError where it cannot be written."""
+        """Raises ConfigError if another process runs this sweep, CheckpointError if it cannot be written."""
         _make(self.path)
         try:
             lock = (self.path / ".lock").open("a+")

@@ -28,7 +28,7 @@ _LONGEST_LABEL = 80
 _MOST_TRIALS = 20_000
 _EXAMPLE = {"pretrain": "rc2020-small", "finetune": "rc2020"}
 CheckArguments = Callable[[str, Sequence[str]], None]
-"""Raises ConfigError if a command, `pretrain` or `finetune`, does not take these arguments, and DataError where its
+"""Raises ConfigError if a command, `pretrain` or `finetune`, does not take these arguments, and DataError if its
 examples will not do. Where None stands in its place, nothing is to be run: neither is looked at."""
 Now = Callable[[str, Mapping[str, Value]], dict[str, Value]]
 """A function that gives a stage's options with their inputs where they are now. None: no input has moved."""

@@ -32,7 +32,7 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
 
     To be called by all ranks. ds_config: a DeepSpeed JSON's name or file, None for the one that the run had.
     `out` appears complete or not at all. Raises CheckpointError if there is nothing to export or `out` already holds
-    something or the tensors are not the recipe's, ConfigError where the JSON cannot be used here.
+    something or the tensors are not the recipe's, ConfigError if the JSON cannot be used here.
     """
     with ranks.together():
         checkpoint = newest_checkpoint(run_or_checkpoint, ranks)
@@ -86,7 +86,7 @@ def _layout(plan: DeepSpeedPlan) -> str:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """CheckpointError where the disk does not take it, which torch's writer says as a RuntimeError."""
+    """Raise CheckpointError if the disk does not take it, which torch's writer says as a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:

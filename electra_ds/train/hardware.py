@@ -132,7 +132,7 @@ def unused(hardware: Hardware) -> Problem | None:
 
 
 def check_gpu(hardware: Hardware, index: int | None) -> None:
-    """ConfigError where torch has no code for a rank's GPU. index: among the visible ones, None on a CPU."""
+    """Raise ConfigError if torch has no code for a rank's GPU. index: among the visible ones, None on a CPU."""
     problem = None if index is None else without_code(hardware.gpus[index], hardware)
     if problem is not None:
         raise ConfigError(f"{problem.found}: {problem.meaning}. To fix it: {problem.mend}")

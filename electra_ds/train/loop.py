@@ -78,7 +78,7 @@ def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_li
     """Train from the newest checkpoint, or from the start, to `job.stop_at`; False where the time limit came first.
 
     To be called by all ranks. Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError
-    where gradients stay non-finite, CheckpointError where the disk is full. The main rank's caller holds the run's
+    where gradients stay non-finite, CheckpointError if the disk is full. The main rank's caller holds the run's
     lock.
     """
     with runtime.StopWish(ranks, time_limit_s) as stop_wish, contextlib.ExitStack() as stack:

@@ -132,7 +132,7 @@ def open_trackers(
 
     `config` is shown beside the curves. `reached` is the last step that was logged before this start, which lies
     beyond `resume_step` where a run was killed. Raises CheckpointError if a folder cannot be written and
-    ConfigError where wandb cannot start even offline.
+    ConfigError if wandb cannot start even offline.
     """
     writers: list[Writer] = []
     if overruled := overruled_wandb_mode(settings.wandb):
