@@ -15,7 +15,7 @@ from electra_ds.train.task_sets import Judged, TaskSets
 
 _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
 _FEW_STEPS, _ENOUGH_STEPS = 200, 500
-"""A new head needs some hundreds of steps: docs/experiments.md, "Small sets of one's own"."""
+"""A new head needs some hundreds of steps: docs/experiments.md, "Small sets of your own"."""
 _UNBALANCED = 0.8
 """The assumed share of the training examples from which the most frequent class is a reason for predicting nothing
 else."""
