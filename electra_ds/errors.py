@@ -21,7 +21,7 @@ class CheckpointError(ElectraError):
 
 
 class TrainingError(ElectraError):
-    """A run that cannot go on: the losses or gradients are no longer finite."""
+    """A run that cannot continue: the losses or gradients are no longer finite."""
 
 
 class FailedElsewhereError(ElectraError):

@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
 
 def detect(environ: Mapping[str, str]) -> Launch:
-    """Raises ConfigError where the variables are incomplete or contradict each other."""
+    """Raises ConfigError if the variables are incomplete or contradict each other."""
     if "WORLD_SIZE" in environ or "RANK" in environ:
         launcher: Literal["torchrun", "deepspeed"] = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
         world_size = _number(environ, "WORLD_SIZE")

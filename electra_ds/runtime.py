@@ -35,7 +35,7 @@ _MOST_THREADS_OF_A_CORE = 16
 
 
 def device(launch: Launch) -> torch.device:
-    """This rank's GPU, or the CPU where there is none. Raises ConfigError where ranks outnumber the GPUs."""
+    """This rank's GPU, or the CPU where there is none. Raises ConfigError if ranks outnumber the GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index, visible = device_index(launch), torch.cuda.device_count()
@@ -103,7 +103,7 @@ def set_threads(threads: int | None, launch: Launch) -> int:
     """Set the number of CPU threads, which is part of a run's plan; returns the number in use.
 
     None leaves it to torch, but for several ranks on a node, which share its cores where nobody has bound them.
-    Raises ConfigError where there are many more than cores.
+    Raises ConfigError if there are many more than cores.
     """
     if threads is None:
         cores = os.cpu_count() or 1
@@ -139,7 +139,7 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """What is inside succeeds on every rank or fails on every rank.
 
-        Raises the ElectraError that happened here, or FailedElsewhereError where it happened on another rank.
+        Raises the ElectraError that happened here, or FailedElsewhereError if it happened on another rank.
         """
         error = None
         try:
@@ -195,8 +195,8 @@ class Ranks:
 def ranks() -> Iterator[Ranks]:
     """Meet the other ranks, for as long as the context lasts; in a process group that is there already, stay in it.
 
-    A process without a launcher is a group of its own, without a port. Raises ConfigError where the ranks cannot
-    meet, and LostRankError where one of them is gone.
+    A process without a launcher is a group of its own, without a port. Raises ConfigError if the ranks cannot
+    meet, and LostRankError if one of them is gone.
     """
     launch = detect(os.environ)
     with warnings.catch_warnings():

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 PREPARING = "preparing: "
-"""How a line begins that says, where there is no terminal, what is done before training."""
+"""The beginning of lines that say what is done before training if there is no terminal."""
 _PLAIN_LINE_EVERY_S = 10.0
 
 
@@ -29,14 +29,14 @@ def say(console: Console, text: str) -> None:
 
 
 def say_command(console: Console, lead: str, command: str) -> None:
-    """Print a command to be copied, on a line of its own where it does not fit behind `lead`: it is never broken."""
+    """Print a command to be copied, on a line of its own if it does not fit behind `lead`: it is never broken."""
     fits = not console.is_terminal or len(lead) + 1 + len(command) <= console.width
     for line in [f"{lead} {command}"] if fits else [lead, command]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def note(console: Console, text: str) -> None:
-    """Print a note, which is given without its full stop."""
+    """Print a note. `text` comes without its full stop."""
     _labelled(console, "Note:", f"{text}.")
 
 
@@ -88,8 +88,8 @@ class StatusProgress(Progress):
 
 
 class StageProgress(StatusProgress):
-    """The stages of a preparation: a bar for each on a terminal; elsewhere, as in a log file, a line when one begins
-    and one now and then, which a sweep reads in its trials' logs."""
+    """Shows the stages of a preparation: a bar for each on a terminal; elsewhere, such as in a log file, a line when a
+    stage begins and further lines now and then, which a sweep reads in its trials' logs."""
 
     def __init__(self, console: Console | None = None, transient: bool = False) -> None:
         super().__init__(
@@ -100,27 +100,27 @@ class StageProgress(StatusProgress):
         self._last_line = 0.0
 
     def begin(self, stage: str, total: float | None = None, status: str = "") -> None:
-        """Show a new stage, which all that follows is about. total: how much is to be done; None if it is unknown."""
+        """Begin a new stage, to which later calls refer. total: how much is to be done; None if that is unknown."""
         self._stage = self.add_task(stage, total=total, status=status)
         self._say()
 
     def add(self, done: float) -> None:
-        """So much more is done."""
+        """Add to what is done of the stage."""
         self.advance(self._stage, done)
         self._say_now_and_then()
 
     def reach(self, completed: float) -> None:
-        """So much of the total is done."""
+        """Set how much of the total is done."""
         self.update(self._stage, completed=completed)
         self._say_now_and_then()
 
     def tell(self, status: str) -> None:
-        """What there is to say of the stage now."""
+        """Set the status of the stage."""
         self.update(self._stage, status=status)
         self._say_now_and_then()
 
     def end(self, status: str = "") -> None:
-        """The stage is done; status: what came of it."""
+        """End the stage. status: its result."""
         self.update(self._stage, total=1, completed=1, status=status)
         self._say()
 

@@ -183,7 +183,7 @@ class Storm:
                 started.wait()
                 time.sleep(0.2)
                 continue
-            resumed = "Going on from" in started.output
+            resumed = "Resuming from" in started.output
             if resumed:
                 self.found["resumes"] += 1
                 self.found["resumes that fell back from a damaged checkpoint"] += "Falling back" in started.output

@@ -251,7 +251,7 @@ def test_all_layers_are_meant_where_no_number_or_a_larger_one_is_named_and_that_
         {"number_checkpoints": 0, "partition_activations": False},
     ],
 )
-def test_a_section_in_which_everything_is_off_is_off_and_that_is_said(section: dict[str, Any]) -> None:
+def test_a_section_in_which_everything_is_off_is_off_and_a_note_says_so(section: dict[str, Any]) -> None:
     plan = plan_of(section)
     assert plan.notes == ("activation_checkpointing is off, so no layer is computed again in the backward pass",)
     assert plan.document == cpu_plan(small_recipe(*RECIPE)).document

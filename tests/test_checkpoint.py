@@ -165,7 +165,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tm
     verify_checkpoint(newest)
     newest.joinpath("manifest.json").unlink()
     (folder.paths()[0] / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="No checkpoint of this run is whole"):
+    with pytest.raises(CheckpointError, match="No checkpoint of this run is complete"):
         folder.newest_whole()
 
 
@@ -327,7 +327,7 @@ def test_a_state_that_is_not_whole_is_passed_over(tmp_path: Path, state: dict[st
 def test_a_state_without_what_training_needs_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     whole = {"step": 3, "tokens": 0, "optimizer": FRESH_COUNTERS}
     checkpoint = load_checkpoint(CheckpointFolder(tmp_path, keep=1).save(tensors(), whole | change, RECORD))
-    with pytest.raises(CheckpointError, match=r"its state\.json is not whole"):
+    with pytest.raises(CheckpointError, match=r"its state\.json is incomplete"):
         checkpoint.check({"a.weight": (7, 5)})
 
 

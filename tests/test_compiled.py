@@ -125,7 +125,7 @@ def test_a_compiler_that_fails_is_done_without_or_told_where_it_was_asked_for(
             continue
         with caplog.at_level(logging.WARNING):
             torch.testing.assert_close(model(forward.micro_batch(batch, 0, 4)).generator_loss_sum, expected)
-        assert re.search(r"(?s)the run goes on without it: .*no Python\.h", caplog.text)
+        assert re.search(r"(?s)the run continues without it: .*no Python\.h", caplog.text)
         assert forward.micro_batch(batch, 0, 4).counts_M is None
 
 

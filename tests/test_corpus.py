@@ -695,13 +695,13 @@ def test_cut_articles_are_kept_and_counted(tmp_path: Path) -> None:
     middle = EXTRACT.index("Text 1")
     path.write_text(EXTRACT[:middle])
     assert documents_of(path) == [COMPLETE[0], ["Place 1"]]
-    assert "1 of WikiExtractor's articles is cut off (1 without its end)" in notes_of(path)
+    assert "1 of WikiExtractor's articles is cut off (1 without the end)" in notes_of(path)
     path.write_text(EXTRACT[middle:])
     assert documents_of(path) == [["Text 1."], *COMPLETE[2:]]
-    assert "(1 without its beginning)" in notes_of(path)
+    assert "(1 without the beginning)" in notes_of(path)
     path.write_text(f"{EXTRACT[:middle]}\n{EXTRACT}")  # two files put together: an article is open where one begins
     assert documents_of(path) == [COMPLETE[0], ["Place 1"], *COMPLETE]
-    assert "(1 without its end)" in notes_of(path)
+    assert "(1 without the end)" in notes_of(path)
 
 
 @pytest.mark.parametrize("boundary", ["file", "blank-line"])
@@ -720,7 +720,7 @@ def test_the_command_says_how_many_articles_are_cut(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "part").write_text(EXTRACT[: EXTRACT.rindex("Text")] * 20)
     cli.main(["build-data", "--corpus", "part", "--recipe", "tiny", "--out", "s", "--workers", "1"])
-    assert "part: 20 of WikiExtractor's articles are cut off (20 without its end)" in capsys.readouterr().out
+    assert "part: 20 of WikiExtractor's articles are cut off (20 without the end)" in capsys.readouterr().out
     assert TokenStore(tmp_path / "s").info.num_documents == 80
 
 
@@ -730,13 +730,13 @@ def test_the_command_says_how_many_articles_are_cut(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b'{"text": "one"}\n{"text": "two"}\n', r"a\.txt is JSON lines, .* Rename it to end in \.jsonl"),
+        ("a.txt", b'{"text": "one"}\n{"text": "two"}\n', r"a\.txt holds JSON lines, .* Rename it to end in \.jsonl"),
         ("a.jsonl", b"Plain text.\n", r"not JSON .* If this is plain text, rename it to end in \.txt"),
         ("a.json", b'[\n{"text": "one"},\n{"text": "two"}\n]\n', r"one object per line; convert a list with: jq -c"),
         ("a.json", b'[{"text": "one"}, {"text": "two"}]\n', r"a list of objects.* convert a list with: jq -c"),
         ("a.txt", b"PAR1\x15\x04", r"is Parquet, .* Rename it to end in \.parquet"),
         ("a.jsonl", b"PAR1\x15\x04", r"is Parquet, .* Rename it to end in \.parquet"),
-        ("a.parquet", gzip.compress(b"text", mtime=0), "is compressed with gzip, and its name says Parquet"),
+        ("a.parquet", gzip.compress(b"text", mtime=0), "is compressed with gzip, although its name says Parquet"),
         ("a.arrow", b"text, and more than eight bytes of it", "is cut off, or is not an Arrow file as its name says"),
         ("a.txt", bz2.compress(b"text"), r"is compressed with bzip2, .* Add \.bz2 to its name"),
         ("a.txt", lzma.compress(b"text"), r"is compressed with xz, .* Add \.xz to its name"),
@@ -758,7 +758,7 @@ def test_the_command_says_how_many_articles_are_cut(
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
     ],
 )  # fmt: skip
-def test_a_corpus_file_that_is_not_what_its_name_says_is_called_what_it_is(
+def test_a_corpus_file_that_is_not_what_its_name_says_is_recognised(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -801,7 +801,9 @@ def test_a_saved_datasets_splits_are_folders_and_train_is_the_default(tmp_path: 
     assert open_corpus([tmp_path / "saved"]).description == str(tmp_path / "saved" / "train")
     assert documents_of(tmp_path / "saved" / "validation") == [["three"]]
     datasets.DatasetDict({"a": parts["train"], "b": parts["validation"]}).save_to_disk(tmp_path / "others")
-    with pytest.raises(DataError, match=r"holds the splits a, b\. Give the folder of one: --corpus .*others/SPLIT"):
+    with pytest.raises(
+        DataError, match=r"holds the splits a, b\. Give the folder of one split: --corpus .*others/SPLIT"
+    ):
         open_corpus([tmp_path / "others"])
     with pytest.raises(DataError, match=r"holds datasets that save_to_disk wrote .* its own --corpus, such as"):
         open_corpus([tmp_path])
@@ -832,7 +834,7 @@ def test_a_saved_dataset_that_is_damaged_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["byte-level-bpe", "wordpiece"])
 def test_training_on_a_long_word_takes_about_as_long_as_on_short_ones(kind: str) -> None:
-    """Of 100,000 letters; uncut it takes some thirty times as long."""
+    """The text has 100,000 letters; uncut it takes some thirty times as long."""
     letters = "".join(np.random.default_rng(0).choice(list("ACGT"), 100_000))
     section = TokenizerSection(kind=kind, vocab_size=1000)  # type: ignore[arg-type]
     seconds = []

@@ -157,7 +157,7 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
         ({"train_batch_size": 64}, "contradicts the recipe .global_batch_size is 8."),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type: 'Lamb'"),
         ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type: DeepSpeed 0.19 no longer has OneBitAdam"),
-        ({"optimizer": {"type": 3}}, "optimizer.type: 3 is not what the recipe runs"),
+        ({"optimizer": {"type": 3}}, "optimizer.type: 3 is not the recipe's optimizer"),
         ({"optimizer": {"params": {"max_grad_norm": 0.5}}}, "max_grad_norm: 0.5 contradicts the recipe"),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode: False contradicts"),
         ({"optimizer": {"type": "Adam", "params": {"amsgrad": True}}}, "amsgrad: True contradicts"),
@@ -235,7 +235,7 @@ def test_each_fault_is_named(values: dict[str, Any], message: str) -> None:
         ),
         ({"zero_optimization": {"stage": 3, "pipeline_loading_checkpoint": True}}, "pipeline_loading_checkpoint"),
         ({"zero_optimization": {"stage": 2, "cpu_offload_use_pin_memory": True}}, "cpu_offload_use_pin_memory"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}}, '"auto", which is none'),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}}, '"auto", which means none'),
         ({"amp": {"enabled": "auto", "opt_level": "auto"}}, "amp"),
         ({"pipeline": {"stages": "auto", "partition": "best", "seed_layers": False}}, "pipeline"),
         ({"disable_allgather": True, "dataloader_drop_last": True}, "disable_allgather, dataloader_drop_last"),
@@ -544,7 +544,7 @@ def test_an_older_name_is_read_as_deepspeed_reads_it_and_a_note_says_so(
     }
 
 
-def test_deepspeed_too_reads_a_null_as_a_key_that_is_not_there() -> None:
+def test_deepspeed_too_reads_null_as_an_absent_key() -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     theirs = DeepSpeedConfig(dict.fromkeys(UNSET_BY_NULL) | {"train_batch_size": 8})
@@ -573,7 +573,7 @@ def test_a_comment_may_stand_in_a_file_as_often_as_its_author_likes(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["Adam", "adam", "AdamW", "adamw", "ADAMW", "auto"])
-def test_an_optimizer_is_known_in_any_case_as_to_deepspeed(kind: str) -> None:
+def test_the_optimizer_type_is_read_in_any_case_as_by_deepspeed(kind: str) -> None:
     params = {
         "lr": 0.001, "betas": "auto", "torch_adam": False, "adam_w_mode": True, "amsgrad": False, "max_grad_norm": 1,
         "fp32_optimizer_states": True, "foreach": None,
@@ -582,7 +582,7 @@ def test_an_optimizer_is_known_in_any_case_as_to_deepspeed(kind: str) -> None:
     assert plan == plan_of({})
 
 
-def test_the_mode_of_adam_has_no_say_where_the_type_is_adamw() -> None:
+def test_adam_w_mode_has_no_effect_if_the_type_is_adamw() -> None:
     assert plan_of({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}) == plan_of({})
 
 
@@ -605,12 +605,14 @@ def test_a_refused_optimizer_or_scheduler_is_one_fault(section: dict[str, Any]) 
 @pytest.mark.parametrize(
     "default", [{"warmup_min_lr": 0}, {"last_batch_iteration": -1}, {"warmup_min_lr": 0.0, "warmup_type": "linear"}]
 )
-def test_a_default_beside_auto_leaves_the_schedule_to_the_recipe(kind: str, default: dict[str, Any]) -> None:
+def test_a_default_next_to_auto_leaves_the_schedule_to_the_recipe(kind: str, default: dict[str, Any]) -> None:
     plan = plan_of({"scheduler": {"type": kind, "params": {"warmup_num_steps": "auto"} | default}})
-    assert plan.notes == (f"scheduler {kind} leaves its numbers to the recipe, so the recipe's linear schedule is run",)
+    assert plan.notes == (
+        f"scheduler {kind} leaves its numbers to the recipe, so the recipe's linear schedule is used",
+    )
 
 
-def test_what_bf16_has_no_use_for_is_a_note() -> None:
+def test_loss_scale_keys_of_bf16_give_a_note() -> None:
     plan = plan_of({"bf16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}})
     assert plan.document == plan_of({"bf16": {"enabled": True}}).document
     assert plan.notes == ("bf16 has no loss scale, so these are left out: bf16.loss_scale, bf16.initial_scale_power",)
@@ -624,14 +626,14 @@ def test_what_bf16_has_no_use_for_is_a_note() -> None:
     [
         ({"dump_state": True}, ["dump_state"]),
         ({"steps_per_print": 1, "timers": {"throughput": {"enabled": True}}}, ["steps_per_print, timers"]),
-        ({"timers": {"throughput": {"enabled": True}}}, ["timers", "the file names none"]),
+        ({"timers": {"throughput": {"enabled": True}}}, ["timers", "the file does not set it"]),
         ({"dump_state": True, "steps_per_print": 1, "log_level": "INFO"}, []),
         ({"wall_clock_breakdown": True, "memory_breakdown": True, "flops_profiler": {"enabled": True}}, []),
         ({"dump_state": False, "timers": {"throughput": {"enabled": False}}}, []),
     ],
 )
 @pytest.mark.usefixtures("process_group")
-def test_what_deepspeed_would_not_print_is_a_note_and_the_rest_is_printed(
+def test_a_note_names_what_deepspeed_would_not_print_and_the_rest_is_printed(
     store: TokenStore,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -718,5 +720,5 @@ def test_precision_is_deepspeeds_own_business_at_stages_1_to_3_but_for_autocast(
 
 def test_a_scheduler_that_leaves_its_numbers_open_stands_for_the_recipes_and_that_is_said() -> None:
     scheduler = {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}}
-    assert "the recipe's linear schedule is run" in plan_of({"scheduler": scheduler}).notes[0]
+    assert "the recipe's linear schedule is used" in plan_of({"scheduler": scheduler}).notes[0]
     assert "which here means off" in plan_of({"fp16": {"enabled": "auto"}}).notes[0]

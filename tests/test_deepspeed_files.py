@@ -1,4 +1,4 @@
-"""DeepSpeed JSON files of the kinds that circulate: which load, with which notes, and why the others are refused.
+"""DeepSpeed JSON files of the kinds that circulate: which ones load, with which notes, and why the others are refused.
 
 The files are written for these tests, in the shape that each project's own have: transformers, accelerate,
 LLaMA-Factory, LLaVA, DeepSpeedExamples, Megatron-DeepSpeed, and DeepSpeed's documentation of its features.
@@ -125,7 +125,7 @@ REFUSED: dict[str, list[str]] = {
     ],
     "bing-bert-lamb": [
         f"sparse_attention: {GONE}", f"train_batch_size: 16384 {CONTRADICTS}",
-        "optimizer.type: 'Lamb' is not what the recipe runs (Adam or AdamW)",
+        "optimizer.type: 'Lamb' is not the recipe's optimizer (Adam or AdamW)",
     ],
     "bing-bert-onebit-adam": [f"train_batch_size: 4096 {CONTRADICTS}", f"optimizer.type: {GONE} OneBitAdam"],
     "bing-bert-onebit-lamb": [f"train_batch_size: 65536 {CONTRADICTS}", f"optimizer.type: {GONE} OneBitLamb"],
@@ -200,7 +200,7 @@ def plan_of(name: str, *overrides: str) -> DeepSpeedPlan:
 
 
 def check(plan: DeepSpeedPlan, stage: int, notes: list[str], *overrides: str) -> None:
-    """Also that DeepSpeed takes the resolved file, and that it resolves to itself."""
+    """Check also that DeepSpeed takes the resolved file, and that it resolves to itself."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     assert plan.stage == stage
@@ -214,7 +214,7 @@ def check(plan: DeepSpeedPlan, stage: int, notes: list[str], *overrides: str) ->
         assert DeepSpeedConfig(json.loads(json.dumps(document))).zero_optimization_stage == stage
 
 
-def test_each_file_is_expected_to_do_one_thing_and_there_are_many() -> None:
+def test_each_file_has_one_expectation_and_there_are_many_files() -> None:
     names = {path.stem for path in FOLDER.glob("*.json")}
     assert names == {*LOADS, *REFUSED}
     assert not {*LOADS} & {*REFUSED}
@@ -231,7 +231,7 @@ def test_a_file_loads_with_these_notes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_ITS_RECIPE)
-def test_a_file_with_numbers_loads_where_the_recipe_has_them(name: str) -> None:
+def test_a_file_with_numbers_loads_if_the_recipe_has_them(name: str) -> None:
     overrides, stage, notes = WITH_ITS_RECIPE[name]
     check(plan_of(name, *overrides), stage, notes, *overrides)
 

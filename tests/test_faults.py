@@ -356,7 +356,7 @@ def test_a_full_disk_is_one_clear_message_as_long_as_it_is_full_and_costs_nothin
     assert started.wait() == [2], started.output
     assert started.output.count("electra-ds pretrain: Cannot write the checkpoint") == 1, started.output
     assert "No space left on device" in started.output
-    assert "Make room, then go on with --resume" in started.output
+    assert "Make room, then resume with --resume" in started.output
     assert "Traceback" not in started.output
     assert reached(begin.run) <= 12
     assert not CheckpointFolder(begin.run / "checkpoints", keep=1).leftovers()
@@ -494,7 +494,7 @@ def test_a_run_that_was_killed_after_its_last_evaluation_does_not_tell_it_twice(
 
 
 @pytest.mark.slow
-def test_a_run_without_a_checkpoint_yet_may_go_on_with_more_frequent_ones(
+def test_a_run_without_a_checkpoint_yet_may_be_resumed_with_more_frequent_ones(
     straight: Callable[[int], Path], begin: Start
 ) -> None:
     started = begin("--save-every", "1000")

@@ -1,4 +1,4 @@
-"""What we publish is readable to whom the umask says, whichever library wrote it."""
+"""Published files have the permissions that the umask gives, whichever library wrote them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_files_of_exports_have_the_mode_that_the_umask_gives(
     assert_modes(tmp_path / "finetuned", umask)
 
 
-def test_files_that_are_published_by_a_temporary_one_have_it_too(
+def test_files_that_are_written_to_a_temporary_file_first_have_that_mode_too(
     corpus_folder: Path, tmp_path: Path, umask: int
 ) -> None:
     for name in ("table.parquet", "table.csv"):

@@ -457,14 +457,14 @@ def before_step(number: int, act: Callable[[], None]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_and_leaves_with_its_status_and_says_how_to_go_on(
+def test_a_signal_saves_and_leaves_with_its_status_and_says_how_to_resume(
     number: signal.Signals, straight: Path, electra: Path, glue: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     with before_step(7, lambda: os.kill(os.getpid(), number)):
         said = finetune(*arguments_of(electra, glue, "mrpc", run_dir, **SAVED), status=128 + number)
     assert f"{number.name}: saved {run_dir / 'checkpoints' / 'step-'}" in said
-    assert f"Go on with: electra-ds finetune --resume {run_dir}" in said
+    assert f"Resume it with: electra-ds finetune --resume {run_dir}" in said
     assert json.loads((run_dir / "verdict.json").read_text())["verdict"] == "stopped"
     assert (run_dir / "requeue").exists()
     resume(run_dir)
@@ -492,7 +492,7 @@ def stopped(electra: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_whose_data_have_changed_cannot_go_on(stopped: Path) -> None:
+def test_a_run_whose_data_have_changed_cannot_be_resumed(stopped: Path) -> None:
     for name in ("train.tsv", "dev.tsv"):
         path = stopped.parent / "glue" / "MRPC" / name
         before = path.read_text()
@@ -505,7 +505,7 @@ def test_a_run_whose_data_have_changed_cannot_go_on(stopped: Path) -> None:
     resume(stopped)
 
 
-def test_a_run_whose_recipe_has_changed_cannot_go_on(stopped: Path) -> None:
+def test_a_run_whose_recipe_has_changed_cannot_be_resumed(stopped: Path) -> None:
     path = stopped / "recipe.yaml"
     before = path.read_text()
     path.write_text(before.replace("dropout: 0.1", "dropout: 0.2"))
@@ -517,7 +517,7 @@ def test_a_run_whose_recipe_has_changed_cannot_go_on(stopped: Path) -> None:
     resume(stopped)
 
 
-def test_a_run_whose_number_of_examples_was_edited_cannot_go_on(stopped: Path) -> None:
+def test_a_run_whose_number_of_examples_was_edited_cannot_be_resumed(stopped: Path) -> None:
     path = stopped / "run.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"num_examples": record["num_examples"] + 32}))
@@ -526,7 +526,7 @@ def test_a_run_whose_number_of_examples_was_edited_cannot_go_on(stopped: Path) -
     resume(stopped)
 
 
-def test_a_run_without_a_checkpoint_whose_model_has_changed_cannot_go_on(
+def test_a_run_without_a_checkpoint_whose_model_has_changed_cannot_be_resumed(
     electra: Path, glue: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(electra, tmp_path / "model")
@@ -547,7 +547,7 @@ def test_a_run_needs_its_model_no_more_once_it_has_a_checkpoint(
     assert losses_of(tmp_path / "run") == losses_of(straight)
 
 
-def test_resuming_a_finished_run_is_no_error_and_names_its_scores_and_its_model(straight: Path) -> None:
+def test_resuming_a_finished_run_is_not_an_error_and_names_its_scores_and_its_model(straight: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
     assert finetune("--resume", straight) == (
         f"The run {straight} is finished: nothing is left to train. Its scores are in {straight / 'scores.json'}.\n"

@@ -1,5 +1,5 @@
-"""Each score next to its baseline, a warning where a model is no better, defaults that learn on few examples of one's
-own, and what is said of the export before training."""
+"""Scores are shown next to their baseline, with a warning if a model is no better; the defaults learn from few examples
+of your own; and what cannot be exported is announced before training."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def lines_of(said: str, *begin: str) -> list[str]:
 # --- defaults
 
 
-def test_a_small_separable_set_is_learnt_by_the_defaults(electra: Path, tmp_path: Path) -> None:
+def test_the_defaults_learn_a_small_separable_set(electra: Path, tmp_path: Path) -> None:
     train, dev = own(tmp_path)
     said = with_defaults(electra, train, dev, tmp_path / "run")
     scores = scores_of(tmp_path / "run")
@@ -86,7 +86,7 @@ def test_a_small_separable_set_is_learnt_by_the_defaults(electra: Path, tmp_path
     assert f"| dev | 40 | accuracy | {accuracy:.4f} | {baseline:.4f} ({of_dev['baseline_prediction']}) |" in card
 
 
-def test_scores_of_ones_own_are_regressed_by_the_defaults(electra: Path, tmp_path: Path) -> None:
+def test_the_defaults_learn_a_regression_on_your_own_scores(electra: Path, tmp_path: Path) -> None:
     train, dev = own(tmp_path, labels=(-20.5, 71.25))
     with_defaults(electra, train, dev, tmp_path / "run")
     of_dev = scores_of(tmp_path / "run")["sets"]["dev"]
@@ -105,7 +105,7 @@ def test_scores_of_ones_own_are_regressed_by_the_defaults(electra: Path, tmp_pat
         (80, ["schedule.min_steps=0"], 15),
     ],
 )
-def test_few_examples_are_trained_on_for_more_epochs_but_where_epochs_are_given(
+def test_few_examples_are_trained_on_for_more_epochs_unless_epochs_are_given(
     examples: int, overrides: list[str], steps: int
 ) -> None:
     assert Finetuning(load_finetune_recipe("own", "", overrides), examples, 2).schedule.total_steps == steps
@@ -140,7 +140,7 @@ def test_every_score_is_printed_and_written_next_to_its_baseline(electra: Path, 
     assert f"baseline: '{most}' for every row" in said
 
 
-def test_a_model_that_predicts_one_class_is_warned_of_with_what_to_do(electra: Path, tmp_path: Path) -> None:
+def test_a_model_that_predicts_one_class_gets_a_warning_with_what_to_do(electra: Path, tmp_path: Path) -> None:
     train, dev = alike(tmp_path)
     said = with_defaults(electra, train, dev, tmp_path / "few", "--set", "schedule.epochs=3")
     warning = scores_of(tmp_path / "few")["sets"]["dev"]["warning"]
@@ -152,7 +152,9 @@ def test_a_model_that_predicts_one_class_is_warned_of_with_what_to_do(electra: P
     assert read_run(tmp_path / "few").scores.warnings == [warning]
 
 
-def test_a_set_that_cannot_be_learnt_ends_with_that_warning_by_the_defaults_too(electra: Path, tmp_path: Path) -> None:
+def test_a_set_that_cannot_be_learnt_ends_with_that_warning_under_the_defaults_too(
+    electra: Path, tmp_path: Path
+) -> None:
     train, dev = alike(tmp_path, share=0.9)
     said = " ".join(with_defaults(electra, train, dev, tmp_path / "run").split())
     assert "Warning: all 64 predictions of dev are 'bad'" in said
@@ -160,10 +162,10 @@ def test_a_set_that_cannot_be_learnt_ends_with_that_warning_by_the_defaults_too(
     assert "too few to train a new head; add" not in said
 
 
-def test_a_model_that_answers_variously_but_no_better_than_the_baseline_is_warned_of(
+def test_a_model_that_varies_its_answers_but_is_no_better_than_the_baseline_gets_a_warning(
     electra: Path, tmp_path: Path
 ) -> None:
-    """Labels by chance."""
+    """The labels are random."""
     train, dev = own(tmp_path)
     rng = random.Random(0)
     write_csv(train, ("text", "label"), [(text, rng.choice(("bad", "good"))) for text, _ in reviews(80, 1)])
@@ -209,7 +211,7 @@ def test_the_baseline_of_squad_2_is_to_answer_no_question(
 
 @pytest.mark.parametrize("recipe", finetune_recipe_names())
 @pytest.mark.parametrize("task", ["mrpc", "squad2"])
-def test_a_head_that_cannot_be_exported_is_said_before_training_with_one_that_can(
+def test_a_head_that_cannot_be_exported_is_announced_before_training_with_one_that_can(
     recipe: str, task: str, electra: Path, glue: Path, tmp_path: Path
 ) -> None:
     data = glue if task == "mrpc" else write_squad(tmp_path / "squad")
@@ -238,6 +240,8 @@ def test_a_head_that_cannot_be_exported_is_said_before_training_with_one_that_ca
         assert "cannot be exported" not in said
 
 
-def test_of_a_run_that_discards_its_weights_no_export_is_spoken(electra: Path, glue: Path, tmp_path: Path) -> None:
+def test_a_run_that_discards_its_weights_says_nothing_about_an_export(
+    electra: Path, glue: Path, tmp_path: Path
+) -> None:
     given = arguments_of(electra, glue, "mrpc", tmp_path / "run", discard_weights=True)
     assert "export" not in finetune(*given, "--dry-run")

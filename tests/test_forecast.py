@@ -193,7 +193,7 @@ def test_a_published_time_is_not_compared_with_a_plan_of_another_kind(given: dic
     assert forecast(recipe, values, "mine", card=card, **given).published_days() == []
 
 
-def test_the_factor_on_cpus_that_the_range_does_not_count_on_is_the_one_that_was_measured() -> None:
+def test_the_factor_on_cpus_that_the_range_does_not_rely_on_is_the_one_that_was_measured() -> None:
     page = (REPOSITORY / "docs" / "performance.md").read_text("utf8")
     rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
     measured = [float(row[3]) for row in rows if len(row) > 5 and row[2] in ("8", "32") and row[4][:2] == "0."]

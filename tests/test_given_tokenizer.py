@@ -84,12 +84,12 @@ def test_whatever_a_folder_says_the_ids_are_those_of_transformers(settings: dict
     assert ids_of(bare) == theirs(tmp_path / "class")
 
 
-def test_a_class_that_reads_only_the_vocabulary_of_a_json_is_followed_and_it_is_said(tmp_path: Path) -> None:
+def test_a_class_that_reads_only_the_vocabulary_of_a_json_is_followed_with_a_note(tmp_path: Path) -> None:
     """transformers makes the normalizer of some classes anew, whatever tokenizer.json says of it."""
     BertTokenizer(VOCABULARY_OF, do_lower_case=False).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
     assert ids_of(tmp_path) == theirs(tmp_path)
-    assert "The normalizer of" in notes_of(tmp_path)
+    assert "does not use the normalizer in" in notes_of(tmp_path)
     assert ids_of(tmp_path / "tokenizer.json") != ids_of(tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_every_command_reads_a_model_with_the_same_ids(tmp_path: Path) -> None:
     assert "--cased" not in read_encoder(str(tmp_path)).notes[0]  # finetune has no such option
 
 
-def test_weights_on_text_that_is_cut_otherwise_than_theirs_are_noted(tmp_path: Path) -> None:
+def test_text_that_is_split_differently_from_the_weights_own_gives_a_note(tmp_path: Path) -> None:
     sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = ElectraForPreTraining(ElectraConfig(vocab_size=len(VOCABULARY), intermediate_size=64, **sizes))
     model.save_pretrained(tmp_path)
@@ -126,7 +126,7 @@ def test_weights_on_text_that_is_cut_otherwise_than_theirs_are_noted(tmp_path: P
     own, _ = load_given_tokenizer(str(tmp_path))
     other, _ = load_given_tokenizer(str(folder_of(tmp_path / "other", {"do_lower_case": True})))
     beginning.check_vocabulary(other)
-    assert not any("cuts text otherwise" in note for note in beginning.notes(recipe, own))
+    assert not any("splits text differently" in note for note in beginning.notes(recipe, own))
     assert any("strip_accents False there and None here" in note for note in beginning.notes(recipe, other))
 
 
@@ -141,14 +141,14 @@ def test_the_switches_for_a_bare_vocabulary_do_what_transformers_does(tmp_path: 
     ):
         same = BertTokenizer(str(bare / "vocab.txt"), **settings).encode(TEXT, add_special_tokens=False)
         assert ids_of(bare, **casing) == ids_of(bare / "vocab.txt", **casing) == same
-        assert ("It is taken as uncased" in notes_of(bare, **casing)) == ("cased" not in casing)
+        assert ("It is treated as uncased" in notes_of(bare, **casing)) == ("cased" not in casing)
     said = folder_of(tmp_path / "said", {"do_lower_case": True})
     assert ids_of(said, cased=True) == ids_of(bare, cased=True)
 
 
-def test_a_bare_vocabulary_says_what_it_is_taken_for_and_what_speaks_against_it(tmp_path: Path) -> None:
+def test_a_note_says_how_a_bare_vocabulary_is_read_and_what_contradicts_that(tmp_path: Path) -> None:
     note = notes_of(folder_of(tmp_path / "bare") / "vocab.txt")
-    assert "It is taken as uncased, as transformers does: text is lower-cased and its accents are stripped" in note
+    assert "It is treated as uncased, as in transformers: text is lower-cased and its accents are stripped" in note
     assert "of its pieces, such as ä, ö, ü, can then never occur" in note
     assert "give --cased or --no-strip-accents" in note
     plain = notes_of(folder_of(tmp_path / "plain", pieces=[*SPECIAL, "a", "##b", "日"]))
@@ -159,7 +159,7 @@ def test_a_bare_vocabulary_says_what_it_is_taken_for_and_what_speaks_against_it(
 @pytest.mark.parametrize(
     "kind", ["BertJapaneseTokenizer", "EsmTokenizer", "RobertaTokenizer", "PreTrainedTokenizerFast", "NoSuchTokenizer"]
 )
-def test_a_class_that_wordpiece_cannot_stand_for_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_class_that_wordpiece_cannot_replace_is_refused(kind: str, tmp_path: Path) -> None:
     for number, config in enumerate(({}, {"model_type": "electra"})):
         folder = folder_of(tmp_path / str(number), {"tokenizer_class": kind, "do_lower_case": True}, **config)
         for path in (folder, folder / "vocab.txt"):
@@ -188,7 +188,7 @@ CONTENTS: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     ),
     "merges": ("vocab.txt", b"#version: 0.2\na b\n", "holds the merges of a byte-level BPE"),
     "scores": ("vocab.txt", "▁a\t-1.5\n▁b\t-2\n".encode(), "SentencePiece vocabulary with scores"),
-    "model": ("vocab.txt", b"\n\x0e\n\x05<unk>\x15\xff\x00", "is not text. A SentencePiece model"),
+    "model": ("vocab.txt", b"\n\x0e\n\x05<unk>\x15\xff\x00", "is not text. If it is a SentencePiece model"),
     "gzip": ("vocab.txt", b"\x1f\x8b\x08abc", "is compressed with gzip, not a tokenizer"),
     "pointer": ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer.*git lfs pull"),
     "vocabulary": ("tokenizer.json", "\n".join(VOCABULARY).encode(), r"Rename it to vocab\.txt"),
@@ -198,7 +198,7 @@ CONTENTS: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("kind", CONTENTS)
-def test_a_tokenizer_file_that_is_not_what_its_name_says_is_called_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_tokenizer_file_that_is_not_what_its_name_says_is_recognised(kind: str, tmp_path: Path) -> None:
     name, content, said = CONTENTS[kind]
     for file in (tmp_path / name, tmp_path / f"mine{Path(name).suffix}"):
         if callable(content):
@@ -243,7 +243,7 @@ def test_build_data_takes_the_switches_and_says_what_it_assumes(
         return TokenStore(tmp_path / out).tokens.tolist()
 
     uncased = built()
-    assert "vocab.txt does not say whether its vocabulary is cased. It is taken as uncased" in capsys.readouterr().out
+    assert "vocab.txt does not say whether its vocabulary is cased. It is treated as uncased" in capsys.readouterr().out
     assert built("--uncased") == uncased
     assert "does not say" not in capsys.readouterr().out
     assert built("--cased") == ids_of("vocab.txt", cased=True) != uncased
@@ -252,7 +252,7 @@ def test_build_data_takes_the_switches_and_says_what_it_assumes(
     for name in ("tokenizer.json", "."):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["build-data", "--corpus", "texts.txt", "--tokenizer", name, "--out", "x", "--cased"])
-        assert "are for a vocab.txt" in capsys.readouterr().err
+        assert "are only for a vocab.txt" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(
             ["build-data", "--corpus", "texts.txt", "--tokenizer", "vocab.txt", "--out", "x", "--cased", "--uncased"]
@@ -261,7 +261,7 @@ def test_build_data_takes_the_switches_and_says_what_it_assumes(
 
 @pytest.mark.skipif(not REPORTED.is_dir(), reason="the reported inputs are not next to this checkout")
 def test_german_text_has_the_tokens_of_its_folders_settings() -> None:
-    """Half as many as where its accents are stripped."""
+    """There are half as many as with its accents stripped."""
     lines = (REPORTED / "de.txt").read_text("utf8").splitlines()
     tokenizer, notes = load_given_tokenizer(str(REPORTED))
     theirs = BertTokenizer(str(REPORTED / "vocab.txt"), do_lower_case=True, strip_accents=False)

@@ -160,7 +160,7 @@ def test_a_card_without_code_in_torch_is_told_by_doctor_and_refused_at_start_in_
     assert gpu_findings() == [Finding("GPU 0", found, "wrong", meaning, mend)]
     with pytest.raises(ConfigError) as error:
         start()
-    assert str(error.value) == f"{found}: {meaning}. To mend that: {mend}"
+    assert str(error.value) == f"{found}: {meaning}. To fix it: {mend}"
     assert not machine.asked.exists()
 
 
@@ -236,7 +236,7 @@ def test_doctor_prints_the_sentence_and_tries_no_step_that_must_fail(
     [row] = [line.split(maxsplit=3) for line in shown.getvalue().splitlines() if "GPU 0  " in line]
     assert row[:3] == ["✗", "GPU", "0"]
     assert row[3].rstrip() == f"{PASCAL}  (torch 2.13.0+cu130 {NO_CODE_130})"
-    assert f"\nTo mend GPU 0: pip install torch==2.13.0+cu126 {FROM_126}\n" in shown.getvalue()
+    assert f"\nTo fix GPU 0: pip install torch==2.13.0+cu126 {FROM_126}\n" in shown.getvalue()
     assert "a step in" not in shown.getvalue()
     assert shown.getvalue().endswith("Pretraining cannot run here yet.\n")
 
@@ -306,7 +306,7 @@ def test_a_card_that_torch_cannot_use_is_told_with_its_mend_and_training_goes_on
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpu_findings() == [Finding("GPU", found, "note", f"cannot be used: {meaning}", mend)]
     machine.asked.unlink()
-    assert start() == [f"{found} cannot be used: {meaning} (to mend that: {mend}). Training runs on the CPU"]
+    assert start() == [f"{found} cannot be used: {meaning} (to fix it: {mend}). Training runs on the CPU"]
     assert machine.asked.read_text().count("\n") == 1
 
 
@@ -345,7 +345,7 @@ def test_fp16_that_only_the_unused_card_could_run_is_refused_with_the_mend(
         start('{"fp16": {"enabled": true}}')
     assert str(error.value) == (
         "fp16 needs a GPU, and this machine has none that torch can use. NVIDIA GeForce GTX 1060 6GB cannot be used: "
-        "torch 2.13.0+cpu is a build without CUDA (to mend that: pip install torch==2.13.0+cu126 --index-url "
+        "torch 2.13.0+cpu is a build without CUDA (to fix it: pip install torch==2.13.0+cu126 --index-url "
         "https://download.pytorch.org/whl/cu126). On a CPU take ds_configs/cpu.json, or bf16 in its place."
     )
     machine.driver("exit 9")
@@ -387,11 +387,11 @@ def test_the_note_is_shown_before_training_and_on_resume(
         launch.announce(again, Console(file=shown))
         assert (
             "\nNote: NVIDIA GeForce RTX 3090 cannot be used: torch 2.13.0+cpu is a build without CUDA "
-            "(to mend that: pip install --force-reinstall torch==2.13.0). Training runs on the CPU.\n"
+            "(to fix it: pip install --force-reinstall torch==2.13.0). Training runs on the CPU.\n"
         ) in shown.getvalue()
 
 
-def test_a_run_does_not_go_on_where_torch_has_no_code_for_the_card(
+def test_a_run_does_not_continue_where_torch_has_no_code_for_the_card(
     machine: Machine, process_group: Ranks, store: TokenStore, tmp_path: Path
 ) -> None:
     machine.torch("2.13.0+cpu")

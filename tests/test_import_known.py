@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint do not tell is said, can be given, and is checked where a config is at hand."""
+"""What the tensors of a checkpoint do not show is printed, can be given, and is checked if a config is at hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.native_worker import config, plain_engine
 from tests.test_native import Joint, only_checkpoint, portable, train_joint  # noqa: F401
 
 HEADS = 4
-"""Of a generator 16 wide, to which a recipe gives 2 of its own accord."""
+"""Heads of a generator 16 wide, to which a recipe gives 2 of its own accord."""
 
 
 def foreign_models(store: TokenStore) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:
@@ -57,7 +57,7 @@ def arguments(native: Path, store: TokenStore, run: Path, *more: str) -> list[st
     ]  # fmt: skip
 
 
-def test_what_the_tensors_do_not_tell_is_said_and_can_be_given(
+def test_what_the_tensors_do_not_show_is_printed_and_can_be_given(
     store: TokenStore, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(arguments(foreign, store, tmp_path / "plain"))
@@ -134,7 +134,7 @@ def test_a_config_at_hand_is_checked_wherever_it_lies(
         ({"architectures": ["ElectraForMaskedLM"]}, "is a generator's by its architectures"),
     ],
 )
-def test_everything_that_tensors_do_not_tell_is_checked(
+def test_everything_that_tensors_do_not_show_is_checked(
     store: TokenStore, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     values = transformers_config(model_for(store, small_recipe()).discriminator.config).to_dict() | change
@@ -153,7 +153,7 @@ def _larger(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("change", [_bert, _larger])
-def test_a_config_of_something_else_that_happens_to_lie_there_is_passed_over(
+def test_a_config_of_something_else_that_happens_to_lie_there_is_ignored(
     store: TokenStore, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     values = transformers_config(model_for(store, small_recipe()).discriminator.config).to_dict()

@@ -1,4 +1,4 @@
-"""A project whose folders were moved goes on: runs find their inputs beside them, or where an option says."""
+"""A project whose folders were moved resumes: runs find their inputs next to them, or where an option says."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_moved_with_the_folder_is_found_first_and_the_recorded_path_last(tm
     assert list(places_of(str(old / "gone"), new / "runs" / "a")) == []
 
 
-def test_a_run_behind_a_link_finds_what_lies_beside_the_link_and_beside_the_run(tmp_path: Path) -> None:
+def test_a_run_behind_a_link_finds_what_lies_next_to_the_link_and_next_to_the_run(tmp_path: Path) -> None:
     (tmp_path / "disk" / "runs" / "a").mkdir(parents=True)
     (tmp_path / "project" / "stores" / "x").mkdir(parents=True)
     (tmp_path / "disk" / "stores" / "y").mkdir(parents=True)
@@ -89,7 +89,7 @@ def project(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_a_pretraining_goes_on_where_runs_and_stores_were_moved_together(project: Path, tmp_path: Path) -> None:
+def test_a_pretraining_resumes_where_runs_and_stores_were_moved_together(project: Path, tmp_path: Path) -> None:
     moved = tmp_path / "after"
     shutil.copytree(project, moved)
     hidden = project.rename(project.with_name("elsewhere"))
@@ -178,7 +178,7 @@ def begin_finetuning(project: Path, kind: str, *, has_checkpoint: bool) -> Path:
 
 @pytest.mark.parametrize("has_checkpoint", [True, False])
 @pytest.mark.parametrize("kind", ["official", "own"])
-def test_a_finetuning_goes_on_where_its_project_was_moved(kind: str, has_checkpoint: bool, tmp_path: Path) -> None:
+def test_a_finetuning_resumes_where_its_project_was_moved(kind: str, has_checkpoint: bool, tmp_path: Path) -> None:
     begin_finetuning(tmp_path / "before", kind, has_checkpoint=has_checkpoint)
     project = (tmp_path / "before").rename(tmp_path / "after")
     finetune("--resume", project / "runs" / "one")
@@ -270,7 +270,7 @@ def test_a_sweep_that_was_moved_with_its_inputs_is_the_same_sweep_and_finds_them
         folder.write(again)
 
 
-def test_an_input_that_did_not_move_with_its_sweep_stays_where_it_is_and_a_lost_one_is_told(
+def test_an_input_that_did_not_move_with_its_sweep_stays_where_it_is_and_a_lost_one_is_reported(
     store: TokenStore, tmp_path: Path
 ) -> None:
     spec = write_project(tmp_path / "a", store)

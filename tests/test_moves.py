@@ -1,4 +1,4 @@
-"""The command itself: a run that begins under one plan goes on under another, with other ranks."""
+"""The command itself: a run that begins under one plan resumes under another, with other ranks."""
 
 from __future__ import annotations
 

@@ -660,7 +660,7 @@ def test_a_pickle_that_would_run_a_program_does_not(
     file = next((tmp_path / "native").glob("*/*model_states.pt"))
     content = torch.load(file, weights_only=False)
     torch.save(content | {"note": kind(target)}, file)
-    with pytest.raises(CheckpointError, match=rf"which no checkpoint needs: {called}.*Do not trust it"):
+    with pytest.raises(CheckpointError, match=rf"which no checkpoint needs: {called}.*Do not trust the files"):
         refuse_untrusted(find_files(tmp_path / "native").all())
     arguments = (
         "checkpoint", "import", str(tmp_path / "native"), "--run-dir", str(tmp_path / "run"), "--ds-config", "cpu",
@@ -755,7 +755,7 @@ def test_a_run_goes_out_and_back_and_on_as_if_it_had_never_left(store: TokenStor
     told = run(
         "checkpoint", "import", str(tmp_path / "native"), "--trusted", "--run-dir", str(back), "--ds-config", CPU_JSON
     ).stdout  # fmt: skip
-    assert f"Go on with: {REPOSITORY}/bin/pretrain --resume {back}" in told
+    assert f"Resume it with: {REPOSITORY}/bin/pretrain --resume {back}" in told
     run("pretrain", "--resume", str(back), "--threads", "1", "--log-every", "1")
     expected = [line for line in read_metrics(straight / "metrics.jsonl") if line["kind"] == "train"][20:]
     found = [line for line in read_metrics(back / "metrics.jsonl") if line["kind"] == "train"]

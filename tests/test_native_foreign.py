@@ -1,5 +1,5 @@
-"""Foreign DeepSpeed checkpoints of frozen parameters and of other optimizers: what can come in does, and the reason
-for what cannot is the true one."""
+"""Foreign DeepSpeed checkpoints with frozen parameters and other optimizers: what can be imported is, and the reason
+given for what cannot is the true one."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_frozen_parameters_come_in_and_the_others_keep_their_moments(
     checkpoint, told = brought_in(tmp_path / "native", store, tmp_path / "run", process_group)
     assert_frozen_came_in(checkpoint, expected, frozen)
     assert f"{len(names)} of its tensors were not trained and are trained from here on: {names[0]}" in told
-    assert f"those of the other {len(names)} begin at zero, as they were frozen" in told
+    assert f"those of the other {len(names)} begin at zero, because they were frozen" in told
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -110,7 +110,7 @@ def test_frozen_parameters_that_are_in_the_optimizers_groups_do_no_harm(
         expected = held_trainable(engine)
     checkpoint, told = brought_in(tmp_path / "native", store, tmp_path / "run", process_group)
     assert_frozen_came_in(checkpoint, expected, frozen)
-    assert "begin at zero, as they were frozen or no gradient had reached them" in told
+    assert "begin at zero, because they were frozen or no gradient had reached them" in told
 
 
 def test_stage_0_that_leaves_open_what_was_frozen_takes_it_from_the_user(
@@ -182,10 +182,10 @@ def amsgrad(parameters: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (sgd, "was another than Adam, such as SGD without momentum: it has no betas and kept nothing"),
-        (momentum, "was another than Adam: it kept momentum_buffer, not exp_avg and exp_avg_sq"),
-        (Lion, "was another than Adam: it kept exp_avg, not exp_avg and exp_avg_sq"),
-        (adagrad, "was another than Adam: it kept sum, not exp_avg and exp_avg_sq"),
+        (sgd, "was not Adam, but one such as SGD without momentum: it has no betas and kept nothing"),
+        (momentum, "was not Adam: it kept momentum_buffer, not exp_avg and exp_avg_sq"),
+        (Lion, "was not Adam: it kept exp_avg, not exp_avg and exp_avg_sq"),
+        (adagrad, "was not Adam: it kept sum, not exp_avg and exp_avg_sq"),
         (amsgrad, "also kept max_exp_avg_sq, which AdamW does not have"),
     ],
 )

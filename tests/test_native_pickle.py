@@ -1,4 +1,4 @@
-"""The warning about pickles that nobody trusts yet: harmful is what could do harm, and nothing else."""
+"""The warning about pickles that nobody trusts yet calls harmful what could do harm, and nothing else."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def refused(path: Path, content: Any) -> str:
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_data_that_a_script_saved_along_is_not_called_harmful_and_does_not_get_in_the_way(
+def test_data_that_a_script_saved_with_its_state_is_not_called_harmful_and_can_be_read(
     tmp_path: Path, name: str
 ) -> None:
     torch.save({"client": DATA[name], "weight": torch.ones(2)}, tmp_path / "file.pt")
@@ -99,10 +99,10 @@ def test_a_class_of_another_package_is_named_and_not_called_harmful(tmp_path: Pa
         "__builtin__.eval", "commands.getoutput", "urllib2.urlopen",
     ],
 )  # fmt: skip
-def test_what_could_do_harm_is_called_that_wherever_it_stands(tmp_path: Path, name: str) -> None:
+def test_what_could_do_harm_is_called_harmful_wherever_it_is(tmp_path: Path, name: str) -> None:
     told = refused(tmp_path / "file.pt", {"client": argparse.Namespace(a=1, b=[np.float64(1), Calls(name)])})
     assert "These call what could run programs or change files, which no checkpoint needs: " in told
     assert f".{name.rpartition('.')[2]} (in file.pt)" in told
     assert "Namespace" not in told
     assert "numpy._core" not in told
-    assert "Do not trust it" in told
+    assert "Do not trust the files" in told

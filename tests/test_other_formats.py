@@ -1,4 +1,4 @@
-"""Weights of TensorFlow and Flax are called that, with the conversion that helps, wherever a model can be named."""
+"""TensorFlow and Flax weights are recognised wherever a model can be named, with the way to convert them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def folder(path: Path, *names: str) -> Path:
 
 
 CASES = [
-    (ORIGINAL, "", "checkpoint of TensorFlow", "--tf_checkpoint_path {path}/model.ckpt-100 --config_file"),
-    (ORIGINAL, "model.ckpt-100", "checkpoint of TensorFlow", "--tf_checkpoint_path {path}/model.ckpt-100 "),
-    (ORIGINAL, "model.ckpt-100.index", "checkpoint of TensorFlow", "--tf_checkpoint_path {path}/model.ckpt-100 "),
-    ((*ORIGINAL, "config.json"), "", "checkpoint of TensorFlow", "--tf_checkpoint_path {path}/model.ckpt-100 "),
-    (("config.json", "tf_model.h5"), "", "weights of TensorFlow alone", "from_pretrained('{path}', from_tf=True)"),
-    (("config.json", "tf_model.h5"), "tf_model.h5", "weights of TensorFlow", "from_pretrained('{path}', from_tf=True)"),
-    (("config.json", "flax_model.msgpack"), "", "weights of Flax alone", "from_pretrained('{path}', from_flax=True)"),
-    (("saved_model.pb",), "", "SavedModel of TensorFlow", "take the checkpoint that it was made from"),
+    (ORIGINAL, "", "TensorFlow checkpoint", "--tf_checkpoint_path {path}/model.ckpt-100 --config_file"),
+    (ORIGINAL, "model.ckpt-100", "TensorFlow checkpoint", "--tf_checkpoint_path {path}/model.ckpt-100 "),
+    (ORIGINAL, "model.ckpt-100.index", "TensorFlow checkpoint", "--tf_checkpoint_path {path}/model.ckpt-100 "),
+    ((*ORIGINAL, "config.json"), "", "TensorFlow checkpoint", "--tf_checkpoint_path {path}/model.ckpt-100 "),
+    (("config.json", "tf_model.h5"), "", "TensorFlow weights only", "from_pretrained('{path}', from_tf=True)"),
+    (("config.json", "tf_model.h5"), "tf_model.h5", "TensorFlow weights", "from_pretrained('{path}', from_tf=True)"),
+    (("config.json", "flax_model.msgpack"), "", "Flax weights only", "from_pretrained('{path}', from_flax=True)"),
+    (("saved_model.pb",), "", "TensorFlow SavedModel", "Convert the checkpoint that it was made from"),
 ]
 
 
 @pytest.mark.parametrize(("names", "inside", "what", "advice"), CASES)
-def test_what_it_is_and_what_converts_it_is_said_by_every_command_that_takes_a_model(
+def test_every_command_that_takes_a_model_recognises_other_formats_and_says_what_converts_them(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     names: tuple[str, ...],
@@ -68,7 +68,7 @@ def test_what_it_is_and_what_converts_it_is_said_by_every_command_that_takes_a_m
         assert "pretrain --init-from" in told
 
 
-def test_weights_of_pytorch_beside_them_are_taken_and_other_folders_left_to_their_readers(tmp_path: Path) -> None:
+def test_pytorch_weights_next_to_them_are_used_and_other_folders_are_left_to_their_readers(tmp_path: Path) -> None:
     for index, names in enumerate(
         [
             (*ORIGINAL, "pytorch_model.bin"), ("config.json", "tf_model.h5", "model.safetensors"), ("config.json",), (),
@@ -81,7 +81,5 @@ def test_weights_of_pytorch_beside_them_are_taken_and_other_folders_left_to_thei
 
 def test_a_hub_model_without_weights_of_pytorch_says_how_to_convert_it(tmp_path: Path) -> None:
     cached = folder(tmp_path / "cached", "config.json", "vocab.txt")
-    with pytest.raises(
-        DataError, match=r"(?s)without weights of PyTorch.*from_pretrained\('some/model', from_tf=True\)"
-    ):
+    with pytest.raises(DataError, match=r"(?s)without PyTorch weights.*from_pretrained\('some/model', from_tf=True\)"):
         refuse_other_frameworks(cached, "some/model")

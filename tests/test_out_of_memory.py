@@ -147,7 +147,7 @@ def test_memory_that_shrinks_again_and_again_is_followed_down(
         [loss for _, loss in train_losses(halves[1])], rel=1e-5
     )
     said = " ".join(capsys.readouterr().out.split())
-    assert "memory ran out in step 4, which is done again and everything after it with micro-batch x" in said
+    assert "memory ran out in step 4, which is repeated; from here on micro-batch x" in said
     assert [f"{size} x {12 // size} x 1 rank(s)" in said for size in (6, 3, 1)] == [True] * 3
 
 

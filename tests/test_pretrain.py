@@ -113,7 +113,7 @@ def test_straight_is_15_steps_kill_9_and_resume_bit_for_bit(store: TokenStore, s
     process.wait()
     assert len(train_losses(run_dir)) < 40
     result = run("pretrain", "--resume", str(run_dir))
-    assert "Going on from" in result.stdout
+    assert "Resuming from" in result.stdout
     assert train_losses(run_dir) == train_losses(straight)
     ours, theirs = final_tensors(run_dir), final_tensors(straight)
     assert ours.keys() == theirs.keys()
@@ -174,7 +174,7 @@ def test_a_signal_saves_at_the_next_step_and_leaves(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-number if number == signal.SIGINT else 128 + number)
-    assert f"Go on with: {REPOSITORY}/bin/pretrain --resume" in errors
+    assert f"Resume it with: {REPOSITORY}/bin/pretrain --resume" in errors
     verdict = json.loads((run_dir / "verdict.json").read_text())
     assert (verdict["verdict"], verdict["reason"]) == ("stopped", number.name)
     assert verdict["step"] < 40
@@ -307,7 +307,7 @@ def test_a_run_directory_in_use_is_refused(store: TokenStore, straight: Path, tm
     assert "already holds a run" in taken.stderr
 
 
-def test_resuming_a_finished_run_is_no_error_and_names_its_report_and_its_model(
+def test_resuming_a_finished_run_is_not_an_error_and_names_its_report_and_its_model(
     straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
@@ -332,7 +332,7 @@ def test_a_store_that_is_not_the_runs_own_is_refused(store: TokenStore, straight
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_by_another_recipe(straight: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_another_recipe(straight: Path, tmp_path: Path) -> None:
     """A flipped bit, or an edit, that makes another recipe of it."""
     copy = tmp_path / "run"
     shutil.copytree(straight, copy, symlinks=True)

@@ -314,7 +314,7 @@ def with_baseline(task: str, seed: int, baseline: dict[str, float], **scored: An
     return found
 
 
-def test_each_score_and_each_mean_stands_next_to_its_baseline(tmp_path: Path) -> None:
+def test_each_score_and_each_mean_is_shown_next_to_its_baseline(tmp_path: Path) -> None:
     runs = [
         write(tmp_path, task, with_baseline(task, 0, dict.fromkeys(GLUE_METRICS[task], index / 20)))
         for index, task in enumerate(EIGHT)
@@ -324,7 +324,7 @@ def test_each_score_and_each_mean_stands_next_to_its_baseline(tmp_path: Path) ->
         part = ["(matched)"] if task == "mnli" else []
         assert row(text, task, *part, AVERAGE_METRICS[task]).split()[-4] == f"{5 * index:.2f}"
     assert row(text, "AVG").split()[1:3] == ["50.00", "17.50"]  # 5 x (0 + 1 + ... + 7) / 8
-    assert "baseline: what one prediction for every row scores" in text
+    assert "baseline: the score of the same prediction for every row" in text
     with (tmp_path / "scores.csv").open(newline="", encoding="utf8") as file:
         lines = list(csv.DictReader(file))
     assert {(line["task"], float(line["baseline"])) for line in lines} == {
@@ -341,7 +341,7 @@ def test_runs_that_recorded_no_baseline_are_reported_without_one(tmp_path: Path)
     assert row(text, "cola", "matthews") == "cola matthews 50.00 0.00 1 50.00 50.00–50.00"
 
 
-def test_a_model_that_is_no_better_than_its_baseline_is_warned_of_with_its_seeds(tmp_path: Path) -> None:
+def test_a_model_that_is_no_better_than_its_baseline_gets_a_warning_with_its_seeds(tmp_path: Path) -> None:
     runs = [
         write(tmp_path, str(seed), with_baseline("rte", seed, {"accuracy": 0.5}, **({"warning": why} if why else {})))
         for seed, why in enumerate(["All are 'x'.", "", "All are 'x'."])

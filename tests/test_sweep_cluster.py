@@ -45,7 +45,7 @@ def nodes_of(group: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.nightly
-def test_shares_of_gpus_are_packed_and_a_lost_nodes_trials_go_on(
+def test_shares_of_gpus_are_packed_and_a_lost_nodes_trials_continue(
     cluster: Cluster, store: TokenStore, tmp_path: Path
 ) -> None:
     values = small_sweep(store.path, resources={"cpus": 1, "gpus": 0.5})

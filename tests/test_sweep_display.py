@@ -89,7 +89,7 @@ def test_each_running_trial_has_a_line_with_the_stage_in_its_log(clock: Any, tmp
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     shown.display = display.SweepDisplay(console, shown.folder, 3, at_once=3)
     for trial, line in zip(
-        shown.trials, ("tokenising, 45%", "waiting for another process, which builds stores/x", "x"), strict=True
+        shown.trials, ("tokenising, 45%", "waiting for another process that builds stores/x", "x"), strict=True
     ):
         shown.folder.log(trial.key).parent.mkdir(parents=True, exist_ok=True)
         shown.folder.log(trial.key).write_text(f"preparing: training the tokenizer\npreparing: {line}\n")

@@ -149,7 +149,7 @@ def test_glues_means_are_over_the_seeds_that_have_all_tasks(folder: SweepFolder)
     assert "26 done, 1 waiting of 27 trials" in text
 
 
-def test_scores_stand_next_to_their_baseline_and_warnings_are_said(folder: SweepFolder) -> None:
+def test_scores_are_shown_next_to_their_baseline_and_warnings_are_printed(folder: SweepFolder) -> None:
     tasks = [task for task in GLUE if task != "ax"]
     values = {"name": "x", "finetune": {"recipe": "rc2020", "model": MODEL, "space": {"task": {"grid": tasks}}}}
     spec, trials = made(values)
@@ -169,7 +169,7 @@ def test_scores_stand_next_to_their_baseline_and_warnings_are_said(folder: Sweep
     assert (table[table["metric"] == "accuracy"]["baseline"] == 0.125).all()
 
 
-def test_scores_on_examples_of_ones_own_stand_next_to_their_baseline(folder: SweepFolder, tmp_path: Path) -> None:
+def test_scores_on_your_own_examples_are_shown_next_to_their_baseline(folder: SweepFolder, tmp_path: Path) -> None:
     files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "dev")}
     spec, (trial,) = made({"name": "x", "finetune": {"recipe": "own", "model": MODEL} | files})
     pretend(folder, trial, None)
@@ -493,7 +493,7 @@ def test_a_cost_that_is_not_known_is_said_to_be_unknown_and_not_nothing(folder: 
     assert "In all" not in text
 
 
-def test_what_a_killed_rank_leaves_is_no_verdict_and_a_refusal_to_go_on_is_one(folder: SweepFolder) -> None:
+def test_what_a_killed_rank_leaves_is_no_status_and_a_refusal_to_resume_is_one(folder: SweepFolder) -> None:
     spec, (trial,) = made(pretraining(seeds=[0]))
     pretend(folder, trial, 0.5, "failed", reason="a rank died without a word")
     folder.begin(trial, ["electra-ds"], spec)
@@ -509,13 +509,13 @@ def test_what_a_killed_rank_leaves_is_no_verdict_and_a_refusal_to_go_on_is_one(f
     assert process.status_of([0, 3, 0]) == 3
 
 
-def test_how_to_go_on_is_told_and_whether_it_is_being_run(folder: SweepFolder) -> None:
+def test_how_to_resume_is_said_and_whether_it_is_being_run(folder: SweepFolder) -> None:
     spec, trials = made(pretraining(seeds=[0, 1, 2, 3]))
     folder.write(spec)
     pretend(folder, trials[0], 0.5)
     pretend(folder, trials[3], 0.5)
     pretend(folder, trials[1], None, "failed", reason="it broke")
-    assert f"Go on with: electra-ds sweep --resume {folder.path}\n" in told(folder, trials, spec)
+    assert f"Resume it with: electra-ds sweep --resume {folder.path}\n" in told(folder, trials, spec)
     pretend(folder, trials[2], 0.5, "stopped", reason="--stop-at 9")
     text = told(folder, trials, spec)
     assert "1 stopped as planned" in text

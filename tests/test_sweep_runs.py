@@ -142,7 +142,7 @@ def test_a_signal_saves_leaves_nobody_and_the_sweep_goes_on(
     driver.send_signal(number)
     assert driver.wait(60) == (-2 if number == signal.SIGINT else 143), log.read_text()
     assert f"{number.name}: the trials that run save and leave." in log.read_text()
-    assert "Go on with: bin/sweep --resume" in log.read_text()
+    assert "Resume it with: bin/sweep --resume" in log.read_text()
     assert not ours(out)
     resumed = run_sweep("--resume", out, "--local")
     assert resumed.returncode == 0, resumed.stdout
@@ -402,7 +402,7 @@ def test_a_time_limit_lets_trials_save(undisturbed: Path, tmp_path: Path) -> Non
     cut = run_sweep(undisturbed / "sweep.yaml", "--out", out, "--time-limit", "12s")
     assert cut.returncode == 1, cut.stdout + cut.stderr
     assert "The time is over: the trials that run save and leave." in cut.stderr
-    assert f"Go on with: bin/sweep --resume {out}" in cut.stdout
+    assert f"Resume it with: bin/sweep --resume {out}" in cut.stdout
     assert not (out / "stop").exists()
     resumed = run_sweep("--resume", out)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr

@@ -98,7 +98,7 @@ def test_a_command_to_be_copied_is_never_broken(width: int) -> None:
     assert shown(file) == [f"Run what failed again: {command}"]
 
 
-def test_running_text_is_printed_by_one_module_alone() -> None:
+def test_running_text_is_printed_by_one_module_only() -> None:
     """What is printed in any other way breaks inside words. A JSON document is no running text."""
     own = {REPOSITORY / "electra_ds" / "terminal.py"}
     found = {
@@ -108,7 +108,7 @@ def test_running_text_is_printed_by_one_module_alone() -> None:
     assert {name: lines for name, lines in found.items() if lines and "json.dumps" not in lines[0]} == {}
 
 
-def test_where_there_is_no_terminal_the_stages_of_building_a_store_are_lines(
+def test_without_a_terminal_the_stages_of_building_a_store_are_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"

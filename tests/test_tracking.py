@@ -143,7 +143,7 @@ def test_wandb_is_told_the_exit_status(tmp_path: Path, error: Exception | None, 
     assert [item.exit_code for item in of_kind(records, "exit")] == [status]
 
 
-def test_the_death_of_wandb_is_one_warning_and_the_other_trackers_go_on(tmp_path: Path) -> None:
+def test_the_death_of_wandb_is_one_warning_and_the_other_trackers_continue(tmp_path: Path) -> None:
     said = io.StringIO()
     settings = TrackingSettings(wandb="offline", csv="csv")
     tracked = opened(settings, tmp_path / "run", console=Console(file=said, width=500))
@@ -208,7 +208,7 @@ def test_where_wandb_cannot_be_reached_the_run_goes_on_offline(store: TokenStore
     }  # fmt: skip
     arguments = start_arguments(store, tmp_path / "run", "schedule.total_steps=6")
     result = run("pretrain", *arguments, "--wandb", "online", env=environment)
-    assert "goes on offline" in result.stdout
+    assert "continues offline" in result.stdout
     rows = wandb_rows(wandb_records(tmp_path / "run")[-1])
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
@@ -356,7 +356,7 @@ def test_wandb_mode_decides_where_only_the_json_asks_for_wandb(
         (TrackingSettings(), "dryrun", f"--wandb off, {NO_ONE_ASKED}, wins over WANDB_MODE=dryrun."),
     ],
 )
-def test_one_line_says_which_wins_where_wandb_mode_says_otherwise(
+def test_one_line_says_which_mode_wins_if_wandb_mode_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: TrackingSettings, mode: str, line: str | None
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)

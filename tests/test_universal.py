@@ -93,7 +93,7 @@ def test_a_foreign_universal_checkpoint_comes_in_with_moments_and_frozen_paramet
     assert (checkpoint.state["step"], checkpoint.state["optimizer"]["taken_steps"]) == (STEPS, STEPS)
 
 
-def test_of_a_folder_with_both_the_original_is_taken_and_a_universal_one_with_a_gap_is_refused(
+def test_in_a_folder_with_both_the_original_is_read_and_a_universal_one_with_a_gap_is_refused(
     store: TokenStore, process_group: Ranks, tmp_path: Path
 ) -> None:
     with plain_engine(model_for(store, small_recipe()), config(2, "fp32")) as engine:

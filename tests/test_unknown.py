@@ -92,12 +92,12 @@ def test_a_store_from_before_it_was_counted_still_opens(
     assert build_store(open_corpus([corpus_folder]), small_recipe().tokenizer, out).info == old
 
 
-def test_nothing_is_said_of_a_share_that_is_usual_and_the_reason_of_one_that_is_not() -> None:
+def test_a_usual_share_gives_no_warning_and_an_unusual_one_gives_the_reason() -> None:
     usual = UnknownText(num_tokens=29, num_chars=20, text_chars=5000, examples=["ж"])
     assert problem("c", usual, 1000) is None
     foreign = problem("c", replace(usual, num_tokens=30), 1000)
     assert foreign is not None
-    assert "30 of 1,000 tokens are [UNK] (3.00%), in place of 0.40% of the characters" in foreign
+    assert "30 of 1,000 tokens are [UNK] (3.00%), which replace 0.40% of the characters" in foreign
     assert "lacks characters or forms of the text, such as 'ж'" in foreign
     assert "--cased" in foreign
     assert "tokenizer.kind=byte-level-bpe" in foreign
@@ -109,11 +109,11 @@ def test_nothing_is_said_of_a_share_that_is_usual_and_the_reason_of_one_that_is_
 
 
 @pytest.mark.parametrize("text", [FOREIGN, LONG])
-def test_a_text_of_nothing_else_is_refused_unless_it_is_allowed(
+def test_a_text_that_is_all_unknown_is_refused_unless_it_is_allowed(
     text: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = corpus_of(tmp_path / "a.txt", *[text] * 20, KNOWN[:3])
-    with pytest.raises(DataError, match=r"tokens are \[UNK\] .* Nothing can be learned .* give --allow-unknown"):
+    with pytest.raises(DataError, match=r"tokens are \[UNK\] .* Nothing can be learned .* add --allow-unknown"):
         built(path, tokenizer, tmp_path / "store")
     assert not (tmp_path / "store").exists()
     monkeypatch.setattr(build, "_write_shard", None)  # what was tokenised is not done again

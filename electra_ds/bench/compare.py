@@ -42,7 +42,7 @@ class Figure(NamedTuple):
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
-    """Raises ConfigError where the two measured different things."""
+    """Raises ConfigError if the two measured different things."""
     check_recipe(old, new["recipe"])
     before, after = figures(old), figures(new)
     common = [name for name in after if name in before]
@@ -64,7 +64,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
 
 
 def check_recipe(old: dict[str, Any], recipe: str) -> None:
-    """ConfigError where older results are for another recipe."""
+    """Raise ConfigError if older results are for another recipe."""
     if old["recipe"] != recipe:
         raise ConfigError(f"The older results are for the recipe {old['recipe']}, these for {recipe}.")
 

@@ -78,7 +78,7 @@ def _on_gpu(recipe: Recipe, dtypes: Sequence[str], device: torch.device) -> tupl
 
 
 def card_case(card: Card, recipe: Recipe, device: torch.device) -> Case:
-    """The recipe under the JSON made for the card, in the card's memory. Raises ConfigError where the two disagree."""
+    """The recipe under the JSON made for the card, in the card's memory. Raises ConfigError if the two disagree."""
     assert card.ds_config is not None
     plan = resolve(
         read_deepspeed_json(card.ds_config), recipe, world_size=1, auto_fp16=runtime.wants_fp16(device),

@@ -65,7 +65,7 @@ def with_seed(options: argparse.Namespace) -> list[str]:
 
 
 def check_seed(options: argparse.Namespace) -> None:
-    """ConfigError where --seed and --set give different seeds."""
+    """Raise ConfigError if --seed and --set give different seeds."""
     from electra_ds.config.overrides import parse_value
 
     others = [value for key, _, value in (each.partition("=") for each in options.overrides) if key == "seed"]

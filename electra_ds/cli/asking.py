@@ -47,6 +47,6 @@ def say_dry_run(time: RunTime | None, steps: int, console: Console) -> None:
     from electra_ds.terminal import say
 
     if time is not None and time.may_take_years:
-        say(console, "Such a run starts only with --yes, or after a question on a terminal.")
+        say(console, "Such a run starts only with --yes, or after you confirm it on a terminal.")
     told = "not predicted for this GPU, whose rates are not known" if time is None else f"predicted to take {time}"
     say(console, f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.")

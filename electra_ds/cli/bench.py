@@ -135,7 +135,7 @@ def _check_arguments(options: argparse.Namespace) -> None:
 
 
 def _check_comparable(old: dict[str, Any], options: argparse.Namespace) -> None:
-    """ConfigError where nothing that is to be measured stands in the older results."""
+    """Raise ConfigError if nothing that is to be measured stands in the older results."""
     from electra_ds.bench.compare import check_recipe, figures
 
     check_recipe(old, options.recipe)
@@ -174,7 +174,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _whole(path: Path | None) -> Iterator[None]:
-    """ConfigError where a file, which may come from anywhere, lacks something or has it in another form."""
+    """Raise ConfigError if a file, which may come from anywhere, lacks something or has it in another form."""
     try:
         yield
     except (

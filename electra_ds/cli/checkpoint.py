@@ -28,13 +28,13 @@ examples:
 _IMPORT_EPILOG = """\
 examples:
   bin/checkpoint import out/ --trusted --run-dir runs/back --ds-config ds_configs/rtx3090-24gb.json
-      an export of ours (bin/export --to deepspeed), perhaps trained on elsewhere: recipe and data are those of its run
+      our own export (bin/export --to deepspeed), perhaps trained further elsewhere: with the recipe and data of its run
   bin/checkpoint import theirs/global_step40 --trusted --run-dir runs/theirs --ds-config cpu --recipe electra-small \\
       --set schedule.total_steps=100000 --data stores/theirs
-      a checkpoint of somebody's own script, at a ZeRO stage and with ranks that may be others than here
+      a checkpoint of someone's own script; its ZeRO stage and number of ranks may differ from those here
   bin/pretrain --resume runs/theirs
 
-NATIVE is what DeepSpeed's engine.save_checkpoint wrote, or what its ds_to_universal made of that: the folder that holds
+NATIVE is what DeepSpeed's engine.save_checkpoint wrote, or what its ds_to_universal made of it: the folder that holds
 the file `latest` or `latest_universal`, or one of its tag folders. Its parameters are named as in electra_ds's joint
 module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles.
 Without --trusted nothing in them is loaded, and the command says what they would call; with it they are read with inert
@@ -56,7 +56,7 @@ def add_checkpoint(commands: Commands) -> None:
 
 def _add_import(actions: Commands) -> None:
     action = add_command(
-        actions, "import", "Make a run of a native DeepSpeed checkpoint, to go on from.", _IMPORT_EPILOG
+        actions, "import", "Make a run of a native DeepSpeed checkpoint, to be resumed.", _IMPORT_EPILOG
     )
     action.set_defaults(handler=_import, resume=None, init_from=None, seed=None)
     action.add_argument("native", type=Path, metavar="NATIVE", help="the checkpoint's folder")
@@ -77,10 +77,10 @@ def _add_import(actions: Commands) -> None:
 
 def _add_untold(action: argparse.ArgumentParser) -> None:
     untold = action.add_argument_group(
-        "what the files may not tell",
-        "Heads, layer_norm_eps, activation and kind of positions leave no trace in the tensors. They are the recipe's "
-        "(--set generator.num_attention_heads=4 model.layer_norm_eps=1e-6), and are checked against the config.json "
-        "files that lie beside or above the checkpoint, or that you give.",
+        "what the files may not say",
+        "The tensors do not show the number of heads, layer_norm_eps, the activation and the position type. They are "
+        "taken from the recipe (--set generator.num_attention_heads=4 model.layer_norm_eps=1e-6) and checked against "
+        "the config.json files that lie next to or above the checkpoint, or that you give.",
     )
     for part in ("generator", "discriminator"):
         untold.add_argument(
@@ -88,7 +88,7 @@ def _add_untold(action: argparse.ArgumentParser) -> None:
         )
     untold.add_argument(
         "--frozen", nargs="+", default=[], metavar="NAME",
-        help="what names of parameters begin with that were not trained, for a stage 0 checkpoint that leaves it open",
+        help="how the names of parameters begin that were not trained, if a stage 0 checkpoint does not say which",
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ example:
 def add_doctor(commands: Commands) -> None:
     """The parser of `doctor`."""
     command = add_command(
-        commands, "doctor", "Say what this machine can pretrain with, and how to mend what is wrong.", _EPILOG
+        commands, "doctor", "Say what this machine can pretrain with, and how to fix what is wrong.", _EPILOG
     )
     command.set_defaults(handler=_doctor)
     command.add_argument("--json", action="store_true", help="print it as JSON")

@@ -55,8 +55,8 @@ tasks: {", ".join(TASKS)}
 AX, GLUE's diagnostic set, has no training examples: mnli with --predict-test predicts it.
 
 recipes: own trains for at least 500 steps, however few the examples are. bin/export writes a transformers model with
-the head of own, and of original but for SQuAD. rc2020 averages over the tokens, which no class of transformers does, so
-of its models bin/export writes the encoder alone.
+the head of own, and with that of original except for SQuAD. rc2020 averages over the tokens, which no class of
+transformers does, so bin/export writes only the encoder of its models.
 
 The scores of a run are in RUN/scores.json, the predictions in RUN/predictions/, and with --predict-test those of the
 test sets in RUN/submission/, in the files that GLUE's site takes; bin/report --submission zips them.
@@ -66,7 +66,7 @@ _NEW_RUN_ONLY = (
     "task", "seed", "recipe", "overrides", "hub", "revision", "text", "pair", "label", "label_kind", "random_init",
     "max_train_examples", "run_dir",
 )  # fmt: skip
-"""The others may be given with --resume, which say where something is now that has moved."""
+"""The other options may be given with --resume: they say where something is now that has moved."""
 
 
 def add_finetune(commands: Commands) -> None:
@@ -86,7 +86,7 @@ def add_finetune(commands: Commands) -> None:
         help=f"{names}, or a YAML file (default: {FINETUNE_RECIPE} with --task, {OWN_RECIPE} with --train)",
     )  # fmt: skip
     add_overrides(what, "schedule.epochs=5 head.pooling=first")
-    what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
+    what.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this directory")
     what.add_argument(
         "--random-init", action="store_true",
         help="the model's shape and tokenizer, but random weights by the seed: what pretraining is compared with",
@@ -94,8 +94,8 @@ def add_finetune(commands: Commands) -> None:
     what.add_argument("--max-train-examples", type=positive, metavar="N", help="train on N examples (default: all)")
     data = command.add_argument_group(
         "where the examples come from (default: the Hub)",
-        "With --resume, --data-dir, --train, --dev and --test say where a run's own examples are now; --model says the "
-        "same of the encoder, which a run without a checkpoint needs.",
+        "With --resume, --data-dir, --train, --dev and --test say where the run's own examples are now; --model says "
+        "where its encoder is, which only a run without a checkpoint needs.",
     )
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="official files: GLUE's folders, or SQuAD's JSON")
     data.add_argument("--hub", metavar="NAME", help="a data set on the Hub, laid out as nyu-mll/glue or squad")
@@ -119,7 +119,7 @@ def add_finetune(commands: Commands) -> None:
     )  # fmt: skip
     how.add_argument(
         "--eval-every", type=positive, metavar="STEPS",
-        help="default: an epoch, or a tenth of the recipe's schedule.min_steps where that is more",
+        help="default: an epoch, or a tenth of the recipe's schedule.min_steps if that is more",
     )  # fmt: skip
     how.add_argument("--save-every", type=positive, metavar="STEPS", help="default: 500")
     how.add_argument("--keep", type=positive, metavar="N", help="checkpoints to retain (default: 1)")
@@ -271,7 +271,7 @@ def _run_path(options: argparse.Namespace, recipe: FinetuneRecipe | None) -> Pat
 
 
 def check_arguments(options: argparse.Namespace) -> None:
-    """ConfigError where arguments cannot go together."""
+    """Raise ConfigError if arguments cannot go together."""
     if options.resume is not None:
         values = {name: getattr(options, name) for name in _NEW_RUN_ONLY}
         given = [name for name, value in values.items() if value is not None and value is not False and value != []]

@@ -36,9 +36,9 @@ examples:
   bin/plan --ds-config gtx1060-6gb --memory-gb 3.5        a card of which so much is free
   bin/plan --all --recipe rc2020-small                    every card; without --recipe, every recipe too
 
-Nothing is trained and no GPU is needed. Memory is computed from the sizes of tensors. Time is a range: on a card the
-roofline of a step times the factors between such rooflines and published runs, on this machine's CPU the recipe's FLOPs
-at a rate that is measured in a fifth of a second. The exit status is 1 if the plan does not fit.
+Nothing is trained and no GPU is needed. Memory is computed from the sizes of tensors. Time is a range: on a card, the
+roofline of a step times the factors by which published runs differ from such rooflines; on this machine's CPU, the time
+of the recipe's FLOPs at a rate that is measured in a fifth of a second. The exit status is 1 if the plan does not fit.
 """
 
 

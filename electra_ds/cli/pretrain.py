@@ -55,13 +55,13 @@ examples:
       a dataset of the Hugging Face Hub, and a folder
   bin/pretrain --ds-config gtx1060-6gb --recipe electra-small --set generator.width_multiplier=1 \\
       --init-from google/electra-small-generator google/electra-small-discriminator --corpus my_texts/
-      goes on from published weights, with their own vocabulary; that generator is as large as its discriminator
+continues from published weights, with their own vocabulary; that generator is as large as its discriminator
   bin/pretrain --ds-config cpu --recipe tiny --wandb offline --tensorboard
       with curves to watch; ds_configs/cpu.json is known by its name too
   bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 --seed 3
   bin/pretrain --resume runs/tiny-20260101-120000
   bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
-      the same run goes on under another DeepSpeed JSON: same batch, schedule, data, masks and samples
+the same run continues under another DeepSpeed JSON: same batch, schedule, data, masks and samples
 
 several GPUs, several nodes:
   torchrun --nproc_per_node 4 bin/pretrain --ds-config ds_configs/zero1.json
@@ -83,7 +83,7 @@ def add_pretrain(commands: Commands) -> None:
     )
     add_overrides(what, "schedule.total_steps=5000 model.hidden_size=256")
     add_seed(what, "of weights, data order, masks, samples and dropout")
-    what.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this directory")
+    what.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this directory")
     what.add_argument(
         "--init-from", nargs="+", metavar="SOURCE",
         help="begin with the weights of transformers' ELECTRA: a generator and a discriminator, each a folder or a "
@@ -277,7 +277,7 @@ def _run_path(options: argparse.Namespace, recipe: Recipe | None) -> Path:
 
 
 def check_arguments(options: argparse.Namespace) -> None:
-    """ConfigError where arguments cannot go together."""
+    """Raise ConfigError if arguments cannot go together."""
     if options.resume is not None:
         new_run_only = ("recipe", "overrides", "seed", "init_from", *CORPUS_ARGUMENTS, "run_dir")
         given = [name for name in new_run_only if getattr(options, name) not in (None, [])]

@@ -53,20 +53,20 @@ def add_corpus_arguments(group: Group, default_note: str, required: bool = False
     casing.add_argument("--cased", action="store_true", default=None, help="the vocab.txt was made from cased text")
     casing.add_argument(
         "--uncased", action="store_false", dest="cased", default=None,
-        help="it was made from lower-cased text (what is assumed where nothing says it)",
+        help="the vocab.txt was made from lower-cased text (assumed if nothing says so)",
     )  # fmt: skip
     group.add_argument(
         "--strip-accents", action=argparse.BooleanOptionalAction,
-        help="whether it was made from text without accents (default: where that is lower-cased)",
+        help="whether the vocab.txt was made from text without accents (default: yes if it is uncased)",
     )  # fmt: skip
     group.add_argument(
         "--allow-unknown", action="store_true", default=None,
-        help="build a store even if the tokenizer knows almost nothing of a source, so that it is nearly all [UNK]",
+        help="build a store even if the tokenizer turns nearly all of a source into [UNK]",
     )  # fmt: skip
 
 
 def gives_corpus(options: argparse.Namespace) -> bool:
-    """Whether any of CORPUS_ARGUMENTS is given."""
+    """Return whether any of CORPUS_ARGUMENTS is given."""
     return any(getattr(options, name) is not None for name in CORPUS_ARGUMENTS)
 
 
@@ -166,7 +166,7 @@ def _asked_for(
 
 
 def _say_unknown(info: StoreInfo, always: bool = False) -> None:
-    """Say how much of each source is [UNK], or only where that is too much."""
+    """Print how much of each source is [UNK], or only for the sources where it is too much."""
     from rich.console import Console
 
     from electra_ds.data.unknown import problem, report

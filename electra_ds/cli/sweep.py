@@ -89,7 +89,7 @@ def _strict_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(stage: str, arguments: Sequence[str]) -> None:
-    """Whether a command takes these arguments, and finds its examples. Raises ConfigError or DataError where not."""
+    """Whether a command takes these arguments, and finds its examples. Raises ConfigError or DataError if not."""
     try:
         options = _strict_parser().parse_args([stage, *arguments])
     except argparse.ArgumentError as error:
@@ -161,7 +161,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _run_from_outside(options: argparse.Namespace, folder: SweepFolder) -> NoReturn:
-    """Have a node of the cluster go on with what is written."""
+    """Have a node of the cluster continue with what is written."""
     from electra_ds.sweep.outside import run_from_outside
 
     arguments = ["--resume", str(folder.path), *(["--retry-failed"] if options.retry_failed else [])]
@@ -172,11 +172,11 @@ def _run_from_outside(options: argparse.Namespace, folder: SweepFolder) -> NoRet
 
 def _check_new(folder: SweepFolder) -> None:
     if folder.exists():
-        raise ConfigError(f"{folder.path} holds a sweep already. Go on with it by --resume, or choose another --out.")
+        raise ConfigError(f"{folder.path} holds a sweep already. Resume it with --resume, or choose another --out.")
 
 
 def _check(options: argparse.Namespace) -> None:
-    """ConfigError where arguments cannot go together."""
+    """Raise ConfigError if arguments cannot go together."""
     if options.what[:1] == ["status"]:
         others = (options.overrides, options.out, options.resume, options.retry_failed, options.dry_run, options.local)
         if len(options.what) != 2 or any(others) or options.address or options.storage or options.time_limit:
@@ -185,7 +185,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.retry_failed and options.resume is None:
         raise ConfigError("--retry-failed is for --resume.")
     if (options.resume is None) == (not options.what) or len(options.what) > 1:
-        raise ConfigError("Give one sweep to run, by name or file, or --resume DIR to go on with one.")
+        raise ConfigError("Give one sweep to run, by name or file, or --resume DIR to continue one.")
     if options.resume is not None and options.out is not None:
         raise ConfigError("--resume names the sweep's folder, so leave out --out.")
     if options.local and (options.address or options.storage):
@@ -259,7 +259,7 @@ def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, fold
 
 
 def _is_finished(spec: SweepSpec, folder: SweepFolder) -> bool:
-    """Whether nothing of a sweep is left to run. If so, it is said, with what the sweep has come to."""
+    """Return whether nothing of a sweep is left to run. If so, print that, with the results of the sweep."""
     from electra_ds.report.sweep_report import report_sweep
     from electra_ds.sweep.folder import AS_PLANNED
     from electra_ds.sweep.trials import counted, expand
@@ -271,7 +271,7 @@ def _is_finished(spec: SweepSpec, folder: SweepFolder) -> bool:
         return False
     console = wide_console()
     done = f"{spec.name}: {counted(len(trials))}, {len(trials)} done before; in {folder.path}"
-    _say(console, f"{done}. The sweep is finished: nothing is left to run. --set may add seeds or values.")
+    _say(console, f"{done}. The sweep is finished: nothing is left to run. Use --set to add seeds or values.")
     report_sweep(folder, trials, spec, console)
     return True
 

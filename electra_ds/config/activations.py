@@ -12,14 +12,14 @@ from electra_ds.config.suggest import did_you_mean
 
 _COUNT = "number_checkpoints"
 _FOR_MODEL_PARALLELISM = ("partition_activations", "contiguous_memory_optimization")
-"""Without it DeepSpeed itself partitions nothing, and lays out what it has partitioned."""
+"""Without model parallelism DeepSpeed itself partitions nothing, and it lays out only what it has partitioned."""
 _SWITCHES = (*_FOR_MODEL_PARALLELISM, "cpu_checkpointing", "synchronize_checkpoint_boundary", "profile")
 
 
 def parse_activations(values: dict[str, Any], num_layers: int, problems: list[str], notes: list[str]) -> int:
-    """Layers of each encoder that are computed again in the backward pass: 0 without the section, or where everything
-    in it is off, and all of them where it names no number. What is wrong is added to `problems`, what was decided here
-    to `notes`.
+    """Return how many layers of each encoder are computed again in the backward pass: 0 without the section, or if
+    everything in it is off, and all of them if it has no number. Faults are added to `problems`, and what was decided
+    here to `notes`.
 
     num_layers: of the discriminator, which has no fewer than the generator.
     """

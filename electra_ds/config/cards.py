@@ -2,8 +2,7 @@
 
 Rates are dense (without structured sparsity) and at the boost clock, as the maker prints them. fp16 means fp16 inputs
 summed in fp32 on tensor cores, which is how torch multiplies; GeForce cards do that at half the rate of sums in fp16.
-Cards for laptops are left out: they share their names with faster ones for desktops, and their clocks depend on the
-laptop.
+Laptop cards are left out: they share their names with faster desktop cards, and their clocks depend on the laptop.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ _MAKERS_WORDS = {"nvidia", "geforce", "tesla", "generation"}
 @dataclass(frozen=True)
 class Card:
     name: str
-    """As `torch.cuda.get_device_name` shows it; where two sizes share that, the larger one ends in its size."""
+    """The name that `torch.cuda.get_device_name` shows; if two sizes share it, the name of the larger one ends in its
+    size."""
     memory_gib: float
     """As it is sold; a driver shows 1 to 9 % less."""
     capability: tuple[int, int]
@@ -60,8 +60,8 @@ class Card:
 
 
 def has_slow_fp16(name: str) -> bool:
-    """Turing without tensor cores, GTX 16xx and its siblings for workstations and laptops: fp16 products run at a
-    fraction of the rate of fp32 (pytorch#121957)."""
+    """Return whether fp16 products run at a fraction of the rate of fp32 (pytorch#121957). They do on Turing without
+    tensor cores: GTX 16xx and its siblings for workstations and laptops."""
     return re.search(r"\b(GTX 16\d\d|T[456][05]0|T1[02]00|MX[45]50)\b", name) is not None
 
 
@@ -99,8 +99,8 @@ _GTX_16_FP16 = 0.5  # as torch multiplies it: measured by users (pytorch#121957)
 def _board(
     name: str, memory_gib: float, capability: tuple[int, int], fp32: float, half: float, bandwidth: float
 ) -> Card:
-    """Return a card for workstations or servers from its data sheet. half: of fp16 and bf16, in TFLOP/s; the half of
-    what is printed where that counts sparsity."""
+    """Return a card for workstations or servers from its data sheet. half: the rate of fp16 and bf16, in TFLOP/s; half
+    of the printed rate if that counts sparsity."""
     return Card(name, memory_gib, capability, fp32, half, half if capability >= BF16_CAPABILITY else None, bandwidth)
 
 
@@ -259,7 +259,7 @@ def find_card(device_name: str) -> Card | None:
 
 
 def cards_like(name: str) -> list[Card]:
-    """Return up to five cards whose names contain this one, or else those whose names are spelled most like it."""
+    """Return up to five cards whose names contain this name, or else those whose names are spelled most like it."""
     words, squeezed = _words(name), _squeezed(name)
     by_name = {_squeezed(card.name): card for card in CARDS}
     found = [other for other, card in by_name.items() if words and (words <= _words(card.name) or squeezed in other)]

@@ -123,7 +123,7 @@ def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
     """Return the raw mapping of a shipped file, by its name, or of a JSON file.
 
     As in DeepSpeed itself the file may be HJSON: comments and trailing commas are allowed, and so is a byte-order
-    mark. Raises ConfigError where it cannot be read, with line and column, or holds a key twice.
+    mark. Raises ConfigError if it cannot be read, with line and column, or holds a key twice.
     """
     names = ds_config_names()
     path = Path(name_or_path)

@@ -64,7 +64,7 @@ class HeadSection(Section):
     span_hidden_size: int = Field(default=512, ge=1)
     """Width of the joint head's hidden layers."""
     beam_size: int = Field(default=20, ge=1)
-    """Starts that the joint head goes on from, and ends of each."""
+    """The number of starts that the joint head continues from, and of ends for each."""
     answerable_weight: float = Field(default=0.5, ge=0)
     """Weight of the joint head's loss for whether there is an answer."""
     null_threshold: float = 0.0
@@ -89,9 +89,9 @@ class FinetuneScheduleSection(Section):
     kind: Literal["linear", "product"] = "linear"
     """As in pretraining."""
     epochs: float = Field(default=3.0, gt=0, le=10_000)
-    """Passes over the training examples. A file or an override that gives them does not inherit `min_steps`."""
+    """Passes over the training examples. A file or an override that sets them does not inherit `min_steps`."""
     min_steps: int = Field(default=0, ge=0, le=10**9, exclude_if=lambda steps: steps == 0)
-    """The fewest optimizer steps of a run: where `epochs` come to fewer, it has more epochs."""
+    """The fewest optimizer steps of a run: if `epochs` give fewer, it has more epochs."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
 
@@ -135,7 +135,7 @@ class Finetuning:
 
     @property
     def steps_of_epochs(self) -> int:
-        """The steps that the recipe's epochs come to."""
+        """The number of steps in the recipe's epochs."""
         return math.ceil(self.recipe.schedule.epochs * self.num_examples / self.global_batch_size - 1e-9)
 
     @property
@@ -164,7 +164,7 @@ def recipe_source(name_or_path: str) -> str:
 
 
 def _of_task(by_task: Any, task: str, source: str) -> dict[str, Any]:
-    """What `by_task` says of a task. Raises ConfigError where it is not as it must be, for whatever task."""
+    """Return what `by_task` says of a task. Raises ConfigError if it is not as it must be, for whatever task."""
     if not isinstance(by_task, dict) or not all(isinstance(inner, dict) for inner in by_task.values()):
         raise ConfigError(
             f"Recipe {source}: by_task must be a mapping of tasks to dotted keys, such as rte: {{schedule.epochs: 10}}."

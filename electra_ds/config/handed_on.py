@@ -24,11 +24,12 @@ _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _LEVEL = "warning"
 """DeepSpeed's own default."""
 NEVER = 2**31 - 1
-"""The `steps_per_print` of a run whose file names none: the progress bar reports, not DeepSpeed."""
+"""The `steps_per_print` of a run whose file does not set it: the progress bar reports, not DeepSpeed."""
 
 
 def parse_handed_on(values: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
-    """Return what is handed on as it is. What is wrong is added to `problems`, what will show nothing to `notes`."""
+    """Return the keys that DeepSpeed gets as they are. Faults are added to `problems`, and keys that will print nothing
+    to `notes`."""
     given: dict[str, Any] = {key: values[key] for key in HANDED_ON if values.get(key, "auto") != "auto"}
     before = len(problems)
     for key, value in given.items():
@@ -61,4 +62,6 @@ def _note_what_shows_nothing(given: dict[str, Any], notes: list[str]) -> None:
     if silent and _LOG_LEVELS.index(given.get("log_level", _LEVEL).lower()) > _LOG_LEVELS.index("info"):
         notes.append(f'{", ".join(silent)}: DeepSpeed prints this only with "log_level": "info" in the file')
     if asked["timers"] and not asked["steps_per_print"]:
-        notes.append("timers: DeepSpeed prints the throughput every steps_per_print steps, and the file names none")
+        notes.append(
+            "timers: DeepSpeed prints the throughput every steps_per_print steps, and the file does not set it"
+        )

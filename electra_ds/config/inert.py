@@ -2,7 +2,7 @@
 
 They are left out, and one note names them. A key is not inert if it would change the mathematics, or if a user would
 expect an effect that it does not have. The defaults are those of DeepSpeed 0.19.8; a test compares them.
-The tables come first, the functions that read them after.
+The tables come first; the functions that read them follow.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ZERO_DEFAULTS: dict[str, Any] = {
 ZERO_WITHOUT_EFFECT = (
     "cpu_offload_use_pin_memory", "elastic_checkpoint", "load_from_fp32_weights", "pipeline_loading_checkpoint",
 )  # fmt: skip
-"""The same in `zero_optimization`: a switch that DeepSpeed reads no more, and three about its own checkpoints. Ours
-load into every stage and number of ranks."""
+"""Such keys of `zero_optimization`: a switch that DeepSpeed no longer reads, and three about its own checkpoints. Our
+checkpoints load at every stage and on any number of ranks."""
 SECTION_DEFAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "data_types": {"keep_in_fp32_modules": ("auto",)},
     "pipeline": {
@@ -57,13 +57,13 @@ REMOVED = (
 )  # fmt: skip
 """Top-level keys of older versions that DeepSpeed 0.19 refuses, whatever they say."""
 UNREAD = ("fp32_allreduce",)
-"""Top-level keys of older versions that DeepSpeed 0.19 does not read any more, and does not mention."""
+"""Top-level keys of older versions that DeepSpeed 0.19 no longer reads and does not mention."""
 ZERO_REMOVED: dict[str, Any] = {
     "mics_shard_size": -1, "mics_hierarchical_params_gather": False, "zeropp_loco_param": None,
 }  # fmt: skip
 """Keys of `zero_optimization` that it refuses, with the values that switched them off."""
 ZERO_UNREAD = {"cpu_offload_params": False, "legacy_stage1": False}
-"""Those of older versions that do not exist any more, or whose old implementation is gone."""
+"""Keys of `zero_optimization` of older versions that no longer exist, or whose old implementation is gone."""
 
 
 def is_off(value: Any) -> bool:
@@ -75,7 +75,7 @@ def is_off(value: Any) -> bool:
 
 
 def _switches(section: dict[str, Any]) -> Iterator[Any]:
-    """The values of `enabled` in a section and in those inside it."""
+    """Yield the values of `enabled` in a section and in the sections inside it."""
     for key, value in section.items():
         if key == "enabled":
             yield value
@@ -110,9 +110,9 @@ def is_inert_in_zero(key: str, value: Any) -> bool:
 
 
 def is_offload(key: str, value: Any) -> bool:
-    """Return whether a key asks for offloading. A user who asked for it must be told where a stage has none.
+    """Return whether a key asks for offloading. A user who asked for it must learn if a stage does not offload.
 
-    A device that is left open, as in files that accelerate completes, is DeepSpeed's default: none.
+    If the device is left open, as in files that accelerate completes, it is DeepSpeed's default: none.
     """
     device = value.get("device", "none") if isinstance(value, dict) else value
     return key in ("offload_optimizer", "offload_param") and device not in ("none", "auto", None, False)

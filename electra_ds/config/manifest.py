@@ -5,7 +5,7 @@ RUN/
   deepspeed.json    the DeepSpeed JSON, resolved
   run.json          command, versions, hardware, data fingerprint
   verdict.json      how it ended: done, stopped, collapsed or failed
-  requeue           there while a signal or the time limit has stopped the run: it wants to go on
+  requeue           there while a signal or the time limit has stopped the run: it is to be resumed
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class TrackingSettings:
 
     wandb: WandbMode = "off"
     wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))
-    """Made once: whatever resumes the run goes on with the same run at wandb."""
+    """Made once: whatever resumes the run continues the same run at wandb."""
     wandb_project: str = "electra_ds"
     wandb_entity: str | None = None
     wandb_group: str | None = None
@@ -204,8 +204,8 @@ class RunDirectory:
 
     @contextmanager
     def locked(self, *, is_new: bool = False) -> Iterator[None]:
-        """Hold the folder. Raises CheckpointError where it cannot be written or another process holds it, and
-        ConfigError where a new run is to begin in it and another one has by now."""
+        """Hold the folder. Raises CheckpointError if it cannot be written or another process holds it, and
+        ConfigError if a new run is to begin in it and another one has by now."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+")
@@ -227,11 +227,9 @@ class RunDirectory:
             yield
 
     def check_free(self) -> None:
-        """Raises ConfigError where a run is there already."""
+        """Raises ConfigError if a run is there already."""
         if self.exists():
-            raise ConfigError(
-                f"{self.path} already holds a run. Go on with it by --resume, or choose another --run-dir."
-            )
+            raise ConfigError(f"{self.path} already holds a run. Resume it with --resume, or choose another --run-dir.")
 
     def mark(self) -> tuple[int, str]:
         """What tells this folder from one of the same name on another disk: the lock's inode, and who wrote into it."""
@@ -241,7 +239,7 @@ class RunDirectory:
             return 0, ""
 
     def check_shared(self, mark: tuple[int, str]) -> None:
-        """Raises CheckpointError where this rank does not see the folder that the main rank holds, whose mark it is."""
+        """Raises CheckpointError if this rank does not see the folder that the main rank holds, whose mark it is."""
         deadline = time.monotonic() + _PATIENCE_S
         while not (same := self._is_same(mark)) and time.monotonic() < deadline:
             time.sleep(0.1)  # file systems of several machines tell news late
@@ -266,7 +264,7 @@ class RunDirectory:
         return (self.path / "run.json").is_file() or any(self.checkpoints.glob(_CHECKPOINT))
 
     def write_record(self, recipe: Section, plan: DeepSpeedPlan, record: Record) -> None:
-        """Raises CheckpointError where the folder cannot be written."""
+        """Raises CheckpointError if the folder cannot be written."""
         for name, text in self.record_files(recipe, plan, record).items():
             self._write(name, text)
 
@@ -280,7 +278,7 @@ class RunDirectory:
         }
 
     def kind(self) -> str:
-        """`pretrain` or `finetune`. Raises CheckpointError where there is no run, as do those below."""
+        """`pretrain` or `finetune`. Raises CheckpointError if there is no run, as do those below."""
         return self._read("run.json", lambda text: str(_json_object(text).get("kind", "pretrain")))
 
     def check_kind(self, wanted: Literal["pretrain", "finetune"]) -> None:
@@ -323,7 +321,7 @@ class RunDirectory:
             return {}
 
     def write_verdict(self, verdict: Verdict, **details: Any) -> None:
-        """Raises CheckpointError where the folder cannot be written, as do those below."""
+        """Raises CheckpointError if the folder cannot be written, as do those below."""
         self._remove("requeue")
         self._write("verdict.json", json.dumps({"verdict": verdict} | details, indent=2) + "\n")
 

@@ -52,7 +52,7 @@ def wandb_mode_of_environment() -> str | None:
 
 
 def overruled_wandb_mode(mode: str) -> str | None:
-    """Return a note where WANDB_MODE asks for another mode than the one that a run has, None where it does not."""
+    """Return a note if WANDB_MODE asks for a mode other than the run's, else None."""
     if wandb_mode_of_environment() in (None, mode):
         return None
     whose = "given here, recorded by the run or its default" if mode == "off" else "given here or recorded by the run"

@@ -1,4 +1,4 @@
-"""Inputs that a record names by absolute paths, found again after a project has moved."""
+"""Find the inputs that a record names by absolute paths again after a project has moved."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _Read = TypeVar("_Read")
 
 
 def places_of(recorded: str, folder: Path) -> Iterator[Path]:
-    """Yield the places where something may be now that was at the path `recorded` once; only those that exist.
+    """Yield the existing places where something that was once at the path `recorded` may be now.
 
-    First those relative to `folder`, which has the record: if both moved together, a folder above it holds the end of
-    the recorded path. The nearest such folder comes first, and of each the longest end. Then the recorded path itself.
-    What is found need not be what was recorded: its content decides.
+    Places relative to `folder`, which has the record, come first: if both moved together, a folder above it holds the
+    end of the recorded path. The nearest such folder comes first, and for each the longest end. The recorded path
+    itself comes last. What is found need not be what was recorded: its content decides.
     """
     parts = Path(recorded).parts[1:]
     above = dict.fromkeys((*folder.absolute().parents, *folder.resolve().parents))  # a link's place, and what it names
@@ -28,9 +28,9 @@ def places_of(recorded: str, folder: Path) -> Iterator[Path]:
 
 
 def read_where_it_is(recorded: str, folder: Path, read: Callable[[Path], _Read], missing: str) -> _Read:
-    """Return what `read` makes of the first place of `places_of` at which it does not raise.
+    """Return what `read` returns for the first place of `places_of` at which it does not raise.
 
-    Raises what `read` said of the recorded path, or DataError with the message `missing` where nothing is there.
+    Raises what `read` raised for the recorded path, or DataError with the message `missing` if nothing is there.
     """
     problem: CheckpointError | DataError = DataError(missing)
     for place in places_of(recorded, folder):

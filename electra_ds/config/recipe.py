@@ -277,7 +277,7 @@ class Recipe(Section):
 
 
 _INSTEAD = {"warmup_steps": "warmup_share", "warmup_share": "warmup_steps", "min_steps": "epochs"}
-"""Keys of a section that are not inherited where the other is given: a recipe has one of the two warm-ups, and epochs
+"""Keys of a section that are not inherited if the other one is given: a recipe has one of the two warm-ups, and epochs
 that are given are not raised."""
 
 

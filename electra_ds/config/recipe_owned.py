@@ -15,12 +15,12 @@ _OPTIMIZERS = ("adam", "adamw")
 """DeepSpeed compares these in lower case; both are AdamW to it unless `adam_w_mode` is false. Schedulers are compared
 as they are written."""
 _OPTIMIZERS_GONE = ("onebitadam", "onebitlamb", "zerooneadam")
-"""Those that DeepSpeed 0.19 does not have any more."""
+"""Optimizers that DeepSpeed 0.19 no longer has."""
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR")
 _HOW_IT_IS_COMPUTED = ("torch_adam", "foreach", "fused", "set_grad_none")
 """Parameters of the optimizer that choose an implementation and change no result. Ours is chosen here."""
 _OPEN_SCHEDULE: dict[str, Any] = {"warmup_min_lr": 0, "last_batch_iteration": -1, "warmup_type": "linear"}
-"""Values beside which a scheduler still leaves its numbers open: DeepSpeed's defaults, and every recipe's shape."""
+"""Values with which a scheduler still leaves its numbers open: DeepSpeed's defaults, and every recipe's shape."""
 
 
 def check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]) -> None:
@@ -45,7 +45,7 @@ def check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, problems:
 
 
 def _owners(recipe: TrainingRecipe) -> dict[str, tuple[Any, str]]:
-    """The value that each key may have, and whose it is."""
+    """Return the value that each key may have, and what in the recipe owns it."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
     return {
         "train_batch_size": (recipe.global_batch_size, "global_batch_size"),
@@ -70,7 +70,8 @@ def _owners(recipe: TrainingRecipe) -> dict[str, tuple[Any, str]]:
 
 
 def _is_unread(section: dict[str, Any], parameter: str) -> bool:
-    """Whether a parameter chooses only how the optimizer is computed. To DeepSpeed AdamW is AdamW in either mode."""
+    """Return whether a parameter only chooses how the optimizer is computed. DeepSpeed's AdamW is the same in any
+    mode."""
     decided = parameter == "adam_w_mode" and str(section.get("type")).lower() == "adamw"
     return decided or parameter in _HOW_IT_IS_COMPUTED
 
@@ -102,7 +103,7 @@ def _is_open(parameter: str, value: Any) -> bool:
 
 
 def _check_optimizer(section: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]) -> bool:
-    """Return whether the parameters are worth a look: those of another optimizer would only repeat the fault."""
+    """Return whether the parameters are worth checking: those of another optimizer would only repeat the fault."""
     kind = section.get("type", "auto")
     name = kind.lower() if isinstance(kind, str) else kind
     if name in (*_OPTIMIZERS, "auto"):
@@ -111,15 +112,15 @@ def _check_optimizer(section: dict[str, Any], recipe: TrainingRecipe, problems: 
     if name in _OPTIMIZERS_GONE:
         problems.append(f"optimizer.type: DeepSpeed 0.19 no longer has {kind}, and the recipe runs AdamW; {remedy}")
     else:
-        problems.append(f"optimizer.type: {kind!r} is not what the recipe runs (Adam or AdamW); {remedy}")
+        problems.append(f"optimizer.type: {kind!r} is not the recipe's optimizer (Adam or AdamW); {remedy}")
     return False
 
 
 def _check_scheduler(section: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]) -> bool:
-    """Return the same for a scheduler.
+    """Return whether the parameters of a scheduler are worth checking.
 
-    One whose numbers are all "auto", as in transformers' files, stands for the recipe's own schedule; one with numbers
-    must be the recipe's.
+    A scheduler whose numbers are all "auto", as in transformers' files, stands for the recipe's own schedule. One with
+    numbers must match the recipe.
     """
     kind, params = section.get("type", "auto"), section.get("params", {})
     schedule = f"the recipe's {recipe.schedule.kind} schedule"
@@ -130,7 +131,7 @@ def _check_scheduler(section: dict[str, Any], recipe: TrainingRecipe, problems: 
         )
     elif not isinstance(params, dict) or all(_is_open(key, value) for key, value in params.items()):
         if kind != "auto":
-            notes.append(f"scheduler {kind} leaves its numbers to the recipe, so {schedule} is run")
+            notes.append(f"scheduler {kind} leaves its numbers to the recipe, so {schedule} is used")
     elif kind == "WarmupLR":
         problems.append(
             f"scheduler.type: WarmupLR stays at its peak after the warm-up, which contradicts {schedule}; "

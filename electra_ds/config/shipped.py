@@ -8,8 +8,8 @@ RECIPES, FINETUNE_RECIPES, SWEEPS, DS_CONFIGS = "recipes", "finetune_recipes", "
 _ENDINGS = {RECIPES: ".yaml", FINETUNE_RECIPES: ".yaml", SWEEPS: ".yaml", DS_CONFIGS: ".json"}
 
 GPU_RECIPE, CPU_RECIPE, FINETUNE_RECIPE, OWN_RECIPE = "rc2020-small", "tiny", "rc2020", "own"
-"""What runs where no recipe is given: of pretraining with a GPU and without one, and of finetuning on a published task
-and on examples of one's own."""
+"""The default recipes: for pretraining with a GPU and without one, and for finetuning on a published task and on your
+own examples."""
 RECIPE_NOTE = f"default: {GPU_RECIPE} with a GPU, {CPU_RECIPE} without"
 DS_CONFIG_NOTE = "default: the one made for this GPU, or one for any GPU; without a GPU, cpu"
 

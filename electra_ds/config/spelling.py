@@ -1,6 +1,6 @@
 """How a DeepSpeed JSON may be spelled: comments, whole numbers as floats, older names, and what was left unfilled.
 
-The result has one name and one form for each thing, so that the rules about values need not know of the others.
+The result has one name and one form for each thing, so that the rules about values need not know the other spellings.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from electra_ds.config.inert import is_off
 from electra_ds.config.monitors import MONITOR_SECTIONS
 
 _COMMENTS = ("_", "//", "#")
-"""What the names of keys begin with that their authors mean as comments. DeepSpeed ignores them at the top level."""
+"""Prefixes of keys that are meant as comments. DeepSpeed ignores such keys at the top level."""
 _PYTHON = re.compile("(True|False|None),?")
 """HJSON, which DeepSpeed reads, takes a bare word up to the end of its line for text, the comma included."""
 _PLACEHOLDER = re.compile("[A-Z][A-Z0-9]*(_[A-Z0-9]+)+,?")
@@ -21,7 +21,7 @@ UNSET_BY_NULL = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "log_level",
     "bf16",
 )  # fmt: skip
-"""Keys whose null means to DeepSpeed that they are not there."""
+"""Keys that DeepSpeed treats as absent if they are null."""
 _FREE_TEXT = (*MONITOR_SECTIONS, "flops_profiler")
 ZERO_OLD_NAMES = {
     "cpu_offload": "offload_optimizer",
@@ -38,7 +38,7 @@ ZERO_SHORT_NAMES = (
 
 
 def is_comment(key: str) -> bool:
-    """Return whether a key is there for a reader only."""
+    """Return whether a key is a comment, meant only for readers."""
     return key.startswith(_COMMENTS)
 
 
@@ -90,7 +90,7 @@ def _rename_bf16(values: dict[str, Any], problems: list[str], renamed: list[str]
         values["bf16"] = section
         renamed.append("bfloat16 as bf16")
     elif not is_off(section) and section != values["bf16"]:
-        problems.append("bfloat16: is the old name of bf16, which is given too; keep bf16 alone")
+        problems.append("bfloat16: is the old name of bf16, which is given too; keep only bf16")
 
 
 def _rename_zero(values: dict[str, Any], problems: list[str], renamed: list[str]) -> None:
@@ -111,7 +111,7 @@ def _rename_zero(values: dict[str, Any], problems: list[str], renamed: list[str]
             continue
         del section[old]
         if section.get(new) is not None:
-            problems.append(f"{name}.{old}: is the old name of {new}, which is given too; keep {new} alone")
+            problems.append(f"{name}.{old}: is the old name of {new}, which is given too; keep only {new}")
             continue
         section[new] = {"device": "cpu"} if new.startswith("offload") else True
         renamed.append(f"{name}.{old} as {new}")

@@ -1,4 +1,4 @@
-"""Files that somebody asked for by name, there whole or not at all."""
+"""Files that the user asked for by name: they are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from electra_ds.errors import CheckpointError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which becomes `path` at the end, with the mode that the umask gives whatever the
-    writer makes of it. Raises CheckpointError where it cannot."""
+    """Yield a temporary path to write to, which becomes `path` at the end, with the mode that the umask gives, whatever
+    the writer sets. Raises CheckpointError if that fails."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"Cannot write {path}: it is no ordinary file. Name one.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

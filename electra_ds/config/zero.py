@@ -21,7 +21,7 @@ _FLAGS = {
 }  # fmt: skip
 _BUFFER, _COUNT = (range(1, 10**15 + 1), "from 1 to 1e15"), (range(2**63), "from 0 on")
 _SIZES = {"reduce_bucket_size": _BUFFER, "allgather_bucket_size": _BUFFER}
-"""In elements, with what they may be."""
+"""Sizes in elements, with the values that they may have."""
 _FLAGS_3 = {
     "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params", "log_trace_cache_warnings",
     "stage3_allgather_sequential", "memory_efficient_linear", "enable_sanity_checks",
@@ -35,7 +35,7 @@ ZERO_KEYS = {"stage", "offload_optimizer", *_FLAGS, *_SIZES}
 ZERO_3_KEYS = {"offload_param", *_FLAGS_3, *_SIZES_3}
 OFFLOADS = ("offload_optimizer", "offload_param")
 OF_DEEPSPEEDS_ADAM: dict[str, Any] = {"ratio": 1, "super_offload": False}
-"""Keys of an offload section that work with DeepSpeed's CPU Adam alone, with their defaults."""
+"""Keys of an offload section that work only with DeepSpeed's CPU Adam, with their defaults."""
 
 
 def parse_zero(values: dict[str, Any], problems: list[str], notes: list[str], inert: list[str]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def parse_zero(values: dict[str, Any], problems: list[str], notes: list[str], in
             of_other_stages.append(key)
         elif key in OFFLOADS or is_inert_in_zero(key, value):
             is_open = isinstance(value, dict) and value.get("device") == "auto"
-            inert.append(f"zero_optimization.{key}" + (' (its device is "auto", which is none)' if is_open else ""))
+            inert.append(f"zero_optimization.{key}" + (' (its device is "auto", which means none)' if is_open else ""))
         elif key in (*ZERO_REMOVED, *ZERO_UNREAD):
             problems.append(f"zero_optimization.{key}: DeepSpeed 0.19 no longer has this feature; remove the key")
         elif key in ZERO_DEFAULTS:
@@ -94,7 +94,7 @@ def _check_offload(place: str, section: Any, problems: list[str]) -> None:
 
 
 def _check_type(key: str, value: Any, problems: list[str]) -> None:
-    """At every stage: a value of the wrong type is a slip also where the key has no effect."""
+    """Check the type at every stage: a value of the wrong type is a mistake even if the key has no effect."""
     if value in ("auto", None):
         return
     if key in _FLAGS | _FLAGS_3:

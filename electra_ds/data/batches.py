@@ -107,7 +107,7 @@ class BatchBuilder:
         self._special = np.flatnonzero(store.tokenizer.is_special).tolist()
 
     def build(self, step: int, batch_size: int | None = None) -> GlobalBatch:
-        """The batch of optimiser step `step`. Raises DataError where the store holds ids outside its vocabulary."""
+        """The batch of optimiser step `step`. Raises DataError if the store holds ids outside its vocabulary."""
         batch_size = batch_size or self.recipe.global_batch_size
         tokenizer, masking = self.store.tokenizer, self.recipe.masking
         rows = self.sampler.rows(step, batch_size)

@@ -49,8 +49,8 @@ def build_store(
     """Build the store at `out`, or open it if it is already there and holds the same text and tokenizer.
 
     tokenizer: a finished one, or the recipe's section from which to train one on this corpus. allow_unknown: build it
-    even where nearly all of a source becomes [UNK]. Raises DataError for a bad corpus, for such a source otherwise, for
-    another store at `out`, and for a full disk; finished shards are kept.
+    even if nearly all of a source becomes [UNK]. Raises DataError for a bad corpus, for such a source unless it is
+    allowed, for another store at `out`, and for a full disk; finished shards are kept.
     """
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))  # which gives "." a name
@@ -147,7 +147,7 @@ def _locked(partial: Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{PREPARING}waiting for another process, which builds {partial.with_suffix('')}", flush=True)
+            print(f"{PREPARING}waiting for another process that builds {partial.with_suffix('')}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
             yield False
             return
@@ -179,9 +179,9 @@ def _trained(
 
 
 def _first_lines(corpus: Corpus, section: TokenizerSection, progress: StageProgress) -> Iterator[str]:
-    """Lines to train a tokenizer on: each source's first ones, up to an equal share of its `max_training_characters`.
+    """Yield lines to train a tokenizer on: each source's first ones, up to an equal share of `max_training_characters`.
 
-    Training begins, as the progress display is told, once the last one is read.
+    Training begins once the last line is read, and the progress display shows it.
     """
     share = -(-section.max_training_characters // len(corpus.sources))
     progress.begin("reading text", total=len(corpus.sources) if corpus.num_bytes else None)
@@ -315,8 +315,8 @@ def _tokenise(
 
 
 def _warn_early(corpus: Corpus, counts: _Counts, is_checked: list[bool], progress: StageProgress) -> None:
-    """Say while it is being tokenised that a source's text becomes [UNK]; whether too much of it did, only its end
-    tells."""
+    """Warn while a source is being tokenised that its text becomes [UNK]. Whether too much of it does is known only at
+    the end."""
     place, num_tokens, unknown = counts
     said = problem(f"the beginning of {corpus.sources[place].description}", unknown, num_tokens)
     if said and not is_checked[place] and unknown.share(num_tokens) >= REFUSED_SHARE:
@@ -375,7 +375,7 @@ def _join(
         if not_known.share(num_tokens) >= REFUSED_SHARE and not allow_unknown:
             raise DataError(
                 f"{problem(source.description, not_known, num_tokens)} Nothing can be learned from such a store; to "
-                f"build it all the same, give --allow-unknown."
+                f"build it anyway, add --allow-unknown."
             )
         corpora.append(SourceInfo(source.description, num_documents, num_tokens, not_known))
     documents = _starts(np.concatenate(list(itertools.chain.from_iterable(tokens_of_document))))

@@ -32,7 +32,7 @@ _SHORTEST_DOCSTRING_CHARS = 80
 def builtin_documents() -> list[list[str]]:
     """Documents as lists of non-empty lines, always in the same order; some 25 MB, read once per process.
 
-    Raises DataError where nothing is installed that carries documentation.
+    Raises DataError if nothing is installed that carries documentation.
     """
     paths = builtin_sources()
     seen: set[bytes] = set()

@@ -16,7 +16,7 @@ from electra_ds.errors import DataError
 
 BUILTIN = "builtin"
 _SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
-"""Files that tell a dataset of `save_to_disk`."""
+"""Files by which a dataset of `save_to_disk` is recognised."""
 
 
 class Source(Protocol):
@@ -39,7 +39,7 @@ class Source(Protocol):
         """Every document, perhaps without a line, always in the same order. Raises DataError."""
 
     def notes(self) -> list[str]:
-        """What the last reading found that a user should know."""
+        """Return notes for the user on what the last reading found."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class FileSource:
     name: str = ""
     """The folder that the files are from, where there is one."""
     cut_articles: Counter[str] = field(default_factory=Counter, compare=False)
-    """What the last reading found of WikiExtractor's articles that are not complete."""
+    """The number of incomplete WikiExtractor articles that the last reading found, of each kind."""
     passed_over: Counter[str] = field(default_factory=Counter, compare=False)
-    """Suffixes of files in the given folders that are not read."""
+    """The number of files in the given folders that are not read, by suffix."""
 
     @property
     def description(self) -> str:
@@ -90,7 +90,7 @@ class FileSource:
             parts = ", ".join(f"{count:,} {what}" for what, count in sorted(self.cut_articles.items()))
             found.append(
                 f"{self.description}: {total:,} of WikiExtractor's articles {'is' if total == 1 else 'are'} cut off "
-                f"({parts}). What is there of each is kept as a document. If a complete extract was split, join its "
+                f"({parts}). The rest of each is kept as a document. If a complete extract was split, join its "
                 f"parts first: cat PART… > FILE"
             )
         return found
@@ -160,7 +160,7 @@ class Corpus:
                 raise DataError(f"The corpus {source.description} holds no text.")
 
     def notes(self) -> list[str]:
-        """What the last reading found that a user should know."""
+        """Return notes for the user on what the last reading found."""
         return [note for source in self.sources for note in source.notes()]
 
 
@@ -171,7 +171,7 @@ def open_corpus(sources: Iterable[str | Path], boundary: Boundary = "file", text
 
 def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Source:
     """One source of files and folders (read recursively, in sorted order); the one path `builtin` names the
-    built-in corpus. Raises DataError where a path is missing or holds no text."""
+    built-in corpus. Raises DataError if a path is missing or holds no text."""
     if [str(path) for path in paths] == [BUILTIN]:
         return BuiltinSource()
     files: list[Path] = []
@@ -214,13 +214,13 @@ def _files_in(folder: Path, passed_over: Counter[str]) -> list[Path]:
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
-    """The files of a dataset that `save_to_disk` of `datasets` wrote into this folder, of its split `train` where it
-    has several; none where the folder holds something else."""
+    """Return the files of a dataset that `save_to_disk` of `datasets` wrote into this folder, those of its split
+    `train` if it has several; none if the folder holds something else."""
     if (folder / _SPLITS).is_file():
         splits = _json_of(folder / _SPLITS).get("splits") or []
         if "train" not in splits and len(splits) != 1:
             raise DataError(
-                f"{folder} holds the splits {', '.join(splits)}. Give the folder of one: --corpus {folder}/SPLIT"
+                f"{folder} holds the splits {', '.join(splits)}. Give the folder of one split: --corpus {folder}/SPLIT"
             )
         folder = folder / ("train" if "train" in splits else splits[0])
     if not ((folder / _STATE).is_file() and (folder / _INFO).is_file()):
@@ -228,7 +228,7 @@ def _saved_dataset(folder: Path) -> list[Path]:
     state = _json_of(folder / _STATE)
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise DataError(
-            f"{folder} is a selection of rows that an old version of datasets saved. Save it anew: "
+            f"{folder} is a selection of rows that an old version of datasets saved. Save it again: "
             f"load_from_disk(...).flatten_indices().save_to_disk(...)"
         )
     files = [folder / entry["filename"] for entry in state.get("_data_files") or ()]

@@ -1,4 +1,4 @@
-"""What a file holds, told by its first bytes: for messages about files that are not what their names say."""
+"""Recognise what a file holds by its first bytes, for messages about files that are not what their names say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class FileKind(NamedTuple):
-    """What a file is, and what to do where text was expected."""
+    """The kind of a file, and what to do if text was expected."""
 
     what: str
     advice: str
@@ -38,7 +38,7 @@ _TAR_AT, _TAR = 257, b"ustar"
 
 
 def kind_of(content: bytes) -> FileKind | None:
-    """Return what a file is whose content begins with these bytes; None for what may be text to train on."""
+    """Return the kind of a file whose content begins with these bytes, or None if it may be UTF-8 text."""
     if content[_TAR_AT:].startswith(_TAR):
         return FileKind("a tar archive", "Unpack it first: tar xf FILE")
     return next((kind for start, kind in _BY_FIRST_BYTES.items() if content.startswith(start)), None)

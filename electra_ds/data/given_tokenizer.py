@@ -1,7 +1,7 @@
-"""Tokenizers that a user gives: of a model on the Hub, of a model's folder, a tokenizer.json or a vocab.txt.
+"""Tokenizers that a user gives: from a model on the Hub, a model's folder, a tokenizer.json or a vocab.txt.
 
-Every command reads them here, and transformers does the reading, so that pretraining, finetuning and whoever uses the
-model later see the same ids. Imported only where one is given: `transformers` takes seconds to import.
+Every command reads them here, with transformers, so that pretraining, finetuning and whoever uses the model later see
+the same ids. This module is imported only if a tokenizer is given: `transformers` takes seconds to import.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _SHOWN_PIECES = 3
 
 @dataclass(frozen=True)
 class Casing:
-    """How a vocab.txt was made, as far as the user says so; None leaves it to the settings next to the file."""
+    """How a vocab.txt was made, as far as the user says so. None leaves it to the settings next to the file."""
 
     cased: bool | None = None
     strip_accents: bool | None = None
 
     def arguments(self) -> dict[str, bool]:
-        """What transformers' BERT tokenizer takes."""
+        """Return the arguments for transformers' BERT tokenizer."""
         given = {"do_lower_case": None if self.cased is None else not self.cased, "strip_accents": self.strip_accents}
         return {key: value for key, value in given.items() if value is not None}
 
@@ -61,7 +61,7 @@ def load_given_tokenizer(name: str, casing: Casing = _UNSAID) -> tuple[Tokenizer
                (there and token not in there)]  # fmt: skip
     if lacking:
         notes.append(
-            f"The tokenizer {name} lacked {', '.join(lacking)}; new pieces at the end of its vocabulary play them."
+            f"The tokenizer {name} lacked {', '.join(lacking)}; new pieces at the end of its vocabulary serve as them."
         )
     return tokenizer, notes
 
@@ -93,7 +93,7 @@ def read_folder(
     """Return the tokenizer in a model's folder as transformers reads it, and what the user should know about it.
 
     name: what messages call it. config: the model's, where it is read already. casing: None where the command has no
-    such options. Raises DataError where there is no tokenizer, its files are not what their names say, its class needs
+    such options. Raises DataError if there is no tokenizer, its files are not what their names say, its class needs
     code of its own or does not read what is there, or it has no fast form.
     """
     there = {file for file in VOCABULARIES if (folder / file).is_file()}
@@ -120,7 +120,7 @@ def read_folder(
 def _of_class(
     folder: Path, name: str, config: PretrainedConfig | None, settings: dict[str, Any], casing: Casing
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of the class that the folder names, made of vocab.txt."""
+    """Return the tokenizer of the class that the folder names, made from vocab.txt."""
     try:
         return _fast(folder, name, config, settings, **casing.arguments())
     except DataError as error:
@@ -128,8 +128,8 @@ def _of_class(
             raise
         kind = settings.get("tokenizer_class") or "tokenizer of its own"
         raise DataError(
-            f"The tokenizer of {name} is a {kind}, which transformers cannot make of {_VOCABULARY} alone, and code "
-            f"that comes with a tokenizer is not run here. Give its {_JSON}."
+            f"The tokenizer of {name} is a {kind}, which transformers cannot make from {_VOCABULARY} alone; code that "
+            f"comes with a tokenizer is not run here. Give its {_JSON}."
         ) from error.__cause__
 
 
@@ -147,8 +147,8 @@ def _fast(
         loaded: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **given)
     if not loaded.is_fast:
         raise DataError(
-            f"The tokenizer of {name} is a {type(loaded).__name__}, which has no fast form ({_JSON}) and which a plain "
-            f"WordPiece cannot stand for. Choose a model that has one."
+            f"The tokenizer of {name} is a {type(loaded).__name__}, which has no fast form ({_JSON}) and cannot be "
+            f"replaced by a plain WordPiece. Choose a model that has one."
         )
     fast: PreTrainedTokenizerFast = loaded
     return fast
@@ -156,13 +156,13 @@ def _fast(
 
 def _not_there(name: str) -> str:
     return (
-        f"No tokenizer at {name}: give a folder with {_JSON} or {_VOCABULARY}, such a file, or a name on the Hub with "
+        f"No tokenizer at {name}. Give a folder with {_JSON} or {_VOCABULARY}, such a file, or a name on the Hub with "
         f"its owner, such as openai-community/gpt2."
     )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What the files next to a vocabulary say. Raises DataError where they are damaged."""
+    """Return the settings in the files next to a vocabulary. Raises DataError if they are damaged."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", _SETTINGS):
         settings |= _json_object(folder / name)
@@ -170,7 +170,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _json_object(file: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is no such file."""
+    """Return a file's JSON object, or an empty one if there is no such file."""
     if not file.is_file():
         return {}
     try:
@@ -183,7 +183,7 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def _texts(settings: dict[str, Any]) -> dict[str, str]:
-    """Tokens as strings, which transformers' files also write as objects."""
+    """Return tokens as strings; transformers' files also write them as objects."""
     found = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
@@ -198,12 +198,13 @@ def _names_a_class(folder: Path, settings: dict[str, Any]) -> bool:
 def _check_casing(casing: Casing | None, name: str) -> None:
     if casing is not None and casing.arguments():
         raise DataError(
-            f"--cased, --uncased and --strip-accents are for a {_VOCABULARY}; {name} says itself how it treats text."
+            f"--cased, --uncased and --strip-accents are only for a {_VOCABULARY}; {name} itself says how it treats "
+            f"text. Leave them out."
         )
 
 
 def _pieces(path: Path) -> dict[str, int]:
-    """The vocabulary in a folder's or file's own words, before transformers adds to it; empty where it is in neither
+    """Return the vocabulary of a folder or file before transformers adds to it; empty if it is in neither
     tokenizer.json nor vocab.txt."""
     file = next((path / name for name in (_JSON, _VOCABULARY) if (path / name).is_file()), path)
     if file.is_dir():
@@ -220,15 +221,15 @@ def _pieces(path: Path) -> dict[str, int]:
 
 
 def _check_wordpiece(fast: PreTrainedTokenizerFast, folder: Path, name: str, settings: dict[str, Any]) -> None:
-    """Raises DataError unless transformers made a WordPiece of the lines of vocab.txt. A class that reads other files
-    comes with none but its own special tokens instead."""
+    """Raise DataError unless transformers made a WordPiece from the lines of vocab.txt. A class that reads other files
+    has only its own special tokens instead."""
     ours, theirs = _pieces(folder), fast.get_vocab()
     model = json.loads(fast.backend_tokenizer.to_str())["model"]
     num_shared = sum(theirs.get(piece) == number for piece, number in ours.items())
     if model["type"] != "WordPiece" or num_shared < len(ours) / 2:
         kind = settings.get("tokenizer_class") or type(fast).__name__
         raise DataError(
-            f"{name} is the tokenizer of a {kind}, which does not read {_VOCABULARY} as a WordPiece vocabulary. Give "
+            f"The tokenizer of {name} is a {kind}, which does not read {_VOCABULARY} as a WordPiece vocabulary. Give "
             f"its {_JSON}, or a folder with all of its files."
         )
     if model["unk_token"] not in ours:
@@ -236,23 +237,23 @@ def _check_wordpiece(fast: PreTrainedTokenizerFast, folder: Path, name: str, set
 
 
 def _assumption(fast: PreTrainedTokenizerFast, folder: Path, name: str, casing: Casing | None) -> str:
-    """What is assumed of a vocabulary that does not say how it was made, and what in it speaks against that."""
+    """Return what is assumed about a vocabulary that does not say how it was made, and what contradicts that."""
     keeps = casing is not None and casing.strip_accents is False
     normalizer = normalizers.BertNormalizer(False, False, strip_accents=not keeps, lowercase=True)
     special = {*SPECIAL_TOKENS, *fast.all_special_tokens}
     never = [piece for piece in _pieces(folder) if piece not in special and normalizer.normalize_str(piece) != piece]
     doubt = f" {len(never):,} of its pieces, such as {', '.join(never[:_SHOWN_PIECES])}, can then never occur."
-    switch = "" if casing is None else "give --cased or --no-strip-accents (--uncased says that it is right), or "
+    switch = "" if casing is None else "give --cased or --no-strip-accents (--uncased confirms it), or "
     return (
-        f"{name} does not say whether its vocabulary is cased. It is taken as uncased, as transformers does: text is "
-        f"lower-cased and its accents are {'kept' if keeps else 'stripped'}.{doubt if never else ''} If it was made "
-        f"otherwise, {switch}write do_lower_case and strip_accents into a {_SETTINGS} next to it."
+        f"{name} does not say whether its vocabulary is cased. It is treated as uncased, as in transformers: text is "
+        f"lower-cased and its accents are {'kept' if keeps else 'stripped'}.{doubt if never else ''} If that is "
+        f"wrong, {switch}write do_lower_case and strip_accents into a {_SETTINGS} next to it."
     )
 
 
 def _notes_on_json(fast: PreTrainedTokenizerFast, folder: Path, name: str) -> list[str]:
-    """Whether transformers cuts text in another way than tokenizer.json says, whose vocabulary alone some of its
-    classes read."""
+    """Return a note if transformers splits text differently from tokenizer.json, of which some of its classes read only
+    the vocabulary."""
     ours, theirs = _json_object(folder / _JSON), json.loads(fast.backend_tokenizer.to_str())
     if ours["model"].get("type") != "WordPiece":
         return []  # whose other kinds have several ways to write the same steps
@@ -260,13 +261,14 @@ def _notes_on_json(fast: PreTrainedTokenizerFast, folder: Path, name: str) -> li
     if not differing:
         return []
     return [
-        f"The {' and '.join(differing)} of {name} are not those of its {_JSON}: transformers makes them anew for a "
-        f"{type(fast).__name__}, from {_SETTINGS}. The ids are transformers'; to have the file's, give {_JSON} itself."
+        f"transformers does not use the {' and '.join(differing)} in the {_JSON} of {name}: for a "
+        f"{type(fast).__name__} it makes its own from {_SETTINGS}. The ids are transformers'; to get the file's, "
+        f"give {_JSON} itself."
     ]
 
 
 def _check_content(file: Path, name: str | None = None) -> None:
-    """Raises DataError where a tokenizer's file holds something else than its name says."""
+    """Raise DataError if a tokenizer's file is not what its name says."""
     shown = file if name is None or not Path(name).is_dir() else Path(name) / file.name
     try:
         content = file.read_bytes()
@@ -278,8 +280,8 @@ def _check_content(file: Path, name: str | None = None) -> None:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{shown} is not text. A SentencePiece model, such as spiece.model, has to be saved by transformers as "
-            f"{_JSON}; then give that."
+            f"{shown} is not text. If it is a SentencePiece model, such as spiece.model, save it as {_JSON} with "
+            f"transformers and give that."
         ) from error
     problem = _problem_of_json(text) if file.suffix == ".json" else _problem_of_vocabulary(text)
     if problem:
@@ -289,20 +291,20 @@ def _check_content(file: Path, name: str | None = None) -> None:
 def _problem_of_json(text: str) -> str:
     values = _parsed(text)
     if values is None and {"[UNK]", "[CLS]"} <= set(text.split()):
-        return f"is a vocabulary of one piece a line, not a {_JSON}. Rename it to {_VOCABULARY}."
+        return f"is a vocabulary of one piece per line, not a {_JSON}. Rename it to {_VOCABULARY}."
     if values is None:
         return "is not JSON: it is damaged, cut off, or something else. Fetch it again."
     if isinstance(values, dict) and isinstance(values.get("model"), dict):
         return ""
-    return f"is {_what_json_is(values)}, not a {_JSON}, which says how text is cut too. Give the model's {_JSON}."
+    return f"is {_what_json_is(values)}, not a {_JSON}, which also says how text is split. Give the model's {_JSON}."
 
 
 def _problem_of_vocabulary(text: str) -> str:
     values = _parsed(text) if text.lstrip().startswith(("{", "[\n", '["')) else None
     if isinstance(values, dict) and isinstance(values.get("model"), dict):
-        return f"is a {_JSON}, not a vocabulary of one piece a line. Rename it to {_JSON}."
+        return f"is a {_JSON}, not a vocabulary of one piece per line. Rename it to {_JSON}."
     if values is not None:
-        return f"is {_what_json_is(values)}, not a vocabulary of one piece a line. Give the model's {_JSON}."
+        return f"is {_what_json_is(values)}, not a vocabulary of one piece per line. Give the model's {_JSON}."
     lines = text.splitlines()
     if lines and lines[0].startswith("#version"):
         return f"holds the merges of a byte-level BPE, not a vocabulary. Give the model's {_JSON}."
@@ -312,7 +314,7 @@ def _problem_of_vocabulary(text: str) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """The JSON in a text, or None."""
+    """Return the JSON value in a text, or None."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -278,7 +278,7 @@ def _labels(task: Task, table: Table, words: list[str], kept: list[int]) -> np.n
 def _task_folder(name: str, folder: Path) -> Path:
     """The folder in it in the task's official name, or else it itself.
 
-    Raises DataError where it is another task's: some have the same columns.
+    Raises DataError if it is another task's: some have the same columns.
     """
     if inner := next((path for path in _children(folder, _FOLDERS[name]) if path.is_dir()), None):
         return inner

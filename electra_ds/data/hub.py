@@ -1,6 +1,6 @@
 """Datasets and models of the Hugging Face Hub, or in folders laid out as there.
 
-Imported only where one is used: `datasets` takes seconds to import.
+This module is imported only if one is used: `datasets` takes seconds to import.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class HubName(NamedTuple):
 
 
 def parse_hub_name(text: str) -> HubName:
-    """Raises DataError where it is not `hub:NAME`, `#CONFIG` and `@SPLIT` optional."""
+    """Raises DataError if it is not `hub:NAME`, `#CONFIG` and `@SPLIT` optional."""
     match = _SPELLING.fullmatch(text.removeprefix(HUB))
     if match is None:
         raise DataError(f"'{text}' is not hub:NAME#CONFIG@SPLIT, such as hub:wikimedia/wikipedia#20231101.en@train.")
@@ -71,7 +71,7 @@ class HubSource:
     """One split of a dataset; a row is a document. Rows without a text are left out."""
 
     def __init__(self, text: str, text_key: str = "text", *, streaming: bool = False, revision: str | None = None):
-        """Look the dataset up, without downloading its data. Raises DataError where it is not there as asked for."""
+        """Look the dataset up, without downloading its data. Raises DataError if it is not there as asked for."""
         self.asked = parse_hub_name(text)
         self.description = f"{self.asked}{f', revision {revision}' if revision else ''}"
         self._text_key = text_key
@@ -168,7 +168,7 @@ class HubSource:
             read += len(table)
 
     def notes(self) -> list[str]:
-        """Nothing."""
+        """Return no notes."""
         return []
 
     def _num_rows(self) -> int | None:
@@ -191,8 +191,8 @@ class HubSource:
 
 
 def fetch_tokenizer(name: str) -> Path:
-    """Download the tokenizer of a model of the Hub; return its folder in the cache. Raises DataError where it cannot be
-    had."""
+    """Download the tokenizer of a model on the Hub and return its folder in the cache. Raises DataError if that
+    fails."""
     with explained(f"the tokenizer {name}"):
         return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES))
 
@@ -200,7 +200,7 @@ def fetch_tokenizer(name: str) -> Path:
 def fetch_model(name: str) -> Path:
     """Download a model of the Hub, without what other frameworks need; returns its folder in the cache.
 
-    Pickled weights are fetched only where there are no safetensors. Raises DataError where it cannot be had.
+    Pickled weights are fetched only where there are no safetensors. Raises DataError if it cannot be had.
     """
     with explained(f"the model {name}, which is no folder here and so one of the Hub"):
         folder = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))

@@ -1,4 +1,4 @@
-"""The token store that a run's record names, found again where it is now, and the same as it was."""
+"""Find the token store that a run's record names, and check that it is still the same one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from electra_ds.errors import DataError
 
 
 def recorded_store(record: RunRecord, folder: Path, given: Path | None, remedy: str) -> TokenStore:
-    """The token store that a record names.
+    """Return the token store that a record names.
 
-    folder: has the record; given: where the user says that the store is now; remedy: the option by which to say it.
-    Raises DataError where there is no store any more, or another one.
+    folder: the folder with the record; given: where the user says that the store is now; remedy: the option that says
+    so. Raises DataError if there is no store any more, or if it is another one.
     """
 
     def read(place: Path) -> TokenStore:

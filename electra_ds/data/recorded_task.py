@@ -1,4 +1,4 @@
-"""The examples that a finetuning's record names, found again where they are now, and the same as they were."""
+"""Find the examples that a finetuning's record names, and check that they are still the same."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PATHS = ("folder", "hub", "train", "dev", "test")
 def recorded_task(
     record: FinetuneRecord, folder: Path, given: TaskSource, remedy: str
 ) -> tuple[LoadedTask, TaskSource]:
-    """The examples that a finetuning's record names, and where they are.
+    """Return the examples that a finetuning's record names, and where they are.
 
-    folder: has the record, and what moved together with it is found beside it, see `places_of`; given: the record's
-    source, with what the user says of where it is now. Raises DataError where there are no such examples any more, or
-    others.
+    folder: the folder with the record; what moved together with it is found next to it, see `places_of`. given: the
+    record's source, with the places that the user gave. Raises DataError if there are no such examples any more, or if
+    they are others.
     """
     name = record.task if given.train is None else None
     problem: DataError | None = None
@@ -43,7 +43,7 @@ def recorded_task(
 
 
 def _relocated(given: TaskSource, recorded: TaskSource, folder: Path) -> TaskSource:
-    """With each recorded path in the first place where something is."""
+    """Return the source with each recorded path replaced by the first place where something is."""
     paths = {name: path for name in _PATHS if (path := getattr(given, name)) and path == getattr(recorded, name)}
     found: dict[str, Any] = {
         name: str(next(places_of(path, folder), path)) for name, path in paths.items() if Path(path).is_absolute()

@@ -115,7 +115,7 @@ class Sampler:
     """The rows of any step: of one text, or of several corpora in fixed proportions."""
 
     def __init__(self, store: TokenStore, ranges: Ranges, data: DataSection, seed: int) -> None:
-        """Raises DataError where `data.corpus_weights` does not fit the store."""
+        """Raises DataError if `data.corpus_weights` does not fit the store."""
         self.seed = seed
         self._texts: list[Text] = []
         weights = []

@@ -38,7 +38,7 @@ class Split(NamedTuple):
 def split_holdout(documents: np.ndarray, data: DataSection, seed: int) -> Split:
     """Training and held-out stretches of a store whose documents start at `documents`.
 
-    Raises DataError where the corpus is too small for both.
+    Raises DataError if the corpus is too small for both.
     """
     ranges = Ranges(np.asarray(documents[:-1]), np.asarray(documents[1:]))
     by = data.holdout_by

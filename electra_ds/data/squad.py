@@ -72,7 +72,7 @@ def load_squad(name: SquadName, folder: Path) -> SquadData:
     """Of the official files train-v1.1.json and dev-v1.1.json (for squad2, v2.0), or of parts of them: where a file is
     missing, the only one whose name is like train*v1.1*.json is taken. A training file need not be there.
 
-    Raises DataError where there is no dev file or no saying which, and for one that is broken or another data set's.
+    Raises DataError if there is no dev file or no saying which, and for one that is broken or another data set's.
     """
     version = VERSIONS[name]
     if not folder.is_dir():
@@ -97,7 +97,7 @@ def load_squad_hub(name: SquadName, repository: str, revision: str | None = None
     """Of a data set of the Hub such as rajpurkar/squad or rajpurkar/squad_v2, or of a folder laid out as there.
 
     Its splits are train, which need not be there, and validation; a question without answers is impossible. Raises
-    DataError where it cannot be had or is laid out otherwise.
+    DataError if it cannot be had or is laid out otherwise.
     """
     path = dataset_path(repository, revision)
     source = f"{repository}{f', revision {revision}' if revision else ''}"

@@ -89,7 +89,7 @@ def make_features(
     for_training: with the first answer's positions; else all of them are 0.
     An empty context has one window, without context tokens. progress: told how many of the questions are done.
 
-    Raises ConfigError where a question leaves no room for its context, DataError for a tokenizer without pairs.
+    Raises ConfigError if a question leaves no room for its context, DataError for a tokenizer without pairs.
     """
     if max_query_length < 1 or doc_stride < 1:
         raise ConfigError(f"max_query_length={max_query_length} and doc_stride={doc_stride}: both must be at least 1.")

@@ -63,8 +63,8 @@ _END_OF_CLOSING_TAG = re.compile(r"/?(doc|oc|c)?>")
 _BEGINNING_OF_TAG = re.compile(r"<(doc .*|/?(d|do|doc)?)")
 _LONGEST_HEAD_CHARS = 8_000_000
 """Longer than any article."""
-WITHOUT_END, WITHOUT_BEGINNING = "without its end", "without its beginning"
-"""What may be missing of an article."""
+WITHOUT_END, WITHOUT_BEGINNING = "without the end", "without the beginning"
+"""The part of an article that may be missing."""
 
 FORMATS = (
     f"{', '.join(sorted((_TEXT_SUFFIXES | _JSON_SUFFIXES) - {''}))}, names without a suffix, each also with "
@@ -82,11 +82,11 @@ def is_corpus_file(path: Path) -> bool:
 def file_documents(
     path: Path, boundary: Boundary, text_key: str, progress: Progress, cut_articles: Counter[str]
 ) -> Iterator[list[str]]:
-    """Every document, perhaps without a line.
+    """Yield every document, perhaps without a line.
 
-    progress: is given bytes of the file as they are read. cut_articles: counts WITHOUT_END and WITHOUT_BEGINNING, for
-    WikiExtractor's articles. Raises DataError for a file that cannot be read, is damaged, cut off or not UTF-8, lacks
-    the text field, or is not what its name says.
+    progress: is called with the bytes of the file as they are read. cut_articles: counts WITHOUT_END and
+    WITHOUT_BEGINNING, for WikiExtractor's articles. Raises DataError for a file that cannot be read, is damaged, cut
+    off or not UTF-8, lacks the text field, or is not what its name says.
     """
     content, packing = _suffixes(path)
     if content in _OTHER_SUFFIXES:
@@ -193,7 +193,7 @@ def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progre
 
 
 def _not_json(path: Path, lines: Iterator[str], text_key: str) -> Iterator[str]:
-    """The same lines. Raises DataError where the first one is a JSON object with the text field."""
+    """Return the same lines. Raises DataError if the first one is a JSON object with the text field."""
     first = next(lines, "")
     if first.startswith("{"):
         try:
@@ -201,7 +201,7 @@ def _not_json(path: Path, lines: Iterator[str], text_key: str) -> Iterator[str]:
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict) and isinstance(record.get(text_key), str):
-            raise DataError(f"{path} is JSON lines, and its name says text. Rename it to end in .jsonl.")
+            raise DataError(f"{path} holds JSON lines, although its name says text. Rename it to end in .jsonl.")
     return itertools.chain([first], lines)
 
 
@@ -223,7 +223,7 @@ def _is_opening_tag(line: str) -> bool:
 
 
 def _with_head_in_one(lines: Iterator[str]) -> Iterator[str]:
-    """Lines without the blank ones before a closing tag that comes first: those are the end of one article."""
+    """Yield the lines without blank ones before a closing tag that comes first: those are the end of one article."""
     head: list[str] = []
     num_chars = 0
     for line in lines:
@@ -238,11 +238,11 @@ def _with_head_in_one(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _text_documents(lines: Iterable[str], boundary: Boundary, cut_articles: Counter[str]) -> Iterator[list[str]]:
-    """Text as `boundary` says, but what stands between WikiExtractor's tags `<doc id=… url=… title=…>` and `</doc>`
-    as a document each, wherever in the file they are.
+    """Yield documents as `boundary` says, but the text between WikiExtractor's tags `<doc id=… url=… title=…>` and
+    `</doc>` as one document each, wherever in the file they are.
 
-    A file may begin or end within an article or a tag, as the parts of an extract do that was split or cut off. What
-    is there of such an article is a document too.
+    A file may begin or end within an article or a tag, like the parts of an extract that was split or cut off. The rest
+    of such an article is a document too.
     """
     document: list[str] = []
     is_open = has_tags = False
@@ -314,7 +314,7 @@ def _parquet_documents(path: Path, text_key: str, progress: Progress) -> Iterato
         with path.open("rb") as head:
             kind = kind_of(head.read(_HEAD_BYTES))
         if kind and kind.what != "Parquet":
-            raise DataError(f"{path} is {kind.what}, and its name says Parquet. {kind.advice}")
+            raise DataError(f"{path} is {kind.what}, although its name says Parquet. {kind.advice}")
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             num_rows = file.metadata.num_rows
             _check_column(path, file.schema_arrow, text_key)
@@ -327,7 +327,7 @@ def _parquet_documents(path: Path, text_key: str, progress: Progress) -> Iterato
 
 
 def _arrow_documents(path: Path, text_key: str, progress: Progress) -> Iterator[list[str]]:
-    """One document a row, of the streams that `save_to_disk` of `datasets` writes, and of Arrow's own files."""
+    """Yield one document per row, of the streams that `save_to_disk` of `datasets` writes, and of Arrow's own files."""
     try:
         size = path.stat().st_size
         with pa.memory_map(str(path)) as source:

@@ -56,7 +56,7 @@ class StoreInfo:
     num_tokens: int
     file_bytes: dict[str, int]
     unknown_share: float | None = None
-    """Of the tokens, those that are [UNK]; None as in `SourceInfo`."""
+    """The share of the tokens that are [UNK]; None as in `SourceInfo`."""
 
     @property
     def fingerprint(self) -> str:
@@ -126,7 +126,7 @@ def _read_info(path: Path) -> StoreInfo:
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is not a finished token store: it has no store.json. If it holds text: --corpus {path}. "
-            f"Otherwise build it with {command('build-data')}; an interrupted build goes on where it stopped."
+            f"Otherwise build it with {command('build-data')}; an interrupted build resumes where it stopped."
         ) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{path / 'store.json'} is damaged ({error}). Build the store again.") from error

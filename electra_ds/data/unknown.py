@@ -1,4 +1,4 @@
-"""Text that a tokenizer gives as [UNK] or leaves out: how much of a store it is, why, and what to do about it."""
+"""Text that a tokenizer turns into [UNK] or leaves out: how much of a store it is, why, and what to do about it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _EXAMPLE_CHARS = 24
 
 @dataclass
 class UnknownText:
-    """What [UNK] stands for in some text. A token says little about how much that is: in a text without spaces one
-    [UNK] may stand for a whole line."""
+    """The text that [UNK] stands for. The number of tokens says little about how much that is: in a text without
+    spaces, one [UNK] may stand for a whole line."""
 
     num_tokens: int = 0
     num_chars: int = 0
     """Characters that those tokens stand for."""
     num_long_chars: int = 0
-    """Of those, the ones in words too long for a WordPiece to look up."""
+    """The number of those characters in words too long for a WordPiece to look up."""
     text_chars: int = 0
     """Characters of all the text, with spaces."""
     examples: list[str] = field(default_factory=list)
@@ -31,7 +31,7 @@ class UnknownText:
     """Stretches that no token stands for, not even [UNK]; their characters are among num_chars."""
 
     def add(self, other: UnknownText) -> None:
-        """Count another text's too."""
+        """Add the counts of another text."""
         self.num_tokens += other.num_tokens
         self.num_chars += other.num_chars
         self.num_long_chars += other.num_long_chars
@@ -40,13 +40,13 @@ class UnknownText:
         self.examples = list(dict.fromkeys([*self.examples, *other.examples]))[:_EXAMPLES]
 
     def share(self, all_tokens: int) -> float:
-        """The larger of the shares of tokens and of characters. What is left out counts as a token for each stretch."""
+        """Return the larger of the shares of tokens and of characters. Each stretch that is left out counts as a token."""
         of_tokens = (self.num_tokens + self.num_left_out) / max(all_tokens + self.num_left_out, 1)
         return max(of_tokens, self.num_chars / max(self.text_chars, 1))
 
 
 def unknown_in(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> UnknownText:
-    """What [UNK] stands for in lines that the tokenizer gives these ids."""
+    """Return what [UNK] stands for in lines to which the tokenizer gives these ids."""
     found = UnknownText(text_chars=sum(map(len, lines)))
     longest_word = getattr(tokenizer.backend.model, "max_input_chars_per_word", None)
     for unknown, is_left_out in _unknown_words(lines, ids, tokenizer):
@@ -80,7 +80,7 @@ def _unknown_words(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer)
 
 
 def report(unknown: UnknownText, all_tokens: int) -> str:
-    """How much of a text is [UNK], or left out."""
+    """Return a sentence part that says how much of a text is [UNK] or left out."""
     of_chars = unknown.num_chars / max(unknown.text_chars, 1)
     if unknown.num_left_out:
         return (
@@ -91,13 +91,13 @@ def report(unknown: UnknownText, all_tokens: int) -> str:
         return f"none of {all_tokens:,} tokens is [UNK]"
     of_tokens = unknown.num_tokens / all_tokens
     return (
-        f"{unknown.num_tokens:,} of {all_tokens:,} tokens are [UNK] ({of_tokens:.2%}), in place of {of_chars:.2%} of "
+        f"{unknown.num_tokens:,} of {all_tokens:,} tokens are [UNK] ({of_tokens:.2%}), which replace {of_chars:.2%} of "
         f"the characters"
     )
 
 
 def problem(description: str, unknown: UnknownText, all_tokens: int) -> str | None:
-    """What to say about a source of which too much is [UNK], with the reason and what to do; None where it is not."""
+    """Return a warning if too much of a source is [UNK], with the reason and what to do, else None."""
     if unknown.share(all_tokens) < NOTED_SHARE:
         return None
     examples = ", ".join(f"'{example}'" for example in unknown.examples)

@@ -59,7 +59,7 @@ class Checkpoint(NamedTuple):
         numbers: list[Any] = [self.state.get("tokens")]
         numbers += [counters.get(name) for name in FRESH_COUNTERS] if isinstance(counters, dict) else [None]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-            raise CheckpointError(f"The checkpoint {self.path} cannot be gone on from: its state.json is not whole.")
+            raise CheckpointError(f"The checkpoint {self.path} cannot be resumed: its state.json is incomplete.")
         wanted = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in _KINDS}
         problems = [f"{name} is missing" for name in wanted.keys() - self.tensors.keys()]
         problems += [f"{name} is {dtype}, not F32" for name, dtype in self.tensors.dtypes() if dtype != "F32"]
@@ -101,7 +101,7 @@ class CheckpointFolder:
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]) -> Path:
         """Publish a checkpoint of `state["step"]` from one process, and prune old ones.
 
-        tensors: on the CPU; record: text files that travel along, by name. Raises CheckpointError where it cannot be
+        tensors: on the CPU; record: text files that travel along, by name. Raises CheckpointError if it cannot be
         written; the checkpoints before it stay as they are.
         """
         draft = Draft(self, state["step"], secrets.token_hex(4))
@@ -122,7 +122,7 @@ class CheckpointFolder:
         """The newest checkpoint that is whole, and what is wrong with each newer one.
 
         To be called by all ranks, which share the reading of its files. None where no checkpoint was ever published.
-        Raises CheckpointError where every one is damaged, or one cannot be read.
+        Raises CheckpointError if every one is damaged, or one cannot be read.
         """
         damaged: dict[Path, str] = {}
         for path in reversed(ranks.from_main(self.paths()) if ranks else self.paths()):
@@ -133,13 +133,13 @@ class CheckpointFolder:
                 raise problem
             damaged[path] = str(problem)
         if damaged:
-            raise CheckpointError("No checkpoint of this run is whole:\n  " + "\n  ".join(damaged.values()))
+            raise CheckpointError("No checkpoint of this run is complete:\n  " + "\n  ".join(damaged.values()))
         return None, {}
 
     def tidy(self, damaged: Iterable[Path]) -> None:
         """Set damaged checkpoints aside as `damaged-…`, and remove what killed saves and prunings left.
 
-        For the process that holds the run. Raises CheckpointError where the folder cannot be written.
+        For the process that holds the run. Raises CheckpointError if the folder cannot be written.
         """
         doomed = list(damaged)
         try:
@@ -183,9 +183,9 @@ class CheckpointFolder:
         """What to say where a checkpoint could not be written."""
         earlier = self.paths()
         kept = f"The newest complete one is {earlier[-1]}." if earlier else "There is none before it."
-        mend = "Make room" if is_disk_full(error) else "Mend that"
+        mend = "Make room" if is_disk_full(error) else "Fix that"
         is_begun = earlier or (self.folder.parent / "run.json").is_file()
-        then = "go on with --resume" if is_begun else "give the command again"
+        then = "resume with --resume" if is_begun else "give the command again"
         return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {mend}, then {then}.")
 
 
@@ -273,14 +273,14 @@ def _problem(path: Path, ranks: Ranks | None) -> CheckpointError | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify and open. Raises CheckpointError where a file is missing, cut short or changed, or what they say does not
+    """Verify and open. Raises CheckpointError if a file is missing, cut short or changed, or what they say does not
     belong together."""
     verify_checkpoint(path)
     return open_checkpoint(path)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint that was verified. Raises CheckpointError where it cannot be read after all."""
+    """Open a checkpoint that was verified. Raises CheckpointError if it cannot be read after all."""
     path = path.resolve()  # of `latest`, or of `.`
     try:
         files = [path / name for name in sorted(read_manifest(path)) if _SHARD.fullmatch(name)]

@@ -56,7 +56,7 @@ def _forbidden_by(plan: DeepSpeedPlan) -> str | None:
 
 
 def check_compile(wanted: Compile, device: torch.device, plan: DeepSpeedPlan) -> bool:
-    """Whether to compile. Raises ConfigError where that was asked for and cannot be."""
+    """Return whether to compile. Raises ConfigError if that was asked for and cannot be."""
     if wanted == "off":
         return False
     reason = obstacle(device, plan)
@@ -103,7 +103,7 @@ class CompiledForward:
                 raise inner from error
             if self._must:
                 raise ConfigError(f"torch.compile failed; leave out --compile on. It says: {error}") from error
-            _log.warning("torch.compile failed, so the run goes on without it: %s", error)
+            _log.warning("torch.compile failed, so the run continues without it: %s", error)
             self._compiled = None
             return self._eager(batch, None)
 

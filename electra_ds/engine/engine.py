@@ -52,7 +52,7 @@ class TrainingEngine:
         losses: Callable[[Any], Losses],
         rates: Rates = pretraining_rates,
     ) -> None:
-        """losses: made for each step's batch. Raises ConfigError where the device cannot run the plan's precision."""
+        """losses: made for each step's batch. Raises ConfigError if the device cannot run the plan's precision."""
         self.recipe = recipe
         self.plan = plan
         self.device = device
@@ -168,7 +168,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str, unused_gpu: str = "") -> None:
-    """ConfigError where the device cannot train in the plan's precision, or DeepSpeed refuses the JSON.
+    """Raise ConfigError if the device cannot train in the plan's precision, or DeepSpeed refuses the JSON.
 
     unused_gpu: of a machine whose GPU torch cannot use, a sentence that says why.
     """

@@ -42,7 +42,7 @@ def finetuning_rates(num_layers: int, section: FinetuneOptimizerSection) -> Rate
 
 
 def check_layers(names: Iterable[str], section: FinetuneOptimizerSection) -> None:
-    """Raises ConfigError where the decay is to go by layers and an encoder's names tell none."""
+    """Raises ConfigError if the decay is to go by layers and an encoder's names tell none."""
     if section.layer_decay < 1 and not any(_LAYER.search(name) for name in names):
         raise ConfigError(
             f"optimizer.layer_decay is {section.layer_decay}, but this model's layers cannot be told by their "

@@ -1,4 +1,4 @@
-"""Reads what DeepSpeed's `save_checkpoint` wrote, at every stage, precision and number of ranks: tensors by name.
+"""Read what DeepSpeed's `save_checkpoint` wrote, at every stage, precision and number of ranks: tensors by name.
 
     FOLDER/latest                                          a tag, such as global_step40
     FOLDER/TAG/mp_rank_00_model_states.pt                  stages 0 to 2: weights by name, counters; at stage 0 the
@@ -95,7 +95,7 @@ class NativeCheckpoint(NamedTuple):
 
 
 class _Content(NamedTuple):
-    """What differs between the layouts, as it was read."""
+    """The content that differs between the layouts."""
 
     stage: int
     tensors: dict[str, torch.Tensor]
@@ -110,7 +110,7 @@ class _Content(NamedTuple):
 def find_files(path: Path) -> NativeFiles:
     """The files of the folder that holds `latest`, or of a tag folder.
 
-    Raises CheckpointError where there is no such checkpoint, or it is of model or pipeline parallelism or experts.
+    Raises CheckpointError if there is no such checkpoint, or it is of model or pipeline parallelism or experts.
     """
     try:
         return _find(_tag_folder(path))
@@ -166,7 +166,7 @@ def _tag_folder(path: Path) -> Path:
 def read_native(files: NativeFiles, frozen: Sequence[str] = ()) -> NativeCheckpoint:
     """Read a complete checkpoint. Raises CheckpointError that names what is missing, damaged or not understood.
 
-    frozen: what names of parameters begin with that were not trained, for a stage 0 checkpoint that leaves it open.
+    frozen: how the names of parameters begin that were not trained, for a stage 0 checkpoint that does not say so.
     """
     try:
         return _read(files, frozen)
@@ -209,7 +209,7 @@ def _read(files: NativeFiles, frozen: Sequence[str]) -> NativeCheckpoint:
 
 
 def _read_partitioned(files: NativeFiles, state: Mapping[str, Any]) -> _Content:
-    """Stages 1 to 3, and universal checkpoints."""
+    """Read stages 1 to 3, and universal checkpoints."""
     if state.get("frozen_param_shapes") and any(path.name.startswith("zero_pp_rank") for path in files.model.values()):
         _check_ranks_of_model(files, _whole_number(state, "dp_world_size", files))
     if files.universal is not None:
@@ -230,8 +230,8 @@ def _read_partitioned(files: NativeFiles, state: Mapping[str, Any]) -> _Content:
 
 
 def _add_left_out(tensors: dict[str, torch.Tensor], state: Mapping[str, Any]) -> list[str]:
-    """Stages 1 and 2: what is in `module` and in no group was frozen, or is another name of what is in one; return the
-    frozen ones' names."""
+    """Add what is in `module` and in no group at stages 1 and 2: it was frozen, or is another name of what is in a
+    group. Return the names of the frozen ones."""
     weights, aliases = _named_once(state)
     frozen = []
     for name, weight in weights.items():
@@ -245,7 +245,7 @@ def _add_left_out(tensors: dict[str, torch.Tensor], state: Mapping[str, Any]) ->
 
 
 def _add_frozen_slices(tensors: dict[str, torch.Tensor], files: NativeFiles, state: Mapping[str, Any]) -> list[str]:
-    """Stage 3: every rank's file of the model has a slice of each frozen parameter; return their names."""
+    """Add the frozen parameters of stage 3, of which every rank's model file has a slice; return their names."""
     shapes = state.get("frozen_param_shapes") or {}
     if not shapes:
         return []
@@ -256,7 +256,7 @@ def _add_frozen_slices(tensors: dict[str, torch.Tensor], files: NativeFiles, sta
 
 
 def _read_whole(state: Mapping[str, Any], frozen: Sequence[str]) -> _Content:
-    """Stage 0: the weights have names, masters and moments get them from native_deal, or from the groups."""
+    """Read stage 0: the weights have names; masters and moments get them from native_deal or from the groups."""
     optimizer = state.get("optimizer")
     wrapper = optimizer if isinstance(optimizer, dict) else {}
     own: Any = wrapper.get("optimizer_state_dict", optimizer)
@@ -271,20 +271,20 @@ def _read_whole(state: Mapping[str, Any], frozen: Sequence[str]) -> _Content:
         names = _names_in_groups(in_groups, wrapper, own, groups)
         if names is None:
             notes.append(
-                "its optimizer does not say which of its tensors belongs to which parameter, and the shapes allow "
+                "its optimizer does not say which of its tensors belongs to which parameter, and the shapes fit in "
                 "several ways or none; if parameters were frozen there, name them with --frozen"
             )
         else:
             _take(tensors, weights, wrapper, own, groups, names)
             left_out = [name for name in weights if not any(name in group for group in names)]
             if len(in_groups) > sum(map(len, names)):
-                notes.append("which parameters were frozen follows from what fits alone; --frozen says it for certain")
+                notes.append("which parameters were frozen is inferred from what fits; to be certain, give --frozen")
     _add_tied(tensors, aliases)
     return _Content(0, tensors, own, wrapper, notes, left_out)
 
 
 def _named_once(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(parameters of `module` by their first names, first names by the others)."""
+    """Return (parameters of `module` by their first names, first names by the others)."""
     buffers = state.get("buffer_names") or ()
     weights: dict[str, torch.Tensor] = {}
     first_names: dict[Any, str] = {}
@@ -321,11 +321,11 @@ def _check_ranks(files: NativeFiles, ranks: int) -> None:
 
 
 def _check_ranks_of_model(files: NativeFiles, ranks: int) -> None:
-    """Raises CheckpointError unless there is a file of the model for each of so many ranks."""
+    """Raise CheckpointError unless there is a file of the model for each of so many ranks."""
     gone = [rank for rank in range(ranks) if rank not in files.model]
     if gone:
         raise CheckpointError(
-            f"{files.folder} holds a slice of every frozen parameter for each of {ranks} rank(s), and the "
+            f"{files.folder} holds a slice of every frozen parameter for each of {ranks} rank(s), but the "
             f"*_model_states.pt of rank {', '.join(map(str, gone[:_MOST_SHOWN]))} is missing. Copy every rank's file "
             f"into the folder."
         )
@@ -414,5 +414,5 @@ def _take(
 
 
 def _moments(own: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Both of Adam's or none: other optimizers keep something of their own under one of the names."""
+    """Return both of Adam's moments or none: other optimizers use one of the names for something else."""
     return {key: own[key] for key in MOMENTS} if all(torch.is_tensor(own.get(key)) for key in MOMENTS) else {}

@@ -75,13 +75,13 @@ class Flat(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """What the groups do not hold. A position in it counts what theirs count."""
+    """The parameters that the groups do not hold. A position counts what theirs count."""
 
     end: int
     counts_elements: bool
 
     def after(self, position: int, weight: torch.Tensor) -> int | None:
-        """The position behind the weight, if there is room for it."""
+        """Return the position behind the weight, if there is room for it."""
         position += weight.numel() if self.counts_elements else 1
         return position if position <= self.end else None
 
@@ -90,7 +90,7 @@ _Group = Slots | Flat | Rest
 
 
 def deal(weights: Mapping[str, torch.Tensor], groups: Sequence[Slots | Flat]) -> list[list[str]] | None:
-    """Return the names of each group's parameters in order, or None where that is not certain.
+    """Return the names of each group's parameters in order, or None if that is not certain.
 
     weights: the model's parameters in its order, each once.
     """
@@ -111,8 +111,8 @@ def deal(weights: Mapping[str, torch.Tensor], groups: Sequence[Slots | Flat]) ->
 
 
 def _frozen_by_convention(names: Sequence[str], rest: Rest) -> Iterator[frozenset[str]]:
-    """What may be in `rest`: nothing where it is empty; else any one parameter or module, or a network's embeddings
-    with its lowest layers. Those that are too large or too small for it do not fit later."""
+    """Yield what may be in `rest`: nothing if it is empty; else any one parameter or module, or a network's embeddings
+    with its lowest layers. Candidates that are too large or too small do not fit later."""
     if not rest.end:
         yield frozenset()
         return

@@ -58,7 +58,7 @@ def write_native(
 
 
 def _for_ds_to_universal(stage: int) -> dict[str, Any]:
-    """What the script asks of stages 1 and 2, and DeepSpeed leaves to whoever saves; it takes no stage 0 checkpoint."""
+    """Return what ds_to_universal needs at stages 1 and 2 and DeepSpeed leaves to the caller; it takes no stage 0."""
     if stage not in (1, 2):
         return {}
     return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
@@ -70,7 +70,7 @@ def native_engine(
 ) -> Iterator[Any]:
     """DeepSpeed's engine with a checkpoint's state in it, closed at the end.
 
-    model: its weights are of no account. Raises ConfigError where the device cannot run the plan's precision.
+    model: its weights are of no account. Raises ConfigError if the device cannot run the plan's precision.
     """
     check_plan(plan, device, "the DeepSpeed JSON")
     model.to(device)

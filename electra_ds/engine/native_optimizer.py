@@ -1,4 +1,4 @@
-"""What the state of a foreign optimizer says of itself: its groups, count of steps and loss scale, and what it kept."""
+"""The state of a foreign optimizer: its groups, its count of steps and loss scale, and what it kept."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from electra_ds.errors import CheckpointError
 
 
 def why_no_moments(own: Any, has_moments: bool) -> list[str]:
-    """Notes on what AdamW cannot have of the state, and why."""
+    """Return notes on what AdamW cannot take from the state, and why."""
     kept = _kept(own)
     if has_moments:
         others = [key for key in kept if key not in MOMENTS]
         return [f"its optimizer also kept {', '.join(others)}, which AdamW does not have"] if others else []
     if not kept and not param_groups(own):
         return ["it holds no optimizer"]
-    return [other_than_adam(own) or "its optimizer holds no moments of Adam's, as before the first step"]
+    return [other_than_adam(own) or "its optimizer holds none of Adam's moments, as before the first step"]
 
 
 def other_than_adam(own: Any) -> str:
-    """Say by what the optimizer is known to be none of Adam's kind; empty where it may be one."""
+    """Return what shows that the optimizer is not of Adam's kind; empty if it may be one."""
     kept, groups = _kept(own), param_groups(own)
     if kept and not set(MOMENTS) <= set(kept):
-        return f"its optimizer was another than Adam: it kept {', '.join(kept)}, not exp_avg and exp_avg_sq"
+        return f"its optimizer was not Adam: it kept {', '.join(kept)}, not exp_avg and exp_avg_sq"
     if not kept and groups and not any("betas" in group for group in groups):
-        return "its optimizer was another than Adam, such as SGD without momentum: it has no betas and kept nothing"
+        return "its optimizer was not Adam, but one such as SGD without momentum: it has no betas and kept nothing"
     return ""
 
 
 def _kept(own: Any) -> list[str]:
-    """Names of the tensors that the state holds for parameters."""
+    """Return the names of the tensors that the state holds for parameters."""
     found = {key for state in _states(own) for key, value in state.items() if torch.is_tensor(value)}
     return sorted(map(str, found - {"step"}))
 
 
 def _states(own: Any) -> list[dict[str, Any]]:
-    """The state of each tensor; elastic checkpoints hold it as a list."""
+    """Return the state of each tensor; elastic checkpoints hold it as a list."""
     states = own if isinstance(own, list) else list(own.get("state", {}).values()) if isinstance(own, dict) else []
     return [state for state in states if isinstance(state, dict)]
 
@@ -51,7 +51,7 @@ def param_groups(own: Any) -> list[dict[str, Any]]:
 
 
 def adam_step(own: Any) -> float | None:
-    """Adam's own count of updates, the largest of those that its state and groups hold."""
+    """Return Adam's own count of updates, the largest of those in its state and groups."""
     found = [state.get("step") for state in (*_states(own), *param_groups(own))]
     counts = [float(step) for step in found if isinstance(step, (int, float, torch.Tensor))]
     for count in counts:
@@ -61,7 +61,7 @@ def adam_step(own: Any) -> float | None:
 
 
 def loss_scale(scaling: Mapping[str, Any], is_scaled: bool) -> dict[str, float]:
-    """From a loss scaler's attributes, or what stage 0 has of them.
+    """Return the counters of the loss scale from a loss scaler's attributes, or what stage 0 has of them.
 
     DeepSpeed counts iterations from 0, and -1 stands for an overflow that never was.
     """

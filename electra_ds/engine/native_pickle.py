@@ -42,7 +42,7 @@ _PLAIN = re.compile(
     r"|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path|types\.(MappingProxyType|SimpleNamespace)"
     r"|copyreg\.(_reconstructor|__newobj__)|_codecs\.encode"
 )
-"""Of Python and NumPy: what holds data or puts it together, and does nothing else."""
+"""Names of Python and NumPy that hold data or put it together, and do nothing else."""
 _HARMFUL = re.compile(
     r"(_imp|_pickle|_posixsubprocess|bdb|cProfile|cloudpickle|code|codeop|compileall|ctypes|_ctypes|dill|distutils"
     r"|doctest|ftplib|http|httpx|imp|importlib|joblib|marshal|multiprocessing|nt|ntpath|os|pdb|pickle|pip|pkg_resources"
@@ -55,7 +55,7 @@ _HARMFUL = re.compile(
     r"|numpy\.(f2py|fromfile|genfromtxt|load|loadtxt|memmap|save|savetxt|testing)(\..+)?"
     r"|.+\._?(builtins|os|posix|subprocess|sys)\..+"
 )
-"""What runs programs or code, changes files or reaches the network, or leads to what does."""
+"""Names that run programs or code, change files or reach the network, or lead to something that does."""
 _ZIP_START = b"PK\x03\x04"
 """By which torch tells its files from those of its old format."""
 
@@ -86,7 +86,7 @@ def _dictionary(*arguments: Any) -> dict[Any, Any]:
 
 
 def _list(*arguments: Any) -> list[Any]:
-    """The same for a deque, which it fills as a list."""
+    """Stand in for a deque, which the unpickler fills as a list."""
     return []
 
 
@@ -96,7 +96,7 @@ _FILLED: dict[str, Any] = {"collections.defaultdict": _dictionary, "collections.
 def foreign_calls(path: Path) -> list[str]:
     """Full names of the classes and functions outside of torch's safe list that loading the file would call, sorted.
 
-    Nothing of the file is followed. Raises CheckpointError where it is not a file of `torch.save`.
+    Nothing of the file is followed. Raises CheckpointError if it is not a file of `torch.save`.
     """
     _check_archive(path)
     try:
@@ -180,9 +180,9 @@ def _named_in_instructions(path: Path) -> list[str]:
 
 
 def refuse_untrusted(files: Iterable[Path]) -> NoReturn:
-    """Raise CheckpointError, which says what the files' pickles would call; to be called where nobody trusts them.
+    """Raise CheckpointError that says what the files' pickles would call; to be called if nobody trusts them.
 
-    Only what could do harm is called harmful: data of Python's and NumPy's that a script saved with its state is not.
+    Only what could do harm is called harmful: Python and NumPy data that a script saved with its state is not.
     """
     found: dict[str, dict[str, str]] = {"own": {}, "plain": {}, "harmful": {}, "other": {}}
     for path in files:
@@ -192,8 +192,8 @@ def refuse_untrusted(files: Iterable[Path]) -> NoReturn:
     if found["harmful"]:
         raise CheckpointError(
             f"{start}These call what could run programs or change files, which no checkpoint needs: "
-            f"{_listed(found['harmful'])}. Do not trust it, unless whoever saved it says why it is there. Nothing was "
-            f"loaded."
+            f"{_listed(found['harmful'])}. Do not trust the files unless whoever saved them can explain "
+            f"that. Nothing was loaded."
         )
     held = f"DeepSpeed's own {', '.join(sorted(name.rpartition('.')[2] for name in found['own']))}"
     known = [held if found["own"] else "torch's own", *sorted(found["plain"])]
@@ -211,7 +211,7 @@ def refuse_untrusted(files: Iterable[Path]) -> NoReturn:
 
 
 def _kind_of(name: str) -> str:
-    """`own` of DeepSpeed, `plain` data, `harmful` or `other`."""
+    """Return the kind of a name: `own` (DeepSpeed's), `plain` (data), `harmful` or `other`."""
     if name in _OWN:
         return "own"
     name = _python_3(name)
@@ -225,7 +225,8 @@ def _listed(found: Mapping[str, str]) -> str:
 
 
 def load_inert(path: Path) -> dict[str, Any]:
-    """The file's dictionary, see `load_inert_content`. Raises CheckpointError also where it holds something else."""
+    """Return the file's dictionary, see `load_inert_content`. Raises CheckpointError also if it holds something
+    else."""
     content = load_inert_content(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, which is not what DeepSpeed saves.")
@@ -233,9 +234,9 @@ def load_inert(path: Path) -> dict[str, Any]:
 
 
 def load_inert_content(path: Path) -> Any:
-    """What the file holds, tensors on the CPU and mapped from the file, other objects as `Inert`.
+    """Return what the file holds: tensors on the CPU, mapped from the file, and other objects as `Inert`.
 
-    Raises CheckpointError where it is damaged, or names what torch's unpickler never takes (modules os, posix, nt and
+    Raises CheckpointError if it is damaged, or names what torch's unpickler never takes (modules os, posix, nt and
     sys).
     """
     stand_ins: list[Any] = [(_FILLED.get(name) or type("Inert", (Inert,), {}), name) for name in foreign_calls(path)]

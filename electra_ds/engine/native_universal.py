@@ -1,4 +1,4 @@
-"""Universal checkpoints: what DeepSpeed's ds_to_universal makes of a checkpoint of ZeRO, for any number of ranks.
+"""Universal checkpoints: DeepSpeed's ds_to_universal makes them from ZeRO checkpoints, for any number of ranks.
 
 A folder for each parameter, `zero/NAME/`, holds its whole master and moments; `zero/optimizer_state.pt` has what is
 common to all. Parameters that were frozen, buffers and second names of tied parameters are there in the precision of
@@ -20,7 +20,7 @@ from electra_ds.errors import CheckpointError
 
 _FILES = {"master": "fp32.pt"} | {kind: f"{kind}.pt" for kind in MOMENTS}
 _PARAMETER = "param"
-"""Key of the tensor in a file that says more than it."""
+"""The key of the tensor in a file that holds more than it."""
 
 
 def universal_tensors(
@@ -28,7 +28,7 @@ def universal_tensors(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
     """Return (what is common to all parameters, tensors by `KIND/NAME`, the optimizer's state without its tensors).
 
-    state: the model's file. Raises CheckpointError where a parameter's file is missing or of another size.
+    state: the model's file. Raises CheckpointError if a parameter's file is missing or of another size.
     """
     common = load_inert(zero / "optimizer_state.pt")
     tensors: dict[str, torch.Tensor] = {}

@@ -26,7 +26,7 @@ def partitioned_tensors(
     state: the model's file; parts: each rank's optimizer. A group is one flat tensor, cut into a part for each rank;
     a rank's `param_slice_mappings` says where in its part which parameter's piece lies, and pieces follow each other
     in the order of ranks. Without them, as older versions write, parameters lie in the order of `param_shapes`.
-    Raises CheckpointError where a part is missing or the sizes contradict each other.
+    Raises CheckpointError if a part is missing or the sizes contradict each other.
     """
     shapes = [_shapes(folder, group) for group in state["param_shapes"]]
     groups = _all_groups(folder, parts, "single_partition_of_fp32_groups", "base_optimizer_state")
@@ -93,7 +93,8 @@ def shared_out_tensors(
 
 
 def sliced(folder: Path, name: str, shape: Any, slices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The parameter that every rank has a slice of at stage 3, the last padded. Raises CheckpointError as above."""
+    """Return the parameter of which every rank has a slice at stage 3, the last padded. Raises CheckpointError as
+    above."""
     shape = tuple(shape)
     flat = torch.cat([own.flatten() for own in slices])[: math.prod(shape)]
     return _shaped(folder, {name: shape}, {name: {"master": flat}})[f"master/{name}"]
@@ -118,7 +119,7 @@ def _all_groups(
 
 
 def _rank_groups(folder: Path, part: Mapping[str, Any], masters_key: str, state_key: str) -> list[_Group]:
-    """The groups of one rank, with moments where a group has both of Adam's."""
+    """Return the groups of one rank, with moments if a group has both of Adam's."""
     masters = part.get(masters_key)
     masters = [masters] if torch.is_tensor(masters) else masters
     if not isinstance(masters, list) or not all(map(torch.is_tensor, masters)):

@@ -35,7 +35,7 @@ def fitting_plan(
     """The plan with the largest micro-batch that every rank has memory for. To be called by all ranks.
 
     A GPU is tried. The CPU, where running out of memory kills, and ZeRO stage 3, whose ranks must run a model together,
-    are computed. Raises ConfigError where not even one sequence fits.
+    are computed. Raises ConfigError if not even one sequence fits.
     """
     if device.type == "cuda" and plan.stage < 3:
         fitting = _tried(recipe, vocab_size, plan, device, ranks)

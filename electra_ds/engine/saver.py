@@ -29,7 +29,7 @@ class CheckpointSaver:
     def save(self, optimizer: MasterAdamW | ZeroAdamW, state: dict[str, Any], record: Mapping[str, str]) -> None:
         """Copy what the optimizer holds and begin to write it, each rank its share; `finish` waits for the end.
 
-        state: what goes into state.json beside the optimizer's counters. Raises CheckpointError where the save before
+        state: what goes into state.json beside the optimizer's counters. Raises CheckpointError if the save before
         this one failed.
         """
         self.finish()  # before the copy: two of them may not fit

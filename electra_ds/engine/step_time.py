@@ -1,4 +1,4 @@
-"""How long a step takes on a card that is not here: a roofline, and the range that people are told.
+"""How long a step takes on a card that is not here: a roofline, and the range that is printed.
 
 A step's matrix products run at a share of the card's peak, everything else at a share of its memory's bandwidth, and no
 step is faster than the host starts operations. Published runs took longer than the roofline of our step, each by
@@ -53,7 +53,7 @@ class StepTime(NamedTuple):
 def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
     """A step of full rows on cards like this one; None where the card lacks the precision.
 
-    Not in it: torch.compile, which fuses operations, offloading, and communication between ranks.
+    It does not include torch.compile, which fuses operations, offloading, and communication between ranks.
     """
     peak = peak_flops(card, plan.precision.name)
     if peak is None:

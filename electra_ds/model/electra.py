@@ -36,8 +36,8 @@ class ElectraOutput(NamedTuple):
 
 def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple[EncoderConfig, EncoderConfig]:
     """(generator, discriminator). The generator follows google-research/electra `get_generator_config`:
-    hidden = round(multiplier * hidden), feed-forward 4 * hidden, heads = max(1, hidden // 64) unless the recipe names
-    their number; where the discriminator's own heads are narrower than 64, its head size takes the place of 64."""
+    hidden = round(multiplier * hidden), feed-forward 4 * hidden, heads = max(1, hidden // 64) unless the recipe sets
+    their number. If the discriminator's own heads are narrower than 64, its head size takes the place of 64."""
     model = recipe.model
     sizes = model.model_dump(exclude={"initializer"})
     discriminator = EncoderConfig(vocab_size=vocab_size, pad_token_id=pad_token_id, **sizes)

@@ -46,9 +46,9 @@ def most_shared(tensors: Mapping[str, torch.Tensor]) -> str:
 def check_fit(
     recipe: Recipe, discriminator: Wanted | None, generator: Wanted | None, sharing: str, *, takes_one: bool = True
 ) -> None:
-    """Raise ConfigError with everything in which the recipe's model differs, and the overrides that fix it.
+    """Raise ConfigError if the recipe's model differs, with every difference and the overrides that fix it.
 
-    discriminator, generator: None where nothing is known of it. sharing: the largest that the weights allow, see
+    discriminator, generator: None if nothing is known of it. sharing: the largest that the weights allow, see
     `most_shared`. takes_one: whether a discriminator may be given without its generator.
     """
     problems = [*_mismatches(recipe, discriminator, generator)]
@@ -74,7 +74,8 @@ def check_fit(
 
 
 def _alone(recipe: Recipe, discriminator: Wanted) -> str:
-    """How the discriminator fits alone, where no override makes the generator fit; empty where it does not either."""
+    """Return how to give the discriminator alone if no override makes the generator fit; empty if it does not fit
+    either."""
     changes = _changes(recipe, discriminator, None)
     if [*_mismatches(_changed(recipe, changes), discriminator, None)]:
         return ""
@@ -152,6 +153,6 @@ def _as_argument(changes: Mapping[str, Any]) -> str:
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Raises ConfigError where no recipe may be like that."""
+    """Raises ConfigError if no recipe may be like that."""
     values = apply_overrides(recipe.model_dump(), _overrides(changes), Recipe.dotted_keys())
     return validate_recipe(values, f"{recipe.name}, changed to fit the weights,")

@@ -39,7 +39,7 @@ class Naming(NamedTuple):
 def find_naming(names: Iterable[str]) -> Naming:
     """Ours under any prefix, or transformers' `ElectraForMaskedLM` and `ElectraForPreTraining` under any two.
 
-    Raises CheckpointError where the names are neither's.
+    Raises CheckpointError if the names are neither's.
     """
     names = list(names)
     prefixes = [_prefix(names, mark) for mark in (_OWN_MARK, _GENERATOR_MARK, _DISCRIMINATOR_MARK)]
@@ -50,7 +50,7 @@ def find_naming(names: Iterable[str]) -> Naming:
         return Naming(False, generator, discriminator)
     if generator is not None or discriminator is not None:
         there, gone = ("generator", "discriminator") if discriminator is None else ("discriminator", "generator")
-        raise CheckpointError(f"The checkpoint holds a {there} alone. Its {gone} is needed too to go on training.")
+        raise CheckpointError(f"The checkpoint holds only a {there}. Its {gone} is needed too to continue training.")
     raise CheckpointError(
         f"The checkpoint's names ({_listed(names)}) are neither those of electra_ds's joint module nor those of one "
         f"of transformers' ElectraForMaskedLM and ElectraForPreTraining."
@@ -64,7 +64,7 @@ def _prefix(names: Iterable[str], mark: str) -> str | None:
 def own_tensors(naming: Naming, tensors: Mapping[str, torch.Tensor], model: Electra) -> dict[str, torch.Tensor]:
     """The tensors (weights, or one kind of moments) by the names of `model.named_parameters()`, every one of them.
 
-    Where weights are shared in the model, the file's several copies must agree. Raises CheckpointError where a tensor
+    Where weights are shared in the model, the file's several copies must agree. Raises CheckpointError if a tensor
     is missing, of another size, or one that this model does not have.
     """
     state = model.state_dict(keep_vars=True)

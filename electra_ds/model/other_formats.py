@@ -1,4 +1,4 @@
-"""Weights of other frameworks, told by the names of their files, and how to convert them. Nothing in them is read."""
+"""Recognise weights of other frameworks by their file names, and say how to convert them. Nothing in them is read."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _PARTS_OF_TENSORFLOWS = re.compile(r"(.+)\.(index|meta|data-\d+-of-\d+)")
 
 
 def refuse_other_frameworks(path: Path, name: str) -> None:
-    """Raise DataError, which says how to convert it, where the file or folder called `name` holds weights of
-    TensorFlow or Flax and none of PyTorch."""
+    """Raise DataError if the file or folder called `name` holds weights of TensorFlow or Flax and none of PyTorch. The
+    message says how to convert it."""
     found = _other_framework(path, name)
     if found is not None:
         raise DataError(
-            f"{name} is {found} The converted folder NEW is for {command('pretrain')} --init-from and "
+            f"{name} is {found} Give the converted folder NEW to {command('pretrain')} --init-from or "
             f"{command('finetune')} --model."
         )
 
 
 def _other_framework(path: Path, name: str) -> str | None:
-    """What it is and what converts it; None for anything else."""
+    """Return what it is and what converts it, or None for anything else."""
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         prefix = _tensorflow_prefix(path, files)
@@ -39,23 +39,21 @@ def _other_framework(path: Path, name: str) -> str | None:
     for pattern, (framework, switch) in _BY_TRANSFORMERS.items():
         if any(file.match(pattern) and file.is_file() for file in files):
             folder = path if path.is_dir() else path.parent
-            return (
-                f"a model with weights of {framework} alone. {_by_older_transformers(str(folder), framework, switch)}"
-            )
+            return f"a model with {framework} weights only. {_by_older_transformers(str(folder), framework, switch)}"
     if any(file.name == "saved_model.pb" for file in files):
         return (
-            "a SavedModel of TensorFlow, which is a graph and not only weights: take the checkpoint that it was made "
+            "a TensorFlow SavedModel, which is a graph and not only weights. Convert the checkpoint that it was made "
             "from."
         )
     if is_hub_model(name) and any(file.name == "config.json" for file in files):  # of which these are never fetched
         advice = _by_older_transformers(name, *_BY_TRANSFORMERS["tf_model*.h5"])
-        return f"a model without weights of PyTorch. If its page lists tf_model.h5, convert that: {advice}"
+        return f"a model without PyTorch weights. If its page lists tf_model.h5, convert that: {advice}"
     return None
 
 
 def _tensorflow_prefix(path: Path, files: list[Path]) -> Path | None:
-    """What a checkpoint of TensorFlow is named by, PREFIX.index and PREFIX.data-00000-of-00001; the newest of a
-    folder."""
+    """Return the prefix of a TensorFlow checkpoint, PREFIX.index and PREFIX.data-00000-of-00001; in a folder, that of
+    the newest one."""
     if not path.exists():
         return path if _has_both(path) else None
     prefixes = [file.parent / match[1] for file in files if (match := _PARTS_OF_TENSORFLOWS.fullmatch(file.name))]
@@ -71,20 +69,20 @@ def _has_both(prefix: Path) -> bool:
 
 def _original(prefix: Path) -> str:
     return (
-        f"a checkpoint of TensorFlow, as google-research/electra writes it, and weights of PyTorch are needed. In "
-        f"another environment: pip install 'transformers<5' torch tensorflow, then\n"
+        f"a TensorFlow checkpoint, as google-research/electra writes it, but PyTorch weights are needed. In another "
+        f"environment: pip install 'transformers<5' torch tensorflow, then\n"
         f"  python -m transformers.models.electra.convert_electra_original_tf_checkpoint_to_pytorch \\\n"
         f"    --tf_checkpoint_path {prefix} --config_file NEW/config.json \\\n"
         f"    --pytorch_dump_path NEW/pytorch_model.bin --discriminator_or_generator discriminator\n"
-        f"NEW/config.json is yours to write: that of google/electra-small-discriminator on the Hub, with this model's "
-        f"sizes. Put its vocab.txt into NEW too."
+        f"Write NEW/config.json first: take that of google/electra-small-discriminator on the Hub, with this model's "
+        f"sizes. Put the model's vocab.txt into NEW too."
     )
 
 
 def _by_older_transformers(source: str, framework: str, switch: str) -> str:
     package = {"TensorFlow": "tensorflow", "Flax": "flax"}[framework]
     return (
-        f"transformers 5 reads weights of PyTorch only. In another environment: pip install 'transformers<5' torch "
+        f"transformers 5 reads only PyTorch weights. In another environment: pip install 'transformers<5' torch "
         f"{package}, then\n"
         f'  python -c "from transformers import AutoModelForPreTraining as M; '
         f"M.from_pretrained('{source}', {switch}=True).save_pretrained('NEW')\"\n"

@@ -88,8 +88,8 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
 
 
 def read_sizes(file: Path) -> tuple[Kind | None, dict[str, Any]]:
-    """Return (which of the two models, None where its architecture does not say; what SIZES names, and `hidden_act`)
-    of a config.json. Raises DataError where it is no ELECTRA's."""
+    """Return (which of the two models it is, or None if its architecture does not say; the values of SIZES and
+    `hidden_act`) from a config.json. Raises DataError if it is not an ELECTRA's."""
     values = _parsed(file, str(file))
     architectures = values.get("architectures") or ()
     kind = next((kind for kind, own in _CLASSES.items() if own.__name__ in architectures), None)
@@ -97,7 +97,8 @@ def read_sizes(file: Path) -> tuple[Kind | None, dict[str, Any]]:
 
 
 def _config_of(values: Mapping[str, Any], name: str) -> ElectraConfig:
-    """Made of what is named here alone, so that nothing else in the file has a say in how weights are loaded."""
+    """Return a config made only of what is named here, so that nothing else in the file affects how weights are
+    loaded."""
     known = {key: values[key] for key in (*SIZES, "vocab_size", "pad_token_id", "hidden_act") if key in values}
     with explained(f"the model {name}"), _in_silence():
         return ElectraConfig(**known)
@@ -120,7 +121,7 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _parsed(file: Path, name: str) -> dict[str, Any]:
-    """The values of a config.json, which is an ELECTRA's."""
+    """Return the values of an ELECTRA's config.json."""
     try:
         values = json.loads(file.read_text("utf8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -49,7 +49,7 @@ class TaskModel(nn.Module):
         self._autocast_dtype: torch.dtype | None = None
 
     def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
-        """As `TrainableModel` says. Raises ConfigError where this encoder cannot compute layers again."""
+        """As `TrainableModel` says. Raises ConfigError if this encoder cannot compute layers again."""
         self._autocast_dtype = autocast_dtype
         if not checkpointed_layers:
             return

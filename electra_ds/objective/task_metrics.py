@@ -17,7 +17,7 @@ import numpy as np
 
 Values = np.ndarray | Sequence[int] | Sequence[float]
 _LEAST_SPREAD = 0.05
-"""Predicted scores count as constant where their standard deviation is less than this share of that of the labels.
+"""Predicted scores count as constant if their standard deviation is less than this share of that of the labels.
 Least squares predicts with a spread of r times that of the labels, so they explain r^2 < 0.3 % of the variance."""
 
 
@@ -83,7 +83,7 @@ on its first step."""
 def score(metrics: Sequence[str], labels: Values, predictions: Values) -> dict[str, float]:
     """The metrics by name, in the order asked for.
 
-    Raises ValueError where there are no labels, or not as many predictions.
+    Raises ValueError if there are no labels, or not as many predictions.
     """
     truth, found = np.asarray(labels), np.asarray(predictions)
     if truth.ndim != 1 or truth.shape != found.shape or not len(truth):
@@ -94,7 +94,7 @@ def score(metrics: Sequence[str], labels: Values, predictions: Values) -> dict[s
 
 
 class Baseline(NamedTuple):
-    """What a model has to beat: the scores of one prediction for every row of a set."""
+    """The scores that a model has to beat: those of the same prediction for every row of a set."""
 
     prediction: float
     """The index of the set's most frequent class, or the mean of its scores."""

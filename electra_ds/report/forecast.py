@@ -1,5 +1,5 @@
-"""What a recipe will take on a card that may not be here, or on this CPU: memory by part, the micro-batch that fits,
-and time."""
+"""Predict what a recipe needs on a card that may not be here, or on this CPU: memory by part, the micro-batch that
+fits, and time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Forecast:
     largest: DeepSpeedPlan | None
     """The plan with the largest micro-batch that fits; None where none does."""
     time: StepTime | None
-    """A step on the card; None on a CPU, and where only a card's memory is known."""
+    """The time of a step on the card; None on a CPU, and if only a card's memory is known."""
     lacks: list[Lack]
     publications: list[Publication]
 
@@ -84,8 +84,8 @@ class Forecast:
         return pretraining_time(self.recipe, self.vocab_size, self.plan, device, steps=steps, threads=threads)
 
     def published_days(self) -> list[tuple[Publication, float]]:
-        """(where, days) of complete trainings on one card of this kind, if this plan runs a step as they did: in one or
-        two micro-batches, and computing nothing twice."""
+        """Return (where, days) for complete trainings on one card of this kind, if this plan runs a step as they did:
+        in one or two micro-batches, and computing nothing twice."""
         batch = self.plan.batch
         if self.card is None or batch.world_size > 1 or self.plan.checkpointed_layers:
             return []
@@ -106,7 +106,7 @@ def forecast(
     """Resolve the JSON for such a card and say what to expect.
 
     memory_gib: what is free, in place of the card's own. Without either the plan is for this machine's CPU. Raises
-    ConfigError where the JSON cannot be used with the recipe, or asks for what the card has not.
+    ConfigError if the JSON cannot be used with the recipe, or asks for what the card has not.
     """
     vocab_size = vocab_size or recipe.tokenizer.vocab_size
     kernels: Kernels = "cuda" if card is not None or memory_gib is not None else "cpu"
@@ -155,5 +155,5 @@ def device_budget(card: Card | None, memory_gib: float | None) -> tuple[float, s
 
 
 def forecast_all(recipes: Sequence[Recipe]) -> list[list[Forecast]]:
-    """Every card with every recipe, under the card's default JSON."""
+    """Return a forecast for every card with every recipe, under the card's default JSON."""
     return [[forecast(recipe, *default_ds_config(True, card), card=card) for recipe in recipes] for card in CARDS]

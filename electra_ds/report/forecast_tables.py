@@ -112,7 +112,7 @@ def _card_lines(found: Forecast, time: StepTime) -> list[str]:
         f"  The range is {SLOWER[0]} to {SLOWER[1]} times the roofline and contains every published run, from "
         f"{_run(ends[0])} to {_run(ends[-1])}.",
         f"  On CPUs our step was {MEASURED_SPEEDUP[0]} to {MEASURED_SPEEDUP[1]} times as fast as transformers' "
-        f"(docs/performance.md). This is not measured on a GPU, so the range does not count on it.",
+        f"(docs/performance.md). This was not measured on a GPU, so the range does not rely on it.",
     ]  # fmt: skip
     if not found.was_run:
         lines.append("  None of our steps has been timed on this card.")
@@ -122,7 +122,7 @@ def _card_lines(found: Forecast, time: StepTime) -> list[str]:
 
 
 def _run(found: Evidence) -> str:
-    """Name a published run in `_card_lines`."""
+    """Return a description of a published run for `_card_lines`."""
     compared = "" if found.precision == found.run.precision else f", compared with a roofline in {found.precision}"
     return f"{found.factor:.2f} ({found.publication.short} in {found.run.precision} on a {found.run.card}{compared})"
 
@@ -172,7 +172,7 @@ def print_forecasts(forecasts: list[list[Forecast]], console: Console) -> None:
     table = Table(
         title="Predicted for every card and every recipe", title_justify="left", box=box.SIMPLE, caption_justify="left",
         caption="* No step has been run on this card. any GPU: the default JSON. "
-        f"{command('plan')} --recipe R --card NAME says more.",
+        f"For details: {command('plan')} --recipe R --card NAME",
     )  # fmt: skip
     for column in ("card; usable GiB, JSON", "recipe", "batch", "GiB", "time"):
         table.add_column(column)

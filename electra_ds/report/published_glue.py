@@ -54,7 +54,7 @@ def published_tables() -> list[PublishedTable]:
 
 
 def find_published(name: str) -> tuple[PublishedTable, PublishedScores]:
-    """Raises ConfigError where there is none of this name."""
+    """Raises ConfigError if there is none of this name."""
     tables = published_tables()
     for table in tables:
         for row in table.rows:

@@ -43,8 +43,8 @@ _SENTENCE_BATCH = 64
 def report_run(run: RunDirectory, console: Console, data: Path | None = None) -> None:
     """Print and write summary.txt, curves.png and samples.txt.
 
-    data: where the run's token store is now, if it has moved. Raises CheckpointError where there is nothing yet, and
-    DataError, once the rest is printed, where the store that samples are drawn from is not there.
+    data: where the run's token store is now, if it has moved. Raises CheckpointError if there is nothing yet, and
+    DataError, once the rest is printed, if the store that samples are drawn from is not there.
     """
     metrics = read_metrics(run.metrics) if run.metrics.exists() else []
     evaluations = [line for line in metrics if line["kind"] == "eval"]
@@ -70,7 +70,7 @@ def report_run(run: RunDirectory, console: Console, data: Path | None = None) ->
     _write(run.path / "samples.txt", LEGEND, *sentences)
     say(console, f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.")
     if run.verdict() == "stopped":
-        say_command(console, "To go on:", f"{command('pretrain')} --resume {run.path}")
+        say_command(console, "To resume:", f"{command('pretrain')} --resume {run.path}")
     say_command(console, "As transformers models:", f"{command('export')} {run.path}")
 
 

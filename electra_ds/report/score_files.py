@@ -30,9 +30,9 @@ class ScoredSet(_Record):
     rows: int = Field(gt=0)
     metrics: dict[str, float | None]
     baseline: dict[str, float] = {}
-    """What one prediction for every row scores; empty in runs that did not record it, and of SQuAD 1.1."""
+    """The scores of the same prediction for every row; empty in runs that did not record it, and for SQuAD 1.1."""
     warning: str = ""
-    """What was said of a model that is no better than one prediction for every row."""
+    """The warning about a model that is no better than the same prediction for every row."""
 
 
 class Scores(_Record):
@@ -73,7 +73,7 @@ class Scores(_Record):
         return self._of_dev(self.metrics)
 
     def dev_baselines(self) -> dict[str, float]:
-        """Their baselines, under the same names."""
+        """Return the baselines of the development sets, under the same names."""
         return self._of_dev(lambda name: self.sets[name].baseline)
 
     def _of_dev(self, values: Callable[[str], dict[str, float]]) -> dict[str, float]:
@@ -114,7 +114,7 @@ class Group:
         return self._means(Scores.dev_metrics)
 
     def baselines(self) -> TaskMetrics:
-        """Their baselines, which are the same for all seeds that are scored on the same rows."""
+        """Return the means of the baselines, which are the same for all seeds that are scored on the same rows."""
         return self._means(Scores.dev_baselines)
 
     def _means(self, values: Callable[[Scores], dict[str, float]]) -> TaskMetrics:
@@ -127,7 +127,7 @@ class Group:
 
 
 def read_run(path: Path) -> ScoredRun:
-    """Raises CheckpointError where its scores.json is missing, broken, or holds what is no score."""
+    """Raises CheckpointError if its scores.json is missing, broken, or holds what is no score."""
     file = path / "scores.json"
     try:
         document = json.loads(file.read_text("utf8"))
@@ -181,7 +181,7 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
     """(runs, notes). A run that is given twice, or whose scores a copy repeats, counts once; one that has not finished
     is left out beside others that have.
 
-    Raises CheckpointError where one cannot be read, or none has finished, and ConfigError where two runs of the same
+    Raises CheckpointError if one cannot be read, or none has finished, and ConfigError if two runs of the same
     model, recipe, task and seed differ.
     """
     if not paths:

@@ -30,8 +30,8 @@ from electra_ds.terminal import say, warn
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 BASELINE = (
-    "baseline: what one prediction for every row scores: a set's most frequent class, the mean of its scores, or in "
-    "SQuAD 2.0 no answer"
+    "baseline: the score of the same prediction for every row: the set's most frequent class, the mean of its scores, "
+    "or, in SQuAD 2.0, no answer"
 )
 _CONFIDENCE = 0.95
 _COLUMNS = (
@@ -67,7 +67,7 @@ def report_scores(
     `compare` names published scores to be shown beside them.
 
     `csv` is a file that gets every run's metrics, `submission` a zip that gets their predictions of GLUE's test sets.
-    Raises ConfigError where the runs do not fit together or nothing is published under that name, and CheckpointError
+    Raises ConfigError if the runs do not fit together or nothing is published under that name, and CheckpointError
     where one has no scores, its predictions are broken, or a file cannot be written.
     """
     published = [find_published(name) for name in compare]
@@ -167,7 +167,7 @@ def _rows(group: Group) -> list[tuple[str, str, str, list[float]]]:
 
 
 def _baselines(group: Group) -> dict[tuple[str, str, str], float]:
-    """The baseline of each (task, set, metric) that has one; the mean where seeds were scored on different rows."""
+    """Return the baseline of each (task, set, metric) that has one; the mean if seeds were scored on different rows."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for task, runs in group.tasks.items():
         for run in runs.values():
@@ -178,7 +178,7 @@ def _baselines(group: Group) -> dict[tuple[str, str, str], float]:
 
 
 def _warnings(group: Group) -> list[str]:
-    """The warnings of a group's runs, each once, with its task and seeds."""
+    """Return the warnings of a group's runs, each once, with its task and seeds."""
     seeds: dict[tuple[str, str], list[int]] = {}
     for task, runs in group.tasks.items():
         for seed, run in runs.items():
@@ -281,7 +281,7 @@ def _compared(group: Group) -> dict[str, list[float]]:
 
 
 def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
-    """One row a metric, values as in scores.json. Raises CheckpointError where it cannot be written."""
+    """One row a metric, values as in scores.json. Raises CheckpointError if it cannot be written."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf8", newline="") as file:
         writer = csv_files.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)

@@ -25,7 +25,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Raises ValueError where there are none."""
+    """Raises ValueError if there are none."""
     if not values:
         raise ValueError("no values to sum up")
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -48,7 +48,7 @@ def zip_submission(runs: Sequence[Path], out: Path, *, fill_wnli: bool = False) 
     """Write RUN/submission/*.tsv of all runs into one zip; notes say what is in it and what is missing.
 
     With `fill_wnli`, a missing WNLI.tsv answers 0 to all, its larger class. The zip appears complete or not at all.
-    Raises ConfigError where two runs bring the same file or none brings any, and CheckpointError where a file is not
+    Raises ConfigError if two runs bring the same file or none brings any, and CheckpointError if a file is not
     what the site takes or the zip cannot be written.
     """
     found, ignored = _find(runs)

@@ -46,7 +46,7 @@ def report_sweep(
     folder: SweepFolder, trials: Sequence[Trial], spec: SweepSpec, console: Console, *,
     is_running: bool = False, has_more: bool = False,
 ) -> pd.DataFrame:  # fmt: skip
-    """Print the tables and how to go on, and write results.csv, results.parquet, cells.csv and the pictures. Returns
+    """Print the tables and how to resume, and write results.csv, results.parquet, cells.csv and the pictures. Returns
     the results. has_more: whether there is more to be run than the trials."""
     table = results(folder, trials)
     others = {record.key for record in folder.records()} - {trial.key for trial in trials}
@@ -75,7 +75,7 @@ def report_sweep(
     if is_running:
         _say_what_runs(folder, trials, table, console)
     else:
-        _say_how_to_go_on(folder, table, console, has_more=has_more)
+        _say_how_to_resume(folder, table, console, has_more=has_more)
     return table
 
 
@@ -99,12 +99,12 @@ def _say_what_runs(folder: SweepFolder, trials: Sequence[Trial], table: pd.DataF
     _say(console, "The sweep is being run")
 
 
-def _say_how_to_go_on(folder: SweepFolder, table: pd.DataFrame, console: Console, *, has_more: bool) -> None:
+def _say_how_to_resume(folder: SweepFolder, table: pd.DataFrame, console: Console, *, has_more: bool) -> None:
     """As commands, which no full stop follows."""
     can_begin = (table["state"] == "unfinished") | ((table["state"] == "waiting") & (table["reason"] == ""))
     has_failed = (table["state"] == "failed").any()
     if has_more or can_begin.any() or ((table["state"] == "waiting").any() and not has_failed):
-        say_command(console, "Go on with:", f"{command('sweep')} --resume {folder.path}")
+        say_command(console, "Resume it with:", f"{command('sweep')} --resume {folder.path}")
     if has_failed:
         say_command(console, "Run what failed again:", f"{command('sweep')} --resume {folder.path} --retry-failed")
 
@@ -225,7 +225,7 @@ def _baseline_means(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def _avg_and_glue(of_tasks: pd.DataFrame, prefix: str) -> dict[str, float]:
-    """AVG and GLUE in percent, as far as the columns with this prefix give them. of_tasks: a row for each task."""
+    """Return AVG and GLUE in percent, as far as the columns with this prefix give them. of_tasks: a row per task."""
     scores = {row["task"]: _values(row, prefix) for _, row in of_tasks.iterrows()}
     means = {"AVG": average(scores), "GLUE": glue(scores).value}
     return {name: 100 * value for name, value in means.items() if value is not None}

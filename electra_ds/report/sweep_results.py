@@ -112,9 +112,9 @@ def _plain(value: Any) -> Any:
 
 def cells(table: pd.DataFrame, stage: str, metrics: Sequence[str]) -> pd.DataFrame:
     """Over the seeds of each cell of a stage: n, mean, sample standard deviation, median, lowest and highest of each
-    metric, and `baseline`, what one prediction for every row scores. Where a cell has several pretraining seeds, `std`
-    is that of their means, `n` their number, and `std_finetuning` the mean standard deviation over finetuning seeds
-    within one."""
+    metric, and `baseline`, the score of the same prediction for every row. If a cell has several pretraining seeds,
+    `std` is that of their means, `n` their number, and `std_finetuning` the mean standard deviation over finetuning
+    seeds within one."""
     ended = table[(table["stage"] == stage) & table["state"].isin(SUCCEEDED) & (table["reason"] != ENDED_EARLY)]
     of_stage = table[table["stage"] == stage]
     is_nested = "pretrain.seed" in of_stage and of_stage["pretrain.seed"].nunique() > 1
@@ -158,7 +158,7 @@ def axes_of(table: pd.DataFrame, stage: str) -> list[str]:
 
 
 def write_results(table: pd.DataFrame, over_seeds: pd.DataFrame, folder: Path) -> None:
-    """results.csv, results.parquet and cells.csv. Raises CheckpointError where they cannot be written."""
+    """results.csv, results.parquet and cells.csv. Raises CheckpointError if they cannot be written."""
     with whole_file(folder / "results.csv") as path:
         table.to_csv(path, index=False)
     mixed = {name: table[name].map(_text, na_action="ignore") for name in table if _is_mixed(table[name])}

@@ -9,13 +9,13 @@ from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import Trial
 
 _HOW = ("ds_config", "micro_batch", "log_every", "keep")
-"""Options that a run takes on when it goes on, since they are not of its mathematics."""
+"""Options that a resumed run takes anew, since they are not of its mathematics."""
 
 
 def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str]:
-    """Of the trial's command: for a new run, or to go on with one that is there.
+    """Return the arguments of the trial's command: for a new run, or to resume one that is there.
 
-    Raises CheckpointError where the encoder is not there that it is to finetune.
+    Raises CheckpointError if the encoder is not there that it is to finetune.
     """
     run, threads = folder.run(trial.key), spec.resources.cpus
     if run.exists():

@@ -47,7 +47,7 @@ class _Running:
         return f"{self.trial.label}: {f'step {self.step:,}' if self.step else self._preparation()}"
 
     def _preparation(self) -> str:
-        """What a trial without a step is at, by the last line of its log."""
+        """Return what a trial without a step is doing, by the last line of its log."""
         last = self.folder.last_lines(self.trial.key)[-1:]
         stages = [line.removeprefix(PREPARING) for line in last if line.startswith(PREPARING)]
         return stages[0] if stages else "prepares data and model"

@@ -2,7 +2,7 @@
 
 DIR/
   sweep.yaml          the sweep in full
-  home                where this folder was when the sweep began: the paths in sweep.yaml are of that time
+  home                where this folder was when the sweep began: the paths in sweep.yaml are from that time
   inputs/             copies of its recipes and DeepSpeed JSON files, where they are the user's own
   runs/KEY/           each trial's run directory, as bin/pretrain and bin/finetune make it
   trials/KEY.json     what the trial is, and each attempt: when, how long, how it ended
@@ -44,9 +44,9 @@ SUCCEEDED: tuple[State, ...] = ("done", "collapsed", "stopped")
 AS_PLANNED: tuple[State, ...] = (*SUCCEEDED, "skipped")
 ENDED: tuple[State, ...] = (*AS_PLANNED, "failed")
 STOPPED_AT, ENDED_EARLY = "--stop-at", "ended by the scheduler"
-"""Reasons for which a run that has stopped is not to go on."""
+"""Reasons for which a run that has stopped is not to be resumed."""
 ENDED_AT_START = "asked to leave before training began"
-"""A reason for which it is."""
+"""A reason for which a run that has stopped is to be resumed."""
 _TAIL_CHARACTERS = 4000
 _LOOKS_AT_MOST_S = 0.5
 """For which somebody who only looks whether a sweep is being run may hold its lock."""
@@ -111,7 +111,7 @@ class SweepFolder:
             raise CheckpointError(f"{self.path} cannot be a sweep's folder: {error.strerror}.") from error
 
     def read(self, overrides: Sequence[str] = ()) -> SweepSpec:
-        """Raises CheckpointError where there is no sweep, ConfigError where its file is damaged."""
+        """Raises CheckpointError if there is no sweep, ConfigError if its file is damaged."""
         if not self.exists():
             raise CheckpointError(f"{self.path} holds no sweep: there is no sweep.yaml in it.")
         return load_sweep(str(self.path / "sweep.yaml"), overrides)
@@ -124,7 +124,8 @@ class SweepFolder:
 
     @cached_property
     def home(self) -> Path:
-        """Where the folder was when the sweep began; of one that did not note it, where its oldest trial ran."""
+        """The place of the folder when the sweep began; if that was not recorded, the place where its oldest trial
+        ran."""
         try:
             return Path((self.path / "home").read_text("utf8").rstrip("\n"))
         except OSError:
@@ -133,15 +134,15 @@ class SweepFolder:
         return self.path if given is None else Path(given).parent.parent
 
     def now(self, stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """A trial's options with its inputs where they are now. Its key goes by where they were: so a sweep that was
-        moved together with its inputs is the same sweep."""
+        """Return a trial's options with its inputs where they are now. Its key depends on where they were, so a sweep
+        that was moved together with its inputs is the same sweep."""
         if self.home == self.path:
             return dict(options)
         return {name: moved_along(self.home, self.path, stage, name, value) for name, value in options.items()}
 
     def with_own_inputs(self, spec: SweepSpec) -> SweepSpec:
         """The sweep with copies of its recipes and DeepSpeed JSON files: what is edited or removed while it runs, or
-        before it goes on, changes nothing. Raises ConfigError where one cannot be read."""
+        before it goes on, changes nothing. Raises ConfigError if one cannot be read."""
         return spec.with_options(self._owned)
 
     def _owned(self, stage: str, name: str, value: Any) -> Any:
@@ -162,7 +163,7 @@ class SweepFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Raises ConfigError where another process runs this sweep, CheckpointError where it cannot be written."""
+        """Raises ConfigError if another process runs this sweep, CheckpointError if it cannot be written."""
         _make(self.path)
         try:
             lock = (self.path / ".lock").open("a+")
@@ -313,7 +314,7 @@ class SweepFolder:
     def encoder_of(self, trial: Trial) -> Path:
         """What a trial finetunes: a run that was pretrained before it, or one of its checkpoints.
 
-        Raises CheckpointError where that is not there.
+        Raises CheckpointError if that is not there.
         """
         assert trial.pretraining is not None
         run = self.run(trial.pretraining.key)
@@ -343,8 +344,8 @@ class SweepFolder:
             yield True
 
     def note_stopped(self, key: str, status: int, step: int) -> None:
-        """Let a trial count as stopped whose processes were asked to leave before its run could note that itself, as
-        while it starts. It is resumed, or begun anew, as any that a signal has stopped."""
+        """Mark a trial as stopped whose processes were asked to leave before its run could note that itself, such as
+        while it starts. It is resumed or started again, like any trial that a signal has stopped."""
         run = self.run(key)
         if run.verdict() is not None or 0 < status < 128:  # it has ended by itself
             return
@@ -360,7 +361,7 @@ class SweepFolder:
         run.write_verdict("failed", reason=why)
 
     def forget_failure(self, key: str) -> None:
-        """Let a trial go on where it was, if it failed; what its attempts took is kept."""
+        """Let a trial resume where it was, if it failed; what its attempts took is kept."""
         run = self.run(key)
         if run.verdict() != "failed":
             return
@@ -372,7 +373,7 @@ class SweepFolder:
             raise CheckpointError(f"Cannot write into {run.path}: {error.strerror}.") from error
 
     def last_lines(self, key: str) -> list[str]:
-        """The end of what a trial's processes have said, without empty lines."""
+        """Return the last lines that a trial's processes printed, without empty ones."""
         try:
             with self.log(key).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_CHARACTERS))
@@ -381,7 +382,7 @@ class SweepFolder:
             return []
 
     def _reason(self, key: str, status: int) -> str:
-        """The last words of its processes."""
+        """Return the last line that its processes printed, or the signal that killed them."""
         if status < 0:
             return f"killed by signal {-status}"
         lines = self.last_lines(key)

@@ -62,7 +62,7 @@ _FLAGS = {
 _ON = {"compile": "on", "wandb": "offline"}
 """What true stands for, as which YAML reads the word on; false, or off, is off."""
 _OFF = {"tensorboard": "--no-tensorboard", "cased": "--uncased", "strip_accents": "--no-strip-accents"}
-"""Flags whose false is an argument of its own."""
+"""Flags for which false has an argument of its own."""
 _LISTS = {"init_from", "corpus"}
 _FILES = ("train", "dev", "test")
 _FOLDERS = ("data_dir", "data")
@@ -185,8 +185,8 @@ def with_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
 
 
 def moved_along(home: Path, folder: Path, stage: str, name: str, value: Any) -> Any:
-    """Where an input is now, if it was moved together with a sweep's folder, which was at `home` once: at the same
-    place relative to it. What is not there stays as it is."""
+    """Return where an input is now if it was moved together with a sweep's folder, which was once at `home`: at the
+    same place relative to it. An input that is not there is returned unchanged."""
     if isinstance(value, list):
         return [moved_along(home, folder, stage, name, each) for each in value]
     if name in _SMALL or not _is_path(stage, name, value) or not Path(value).is_absolute():

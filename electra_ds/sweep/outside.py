@@ -44,7 +44,7 @@ class _Driver:
 
 def run_from_outside(address: str, folder: SweepFolder, arguments: Sequence[str], say: Callable[[str], object]) -> int:
     """`electra-ds sweep ARGUMENTS` on a node, its output as it comes; returns its exit status. What stops a sweep is in
-    its folder, which the nodes share. Raises ConfigError where the cluster cannot be reached, TrainingError where it is
+    its folder, which the nodes share. Raises ConfigError if the cluster cannot be reached, TrainingError if it is
     lost, InterruptedBySignalError at the end where a signal came."""
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # what goes wrong is told below
     try:

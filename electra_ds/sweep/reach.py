@@ -40,7 +40,7 @@ def _noted_address() -> str:
 
 
 def checked_storage(storage: str) -> str:
-    """A path in full, or an address that pyarrow knows. Raises ConfigError where it cannot be written to."""
+    """A path in full, or an address that pyarrow knows. Raises ConfigError if it cannot be written to."""
     if "://" not in storage:
         storage = str(Path(storage).expanduser().absolute())
     try:

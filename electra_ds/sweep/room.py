@@ -30,7 +30,7 @@ def this_machine() -> Node:
 
 
 def trials_at_once(resources: Resources, nodes: Sequence[Node]) -> int:
-    """Raises ConfigError where there is no room for one."""
+    """Raises ConfigError if there is no room for one."""
     places = sum(node.places(resources) for node in nodes)
     if places < resources.workers:
         raise ConfigError(_no_room(resources, nodes))

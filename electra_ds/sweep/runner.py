@@ -129,7 +129,7 @@ class RayRunner:
         except OSError as error:
             raise CheckpointError(f"Tune cannot write into {self._storage or records}: {error}") from error
         except tune.TuneError as error:
-            raise TrainingError(f"Tune has ended the sweep, which --resume goes on with: {error}") from error
+            raise TrainingError(f"Tune has ended the sweep: {error}. Resume it with --resume.") from error
         if self._storage is None:
             shutil.rmtree(records, ignore_errors=True)  # the folder says it all
 
@@ -215,7 +215,7 @@ def _scheduler(spec: SweepSpec) -> TrialScheduler:
 
 
 def _optuna(spec: SweepSpec, learned: Sequence[tuple[dict[str, Any], float]]) -> Searcher:
-    """Raises ConfigError where Optuna is not installed."""
+    """Raises ConfigError if Optuna is not installed."""
     try:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -244,7 +244,7 @@ def ray_runner(
     """address: of a cluster; None starts Ray on this machine alone. storage: where Tune keeps its own records, which
     are removed where it is None.
 
-    Raises ConfigError where the cluster cannot be reached or has no room for a single trial, and
+    Raises ConfigError if the cluster cannot be reached or has no room for a single trial, and
     InterruptedBySignalError at the end where a signal came.
     """
     for name in ("ray", "ray.tune"):

@@ -118,7 +118,7 @@ class Scheduler(Section):
     grace_steps: int = Field(default=1, ge=1)
     """Steps that every trial gets before it may be ended."""
     reduction_factor: float = Field(default=4.0, gt=1)
-    """ASHA: one in so many goes on from each rung to the next."""
+    """ASHA: one in so many continues from each rung to the next."""
 
 
 _LEAST_SHARE = 0.01

@@ -57,5 +57,5 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
         first, _ = came[0]
         resume = f"{command('sweep')} --resume {folder.path}"
         raise InterruptedBySignalError(
-            f"{signal.Signals(first).name}: what is done is kept. Go on with: {resume}", first
+            f"{signal.Signals(first).name}: what is done is kept. Resume it with: {resume}", first
         )

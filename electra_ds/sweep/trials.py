@@ -28,10 +28,10 @@ _LONGEST_LABEL = 80
 _MOST_TRIALS = 20_000
 _EXAMPLE = {"pretrain": "rc2020-small", "finetune": "rc2020"}
 CheckArguments = Callable[[str, Sequence[str]], None]
-"""Raises ConfigError where a command, `pretrain` or `finetune`, does not take these arguments, and DataError where its
+"""Raises ConfigError if a command, `pretrain` or `finetune`, does not take these arguments, and DataError if its
 examples will not do. Where None stands in its place, nothing is to be run: neither is looked at."""
 Now = Callable[[str, Mapping[str, Value]], dict[str, Value]]
-"""A stage's options with their inputs where they are now; None where they are where they were."""
+"""A function that gives a stage's options with their inputs where they are now. None: no input has moved."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def suggested(
     spec: SweepSpec, values: Mapping[str, Value], check: CheckArguments | None, now: Now | None = None
 ) -> Trial:
     """The trial of what somebody suggests for a sweep of one stage; without a `seed` it has the stage's first one.
-    Raises ConfigError where it is none."""
+    Raises ConfigError if it is none."""
     ((name, stage),) = spec.stages.items()
     varying = {key: value for key, value in values.items() if key != "seed"}
     problems = [f"{name}.{key}: {problem}" for key in varying if (problem := key_problem(name, key))]

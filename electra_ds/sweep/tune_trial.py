@@ -49,7 +49,7 @@ def trainable(sweep: SweepSpec | Mapping[str, Any] | str, out: str | os.PathLike
     the seeds is not used, but for the first seed where a configuration has no `seed`. The configuration's other keys
     are the recipe's dotted keys or the command's options. out: where run directories are made, out/runs/KEY; a run
     that is there goes on, or is not run again where it has ended. Every evaluation is reported, with `step`, and of a
-    finetuning `score`, its first metric. Raises ConfigError where the sweep is not valid or has two stages; a
+    finetuning `score`, its first metric. Raises ConfigError if the sweep is not valid or has two stages; a
     configuration that is not valid, and a run that fails, make their trial fail.
     """
     if isinstance(sweep, str):
@@ -130,7 +130,7 @@ class _TuneTrial(tune.Trainable):
         self._ranks = _Ranks(trial, arguments, folder, self._spec.resources)
 
     def step(self) -> dict[str, Any]:
-        """The next evaluation. Raises KilledError where a process was killed; any other failure is the trial's
+        """The next evaluation. Raises KilledError if a process was killed; any other failure is the trial's
         outcome, and read from its folder."""
         try:
             while not self._look():
@@ -187,8 +187,8 @@ class _TuneTrial(tune.Trainable):
             self._folder.end(self._trial.key, status)
 
     def cleanup(self) -> None:
-        """Let the run of a trial save that somebody's own scheduler ends or pauses; one that could not yet is stopped
-        all the same."""
+        """Let the run of a trial that the user's own scheduler ends or pauses save first. A run that cannot save yet is
+        stopped anyway."""
         if self._ranks is not None:
             self._ranks.leave()
             while self._ranks.are_running():

@@ -1,4 +1,4 @@
-"""A run that begins with weights from elsewhere: they become its first checkpoint, and training goes on from that."""
+"""A run that begins with weights from elsewhere: they become its first checkpoint, and training continues from that."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def begin_with(
     """Write a checkpoint of these tensors and the run's record; returns the checkpoint's path.
 
     For the main rank, which holds the run. tensors: fp32, `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` for every
-    parameter of `Electra`; counters: as `MasterAdamW.counters` gives them. Raises CheckpointError where the folder
+    parameter of `Electra`; counters: as `MasterAdamW.counters` gives them. Raises CheckpointError if the folder
     cannot be written, or already holds a checkpoint.
     """
     state = {"step": step, "tokens": tokens, "precision": "fp32", "optimizer": dict(counters)}

@@ -32,7 +32,7 @@ class Listed(NamedTuple):
 
 
 def folder_of(run: Path) -> CheckpointFolder:
-    """A run's checkpoints. Raises CheckpointError where there is no run."""
+    """A run's checkpoints. Raises CheckpointError if there is no run."""
     directory = RunDirectory(run)
     if not directory.checkpoints.is_dir():
         if (run / "latest").is_file():
@@ -46,7 +46,7 @@ def folder_of(run: Path) -> CheckpointFolder:
 
 
 def listed(run: Path) -> list[Listed]:
-    """Oldest first. Raises CheckpointError where there is no run."""
+    """Oldest first. Raises CheckpointError if there is no run."""
     found = []
     for path in folder_of(run).paths():
         try:
@@ -115,7 +115,7 @@ def set_aside(run: Path) -> list[Path]:
 
 
 def to_verify(run_or_checkpoint: Path) -> list[Path]:
-    """All checkpoints of a run, newest first, or the one that is named. Raises CheckpointError where there is none."""
+    """All checkpoints of a run, newest first, or the one that is named. Raises CheckpointError if there is none."""
     if (run_or_checkpoint / "manifest.json").is_file() or run_or_checkpoint.parent.name == "checkpoints":
         return [run_or_checkpoint]
     paths = folder_of(run_or_checkpoint).paths()
@@ -127,7 +127,7 @@ def to_verify(run_or_checkpoint: Path) -> list[Path]:
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, every byte read: hashes, names and shapes.
 
-    Raises FileNotFoundError where the run has pruned it meanwhile.
+    Raises FileNotFoundError if the run has pruned it meanwhile.
     """
     try:
         checkpoint = load_checkpoint(path)
@@ -148,7 +148,7 @@ def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[
     """Remove all but the newest checkpoints and what killed saves left; gives each path and why, before it goes.
 
     keep: how many stay, as many as the run keeps where it is None; damaged: also those that were set aside as damaged;
-    dry: say it only. The newest whole one always stays. Raises CheckpointError where the run is in use, where none of
+    dry: say it only. The newest whole one always stays. Raises CheckpointError if the run is in use, where none of
     those that would stay is whole, and where the folder cannot be written.
     """
     directory, folder = RunDirectory(run), folder_of(run)
@@ -158,8 +158,8 @@ def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[
         staying = folder.paths()[-keep:]
         if newest is not None and newest not in staying:
             raise CheckpointError(
-                f"The {keep} newest checkpoints of {run} are damaged, and {newest.name} is the newest whole one: "
-                f"{next(iter(wrong.values()))} Go on with --resume first, which sets them aside, or give a larger "
+                f"The {keep} newest checkpoints of {run} are damaged, and {newest.name} is the newest complete one: "
+                f"{next(iter(wrong.values()))} Resume the run first, which sets them aside, or give a larger "
                 f"--keep."
             )
         doomed = [(path, "older") for path in folder.paths()[:-keep]]

@@ -1,4 +1,4 @@
-"""Can this machine pretrain? What is here, what it means, and the command that mends what is wrong.
+"""Can this machine pretrain? What is here, what it means, and the command that fixes what is wrong.
 
 `gather` looks at the machine; `diagnose` and `judge_trials` turn facts into findings and know no machine.
 """
@@ -205,7 +205,7 @@ def _print(findings: list[Finding], can_pretrain: bool, console: Console) -> Non
     console.print()
     for finding in findings:
         if finding.mend is not None:
-            say_command(console, f"To mend {finding.what}:", finding.mend)
+            say_command(console, f"To fix {finding.what}:", finding.mend)
     verdict = "[green]Pretraining can run here.[/]" if can_pretrain else "[red]Pretraining cannot run here yet.[/]"
     console.print(verdict, highlight=False)
 

@@ -62,7 +62,7 @@ class EncoderSource:
     trained_length: int | None = None
     """Tokens of a sequence in pretraining, as far as is known."""
     notes: tuple[str, ...] = ()
-    """What the user should know about how its tokenizer was read."""
+    """Notes for the user on how its tokenizer was read."""
 
     @property
     def num_layers(self) -> int:
@@ -101,7 +101,7 @@ def read_encoder(name: str) -> EncoderSource:
     """The encoder that `name` names: a run directory or checkpoint of ours, a folder that `bin/export` or transformers
     wrote, or a model of the Hub.
 
-    Raises DataError where there is none, it is damaged, not whole, or lacks its tokenizer; CheckpointError for a run
+    Raises DataError if there is none, it is damaged, not whole, or lacks its tokenizer; CheckpointError for a run
     without a checkpoint.
     """
     path = Path(name)
@@ -150,7 +150,7 @@ def _of_run(path: Path) -> EncoderSource:
 
 
 def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast, list[str]]:
-    """Return what `EncoderSource.files` wrote, or transformers did, and notes on the tokenizer."""
+    """Return the config and tokenizer that `EncoderSource.files` or transformers wrote, and notes on the tokenizer."""
     if not (folder / "config.json").is_file():
         raise DataError(
             f"{name} has no config.json, so it is no model of transformers. Give a run directory, a folder that "

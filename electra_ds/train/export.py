@@ -19,7 +19,7 @@ from electra_ds.train.trained import beside, load_model, newest_checkpoint
 def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     """Write `generator/` and `discriminator/` into `out`; returns what to do with them.
 
-    Raises CheckpointError where there is nothing to export, or `out` already holds something.
+    Raises CheckpointError if there is nothing to export, or `out` already holds something.
     """
     checkpoint = newest_checkpoint(run_or_checkpoint)
     out = out or beside(checkpoint, "export")

@@ -51,7 +51,7 @@ _CHECKED_ROWS, _CHECKED_LENGTH = 4, 24
 def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only: bool = False) -> str:
     """Write a run's kept weights, or a checkpoint's, into `out`; returns what to do with them.
 
-    Raises CheckpointError where there is nothing to export or `out` already holds something, ConfigError where no class
+    Raises CheckpointError if there is nothing to export or `out` already holds something, ConfigError if no class
     of transformers computes what was trained.
     """
     checkpoint = kept_checkpoint(run_or_checkpoint)
@@ -160,7 +160,7 @@ def uses_segments(recipe: FinetuneRecipe, config: PretrainedConfig) -> bool:
 
 
 def _for_question_answering(trained: TaskModel, config: PretrainedConfig) -> PreTrainedModel:
-    """transformers' own class, where it is the encoder and one matrix. Raises ConfigError where it is not."""
+    """transformers' own class, where it is the encoder and one matrix. Raises ConfigError if it is not."""
     assert isinstance(trained.head, SpanHead)
     config = copy.deepcopy(config)
     config.num_labels, config.problem_type = 2, None

@@ -36,7 +36,7 @@ def check_out(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder to write into, which becomes `out` at the end, or is removed where anything is raised.
 
-    Raises CheckpointError where it cannot be written.
+    Raises CheckpointError if it cannot be written.
     """
     partial = unfinished(out, secrets.token_hex(4))
     try:
@@ -53,7 +53,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _give_usual_modes(folder: Path) -> None:
-    """Files of safetensors' writer, which are the owner's alone, become readable to whom the umask says."""
+    """Give all files the permissions of the umask; safetensors writes files that only their owner can read."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():

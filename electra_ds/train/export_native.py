@@ -1,4 +1,4 @@
-"""A run's checkpoint as DeepSpeed's own, with what a script needs to go on from it."""
+"""Write a run's checkpoint as DeepSpeed's own, with what a script needs to continue from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from electra_ds.train.export_folder import cannot_write, check_out, unfinished
 from electra_ds.train.trained import beside, newest_checkpoint, recorded_recipe
 
 _CONVERTED = (1, 2)
-"""Stages that DeepSpeed loads a universal checkpoint at as it was saved."""
+"""Stages at which DeepSpeed loads a universal checkpoint as it was saved."""
 _BESIDE = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
 
 
@@ -31,8 +31,8 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
     """Write the newest checkpoint, or the given one, for as many ranks as there are; returns what to do with it.
 
     To be called by all ranks. ds_config: a DeepSpeed JSON's name or file, None for the one that the run had.
-    `out` appears complete or not at all. Raises CheckpointError where there is nothing to export or `out` already holds
-    something or the tensors are not the recipe's, ConfigError where the JSON cannot be used here.
+    `out` appears complete or not at all. Raises CheckpointError if there is nothing to export or `out` already holds
+    something or the tensors are not the recipe's, ConfigError if the JSON cannot be used here.
     """
     with ranks.together():
         checkpoint = newest_checkpoint(run_or_checkpoint, ranks)
@@ -63,7 +63,7 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
             shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
     lines = [
         f"{out / tag}: step {checkpoint.state['step']:,}",
-        f"{out / 'go_on.py'}: a script that goes on from it; README.md says how to start it",
+        f"{out / 'go_on.py'}: a script that continues from it; README.md says how to start it",
         *(f"Note: {note}." for note in plan.notes),
         f"Written at {_layout(plan)}; DeepSpeed loads it only with the same stage, precision and number of ranks.",
         *([_to_other_ranks(out / tag)] if plan.stage in _CONVERTED else []),
@@ -86,7 +86,7 @@ def _layout(plan: DeepSpeedPlan) -> str:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """CheckpointError where the disk does not take it, which torch's writer says as a RuntimeError."""
+    """Raise CheckpointError if the disk does not take it, which torch's writer says as a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -107,7 +107,7 @@ def _write_beside(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan, f
 
 def _script(recipe: Recipe) -> str:
     optimizer = recipe.optimizer
-    return f'''"""Goes on from this folder's checkpoint; README.md says how to start it."""
+    return f'''"""Continue from this folder's checkpoint; README.md says how to start it."""
 
 import json
 from pathlib import Path

@@ -279,7 +279,7 @@ class FinetuneLoop(TrainingLoop):
         write_file(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
 
     def _written(self, name: str, of: Judged) -> dict[str, Any]:
-        """What scores.json says of a set."""
+        """Return what scores.json says about a set."""
         said: dict[str, Any] = {
             "rows": of.rows,
             "metrics": {key: value if math.isfinite(value) else None for key, value in of.metrics.items()},
@@ -294,7 +294,7 @@ class FinetuneLoop(TrainingLoop):
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Whole or not at all. Raises CheckpointError where the disk is full."""
+    """Whole or not at all. Raises CheckpointError if the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -305,7 +305,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def discard_weights(run: RunDirectory) -> None:
-    """Remove the checkpoints of a run that is done. Raises CheckpointError where that cannot be done."""
+    """Remove the checkpoints of a run that is done. Raises CheckpointError if that cannot be done."""
     for folder in (run.checkpoints, run.path / "best"):
         try:
             if folder.is_dir():

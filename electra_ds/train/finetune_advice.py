@@ -1,4 +1,4 @@
-"""What the user of a finetuning should know before it starts, and of a model that is no better than its baseline."""
+"""Notes on a finetuning before it starts, and warnings about a model that is no better than its baseline."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from electra_ds.train.task_sets import Judged, TaskSets
 
 _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
 _FEW_STEPS, _ENOUGH_STEPS = 200, 500
-"""A new head needs some hundreds of steps: docs/experiments.md, "Small sets of one's own"."""
+"""A new head needs some hundreds of steps: docs/experiments.md, "Small sets of your own"."""
 _UNBALANCED = 0.8
-"""Share of the training examples, assumed, from which on the most frequent class is a reason for predicting nothing
+"""The assumed share of the training examples from which the most frequent class is a reason for predicting nothing
 else."""
 
 
@@ -35,13 +35,13 @@ def advice(training: Finetuning, encoder: EncoderSource, sets: TaskSets, *, keep
         share = float((sets.train.lengths > trained).mean())
         yield (
             f"{share:.0%} of the training inputs are longer than the {trained} tokens that the encoder was pretrained "
-            f"on, the longest {longest}; positions beyond have never been trained. --set data.max_length={trained} "
+            f"on, the longest {longest}; positions beyond were never trained. --set data.max_length={trained} "
             f"would cut them there"
         )
     yield from _unknown_text(encoder, sets)
     if rate := _lower_rate(recipe, encoder):
         yield (
-            f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper takes "
+            f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper uses "
             f"{rate} for one of this size: --set optimizer.learning_rate={rate}"
         )
     if keeps_weights and (not_held := why_not_held(recipe, encoder.config, sets.num_outputs is None)):
@@ -53,7 +53,7 @@ def advice(training: Finetuning, encoder: EncoderSource, sets: TaskSets, *, keep
 
 
 def _unknown_text(encoder: EncoderSource, sets: TaskSets) -> Iterator[str]:
-    """Yield a note for each set of whose text the encoder's tokenizer gives too much as [UNK]."""
+    """Yield a note for each set if the encoder's tokenizer turns too much of its text into [UNK]."""
     tokenizer = encoder.tokenizer
     for name, inputs in ({"training": sets.train} | sets.dev | sets.test).items():
         text = inputs.ids[~np.isin(inputs.ids, [tokenizer.cls_token_id, tokenizer.sep_token_id])]
@@ -71,8 +71,8 @@ def _unknown_text(encoder: EncoderSource, sets: TaskSets) -> Iterator[str]:
 def useless_warning(
     name: str, of: Judged, steps: int, training: Finetuning, encoder: EncoderSource, sets: TaskSets
 ) -> str:
-    """Return what is wrong with a model that is no better on a set than its baseline, why that may be, and what to
-    do."""
+    """Return a warning about a model that is no better on a set than its baseline: what is wrong, why that may be, and
+    what to do."""
     recipe, rate, reasons = training.recipe, training.optimizer.learning_rate, []
     if steps < _FEW_STEPS:
         reasons.append(f"{steps:,} steps are too few to train a new head; add --set schedule.min_steps={_ENOUGH_STEPS}")
@@ -114,8 +114,8 @@ def _what_is_wrong(name: str, of: Judged) -> str:
 
 
 def _lower_rate(recipe: FinetuneRecipe, encoder: EncoderSource) -> str | None:
-    """The learning rate, with more overrides after it, that the original's paper has for a model of this width, where
-    the recipe's is for small models."""
+    """Return the learning rate, perhaps with more overrides after it, that the original's paper has for a model of this
+    width if the recipe's is for small models, else None."""
     if encoder.hidden_size < _BASE_WIDTH or recipe.optimizer.learning_rate <= _SMALL_RATE:
         return None
     return "1e-4" if encoder.hidden_size == _BASE_WIDTH else "5e-5 optimizer.layer_decay=0.9"

@@ -44,7 +44,7 @@ from electra_ds.train.trained import kept_checkpoint
 
 _SAVE_EVERY = 500
 _EVALUATIONS = 10
-"""Of a run that schedule.min_steps makes longer, which would otherwise be evaluated at each of a hundred epochs."""
+"""The number of evaluations in a run that schedule.min_steps makes longer; each epoch would otherwise have one."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FinetuneOptions(Options):
     discard_weights: bool | None = None
     max_train_examples: int | None = None
     model: str | None = None
-    """Where the encoder of a resumed finetuning is now; of its examples, what follows."""
+    """Where the encoder of a resumed finetuning is now; the fields below say the same for its examples."""
     data_dir: Path | None = None
     train: Path | None = None
     dev: Path | None = None
@@ -74,7 +74,7 @@ def num_training_inputs(data: TaskData, recipe: FinetuneRecipe, max_train: int |
 def tokenised_sets(
     data: TaskData | SquadData, encoder: EncoderSource, recipe: FinetuneRecipe, max_train: int | None, console: Console
 ) -> TaskSets:
-    """The task's sets as the encoder's inputs, under a progress bar. Raises ConfigError where inputs are longer than
+    """The task's sets as the encoder's inputs, under a progress bar. Raises ConfigError if inputs are longer than
     the encoder takes."""
     if recipe.data.max_length > encoder.max_length:
         raise ConfigError(
@@ -108,7 +108,7 @@ def prepare_new(
     source_of_recipe: str,
     changes: list[str],
 ) -> FinetuneJob:
-    """A job for a new run. Raises ConfigError where recipe, JSON, task and model do not go together."""
+    """A job for a new run. Raises ConfigError if recipe, JSON, task and model do not go together."""
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
     sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
     training = Finetuning(recipe, len(sets.train), encoder.num_layers)
@@ -144,9 +144,9 @@ def prepare_new(
 
 
 def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bool:
-    """Whether nothing of a run is left to do: it has come to its end, and no test set is to be predicted in addition.
+    """Return whether nothing of a run is left to do: it is finished, and no test set is to be predicted in addition.
 
-    To be called by all ranks, which agree on it. Raises CheckpointError where there is no such run.
+    To be called by all ranks, which agree on it. Raises CheckpointError if there is no such run.
     """
     if not launch.is_finished(run, "finetune", ranks):
         return False
@@ -156,7 +156,7 @@ def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bo
 
 
 def say_finished(run: RunDirectory, console: Console) -> None:
-    """Say that there is nothing left to train, and where what came of it is."""
+    """Print that nothing is left to train, and where the results are."""
     record, recipe = run.read_record(FinetuneRecord), run.read_recipe(FinetuneRecipe)
     say(console, f"The run {run.path} is finished: nothing is left to train. Its scores are in {run.path / SCORES}.")
     say_command(console, "Several runs together:", f"{command('report')} RUN RUN …")
@@ -170,7 +170,7 @@ def say_finished(run: RunDirectory, console: Console) -> None:
 
 
 def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
-    """A job that goes on with a run. Raises DataError where its examples or the model that it began with have
+    """Return a job that resumes a run. Raises DataError if its examples or the model that it began with have
     changed."""
     run.check_resumable("finetune")
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
@@ -207,7 +207,7 @@ def _check_test(record: FinetuneRecord, sets: TaskSets, loaded: LoadedTask) -> N
 
 
 def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
-    """Raises DataError where the ranks have not read the same. To be called by all of them."""
+    """Raises DataError if the ranks have not read the same. To be called by all of them."""
     counts = (len(job.sets.train), [len(inputs) for inputs in (job.sets.dev | job.sets.test).values()])
     found = ranks.gather((job.record.data_fingerprint, counts))
     with ranks.together():
@@ -216,7 +216,8 @@ def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
 
 
 def _source_now(options: FinetuneOptions, record: FinetuneRecord) -> TaskSource:
-    """A run's source, with what the user says of where it is now. Raises ConfigError for what it has not."""
+    """Return a run's source with the places that the user gave. Raises ConfigError for options that do not fit the
+    run."""
     is_own = record.source.train is not None
     paths = {"folder": options.data_dir, "train": options.train, "dev": options.dev, "test": options.test}
     given: dict[str, Any] = {name: str(path.absolute()) for name, path in paths.items() if path is not None}
@@ -224,12 +225,12 @@ def _source_now(options: FinetuneOptions, record: FinetuneRecord) -> TaskSource:
     if wrong:
         of = "examples of your own" if is_own else f"official files of {record.task}"
         flag = wrong[0].replace("folder", "data-dir")
-        raise ConfigError(f"--{flag} does not fit this run, which was begun on {of}.")
+        raise ConfigError(f"--{flag} does not fit this run, which uses {of}.")
     return replace(record.source, **given)
 
 
 def _encoder_again(run: RunDirectory, record: FinetuneRecord, given: str | None) -> EncoderSource:
-    """The configuration and tokenizer that travel with a run, and what it began with where no checkpoint has more.
+    """Return the configuration and tokenizer that travel with a run, and what it began with if it has no checkpoint.
 
     given: where the user says that it is now.
     """

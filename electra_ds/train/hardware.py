@@ -69,7 +69,7 @@ class Hardware:
 
 
 class Problem(NamedTuple):
-    """What keeps torch from using GPUs, and the command that mends it."""
+    """What keeps torch from using GPUs, and the command that fixes it."""
 
     found: str
     meaning: str
@@ -132,16 +132,16 @@ def unused(hardware: Hardware) -> Problem | None:
 
 
 def check_gpu(hardware: Hardware, index: int | None) -> None:
-    """ConfigError where torch has no code for a rank's GPU. index: among the visible ones, None on a CPU."""
+    """Raise ConfigError if torch has no code for a rank's GPU. index: among the visible ones, None on a CPU."""
     problem = None if index is None else without_code(hardware.gpus[index], hardware)
     if problem is not None:
-        raise ConfigError(f"{problem.found}: {problem.meaning}. To mend that: {problem.mend}")
+        raise ConfigError(f"{problem.found}: {problem.meaning}. To fix it: {problem.mend}")
 
 
 def cannot_use(hardware: Hardware) -> str:
     """`unused` in words without the last stop; empty where there is nothing to tell."""
     problem = unused(hardware)
-    return "" if problem is None else f"{problem.found} {problem.meaning} (to mend that: {problem.mend})"
+    return "" if problem is None else f"{problem.found} {problem.meaning} (to fix it: {problem.mend})"
 
 
 def notes_at_start(hardware: Hardware, index: int | None, precision: str) -> list[str]:

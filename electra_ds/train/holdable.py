@@ -15,7 +15,7 @@ class NotHeld(NamedTuple):
     why: str
     """Without a full stop."""
     instead: str
-    """Overrides of the recipe with which a class of transformers does hold the head; empty where there are none."""
+    """Overrides of the recipe with which a class of transformers can hold the head; empty if there are none."""
 
     def __str__(self) -> str:
         otherwise = f"Finetune with --set {self.instead}, {ENCODER_ONLY}"

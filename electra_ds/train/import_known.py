@@ -1,7 +1,7 @@
-"""What the tensors of a checkpoint do not tell of its two networks, and where else it is said.
+"""Find what the tensors of a checkpoint do not show about its two networks.
 
-The number of heads, the layer-norm epsilon, the activation and the kind of positions change no tensor's shape: with
-others than it was trained with, a network computes something else, and nothing else shows it.
+The number of heads, the layer-norm epsilon, the activation and the position type do not change the shape of any tensor.
+With values other than those of its training a network computes something else, and nothing else shows it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _HIDDEN = ("num_attention_heads", "layer_norm_eps", "hidden_act")
 
 
 class Known(NamedTuple):
-    """The sizes of the networks as far as anything at hand says them."""
+    """The sizes of the networks, as far as they are known."""
 
     generator: Wanted | None = None
     discriminator: Wanted | None = None
 
 
 def find_known(folder: Path, given: Mapping[str, Path | None], export: Path | None, recipe: Recipe) -> Known:
-    """Return what says how the networks of the checkpoint in `folder` are built, and check the recipe against it.
+    """Return what is known about the networks of the checkpoint in `folder`, and check the recipe against it.
 
     given: a config.json, or the folder that it is in, for `generator` and `discriminator`; it comes before the recipe
-    that our own export has beside the checkpoint, and that before config.json files of transformers beside and above it
-    whose visible sizes are the recipe's. Raises ConfigError where the recipe differs, DataError for a bad config.
+    that our own export has next to the checkpoint, and that before config.json files of transformers next to and above
+    it whose visible sizes are the recipe's. Raises ConfigError if the recipe differs, DataError for a bad config.
     """
     found: dict[str, Wanted] = {}
     for part, path in given.items():
@@ -51,7 +51,7 @@ def find_known(folder: Path, given: Mapping[str, Path | None], export: Path | No
 
 
 def told(recipe: Recipe, known: Known) -> list[str]:
-    """Lines of the import's summary: what of each network was checked, against what, and what is assumed."""
+    """Return lines of the import's summary: what was checked for each network, against what, and what is assumed."""
     checked, assumed = [], []
     for part, wanted, sizes in zip(_PARTS, known, _sizes(recipe), strict=True):
         heads = sizes["num_attention_heads"]
@@ -67,8 +67,8 @@ def told(recipe: Recipe, known: Known) -> list[str]:
         return checked
     return [
         *checked, *assumed,
-        "           The recipe says so; the tensors do not tell, and with other values than they were trained with the "
-        "model computes something else.",
+        "           These are the recipe's values. The tensors do not show them, and with values other than in its "
+        "training the model computes something else.",
         "           Give the models' config.json to have it checked (--generator-config, --discriminator-config), "
         "or change it by --set generator.num_attention_heads=N model.num_attention_heads=N model.layer_norm_eps=X",
     ]  # fmt: skip
@@ -77,10 +77,10 @@ def told(recipe: Recipe, known: Known) -> list[str]:
 def _given(part: str, path: Path) -> Wanted:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"There is no config.json {path}. --{part}-config takes one, or the folder that it is in.")
+        raise DataError(f"There is no config.json at {path}. --{part}-config takes one, or the folder that it is in.")
     kind, sizes = read_sizes(file)
     if kind not in (None, part):
-        raise ConfigError(f"{file} is a {kind}'s by its architectures, and is given as --{part}-config.")
+        raise ConfigError(f"{file} is a {kind}'s by its architectures, but it is given as --{part}-config.")
     return Wanted(str(file), sizes)
 
 
@@ -93,7 +93,7 @@ def _of_recipe(file: Path) -> dict[str, Wanted]:
 
 
 def _around(folder: Path, recipe: Recipe) -> Iterator[tuple[str, Wanted]]:
-    """Those beside and above the checkpoint that are an ELECTRA's, of the recipe's sizes where tensors show them."""
+    """Yield configs next to and above the checkpoint that are an ELECTRA's and have the recipe's visible sizes."""
     ours = dict(zip(_PARTS, _sizes(recipe), strict=True))
     for place in (folder, *folder.resolve().parents[:2]):
         named = [(part, place / part / "config.json") for part in _PARTS]
@@ -116,6 +116,6 @@ def _is_electra(file: Path) -> bool:
 
 
 def _sizes(recipe: Recipe) -> list[dict[str, Any]]:
-    """Sizes of generator and discriminator, by their names in config.json."""
+    """Return the sizes of generator and discriminator, by their names in config.json."""
     configs = encoder_configs(recipe, vocab_size=1, pad_token_id=0)
     return [asdict(config) | {"hidden_act": "gelu"} for config in configs]

@@ -41,16 +41,16 @@ def folder_of_export(files: NativeFiles) -> Path | None:
 
 
 def store_of_export(folder: Path) -> TokenStore:
-    """The token store of the run that was exported. Raises DataError where it is another by now."""
+    """The token store of the run that was exported. Raises DataError if it is another by now."""
     return recorded_store(RunDirectory(folder).read_record(), folder, None, "say where it is now with --data STORE")
 
 
 def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | None, known: Known = _NOTHING) -> str:
     """Write the run with one checkpoint of what was read; returns what came in, and the next command.
 
-    For the one process that holds the run. export: what `folder_of_export` found; known: what `find_known` did. Raises
-    CheckpointError where the checkpoint does not fit the job, ConfigError where the recipe's schedule has ended by
-    then.
+    To be called by the one process that holds the run. export: what `folder_of_export` found; known: what `find_known`
+    found. Raises CheckpointError if the checkpoint does not fit the job, ConfigError if the recipe's schedule
+    has ended by then.
     """
     if native.step > job.recipe.schedule.total_steps:
         raise ConfigError(
@@ -85,7 +85,7 @@ def import_native(native: NativeCheckpoint, job: PretrainJob, export: Path | Non
         *(f"Note: {note}." for note in (*native.notes, *_frozen(native), *_differences(native, job.recipe.optimizer))),
     ]
     path = begin_with(job, tensors, step=native.step, tokens=tokens, counters=counters)
-    return "\n".join((*lines, f"wrote {path}", f"Go on with: {command('pretrain')} --resume {job.run.path}"))
+    return "\n".join((*lines, f"wrote {path}", f"Resume it with: {command('pretrain')} --resume {job.run.path}"))
 
 
 def _moments(found: int, total: int) -> str:
@@ -93,7 +93,7 @@ def _moments(found: int, total: int) -> str:
         return "none, so AdamW's begin at zero"
     if found == total:
         return "both of AdamW's, complete"
-    why = "as they were frozen or no gradient had reached them"
+    why = "because they were frozen or no gradient had reached them"
     return f"of {found} tensors; those of the other {total - found} begin at zero, {why}"
 
 
@@ -147,7 +147,7 @@ def _state_of_export(folder: Path | None, step: int) -> dict[str, Any] | None:
 
 
 def _problem_of_state(state: Any) -> str:
-    """What keeps a run from going on with it; empty where nothing does."""
+    """Return what keeps a run from continuing with it; empty where nothing does."""
     if not isinstance(state, dict):
         return "it is no object"
     for key in ("step", "tokens"):
@@ -169,7 +169,7 @@ def _problem_of_state(state: Any) -> str:
 
 
 def _differences(native: NativeCheckpoint, section: OptimizerSection) -> list[str]:
-    """Where the run will go on otherwise than the checkpoint's optimizer would."""
+    """Return where the run will continue otherwise than the checkpoint's optimizer would."""
     notes = []
     for key, ours in (("betas", (section.beta1, section.beta2)), ("eps", section.epsilon)):
         theirs = _numbers(native.adam.get(key))

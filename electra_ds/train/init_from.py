@@ -50,11 +50,11 @@ class Beginning:
         return [part for part in (self.generator, self.discriminator) if part is not None]
 
     def _own_tokenizer(self) -> Tokenizer | None:
-        """The one that came with the weights, the discriminator's first."""
+        """Return the tokenizer that came with the weights, the discriminator's first."""
         return next((part.tokenizer for part in reversed(self._parts()) if part.tokenizer is not None), None)
 
     def own_tokenizer(self) -> str:
-        """What --tokenizer would say to take the weights' own. Raises ConfigError where none came with them."""
+        """Return the argument of --tokenizer for the weights' own. Raises ConfigError if none came with them."""
         for part in reversed(self._parts()):
             if part.tokenizer is not None or is_hub_model(part.name):
                 return part.name
@@ -100,8 +100,8 @@ class Beginning:
         own = self._own_tokenizer()
         if own is not None and (differing := _differing_steps(own, tokenizer)):
             notes.append(
-                f"the tokenizer has the weights' pieces but cuts text otherwise than theirs: {differing}. Unless you "
-                f"mean that, use theirs: leave --tokenizer and --data out, or build the store with "
+                f"the tokenizer has the weights' pieces but splits text differently from theirs: {differing}. Unless "
+                f"you intend that, use theirs: leave out --tokenizer and --data, or build the store with "
                 f"{command('build-data')} --tokenizer {self.own_tokenizer()}"
             )
         spare = self.discriminator.vocab_size - tokenizer.vocab_size
@@ -128,7 +128,7 @@ class Beginning:
 def read_beginning(sources: Sequence[str], recipe: Recipe) -> Beginning:
     """The weights in one or two folders of transformers' or names on the Hub, in any order.
 
-    A folder may be one that bin/export made. Raises DataError where a model cannot be had or used, ConfigError where
+    A folder may be one that bin/export made. Raises DataError if a model cannot be had or used, ConfigError where
     they are no discriminator with or without a generator, or do not fit the recipe.
     """
     for source in sources:
@@ -162,7 +162,7 @@ def read_beginning(sources: Sequence[str], recipe: Recipe) -> Beginning:
 
 
 def _check_word(source: str) -> None:
-    """Raises ConfigError for what can name neither a folder nor a model, DataError for another framework's weights."""
+    """Raise ConfigError for what can name neither a folder nor a model, DataError for another framework's weights."""
     if not source.strip():
         raise ConfigError("--init-from is given an empty name. Give a folder, or OWNER/NAME of a model on the Hub.")
     try:
@@ -195,14 +195,14 @@ def _check_one_vocabulary(generator: Pretrained, discriminator: Pretrained) -> N
 
 
 def _differing_steps(theirs: Tokenizer, ours: Tokenizer) -> str:
-    """How two tokenizers differ in what they do to text before they look pieces up; empty where in nothing."""
+    """Return how two tokenizers differ in what they do to text before they look up pieces; empty if they do not."""
     found = []
     for step in ("normalizer", "pre_tokenizer"):
         one, other = (json.loads(tokenizer.backend.to_str())[step] for tokenizer in (theirs, ours))
         if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
             found += [f"{key} {one[key]} there and {other[key]} here" for key in one if one[key] != other[key]]
         elif one != other:
-            found.append(f"another {step}")
+            found.append(f"a different {step}")
     return ", ".join(found)
 
 

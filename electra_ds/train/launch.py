@@ -80,7 +80,7 @@ class Options:
         """What was recorded, then the sections that a DeepSpeed JSON enables, then what was given here.
 
         WANDB_MODE decides the mode where only the JSON asks for wandb, as it does in DeepSpeed.
-        Raises ConfigError where a value would have no effect.
+        Raises ConfigError if a value would have no effect.
         """
         new: dict[str, Any] = {}
         if monitors.wandb is not None:
@@ -142,7 +142,7 @@ def plan_for(options: Options, recipe: TrainingRecipe, ranks: Ranks) -> DeepSpee
 def resolved_plan(
     options: Options, values: dict[str, Any], source: str, recipe: TrainingRecipe, ranks: Ranks
 ) -> DeepSpeedPlan:
-    """A DeepSpeed JSON resolved for the device of these ranks. Raises ConfigError where it cannot be run there."""
+    """A DeepSpeed JSON resolved for the device of these ranks. Raises ConfigError if it cannot be run there."""
     device = runtime.device(ranks.launch)
     hardware = look(torch)
     check_gpu(hardware, device.index)
@@ -186,7 +186,7 @@ def plan_of_run(
 
 
 def _is_as_recorded(record: Record, ranks: Ranks) -> bool:
-    """Whether a run goes on with as many ranks as it had, on the same kind of device."""
+    """Return whether a run resumes with as many ranks as it had, on the same kind of device."""
     device = runtime.device_name(runtime.device(ranks.launch))
     return ranks.world_size == record.world_size and device == record.device
 
@@ -217,7 +217,7 @@ def prepare_new(
     ranks: Ranks,
     initialised_from: Sequence[str] = (),
 ) -> PretrainJob:
-    """A job for a new run. Raises DataError where the corpus is too small to hold out from.
+    """A job for a new run. Raises DataError if the corpus is too small to hold out from.
 
     initialised_from: where the weights come from that `adopt.begin_with` will be given.
     """
@@ -239,9 +239,9 @@ def prepare_new(
 
 
 def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks: Ranks) -> bool:
-    """Whether a run has come to the end of its schedule. To be called by all ranks, which agree on it.
+    """Return whether a run has reached the end of its schedule. To be called by all ranks, which agree on it.
 
-    Raises CheckpointError where there is no such run.
+    Raises CheckpointError if there is no such run.
     """
     with ranks.together():
         run.check_resumable(kind)
@@ -249,7 +249,7 @@ def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks:
 
 
 def say_finished(run: RunDirectory, console: Console) -> None:
-    """Say that there is nothing left to train, and where what came of it is."""
+    """Print that nothing is left to train, and where the results are."""
     step = run.verdict_details().get("step")
     say(console, f"The run {run.path} is finished, at step {step}: nothing is left to train.")
     say_command(console, "Its report:", f"{command('report')} {run.path}")
@@ -257,14 +257,15 @@ def say_finished(run: RunDirectory, console: Console) -> None:
 
 
 def plan_resume(options: Options, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
-    """The plan to resume a run with: its own DeepSpeed JSON, or another. Raises CheckpointError where there is none."""
+    """Return the plan to resume a run with: its own DeepSpeed JSON, or another. Raises CheckpointError if there is
+    none."""
     run.check_resumable("pretrain")
     recipe = run.read_recipe()
     return plan_of_run(options, run, run.read_record(), recipe, ranks)
 
 
 def prepare_resume(options: Options, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> PretrainJob:
-    """A job that goes on with a run."""
+    """Return a job that resumes a run."""
     recipe, record = run.read_recipe(), run.read_record()
     # The run's own JSON spoke at the start; what was said then, --wandb off for instance, is in the record.
     tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)

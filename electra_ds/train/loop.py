@@ -1,4 +1,4 @@
-"""The training loop of every run: steps, reports, checkpoints, what memory allows, and going on at any step."""
+"""The training loop of every run: steps, reports, checkpoints, what memory allows, and resuming at any step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Job(Protocol):
     """Everything a run needs, checked before anything long starts."""
 
     command: ClassVar[str]
-    """What goes on with such a run."""
+    """The command that resumes such a run."""
 
     @property
     def run(self) -> RunDirectory: ...
@@ -78,7 +78,7 @@ def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_li
     """Train from the newest checkpoint, or from the start, to `job.stop_at`; False where the time limit came first.
 
     To be called by all ranks. Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError
-    where gradients stay non-finite, CheckpointError where the disk is full. The main rank's caller holds the run's
+    where gradients stay non-finite, CheckpointError if the disk is full. The main rank's caller holds the run's
     lock.
     """
     with runtime.StopWish(ranks, time_limit_s) as stop_wish, contextlib.ExitStack() as stack:
@@ -155,7 +155,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def check_fresh(self) -> None:
-        """On the main rank, where there is no checkpoint. Raises CheckpointError where one must have been lost."""
+        """On the main rank, where there is no checkpoint. Raises CheckpointError if one must have been lost."""
 
     @property
     def keep_at(self) -> Collection[int]:
@@ -176,13 +176,13 @@ class TrainingLoop(ABC):
         self._evaluated = metrics.evaluated
         if metrics.reached > self.step:
             again = metrics.reached - self.step
-            say(self.console, f"The {again:,} steps that it had done after that are done again.")
+            say(self.console, f"The {again:,} steps after that are repeated.")
         return RunLog(
             metrics, open_trackers(job.record.tracking, job.run, config, self.step, metrics.reached, self.console)
         )
 
     def _resume(self) -> None:
-        """Go on from the newest whole checkpoint, which all ranks verify together, each a share of its files."""
+        """Resume from the newest complete checkpoint, which all ranks verify together, each a share of its files."""
         with self.ranks.together():
             path, damaged = self.checkpoints.newest_whole(self.ranks)
         with self.ranks.together():
@@ -205,7 +205,7 @@ class TrainingLoop(ABC):
                 )
         self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
-        say(self.console, f"Going on from {path}, step {self.step}.")
+        say(self.console, f"Resuming from {path}, step {self.step}.")
 
     def run(self, stop_wish: runtime.StopWish) -> bool:
         """Train; False where the time limit came before `stop_at`."""
@@ -257,33 +257,33 @@ class TrainingLoop(ABC):
                 if not runtime.is_out_of_memory(error):
                     raise
                 smaller = self._smaller_plan(step, error)
-            self._go_on_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
+            self._continue_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
 
     def _smaller_plan(self, step: int, error: RuntimeError) -> DeepSpeedPlan:
-        """With half the micro-batch, or the next smaller one that divides the batch. Raises TrainingError where the
-        step cannot be done again."""
+        """Return the plan with half the micro-batch, or the next smaller one that divides the batch. Raises
+        TrainingError if the step cannot be done again."""
         batch = self.plan.batch
         sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
         ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
         if not sizes:
             raise TrainingError(
                 f"{ran_out}, and there is no smaller one. Close what else uses the memory, or add an "
-                f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_go_on(' --micro-batch auto')}"
+                f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_resume(' --micro-batch auto')}"
             ) from error
         if batch.world_size > 1 or not self.engine.optimizer.is_whole:
             why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "its update had begun"
             raise TrainingError(
                 f"{ran_out}, and the step cannot be done again, since {why}. "
-                f"{self._how_to_go_on(f' --micro-batch {sizes[0]}')}"
+                f"{self._how_to_resume(f' --micro-batch {sizes[0]}')}"
             ) from error
         return self.plan.with_micro_batch(sizes[0])
 
-    def _how_to_go_on(self, arguments: str = "") -> str:
+    def _how_to_resume(self, arguments: str = "") -> str:
         saved = self._saved()
         begin = f"From {saved[-1].name} on" if saved else "No checkpoint was saved yet, so from the start"
         return f"{begin}: {command(self.job.command)} --resume {self.job.run.path}{arguments}"
 
-    def _go_on_with(self, plan: DeepSpeedPlan) -> None:
+    def _continue_with(self, plan: DeepSpeedPlan) -> None:
         """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
         self.saver.close()  # whose copy would be a second one
         optimizer = self.engine.optimizer
@@ -308,8 +308,8 @@ class TrainingLoop(ABC):
             )
         note(
             self.console,
-            f"memory ran out in step {self.step + 1}, which is done again and everything after it with "
-            f"micro-batch x accumulation = {plan.batch}; batch, masks and samples stay as they were",
+            f"memory ran out in step {self.step + 1}, which is repeated; from here on micro-batch x accumulation = "
+            f"{plan.batch}, and global batch, masks and samples stay as they were",
         )
         try:
             self.job.run.write_record(self.job.recipe, plan, self.job.record)
@@ -326,11 +326,11 @@ class TrainingLoop(ABC):
             if self.ranks.is_main:
                 run.write_verdict("stopped", step=self.step, reason=request.reason)
                 run.mark_requeue(request.reason)
-        go_on = f"{command(self.job.command)} --resume {run.path}"
-        message = f"{request.reason}: saved {self.checkpoints.path(self.step)}. Go on with:"
+        resume = f"{command(self.job.command)} --resume {run.path}"
+        message = f"{request.reason}: saved {self.checkpoints.path(self.step)}. Resume it with:"
         if request.signum is not None:
-            raise InterruptedBySignalError(f"{message} {go_on}", request.signum)
-        say_command(self.console, message, go_on)
+            raise InterruptedBySignalError(f"{message} {resume}", request.signum)
+        say_command(self.console, message, resume)
         return False
 
     def _log(self, display: TrainingDisplay) -> None:

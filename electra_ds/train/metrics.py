@@ -60,7 +60,7 @@ def always_original_accuracy(replaced_share: float) -> float:
 
 
 def with_baseline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an evaluation as metrics.jsonl has it, with that baseline."""
+    """Return an evaluation as in metrics.jsonl, with the accuracy of always answering "original"."""
     share = evaluation.get("replaced_share")
     return dict(evaluation) | {ALWAYS_ORIGINAL: None if share is None else always_original_accuracy(share)}
 

@@ -56,12 +56,12 @@ class Judged:
     metrics: dict[str, float]
     """Empty where the set has no labels. Shares lie in [0, 1], correlations in [-1, 1]."""
     baseline: dict[str, float]
-    """What `baseline_prediction` scores where it is given for every row; empty where there is none."""
+    """The scores of `baseline_prediction` if it is given for every row; empty if there is none."""
     baseline_prediction: str
     constant: str | None
-    """What all predictions are, where the labels differ and the predictions do not."""
+    """The prediction for all rows, if the labels differ and the predictions do not."""
     is_beaten: bool
-    """Whether the labels differ and the first metric is no better than its baseline."""
+    """True if the labels differ and the first metric is no better than its baseline."""
     details: dict[str, Any]
     """What else scores.json says of the set."""
     files: dict[str, str | bytes] = field(repr=False)
@@ -84,14 +84,14 @@ class TaskSets(ABC):
     chosen_by: str
     """The metric of choices."""
     shown_metrics: tuple[str, ...] = ()
-    """Those that the terminal shows; empty where it shows all."""
+    """The metrics that the terminal shows; empty if it shows all."""
 
     @abstractmethod
     def judge(self, name: str, outputs: Outputs) -> Judged:
         """name: of a set in `dev` or `test`."""
 
     def shown(self, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> str:
-        """Scores for the terminal, each next to its baseline where there is one."""
+        """Return scores for the terminal, each next to its baseline if there is one."""
         return "  ".join(
             f"{name} {metrics[name]:.4f}" + (f" (baseline {baseline[name]:.4f})" if name in baseline else "")
             for name in self.shown_metrics or metrics
@@ -161,7 +161,7 @@ class LabelledSets(TaskSets):
         )  # fmt: skip
 
     def _named(self, prediction: float) -> str:
-        """A prediction for people."""
+        """Return a prediction as people read it."""
         return f"{prediction:.4g}" if self.is_regression else f"'{self.labels[int(prediction)]}'"
 
     def _lines(self, examples: Any, predictions: np.ndarray, logits: np.ndarray) -> str:
@@ -273,7 +273,7 @@ def _shares(percents: Mapping[str, float]) -> dict[str, float]:
 
 
 def _unanswered(golds: Golds) -> tuple[dict[str, str], dict[str, float]]:
-    """(answers, scores of no answer) of a model that never answers."""
+    """Return (answers, scores of no answer) of a model that never answers."""
     return dict.fromkeys(golds, ""), dict.fromkeys(golds, math.inf)
 
 

@@ -74,8 +74,8 @@ class Trackers:
                 self._writers.remove(writer)
                 warn(
                     self._console,
-                    f"{writer.name} failed and is left out from here on ({type(error).__name__}: {error}). Training "
-                    f"goes on; metrics.jsonl has every number.",
+                    f"{writer.name} failed and is left out from now on ({type(error).__name__}: {error}). Training "
+                    f"continues; metrics.jsonl has every number.",
                 )
 
 
@@ -87,7 +87,7 @@ class RunLog:
         self._trackers = trackers
 
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """Raises CheckpointError where the disk is full."""
+        """Raises CheckpointError if the disk is full."""
         self._metrics.write(kind, step, values)
         self._trackers.write(kind, step, values)
 
@@ -107,7 +107,7 @@ def _named(kind: str, values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def check_tracking(settings: TrackingSettings, run: RunDirectory, *, is_new: bool) -> None:
-    """Raises ConfigError where a tracker could not run: not installed, no account, another run's folder."""
+    """Raises ConfigError if a tracker could not run: not installed, no account, another run's folder."""
     if settings.tensorboard is not None:
         _tensorboard_module()
     if settings.wandb == "online":
@@ -131,8 +131,8 @@ def open_trackers(
     """The writers that the settings ask for. metrics.jsonl is cut back to `resume_step` already.
 
     `config` is shown beside the curves. `reached` is the last step that was logged before this start, which lies
-    beyond `resume_step` where a run was killed. Raises CheckpointError where a folder cannot be written and
-    ConfigError where wandb cannot start even offline.
+    beyond `resume_step` where a run was killed. Raises CheckpointError if a folder cannot be written and
+    ConfigError if wandb cannot start even offline.
     """
     writers: list[Writer] = []
     if overruled := overruled_wandb_mode(settings.wandb):
@@ -219,7 +219,7 @@ def _wandb_module() -> Any:
 def wandb_login() -> bool:
     """Whether wandb has credentials, by its own rules: environment, netrc, settings. Asks nobody and needs no network.
 
-    Raises ConfigError where there are some that cannot be right.
+    Raises ConfigError if there are some that cannot be right.
     """
     wandb = _wandb_module()
     try:
@@ -293,7 +293,7 @@ class _Wandb:
             try:
                 self._run = self._init("online", start)
             except Exception as error:  # no network, a refused key: the numbers can be uploaded later
-                warn(console, f"wandb cannot be reached ({error}). It goes on offline.")
+                warn(console, f"wandb cannot be reached ({error}). The run continues offline.")
                 self._module.teardown()  # or its service would say that the id is in use
                 mode = "offline"
         if mode == "offline":

@@ -40,7 +40,7 @@ class MetricsFile:
             raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Raises CheckpointError where the disk is full."""
+        """Raises CheckpointError if the disk is full."""
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         except OSError as error:

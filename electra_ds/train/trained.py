@@ -18,7 +18,7 @@ from electra_ds.runtime import Ranks
 
 
 def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Checkpoint:
-    """A run's newest whole checkpoint, or the given one. Raises CheckpointError where there is none.
+    """A run's newest whole checkpoint, or the given one. Raises CheckpointError if there is none.
 
     ranks: of several, which all call it.
     """
@@ -66,7 +66,7 @@ def beside(checkpoint: Checkpoint, name: str) -> Path:
 
 
 def check_same_recipe(checkpoint: Checkpoint, recipe: Section, run: RunDirectory) -> None:
-    """Raises CheckpointError where the run's recipe is not the one that the checkpoint was trained by."""
+    """Raises CheckpointError if the run's recipe is not the one that the checkpoint was trained by."""
     before, now = recorded_recipe(checkpoint, type(recipe)), recipe
     values = {key: (attrgetter(key)(before), attrgetter(key)(now)) for key in recipe.dotted_keys()}
     changed = [f"{key} is {new}, not {old}" for key, (old, new) in values.items() if old != new]
@@ -90,7 +90,7 @@ def recorded_recipe(checkpoint: Checkpoint, kind: type[RecipeT] = Recipe) -> Rec
 def load_trained(run_or_checkpoint: Path) -> tuple[Electra, Tokenizer, Recipe, dict[str, Any]]:
     """(model in fp32, tokenizer, recipe, checkpoint state) of a run's newest checkpoint, or of a given one.
 
-    Needs nothing but the folder itself. Raises CheckpointError where there is no whole checkpoint.
+    Needs nothing but the folder itself. Raises CheckpointError if there is no whole checkpoint.
     """
     checkpoint = newest_checkpoint(run_or_checkpoint)
     return (*load_model(checkpoint), checkpoint.state)
