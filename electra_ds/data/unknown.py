@@ -40,7 +40,7 @@ class UnknownText:
         self.examples = list(dict.fromkeys([*self.examples, *other.examples]))[:_EXAMPLES]
 
     def share(self, all_tokens: int) -> float:
-        """Return the larger of the shares of tokens and of characters. Each stretch that is left out counts as a token."""
+        """Return the larger of the shares of tokens and of characters; a stretch that is left out counts as a token."""
         of_tokens = (self.num_tokens + self.num_left_out) / max(all_tokens + self.num_left_out, 1)
         return max(of_tokens, self.num_chars / max(self.text_chars, 1))
 
