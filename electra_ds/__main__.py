@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from electra_ds.program import missing_package
+from electra_ds.core.program import missing_package
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

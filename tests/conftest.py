@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from electra_ds import runtime
+from electra_ds.core import runtime
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.data.token_store import TokenStore

@@ -12,8 +12,8 @@ import sys
 from typing import Any
 
 from electra_ds.cli import main
-from electra_ds.engine.engine import TrainingEngine
-from electra_ds.train.finetune import FinetuneLoop
+from electra_ds.finetuning.finetune import FinetuneLoop
+from electra_ds.training.engine import TrainingEngine
 
 _train_step = TrainingEngine.train_step
 

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoModel, ElectraConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from electra_ds.cli import main
-from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
-from electra_ds.train.tracking import read_metrics
+from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY, free_port
 from tests.launching import ENVIRONMENT
 

@@ -12,10 +12,10 @@ from torch import distributed
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.batches import BatchBuilder
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.model.electra import Electra
+from electra_ds.pretraining.batches import BatchBuilder
+from electra_ds.pretraining.electra import Electra
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

@@ -19,12 +19,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import save_file
 from torch import distributed, nn
 
-from electra_ds import runtime
+from electra_ds.core import runtime
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint
-from electra_ds.engine.engine import close_deepspeed
-from electra_ds.engine.optimizer import parameter_groups
-from electra_ds.train.export_native import export_native
+from electra_ds.interop.export_native import export_native
+from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint
+from electra_ds.training.engine import close_deepspeed
+from electra_ds.training.optimizer import parameter_groups
 from tests.helpers import builder_for, model_for, small_recipe
 
 PRECISIONS: dict[str, dict[str, Any]] = {

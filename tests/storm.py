@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from electra_ds.config.manifest import RunDirectory, versions
-from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, verify_checkpoint
-from electra_ds.train.tracking import read_metrics
+from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, verify_checkpoint
+from electra_ds.training.tracking import read_metrics
 from tests.forks import PHASES, Moment, Started, start
 from tests.helpers import REPOSITORY, SMALL, free_port, write_corpus
 from tests.launching import ENVIRONMENT, srun_environment

@@ -61,7 +61,7 @@ def before_each_batch(folder: Path, *statements: str) -> dict[str, str]:
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
         "if any('electra_ds' in word for word in sys.orig_argv):\n"
-        "    import electra_ds.data.batches as m\n"
+        "    import electra_ds.pretraining.batches as m\n"
         "    build = m.BatchBuilder.build\n"
         "    def changed(self, step, size=None):\n"
         f"{inner}"

@@ -14,11 +14,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
+from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.errors import ConfigError
-from electra_ds.model.electra import Electra
-from electra_ds.objective.microbatch import MicroBatch
+from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.training.engine import DeepSpeedEngine
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 from tests.memory_tracking import saved_for_backward
 from tests.test_engine import PRECISIONS

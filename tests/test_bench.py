@@ -24,9 +24,9 @@ from electra_ds.bench.precisions import differences
 from electra_ds.bench.run import measure
 from electra_ds.bench.synthetic import GLUE_LENGTHS
 from electra_ds.cli import main
+from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.errors import ConfigError
+from electra_ds.training.engine import DeepSpeedEngine
 from tests.helpers import REPOSITORY
 
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from electra_ds.engine import checkpoint as checkpoint_module
-from electra_ds.engine.checkpoint import CheckpointFolder, Draft, load_checkpoint, share_of, verify_checkpoint
-from electra_ds.engine.optimizer import FRESH_COUNTERS
-from electra_ds.engine.tensor_file import TensorFiles, hash_file, write_tensors
-from electra_ds.errors import CheckpointError
+from electra_ds.core.errors import CheckpointError
+from electra_ds.training import checkpoint as checkpoint_module
+from electra_ds.training.checkpoint import CheckpointFolder, Draft, load_checkpoint, share_of, verify_checkpoint
+from electra_ds.training.optimizer import FRESH_COUNTERS
+from electra_ds.training.tensor_file import TensorFiles, hash_file, write_tensors
 from tests.helpers import REPOSITORY
 
 RECORD = {"recipe.yaml": "name: x\n", "run.json": "{}"}
@@ -336,7 +336,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.test_checkpoint import CheckpointFolder, save
-from electra_ds.errors import CheckpointError
+from electra_ds.core.errors import CheckpointError
 folder = CheckpointFolder(Path(sys.argv[1]), keep=3)
 save(folder, 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))  # the kernel refuses to write more, as on a full disk

@@ -12,8 +12,8 @@ import pytest
 from electra_ds.cli import main
 from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings
 from electra_ds.config.recipe import Recipe
-from electra_ds.engine.checkpoint import CheckpointFolder, verify_checkpoint
-from electra_ds.engine.optimizer import FRESH_COUNTERS
+from electra_ds.training.checkpoint import CheckpointFolder, verify_checkpoint
+from electra_ds.training.optimizer import FRESH_COUNTERS
 from tests.helpers import cpu_plan, small_recipe
 from tests.test_checkpoint import tensors
 

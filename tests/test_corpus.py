@@ -25,6 +25,7 @@ from electra_ds import cli
 from electra_ds.cli.pretrain import check_arguments
 from electra_ds.cli.stores import store_name
 from electra_ds.config.recipe import TokenizerSection
+from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.data import builtin, tokenizer
 from electra_ds.data.build import build_store
 from electra_ds.data.builtin import builtin_documents
@@ -33,7 +34,6 @@ from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.hub import HubSource, parse_hub_name
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import Tokenizer, train_tokenizer
-from electra_ds.errors import ConfigError, DataError
 from tests.helpers import REPOSITORY, SHARED_DATA, small_recipe, write_corpus
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from electra_ds.config.recipe import DataSection, TokenizerSection
-from electra_ds.data.batches import prefetched
+from electra_ds.core.errors import DataError
+from electra_ds.core.keyed_random import generator
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_corpus, open_source
 from electra_ds.data.sampling import MIXTURE_ROUND, Rows, Sampler, Windows, shuffled
 from electra_ds.data.segments import Ranges, split_holdout
 from electra_ds.data.token_store import TokenStore, token_dtype
 from electra_ds.data.tokenizer import train_tokenizer
-from electra_ds.errors import DataError
-from electra_ds.objective.keyed_random import generator
+from electra_ds.pretraining.batches import prefetched
 from tests.helpers import REPOSITORY, builder_for, small_recipe, write_corpus
 
 # --- token store
@@ -218,7 +218,7 @@ def test_a_full_disk_is_a_clear_error_and_finished_shards_are_kept(store: TokenS
     corpus = write_corpus(tmp_path / "corpus", documents=400)
     script = tmp_path / "build.py"
     limited = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
-    errors = "from electra_ds.errors import ElectraError\n"
+    errors = "from electra_ds.core.errors import ElectraError\n"
     script.write_text(limited + errors + BUILD.replace("    build.build_store", "    try:\n      build.build_store")
                       + "    except ElectraError as error: sys.exit(str(error))\n")  # fmt: skip
     out = tmp_path / "store"

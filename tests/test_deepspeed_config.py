@@ -18,11 +18,11 @@ from electra_ds.config.precision import _WITHOUT_EFFECT, LossScaling
 from electra_ds.config.shipped import ds_config_names
 from electra_ds.config.spelling import UNSET_BY_NULL, ZERO_OLD_NAMES, ZERO_SHORT_NAMES
 from electra_ds.config.zero import OF_DEEPSPEEDS_ADAM, ZERO_3_KEYS, ZERO_KEYS
-from electra_ds.data.batches import GlobalBatch
+from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.plain import PlainEngine
-from electra_ds.errors import ConfigError
+from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.plain import PlainEngine
+from electra_ds.training.engine import DeepSpeedEngine
 from tests.helpers import REPOSITORY, SHARED_DATA, builder_for, model_for, small_recipe
 
 
@@ -380,7 +380,7 @@ def test_fp16_auto_gives_way_to_a_precision_that_is_chosen() -> None:
 def test_what_deepspeed_itself_refuses_is_refused_before_anything_starts() -> None:
     import torch
 
-    from electra_ds.engine.engine import check_plan
+    from electra_ds.training.engine import check_plan
 
     plan = plan_of({"timers": {"throughput": {"foo": 1}}})
     with pytest.raises(ConfigError, match=r"(?s)DeepSpeed refuses x\.json.*foo"):

@@ -15,8 +15,8 @@ import pytest
 
 from electra_ds.cli import main
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
+from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.errors import ConfigError
 from tests.helpers import REPOSITORY, SMALL, small_recipe
 
 FOLDER = REPOSITORY / "tests" / "deepspeed_files"

@@ -14,10 +14,10 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from electra_ds.train import trial
-from electra_ds.train.doctor import Facts, Finding, diagnose, gather, judge_trials, wanted_versions
-from electra_ds.train.hardware import Gpu, Hardware
-from electra_ds.train.trial import try_precisions
+from electra_ds.bench import trial
+from electra_ds.bench.doctor import Facts, Finding, diagnose, gather, judge_trials, wanted_versions
+from electra_ds.bench.trial import try_precisions
+from electra_ds.config.hardware import Gpu, Hardware
 from tests.helpers import REPOSITORY
 from tests.test_pretrain import run
 

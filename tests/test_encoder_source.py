@@ -28,14 +28,14 @@ from transformers import (
 )
 
 from electra_ds.config.manifest import RunDirectory
+from electra_ds.core.errors import CheckpointError, DataError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.errors import CheckpointError, DataError
-from electra_ds.model.task_model import make_encoder
-from electra_ds.runtime import Ranks
-from electra_ds.train import launch
-from electra_ds.train.encoder_source import EncoderSource, read_encoder
-from electra_ds.train.export import export_run
-from electra_ds.train.pretrain import pretrain
+from electra_ds.finetuning.encoder_source import EncoderSource, read_encoder
+from electra_ds.finetuning.task_model import make_encoder
+from electra_ds.interop.export import export_run
+from electra_ds.pretraining import launch
+from electra_ds.pretraining.pretrain import pretrain
 from tests.finetuning import (
     NO_DROPOUT,
     POSITIONS,

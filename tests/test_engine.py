@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection, Recipe
+from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.optimizer import MasterAdamW, parameter_groups
-from electra_ds.engine.plain import PlainEngine
-from electra_ds.errors import ConfigError
+from electra_ds.pretraining.plain import PlainEngine
+from electra_ds.training.engine import DeepSpeedEngine
+from electra_ds.training.optimizer import MasterAdamW, parameter_groups
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
 CPU = torch.device("cpu")
@@ -441,7 +441,7 @@ def test_every_stage_follows_the_control_on_a_gpu_and_gives_and_takes_its_state(
 
 @pytest.mark.gpu
 def test_noise_is_the_same_on_a_gpu_as_on_the_cpu() -> None:
-    from electra_ds.objective.keyed_random import column_keys, exponential_noise
+    from electra_ds.core.keyed_random import column_keys, exponential_noise
 
     rows = torch.arange(-50, 50, dtype=torch.int32) * 7919
     on_cpu = exponential_noise(rows, column_keys(3000))

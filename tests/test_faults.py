@@ -21,11 +21,11 @@ from pathlib import Path
 import pytest
 
 from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings
+from electra_ds.core.errors import CheckpointError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import CheckpointFolder, verify_checkpoint
-from electra_ds.errors import CheckpointError
-from electra_ds.train.checkpoints import prune
-from electra_ds.train.tracking import read_metrics
+from electra_ds.training.checkpoint import CheckpointFolder, verify_checkpoint
+from electra_ds.training.checkpoints import prune
+from electra_ds.training.tracking import read_metrics
 from tests.forks import Moment, Started
 from tests.helpers import REPOSITORY
 from tests.storm import STEPS, arguments_for, assert_same, start_run
@@ -217,7 +217,7 @@ def reached(run: Path) -> int:
 
 
 def slow_disk(seconds: float) -> None:
-    from electra_ds.engine import checkpoint
+    from electra_ds.training import checkpoint
 
     write = checkpoint.write_tensors
 
@@ -235,7 +235,7 @@ def pretrained_before(arguments: Sequence[str]) -> None:
 
 
 def broken_writer() -> None:
-    from electra_ds.engine import checkpoint
+    from electra_ds.training import checkpoint
 
     def write(path: Path, group: object) -> object:
         raise MemoryError("none left")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from electra_ds.config.whole_file import whole_file
+from electra_ds.core.runtime import Ranks
+from electra_ds.core.whole_file import whole_file
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
-from electra_ds.runtime import Ranks
-from electra_ds.train.export import export_run
-from electra_ds.train.export_folder import new_folder
-from electra_ds.train.export_native import export_native
+from electra_ds.interop.export import export_run
+from electra_ds.interop.export_folder import new_folder
+from electra_ds.interop.export_native import export_native
 from tests.helpers import small_recipe
 from tests.test_native import portable  # noqa: F401
 

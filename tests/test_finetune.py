@@ -23,18 +23,18 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
-from electra_ds import runtime
 from electra_ds.cli import main
 from electra_ds.config.finetune_recipe import Finetuning, load_finetune_recipe
 from electra_ds.config.manifest import RunDirectory
+from electra_ds.core import runtime
 from electra_ds.data.sampling import shuffled
-from electra_ds.data.task_batches import _ORDER
-from electra_ds.engine.checkpoint import CheckpointFolder, open_checkpoint
-from electra_ds.engine.engine import TrainingEngine
-from electra_ds.model.task_model import TaskModel, make_head
-from electra_ds.objective.task_microbatch import TaskMicroBatch
-from electra_ds.train import finetune as finetune_module
-from electra_ds.train.export_finetuned import export_finetuned
+from electra_ds.finetuning import finetune as finetune_module
+from electra_ds.finetuning.task_batches import _ORDER
+from electra_ds.finetuning.task_microbatch import TaskMicroBatch
+from electra_ds.finetuning.task_model import TaskModel, make_head
+from electra_ds.interop.export_finetuned import export_finetuned
+from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.training.engine import TrainingEngine
 from tests.finetuning import (
     BAD,
     GOOD,

@@ -38,14 +38,14 @@ from transformers import (
 from electra_ds import cli
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
 from electra_ds.config.recipe import TokenizerSection
+from electra_ds.core.errors import CheckpointError, ConfigError, DataError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.tokenizer import train_tokenizer
-from electra_ds.errors import CheckpointError, ConfigError, DataError
-from electra_ds.model.task_heads import SpanHead
-from electra_ds.model.task_model import TaskModel, make_encoder, make_head
-from electra_ds.runtime import Ranks
-from electra_ds.train import export_finetuned as module
-from electra_ds.train.export_finetuned import export_finetuned, least_outputs, one_layer_as_two
-from electra_ds.train.trained import kept_checkpoint
+from electra_ds.finetuning.task_heads import SpanHead
+from electra_ds.finetuning.task_model import TaskModel, make_encoder, make_head
+from electra_ds.interop import export_finetuned as module
+from electra_ds.interop.export_finetuned import export_finetuned, least_outputs, one_layer_as_two
+from electra_ds.pretraining.trained import kept_checkpoint
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,

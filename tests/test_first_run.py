@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from electra_ds import runtime
 from electra_ds.cli import build_parser, finetune, main, pretrain
 from electra_ds.cli.asking import ask_before_years
 from electra_ds.config.cards import CARDS
@@ -19,10 +18,11 @@ from electra_ds.config.deepspeed import resolve
 from electra_ds.config.defaults import default_ds_config
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.shipped import ds_config_names
+from electra_ds.core import runtime
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.run_time import YEAR_S, RunTime, cpu_time, finetuning_time, pretraining_time
-from electra_ds.errors import ConfigError
-from electra_ds.runtime import Ranks
+from electra_ds.pretraining.run_time import YEAR_S, RunTime, cpu_time, finetuning_time, pretraining_time
 from tests.finetuning import tiny_electra, write_glue
 from tests.helpers import SMALL, small_recipe, write_corpus
 

@@ -16,9 +16,9 @@ from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.defaults import default_ds_config
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.shipped import ds_config_names, recipe_names
-from electra_ds.engine.memory import Phase, peak_memory
-from electra_ds.engine.run_time import pretraining_time
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
+from electra_ds.pretraining.memory import Phase, peak_memory
+from electra_ds.pretraining.run_time import pretraining_time
 from electra_ds.report.forecast import CARDS_RUN, GIB, Forecast, forecast
 from electra_ds.report.forecast_tables import MEASURED_SPEEDUP, as_json
 from electra_ds.report.literature import evidence, publications

@@ -12,12 +12,12 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, BertTokenizer, ElectraConfig, ElectraForPreTraining
 
 from electra_ds import cli
+from electra_ds.core.errors import DataError
 from electra_ds.data.given_tokenizer import Casing, load_given_tokenizer
 from electra_ds.data.token_store import TokenStore
-from electra_ds.errors import DataError
-from electra_ds.model.pretrained import read_pretrained
-from electra_ds.train.encoder_source import read_encoder
-from electra_ds.train.init_from import read_beginning
+from electra_ds.finetuning.encoder_source import read_encoder
+from electra_ds.interop.init_from import read_beginning
+from electra_ds.interop.pretrained import read_pretrained
 from tests.helpers import SHARED_DATA, small_recipe
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

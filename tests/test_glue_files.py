@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from electra_ds.data.glue import GLUE, OFFICIAL_ROWS, differing_rows, load_glue
-from electra_ds.data.glue_hub import load_glue_hub
-from electra_ds.data.task_files import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_own, notes, read_tsv
-from electra_ds.data.tasks import Examples, Task, TaskData
-from electra_ds.errors import DataError
-from electra_ds.objective.task_metrics import METRICS
+from electra_ds.core.errors import DataError
+from electra_ds.finetuning.glue import GLUE, OFFICIAL_ROWS, differing_rows, load_glue
+from electra_ds.finetuning.glue_hub import load_glue_hub
+from electra_ds.finetuning.task_files import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_own, notes, read_tsv
+from electra_ds.finetuning.task_metrics import METRICS
+from electra_ds.finetuning.tasks import Examples, Task, TaskData
 from tests.helpers import SHARED_DATA
 
 REAL = SHARED_DATA / "glue"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from electra_ds.config.shipped import recipe_names
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,

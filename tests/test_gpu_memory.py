@@ -16,13 +16,13 @@ from electra_ds.config.cards import find_card
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.batches import BatchBuilder, GlobalBatch
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.engine import has_bf16
-from electra_ds.engine.memory import CONTEXT_BYTES, peak_memory
-from electra_ds.engine.probe import fitting_plan
-from electra_ds.runtime import Ranks
+from electra_ds.pretraining.batches import BatchBuilder, GlobalBatch
+from electra_ds.pretraining.memory import CONTEXT_BYTES, peak_memory
+from electra_ds.pretraining.probe import fitting_plan
+from electra_ds.training.engine import has_bf16
 from tests.helpers import small_recipe
 from tests.test_out_of_memory import micro, train
 from tests.test_pretrain import train_losses

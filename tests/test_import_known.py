@@ -12,13 +12,13 @@ import torch
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.cli import main
+from electra_ds.core.errors import ConfigError, DataError, ElectraError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.errors import ConfigError, DataError, ElectraError
-from electra_ds.model.convert import to_transformers, transformers_config
-from electra_ds.runtime import Ranks
-from electra_ds.train.export_native import export_native
-from electra_ds.train.import_known import find_known
-from electra_ds.train.trained import load_model
+from electra_ds.interop.export_native import export_native
+from electra_ds.interop.import_known import find_known
+from electra_ds.pretraining.convert import to_transformers, transformers_config
+from electra_ds.pretraining.trained import load_model
 from tests.helpers import SMALL, model_for, small_recipe
 from tests.native_worker import config, plain_engine
 from tests.test_native import Joint, only_checkpoint, portable, train_joint  # noqa: F401

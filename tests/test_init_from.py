@@ -28,26 +28,26 @@ from transformers import (
 from electra_ds import cli
 from electra_ds.cli.pretrain import check_arguments
 from electra_ds.config.manifest import RunDirectory
+from electra_ds.core.errors import ConfigError, DataError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data import hub
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import train_tokenizer
-from electra_ds.engine.plain import PlainEngine
-from electra_ds.errors import ConfigError, DataError
-from electra_ds.model.convert import (
+from electra_ds.interop.adopt import begin_with
+from electra_ds.interop.export import export_run
+from electra_ds.interop.init_from import Beginning, read_beginning
+from electra_ds.pretraining import launch
+from electra_ds.pretraining.convert import (
     discriminator_tensors,
     from_discriminator_tensors,
     from_generator_tensors,
     generator_tensors,
     to_transformers,
 )
-from electra_ds.model.electra import Electra
-from electra_ds.runtime import Ranks
-from electra_ds.train import launch
-from electra_ds.train.adopt import begin_with
-from electra_ds.train.export import export_run
-from electra_ds.train.init_from import Beginning, read_beginning
-from electra_ds.train.pretrain import PretrainJob
-from electra_ds.train.trained import load_trained
+from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.plain import PlainEngine
+from electra_ds.pretraining.pretrain import PretrainJob
+from electra_ds.pretraining.trained import load_trained
 from tests.helpers import SMALL, builder_for, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
 from tests.test_pretrain import CPU_JSON, command, imported, run, start_arguments, train_losses
@@ -584,7 +584,7 @@ def test_a_hub_names_pickle_is_fetched_only_where_there_is_nothing_better(
 
 
 def test_a_run_without_it_imports_nothing_of_it() -> None:
-    assert "transformers" not in imported("import electra_ds.cli.pretrain, electra_ds.train.adopt")
+    assert "transformers" not in imported("import electra_ds.cli.pretrain, electra_ds.interop.adopt")
 
 
 def test_the_command_begins_with_the_weights_and_their_tokenizer(

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from electra_ds import runtime
 from electra_ds.config.manifest import RunDirectory
+from electra_ds.core import runtime
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.launcher import Launch, LauncherWatch, detect, first_host
+from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import CheckpointFolder, verify_checkpoint
-from electra_ds.engine.plain import PlainEngine
-from electra_ds.errors import ConfigError
-from electra_ds.launcher import Launch, LauncherWatch, detect, first_host
-from electra_ds.signals import SECOND_SIGNAL_AFTER_S
+from electra_ds.pretraining.plain import PlainEngine
+from electra_ds.training.checkpoint import CheckpointFolder, verify_checkpoint
 from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
 from tests.launching import (
     ENVIRONMENT,
@@ -310,7 +310,7 @@ FAULTS = {
         "no disk here", 2,
     ),
     "broken in training": (
-        "import electra_ds.data.batches as m\nbuild = m.BatchBuilder.build\n"
+        "import electra_ds.pretraining.batches as m\nbuild = m.BatchBuilder.build\n"
         "m.BatchBuilder.build = lambda self, step, size=None: 1 // 0 if step == 30 else build(self, step, size)",
         "ZeroDivisionError: integer division or modulo by zero", 1,
     ),
@@ -343,7 +343,7 @@ LITTLE_MEMORY = """
 import psutil, torch
 from collections import namedtuple
 psutil.virtual_memory = lambda: namedtuple("Memory", "available")(52_100_000)
-from electra_ds.model.electra import Electra
+from electra_ds.pretraining.electra import Electra
 run, passes = Electra.run, [0]
 def faulty(self, batch, samples):
     passes[0] += torch.is_grad_enabled()

@@ -28,14 +28,14 @@ from electra_ds.config.finetune_recipe import (
     Finetuning,
     load_finetune_recipe,
 )
-from electra_ds.data.task_batches import TaskBatchBuilder, TaskInputs
-from electra_ds.engine.engine import TrainingEngine
-from electra_ds.engine.layer_decay import check_layers, exponent, finetuning_rates
-from electra_ds.engine.task_step import TaskLosses
-from electra_ds.errors import ConfigError
-from electra_ds.model.task_model import TaskModel, make_encoder, make_head
-from electra_ds.objective.schedule import learning_rate_at
-from electra_ds.runtime import Ranks
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.runtime import Ranks
+from electra_ds.finetuning.layer_decay import check_layers, exponent, finetuning_rates
+from electra_ds.finetuning.task_batches import TaskBatchBuilder, TaskInputs
+from electra_ds.finetuning.task_model import TaskModel, make_encoder, make_head
+from electra_ds.finetuning.task_step import TaskLosses
+from electra_ds.training.engine import TrainingEngine
+from electra_ds.training.schedule import learning_rate_at
 from tests.finetuning import NO_DROPOUT, SMALL, electra_config
 
 KINDS = ("original", "corrected", "study")

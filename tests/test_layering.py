@@ -28,9 +28,9 @@ ROWS = [
 # Imports inside functions, beside those of the commands: what takes seconds and a run's first step does not need.
 LATE = {
     ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
-    ("electra_ds.train.metrics", "sklearn.metrics"),
-    ("electra_ds.objective.task_metrics", "sklearn.metrics"),
-    ("electra_ds.objective.task_metrics", "scipy.stats"),
+    ("electra_ds.pretraining.metrics", "sklearn.metrics"),
+    ("electra_ds.finetuning.task_metrics", "sklearn.metrics"),
+    ("electra_ds.finetuning.task_metrics", "scipy.stats"),
     ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),  # for type checkers
     ("electra_ds.sweep.runner", "optuna"),  # which need not be installed
     ("electra_ds.sweep.runner", "ray.tune.search.optuna"),
@@ -67,7 +67,7 @@ def test_imports_go_one_way(path: Path) -> None:
         return
     for module, at_top in imports_of(path):
         if module.startswith("electra_ds"):
-            target = module if module != "electra_ds" else "electra_ds.errors"
+            target = module if module != "electra_ds" else "electra_ds.core.errors"
             assert row_of(target) <= row_of(own), f"{own} imports {module}"
         may_be_late = own.startswith("electra_ds.cli.") or (own, module) in LATE
         assert at_top or may_be_late, f"{own} imports {module} inside a function"

@@ -14,17 +14,17 @@ from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import recipe_names
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine import step_time
-from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.memory import (
+from electra_ds.pretraining import step_time
+from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.memory import (
     count_parameters,
     head_pieces,
     largest_micro_batch,
     peak_memory,
     saved_bytes,
 )
-from electra_ds.engine.probe import longest_micro_batch
-from electra_ds.model.electra import Electra
+from electra_ds.pretraining.probe import longest_micro_batch
+from electra_ds.training.engine import DeepSpeedEngine
 from tests.helpers import builder_for, model_for, small_recipe
 from tests.memory_tracking import DTYPES, Tracker, cuda_kernels_on_meta, saved_for_backward  # noqa: F401
 

@@ -16,17 +16,17 @@ from electra_ds.cli import main
 from electra_ds.cli.sweep import check_arguments
 from electra_ds.config.manifest import FinetuneRecord, RunDirectory
 from electra_ds.config.moved import places_of
+from electra_ds.core.errors import ConfigError, DataError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.errors import ConfigError, DataError
+from electra_ds.interop.export_finetuned import export_finetuned
+from electra_ds.pretraining import launch
+from electra_ds.pretraining.launch import Options
 from electra_ds.report.run_report import report_run
-from electra_ds.runtime import Ranks
 from electra_ds.sweep.attempt import arguments_of
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.spec import SweepSpec, parse_sweep
 from electra_ds.sweep.trials import expand
-from electra_ds.train import launch
-from electra_ds.train.export_finetuned import export_finetuned
-from electra_ds.train.launch import Options
 from tests.finetuning import (
     arguments_of as finetune_arguments,
 )

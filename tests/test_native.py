@@ -28,26 +28,26 @@ from transformers import ElectraForMaskedLM, ElectraForPreTraining
 from electra_ds.cli import main
 from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.recipe import Recipe
+from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
-from electra_ds.engine.native import NativeCheckpoint, find_files, read_native
-from electra_ds.engine.native_deal import Slot, Slots, deal
-from electra_ds.engine.native_pickle import load_inert, refuse_untrusted
-from electra_ds.errors import CheckpointError, ConfigError
-from electra_ds.model.convert import (
+from electra_ds.interop.adopt import FRESH_COUNTERS, begin_with
+from electra_ds.interop.export import export_run
+from electra_ds.interop.export_native import export_native
+from electra_ds.interop.import_native import _state_of_export, folder_of_export, import_native
+from electra_ds.interop.native import NativeCheckpoint, find_files, read_native
+from electra_ds.interop.native_deal import Slot, Slots, deal
+from electra_ds.interop.native_pickle import load_inert, refuse_untrusted
+from electra_ds.pretraining import launch
+from electra_ds.pretraining.convert import (
     discriminator_tensors,
     from_discriminator_tensors,
     from_generator_tensors,
     generator_tensors,
     transformers_config,
 )
-from electra_ds.runtime import Ranks
-from electra_ds.train import launch
-from electra_ds.train.adopt import FRESH_COUNTERS, begin_with
-from electra_ds.train.export import export_run
-from electra_ds.train.export_native import export_native
-from electra_ds.train.import_native import _state_of_export, folder_of_export, import_native
-from electra_ds.train.tracking import read_metrics
+from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY, SMALL, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
 from tests.native_worker import PRECISIONS, STEPS, config, held_by, plain_engine, train
@@ -708,7 +708,7 @@ def test_a_run_that_could_not_be_written_is_no_run(
     def full(*arguments: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("electra_ds.engine.checkpoint._flush", full)
+    monkeypatch.setattr("electra_ds.training.checkpoint._flush", full)
     with pytest.raises(CheckpointError, match="No space left"):
         brought_in(plain, store, tmp_path / "run", process_group)
     assert not RunDirectory(tmp_path / "run").exists()

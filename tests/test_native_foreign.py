@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import nn
 
+from electra_ds.core.errors import CheckpointError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import Checkpoint
-from electra_ds.engine.engine import close_deepspeed
-from electra_ds.engine.native import find_files, read_native
-from electra_ds.engine.native_deal import Flat, Slot, Slots, deal
-from electra_ds.engine.optimizer import parameter_groups
-from electra_ds.errors import CheckpointError
-from electra_ds.runtime import Ranks
-from electra_ds.train.import_native import import_native
+from electra_ds.interop.import_native import import_native
+from electra_ds.interop.native import find_files, read_native
+from electra_ds.interop.native_deal import Flat, Slot, Slots, deal
+from electra_ds.training.checkpoint import Checkpoint
+from electra_ds.training.engine import close_deepspeed
+from electra_ds.training.optimizer import parameter_groups
 from tests.helpers import model_for, small_recipe
 from tests.native_worker import config, held_by, plain_engine, train
 from tests.test_native import brought_in, new_job, only_checkpoint

@@ -18,8 +18,8 @@ import pytest
 import torch
 from transformers.trainer_utils import IntervalStrategy
 
-from electra_ds.engine.native_pickle import load_inert, refuse_untrusted
-from electra_ds.errors import CheckpointError
+from electra_ds.core.errors import CheckpointError
+from electra_ds.interop.native_pickle import load_inert, refuse_untrusted
 
 DATA: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace(lr=1, out=Path("x")), "numpy array": np.arange(3.0),

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from electra_ds.data.token_store import TokenStore
-from electra_ds.train.tracking import read_metrics
+from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "new-language" / "README.md"

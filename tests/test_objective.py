@@ -13,8 +13,7 @@ from scipy import stats
 from torch.nn import functional
 
 from electra_ds.config.overrides import load_recipe
-from electra_ds.objective import prediction
-from electra_ds.objective.keyed_random import (
+from electra_ds.core.keyed_random import (
     column_keys,
     exponential_noise,
     generator,
@@ -22,11 +21,12 @@ from electra_ds.objective.keyed_random import (
     permutation_at,
     random_bits,
 )
-from electra_ds.objective.losses import discriminator_loss_sum
-from electra_ds.objective.masking import Masks, choose_masks
-from electra_ds.objective.prediction import predict_tokens
-from electra_ds.objective.sampling import sample_tokens
-from electra_ds.objective.schedule import learning_rate_at
+from electra_ds.model import prediction
+from electra_ds.model.prediction import predict_tokens
+from electra_ds.model.sampling import sample_tokens
+from electra_ds.pretraining.losses import discriminator_loss_sum
+from electra_ds.pretraining.masking import Masks, choose_masks
+from electra_ds.training.schedule import learning_rate_at
 
 LOWEST_P = 1e-4  # seeds are fixed, so a test that passes once passes always
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from electra_ds.cli import main
-from electra_ds.errors import DataError
+from electra_ds.core.errors import DataError
 from electra_ds.model.other_formats import refuse_other_frameworks
 
 CONFIG = '{"model_type": "electra"}'

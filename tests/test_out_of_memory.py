@@ -21,20 +21,19 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from electra_ds.config.manifest import RunDirectory
+from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError
+from electra_ds.core.runtime import Ranks, is_out_of_memory
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine import probe
-from electra_ds.engine.checkpoint import CheckpointFolder, Draft
-from electra_ds.engine.optimizer import MasterAdamW
-from electra_ds.engine.probe import fitting_plan, has_room
-from electra_ds.engine.step import StepLosses
-from electra_ds.errors import CheckpointError, ConfigError, TrainingError
-from electra_ds.model.electra import Electra
-from electra_ds.objective.microbatch import MicroBatch
-from electra_ds.runtime import Ranks, is_out_of_memory
-from electra_ds.train import launch
-from electra_ds.train.metrics import Evaluator
-from electra_ds.train.pretrain import PretrainLoop, pretrain
-from electra_ds.train.tracking import read_metrics
+from electra_ds.pretraining import launch, probe
+from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.metrics import Evaluator
+from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.pretrain import PretrainLoop, pretrain
+from electra_ds.pretraining.probe import fitting_plan, has_room
+from electra_ds.pretraining.step import StepLosses
+from electra_ds.training.checkpoint import CheckpointFolder, Draft
+from electra_ds.training.optimizer import MasterAdamW
+from electra_ds.training.tracking import read_metrics
 from tests.helpers import cpu_plan, small_recipe
 from tests.test_pretrain import DROPOUT, final_tensors, run, start_arguments, train_losses
 

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from electra_ds.data.batches import GlobalBatch
 from electra_ds.data.packed_rows import packed_rows
 from electra_ds.data.token_store import TokenStore
-from electra_ds.model.electra import ElectraOutput
-from electra_ds.objective.microbatch import MicroBatch
+from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.electra import ElectraOutput
+from electra_ds.pretraining.microbatch import MicroBatch
 from tests.helpers import builder_for, model_for, small_recipe
 
 WIDTH = 32

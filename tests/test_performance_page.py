@@ -9,9 +9,9 @@ from typing import Any
 from electra_ds.config.cards import Card, find_card, peak_flops
 from electra_ds.config.deepspeed import resolve
 from electra_ds.config.overrides import load_recipe
-from electra_ds.engine.step_time import SLOWER, step_time
-from electra_ds.model.electra import Electra, encoder_configs
-from electra_ds.model.flops import step_flops, transformers_step_flops
+from electra_ds.pretraining.electra import Electra, encoder_configs
+from electra_ds.pretraining.flops import step_flops, transformers_step_flops
+from electra_ds.pretraining.step_time import SLOWER, step_time
 from electra_ds.report.literature import evidence
 from tests.helpers import REPOSITORY
 

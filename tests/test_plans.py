@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import CheckpointFolder
-from electra_ds.engine.plain import PlainEngine
-from electra_ds.runtime import Ranks
+from electra_ds.pretraining.plain import PlainEngine
+from electra_ds.training.checkpoint import CheckpointFolder
 from tests import plan_worker
 from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT

@@ -23,17 +23,17 @@ from sklearn.metrics import roc_auc_score
 
 from electra_ds.cli import main
 from electra_ds.config.manifest import RunDirectory
+from electra_ds.core.errors import TrainingError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.checkpoint import CheckpointFolder
-from electra_ds.engine.optimizer import MasterAdamW
-from electra_ds.errors import TrainingError
+from electra_ds.pretraining import launch, pretrain
+from electra_ds.pretraining.metrics import Evaluator, held_out_batch
+from electra_ds.pretraining.trained import load_trained
 from electra_ds.report.samples import sample_sentences
-from electra_ds.runtime import Ranks
-from electra_ds.train import launch, pretrain
-from electra_ds.train.metrics import Evaluator, held_out_batch
-from electra_ds.train.tracking import MetricsFile, read_metrics
-from electra_ds.train.trained import load_trained
+from electra_ds.training.checkpoint import CheckpointFolder
+from electra_ds.training.optimizer import MasterAdamW
+from electra_ds.training.tracking import MetricsFile, read_metrics
 from tests.helpers import REPOSITORY, SMALL, model_for, small_recipe
 
 CPU_JSON = str(REPOSITORY / "ds_configs" / "cpu.json")
@@ -518,5 +518,5 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_a_first_step_waits_for_no_more_than_it_needs() -> None:
     """transformers alone takes longer to import than torch."""
-    modules = "electra_ds.cli.stores, electra_ds.train.launch, electra_ds.train.pretrain"
+    modules = "electra_ds.cli.stores, electra_ds.pretraining.launch, electra_ds.pretraining.pretrain"
     assert imported(f"import {modules}") == {"torch", "deepspeed", "numpy", "tokenizers", "pyarrow", "pydantic"}

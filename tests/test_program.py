@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from electra_ds.cli import build_parser, main
-from electra_ds.program import PACKAGES, as_called, command, missing_package
+from electra_ds.core.program import PACKAGES, as_called, command, missing_package
 from tests.helpers import REPOSITORY
 
 

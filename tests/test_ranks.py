@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.plain import PlainEngine
-from electra_ds.runtime import Ranks
+from electra_ds.pretraining.plain import PlainEngine
 from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
 from tests.rank_worker import PRECISIONS, RECIPE, STEPS, STEPS_IN_HALF, evaluation

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from electra_ds import runtime
 from electra_ds.config.manifest import RunDirectory, RunRecord, RunSettings
+from electra_ds.core import runtime
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.launcher import detect
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.errors import ConfigError
-from electra_ds.launcher import detect
-from electra_ds.runtime import Ranks
-from electra_ds.train import launch
-from electra_ds.train.launch import Options
+from electra_ds.pretraining import launch
+from electra_ds.pretraining.launch import Options
 from tests.finetuning import arguments_of, in_own_process, losses_of, tiny_electra, write_glue
 from tests.helpers import small_recipe
 from tests.launching import finish, run_arguments, start

@@ -10,7 +10,7 @@ import pytest
 
 from electra_ds.config import manifest
 from electra_ds.config.manifest import RunDirectory
-from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError
 
 
 def test_ranks_see_at_once_that_they_share_a_folder_even_on_a_full_disk(

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.report.glue_score import AVERAGE_METRICS, GLUE_METRICS
 from electra_ds.report.score_files import group_runs, read_run, read_scores
 from electra_ds.report.scores import means, report_scores

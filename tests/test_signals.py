@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from electra_ds.signals import SECOND_SIGNAL_AFTER_S
+from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S
 from tests.helpers import REPOSITORY
 
 CODE = """
 import os, signal, sys, time
 from pathlib import Path
-from electra_ds.errors import InterruptedBySignalError
+from electra_ds.core.errors import InterruptedBySignalError
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.stopping import stoppable
 

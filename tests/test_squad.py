@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from electra_ds.data.squad import (
+from electra_ds.core.errors import ConfigError, DataError
+from electra_ds.finetuning.spans import (
+    BERT_THRESHOLD,
+    Candidate,
+    best_answers,
+    independent_candidates,
+    joint_candidates,
+)
+from electra_ds.finetuning.squad import (
     NOT_FOUND,
     OFFICIAL_ROWS,
     Question,
@@ -27,16 +35,8 @@ from electra_ds.data.squad import (
     locate,
     notes,
 )
-from electra_ds.data.squad_features import Features, make_features, window_spans
-from electra_ds.errors import ConfigError, DataError
-from electra_ds.objective.spans import (
-    BERT_THRESHOLD,
-    Candidate,
-    best_answers,
-    independent_candidates,
-    joint_candidates,
-)
-from electra_ds.objective.squad_metrics import evaluate_squad1, normalize
+from electra_ds.finetuning.squad_features import Features, make_features, window_spans
+from electra_ds.finetuning.squad_metrics import evaluate_squad1, normalize
 from tests.helpers import SHARED_DATA
 
 SQUAD = SHARED_DATA / "squad"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from electra_ds.objective.spans import Candidate, independent_candidates, joint_candidates, null_score
-from electra_ds.objective.squad_metrics import (
+from electra_ds.finetuning.spans import Candidate, independent_candidates, joint_candidates, null_score
+from electra_ds.finetuning.squad_metrics import (
     best_threshold,
     evaluate,
     evaluate_squad1,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.report.scores import report_scores
 from electra_ds.report.submission import OFFICIAL, zip_submission
 

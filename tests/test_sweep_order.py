@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
-from electra_ds.data.glue import GLUE
+from electra_ds.finetuning.glue import GLUE
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.options import metrics_of
 from electra_ds.sweep.orderly import InOrder

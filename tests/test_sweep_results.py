@@ -19,19 +19,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from electra_ds.core.errors import ConfigError
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
-from electra_ds.data.glue import GLUE
-from electra_ds.errors import ConfigError
-from electra_ds.report.sweep_forecast import SweepForecast, print_plan
-from electra_ds.report.sweep_report import report_sweep
-from electra_ds.report.sweep_results import cells, results
+from electra_ds.finetuning.glue import GLUE
 from electra_ds.sweep import process
 from electra_ds.sweep.attempt import arguments_of
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.follow import MetricsFollower, as_result
 from electra_ds.sweep.room import Node, trials_at_once
 from electra_ds.sweep.spec import Resources, SweepSpec, parse_sweep
+from electra_ds.sweep.sweep_forecast import SweepForecast, print_plan
+from electra_ds.sweep.sweep_report import report_sweep
+from electra_ds.sweep.sweep_results import cells, results
 from electra_ds.sweep.trials import Trial, ends, expand, suggested
 from tests.helpers import small_recipe
 from tests.test_scores import document, sets_of

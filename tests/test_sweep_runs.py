@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from electra_ds.config.shipped import RECIPES, shipped_text
+from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S
 from electra_ds.data.token_store import TokenStore
-from electra_ds.signals import SECOND_SIGNAL_AFTER_S
-from electra_ds.train.tracking import read_metrics
+from electra_ds.training.tracking import read_metrics
 from tests.finetuning import reviews, write_csv
 from tests.helpers import REPOSITORY
 from tests.launching import ENVIRONMENT

@@ -22,7 +22,7 @@ from electra_ds.cli import finetune, pretrain
 from electra_ds.cli.sweep import check_arguments
 from electra_ds.config.recipe import load_yaml
 from electra_ds.config.shipped import SWEEPS, shipped_names, shipped_text
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 from electra_ds.sweep.domains import Domain, computed, parse_domain
 from electra_ds.sweep.options import INSTEAD, OPTIONS, PRETRAIN_METRICS
 from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep, sweep_yaml

@@ -23,7 +23,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_reci
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import SWEEPS, shipped_names
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 from electra_ds.sweep.spec import load_sweep, parse_sweep
 from electra_ds.sweep.trials import Trial, expand, suggested
 from tests.finetuning import write_glue

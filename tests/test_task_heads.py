@@ -15,11 +15,11 @@ from torch.nn import functional
 from transformers import ElectraForQuestionAnswering, ElectraForSequenceClassification
 
 from electra_ds.config.finetune_recipe import HeadSection, load_finetune_recipe
-from electra_ds.data.task_batches import SpanTargets, TaskBatch, TaskInputs
-from electra_ds.engine.task_step import TaskLosses
-from electra_ds.model.task_heads import JointSpanHead, SequenceHead, SpanHead, TaskOutput, initialise
-from electra_ds.model.task_model import TaskModel, make_encoder, make_head
-from electra_ds.objective.task_microbatch import TaskMicroBatch
+from electra_ds.finetuning.task_batches import SpanTargets, TaskBatch, TaskInputs
+from electra_ds.finetuning.task_heads import JointSpanHead, SequenceHead, SpanHead, TaskOutput, initialise
+from electra_ds.finetuning.task_microbatch import TaskMicroBatch
+from electra_ds.finetuning.task_model import TaskModel, make_encoder, make_head
+from electra_ds.finetuning.task_step import TaskLosses
 from tests.finetuning import NO_DROPOUT, electra_config
 
 VOCABULARY = 40

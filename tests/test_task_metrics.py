@@ -13,7 +13,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from electra_ds.objective.task_metrics import METRICS, baseline, confusion, has_constant_predictions, score
+from electra_ds.finetuning.task_metrics import METRICS, baseline, confusion, has_constant_predictions, score
 
 pytestmark = pytest.mark.filterwarnings("error")
 

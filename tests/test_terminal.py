@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from electra_ds.config.recipe import TokenizerSection
+from electra_ds.core.terminal import StageProgress, note, say, say_command
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_source
 from electra_ds.sweep.display import SweepDisplay
 from electra_ds.sweep.folder import SweepFolder
-from electra_ds.terminal import StageProgress, note, say, say_command
-from electra_ds.train.tracking import TrainingDisplay
+from electra_ds.training.tracking import TrainingDisplay
 from tests.helpers import REPOSITORY
 
 NUMBERS = "generator 3.6912  discriminator 0.3512  123,456 tokens/s  MFU 35.1%  skipped 3"

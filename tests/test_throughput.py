@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from electra_ds import runtime
-from electra_ds.data.batches import GlobalBatch
+from electra_ds.core import runtime
 from electra_ds.data.token_store import TokenStore
-from electra_ds.model.electra import encoder_configs
 from electra_ds.model.encoder import EncoderConfig
-from electra_ds.model.flops import step_flops
+from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.electra import encoder_configs
+from electra_ds.pretraining.flops import step_flops
 from electra_ds.report.run_report import speed_line
-from electra_ds.train import throughput
-from electra_ds.train.throughput import Throughput, joint_peak_flops
+from electra_ds.training import throughput
+from electra_ds.training.throughput import Throughput, joint_peak_flops
 from tests.helpers import builder_for, small_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

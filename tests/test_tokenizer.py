@@ -11,12 +11,12 @@ from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, RobertaTok
 
 from electra_ds import cli
 from electra_ds.config.recipe import TokenizerSection
+from electra_ds.core.errors import DataError
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.data.given_tokenizer import Casing, load_given_tokenizer
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from electra_ds.errors import DataError
 from tests.helpers import SHARED_DATA, builder_for, small_recipe, write_corpus
 
 # --- tokenizers

@@ -23,12 +23,12 @@ from rich.console import Console
 
 from electra_ds.config.manifest import RunDirectory, TrackingSettings
 from electra_ds.config.monitors import FolderMonitor, Monitors, WandbMonitor
+from electra_ds.core.errors import ConfigError, InterruptedBySignalError, TrainingError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.errors import ConfigError, InterruptedBySignalError, TrainingError
-from electra_ds.train import trackers
-from electra_ds.train.launch import Options
-from electra_ds.train.trackers import Trackers, check_tracking, open_trackers, wandb_login
-from electra_ds.train.tracking import read_metrics
+from electra_ds.pretraining.launch import Options
+from electra_ds.training import trackers
+from electra_ds.training.trackers import Trackers, check_tracking, open_trackers, wandb_login
+from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY
 from tests.test_pretrain import CPU_JSON, DROPOUT, command, run, start_arguments, train_losses
 

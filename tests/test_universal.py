@@ -10,12 +10,12 @@ import pytest
 import torch
 from deepspeed.checkpoint import ds_to_universal
 
+from electra_ds.core.errors import CheckpointError
+from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.native import find_files, read_native
-from electra_ds.engine.native_pickle import refuse_untrusted
-from electra_ds.errors import CheckpointError
-from electra_ds.runtime import Ranks
-from electra_ds.train.export_native import export_native
+from electra_ds.interop.export_native import export_native
+from electra_ds.interop.native import find_files, read_native
+from electra_ds.interop.native_pickle import refuse_untrusted
 from tests.helpers import model_for, small_recipe
 from tests.native_worker import PRECISIONS, STEPS, config, held_by, plain_engine, train
 from tests.test_native import assert_same, assert_same_state, brought_in, only_checkpoint, portable  # noqa: F401

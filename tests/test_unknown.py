@@ -13,6 +13,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from electra_ds import cli
 from electra_ds.cli.stores import open_store
+from electra_ds.core.errors import DataError
 from electra_ds.data import build
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
@@ -20,7 +21,6 @@ from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.token_store import StoreInfo, TokenStore
 from electra_ds.data.tokenizer import Tokenizer, train_tokenizer
 from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, report, unknown_in
-from electra_ds.errors import DataError
 from tests.finetuning import arguments_of, finetune, tiny_electra, write_csv
 from tests.helpers import SHARED_DATA, small_recipe
 

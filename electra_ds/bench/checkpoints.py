@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from electra_ds import runtime
 from electra_ds.bench.measure import ratio
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
-from electra_ds.engine.checkpoint import CheckpointFolder, load_checkpoint, open_checkpoint
-from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.native_export import native_engine
-from electra_ds.engine.saver import CheckpointSaver
-from electra_ds.model.electra import Electra
+from electra_ds.core import runtime
+from electra_ds.interop.native_export import native_engine
+from electra_ds.pretraining.electra import Electra
+from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, open_checkpoint
+from electra_ds.training.engine import DeepSpeedEngine
+from electra_ds.training.saver import CheckpointSaver
 
 _BASE = (
     "model.embedding_size=768", "model.hidden_size=768", "model.num_attention_heads=12",

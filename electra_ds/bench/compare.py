@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 
 # Ratios of one run move by a few per cent from run to run; memory and operations do not.
 _SLOWER = 0.05

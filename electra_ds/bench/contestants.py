@@ -13,14 +13,14 @@ from torch.nn import functional
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.batches import GlobalBatch
-from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.plain import PlainEngine
-from electra_ds.engine.zero import ZeroAdamW
-from electra_ds.model.convert import transformers_config
-from electra_ds.model.electra import encoder_configs
-from electra_ds.objective.losses import discriminator_loss_sum
-from electra_ds.objective.microbatch import MicroBatch
+from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.convert import transformers_config
+from electra_ds.pretraining.electra import encoder_configs
+from electra_ds.pretraining.losses import discriminator_loss_sum
+from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.plain import PlainEngine
+from electra_ds.training.engine import DeepSpeedEngine
+from electra_ds.training.zero import ZeroAdamW
 
 PARTS = ("generator", "head and sampling", "discriminator", "optimizer")
 

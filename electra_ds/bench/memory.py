@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from electra_ds import runtime
 from electra_ds.bench.measure import peak_bytes
 from electra_ds.config.cards import CARDS, SHOWN_SHARE, Card
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve, with_micro_batch
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.batches import GlobalBatch
-from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.memory import peak_memory
-from electra_ds.engine.probe import kernels_of
-from electra_ds.errors import ConfigError
-from electra_ds.model.electra import Electra
+from electra_ds.core import runtime
+from electra_ds.core.errors import ConfigError
+from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.memory import peak_memory
+from electra_ds.pretraining.probe import kernels_of
+from electra_ds.training.engine import DeepSpeedEngine
 
 STEPS = 3
 _ACCUMULATION_ON_CPU = 2  # the second micro-batch meets the gradients of the first, and a third would meet no more

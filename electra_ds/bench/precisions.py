@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from electra_ds import runtime
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.batches import BatchBuilder, prefetched
+from electra_ds.core import runtime
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.engine import DeepSpeedEngine
-from electra_ds.engine.step import StepResult
-from electra_ds.model.electra import Electra
+from electra_ds.pretraining.batches import BatchBuilder, prefetched
+from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.step import StepResult
+from electra_ds.training.engine import DeepSpeedEngine
 
 WINDOW_STEPS = 10
 LOSSES = ("generator_loss", "discriminator_loss")

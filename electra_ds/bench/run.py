@@ -16,17 +16,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from electra_ds import runtime
 from electra_ds.bench.suite import Settings, Suite
+from electra_ds.config.hardware import check_gpu, look
 from electra_ds.config.manifest import versions
 from electra_ds.config.overrides import load_recipe
+from electra_ds.core import runtime
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.program import command
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import BUILTIN, open_corpus
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.engine import has_bf16
-from electra_ds.errors import ConfigError
-from electra_ds.program import command
-from electra_ds.train.hardware import check_gpu, look
+from electra_ds.training.engine import has_bf16
 
 
 def measure(

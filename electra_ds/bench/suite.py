@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from electra_ds import runtime
 from electra_ds.bench import checkpoints, memory, precisions
 from electra_ds.bench.contestants import Contestant, Ours, PaddedBatch, Transformers
 from electra_ds.bench.measure import (
@@ -34,17 +33,18 @@ from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
-from electra_ds.data.batches import BatchBuilder, GlobalBatch
+from electra_ds.core import runtime
+from electra_ds.core.keyed_random import column_keys
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
-from electra_ds.engine.compiled import check_compile
-from electra_ds.engine.engine import DeepSpeedEngine, check_plan
-from electra_ds.engine.plain import PlainEngine
-from electra_ds.model.electra import Electra, encoder_configs
-from electra_ds.model.flops import step_flops, transformers_step_flops
-from electra_ds.objective.keyed_random import column_keys
-from electra_ds.objective.masking import Masks
-from electra_ds.objective.sampling import sample_tokens
+from electra_ds.model.sampling import sample_tokens
+from electra_ds.pretraining.batches import BatchBuilder, GlobalBatch
+from electra_ds.pretraining.compiled import check_compile
+from electra_ds.pretraining.electra import Electra, encoder_configs
+from electra_ds.pretraining.flops import step_flops, transformers_step_flops
+from electra_ds.pretraining.masking import Masks
+from electra_ds.pretraining.plain import PlainEngine
+from electra_ds.training.engine import DeepSpeedEngine, check_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DOCUMENTS = 20_000
@@ -303,7 +303,7 @@ class Suite:
         """Wall-clock seconds of `pretrain --help`, of the imports that a run needs, and of Python alone."""
         commands = {
             "help": [sys.executable, "-m", "electra_ds", "pretrain", "--help"],
-            "imports": [sys.executable, "-c", "import electra_ds.train.launch"],
+            "imports": [sys.executable, "-c", "import electra_ds.pretraining.launch"],
             "python": [sys.executable, "-c", "pass"],
         }
         self.begin("start-up", _START_ROUNDS * len(commands))

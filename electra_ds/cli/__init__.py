@@ -26,9 +26,9 @@ from electra_ds.cli.pretrain import add_pretrain
 from electra_ds.cli.recipes import add_recipes
 from electra_ds.cli.results import add_export, add_report
 from electra_ds.cli.sweep import add_sweep
-from electra_ds.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
-from electra_ds.launcher import Launch, detect
-from electra_ds.program import as_called, command, missing_package
+from electra_ds.core.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
+from electra_ds.core.launcher import Launch, detect
+from electra_ds.core.program import as_called, command, missing_package
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from electra_ds.config.shipped import DS_CONFIG_NOTE, GPU_RECIPE, ds_config_names
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console

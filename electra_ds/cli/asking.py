@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from electra_ds.engine.run_time import RunTime
-    from electra_ds.runtime import Ranks
+    from electra_ds.core.runtime import Ranks
+    from electra_ds.pretraining.run_time import RunTime
 
 
 def ask_before_years(
@@ -44,7 +44,7 @@ def ask_before_years(
 
 def say_dry_run(time: RunTime | None, steps: int, console: Console) -> None:
     """The end of a dry run."""
-    from electra_ds.terminal import say
+    from electra_ds.core.terminal import say
 
     if time is not None and time.may_take_years:
         say(console, "Such a run starts only with --yes, or after you confirm it on a terminal.")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, positive, wide_console
-from electra_ds.errors import ConfigError
-from electra_ds.program import command
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.program import command
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -88,7 +88,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     from electra_ds.bench.compare import compare
     from electra_ds.bench.show import print_results
-    from electra_ds.terminal import say
+    from electra_ds.core.terminal import say
 
     old = None if options.compare is None else _read(options.compare)
     console = wide_console()

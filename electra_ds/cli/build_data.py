@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, positive
 from electra_ds.cli.stores import add_corpus_arguments, make_store
-from electra_ds.program import command
+from electra_ds.core.program import command
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -47,7 +47,7 @@ def _build_data(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from electra_ds.config.overrides import load_recipe
-    from electra_ds.terminal import say, say_command
+    from electra_ds.core.terminal import say, say_command
 
     recipe = load_recipe(options.recipe, options.overrides)
     store = make_store(options, recipe, options.out, options.workers)

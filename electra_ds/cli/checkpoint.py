@@ -11,7 +11,7 @@ from electra_ds.cli.checkpoint_folder import add_ls, add_prune, add_verify
 from electra_ds.cli.pretrain import check_arguments
 from electra_ds.cli.stores import add_corpus_arguments, gives_corpus, open_store
 from electra_ds.config.shipped import DS_CONFIG_NOTE, ds_config_names, recipe_names
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -95,10 +95,10 @@ def _add_untold(action: argparse.ArgumentParser) -> None:
 def _import(options: argparse.Namespace) -> None:
     check_arguments(options)
 
-    from electra_ds.engine.native import find_files, read_native
-    from electra_ds.engine.native_pickle import refuse_untrusted
-    from electra_ds.train.import_known import find_known
-    from electra_ds.train.import_native import folder_of_export, import_native, store_of_export
+    from electra_ds.interop.import_known import find_known
+    from electra_ds.interop.import_native import folder_of_export, import_native, store_of_export
+    from electra_ds.interop.native import find_files, read_native
+    from electra_ds.interop.native_pickle import refuse_untrusted
 
     files = find_files(options.native)
     if not options.trusted:
@@ -111,10 +111,10 @@ def _import(options: argparse.Namespace) -> None:
             f"by with --recipe, and on what text with --data or --corpus and --tokenizer."
         )
 
-    from electra_ds import runtime
     from electra_ds.config.manifest import RunDirectory
     from electra_ds.config.overrides import load_recipe
-    from electra_ds.train import launch
+    from electra_ds.core import runtime
+    from electra_ds.pretraining import launch
 
     recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), options.overrides)
     given = {"generator": options.generator_config, "discriminator": options.discriminator_config}

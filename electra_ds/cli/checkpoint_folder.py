@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command, positive, wide_console
-from electra_ds.errors import CheckpointError
-from electra_ds.program import command
+from electra_ds.core.errors import CheckpointError
+from electra_ds.core.program import command
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -67,8 +67,8 @@ def _ls(options: argparse.Namespace) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from electra_ds.terminal import say_command
-    from electra_ds.train.checkpoints import listed, set_aside
+    from electra_ds.core.terminal import say_command
+    from electra_ds.training.checkpoints import listed, set_aside
 
     found = listed(options.run)
     console = wide_console()
@@ -96,7 +96,7 @@ def _ls(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> None:
     from rich.markup import escape
 
-    from electra_ds.train.checkpoints import to_verify, verify
+    from electra_ds.training.checkpoints import to_verify, verify
 
     console = wide_console()
     paths = to_verify(options.run)
@@ -120,7 +120,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    from electra_ds.train.checkpoints import prune
+    from electra_ds.training.checkpoints import prune
 
     console = wide_console()
     verb, count = "would remove" if options.dry_run else "removing", 0

@@ -22,9 +22,9 @@ from electra_ds.cli.arguments import (
 )
 from electra_ds.cli.asking import ask_before_years, say_dry_run
 from electra_ds.config.shipped import FINETUNE_RECIPE, OWN_RECIPE, finetune_recipe_names
-from electra_ds.config.suggest import did_you_mean
 from electra_ds.config.tasks import TASKS
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
     from electra_ds.config.finetune_recipe import FinetuneRecipe
     from electra_ds.config.manifest import RunDirectory, TaskSource
-    from electra_ds.runtime import Ranks
-    from electra_ds.train.finetune import FinetuneJob
-    from electra_ds.train.finetune_launch import FinetuneOptions
+    from electra_ds.core.runtime import Ranks
+    from electra_ds.finetuning.finetune import FinetuneJob
+    from electra_ds.finetuning.finetune_launch import FinetuneOptions
 
 _STARTED = time.monotonic()
 _EPILOG = f"""\
@@ -163,10 +163,11 @@ def _finetune(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from electra_ds import runtime
     from electra_ds.config.manifest import RunDirectory
-    from electra_ds.train import finetune_launch, launch
-    from electra_ds.train.finetune import discard_weights, finetune
+    from electra_ds.core import runtime
+    from electra_ds.finetuning import finetune_launch
+    from electra_ds.finetuning.finetune import discard_weights, finetune
+    from electra_ds.pretraining import launch
 
     if options.test is not None:
         options.predict_test = True
@@ -214,10 +215,11 @@ def _new_job(
     console: Console,
 ) -> FinetuneJob:
     from electra_ds.config.finetune_recipe import Finetuning, recipe_source
-    from electra_ds.data.loaded_task import load_task
-    from electra_ds.data.tasks import TaskData
-    from electra_ds.train import finetune_launch, launch
-    from electra_ds.train.encoder_source import read_encoder
+    from electra_ds.finetuning import finetune_launch
+    from electra_ds.finetuning.encoder_source import read_encoder
+    from electra_ds.finetuning.loaded_task import load_task
+    from electra_ds.finetuning.tasks import TaskData
+    from electra_ds.pretraining import launch
 
     source = task_source(options)
     for is_turn in (ranks.is_main, not ranks.is_main):  # what the first one downloads, the others find

@@ -16,9 +16,9 @@ from electra_ds.config.shipped import (
     ds_config_names,
     recipe_names,
 )
-from electra_ds.errors import ConfigError
-from electra_ds.launcher import detect
-from electra_ds.program import command as command_of
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.launcher import detect
+from electra_ds.core.program import command as command_of
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -162,8 +162,8 @@ def _card(options: argparse.Namespace) -> Card | None:
 
 def _card_here() -> Card | None:
     """Return this machine's GPU, or None if it has none."""
-    from electra_ds import runtime
     from electra_ds.config.cards import find_card
+    from electra_ds.core import runtime
 
     device = runtime.device(detect(os.environ))
     if device.type == "cpu":

@@ -25,9 +25,9 @@ from electra_ds.cli.arguments import (
 from electra_ds.cli.asking import ask_before_years, say_dry_run
 from electra_ds.cli.stores import CORPUS_ARGUMENTS, add_corpus_arguments, gives_corpus, look_for_store, open_store
 from electra_ds.config.shipped import CPU_RECIPE, GPU_RECIPE, RECIPE_NOTE, recipe_names
-from electra_ds.errors import ConfigError
-from electra_ds.launcher import detect
-from electra_ds.program import command as command_of
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.launcher import detect
+from electra_ds.core.program import command as command_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from electra_ds.config.deepspeed import DeepSpeedPlan
     from electra_ds.config.manifest import RunDirectory
     from electra_ds.config.recipe import Recipe
-    from electra_ds.engine.run_time import RunTime
-    from electra_ds.runtime import Ranks
-    from electra_ds.train.init_from import Beginning
-    from electra_ds.train.launch import Options
-    from electra_ds.train.pretrain import PretrainJob
+    from electra_ds.core.runtime import Ranks
+    from electra_ds.interop.init_from import Beginning
+    from electra_ds.pretraining.launch import Options
+    from electra_ds.pretraining.pretrain import PretrainJob
+    from electra_ds.pretraining.run_time import RunTime
 
 _STARTED = time.monotonic()  # what a time limit counts from
 _EPILOG = """\
@@ -128,11 +128,11 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from electra_ds import runtime
     from electra_ds.config.manifest import RunDirectory
+    from electra_ds.core import runtime
     from electra_ds.data.token_store import TokenStore
-    from electra_ds.train import launch
-    from electra_ds.train.pretrain import pretrain
+    from electra_ds.pretraining import launch
+    from electra_ds.pretraining.pretrain import pretrain
 
     wanted = launch.Options(**{name: getattr(options, name) for name in launch.Options.__dataclass_fields__})
     with runtime.ranks() as ranks, contextlib.ExitStack() as held:
@@ -181,7 +181,7 @@ def _default_recipe(options: argparse.Namespace) -> str | None:
     if options.resume:
         return None
 
-    from electra_ds import runtime
+    from electra_ds.core import runtime
 
     return CPU_RECIPE if runtime.device(detect(os.environ)).type == "cpu" else GPU_RECIPE
 
@@ -194,8 +194,8 @@ def _of_default(recipe: Recipe) -> str:
 def _run_time(
     options: argparse.Namespace, recipe: Recipe, plan: DeepSpeedPlan, ranks: Ranks, vocab_size: int | None = None
 ) -> RunTime | None:
-    from electra_ds import runtime
-    from electra_ds.engine.run_time import pretraining_time
+    from electra_ds.core import runtime
+    from electra_ds.pretraining.run_time import pretraining_time
 
     steps = options.stop_at or recipe.schedule.total_steps
     size, device = vocab_size or recipe.tokenizer.vocab_size, runtime.device(ranks.launch)
@@ -212,10 +212,10 @@ def _dry_run(
     ranks: Ranks, console: Console,
 ) -> None:  # fmt: skip
     """Check what can be checked without training or building a store, and say what would run. Writes nothing."""
-    from electra_ds import runtime
+    from electra_ds.core import runtime
     from electra_ds.data.token_store import TokenStore
-    from electra_ds.engine.memory import count_parameters
-    from electra_ds.train import launch
+    from electra_ds.pretraining import launch
+    from electra_ds.pretraining.memory import count_parameters
 
     with ranks.together():
         beginning = _read_beginning(options, recipe) if recipe else None
@@ -252,7 +252,7 @@ def _read_beginning(options: argparse.Namespace, recipe: Recipe) -> Beginning | 
     if not options.init_from:
         return None
 
-    from electra_ds.train.init_from import read_beginning
+    from electra_ds.interop.init_from import read_beginning
 
     beginning = read_beginning(options.init_from, recipe)
     if options.tokenizer is None and options.data is None:
@@ -262,7 +262,7 @@ def _read_beginning(options: argparse.Namespace, recipe: Recipe) -> Beginning | 
 
 def _begin(job: PretrainJob, beginning: Beginning) -> PretrainJob:
     """Make the weights the run's first checkpoint; returns the job with notes on what is not from them."""
-    from electra_ds.train.adopt import begin_with
+    from electra_ds.interop.adopt import begin_with
 
     tokenizer = job.store.tokenizer
     begin_with(job, beginning.tensors(job.recipe, tokenizer))

@@ -18,8 +18,8 @@ from electra_ds.config.shipped import (
     shipped_names,
     shipped_text,
 )
-from electra_ds.config.suggest import did_you_mean
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -60,8 +60,8 @@ def _recipes(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from electra_ds.config.recipe import named_values
-    from electra_ds.program import as_called
-    from electra_ds.terminal import say
+    from electra_ds.core.program import as_called
+    from electra_ds.core.terminal import say
 
     console = Console()
     for folder, kind in _KINDS.items():

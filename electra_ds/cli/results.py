@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command, wide_console
 from electra_ds.cli.sweep import status_of_sweep
-from electra_ds.errors import CheckpointError, ConfigError
-from electra_ds.program import command
+from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.program import command
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -139,12 +139,12 @@ def _export(options: argparse.Namespace) -> None:
     if options.ds_config is not None:
         raise ConfigError("--ds-config is for --to deepspeed; transformers' folders know no DeepSpeed JSON.")
     if is_finetuned:
-        from electra_ds.train.export_finetuned import export_finetuned
+        from electra_ds.interop.export_finetuned import export_finetuned
 
         print(export_finetuned(options.run, options.out, encoder_only=options.encoder_only))
         return
 
-    from electra_ds.train.export import export_run
+    from electra_ds.interop.export import export_run
 
     print(export_run(options.run, options.out))
 
@@ -159,8 +159,8 @@ def _is_finetuned(run_or_checkpoint: Path) -> bool:
 
 
 def _export_native(options: argparse.Namespace) -> None:
-    from electra_ds import runtime
-    from electra_ds.train.export_native import export_native
+    from electra_ds.core import runtime
+    from electra_ds.interop.export_native import export_native
 
     with runtime.ranks() as ranks:
         told = export_native(options.run, options.out, options.ds_config, ranks)

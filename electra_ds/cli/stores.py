@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from electra_ds.data.hub_names import is_hub_model
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.hub_names import is_hub_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -169,8 +169,8 @@ def _say_unknown(info: StoreInfo, always: bool = False) -> None:
     """Print how much of each source is [UNK], or only for the sources where it is too much."""
     from rich.console import Console
 
+    from electra_ds.core.terminal import warn
     from electra_ds.data.unknown import problem, report
-    from electra_ds.terminal import warn
 
     console = Console()
     for source in info.corpora:
@@ -185,7 +185,7 @@ def _say_unknown(info: StoreInfo, always: bool = False) -> None:
 def _say(notes: list[str]) -> None:
     from rich.console import Console
 
-    from electra_ds.terminal import say
+    from electra_ds.core.terminal import say
 
     for note in notes:
         say(Console(), note)

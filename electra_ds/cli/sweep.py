@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 from electra_ds.cli import finetune, pretrain
 from electra_ds.cli.arguments import add_command, duration_s, wide_console
 from electra_ds.config.shipped import SWEEPS, shipped_names
-from electra_ds.errors import ConfigError, DataError
-from electra_ds.program import command
+from electra_ds.core.errors import ConfigError, DataError
+from electra_ds.core.program import command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,7 @@ def check_arguments(stage: str, arguments: Sequence[str]) -> None:
 @cache
 def _examples_problem(task: str | None, source: TaskSource) -> str:
     """What is wrong with examples on this machine: nobody is to find out after a night that one task's are missing."""
-    from electra_ds.data.loaded_task import load_task
+    from electra_ds.finetuning.loaded_task import load_task
 
     if source.folder is None and source.train is None:
         return ""
@@ -193,16 +193,16 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _say(console: Console, line: str) -> None:
-    from electra_ds.terminal import say
+    from electra_ds.core.terminal import say
 
     say(console, line)
 
 
 def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
     """Run what is missing, and say what the sweep has come to. Exits with 1 where a trial has not come to its end."""
-    from electra_ds.report.sweep_report import report_sweep
     from electra_ds.sweep.display import SweepDisplay
     from electra_ds.sweep.folder import AS_PLANNED, ENDED
+    from electra_ds.sweep.sweep_report import report_sweep
     from electra_ds.sweep.trials import counted, suggested
 
     console = wide_console()
@@ -260,8 +260,8 @@ def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, fold
 
 def _is_finished(spec: SweepSpec, folder: SweepFolder) -> bool:
     """Return whether nothing of a sweep is left to run. If so, print that, with the results of the sweep."""
-    from electra_ds.report.sweep_report import report_sweep
     from electra_ds.sweep.folder import AS_PLANNED
+    from electra_ds.sweep.sweep_report import report_sweep
     from electra_ds.sweep.trials import counted, expand
 
     suggested = _suggested_before(spec, folder)
@@ -284,8 +284,8 @@ def _suggested_before(spec: SweepSpec, folder: SweepFolder) -> list[Trial]:
 
 def status_of_sweep(path: Path, console: Console) -> None:
     """Print what a sweep has come to so far, and write its tables and pictures; what it read may be gone by now."""
-    from electra_ds.report.sweep_report import report_sweep
     from electra_ds.sweep.folder import SweepFolder
+    from electra_ds.sweep.sweep_report import report_sweep
     from electra_ds.sweep.trials import expand
 
     folder = SweepFolder(path)
@@ -295,8 +295,8 @@ def status_of_sweep(path: Path, console: Console) -> None:
 
 
 def _show(options: argparse.Namespace, trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
-    from electra_ds.report.sweep_forecast import print_plan
     from electra_ds.sweep.room import this_machine, trials_at_once
+    from electra_ds.sweep.sweep_forecast import print_plan
     from electra_ds.sweep.trials import ends
 
     console, at_once, problem = wide_console(), 1, ""

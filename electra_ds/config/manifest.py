@@ -30,8 +30,8 @@ from typing_extensions import TypeVar
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, recipe_yaml, validate_recipe
-from electra_ds.errors import CheckpointError, ConfigError
-from electra_ds.program import command
+from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.program import command
 
 FORMAT = 1
 _PATIENCE_S = 10

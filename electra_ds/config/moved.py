@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from electra_ds.errors import CheckpointError, DataError
+from electra_ds.core.errors import CheckpointError, DataError
 
 _Read = TypeVar("_Read")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from electra_ds.config.recipe import Recipe, load_yaml, merge, named_values, validate_recipe
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 
 _SHORT = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "eps": "epsilon"}
 """Names that people give to ours."""

@@ -19,8 +19,8 @@ import sysconfig
 import warnings
 from pathlib import Path
 
+from electra_ds.core.errors import DataError
 from electra_ds.data.worker_pool import worker_pool
-from electra_ds.errors import DataError
 
 PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn", "torch", "transformers")
 _SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from electra_ds.core.errors import DataError
 from electra_ds.data.builtin import builtin_documents, builtin_sources
 from electra_ds.data.text_files import FORMATS, Boundary, Progress, file_documents, is_corpus_file
-from electra_ds.errors import DataError
 
 BUILTIN = "builtin"
 _SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"

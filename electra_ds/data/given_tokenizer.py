@@ -17,11 +17,11 @@ from typing import Any
 from tokenizers import normalizers
 from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+from electra_ds.core.errors import DataError
+from electra_ds.core.hub_names import is_hub_model
 from electra_ds.data.file_kinds import kind_of
 from electra_ds.data.hub import explained, fetch_tokenizer
-from electra_ds.data.hub_names import is_hub_model
 from electra_ds.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from electra_ds.errors import DataError
 
 _JSON, _VOCABULARY, _SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 VOCABULARIES = (_JSON, _VOCABULARY, "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")

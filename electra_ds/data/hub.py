@@ -19,8 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 from huggingface_hub.utils import logging as hub_logging
 
+from electra_ds.core.errors import DataError
 from electra_ds.data.text_files import Progress, is_text_type, lines_of
-from electra_ds.errors import DataError
 
 HUB = "hub:"
 _SPELLING = re.compile(r"(?P<name>[^#@]+)(#(?P<config>[^@]+))?(@(?P<split>.+))?")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from electra_ds.core.keyed_random import hash64
 from electra_ds.data.segments import Ranges
-from electra_ds.objective.keyed_random import hash64
 
 _TARGET = 0x44
 SINGLE_SEGMENT_SHARE = 0.1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from electra_ds.config.manifest import RunRecord
 from electra_ds.config.moved import read_where_it_is
+from electra_ds.core.errors import DataError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.errors import DataError
 
 
 def recorded_store(record: RunRecord, folder: Path, given: Path | None, remedy: str) -> TokenStore:

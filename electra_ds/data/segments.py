@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from electra_ds.config.recipe import DataSection
-from electra_ds.errors import DataError
-from electra_ds.objective.keyed_random import generator
+from electra_ds.core.errors import DataError
+from electra_ds.core.keyed_random import generator
 
 _HOLDOUT = 0x40
 FEW_DOCUMENTS_TO_HOLD_OUT_SPANS = 1_000

@@ -20,8 +20,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import zstandard
 
+from electra_ds.core.errors import DataError
 from electra_ds.data.file_kinds import kind_of
-from electra_ds.errors import DataError
 
 Boundary = Literal["file", "blank-line"]
 Progress = Callable[[int], None]

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from electra_ds.core.errors import DataError
+from electra_ds.core.program import command
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.data.unknown import UnknownText
-from electra_ds.errors import DataError
-from electra_ds.program import command
 
 FORMAT = 2
 

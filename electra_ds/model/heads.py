@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from electra_ds.model.encoder import EncoderConfig
-from electra_ds.objective.prediction import Prediction, predict_tokens
+from electra_ds.model.prediction import Prediction, predict_tokens
 
 
 class GeneratorHead(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from electra_ds.data.hub_names import is_hub_model
-from electra_ds.errors import DataError
-from electra_ds.program import command
+from electra_ds.core.errors import DataError
+from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.program import command
 
 _OURS = ("*.safetensors", "pytorch_model*.bin")
 _BY_TRANSFORMERS = {"tf_model*.h5": ("TensorFlow", "from_tf"), "flax_model*.msgpack": ("Flax", "from_flax")}

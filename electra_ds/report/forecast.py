@@ -16,10 +16,10 @@ from electra_ds.config.defaults import default_ds_config
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import recipe_names
-from electra_ds.engine.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
-from electra_ds.engine.run_time import RunTime, pretraining_time, time_of_steps
-from electra_ds.engine.step_time import StepTime, step_time
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
+from electra_ds.pretraining.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
+from electra_ds.pretraining.run_time import RunTime, pretraining_time, time_of_steps
+from electra_ds.pretraining.step_time import StepTime, step_time
 from electra_ds.report.literature import Publication, PublishedMemory, publications
 
 GIB = 2**30

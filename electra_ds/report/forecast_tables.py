@@ -12,10 +12,10 @@ from rich.table import Table
 
 from electra_ds.config.cards import DEFAULT_TORCH_CAPABILITY
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.engine.memory import CONTEXT_BYTES, FRAGMENTATION
-from electra_ds.engine.run_time import CPU_SLOWER
-from electra_ds.engine.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER, StepTime
-from electra_ds.program import command
+from electra_ds.core.program import command
+from electra_ds.pretraining.memory import CONTEXT_BYTES, FRAGMENTATION
+from electra_ds.pretraining.run_time import CPU_SLOWER
+from electra_ds.pretraining.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER, StepTime
 from electra_ds.report.forecast import GIB, Forecast
 from electra_ds.report.literature import Evidence, evidence
 

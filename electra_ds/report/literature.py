@@ -11,7 +11,7 @@ from electra_ds.config.defaults import default_ds_config
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe, Section, load_yaml
-from electra_ds.engine.step_time import StepTime, step_time
+from electra_ds.pretraining.step_time import StepTime, step_time
 
 
 class PublishedMemory(Section):

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from electra_ds.config.recipe import Section, load_yaml
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 
 
 class PublishedScores(Section):

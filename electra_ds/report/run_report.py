@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from electra_ds.config.manifest import RunDirectory
+from electra_ds.core.errors import CheckpointError
+from electra_ds.core.program import command
+from electra_ds.core.terminal import say, say_command
 from electra_ds.data.recorded_store import recorded_store
 from electra_ds.data.segments import split_holdout
-from electra_ds.errors import CheckpointError
-from electra_ds.program import command
+from electra_ds.pretraining.metrics import ALWAYS_ORIGINAL, held_out_batch, with_baseline
+from electra_ds.pretraining.trained import load_trained
 from electra_ds.report.figures import draw_curves
 from electra_ds.report.samples import LEGEND, sample_sentences
-from electra_ds.terminal import say, say_command
-from electra_ds.train.metrics import ALWAYS_ORIGINAL, held_out_batch, with_baseline
-from electra_ds.train.tracking import read_metrics
-from electra_ds.train.trained import load_trained
+from electra_ds.training.tracking import read_metrics
 
 _ROWS = {
     "generator_loss": "generator loss at all selected tokens (nats)",

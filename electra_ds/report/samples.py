@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from rich.text import Text
 
-from electra_ds.data.batches import GlobalBatch
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.model.electra import Electra
+from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.electra import Electra
 
 LEGEND = Text.assemble(
     "Replaced tokens are shown as {original→replacement}: ",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.report.glue_score import TaskMetrics
 
 FORMAT = 1

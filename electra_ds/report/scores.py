@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from electra_ds.config.whole_file import whole_file
+from electra_ds.core.terminal import say, warn
+from electra_ds.core.whole_file import whole_file
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,
@@ -26,7 +27,6 @@ from electra_ds.report.published_glue import PublishedScores, PublishedTable, fi
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
 from electra_ds.report.statistics import Spread, difference_interval, spread
 from electra_ds.report.submission import zip_submission
-from electra_ds.terminal import say, warn
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 BASELINE = (

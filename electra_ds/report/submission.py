@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from electra_ds.config.whole_file import whole_file
-from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.whole_file import whole_file
 
 _HEADER = "index\tprediction"
 _NUMBERS = ("0", "1")

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from electra_ds.config.recipe import Recipe
+from electra_ds.core.terminal import PREPARING, StatusProgress, flexible_bar, say
 from electra_ds.sweep.folder import STOPPED_AT, State, SweepFolder
 from electra_ds.sweep.follow import MetricsFollower
 from electra_ds.sweep.trials import Trial
-from electra_ds.terminal import PREPARING, StatusProgress, flexible_bar, say
 
 _LOOK_EVERY_S = 2.0
 _PLAIN_LINE_EVERY_S = 60.0

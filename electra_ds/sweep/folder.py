@@ -31,8 +31,8 @@ from typing import IO, Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from electra_ds.config.manifest import RunDirectory
-from electra_ds.config.whole_file import whole_file
-from electra_ds.errors import CheckpointError, ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.whole_file import whole_file
 from electra_ds.sweep.options import INPUTS, is_small_file, moved_along, own_content, with_folder, without_folder
 from electra_ds.sweep.spec import SweepSpec, load_sweep, sweep_yaml
 from electra_ds.sweep.trials import Trial

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from electra_ds.sweep.options import SCORE
-from electra_ds.train.tracking import metrics_lines
+from electra_ds.training.tracking import metrics_lines
 
 
 class MetricsFollower:

@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from electra_ds.errors import ElectraError
+from electra_ds.core.errors import ElectraError
 from electra_ds.sweep import process
 from electra_ds.sweep.attempt import arguments_of
 from electra_ds.sweep.display import SweepDisplay

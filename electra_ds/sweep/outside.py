@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from electra_ds.errors import ConfigError, TrainingError
+from electra_ds.core.errors import ConfigError, TrainingError
 from electra_ds.sweep import process
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.stopping import stoppable

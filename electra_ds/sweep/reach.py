@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow  # type: ignore[import-untyped]
 from pyarrow import fs
 
-from electra_ds.errors import ConfigError
+from electra_ds.core.errors import ConfigError
 
 _WITHIN_S = 5.0
 _ADDRESS = re.compile(r"(?:ray://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):(\d{1,5})", re.ASCII)

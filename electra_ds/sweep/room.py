@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from electra_ds.errors import ConfigError
+from electra_ds.config.hardware import driver_gpus
+from electra_ds.core.errors import ConfigError
 from electra_ds.sweep.spec import Resources
-from electra_ds.train.hardware import driver_gpus
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from ray import tune  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
-from electra_ds.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
-from electra_ds.program import command  # noqa: E402
+from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
+from electra_ds.core.program import command  # noqa: E402
 from electra_ds.sweep import process, tune_trial  # noqa: E402
 from electra_ds.sweep.display import SweepDisplay  # noqa: E402
 from electra_ds.sweep.folder import SUCCEEDED, SweepFolder  # noqa: E402

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from electra_ds.errors import InterruptedBySignalError
-from electra_ds.program import command
-from electra_ds.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
+from electra_ds.core.errors import InterruptedBySignalError
+from electra_ds.core.program import command
+from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.sweep.folder import SweepFolder
 
 

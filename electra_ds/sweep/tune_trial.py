@@ -25,7 +25,7 @@ from ray import tune
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from electra_ds.errors import ConfigError, ElectraError, TrainingError
+from electra_ds.core.errors import ConfigError, ElectraError, TrainingError
 from electra_ds.sweep import process
 from electra_ds.sweep.attempt import arguments_of
 from electra_ds.sweep.folder import ENDED, ENDED_EARLY, SUCCEEDED, SweepFolder

@@ -1,0 +1,280 @@
+"""The encoder that a finetuning begins with: of one of our runs, of a transformers folder, or of the Hub.
+
+Nothing that comes with it is run: no code of theirs, and no pickle but by torch's loader of tensors alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from electra_ds.config.manifest import RunDirectory
+from electra_ds.core.errors import CheckpointError, DataError
+from electra_ds.core.hub_names import is_hub_model
+from electra_ds.data.given_tokenizer import VOCABULARIES, read_folder
+from electra_ds.data.hub import explained, fetch_model
+from electra_ds.model.other_formats import refuse_other_frameworks
+from electra_ds.pretraining.convert import discriminator_tensors, transformers_config
+from electra_ds.pretraining.trained import kept_checkpoint, load_model, newest_checkpoint
+from electra_ds.training.checkpoint import Checkpoint
+
+_POOLER = "pooler."
+_LAYER = re.compile(r"\.layers?\.\d+\.")
+_ABSOLUTE = ("electra", "bert", "roberta", "xlm-roberta", "camembert")
+"""Of which transformers 5 has no form with relative positions any more."""
+_ENCODER = "electra."
+_SHOWN_NAMES = 4
+_MOST_LAYERS = 10_000
+"""A config.json with more is damaged, and would take all memory before anything says so."""
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """An encoder as it was found, with the tokenizer that belongs to it."""
+
+    name: str
+    """As the user gave it; a folder in full."""
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerFast
+    tensors: dict[str, torch.Tensor]
+    """fp32, under the names of `AutoModel`, without a pooler."""
+    fingerprint: str
+    """SHA-256 of names, shapes and values."""
+    trained_length: int | None = None
+    """Tokens of a sequence in pretraining, as far as is known."""
+    notes: tuple[str, ...] = ()
+    """Notes for the user on how its tokenizer was read."""
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether a second text can be told from a first by segment ids."""
+        return int(getattr(self.config, "type_vocab_size", 0) or 0) >= 2
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that it takes; as many as anybody wants where its positions have no table."""
+        longest = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+        offset = 2 if self.config.model_type in _OFFSET_POSITIONS else 0
+        return longest - offset if longest > 0 else 10**6
+
+    def files(self) -> dict[str, str]:
+        """The configuration and the tokenizer as files that transformers opens."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+            return {name: (Path(folder) / name).read_text("utf8") for name in names}
+
+
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
+"""Their positions are counted from the padding's id and one."""
+
+
+def read_encoder(name: str) -> EncoderSource:
+    """The encoder that `name` names: a run directory or checkpoint of ours, a folder that `bin/export` or transformers
+    wrote, or a model of the Hub.
+
+    Raises DataError if there is none, it is damaged, not whole, or lacks its tokenizer; CheckpointError for a run
+    without a checkpoint.
+    """
+    path = Path(name)
+    refuse_other_frameworks(path, name)
+    if (path / "run.json").is_file() or (path / "manifest.json").is_file():
+        return _of_run(path)
+    if (path / "discriminator" / "config.json").is_file():
+        return _of_folder(path / "discriminator", str((path / "discriminator").resolve()))
+    if path.is_dir():
+        return _of_folder(path, str(path.resolve()))
+    if is_hub_model(name):
+        return _of_folder(fetch_model(name), name)
+    if path.is_file():
+        raise DataError(
+            f"{name} is a file, not a model: give a run directory, a folder that transformers' save_pretrained wrote, "
+            f"or OWNER/NAME on the Hub."
+        )
+    raise DataError(
+        f"There is no model {name}: neither a run directory, nor a folder with config.json, nor OWNER/NAME on the Hub."
+    )
+
+
+def _of_run(path: Path) -> EncoderSource:
+    name = str(path.resolve())
+    is_finetuned = RunDirectory(path).kind() == "finetune"
+    checkpoint = kept_checkpoint(path) if is_finetuned else newest_checkpoint(path)
+    if is_finetuned:
+        tensors = {
+            key.removeprefix("master/encoder."): checkpoint.tensors[key]
+            for key in checkpoint.tensors
+            if key.startswith("master/encoder.")
+        }
+        config, tokenizer, _ = read_config_and_tokenizer(checkpoint.path, name)
+        return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors))
+    model, own_tokenizer, recipe = load_model(checkpoint)
+    renamed = discriminator_tensors({key: tensor.detach() for key, tensor in model.state_dict().items()})
+    tensors = {
+        key.removeprefix(_ENCODER): tensor.contiguous() for key, tensor in renamed.items() if key.startswith(_ENCODER)
+    }
+    config = transformers_config(model.discriminator.config)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        own_tokenizer.save(Path(folder), recipe.model.max_position_embeddings)
+        config, tokenizer, _ = read_config_and_tokenizer(Path(folder), name)
+    return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors), recipe.data.sequence_length)
+
+
+def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast, list[str]]:
+    """Return the config and tokenizer that `EncoderSource.files` or transformers wrote, and notes on the tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"{name} has no config.json, so it is no model of transformers. Give a run directory, a folder that "
+            f"transformers' save_pretrained wrote, or OWNER/NAME on the Hub."
+        )
+    _check_needs_no_code(folder / "config.json", name)
+    with explained(f"the model {name}", "Is it a folder that transformers' save_pretrained wrote?"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not 0 < int(getattr(config, "num_hidden_layers", 1)) <= _MOST_LAYERS:
+        raise DataError(f"{name} has {config.num_hidden_layers:,} layers by its config.json, which cannot be.")
+    config.chunk_size_feed_forward = 0  # which changes no number, and takes inputs of some lengths alone
+    kind = getattr(config, "position_embedding_type", None)
+    if config.model_type in _ABSOLUTE and kind not in (None, "absolute"):
+        raise DataError(f"{name} has {kind} positions, which transformers does not compute any more.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise DataError(f"{name} is an encoder with a decoder ({config.model_type}), and an encoder alone is needed.")
+    if _is_decoder(config):
+        raise DataError(
+            f"{name} is a decoder ({config.model_type}), whose tokens do not see those after them, and an encoder is "
+            f"needed."
+        )
+    if not any((folder / file).is_file() for file in VOCABULARIES):
+        raise DataError(
+            f"{name} has no tokenizer: neither tokenizer.json nor vocab.txt. Put the one that it was pretrained with "
+            f"next to its config.json."
+        )
+    tokenizer, notes = read_folder(folder, name, config)
+    if tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
+        lacking = "[CLS] that a text begins with" if tokenizer.cls_token_id is None else "[PAD]"
+        raise DataError(f"The tokenizer of {name} has no {lacking}; is the model an encoder?")
+    if tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
+        raise DataError(
+            f"The tokenizer of {name} does not begin a text with {tokenizer.cls_token}; is it an encoder's?"
+        )
+    rows = int(config.vocab_size)
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        raise DataError(
+            f"The tokenizer of {name} has ids up to {needed - 1:,}, and its token table {rows:,} rows. Put the one "
+            f"that it was pretrained with beside its config.json."
+        )
+    return config, tokenizer, notes
+
+
+def _check_needs_no_code(file: Path, name: str) -> None:
+    try:
+        values = json.loads(file.read_text("utf8"))
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong with it
+    if isinstance(values, dict) and "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
+        raise DataError(
+            f"{name} is a model of a kind that transformers does not have, computed by code of its own, which is not "
+            f"run here. Choose a model of transformers."
+        )
+
+
+def _is_decoder(config: PretrainedConfig) -> bool:
+    """What transformers has a model of for text generation and none for masked tokens, is none but that."""
+    if getattr(config, "is_decoder", False):
+        return True
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def _of_folder(folder: Path, name: str) -> EncoderSource:
+    refuse_other_frameworks(folder, name)
+    config, tokenizer, notes = read_config_and_tokenizer(folder, name)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # which otherwise tells of heads that are not wanted here
+    logging.disable_progress_bar()
+    try:
+        with explained(
+            f"the weights of {name}", "Its config.json or its weights may be damaged; fetch or export it again."
+        ):
+            try:
+                model, info = AutoModel.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    trust_remote_code=False,
+                )
+            except pickle.UnpicklingError as error:  # whose words advise to run what is in it
+                raise DataError(
+                    f"The weights of {name} are pickled, and either damaged or more than tensors, which may be code. "
+                    f"Take a model whose weights are in model.safetensors."
+                ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(_POOLER)}
+    _check_whole(name, tensors, info)
+    return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors), notes=tuple(notes))
+
+
+def _check_whole(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
+    layers = {key for key in info["unexpected_keys"] if _LAYER.search(f".{key}")}
+    problems = {
+        "more than config.json says are": layers,
+        "missing are": {key for key in info["missing_keys"] if not key.startswith(_POOLER)},
+        "of other sizes than config.json says are": {key for key, *_ in info["mismatched_keys"]},
+        "not finite are": {key for key, tensor in tensors.items() if not tensor.isfinite().all()},
+    }
+    told = [
+        f"{what} {', '.join(sorted(keys)[:_SHOWN_NAMES])}{f' and {len(keys) - _SHOWN_NAMES} more' * (len(keys) > 4)}"
+        for what, keys in problems.items()
+        if keys
+    ]
+    if told:
+        raise DataError(f"{name} does not hold a whole encoder: {'; '.join(told)}. Fetch or export it again.")
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def finetuned_encoder(checkpoint: Checkpoint) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
+    """Configuration and tokenizer that travel in a finetuning's checkpoint."""
+    try:
+        return read_config_and_tokenizer(checkpoint.path, str(checkpoint.path))[:2]
+    except DataError as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be used: {error}") from error

@@ -1,0 +1,314 @@
+"""Finetuning: an encoder and a new head on one task, from a run directory and a plan to scores and predictions.
+
+RUN/
+  scores.json         what the task's sets were scored with, and what that was
+  predictions/        of each set: labels, predictions and logits; answers
+  submission/         of GLUE's test sets, in the official files
+  best/               the best evaluation's checkpoint, where that was asked for
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from rich.console import Console
+
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
+from electra_ds.config.manifest import FinetuneRecord, RunDirectory
+from electra_ds.core import runtime
+from electra_ds.core.errors import CheckpointError, TrainingError
+from electra_ds.core.runtime import Ranks
+from electra_ds.finetuning.encoder_source import EncoderSource
+from electra_ds.finetuning.finetune_advice import useless_warning
+from electra_ds.finetuning.layer_decay import finetuning_rates
+from electra_ds.finetuning.task_batches import TaskBatchBuilder, TaskInputs, evaluation_chunks
+from electra_ds.finetuning.task_model import TaskModel, make_encoder, make_head
+from electra_ds.finetuning.task_sets import Judged, Outputs, TaskSets
+from electra_ds.finetuning.task_step import TaskLosses
+from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint, remove
+from electra_ds.training.engine import TrainingEngine
+from electra_ds.training.loop import TrainingLoop, train
+from electra_ds.training.saver import CheckpointSaver
+from electra_ds.training.throughput import Throughput
+from electra_ds.training.tracking import TrainingDisplay, read_metrics
+
+SCORES = "scores.json"
+_FORMAT = 1
+_LEAST_ROWS = 32
+"""Inputs that an evaluation takes at a time, however small the micro-batches are: it keeps nothing for a backward
+pass."""
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Everything a finetuning needs, checked before anything long starts."""
+
+    command: ClassVar[str] = "finetune"
+
+    run: RunDirectory
+    training: Finetuning
+    plan: DeepSpeedPlan
+    record: FinetuneRecord
+    encoder: EncoderSource
+    sets: TaskSets
+    stop_at: int
+
+    @property
+    def recipe(self) -> FinetuneRecipe:
+        return self.training.recipe
+
+    @property
+    def total_steps(self) -> int:
+        return self.training.schedule.total_steps
+
+    def record_files(self, plan: DeepSpeedPlan) -> dict[str, str]:
+        return self.run.record_files(self.recipe, plan, self.record) | self.encoder.files()
+
+
+def finetune(job: FinetuneJob, ranks: Ranks, console: Console, time_limit_s: float | None = None) -> bool:
+    """As `loop.train`; what a finished run leaves behind is said above."""
+    return train(lambda: FinetuneLoop(job, ranks, console), job, ranks, time_limit_s)
+
+
+def task_model(job: FinetuneJob) -> TaskModel:
+    """Encoder and head as training begins with them."""
+    encoder = make_encoder(job.encoder.config, job.recipe.seed)
+    if job.encoder.tensors:
+        encoder.load_state_dict(job.encoder.tensors, strict=True)
+    head = make_head(job.recipe, job.encoder.hidden_size, job.sets.num_outputs, job.sets.is_regression)
+    return TaskModel(encoder, head)
+
+
+class FinetuneLoop(TrainingLoop):
+    job: FinetuneJob
+
+    def __init__(self, job: FinetuneJob, ranks: Ranks, console: Console) -> None:
+        builder = TaskBatchBuilder(job.sets.train, job.recipe.global_batch_size, job.recipe.seed)
+        throughput = Throughput(runtime.device(ranks.launch), None, lambda batch: 0.0)
+        super().__init__(job, ranks, console, builder, throughput)
+        self.evaluation_rows = max(self.evaluation_rows, _LEAST_ROWS)
+        self._best_folder = CheckpointFolder(job.run.path / "best", keep=1)
+        self._best_saver = CheckpointSaver(self._best_folder, ranks)
+        with ranks.together():
+            if ranks.is_main and self._best_folder.folder.is_dir():
+                self._forget_later_best()
+        self._best_step = 0
+        self._judged: dict[str, Judged] = {}
+        """Of the last evaluation, on the main rank."""
+        self._history: list[tuple[int, float]] = ranks.from_main(self._earlier_evaluations())
+        """(step, the score that choices are made by) of each evaluation."""
+        with ranks.together():
+            if job.record.settings.best and self._history and not self._best_folder.paths():
+                raise CheckpointError(
+                    f"The best evaluation's weights are gone from {self._best_folder.folder}. Put them back, or start "
+                    f"a new run."
+                )
+        if self._history and self._history[-1][0] == self.step and self._is_in_vain():
+            self.ends_early = "done"
+
+    def _forget_later_best(self) -> None:
+        """Remove what evaluations kept that are done again."""
+        for path in self._best_folder.paths():
+            if path.name > self._best_folder.path(self.step).name:
+                try:
+                    remove(path)
+                except OSError as error:
+                    raise CheckpointError(f"Cannot remove {path}: {error.strerror}.") from error
+        self._best_folder.tidy(())
+
+    def make_engine(self) -> TrainingEngine:
+        training = self.job.training
+        rates = finetuning_rates(training.num_hidden_layers, training.optimizer)
+        losses = partial(TaskLosses, training.optimizer.loss)
+        return TrainingEngine(task_model(self.job), training, self.plan, self.device, losses, rates)
+
+    def shown(self, values: Mapping[str, float | None]) -> str:
+        loss = values.get("loss")
+        return f"loss {'not finite' if loss is None else f'{loss:.4f}'}"
+
+    def check_fresh(self) -> None:
+        if self.job.run.verdict() in ("stopped", "done"):
+            raise CheckpointError(
+                f"The run {self.job.run.path} was trained before, but its checkpoints are gone. "
+                f"Put them back into {self.checkpoints.folder}, or start a new run."
+            )
+
+    # --- evaluation
+
+    def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
+        sets = self.job.sets
+        self._judged = self._judge(sets.dev)
+        for name, judged in self._judged.items():
+            constant = "" if judged.constant is None else f"; every prediction is {judged.constant}"
+            display.say(f"{name} at step {self.step}: {sets.shown(judged.metrics, judged.baseline)}{constant}")
+        scores = self.ranks.from_main({name: judged.metrics for name, judged in self._judged.items()})
+        if self._is_of_schedule(self.step):
+            self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
+        if len(scores) == 1:
+            return dict(next(iter(scores.values())))
+        return {f"{name}/{metric}": value for name, metrics in scores.items() for metric, value in metrics.items()}
+
+    def _is_of_schedule(self, step: int) -> bool:
+        """Whether a run that is never stopped is evaluated there: where --stop-at has it evaluated too, nothing is
+        chosen, so that it ends as that one does."""
+        return step % self.job.record.settings.eval_every == 0 or step == self.job.total_steps
+
+    def _judge(self, sets: Mapping[str, TaskInputs]) -> dict[str, Judged]:
+        """On the main rank; the others only compute their share."""
+        judged = {}
+        for name, inputs in sets.items():
+            outputs = self._outputs(inputs)
+            if self.ranks.is_main:
+                judged[name] = self.job.sets.judge(name, outputs)
+        return judged
+
+    def _outputs(self, inputs: TaskInputs) -> Outputs:
+        """The head's scores of each input, in order; on every rank, which share the work."""
+        chunks, world_size = evaluation_chunks(inputs, self.evaluation_rows), self.ranks.world_size
+        own: list[list[dict[str, np.ndarray]]] = []
+        for turn in range(-(-len(chunks) // world_size)):
+            index = turn * world_size + self.ranks.rank
+            # At stage 3 all ranks run the model together, so one without a share left runs the last again.
+            rows = chunks[min(index, len(chunks) - 1)]
+            scores = self.engine.evaluate(inputs.micro_batch(rows, with_labels=False)).scores
+            arrays = {name: tensor.cpu().numpy() for name, tensor in scores.items()}
+            if index < len(chunks):
+                own.append([{name: array[row] for name, array in arrays.items()} for row in range(len(rows))])
+        shares = self.ranks.gather(own)
+        outputs: list[Any] = [None] * len(inputs)
+        for index, rows in enumerate(chunks):
+            for row, scores_of_row in zip(rows.tolist(), shares[index % world_size][index // world_size], strict=True):
+                outputs[row] = scores_of_row
+        if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
+            raise TrainingError(
+                f"The model's scores are not finite at step {self.step}, so training has diverged and nothing can be "
+                f"scored. Lower optimizer.learning_rate, or look into the weights that it began with."
+            )
+        return outputs
+
+    def _choose(self, score: float) -> None:
+        """Keep the weights where they are the best so far, and see whether it is time to stop."""
+        before = [(step, earlier) for step, earlier in self._history if step < self.step]
+        self._history = [*before, (self.step, score)]
+        if self.job.record.settings.best and (not before or score > max(earlier for _, earlier in before)):
+            self._best_saver.save(self.engine.optimizer, self._state(), self.record_files)
+            self._best_saver.finish()
+        self.ends_early = "done" if self._is_in_vain() else None
+
+    def _is_in_vain(self) -> bool:
+        """Whether as many evaluations as --early-stopping says have brought nothing better than the first best one."""
+        patience, scores = self.job.record.settings.early_stopping, [score for _, score in self._history]
+        return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
+
+    def _earlier_evaluations(self) -> list[tuple[int, float]]:
+        """Those that metrics.jsonl tells of; for the main rank."""
+        sets = self.job.sets
+        name = sets.chosen_by if len(sets.dev) == 1 else f"{next(iter(sets.dev))}/{sets.chosen_by}"
+        path = self.job.run.metrics
+        lines = read_metrics(path) if self.ranks.is_main and path.exists() else []
+        scores = [(line["step"], line.get(name)) for line in lines if line["kind"] == "eval"]
+        return [
+            (step, float(score))
+            for step, score in scores
+            if isinstance(score, int | float) and self._is_of_schedule(step)
+        ]
+
+    # --- the end
+
+    def finish(self) -> None:
+        """Score and predict with the weights that are kept, and write it all down."""
+        settings = self.job.record.settings
+        if settings.best:
+            self._take_best()
+        if settings.best or not self.ranks.from_main(bool(self._judged)):
+            self._judged = self.in_memory(lambda: self._judge(self.job.sets.dev))
+        tested = self.in_memory(lambda: self._judge(self.job.sets.test)) if settings.predict_test else {}
+        judged = self._judged | tested
+        with self.ranks.together():
+            if self.ranks.is_main:
+                self._write(judged)
+
+    def _take_best(self) -> None:
+        with self.ranks.together():
+            path, damaged = self._best_folder.newest_whole(self.ranks)
+            if path is None:
+                raise CheckpointError(
+                    f"The best evaluation's weights are gone from {self._best_folder.folder}"
+                    + "".join(f": {problem}" for problem in damaged.values())
+                )
+            checkpoint = open_checkpoint(path)
+            checkpoint.check(self.engine.optimizer.shapes())
+        self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
+        self._best_step = int(checkpoint.state["step"])
+
+    def _write(self, judged: Mapping[str, Judged]) -> None:
+        job, best = self.job, self.job.record.settings.best
+        chosen = f"best of {len(self._history)} evaluations on {next(iter(job.sets.dev))}" if best else "last"
+        if self.ends_early is not None:
+            chosen += f", stopped after {job.record.settings.early_stopping} evaluations without a better one"
+        scores = {
+            "format": _FORMAT,
+            "task": job.record.task,
+            "recipe": job.recipe.name,
+            "recipe_source": job.record.recipe_source,
+            "changes": job.record.changes,
+            "seed": job.recipe.seed,
+            "model": f"{job.record.model} (random weights)" if job.record.has_random_weights else job.record.model,
+            "model_fingerprint": job.record.model_fingerprint,
+            "data_fingerprint": job.record.data_fingerprint,
+            "training_examples": job.record.num_examples,
+            "step": self._best_step if best else self.step,
+            "chosen": chosen,
+            "sets": {
+                name: self._written(name, of)
+                for name, of in judged.items()
+            },
+        }  # fmt: skip
+        for of in judged.values():
+            for name, content in of.files.items():
+                write_file(job.run.path / name, content)
+        write_file(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
+
+    def _written(self, name: str, of: Judged) -> dict[str, Any]:
+        """Return what scores.json says about a set."""
+        said: dict[str, Any] = {
+            "rows": of.rows,
+            "metrics": {key: value if math.isfinite(value) else None for key, value in of.metrics.items()},
+        }
+        if of.baseline:
+            said |= {"baseline": of.baseline, "baseline_prediction": of.baseline_prediction}
+        if of.constant is not None or of.is_beaten:
+            job = self.job
+            steps = self._best_step or self.step
+            said["warning"] = useless_warning(name, of, steps, job.training, job.encoder, job.sets)
+        return said | of.details
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Whole or not at all. Raises CheckpointError if the disk is full."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def discard_weights(run: RunDirectory) -> None:
+    """Remove the checkpoints of a run that is done. Raises CheckpointError if that cannot be done."""
+    for folder in (run.checkpoints, run.path / "best"):
+        try:
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        except OSError as error:
+            raise CheckpointError(f"Cannot remove {folder}: {error.strerror}.") from error

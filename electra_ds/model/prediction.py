@@ -1,0 +1,129 @@
+"""The generator's vocabulary head, its loss and its samples in one pass over the logits, which are never all there.
+
+Rows are handled in pieces: logits, softmax, loss, sample, and at once the gradients by the head's inputs, so that
+nothing of size rows x vocabulary outlives its piece. The gradients are those of the sum of losses; backward scales
+them, which also keeps them from vanishing in fp16, as a division by the number of rows before the product would not.
+
+Shape suffixes: M selected positions, E embedding size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from electra_ds.model.sampling import sample_tokens
+
+# Bytes of fp32 logits in a piece: beyond the first, pieces cost the CPU nothing, and the GPU some launches each.
+CPU_PIECE_BYTES = 8 << 20
+GPU_PIECE_BYTES = 128 << 20
+
+
+class Prediction(NamedTuple):
+    """What the generator says of the selected positions."""
+
+    loss_sum: torch.Tensor
+    """fp32 scalar, sum of the cross-entropies in nats (ELECTRA paper, eq. 2); the only one with a gradient."""
+    losses_M: torch.Tensor
+    """fp32, its terms."""
+    best_M: torch.Tensor
+    """int64, the most probable token."""
+    samples_M: torch.Tensor
+    """int64, one token drawn by `sample_tokens`."""
+
+
+def predict_tokens(
+    hidden_ME: torch.Tensor,
+    weight_VE: torch.Tensor,
+    bias_V: torch.Tensor,
+    targets_M: torch.Tensor,
+    noise_keys_M: torch.Tensor,
+    column_keys_V: torch.Tensor,
+    temperature: float = 1.0,
+    counts_M: torch.Tensor | None = None,
+) -> Prediction:
+    """Loss and samples of logits hidden @ weight.T + bias. Logits are of hidden's dtype (or autocast's), the rest fp32.
+
+    Samples come from softmax(logits / temperature). counts_M: bool, False at rows whose loss is taken as 0; None where
+    all count.
+    """
+    device_type = hidden_ME.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden_ME = hidden_ME.to(torch.get_autocast_dtype(device_type))
+    found = _Prediction.apply(
+        hidden_ME, weight_VE, bias_V, targets_M, noise_keys_M, column_keys_V, temperature, counts_M,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    return Prediction(*found)
+
+
+class _Prediction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ME: torch.Tensor,
+        weight_VE: torch.Tensor,
+        bias_V: torch.Tensor,
+        targets_M: torch.Tensor,
+        noise_keys_M: torch.Tensor,
+        column_keys_V: torch.Tensor,
+        temperature: float,
+        counts_M: torch.Tensor | None,
+        with_gradient: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        dtype = hidden_ME.dtype
+        weight, bias = weight_VE.to(dtype), bias_V.to(dtype)
+        grad_hidden = torch.empty_like(hidden_ME) if with_gradient else None
+        grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32) if with_gradient else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if with_gradient else None
+        parts = []
+        for rows in _pieces(hidden_ME, len(weight_VE)):
+            hidden, targets = hidden_ME[rows], targets_M[rows, None]
+            logits = functional.linear(hidden, weight, bias).float()
+            highest, best = logits.max(dim=-1)
+            probabilities = torch.softmax(logits, dim=-1)
+            # The highest probability is 1 / sum(exp(logit - highest)).
+            normaliser = highest - probabilities.gather(1, best[:, None]).squeeze(1).log()
+            losses = normaliser - logits.gather(1, targets).squeeze(1)
+            if counts_M is not None:
+                losses = torch.where(counts_M[rows], losses, 0.0)
+            weights = probabilities if temperature == 1.0 else torch.softmax(logits / temperature, dim=-1)
+            parts.append((losses, best, sample_tokens(weights, noise_keys_M[rows], column_keys_V)))
+            if grad_hidden is not None and grad_weight is not None and grad_bias is not None:
+                ones = torch.ones_like(targets, dtype=torch.float32)
+                grad_logits = probabilities.scatter_add_(1, targets, -ones)
+                if counts_M is not None:
+                    grad_logits = torch.where(counts_M[rows, None], grad_logits, 0.0)
+                grad_bias += grad_logits.sum(0)
+                grad_logits = grad_logits.to(dtype)
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                if dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits.t(), hidden)
+                else:
+                    grad_weight += grad_logits.t() @ hidden
+        losses_M, best_M, samples_M = (torch.cat(column) for column in zip(*parts, strict=True))
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.dtypes = weight_VE.dtype, bias_V.dtype
+        ctx.mark_non_differentiable(losses_M, best_M, samples_M)
+        return losses_M.sum(), losses_M, best_M, samples_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        scale = grads[0]
+        return (
+            (grad_hidden.float() * scale).to(grad_hidden.dtype),  # in half precision the scale would be rounded too
+            (grad_weight * scale).to(weight_dtype),
+            (grad_bias * scale).to(bias_dtype),
+            *[None] * 6,
+        )
+
+
+def _pieces(hidden_ME: torch.Tensor, vocab_size: int) -> list[slice]:
+    piece_bytes = CPU_PIECE_BYTES if hidden_ME.device.type == "cpu" else GPU_PIECE_BYTES
+    size = max(1, piece_bytes // (4 * vocab_size))
+    return [slice(first, first + size) for first in range(0, max(1, len(hidden_ME)), size)]

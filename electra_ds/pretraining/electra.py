@@ -1,0 +1,141 @@
+"""Generator and discriminator in one module, so that one engine trains both.
+
+Shape suffixes: B rows of the micro-batch, T positions, M selected positions, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from electra_ds.config.recipe import Recipe
+from electra_ds.core.keyed_random import column_keys
+from electra_ds.model.encoder import Encoder, EncoderConfig
+from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
+from electra_ds.model.kernels import shared_mask
+from electra_ds.pretraining.losses import discriminator_loss_sum
+from electra_ds.pretraining.microbatch import MicroBatch
+
+
+class ElectraOutput(NamedTuple):
+    """Sums over the micro-batch (to be divided by counts over the global batch), and what they were made of."""
+
+    generator_loss_sum: torch.Tensor
+    discriminator_loss_sum: torch.Tensor
+    generator_losses_M: torch.Tensor
+    """fp32, nats."""
+    best_M: torch.Tensor
+    """int64, the generator's most probable tokens."""
+    samples_M: torch.Tensor
+    discriminator_logits_BT: torch.Tensor
+    is_replaced_BT: torch.Tensor
+
+
+def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple[EncoderConfig, EncoderConfig]:
+    """(generator, discriminator). The generator follows google-research/electra `get_generator_config`:
+    hidden = round(multiplier * hidden), feed-forward 4 * hidden, heads = max(1, hidden // 64) unless the recipe sets
+    their number. If the discriminator's own heads are narrower than 64, its head size takes the place of 64."""
+    model = recipe.model
+    sizes = model.model_dump(exclude={"initializer"})
+    discriminator = EncoderConfig(vocab_size=vocab_size, pad_token_id=pad_token_id, **sizes)
+    if recipe.generator.sharing == "all":
+        return discriminator, discriminator
+    head_size = min(64, model.hidden_size // model.num_attention_heads)
+    wanted = round(model.hidden_size * recipe.generator.width_multiplier)
+    heads = recipe.generator.num_attention_heads or max(1, wanted // head_size)
+    hidden = -(-wanted // heads) * heads  # rounded up to a multiple of the heads
+    generator = replace(
+        discriminator,
+        hidden_size=hidden,
+        num_hidden_layers=max(1, round(model.num_hidden_layers * recipe.generator.depth_multiplier)),
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+    )
+    return generator, discriminator
+
+
+class Electra(nn.Module):
+    """The joint model of Clark et al. 2020, figure 2."""
+
+    def __init__(self, recipe: Recipe, vocab_size: int, pad_token_id: int) -> None:
+        super().__init__()
+        generator_config, discriminator_config = encoder_configs(recipe, vocab_size, pad_token_id)
+        self.temperature = recipe.generator.temperature
+        self.autocast_dtype: torch.dtype | None = None
+        """Set by an engine that runs torch.autocast; the encoders and heads then run in it."""
+        self.discriminator = Encoder(discriminator_config)
+        sharing = recipe.generator.sharing
+        self.generator = self.discriminator if sharing == "all" else Encoder(generator_config)
+        if sharing == "embeddings":
+            self.generator.embeddings = self.discriminator.embeddings
+        elif sharing == "tokens":
+            shared_table = self.discriminator.embeddings.word_embeddings.weight
+            self.generator.embeddings.word_embeddings.weight = shared_table
+        self.generator_head = GeneratorHead(generator_config, self.generator.embeddings.word_embeddings)
+        self.discriminator_head = DiscriminatorHead(discriminator_config)
+        self.register_buffer("column_keys_V", column_keys(vocab_size), persistent=False)
+        self.column_keys_V: torch.Tensor
+        self._initialise(recipe)
+
+    def _initialise(self, recipe: Recipe) -> None:
+        """Normal(0, initializer_range) for matrices and tables from the recipe's seed; 1 and 0 for norms and biases."""
+        rng = torch.Generator().manual_seed(recipe.seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() == 2 and recipe.model.initializer == "truncated-normal":
+                    spread = recipe.model.initializer_range
+                    nn.init.trunc_normal_(parameter, 0.0, spread, -2 * spread, 2 * spread, generator=rng)
+                elif parameter.dim() == 2:
+                    parameter.normal_(0.0, recipe.model.initializer_range, generator=rng)
+                else:
+                    parameter.fill_(1.0 if name.endswith("LayerNorm.weight") or "norm.weight" in name else 0.0)
+            for encoder in (self.discriminator, self.generator):
+                table = encoder.embeddings.word_embeddings
+                table.weight[table.padding_idx].zero_()
+
+    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
+        """What an engine's plan says of the model itself."""
+        self.autocast_dtype = autocast_dtype
+        for encoder in (self.generator, self.discriminator):
+            encoder.checkpointed_layers = checkpointed_layers
+
+    def forward(self, batch: MicroBatch, samples_M: torch.Tensor | None = None) -> ElectraOutput:
+        """Both losses of one micro-batch.
+
+        samples_M: int64 tokens to put at the selected positions instead of drawing them, to replay another
+        run's samples.
+        """
+        # Inside forward, because DeepSpeed's engine switches off an autocast that it was called under.
+        with torch.autocast(batch.ids_BT.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.run(batch, samples_M)
+
+    def run(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> ElectraOutput:
+        """What `forward` does, under the autocast that it sets; an engine may put a compiled form in its place."""
+        dtype = self.autocast_dtype or self.discriminator_head.dense.weight.dtype
+        attend_B1QT = shared_mask(batch.attention_mask(), dtype)
+        generator_BTH = self.generator(batch.generator_ids_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
+        gathered_MH = generator_BTH.flatten(0, 1).index_select(0, batch.selected_M)
+        targets_M = batch.ids_BT.flatten().index_select(0, batch.selected_M)
+        prediction = self.generator_head(
+            gathered_MH, targets_M, batch.noise_keys_M, self.column_keys_V, self.temperature, batch.counts_M
+        )
+        with torch.no_grad():
+            if samples_M is None:
+                samples_M = prediction.samples_M
+            corrupted_M = torch.where(batch.replaced_M, samples_M, targets_M)
+            corrupted_BT = batch.ids_BT.flatten().index_copy(0, batch.selected_M, corrupted_M).view_as(batch.ids_BT)
+            is_replaced_BT = corrupted_BT != batch.ids_BT
+        discriminator_BTH = self.discriminator(corrupted_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
+        discriminator_logits_BT = self.discriminator_head(discriminator_BTH)
+        return ElectraOutput(
+            prediction.loss_sum,
+            discriminator_loss_sum(discriminator_logits_BT, is_replaced_BT, batch.counted_BT),
+            prediction.losses_M,
+            prediction.best_M,
+            samples_M,
+            discriminator_logits_BT.detach(),
+            is_replaced_BT,
+        )

@@ -1,0 +1,89 @@
+"""Which tokens the generator predicts, and which of them it sees as [MASK].
+
+One random source per batch, and 32 random bits a token for each draw: a share p of them is what lies below
+p * 2^32. Shape suffixes: B sequences of the global batch, T positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from electra_ds.core.keyed_random import random_bits
+
+
+class Masks(NamedTuple):
+    """Boolean [B, T] arrays; `replaced` positions get a generator's sample in the discriminator's input."""
+
+    selected: np.ndarray
+    masked: np.ndarray
+    replaced: np.ndarray
+
+
+def choose_masks(
+    maskable_BT: np.ndarray,
+    lengths_B: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    mlm_probability: float,
+    mask_token_share: float,
+    count: Literal["bernoulli", "fixed"],
+    replace_at: Literal["selected", "masked"],
+) -> Masks:
+    """Masks for a global batch.
+
+    maskable_BT: True where a token may be selected (no padding, no special token). lengths_B: tokens per
+    sequence, [CLS] and [SEP] included. `fixed` selects min(round(p * length), floor((p + 0.005) * T)) and at
+    least one token of each sequence without replacement (google-research/electra pretrain_helpers.py draws
+    with replacement); a sequence with fewer maskable tokens has them all selected.
+    """
+    batch, length = maskable_BT.shape
+    noise_BT = random_bits(rng, batch, length)
+    if count == "bernoulli":
+        selected = (noise_BT <= _highest(mlm_probability)) & maskable_BT
+        masked = (noise_BT <= _highest(mlm_probability * mask_token_share)) & maskable_BT  # one draw serves both
+    else:
+        wanted = _fixed_counts(lengths_B, length, mlm_probability)
+        _make_distinct(noise_BT)
+        np.putmask(noise_BT, ~maskable_BT, np.uint32(0xFFFFFFFF))
+        last = np.take_along_axis(np.sort(noise_BT, axis=1), wanted[:, None] - 1, axis=1)
+        selected = (noise_BT <= last) & maskable_BT
+        masked = (random_bits(rng, batch, length) <= _highest(mask_token_share)) & selected
+    return Masks(selected, masked, selected if replace_at == "selected" else masked)
+
+
+def usual_most_selected(
+    num_sequences: int, length: int, *, mlm_probability: float, count: Literal["bernoulli", "fixed"]
+) -> int:
+    """A number of selected positions that fewer than one in 1e9 batches of full sequences exceed; none does if `fixed`.
+
+    Bernoulli: mean and six standard deviations, rounded up to a multiple of 64, which suits matrix products.
+    """
+    maskable = num_sequences * (length - 2)
+    if count == "fixed":
+        [of_one] = _fixed_counts(np.array([length]), length, mlm_probability).tolist()
+        return min(maskable, num_sequences * of_one)
+    mean = maskable * mlm_probability
+    most = math.ceil(mean + 6 * math.sqrt(mean * (1 - mlm_probability)))
+    return min(maskable, -(-most // 64) * 64)
+
+
+def _fixed_counts(lengths_B: np.ndarray, length: int, mlm_probability: float) -> np.ndarray:
+    """int64 [B], how many tokens of each sequence `fixed` selects in rows of `length` positions."""
+    counts = np.minimum(np.round(mlm_probability * lengths_B), np.floor((mlm_probability + 0.005) * length))
+    return np.maximum(counts, 1).astype(np.int64)
+
+
+def _highest(probability: float) -> np.uint32:
+    """The highest number among the lowest share `probability` of all 2^32."""
+    return np.uint32(max(1, round(probability * 2.0**32)) - 1)
+
+
+def _make_distinct(noise_BT: np.ndarray) -> None:
+    """Put the column into each number's lowest bits, so that none comes twice in a row."""
+    columns = np.arange(noise_BT.shape[1], dtype=np.uint32)
+    lowest = np.uint32((1 << int(columns[-1]).bit_length()) - 1)
+    np.bitwise_and(noise_BT, ~lowest, out=noise_BT)
+    np.bitwise_or(noise_BT, columns, out=noise_BT)

@@ -1,0 +1,333 @@
+"""How much memory a training step takes, computed from sizes alone, before anything runs.
+
+A step is fullest at one of three moments: while the generator's head goes through its logits, when the backward pass
+begins and every activation is still there, or in the optimizer's update. What is saved for the backward pass is counted
+tensor by tensor for rows that are full (the longest batch), and tests hold the counts against autograd's own. What
+DeepSpeed keeps at ZeRO stages 1 to 3 follows its documentation and is coarser.
+
+Shape suffixes: N tokens of a micro-batch, M selected positions, H hidden size, F feed-forward size, E embedding size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.recipe import Recipe
+from electra_ds.model.encoder import EncoderConfig
+from electra_ds.model.prediction import CPU_PIECE_BYTES, GPU_PIECE_BYTES
+from electra_ds.model.sampling import CPU_NOISE_BYTES
+from electra_ds.pretraining.electra import encoder_configs
+from electra_ds.pretraining.masking import usual_most_selected
+
+Kernels = Literal["cpu", "cuda"]
+"""Whose operations run: on a CPU attention with dropout keeps its probabilities, on a GPU it is fused."""
+
+CONTEXT_BYTES = 400 * 2**20
+"""Assumed: the CUDA context with the kernels of torch, cuBLAS and cuDNN, which no allocator of torch's knows of."""
+FRAGMENTATION = 0.05
+"""Assumed: what torch's allocator holds beyond what is in use, being cut into blocks that do not fit."""
+CPU_SHARE = 0.8
+"""Assumed: of the free memory of a machine without a GPU, what a run may take beside everything else."""
+_MASK = 1  # bytes of an element that dropout keeps or not
+_FP32, _HALF, _INT64 = 4, 2, 8
+# torch's default on Hopper, 8 MiB elsewhere (aten/src/ATen/cuda/CUDABlas.cpp); one for the forward and one for the
+# backward pass, which have a thread each.
+_CUBLAS_WORKSPACE = 2 * 32 * 2**20
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements of the parts; what is shared counts for the discriminator."""
+
+    discriminator: int
+    generator: int
+
+    @property
+    def all(self) -> int:
+        return self.discriminator + self.generator
+
+
+class SavedBytes(NamedTuple):
+    """What autograd keeps for the backward pass of one micro-batch, parameters apart."""
+
+    generator: int
+    head: int
+    """The generator's head, most of it the gradient by the token table."""
+    discriminator: int
+    weight_copies: int
+    """Half-precision copies of fp32 weights, which autocast makes."""
+
+
+class Phase(NamedTuple):
+    """What is on the device at one moment, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """fp32 masters where the weights are half, and AdamW's two moments."""
+    activations: int
+    logits: int
+    """The piece of the generator's logits that is being worked on, with its softmax and noise."""
+    workspace: int
+    """Gradients of activations, fp32 copies of gradients, cuBLAS."""
+    buffers: int
+    """For communication between ranks."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """A step at its three fullest moments."""
+
+    head: Phase
+    backward: Phase
+    update: Phase
+    host_bytes: int = 0
+    """In the CPU's memory, by offloading."""
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        return {"generator's head": self.head, "backward": self.backward, "update": self.update}
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The peak of what tensors take: `torch.cuda.max_memory_allocated`."""
+        return max(phase.total for phase in self.phases.values())
+
+    @property
+    def card_bytes(self) -> int:
+        """What a GPU must have free, with the CUDA context and what the allocator cannot use."""
+        return round(self.allocated_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+
+    def needed_bytes(self, kernels: Kernels) -> int:
+        """What must be free for it on a GPU, or of a CPU's memory, where offloading moves nothing away."""
+        return self.card_bytes if kernels == "cuda" else self.allocated_bytes + self.host_bytes
+
+
+def count_parameters(recipe: Recipe, vocab_size: int) -> ParameterCounts:
+    """Without making the model."""
+    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
+    embedding, hidden = generator.embedding_size, generator.hidden_size
+    token_table = vocab_size * embedding
+    embeddings = token_table + (generator.max_position_embeddings + generator.type_vocab_size + 2) * embedding
+    shared = {"embeddings": embeddings, "tokens": token_table, "none": 0}
+    own = embeddings + _encoder_parameters(generator)
+    own = 0 if recipe.generator.sharing == "all" else own - shared[recipe.generator.sharing]
+    head = (hidden + 1) * embedding + 2 * embedding + vocab_size
+    wide = discriminator.hidden_size
+    return ParameterCounts(
+        discriminator=embeddings + _encoder_parameters(discriminator) + (wide + 1) * wide + wide + 1,
+        generator=own + head,
+    )
+
+
+def _encoder_parameters(config: EncoderConfig) -> int:
+    """Of the projection and the layers."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    projection = (config.embedding_size + 1) * hidden if config.embedding_size != hidden else 0
+    attention = 4 * (hidden + 1) * hidden
+    feed_forward = (hidden + 1) * inner + (inner + 1) * hidden
+    return projection + config.num_hidden_layers * (attention + feed_forward + 4 * hidden)
+
+
+def saved_bytes(
+    recipe: Recipe,
+    vocab_size: int,
+    micro_batch_size: int,
+    precision: str,
+    kernels: Kernels,
+    checkpointed_layers: int = 0,
+) -> SavedBytes:
+    """For a micro-batch of full rows with as many selected positions as are usual at the most.
+
+    precision: one of `config.precision.Precision`'s names.
+    """
+    return _Sizes(recipe, vocab_size, micro_batch_size, precision, kernels, checkpointed_layers).saved()
+
+
+class _Sizes:
+    """Bytes of what one micro-batch saves."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        vocab_size: int,
+        micro_batch_size: int,
+        precision: str,
+        kernels: Kernels,
+        checkpointed_layers: int,
+    ) -> None:
+        self.generator_config, self.discriminator_config = encoder_configs(recipe, vocab_size, 0)
+        self.has_one_encoder = recipe.generator.sharing == "all"
+        self.rows, self.length = micro_batch_size, recipe.data.sequence_length
+        self.tokens = self.rows * self.length
+        self.selected = usual_most_selected(
+            self.rows, self.length, mlm_probability=recipe.masking.mlm_probability, count=recipe.masking.count
+        )
+        self.element = _FP32 if precision == "fp32" else _HALF  # of what matrix products see
+        self.is_autocast = precision.startswith("autocast")
+        # Mean and reciprocal deviation of a LayerNorm's row: in half precision only where a CPU has half weights.
+        self.statistics = 2 * (_FP32 if kernels == "cuda" or self.is_autocast else self.element)
+        self.kernels = kernels
+        self.checkpointed_layers = checkpointed_layers
+
+    def saved(self) -> SavedBytes:
+        generator, discriminator = self.generator_config, self.discriminator_config
+        embedding, vocab_size = generator.embedding_size, generator.vocab_size
+        head = self.selected * (generator.hidden_size + 3 * embedding) * self.element
+        head += self.selected * (self.statistics + _INT64) + vocab_size * (embedding + 1) * _FP32
+        # The discriminator's head: its input, GELU's input and output; then logits, labels and which positions count.
+        judging = self.tokens * (3 * discriminator.hidden_size * self.element + 2 * _FP32 + 2 * _MASK)
+        return SavedBytes(
+            generator=self._encoder(generator),
+            head=head,
+            discriminator=self._encoder(discriminator) + judging,
+            weight_copies=self._weight_copies() if self.is_autocast else 0,
+        )
+
+    def _weight_copies(self) -> int:
+        """Of the matrices that autocast casts."""
+        generator, discriminator = self.generator_config, self.discriminator_config
+        elements = generator.hidden_size * generator.embedding_size + discriminator.hidden_size**2
+        for config in (discriminator,) if self.has_one_encoder else (generator, discriminator):
+            elements += config.num_hidden_layers * 4 * config.hidden_size**2
+            if config.embedding_size != config.hidden_size:
+                elements += config.embedding_size * config.hidden_size
+        return elements * _HALF
+
+    def _encoder(self, config: EncoderConfig) -> int:
+        layers = config.num_hidden_layers
+        again = min(self.checkpointed_layers, layers)
+        inputs = again * self.tokens * config.hidden_size * self._norm_input(config)
+        return self._embeddings(config) + inputs + (layers - again) * self.layer(config)
+
+    def _embeddings(self, config: EncoderConfig) -> int:
+        size = config.embedding_size
+        of_element = _FP32 if self.is_autocast else self.element
+        of_element += _MASK if config.hidden_dropout_prob else 0
+        if size != config.hidden_size:
+            of_element += self.element  # the projection's input
+        return self.tokens * (size * of_element + self.statistics + _INT64)
+
+    def layer(self, config: EncoderConfig) -> int:
+        """The inputs of four products, queries, keys and values, LayerNorm's inputs, dropout's masks, and of the
+        feed-forward what GELU is computed of."""
+        hidden = config.hidden_size
+        of_element = 6 * self.element + 2 * self._norm_input(config) + (2 * _MASK if config.hidden_dropout_prob else 0)
+        of_token = hidden * of_element + config.intermediate_size * self.element + 2 * self.statistics
+        return self.tokens * of_token + self._attention(config)
+
+    def _norm_input(self, config: EncoderConfig) -> int:
+        """Bytes of an element that LayerNorm sees. Under autocast a GPU's computes in fp32; a CPU's in what comes,
+        which is half behind a projection."""
+        if not self.is_autocast or (self.kernels == "cpu" and config.embedding_size != config.hidden_size):
+            return self.element
+        return _FP32
+
+    def _attention(self, config: EncoderConfig) -> int:
+        """Beside its inputs and its output: the logarithms of softmax's sums, or the probabilities and dropout's
+        mask."""
+        queries = self.rows * config.num_attention_heads * self.length
+        if self.kernels == "cpu" and config.attention_probs_dropout_prob:
+            return queries * self.length * (self.element + _MASK)
+        return queries * _FP32
+
+
+def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: Kernels = "cuda") -> PeakMemory:
+    """Of a step under a plan, on each of its ranks."""
+    batch, precision = plan.batch, plan.precision.name
+    sizes = _Sizes(recipe, vocab_size, batch.micro_batch_size, precision, kernels, plan.checkpointed_layers)
+    saved, discriminator = sizes.saved(), sizes.discriminator_config
+    state = training_state(count_parameters(recipe, vocab_size).all, plan)
+    accumulates = batch.gradient_accumulation_steps > 1 or plan.stage > 0
+    early_gradients = state.gradients if accumulates else 0
+    cublas = _CUBLAS_WORKSPACE if kernels == "cuda" else 0
+    during_head = saved.generator + saved.head + saved.weight_copies
+    # Of the feed-forward: GELU's result or gradient, and its input's. What the head held is free again by then.
+    inner = 2 * sizes.tokens * (discriminator.intermediate_size - discriminator.hidden_size) * sizes.element
+    again = sizes.layer(discriminator) if plan.checkpointed_layers >= discriminator.num_hidden_layers else 0
+    # The head adds up its half-precision gradient by the token table in fp32, so there is one of each.
+    product = vocab_size * discriminator.embedding_size * _HALF if sizes.element == _HALF else 0
+    return PeakMemory(
+        head=Phase(
+            state.weights, early_gradients, state.optimizer, during_head,
+            _logits(recipe, vocab_size, sizes.selected, kernels), cublas + product, state.buffers,
+        ),
+        backward=Phase(
+            state.weights, early_gradients, state.optimizer, sum(saved), 0, cublas + max(0, inner) + again,
+            state.buffers,
+        ),
+        update=Phase(
+            state.weights, state.gradients, state.optimizer, 0, 0, cublas + state.update, state.buffers
+        ),
+        host_bytes=state.host,
+    )  # fmt: skip
+
+
+def _logits(recipe: Recipe, vocab_size: int, selected: int, kernels: Kernels) -> int:
+    """fp32 logits, their softmax, at another temperature a second one, and the noise with what it is made of."""
+    piece = min(selected, _piece_rows(vocab_size, kernels)) * vocab_size * _FP32
+    softmaxes = 1 if recipe.generator.temperature == 1.0 else 2
+    return (1 + softmaxes) * piece + 2 * (piece if kernels == "cuda" else min(piece, CPU_NOISE_BYTES))
+
+
+def _piece_rows(vocab_size: int, kernels: Kernels) -> int:
+    return max(1, (CPU_PIECE_BYTES if kernels == "cpu" else GPU_PIECE_BYTES) // (_FP32 * vocab_size))
+
+
+def head_pieces(vocab_size: int, selected: int) -> int:
+    """In how many pieces a GPU goes through the logits of so many positions."""
+    return -(-selected // _piece_rows(vocab_size, "cuda"))
+
+
+class TrainingState(NamedTuple):
+    """Bytes that do not depend on the micro-batch."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    """For communication."""
+    update: int
+    """More while the optimizer works."""
+    host: int
+
+
+def training_state(parameters: int, plan: DeepSpeedPlan) -> TrainingState:
+    """Of a model of any kind with so many parameters."""
+    width = _HALF if plan.precision.name in ("fp16", "bf16") else _FP32
+    ranks, zero = plan.batch.world_size, plan.document["zero_optimization"]
+    masters = parameters * _FP32 if width == _HALF else 0
+    moments = 2 * parameters * _FP32
+    if plan.stage == 0:
+        flat = parameters * _FP32 if width == _HALF else 0  # the gradients in fp32
+        reduced = parameters * width if ranks > 1 else 0  # and in one piece for the collective
+        return TrainingState(parameters * width, parameters * width, masters + moments, 0, max(flat, reduced), 0)
+    # Stages 1 to 3, after DeepSpeed's ZeRO tutorial: fp32 masters in every precision, all state sharded. The weights of
+    # stage 3 are sharded too, but gathered and kept while the card has room for them.
+    weights = parameters * width
+    gradients = weights // (ranks if plan.stage >= 2 else 1)
+    optimizer = (parameters * _FP32 + moments) // ranks
+    copies = 2 if plan.stage < 3 and zero.get("overlap_comm") else 1
+    buckets = copies * int(zero["reduce_bucket_size"]) * width  # all of it, however small the model is
+    host = weights // ranks if "offload_param" in zero else 0
+    if "offload_optimizer" in zero:
+        host, optimizer = host + optimizer + gradients, 0
+    return TrainingState(weights, gradients, optimizer, buckets, parameters * _FP32 // ranks, host)
+
+
+def largest_micro_batch(
+    recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, budget_bytes: float, kernels: Kernels = "cuda"
+) -> DeepSpeedPlan | None:
+    """The plan with the largest micro-batch that fits, by prediction; None where not even one sequence does."""
+    for batch in plan.batch.others():
+        cut = plan.with_micro_batch(batch.micro_batch_size)
+        if peak_memory(recipe, vocab_size, cut, kernels).needed_bytes(kernels) <= budget_bytes:
+            return cut
+    return None

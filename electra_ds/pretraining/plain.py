@@ -1,0 +1,70 @@
+"""The control: the same step in plain PyTorch, fp32, with torch's own AdamW and clipping.
+
+Tests hold every precision of the DeepSpeed engine against it, and benchmarks time both. It shares the model
+and the batches with the DeepSpeed engine, and nothing of its optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from electra_ds.config.recipe import Recipe
+from electra_ds.core import runtime
+from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.step import StepLosses, StepResult
+from electra_ds.training.optimizer import adamw_state, parameter_groups
+from electra_ds.training.schedule import learning_rate_at
+
+
+class PlainEngine:
+    """One process, one device, no mixed precision."""
+
+    def __init__(
+        self, model: Electra, recipe: Recipe, micro_batch_size: int, device: torch.device, *, fused: bool = False
+    ) -> None:
+        """fused: AdamW in torch's fused kernel, as benchmarks want it; tests compare that with torch's plainest."""
+        self.module = model.to(device)
+        self.recipe = recipe
+        self.micro_batch_size = micro_batch_size
+        self.device = device
+        section = recipe.optimizer
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.module.named_parameters(), section.weight_decay),
+            lr=section.learning_rate,
+            betas=(section.beta1, section.beta2),
+            eps=section.epsilon,
+            fused=fused,
+        )
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = adamw_state(parameter, bias_correction=section.bias_correction)
+                self.optimizer.state[parameter] = state if fused else state | {"step": state["step"].cpu()}
+
+    def train_step(
+        self, batch: GlobalBatch, step: int, samples: Sequence[torch.Tensor] | None = None
+    ) -> tuple[StepResult, list[torch.Tensor]]:
+        """One optimiser step; returns its result and each micro-batch's samples.
+
+        samples: int64 [M] per micro-batch, to replay those of another run.
+        """
+        self.module.train()
+        learning_rate = learning_rate_at(
+            step, learning_rate=self.recipe.optimizer.learning_rate, **self.recipe.schedule.model_dump()
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        losses = StepLosses(self.recipe, batch)
+        drawn = []
+        for index, first in enumerate(range(0, self.recipe.global_batch_size, self.micro_batch_size)):
+            runtime.seed_dropout(self.recipe.seed, step, index, 0)
+            micro_batch = batch.micro_batch(first, self.micro_batch_size).to(self.device)
+            output = self.module(micro_batch, None if samples is None else samples[index])
+            losses.add(output).backward()
+            drawn.append(output.samples_M)
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.optimizer.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return losses.result(norm), drawn

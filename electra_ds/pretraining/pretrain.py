@@ -1,0 +1,159 @@
+"""Pretraining: generator and discriminator together, from a run directory and a plan to a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.manifest import RunDirectory, RunRecord
+from electra_ds.config.recipe import Recipe
+from electra_ds.core import runtime
+from electra_ds.core.errors import CheckpointError
+from electra_ds.core.runtime import Ranks
+from electra_ds.data.segments import Split
+from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.batches import BatchBuilder
+from electra_ds.pretraining.collapse import collapsed_at
+from electra_ds.pretraining.electra import Electra, encoder_configs
+from electra_ds.pretraining.flops import step_flops
+from electra_ds.pretraining.metrics import Evaluator, always_original_accuracy
+from electra_ds.training.engine import DeepSpeedEngine
+from electra_ds.training.loop import TrainingLoop, train
+from electra_ds.training.throughput import Throughput, joint_peak_flops
+from electra_ds.training.tracking import TrainingDisplay, read_metrics
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """Everything a pretraining needs, checked before anything long starts."""
+
+    command: ClassVar[str] = "pretrain"
+
+    run: RunDirectory
+    recipe: Recipe
+    plan: DeepSpeedPlan
+    store: TokenStore
+    split: Split
+    record: RunRecord
+    stop_at: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.recipe.schedule.total_steps
+
+    def record_files(self, plan: DeepSpeedPlan) -> dict[str, str]:
+        files = self.run.record_files(self.recipe, plan, self.record)
+        return files | {"tokenizer.json": self.store.tokenizer.backend.to_str()}
+
+
+def pretrain(job: PretrainJob, ranks: Ranks, console: Console, time_limit_s: float | None = None) -> bool:
+    """As `loop.train`."""
+    return train(lambda: PretrainLoop(job, ranks, console), job, ranks, time_limit_s)
+
+
+class PretrainLoop(TrainingLoop):
+    job: PretrainJob
+    engine: DeepSpeedEngine
+
+    def __init__(self, job: PretrainJob, ranks: Ranks, console: Console) -> None:
+        recipe, plan, store = job.recipe, job.plan, job.store
+        with ranks.together():
+            device = runtime.device(ranks.launch)
+            builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
+            self.evaluator = Evaluator(store, job.split, recipe, job.record.settings.eval_windows, ranks)
+        configs = encoder_configs(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
+        throughput = Throughput(
+            device,
+            joint_peak_flops(device, plan.precision.name, plan.batch.world_size),
+            lambda batch: step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward,
+        )
+        super().__init__(job, ranks, console, builder, throughput)
+        self._evaluations: list[Mapping[str, Any]] | None = None
+        """Of the whole run, on the main rank."""
+        self._collapsed_at: int | None = ranks.from_main(self._look_for_collapse(()))
+        if self._collapsed_at is not None and job.record.settings.stop_on_collapse:
+            self.ends_early = "collapsed"
+        if self.engine.is_compiled:
+            console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
+
+    def make_engine(self) -> DeepSpeedEngine:
+        recipe, tokenizer = self.job.recipe, self.job.store.tokenizer
+        model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
+        return DeepSpeedEngine(model, recipe, self.plan, self.device, self.job.record.settings.compile)
+
+    def shown(self, values: Mapping[str, float | None]) -> str:
+        generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
+        return f"generator loss {_shown(generator)}  discriminator loss {_shown(discriminator)}"
+
+    def check_fresh(self) -> None:
+        """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
+        sources = self.job.record.initialised_from
+        if sources:
+            raise CheckpointError(
+                f"The run {self.job.run.path} began with the weights of {' and '.join(sources)}, but its checkpoints "
+                f"are gone. Put them back into {self.checkpoints.folder}, or start a new run."
+            )
+        metrics = self.job.run.metrics
+        reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
+        # Those of the starts before, which this one may change.
+        settings = self.job.run.read_record().settings if self.job.run.exists() else self.job.record.settings
+        # The first one stands before the second is begun, and before a run is said to have stopped.
+        if reached > 2 * settings.save_every or self.job.run.verdict() == "stopped":
+            raise CheckpointError(
+                f"The run {self.job.run.path} had reached step {reached}, but its checkpoints are gone. "
+                f"Put them back into {self.checkpoints.folder}, or start a new run."
+            )
+
+    def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
+        evaluation = self.evaluator(self.engine.evaluate, self.device, self.evaluation_rows)
+        original = always_original_accuracy(evaluation.replaced_share)
+        display.say(
+            f"held out at step {self.step}: generator loss {evaluation.generator_loss:.3f} "
+            f"({evaluation.generator_masked_loss:.3f} at [MASK], a gain of {evaluation.generator_gain:+.3f} nats over "
+            f"the unigram), discriminator loss {evaluation.discriminator_loss:.3f}, accuracy "
+            f'{evaluation.discriminator_accuracy:.3f} (always "original": {original:.3f}), AUC '
+            f"{evaluation.discriminator_auc:.3f}"
+        )
+        if self._collapsed_at is None:
+            self._collapsed_at = self.ranks.from_main(
+                self._look_for_collapse([evaluation._asdict() | {"step": self.step}])
+            )
+            if self._collapsed_at is not None:
+                self._say_collapsed(display)
+        return evaluation._asdict()
+
+    @property
+    def keep_at(self) -> Collection[int]:
+        return self.job.record.settings.keep_at
+
+    def about_the_end(self) -> dict[str, Any]:
+        return {} if self._collapsed_at is None else {"collapsed_at": self._collapsed_at}
+
+    def _look_for_collapse(self, newest: Sequence[Mapping[str, Any]]) -> int | None:
+        """On the main rank, which has the evaluations before."""
+        if not self.ranks.is_main:
+            return None
+        if self._evaluations is None:
+            path = self.job.run.metrics
+            lines = read_metrics(path) if path.exists() else []
+            self._evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] <= self.step]
+        self._evaluations += newest
+        schedule = self.job.recipe.schedule
+        return collapsed_at(self._evaluations, schedule.total_steps, schedule.warmup_steps)
+
+    def _say_collapsed(self, display: TrainingDisplay) -> None:
+        ends = self.job.record.settings.stop_on_collapse
+        display.say(
+            f"The discriminator has been at chance since step {self._collapsed_at} while the generator got better: it "
+            f"has collapsed{'' if ends else ', and --stop-on-collapse would end the run'}."
+        )
+        if ends:
+            self.ends_early = "collapsed"
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"

@@ -1,0 +1,358 @@
+"""The portable checkpoint: complete or absent, and the same from every ZeRO stage, precision and number of ranks.
+
+    checkpoints/latest -> step-00000040
+    checkpoints/step-00000040/
+      weights.safetensors     fp32 master weights by parameter name
+      optimizer.safetensors   AdamW's moments, exp_avg/NAME and exp_avg_sq/NAME
+      state.json              step, tokens seen, optimizer counters, loss scale
+      recipe.yaml deepspeed.json run.json tokenizer.json
+      manifest.json           size and SHA-256 of every file above
+
+Of several ranks each writes a share of the parameters, whole tensors, into weights-00001-of-00002.safetensors and so
+on; any number of ranks reads them. All is written into a hidden folder, flushed, and published by one rename, the
+manifest last. Nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from electra_ds.core.errors import CheckpointError
+from electra_ds.core.runtime import Ranks, is_disk_full
+from electra_ds.training.optimizer import FRESH_COUNTERS, MOMENTS
+from electra_ds.training.tensor_file import FileEntry, TensorFiles, hash_file, write_file, write_tensors
+
+FORMAT = 1
+LATEST = "latest"
+_NAME = re.compile(r"step-\d{8}")  # a copy that somebody keeps beside them under another name is theirs
+_KINDS = ("master", *MOMENTS)
+_FILE = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+_SHARD = re.compile(r"(weights|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint. `tensors` as `MasterAdamW.tensors` names them, read when they are asked for."""
+
+    path: Path
+    tensors: TensorFiles
+    state: dict[str, Any]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError unless it holds exactly what a model with these parameters needs to train on."""
+        counters = self.state.get("optimizer")
+        numbers: list[Any] = [self.state.get("tokens")]
+        numbers += [counters.get(name) for name in FRESH_COUNTERS] if isinstance(counters, dict) else [None]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise CheckpointError(f"The checkpoint {self.path} cannot be resumed: its state.json is incomplete.")
+        wanted = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in _KINDS}
+        problems = [f"{name} is missing" for name in wanted.keys() - self.tensors.keys()]
+        problems += [f"{name} is {dtype}, not F32" for name, dtype in self.tensors.dtypes() if dtype != "F32"]
+        problems += [f"{name} is not the model's" for name in self.tensors.keys() - wanted.keys()]
+        problems += [
+            f"{name} has shape {list(self.tensors.shape(name))}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if name in self.tensors and self.tensors.shape(name) != shape
+        ]
+        if problems:
+            more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise CheckpointError(
+                f"The checkpoint {self.path} does not fit the run's recipe: {'; '.join(sorted(problems)[:3])}{more}. "
+                f"The recipe that it was made with is {self.path / 'recipe.yaml'}."
+            )
+
+
+class UnreadableError(CheckpointError):
+    """A file could not be read, which is not to say that it is damaged."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int, keep_at: Collection[int] = ()) -> None:
+        """keep: how many of the newest to retain; keep_at: steps whose checkpoints are retained beside them."""
+        self.folder = folder
+        self.keep = keep
+        self._for_good = {self.path(step) for step in keep_at}
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step stands."""
+        return self.folder / f"step-{step:08d}"
+
+    def paths(self) -> list[Path]:
+        """Published checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+
+    def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]) -> Path:
+        """Publish a checkpoint of `state["step"]` from one process, and prune old ones.
+
+        tensors: on the CPU; record: text files that travel along, by name. Raises CheckpointError if it cannot be
+        written; the checkpoints before it stay as they are.
+        """
+        draft = Draft(self, state["step"], secrets.token_hex(4))
+        try:
+            draft.publish(draft.write_shard(tensors, 0, 1), state, record)
+        except CheckpointError:
+            draft.discard()
+            raise
+        return draft.final
+
+    def prune(self) -> None:
+        """Remove all but the newest checkpoints, and those that are kept for good. Raises OSError."""
+        for path in self.paths()[: -self.keep]:
+            if path not in self._for_good:
+                remove(path)
+
+    def newest_whole(self, ranks: Ranks | None = None) -> tuple[Path | None, dict[Path, str]]:
+        """The newest checkpoint that is whole, and what is wrong with each newer one.
+
+        To be called by all ranks, which share the reading of its files. None where no checkpoint was ever published.
+        Raises CheckpointError if every one is damaged, or one cannot be read.
+        """
+        damaged: dict[Path, str] = {}
+        for path in reversed(ranks.from_main(self.paths()) if ranks else self.paths()):
+            problem = _problem(path, ranks)
+            if problem is None:
+                return path, damaged
+            if isinstance(problem, UnreadableError):
+                raise problem
+            damaged[path] = str(problem)
+        if damaged:
+            raise CheckpointError("No checkpoint of this run is complete:\n  " + "\n  ".join(damaged.values()))
+        return None, {}
+
+    def tidy(self, damaged: Iterable[Path]) -> None:
+        """Set damaged checkpoints aside as `damaged-…`, and remove what killed saves and prunings left.
+
+        For the process that holds the run. Raises CheckpointError if the folder cannot be written.
+        """
+        doomed = list(damaged)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK | os.X_OK):  # to be said now, not at the first save
+                raise PermissionError(errno.EACCES, "it cannot be written")
+            whole = [path for path in self.paths() if path not in doomed]
+            if doomed or whole:
+                self.point_to(whole[-1] if whole else None)
+            for path in doomed:
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        except OSError as error:
+            raise CheckpointError(f"Cannot tidy {self.folder}: {error}.") from error
+        for leftover in self.leftovers():
+            with contextlib.suppress(OSError):  # a rank that has outlived its run may write there until it is alone
+                remove(leftover)
+
+    def leftovers(self) -> list[Path]:
+        """What killed saves and prunings left."""
+        return sorted(path for kind in ("writing", "pruning", LATEST) for path in self.folder.glob(f".{kind}-*"))
+
+    def point_to(self, path: Path | None) -> None:
+        """Make `latest` name a checkpoint, for people and scripts; nothing here reads it. Raises OSError."""
+        link = self.folder / LATEST
+        if path is None:
+            link.unlink(missing_ok=True)
+        elif not link.is_symlink() or os.readlink(link) != path.name:
+            made = self.folder / f".{LATEST}-{secrets.token_hex(4)}"
+            try:
+                made.symlink_to(path.name)
+                made.replace(link)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    made.unlink(missing_ok=True)
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EISDIR):
+                    raise  # a file system without links, or a folder that somebody put there, is none of ours
+
+    def cannot_write(self, path: Path, error: Exception) -> CheckpointError:
+        """What to say where a checkpoint could not be written."""
+        earlier = self.paths()
+        kept = f"The newest complete one is {earlier[-1]}." if earlier else "There is none before it."
+        mend = "Make room" if is_disk_full(error) else "Fix that"
+        is_begun = earlier or (self.folder.parent / "run.json").is_file()
+        then = "resume with --resume" if is_begun else "give the command again"
+        return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {mend}, then {then}.")
+
+
+class Draft:
+    """A checkpoint in the making, in a hidden folder beside the published ones."""
+
+    def __init__(self, folder: CheckpointFolder, step: int, token: str) -> None:
+        """token: the same on every rank; a rank that outlives its run must not write into another's draft."""
+        self.folder = folder
+        self.final = folder.path(step)
+        self._temporary = folder.folder / f".writing-{self.final.name}-{token}"
+
+    def write_shard(self, tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> dict[str, FileEntry]:
+        """Write and flush this rank's tensors, fp32 on the CPU; returns its files.
+
+        Raises CheckpointError and leaves what was written, since other ranks may write beside it: see `discard`.
+        """
+        weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
+        moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("master/")}
+        part = "" if world_size == 1 else f"-{rank + 1:05d}-of-{world_size:05d}"
+        try:
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            return {
+                name: write_tensors(self._temporary / name, group)
+                for name, group in ((f"weights{part}.safetensors", weights), (f"optimizer{part}.safetensors", moments))
+            }
+        except OSError as error:
+            raise self.folder.cannot_write(self.final, error) from error
+
+    def publish(self, shards: Mapping[str, FileEntry], state: dict[str, Any], record: Mapping[str, str]) -> None:
+        """Write the rest, the manifest last, give it its name, and prune. Raises CheckpointError."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        texts = record | {"state.json": json.dumps({"format": FORMAT, "saved": now} | state, indent=2)}  # type: ignore[operator]
+        try:
+            for name, entry in shards.items():
+                if (self._temporary / name).stat().st_size != entry.bytes:  # of a rank with another disk
+                    raise OSError(f"{name} is not as the rank that wrote it says")
+            files = dict(shards)
+            for name, text in texts.items():
+                files[name] = write_file(self._temporary / name, [text.encode()])
+            listed = {name: entry._asdict() for name, entry in sorted(files.items())}
+            manifest = json.dumps({"format": FORMAT, "files": listed}, indent=2)
+            write_file(self._temporary / "manifest.json", [manifest.encode()])
+            _flush(self._temporary)
+            self._temporary.rename(self.final)
+            _flush(self.folder.folder)
+            _flush(self.folder.folder.parent)
+        except OSError as error:
+            raise self.folder.cannot_write(self.final, error) from error
+        with contextlib.suppress(OSError):  # it stands; what cannot be removed now is tried again after the next
+            self.folder.point_to(self.final)
+            _flush(self.folder.folder)
+            self.folder.prune()
+
+    def discard(self) -> None:
+        """Remove what all ranks wrote, once none of them writes any more; quiet where it cannot be."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def share_of(shapes: Mapping[str, tuple[int, ...]], rank: int, world_size: int) -> set[str]:
+    """The parameters that a rank writes: shares of nearly equal size, the same at every call."""
+    loads = [0] * world_size
+    own = set()
+    for name, shape in sorted(shapes.items(), key=lambda item: (-torch.Size(item[1]).numel(), item[0])):
+        lightest = loads.index(min(loads))
+        loads[lightest] += torch.Size(shape).numel()
+        if lightest == rank:
+            own.add(name)
+    return own
+
+
+def _problem(path: Path, ranks: Ranks | None) -> CheckpointError | None:
+    """What any rank finds wrong with a checkpoint: hashes first, each rank its share, then that it can be opened."""
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    for check in (partial(verify_checkpoint, path, rank, world_size), partial(open_checkpoint, path)):
+        own: CheckpointError | None = None
+        try:
+            check()
+        except CheckpointError as error:
+            own = error
+        problems = [problem for problem in (ranks.gather(own) if ranks else [own]) if problem is not None]
+        if problems:
+            return next((problem for problem in problems if isinstance(problem, UnreadableError)), problems[0])
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Verify and open. Raises CheckpointError if a file is missing, cut short or changed, or what they say does not
+    belong together."""
+    verify_checkpoint(path)
+    return open_checkpoint(path)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint that was verified. Raises CheckpointError if it cannot be read after all."""
+    path = path.resolve()  # of `latest`, or of `.`
+    try:
+        files = [path / name for name in sorted(read_manifest(path)) if _SHARD.fullmatch(name)]
+        tensors = TensorFiles({file: "master/" if file.name.startswith("weights") else "" for file in files})
+        state = json.loads((path / "state.json").read_text("utf8"))
+        step, number = state["step"], state["format"]
+        if type(step) is not int or not 0 <= step < 10**8:
+            raise ValueError(f"its step is {step!r}")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {error!r}.") from error
+    if _NAME.fullmatch(path.name) and path.name != f"step-{step:08d}":
+        raise CheckpointError(f"The checkpoint {path} is of step {step}, not what its name says.")
+    if number != FORMAT:
+        raise CheckpointError(f"The checkpoint {path} has format {number}; this version reads {FORMAT}.")
+    return Checkpoint(path, tensors, state)
+
+
+def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Raises CheckpointError unless every file has the size and hash that the manifest gives.
+
+    Of several ranks each hashes its share of the files.
+    """
+    files = read_manifest(path)
+    if "state.json" not in files or not any(map(_SHARD.fullmatch, files)):
+        raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json does not list all that belongs to it.")
+    for index, (name, entry) in enumerate(sorted(files.items())):
+        file = path / name
+        try:
+            status = file.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"The checkpoint {path} is damaged: {name} is no regular file.")
+            size = status.st_size
+            if size != entry.bytes:
+                raise CheckpointError(f"The checkpoint {path} is damaged: {name} has {size} bytes, not {entry.bytes}.")
+            if index % world_size == rank and hash_file(file) != entry.sha256:
+                raise CheckpointError(f"The checkpoint {path} is damaged: the content of {name} has changed.")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"The checkpoint {path} is damaged: {name} is missing.") from error
+        except OSError as error:  # which another try may not meet
+            raise UnreadableError(
+                f"{file} cannot be read: {error}. If that stays so, move {path} away, and the one before is taken."
+            ) from error
+
+
+def read_manifest(path: Path) -> dict[str, FileEntry]:
+    """A checkpoint's files by name. Raises CheckpointError."""
+    try:
+        listed = json.loads((path / "manifest.json").read_text("utf8"))["files"].items()
+        files = {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in listed}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"The checkpoint {path} is damaged: manifest.json cannot be read.") from error
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name) or type(entry.bytes) is not int or not isinstance(entry.sha256, str):
+            raise CheckpointError(
+                f"The checkpoint {path} is damaged: manifest.json lists {name!r:.80} as {entry!r:.99}."
+            )
+    return files
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, or what is left of one. Raises OSError."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    if not path.name.startswith("."):  # nothing half-deleted may stand under a real name
+        path = path.rename(path.with_name(f".pruning-{path.name}-{secrets.token_hex(4)}"))
+    shutil.rmtree(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

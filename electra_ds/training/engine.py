@@ -1,0 +1,191 @@
+"""A step through a DeepSpeed engine, at every ZeRO stage and precision: any model's, and pretraining's joint one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from torch import distributed
+from torch.nn import functional
+
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.manifest import Compile
+from electra_ds.config.recipe import Recipe, TrainingRecipe
+from electra_ds.core import runtime
+from electra_ds.core.errors import ConfigError
+from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.compiled import CompiledForward, check_compile
+from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.step import Losses, StepBatch, StepLosses
+from electra_ds.training.model_setup import TrainableModel, set_up_model
+from electra_ds.training.optimizer import MasterAdamW, Rates, pretraining_rates
+from electra_ds.training.schedule import learning_rate_at
+from electra_ds.training.zero import ZeroAdamW, forget_models, torch_adamw
+
+# On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at every first start.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Stage 3 puts its own in place of it, for as long as the process lasts.
+_TORCH_LINEAR = functional.linear
+
+
+class TrainingEngine:
+    """One rank's engine. Needs an initialised process group (`runtime.ranks`).
+
+    At stage 0 our `MasterAdamW` owns precision, loss scale and clipping; at stages 1 to 3 DeepSpeed does.
+    """
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        recipe: TrainingRecipe,
+        plan: DeepSpeedPlan,
+        device: torch.device,
+        losses: Callable[[Any], Losses],
+        rates: Rates = pretraining_rates,
+    ) -> None:
+        """losses: made for each step's batch. Raises ConfigError if the device cannot run the plan's precision."""
+        self.recipe = recipe
+        self.plan = plan
+        self.device = device
+        self.rank = distributed.get_rank()
+        check_plan(plan, device, "the DeepSpeed JSON")
+        dtype = set_up_model(model, plan)
+        model.to(device)
+        optimizer: MasterAdamW | torch.optim.AdamW
+        if plan.stage == 0:
+            model.to(dtype=dtype)
+            optimizer = MasterAdamW(model.named_parameters(), recipe.optimizer, plan.precision.loss_scaling, rates)
+        else:
+            optimizer = torch_adamw(model.named_parameters(), recipe.optimizer, rates)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=plan.engine_config(), dist_init_required=False
+        )
+        if plan.stage == 0 and plan.batch.world_size == 1:
+            # DeepSpeed would flatten all gradients, "sum" them over the one rank, and copy each of them back.
+            self._engine.enable_backward_allreduce = False
+        self.optimizer: MasterAdamW | ZeroAdamW = (
+            optimizer
+            if isinstance(optimizer, MasterAdamW)
+            else ZeroAdamW(self._engine, recipe.optimizer, plan.precision.loss_scaling)
+        )
+        self._losses = losses
+        # Losses are normalised over the global batch, so gradients are summed over ranks; stage 3 knows only the mean.
+        self._loss_factor = plan.batch.world_size if plan.stage == 3 else 1
+
+    def learning_rate(self, step: int) -> float:
+        """Of optimiser step `step`, 0 for the first one, before any parameter's own scale."""
+        peak = self.recipe.optimizer.learning_rate
+        return learning_rate_at(step, learning_rate=peak, **self.recipe.schedule.model_dump())
+
+    def train_step(self, batch: StepBatch, step: int, samples: Sequence[torch.Tensor] | None = None) -> Any:
+        """One optimiser step over this rank's micro-batches; returns what its losses make of it.
+
+        Losses are sums divided by counts over the global batch, so DeepSpeed's own division by the
+        accumulation steps is switched off. samples: for each micro-batch what the model takes beside it, to replay
+        another run's.
+        """
+        self._engine.train()
+        self.optimizer.is_whole = True
+        self.optimizer.set_learning_rate(self.learning_rate(step))
+        losses = self._losses(batch)
+        size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
+        for index in range(accumulation):
+            runtime.seed_dropout(self.recipe.seed, step, index, self.rank)
+            first = (self.rank * accumulation + index) * size
+            if samples is None:
+                output = self._engine(self._micro_batch(batch, first, size).to(self.device))
+            else:
+                output = self._engine(batch.micro_batch(first, size).to(self.device), samples[index])
+            loss = losses.add(output) * self._loss_factor
+            if isinstance(self.optimizer, MasterAdamW):
+                loss = loss * self.optimizer.loss_scale
+            self._engine.backward(loss, scale_wrt_gas=False)
+            if isinstance(self.optimizer, ZeroAdamW):
+                self.optimizer.is_whole = index < accumulation - 1  # DeepSpeed's update is all or nothing to us
+            self._engine.step()
+        if isinstance(self.optimizer, ZeroAdamW):
+            self.optimizer.count_step()
+        return losses.result(self.optimizer.grad_norm)
+
+    def _micro_batch(self, batch: Any, first: int, size: int) -> Any:
+        return batch.micro_batch(first, size)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: Any) -> Any:
+        """The model's output without dropout and gradients. At stage 3 all ranks must call it together."""
+        self._engine.eval()
+        return self._engine(micro_batch.to(self.device))
+
+    def close(self) -> None:
+        """Frees what DeepSpeed holds, so that the process ends quietly or goes on."""
+        close_deepspeed(self._engine)
+
+
+class DeepSpeedEngine(TrainingEngine):
+    """Of pretraining: generator and discriminator together, compiled where that pays."""
+
+    def __init__(
+        self, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, compile: Compile = "off"
+    ) -> None:
+        """Raises ConfigError, too, where the device cannot compile and must."""
+        super().__init__(model, recipe, plan, device, partial(StepLosses, recipe))
+        self.module: Electra = self._engine.module
+        self.is_compiled = check_compile(compile, device, plan)
+        self._compiled = CompiledForward(self.module, recipe, plan, device, compile) if self.is_compiled else None
+
+    def _micro_batch(self, batch: GlobalBatch, first: int, size: int) -> MicroBatch:
+        if self._compiled is None:
+            return batch.micro_batch(first, size)
+        return self._compiled.micro_batch(batch, first, size)
+
+    def close(self) -> None:
+        super().close()
+        if self.is_compiled:
+            torch.compiler.reset()  # what is compiled, and how often it may be, is the process's
+
+
+def close_deepspeed(engine: Any) -> None:
+    """Frees what a `DeepSpeedEngine` of deepspeed holds, and takes back what stage 3 did to the process."""
+    engine.destroy()
+    functional.linear = _TORCH_LINEAR
+    forget_models()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 matrices; elsewhere it is emulated, where it works at all."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str, unused_gpu: str = "") -> None:
+    """Raise ConfigError if the device cannot train in the plan's precision, or DeepSpeed refuses the JSON.
+
+    unused_gpu: of a machine whose GPU torch cannot use, a sentence that says why.
+    """
+    name = plan.precision.name
+    if name == "fp16" and device.type == "cpu" and not get_accelerator().is_fp16_supported():
+        reason = f" {unused_gpu}." if unused_gpu else ""
+        raise ConfigError(
+            f"fp16 needs a GPU, and this machine has none that torch can use.{reason} "
+            "On a CPU take ds_configs/cpu.json, or bf16 in its place."
+        )
+    if name == "bf16" and device.type == "cuda" and not has_bf16(device):
+        instead = "fp16, as in ds_configs/gtx1060-6gb.json" if runtime.wants_fp16(device) else "fp32"
+        raise ConfigError(f"{runtime.device_name(device)} has no bf16. Use {instead}.")
+    if distributed.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False)  # DeepSpeedConfig asks it for the number of ranks
+    for document in (plan.document, plan.engine_config()):
+        try:
+            DeepSpeedConfig(document)
+        except Exception as error:  # pydantic's, its own and plain assertions
+            raise ConfigError(f"DeepSpeed refuses {source}: {error}") from error

@@ -1,0 +1,92 @@
+"""Checkpoints in the background: training waits for the copy to memory, not for the disk."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from electra_ds.core.errors import CheckpointError
+from electra_ds.core.runtime import Ranks
+from electra_ds.training.checkpoint import CheckpointFolder, Draft, share_of
+from electra_ds.training.optimizer import MasterAdamW
+from electra_ds.training.tensor_file import FileEntry
+from electra_ds.training.zero import ZeroAdamW
+
+
+class CheckpointSaver:
+    """Saves a run's checkpoints, one at a time. All ranks must call each method together."""
+
+    def __init__(self, folder: CheckpointFolder, ranks: Ranks) -> None:
+        self._folder = folder
+        self._ranks = ranks
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, optimizer: MasterAdamW | ZeroAdamW, state: dict[str, Any], record: Mapping[str, str]) -> None:
+        """Copy what the optimizer holds and begin to write it, each rank its share; `finish` waits for the end.
+
+        state: what goes into state.json beside the optimizer's counters. Raises CheckpointError if the save before
+        this one failed.
+        """
+        self.finish()  # before the copy: two of them may not fit
+        is_there, token = self._ranks.from_main((self._folder.path(state["step"]).exists(), secrets.token_hex(4)))
+        if is_there:
+            return  # published whole by this very step; damaged ones are set aside before training goes on
+        tensors = optimizer.snapshot(share_of(optimizer.shapes(), self._ranks.rank, self._ranks.world_size))
+        state = state | {"optimizer": optimizer.counters()}
+        draft = Draft(self._folder, state["step"], token)
+        self._thread = threading.Thread(
+            target=self._run, args=(draft, tensors, state, record), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, draft: Draft, *arguments: Any) -> None:
+        try:
+            self._write(draft, *arguments)
+        except Exception as error:  # to be raised where the training thread next looks
+            self._error = error
+
+    def _write(
+        self, draft: Draft, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]
+    ) -> None:
+        own: dict[str, FileEntry] | None = None
+        error = None
+        try:
+            own = draft.write_shard(tensors, self._ranks.rank, self._ranks.world_size)
+        except CheckpointError as caught:
+            error = caught
+        shards = self._ranks.gather_in_background(own)
+        if None in shards:
+            draft.discard()  # on every rank: one may have a disk of its own
+        if error is not None:
+            raise error  # the others leave it to this rank to say why
+        if self._ranks.is_main and None not in shards:
+            try:
+                draft.publish({name: entry for shard in shards for name, entry in shard.items()}, state, record)
+            except CheckpointError:
+                draft.discard()
+                raise
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank knows that the last save failed; `finish` says why."""
+        return self._error is not None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun stands. Raises CheckpointError on the rank that could not write its
+        part of it, and FailedElsewhereError on the others."""
+        self.close()
+        with self._ranks.together():
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        """Wait for what was begun, and leave its outcome to `finish`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None

@@ -1,0 +1,208 @@
+"""ZeRO stages 1 to 3: DeepSpeed's optimizers, which shard state over ranks, seen as one whole.
+
+DeepSpeed scales, clips and skips here itself. What is added is that the state goes out and comes in by parameter
+name, as at stage 0, so that a checkpoint fits every stage, and that the loss scale grows between steps: DeepSpeed
+0.19.8 doubles it inside a step, after the gradients were scaled and before they are unscaled, which halves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import distributed, nn
+
+from electra_ds.config.precision import LossScaling
+from electra_ds.config.recipe import OptimizerSection
+from electra_ds.training.optimizer import (
+    FIRST_SCALE,
+    MOMENTS,
+    NO_SCALING,
+    Rates,
+    adamw_state,
+    parameter_groups,
+    pretraining_rates,
+    put_learning_rate,
+)
+
+_NEVER = 2**62  # steps
+
+
+def torch_adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection, rates: Rates = pretraining_rates
+) -> torch.optim.AdamW:
+    """What DeepSpeed shards: torch's own AdamW, since DeepSpeed's would be compiled at the first start."""
+    return torch.optim.AdamW(
+        parameter_groups(parameters, section.weight_decay, rates),
+        lr=section.learning_rate,
+        betas=(section.beta1, section.beta2),
+        eps=section.epsilon,
+        fused=True,
+    )
+
+
+def forget_models() -> None:
+    """Empties what stage 3 keeps for the whole process, and every model that it has run with it."""
+    FWD_MODULE_STACK.clear()
+    releases = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in releases.__closure__:  # a cache, inside of what DeepSpeed puts around it
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+class ZeroAdamW:
+    """Counters and state of a DeepSpeed engine's sharded AdamW, under the names of `MasterAdamW`.
+
+    Whether a step overflowed is known on the host, where DeepSpeed itself has read it.
+    """
+
+    def __init__(self, engine: Any, section: OptimizerSection, scaling: LossScaling | None) -> None:
+        """engine: a `DeepSpeedEngine` of deepspeed at stage 1, 2 or 3, around `torch_adamw`."""
+        self._engine = engine
+        self._zero = engine.optimizer
+        self._stage = engine.zero_optimization_stage()
+        self._scaling = scaling
+        self._bias_correction = section.bias_correction
+        self.named_parameters = list(engine.module.named_parameters())
+        self.taken_steps = self._skipped = self._consecutive = 0
+        self.is_whole = True
+        # The training loop gives up with a word on what to do; DeepSpeed's scaler would with a bare exception.
+        self._zero.loss_scaler.raise_error_at_min_scale = False
+        self._window = 0
+        if isinstance(self._zero.loss_scaler, DynamicLossScaler):
+            self._window = self._zero.loss_scaler.scale_window
+            self._zero.loss_scaler.scale_window = _NEVER
+        self._make_state()
+
+    def _make_state(self) -> None:
+        """DeepSpeed makes the moments at the first step; loading needs them before."""
+        for flat in self._flat_partitions():
+            self._zero.optimizer.state[flat] = adamw_state(flat, bias_correction=self._bias_correction)
+        if self._stage < 3:
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _flat_partitions(self) -> list[torch.Tensor]:
+        name = "fp32_partitioned_groups_flat" if self._stage == 3 else "single_partition_of_fp32_groups"
+        partitions: list[torch.Tensor] = getattr(self._zero, name)
+        return partitions
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        put_learning_rate(self._zero.optimizer.param_groups, learning_rate)
+
+    def count_step(self) -> None:
+        """To be called after every optimiser step."""
+        applied = self._engine.was_step_applied()
+        self.taken_steps += applied
+        self._skipped += not applied
+        self._consecutive = 0 if applied else self._consecutive + 1
+        scaler = self._zero.loss_scaler
+        if not self._window or not applied:
+            return
+        good = scaler.cur_iter - scaler.last_overflow_iter - 2  # since the last overflow, before this step
+        if good > 0 and good % self._window == 0:
+            scaler.cur_scale *= scaler.scale_factor
+            scaler.cur_hysteresis = scaler.delayed_shift
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """Of the last step, unscaled, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=self._engine.device)
+
+    @property
+    def loss_scale(self) -> torch.Tensor:
+        return torch.tensor(float(self._zero.loss_scaler.loss_scale))
+
+    @property
+    def skipped_steps(self) -> torch.Tensor:
+        return torch.tensor(float(self._skipped))
+
+    @property
+    def consecutive_skips(self) -> torch.Tensor:
+        return torch.tensor(float(self._consecutive))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters, by name."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.named_parameters}
+
+    def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """Masters and moments by name in the CPU's memory, of these parameters or of all, whole.
+
+        All ranks must call it, each for the parameters that it wants.
+        """
+        result: dict[str, torch.Tensor] = {}
+        for name, parameter in self.named_parameters:
+            whole = {f"master/{name}": safe_get_full_fp32_param(parameter)}
+            whole |= {f"{key}/{name}": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            if names is None or name in names:
+                result |= {key: tensor.to("cpu", torch.float32) for key, tensor in whole.items()}  # they are copies
+        return result
+
+    def counters(self) -> dict[str, float]:
+        """Everything else that the next step depends on, in the terms of `MasterAdamW.counters`."""
+        scaler = self._zero.loss_scaler
+        dynamic = isinstance(scaler, DynamicLossScaler)
+        return {
+            "taken_steps": self.taken_steps,
+            "skipped_steps": self._skipped,
+            "consecutive_skips": self._consecutive,
+            "is_scaled": float(self._scaling is not None),
+            "loss_scale": float(scaler.loss_scale),
+            "good_steps": float(scaler.cur_iter - scaler.last_overflow_iter - 1) if dynamic else 0.0,
+            "hysteresis_left": float(scaler.cur_hysteresis if dynamic else NO_SCALING.hysteresis),
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
+        """Take over what `snapshot` and `counters` gave at any stage and precision, the same on every rank."""
+        for name, parameter in self.named_parameters:
+            values = {key: tensors[f"{key}/{name}"].to(self._engine.device) for key in ("master", *MOMENTS)}
+            if self._stage == 3:
+                self._set_partition(parameter, values)
+            else:
+                safe_set_full_fp32_param(parameter, values["master"])
+                for key in MOMENTS:
+                    safe_set_full_optimizer_state(parameter, values[key], key)
+                parameter.copy_(values["master"])
+        self.taken_steps = int(counters["taken_steps"])
+        self._skipped, self._consecutive = int(counters["skipped_steps"]), int(counters["consecutive_skips"])
+        if self._bias_correction:
+            for flat in self._flat_partitions():
+                self._zero.optimizer.state[flat]["step"].fill_(self.taken_steps)
+        scaler = self._zero.loss_scaler
+        if isinstance(scaler, DynamicLossScaler) and counters["taken_steps"] and not counters["is_scaled"]:
+            scaler.cur_scale = min(scaler.cur_scale, FIRST_SCALE)
+        if isinstance(scaler, DynamicLossScaler) and counters["is_scaled"]:
+            scaler.cur_scale = counters["loss_scale"]
+            scaler.cur_iter, scaler.last_overflow_iter = int(counters["good_steps"]), -1
+            scaler.cur_hysteresis = int(counters["hysteresis_left"])
+
+    def _set_partition(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
+        """Stage 3 keeps of each parameter a slice per rank, the last ones padded with zeros."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        first = size * distributed.get_rank()
+
+        def own(whole: torch.Tensor) -> torch.Tensor:
+            padded = whole.new_zeros(size * distributed.get_world_size())
+            padded[: whole.numel()] = whole.flatten()
+            return padded[first : first + size]
+
+        safe_set_local_fp32_param(parameter, own(values["master"]))
+        for key in MOMENTS:
+            safe_set_local_optimizer_state(parameter, own(values[key]), key)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if distributed.get_rank() == 0:
+                parameter.copy_(values["master"])
