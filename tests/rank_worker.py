@@ -19,8 +19,8 @@ from electra_ds.core import runtime
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.metrics import Evaluation, Evaluator
-from electra_ds.training.engine import DeepSpeedEngine
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
 STEPS = 50

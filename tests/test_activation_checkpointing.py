@@ -17,8 +17,8 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.microbatch import MicroBatch
-from electra_ds.training.engine import DeepSpeedEngine
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 from tests.memory_tracking import saved_for_backward
 from tests.test_engine import PRECISIONS

@@ -26,7 +26,7 @@ from electra_ds.bench.synthetic import GLUE_LENGTHS
 from electra_ds.cli import main
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.training.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from tests.helpers import REPOSITORY
 
 CPU = torch.device("cpu")

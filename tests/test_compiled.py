@@ -15,8 +15,8 @@ from electra_ds.config.manifest import Compile
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.compiled import CompiledForward, check_compile
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.masking import usual_most_selected
-from electra_ds.training.engine import DeepSpeedEngine
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from electra_ds.config.zero import OF_DEEPSPEEDS_ADAM, ZERO_3_KEYS, ZERO_KEYS
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.plain import PlainEngine
-from electra_ds.training.engine import DeepSpeedEngine
 from tests.helpers import REPOSITORY, SHARED_DATA, builder_for, model_for, small_recipe
 
 

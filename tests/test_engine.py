@@ -19,8 +19,8 @@ from electra_ds.config.precision import LossScaling
 from electra_ds.config.recipe import OptimizerSection, Recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.plain import PlainEngine
-from electra_ds.training.engine import DeepSpeedEngine
 from electra_ds.training.optimizer import MasterAdamW, parameter_groups
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 

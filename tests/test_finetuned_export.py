@@ -45,7 +45,7 @@ from electra_ds.finetuning.task_heads import SpanHead
 from electra_ds.finetuning.task_model import TaskModel, make_encoder, make_head
 from electra_ds.interop import export_finetuned as module
 from electra_ds.interop.export_finetuned import export_finetuned, least_outputs, one_layer_as_two
-from electra_ds.pretraining.trained import kept_checkpoint
+from electra_ds.training.recorded import kept_checkpoint
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,

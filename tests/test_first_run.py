@@ -23,6 +23,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.run_time import YEAR_S, RunTime, cpu_time, finetuning_time, pretraining_time
+from electra_ds.training.engine import wants_fp16
 from tests.finetuning import tiny_electra, write_glue
 from tests.helpers import SMALL, small_recipe, write_corpus
 
@@ -265,7 +266,7 @@ def test_the_studys_recipe_is_not_asked_about_on_any_known_card(card: Any, monke
     monkeypatch.setattr(runtime, "device_name", lambda device: card.name)
     recipe = load_recipe("rc2020-small")
     values, name = default_ds_config(True, card)
-    plan = resolve(values, recipe, world_size=1, auto_fp16=runtime.wants_fp16(torch.device("cuda")), source=name)
+    plan = resolve(values, recipe, world_size=1, auto_fp16=wants_fp16(torch.device("cuda")), source=name)
     time = pretraining_time(recipe, 30_522, plan, torch.device("cuda"), steps=1_000_000, threads=None)
     assert time is not None
     assert time.low_s <= time.high_s

@@ -16,6 +16,7 @@ from electra_ds.config.shipped import recipe_names
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import step_time
 from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.memory import (
     count_parameters,
     head_pieces,
@@ -24,7 +25,6 @@ from electra_ds.pretraining.memory import (
     saved_bytes,
 )
 from electra_ds.pretraining.probe import longest_micro_batch
-from electra_ds.training.engine import DeepSpeedEngine
 from tests.helpers import builder_for, model_for, small_recipe
 from tests.memory_tracking import DTYPES, Tracker, cuda_kernels_on_meta, saved_for_backward  # noqa: F401
 

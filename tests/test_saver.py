@@ -13,9 +13,9 @@ import torch
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.training import checkpoint as checkpoint_module
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint
-from electra_ds.training.engine import DeepSpeedEngine
 from electra_ds.training.saver import CheckpointSaver
 from electra_ds.training.tensor_file import FileEntry, write_tensors
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe

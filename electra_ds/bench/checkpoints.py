@@ -21,8 +21,8 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.core import runtime
 from electra_ds.interop.native_export import native_engine
 from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, open_checkpoint
-from electra_ds.training.engine import DeepSpeedEngine
 from electra_ds.training.saver import CheckpointSaver
 
 _BASE = (

@@ -16,10 +16,10 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.convert import transformers_config
 from electra_ds.pretraining.electra import encoder_configs
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.losses import discriminator_loss_sum
 from electra_ds.pretraining.microbatch import MicroBatch
 from electra_ds.pretraining.plain import PlainEngine
-from electra_ds.training.engine import DeepSpeedEngine
 from electra_ds.training.zero import ZeroAdamW
 
 PARTS = ("generator", "head and sampling", "discriminator", "optimizer")

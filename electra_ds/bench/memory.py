@@ -22,9 +22,10 @@ from electra_ds.core import runtime
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.memory import peak_memory
 from electra_ds.pretraining.probe import kernels_of
-from electra_ds.training.engine import DeepSpeedEngine
+from electra_ds.training.engine import wants_fp16
 
 STEPS = 3
 _ACCUMULATION_ON_CPU = 2  # the second micro-batch meets the gradients of the first, and a third would meet no more
@@ -81,7 +82,7 @@ def card_case(card: Card, recipe: Recipe, device: torch.device) -> Case:
     """The recipe under the JSON made for the card, in the card's memory. Raises ConfigError if the two disagree."""
     assert card.ds_config is not None
     plan = resolve(
-        read_deepspeed_json(card.ds_config), recipe, world_size=1, auto_fp16=runtime.wants_fp16(device),
+        read_deepspeed_json(card.ds_config), recipe, world_size=1, auto_fp16=wants_fp16(device),
         source=card.ds_config,
     )  # fmt: skip
     return Case(card.ds_config, recipe, plan, card.memory_gib * 2**30)

@@ -14,10 +14,11 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.core import runtime
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.batches import BatchBuilder, prefetched
+from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.step import StepResult
-from electra_ds.training.engine import DeepSpeedEngine
+from electra_ds.training.prefetch import prefetched
 
 WINDOW_STEPS = 10
 LOSSES = ("generator_loss", "discriminator_loss")

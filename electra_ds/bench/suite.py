@@ -33,7 +33,6 @@ from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
 from electra_ds.core.keyed_random import column_keys
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
@@ -41,10 +40,11 @@ from electra_ds.model.sampling import sample_tokens
 from electra_ds.pretraining.batches import BatchBuilder, GlobalBatch
 from electra_ds.pretraining.compiled import check_compile
 from electra_ds.pretraining.electra import Electra, encoder_configs
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.flops import step_flops, transformers_step_flops
 from electra_ds.pretraining.masking import Masks
 from electra_ds.pretraining.plain import PlainEngine
-from electra_ds.training.engine import DeepSpeedEngine, check_plan
+from electra_ds.training.engine import check_plan, wants_fp16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DOCUMENTS = 20_000
@@ -377,7 +377,7 @@ class Suite:
     def _plan(self, recipe: Recipe, dtype: str) -> DeepSpeedPlan:
         values = {"train_micro_batch_size_per_gpu": recipe.global_batch_size} | precision_section(dtype)
         return resolve(
-            values, recipe, world_size=1, auto_fp16=runtime.wants_fp16(self.device), source="bench"
+            values, recipe, world_size=1, auto_fp16=wants_fp16(self.device), source="bench"
         )  # fmt: skip
 
     @staticmethod

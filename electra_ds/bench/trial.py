@@ -21,7 +21,8 @@ from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra
-from electra_ds.training.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.training.engine import wants_fp16
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -71,7 +72,7 @@ def _store(folder: Path, recipe: Recipe) -> TokenStore:
 
 def _try(name: str, values: dict[str, Any], recipe: Recipe, store: TokenStore, device: torch.device) -> Trial:
     try:
-        auto_fp16 = runtime.wants_fp16(device)
+        auto_fp16 = wants_fp16(device)
         plan = resolve(values, recipe, world_size=1, auto_fp16=auto_fp16, source=f"the {name} trial")
         model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
         engine = DeepSpeedEngine(model, recipe, plan, device)

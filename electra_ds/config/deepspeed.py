@@ -177,7 +177,7 @@ def resolve(
 ) -> DeepSpeedPlan:
     """Fill in, check and solve the batch plan. ConfigError lists every problem at once.
 
-    auto_fp16: what `"fp16": {"enabled": "auto"}` means on the device, see `runtime.wants_fp16`.
+    auto_fp16: what `"fp16": {"enabled": "auto"}` means on the device, see `wants_fp16`.
     """
     problems: list[str] = []
     notes: list[str] = []

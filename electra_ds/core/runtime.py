@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import distributed
 
-from electra_ds.config.cards import has_slow_fp16
 from electra_ds.core.errors import ConfigError, ElectraError, FailedElsewhereError, LostRankError
 from electra_ds.core.launcher import Launch, LauncherWatch, detect
 from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
@@ -57,11 +56,6 @@ def device_index(launch: Launch) -> int:
 def device_name(device: torch.device) -> str:
     """For the record: the card's name, or that it is a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
-
-
-def wants_fp16(device: torch.device) -> bool:
-    """Whether fp16 is taken where a DeepSpeed JSON leaves that to us: on every GPU but those that it slows down."""
-    return device.type == "cuda" and not has_slow_fp16(device_name(device))
 
 
 # What torch does not tell as its own OutOfMemoryError: what the driver, cuBLAS and the CPU's allocator say.

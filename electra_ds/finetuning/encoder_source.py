@@ -34,8 +34,9 @@ from electra_ds.data.given_tokenizer import VOCABULARIES, read_folder
 from electra_ds.data.hub import explained, fetch_model
 from electra_ds.model.other_formats import refuse_other_frameworks
 from electra_ds.pretraining.convert import discriminator_tensors, transformers_config
-from electra_ds.pretraining.trained import kept_checkpoint, load_model, newest_checkpoint
+from electra_ds.pretraining.trained import load_model
 from electra_ds.training.checkpoint import Checkpoint
+from electra_ds.training.recorded import kept_checkpoint, newest_checkpoint
 
 _POOLER = "pooler."
 _LAYER = re.compile(r"\.layers?\.\d+\.")

@@ -38,8 +38,8 @@ from electra_ds.finetuning.tasks import TaskData
 from electra_ds.pretraining import launch
 from electra_ds.pretraining.launch import Options, plan_for, plan_of_run, record_again
 from electra_ds.pretraining.run_time import RunTime, finetuning_time
-from electra_ds.pretraining.trained import kept_checkpoint
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.training.recorded import kept_checkpoint
 from electra_ds.training.trackers import check_tracking
 
 _SAVE_EVERY = 500

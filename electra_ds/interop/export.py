@@ -12,7 +12,8 @@ from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.recipe import Recipe
 from electra_ds.interop.export_folder import check_out, new_folder, published_name
 from electra_ds.pretraining.convert import to_transformers
-from electra_ds.pretraining.trained import beside, load_model, newest_checkpoint
+from electra_ds.pretraining.trained import load_model
+from electra_ds.training.recorded import beside, newest_checkpoint
 from electra_ds.training.tracking import read_metrics
 
 

@@ -37,8 +37,8 @@ from electra_ds.finetuning.task_model import TaskModel, make_encoder, make_head
 from electra_ds.finetuning.tasks import TaskData
 from electra_ds.interop.export_folder import check_out, new_folder
 from electra_ds.interop.finetuned_card import Exported, finetuned_card
-from electra_ds.pretraining.trained import beside, kept_checkpoint, recorded_recipe
 from electra_ds.training.checkpoint import Checkpoint
+from electra_ds.training.recorded import beside, kept_checkpoint, recorded_recipe
 
 _GELU_IS_IDENTITY = 6.0
 """From here on GELU(z) is z in fp32, to the last bit; measured, it is so from 5.36 on."""

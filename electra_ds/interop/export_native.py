@@ -19,8 +19,8 @@ from electra_ds.interop.export_folder import cannot_write, check_out, unfinished
 from electra_ds.interop.native_export import native_config, write_native
 from electra_ds.pretraining import launch
 from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.trained import beside, newest_checkpoint, recorded_recipe
 from electra_ds.training.checkpoint import Checkpoint
+from electra_ds.training.recorded import beside, newest_checkpoint, recorded_recipe
 
 _CONVERTED = (1, 2)
 """Stages at which DeepSpeed loads a universal checkpoint as it was saved."""

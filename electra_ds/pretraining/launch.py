@@ -40,7 +40,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.memory import count_parameters, peak_memory
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.probe import fitting_plan, free_bytes, kernels_of
-from electra_ds.training.engine import check_plan
+from electra_ds.training.engine import check_plan, wants_fp16
 from electra_ds.training.trackers import check_tracking
 
 SettingsT = TypeVar("SettingsT", RunSettings, FinetuneSettings)
@@ -147,7 +147,7 @@ def resolved_plan(
     hardware = look(torch)
     check_gpu(hardware, device.index)
     values = with_micro_batch(values, options.micro_batch)
-    auto_fp16 = runtime.wants_fp16(device)
+    auto_fp16 = wants_fp16(device)
     plan = resolve(values, recipe, world_size=ranks.world_size, auto_fp16=auto_fp16, source=source)
     check_plan(plan, device, source, cannot_use(hardware))
     notes = notes_at_start(hardware, device.index, plan.precision.name)

@@ -19,9 +19,9 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.collapse import collapsed_at
 from electra_ds.pretraining.electra import Electra, encoder_configs
+from electra_ds.pretraining.engine import DeepSpeedEngine
 from electra_ds.pretraining.flops import step_flops
 from electra_ds.pretraining.metrics import Evaluator, always_original_accuracy
-from electra_ds.training.engine import DeepSpeedEngine
 from electra_ds.training.loop import TrainingLoop, train
 from electra_ds.training.throughput import Throughput, joint_peak_flops
 from electra_ds.training.tracking import TrainingDisplay, read_metrics

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from electra_ds.config.recipe import Recipe
 from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.electra import ElectraOutput
-
-
-class StepBatch(Protocol):
-    """The global batch of one step, of whatever a model is trained on."""
-
-    def micro_batch(self, first: int, size: int) -> Any:
-        """Examples `first` to `first + size`, as something with `to(device)` that the model takes."""
-
-
-class Losses(Protocol):
-    """Gathers the losses of a step's micro-batches, normalised over the global batch."""
-
-    def add(self, output: Any) -> torch.Tensor:
-        """The micro-batch's share of the global loss, to be differentiated."""
-
-    def result(self, grad_norm: torch.Tensor) -> Any:
-        """Scalars of the step, still on the device, by name: losses, of which this rank has a share, and the norm."""
 
 
 class StepResult(NamedTuple):

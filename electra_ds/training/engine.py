@@ -1,10 +1,9 @@
-"""A step through a DeepSpeed engine, at every ZeRO stage and precision: any model's, and pretraining's joint one."""
+"""A training step through a DeepSpeed engine, at every ZeRO stage and precision, for any model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import deepspeed
@@ -15,18 +14,14 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import distributed
 from torch.nn import functional
 
+from electra_ds.config.cards import has_slow_fp16
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.manifest import Compile
-from electra_ds.config.recipe import Recipe, TrainingRecipe
+from electra_ds.config.recipe import TrainingRecipe
 from electra_ds.core import runtime
 from electra_ds.core.errors import ConfigError
-from electra_ds.pretraining.batches import GlobalBatch
-from electra_ds.pretraining.compiled import CompiledForward, check_compile
-from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.microbatch import MicroBatch
-from electra_ds.pretraining.step import Losses, StepBatch, StepLosses
 from electra_ds.training.model_setup import TrainableModel, set_up_model
 from electra_ds.training.optimizer import MasterAdamW, Rates, pretraining_rates
+from electra_ds.training.protocols import Losses, StepBatch
 from electra_ds.training.schedule import learning_rate_at
 from electra_ds.training.zero import ZeroAdamW, forget_models, torch_adamw
 
@@ -130,34 +125,16 @@ class TrainingEngine:
         close_deepspeed(self._engine)
 
 
-class DeepSpeedEngine(TrainingEngine):
-    """Of pretraining: generator and discriminator together, compiled where that pays."""
-
-    def __init__(
-        self, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, compile: Compile = "off"
-    ) -> None:
-        """Raises ConfigError, too, where the device cannot compile and must."""
-        super().__init__(model, recipe, plan, device, partial(StepLosses, recipe))
-        self.module: Electra = self._engine.module
-        self.is_compiled = check_compile(compile, device, plan)
-        self._compiled = CompiledForward(self.module, recipe, plan, device, compile) if self.is_compiled else None
-
-    def _micro_batch(self, batch: GlobalBatch, first: int, size: int) -> MicroBatch:
-        if self._compiled is None:
-            return batch.micro_batch(first, size)
-        return self._compiled.micro_batch(batch, first, size)
-
-    def close(self) -> None:
-        super().close()
-        if self.is_compiled:
-            torch.compiler.reset()  # what is compiled, and how often it may be, is the process's
-
-
 def close_deepspeed(engine: Any) -> None:
     """Frees what a `DeepSpeedEngine` of deepspeed holds, and takes back what stage 3 did to the process."""
     engine.destroy()
     functional.linear = _TORCH_LINEAR
     forget_models()
+
+
+def wants_fp16(device: torch.device) -> bool:
+    """Whether fp16 is taken where a DeepSpeed JSON leaves that to us: on every GPU but those that it slows down."""
+    return device.type == "cuda" and not has_slow_fp16(runtime.device_name(device))
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -180,7 +157,7 @@ def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str, unused_gp
             "On a CPU take ds_configs/cpu.json, or bf16 in its place."
         )
     if name == "bf16" and device.type == "cuda" and not has_bf16(device):
-        instead = "fp16, as in ds_configs/gtx1060-6gb.json" if runtime.wants_fp16(device) else "fp32"
+        instead = "fp16, as in ds_configs/gtx1060-6gb.json" if wants_fp16(device) else "fp32"
         raise ConfigError(f"{runtime.device_name(device)} has no bf16. Use {instead}.")
     if distributed.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # DeepSpeedConfig asks it for the number of ranks

@@ -27,11 +27,11 @@ from electra_ds.core.errors import (
 from electra_ds.core.program import command
 from electra_ds.core.runtime import Ranks
 from electra_ds.core.terminal import note, say, say_command, warn
-from electra_ds.pretraining.batches import Builder, prefetched
-from electra_ds.pretraining.step import StepBatch
-from electra_ds.pretraining.trained import check_same_recipe
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import TrainingEngine
+from electra_ds.training.prefetch import Builder, prefetched
+from electra_ds.training.protocols import StepBatch
+from electra_ds.training.recorded import check_same_recipe
 from electra_ds.training.saver import CheckpointSaver
 from electra_ds.training.throughput import Throughput
 from electra_ds.training.trackers import RunLog, open_trackers
