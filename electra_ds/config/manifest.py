@@ -64,7 +64,7 @@ class RunSettings(Settings):
     keep_at: list[_Count] = field(default_factory=list)
     """Steps whose checkpoints stay, whatever `keep` says."""
     stop_on_collapse: bool = False
-    """Whether the run ends where its discriminator has collapsed (train/collapse.py)."""
+    """Whether the run ends where its discriminator has collapsed (pretraining/collapse.py)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Engines that run the joint step."""
+"""Training of any model: engine, optimizers, checkpoints, loop and trackers. Knows no objective."""
 
 import os
 
