@@ -40,7 +40,7 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     if error.name not in PACKAGES:
         return None
     found = f"The package {error.name} is not installed in the environment of {sys.executable}."
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "Makefile").is_file():
         return f"{found} Install this program again, with all that it needs: {sys.executable} -m pip install electra_ds"
     python = checkout / ".venv" / "bin" / "python"
