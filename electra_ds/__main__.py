@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 from electra_ds.core.program import missing_package
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command line; where a package that it needs is missing, say what to do."""
+def main(arguments: Sequence[str] | None = None, module: str = "electra_ds.cli") -> None:
+    """Run a command line by the `main` of a module; if a package that it needs is missing, say what to do."""
     try:
-        from electra_ds.cli import main as run
-
-        run(arguments)
+        importlib.import_module(module).main(arguments)
     except ModuleNotFoundError as error:
         if (told := missing_package(error)) is None:
             raise

@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from electra_ds.bench import memory
-from electra_ds.bench.compare import compare
-from electra_ds.bench.measure import Clock, Operations, interleaved, peak_bytes, ratio
-from electra_ds.bench.precisions import differences
-from electra_ds.bench.run import measure
-from electra_ds.bench.synthetic import GLUE_LENGTHS
-from electra_ds.cli import main
+from benchmarks import memory
+from benchmarks.command import main
+from benchmarks.compare import compare
+from benchmarks.measure import Clock, Operations, interleaved, peak_bytes, ratio
+from benchmarks.precisions import differences
+from benchmarks.run import measure
+from benchmarks.synthetic import GLUE_LENGTHS
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import DeepSpeedEngine
@@ -195,7 +195,7 @@ def test_the_command_measures_writes_draws_and_compares(tmp_path: Path) -> None:
 @pytest.fixture
 def small_text(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the built-in corpus, which takes half a minute to tokenise."""
-    monkeypatch.setattr("electra_ds.bench.run._real_text", lambda recipe: contextlib.nullcontext(store))
+    monkeypatch.setattr("benchmarks.run._real_text", lambda recipe: contextlib.nullcontext(store))
 
 
 def measured(section: str, recipe: str = "tiny", **settings: Any) -> dict[str, Any]:
@@ -355,7 +355,7 @@ WHOLE = OLD | {"made_by": "electra-ds bench"}
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text(damage)
     with pytest.raises(SystemExit) as stopped:
-        main(["bench", "--from", str(tmp_path / "x.json"), "--compare", str(tmp_path / "x.json")])
+        main(["--from", str(tmp_path / "x.json"), "--compare", str(tmp_path / "x.json")])
     assert stopped.value.code == 2
     assert "is not a" in capsys.readouterr().err
 
@@ -364,7 +364,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str, capsys: pytest.C
 def test_results_that_cannot_be_written_are_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     source = REPOSITORY / "benchmarks" / "results" / "cpu-1-thread.json"
     with pytest.raises(SystemExit):
-        main(["bench", "--from", str(source), "--json", "/dev/full"])
+        main(["--from", str(source), "--json", "/dev/full"])
     assert "Cannot write the results: [Errno 28]" in capsys.readouterr().err
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from electra_ds.bench import trial
-from electra_ds.bench.doctor import Facts, Finding, diagnose, gather, judge_trials, wanted_versions
-from electra_ds.bench.trial import try_precisions
 from electra_ds.config.hardware import Gpu, Hardware
+from electra_ds.pretraining import self_test
+from electra_ds.pretraining.doctor import Facts, Finding, diagnose, gather, judge_trials, wanted_versions
+from electra_ds.pretraining.self_test import try_precisions
 from tests.helpers import REPOSITORY
 from tests.test_pretrain import run
 
@@ -85,7 +85,7 @@ def test_the_trial_is_a_real_step_in_each_precision() -> None:
 
 @pytest.mark.usefixtures("process_group", "half_on_cpu")
 def test_a_trial_whose_weights_do_not_move_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "_STEP", 0)  # where the learning rate is 0
+    monkeypatch.setattr(self_test, "_STEP", 0)  # where the learning rate is 0
     for item in try_precisions():
         assert item.result == "fails"
         assert "the weights did not move" in item.reason

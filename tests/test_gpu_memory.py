@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from electra_ds.bench import memory
-from electra_ds.bench.memory import Case, card_case, is_as_large, limited, measure_case
-from electra_ds.bench.synthetic import write_store
+from benchmarks import memory
+from benchmarks.memory import Case, card_case, is_as_large, limited, measure_case
+from benchmarks.synthetic import write_store
 from electra_ds.config.cards import find_card
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe

@@ -17,8 +17,6 @@ from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from torch.torch_version import TorchVersion
 
-from electra_ds.bench import doctor
-from electra_ds.bench.doctor import Finding, diagnose, gather
 from electra_ds.config import cards, hardware
 from electra_ds.config.cards import CARDS, lacks
 from electra_ds.config.hardware import Gpu, abilities, has_code_for, look
@@ -27,7 +25,8 @@ from electra_ds.config.shipped import ds_config_names
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining import launch
+from electra_ds.pretraining import doctor, launch
+from electra_ds.pretraining.doctor import Finding, diagnose, gather
 from tests.helpers import REPOSITORY, small_recipe
 
 CUDA_126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")

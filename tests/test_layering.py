@@ -16,7 +16,6 @@ ROWS = [
     {"pretraining"},
     {"finetuning", "report"},
     {"interop", "sweep"},
-    {"bench"},
     {"cli"},
     {"__main__"},
 ]

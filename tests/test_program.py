@@ -81,7 +81,7 @@ def test_as_called_changes_names_of_commands_alone() -> None:
 
 # --- outside the environment
 
-SCRIPTS = {
+SCRIPTS: dict[str, list[str]] = {
     "bench": [], "build-data": ["--corpus", "x", "--out", "y"], "checkpoint": ["ls", "x"], "doctor": [],
     "export": ["x"], "finetune": ["--model", "x", "--task", "rte"], "plan": [], "pretrain": [], "recipes": [],
     "report": ["x"], "sweep": ["smoke", "--dry-run"],

@@ -22,12 +22,11 @@ import wandb
 from rich.console import Console
 
 from electra_ds.config.manifest import RunDirectory, TrackingSettings
-from electra_ds.config.monitors import FolderMonitor, Monitors, WandbMonitor
+from electra_ds.config.monitors import FolderMonitor, Monitors, WandbMonitor, wandb_login, wandb_module
 from electra_ds.core.errors import ConfigError, InterruptedBySignalError, TrainingError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.launch import Options
-from electra_ds.training import trackers
-from electra_ds.training.trackers import Trackers, check_tracking, open_trackers, wandb_login
+from electra_ds.training.trackers import Trackers, check_tracking, open_trackers
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY
 from tests.test_pretrain import CPU_JSON, DROPOUT, command, run, start_arguments, train_losses
@@ -161,7 +160,7 @@ def test_the_death_of_wandb_is_one_warning_and_the_other_trackers_continue(tmp_p
     assert "wandb failed" in said.getvalue()
     assert [row[0] for row in csv_rows(tmp_path / "run" / "csv" / "train_loss.csv")] == ["1", "2", "3", "4", "5"]
     with contextlib.suppress(OSError):
-        trackers._wandb_module().teardown()
+        wandb_module().teardown()
 
 
 def on_a_terminal(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:

@@ -12,11 +12,10 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from electra_ds import __version__
-from electra_ds.cli.bench import add_bench
 from electra_ds.cli.build_data import add_build_data
 from electra_ds.cli.checkpoint import add_checkpoint
 from electra_ds.cli.doctor import add_doctor
@@ -30,23 +29,24 @@ from electra_ds.core.errors import ConfigError, ElectraError, FailedElsewhereErr
 from electra_ds.core.launcher import Launch, detect
 from electra_ds.core.program import as_called, command, missing_package
 
+if TYPE_CHECKING:
+    from electra_ds.cli.arguments import Commands
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+
+Add = Callable[["Commands"], None]
+COMMANDS: tuple[Add, ...] = (
+    add_pretrain, add_finetune, add_sweep, add_build_data, add_plan, add_recipes, add_report, add_export,
+    add_checkpoint, add_doctor,
+)  # fmt: skip
+
+
+def build_parser(adds: Sequence[Add] = COMMANDS) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line. adds: each adds the parser of a command."""
     parser = argparse.ArgumentParser(prog="electra-ds", description="Pretrain ELECTRA text encoders with DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"electra_ds {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_pretrain(commands)
-    add_finetune(commands)
-    add_sweep(commands)
-    add_build_data(commands)
-    add_plan(commands)
-    add_recipes(commands)
-    add_report(commands)
-    add_export(commands)
-    add_checkpoint(commands)
-    add_bench(commands)
-    add_doctor(commands)
+    for add in adds:
+        add(commands)
     _name_as_called(parser)
     return parser
 
@@ -66,7 +66,7 @@ def _name_as_called(parser: argparse.ArgumentParser, name: str = "") -> None:
                 _name_as_called(subparser, f"{name} {below}".lstrip())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS) -> None:
     """Parse, run, and turn our errors into one message and an exit status (2; 128 + N after signal N).
 
     What every rank of a node meets alike is said by its first one; what one rank meets, by that rank.
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"electra-ds: {error}", file=sys.stderr)
         sys.exit(2)
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
-        options, unknown = build_parser().parse_known_args(arguments)
+        options, unknown = build_parser(adds).parse_known_args(arguments)
         if unknown:  # said by the command's own parser, with its usage and its name
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:

@@ -30,6 +30,6 @@ def add_doctor(commands: Commands) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from electra_ds.bench.doctor import doctor
+    from electra_ds.pretraining.doctor import doctor
 
     sys.exit(doctor(Console(), as_json=options.json))

@@ -6,10 +6,12 @@ the sections are not handed on to `deepspeed.initialize`.
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass, fields
 from typing import Any
 
+from electra_ds.core.errors import ConfigError
 from electra_ds.core.suggest import did_you_mean
 
 WANDB_MODES = {
@@ -57,6 +59,30 @@ def overruled_wandb_mode(mode: str) -> str | None:
         return None
     whose = "given here, recorded by the run or its default" if mode == "off" else "given here or recorded by the run"
     return f"--wandb {mode}, {whose}, wins over WANDB_MODE={os.environ['WANDB_MODE']}"
+
+
+def wandb_module() -> Any:
+    """Return the package wandb."""
+    return importlib.import_module("wandb")  # half a second's import, for those who asked for it
+
+
+def wandb_login() -> bool:
+    """Whether wandb has credentials, by its own rules: environment, netrc, settings. Asks nobody and needs no network.
+
+    Raises ConfigError if there are some that cannot be right.
+    """
+    wandb = wandb_module()
+    try:
+        wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
+    except ValueError as error:
+        raise ConfigError(
+            f"wandb cannot read its settings, such as the variable WANDB_MODE: {error}\nCorrect or unset the variable, "
+            f"or train without wandb by --wandb off."
+        ) from error
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except wandb.errors.AuthenticationError as error:
+        raise ConfigError(f"wandb's credentials cannot be used: {error} Log in anew with: wandb login") from error
 
 
 def parse_monitors(values: dict[str, Any], problems: list[str]) -> Monitors:

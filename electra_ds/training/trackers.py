@@ -17,7 +17,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 
 from electra_ds.config.manifest import RunDirectory, TrackingSettings
-from electra_ds.config.monitors import overruled_wandb_mode
+from electra_ds.config.monitors import overruled_wandb_mode, wandb_login, wandb_module
 from electra_ds.core.errors import CheckpointError, ConfigError, ElectraError, InterruptedBySignalError
 from electra_ds.core.terminal import note, say, say_command, warn
 from electra_ds.training.tracking import MetricsFile, read_metrics
@@ -212,29 +212,6 @@ class _TensorBoard:
         self._writer.close()
 
 
-def _wandb_module() -> Any:
-    return importlib.import_module("wandb")  # half a second's import, for those who asked for it
-
-
-def wandb_login() -> bool:
-    """Whether wandb has credentials, by its own rules: environment, netrc, settings. Asks nobody and needs no network.
-
-    Raises ConfigError if there are some that cannot be right.
-    """
-    wandb = _wandb_module()
-    try:
-        wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
-    except ValueError as error:
-        raise ConfigError(
-            f"wandb cannot read its settings, such as the variable WANDB_MODE: {error}\nCorrect or unset the variable, "
-            f"or train without wandb by --wandb off."
-        ) from error
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except wandb.errors.AuthenticationError as error:
-        raise ConfigError(f"wandb's credentials cannot be used: {error} Log in anew with: wandb login") from error
-
-
 def _check_login() -> None:
     if not wandb_login():
         raise ConfigError(
@@ -282,7 +259,7 @@ class _Wandb:
                     self.write(line["step"], _named(line["kind"], values))
 
     def _start(self, settings: TrackingSettings, run: RunDirectory, config: dict[str, Any], console: Console) -> None:
-        self._module = _wandb_module()
+        self._module = wandb_module()
         start = {
             "project": settings.wandb_project, "entity": settings.wandb_entity, "group": settings.wandb_group,
             "name": run.path.resolve().name, "id": settings.wandb_id, "resume": "allow", "dir": str(run.path),

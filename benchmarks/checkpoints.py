@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from electra_ds.bench.measure import ratio
+from benchmarks.measure import ratio
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from electra_ds.bench.suite import Settings, Suite
+from benchmarks.suite import Settings, Suite
 from electra_ds.config.hardware import check_gpu, look
 from electra_ds.config.manifest import versions
 from electra_ds.config.overrides import load_recipe

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from electra_ds.bench.measure import peak_bytes
+from benchmarks.measure import peak_bytes
 from electra_ds.config.cards import CARDS, SHOWN_SHARE, Card
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve, with_micro_batch
 from electra_ds.config.overrides import load_recipe

@@ -24,9 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from electra_ds.config.hardware import Gpu, Hardware, abilities, look, unused, without_code
+from electra_ds.config.monitors import wandb_login
 from electra_ds.core.errors import ElectraError
 from electra_ds.core.terminal import say_command
-from electra_ds.training.trackers import wandb_login
 
 _SHOWN = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "tensorboard")
 _ONLY_WHEN_ASKED_FOR = ("wandb", "tensorboard")
@@ -188,7 +188,7 @@ def _trials(hardware: Hardware) -> list[Finding]:
         return []  # they would run on that card, and why they fail is told already
     try:  # torch or DeepSpeed may be missing or broken, which is what a doctor is asked about
         with contextlib.redirect_stdout(io.StringIO()):  # progress bars, which --json must not hold
-            trials = importlib.import_module("electra_ds.bench.trial").try_precisions()
+            trials = importlib.import_module("electra_ds.pretraining.self_test").try_precisions()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return judge_trials([("fp32", "fails", reason)])

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from electra_ds.bench import checkpoints, memory, precisions
-from electra_ds.bench.contestants import Contestant, Ours, PaddedBatch, Transformers
-from electra_ds.bench.measure import (
+from benchmarks import checkpoints, memory, precisions
+from benchmarks.contestants import Contestant, Ours, PaddedBatch, Transformers
+from benchmarks.measure import (
     Clock,
     Operations,
     graph_bytes,
@@ -28,7 +28,7 @@ from electra_ds.bench.measure import (
     peak_bytes,
     ratio,
 )
-from electra_ds.bench.synthetic import glue_lengths, web_text_lengths, write_store
+from benchmarks.synthetic import glue_lengths, web_text_lengths, write_store
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.precision import precision_section

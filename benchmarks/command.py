@@ -1,14 +1,15 @@
-"""`electra-ds bench`: how fast a step is, beside transformers, on this machine."""
+"""`bin/bench`: how fast a step is on this machine, compared with transformers."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from electra_ds import cli
 from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, positive, wide_console
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
@@ -53,6 +54,11 @@ examples:
 """
 
 
+def main(arguments: Sequence[str]) -> None:
+    """Run `bin/bench` with these arguments."""
+    cli.main(["bench", *arguments], [add_bench])
+
+
 def add_bench(commands: Commands) -> None:
     """The parser of `bench`."""
     command = add_command(commands, "bench", "Time our step beside transformers', part by part.", _EPILOG)
@@ -86,8 +92,8 @@ def add_bench(commands: Commands) -> None:
 def _bench(options: argparse.Namespace) -> None:
     _check_arguments(options)
 
-    from electra_ds.bench.compare import compare
-    from electra_ds.bench.show import print_results
+    from benchmarks.compare import compare
+    from benchmarks.show import print_results
     from electra_ds.core.terminal import say
 
     old = None if options.compare is None else _read(options.compare)
@@ -98,7 +104,7 @@ def _bench(options: argparse.Namespace) -> None:
         if old is not None:
             _check_comparable(old, options)
 
-        from electra_ds.bench.run import measure
+        from benchmarks.run import measure
 
         results = measure(**{name: getattr(options, name) for name in _MEASURING}, console=console)
     with _whole(options.source):
@@ -136,7 +142,7 @@ def _check_arguments(options: argparse.Namespace) -> None:
 
 def _check_comparable(old: dict[str, Any], options: argparse.Namespace) -> None:
     """Raise ConfigError if nothing that is to be measured stands in the older results."""
-    from electra_ds.bench.compare import check_recipe, figures
+    from benchmarks.compare import check_recipe, figures
 
     check_recipe(old, options.recipe)
     asked = {key: old[key] for section in options.sections for key in _SECTIONS[section] if key in old}
@@ -149,7 +155,7 @@ def _write(results: dict[str, Any], options: argparse.Namespace) -> None:
         if options.json is not None:
             options.json.write_text(json.dumps(results, indent=1) + "\n", "utf8")
         if options.picture is not None:
-            from electra_ds.bench.picture import draw
+            from benchmarks.picture import draw
 
             with _whole(options.source):
                 draw(results, options.picture)
@@ -159,7 +165,7 @@ def _write(results: dict[str, Any], options: argparse.Namespace) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """A file that --json wrote. Raises ConfigError."""
-    from electra_ds.bench.compare import figures
+    from benchmarks.compare import figures
 
     try:
         results = json.loads(path.read_text("utf-8-sig"))

@@ -1,0 +1,1 @@
+"""What `bin/bench` times, and the programs and results behind docs/performance.md. Not part of the package."""
