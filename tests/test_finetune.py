@@ -35,6 +35,7 @@ from electra_ds.finetuning.task_model import TaskModel, make_head
 from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import TrainingEngine
+from electra_ds.training.tracking import TrainingDisplay
 from tests.finetuning import (
     BAD,
     GOOD,
@@ -405,13 +406,25 @@ def same_end(run_dir: Path, straight: Path) -> None:
     assert same_tensors(final_tensors(run_dir), final_tensors(straight))
 
 
+def test_a_stop_right_after_a_logged_step_does_not_call_its_losses_not_finite(
+    electra: Path, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit has passed when the run starts, so it stops after its first step."""
+    shown: list[str] = []
+    monkeypatch.setattr(TrainingDisplay, "update", lambda self, step, numbers: shown.append(numbers))
+    finetune(*arguments_of(electra, glue, "mrpc", tmp_path / "run", log_every=1, time_limit="1s"))
+    assert shown
+    assert not any("not finite" in numbers for numbers in shown)
+
+
 @pytest.mark.parametrize("stop_at", [1, 5, 13])
 def test_stopped_and_resumed_is_straight_bit_for_bit(
     stop_at: int, straight: Path, electra: Path, glue: Path, tmp_path: Path
 ) -> None:
     """Also where it stops at an evaluation (5) and twice; only the evaluation at the stop itself is one more."""
     run_dir = tmp_path / "run"
-    finetune(*arguments_of(electra, glue, "mrpc", run_dir, **SAVED, stop_at=stop_at))
+    said = finetune(*arguments_of(electra, glue, "mrpc", run_dir, **SAVED, stop_at=stop_at))
+    assert f"The run is in {run_dir}. To resume: electra-ds finetune --resume {run_dir}" in said
     assert not (run_dir / "scores.json").exists()
     resume(run_dir, "--stop-at", stop_at + 1)
     resume(run_dir)

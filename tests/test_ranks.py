@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from electra_ds.core import runtime
 from electra_ds.core.runtime import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.plain import PlainEngine
@@ -84,3 +85,17 @@ def test_at_every_world_size_engines_take_over_recompute_and_evaluate_alike(
             assert len(straight) == 6
         np.testing.assert_allclose(found["checkpointed"], found["straight-3"], rtol=1e-5)
         np.testing.assert_array_equal(found["evaluation"], np.array(evaluation(store, process_group)))
+
+
+@pytest.mark.parametrize(("share", "threads", "device", "is_noted"), [
+    (100.0, 2, "CPU (2 cores)", True), (0.0, 2, "CPU (2 cores)", False), (100.0, 1, "CPU (2 cores)", False),
+    (100.0, 2, "Tesla T4", False),
+])  # fmt: skip
+def test_a_busy_machine_is_noted_if_several_threads_need_its_cores(
+    monkeypatch: pytest.MonkeyPatch, share: float, threads: int, device: str, is_noted: bool
+) -> None:
+    monkeypatch.setattr(runtime.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(runtime.psutil, "cpu_percent", lambda interval: share)
+    said = runtime.busy_note(device, threads)
+    assert (said is not None) == is_noted
+    assert said is None or "other programs keep 2.0 of the 2 cores busy" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,10 +48,14 @@ def _build_data(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from electra_ds.config.overrides import load_recipe
-    from electra_ds.core.terminal import say, say_command
+    from electra_ds.core.terminal import note, say, say_command
 
     recipe = load_recipe(options.recipe, options.overrides)
-    store = make_store(options, recipe, options.out, options.workers)
+    try:
+        store = make_store(options, recipe, options.out, options.workers)
+    except KeyboardInterrupt:
+        print("What is done so far is kept. To resume, run the same command again.", file=sys.stderr)
+        raise
     info = store.info
     console = Console()
     say(
@@ -58,4 +63,8 @@ def _build_data(options: argparse.Namespace) -> None:
         f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,} kinds "
         f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB).",
     )
-    say_command(console, "Train on it with:", f"{command('pretrain')} --data {store.path}")
+    wanted = recipe.tokenizer.vocab_size
+    if options.tokenizer is None and info.vocab_size < wanted:
+        note(console, f"the text was enough for {info.vocab_size:,} of the recipe's {wanted:,} pieces")
+    recipe_argument = f" --recipe {options.recipe}" if options.recipe != DEFAULT_RECIPE else ""
+    say_command(console, "Train on it with:", f"{command('pretrain')} --data {store.path}{recipe_argument}")

@@ -195,9 +195,9 @@ def _finetune(options: argparse.Namespace) -> None:
         launch.hold(run, ranks, held, is_new=recipe is not None)
         finetune_launch.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
-        if finetune(job, ranks, console, time_limit) and ranks.is_main and run.verdict() == "done":
-            finetune_launch.show_scores(job, console)
-            if job.record.settings.discard_weights:
+        if finetune(job, ranks, console, time_limit) and ranks.is_main:
+            finetune_launch.say_end(job, console)
+            if run.verdict() == "done" and job.record.settings.discard_weights:
                 discard_weights(run)
 
 

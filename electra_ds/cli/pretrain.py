@@ -241,7 +241,10 @@ def _dry_run(
         plan = launch.fitted(plan, recipe, vocab_size, wanted, ranks)
         launch.show_run(
             recipe, asdict(count_parameters(recipe, vocab_size)), f"data: the token store {path} would be built first",
-            runtime.device_name(runtime.device(ranks.launch)), plan, run, console, beginning.names if beginning else (),
+            runtime.shown_threads(
+                runtime.device_name(runtime.device(ranks.launch)), runtime.set_threads(wanted.threads, ranks.launch)
+            ),
+            plan, run, console, beginning.names if beginning else (),
         )  # fmt: skip
     steps = options.stop_at or recipe.schedule.total_steps
     say_dry_run(_run_time(options, recipe, plan, ranks, vocab_size), steps, console)

@@ -321,4 +321,7 @@ def _say_what_is_read(spec: SweepSpec, console: Console) -> None:
     if stage is None or any(key in given for key in ("corpus", "data") for given in (stage.options, stage.space)):
         return
     if not all({"corpus", "data"} & set(settings) for settings in stage.variants.values() or [{}]):
-        _say(console, "pretrain reads the built-in corpus, some 6 M tokens; give pretrain.corpus or pretrain.data.")
+        _say(
+            console,
+            "The text is the built-in corpus of some 6 M tokens. For your own, set pretrain.corpus or pretrain.data.",
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import textwrap
 import time
 from collections.abc import Iterable
@@ -11,6 +13,7 @@ from rich.progress import (
     BarColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -33,6 +36,13 @@ def say_command(console: Console, lead: str, command: str) -> None:
     fits = not console.is_terminal or len(lead) + 1 + len(command) <= console.width
     for line in [f"{lead} {command}"] if fits else [lead, command]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def with_command(lead: str, command: str) -> str:
+    """Return a message for stderr that ends in a command to be copied, on a line of its own if a terminal would break
+    it."""
+    fits = not sys.stderr.isatty() or len(lead) + 1 + len(command) <= shutil.get_terminal_size().columns
+    return f"{lead}{' ' if fits else chr(10)}{command}"
 
 
 def note(console: Console, text: str) -> None:
@@ -87,6 +97,19 @@ class StatusProgress(Progress):
                 yield _Status(line)
 
 
+class _Eta(ProgressColumn):
+    """The time that a stage still needs, or nothing if it is not known how much is to be done."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text()
+        return Text("ETA ").append_text(self._time.render(task))
+
+    def __init__(self) -> None:
+        self._time = TimeRemainingColumn()
+        super().__init__()
+
+
 class StageProgress(StatusProgress):
     """Shows the stages of a preparation: a bar for each on a terminal; elsewhere, such as in a log file, a line when a
     stage begins and further lines now and then, which a sweep reads in its trials' logs."""
@@ -94,7 +117,7 @@ class StageProgress(StatusProgress):
     def __init__(self, console: Console | None = None, transient: bool = False) -> None:
         super().__init__(
             TextColumn("{task.description}"), flexible_bar(), TaskProgressColumn(), TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=transient,
+            _Eta(), console=console, transient=transient,
         )  # fmt: skip
         self.disable = not self.console.is_terminal
         self._last_line = 0.0

@@ -114,7 +114,7 @@ def read_encoder(name: str) -> EncoderSource:
     if path.is_dir():
         return _of_folder(path, str(path.resolve()))
     if is_hub_model(name):
-        return _of_folder(fetch_model(name), name)
+        return _of_folder(_fetched(name), name)
     if path.is_file():
         raise DataError(
             f"{name} is a file, not a model: give a run directory, a folder that transformers' save_pretrained wrote, "
@@ -123,6 +123,18 @@ def read_encoder(name: str) -> EncoderSource:
     raise DataError(
         f"There is no model {name}: neither a run directory, nor a folder with config.json, nor OWNER/NAME on the Hub."
     )
+
+
+def _fetched(name: str) -> Path:
+    """Return the folder of a model that is fetched from the Hub."""
+    try:
+        return fetch_model(name)
+    except DataError as error:
+        if not Path(name).parent.is_dir():
+            raise
+        raise DataError(
+            f"There is no {name} on this machine. Taken as the name of a model on the Hub: {error}"
+        ) from error
 
 
 def _of_run(path: Path) -> EncoderSource:

@@ -77,7 +77,7 @@ def useless_warning(
     if steps < _FEW_STEPS:
         reasons.append(f"{steps:,} steps are too few to train a new head; add --set schedule.min_steps={_ENOUGH_STEPS}")
     labels = sets.train.labels_N
-    if sets.labels and labels is not None:
+    if sets.labels and labels is not None and of.constant is not None:
         counts = np.bincount(labels)
         if counts.max() >= _UNBALANCED * counts.sum():
             reasons.append(
@@ -96,6 +96,8 @@ def useless_warning(
             f"{steps:,} steps may be too few; try --set schedule.min_steps={3 * steps}",
             "the encoder may know too little of such text; try one that was pretrained for longer",
         ]
+    if len(reasons) == 1:
+        return f"{_what_is_wrong(name, of)}. The likely reason: {reasons[0]}."
     listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
     return f"{_what_is_wrong(name, of)}. Likely reasons: {listed}."
 

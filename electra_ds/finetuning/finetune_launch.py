@@ -283,6 +283,7 @@ def announce(job: FinetuneJob, console: Console) -> None:
     if schedule.total_steps > job.training.steps_of_epochs:
         epochs = round(schedule.total_steps * recipe.global_batch_size / len(job.sets.train))
     began = "random weights of the shape of " if record.has_random_weights else ""
+    where = runtime.shown_threads(record.device, record.threads)
     sets = ", ".join(f"{name} {len(inputs):,}" for name, inputs in (job.sets.dev | job.sets.test).items())
     say(
         console,
@@ -290,11 +291,12 @@ def announce(job: FinetuneJob, console: Console) -> None:
         f"{record.parameters['encoder'] / 1e6:.2f} M parameters\n"
         f"data: {len(job.sets.train):,} training inputs; {sets}\n"
         f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epochs); "
-        f"{record.device}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
+        f"{where}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
         f"micro-batch x accumulation = {job.plan.batch}\n"
         f"run directory: {job.run.path}",
     )  # fmt: skip
-    for each in job.plan.notes:
+    busy = runtime.busy_note(record.device, record.threads)
+    for each in (*job.plan.notes, *([busy] if busy else [])):
         note(console, each)
 
 
@@ -309,8 +311,16 @@ def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
     )  # fmt: skip
 
 
-def show_scores(job: FinetuneJob, console: Console) -> None:
-    """The end of a run, for people."""
+def say_end(job: FinetuneJob, console: Console) -> None:
+    """Print the scores of a finished run, or how to resume one that stopped as planned."""
+    if job.run.verdict() == "done":
+        _show_scores(job, console)
+    else:
+        resume = f"{command('finetune')} --resume {job.run.path}"
+        say_command(console, f"The run is in {job.run.path}. To resume:", resume)
+
+
+def _show_scores(job: FinetuneJob, console: Console) -> None:
     scores = json.loads((job.run.path / SCORES).read_text("utf8"))
     for name, of_set in scores["sets"].items():
         if of_set["metrics"]:

@@ -267,7 +267,7 @@ def _chosen_columns(table: Table, text: str | None, pair: str | None, label: str
         if text is None:
             raise DataError(
                 f"{table.path}: no text column; its columns are {', '.join(there) or 'none'}. Name the one that holds "
-                f"the text, or call it one of {', '.join(TEXT_COLUMNS)}."
+                f"the text with --text COLUMN, or call it one of {', '.join(TEXT_COLUMNS)}."
             )
         seconds = PAIR_COLUMNS + (QUESTION_PAIRS if text == "question" else ())
         pair = pair or next((name for name in seconds if name in there and name != label), None)
@@ -284,13 +284,13 @@ def _check_own(table: Table, columns: _Columns, needs_label: bool) -> None:
     if needs_label and columns.label is None:
         raise DataError(
             f"{table.path}: no label column; its columns are {', '.join(table.names)}. Name the one that holds the "
-            f"label, or call it one of {', '.join(LABEL_COLUMNS)}."
+            f"label with --label COLUMN, or call it one of {', '.join(LABEL_COLUMNS)}."
         )
     _check_columns(table, [*columns.of_text, *([columns.label] if needs_label and columns.label else [])])
     for name in columns.of_text:
         if not any(value.strip() for value in table.columns[name]):
             raise DataError(
-                f"{table.path}: the column '{name}' is empty in every row. Name the one that holds the text."
+                f"{table.path}: the column '{name}' is empty in every row. Name the one with the text: --text COLUMN"
             )
 
 

@@ -176,9 +176,9 @@ def judge_trials(trials: list[tuple[str, str, str]]) -> list[Finding]:
     """(precision, result, reason) of each step that was tried. Without fp32 nothing can be trusted."""
     findings = []
     for precision, result, reason in trials:
-        state: Literal["fine", "note", "wrong"] = "fine"
-        if result == "fails":
-            state = "wrong" if precision == "fp32" else "note"
+        state: Literal["fine", "note", "wrong"] = "fine" if result == "works" else "note"
+        if result == "fails" and precision == "fp32":
+            state = "wrong"
         findings.append(Finding(f"a step in {precision}", result, state, reason))
     return findings
 

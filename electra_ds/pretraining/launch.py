@@ -340,8 +340,12 @@ def announce(job: PretrainJob, console: Console) -> None:
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:
         notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times over")
+    device, threads = job.record.device, job.record.threads
+    if busy := runtime.busy_note(device, threads):
+        notes.append(busy)
     plan = replace(job.plan, notes=tuple(notes))
-    show_run(recipe, job.record.parameters, data, job.record.device, plan, job.run, console, sources)
+    where = runtime.shown_threads(device, threads)
+    show_run(recipe, job.record.parameters, data, where, plan, job.run, console, sources)
 
 
 def show_run(

@@ -46,13 +46,16 @@ def print_forecast(found: Forecast, console: Console) -> None:
 
 def _memory_table(found: Forecast) -> Table:
     phases = found.memory.phases
-    table = Table(title="Predicted memory at a step's fullest moments, GiB", title_justify="left", box=box.SIMPLE)
+    is_small = max(phase.total for phase in phases.values()) < GIB / 4
+    unit = "MiB" if is_small else "GiB"
+    shown = _mib if is_small else _gib
+    table = Table(title=f"Predicted memory at a step's fullest moments, {unit}", title_justify="left", box=box.SIMPLE)
     for column in ("", *phases):
         table.add_column(column, justify="right" if column else "left")
     for part in next(iter(phases.values()))._fields:
-        table.add_row(part, *(_gib(getattr(phase, part)) for phase in phases.values()))
+        table.add_row(part, *(shown(getattr(phase, part)) for phase in phases.values()))
     table.add_section()
-    table.add_row("at once", *(_gib(phase.total) for phase in phases.values()))
+    table.add_row("at once", *(shown(phase.total) for phase in phases.values()))
     return table
 
 
@@ -229,6 +232,10 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "published_days": [{"source": where.source, "days": days} for where, days in found.published_days()],
         "notes": list(found.plan.notes),
     }
+
+
+def _mib(number_bytes: float) -> str:
+    return f"{1024 * number_bytes / GIB:.1f}"
 
 
 def _gib(number_bytes: float) -> str:

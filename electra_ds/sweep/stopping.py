@@ -14,6 +14,7 @@ from types import FrameType
 from electra_ds.core.errors import InterruptedBySignalError
 from electra_ds.core.program import command
 from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
+from electra_ds.core.terminal import with_command
 from electra_ds.sweep.folder import SweepFolder
 
 
@@ -56,6 +57,5 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
     if came:
         first, _ = came[0]
         resume = f"{command('sweep')} --resume {folder.path}"
-        raise InterruptedBySignalError(
-            f"{signal.Signals(first).name}: what is done is kept. Resume it with: {resume}", first
-        )
+        lead = f"{signal.Signals(first).name}: what is done is kept. Resume it with:"
+        raise InterruptedBySignalError(with_command(lead, resume), first)

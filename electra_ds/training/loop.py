@@ -26,7 +26,7 @@ from electra_ds.core.errors import (
 )
 from electra_ds.core.program import command
 from electra_ds.core.runtime import Ranks
-from electra_ds.core.terminal import note, say, say_command, warn
+from electra_ds.core.terminal import note, say, say_command, warn, with_command
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import TrainingEngine
 from electra_ds.training.prefetch import Builder, prefetched
@@ -329,7 +329,7 @@ class TrainingLoop(ABC):
         resume = f"{command(self.job.command)} --resume {run.path}"
         message = f"{request.reason}: saved {self.checkpoints.path(self.step)}. Resume it with:"
         if request.signum is not None:
-            raise InterruptedBySignalError(f"{message} {resume}", request.signum)
+            raise InterruptedBySignalError(with_command(message, resume), request.signum)
         say_command(self.console, message, resume)
         return False
 
@@ -342,8 +342,9 @@ class TrainingLoop(ABC):
         if self.device.type == "cuda":
             memory["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
         values = self._write_unread(skipped_steps=skipped, loss_scale=loss_scale, **rates, **memory)
-        numbers = f"{self.shown(values)}  {_shown_rates(**rates)}"
-        display.update(self.step, numbers + (f"  skipped {skipped}" if skipped else ""))
+        if values:  # else nothing has happened since the last line
+            numbers = f"{self.shown(values)}  {_shown_rates(**rates)}"
+            display.update(self.step, numbers + (f"  skipped {skipped}" if skipped else ""))
         with self.ranks.together():
             self._check_progress(int(optimizer.consecutive_skips.item()))
 
