@@ -105,7 +105,7 @@ def test_every_option_of_a_command_is_known_or_the_sweeps_own(stage: str, add: A
 
 
 def test_the_metrics_of_pretraining_are_those_of_its_evaluation() -> None:
-    tree = ast.parse((REPOSITORY / "electra_ds" / "train" / "metrics.py").read_text("utf8"))
+    tree = ast.parse((REPOSITORY / "electra_ds" / "pretraining" / "metrics.py").read_text("utf8"))
     found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Evaluation")
     fields = [each.target.id for each in found.body if isinstance(each, ast.AnnAssign)]  # type: ignore[union-attr]
     assert tuple(fields) == PRETRAIN_METRICS
