@@ -89,7 +89,7 @@ def _measure_model(
                 path, _ = ours.newest_whole(ranks)
                 assert path is not None
                 checkpoint = open_checkpoint(path)
-                checkpoint.check(engine.optimizer.shapes())
+                checkpoint.check(engine.optimizer.shapes(), engine.optimizer.trained())
                 engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
 
         def their_save(clock: _Clock) -> None:

@@ -71,7 +71,7 @@ def folder_of(folder: Path, world_size: int, plan: str) -> CheckpointFolder:
 
 def take_over(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     """Load, and see that what the engine would save is to the bit what it was given."""
-    checkpoint.check(engine.optimizer.shapes())
+    checkpoint.check(engine.optimizer.shapes(), engine.optimizer.trained())
     counters = checkpoint.state["optimizer"]
     engine.optimizer.load(checkpoint.tensors, counters)
     found, now = engine.optimizer.snapshot(), engine.optimizer.counters()

@@ -102,11 +102,11 @@ def test_shares_of_several_ranks_are_one_checkpoint_and_a_missing_one_is_noticed
 def test_a_checkpoint_of_another_model_is_refused_with_what_differs(saved: Path) -> None:
     checkpoint = load_checkpoint(saved)
     with pytest.raises(CheckpointError, match=r"does not fit.*a.weight has shape \[7, 5\], not \[7, 6\]"):
-        checkpoint.check({"a.weight": (7, 6), "a.bias": (7, 5)})
+        checkpoint.check({"a.weight": (7, 6), "a.bias": (7, 5)}, {"a.weight", "a.bias"})
     with pytest.raises(CheckpointError, match=r"exp_avg_sq/a.bias is missing"):
-        checkpoint.check({"a.weight": (7, 5), "a.bias": (7, 5)})
+        checkpoint.check({"a.weight": (7, 5), "a.bias": (7, 5)}, {"a.weight", "a.bias"})
     with pytest.raises(CheckpointError, match=r"a.bias is not the model's"):
-        checkpoint.check({"a.weight": (7, 5)})
+        checkpoint.check({"a.weight": (7, 5)}, {"a.weight", "a.bias"})
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_state_without_what_training_needs_is_refused(tmp_path: Path, change: 
     whole = {"step": 3, "tokens": 0, "optimizer": FRESH_COUNTERS}
     checkpoint = load_checkpoint(CheckpointFolder(tmp_path, keep=1).save(tensors(), whole | change, RECORD))
     with pytest.raises(CheckpointError, match=r"its state\.json is incomplete"):
-        checkpoint.check({"a.weight": (7, 5)})
+        checkpoint.check({"a.weight": (7, 5)}, {"a.weight", "a.bias"})
 
 
 FULL_DISK = """

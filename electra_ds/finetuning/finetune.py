@@ -246,7 +246,7 @@ class FinetuneLoop(TrainingLoop):
                     + "".join(f": {problem}" for problem in damaged.values())
                 )
             checkpoint = open_checkpoint(path)
-            checkpoint.check(self.engine.optimizer.shapes())
+            checkpoint.check(self.engine.optimizer.shapes(), self.engine.optimizer.trained())
         self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self._best_step = int(checkpoint.state["step"])
 

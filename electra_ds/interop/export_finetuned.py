@@ -111,7 +111,7 @@ def _trained_model(checkpoint: Checkpoint, recipe: FinetuneRecipe, config: Pretr
         make_encoder(config, recipe.seed), make_head(recipe, int(config.hidden_size), num_outputs, is_regression)
     )
     parameters = dict(model.named_parameters())
-    checkpoint.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    checkpoint.check_weights({name: tuple(parameter.shape) for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(checkpoint.tensors[f"master/{name}"])

@@ -44,7 +44,8 @@ def export_native(run_or_checkpoint: Path, out: Path | None, ds_config: str | No
         plan = launch.plan_of_run(options, saved, saved.read_record(Record), recipe, ranks)
         tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
-        checkpoint.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        checkpoint.check(shapes, shapes)
     partial = unfinished(out, ranks.from_main(secrets.token_hex(4)))
     try:
         with ranks.together(), _writing(out):

@@ -28,7 +28,7 @@ def load_model(checkpoint: Checkpoint) -> tuple[Electra, Tokenizer, Recipe]:
     recipe = recorded_recipe(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
     model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
-    checkpoint.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    checkpoint.check_weights({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.tensors[f"master/{name}"])

@@ -53,14 +53,21 @@ class Checkpoint(NamedTuple):
     tensors: TensorFiles
     state: dict[str, Any]
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError unless it holds exactly what a model with these parameters needs to train on."""
+    def check(self, shapes: Mapping[str, tuple[int, ...]], trained: Collection[str]) -> None:
+        """Raises CheckpointError unless it holds exactly what a model with these parameters needs to train on.
+
+        trained: names of the parameters that have moments; frozen ones have none.
+        """
         counters = self.state.get("optimizer")
         numbers: list[Any] = [self.state.get("tokens")]
         numbers += [counters.get(name) for name in FRESH_COUNTERS] if isinstance(counters, dict) else [None]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise CheckpointError(f"The checkpoint {self.path} cannot be resumed: its state.json is incomplete.")
-        wanted = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in _KINDS}
+        wanted = {
+            f"{kind}/{name}": shape
+            for name, shape in shapes.items()
+            for kind in (_KINDS if name in trained else _KINDS[:1])
+        }
         problems = [f"{name} is missing" for name in wanted.keys() - self.tensors.keys()]
         problems += [f"{name} is {dtype}, not F32" for name, dtype in self.tensors.dtypes() if dtype != "F32"]
         problems += [f"{name} is not the model's" for name in self.tensors.keys() - wanted.keys()]
@@ -69,6 +76,21 @@ class Checkpoint(NamedTuple):
             for name, shape in wanted.items()
             if name in self.tensors and self.tensors.shape(name) != shape
         ]
+        self._refuse(problems)
+
+    def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError unless it holds the weights of a model with these parameters."""
+        found = {name.removeprefix("master/") for name in self.tensors if name.startswith("master/")}
+        problems = [f"{name} is missing" for name in shapes.keys() - found]
+        problems += [f"{name} is not the model's" for name in found - shapes.keys()]
+        problems += [
+            f"{name} has shape {list(self.tensors.shape(f'master/{name}'))}, not {list(shapes[name])}"
+            for name in found & shapes.keys()
+            if self.tensors.shape(f"master/{name}") != shapes[name]
+        ]
+        self._refuse(problems)
+
+    def _refuse(self, problems: list[str]) -> None:
         if problems:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CheckpointError(

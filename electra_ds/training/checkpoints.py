@@ -12,6 +12,7 @@ from electra_ds.config.manifest import Record, RunDirectory
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.program import command
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, read_manifest, remove
+from electra_ds.training.optimizer import MOMENTS
 
 
 class Listed(NamedTuple):
@@ -136,7 +137,8 @@ def verify(path: Path) -> str | None:
         if spoilt:
             return f"The checkpoint {path} holds {len(spoilt)} tensors that are not finite, such as {spoilt[0]}."
         weights = [name.removeprefix("master/") for name in tensors if name.startswith("master/")]
-        checkpoint.check({name: tensors.shape(f"master/{name}") for name in weights})
+        trained = [name for name in weights if any(f"{kind}/{name}" in tensors for kind in MOMENTS)]
+        checkpoint.check({name: tensors.shape(f"master/{name}") for name in weights}, trained)
     except CheckpointError as error:
         if not path.exists():
             raise FileNotFoundError(path) from error

@@ -196,7 +196,7 @@ class TrainingLoop(ABC):
             return
         with self.ranks.together():
             checkpoint = open_checkpoint(path)
-            checkpoint.check(self.engine.optimizer.shapes())
+            checkpoint.check(self.engine.optimizer.shapes(), self.engine.optimizer.trained())
             check_same_recipe(checkpoint, self.job.recipe, self.job.run)
             if checkpoint.state["step"] > self.job.stop_at:
                 raise ConfigError(

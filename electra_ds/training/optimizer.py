@@ -52,10 +52,12 @@ Rates = Callable[[str], ParameterRates]
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, rates: Rates = pretraining_rates
 ) -> list[dict[str, Any]]:
-    """Parameters that are treated alike, in the order in which their kinds first come; what decays comes first."""
+    """Return the parameters that are trained, in groups that are treated alike: in the order in which their kinds first
+    come, the ones that decay first. Frozen parameters (`requires_grad=False`) are in none."""
     groups: dict[ParameterRates, list[nn.Parameter]] = {}
     for name, parameter in parameters:
-        groups.setdefault(rates(name), []).append(parameter)
+        if parameter.requires_grad:
+            groups.setdefault(rates(name), []).append(parameter)
     return [
         {"params": alike, "weight_decay": weight_decay if kind.decays else 0.0, "lr_scale": kind.lr_scale}
         for kind, alike in sorted(groups.items(), key=lambda item: not item[0].decays)
@@ -87,7 +89,8 @@ class MasterAdamW(torch.optim.Optimizer):
 
     Non-finite gradients leave weights and moments as they are, in every precision: the step is skipped and
     counted. `param_groups` hold the model's own parameters; the update runs on fp32 masters (the parameters
-    themselves where they are fp32) and is copied back.
+    themselves where they are fp32) and is copied back. Frozen parameters (`requires_grad=False`) have neither master,
+    gradient nor moments, and do not decay; checkpoints hold their weights.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class MasterAdamW(torch.optim.Optimizer):
         self.bias_correction = section.bias_correction
         self.scaling = scaling or NO_SCALING
         self.names = {parameter: name for name, parameter in named}
+        self._frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
         self.masters: dict[nn.Parameter, torch.Tensor] = {
             parameter: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
             for group in self.param_groups
@@ -196,8 +200,9 @@ class MasterAdamW(torch.optim.Optimizer):
         return int(self._taken_steps.item())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Masters and moments by name: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
-        result = {}
+        """Masters and moments by name: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`; of frozen parameters the
+        weights alone, in fp32, as `master/NAME`."""
+        result = {f"master/{name}": parameter.detach().float() for name, parameter in self._frozen.items()}
         for parameter, master in self.masters.items():
             name, state = self.names[parameter], self._inner.state[master]
             result[f"master/{name}"] = master.detach()
@@ -206,8 +211,12 @@ class MasterAdamW(torch.optim.Optimizer):
         return result
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the parameters, by name."""
-        return {self.names[parameter]: tuple(parameter.shape) for parameter in self.masters}
+        """Return the shapes of all parameters by name."""
+        return {name: tuple(parameter.shape) for parameter, name in self.names.items()}
+
+    def trained(self) -> set[str]:
+        """Return the names of the parameters that are not frozen."""
+        return {self.names[parameter] for parameter in self.masters}
 
     def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
         """Copies of `tensors` in the CPU's memory, of these parameters or of all."""
@@ -235,6 +244,8 @@ class MasterAdamW(torch.optim.Optimizer):
 
         A run that did not scale its loss before starts from `FIRST_SCALE`.
         """
+        for name, frozen in self._frozen.items():
+            frozen.copy_(tensors[f"master/{name}"])
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
         self._copy_back()

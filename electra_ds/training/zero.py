@@ -7,7 +7,9 @@ name, as at stage 0, so that a checkpoint fits every stage, and that the loss sc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -135,8 +137,12 @@ class ZeroAdamW:
         return torch.tensor(float(self._consecutive))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the parameters, by name."""
+        """Return the shapes of all parameters by name."""
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.named_parameters}
+
+    def trained(self) -> set[str]:
+        """Return the names of the parameters that are not frozen."""
+        return {name for name, parameter in self.named_parameters if parameter.requires_grad}
 
     def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
         """Masters and moments by name in the CPU's memory, of these parameters or of all, whole.
@@ -145,8 +151,12 @@ class ZeroAdamW:
         """
         result: dict[str, torch.Tensor] = {}
         for name, parameter in self.named_parameters:
-            whole = {f"master/{name}": safe_get_full_fp32_param(parameter)}
-            whole |= {f"{key}/{name}": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            if parameter.requires_grad:
+                whole = {f"master/{name}": safe_get_full_fp32_param(parameter)}
+                whole |= {f"{key}/{name}": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            else:
+                with self._gathered(parameter):
+                    whole = {f"master/{name}": parameter.detach().to(torch.float32, copy=True)}
             if names is None or name in names:
                 result |= {key: tensor.to("cpu", torch.float32) for key, tensor in whole.items()}  # they are copies
         return result
@@ -169,6 +179,11 @@ class ZeroAdamW:
     def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
         """Take over what `snapshot` and `counters` gave at any stage and precision, the same on every rank."""
         for name, parameter in self.named_parameters:
+            if not parameter.requires_grad:
+                with self._gathered(parameter, modifier_rank=0):
+                    if self._stage < 3 or distributed.get_rank() == 0:
+                        parameter.copy_(tensors[f"master/{name}"])
+                continue
             values = {key: tensors[f"{key}/{name}"].to(self._engine.device) for key in ("master", *MOMENTS)}
             if self._stage == 3:
                 self._set_partition(parameter, values)
@@ -190,6 +205,13 @@ class ZeroAdamW:
             scaler.cur_iter, scaler.last_overflow_iter = int(counters["good_steps"]), -1
             scaler.cur_hysteresis = int(counters["hysteresis_left"])
 
+    def _gathered(self, parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+        """Stage 3 keeps a slice of each parameter on each rank, which it puts together while this lasts."""
+        if self._stage < 3:
+            return contextlib.nullcontext()
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank)
+        return gathered
+
     def _set_partition(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
         """Stage 3 keeps of each parameter a slice per rank, the last ones padded with zeros."""
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
@@ -203,6 +225,6 @@ class ZeroAdamW:
         safe_set_local_fp32_param(parameter, own(values["master"]))
         for key in MOMENTS:
             safe_set_local_optimizer_state(parameter, own(values[key]), key)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        with self._gathered(parameter, modifier_rank=0):
             if distributed.get_rank() == 0:
                 parameter.copy_(values["master"])
