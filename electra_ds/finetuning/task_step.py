@@ -1,6 +1,6 @@
 """What an engine does in one step of finetuning, and what it reports.
 
-Apart from `engine.step`, since what it imports takes seconds that a pretraining does not wait for.
+Apart from `pretraining.step`, since what it imports takes seconds that a pretraining does not wait for.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ LEAST_PROGRESS = 0.01
 def collapsed_at(evaluations: Sequence[Mapping[str, Any]], total_steps: int, warmup_steps: int) -> int | None:
     """Since which step it is so, None where it is not.
 
-    evaluations: in order, with `step` and the values of train.metrics.Evaluation. It is so where in all of WINDOW
+    evaluations: in order, with `step` and the values of metrics.Evaluation. It is so where in all of WINDOW
     evaluations that are judged AUC and recall are at chance, and the generator is better at the end than at the
     beginning. The step is that of the first evaluation from which on all were at chance, judged or not: a discriminator
     that never began has it at the first one of the run.

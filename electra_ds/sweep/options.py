@@ -51,7 +51,7 @@ PRETRAIN_METRICS = (
     "generator_accuracy", "generator_sampled_accuracy", "replaced_share", "discriminator_accuracy",
     "discriminator_precision", "discriminator_recall", "discriminator_f1", "discriminator_auc",
 )  # fmt: skip
-"""What an evaluation of a pretraining reports: the fields of train.metrics.Evaluation, which needs torch."""
+"""What an evaluation of a pretraining reports: the fields of pretraining.metrics.Evaluation, which needs torch."""
 SCORE = "score"
 """A finetuning's first metric, on the first development set."""
 
