@@ -131,7 +131,7 @@ def test_prune_keeps_what_can_be_gone_on_from_where_the_newest_only_looks_whole(
     shutil.copytree(run / "checkpoints" / "step-00000040", run / "checkpoints" / "step-00000150")
     before = names(run)
     call("prune", run, "--keep", "1", status=2)
-    assert "step-00000040 is the newest whole one" in capsys.readouterr().err
+    assert "step-00000040 is the newest complete one" in capsys.readouterr().err
     assert names(run) == before
 
 
@@ -182,7 +182,7 @@ def test_prune_never_removes_the_newest_whole_checkpoint(run: Path, capsys: pyte
         (run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors").write_bytes(b"")
     before = names(run)
     call("prune", run, "--keep", "2", status=2)
-    assert "step-00000020 is the newest whole one" in capsys.readouterr().err
+    assert "step-00000020 is the newest complete one" in capsys.readouterr().err
     assert names(run) == before
     call("prune", run, "--keep", "3")
     assert "step-00000020" in names(run)

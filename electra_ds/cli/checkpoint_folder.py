@@ -115,7 +115,7 @@ def _verify(options: argparse.Namespace) -> None:
             console.print(f"[red]{escape(path.name)}: damaged[/]", highlight=False)
     if wrong:
         told = "\n  ".join(wrong)
-        rest = "A resumed run takes the newest whole one and sets these aside." if len(wrong) < len(paths) else ""
+        rest = "A resumed run takes the newest complete one and sets these aside." if len(wrong) < len(paths) else ""
         raise CheckpointError(f"{len(wrong)} of {len(paths)} checkpoint(s) damaged:\n  {told}\n{rest}".rstrip())
 
 
