@@ -71,7 +71,8 @@ def test_the_rest_of_a_machine() -> None:
 
 
 def test_a_step_that_fails_matters_where_it_is_fp32() -> None:
-    states = [item.state for item in judge_trials([("fp32", "works", ""), ("bf16", "fails", "x"), ("fp16", "not on this device", "")])]
+    tried = [("fp32", "works", ""), ("bf16", "fails", "x"), ("fp16", "not on this device", "")]
+    states = [item.state for item in judge_trials(tried)]
     assert states == ["fine", "note", "note"]
     assert judge_trials([("fp32", "fails", "no kernel image")])[0].state == "wrong"
 
