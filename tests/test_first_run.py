@@ -60,7 +60,7 @@ def test_without_a_gpu_pretraining_is_tiny_and_with_one_the_studys(
 ) -> None:
     said = answer(capsys, "pretrain", "--dry-run")
     assert said.startswith("tiny: ")
-    assert "10,000 steps" in said
+    assert "12,000 steps" in said
     assert "tiny is the default recipe without a GPU" in said
     assert "without --ds-config this run uses cpu" in said
     assert "default: rc2020-small with a GPU, tiny without" in answer(capsys, "pretrain", "--help")
@@ -148,7 +148,7 @@ def test_a_dry_run_without_a_store_says_what_would_run_and_writes_nothing(
         "--micro-batch", "4", "--seed", "3",
     )  # fmt: skip
     for part in (
-        "discriminator 0.35 M parameters", "10,000 steps of 16 x 32 tokens", "stores/corpus-byte-level-bpe-4096-",
+        "discriminator 0.35 M parameters", "12,000 steps of 16 x 32 tokens", "stores/corpus-byte-level-bpe-4096-",
         "would be built first", "micro-batch x accumulation = 4 x 4 x 1 rank", "run directory: mine", "time: ",
         "nothing was written",
     ):  # fmt: skip
@@ -175,7 +175,7 @@ def test_a_dry_run_on_a_store_reads_it_and_writes_nothing(
         (("--tokenizer", "./nowhere.json"), "nowhere.json"),
         (("--run-dir", "taken"), "already holds a run"),
         (("--micro-batch", "3"), "train_micro_batch_size_per_gpu 3"),
-        (("--stop-at", "10001"), "--stop-at 10001 is beyond"),
+        (("--stop-at", "12001"), "--stop-at 12001 is beyond"),
         (("--init-from", "./nowhere"), "nowhere"),
         (("--wandb-group", "x"), "wandb is off"),
     ],

@@ -25,7 +25,7 @@ def last_evaluation(folder: Path, *arguments: str) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_a_shortened_tiny_run_leaves_the_unigram_behind(tmp_path: Path, builtin_stores: Path) -> None:
-    """1,400 steps in place of 10,000; by experiment the gain is then 0.26 nats and the AUC 0.56."""
+    """1,400 steps in place of 12,000; by experiment the gain is then 0.26 nats and the AUC 0.56."""
     (tmp_path / "stores").symlink_to(builtin_stores)
     metrics = last_evaluation(tmp_path, "--threads", "1", "--set", "schedule.total_steps=1400")
     assert metrics["generator_gain"] > 0.1
@@ -37,5 +37,5 @@ def test_the_quickstart_shows_learning_within_ten_minutes(tmp_path: Path) -> Non
     started = time.monotonic()
     metrics = last_evaluation(tmp_path)
     assert time.monotonic() - started < 600
-    assert metrics["generator_gain"] >= 0.1
-    assert metrics["discriminator_auc"] > 0.55
+    assert metrics["generator_gain"] >= 1.8
+    assert metrics["discriminator_auc"] >= 0.66

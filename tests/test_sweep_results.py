@@ -266,7 +266,7 @@ def test_a_pretraining_that_goes_on_ends_and_keeps_what_it_would_have(folder: Sw
             start = arguments.index(words[0])
             assert arguments[start : start + len(words)] == words
     (folder.run(trials[0].key).checkpoints / f"step-{total // 4:08d}").mkdir(parents=True)
-    assert folder.state_of(trials[-1]) == ("skipped", "its encoder collapsed before step 5000")
+    assert folder.state_of(trials[-1]) == ("skipped", "its encoder collapsed before step 6000")
     assert [folder.can_begin(trial) for trial in trials[1:]] == [trial.checkpoint == total // 4 for trial in trials[1:]]
     assert "collapsed: at step 2600" in told(folder, trials, spec)
 
