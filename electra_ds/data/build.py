@@ -318,10 +318,12 @@ def _warn_early(corpus: Corpus, counts: _Counts, is_checked: list[bool], progres
     """Warn while a source is being tokenised that its text becomes [UNK]. Whether too much of it does is known only at
     the end."""
     place, num_tokens, unknown = counts
-    said = problem(f"the beginning of {corpus.sources[place].description}", unknown, num_tokens)
-    if said and not is_checked[place] and unknown.share(num_tokens) >= REFUSED_SHARE:
-        warn(progress.console, said)
+    if is_checked[place]:
+        return
     is_checked[place] = True
+    said = problem(f"the beginning of {corpus.sources[place].description}", unknown, num_tokens)
+    if said and unknown.share(num_tokens) >= REFUSED_SHARE:
+        warn(progress.console, said)
 
 
 _worker_tokenizer: Tokenizer

@@ -24,7 +24,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -58,39 +58,33 @@ class Checkpoint(NamedTuple):
 
         trained: names of the parameters that have moments; frozen ones have none.
         """
-        counters = self.state.get("optimizer")
-        numbers: list[Any] = [self.state.get("tokens")]
-        numbers += [counters.get(name) for name in FRESH_COUNTERS] if isinstance(counters, dict) else [None]
-        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-            raise CheckpointError(f"The checkpoint {self.path} cannot be resumed: its state.json is incomplete.")
         wanted = {
             f"{kind}/{name}": shape
             for name, shape in shapes.items()
             for kind in (_KINDS if name in trained else _KINDS[:1])
         }
-        problems = [f"{name} is missing" for name in wanted.keys() - self.tensors.keys()]
+        self._compare(wanted, set(self.tensors))
+
+    def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError unless it holds the weights of a model with these parameters, with any moments."""
+        wanted = {f"master/{name}": shape for name, shape in shapes.items()}
+        self._compare(wanted, {name for name in self.tensors if name.startswith("master/")})
+
+    def _compare(self, wanted: Mapping[str, tuple[int, ...]], found: Set[str]) -> None:
+        """Raises CheckpointError unless state.json is complete and the tensors `found` are those wanted, in fp32."""
+        counters = self.state.get("optimizer")
+        numbers: list[Any] = [self.state.get("tokens")]
+        numbers += [counters.get(name) for name in FRESH_COUNTERS] if isinstance(counters, dict) else [None]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise CheckpointError(f"The checkpoint {self.path} cannot be resumed: its state.json is incomplete.")
+        problems = [f"{name} is missing" for name in wanted.keys() - found]
         problems += [f"{name} is {dtype}, not F32" for name, dtype in self.tensors.dtypes() if dtype != "F32"]
-        problems += [f"{name} is not the model's" for name in self.tensors.keys() - wanted.keys()]
+        problems += [f"{name} is not the model's" for name in found - wanted.keys()]
         problems += [
             f"{name} has shape {list(self.tensors.shape(name))}, not {list(shape)}"
             for name, shape in wanted.items()
-            if name in self.tensors and self.tensors.shape(name) != shape
+            if name in found and self.tensors.shape(name) != shape
         ]
-        self._refuse(problems)
-
-    def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError unless it holds the weights of a model with these parameters."""
-        found = {name.removeprefix("master/") for name in self.tensors if name.startswith("master/")}
-        problems = [f"{name} is missing" for name in shapes.keys() - found]
-        problems += [f"{name} is not the model's" for name in found - shapes.keys()]
-        problems += [
-            f"{name} has shape {list(self.tensors.shape(f'master/{name}'))}, not {list(shapes[name])}"
-            for name in found & shapes.keys()
-            if self.tensors.shape(f"master/{name}") != shapes[name]
-        ]
-        self._refuse(problems)
-
-    def _refuse(self, problems: list[str]) -> None:
         if problems:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CheckpointError(
