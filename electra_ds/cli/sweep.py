@@ -89,7 +89,7 @@ def _strict_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(stage: str, arguments: Sequence[str]) -> None:
-    """Whether a command takes these arguments, and finds its examples. Raises ConfigError or DataError if not."""
+    """Return whether a command takes these arguments and finds its examples. Raises ConfigError or DataError if not."""
     try:
         options = _strict_parser().parse_args([stage, *arguments])
     except argparse.ArgumentError as error:

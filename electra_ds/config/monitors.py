@@ -67,9 +67,9 @@ def wandb_module() -> Any:
 
 
 def wandb_login() -> bool:
-    """Whether wandb has credentials, by its own rules: environment, netrc, settings. Asks nobody and needs no network.
+    """Return whether wandb has credentials, by its own rules: environment, netrc, settings.
 
-    Raises ConfigError if there are some that cannot be right.
+    It needs no input and no network. Raises ConfigError if there are some that cannot be right.
     """
     wandb = wandb_module()
     try:

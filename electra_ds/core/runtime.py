@@ -36,7 +36,7 @@ _LOOK_AT_CPU_S = 0.2
 
 
 def device(launch: Launch) -> torch.device:
-    """This rank's GPU, or the CPU where there is none. Raises ConfigError if ranks outnumber the GPUs."""
+    """Return this rank's GPU, or the CPU if there is none. Raises ConfigError if ranks outnumber the GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index, visible = device_index(launch), torch.cuda.device_count()
