@@ -18,10 +18,10 @@ from benchmarks.measure import ratio
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
-from electra_ds.interop.native_export import native_engine
+from electra_ds.core.ranks import join_ranks
+from electra_ds.interop.deepspeed_export import native_engine
 from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, open_checkpoint
 from electra_ds.training.saver import CheckpointSaver
 
@@ -69,12 +69,12 @@ def _measure_model(
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """(seconds by what was timed, sizes)."""
     vocab_size = recipe.tokenizer.vocab_size
-    engine = DeepSpeedEngine(Electra(recipe, vocab_size, 0), recipe, plan, device)
+    engine = PretrainingEngine(Electra(recipe, vocab_size, 0), recipe, plan, device)
     ours, native = CheckpointFolder(folder / "ours", keep=1), folder / "deepspeed"
     state = {"step": 1, "tokens": 0, "precision": "fp32"}
     first = ours.save(engine.optimizer.snapshot(), state | {"optimizer": engine.optimizer.counters()}, {})
     model = Electra(recipe, vocab_size, 0)
-    with runtime.ranks() as ranks, native_engine(load_checkpoint(first), model, recipe, plan, device) as theirs:
+    with join_ranks() as ranks, native_engine(load_checkpoint(first), model, recipe, plan, device) as theirs:
         saver = CheckpointSaver(ours, ranks)
 
         def save(clock: _Clock) -> None:
@@ -86,7 +86,7 @@ def _measure_model(
 
         def load(clock: _Clock) -> None:
             with clock("load"):
-                path, _ = ours.newest_whole(ranks)
+                path, _ = ours.latest_valid(ranks)
                 assert path is not None
                 checkpoint = open_checkpoint(path)
                 checkpoint.check(engine.optimizer.shapes(), engine.optimizer.trained())

@@ -16,7 +16,7 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.convert import transformers_config
 from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.losses import discriminator_loss_sum
 from electra_ds.pretraining.microbatch import MicroBatch
 from electra_ds.pretraining.plain import PlainEngine
@@ -47,7 +47,7 @@ class Contestant(Protocol):
 class Ours:
     """Our step, through either engine."""
 
-    def __init__(self, engine: DeepSpeedEngine | PlainEngine) -> None:
+    def __init__(self, engine: PretrainingEngine | PlainEngine) -> None:
         self.engine = engine
 
     def step(self, batch: GlobalBatch, number: int) -> None:
@@ -92,7 +92,7 @@ class Ours:
         return dict(zip(PARTS, parts, strict=True))
 
     def close(self) -> None:
-        if isinstance(self.engine, DeepSpeedEngine):
+        if isinstance(self.engine, PretrainingEngine):
             self.engine.close()
 
 

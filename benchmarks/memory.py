@@ -18,11 +18,11 @@ from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, reso
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
+from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.memory import peak_memory
 from electra_ds.pretraining.probe import kernels_of
 from electra_ds.training.engine import wants_fp16
@@ -69,9 +69,9 @@ def _on_gpu(recipe: Recipe, dtypes: Sequence[str], device: torch.device) -> tupl
             not_measured[card.ds_config] = str(error)
             continue
         if not is_as_large(device, card):
-            not_measured[card.ds_config] = f"{runtime.device_name(device)} has less memory than {card.name}"
+            not_measured[card.ds_config] = f"{devices.device_name(device)} has less memory than {card.name}"
         elif case.plan.precision.name not in dtypes:
-            reason = f"{runtime.device_name(device)} has no {case.plan.precision.name}, or --dtypes leaves it out"
+            reason = f"{devices.device_name(device)} has no {case.plan.precision.name}, or --dtypes leaves it out"
             not_measured[card.ds_config] = reason
         else:
             found.append(case)
@@ -107,7 +107,7 @@ def measure_cases(
         try:
             found = measure_case(case, batches, device, turn)
         except RuntimeError as error:
-            if not runtime.is_out_of_memory(error):
+            if not devices.is_out_of_memory(error):
                 raise
             results["not_measured"][case.ds_config] = f"{precision}, {size} rows ran out of memory: {error}"
             continue
@@ -125,7 +125,7 @@ def measure_case(
     vocab_size = case.recipe.tokenizer.vocab_size
 
     def run() -> None:
-        engine = DeepSpeedEngine(Electra(case.recipe, vocab_size, 0), case.recipe, case.plan, device)
+        engine = PretrainingEngine(Electra(case.recipe, vocab_size, 0), case.recipe, case.plan, device)
         try:
             for number, batch in enumerate(batches):
                 engine.train_step(batch, number)
@@ -146,14 +146,14 @@ def measure_case(
 @contextmanager
 def limited(device: torch.device, number_bytes: float | None) -> Iterator[None]:
     """While it lasts, torch's allocator takes no more of the GPU than so much."""
-    runtime.release_memory(device)
+    devices.release_memory(device)
     total = torch.cuda.mem_get_info(device)[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, (number_bytes or total) / total), device)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
-        runtime.release_memory(device)
+        devices.release_memory(device)
 
 
 def _gpu_bytes(run: Callable[[], None], device: torch.device) -> dict[str, Any]:

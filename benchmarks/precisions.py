@@ -11,12 +11,12 @@ import torch
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
+from electra_ds.core import devices
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.step import StepResult
 from electra_ds.training.prefetch import prefetched
 
@@ -42,7 +42,7 @@ def train(
     not finite) and the steps skipped so far."""
     tokenizer = store.tokenizer
     curve |= {name: [] for name in LOSSES} | {"skipped_steps": 0}
-    engine = DeepSpeedEngine(Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id), recipe, plan, device)
+    engine = PretrainingEngine(Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id), recipe, plan, device)
     builder = BatchBuilder(store, split_holdout(store.documents, recipe.data, recipe.seed).train, recipe, recipe.seed)
     steps = recipe.schedule.total_steps
     unread: list[StepResult] = []
@@ -59,7 +59,7 @@ def train(
     finally:
         engine.close()
         del engine
-        runtime.release_memory(device)
+        devices.release_memory(device)
 
 
 def differences(curve: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:

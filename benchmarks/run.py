@@ -18,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.suite import Settings, Suite
 from electra_ds.config.hardware import check_gpu, look
-from electra_ds.config.manifest import versions
 from electra_ds.config.overrides import load_recipe
-from electra_ds.core import runtime
+from electra_ds.config.run_record import versions
+from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
+from electra_ds.core.ranks import join_ranks
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import BUILTIN, open_corpus
 from electra_ds.data.token_store import TokenStore
@@ -44,13 +45,13 @@ def measure(
 
     Raises ConfigError for a dtype that the device cannot compute in.
     """
-    with runtime.ranks() as ranks:
+    with join_ranks() as ranks:
         if ranks.world_size > 1:
             raise ConfigError(f"{command('bench')} measures one process; start it without a launcher.")
-        device = runtime.device(ranks.launch)
+        device = devices.device(ranks.launch)
         check_gpu(look(torch), device.index)
         on_gpu = device.type == "cuda"
-        threads = runtime.set_threads(threads, ranks.launch)
+        threads = devices.set_threads(threads, ranks.launch)
         settings = Settings(
             recipe=recipe,
             micro_batches=tuple(micro_batches or _micro_batches(device)),
@@ -87,7 +88,7 @@ def measure(
             "command": ["bin/bench", *sys.argv[1:]],
             "versions": versions(),
             "hardware": {
-                "device": runtime.device_name(device),
+                "device": devices.device_name(device),
                 "cpu": _cpu_model(),
                 "threads": threads,
                 "clock": "wall" if on_gpu else "CPU time of the process",

@@ -40,7 +40,7 @@ from electra_ds.model.sampling import sample_tokens
 from electra_ds.pretraining.batches import BatchBuilder, GlobalBatch
 from electra_ds.pretraining.compiled import check_compile
 from electra_ds.pretraining.electra import Electra, encoder_configs
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.flops import step_flops, transformers_step_flops
 from electra_ds.pretraining.masking import Masks
 from electra_ds.pretraining.plain import PlainEngine
@@ -303,7 +303,7 @@ class Suite:
         """Wall-clock seconds of `pretrain --help`, of the imports that a run needs, and of Python alone."""
         commands = {
             "help": [sys.executable, "-m", "electra_ds", "pretrain", "--help"],
-            "imports": [sys.executable, "-c", "import electra_ds.pretraining.launch"],
+            "imports": [sys.executable, "-c", "import electra_ds.pretraining.prepare"],
             "python": [sys.executable, "-c", "pass"],
         }
         self.begin("start-up", _START_ROUNDS * len(commands))
@@ -406,10 +406,10 @@ class Suite:
 
         found: dict[str, Contestant] = {
             f"transformers {dtype}": Transformers(recipe, self.vocab_size, 0, DTYPES[dtype], self.device),
-            f"deepspeed {dtype}": Ours(DeepSpeedEngine(model(), recipe, plan, self.device)),
+            f"deepspeed {dtype}": Ours(PretrainingEngine(model(), recipe, plan, self.device)),
         }
         if others and check_compile("auto", self.device, plan):
-            found[f"compiled {dtype}"] = Ours(DeepSpeedEngine(model(), recipe, plan, self.device, "auto"))
+            found[f"compiled {dtype}"] = Ours(PretrainingEngine(model(), recipe, plan, self.device, "auto"))
         if others and dtype == "fp32":
             plain = PlainEngine(model(), recipe, recipe.global_batch_size, self.device, fused=True)
             found[f"plain {dtype}"] = Ours(plain)

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from electra_ds.core import runtime
+from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.data.token_store import TokenStore
@@ -61,9 +61,9 @@ def builtin_stores(shared_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def process_group() -> Iterator[runtime.Ranks]:
+def process_group() -> Iterator[Ranks]:
     """One for all tests of a process: meeting anew takes longer than most of them."""
-    with runtime.ranks() as ranks:
+    with join_ranks() as ranks:
         yield ranks
 
 

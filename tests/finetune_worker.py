@@ -13,23 +13,23 @@ from typing import Any
 
 from electra_ds.cli import main
 from electra_ds.finetuning.finetune import FinetuneLoop
-from electra_ds.training.engine import TrainingEngine
+from electra_ds.training.engine import Engine
 
-_train_step = TrainingEngine.train_step
+_train_step = Engine.train_step
 
 
 def _kill(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _faulty(self: TrainingEngine, batch: Any, step: int, samples: Any = None) -> Any:
+def _faulty(self: Engine, batch: Any, step: int, samples: Any = None) -> Any:
     if str(step) == sys.argv[1]:
         _kill()
     return _train_step(self, batch, step, samples)
 
 
 if __name__ == "__main__":
-    TrainingEngine.train_step = _faulty  # type: ignore[method-assign]
+    Engine.train_step = _faulty  # type: ignore[method-assign]
     if sys.argv[1] == "end":
         FinetuneLoop._write = _kill  # type: ignore[method-assign]
     main(["finetune", *sys.argv[2:]])

@@ -23,7 +23,7 @@ from typing import Any
 from tests.helpers import REPOSITORY
 
 _IMPORTED = [
-    "electra_ds.cli", "electra_ds.cli.stores", "electra_ds.pretraining.launch", "electra_ds.pretraining.pretrain",
+    "electra_ds.cli", "electra_ds.cli.stores", "electra_ds.pretraining.prepare", "electra_ds.pretraining.pretrain",
     "electra_ds.report.run_report", "electra_ds.data.build", "deepspeed", "torch._dynamo", "sklearn.metrics",
     "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin",
     "tests.forks",
@@ -33,7 +33,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 
 # What a run does to its directory, in the order in which it comes first. `entry` is the start of the process.
 PHASES = (
-    "entry", "lock", "reading", "tidy", "metrics", "record", "step", "save", "publish", "link", "prune", "verdict",
+    "entry", "lock", "reading", "tidy", "metrics", "record", "step", "save", "publish", "link", "prune", "status",
     "report",
 )  # fmt: skip
 
@@ -88,7 +88,7 @@ class _Watch:
             name = first.removeprefix(".").removesuffix(".tmp")
             if name in ("recipe.yaml", "deepspeed.json", "run.json"):
                 return "reading" if is_read and not first.startswith(".") else "record"
-            return "verdict" if name in ("verdict.json", "requeue") else names.get(first, "report")
+            return "status" if name in ("status.json", "requeue") else names.get(first, "report")
         name = rest[0] if rest else ""
         if not self._is_training:
             return "reading" if is_read else "tidy"

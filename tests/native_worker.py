@@ -1,7 +1,8 @@
 """Plain DeepSpeed engines, as anybody would write them, whose checkpoints are imported, and which load our exports.
 
-Run by torchrun from tests/test_native.py, on these ranks. Arguments: a token store, a run to export, and a folder for
-what is written: `plain-STAGE-PRECISION/`, DeepSpeed's, and `plain-STAGE-PRECISION.safetensors`, what that engine held.
+Run by torchrun from tests/interop/test_deepspeed_checkpoint.py, on these ranks. Arguments: a token store, a run to
+export, and a folder for what is written: `plain-STAGE-PRECISION/`, DeepSpeed's, and
+`plain-STAGE-PRECISION.safetensors`, what that engine held.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import save_file
 from torch import distributed, nn
 
-from electra_ds.core import runtime
+from electra_ds.core.ranks import join_ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.interop.export_native import export_native
+from electra_ds.interop.export_deepspeed import export_deepspeed
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint
 from electra_ds.training.engine import close_deepspeed
 from electra_ds.training.optimizer import parameter_groups
@@ -102,7 +103,7 @@ def main(store_path: str, run: str, out: str) -> None:
     store, recipe = TokenStore(Path(store_path)), small_recipe()
     (path,) = CheckpointFolder(Path(run) / "checkpoints", keep=1).paths()
     checkpoint = load_checkpoint(path)
-    with runtime.ranks() as ranks:
+    with join_ranks() as ranks:
         for stage in (1, 2, 3):
             more = {"round_robin_gradients": True} if stage == 2 else {}
             more |= {"sub_group_size": 3000, "stage3_param_persistence_threshold": 0} if stage == 3 else {}
@@ -119,7 +120,7 @@ def main(store_path: str, run: str, out: str) -> None:
                 if ranks.is_main:
                     json.write_text(repr(values).replace("'", '"').replace("True", "true"))
                 ranks.gather(None)
-                export_native(Path(run), native, str(json), ranks)
+                export_deepspeed(Path(run), native, str(json), ranks)
                 with plain_engine(model_for(store, recipe), values) as engine:
                     engine.load_checkpoint(str(native))
                     held = held_by(engine)

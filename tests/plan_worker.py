@@ -1,8 +1,8 @@
 """Every plan takes over one state, trains on, and saves what every other plan reads.
 
-Called by tests/test_plans.py, in its own process for one rank and through torchrun for several. The folder that it gets
-holds `common/` (a checkpoint), `samples.npz` (what the straight run drew, to be replayed) and `states/`, where each
-plan's checkpoint goes under RANKS-NAME.
+Called by tests/training/test_plans.py, in its own process for one rank and through torchrun for several. The folder
+that it gets holds `common/` (a checkpoint), `samples.npz` (what the straight run drew, to be replayed) and `states/`,
+where each plan's checkpoint goes under RANKS-NAME.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from electra_ds.core import runtime
+from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, open_checkpoint, verify_checkpoint
 from electra_ds.training.saver import CheckpointSaver
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
@@ -49,7 +49,7 @@ def micro_batch_of(plan: str, world_size: int) -> int:
 
 
 @contextmanager
-def engine_of(plan: str, store: TokenStore, world_size: int) -> Iterator[DeepSpeedEngine]:
+def engine_of(plan: str, store: TokenStore, world_size: int) -> Iterator[PretrainingEngine]:
     """A fresh engine under a plan, closed at the end."""
     zero, precision = plan.split("/")
     recipe = small_recipe(*RECIPE)
@@ -58,7 +58,7 @@ def engine_of(plan: str, store: TokenStore, world_size: int) -> Iterator[DeepSpe
         "train_micro_batch_size_per_gpu": micro_batch_of(plan, world_size),
         "zero_force_ds_cpu_optimizer": False,
     }
-    engine = DeepSpeedEngine(model_for(store, recipe), recipe, cpu_plan(recipe, **values), torch.device("cpu"))
+    engine = PretrainingEngine(model_for(store, recipe), recipe, cpu_plan(recipe, **values), torch.device("cpu"))
     try:
         yield engine
     finally:
@@ -69,7 +69,7 @@ def folder_of(folder: Path, world_size: int, plan: str) -> CheckpointFolder:
     return CheckpointFolder(folder / "states" / f"{world_size}-{plan.replace('/', '-')}", keep=1)
 
 
-def take_over(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+def take_over(engine: PretrainingEngine, checkpoint: Checkpoint) -> None:
     """Load, and see that what the engine would save is to the bit what it was given."""
     checkpoint.check(engine.optimizer.shapes(), engine.optimizer.trained())
     counters = checkpoint.state["optimizer"]
@@ -86,7 +86,7 @@ def take_over(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     assert {name: now[name] for name in kept} == {name: counters[name] for name in kept}
 
 
-def train(folder: Path, store: TokenStore, ranks: runtime.Ranks) -> dict[str, list[float]]:
+def train(folder: Path, store: TokenStore, ranks: Ranks) -> dict[str, list[float]]:
     """Losses of the steps after the common state under each plan, whose end is saved."""
     builder = builder_for(store, small_recipe(*RECIPE))
     replayed = np.load(folder / "samples.npz")
@@ -109,7 +109,7 @@ def train(folder: Path, store: TokenStore, ranks: runtime.Ranks) -> dict[str, li
     return losses
 
 
-def read(folder: Path, store: TokenStore, ranks: runtime.Ranks, writers: Sequence[str], every: int = 1) -> int:
+def read(folder: Path, store: TokenStore, ranks: Ranks, writers: Sequence[str], every: int = 1) -> int:
     """Every plan takes over every state that these numbers of ranks saved, or every second, third … of them, others for
     the next plan; returns how many pairs."""
     paths = [path for count in writers for path in sorted((folder / "states").glob(f"{count}-*/step-*"))]
@@ -131,7 +131,7 @@ def main(store_path: str, folder: str, every: str, *writers: str) -> None:
     kind = type(get_accelerator())
     kind.is_fp16_supported = lambda self: True
     kind.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
-    with runtime.ranks() as ranks:
+    with join_ranks() as ranks:
         store = TokenStore(Path(store_path))
         losses = train(Path(folder), store, ranks)
         pairs = read(Path(folder), store, ranks, [*writers, str(ranks.world_size)], int(every))

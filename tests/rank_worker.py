@@ -1,4 +1,4 @@
-"""Run by torchrun from tests/test_ranks.py, on these ranks: the same steps at every ZeRO stage and precision, and
+"""Run by torchrun from tests/core/test_ranks.py, on these ranks: the same steps at every ZeRO stage and precision, and
 engines that take over.
 
 Arguments: `follow`, a token store and a file of samples to replay, or `take_over` and a token store; and where rank 0
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from electra_ds.core import runtime
+from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import GlobalBatch
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.metrics import Evaluation, Evaluator
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
@@ -40,24 +40,22 @@ def own_samples(batch: GlobalBatch, samples: np.ndarray, micro: int, accumulatio
     return [torch.from_numpy(samples[ends[first] : ends[first + micro]]) for first in firsts]
 
 
-def straight_and_resumed(
-    store: TokenStore, stage: int, ranks: runtime.Ranks, **values: Any
-) -> tuple[np.ndarray, np.ndarray]:
+def straight_and_resumed(store: TokenStore, stage: int, ranks: Ranks, **values: Any) -> tuple[np.ndarray, np.ndarray]:
     """Losses of the last six of twelve steps with dropout, at one go and in an engine that took over half-way."""
     recipe = small_recipe(*RECIPE, "model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")
     builder = builder_for(store, recipe)
 
-    def engine() -> DeepSpeedEngine:
+    def engine() -> PretrainingEngine:
         plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=4, zero_optimization={"stage": stage}, **values)
-        return DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
+        return PretrainingEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
 
-    def run(engine: DeepSpeedEngine, steps: range) -> np.ndarray:
+    def run(engine: PretrainingEngine, steps: range) -> np.ndarray:
         results = [engine.train_step(builder.build(step), step) for step in steps]
         return np.array([ranks.sum(result.loss.clone()).item() for result in results])
 
     first = engine()
     run(first, range(6))
-    tensors, counters = ranks.from_main(first.optimizer.snapshot()), first.optimizer.counters()
+    tensors, counters = ranks.broadcast(first.optimizer.snapshot()), first.optimizer.counters()
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # at stage 0 they are the engine's own
     straight = run(first, range(6, 12))
     first.close()
@@ -68,18 +66,18 @@ def straight_and_resumed(
     return straight, resumed
 
 
-def evaluation(store: TokenStore, ranks: runtime.Ranks) -> Evaluation:
+def evaluation(store: TokenStore, ranks: Ranks) -> Evaluation:
     """Of a fresh model at stage 3, on windows that do not share out evenly."""
     recipe = small_recipe(*RECIPE, "model.initializer_range=0.2")
     plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=1, zero_optimization={"stage": 3})
-    engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
+    engine = PretrainingEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     found = Evaluator(store, split, recipe, 21, ranks)(engine.evaluate, torch.device("cpu"), 3)
     engine.close()
     return found
 
 
-def follow(store: TokenStore, ranks: runtime.Ranks, samples_path: str) -> dict[str, np.ndarray]:
+def follow(store: TokenStore, ranks: Ranks, samples_path: str) -> dict[str, np.ndarray]:
     """Losses at every stage and precision."""
     recipe = small_recipe(*RECIPE)
     replayed = np.load(samples_path)
@@ -89,7 +87,7 @@ def follow(store: TokenStore, ranks: runtime.Ranks, samples_path: str) -> dict[s
         for stage in (0, 1, 2, 3):
             zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
             plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=2, zero_optimization=zero, **section)
-            engine = DeepSpeedEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
+            engine = PretrainingEngine(model_for(store, recipe), recipe, plan, torch.device("cpu"))
             losses = []
             steps = STEPS if name == "fp32" else STEPS_IN_HALF
             for step in range(steps):
@@ -105,7 +103,7 @@ def follow(store: TokenStore, ranks: runtime.Ranks, samples_path: str) -> dict[s
     return found
 
 
-def take_over(store: TokenStore, ranks: runtime.Ranks) -> dict[str, np.ndarray]:
+def take_over(store: TokenStore, ranks: Ranks) -> dict[str, np.ndarray]:
     """Losses at one go and of an engine that took over, and an evaluation."""
     found = {}
     for stage in (0, 1, 2, 3):
@@ -121,7 +119,7 @@ def main(what: str, store_path: str, *more: str) -> None:
     kind = type(get_accelerator())
     kind.is_fp16_supported = lambda self: True
     kind.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
-    with runtime.ranks() as ranks:
+    with join_ranks() as ranks:
         found = {"follow": follow, "take_over": take_over}[what](TokenStore(Path(store_path)), ranks, *samples)
         if ranks.is_main:
             np.savez(out, **found)

@@ -25,7 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from electra_ds.config.manifest import RunDirectory, versions
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import versions
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, verify_checkpoint
 from electra_ds.training.tracking import read_metrics
 from tests.forks import PHASES, Moment, Started, start
@@ -92,7 +93,7 @@ def assert_same(run: Path, straight: Path) -> None:
     assert [(x["kind"], x["step"]) for x in ours] == [(x["kind"], x["step"]) for x in theirs]
     assert ours == theirs
     assert last_checkpoint(run) == last_checkpoint(straight)
-    assert RunDirectory(run).verdict() == RunDirectory(straight).verdict() == "done"
+    assert RunDirectory(run).status() == RunDirectory(straight).status() == "done"
     left = {path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("damaged-")}
     assert left == {path.name for path in (straight / "checkpoints").iterdir()}
 
@@ -140,7 +141,7 @@ class Storm:
         started = start_run(self._store, forked, self._folder / "forked.log", self._ranks, counts=counts)
         assert started.wait(300) == [0] * self._ranks, started.output
         # Without what the first fork waits for, the imports.
-        self._run_s = (forked / "verdict.json").stat().st_mtime - (forked / ".lock").stat().st_mtime
+        self._run_s = (forked / "status.json").stat().st_mtime - (forked / ".lock").stat().st_mtime
         assert_same(forked, self.straight)
         self._events = {name: int(count) for name, count in (x.split() for x in counts.read_text().splitlines())}
 
@@ -170,7 +171,7 @@ class Storm:
     def _finish(self, run: Path, kills: int) -> None:
         """One run to its end."""
         log = run.with_suffix(".log")
-        while RunDirectory(run).verdict() != "done":
+        while RunDirectory(run).status() != "done":
             moment = self._moment(run) if sum(self.kills.values()) < kills else None
             reached, leftovers = self._reached(run), len(self._leftovers(run))
             folder = CheckpointFolder(run / "checkpoints", keep=KEEP)

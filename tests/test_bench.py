@@ -26,7 +26,7 @@ from benchmarks.run import measure
 from benchmarks.synthetic import GLUE_LENGTHS
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from tests.helpers import REPOSITORY
 
 CPU = torch.device("cpu")
@@ -277,15 +277,15 @@ def test_differences_of_curves_are_those_of_the_last_half_and_nothing_is_made_of
 
 @pytest.mark.usefixtures("process_group", "small_text")
 def test_an_interruption_keeps_the_curves_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, calls = DeepSpeedEngine.train_step, [0]
+    step, calls = PretrainingEngine.train_step, [0]
 
-    def interrupted(self: DeepSpeedEngine, *arguments: Any) -> Any:
+    def interrupted(self: PretrainingEngine, *arguments: Any) -> Any:
         calls[0] += 1
         if calls[0] == 33:
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(DeepSpeedEngine, "train_step", interrupted)
+    monkeypatch.setattr(PretrainingEngine, "train_step", interrupted)
     results = measured("precisions", steps=20)
     assert results["incomplete"] == "interrupted"
     curves = results["precisions"]["curves"]

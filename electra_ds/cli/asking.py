@@ -12,7 +12,7 @@ from electra_ds.core.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from electra_ds.core.runtime import Ranks
+    from electra_ds.core.ranks import Ranks
     from electra_ds.pretraining.run_time import RunTime
 
 

@@ -95,10 +95,10 @@ def _add_untold(action: argparse.ArgumentParser) -> None:
 def _import(options: argparse.Namespace) -> None:
     check_arguments(options)
 
+    from electra_ds.interop.deepspeed_checkpoint import find_files, read_deepspeed_checkpoint
+    from electra_ds.interop.deepspeed_pickle import refuse_untrusted
+    from electra_ds.interop.import_deepspeed import folder_of_export, import_deepspeed, store_of_export
     from electra_ds.interop.import_known import find_known
-    from electra_ds.interop.import_native import folder_of_export, import_native, store_of_export
-    from electra_ds.interop.native import find_files, read_native
-    from electra_ds.interop.native_pickle import refuse_untrusted
 
     files = find_files(options.native)
     if not options.trusted:
@@ -111,25 +111,25 @@ def _import(options: argparse.Namespace) -> None:
             f"by with --recipe, and on what text with --data or --corpus and --tokenizer."
         )
 
-    from electra_ds.config.manifest import RunDirectory
     from electra_ds.config.overrides import load_recipe
-    from electra_ds.core import runtime
-    from electra_ds.pretraining import launch
+    from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.core.ranks import join_ranks
+    from electra_ds.pretraining import prepare
 
     recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), options.overrides)
     given = {"generator": options.generator_config, "discriminator": options.discriminator_config}
     known = find_known(files.folder, given, export, recipe)
     run = RunDirectory(options.run_dir)
-    wanted = launch.Options(ds_config=options.ds_config, micro_batch=options.micro_batch)
-    with runtime.ranks() as ranks:
+    wanted = prepare.Options(ds_config=options.ds_config, micro_batch=options.micro_batch)
+    with join_ranks() as ranks:
         if ranks.world_size > 1:
             raise ConfigError(
                 "One process imports a checkpoint, of however many ranks it is: start it without torchrun."
             )
-        plan = launch.plan_new(wanted, recipe, run, ranks)
-        native = read_native(files, options.frozen)
+        plan = prepare.plan_new(wanted, recipe, run, ranks)
+        native = read_deepspeed_checkpoint(files, options.frozen)
         store = store_of_export(export) if export and not has_data else open_store(options, recipe)
-        job = launch.prepare_new(wanted, recipe, plan, store, run, ranks)
-        job = launch.with_fitting_micro_batch(job, wanted, ranks)
+        job = prepare.prepare_new(wanted, recipe, plan, store, run, ranks)
+        job = prepare.with_fitting_micro_batch(job, wanted, ranks)
         with run.locked(is_new=True):
-            print(import_native(native, job, export, known))
+            print(import_deepspeed(native, job, export, known))

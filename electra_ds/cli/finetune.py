@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
     from electra_ds.cli.arguments import Commands
     from electra_ds.config.finetune_recipe import FinetuneRecipe
-    from electra_ds.config.manifest import RunDirectory, TaskSource
-    from electra_ds.core.runtime import Ranks
+    from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.config.run_record import TaskSource
+    from electra_ds.core.ranks import Ranks
     from electra_ds.finetuning.finetune import FinetuneJob
-    from electra_ds.finetuning.finetune_launch import FinetuneOptions
+    from electra_ds.finetuning.prepare import FinetuneOptions
 
 _STARTED = time.monotonic()
 _EPILOG = f"""\
@@ -163,41 +164,41 @@ def _finetune(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from electra_ds.config.manifest import RunDirectory
-    from electra_ds.core import runtime
-    from electra_ds.finetuning import finetune_launch
+    from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.core.ranks import join_ranks
+    from electra_ds.finetuning import prepare
     from electra_ds.finetuning.finetune import discard_weights, finetune
-    from electra_ds.pretraining import launch
+    from electra_ds.pretraining import prepare as runs
 
     if options.test is not None:
         options.predict_test = True
-    names = finetune_launch.FinetuneOptions.__dataclass_fields__
-    wanted = finetune_launch.FinetuneOptions(**{name: getattr(options, name, None) for name in names})
-    with runtime.ranks() as ranks, contextlib.ExitStack() as held:
+    names = prepare.FinetuneOptions.__dataclass_fields__
+    wanted = prepare.FinetuneOptions(**{name: getattr(options, name, None) for name in names})
+    with join_ranks() as ranks, contextlib.ExitStack() as held:
         console = Console(quiet=not ranks.is_main)
-        run = RunDirectory(ranks.from_main(_run_path(options, recipe)))
-        if recipe is None and finetune_launch.is_finished(wanted, run, ranks):
-            finetune_launch.say_finished(run, console)
+        run = RunDirectory(ranks.broadcast(_run_path(options, recipe)))
+        if recipe is None and prepare.is_finished(wanted, run, ranks):
+            prepare.say_finished(run, console)
             return
         if recipe is not None:
             job = _new_job(options, wanted, recipe, run, ranks, console)
         else:
             with ranks.together():
-                job = finetune_launch.prepare_resume(wanted, run, ranks, console)
-        finetune_launch.check_same_examples(job, ranks)
+                job = prepare.prepare_resume(wanted, run, ranks, console)
+        prepare.check_same_examples(job, ranks)
         if options.dry_run:
-            finetune_launch.announce(job, console)
-            say_dry_run(finetune_launch.run_time(job, ranks), job.stop_at, console)
+            prepare.announce(job, console)
+            say_dry_run(prepare.run_time(job, ranks), job.stop_at, console)
             return
         if recipe is not None:
             shorter = "Choose a smaller --model, or fewer examples with --max-train-examples N."
-            ask_before_years(options, lambda: finetune_launch.run_time(job, ranks), shorter, ranks)
-        launch.hold(run, ranks, held, is_new=recipe is not None)
-        finetune_launch.announce(job, console)
+            ask_before_years(options, lambda: prepare.run_time(job, ranks), shorter, ranks)
+        runs.hold(run, ranks, held, is_new=recipe is not None)
+        prepare.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
         if finetune(job, ranks, console, time_limit) and ranks.is_main:
-            finetune_launch.say_end(job, console)
-            if run.verdict() == "done" and job.record.settings.discard_weights:
+            prepare.say_end(job, console)
+            if run.status() == "done" and job.record.settings.discard_weights:
                 discard_weights(run)
 
 
@@ -215,11 +216,11 @@ def _new_job(
     console: Console,
 ) -> FinetuneJob:
     from electra_ds.config.finetune_recipe import Finetuning, recipe_source
-    from electra_ds.finetuning import finetune_launch
+    from electra_ds.finetuning import prepare
     from electra_ds.finetuning.encoder_source import read_encoder
     from electra_ds.finetuning.loaded_task import load_task
     from electra_ds.finetuning.tasks import TaskData
-    from electra_ds.pretraining import launch
+    from electra_ds.pretraining import prepare as runs
 
     source = task_source(options)
     for is_turn in (ranks.is_main, not ranks.is_main):  # what the first one downloads, the others find
@@ -230,10 +231,10 @@ def _new_job(
             loaded = load_task(options.task, source)
             encoder = read_encoder(options.model)
             if isinstance(loaded.data, TaskData):  # a JSON that cannot be used is told of before tokenising begins
-                count = finetune_launch.num_training_inputs(loaded.data, recipe, options.max_train_examples)
-                launch.plan_for(wanted, Finetuning(recipe, count, encoder.num_layers), ranks)
+                count = prepare.num_training_inputs(loaded.data, recipe, options.max_train_examples)
+                runs.plan_for(wanted, Finetuning(recipe, count, encoder.num_layers), ranks)
     with ranks.together():
-        return finetune_launch.prepare_new(
+        return prepare.prepare_new(
             wanted, options.task, loaded, source, encoder, recipe, run, ranks, console,
             has_random_weights=options.random_init,
             source_of_recipe=recipe_source(_recipe_name(options)), changes=_changes(options),
@@ -242,7 +243,7 @@ def _new_job(
 
 def task_source(options: argparse.Namespace) -> TaskSource:
     """Where the examples are."""
-    from electra_ds.config.manifest import TaskSource
+    from electra_ds.config.run_record import TaskSource
 
     return TaskSource(
         folder=_full(options.data_dir), hub=options.hub, revision=options.revision,

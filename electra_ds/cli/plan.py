@@ -163,15 +163,15 @@ def _card(options: argparse.Namespace) -> Card | None:
 def _card_here() -> Card | None:
     """Return this machine's GPU, or None if it has none."""
     from electra_ds.config.cards import find_card
-    from electra_ds.core import runtime
+    from electra_ds.core import devices
 
-    device = runtime.device(detect(os.environ))
+    device = devices.device(detect(os.environ))
     if device.type == "cpu":
         return None
-    card = find_card(runtime.device_name(device))
+    card = find_card(devices.device_name(device))
     if card is None:
         raise ConfigError(
-            f"The rates of this machine's {runtime.device_name(device)} are not known. Give its memory with "
+            f"The rates of this machine's {devices.device_name(device)} are not known. Give its memory with "
             f"--memory-gb, or another card with --card."
         )
     return card

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
     from electra_ds.cli.arguments import Commands
     from electra_ds.config.deepspeed import DeepSpeedPlan
-    from electra_ds.config.manifest import RunDirectory
     from electra_ds.config.recipe import Recipe
-    from electra_ds.core.runtime import Ranks
-    from electra_ds.interop.init_from import Beginning
-    from electra_ds.pretraining.launch import Options
+    from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.core.ranks import Ranks
+    from electra_ds.interop.init_from import InitialWeights
+    from electra_ds.pretraining.prepare import Options
     from electra_ds.pretraining.pretrain import PretrainJob
     from electra_ds.pretraining.run_time import RunTime
 
@@ -128,21 +128,21 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from electra_ds.config.manifest import RunDirectory
-    from electra_ds.core import runtime
+    from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.core.ranks import join_ranks
     from electra_ds.data.token_store import TokenStore
-    from electra_ds.pretraining import launch
+    from electra_ds.pretraining import prepare
     from electra_ds.pretraining.pretrain import pretrain
 
-    wanted = launch.Options(**{name: getattr(options, name) for name in launch.Options.__dataclass_fields__})
-    with runtime.ranks() as ranks, contextlib.ExitStack() as held:
+    wanted = prepare.Options(**{name: getattr(options, name) for name in prepare.Options.__dataclass_fields__})
+    with join_ranks() as ranks, contextlib.ExitStack() as held:
         console = Console(quiet=not ranks.is_main)
-        run = RunDirectory(ranks.from_main(_run_path(options, recipe)))
-        if recipe is None and launch.is_finished(run, "pretrain", ranks):
-            launch.say_finished(run, console)
+        run = RunDirectory(ranks.broadcast(_run_path(options, recipe)))
+        if recipe is None and prepare.is_finished(run, "pretrain", ranks):
+            prepare.say_finished(run, console)
             return
         with ranks.together():
-            plan = launch.plan_new(wanted, recipe, run, ranks) if recipe else launch.plan_resume(wanted, run, ranks)
+            plan = prepare.plan_new(wanted, recipe, run, ranks) if recipe else prepare.plan_resume(wanted, run, ranks)
         if recipe and not options.recipe:
             plan = replace(plan, notes=(_of_default(recipe), *plan.notes))
         if options.dry_run:
@@ -155,20 +155,20 @@ def _pretrain(options: argparse.Namespace) -> None:
             if ranks.is_main and recipe:
                 beginning = _read_beginning(options, recipe)
                 store = open_store(options, recipe, beginning.check_vocabulary if beginning else None)
-        store_path = ranks.from_main(store and store.path.resolve())
-        sources = ranks.from_main(beginning.names if beginning else ())
+        store_path = ranks.broadcast(store and store.path.resolve())
+        sources = ranks.broadcast(beginning.names if beginning else ())
         with ranks.together():
             if recipe:
-                job = launch.prepare_new(wanted, recipe, plan, store or TokenStore(store_path), run, ranks, sources)
+                job = prepare.prepare_new(wanted, recipe, plan, store or TokenStore(store_path), run, ranks, sources)
             else:
-                job = launch.prepare_resume(wanted, plan, run, ranks)
-        job = launch.with_fitting_micro_batch(job, wanted, ranks)
-        launch.hold(run, ranks, held, is_new=recipe is not None)
+                job = prepare.prepare_resume(wanted, plan, run, ranks)
+        job = prepare.with_fitting_micro_batch(job, wanted, ranks)
+        prepare.hold(run, ranks, held, is_new=recipe is not None)
         with ranks.together():
             if beginning:
                 job = _begin(job, beginning)
         beginning = None  # which holds the weights in memory
-        launch.announce(job, console)
+        prepare.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
         if pretrain(job, ranks, console, time_limit) and ranks.is_main:
             from electra_ds.report.run_report import report_run
@@ -181,9 +181,9 @@ def _default_recipe(options: argparse.Namespace) -> str | None:
     if options.resume:
         return None
 
-    from electra_ds.core import runtime
+    from electra_ds.core import devices
 
-    return CPU_RECIPE if runtime.device(detect(os.environ)).type == "cpu" else GPU_RECIPE
+    return CPU_RECIPE if devices.device(detect(os.environ)).type == "cpu" else GPU_RECIPE
 
 
 def _of_default(recipe: Recipe) -> str:
@@ -194,11 +194,11 @@ def _of_default(recipe: Recipe) -> str:
 def _run_time(
     options: argparse.Namespace, recipe: Recipe, plan: DeepSpeedPlan, ranks: Ranks, vocab_size: int | None = None
 ) -> RunTime | None:
-    from electra_ds.core import runtime
+    from electra_ds.core import devices
     from electra_ds.pretraining.run_time import pretraining_time
 
     steps = options.stop_at or recipe.schedule.total_steps
-    size, device = vocab_size or recipe.tokenizer.vocab_size, runtime.device(ranks.launch)
+    size, device = vocab_size or recipe.tokenizer.vocab_size, devices.device(ranks.launch)
     return pretraining_time(recipe, size, plan, device, steps=steps, threads=options.threads)
 
 
@@ -212,37 +212,37 @@ def _dry_run(
     ranks: Ranks, console: Console,
 ) -> None:  # fmt: skip
     """Check what can be checked without training or building a store, and say what would run. Writes nothing."""
-    from electra_ds.core import runtime
+    from electra_ds.core import devices
     from electra_ds.data.token_store import TokenStore
-    from electra_ds.pretraining import launch
+    from electra_ds.pretraining import prepare
     from electra_ds.pretraining.memory import count_parameters
 
     with ranks.together():
         beginning = _read_beginning(options, recipe) if recipe else None
         found = look_for_store(options, recipe, beginning.check_vocabulary if beginning else None) if recipe else None
         if recipe is None:
-            job = launch.prepare_resume(wanted, plan, run, ranks)
+            job = prepare.prepare_resume(wanted, plan, run, ranks)
         elif isinstance(found, TokenStore):
             names = beginning.names if beginning else ()
-            job = launch.prepare_new(wanted, recipe, plan, found, run, ranks, names)
+            job = prepare.prepare_new(wanted, recipe, plan, found, run, ranks, names)
             if beginning:
                 plan = replace(plan, notes=(*plan.notes, *beginning.notes(recipe, found.tokenizer)))
                 job = replace(job, plan=plan)
         else:
             job = None
     if job is not None:
-        job = launch.with_fitting_micro_batch(job, wanted, ranks)
-        launch.announce(job, console)
+        job = prepare.with_fitting_micro_batch(job, wanted, ranks)
+        prepare.announce(job, console)
         recipe, plan, vocab_size = job.recipe, job.plan, job.store.tokenizer.vocab_size
     else:
         assert recipe is not None
         assert isinstance(found, tuple)
         path, vocab_size = found
-        plan = launch.fitted(plan, recipe, vocab_size, wanted, ranks)
-        launch.show_run(
+        plan = prepare.fitted(plan, recipe, vocab_size, wanted, ranks)
+        prepare.show_run(
             recipe, asdict(count_parameters(recipe, vocab_size)), f"data: the token store {path} would be built first",
-            runtime.shown_threads(
-                runtime.device_name(runtime.device(ranks.launch)), runtime.set_threads(wanted.threads, ranks.launch)
+            devices.shown_threads(
+                devices.device_name(devices.device(ranks.launch)), devices.set_threads(wanted.threads, ranks.launch)
             ),
             plan, run, console, beginning.names if beginning else (),
         )  # fmt: skip
@@ -250,25 +250,25 @@ def _dry_run(
     say_dry_run(_run_time(options, recipe, plan, ranks, vocab_size), steps, console)
 
 
-def _read_beginning(options: argparse.Namespace, recipe: Recipe) -> Beginning | None:
+def _read_beginning(options: argparse.Namespace, recipe: Recipe) -> InitialWeights | None:
     """The weights of --init-from, whose tokenizer takes the place of one that is not given."""
     if not options.init_from:
         return None
 
-    from electra_ds.interop.init_from import read_beginning
+    from electra_ds.interop.init_from import read_initial_weights
 
-    beginning = read_beginning(options.init_from, recipe)
+    beginning = read_initial_weights(options.init_from, recipe)
     if options.tokenizer is None and options.data is None:
         options.tokenizer = beginning.own_tokenizer()
     return beginning
 
 
-def _begin(job: PretrainJob, beginning: Beginning) -> PretrainJob:
+def _begin(job: PretrainJob, beginning: InitialWeights) -> PretrainJob:
     """Make the weights the run's first checkpoint; returns the job with notes on what is not from them."""
-    from electra_ds.interop.adopt import begin_with
+    from electra_ds.interop.initial_weights import write_first_checkpoint
 
     tokenizer = job.store.tokenizer
-    begin_with(job, beginning.tensors(job.recipe, tokenizer))
+    write_first_checkpoint(job, beginning.tensors(job.recipe, tokenizer))
     notes = (*job.plan.notes, *beginning.notes(job.recipe, tokenizer))
     return replace(job, plan=replace(job.plan, notes=notes))
 

@@ -86,7 +86,7 @@ def add_export(commands: Commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from electra_ds.config.manifest import RunDirectory
+    from electra_ds.config.run_directory import RunDirectory
 
     given = [name for name in ("compare", "csv", "submission") if getattr(options, name)]
     if len(options.run) == 1 and (options.run[0] / "sweep.yaml").is_file() and not given and options.data is None:
@@ -150,7 +150,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _is_finetuned(run_or_checkpoint: Path) -> bool:
-    from electra_ds.config.manifest import RunDirectory
+    from electra_ds.config.run_directory import RunDirectory
 
     try:
         return RunDirectory(run_or_checkpoint).kind() == "finetune"
@@ -159,10 +159,10 @@ def _is_finetuned(run_or_checkpoint: Path) -> bool:
 
 
 def _export_native(options: argparse.Namespace) -> None:
-    from electra_ds.core import runtime
-    from electra_ds.interop.export_native import export_native
+    from electra_ds.core.ranks import join_ranks
+    from electra_ds.interop.export_deepspeed import export_deepspeed
 
-    with runtime.ranks() as ranks:
-        told = export_native(options.run, options.out, options.ds_config, ranks)
+    with join_ranks() as ranks:
+        told = export_deepspeed(options.run, options.out, options.ds_config, ranks)
         if ranks.is_main:
             print(told)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from electra_ds.cli.arguments import Commands
-    from electra_ds.config.manifest import TaskSource
+    from electra_ds.config.run_record import TaskSource
     from electra_ds.sweep.folder import SweepFolder
     from electra_ds.sweep.spec import SweepSpec
     from electra_ds.sweep.trials import Trial
@@ -123,8 +123,8 @@ def _sweep(options: argparse.Namespace) -> None:
         return
 
     from electra_ds.sweep.folder import SweepFolder
-    from electra_ds.sweep.reach import check_reachable
-    from electra_ds.sweep.room import this_machine, trials_at_once
+    from electra_ds.sweep.ray_address import check_reachable
+    from electra_ds.sweep.resources import this_machine, trials_at_once
     from electra_ds.sweep.spec import load_sweep
     from electra_ds.sweep.trials import expand
 
@@ -162,7 +162,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _run_from_outside(options: argparse.Namespace, folder: SweepFolder) -> NoReturn:
     """Have a node of the cluster continue with what is written."""
-    from electra_ds.sweep.outside import run_from_outside
+    from electra_ds.sweep.ray_client import run_from_outside
 
     arguments = ["--resume", str(folder.path), *(["--retry-failed"] if options.retry_failed else [])]
     arguments += ["--storage", options.storage] if options.storage else []
@@ -202,7 +202,7 @@ def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, fold
     """Run what is missing, and say what the sweep has come to. Exits with 1 where a trial has not come to its end."""
     from electra_ds.sweep.display import SweepDisplay
     from electra_ds.sweep.folder import AS_PLANNED, ENDED
-    from electra_ds.sweep.sweep_report import report_sweep
+    from electra_ds.sweep.report import report_sweep
     from electra_ds.sweep.trials import counted, suggested
 
     console = wide_console()
@@ -241,7 +241,7 @@ def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, fold
         with display:
             run_locally(missing, folder, spec, display, options.time_limit)
     elif missing or more:
-        from electra_ds.sweep.runner import ray_runner
+        from electra_ds.sweep.tune import ray_runner
 
         where = {"address": options.address, "storage": options.storage, "time_limit_s": options.time_limit}
         with ray_runner(folder, spec, display, **where) as runner, display:
@@ -261,7 +261,7 @@ def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, fold
 def _is_finished(spec: SweepSpec, folder: SweepFolder) -> bool:
     """Return whether nothing of a sweep is left to run. If so, print that, with the results of the sweep."""
     from electra_ds.sweep.folder import AS_PLANNED
-    from electra_ds.sweep.sweep_report import report_sweep
+    from electra_ds.sweep.report import report_sweep
     from electra_ds.sweep.trials import counted, expand
 
     suggested = _suggested_before(spec, folder)
@@ -285,7 +285,7 @@ def _suggested_before(spec: SweepSpec, folder: SweepFolder) -> list[Trial]:
 def status_of_sweep(path: Path, console: Console) -> None:
     """Print what a sweep has come to so far, and write its tables and pictures; what it read may be gone by now."""
     from electra_ds.sweep.folder import SweepFolder
-    from electra_ds.sweep.sweep_report import report_sweep
+    from electra_ds.sweep.report import report_sweep
     from electra_ds.sweep.trials import expand
 
     folder = SweepFolder(path)
@@ -295,8 +295,8 @@ def status_of_sweep(path: Path, console: Console) -> None:
 
 
 def _show(options: argparse.Namespace, trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
-    from electra_ds.sweep.room import this_machine, trials_at_once
-    from electra_ds.sweep.sweep_forecast import print_plan
+    from electra_ds.sweep.forecast import print_plan
+    from electra_ds.sweep.resources import this_machine, trials_at_once
     from electra_ds.sweep.trials import ends
 
     console, at_once, problem = wide_console(), 1, ""

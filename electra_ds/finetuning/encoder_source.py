@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from electra_ds.config.manifest import RunDirectory
+from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.hub_names import is_hub_model
 from electra_ds.data.given_tokenizer import VOCABULARIES, read_folder

@@ -23,19 +23,20 @@ from rich.console import Console
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
-from electra_ds.config.manifest import FinetuneRecord, RunDirectory
-from electra_ds.core import runtime
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import FinetuneRecord
+from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, TrainingError
-from electra_ds.core.runtime import Ranks
+from electra_ds.core.ranks import Ranks
+from electra_ds.finetuning.advice import useless_warning
+from electra_ds.finetuning.batches import TaskBatchBuilder, TaskInputs, evaluation_chunks
 from electra_ds.finetuning.encoder_source import EncoderSource
-from electra_ds.finetuning.finetune_advice import useless_warning
 from electra_ds.finetuning.layer_decay import finetuning_rates
-from electra_ds.finetuning.task_batches import TaskBatchBuilder, TaskInputs, evaluation_chunks
-from electra_ds.finetuning.task_model import TaskModel, make_encoder, make_head
+from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
+from electra_ds.finetuning.step import TaskLosses
 from electra_ds.finetuning.task_sets import Judged, Outputs, TaskSets
-from electra_ds.finetuning.task_step import TaskLosses
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint, remove
-from electra_ds.training.engine import TrainingEngine
+from electra_ds.training.engine import Engine
 from electra_ds.training.loop import TrainingLoop, train
 from electra_ds.training.saver import CheckpointSaver
 from electra_ds.training.throughput import Throughput
@@ -93,7 +94,7 @@ class FinetuneLoop(TrainingLoop):
 
     def __init__(self, job: FinetuneJob, ranks: Ranks, console: Console) -> None:
         builder = TaskBatchBuilder(job.sets.train, job.recipe.global_batch_size, job.recipe.seed)
-        throughput = Throughput(runtime.device(ranks.launch), None, lambda batch: 0.0)
+        throughput = Throughput(devices.device(ranks.launch), None, lambda batch: 0.0)
         super().__init__(job, ranks, console, builder, throughput)
         self.evaluation_rows = max(self.evaluation_rows, _LEAST_ROWS)
         self._best_folder = CheckpointFolder(job.run.path / "best", keep=1)
@@ -104,7 +105,7 @@ class FinetuneLoop(TrainingLoop):
         self._best_step = 0
         self._judged: dict[str, Judged] = {}
         """Of the last evaluation, on the main rank."""
-        self._history: list[tuple[int, float]] = ranks.from_main(self._earlier_evaluations())
+        self._history: list[tuple[int, float]] = ranks.broadcast(self._earlier_evaluations())
         """(step, the score that choices are made by) of each evaluation."""
         with ranks.together():
             if job.record.settings.best and self._history and not self._best_folder.paths():
@@ -125,18 +126,18 @@ class FinetuneLoop(TrainingLoop):
                     raise CheckpointError(f"Cannot remove {path}: {error.strerror}.") from error
         self._best_folder.tidy(())
 
-    def make_engine(self) -> TrainingEngine:
+    def make_engine(self) -> Engine:
         training = self.job.training
         rates = finetuning_rates(training.num_hidden_layers, training.optimizer)
         losses = partial(TaskLosses, training.optimizer.loss)
-        return TrainingEngine(task_model(self.job), training, self.plan, self.device, losses, rates)
+        return Engine(task_model(self.job), training, self.plan, self.device, losses, rates)
 
     def shown(self, values: Mapping[str, float | None]) -> str:
         loss = values.get("loss")
         return f"loss {'not finite' if loss is None else f'{loss:.4f}'}"
 
     def check_fresh(self) -> None:
-        if self.job.run.verdict() in ("stopped", "done"):
+        if self.job.run.status() in ("stopped", "done"):
             raise CheckpointError(
                 f"The run {self.job.run.path} was trained before, but its checkpoints are gone. "
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
@@ -150,7 +151,7 @@ class FinetuneLoop(TrainingLoop):
         for name, judged in self._judged.items():
             constant = "" if judged.constant is None else f"; every prediction is {judged.constant}"
             display.say(f"{name} at step {self.step}: {sets.shown(judged.metrics, judged.baseline)}{constant}")
-        scores = self.ranks.from_main({name: judged.metrics for name, judged in self._judged.items()})
+        scores = self.ranks.broadcast({name: judged.metrics for name, judged in self._judged.items()})
         if self._is_of_schedule(self.step):
             self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
         if len(scores) == 1:
@@ -229,7 +230,7 @@ class FinetuneLoop(TrainingLoop):
         settings = self.job.record.settings
         if settings.best:
             self._take_best()
-        if settings.best or not self.ranks.from_main(bool(self._judged)):
+        if settings.best or not self.ranks.broadcast(bool(self._judged)):
             self._judged = self.in_memory(lambda: self._judge(self.job.sets.dev))
         tested = self.in_memory(lambda: self._judge(self.job.sets.test)) if settings.predict_test else {}
         judged = self._judged | tested
@@ -239,7 +240,7 @@ class FinetuneLoop(TrainingLoop):
 
     def _take_best(self) -> None:
         with self.ranks.together():
-            path, damaged = self._best_folder.newest_whole(self.ranks)
+            path, damaged = self._best_folder.latest_valid(self.ranks)
             if path is None:
                 raise CheckpointError(
                     f"The best evaluation's weights are gone from {self._best_folder.folder}"

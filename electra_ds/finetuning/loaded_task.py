@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from electra_ds.config.manifest import TaskSource
+from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import DataError
-from electra_ds.finetuning import glue, squad, task_files
+from electra_ds.finetuning import glue, own_files, squad
 from electra_ds.finetuning.glue_hub import REPOSITORY, load_glue_hub
 from electra_ds.finetuning.squad import SquadData
 from electra_ds.finetuning.tasks import TaskData
@@ -26,11 +26,11 @@ def load_task(name: str | None, source: TaskSource) -> LoadedTask:
     name: one of config.tasks.TASKS, or None for the user's own files.
     """
     if name is None:
-        own = task_files.load_own(
+        own = own_files.load_own(
             _path(source.train), _path(source.dev), _path(source.test),
             text=source.text, pair=source.pair, label=source.label, kind=source.label_kind,
         )  # fmt: skip
-        return LoadedTask(_complete(own), task_files.notes(own))
+        return LoadedTask(_complete(own), own_files.notes(own))
     if name in _SQUAD:
         questions = (
             squad.load_squad(name, Path(source.folder))  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def load_task(name: str | None, source: TaskSource) -> LoadedTask:
         if source.folder is not None
         else load_glue_hub(name, source.hub or REPOSITORY, source.revision)
     )
-    return LoadedTask(_complete(data), [*task_files.notes(data), *glue.differing_rows(data)])
+    return LoadedTask(_complete(data), [*own_files.notes(data), *glue.differing_rows(data)])
 
 
 def _path(name: str | None) -> Path | None:

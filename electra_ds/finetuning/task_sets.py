@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.core.keyed_random import permutation_at
+from electra_ds.finetuning.batches import TaskInputs, span_inputs, tokenised, unscaled
+from electra_ds.finetuning.metrics import baseline, confusion, has_constant_predictions, score
 from electra_ds.finetuning.spans import (
     Answer,
     Candidate,
@@ -26,8 +28,6 @@ from electra_ds.finetuning.spans import (
 from electra_ds.finetuning.squad import Question, SquadData
 from electra_ds.finetuning.squad_features import Features, make_features
 from electra_ds.finetuning.squad_metrics import Golds, evaluate
-from electra_ds.finetuning.task_batches import TaskInputs, span_inputs, tokenised, unscaled
-from electra_ds.finetuning.task_metrics import baseline, confusion, has_constant_predictions, score
 from electra_ds.finetuning.tasks import TaskData
 
 _PART = 0xF2

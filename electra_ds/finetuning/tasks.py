@@ -23,7 +23,7 @@ class Task:
     """The classes' names in the order of their index; empty for regression."""
     is_pair: bool
     metrics: tuple[str, ...]
-    """Of `task_metrics`; the first is the one that choices are made by."""
+    """Of `finetuning.metrics`; the first is the one that choices are made by."""
     written: tuple[str, ...] = ()
     """How each class is written in the official files and in a submission: its name, or 0 and 1."""
     submission: Mapping[str, str] = field(default_factory=dict, hash=False)

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from electra_ds.config.manifest import RunDirectory
 from electra_ds.config.recipe import Recipe
+from electra_ds.config.run_directory import RunDirectory
 from electra_ds.interop.export_folder import check_out, new_folder, published_name
 from electra_ds.pretraining.convert import to_transformers
 from electra_ds.pretraining.trained import load_model

@@ -24,16 +24,17 @@ from transformers import (
 from transformers.utils import logging
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
-from electra_ds.config.manifest import FinetuneRecord, RunDirectory
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError
 from electra_ds.finetuning.encoder_source import finetuned_encoder
+from electra_ds.finetuning.exportable import ENCODER_ONLY, why_not_held
 from electra_ds.finetuning.finetune import SCORES
 from electra_ds.finetuning.glue import GLUE
-from electra_ds.finetuning.holdable import ENCODER_ONLY, why_not_held
+from electra_ds.finetuning.heads import SequenceHead, SpanHead
+from electra_ds.finetuning.microbatch import TaskMicroBatch
+from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
 from electra_ds.finetuning.recorded_task import recorded_task
-from electra_ds.finetuning.task_heads import SequenceHead, SpanHead
-from electra_ds.finetuning.task_microbatch import TaskMicroBatch
-from electra_ds.finetuning.task_model import TaskModel, make_encoder, make_head
 from electra_ds.finetuning.tasks import TaskData
 from electra_ds.interop.export_folder import check_out, new_folder
 from electra_ds.interop.finetuned_card import Exported, finetuned_card

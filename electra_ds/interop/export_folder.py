@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from electra_ds.core import runtime
+from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.hub_names import is_hub_model
 
@@ -67,7 +67,7 @@ def unfinished(out: Path, token: str) -> Path:
 
 def cannot_write(out: Path, error: Exception) -> CheckpointError:
     """What to say where an export could not be written."""
-    advice = " Make room, then start it anew." if runtime.is_disk_full(error) else ""
+    advice = " Make room, then start it anew." if devices.is_disk_full(error) else ""
     return CheckpointError(f"Cannot write the export {out}: {error}.{advice}")
 
 

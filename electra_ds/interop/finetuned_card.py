@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
-from electra_ds.config.manifest import FinetuneRecord
+from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.hub_names import is_hub_model
 from electra_ds.finetuning.glue import GLUE
 from electra_ds.interop.export_folder import published_name

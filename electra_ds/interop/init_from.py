@@ -33,7 +33,7 @@ _COMES_ALONG = {
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitialWeights:
     """The weights that a run begins with, which fit its recipe."""
 
     discriminator: Pretrained
@@ -110,7 +110,7 @@ class Beginning:
         return notes
 
     def tensors(self, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-        """What `adopt.begin_with` takes: the weights, or where there are none the recipe's random ones, and moments
+        """The tensors of a first checkpoint: the weights, the recipe's random ones where there are none, and moments
         of 0."""
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
         own = model.state_dict()
@@ -125,7 +125,7 @@ class Beginning:
         return result
 
 
-def read_beginning(sources: Sequence[str], recipe: Recipe) -> Beginning:
+def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeights:
     """The weights in one or two folders of transformers' or names on the Hub, in any order.
 
     A folder may be one that bin/export made. Raises DataError if a model cannot be had or used, ConfigError where
@@ -147,7 +147,7 @@ def read_beginning(sources: Sequence[str], recipe: Recipe) -> Beginning:
             f"--init-from needs a discriminator, and this is {found}. Give the discriminator that was trained with it "
             f"too, or alone."
         )
-    beginning = Beginning(of_kind["discriminator"][0], of_kind["generator"][0] if of_kind["generator"] else None)
+    beginning = InitialWeights(of_kind["discriminator"][0], of_kind["generator"][0] if of_kind["generator"] else None)
     discriminator, generator = beginning.discriminator, beginning.generator
     if generator is not None:
         _check_one_vocabulary(generator, discriminator)

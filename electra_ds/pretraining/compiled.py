@@ -17,9 +17,9 @@ import torch
 
 from electra_ds.config.cards import TRITON_CAPABILITY
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.manifest import Compile
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
+from electra_ds.config.run_record import Compile
+from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.electra import Electra
@@ -99,7 +99,7 @@ class CompiledForward:
             return self._compiled(batch, None)
         except torch._dynamo.exc.TorchDynamoException as error:  # inductor's, Triton's and the C++ compiler's too
             inner = getattr(error, "inner_exception", None)
-            if inner is not None and runtime.is_out_of_memory(inner):
+            if inner is not None and devices.is_out_of_memory(inner):
                 raise inner from error
             if self._must:
                 raise ConfigError(f"torch.compile failed; leave out --compile on. It says: {error}") from error

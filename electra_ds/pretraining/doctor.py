@@ -206,8 +206,8 @@ def _print(findings: list[Finding], can_pretrain: bool, console: Console) -> Non
     for finding in findings:
         if finding.mend is not None:
             say_command(console, f"To fix {finding.what}:", finding.mend)
-    verdict = "[green]Pretraining can run here.[/]" if can_pretrain else "[red]Pretraining cannot run here yet.[/]"
-    console.print(verdict, highlight=False)
+    status = "[green]Pretraining can run here.[/]" if can_pretrain else "[red]Pretraining cannot run here yet.[/]"
+    console.print(status, highlight=False)
 
 
 def _imported(name: str) -> Any:

@@ -7,17 +7,17 @@ from functools import partial
 import torch
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.manifest import Compile
 from electra_ds.config.recipe import Recipe
+from electra_ds.config.run_record import Compile
 from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.compiled import CompiledForward, check_compile
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.microbatch import MicroBatch
 from electra_ds.pretraining.step import StepLosses
-from electra_ds.training.engine import TrainingEngine
+from electra_ds.training.engine import Engine
 
 
-class DeepSpeedEngine(TrainingEngine):
+class PretrainingEngine(Engine):
     """Of pretraining: generator and discriminator together, compiled where that pays."""
 
     def __init__(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
+from electra_ds.core import devices
 from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.step import StepLosses, StepResult
@@ -59,7 +59,7 @@ class PlainEngine:
         losses = StepLosses(self.recipe, batch)
         drawn = []
         for index, first in enumerate(range(0, self.recipe.global_batch_size, self.micro_batch_size)):
-            runtime.seed_dropout(self.recipe.seed, step, index, 0)
+            devices.seed_dropout(self.recipe.seed, step, index, 0)
             micro_batch = batch.micro_batch(first, self.micro_batch_size).to(self.device)
             output = self.module(micro_batch, None if samples is None else samples[index])
             losses.add(output).backward()

@@ -9,17 +9,18 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.manifest import RunDirectory, RunRecord
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import RunRecord
+from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError
-from electra_ds.core.runtime import Ranks
+from electra_ds.core.ranks import Ranks
 from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.collapse import collapsed_at
 from electra_ds.pretraining.electra import Electra, encoder_configs
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.flops import step_flops
 from electra_ds.pretraining.metrics import Evaluator, always_original_accuracy
 from electra_ds.training.loop import TrainingLoop, train
@@ -57,12 +58,12 @@ def pretrain(job: PretrainJob, ranks: Ranks, console: Console, time_limit_s: flo
 
 class PretrainLoop(TrainingLoop):
     job: PretrainJob
-    engine: DeepSpeedEngine
+    engine: PretrainingEngine
 
     def __init__(self, job: PretrainJob, ranks: Ranks, console: Console) -> None:
         recipe, plan, store = job.recipe, job.plan, job.store
         with ranks.together():
-            device = runtime.device(ranks.launch)
+            device = devices.device(ranks.launch)
             builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
             self.evaluator = Evaluator(store, job.split, recipe, job.record.settings.eval_windows, ranks)
         configs = encoder_configs(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
@@ -74,16 +75,16 @@ class PretrainLoop(TrainingLoop):
         super().__init__(job, ranks, console, builder, throughput)
         self._evaluations: list[Mapping[str, Any]] | None = None
         """Of the whole run, on the main rank."""
-        self._collapsed_at: int | None = ranks.from_main(self._look_for_collapse(()))
+        self._collapsed_at: int | None = ranks.broadcast(self._look_for_collapse(()))
         if self._collapsed_at is not None and job.record.settings.stop_on_collapse:
             self.ends_early = "collapsed"
         if self.engine.is_compiled:
             console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
 
-    def make_engine(self) -> DeepSpeedEngine:
+    def make_engine(self) -> PretrainingEngine:
         recipe, tokenizer = self.job.recipe, self.job.store.tokenizer
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
-        return DeepSpeedEngine(model, recipe, self.plan, self.device, self.job.record.settings.compile)
+        return PretrainingEngine(model, recipe, self.plan, self.device, self.job.record.settings.compile)
 
     def shown(self, values: Mapping[str, float | None]) -> str:
         generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
@@ -102,7 +103,7 @@ class PretrainLoop(TrainingLoop):
         # Those of the starts before, which this one may change.
         settings = self.job.run.read_record().settings if self.job.run.exists() else self.job.record.settings
         # The first one stands before the second is begun, and before a run is said to have stopped.
-        if reached > 2 * settings.save_every or self.job.run.verdict() == "stopped":
+        if reached > 2 * settings.save_every or self.job.run.status() == "stopped":
             raise CheckpointError(
                 f"The run {self.job.run.path} had reached step {reached}, but its checkpoints are gone. "
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
@@ -119,7 +120,7 @@ class PretrainLoop(TrainingLoop):
             f"{evaluation.discriminator_auc:.3f}"
         )
         if self._collapsed_at is None:
-            self._collapsed_at = self.ranks.from_main(
+            self._collapsed_at = self.ranks.broadcast(
                 self._look_for_collapse([evaluation._asdict() | {"step": self.step}])
             )
             if self._collapsed_at is not None:

@@ -7,10 +7,10 @@ import torch
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
+from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
-from electra_ds.core.runtime import Ranks
+from electra_ds.core.ranks import Ranks
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.masking import usual_most_selected
 from electra_ds.pretraining.memory import (
@@ -22,7 +22,7 @@ from electra_ds.pretraining.memory import (
     peak_memory,
 )
 from electra_ds.pretraining.microbatch import MicroBatch
-from electra_ds.training.model_setup import set_up_model
+from electra_ds.training.precision import set_up_model
 
 
 def kernels_of(device: torch.device) -> Kernels:
@@ -84,11 +84,11 @@ def has_room(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch
     try:
         _pass(recipe, vocab_size, plan, device)
     except RuntimeError as error:
-        if not runtime.is_out_of_memory(error):
+        if not devices.is_out_of_memory(error):
             raise
         return False
     finally:
-        runtime.release_memory(device)
+        devices.release_memory(device)
     return True
 
 

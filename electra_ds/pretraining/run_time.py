@@ -14,7 +14,7 @@ import torch
 from electra_ds.config.cards import find_card, peak_flops
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
+from electra_ds.core import devices
 from electra_ds.pretraining.electra import encoder_configs
 from electra_ds.pretraining.flops import step_flops
 from electra_ds.pretraining.masking import usual_most_selected
@@ -86,7 +86,7 @@ def pretraining_time(
     if device.type == "cpu":
         flops = steps * pretraining_flops(recipe, vocab_size)
         return cpu_time(flops, threads or torch.get_num_threads(), plan.batch.world_size)
-    card = find_card(runtime.device_name(device))
+    card = find_card(devices.device_name(device))
     return time_of_steps(None if card is None else step_time(recipe, vocab_size, plan, card), steps)
 
 
@@ -101,7 +101,7 @@ def finetuning_time(
     flops = 6 * weights * tokens
     if device.type == "cpu":
         return cpu_time(steps * flops, threads, plan.batch.world_size)
-    card = find_card(runtime.device_name(device))
+    card = find_card(devices.device_name(device))
     peak = None if card is None else peak_flops(card, plan.precision.name)
     if peak is None:
         return None

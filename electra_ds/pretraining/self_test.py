@@ -13,15 +13,16 @@ import torch
 from electra_ds.config.deepspeed import resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
-from electra_ds.core import runtime
+from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
+from electra_ds.core.ranks import join_ranks
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.engine import DeepSpeedEngine
+from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.training.engine import wants_fp16
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -56,8 +57,8 @@ class Trial:
 
 def try_precisions() -> list[Trial]:
     """One step each, on the device that pretraining would take. Never raises for what the machine cannot do."""
-    with tempfile.TemporaryDirectory() as folder, runtime.ranks() as ranks:
-        device = runtime.device(ranks.launch)
+    with tempfile.TemporaryDirectory() as folder, join_ranks() as ranks:
+        device = devices.device(ranks.launch)
         recipe = load_recipe("tiny", _RECIPE)
         store = _store(Path(folder), recipe)
         return [_try(name, values, recipe, store, device) for name, values in PRECISIONS.items()]
@@ -75,7 +76,7 @@ def _try(name: str, values: dict[str, Any], recipe: Recipe, store: TokenStore, d
         auto_fp16 = wants_fp16(device)
         plan = resolve(values, recipe, world_size=1, auto_fp16=auto_fp16, source=f"the {name} trial")
         model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
-        engine = DeepSpeedEngine(model, recipe, plan, device)
+        engine = PretrainingEngine(model, recipe, plan, device)
         try:
             before = [parameter.detach().clone() for parameter in engine.module.parameters()]
             split = split_holdout(store.documents, recipe.data, recipe.seed)

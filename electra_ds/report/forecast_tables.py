@@ -67,8 +67,8 @@ def _fit_lines(found: Forecast) -> list[str]:
             f" + {FRAGMENTATION:.0%} that the allocator cannot use + {_gib(CONTEXT_BYTES)} CUDA context (both assumed)"
         )
         peak += f" = {_gib(found.needed_bytes)} GiB"
-    verdict = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
-    lines = [f"Memory: {peak} of {_gib(found.budget_bytes)} GiB ({found.budget_note}): {verdict}."]
+    status = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
+    lines = [f"Memory: {peak} of {_gib(found.budget_bytes)} GiB ({found.budget_note}): {status}."]
     if memory.host_bytes:
         lines.append(f"Beside it {_gib(memory.host_bytes)} GiB of the CPU's memory for each rank, by offloading.")
     if found.largest is None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from electra_ds.config.manifest import RunDirectory
+from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.program import command
 from electra_ds.core.terminal import say, say_command
@@ -69,7 +69,7 @@ def report_run(run: RunDirectory, console: Console, data: Path | None = None) ->
         console.print(sentence)
     _write(run.path / "samples.txt", LEGEND, *sentences)
     say(console, f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.")
-    if run.verdict() == "stopped":
+    if run.status() == "stopped":
         say_command(console, "To resume:", f"{command('pretrain')} --resume {run.path}")
     say_command(console, "As transformers models:", f"{command('export')} {run.path}")
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from electra_ds.core.files import complete_file
 from electra_ds.core.terminal import say, warn
-from electra_ds.core.whole_file import whole_file
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,
@@ -282,7 +282,7 @@ def _compared(group: Group) -> dict[str, list[float]]:
 
 def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
     """One row a metric, values as in scores.json. Raises CheckpointError if it cannot be written."""
-    with whole_file(path) as temporary, temporary.open("w", encoding="utf8", newline="") as file:
+    with complete_file(path) as temporary, temporary.open("w", encoding="utf8", newline="") as file:
         writer = csv_files.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for run in runs:

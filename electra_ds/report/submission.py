@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from electra_ds.core.errors import CheckpointError, ConfigError
-from electra_ds.core.whole_file import whole_file
+from electra_ds.core.files import complete_file
 
 _HEADER = "index\tprediction"
 _NUMBERS = ("0", "1")
@@ -124,7 +124,7 @@ def _is_prediction(word: str, words: tuple[str, ...] | None) -> bool:
 
 
 def _write(out: Path, contents: dict[str, bytes]) -> None:
-    with whole_file(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
+    with complete_file(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
         for name in OFFICIAL:
             if name in contents:
                 entry = zipfile.ZipInfo(name, _ZIP_DATE)

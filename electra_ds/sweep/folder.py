@@ -30,9 +30,9 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from electra_ds.config.manifest import RunDirectory
+from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, ConfigError
-from electra_ds.core.whole_file import whole_file
+from electra_ds.core.files import complete_file
 from electra_ds.sweep.options import INPUTS, is_small_file, moved_along, own_content, with_folder, without_folder
 from electra_ds.sweep.spec import SweepSpec, load_sweep, sweep_yaml
 from electra_ds.sweep.trials import Trial
@@ -153,7 +153,7 @@ class SweepFolder:
         if not copy.exists():
             _make(copy.parent)
             self._copied.append(copy)
-            with whole_file(copy) as temporary:
+            with complete_file(copy) as temporary:
                 temporary.write_bytes(content)
         return str(copy)
 
@@ -257,7 +257,7 @@ class SweepFolder:
         return (*before, last)
 
     def end(self, key: str, status: int) -> None:
-        """Note how the attempt ended. Where a rank was killed, what others made of it is no verdict on the trial."""
+        """Note how the attempt ended. Where a rank was killed, what others made of it is no status on the trial."""
         self._note(key, status, "" if status == 0 else self._reason(key, status))
         if status < 0:
             self.forget_failure(key)
@@ -281,14 +281,13 @@ class SweepFolder:
     def state(self, key: str) -> tuple[State, str]:
         """(how far the trial is, why it failed or was ended)."""
         run, record = self.run(key), self.record(key)
-        verdict = run.verdict()
-        details = run.verdict_details()
+        status, details = run.status(), run.status_details()
         reason = str(details.get("reason", ""))
-        if verdict == "collapsed":
-            return verdict, f"at step {details.get('collapsed_at')}"
-        is_by_signal = verdict == "stopped" and not reason.startswith((STOPPED_AT, ENDED_EARLY))
-        if verdict is not None and not is_by_signal:
-            return verdict, reason
+        if status == "collapsed":
+            return status, f"at step {details.get('collapsed_at')}"
+        is_by_signal = status == "stopped" and not reason.startswith((STOPPED_AT, ENDED_EARLY))
+        if status is not None and not is_by_signal:
+            return status, reason
         last = None if record is None else record.attempts[-1]
         if last is not None and last.status is not None and 0 < last.status < 128:  # refused to begin, or to go on
             return "failed", last.reason
@@ -300,7 +299,7 @@ class SweepFolder:
         if state != "waiting" or trial.pretraining is None:
             return state, reason
         encoder, _ = self.state(trial.pretraining.key)
-        ended_at = self.run(trial.pretraining.key).verdict_details().get("step", 0)
+        ended_at = self.run(trial.pretraining.key).status_details().get("step", 0)
         if encoder == "collapsed" and trial.checkpoint is not None and trial.checkpoint > ended_at:
             return "skipped", f"its encoder collapsed before step {trial.checkpoint}"
         return state, "" if encoder in SUCCEEDED else "its encoder is not pretrained"
@@ -347,10 +346,10 @@ class SweepFolder:
         """Mark a trial as stopped whose processes were asked to leave before its run could note that itself, such as
         while it starts. It is resumed or started again, like any trial that a signal has stopped."""
         run = self.run(key)
-        if run.verdict() is not None or 0 < status < 128:  # it has ended by itself
+        if run.status() is not None or 0 < status < 128:  # it has ended by itself
             return
         _make(run.path)
-        run.write_verdict("stopped", step=step, reason=ENDED_AT_START)
+        run.write_status("stopped", step=step, reason=ENDED_AT_START)
 
     def give_up(self, key: str, why: str) -> None:
         """Let a trial that cannot be finished count as failed, where it has not come to something."""
@@ -358,15 +357,15 @@ class SweepFolder:
         if self.state(key)[0] in SUCCEEDED:
             return
         _make(run.path)
-        run.write_verdict("failed", reason=why)
+        run.write_status("failed", reason=why)
 
     def forget_failure(self, key: str) -> None:
         """Let a trial resume where it was, if it failed; what its attempts took is kept."""
         run = self.run(key)
-        if run.verdict() != "failed":
+        if run.status() != "failed":
             return
+        run.clear_status()
         try:
-            (run.path / "verdict.json").unlink(missing_ok=True)
             if run.path.is_dir() and not any(run.path.iterdir()):
                 run.path.rmdir()
         except OSError as error:
@@ -411,5 +410,5 @@ def _make(folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
+    with complete_file(path) as temporary:
         temporary.write_text(text, "utf8")

@@ -112,11 +112,11 @@ class _TuneTrial(tune.Trainable):
         return self._folder.wants_to_stop() or self._folder.state(self._trial.key)[0] in SUCCEEDED or self._end_early()
 
     def _end_early(self) -> bool:
-        """Give a trial its verdict that a scheduler has ended, as soon as it does not run; whether that is so."""
+        """Give a trial its status that a scheduler has ended, as soon as it does not run; whether that is so."""
         if not self._folder.is_to_end(self._trial.key) or self._folder.state(self._trial.key)[0] in ENDED:
             return False
         run = self._folder.run(self._trial.key)
-        run.write_verdict("stopped", step=self._last.get("step", 0), reason=ENDED_EARLY)
+        run.write_status("stopped", step=self._last.get("step", 0), reason=ENDED_EARLY)
         return True
 
     def _start(self) -> None:

@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from electra_ds.core.devices import is_disk_full
 from electra_ds.core.errors import CheckpointError
-from electra_ds.core.runtime import Ranks, is_disk_full
+from electra_ds.core.ranks import Ranks
 from electra_ds.training.optimizer import FRESH_COUNTERS, MOMENTS
 from electra_ds.training.tensor_file import FileEntry, TensorFiles, hash_file, write_file, write_tensors
 
@@ -120,7 +121,7 @@ class CheckpointFolder:
         tensors: on the CPU; record: text files that travel along, by name. Raises CheckpointError if it cannot be
         written; the checkpoints before it stay as they are.
         """
-        draft = Draft(self, state["step"], secrets.token_hex(4))
+        draft = PendingCheckpoint(self, state["step"], secrets.token_hex(4))
         try:
             draft.publish(draft.write_shard(tensors, 0, 1), state, record)
         except CheckpointError:
@@ -134,14 +135,14 @@ class CheckpointFolder:
             if path not in self._for_good:
                 remove(path)
 
-    def newest_whole(self, ranks: Ranks | None = None) -> tuple[Path | None, dict[Path, str]]:
+    def latest_valid(self, ranks: Ranks | None = None) -> tuple[Path | None, dict[Path, str]]:
         """The newest checkpoint that is whole, and what is wrong with each newer one.
 
         To be called by all ranks, which share the reading of its files. None where no checkpoint was ever published.
         Raises CheckpointError if every one is damaged, or one cannot be read.
         """
         damaged: dict[Path, str] = {}
-        for path in reversed(ranks.from_main(self.paths()) if ranks else self.paths()):
+        for path in reversed(ranks.broadcast(self.paths()) if ranks else self.paths()):
             problem = _problem(path, ranks)
             if problem is None:
                 return path, damaged
@@ -205,7 +206,7 @@ class CheckpointFolder:
         return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {mend}, then {then}.")
 
 
-class Draft:
+class PendingCheckpoint:
     """A checkpoint in the making, in a hidden folder beside the published ones."""
 
     def __init__(self, folder: CheckpointFolder, step: int, token: str) -> None:

@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from electra_ds.config.manifest import Record, RunDirectory
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import Record
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.program import command
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, read_manifest, remove
@@ -156,7 +157,7 @@ def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[
     directory, folder = RunDirectory(run), folder_of(run)
     with directory.locked():
         keep = keep or directory.read_record(Record).settings.keep
-        newest, wrong = folder.newest_whole()
+        newest, wrong = folder.latest_valid()
         staying = folder.paths()[-keep:]
         if newest is not None and newest not in staying:
             raise CheckpointError(

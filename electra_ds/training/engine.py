@@ -17,10 +17,10 @@ from torch.nn import functional
 from electra_ds.config.cards import has_slow_fp16
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import TrainingRecipe
-from electra_ds.core import runtime
+from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
-from electra_ds.training.model_setup import TrainableModel, set_up_model
 from electra_ds.training.optimizer import MasterAdamW, Rates, pretraining_rates
+from electra_ds.training.precision import TrainableModel, set_up_model
 from electra_ds.training.protocols import Losses, StepBatch
 from electra_ds.training.schedule import learning_rate_at
 from electra_ds.training.zero import ZeroAdamW, forget_models, torch_adamw
@@ -32,8 +32,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 _TORCH_LINEAR = functional.linear
 
 
-class TrainingEngine:
-    """One rank's engine. Needs an initialised process group (`runtime.ranks`).
+class Engine:
+    """One rank's engine. Needs an initialised process group (`join_ranks`).
 
     At stage 0 our `MasterAdamW` owns precision, loss scale and clipping; at stages 1 to 3 DeepSpeed does.
     """
@@ -94,7 +94,7 @@ class TrainingEngine:
         losses = self._losses(batch)
         size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
         for index in range(accumulation):
-            runtime.seed_dropout(self.recipe.seed, step, index, self.rank)
+            devices.seed_dropout(self.recipe.seed, step, index, self.rank)
             first = (self.rank * accumulation + index) * size
             if samples is None:
                 output = self._engine(self._micro_batch(batch, first, size).to(self.device))
@@ -126,7 +126,7 @@ class TrainingEngine:
 
 
 def close_deepspeed(engine: Any) -> None:
-    """Frees what a `DeepSpeedEngine` of deepspeed holds, and takes back what stage 3 did to the process."""
+    """Frees what a `PretrainingEngine` of deepspeed holds, and takes back what stage 3 did to the process."""
     engine.destroy()
     functional.linear = _TORCH_LINEAR
     forget_models()
@@ -134,7 +134,7 @@ def close_deepspeed(engine: Any) -> None:
 
 def wants_fp16(device: torch.device) -> bool:
     """Whether fp16 is taken where a DeepSpeed JSON leaves that to us: on every GPU but those that it slows down."""
-    return device.type == "cuda" and not has_slow_fp16(runtime.device_name(device))
+    return device.type == "cuda" and not has_slow_fp16(devices.device_name(device))
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -158,7 +158,7 @@ def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str, unused_gp
         )
     if name == "bf16" and device.type == "cuda" and not has_bf16(device):
         instead = "fp16, as in ds_configs/gtx1060-6gb.json" if wants_fp16(device) else "fp32"
-        raise ConfigError(f"{runtime.device_name(device)} has no bf16. Use {instead}.")
+        raise ConfigError(f"{devices.device_name(device)} has no bf16. Use {instead}.")
     if distributed.is_initialized():
         deepspeed.init_distributed(dist_init_required=False)  # DeepSpeedConfig asks it for the number of ranks
     for document in (plan.document, plan.engine_config()):

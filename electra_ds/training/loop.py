@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.manifest import Record, RunDirectory, Verdict
 from electra_ds.config.recipe import Section
-from electra_ds.core import runtime
+from electra_ds.config.run_directory import RunDirectory, Status
+from electra_ds.config.run_record import Record
+from electra_ds.core import devices
 from electra_ds.core.errors import (
     CheckpointError,
     ConfigError,
@@ -25,10 +26,11 @@ from electra_ds.core.errors import (
     TrainingError,
 )
 from electra_ds.core.program import command
-from electra_ds.core.runtime import Ranks
+from electra_ds.core.ranks import Ranks, is_lost_connection
 from electra_ds.core.terminal import note, say, say_command, warn, with_command
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
-from electra_ds.training.engine import TrainingEngine
+from electra_ds.training.engine import Engine
+from electra_ds.training.preemption import Preemption, StopRequest
 from electra_ds.training.prefetch import Builder, prefetched
 from electra_ds.training.protocols import StepBatch
 from electra_ds.training.recorded import check_same_recipe
@@ -81,7 +83,7 @@ def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_li
     where gradients stay non-finite, CheckpointError if the disk is full. The main rank's caller holds the run's
     lock.
     """
-    with runtime.StopWish(ranks, time_limit_s) as stop_wish, contextlib.ExitStack() as stack:
+    with Preemption(ranks, time_limit_s) as preemption, contextlib.ExitStack() as stack:
         try:
             loop = make_loop()
             if loop.log is not None:
@@ -90,22 +92,22 @@ def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_li
             if ranks.is_main:
                 # Only now, since a JSON that DeepSpeed cannot run must not take the place of the one that it could.
                 job.run.write_record(job.recipe, job.plan, job.record)
-                job.run.clear_verdict()
-            return loop.run(stop_wish)
+                job.run.clear_status()
+            return loop.run(preemption)
         except (InterruptedBySignalError, ConfigError, FailedElsewhereError):
             raise  # stopped as asked; refused, with the run as it was; told by the rank that failed
         except Exception as error:
-            if runtime.is_out_of_memory(error):  # outside of a step
+            if devices.is_out_of_memory(error):  # outside of a step
                 error = TrainingError(
                     f"Memory ran out beside the steps, as in an evaluation: {str(error).splitlines()[0]} Close what "
                     f"else uses it, or take a smaller --micro-batch, and resume: "
                     f"{command(job.command)} --resume {job.run.path}"
                 )
             with contextlib.suppress(CheckpointError):  # the disk may be full
-                if not runtime.is_lost_connection(error):
-                    job.run.write_verdict("failed", reason=str(error) or repr(error))
-                elif job.run.verdict() is None:
-                    job.run.write_verdict("failed", reason="a rank died without a word")
+                if not is_lost_connection(error):
+                    job.run.write_status("failed", reason=str(error) or repr(error))
+                elif job.run.status() is None:
+                    job.run.write_status("failed", reason="a rank died without a word")
             raise error
 
 
@@ -121,7 +123,7 @@ class TrainingLoop(ABC):
         self.evaluation_rows = job.plan.batch.micro_batch_size
         """Examples that an evaluation takes at a time."""
         with ranks.together():
-            self.device = runtime.device(ranks.launch)
+            self.device = devices.device(ranks.launch)
             self.engine = self._make_engine()
         self.record_files = job.record_files(self.plan)
         self.checkpoints = CheckpointFolder(job.run.checkpoints, job.record.settings.keep, self.keep_at)
@@ -130,17 +132,17 @@ class TrainingLoop(ABC):
         self._resume()
         self._evaluated = 0
         """The last step of an evaluation, as far as this rank knows; the main rank does."""
-        self.ends_early: Verdict | None = None
+        self.ends_early: Status | None = None
         """Set by an evaluation after which there is nothing more to train for: what the run has come to."""
         with ranks.together():
             self.log = self._open_log() if ranks.is_main else None
         self._unread: deque[tuple[int, Any, dict[str, float]]] = deque()
 
     @abstractmethod
-    def make_engine(self) -> TrainingEngine:
+    def make_engine(self) -> Engine:
         """For `self.plan`, with the weights that training begins with."""
 
-    def _make_engine(self) -> TrainingEngine:
+    def _make_engine(self) -> Engine:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # what was tried before does not count
         return self.make_engine()
@@ -163,7 +165,7 @@ class TrainingLoop(ABC):
         return ()
 
     def about_the_end(self) -> dict[str, Any]:
-        """What verdict.json says beside the verdict and the step."""
+        """What status.json says beside the status and the step."""
         return {}
 
     def finish(self) -> None:  # noqa: B027  # pretraining has nothing to do there
@@ -184,7 +186,7 @@ class TrainingLoop(ABC):
     def _resume(self) -> None:
         """Resume from the newest complete checkpoint, which all ranks verify together, each a share of its files."""
         with self.ranks.together():
-            path, damaged = self.checkpoints.newest_whole(self.ranks)
+            path, damaged = self.checkpoints.latest_valid(self.ranks)
         with self.ranks.together():
             if self.ranks.is_main:
                 for problem in damaged.values():
@@ -207,11 +209,11 @@ class TrainingLoop(ABC):
         self.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
         say(self.console, f"Resuming from {path}, step {self.step}.")
 
-    def run(self, stop_wish: runtime.StopWish) -> bool:
+    def run(self, preemption: Preemption) -> bool:
         """Train; False where the time limit came before `stop_at`."""
         job, settings = self.job, self.job.record.settings
         with TrainingDisplay(self.console, job.stop_at, self.step) as display:
-            # A run that died between its early end and its verdict has nothing more to train for.
+            # A run that died between its early end and its status has nothing more to train for.
             stop_at = self.step if self.ends_early is not None else job.stop_at
             for step, batch in prefetched(self.builder, self.step, stop_at):
                 result = self._train_step(batch, step)
@@ -229,20 +231,20 @@ class TrainingLoop(ABC):
                 if self._is_to_be_saved() and self.step < job.stop_at:
                     with self.throughput.paused():
                         self._save()
-                request = stop_wish.decide(save_failed=self.saver.has_failed)
+                request = preemption.decide(save_failed=self.saver.has_failed)
                 if request is not None and self.step < job.stop_at:
                     self._log(display)
                     return self._stopped(request)
             self._save()
-            if self.ranks.from_main(self._evaluated) < self.step:  # it is not where a kill came after it
+            if self.ranks.broadcast(self._evaluated) < self.step:  # it is not where a kill came after it
                 self._evaluate(display)
         self.saver.finish()
-        verdict: Verdict = self.ends_early or ("done" if self.step >= job.total_steps else "stopped")
-        if verdict != "stopped":
+        status: Status = self.ends_early or ("done" if self.step >= job.total_steps else "stopped")
+        if status != "stopped":
             self.finish()
         if self.ranks.is_main:
-            reason = {"reason": f"--stop-at {job.stop_at}"} if verdict == "stopped" else {}
-            job.run.write_verdict(verdict, step=self.step, **reason, **self.about_the_end())
+            reason = {"reason": f"--stop-at {job.stop_at}"} if status == "stopped" else {}
+            job.run.write_status(status, step=self.step, **reason, **self.about_the_end())
         return True
 
     def _is_to_be_saved(self) -> bool:
@@ -254,7 +256,7 @@ class TrainingLoop(ABC):
             try:
                 return self.engine.train_step(batch, step)
             except RuntimeError as error:
-                if not runtime.is_out_of_memory(error):
+                if not devices.is_out_of_memory(error):
                     raise
                 smaller = self._smaller_plan(step, error)
             self._continue_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
@@ -290,7 +292,7 @@ class TrainingLoop(ABC):
         tensors, counters = optimizer.snapshot(), optimizer.counters()
         self.engine.close()
         del optimizer, self.engine
-        runtime.release_memory(self.device)
+        devices.release_memory(self.device)
         self.plan = plan
         self.record_files = self.job.record_files(plan)
         self.evaluation_rows = plan.batch.micro_batch_size
@@ -317,14 +319,14 @@ class TrainingLoop(ABC):
             size = plan.batch.micro_batch_size
             warn(self.console, f"{error} Give --micro-batch {size} when you resume this run.")
 
-    def _stopped(self, request: runtime.StopRequest) -> bool:
+    def _stopped(self, request: StopRequest) -> bool:
         """Save and leave: False for the time limit, InterruptedBySignalError for a signal."""
         run = self.job.run
         self._save()
         self.saver.finish()
         with self.ranks.together():  # launchers end the others once the first has left, so all is written before
             if self.ranks.is_main:
-                run.write_verdict("stopped", step=self.step, reason=request.reason)
+                run.write_status("stopped", step=self.step, reason=request.reason)
                 run.mark_requeue(request.reason)
         resume = f"{command(self.job.command)} --resume {run.path}"
         message = f"{request.reason}: saved {self.checkpoints.path(self.step)}. Resume it with:"
@@ -398,14 +400,14 @@ class TrainingLoop(ABC):
             try:
                 return evaluate()
             except RuntimeError as error:
-                if not runtime.is_out_of_memory(error) or self.ranks.world_size > 1:
+                if not devices.is_out_of_memory(error) or self.ranks.world_size > 1:
                     raise
                 if self.evaluation_rows == 1:
                     self._save()
                     self.saver.finish()
                     raise
             self.evaluation_rows //= 2
-            runtime.release_memory(self.device)
+            devices.release_memory(self.device)
 
     def _save(self) -> None:
         """Begin to save a checkpoint at the step that is done."""

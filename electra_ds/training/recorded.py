@@ -5,10 +5,11 @@ from __future__ import annotations
 from operator import attrgetter
 from pathlib import Path
 
-from electra_ds.config.manifest import FinetuneRecord, RunDirectory
 from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, validate_recipe
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.errors import CheckpointError, ConfigError
-from electra_ds.core.runtime import Ranks
+from electra_ds.core.ranks import Ranks
 from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, open_checkpoint
 
 
@@ -22,7 +23,7 @@ def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Ch
     run = RunDirectory(run_or_checkpoint)
     if not run.exists():
         raise CheckpointError(f"{run_or_checkpoint} is neither a run directory nor a checkpoint.")
-    newest, damaged = CheckpointFolder(run.checkpoints, keep=1).newest_whole(ranks)
+    newest, damaged = CheckpointFolder(run.checkpoints, keep=1).latest_valid(ranks)
     if newest is None:
         raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
     if ranks is None or ranks.is_main:
@@ -37,7 +38,7 @@ def kept_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
         return load_checkpoint(run_or_checkpoint)
     run = RunDirectory(run_or_checkpoint)
     settings = run.read_record(FinetuneRecord).settings
-    best, _ = CheckpointFolder(run.path / "best", keep=1).newest_whole()
+    best, _ = CheckpointFolder(run.path / "best", keep=1).latest_valid()
     if settings.best and best is not None:
         return open_checkpoint(best)
     if best is None and not any(run.checkpoints.glob("step-*")) and settings.discard_weights:
@@ -45,7 +46,7 @@ def kept_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
             f"{run.path} has no weights any more: it was run with --discard-weights, which keeps scores and "
             f"predictions alone. Train again without it; {run.path / 'run.json'} has the command."
         )
-    if settings.best and run.verdict() == "done":
+    if settings.best and run.status() == "done":
         raise CheckpointError(
             f"{run.path} was to keep its best evaluation's weights, and {run.path / 'best'} has none. For the last "
             f"ones give the checkpoint itself: {run.checkpoints / 'latest'}"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from electra_ds.core.errors import CheckpointError
-from electra_ds.core.runtime import Ranks
-from electra_ds.training.checkpoint import CheckpointFolder, Draft, share_of
+from electra_ds.core.ranks import Ranks
+from electra_ds.training.checkpoint import CheckpointFolder, PendingCheckpoint, share_of
 from electra_ds.training.optimizer import MasterAdamW
 from electra_ds.training.tensor_file import FileEntry
 from electra_ds.training.zero import ZeroAdamW
@@ -33,25 +33,29 @@ class CheckpointSaver:
         this one failed.
         """
         self.finish()  # before the copy: two of them may not fit
-        is_there, token = self._ranks.from_main((self._folder.path(state["step"]).exists(), secrets.token_hex(4)))
+        is_there, token = self._ranks.broadcast((self._folder.path(state["step"]).exists(), secrets.token_hex(4)))
         if is_there:
             return  # published whole by this very step; damaged ones are set aside before training goes on
         tensors = optimizer.snapshot(share_of(optimizer.shapes(), self._ranks.rank, self._ranks.world_size))
         state = state | {"optimizer": optimizer.counters()}
-        draft = Draft(self._folder, state["step"], token)
+        draft = PendingCheckpoint(self._folder, state["step"], token)
         self._thread = threading.Thread(
             target=self._run, args=(draft, tensors, state, record), name="checkpoint", daemon=True
         )
         self._thread.start()
 
-    def _run(self, draft: Draft, *arguments: Any) -> None:
+    def _run(self, draft: PendingCheckpoint, *arguments: Any) -> None:
         try:
             self._write(draft, *arguments)
         except Exception as error:  # to be raised where the training thread next looks
             self._error = error
 
     def _write(
-        self, draft: Draft, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]
+        self,
+        draft: PendingCheckpoint,
+        tensors: Mapping[str, torch.Tensor],
+        state: dict[str, Any],
+        record: Mapping[str, str],
     ) -> None:
         own: dict[str, FileEntry] | None = None
         error = None

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import torch
 
 from electra_ds.config.cards import find_card, peak_flops
-from electra_ds.core import runtime
+from electra_ds.core import devices
 
 
 def joint_peak_flops(device: torch.device, precision: str, world_size: int) -> float | None:
     """Peak FLOP/s of all ranks, whose cards are taken to be like this one; None on a CPU or an unknown card."""
-    card = find_card(runtime.device_name(device)) if device.type == "cuda" else None
+    card = find_card(devices.device_name(device)) if device.type == "cuda" else None
     peak = None if card is None else peak_flops(card, precision)
     return None if peak is None else peak * world_size
 

@@ -16,8 +16,9 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 
-from electra_ds.config.manifest import RunDirectory, TrackingSettings
 from electra_ds.config.monitors import overruled_wandb_mode, wandb_login, wandb_module
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import CheckpointError, ConfigError, ElectraError, InterruptedBySignalError
 from electra_ds.core.terminal import note, say, say_command, warn
 from electra_ds.training.tracking import MetricsFile, read_metrics

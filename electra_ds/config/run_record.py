@@ -1,0 +1,168 @@
+"""What run.json says: the settings, the hardware and the data of a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import secrets
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
+from typing_extensions import TypeVar
+
+FORMAT = 1
+_PATIENCE_S = 10
+_CHECKPOINT = "step-" + 8 * "[0-9]"
+_PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+_Parsed = TypeVar("_Parsed")
+_RecordT = TypeVar("_RecordT", bound="Record", default="RunRecord")
+_Count = Annotated[int, Field(gt=0)]
+Status = Literal["done", "stopped", "collapsed", "failed"]
+WandbMode = Literal["off", "online", "offline"]
+Compile = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How often a run reports and saves: neither mathematics nor hardware."""
+
+    log_every: _Count
+    eval_every: _Count
+    save_every: _Count
+    keep: _Count
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    """Of a pretraining."""
+
+    eval_windows: _Count
+    compile: Compile = "auto"
+    keep_at: list[_Count] = field(default_factory=list)
+    """Steps whose checkpoints stay, whatever `keep` says."""
+    stop_on_collapse: bool = False
+    """Whether the run ends where its discriminator has collapsed (pretraining/collapse.py)."""
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(Settings):
+    """Of a finetuning. early_stopping and best choose by the development set, whose scores are no test then."""
+
+    predict_test: bool = False
+    """Whether the test sets are predicted at the end."""
+    early_stopping: _Count | None = None
+    """Evaluations without a better score after which training ends."""
+    best: bool = False
+    """Whether the best evaluation's weights and scores are kept, in place of the last one's."""
+    discard_weights: bool = False
+    """Whether the checkpoints go once the run is done: scores and predictions stay."""
+    max_train_examples: _Count | None = None
+    """Train on so many examples, which the seed chooses."""
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """Where a run's numbers go besides metrics.jsonl. Folders are relative to the run's, None for none."""
+
+    wandb: WandbMode = "off"
+    wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))
+    """Made once: whatever resumes the run continues the same run at wandb."""
+    wandb_project: str = "electra_ds"
+    wandb_entity: str | None = None
+    wandb_group: str | None = None
+    tensorboard: str | None = None
+    csv: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What run.json says of any run."""
+
+    parameters: dict[str, int]
+    """Sizes of the model's parts."""
+    device: str
+    threads: _Count
+    world_size: _Count
+    settings: Settings
+    command: list[str]
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    given_batch: dict[str, int] | None = None
+    """`DeepSpeedPlan.given_batch` of the plan that is written with it. Records of earlier versions have none."""
+    threads_given: bool | None = None
+    """Whether the user gave `threads`, which are else chosen again on other ranks or another device. Those of earlier
+    versions do not say, and theirs stay."""
+    format: int = FORMAT
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """Of a pretraining."""
+
+    store: str
+    """Path of the token store."""
+    store_fingerprint: str
+    settings: RunSettings
+    initialised_from: list[str] = field(default_factory=list)
+    """Folders or Hub names whose weights the run began with; empty for random ones."""
+    kind: Literal["pretrain"] = "pretrain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSource:
+    """Where a task's examples come from: one of the three."""
+
+    folder: str | None = None
+    """Of official files."""
+    hub: str | None = None
+    """A dataset's name on the Hub."""
+    revision: str | None = None
+    """Its commit, branch or tag."""
+    train: str | None = None
+    """The user's own files, and below what their columns are called."""
+    dev: str | None = None
+    test: str | None = None
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    label_kind: Literal["auto", "classification", "regression"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecord(Record):
+    """Of a finetuning."""
+
+    task: str
+    source: TaskSource
+    data_fingerprint: str
+    num_examples: _Count
+    """Training examples, those in both orders counted twice; windows, of question answering."""
+    model: str
+    """What --model named."""
+    model_fingerprint: str
+    """SHA-256 of the encoder's tensors; of random ones, what it is random from."""
+    has_random_weights: bool
+    recipe_source: str
+    """`shipped`, or of a file of the user's own what tells it from others of its name."""
+    changes: list[str]
+    """What is otherwise than in that recipe: overrides but for the seed, and fewer examples."""
+    settings: FinetuneSettings
+    kind: Literal["finetune"] = "finetune"
+
+
+def versions() -> dict[str, str]:
+    """Python's and the decisive packages' versions."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

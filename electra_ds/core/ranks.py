@@ -1,0 +1,162 @@
+"""This process among its ranks: the process group, and how all ranks agree on something."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from electra_ds.core import devices
+from electra_ds.core.errors import ConfigError, ElectraError, FailedElsewhereError, LostRankError
+from electra_ds.core.launcher import Launch, LauncherWatch, detect
+
+# Over gloo a rank that died is noticed at once, by its closed connections. This bounds only the waiting for one that
+# lives, such as rank 0 while it tokenises a corpus.
+_PATIENCE = timedelta(days=7)
+_MEETING_TIMEOUT = timedelta(minutes=10)
+
+
+class Ranks:
+    """All ranks of the job. Every method but `is_main` must be called by all of them, in the same order."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.rank = launch.rank
+        self.world_size = launch.world_size
+        self.is_main = launch.is_main
+        self.launcher_watch = LauncherWatch(launch)
+        # On the CPU, so that agreeing never waits for a GPU.
+        self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
+        self._background = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is inside succeeds on every rank or fails on every rank.
+
+        Raises the ElectraError that happened here, or FailedElsewhereError if it happened on another rank.
+        """
+        error = None
+        try:
+            yield
+        except ElectraError as caught:
+            error = caught
+        failed = [rank for rank, wrong in enumerate(self.gather(error is not None)) if wrong]
+        if not failed:
+            return
+        if failed[0] == self.rank and error is not None:
+            error.rank = self.rank
+            raise error
+        raise FailedElsewhereError(f"Rank {failed[0]} failed.")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        return self._gather(value, self._control)
+
+    def gather_in_background(self, value: Any) -> list[Any]:
+        """The same from a thread beside the one that trains; one thread at a time on each rank."""
+        return self._gather(value, self._background)
+
+    def _gather(self, value: Any, group: distributed.ProcessGroup | None) -> list[Any]:
+        if group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value, group=group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor on this rank's device."""
+        if self.world_size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def start_maximum(self, value: int) -> Any:
+        """Begin to find the largest value of several ranks; `finish_maximum` waits for it."""
+        tensor = torch.tensor([value])
+        return tensor, distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self._control, async_op=True)
+
+    @staticmethod
+    def finish_maximum(started: Any) -> int:
+        tensor, work = started
+        work.wait()
+        return int(tensor.item())
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Meet the other ranks, for as long as the context lasts; in a process group that is there already, stay in it.
+
+    A process without a launcher is a group of its own, without a port. Raises ConfigError if the ranks cannot
+    meet, and LostRankError if one of them is gone.
+    """
+    launch = detect(os.environ)
+    with warnings.catch_warnings():
+        # DeepSpeed and torch warn about their own deprecated calls; nothing in it is for the user.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
+        started = not distributed.is_initialized()
+        if started:
+            _meet(launch)
+        alone = launch.world_size == 1
+        completed = False
+        try:
+            yield Ranks(launch)
+            completed = True
+        except ElectraError as error:
+            if not alone and error.rank is None:
+                error.rank = launch.rank  # nobody else may have met it
+            raise
+        except RuntimeError as error:
+            if alone or not is_lost_connection(error):
+                raise
+            lost = LostRankError(
+                f"lost contact with another rank. What ended that one is shown above; if nothing is, it was killed, "
+                f"perhaps for want of memory. ({str(error).splitlines()[0]})"
+            )
+            lost.rank = launch.rank
+            raise lost from error
+        finally:
+            if started and (alone or completed):  # after an error the others may never come
+                _part()
+
+
+def _part() -> None:
+    """Leave the process group, DeepSpeed with us: it would go on with this one where another is met later."""
+    theirs = sys.modules.get("deepspeed.comm")
+    (theirs if theirs is not None and theirs.is_initialized() else distributed).destroy_process_group()
+
+
+def _meet(launch: Launch) -> None:
+    os.environ["LOCAL_RANK"] = str(devices.device_index(launch))  # by which DeepSpeed chooses the GPU
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if launch.world_size == 1:
+        store = distributed.HashStore()  # type: ignore[attr-defined]  # needs no port
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        return
+    os.environ |= {  # torch and DeepSpeed read them; srun leaves them to us
+        "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size),
+        "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
+    }  # fmt: skip
+    try:
+        distributed.init_process_group(backend, init_method="env://", timeout=_MEETING_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"Rank {launch.rank} cannot meet the other {launch.world_size - 1} at {launch.address}:{launch.port} "
+            f"({str(error).splitlines()[0]}). Is that host reachable, the port free, and were all ranks started?"
+        ) from error
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether torch.distributed raised it because another rank is gone."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "Gloo", "NCCL"))

@@ -1,0 +1,123 @@
+"""Notes on a finetuning before it starts, and warnings about a model that is no better than its baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
+from electra_ds.core.program import command
+from electra_ds.data.unknown import NOTED_SHARE
+from electra_ds.finetuning.encoder_source import EncoderSource
+from electra_ds.finetuning.exportable import why_not_held
+from electra_ds.finetuning.task_sets import Judged, TaskSets
+
+_SMALL_RATE, _BASE_WIDTH = 2e-4, 768
+_FEW_STEPS, _ENOUGH_STEPS = 200, 500
+"""A new head needs some hundreds of steps: docs/experiments.md, "Small sets of your own"."""
+_UNBALANCED = 0.8
+"""The assumed share of the training examples from which the most frequent class is a reason for predicting nothing
+else."""
+
+
+def advice(training: Finetuning, encoder: EncoderSource, sets: TaskSets, *, keeps_weights: bool) -> Iterator[str]:
+    """Yield notes on a run that is about to start, without their full stops."""
+    recipe, schedule = training.recipe, training.recipe.schedule
+    if training.schedule.total_steps > training.steps_of_epochs:
+        yield (
+            f"{schedule.epochs:g} epochs of {len(sets.train):,} examples are {training.steps_of_epochs:,} steps, too "
+            f"few to train a new head, so schedule.min_steps makes it {schedule.min_steps:,}. To train for another "
+            f"number of epochs, add --set schedule.epochs=N"
+        )
+    longest, trained = int(sets.train.lengths.max()), encoder.trained_length
+    if trained is not None and longest > trained:
+        share = float((sets.train.lengths > trained).mean())
+        yield (
+            f"{share:.0%} of the training inputs are longer than the {trained} tokens that the encoder was pretrained "
+            f"on, the longest {longest}; positions beyond were never trained. --set data.max_length={trained} "
+            f"would cut them there"
+        )
+    yield from _unknown_text(encoder, sets)
+    if rate := _lower_rate(recipe, encoder):
+        yield (
+            f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper uses "
+            f"{rate} for one of this size: --set optimizer.learning_rate={rate}"
+        )
+    if keeps_weights and (not_held := why_not_held(recipe, encoder.config, sets.num_outputs is None)):
+        instead = f". For a head that can be exported, add --set {not_held.instead}" if not_held.instead else ""
+        yield (
+            f"the head of this run cannot be exported as a transformers model, only the encoder can, with "
+            f"{command('export')} --encoder-only: {not_held.why}{instead}"
+        )
+
+
+def _unknown_text(encoder: EncoderSource, sets: TaskSets) -> Iterator[str]:
+    """Yield a note for each set if the encoder's tokenizer turns too much of its text into [UNK]."""
+    tokenizer = encoder.tokenizer
+    for name, inputs in ({"training": sets.train} | sets.dev | sets.test).items():
+        text = inputs.ids[~np.isin(inputs.ids, [tokenizer.cls_token_id, tokenizer.sep_token_id])]
+        if tokenizer.unk_token_id is None or not len(text):
+            continue
+        share = float((text == tokenizer.unk_token_id).mean())
+        if share >= NOTED_SHARE:
+            yield (
+                f"{share:.0%} of the {name} inputs' tokens are {tokenizer.unk_token}: the tokenizer of {encoder.name} "
+                f"does not know this text. Is it in another language or case, or without spaces between words? Choose "
+                f"a model that was pretrained on such text"
+            )
+
+
+def useless_warning(
+    name: str, of: Judged, steps: int, training: Finetuning, encoder: EncoderSource, sets: TaskSets
+) -> str:
+    """Return a warning about a model that is no better on a set than its baseline: what is wrong, why that may be, and
+    what to do."""
+    recipe, rate, reasons = training.recipe, training.optimizer.learning_rate, []
+    if steps < _FEW_STEPS:
+        reasons.append(f"{steps:,} steps are too few to train a new head; add --set schedule.min_steps={_ENOUGH_STEPS}")
+    labels = sets.train.labels_N
+    if sets.labels and labels is not None and of.constant is not None:
+        counts = np.bincount(labels)
+        if counts.max() >= _UNBALANCED * counts.sum():
+            reasons.append(
+                f"{counts.max() / counts.sum():.0%} of the training examples are '{sets.labels[counts.argmax()]}'; add "
+                f"examples of the other classes, or train for longer"
+            )
+    if lower := _lower_rate(recipe, encoder):
+        reasons.append(
+            f"a learning rate of {rate:g} is high for a model of this size; add --set optimizer.learning_rate={lower}"
+        )
+    if not reasons:
+        reasons = [
+            "the labels may not follow from the texts; look at some rows, and at the columns that were read",
+            f"the learning rate may be too low or too high; try --set optimizer.learning_rate={3 * rate:.1g} or "
+            f"{rate / 3:.1g}",
+            f"{steps:,} steps may be too few; try --set schedule.min_steps={3 * steps}",
+            "the encoder may know too little of such text; try one that was pretrained for longer",
+        ]
+    if len(reasons) == 1:
+        return f"{_what_is_wrong(name, of)}. The likely reason: {reasons[0]}."
+    listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
+    return f"{_what_is_wrong(name, of)}. Likely reasons: {listed}."
+
+
+def _what_is_wrong(name: str, of: Judged) -> str:
+    if of.constant is not None:
+        return (
+            f"all {of.rows:,} predictions of {name} are {of.constant}, so the model has learned nothing that tells its "
+            f"rows apart"
+        )
+    metric, baseline = next(iter(of.baseline.items()))
+    return (
+        f"{metric} on {name} is {of.metrics[metric]:.4f}, no better than the {baseline:.4f} of answering "
+        f"{of.baseline_prediction} for every row"
+    )
+
+
+def _lower_rate(recipe: FinetuneRecipe, encoder: EncoderSource) -> str | None:
+    """Return the learning rate, perhaps with more overrides after it, that the original's paper has for a model of this
+    width if the recipe's is for small models, else None."""
+    if encoder.hidden_size < _BASE_WIDTH or recipe.optimizer.learning_rate <= _SMALL_RATE:
+        return None
+    return "1e-4" if encoder.hidden_size == _BASE_WIDTH else "5e-5 optimizer.layer_decay=0.9"

@@ -1,0 +1,223 @@
+"""Tokenised task examples, and from (seed, step) to the batch of that step.
+
+Shape suffixes: N inputs of a set, B of the global batch, S of a micro-batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from electra_ds.config.finetune_recipe import FinetuneRecipe
+from electra_ds.data.sampling import shuffled
+from electra_ds.finetuning.microbatch import TaskMicroBatch
+from electra_ds.finetuning.squad import Question
+from electra_ds.finetuning.squad_features import Features
+from electra_ds.finetuning.tasks import Examples, Task
+
+_ORDER = 0xF1
+_PAD_TO = 8  # what tensor cores want of every width
+_TOKENISE_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class SpanTargets:
+    """Where the answers of N windows stand, and where answers may stand."""
+
+    starts_N: np.ndarray
+    """int64 positions; 0 where a window does not hold the answer."""
+    ends_N: np.ndarray
+    is_impossible_N: np.ndarray
+    """bool, whether the window's question has no answer at all."""
+    context_N2: np.ndarray
+    """First position of each window's context, and the one after its last."""
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """N inputs of a model, without padding."""
+
+    ids: np.ndarray
+    """int32, one after the other."""
+    segments: np.ndarray | None
+    """int8 for each id; None where the model does not tell a second text from a first."""
+    bounds: np.ndarray
+    """int64 [N + 1], where each begins and the last one ends."""
+    pad_id: int
+    labels_N: np.ndarray | None = None
+    """int64 classes, or float32 scores."""
+    spans: SpanTargets | None = None
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]."""
+        return np.diff(self.bounds)
+
+    def micro_batch(self, rows_S: np.ndarray, *, with_labels: bool = True) -> TaskMicroBatch:
+        """These inputs as tensors in ordinary memory, padded to the longest."""
+        lengths_S = self.lengths[rows_S]
+        width = -(-int(lengths_S.max()) // _PAD_TO) * _PAD_TO
+        places_T = np.arange(width)
+        attended_ST = places_T < lengths_S[:, None]
+        sources_ST = np.where(attended_ST, self.bounds[rows_S][:, None] + places_T, 0)
+        tensors = {
+            "ids_BT": np.where(attended_ST, self.ids[sources_ST], self.pad_id).astype(np.int64),
+            "attended_BT": attended_ST,
+        }
+        if self.segments is not None:
+            tensors["segments_BT"] = np.where(attended_ST, self.segments[sources_ST], 0).astype(np.int64)
+        if self.labels_N is not None and with_labels:
+            tensors["labels_B"] = self.labels_N[rows_S]
+        if self.spans is not None:
+            first_S1, stop_S1 = self.spans.context_N2[rows_S].T[:, :, None]
+            tensors["answerable_BT"] = ((places_T >= first_S1) & (places_T <= stop_S1)) | (places_T == 0)
+            if with_labels:
+                tensors["starts_B"] = self.spans.starts_N[rows_S].astype(np.int64)  # what torch takes as an index
+                tensors["ends_B"] = self.spans.ends_N[rows_S].astype(np.int64)
+                tensors["is_impossible_B"] = self.spans.is_impossible_N[rows_S].astype(np.float32)
+        return TaskMicroBatch(**{name: torch.from_numpy(array) for name, array in tensors.items()})
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """The inputs of one optimiser step."""
+
+    inputs: TaskInputs
+    rows_B: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows_B)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.inputs.lengths[self.rows_B].sum())
+
+    def micro_batch(self, first: int, size: int) -> TaskMicroBatch:
+        """Inputs `first` to `first + size` of the batch."""
+        return self.inputs.micro_batch(self.rows_B[first : first + size])
+
+
+class TaskBatchBuilder:
+    """Builds the batch of any step: every example once per epoch, in an order that the seed decides; a batch may hold
+    the end of one epoch and the beginning of the next."""
+
+    def __init__(self, inputs: TaskInputs, batch_size: int, seed: int) -> None:
+        self._inputs, self._batch_size, self._seed = inputs, batch_size, seed
+
+    def build(self, step: int) -> TaskBatch:
+        numbers_B = step * self._batch_size + np.arange(self._batch_size)
+        return TaskBatch(self._inputs, shuffled(numbers_B, len(self._inputs), self._seed, _ORDER))
+
+
+def evaluation_chunks(inputs: TaskInputs, size: int) -> list[np.ndarray]:
+    """All rows, in chunks of inputs of like length, the longest first: so one that does not fit shows at once."""
+    order = np.argsort(-inputs.lengths, kind="stable")
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def tokenised(
+    examples: Examples,
+    task: Task,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: FinetuneRecipe,
+    *,
+    has_segments: bool,
+    for_training: bool,
+    progress: Callable[[int], None] = lambda done: None,
+) -> TaskInputs:
+    """The inputs of a set's examples; in training those of pairs in both orders, where the recipe says so.
+
+    has_segments: whether the model has a table that tells a second text from a first. progress: called with how many
+    examples were done since the last call.
+    """
+    both = for_training and recipe.data.double_unordered and examples.pairs is not None
+    orders = [(examples.texts, examples.pairs)]
+    if both and examples.pairs is not None:
+        orders.append((examples.pairs, examples.texts))
+    ids: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
+    for texts, pairs in orders:
+        for encoding in _encodings(texts, pairs, tokenizer, recipe.data.max_length, progress):
+            ids.append(np.asarray(encoding["input_ids"], np.int32))
+            segments.append(np.asarray(encoding["token_type_ids"], np.int8))
+    labels = examples.labels
+    if labels is not None:
+        labels = np.concatenate([labels] * len(orders))
+        labels = scaled(labels, task, recipe).astype(np.float32) if task.kind == "regression" else labels
+    uses_segments = has_segments and recipe.data.segment_ids
+    return _inputs(ids, segments if uses_segments else None, tokenizer, labels)
+
+
+def _encodings(
+    texts: list[str],
+    pairs: list[str] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    progress: Callable[[int], None],
+) -> Iterator[dict[str, list[int]]]:
+    for first in range(0, len(texts), _TOKENISE_AT_ONCE):
+        taken = slice(first, first + _TOKENISE_AT_ONCE)
+        encoded = tokenizer(
+            texts[taken], None if pairs is None else pairs[taken],
+            truncation="longest_first", max_length=max_length, return_attention_mask=False,
+            return_token_type_ids=True,
+        )  # fmt: skip
+        count = len(encoded["input_ids"])
+        yield from ({name: encoded[name][index] for name in encoded} for index in range(count))
+        progress(count)
+
+
+def scaled(scores: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray:
+    """Scores of a regression task as the model is to give them."""
+    if recipe.data.regression_scale == "raw":
+        return scores
+    assert task.score_range is not None  # every regression has one
+    low, high = task.score_range
+    return (scores - low) / (high - low)
+
+
+def unscaled(outputs: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray:
+    """What the model gave, as scores of the task."""
+    if recipe.data.regression_scale == "raw":
+        return outputs
+    assert task.score_range is not None  # every regression has one
+    low, high = task.score_range
+    return outputs * (high - low) + low
+
+
+def span_inputs(
+    questions: Sequence[Question],
+    features: Features,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: FinetuneRecipe,
+    *,
+    has_segments: bool,
+) -> TaskInputs:
+    """The windows of a question answering set."""
+    segments = features.token_type_ids if has_segments and recipe.data.segment_ids else None
+    # As the original has it: a window without the answer does not make its question one without an answer.
+    is_impossible = np.array([question.is_impossible for question in questions])[features.question]
+    starts, ends = (places.astype(np.int64) for places in (features.start_position, features.end_position))
+    spans = SpanTargets(starts, ends, is_impossible, features.context)
+    return _inputs(features.input_ids, segments, tokenizer, spans=spans)
+
+
+def _inputs(
+    ids: list[np.ndarray],
+    segments: list[np.ndarray] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    labels_N: np.ndarray | None = None,
+    spans: SpanTargets | None = None,
+) -> TaskInputs:
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int)  # `read_encoder` has made sure of it
+    bounds = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    flat_segments = None if segments is None else np.concatenate(segments)
+    return TaskInputs(np.concatenate(ids), flat_segments, bounds, pad_id, labels_N, spans)

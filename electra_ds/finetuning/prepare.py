@@ -1,0 +1,342 @@
+"""From what the user asked for to a checked finetuning."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PretrainedConfig
+
+from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
+from electra_ds.config.monitors import Monitors
+from electra_ds.config.moved import read_where_it_is
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import FinetuneRecord, FinetuneSettings, TaskSource, TrackingSettings
+from electra_ds.core import devices
+from electra_ds.core.errors import CheckpointError, ConfigError, DataError
+from electra_ds.core.program import command
+from electra_ds.core.ranks import Ranks
+from electra_ds.core.terminal import StageProgress, note, say, say_command, warn
+from electra_ds.finetuning.advice import advice
+from electra_ds.finetuning.encoder_source import EncoderSource, finetuned_encoder, read_encoder
+from electra_ds.finetuning.exportable import why_not_held
+from electra_ds.finetuning.finetune import SCORES, FinetuneJob
+from electra_ds.finetuning.glue import GLUE
+from electra_ds.finetuning.layer_decay import check_layers
+from electra_ds.finetuning.loaded_task import LoadedTask
+from electra_ds.finetuning.recorded_task import recorded_task
+from electra_ds.finetuning.squad import SquadData
+from electra_ds.finetuning.task_sets import LabelledSets, SpanSets, TaskSets
+from electra_ds.finetuning.tasks import TaskData
+from electra_ds.pretraining.prepare import Options, plan_for, plan_of_run, record_again
+from electra_ds.pretraining.prepare import is_finished as is_finished_run
+from electra_ds.pretraining.run_time import RunTime, finetuning_time
+from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.training.recorded import kept_checkpoint
+from electra_ds.training.trackers import check_tracking
+
+_SAVE_EVERY = 500
+_EVALUATIONS = 10
+"""The number of evaluations in a run that schedule.min_steps makes longer; each epoch would otherwise have one."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(Options):
+    """Command-line values that are None where they were not given."""
+
+    predict_test: bool | None = None
+    early_stopping: int | None = None
+    best: bool | None = None
+    discard_weights: bool | None = None
+    max_train_examples: int | None = None
+    model: str | None = None
+    """Where the encoder of a resumed finetuning is now; the fields below say the same for its examples."""
+    data_dir: Path | None = None
+    train: Path | None = None
+    dev: Path | None = None
+    test: Path | None = None
+
+
+def num_training_inputs(data: TaskData, recipe: FinetuneRecipe, max_train: int | None) -> int:
+    """How many there will be, before they are tokenised."""
+    assert data.train is not None
+    orders = 2 if recipe.data.double_unordered and data.train.pairs is not None else 1
+    return min(len(data.train), max_train or len(data.train)) * orders
+
+
+def tokenised_sets(
+    data: TaskData | SquadData, encoder: EncoderSource, recipe: FinetuneRecipe, max_train: int | None, console: Console
+) -> TaskSets:
+    """The task's sets as the encoder's inputs, under a progress bar. Raises ConfigError if inputs are longer than
+    the encoder takes."""
+    if recipe.data.max_length > encoder.max_length:
+        raise ConfigError(
+            f"data.max_length is {recipe.data.max_length}, and {encoder.name} takes {encoder.max_length} tokens. "
+            f"Add --set data.max_length={encoder.max_length}"
+        )
+    if isinstance(data, SquadData):
+        make: Callable[..., TaskSets] = partial(SpanSets, data)
+        total = len(data.dev) + min(len(data.train), max_train or len(data.train))
+    else:
+        make, total = partial(LabelledSets, data), sum(len(examples) for examples in data.sets().values())
+    with StageProgress(console, transient=True) as progress:
+        progress.begin("tokenising", total)
+        return make(
+            encoder.tokenizer, recipe, has_segments=encoder.has_segments, max_train=max_train, progress=progress.add
+        )  # fmt: skip
+
+
+def prepare_new(
+    options: FinetuneOptions,
+    task: str | None,
+    loaded: LoadedTask,
+    source: TaskSource,
+    encoder: EncoderSource,
+    recipe: FinetuneRecipe,
+    run: RunDirectory,
+    ranks: Ranks,
+    console: Console,
+    *,
+    has_random_weights: bool,
+    source_of_recipe: str,
+    changes: list[str],
+) -> FinetuneJob:
+    """A job for a new run. Raises ConfigError if recipe, JSON, task and model do not go together."""
+    check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
+    sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
+    training = Finetuning(recipe, len(sets.train), encoder.num_layers)
+    plan = plan_for(options, training, ranks)
+    said = (*encoder.notes, *advice(training, encoder, sets, keeps_weights=not options.discard_weights))
+    notes = [note.rstrip(".") for note in (*loaded.notes, *said)]
+    plan = replace(plan, notes=(*plan.notes, *notes))
+    if ranks.is_main:
+        check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
+    record = FinetuneRecord(
+        task=task or sets.name,
+        source=source,
+        data_fingerprint=loaded.data.fingerprint,
+        num_examples=len(sets.train),
+        model=encoder.name,
+        model_fingerprint=encoder.fingerprint,
+        has_random_weights=has_random_weights,
+        recipe_source=source_of_recipe,
+        changes=changes,
+        parameters={"encoder": sum(tensor.numel() for tensor in encoder.tensors.values())},
+        device=devices.device_name(devices.device(ranks.launch)),
+        threads=devices.set_threads(options.threads, ranks.launch),
+        threads_given=options.threads is not None,
+        world_size=ranks.world_size,
+        settings=options.settings(_default_settings(training)),
+        command=sys.argv,
+        tracking=options.tracking(TrackingSettings(), plan.monitors, run),
+    )
+    _check_test(record, sets, loaded)
+    if has_random_weights:
+        encoder = replace(encoder, tensors={})
+    return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
+
+
+def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bool:
+    """Return whether nothing of a run is left to do: it is finished, and no test set is to be predicted in addition.
+
+    To be called by all ranks, which agree on it. Raises CheckpointError if there is no such run.
+    """
+    if not is_finished_run(run, "finetune", ranks):
+        return False
+    with ranks.together():
+        has_predicted = run.read_record(FinetuneRecord).settings.predict_test
+    return ranks.broadcast(has_predicted or not options.predict_test)
+
+
+def say_finished(run: RunDirectory, console: Console) -> None:
+    """Print that nothing is left to train, and where the results are."""
+    record, recipe = run.read_record(FinetuneRecord), run.read_recipe(FinetuneRecipe)
+    say(console, f"The run {run.path} is finished: nothing is left to train. Its scores are in {run.path / SCORES}.")
+    say_command(console, "Several runs together:", f"{command('report')} RUN RUN …")
+    with contextlib.suppress(CheckpointError):  # raised where there are no weights any more
+        config, _ = finetuned_encoder(kept_checkpoint(run.path))
+        is_span = record.source.train is None and record.task not in GLUE
+        say_command(console, "As a transformers model:", _how_to_export(run, recipe, config, is_span))
+        if not record.settings.predict_test:
+            predict = f"{command('finetune')} --resume {run.path} --predict-test"
+            say_command(console, "To predict the test sets:", predict)
+
+
+def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
+    """Return a job that resumes a run. Raises DataError if its examples or the model that it began with have
+    changed."""
+    run.check_resumable("finetune")
+    recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
+    changed = options.eval_every is not None and options.eval_every != record.settings.eval_every
+    if changed and (record.settings.best or record.settings.early_stopping is not None):
+        raise ConfigError("--eval-every decides what --best and --early-stopping choose from, and stays as it was.")
+    if options.best and not record.settings.best:
+        raise ConfigError("--best begins with a run: the weights of the evaluations so far were not kept.")
+    source = _source_now(options, record)
+    encoder = _encoder_again(run, record, options.model)
+    training = Finetuning(recipe, record.num_examples, encoder.num_layers)
+    plan = plan_of_run(options, run, record, training, ranks)
+    tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
+    if ranks.is_main:
+        check_tracking(tracking, run, is_new=False)
+    places = "--data-dir DIR" if record.source.train is None else "--train FILE --dev FILE"
+    remedy = f"say where they are now: {command('finetune')} --resume {run.path} {places}"
+    loaded, source = recorded_task(record, run.path, source, remedy)
+    settings = options.settings(record.settings)
+    sets = tokenised_sets(loaded.data, encoder, recipe, settings.max_train_examples, console)
+    if len(sets.train) != record.num_examples:
+        raise CheckpointError(
+            f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, and there are {len(sets.train):,}: "
+            f"it was edited, or tokenizer or program are others by now. Put it back, or start a new run."
+        )
+    record = record_again(replace(record, source=source), options, ranks, settings, tracking)
+    _check_test(record, sets, loaded)
+    return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
+
+
+def _check_test(record: FinetuneRecord, sets: TaskSets, loaded: LoadedTask) -> None:
+    if record.settings.predict_test and not sets.test:
+        raise ConfigError(f"--predict-test: {loaded.data.source} has no test set of {sets.name}.")
+
+
+def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
+    """Raises DataError if the ranks have not read the same. To be called by all of them."""
+    counts = (len(job.sets.train), [len(inputs) for inputs in (job.sets.dev | job.sets.test).values()])
+    found = ranks.gather((job.record.data_fingerprint, counts))
+    with ranks.together():
+        if any(other != found[0] for other in found):
+            raise DataError("The ranks have read different examples. Put the files where all of them see the same.")
+
+
+def _source_now(options: FinetuneOptions, record: FinetuneRecord) -> TaskSource:
+    """Return a run's source with the places that the user gave. Raises ConfigError for options that do not fit the
+    run."""
+    is_own = record.source.train is not None
+    paths = {"folder": options.data_dir, "train": options.train, "dev": options.dev, "test": options.test}
+    given: dict[str, Any] = {name: str(path.absolute()) for name, path in paths.items() if path is not None}
+    wrong = [name for name in given if (name == "folder") == is_own]
+    if wrong:
+        of = "examples of your own" if is_own else f"official files of {record.task}"
+        flag = wrong[0].replace("folder", "data-dir")
+        raise ConfigError(f"--{flag} does not fit this run, which uses {of}.")
+    return replace(record.source, **given)
+
+
+def _encoder_again(run: RunDirectory, record: FinetuneRecord, given: str | None) -> EncoderSource:
+    """Return the configuration and tokenizer that travel with a run, and what it began with if it has no checkpoint.
+
+    given: where the user says that it is now.
+    """
+    newest, _ = CheckpointFolder(run.checkpoints, keep=1).latest_valid()
+    if newest is not None:
+        if given is not None:
+            raise ConfigError(f"The weights of {run.path} are in its checkpoints, so leave out --model.")
+        config, tokenizer = finetuned_encoder(open_checkpoint(newest))
+        return EncoderSource(record.model, config, tokenizer, {}, record.model_fingerprint)
+    remedy = f"{command('finetune')} --resume {run.path} --model FOLDER"
+
+    def read(place: str | Path) -> EncoderSource:
+        encoder = read_encoder(str(place))
+        if encoder.fingerprint != record.model_fingerprint:
+            raise DataError(
+                f"The model {place} is not the one that {run.path} began with, or has changed since, and the run has "
+                f"no checkpoint yet. If the original is elsewhere, say where: {remedy}. Otherwise start a new run."
+            )
+        return encoder
+
+    if given is not None or not Path(record.model).is_absolute():  # of the Hub
+        encoder = read(given or record.model)
+    else:
+        missing = (
+            f"The model that {run.path} began with is neither at {record.model} nor at the same place relative to the "
+            f"run, and the run has no checkpoint yet. If it has moved, say where it is now: {remedy}"
+        )
+        encoder = read_where_it_is(record.model, run.path, read, missing)
+    encoder = replace(encoder, name=record.model)
+    return replace(encoder, tensors={}) if record.has_random_weights else encoder
+
+
+def _default_settings(training: Finetuning) -> FinetuneSettings:
+    epoch = math.ceil(training.num_examples / training.global_batch_size)
+    eval_every = max(epoch, training.recipe.schedule.min_steps // _EVALUATIONS)
+    return FinetuneSettings(log_every=10, eval_every=eval_every, save_every=_SAVE_EVERY, keep=1)
+
+
+def _stop_at(options: Options, training: Finetuning) -> int:
+    total = training.schedule.total_steps
+    if options.stop_at is not None and options.stop_at > total:
+        raise ConfigError(f"--stop-at {options.stop_at} is beyond the schedule's {total} steps.")
+    return options.stop_at or total
+
+
+def announce(job: FinetuneJob, console: Console) -> None:
+    """What is about to run, in a few lines."""
+    recipe, record, schedule = job.recipe, job.record, job.training.schedule
+    epochs = recipe.schedule.epochs
+    if schedule.total_steps > job.training.steps_of_epochs:
+        epochs = round(schedule.total_steps * recipe.global_batch_size / len(job.sets.train))
+    began = "random weights of the shape of " if record.has_random_weights else ""
+    where = devices.shown_threads(record.device, record.threads)
+    sets = ", ".join(f"{name} {len(inputs):,}" for name, inputs in (job.sets.dev | job.sets.test).items())
+    say(
+        console,
+        f"{job.sets.name}, recipe {recipe.name}, seed {recipe.seed}: {began}{record.model}, "
+        f"{record.parameters['encoder'] / 1e6:.2f} M parameters\n"
+        f"data: {len(job.sets.train):,} training inputs; {sets}\n"
+        f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epochs); "
+        f"{where}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
+        f"micro-batch x accumulation = {job.plan.batch}\n"
+        f"run directory: {job.run.path}",
+    )  # fmt: skip
+    busy = devices.busy_note(record.device, record.threads)
+    for each in (*job.plan.notes, *([busy] if busy else [])):
+        note(console, each)
+
+
+def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
+    """How long the run is predicted to take; None for a GPU whose rates are not known."""
+    train, encoder, batch = job.sets.train, job.encoder, job.recipe.global_batch_size
+    config = encoder.config.to_dict()
+    table = int(config.get("vocab_size") or 0) * int(config.get("embedding_size") or encoder.hidden_size)
+    return finetuning_time(
+        max(0, job.record.parameters["encoder"] - table), encoder.num_layers, batch * float(train.lengths.mean()),
+        job.plan, devices.device(ranks.launch), steps=job.stop_at, threads=job.record.threads,
+    )  # fmt: skip
+
+
+def say_end(job: FinetuneJob, console: Console) -> None:
+    """Print the scores of a finished run, or how to resume one that stopped as planned."""
+    if job.run.status() == "done":
+        _show_scores(job, console)
+    else:
+        resume = f"{command('finetune')} --resume {job.run.path}"
+        say_command(console, f"The run is in {job.run.path}. To resume:", resume)
+
+
+def _show_scores(job: FinetuneJob, console: Console) -> None:
+    scores = json.loads((job.run.path / SCORES).read_text("utf8"))
+    for name, of_set in scores["sets"].items():
+        if of_set["metrics"]:
+            baseline = of_set.get("baseline", {})
+            of = f"\n  baseline: {of_set['baseline_prediction']} for every row" if baseline else ""
+            say(console, f"{name}, {of_set['rows']:,} rows: {job.sets.shown(of_set['metrics'], baseline)}{of}")
+            if "warning" in of_set:
+                warn(console, of_set["warning"])
+    say(console, f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.")
+    say_command(console, "Several runs together:", f"{command('report')} RUN RUN …")
+    if not job.record.settings.discard_weights:
+        export = _how_to_export(job.run, job.recipe, job.encoder.config, job.sets.num_outputs is None)
+        say_command(console, "As a transformers model:", export)
+
+
+def _how_to_export(run: RunDirectory, recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> str:
+    without_head = why_not_held(recipe, config, is_span) is not None
+    return f"{command('export')} {run.path}{' --encoder-only' if without_head else ''}"

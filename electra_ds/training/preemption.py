@@ -1,0 +1,101 @@
+"""How a run stops early: a signal, the time limit or the launcher's death becomes one decision of all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+import time
+from typing import Any, NamedTuple
+
+from electra_ds.core.ranks import Ranks
+from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
+
+
+class StopRequest(NamedTuple):
+    """Why all ranks are to stop."""
+
+    reason: str
+    signum: int | None
+    """The signal, where it was one."""
+
+
+_TIME_LIMIT, _LAUNCHER_DIED, _SAVE_FAILED = 1000, 1001, 1002
+
+
+class Preemption:
+    """Turns a signal on any rank, the end of the time limit, or the launcher's death into one decision of all ranks.
+
+    Signals are read by a thread, so that a second one, at least 5 s after the first, ends the process at once even
+    where the main thread waits for another rank.
+    """
+
+    def __init__(self, ranks: Ranks, time_limit_s: float | None = None) -> None:
+        """time_limit_s: seconds from now."""
+        self._ranks = ranks
+        self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+        self._signal = 0
+        self._asked: Any = None
+
+    def __enter__(self) -> Preemption:
+        self._reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._writer = writer
+        self._previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, _leave_to_thread) for number in STOP_SIGNALS}
+        self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def _read(self) -> None:
+        first: float | None = None
+        while numbers := self._reader.recv(1):
+            if numbers[0] not in STOP_SIGNALS:
+                continue
+            now = time.monotonic()
+            if first is None:
+                first, self._signal = now, numbers[0]
+            elif now - first >= SECOND_SIGNAL_AFTER_S:
+                leave_at_once(numbers[0])
+
+    def decide(self, *, save_failed: bool = False) -> StopRequest | None:
+        """To be called by every rank after every step; all get the same answer.
+
+        save_failed: whether this rank wishes to stop since a checkpoint could not be written. With several ranks a wish
+        is answered one step later, so that nobody waits for the asking.
+        """
+        wish = self._signal
+        if not wish and self._deadline is not None and time.monotonic() > self._deadline:
+            wish = _TIME_LIMIT
+        if not wish and self._ranks.launcher_watch.died():
+            wish = _LAUNCHER_DIED
+        if save_failed:
+            wish = _SAVE_FAILED
+        if self._ranks.world_size > 1:
+            before, self._asked = self._asked, self._ranks.start_maximum(wish)
+            wish = 0 if before is None else self._ranks.finish_maximum(before)
+        if not wish:
+            return None
+        if wish == _TIME_LIMIT:
+            return StopRequest("time limit", None)
+        if wish == _LAUNCHER_DIED:
+            return StopRequest("the launcher died", signal.SIGTERM)
+        if wish == _SAVE_FAILED:
+            return StopRequest("a checkpoint could not be written", None)
+        return StopRequest(signal.Signals(wish).name, wish)
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is None and self._asked is not None:
+            with contextlib.suppress(RuntimeError):  # the others may have left already
+                self._ranks.finish_maximum(self._asked)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_descriptor)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+
+def _leave_to_thread(number: int, frame: Any) -> None:
+    """Python needs a handler to be there; the thread reads the signal's number."""

@@ -1,0 +1,773 @@
+"""DeepSpeed's own checkpoints, in and out: the same bits, whoever wrote them, and nothing of theirs is run."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file
+from torch import nn
+from transformers import ElectraForMaskedLM, ElectraForPreTraining
+
+from electra_ds.cli import main
+from electra_ds.config.recipe import Recipe
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.ranks import Ranks
+from electra_ds.data.token_store import TokenStore
+from electra_ds.interop.deepspeed_checkpoint import NativeCheckpoint, find_files, read_deepspeed_checkpoint
+from electra_ds.interop.deepspeed_order import Slot, Slots, deal
+from electra_ds.interop.deepspeed_pickle import load_inert, refuse_untrusted
+from electra_ds.interop.export import export_run
+from electra_ds.interop.export_deepspeed import export_deepspeed
+from electra_ds.interop.import_deepspeed import _state_of_export, folder_of_export, import_deepspeed
+from electra_ds.interop.initial_weights import FRESH_COUNTERS, write_first_checkpoint
+from electra_ds.pretraining import prepare
+from electra_ds.pretraining.convert import (
+    discriminator_tensors,
+    from_discriminator_tensors,
+    from_generator_tensors,
+    generator_tensors,
+    transformers_config,
+)
+from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from electra_ds.training.tracking import read_metrics
+from tests.helpers import REPOSITORY, SMALL, free_port, model_for, small_recipe
+from tests.launching import ENVIRONMENT
+from tests.native_worker import PRECISIONS, STEPS, config, held_by, plain_engine, train
+from tests.pretraining.test_pretrain import CPU_JSON, run, start_arguments
+
+# Every stage and every precision is quick; all combinations take some time.
+QUICK = ((0, "fp32"), (0, "bf16"), (0, "fp16"), (1, "fp32"), (2, "fp16"), (3, "bf16"))
+PLANS = [
+    pytest.param(stage, precision, marks=() if (stage, precision) in QUICK else pytest.mark.slow)
+    for stage in (0, 1, 2, 3)
+    for precision in PRECISIONS
+]
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@pytest.fixture(autouse=True)
+def _ranks(process_group: Ranks, half_on_cpu: None) -> None:
+    pass
+
+
+def new_job(store: TokenStore, run_dir: Path, ranks: Ranks, recipe: Recipe | None = None) -> Any:
+    recipe = recipe or small_recipe()
+    options = prepare.Options(ds_config="cpu")
+    plan = prepare.plan_new(options, recipe, RunDirectory(run_dir), ranks)
+    return prepare.prepare_new(options, recipe, plan, store, RunDirectory(run_dir), ranks)
+
+
+def brought_in(
+    native: Path | NativeCheckpoint, store: TokenStore, run_dir: Path, ranks: Ranks, recipe: Recipe | None = None
+) -> tuple[Checkpoint, str]:
+    """(the one checkpoint of the new run, what was told)."""
+    export = None
+    if isinstance(native, Path):
+        files = find_files(native)
+        native, export = read_deepspeed_checkpoint(files), folder_of_export(files)
+    run_dir.mkdir()
+    told = import_deepspeed(native, new_job(store, run_dir, ranks, recipe), export)
+    return only_checkpoint(run_dir), told
+
+
+def only_checkpoint(run_dir: Path) -> Checkpoint:
+    (path,) = CheckpointFolder(run_dir / "checkpoints", keep=1).paths()
+    return load_checkpoint(path)
+
+
+def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key in ("step", "tokens", "optimizer"):
+        assert found[key] == expected[key]
+
+
+@pytest.fixture(scope="module")
+def portable(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint of made-up tensors, in which no two are alike."""
+    path = tmp_path_factory.mktemp("portable") / "run"
+    path.mkdir()
+    rng = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, parameter in model_for(store, small_recipe()).named_parameters():
+        tensors |= {f"{kind}/{name}": torch.randn(parameter.shape, generator=rng) / 50 for kind in KINDS}
+        tensors[f"exp_avg_sq/{name}"].square_()
+    counters = {
+        "taken_steps": 38.0, "skipped_steps": 2.0, "consecutive_skips": 0.0, "is_scaled": 1.0, "loss_scale": 512.0,
+        "good_steps": 11.0, "hysteresis_left": 1.0,
+    }  # fmt: skip
+    write_first_checkpoint(new_job(store, path, process_group), tensors, step=40, tokens=9_000, counters=counters)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain engine's checkpoint at stage 1 in fp32."""
+    path = tmp_path_factory.mktemp("plain") / "native"
+    with plain_engine(model_for(store, small_recipe()), config(1, "fp32")) as engine:
+        train(engine, store, 1)
+        engine.save_checkpoint(str(path))
+    return path
+
+
+@pytest.mark.parametrize(("stage", "precision"), PLANS)
+def test_a_plain_engines_checkpoint_comes_in_bit_for_bit(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, stage: int, precision: str
+) -> None:
+    with plain_engine(model_for(store, small_recipe()), config(stage, precision)) as engine:
+        train(engine, store)
+        engine.save_checkpoint(str(tmp_path / "native"))
+        expected = held_by(engine)
+    checkpoint, told = brought_in(tmp_path / "native", store, tmp_path / "run", process_group)
+    assert_same(checkpoint.tensors, expected)
+    # DeepSpeed takes a step with zero gradients when it makes stage 0's fp16 and bf16 optimizer, and Adam counts it.
+    phantom = stage == 0 and precision != "fp32"
+    counters = checkpoint.state["optimizer"]
+    assert checkpoint.state["step"] == STEPS
+    assert checkpoint.state["tokens"] == STEPS * 8 * 32
+    assert (counters["taken_steps"], counters["skipped_steps"]) == (STEPS + phantom, 0)
+    assert (counters["is_scaled"], counters["loss_scale"]) == ((1, 256) if precision == "fp16" else (0, 1))
+    assert counters["good_steps"] == (STEPS if precision == "fp16" else 0)
+    assert f"stage {stage}, {precision}, 1 rank(s)" in told
+    assert "both of AdamW's, complete" in told
+    assert f"electra-ds pretrain --resume {tmp_path / 'run'}" in told
+
+
+@pytest.mark.parametrize(("stage", "precision"), PLANS)
+def test_a_plain_engine_loads_our_export_and_it_comes_back_the_same(
+    store: TokenStore, portable: Path, process_group: Ranks, tmp_path: Path, stage: int, precision: str
+) -> None:
+    values = config(stage, precision) | {"train_micro_batch_size_per_gpu": 8}
+    (tmp_path / "ds.json").write_text(json.dumps(values))
+    native = tmp_path / "native"
+    told = export_deepspeed(portable, native, str(tmp_path / "ds.json"), process_group)
+    assert f"stage {stage}, {precision}" in told
+    assert (native / "latest").read_text() == "global_step40"
+    expected = only_checkpoint(portable)
+    with plain_engine(model_for(store, small_recipe()), json.loads((native / "deepspeed.json").read_text())) as engine:
+        engine.load_checkpoint(str(native))
+        assert_same(held_by(engine), expected.tensors)
+        assert (engine.global_steps, engine.skipped_steps) == (40, 2)
+        scaler = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
+        if precision == "fp16":
+            assert (scaler.cur_scale, scaler.scale_window) == (512, 1000)
+            assert scaler.cur_iter - scaler.last_overflow_iter - 1 == 11
+        train(engine, store)
+        after = held_by(engine)
+        assert not torch.equal(after["master/discriminator_head.dense.weight"], expected.tensors[
+            "master/discriminator_head.dense.weight"])  # fmt: skip
+        assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    back, _ = brought_in(native, store, tmp_path / "run", process_group)
+    assert_same(back.tensors, expected.tensors)
+    assert_same_state(back.state, expected.state)
+
+
+def test_the_script_of_an_export_loads_it(portable: Path, process_group: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": {"enabled": "auto"}}))
+    told = export_deepspeed(portable, tmp_path / "native", str(tmp_path / "ds.json"), process_group)
+    assert 'Note: fp16.enabled is "auto", which here means' in told
+    assert told.splitlines()[-2].startswith("Written at ZeRO stage 2, fp32, for 1 rank(s)")
+    assert "torchrun --nproc_per_node 1 go_on.py" in (tmp_path / "native" / "README.md").read_text()
+    script = tmp_path / "native" / "go_on.py"
+    script.write_text(
+        script.read_text()
+        + "from safetensors.torch import save_file\n"
+        + "from tests.native_worker import held_by\n"
+        + f"save_file(held_by(engine), {str(tmp_path / 'held.safetensors')!r})\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port()),
+         "go_on.py"],
+        cwd=script.parent, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+        check=False, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "step 40" in result.stdout
+    assert_same(load_file(tmp_path / "held.safetensors"), only_checkpoint(portable).tensors)
+    with pytest.raises(CheckpointError, match="already exists"):
+        export_deepspeed(portable, tmp_path / "native", str(tmp_path / "ds.json"), process_group)
+
+
+def test_no_half_written_export_is_left(
+    portable: Path, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(number: int) -> Any:
+        def fail(*arguments: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    (tmp_path / ".native.partial").mkdir()
+    (tmp_path / ".native.partial" / "mine").touch()
+    monkeypatch.setattr(shutil, "copyfile", failing(errno.ENOSPC))
+    with pytest.raises(CheckpointError, match=r"No space left.*Make room"):
+        export_deepspeed(portable, tmp_path / "native", "cpu", process_group)
+    monkeypatch.setattr(shutil, "copyfile", failing(errno.EACCES))
+    with pytest.raises(CheckpointError, match="Permission denied") as denied:
+        export_deepspeed(portable, tmp_path / "native", "cpu", process_group)
+    assert "Make room" not in str(denied.value)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+        ".native.partial", ".native.partial/mine",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_an_export_replaces_neither_links_nor_files(
+    portable: Path, process_group: Ranks, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "out"
+    if kind == "link":
+        out.symlink_to(tmp_path / "nowhere")
+    else:
+        out.touch()
+    message = {"link": "is a symbolic link", "file": "is a file"}[kind]
+    with pytest.raises(CheckpointError, match=message):
+        export_deepspeed(portable, out, "cpu", process_group)
+    with pytest.raises(CheckpointError, match=message):
+        export_run(portable, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_checkpoint_of_another_recipe_is_not_exported(portable: Path, process_group: Ranks, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(only_checkpoint(portable).path, tmp_path / "copy"))
+    recipe = (source / "recipe.yaml").read_text().replace("num_hidden_layers: 2", "num_hidden_layers: 1")
+    (source / "recipe.yaml").write_text(recipe)
+    manifest = json.loads((source / "manifest.json").read_text())
+    content = recipe.encode()
+    manifest["files"]["recipe.yaml"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (source / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"does not fit the run's recipe.*is not the model's"):
+        export_deepspeed(source, tmp_path / "native", "cpu", process_group)
+    assert not (tmp_path / "native").exists()
+
+
+class Joint(nn.Module):
+    """As somebody else might pretrain ELECTRA: transformers' two models in one module, with tied tables."""
+
+    def __init__(self, store: TokenStore, *, is_tied: bool) -> None:
+        super().__init__()
+        ours = model_for(store, small_recipe())
+        self.gen = ElectraForMaskedLM(transformers_config(ours.generator.config))
+        self.disc = ElectraForPreTraining(transformers_config(ours.discriminator.config))
+        if is_tied:
+            self.gen.electra.embeddings = self.disc.electra.embeddings
+            self.gen.generator_lm_head.weight = self.disc.electra.embeddings.word_embeddings.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        masked = self.gen(input_ids=ids, labels=ids)
+        return masked.loss.float() + self.disc(input_ids=ids, labels=(ids % 2)).loss.float()
+
+
+def train_joint(engine: Any) -> None:
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        engine.backward(engine(torch.randint(5, 400, (4, 16), generator=rng)))
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "is_tied"),
+    [(0, "fp32", True), (0, "fp16", False), (2, "bf16", True), (1, "fp32", False), (3, "fp32", True)],
+)
+def test_a_joint_module_of_transformers_comes_in_with_its_moments(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, stage: int, precision: str, is_tied: bool
+) -> None:
+    model = Joint(store, is_tied=is_tied)
+    exempt = ("bias", "LayerNorm.weight")
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if not any(e in n for e in exempt)], "weight_decay": 0.01},
+        {"params": [p for n, p in model.named_parameters() if any(e in n for e in exempt)], "weight_decay": 0.0},
+    ]
+    with plain_engine(model, config(stage, precision), groups) as engine:
+        train_joint(engine)
+        engine.save_checkpoint(str(tmp_path / "native"))
+        held = held_by(engine)
+    recipe = small_recipe() if is_tied else small_recipe("generator.sharing=none")
+    checkpoint, told = brought_in(tmp_path / "native", store, tmp_path / "run", process_group, recipe)
+    assert "transformers (gen., disc.)" in told
+    assert "both of AdamW's, complete" in told
+    for kind in KINDS:
+        names = [name.removeprefix(f"{kind}/") for name in checkpoint.tensors if name.startswith(f"{kind}/")]
+        ours = {name: checkpoint.tensors[f"{kind}/{name}"] for name in names}
+        theirs = {f"gen.{name}": t for name, t in generator_tensors(ours).items()}
+        theirs |= {f"disc.{name}": t for name, t in discriminator_tensors(ours).items()}
+        for name, tensor in theirs.items():  # shared tables go out under the discriminator's name
+            twin = name.replace("disc.", "gen.", 1)
+            assert torch.equal(held.get(f"{kind}/{name}", held.get(f"{kind}/{twin}")), tensor), name  # type: ignore[arg-type]
+        assert len(theirs) == sum(name.startswith(f"{kind}/") for name in held)
+    if is_tied:
+        return
+    with pytest.raises(CheckpointError, match=r"they differ.*generator\.sharing=none"):
+        brought_in(tmp_path / "native", store, tmp_path / "other", process_group, small_recipe())
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.inner(*arguments)
+
+
+@pytest.mark.parametrize(("stage", "sharing"), [(0, "tokens"), (0, "all"), (2, "none"), (2, "tokens"), (3, "all")])
+def test_every_sharing_comes_in_also_from_a_wrapped_module(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, stage: int, sharing: str
+) -> None:
+    sizes = ("generator.width_multiplier=1", "generator.depth_multiplier=1") if sharing == "all" else ()
+    recipe = small_recipe(*sizes, f"generator.sharing={sharing}")
+    with plain_engine(Wrapped(model_for(store, recipe)), config(stage, "fp32")) as engine:
+        train(engine, store)
+        expected = {name.replace("/inner.", "/"): t for name, t in saved(engine, tmp_path / "native").items()}
+    checkpoint, _ = brought_in(tmp_path / "native", store, tmp_path / "run", process_group, recipe)
+    assert_same(checkpoint.tensors, expected)
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_without_a_step_that_was_not_skipped_there_are_no_moments(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, stage: int
+) -> None:
+    values = config(stage, "fp16") | {"fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
+    with plain_engine(model_for(store, small_recipe()), values) as engine:
+        train(engine, store)
+        engine.save_checkpoint(str(tmp_path / "native"))
+        assert engine.skipped_steps == STEPS
+    checkpoint, told = brought_in(tmp_path / "native", store, tmp_path / "run", process_group)
+    counters = checkpoint.state["optimizer"]
+    assert "none, so AdamW's begin at zero" in told
+    assert f"{STEPS} of them skipped, loss scale {2**37}" in told.replace("1.37439e+11", str(2**37))
+    assert (counters["taken_steps"], counters["skipped_steps"], counters["loss_scale"]) == (0, STEPS, 2**37)
+    fresh = dict(model_for(store, small_recipe()).named_parameters())
+    for name, parameter in fresh.items():
+        assert torch.equal(checkpoint.tensors[f"master/{name}"], parameter.half().float())
+        assert not checkpoint.tensors[f"exp_avg/{name}"].any()
+
+
+def test_a_device_without_fp16_writes_none(
+    portable: Path, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+    (tmp_path / "ds.json").write_text(json.dumps(config(1, "fp16") | {"train_micro_batch_size_per_gpu": 8}))
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        export_deepspeed(portable, tmp_path / "native", str(tmp_path / "ds.json"), process_group)
+    assert not (tmp_path / "native").exists()
+
+
+def test_names_from_transformers_are_the_inverse_of_names_to_it(store: TokenStore) -> None:
+    state = model_for(store, small_recipe("generator.sharing=none", "generator.width_multiplier=0.75")).state_dict()
+    back = from_generator_tensors(generator_tensors(state)) | from_discriminator_tensors(discriminator_tensors(state))
+    assert back.keys() == state.keys() - {"generator_head.decoder.weight"}
+    assert all(torch.equal(back[name], state[name]) for name in back)
+
+
+def saved(engine: Any, folder: Path) -> dict[str, torch.Tensor]:
+    engine.save_checkpoint(str(folder))
+    return held_by(engine)
+
+
+def test_other_optimizers_of_deepspeeds_come_in_too(
+    store: TokenStore, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What wraps FusedAdam at stage 0, BF16_Optimizer at stage 1, elastic files, and files without mappings."""
+    model = model_for(store, small_recipe())
+    values = config(1, "bf16") | {"data_types": {"grad_accum_dtype": "fp32"}}
+    with plain_engine(model, values) as engine:
+        train(engine, store)
+        assert type(engine.optimizer).__name__ == "BF16_Optimizer"
+        expected = saved(engine, tmp_path / "bf16")
+    checkpoint, _ = brought_in(tmp_path / "bf16", store, tmp_path / "run", process_group)
+    assert_same(checkpoint.tensors, expected)
+
+    import deepspeed.runtime.engine
+
+    monkeypatch.setattr(deepspeed.runtime.engine, "FusedAdam", torch.optim.AdamW)
+    with plain_engine(model_for(store, small_recipe()), config(0, "fp16")) as engine:
+        train(engine, store)
+        assert type(engine.optimizer).__name__ == "FP16_Optimizer"
+        engine.save_checkpoint(str(tmp_path / "fused"))
+        flat = torch.cat([group.detach() for group in engine.optimizer.fp32_groups_flat])
+        states = engine.optimizer.optimizer.state.values()
+        moments = {key: torch.cat([state[key] for state in states]) for key in KINDS[1:]}
+    checkpoint, _ = brought_in(tmp_path / "fused", store, tmp_path / "run2", process_group)
+    order = parameter_order(store)
+    for kind, whole in {"master": flat, **moments}.items():
+        assert torch.equal(torch.cat([checkpoint.tensors[f"{kind}/{name}"].flatten() for name in order]), whole)
+
+    for stage in (1, 2):
+        with plain_engine(model_for(store, small_recipe()), config(stage, "fp32", elastic_checkpoint=True)) as engine:
+            train(engine, store)
+            expected = saved(engine, tmp_path / f"old{stage}")
+        file = next((tmp_path / f"old{stage}").glob("*/*optim_states.pt"))
+        content = torch.load(file, weights_only=False)
+        assert isinstance(content["optimizer_state_dict"]["base_optimizer_state"], list)
+        if stage == 2:
+            content["optimizer_state_dict"]["param_slice_mappings"] = None
+        torch.save(content, file)
+        checkpoint, _ = brought_in(tmp_path / f"old{stage}", store, tmp_path / f"run-old{stage}", process_group)
+        assert_same(checkpoint.tensors, expected)
+
+
+def parameter_order(store: TokenStore) -> list[str]:
+    """Names as `parameter_groups` puts them one after the other."""
+    names = [name for name, _ in model_for(store, small_recipe()).named_parameters()]
+    exempt = [name for name in names if name.endswith("bias") or "norm" in name.lower()]
+    return [name for name in names if name not in exempt] + exempt
+
+
+def test_stage_0_without_names_is_taken_only_where_it_is_certain(
+    store: TokenStore, process_group: Ranks, tmp_path: Path
+) -> None:
+    def told(name: str, groups: Any, precision: str = "fp32") -> str:
+        model = model_for(store, small_recipe())
+        with plain_engine(model, config(0, precision), groups(model)) as engine:
+            train(engine, store)
+            expected = saved(engine, tmp_path / name)
+        checkpoint, told = brought_in(tmp_path / name, store, tmp_path / f"run-{name}", process_group)
+        masters = {key: value for key, value in expected.items() if key.startswith("master/")}
+        assert_same({key: checkpoint.tensors[key] for key in masters}, masters)
+        if "begin at zero" not in told:
+            assert_same(checkpoint.tensors, expected)
+        else:
+            assert checkpoint.state["optimizer"]["taken_steps"] == 0
+            assert not any(checkpoint.tensors[key].any() for key in checkpoint.tensors if key not in masters)
+        return told
+
+    def halves(model: nn.Module) -> list[dict[str, Any]]:  # every other parameter, whatever it is
+        parameters = list(model.parameters())
+        return [{"params": parameters[::2]}, {"params": parameters[1::2]}]
+
+    assert "complete" in told("one", lambda model: model.parameters())
+    assert "complete" in told("named", lambda model: list(model.named_parameters())[::-1])
+    assert "several ways or none" in told("halves", halves)
+    assert "complete" in told("halves-fp16", halves, "bf16")  # masters tell which is which
+
+
+def test_dealing_takes_a_known_convention_only_where_no_other_fits() -> None:
+    weights = {name: torch.zeros(3) for name in ("a.weight", "a.bias", "b.weight", "b.bias")}
+    slot = Slot((3,), None)
+    assert deal(weights, [Slots((slot,) * 4)]) == [list(weights)]
+    assert deal(weights, [Slots((slot,) * 2)] * 2) is None  # decaying first, or exempt first?
+    assert deal(weights, [Slots((slot,) * 3), Slots((slot,))]) is None
+    assert deal(weights, [Slots((slot,) * 3)]) is None
+    norms = {"a.weight": torch.zeros(2), "LayerNorm.weight": torch.zeros(3), "a.bias": torch.zeros(3)}
+    groups = [Slots((Slot((2,), None),)), Slots((slot, slot))]
+    assert deal(norms, groups) == [["a.weight"], ["LayerNorm.weight", "a.bias"]]
+
+
+def test_what_is_missing_or_damaged_is_said(
+    store: TokenStore, plain: Path, process_group: Ranks, tmp_path: Path
+) -> None:
+    def damaged(name: str) -> Path:
+        shutil.copytree(plain, tmp_path / name)
+        return tmp_path / name / "global_step1"
+
+    folder = damaged("missing")
+    next(folder.glob("*optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match=r"saved by 1 rank\(s\).*of rank 0 is missing"):
+        read_deepspeed_checkpoint(find_files(folder))
+    folder = damaged("more")
+    file = next(folder.glob("*optim_states.pt"))
+    shutil.copy(file, folder / file.name.replace("pp_rank_0", "pp_rank_1"))
+    with pytest.raises(CheckpointError, match="from another save"):
+        read_deepspeed_checkpoint(find_files(folder))
+    for part in ("optim", "model"):
+        file = next(damaged(f"cut-{part}").glob(f"*{part}_states.pt"))
+        file.write_bytes(file.read_bytes()[:-2000])
+        with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
+            read_deepspeed_checkpoint(find_files(file.parent))
+    file = next(damaged("nan").glob("*optim_states.pt"))
+    content = torch.load(file, weights_only=False)
+    content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].detach()[5] = float("nan")
+    torch.save(content, file)
+    with pytest.raises(
+        CheckpointError, match=r"master/discriminator\.embeddings\.word_embeddings\.weight is not finite"
+    ):
+        read_deepspeed_checkpoint(find_files(file.parent))
+    (tmp_path / "missing" / "latest").write_text("global_step9")
+    with pytest.raises(CheckpointError, match="names the tag 'global_step9'"):
+        find_files(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=r"no \*_model_states\.pt"):
+        find_files(tmp_path)
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        find_files(tmp_path / "nowhere")
+    (tmp_path / "cut-model" / "global_step1" / "layer_01-model_00-model_states.pt").touch()
+    with pytest.raises(CheckpointError, match="pipeline"):
+        find_files(tmp_path / "cut-model")
+    with pytest.raises(CheckpointError, match=r"does not fit.*is \[\d+, 16\], and the recipe's is \[\d+, 24\]"):
+        brought_in(plain, store, tmp_path / "sizes", process_group, small_recipe("model.embedding_size=24"))
+    with pytest.raises(CheckpointError, match=r"does not have: discriminator\.layers\.1"):
+        brought_in(plain, store, tmp_path / "depth", process_group, small_recipe("model.num_hidden_layers=1"))
+    native = read_deepspeed_checkpoint(find_files(plain))
+    with pytest.raises(ConfigError, match=r"step 9999, beyond schedule\.total_steps 400"):
+        brought_in(native._replace(step=9999), store, tmp_path / "steps", process_group)
+    strange = native._replace(tensors={name.replace("_head", "_top"): t for name, t in native.tensors.items()})
+    with pytest.raises(CheckpointError, match="neither those of electra_ds's joint module nor"):
+        brought_in(strange, store, tmp_path / "strange", process_group)
+
+
+def test_a_file_that_is_not_as_torch_saved_it_is_damaged(tmp_path: Path) -> None:
+    whole, file = tmp_path / "whole.pt", tmp_path / "other.pt"
+    torch.save({"a": torch.arange(1000.0)}, whole)
+    assert torch.equal(load_inert(whole)["a"], torch.arange(1000.0))
+    content = bytearray(whole.read_bytes())
+    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 2001] ^= 1  # a weight's, which torch would take
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"other\.pt is damaged: whole/data/0 in it has changed"):
+        load_inert(file)
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    for act in (load_inert, lambda path: refuse_untrusted([path])):
+        with pytest.raises(CheckpointError, match=r"other\.pt is damaged: .* is compressed"):
+            act(file)
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(CheckpointError, match=r"pipe\.pt is damaged: it is not a regular file"):
+        load_inert(tmp_path / "pipe.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dp_world_size", 3 * 10**7, r"of rank 1, 2, 3, 4, 5 and 29999994 more is missing"),
+        ("dp_world_size", 10**10, r"of rank 1, 2, 3, 4, 5 and 9999999994 more is missing"),
+        ("dp_world_size", 10**40, "which counts nothing"),
+        pytest.param("adam", 10**400, "OverflowError", id="adam-huge"),
+        ("adam", float("nan"), "count of steps is nan"),
+        ("masters", torch.complex64, "no complex numbers"),
+    ],
+)
+def test_numbers_that_no_checkpoint_has_are_refused_at_once(
+    plain: Path, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    shutil.copytree(plain, tmp_path / "native")
+    part = "model" if key == "dp_world_size" else "optim"
+    file = next((tmp_path / "native").glob(f"*/*{part}_states.pt"))
+    content = torch.load(file, weights_only=False)
+    if key == "adam":
+        content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0]["step"] = value
+    elif key == "masters":
+        groups = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+        content["optimizer_state_dict"]["single_partition_of_fp32_groups"] = [g.detach().to(value) for g in groups]
+    else:
+        content[key] = value
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=message):
+        read_deepspeed_checkpoint(find_files(tmp_path / "native"))
+
+
+@pytest.mark.parametrize("tag", ["../elsewhere", "a/b", "..", "x" * 201, "x" * 10**6])
+def test_latest_names_a_folder_beside_it(tmp_path: Path, tag: str) -> None:
+    (tmp_path / "latest").write_text(tag)
+    with pytest.raises(CheckpointError, match="does not name a folder beside it") as refused:
+        find_files(tmp_path)
+    assert len(str(refused.value)) < 400
+
+
+GOOD_STATE: dict[str, Any] = {"step": 1, "tokens": 5, "optimizer": FRESH_COUNTERS}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "[" * 100_000, json.dumps(GOOD_STATE | {"tokens": -1}), json.dumps(GOOD_STATE | {"tokens": True}),
+        json.dumps(GOOD_STATE | {"tokens": 1.5}), json.dumps(GOOD_STATE | {"step": "1"}),
+        json.dumps(GOOD_STATE | {"optimizer": [["taken_steps", 1]]}), json.dumps(GOOD_STATE | {"optimizer": {}}),
+        *(json.dumps(GOOD_STATE | {"optimizer": FRESH_COUNTERS | bad}) for bad in (
+            {"more": 1}, {"taken_steps": None}, {"taken_steps": float("nan")}, {"skipped_steps": -1},
+            {"good_steps": float("inf")}, {"consecutive_skips": True}, {"loss_scale": 0}, {"hysteresis_left": 0.5},
+            {"loss_scale": 10**400},
+        )),
+    ],
+)  # fmt: skip
+def test_a_bad_state_beside_an_export_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(json.dumps(GOOD_STATE))
+    assert _state_of_export(tmp_path, 1) == GOOD_STATE
+    assert _state_of_export(tmp_path, 2) is None
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"state\.json .*Delete it to do without"):
+        _state_of_export(tmp_path, 1)
+
+
+def test_an_import_that_is_refused_leaves_no_run(
+    store: TokenStore, plain: Path, process_group: Ranks, tmp_path: Path
+) -> None:
+    native, run_dir = read_deepspeed_checkpoint(find_files(plain)), tmp_path / "run"
+    (tmp_path / "state.json").write_text(json.dumps(GOOD_STATE | {"tokens": "many"}))
+    with pytest.raises(CheckpointError, match="tokens is 'many'"):
+        import_deepspeed(native, new_job(store, run_dir, process_group), tmp_path)
+    assert not RunDirectory(run_dir).exists()
+    ours = small_recipe().optimizer
+    same = {"betas": torch.tensor([ours.beta1, ours.beta2]), "eps": torch.tensor(ours.epsilon)}
+    other = {"betas": (torch.tensor(0.5), 0.25), "eps": torch.zeros(10)}
+    told = [
+        brought_in(native._replace(adam=adam), store, tmp_path / name, process_group)[1]
+        for name, adam in (("same", same), ("other", other))
+    ]
+    assert "its optimizer had" not in told[0]
+    assert "had betas (0.5, 0.25), and the recipe" in told[1]
+    assert "had eps that are not known" in told[1]
+
+
+class Attack:
+    """Loaded by pickle, it writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.target}",)
+
+
+class AttackByFunction(Attack):
+    def __reduce__(self) -> Any:
+        return subprocess.check_call, (["touch", str(self.target)],)
+
+
+@pytest.mark.parametrize(("kind", "called"), [(Attack, "posix.system"), (AttackByFunction, "subprocess.check_call")])
+def test_a_pickle_that_would_run_a_program_does_not(
+    store: TokenStore,
+    plain: Path,
+    process_group: Ranks,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: type[Attack],
+    called: str,
+) -> None:
+    target = tmp_path / "executed"
+    shutil.copytree(plain, tmp_path / "native")
+    file = next((tmp_path / "native").glob("*/*model_states.pt"))
+    content = torch.load(file, weights_only=False)
+    torch.save(content | {"note": kind(target)}, file)
+    with pytest.raises(CheckpointError, match=rf"which no checkpoint needs: {called}.*Do not trust the files"):
+        refuse_untrusted(find_files(tmp_path / "native").all())
+    arguments = (
+        "checkpoint", "import", str(tmp_path / "native"), "--run-dir", str(tmp_path / "run"), "--ds-config", "cpu",
+        "--recipe", "tiny", "--data", str(store.path), "--set", *SMALL,
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(arguments)
+    told = capsys.readouterr().err
+    assert called in told
+    assert "Nothing was loaded" in told
+    if kind is Attack:  # torch never takes anything of os, whoever vouches for it
+        with pytest.raises(CheckpointError, match=r"posix\.system whose module"):
+            read_deepspeed_checkpoint(find_files(tmp_path / "native"))
+    else:  # the tensors come in, and the call is a stand-in
+        checkpoint, _ = brought_in(tmp_path / "native", store, tmp_path / "trusted", process_group)
+        assert_same(checkpoint.tensors, brought_in(plain, store, tmp_path / "run", process_group)[0].tensors)
+    torch.save({"note": kind(target)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=called):
+        refuse_untrusted([tmp_path / "old.pt"])
+    with pytest.raises(CheckpointError, match="old format"):
+        load_inert(tmp_path / "old.pt")
+    module = nn.Linear(2, 2)
+    torch.save({"module": module.state_dict(), "weight": module.weight}, tmp_path / "old.pt",
+               _use_new_zipfile_serialization=False)  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"\(torch's own\)"):
+        refuse_untrusted([tmp_path / "old.pt"])
+    assert not target.exists()
+
+
+def test_objects_that_a_script_saved_along_do_not_get_in_the_way(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "native")
+    file = next((tmp_path / "native").glob("*/*model_states.pt"))
+    content = torch.load(file, weights_only=False)
+    client_state = {
+        "args": argparse.Namespace(lr=1), "best": np.float64(0.5), "path": Path("x"), "log": defaultdict(list, a=[1]),
+        "set": {1, 2}, "partial": functools.partial(print, 1),
+    }  # fmt: skip
+    torch.save(content | client_state, file)
+    assert_same(
+        read_deepspeed_checkpoint(find_files(tmp_path / "native")).tensors,
+        read_deepspeed_checkpoint(find_files(plain)).tensors,
+    )
+
+
+def test_a_run_that_could_not_be_written_is_no_run(
+    store: TokenStore, plain: Path, process_group: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("electra_ds.training.checkpoint._flush", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        brought_in(plain, store, tmp_path / "run", process_group)
+    assert not RunDirectory(tmp_path / "run").exists()
+
+
+def test_without_trust_deepspeeds_own_names_are_told_apart(plain: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"hold data \(DeepSpeed's own.*LossScaler.*add --trusted"):
+        refuse_untrusted(find_files(plain).all())
+
+
+@pytest.mark.nightly
+def test_two_ranks_in_and_out(store: TokenStore, portable: Path, process_group: Ranks, tmp_path: Path) -> None:
+    launch_command: Any = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+        "-m", "tests.native_worker", str(store.path), str(portable), str(tmp_path),
+    ]  # fmt: skip
+    result = subprocess.run(
+        launch_command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500
+    )
+    assert result.returncode == 0, result.stderr
+    portable_tensors = only_checkpoint(portable)
+    for stage in (1, 2, 3):
+        for precision in PRECISIONS:
+            name = f"{stage}-{precision}"
+            checkpoint, told = brought_in(tmp_path / f"plain-{name}", store, tmp_path / f"a{name}", process_group)
+            assert f"stage {stage}, {precision}, 2 rank(s)" in told
+            assert_same(checkpoint.tensors, load_file(tmp_path / f"plain-{name}.safetensors"))
+            back, _ = brought_in(tmp_path / f"ours-{name}", store, tmp_path / f"b{name}", process_group)
+            assert_same(back.tensors, portable_tensors.tensors)
+            assert_same_state(back.state, portable_tensors.state)
+        checkpoint, told = brought_in(tmp_path / f"frozen-{stage}", store, tmp_path / f"f{stage}", process_group)
+        name = "discriminator.embeddings.position_embeddings.weight"
+        assert f"1 of its tensors were not trained and are trained from here on: {name}" in told
+        given = load_file(tmp_path / f"frozen-{stage}.safetensors")["table"]
+        assert torch.equal(checkpoint.tensors[f"master/{name}"], given)
+
+
+@pytest.mark.slow
+def test_a_run_goes_out_and_back_and_on_as_if_it_had_never_left(store: TokenStore, tmp_path: Path) -> None:
+    straight, cut, back = tmp_path / "straight", tmp_path / "cut", tmp_path / "back"
+    run("pretrain", *start_arguments(store, straight))
+    run("pretrain", *start_arguments(store, cut), "--stop-at", "20")
+    run("export", str(cut), "--to", "deepspeed", "--ds-config", CPU_JSON, "--out", str(tmp_path / "native"))
+    told = run(
+        "checkpoint", "import", str(tmp_path / "native"), "--trusted", "--run-dir", str(back), "--ds-config", CPU_JSON
+    ).stdout  # fmt: skip
+    assert f"Resume it with: {REPOSITORY}/bin/pretrain --resume {back}" in told
+    run("pretrain", "--resume", str(back), "--threads", "1", "--log-every", "1")
+    expected = [line for line in read_metrics(straight / "metrics.jsonl") if line["kind"] == "train"][20:]
+    found = [line for line in read_metrics(back / "metrics.jsonl") if line["kind"] == "train"]
+    for key in ("step", "loss", "generator_loss", "discriminator_loss", "grad_norm", "tokens_seen"):
+        assert [line[key] for line in found] == [line[key] for line in expected], key
+    assert_same(
+        load_checkpoint(back / "checkpoints" / "step-00000040").tensors,
+        load_checkpoint(straight / "checkpoints" / "step-00000040").tensors,
+    )
+    assert json.loads((back / "run.json").read_text())["initialised_from"] == [
+        str(tmp_path / "native" / "global_step20")
+    ]

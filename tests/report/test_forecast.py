@@ -1,0 +1,370 @@
+"""bin/plan: what it predicts, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from electra_ds.config.cards import CARDS, Card, find_card, lacks
+from electra_ds.config.deepspeed import read_deepspeed_json
+from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.shipped import ds_config_names, recipe_names
+from electra_ds.core.errors import ConfigError
+from electra_ds.pretraining.memory import Phase, peak_memory
+from electra_ds.pretraining.run_time import pretraining_time
+from electra_ds.report.forecast import CARDS_RUN, GIB, Forecast, forecast
+from electra_ds.report.forecast_tables import MEASURED_SPEEDUP, as_json
+from electra_ds.report.literature import evidence, publications
+from tests.helpers import REPOSITORY
+from tests.pretraining.test_pretrain import run
+
+CARD_JSONS = [card.ds_config for card in CARDS if card.ds_config is not None]
+
+
+def card_of(name: str) -> Card:
+    card = find_card(name)
+    assert card is not None
+    return card
+
+
+def planned(ds_config: str, *overrides: str, recipe: str = "rc2020-small", **options: Any) -> Forecast:
+    options.setdefault("card", find_card(ds_config))
+    return forecast(load_recipe(recipe, list(overrides)), read_deepspeed_json(ds_config), ds_config, **options)
+
+
+def test_the_studys_electra_small_fits_a_gtx_1060_with_the_display_attached() -> None:
+    found = planned("gtx1060-6gb")
+    assert found.budget_bytes == pytest.approx(5.2 * GIB)
+    assert found.needed_bytes < 5.2e9  # in GB too
+    assert found.fits
+    assert (found.plan.batch.micro_batch_size, found.plan.batch.gradient_accumulation_steps) == (128, 1)
+    assert found.plan.precision.name == "fp16"
+    assert {lack.what for lack in found.lacks} == {"tensor cores", "bf16", "flash attention", "torch.compile"}
+
+
+def test_the_studys_own_figures_stand_beside_ours() -> None:
+    found = planned("gtx1080ti-11gb")
+    rows = [(theirs.gradient_accumulation_steps, theirs.memory_gb) for _, theirs, _ in found.published_memory()]
+    assert rows == [(2, 11), (1, 15)]
+    for _, theirs, ours in found.published_memory():
+        cut = found.plan.with_micro_batch(128 // theirs.gradient_accumulation_steps)
+        assert cut.batch.gradient_accumulation_steps == theirs.gradient_accumulation_steps
+        assert ours == peak_memory(found.recipe, found.vocab_size, cut).card_bytes < theirs.memory_gb * 1e9
+    assert [days for _, days in found.published_days()] == [13]
+    assert planned("gtx1080ti-11gb", "data.sequence_length=256").publications == []  # another training
+
+
+def test_every_publication_is_of_a_shipped_recipe_and_of_known_cards() -> None:
+    found = [publication for name in recipe_names() for publication in publications(name)]
+    assert {publication.short for publication in found} == {"Clark et al. 2020", "Mercier 2021"}
+    for each in evidence():
+        assert card_of(each.run.card).name == each.run.card
+        assert (each.run.days is None) != (each.run.sequences_per_s is None)
+        assert (each.run.days is None) == bool(each.publication.overrides)  # only then it is not printed by bin/plan
+
+
+@pytest.mark.parametrize("name", CARD_JSONS)
+def test_a_cards_json_takes_about_half_of_it(name: str) -> None:
+    size = read_deepspeed_json(name)["train_micro_batch_size_per_gpu"]
+    assert size & (size - 1) == 0
+    assert planned(name, f"global_batch_size={size}").needed_bytes <= 0.55 * card_of(name).usable_gib * GIB
+    twice = {"train_micro_batch_size_per_gpu": 2 * size}
+    larger = forecast(
+        load_recipe("rc2020-small", [f"global_batch_size={2 * size}"]), read_deepspeed_json(name) | twice, name,
+        card=card_of(name),
+    )  # fmt: skip
+    assert larger.needed_bytes > 0.55 * card_of(name).usable_gib * GIB
+
+
+def test_there_is_a_json_for_each_card_that_people_ask_about() -> None:
+    assert set(ds_config_names()) == {*CARD_JSONS, "cpu", "zero1", "zero2", "zero3-offload"}
+    for card in CARDS:
+        if card.ds_config is not None:
+            values = read_deepspeed_json(card.ds_config)
+            assert values["zero_optimization"] == {"stage": 0}
+            assert ("bf16" in values) == (card.bf16_tflops is not None)
+
+
+def test_the_page_on_hardware_has_every_card_and_says_which_ones_ran() -> None:
+    page = (REPOSITORY / "docs" / "hardware.md").read_text("utf8")
+    for card in CARDS:
+        major, minor = card.capability
+        lacking = ", ".join(lack.what for lack in lacks(card.name, card.capability)) or "–"
+        json_name = f"`{card.ds_config}`" if card.ds_config is not None else "–"
+        ran = "yes" if card.name in CARDS_RUN else "never run"
+        row = f"| {card.name} | {major}.{minor} | {card.usable_gib:.1f} | {json_name} | {lacking} | {ran} |"
+        assert row in page.splitlines()
+
+
+def test_parts_add_up_and_the_peak_is_the_fullest_moment() -> None:
+    memory = planned("rtx3090-24gb").memory
+    for phase in memory.phases.values():
+        assert phase.total == sum(getattr(phase, name) for name in Phase._fields)
+    assert memory.allocated_bytes == memory.backward.total
+    assert memory.backward.activations > memory.head.activations > memory.update.activations == 0
+    assert memory.card_bytes > memory.allocated_bytes
+
+
+def test_sharding_over_ranks_leaves_each_card_less(tmp_path: Path) -> None:
+    one, four = (planned("zero1", card=card_of("RTX 3090"), world_size=ranks) for ranks in (1, 4))
+    assert four.plan.batch.micro_batch_size == 32
+    assert four.memory.update.optimizer == one.memory.update.optimizer // 4
+    offloaded = planned("zero3-offload", card=card_of("RTX 3090"), world_size=2).memory
+    assert offloaded.update.optimizer == 0
+    assert offloaded.host_bytes > 0
+    with pytest.raises(ConfigError, match="cannot be split over 3 ranks"):
+        planned("zero1", card=card_of("RTX 3090"), world_size=3)
+
+
+def test_a_gtx_16_is_planned_in_fp32_where_the_json_leaves_it_open_and_warned_of_in_fp16() -> None:
+    card = card_of("GTX 1660 Ti")
+    assert planned("zero1", card=card).plan.precision.name == "fp32"
+    fp16 = planned("gtx1060-6gb", card=card)
+    fp32 = planned("zero1", card=card)
+    assert fp16.time is not None
+    assert fp32.time is not None
+    assert fp16.time.roofline_s > 3 * fp32.time.roofline_s
+    assert "slower than fp32" in fp16.lacks[0].consequence
+    assert any("fp16 is enabled on NVIDIA GeForce GTX 1660 Ti" in note for note in fp16.plan.notes)
+    assert fp32.plan.notes == ('fp16.enabled is "auto", which here means off',)
+
+
+def test_what_a_card_cannot_do_at_all_is_refused_with_what_it_can() -> None:
+    with pytest.raises(ConfigError, match=r"GTX 1060 6GB has no bf16, which rtx3090-24gb asks for. Take fp16"):
+        planned("rtx3090-24gb", card=card_of("gtx1060-6gb"))
+
+
+def test_too_little_memory_is_said_and_the_micro_batch_that_fits_is_named() -> None:
+    little = planned("gtx1060-6gb", card=None, memory_gib=1.5)
+    assert not little.fits
+    assert little.largest is not None
+    fitting = little.largest.batch.micro_batch_size
+    assert 16 <= fitting < 128
+    assert planned("gtx1060-6gb", card=None, memory_gib=0.3).largest is None
+    left_open = planned("zero1", card=None, memory_gib=1.5)
+    assert left_open.fits
+    assert left_open.plan.batch.micro_batch_size < 128
+
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {}, "fp16": {"fp16": {"enabled": True}}, "bf16": {"bf16": {"enabled": True}},
+    "autocast-fp16": {"torch_autocast": {"enabled": True, "dtype": "fp16"}},
+}  # fmt: skip
+
+
+def printed_days(found: Forecast) -> tuple[float, float]:
+    """The range as it is printed, rounded."""
+    low, high, unit = re.fullmatch(r"([\d.]+)–([\d.]+) (d|h)", str(found.run_time())).groups()  # type: ignore[union-attr]
+    return float(low) / {"d": 1, "h": 24}[unit], float(high) / {"d": 1, "h": 24}[unit]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_published_time_lies_in_the_range_that_is_printed_next_to_it(precision: str, accumulation: int) -> None:
+    compared = []
+    for recipe in map(load_recipe, recipe_names()):
+        for card in (card_of(name) for name in {each.run.card for each in evidence()}):
+            if precision == "bf16" and card.bf16_tflops is None:
+                continue
+            values = PRECISIONS[precision] | {"gradient_accumulation_steps": accumulation}
+            found = forecast(recipe, values, "mine", card=card)
+            for _, days in found.published_days():
+                low, high = printed_days(found)
+                assert low <= days <= high, (recipe.name, card.name)
+                compared.append(days)
+    assert sorted(compared) == ([3.75] if precision == "bf16" else [3.75, 4, 13, 21])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"vocab_size": 200_000}, {"world_size": 2}, {"values": {"train_micro_batch_size_per_gpu": 16}}],
+)
+def test_a_published_time_is_not_compared_with_a_plan_of_another_kind(given: dict[str, Any]) -> None:
+    values = given.pop("values", {})
+    recipe, card = load_recipe("rc2020-small"), card_of("gtx1060-6gb")
+    assert forecast(recipe, {}, "mine", card=card).published_days() != []
+    assert forecast(recipe, values, "mine", card=card, **given).published_days() == []
+
+
+def test_the_factor_on_cpus_that_the_range_does_not_rely_on_is_the_one_that_was_measured() -> None:
+    page = (REPOSITORY / "docs" / "performance.md").read_text("utf8")
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    measured = [float(row[3]) for row in rows if len(row) > 5 and row[2] in ("8", "32") and row[4][:2] == "0."]
+    measured += [float(row[3].split()[0]) for row in rows if len(row) > 5 and row[1] in ("8", "32")]
+    assert len(measured) == 8
+    assert tuple(round(end, 1) for end in (min(measured), max(measured))) == MEASURED_SPEEDUP
+    said = command("--card", "RTX 3090")
+    assert "On CPUs our step was 1.7 to 3.4 times as fast as transformers' (docs/performance.md)" in said
+
+
+def test_days_shrink_with_the_card() -> None:
+    assert printed_days(planned("h200-141gb"))[1] < printed_days(planned("gtx1060-6gb"))[0]
+
+
+def command(*arguments: str, status: int = 0) -> str:
+    result = run("plan", *arguments, status=status)
+    return " ".join((result.stdout if status == 0 else result.stderr).split())
+
+
+def test_the_command_says_all_of_it() -> None:
+    said = command("--recipe", "rc2020-small", "--ds-config", "gtx1060-6gb")
+    assert "on NVIDIA GeForce GTX 1060 6GB (never run): fp16, ZeRO stage 0" in said
+    assert re.search(r"= \d\.\d\d GiB of 5.20 GiB \(6 GiB less 0.8 for the display and the driver\): fits", said)
+    assert "1 accumulation step: 15 GB (Mercier 2021), predicted here 2." in said
+    assert "Others took 21 days on this card (Mercier 2021)" in said
+    assert "torch.compile: Triton needs 7.0" in said
+    for part in Phase._fields:
+        assert part in said
+    assert "--micro-batch" not in said
+    too_small = run("plan", "--ds-config", "gtx1060-6gb", "--memory-gb", "1.5", status=1).stdout
+    assert "does not fit. Largest micro-batch that fits: 32 x 4" in " ".join(too_small.split())
+    assert "fits." in command("--ds-config", "cpu", "--recipe", "tiny")
+
+
+def test_without_arguments_the_plan_is_for_what_this_machine_would_run() -> None:
+    """A CPU, as far as tests know."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    said = command()
+    assert "tiny with cpu on this machine's CPU: fp32" in said
+    assert re.search(r"Time: [\d.]+–[\d.]+ (s|min|h|d) for 12,000 steps. This is 1.5 to 6.0 times what", said)
+    assert "rc2020-small with rtx3090-24gb on NVIDIA GeForce RTX 3090" in command("--card", "RTX 3090")
+
+
+def test_a_plan_for_this_cpu_has_the_time_that_a_dry_run_predicts() -> None:
+    """Both measure the machine, whose rate varies by less than threefold meanwhile."""
+    found = forecast(load_recipe("mini"), {}, "mine", card=None)
+    ours = found.run_time()
+    theirs = pretraining_time(
+        found.recipe, found.vocab_size, found.plan, torch.device("cpu"), steps=found.recipe.schedule.total_steps,
+        threads=None,
+    )  # fmt: skip
+    assert ours is not None
+    assert theirs is not None
+    assert theirs.low_s / 3 < ours.low_s < theirs.low_s * 3
+    assert ours.high_s / ours.low_s == pytest.approx(theirs.high_s / theirs.low_s)
+    low, high = as_json(found)["days"]
+    assert 0 < low < high
+    assert forecast(load_recipe("mini"), {}, "mine", card=None, memory_gib=8).run_time() is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("RTX4090", "NVIDIA GeForce RTX 4090"), ("rtx-3060ti", "NVIDIA GeForce RTX 3060 Ti"),
+        ("RTX 5070 Ti", "NVIDIA GeForce RTX 5070 Ti"), ("A6000", "NVIDIA RTX A6000"), ("RTX A6000", "NVIDIA RTX A6000"),
+        ("L4", "NVIDIA L4"), ("L40S", "NVIDIA L40S"), ("a10", "NVIDIA A10"),
+        ("RTX 6000 Ada", "NVIDIA RTX 6000 Ada Generation"), ("Quadro RTX 6000", "Quadro RTX 6000"),
+        ("RTX 4060 Ti 16 GB", "NVIDIA GeForce RTX 4060 Ti 16GB"), ("B200", "NVIDIA B200"),
+    ],
+)  # fmt: skip
+def test_the_cards_that_people_have_are_planned_without_a_json_however_their_names_are_spelled(
+    asked: str, name: str
+) -> None:
+    assert card_of(asked).name == name
+    found = forecast(load_recipe("rc2020-small"), *default_ds_config(True, card_of(asked)), card=card_of(asked))
+    assert (found.plan.precision.name, found.fits, found.ds_config) == ("fp16", True, "the default JSON for any GPU")
+    assert found.run_time() is not None
+
+
+def test_a_card_needs_no_json_and_no_recipe() -> None:
+    said = command("--card", "RTX4090")
+    assert "rc2020-small with the default JSON for any GPU on NVIDIA GeForce RTX 4090 (never run): fp16" in said
+    assert re.search(r"Time: [\d.]+–[\d.]+ (h|d) for 1,000,000 steps. The roofline of a step is", said)
+
+
+def test_every_name_means_one_card() -> None:
+    for card in CARDS:
+        assert all(find_card(name) is card for name in (card.name, *card.aliases))
+    assert find_card("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "fp32", "half", "bandwidth"),
+    [  # as NVIDIA's white papers print them, and for the last three its data sheets
+        ("RTX 2080 Ti", 13.4, 53.8, 616), ("RTX 3080", 29.8, 59.5, 760), ("RTX 3090", 35.6, 71, 936),
+        ("RTX 4090", 82.6, 165.2, 1008), ("RTX 5090", 104.8, 209.5, 1792), ("A10", 31.2, 125, 600),
+        ("L40S", 91.6, 362.05, 864), ("RTX A6000", 38.7, 154.8, 768),
+    ],
+)  # fmt: skip
+def test_rates_are_those_that_the_maker_prints(name: str, fp32: float, half: float, bandwidth: float) -> None:
+    card = card_of(name)
+    assert (card.fp32_tflops, card.fp16_tflops) == pytest.approx((fp32, half), rel=4e-3)
+    assert card.bandwidth_gb_s == pytest.approx(bandwidth, rel=1e-3)
+    assert card.bf16_tflops == (card.fp16_tflops if card.capability >= (8, 0) else None)
+
+
+def test_the_table_has_every_card_and_every_recipe() -> None:
+    said = json.loads(command("--all", "--json"))
+    assert {(row["card"], row["recipe"]) for row in said} == {
+        (card.name, name) for card in CARDS for name in recipe_names()
+    }
+    assert all(row["fits"] for row in said)
+    assert {row["ds_config"] for row in said} == {*CARD_JSONS, "the default JSON for any GPU"}
+    assert {row["precision"] for row in said if row["card"].startswith("NVIDIA GeForce GTX 16")} == {"fp32"}
+    shown = command("--all")
+    assert all(card.name.removeprefix("NVIDIA ").removeprefix("GeForce ") in shown for card in CARDS)
+
+
+def test_the_examples_of_help_work() -> None:
+    lines = run("plan", "--help").stdout.splitlines()
+    examples = [re.split(r"\s{2,}", line.strip())[0] for line in lines if line.startswith(f"  {REPOSITORY}/bin/plan")]
+    assert len(examples) >= 6
+    for example in examples:
+        assert "GiB" in command(*shlex.split(example)[1:])
+
+
+def test_layers_that_are_computed_again_take_less_memory_and_more_time() -> None:
+    recipe = load_recipe("rc2020-small", [])
+    found = []
+    for layers in (None, 6, 12):
+        values = read_deepspeed_json("gtx1060-6gb")
+        if layers is not None:
+            values = values | {"activation_checkpointing": {"number_checkpoints": layers}}
+        found.append(forecast(recipe, values, "mine", card=card_of("gtx1060-6gb")))
+    needed = [item.needed_bytes for item in found]
+    seconds = [item.time.roofline_s for item in found if item.time is not None]
+    assert needed == sorted(needed, reverse=True)
+    assert seconds[2] / seconds[0] == pytest.approx(1.37)
+    assert (seconds[1] / seconds[0] - 1) * 2 == pytest.approx(0.37)
+
+
+def test_json_has_every_number() -> None:
+    row = json.loads(command("--ds-config", "v100-16gb", "--json"))
+    assert row["was_run_on_this_card"] is False
+    assert row["needed_bytes"] <= row["usable_bytes"]
+    assert row["memory_bytes"]["backward"]["at_once"] == row["allocated_bytes"]
+    assert row["step_s"]["products_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--ds-config", "zero1"), "zero1 is not named after a card; say which one with --card or --memory-gb"),
+        (("--card", "RTX 4090 Ti"), "'NVIDIA GeForce RTX 4090'"),
+        (("--card", "L4OS"), "No card 'L4OS' is known. The nearest names are 'NVIDIA L40S', 'NVIDIA L4'. "),
+        (("--card", "4080"), "nearest names are 'NVIDIA GeForce RTX 4080', 'NVIDIA GeForce RTX 4080 SUPER'. "),
+        (("--card", "abacus"), "No card 'abacus' is known. " + f"{REPOSITORY}/bin/plan --all lists every card; for "),
+        (("--card", "gtx1060"), "The nearest names are 'NVIDIA GeForce GTX 1060 6GB'. "),
+        (("--ds-config", "gtx1060-6gb", "--vocab-size", "9" * 400), "is not a positive whole number"),
+        (("--ds-config", "gtx1060-6gb", "--card", "GTX 1060"), "The nearest names are 'NVIDIA GeForce GTX 1060 6GB'. "),
+        (("--all", "--set", "seed=3"), "say which one --set changes with --recipe"),
+        (("--ds-config", "gtx1060-6gb", "--micro-batch", "0"), "'0' is not a positive whole number"),
+        (("--ds-config", "gtx1060-6gb", "--micro-batch", "3"), "train_micro_batch_size_per_gpu 3 x"),
+        (("--ds-config", "gtx1060-6gb", "--card", "T4", "--memory-gb", "8"), "not allowed with argument"),
+        (("--ds-config", "gtx1060-6gb", "--memory-gb", "lots"), "'lots' is not a number of GiB"),
+        (("--ds-config", "gtx1060-6gb", "--memory-gb", "nan"), "'nan' is not a number of GiB"),
+        (("--all", "--card", "T4"), "--all shows every card alone with its own JSON"),
+        (("--ds-config", "gtx1060-6gb", "--set", "model.hidden=3"), "model.hidden"),
+        (("--ds-config", "gtx1060-6gb", "--ranks", "7"), "cannot be split over 7 ranks"),
+    ],
+)
+def test_bad_arguments_are_answered_in_one_sentence(arguments: tuple[str, ...], complaint: str) -> None:
+    assert complaint in command(*arguments, status=2)

@@ -1,0 +1,452 @@
+"""Sweeps that run: the same numbers by Ray, without it and by hand; stopped, killed and resumed; trials that fail."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd  # type: ignore[import-untyped]
+import psutil
+import pytest
+import yaml
+
+from electra_ds.config.shipped import RECIPES, shipped_text
+from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S
+from electra_ds.data.token_store import TokenStore
+from electra_ds.training.tracking import read_metrics
+from tests.finetune_runs import reviews, write_csv
+from tests.helpers import REPOSITORY
+from tests.launching import ENVIRONMENT
+from tests.sweeping import (
+    alive,
+    before_each_batch,
+    line_of,
+    ours,
+    rays,
+    run_sweep,
+    small_sweep,
+    start_sweep,
+    table_of,
+    wait_until,
+    write_sweep,
+)
+from tests.training.test_tracking import of_kind, wandb_records, wandb_rows
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that ran one trial after the other, without Ray."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = run_sweep(write_sweep(folder, small_sweep(store.path)), "--local", "--out", folder / "sweep")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 stopped as planned of 4 trials" in result.stdout
+    return folder / "sweep"
+
+
+TWO_TRIALS = "pretrain.seeds=[1]"
+"""Of the four that the undisturbed sweep has."""
+
+
+def assert_same_trials(folder: Path, undisturbed: Path) -> None:
+    """The two have come to what they came to there."""
+    found = table_of(folder)
+    assert len(found) == 2
+    pd.testing.assert_frame_equal(found, table_of(undisturbed).loc[found.index])
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "trials").glob("*.json")}
+
+
+def test_ray_runs_two_side_by_side_and_gives_the_numbers_of_the_bare_command(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "by-ray"
+    result = run_sweep(undisturbed / "sweep.yaml", "--out", out)
+    assert result.returncode == 0, result.stdout + result.stderr
+    pd.testing.assert_frame_equal(table_of(out), table_of(undisturbed))
+    spans = sorted((a["began"], a["began"] + a["seconds"]) for r in records(out).values() for a in r["attempts"])
+    assert any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans)), spans
+    assert {len(record["attempts"]) for record in records(out).values()} == {1}
+    assert not ours(out)
+    assert not (out / "tune").exists()
+
+    key, record = next(iter(records(out).items()))
+    command = [word if word != str(out / "runs" / key) else str(tmp_path / "bare") for word in record["command"]]
+    subprocess.run([sys.executable, "-m", *command[0].replace("-", "_").split(), *command[1:]], cwd=REPOSITORY,
+                   env=ENVIRONMENT, check=True, capture_output=True)  # fmt: skip
+
+    def losses(run: Path) -> list[Any]:
+        return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run / "metrics.jsonl")]
+
+    assert losses(tmp_path / "bare") == losses(out / "runs" / key)
+    table = pd.read_parquet(out / "results.parquet")
+    assert set(table["command"].map(lambda line: shlex.split(line)[0])) == {"electra-ds"}
+    assert (table["cpu_hours"] > 0).all()
+    assert len(pd.read_csv(out / "cells.csv")) == 2 * 4
+    assert (out / "curves.png").stat().st_size > 10_000
+
+
+def test_the_shipped_smoke_sweep_runs_as_it_is(builtin_stores: Path, tmp_path: Path) -> None:
+    (tmp_path / "stores").symlink_to(builtin_stores)
+    program = [sys.executable, str(REPOSITORY / "bin" / "sweep"), "smoke"]
+    result = subprocess.run(
+        program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=400
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 stopped as planned of 4 trials" in result.stdout
+    found = pd.read_csv(tmp_path / "runs" / "sweep-smoke" / "cells.csv")
+    assert set(found["n"]) == {2}
+    assert (found["std"] > 0).any()
+
+
+def test_a_finished_sweep_runs_nothing_again_and_new_seeds_alone(undisturbed: Path, tmp_path: Path) -> None:
+    before = records(undisturbed)
+    again = run_sweep("--resume", undisturbed, "--local")
+    assert again.returncode == 0
+    assert "4 trials, 4 done before" in again.stdout
+    assert records(undisturbed) == before
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", undisturbed, copy], check=True)
+    more = run_sweep("--resume", copy, "--local", "--set", "pretrain.seeds=[1,2]", "pretrain.space=null")
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert set(records(copy)) > set(before)
+    assert len(records(copy)) == 4 + 2  # width 0.25, which the recipe has, was not run before
+    code = (
+        f"import sys; from electra_ds.cli import main; main(['sweep', 'status', {str(copy)!r}]); "
+        "sys.exit('ray' in sys.modules)"
+    )
+    read = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert read.returncode == 0, read.stderr
+    assert "2 stopped as planned of 2 trials" in read.stdout
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
+def test_a_signal_saves_leaves_nobody_and_the_sweep_goes_on(
+    undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out, log = tmp_path / "sweep", tmp_path / "log"
+    how = ["--set", TWO_TRIALS, *(["--local"] if number == signal.SIGINT else [])]
+    slow = before_each_batch(tmp_path, "time.sleep(0.2)")  # so that there is something to stop
+    driver = start_sweep(undisturbed / "sweep.yaml", "--out", out, *how, log=log, environment=slow)
+    wait_until(lambda: list(out.glob("runs/*/metrics.jsonl")), told=log.read_text)
+    assert {trial.nice() for trial in ours(out, "electra_ds")} <= {os.nice(0)}  # Ray's own would be 15
+    driver.send_signal(number)
+    assert driver.wait(60) == (-2 if number == signal.SIGINT else 143), log.read_text()
+    assert f"{number.name}: the trials that run save and leave." in log.read_text()
+    assert "Resume it with: bin/sweep --resume" in log.read_text()
+    assert not ours(out)
+    resumed = run_sweep("--resume", out, "--local")
+    assert resumed.returncode == 0, resumed.stdout
+    assert_same_trials(out, undisturbed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("how", [["--local"], []])
+def test_a_second_signal_leaves_at_once_and_the_sweep_goes_on_without_the_files_it_was_given(
+    undisturbed: Path, tmp_path: Path, how: list[str]
+) -> None:
+    """Trials stand still, so they cannot save."""
+    out, log, recipe = tmp_path / "sweep", tmp_path / "log", tmp_path / "mine.yaml"
+    recipe.write_text(shipped_text(RECIPES, "tiny"))
+    values = yaml.safe_load((undisturbed / "sweep.yaml").read_text())
+    values["pretrain"]["recipe"] = str(recipe)
+    driver = start_sweep(write_sweep(tmp_path, values), "--out", out, *how, "--set", TWO_TRIALS, log=log)
+    recipe.rename(wait_until(lambda: out.is_dir() and list(out.glob("inputs/*/mine.yaml")) and tmp_path / "moved"))
+    wait_until(lambda: list(out.glob("runs/*/metrics.jsonl")), told=log.read_text)
+    for trial in ours(out, "electra_ds"):
+        trial.suspend()
+    driver.send_signal(signal.SIGINT)
+    time.sleep(SECOND_SIGNAL_AFTER_S + 1)
+    assert driver.poll() is None, log.read_text()
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(10) == 128 + signal.SIGINT
+    assert "SIGINT again: leaving at once." in log.read_text()
+    wait_until(lambda: not ours(out), 30)
+    resumed = run_sweep("--resume", out, "--local")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_same_trials(out, undisturbed)
+
+
+def test_killed_ranks_trials_and_drivers_lose_nothing_and_leave_nobody(undisturbed: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "sweep", tmp_path / "log"
+    slow = before_each_batch(tmp_path, "time.sleep(0.3)")  # so that there is something to kill
+    how = ["--set", "pretrain.wandb=offline", TWO_TRIALS]
+    driver = start_sweep(undisturbed / "sweep.yaml", "--out", out, *how, log=log, environment=slow)
+
+    def at_work(attempt: int) -> list[tuple[str, psutil.Process]]:
+        """Runs in their so-and-so-many-th attempt that have made steps in it, each with its process."""
+        found = []
+        for key, record in records(out).items():
+            if len(record["attempts"]) == attempt and _last(out / "runs" / key / "metrics.jsonl") >= 5 * attempt:
+                found += [(key, process) for process in ours(out, f"runs/{key}") if "electra_ds" in line_of(process)]
+        return found
+
+    ((key, rank), *_) = wait_until(lambda: at_work(1), told=log.read_text)
+    rank.kill()
+    wait_until(lambda: key in dict(at_work(2)), told=log.read_text)  # Tune has begun it again, where it was
+    begun = sum(len(record["attempts"]) for record in records(out).values())
+    trials = [each for each in rays(driver.pid) if "ResourceTrainable" in line_of(each)]
+    assert trials
+    for trial in trials:  # of which another may be at its end
+        trial.kill()
+    wait_until(lambda: sum(len(r["attempts"]) for r in records(out).values()) > begun, told=log.read_text)
+    cluster = rays(driver.pid)
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not ours(out), 30)
+    resumed = run_sweep("--resume", out)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "2 stopped as planned of 2 trials" in resumed.stdout
+    assert_same_trials(out, undisturbed)
+    assert records(out)[key]["attempts"][0]["status"] == -signal.SIGKILL
+    # Agents of Ray's, which hold nothing, look once a minute whether theirs is there.
+    wait_until(lambda: not list(alive(cluster)), 120, lambda: str([line_of(each)[:200] for each in alive(cluster)]))
+    starts = sorted((out / "runs" / key / "wandb").glob("offline-run-*"))
+    assert len(starts) > 1
+    assert len({start.name.rpartition("-")[2] for start in starts}) == 1, starts  # one run, which went on
+    (run,) = of_kind(wandb_records(out / "runs" / key)[-1], "run")
+    assert run.run_group == "small"
+
+
+def _last(metrics: Path) -> int:
+    lines = read_metrics(metrics) if metrics.exists() else []
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def test_trials_that_fail_are_told_and_do_not_spoil_the_rest(
+    store: TokenStore, undisturbed: Path, tmp_path: Path
+) -> None:
+    values = small_sweep(store.path)
+    values["pretrain"] |= {
+        "seeds": [0],
+        "space": {},
+        "variants": {
+            "good": {"generator.width_multiplier": 1.0},
+            "huge": {"model.hidden_size": 262_144, "model.num_attention_heads": 4096},  # no memory for its weights
+            "diverging": {"optimizer.learning_rate": 1e30, "optimizer.max_grad_norm": 1e30},
+        },
+    }
+    out = tmp_path / "sweep"
+    result = run_sweep(write_sweep(tmp_path, values), "--out", out, "--local")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "2 failed" in result.stdout
+    assert "1 stopped" in result.stdout
+    table = pd.read_csv(out / "results.csv").set_index("variant")
+    assert "memory" in table.loc["huge", "reason"]
+    assert "finite" in table.loc["diverging", "reason"]
+    whole = pd.read_csv(undisturbed / "results.csv")
+    same = whole[(whole["seed"] == 0) & (whole["generator.width_multiplier"] == 1.0)].iloc[0]
+    assert table.loc["good", "metric.discriminator_auc"] == same["metric.discriminator_auc"]
+    assert f"Run what failed again: bin/sweep --resume {out} --retry-failed" in result.stdout
+    again = run_sweep("--resume", out, "--local")
+    assert again.returncode == 1
+    assert all(len(record["attempts"]) == 1 for record in records(out).values())
+    retried = run_sweep("--resume", out, "--local", "--retry-failed")
+    assert retried.returncode == 1
+    attempts = {key.split("-")[0]: len(record["attempts"]) for key, record in records(out).items()}
+    assert attempts == {"good": 1, "huge": 2, "diverging": 2}
+
+
+@pytest.mark.parametrize("how", ["--local", pytest.param("", marks=pytest.mark.nightly)])
+def test_a_trial_that_is_killed_each_time_is_given_up_and_goes_on_when_told_to(
+    undisturbed: Path, tmp_path: Path, how: str
+) -> None:
+    """What kills it is at its twelfth step, as the kernel would for want of memory."""
+    fatal = before_each_batch(tmp_path, "if step >= 12 and size is None: os.kill(os.getpid(), signal.SIGKILL)")
+    out = tmp_path / "sweep"
+    one = ["--set", "pretrain.seeds=[1]", "pretrain.space={generator.width_multiplier: {grid: [0.5]}}", "retries=1"]
+    arguments = [undisturbed / "sweep.yaml", "--out", out, *one, *filter(None, [how])]
+    result = run_sweep(*arguments, environment=fatal)
+    assert result.returncode == 1, result.stdout + result.stderr
+    ((key, record),) = records(out).items()
+    assert [attempt["status"] for attempt in record["attempts"]] == [-signal.SIGKILL] * 2
+    (reason,) = pd.read_csv(out / "results.csv")["reason"]
+    assert reason.startswith("after 2 attempts: ")
+    assert "killed by signal 9" in reason
+    assert run_sweep("--resume", out, "--local", "--retry-failed").returncode == 0
+    pd.testing.assert_frame_equal(table_of(out), table_of(undisturbed).loc[[key]])
+
+
+def test_each_checkpoint_of_what_has_not_collapsed_is_finetuned(store: TokenStore, tmp_path: Path) -> None:
+    """A discriminator whose loss counts for nothing stays at chance while its generator learns."""
+    values = small_sweep(store.path)
+    changes = {"schedule.total_steps": 60, "generator.width_multiplier": 1.0, "generator.sharing": "none"}
+    values["pretrain"] |= {
+        "space": {}, "seeds": [2], "set": values["pretrain"]["set"] | changes, "checkpoints": [0.25, 1.0],
+        "variants": {"live": {}, "dead": {"discriminator.loss_weight": 0.0}}, "stop_on_collapse": True,
+        "eval_every": 5, "eval_windows": 64,
+    }  # fmt: skip
+    del values["pretrain"]["stop_at_share"]
+    own = {name: str(write_csv(tmp_path / f"{name}.csv", ["text", "label"], reviews(24, seed)))
+           for seed, name in enumerate(("train", "dev"))}  # fmt: skip
+    values["finetune"] = {"recipe": "rc2020", "ds_config": "cpu", "set": {"schedule.epochs": 1}} | own
+    out = tmp_path / "sweep"
+    slow = before_each_batch(tmp_path, "time.sleep(0.6 if step > 25 else 0)")  # where the dead one has ended
+    result = run_sweep(write_sweep(tmp_path, values), "--out", out, environment=slow)
+    table = pd.read_csv(out / "results.csv")
+    told = result.stdout + result.stderr + table[["trial", "state", "reason"]].to_string()
+    pretrained = table[table["stage"] == "pretrain"].set_index("variant")
+    assert dict(pretrained["state"]) == {"live": "done", "dead": "collapsed"}, told
+    assert (pretrained.loc["dead", "collapsed_at"], pretrained.loc["dead", "metric.step"]) == (5, 25)  # judged from 6
+    finetuned = table[table["stage"] == "finetune"].set_index(["pretrain.variant", "pretrain.step"])["state"]
+    assert dict(finetuned) == {
+        (variant, step): "skipped" if (variant, step) == ("dead", 60) else "done"
+        for variant in ("live", "dead") for step in (15, 60)
+    }, told  # fmt: skip
+    assert result.returncode == 0, told  # a collapse is a result
+    (live,) = (one["attempts"][0] for key, one in records(out).items() if key.startswith("live-s2"))
+    first = min(one["attempts"][0]["began"] for one in records(out).values() if one["stage"] == "finetune")
+    assert first < live["began"] + live["seconds"]  # that one of the dead encoder, while the other was pretrained
+    assert "collapsed: at step" in result.stdout
+    again = run_sweep("--resume", out, "--local")
+    assert again.returncode == 0
+    assert "6 trials, 6 done before" in again.stdout
+
+
+@pytest.mark.parametrize("how", [[], pytest.param(["--local"], marks=pytest.mark.nightly)])
+def test_a_trial_of_two_workers_gets_its_place_and_survives_the_death_of_one(
+    store: TokenStore, tmp_path: Path, how: list[str]
+) -> None:
+    """What the other made of it is no status."""
+    values = small_sweep(store.path, resources={"workers": 2, "cpus": 1})
+    values["pretrain"] |= {"space": {}, "seeds": [0]}
+    spec = write_sweep(tmp_path, values)
+    is_first = "os.environ['RANK'] == '1' and step == 12 and not Path(os.environ['KILLED']).exists()"
+    fatal = before_each_batch(
+        tmp_path, f"if {is_first}: Path(os.environ['KILLED']).touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # The second one finds that it has been killed already.
+    for name, way, statuses in (("disturbed", how, [-9, 0]), ("undisturbed", ["--local"], [0])):
+        result = run_sweep(
+            spec, "--out", tmp_path / name, *way, environment=fatal | {"KILLED": str(tmp_path / "killed")}
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        ((_, record),) = records(tmp_path / name).items()
+        assert [each["status"] for each in record["attempts"]] == statuses
+    pd.testing.assert_frame_equal(table_of(tmp_path / "disturbed"), table_of(tmp_path / "undisturbed"))
+    assert set(pd.read_csv(tmp_path / "disturbed" / "results.csv")["world_size"]) == {2}
+
+
+def test_asha_ends_trials_which_is_their_verdict(store: TokenStore, tmp_path: Path) -> None:
+    values = small_sweep(
+        store.path, metric={"name": "discriminator_auc"},
+        scheduler={"kind": "asha", "grace_steps": 10, "reduction_factor": 2},
+    )  # fmt: skip
+    values["pretrain"] |= {"space": {"optimizer.learning_rate": {"grid": [1e-3, 1e-5, 1e-6]}}, "seeds": [0]}
+    values["pretrain"]["set"] |= {"schedule.total_steps": 200}
+    values["pretrain"]["wandb"] = "offline"
+    del values["pretrain"]["set"]["optimizer.learning_rate"]
+    del values["pretrain"]["stop_at_share"]
+    out = tmp_path / "sweep"
+    result = run_sweep(write_sweep(tmp_path, values), "--out", out)
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = pd.read_csv(out / "results.csv")
+    ended = table[table["reason"] == "ended by the scheduler"]
+    assert len(ended) >= 1, table[["state", "reason", "metric.step"]]
+    assert (ended["metric.step"] < 200).all()
+    assert "done" in set(table["state"])
+    before = records(out)
+    assert run_sweep("--resume", out).returncode == 0
+    assert records(out) == before
+    statuses = [json.loads((Path(run) / "status.json").read_text()) for run in ended["run"]]
+    assert {status["status"] for status in statuses} == {"stopped"}
+    for run, step in zip(ended["run"], ended["metric.step"], strict=True):
+        (told,) = wandb_records(Path(run))  # closed in order, so that nothing is lost
+        assert step in {row["_step"] for row in wandb_rows(told) if "eval/discriminator_auc" in row}
+        assert [one.exit_code for one in of_kind(told, "exit")] == [143]
+
+
+@pytest.mark.nightly
+def test_median_stopping_ends_what_is_worse_and_pauses_nothing(store: TokenStore, tmp_path: Path) -> None:
+    values = small_sweep(store.path, metric={"name": "generator_gain"}, scheduler={"kind": "median", "grace_steps": 20})
+    values["pretrain"] |= {"space": {"optimizer.learning_rate": {"grid": [1e-3, 9e-4, 8e-4, 7e-4, 1e-6]}}, "seeds": [0]}
+    del values["pretrain"]["set"]["optimizer.learning_rate"], values["pretrain"]["stop_at_share"]
+    values["pretrain"]["set"] |= {"schedule.total_steps": 300}
+    out = tmp_path / "sweep"
+    result = run_sweep(write_sweep(tmp_path, values), "--out", out)
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = pd.read_csv(out / "results.csv").set_index("optimizer.learning_rate")
+    assert table.loc[1e-6, "reason"] == "ended by the scheduler"
+    assert table.loc[1e-3, "state"] == "done"
+    assert (table["attempts"] == 1).all()
+
+
+@pytest.mark.nightly
+def test_optuna_learns_from_what_was_suggested_before(store: TokenStore, tmp_path: Path) -> None:
+    values = small_sweep(store.path, metric={"name": "generator_gain"}, search={"kind": "optuna", "samples": 2})
+    values["pretrain"] |= {"space": {"optimizer.learning_rate": {"loguniform": [1e-5, 1e-2]}}, "seeds": [0]}
+    del values["pretrain"]["set"]["optimizer.learning_rate"]
+    out = tmp_path / "sweep"
+    first = run_sweep(write_sweep(tmp_path, values), "--out", out)
+    assert first.returncode == 0, first.stdout + first.stderr
+    before = records(out)
+    assert len(before) == 2
+    more = run_sweep("--resume", out, "--set", "search.samples=4")
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert len(records(out)) == 4
+    assert {key: records(out)[key] for key in before} == before
+
+
+@pytest.mark.nightly
+def test_a_time_limit_lets_trials_save(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    cut = run_sweep(undisturbed / "sweep.yaml", "--out", out, "--time-limit", "12s")
+    assert cut.returncode == 1, cut.stdout + cut.stderr
+    assert "The time is over: the trials that run save and leave." in cut.stderr
+    assert f"Resume it with: bin/sweep --resume {out}" in cut.stdout
+    assert not (out / "stop").exists()
+    resumed = run_sweep("--resume", out)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    pd.testing.assert_frame_equal(table_of(out), table_of(undisturbed))
+
+
+def test_the_trainable_drops_into_a_tuner_of_ones_own(store: TokenStore, tmp_path: Path) -> None:
+    values = small_sweep(store.path)
+    values["pretrain"] |= {"space": {}}
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import ray, yaml\n"
+        "from ray import tune\n"
+        "from electra_ds.sweep import trainable\n"
+        "ray.init(address='local', include_dashboard=False, log_to_driver=False, num_cpus=2)\n"
+        f"sweep = yaml.safe_load(open({str(write_sweep(tmp_path, values))!r}))\n"
+        f"tuner = tune.Tuner(trainable(sweep, {str(tmp_path / 'out')!r}),\n"
+        "    param_space={'optimizer.learning_rate': tune.grid_search([1e-3, 1e30]), 'seed': 3,\n"
+        "                 'optimizer.max_grad_norm': 1e30},\n"
+        f"    run_config=tune.RunConfig(storage_path={str(tmp_path / 'tune')!r}))\n"
+        "grid = tuner.fit()\n"
+        "assert len(grid.errors) == 1 and 'finite' in str(grid.errors[0]), grid.errors\n"
+        "best = grid.get_best_result('discriminator_auc', 'max')\n"
+        "assert best.metrics['step'] == 30 and best.config['seed'] == 3, best.metrics\n"
+        "assert len(best.metrics_dataframe) >= 3\n"
+    )
+    environment = ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          check=False, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
+
+
+def test_what_there_is_no_room_for_is_refused_before_ray_starts(store: TokenStore, tmp_path: Path) -> None:
+    spec = write_sweep(tmp_path, small_sweep(store.path))
+    for change, words in (
+        ("resources.cpus=1000", "resources.cpus=1"),
+        ("resources.workers=1000", "resources.workers=1"),
+        ("resources.gpus=1", "resources.gpus=0"),
+    ):
+        began = time.monotonic()
+        result = run_sweep(spec, "--out", tmp_path / "out", "--set", change, environment={"CUDA_VISIBLE_DEVICES": ""})
+        assert result.returncode == 2
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+        assert time.monotonic() - began < 20
+    assert not list((tmp_path / "out").glob("runs/*"))
