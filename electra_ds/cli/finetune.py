@@ -164,7 +164,9 @@ def _finetune(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
+    from electra_ds.cli.progress import ConsoleDisplay
     from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.core.log import show_log
     from electra_ds.core.ranks import join_ranks
     from electra_ds.finetuning import prepare
     from electra_ds.finetuning.finetune import discard_weights, finetune
@@ -176,6 +178,7 @@ def _finetune(options: argparse.Namespace) -> None:
     wanted = prepare.FinetuneOptions(**{name: getattr(options, name, None) for name in names})
     with join_ranks() as ranks, contextlib.ExitStack() as held:
         console = Console(quiet=not ranks.is_main)
+        show_log(console)
         run = RunDirectory(ranks.broadcast(_run_path(options, recipe)))
         if recipe is None and prepare.is_finished(wanted, run, ranks):
             prepare.say_finished(run, console)
@@ -196,7 +199,7 @@ def _finetune(options: argparse.Namespace) -> None:
         runs.hold(run, ranks, held, is_new=recipe is not None)
         prepare.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
-        if finetune(job, ranks, console, time_limit) and ranks.is_main:
+        if finetune(job, ranks, time_limit, [ConsoleDisplay(console)]) and ranks.is_main:
             prepare.say_end(job, console)
             if run.status() == "done" and job.record.settings.discard_weights:
                 discard_weights(run)

@@ -128,7 +128,9 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
+    from electra_ds.cli.progress import ConsoleDisplay
     from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.core.log import show_log
     from electra_ds.core.ranks import join_ranks
     from electra_ds.data.token_store import TokenStore
     from electra_ds.pretraining import prepare
@@ -137,6 +139,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     wanted = prepare.Options(**{name: getattr(options, name) for name in prepare.Options.__dataclass_fields__})
     with join_ranks() as ranks, contextlib.ExitStack() as held:
         console = Console(quiet=not ranks.is_main)
+        show_log(console)
         run = RunDirectory(ranks.broadcast(_run_path(options, recipe)))
         if recipe is None and prepare.is_finished(run, "pretrain", ranks):
             prepare.say_finished(run, console)
@@ -170,7 +173,7 @@ def _pretrain(options: argparse.Namespace) -> None:
         beginning = None  # which holds the weights in memory
         prepare.announce(job, console)
         time_limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - _STARTED)
-        if pretrain(job, ranks, console, time_limit) and ranks.is_main:
+        if pretrain(job, ranks, time_limit, [ConsoleDisplay(console)]) and ranks.is_main:
             from electra_ds.report.run_report import report_run
 
             report_run(run, console)

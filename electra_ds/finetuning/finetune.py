@@ -9,16 +9,17 @@ RUN/
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from rich.console import Console
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
@@ -33,13 +34,15 @@ from electra_ds.finetuning.encoder_source import EncoderSource
 from electra_ds.finetuning.layer_decay import finetuning_rates
 from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
 from electra_ds.finetuning.task_sets import Judged, Outputs, TaskSets
+from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint, remove
 from electra_ds.training.engine import Engine
 from electra_ds.training.loop import TrainingLoop, train
 from electra_ds.training.saver import CheckpointSaver
 from electra_ds.training.throughput import Throughput
-from electra_ds.training.tracking import TrainingDisplay, read_metrics
+from electra_ds.training.tracking import read_metrics
 
+_log = logging.getLogger(__name__)
 SCORES = "scores.json"
 _FORMAT = 1
 _LEAST_ROWS = 32
@@ -73,9 +76,11 @@ class FinetuneJob:
         return self.run.record_files(self.recipe, plan, self.record) | self.encoder.files()
 
 
-def finetune(job: FinetuneJob, ranks: Ranks, console: Console, time_limit_s: float | None = None) -> bool:
-    """As `loop.train`; what a finished run leaves behind is said above."""
-    return train(lambda: FinetuneLoop(job, ranks, console), job, ranks, time_limit_s)
+def finetune(
+    job: FinetuneJob, ranks: Ranks, time_limit_s: float | None = None, callbacks: Sequence[Callback] = ()
+) -> bool:
+    """Train as `loop.train` does; what a finished run leaves behind is said above."""
+    return train(lambda: FinetuneLoop(job, ranks, callbacks), job, ranks, time_limit_s)
 
 
 def task_model(job: FinetuneJob) -> TaskModel:
@@ -90,23 +95,28 @@ def task_model(job: FinetuneJob) -> TaskModel:
 class FinetuneLoop(TrainingLoop):
     job: FinetuneJob
 
-    def __init__(self, job: FinetuneJob, ranks: Ranks, console: Console) -> None:
+    def __init__(self, job: FinetuneJob, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> None:
         builder = TaskBatchBuilder(
             job.sets.train, job.recipe.global_batch_size, job.recipe.seed, job.training.optimizer.loss
         )
         throughput = Throughput(devices.device(ranks.launch), None, lambda batch: 0.0)
-        super().__init__(job, ranks, console, builder, throughput)
+        super().__init__(job, ranks, builder, throughput, callbacks)
         self.evaluation_rows = max(self.evaluation_rows, _LEAST_ROWS)
         self._best_folder = CheckpointFolder(job.run.path / "best", keep=1)
         self._best_saver = CheckpointSaver(self._best_folder, ranks)
-        with ranks.together():
-            if ranks.is_main and self._best_folder.folder.is_dir():
-                self._forget_later_best()
         self._best_step = 0
         self._judged: dict[str, Judged] = {}
         """Of the last evaluation, on the main rank."""
-        self._history: list[tuple[int, float]] = ranks.broadcast(self._earlier_evaluations())
+        self._history: list[tuple[int, float]] = []
         """(step, the score that choices are made by) of each evaluation."""
+
+    def start(self, stack: contextlib.ExitStack) -> None:
+        super().start(stack)
+        job, ranks = self.job, self.ranks
+        with ranks.together():
+            if ranks.is_main and self._best_folder.folder.is_dir():
+                self._forget_later_best()
+        self._history = ranks.broadcast(self._earlier_evaluations())
         with ranks.together():
             if job.record.settings.best and self._history and not self._best_folder.paths():
                 raise CheckpointError(
@@ -131,7 +141,7 @@ class FinetuneLoop(TrainingLoop):
         rates = finetuning_rates(training.num_hidden_layers, training.optimizer)
         return Engine(task_model(self.job), training, self.plan, self.device, rates)
 
-    def shown(self, values: Mapping[str, float | None]) -> str:
+    def shown(self, values: Metrics) -> str:
         loss = values.get("loss")
         return f"loss {'not finite' if loss is None else f'{loss:.4f}'}"
 
@@ -144,12 +154,12 @@ class FinetuneLoop(TrainingLoop):
 
     # --- evaluation
 
-    def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
+    def evaluate(self) -> Mapping[str, float]:
         sets = self.job.sets
         self._judged = self._judge(sets.dev)
         for name, judged in self._judged.items():
             constant = "" if judged.constant is None else f"; every prediction is {judged.constant}"
-            display.say(f"{name} at step {self.step}: {sets.shown(judged.metrics, judged.baseline)}{constant}")
+            _log.info(f"{name} at step {self.step}: {sets.shown(judged.metrics, judged.baseline)}{constant}")
         scores = self.ranks.broadcast({name: judged.metrics for name, judged in self._judged.items()})
         if self._is_of_schedule(self.step):
             self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
@@ -179,7 +189,7 @@ class FinetuneLoop(TrainingLoop):
             index = turn * world_size + self.ranks.rank
             # At stage 3 all ranks run the model together, so one without a share left runs the last again.
             rows = chunks[min(index, len(chunks) - 1)]
-            scores = self.engine.evaluate(inputs.micro_batch(rows, with_labels=False)).scores
+            scores = self._engine.evaluate(inputs.micro_batch(rows, with_labels=False)).scores
             arrays = {name: tensor.cpu().numpy() for name, tensor in scores.items()}
             if index < len(chunks):
                 own.append([{name: array[row] for name, array in arrays.items()} for row in range(len(rows))])
@@ -200,7 +210,7 @@ class FinetuneLoop(TrainingLoop):
         before = [(step, earlier) for step, earlier in self._history if step < self.step]
         self._history = [*before, (self.step, score)]
         if self.job.record.settings.best and (not before or score > max(earlier for _, earlier in before)):
-            self._best_saver.save(self.engine.optimizer, self._state(), self.record_files)
+            self._best_saver.save(self._engine.optimizer, self._state(), self.record_files)
             self._best_saver.finish()
         self.ends_early = "done" if self._is_in_vain() else None
 
@@ -246,8 +256,8 @@ class FinetuneLoop(TrainingLoop):
                     + "".join(f": {problem}" for problem in damaged.values())
                 )
             checkpoint = open_checkpoint(path)
-            checkpoint.check(self.engine.optimizer.shapes(), self.engine.optimizer.trained())
-        self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
+            checkpoint.check(self._engine.optimizer.shapes(), self._engine.optimizer.trained())
+        self._engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self._best_step = int(checkpoint.state["step"])
 
     def _write(self, judged: Mapping[str, Judged]) -> None:

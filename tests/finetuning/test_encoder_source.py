@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, processors
 from transformers import (
@@ -327,7 +326,7 @@ def pretrain_on(length: int, store: TokenStore, process_group: Ranks, run_dir: P
     with run.locked():
         plan = prepare.plan_new(options, recipe, run, process_group)
         job = prepare.prepare_new(options, recipe, plan, store, run, process_group)
-        assert pretrain(job, process_group, Console(quiet=True))
+        assert pretrain(job, process_group)
     return run.path
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 from electra_ds.cli import main
+from electra_ds.cli.progress import ConsoleDisplay
 from electra_ds.config.finetune_recipe import Finetuning, load_finetune_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
@@ -35,7 +36,6 @@ from electra_ds.finetuning.model import TaskModel, make_head
 from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import Engine
-from electra_ds.training.tracking import TrainingDisplay
 from tests.finetune_runs import (
     BAD,
     GOOD,
@@ -413,7 +413,7 @@ def test_a_stop_right_after_a_logged_step_does_not_call_its_losses_not_finite(
 ) -> None:
     """The time limit has passed when the run starts, so it stops after its first step."""
     shown: list[str] = []
-    monkeypatch.setattr(TrainingDisplay, "update", lambda self, step, numbers: shown.append(numbers))
+    monkeypatch.setattr(ConsoleDisplay, "on_report", lambda self, progress, summary: shown.append(summary))
     finetune(*arguments_of(electra, glue, "mrpc", tmp_path / "run", log_every=1, time_limit="1s"))
     assert shown
     assert not any("not finite" in numbers for numbers in shown)

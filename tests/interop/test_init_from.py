@@ -609,7 +609,7 @@ def test_the_command_begins_with_the_weights_and_their_tokenizer(
     assert f"first weights: {folders / 'embeddings' / 'generator'}\n" in out
     losses = train_losses(tmp_path / "run")
     assert [step for step, _ in losses] == [1, 2, 3, 4]
-    assert losses[0][1] == pytest.approx(first.loss.item(), rel=1e-6)
+    assert losses[0][1] == pytest.approx(first["loss"].item(), rel=1e-6)
     assert load_trained(tmp_path / "run").tokenizer.fingerprint == store.tokenizer.fingerprint
     assert RunDirectory(tmp_path / "run").status() == "done"
 

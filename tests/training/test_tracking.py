@@ -25,6 +25,7 @@ from electra_ds.config.monitors import FolderMonitor, Monitors, WandbMonitor, wa
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import ConfigError, InterruptedBySignalError, TrainingError
+from electra_ds.core.log import show_log
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.prepare import Options
 from electra_ds.training.trackers import Trackers, check_tracking, open_trackers
@@ -48,9 +49,10 @@ def opened(
     settings: TrackingSettings, run_dir: Path, *, resume_step: int = 0, reached: int = 0, console: Console | None = None
 ) -> Trackers:
     run_dir.mkdir(exist_ok=True)
+    show_log(console or Console(file=io.StringIO()))
     return open_trackers(
         settings, RunDirectory(run_dir), {"recipe": {"name": "tiny"}, "deepspeed": {"fp16": {"enabled": True}}},
-        resume_step=resume_step, reached=reached, console=console or Console(file=io.StringIO()),
+        resume_step=resume_step, reached=reached,
     )  # fmt: skip
 
 
