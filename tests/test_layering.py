@@ -23,6 +23,8 @@ ROWS = [
 LATE = {
     ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
     ("electra_ds.pretraining.objectives.electra_evaluation", "sklearn.metrics"),
+    ("electra_ds.pretraining.objectives.electra", "electra_ds.pretraining.convert"),  # which needs transformers
+    ("electra_ds.pretraining.objectives.base", "transformers"),  # for type checkers
     ("electra_ds.finetuning.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "scipy.stats"),
     ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),  # for type checkers
