@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import did_you_mean
 
 _COUNT = "number_checkpoints"
 _FOR_MODEL_PARALLELISM = ("partition_activations", "contiguous_memory_optimization")

@@ -26,8 +26,7 @@ from electra_ds.config.recipe_owned import OWNED_BY_RECIPE, check_recipe_owned
 from electra_ds.config.shipped import DS_CONFIGS, ds_config_names, shipped_text
 from electra_ds.config.spelling import as_read, is_comment
 from electra_ds.config.zero import parse_zero, without_auto
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 _CUT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 RESOLVED_HERE = (*_CUT, "zero_optimization", "fp16", "bf16", "torch_autocast", "activation_checkpointing")

@@ -11,8 +11,7 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 WANDB_MODES = {
     "online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import did_you_mean
 
 PRECISION_KEYS = {
     "fp16": {

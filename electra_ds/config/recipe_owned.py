@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from electra_ds.config.recipe import TrainingRecipe
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import did_you_mean
 
 OWNED_BY_RECIPE = ("train_batch_size", "gradient_clipping", "optimizer", "scheduler")
 _OPTIMIZERS = ("adam", "adamw")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from electra_ds.config.inert import ZERO_DEFAULTS, ZERO_REMOVED, ZERO_UNREAD, is_inert_in_zero, is_offload
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import did_you_mean
 
 # Our own bucket sizes, in elements: DeepSpeed's 5e8 would be a gigabyte, more than the whole of a small model.
 # 1e7 halves are the 20 MB that torch's DistributedDataParallel also gathers before it sends.

@@ -24,12 +24,12 @@ import numpy as np
 
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.errors import DataError
+from electra_ds.core.launcher import worker_pool
 from electra_ds.core.terminal import PREPARING, StageProgress, warn
 from electra_ds.data.corpus import Corpus, Source
 from electra_ds.data.token_store import FORMAT, SourceInfo, StoreInfo, TokenStore, token_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, unknown_in
-from electra_ds.data.worker_pool import worker_pool
 
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"

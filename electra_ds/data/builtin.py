@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 
 from electra_ds.core.errors import DataError
-from electra_ds.data.worker_pool import worker_pool
+from electra_ds.core.launcher import worker_pool
 
 PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn", "torch", "transformers")
 _SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}

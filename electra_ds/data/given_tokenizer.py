@@ -18,7 +18,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from electra_ds.core.errors import DataError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.data.file_kinds import kind_of
 from electra_ds.data.hub import explained, fetch_tokenizer
 from electra_ds.data.tokenizer import SPECIAL_TOKENS, Tokenizer

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from electra_ds.core.errors import DataError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.core.program import command
 
 _OURS = ("*.safetensors", "pytorch_model*.bin")
