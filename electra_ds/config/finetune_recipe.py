@@ -18,8 +18,7 @@ from pydantic import Field
 
 from electra_ds.config.overrides import apply_overrides, put_value
 from electra_ds.config.recipe import OptimizerSection, ScheduleSection, Section, named_values, validate_recipe
-from electra_ds.config.shipped import FINETUNE_RECIPES, shipped_names
-from electra_ds.config.tasks import TASKS
+from electra_ds.config.shipped import FINETUNE_RECIPES, TASKS, shipped_names
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 

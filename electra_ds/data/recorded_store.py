@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from electra_ds.config.moved import read_where_it_is
+from electra_ds.config.run_directory import read_where_it_is
 from electra_ds.config.run_record import RunRecord
 from electra_ds.core.errors import DataError
 from electra_ds.data.token_store import TokenStore
