@@ -36,7 +36,7 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.core.keyed_random import column_keys
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
-from electra_ds.model.sampling import sample_tokens
+from electra_ds.model.prediction import sample_tokens
 from electra_ds.pretraining.batches import BatchBuilder, GlobalBatch
 from electra_ds.pretraining.compiled import check_compile
 from electra_ds.pretraining.electra import Electra, encoder_configs

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrai
 
 from electra_ds.core.errors import DataError
 from electra_ds.core.files import is_hub_model
-from electra_ds.data.file_kinds import kind_of
 from electra_ds.data.hub import explained, fetch_tokenizer
+from electra_ds.data.text_files import kind_of
 from electra_ds.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _JSON, _VOCABULARY, _SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"

@@ -19,7 +19,7 @@ import numpy as np
 
 from electra_ds.config.shipped import TASKS
 from electra_ds.core.errors import DataError, did_you_mean
-from electra_ds.data.file_kinds import kind_of
+from electra_ds.data.text_files import kind_of
 from electra_ds.finetuning.tasks import Examples, Kind, Task, TaskData, task_data
 
 TEXT_COLUMNS = (

@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import DataError
 from electra_ds.core.keyed_random import generator, random_bits
-from electra_ds.data.packed_rows import packed_rows
+from electra_ds.data.packing import packed_rows
 from electra_ds.data.sampling import Rows, Sampler
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
