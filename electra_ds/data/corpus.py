@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from electra_ds.core.errors import DataError
 from electra_ds.data.builtin import builtin_documents, builtin_sources
@@ -20,31 +21,37 @@ _SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 """Files of a dataset that `save_to_disk` wrote."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """Text from one place. `data.corpus_weights` has a weight for each source."""
 
     @property
-    def description(self) -> str: ...
+    @abstractmethod
+    def description(self) -> str:
+        """The name of the source in messages."""
 
     @property
     def num_bytes(self) -> int | None:
         """The number of bytes that `documents` will report as progress; None if it is not known before."""
+        return None
 
+    @abstractmethod
     def signature(self) -> str:
         """Return a value that changes with the text: a cheap check that a store was built from this source."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027
         """Download the source, if it is not local. Raises DataError."""
 
+    @abstractmethod
     def documents(self, progress: Progress) -> Iterator[list[str]]:
         """Yield every document, always in the same order; some may have no lines. Raises DataError."""
 
     def notes(self) -> list[str]:
         """Return notes for the user on what the last reading found."""
+        return []
 
 
 @dataclass(frozen=True)
-class FileSource:
+class FileSource(Source):
     """Text in files, which are read in this order."""
 
     files: tuple[Path, ...]
@@ -71,9 +78,6 @@ class FileSource:
         listing = _listing(self.files)
         return hashlib.sha256(repr((self.boundary, self.text_key, listing)).encode()).hexdigest()
 
-    def prepare(self) -> None:
-        """Do nothing: files are local."""
-
     def documents(self, progress: Progress) -> Iterator[list[str]]:
         self.cut_articles.clear()
         for path in self.files:
@@ -97,23 +101,16 @@ class FileSource:
         return found
 
 
-class BuiltinSource:
+class BuiltinSource(Source):
     """The documentation text of the installed packages."""
 
     description = "built-in documentation text"
-    num_bytes: int | None = None
 
     def signature(self) -> str:
         return hashlib.sha256(repr(_listing(builtin_sources())).encode()).hexdigest()
 
-    def prepare(self) -> None:
-        """Do nothing: the packages are installed."""
-
     def documents(self, progress: Progress) -> Iterator[list[str]]:
         yield from builtin_documents()
-
-    def notes(self) -> list[str]:
-        return []
 
 
 @dataclass(frozen=True)

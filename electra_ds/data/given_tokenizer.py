@@ -283,47 +283,33 @@ def _check_content(file: Path, name: str | None = None) -> None:
             f"{shown} is not text. If it is a SentencePiece model, such as spiece.model, save it as {_JSON} with "
             f"transformers and give that."
         ) from error
-    problem = _problem_of_json(text) if file.suffix == ".json" else _problem_of_vocabulary(text)
-    if problem:
-        raise DataError(f"{shown} {problem}")
+    wanted = _JSON if file.suffix == ".json" else _VOCABULARY
+    found = _content_of(text, wanted)
+    if found in (_JSON, _VOCABULARY) and found != wanted:
+        raise DataError(f"{shown} is a {found}, not a {wanted}. Rename it to {found}.")
+    if found != wanted:
+        raise DataError(f"{shown} {found}. Give the model's {_JSON}.")
 
 
-def _problem_of_json(text: str) -> str:
-    values = _parsed(text)
-    if values is None and {"[UNK]", "[CLS]"} <= set(text.split()):
-        return f"is a vocabulary of one piece per line, not a {_JSON}. Rename it to {_VOCABULARY}."
-    if values is None:
-        return "is not JSON: it is damaged, cut off, or something else. Fetch it again."
-    if isinstance(values, dict) and isinstance(values.get("model"), dict):
-        return ""
-    return f"is {_what_json_is(values)}, not a {_JSON}, which also says how text is split. Give the model's {_JSON}."
-
-
-def _problem_of_vocabulary(text: str) -> str:
-    values = _parsed(text) if text.lstrip().startswith(("{", "[\n", '["')) else None
-    if isinstance(values, dict) and isinstance(values.get("model"), dict):
-        return f"is a {_JSON}, not a vocabulary of one piece per line. Rename it to {_JSON}."
-    if values is not None:
-        return f"is {_what_json_is(values)}, not a vocabulary of one piece per line. Give the model's {_JSON}."
-    lines = text.splitlines()
-    if lines and lines[0].startswith("#version"):
-        return f"holds the merges of a byte-level BPE, not a vocabulary. Give the model's {_JSON}."
-    if lines and all(_SCORED.fullmatch(line) for line in lines):
-        return f"holds a SentencePiece vocabulary with scores, not one of WordPiece. Give the model's {_JSON}."
-    return ""
-
-
-def _parsed(text: str) -> Any:
-    """Return the JSON value in a text, or None."""
+def _content_of(text: str, wanted: str) -> str:
+    """Return `tokenizer.json` or `vocab.txt`, or what else the content of a tokenizer's file is."""
     try:
-        return json.loads(text)
+        values = json.loads(text)
     except ValueError:
-        return None
-
-
-def _what_json_is(values: Any) -> str:
-    if isinstance(values, dict) and {"tokenizer_class", "do_lower_case", "model_max_length"} & values.keys():
-        return f"a {_SETTINGS}"
-    if isinstance(values, dict) and values and all(isinstance(number, int) for number in values.values()):
-        return "a vocab.json, pieces with their ids"
-    return "some other JSON"
+        if wanted == _JSON and not {"[UNK]", "[CLS]"} <= set(text.split()):
+            return "is not JSON: it is damaged, cut off, or something else"
+        lines = text.splitlines()
+        if lines and lines[0].startswith("#version"):
+            return "holds the merges of a byte-level BPE, not a vocabulary"
+        if lines and all(_SCORED.fullmatch(line) for line in lines):
+            return "holds a SentencePiece vocabulary with scores, not one of WordPiece"
+        return _VOCABULARY
+    if not isinstance(values, dict):
+        return f"is some other JSON, not a {wanted}"
+    if isinstance(values.get("model"), dict):
+        return _JSON
+    if {"tokenizer_class", "do_lower_case", "model_max_length"} & values.keys():
+        return f"is a {_SETTINGS}, not a {wanted}"
+    if values and all(isinstance(number, int) for number in values.values()):
+        return f"is a vocab.json, pieces with their ids, not a {wanted}"
+    return f"is some other JSON, not a {wanted}"

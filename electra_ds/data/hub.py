@@ -20,6 +20,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from huggingface_hub.utils import logging as hub_logging
 
 from electra_ds.core.errors import DataError
+from electra_ds.data.corpus import Source
 from electra_ds.data.text_files import Progress, is_text_type, lines_of
 
 HUB = "hub:"
@@ -67,13 +68,13 @@ def dataset_path(name: str, revision: str | None) -> str:
     return str(Path(name).resolve()) if is_local else name
 
 
-class HubSource:
+class HubSource(Source):
     """One split of a dataset. Each row is a document; rows without a text are left out."""
 
     def __init__(self, text: str, text_key: str = "text", *, streaming: bool = False, revision: str | None = None):
         """Find the dataset without downloading its data. Raises DataError if it does not exist as specified."""
         self.parts = parse_hub_name(text)
-        self.description = f"{self.parts}{f', revision {revision}' if revision else ''}"
+        self._description = f"{self.parts}{f', revision {revision}' if revision else ''}"
         self._text_key = text_key
         self._streaming = streaming
         self._rows: Any = None
@@ -103,6 +104,10 @@ class HubSource:
             datasets.ReadInstruction.from_spec(split)
         except (AssertionError, ValueError) as error:
             raise DataError(f"{self.description}: '{split}' is not a slice such as train[:10%]. {error}") from error
+
+    @property
+    def description(self) -> str:
+        return self._description
 
     @property
     def num_bytes(self) -> int | None:
@@ -168,10 +173,6 @@ class HubSource:
                 done = min(read + len(table), total_rows)
                 progress(total_bytes * done // total_rows - total_bytes * min(read, total_rows) // total_rows)
             read += len(table)
-
-    def notes(self) -> list[str]:
-        """Return no notes."""
-        return []
 
     def _num_rows(self) -> int | None:
         if not self._streaming:

@@ -94,20 +94,10 @@ class TokenStore:
             self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
             self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
             self.lines: np.ndarray = np.load(path / "lines.npy", mmap_mode="r")
-            is_complete = (
-                len(self.tokens) == self.info.num_tokens
-                and len(self.documents) == self.info.num_documents + 1
-                and len(self.lines) == self.info.num_lines + 1
-                and self.lines[-1] == len(self.tokens)
-                and self.documents[0] == 0
-                and self.documents[-1] == len(self.tokens)
-                and bool((np.diff(self.documents) > 0).all())
-                and sum(source.num_documents for source in self.info.corpora) == self.info.num_documents
-            )
-        except (ValueError, TypeError, OSError, EOFError):
-            is_complete = False
-        if not is_complete:
-            raise DataError(f"The token store {path} is damaged. Delete the folder and build it again.")
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f"The token store {path} is damaged ({error}). Delete the folder and build it again."
+            ) from error
 
 
 def _read_info(path: Path) -> StoreInfo:
