@@ -23,7 +23,7 @@ from electra_ds.config.deepspeed_keys import (
     check_keys,
     check_recipe_owned,
     is_off,
-    parse_handed_on,
+    parse_passed_through,
 )
 from electra_ds.config.deepspeed_sections import (
     PRECISION_KEYS,
@@ -187,16 +187,16 @@ def resolve(
     """
     problems: list[str] = []
     notes: list[str] = []
-    values = as_read(values, problems, notes)
+    values = normalize_spelling(values, problems, notes)
     inert = check_keys(values, problems)
     check_recipe_owned(values, recipe, problems, notes)
     zero = parse_zero(values, problems, notes, inert)
     precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes)
     if inert:
-        notes.append(f"left out, since nothing depends on it here: {', '.join(inert)}")
+        notes.append(f"left out, because it has no effect here: {', '.join(inert)}")
     monitors = parse_monitors(values, problems)
     checkpointed_layers = parse_activations(values, recipe.num_hidden_layers, problems, notes)
-    document = parse_handed_on(values, problems, notes)
+    document = parse_passed_through(values, problems, notes)
     document |= {key: values[key] for key in MONITOR_SECTIONS if key in values}
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:
@@ -268,8 +268,8 @@ def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, prob
     return BatchPlan(micro, accumulation, world_size)
 
 
-# Spelling: comments, whole numbers as floats, older names and unfilled templates. After `as_read` each thing has one
-# name and one form.
+# Spelling: comments, whole numbers as floats, older names and unfilled templates. Afterwards each thing has one name
+# and one form.
 
 _COMMENTS = ("_", "//", "#")
 """Prefixes of keys that are meant as comments. DeepSpeed ignores such keys at the top level."""
@@ -302,7 +302,7 @@ def is_comment(key: str) -> bool:
     return key.startswith(_COMMENTS)
 
 
-def as_read(values: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+def normalize_spelling(values: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
     """Return the mapping without comments and with current names, as DeepSpeed reads it.
 
     Values that cannot be read are left out and added to `problems`; older names are added to `notes`.

@@ -1,7 +1,7 @@
-"""The keys of a DeepSpeed JSON: which of them the recipe owns, DeepSpeed is handed, or nothing depends on.
+"""The keys of a DeepSpeed JSON: which of them the recipe owns, which are passed through, which have no effect.
 
 - Keys of the recipe (batch, clipping, optimizer, schedule) may be absent or "auto"; a value must be the recipe's.
-- Keys about DeepSpeed's reports and process are handed on to it.
+- Keys about DeepSpeed's reports and process are passed through to it.
 - Keys that change nothing here are left out, and one note names them: defaults, off switches, keys of other ZeRO
   stages. A key does change something if a user would expect an effect that it does not have.
 
@@ -23,7 +23,7 @@ RESOLVED_HERE = (
     "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "fp16", "bf16",
     "torch_autocast", "activation_checkpointing",
 )  # fmt: skip
-INSTEAD = {
+ALTERNATIVES = {
     "comet": "Comet is not supported; use --wandb, --tensorboard, or a csv_monitor section instead",
     "comms_logger": "it is not supported here, where nothing prints its summary; remove the key",
 }
@@ -78,13 +78,13 @@ REMOVED = (
     "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
 )  # fmt: skip
 """Top-level keys of older versions that DeepSpeed 0.19 refuses with any value."""
-UNREAD = ("fp32_allreduce",)
+IGNORED = ("fp32_allreduce",)
 """Top-level keys of older versions that DeepSpeed 0.19 ignores silently."""
 ZERO_REMOVED: dict[str, Any] = {
     "mics_shard_size": -1, "mics_hierarchical_params_gather": False, "zeropp_loco_param": None,
 }  # fmt: skip
 """Keys of `zero_optimization` that DeepSpeed 0.19 refuses, with the values that switched them off."""
-ZERO_UNREAD = {"cpu_offload_params": False, "legacy_stage1": False}
+ZERO_IGNORED = {"cpu_offload_params": False, "legacy_stage1": False}
 """Keys of `zero_optimization` of older versions that no longer exist or no longer have an implementation."""
 
 
@@ -123,7 +123,7 @@ def is_inert_in_zero(key: str, value: Any) -> bool:
     """Return whether an unsupported key of `zero_optimization` only spells out a default or an off switch."""
     if key in ZERO_WITHOUT_EFFECT:
         return value in (True, False, None, "auto")
-    off = ZERO_DEFAULTS | ZERO_REMOVED | ZERO_UNREAD
+    off = ZERO_DEFAULTS | ZERO_REMOVED | ZERO_IGNORED
     if key not in off:
         return False
     if type(value) is type(off[key]) and value == off[key]:  # true is not 1
@@ -142,14 +142,14 @@ def is_offload(key: str, value: Any) -> bool:
 
 def check_keys(values: dict[str, Any], problems: list[str]) -> list[str]:
     """Return the keys that change nothing, and add unknown and unsupported ones to `problems`."""
-    known = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *HANDED_ON, *MONITOR_SECTIONS)
+    known = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *PASSED_THROUGH, *MONITOR_SECTIONS)
     inert = []
     for key in values:
-        if key in (*INSTEAD, *NOT_USED, *REMOVED, *UNREAD) and is_inert(key, values[key]):
+        if key in (*ALTERNATIVES, *NOT_USED, *REMOVED, *IGNORED) and is_inert(key, values[key]):
             inert.append(key)
-        elif key in INSTEAD:
-            problems.append(f"{key}: {INSTEAD[key]}")
-        elif key in (*REMOVED, *UNREAD):
+        elif key in ALTERNATIVES:
+            problems.append(f"{key}: {ALTERNATIVES[key]}")
+        elif key in (*REMOVED, *IGNORED):
             problems.append(f"{key}: DeepSpeed 0.19 no longer has this feature; remove the key")
         elif key in NOT_USED:
             problems.append(f"{key}: this DeepSpeed feature is not supported here; remove the key")
@@ -158,9 +158,9 @@ def check_keys(values: dict[str, Any], problems: list[str]) -> list[str]:
     return inert
 
 
-# The keys that are handed on to DeepSpeed
+# The keys that are passed through to DeepSpeed
 
-HANDED_ON: dict[str, type[Any]] = {
+PASSED_THROUGH: dict[str, type[Any]] = {
     "disable_python_gc": bool,
     "dump_state": bool,
     "flops_profiler": dict,
@@ -183,16 +183,16 @@ NEVER = 2**31 - 1
 """The `steps_per_print` of a run whose file does not set it: the progress bar reports, not DeepSpeed."""
 
 
-def parse_handed_on(values: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
-    """Return the keys that are handed to DeepSpeed unchanged.
+def parse_passed_through(values: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """Return the keys that DeepSpeed gets unchanged.
 
     Errors are added to `problems`, and keys that will print nothing to `notes`.
     """
-    given: dict[str, Any] = {key: values[key] for key in HANDED_ON if values.get(key, "auto") != "auto"}
+    given: dict[str, Any] = {key: values[key] for key in PASSED_THROUGH if values.get(key, "auto") != "auto"}
     before = len(problems)
     for key, value in given.items():
-        if type(value) is not HANDED_ON[key]:
-            problems.append(f"{key}: {value!r} is not of type {_JSON_TYPES[HANDED_ON[key]]}")
+        if type(value) is not PASSED_THROUGH[key]:
+            problems.append(f"{key}: {value!r} is not of type {_JSON_TYPES[PASSED_THROUGH[key]]}")
         elif key == "log_level" and value.lower() not in _LOG_LEVELS:
             problems.append(f"log_level: {value!r} is not one of {', '.join(_LOG_LEVELS)}")
         elif key == "steps_per_print" and value < 1:

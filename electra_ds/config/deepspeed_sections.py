@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from electra_ds.config.deepspeed_keys import ZERO_DEFAULTS, ZERO_REMOVED, ZERO_UNREAD, is_inert_in_zero, is_offload
+from electra_ds.config.deepspeed_keys import ZERO_DEFAULTS, ZERO_IGNORED, ZERO_REMOVED, is_inert_in_zero, is_offload
 from electra_ds.core.errors import did_you_mean
 
 # Precision
@@ -77,8 +77,8 @@ def parse_precision(
                 problems.append(f"{name}.{key}: unknown key{did_you_mean(key, known)}")
         on = section.get("enabled", False)
         if on == "auto":
-            on = name == "fp16" and auto_fp16 and not _chosen(values)
-            meant = "on" if on else "off, since another precision is chosen" if _chosen(values) else "off"
+            on = name == "fp16" and auto_fp16 and not _is_precision_chosen(values)
+            meant = "on" if on else "off, since another precision is chosen" if _is_precision_chosen(values) else "off"
             notes.append(f'{name}.enabled is "auto", which here means {meant}')
         if not isinstance(on, bool):
             problems.append(f'{name}.enabled: {on!r} is not true, false or "auto"')
@@ -100,7 +100,7 @@ def parse_precision(
     return Precision("fp16", _loss_scaling(section, problems))
 
 
-def _chosen(values: dict[str, Any]) -> bool:
+def _is_precision_chosen(values: dict[str, Any]) -> bool:
     """Return whether a precision is switched on explicitly; "auto" is transformers' "as the user says"."""
     sections = (values.get(name) for name in PRECISION_KEYS)
     return any(isinstance(section, dict) and section.get("enabled") is True for section in sections)
@@ -212,7 +212,7 @@ def parse_zero(values: dict[str, Any], problems: list[str], notes: list[str], in
         elif key in OFFLOADS or is_inert_in_zero(key, value):
             is_open = isinstance(value, dict) and value.get("device") == "auto"
             inert.append(f"zero_optimization.{key}" + (' (its device is "auto", which means none)' if is_open else ""))
-        elif key in (*ZERO_REMOVED, *ZERO_UNREAD):
+        elif key in (*ZERO_REMOVED, *ZERO_IGNORED):
             problems.append(f"zero_optimization.{key}: DeepSpeed 0.19 no longer has this feature; remove the key")
         elif key in ZERO_DEFAULTS:
             problems.append(f"zero_optimization.{key}: not supported here; remove the key")

@@ -90,7 +90,7 @@ def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) 
     store = TokenStore(out)
     if store.info.corpus_signature != corpus.signature():
         corpus.prepare()
-        read = _TextRead(corpus)
+        read = _TextHash(corpus)
         for source, document in corpus.documents_by_source():
             read.add(source, document)
         if store.info.corpus_fingerprint != read.fingerprint:
@@ -190,7 +190,7 @@ def _first_lines(corpus: Corpus, section: TokenizerSection, progress: StageProgr
     progress.begin("training the tokenizer", status=section.kind)
 
 
-class _TextRead:
+class _TextHash:
     """A hash of the text that was read, and the number of documents of each source. Both identify a corpus."""
 
     def __init__(self, corpus: Corpus) -> None:
@@ -221,7 +221,7 @@ class _Counts(NamedTuple):
 
 
 def _chunks(
-    documents_by_source: Iterable[tuple[int, list[str]]], partial: Path, tokenizer: Tokenizer, read: _TextRead
+    documents_by_source: Iterable[tuple[int, list[str]]], partial: Path, tokenizer: Tokenizer, read: _TextHash
 ) -> Iterator[_Chunk]:
     """Yield chunks of consecutive documents, each of a single source."""
     documents: list[list[str]] = []
@@ -252,10 +252,10 @@ def _update(digest: hashlib._Hash, document: list[str]) -> None:
 
 def _tokenise(
     corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: StageProgress
-) -> tuple[list[tuple[int, Path]], _TextRead]:
+) -> tuple[list[tuple[int, Path]], _TextHash]:
     """Write all shards. Return the source and path of each, in order, and the text that was read."""
     workers = workers or os.cpu_count() or 1
-    read = _TextRead(corpus)
+    read = _TextHash(corpus)
     progress.begin("tokenising", total=corpus.num_bytes)
     shards: list[tuple[int, Path]] = []
     running: set[concurrent.futures.Future[_Counts]] = set()
@@ -326,7 +326,7 @@ def _join(
     shards: list[tuple[int, Path]],
     tokenizer: Tokenizer,
     corpus: Corpus,
-    read: _TextRead,
+    read: _TextHash,
     partial: Path,
     allow_unknown: bool,
 ) -> None:

@@ -61,7 +61,7 @@ class FileSource(Source):
     """The folder of the files, if one was given."""
     cut_articles: Counter[str] = field(default_factory=Counter, compare=False)
     """The number of incomplete WikiExtractor articles that the last reading found, of each kind."""
-    passed_over: Counter[str] = field(default_factory=Counter, compare=False)
+    unread_files: Counter[str] = field(default_factory=Counter, compare=False)
     """The number of files in the given folders that are not read, by suffix."""
 
     @property
@@ -85,8 +85,8 @@ class FileSource(Source):
 
     def notes(self) -> list[str]:
         found = []
-        if total := self.passed_over.total():
-            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.passed_over.items()))
+        if total := self.unread_files.total():
+            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.unread_files.items()))
             found.append(
                 f"{self.description}: {total:,} other {'file is' if total == 1 else 'files are'} not read ({kinds}), "
                 f"since only these are read in a folder: {FORMATS}."
@@ -202,7 +202,7 @@ def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_k
     if [str(path) for path in paths] == [BUILTIN]:
         return BuiltinSource()
     files: list[Path] = []
-    passed_over: Counter[str] = Counter()
+    unread_files: Counter[str] = Counter()
     name = str(paths[0])
     for path in map(Path, paths):
         if path.is_file():
@@ -210,17 +210,17 @@ def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_k
         elif path.is_dir():
             saved = _saved_dataset(path)
             name = str(saved[0].parent) if saved else name
-            files += saved or _files_in(path, passed_over)
+            files += saved or _files_in(path, unread_files)
         else:
             raise DataError(f"The corpus {path} does not exist.")
-    source = FileSource(tuple(files), boundary, text_key, name if len(paths) == 1 else "", passed_over=passed_over)
+    source = FileSource(tuple(files), boundary, text_key, name if len(paths) == 1 else "", unread_files=unread_files)
     if not source.num_bytes:
         raise DataError(f"The corpus is empty: {source.description}.")
     return source
 
 
-def _files_in(folder: Path, passed_over: Counter[str]) -> list[Path]:
-    """Return the files of a folder, and count in `passed_over` the suffixes of files that are not read.
+def _files_in(folder: Path, unread_files: Counter[str]) -> list[Path]:
+    """Return the files of a folder, and count in `unread_files` the suffixes of files that are not read.
 
     Raises DataError if there is no file to read, if a saved dataset is among them, or for a token store.
     """
@@ -233,7 +233,7 @@ def _files_in(folder: Path, passed_over: Counter[str]) -> list[Path]:
             if is_corpus_file(entry):
                 found.append(entry)
             else:
-                passed_over[entry.suffix.lower()] += 1
+                unread_files[entry.suffix.lower()] += 1
     if not found:
         raise DataError(f"The folder {folder} holds no text files ({FORMATS}).")
     saved = sorted({file.parent for file in found if file.name == _STATE and (file.parent / _INFO).is_file()})

@@ -67,7 +67,7 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
     body = source[source.index("def _initialize_params") : source.index("def _batch_assertion")]
     getters = set(re.findall(r"(get_\w+)\(param_dict", body))
     assert len(getters) > 20
-    ours = {*keys.OWNED_BY_RECIPE, *keys.RESOLVED_HERE, *keys.HANDED_ON, *keys.NOT_USED, *keys.INSTEAD}
+    ours = {*keys.OWNED_BY_RECIPE, *keys.RESOLVED_HERE, *keys.PASSED_THROUGH, *keys.NOT_USED, *keys.ALTERNATIVES}
     ours |= {*MONITOR_SECTIONS, "bfloat16"}
     scalars = {
         "TRAIN_BATCH_SIZE", "TRAIN_MICRO_BATCH_SIZE_PER_GPU", "GRADIENT_ACCUMULATION_STEPS", "STEPS_PER_PRINT",
@@ -264,7 +264,7 @@ def test_each_fault_is_named(values: dict[str, Any], message: str) -> None:
 def test_what_changes_nothing_is_a_note_and_the_plan_is_that_without_it(values: dict[str, Any], named: str) -> None:
     plan = plan_of(values)
     (note,) = plan.notes
-    assert note.startswith("left out, since nothing depends on it here: ")
+    assert note.startswith("left out, because it has no effect here: ")
     assert named in note
     stage = values.get("zero_optimization", {}).get("stage", 0)
     assert plan.document == plan_of({"zero_optimization": {"stage": stage}}).document
@@ -317,7 +317,7 @@ def test_the_defaults_that_may_be_spelled_out_are_deepspeeds_own() -> None:
     for key, value in CPU_ADAM_DEFAULTS.items():
         assert DeepSpeedZeroOffloadOptimizerConfig.model_fields[key].default == value, key
     assert set(keys.ZERO_WITHOUT_EFFECT) <= set(DeepSpeedZeroConfig.model_fields)
-    assert not set(keys.UNREAD) & {value for value in vars(constants).values() if isinstance(value, str)}
+    assert not set(keys.IGNORED) & {value for value in vars(constants).values() if isinstance(value, str)}
     ours = {*ZERO_KEYS, *ZERO_3_KEYS, *keys.ZERO_DEFAULTS, *keys.ZERO_WITHOUT_EFFECT}
     known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
     assert known <= ours | {"leaf_module"}
@@ -370,7 +370,7 @@ def test_fp16_auto_means_fp16_on_a_gpu() -> None:
     assert plan_of({"fp16": {"enabled": "auto"}}, auto_fp16=True).precision.name == "fp16"
 
 
-def test_fp16_auto_gives_way_to_a_precision_that_is_chosen() -> None:
+def test_fp16_auto_gives_way_to_a_precision_that_is_is_precision_chosen() -> None:
     """As in transformers' files with bf16 switched on."""
     values = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": True}}
     for auto_fp16 in (True, False):
