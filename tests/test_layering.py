@@ -22,7 +22,7 @@ ROWS = [
 # Imports inside functions, beside those of the commands: what takes seconds and a run's first step does not need.
 LATE = {
     ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
-    ("electra_ds.pretraining.metrics", "sklearn.metrics"),
+    ("electra_ds.pretraining.objectives.electra_evaluation", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "scipy.stats"),
     ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),  # for type checkers

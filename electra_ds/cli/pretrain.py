@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -215,7 +215,7 @@ def _dry_run(
     from electra_ds.core import devices
     from electra_ds.data.token_store import TokenStore
     from electra_ds.pretraining import prepare
-    from electra_ds.pretraining.memory import count_parameters
+    from electra_ds.pretraining.objectives.base import Objective
 
     with ranks.together():
         beginning = _read_beginning(options, recipe) if recipe else None
@@ -240,7 +240,8 @@ def _dry_run(
         path, vocab_size = found
         plan = prepare.fitted(plan, recipe, vocab_size, wanted, ranks)
         prepare.show_run(
-            recipe, asdict(count_parameters(recipe, vocab_size)), f"data: the token store {path} would be built first",
+            recipe, Objective.of(recipe, vocab_size).parameter_counts(),
+            f"data: the token store {path} would be built first",
             devices.shown_threads(
                 devices.device_name(devices.device(ranks.launch)), devices.set_threads(wanted.threads, ranks.launch)
             ),

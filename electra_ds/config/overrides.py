@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from electra_ds.config.recipe import Recipe, load_yaml, merge, named_values, validate_recipe
+from electra_ds.config.recipe import Recipe, for_objective, load_yaml, merge, named_values, recipe_type, validate_recipe
 from electra_ds.core.errors import ConfigError
 
 _SHORT = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "eps": "epsilon"}
@@ -64,6 +64,12 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A shipped recipe or a YAML file, with overrides applied and everything validated."""
-    values = apply_overrides(named_values(name_or_path), overrides, Recipe.dotted_keys())
-    return validate_recipe(values, name_or_path)
+    """Return a shipped recipe or one from a YAML file, with overrides applied and everything validated.
+
+    Its type is that of the objective it names. Raises ConfigError.
+    """
+    values = named_values(name_or_path)
+    for override in overrides:
+        if override.startswith("objective="):
+            values = for_objective(values, parse_value(override.partition("=")[2]))
+    return validate_recipe(apply_overrides(values, overrides, recipe_type(values).dotted_keys()), name_or_path)

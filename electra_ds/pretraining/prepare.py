@@ -42,7 +42,8 @@ from electra_ds.core.terminal import note, say, say_command
 from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore, recorded_store
-from electra_ds.pretraining.memory import count_parameters, peak_memory
+from electra_ds.pretraining.batches import objective_of
+from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.probe import fitting_plan, free_bytes, kernels_of
 from electra_ds.training.engine import check_plan, wants_fp16
@@ -230,7 +231,7 @@ def prepare_new(
     record = RunRecord(
         store=str(store.path.resolve()),
         store_fingerprint=store.info.fingerprint,
-        parameters=asdict(count_parameters(recipe, store.tokenizer.vocab_size)),
+        parameters=objective_of(recipe, store.tokenizer).parameter_counts(),
         device=devices.device_name(devices.device(ranks.launch)),
         threads=devices.set_threads(options.threads, ranks.launch),
         threads_given=options.threads is not None,
@@ -305,7 +306,9 @@ def fitted(plan: DeepSpeedPlan, recipe: Recipe, vocab_size: int, options: Option
         plan = fitting
     else:
         kernels = kernels_of(device)
-        needed = peak_memory(recipe, vocab_size, plan, kernels).needed_bytes(kernels)
+        objective: Objective[Any] = Objective.of(recipe, vocab_size)
+        peak = objective.peak_memory(plan, kernels)
+        needed = 0 if peak is None else peak.needed_bytes(kernels)
         if needed > free:
             note = (
                 f"a step is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
@@ -364,11 +367,11 @@ def show_run(
     sources: Sequence[str] = (),
 ) -> None:
     """The lines of `announce`. data: a line about the text; sources: of the first weights."""
+    parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     say(
         console,
-        f"{recipe.name}: discriminator {parameters['discriminator'] / 1e6:.2f} M parameters, generator "
-        f"{parameters['generator'] / 1e6:.2f} M more; {recipe.schedule.total_steps:,} steps of "
-        f"{recipe.global_batch_size} x {recipe.data.sequence_length} tokens\n"
+        f"{recipe.name}: {parts} parameters; {recipe.schedule.total_steps:,} steps of {recipe.global_batch_size} x "
+        f"{recipe.data.sequence_length} tokens\n"
         f"{data}\n"
         f"{device}, {plan.precision.name}, ZeRO stage {plan.stage}, micro-batch x accumulation = {plan.batch}\n"
         + "".join(f"first weights: {source}\n" for source in sources)
