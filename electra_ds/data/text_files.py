@@ -28,7 +28,6 @@ Boundary = Literal["file", "blank-line"]
 Progress = Callable[[int], None]
 
 _BLOCK_BYTES = 1 << 18
-_PARQUET_ROWS = 1000
 _TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst"}
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _PARQUET_SUFFIX = ".parquet"
@@ -65,7 +64,6 @@ _LONGEST_HEAD_CHARS = 8_000_000
 """Longer than any article."""
 WITHOUT_END, WITHOUT_BEGINNING = "without the end", "without the beginning"
 """Parts of an article that may be missing."""
-
 FORMATS = (
     f"{', '.join(sorted((_TEXT_SUFFIXES | _JSON_SUFFIXES) - {''}))}, names without a suffix, each also with "
     f"{', '.join(_UNPACKERS)} after it, or {_PARQUET_SUFFIX}"
@@ -315,8 +313,8 @@ def _advice_on_json(number: int, line: str) -> str:
 
 def _check_column(path: Path, schema: Any, text_key: str) -> None:
     if text_key not in schema.names:
-        names = ", ".join(schema.names)
-        raise DataError(f"{path}: no column '{text_key}'; its columns are {names}. Name it with --text-key.")
+        columns = f"its columns are {', '.join(schema.names)}"
+        raise DataError(f"{path}: no column '{text_key}'; {columns}. Name it with --text-key.")
     if not is_text_type(kind := schema.field(text_key).type):
         raise DataError(f"{path}: the column '{text_key}' is of type {kind}, not text. See --text-key.")
 
@@ -332,7 +330,7 @@ def _parquet_documents(path: Path, text_key: str, progress: Progress) -> Iterato
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             num_rows = file.metadata.num_rows
             _check_column(path, file.schema_arrow, text_key)
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_key]):
+            for batch in file.iter_batches(1000, columns=[text_key]):
                 yield from (lines_of(text) for text in batch.column(0).to_pylist() if text is not None)
                 progress(size * (read + len(batch)) // num_rows - size * read // num_rows)
                 read += len(batch)
@@ -393,11 +391,10 @@ _BY_FIRST_BYTES = {
     b"%PDF": FileKind("a PDF", "Extract its text first: pdftotext FILE.pdf"),
     b"version https://git-lfs": FileKind("a Git LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
 }
-_TAR_AT, _TAR = 257, b"ustar"
 
 
 def kind_of(content: bytes) -> FileKind | None:
     """Return the kind of a file whose content begins with these bytes, or None if it may be UTF-8 text."""
-    if content[_TAR_AT:].startswith(_TAR):
+    if content[257:].startswith(b"ustar"):
         return FileKind("a tar archive", "Unpack it first: tar xf FILE")
     return next((kind for start, kind in _BY_FIRST_BYTES.items() if content.startswith(start)), None)
