@@ -28,6 +28,7 @@ VOCABULARIES = (_JSON, _VOCABULARY, "vocab.json", "spiece.model", "sentencepiece
 """The vocabulary files of tokenizers. A tokenizer's folder has at least one."""
 _SETTINGS_FILES = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", "config.json")
 _TOKEN_KEYS = ("pad_token", "unk_token", "cls_token", "bos_token", "sep_token", "eos_token", "mask_token")
+_IN_WORDS = {_JSON: _JSON, _VOCABULARY: "vocabulary of one piece per line"}
 _SCORED = re.compile(r".+\t-?\d+(\.\d+)?(e-?\d+)?")
 _SHOWN_PIECES = 3
 
@@ -286,7 +287,7 @@ def _check_content(file: Path, name: str | None = None) -> None:
     wanted = _JSON if file.suffix == ".json" else _VOCABULARY
     found = _content_of(text, wanted)
     if found in (_JSON, _VOCABULARY) and found != wanted:
-        raise DataError(f"{shown} is a {found}, not a {wanted}. Rename it to {found}.")
+        raise DataError(f"{shown} is a {found}, not a {_IN_WORDS[wanted]}. Rename it to {found}.")
     if found != wanted:
         raise DataError(f"{shown} {found}. Give the model's {_JSON}.")
 
@@ -305,11 +306,11 @@ def _content_of(text: str, wanted: str) -> str:
             return "holds a SentencePiece vocabulary with scores, not one of WordPiece"
         return _VOCABULARY
     if not isinstance(values, dict):
-        return f"is some other JSON, not a {wanted}"
+        return f"is some other JSON, not a {_IN_WORDS[wanted]}"
     if isinstance(values.get("model"), dict):
         return _JSON
     if {"tokenizer_class", "do_lower_case", "model_max_length"} & values.keys():
-        return f"is a {_SETTINGS}, not a {wanted}"
+        return f"is a {_SETTINGS}, not a {_IN_WORDS[wanted]}"
     if values and all(isinstance(number, int) for number in values.values()):
-        return f"is a vocab.json, pieces with their ids, not a {wanted}"
-    return f"is some other JSON, not a {wanted}"
+        return f"is a vocab.json, pieces with their ids, not a {_IN_WORDS[wanted]}"
+    return f"is some other JSON, not a {_IN_WORDS[wanted]}"

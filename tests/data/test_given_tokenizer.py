@@ -184,7 +184,7 @@ CONTENTS: dict[str, tuple[str, bytes | Callable[[Path], None], str]] = {
     "vocab.json": (
         "vocab.txt",
         b'{"a": 0, "b": 1}',
-        r"is a vocab\.json, pieces with their ids, not a vocab\.txt",
+        r"is a vocab\.json, pieces with their ids, not a vocabulary of one",
     ),
     "merges": ("vocab.txt", b"#version: 0.2\na b\n", "holds the merges of a byte-level BPE"),
     "scores": ("vocab.txt", "▁a\t-1.5\n▁b\t-2\n".encode(), "SentencePiece vocabulary with scores"),
