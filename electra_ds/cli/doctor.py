@@ -1,4 +1,4 @@
-"""`electra-ds doctor`."""
+"""The command `doctor`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ if TYPE_CHECKING:
 _EPILOG = """\
 example:
   bin/doctor
-      versions, memory, GPUs, and one real training step in each precision; exit status 0 where pretraining can run
+      versions, memory, GPUs, and one real training step in each precision; exit status 0 if pretraining can run
 """
 
 
 def add_doctor(commands: Commands) -> None:
-    """The parser of `doctor`."""
-    command = add_command(
-        commands, "doctor", "Say what this machine can pretrain with, and how to fix what is wrong.", _EPILOG
-    )
+    """Add the parser of `doctor`."""
+    description = "Report whether this machine can pretrain, and how to fix what is wrong."
+    command = add_command(commands, "doctor", description, _EPILOG)
     command.set_defaults(handler=_doctor)
-    command.add_argument("--json", action="store_true", help="print it as JSON")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -21,10 +21,8 @@ from electra_ds.cli.arguments import (
     with_seed,
 )
 from electra_ds.cli.asking import ask_before_years, say_dry_run
-from electra_ds.config.shipped import FINETUNE_RECIPE, OWN_RECIPE, finetune_recipe_names
-from electra_ds.config.tasks import TASKS
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.config.shipped import FINETUNE_RECIPE, OWN_RECIPE, TASKS, finetune_recipe_names
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -98,8 +98,7 @@ def _plan(options: argparse.Namespace) -> None:
     if options.overrides and options.all and options.recipe is None:
         raise ConfigError("--all shows every recipe as it is shipped; say which one --set changes with --recipe.")
 
-    from electra_ds.config.deepspeed import read_deepspeed_json, with_micro_batch
-    from electra_ds.config.defaults import default_ds_config
+    from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json, with_micro_batch
     from electra_ds.config.overrides import load_recipe
     from electra_ds.report.forecast import forecast, forecast_all
     from electra_ds.report.forecast_tables import as_json, print_forecast, print_forecasts

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable

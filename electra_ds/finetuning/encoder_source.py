@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.data.given_tokenizer import VOCABULARIES, read_folder
 from electra_ds.data.hub import explained, fetch_model
 from electra_ds.model.other_formats import refuse_other_frameworks

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from electra_ds.core.errors import DataError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import DataError, did_you_mean
 from electra_ds.finetuning.own_files import Table, read_jsonl, read_tsv
 from electra_ds.finetuning.tasks import Examples, Task, TaskData, task_data
 

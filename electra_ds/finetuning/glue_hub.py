@@ -7,8 +7,7 @@ from typing import Any
 import datasets  # type: ignore[import-untyped]
 import numpy as np
 
-from electra_ds.core.errors import DataError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import DataError, did_you_mean
 from electra_ds.data.hub import HUB, dataset_path, explained
 from electra_ds.finetuning.glue import GLUE
 from electra_ds.finetuning.tasks import Examples, Task, TaskData, task_data

@@ -17,10 +17,9 @@ from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
-from electra_ds.config.tasks import TASKS
-from electra_ds.core.errors import DataError
-from electra_ds.core.suggest import did_you_mean
-from electra_ds.data.file_kinds import kind_of
+from electra_ds.config.shipped import TASKS
+from electra_ds.core.errors import DataError, did_you_mean
+from electra_ds.data.text_files import kind_of
 from electra_ds.finetuning.tasks import Examples, Kind, Task, TaskData, task_data
 
 TEXT_COLUMNS = (

@@ -17,8 +17,7 @@ from transformers import PretrainedConfig
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.config.monitors import Monitors
-from electra_ds.config.moved import read_where_it_is
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_where_it_is
 from electra_ds.config.run_record import FinetuneRecord, FinetuneSettings, TaskSource, TrackingSettings
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError

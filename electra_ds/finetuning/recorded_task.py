@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from electra_ds.config.moved import places_of
+from electra_ds.config.run_directory import places_of
 from electra_ds.config.run_record import FinetuneRecord, TaskSource
 from electra_ds.core.errors import DataError
 from electra_ds.finetuning.loaded_task import LoadedTask, load_task

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 
 _LONGEST_NAME = 200
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.run_record import FinetuneRecord
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
 from electra_ds.interop.export_folder import published_name
 

@@ -15,8 +15,7 @@ from electra_ds.config.recipe import OptimizerSection
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.program import command
-from electra_ds.data.recorded_store import recorded_store
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import TokenStore, recorded_store
 from electra_ds.interop.deepspeed_checkpoint import NativeCheckpoint, NativeFiles
 from electra_ds.interop.import_known import Known, told
 from electra_ds.interop.initial_weights import write_first_checkpoint

@@ -14,7 +14,7 @@ import torch
 
 from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.core.errors import ConfigError, DataError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.core.program import command
 from electra_ds.data.hub import fetch_model
 from electra_ds.data.tokenizer import Tokenizer

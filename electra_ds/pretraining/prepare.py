@@ -13,8 +13,14 @@ import torch
 from rich.console import Console
 
 from electra_ds.config.cards import find_card
-from electra_ds.config.deepspeed import DeepSpeedPlan, cut_for, read_deepspeed_json, resolve, with_micro_batch
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import (
+    DeepSpeedPlan,
+    cut_for,
+    default_ds_config,
+    read_deepspeed_json,
+    resolve,
+    with_micro_batch,
+)
 from electra_ds.config.hardware import cannot_use, check_gpu, look, notes_at_start
 from electra_ds.config.monitors import FolderMonitor, Monitors, wandb_mode_of_environment
 from electra_ds.config.recipe import Recipe, TrainingRecipe
@@ -34,9 +40,8 @@ from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
 from electra_ds.core.terminal import note, say, say_command
 from electra_ds.data.build import trained_from
-from electra_ds.data.recorded_store import recorded_store
 from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import TokenStore, recorded_store
 from electra_ds.pretraining.batches import objective_of
 from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.pretrain import PretrainJob

@@ -11,8 +11,7 @@ import psutil
 import torch
 
 from electra_ds.config.cards import CARDS, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
-from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import recipe_names

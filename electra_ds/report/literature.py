@@ -6,10 +6,9 @@ import importlib.resources
 from typing import Any, NamedTuple
 
 from electra_ds.config.cards import find_card
-from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolve
+from electra_ds.config.deepspeed_sections import precision_section
 from electra_ds.config.overrides import load_recipe
-from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe, Section, load_yaml
 from electra_ds.pretraining.step_time import StepTime, step_time
 

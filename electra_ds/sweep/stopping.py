@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from electra_ds.core.errors import InterruptedBySignalError
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.core.program import command
-from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.core.terminal import with_command
 from electra_ds.sweep.folder import SweepFolder
 

@@ -18,8 +18,7 @@ from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
 from electra_ds.config.overrides import load_recipe, parse_value
 from electra_ds.config.recipe import Recipe
-from electra_ds.core.errors import ConfigError, DataError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.sweep.domains import Domain, Value, computed
 from electra_ds.sweep.options import HOW, OPTIONS, key_problem, metrics_of, missing_path, words
 from electra_ds.sweep.spec import PretrainStage, Stage, SweepSpec, listed

@@ -9,8 +9,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.core.ranks import Ranks
-from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 
 
 class StopRequest(NamedTuple):

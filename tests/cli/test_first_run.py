@@ -14,8 +14,7 @@ import torch
 from electra_ds.cli import build_parser, finetune, main, pretrain
 from electra_ds.cli.asking import ask_before_years
 from electra_ds.config.cards import CARDS
-from electra_ds.config.deepspeed import resolve
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import default_ds_config, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.shipped import ds_config_names
 from electra_ds.core import devices

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S
 from tests.helpers import REPOSITORY
 
 CODE = """

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from electra_ds.config.cards import CARDS, Card, find_card, lacks
-from electra_ds.config.deepspeed import read_deepspeed_json
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.shipped import ds_config_names, recipe_names
 from electra_ds.core.errors import ConfigError

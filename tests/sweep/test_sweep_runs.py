@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from electra_ds.config.shipped import RECIPES, shipped_text
-from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.tracking import read_metrics
 from tests.finetune_runs import reviews, write_csv

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from electra_ds.config.precision import LossScaling
+from electra_ds.config.deepspeed_sections import LossScaling
 from electra_ds.config.recipe import OptimizerSection, Recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore

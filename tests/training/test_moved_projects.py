@@ -14,8 +14,7 @@ import pytest
 
 from electra_ds.cli import main
 from electra_ds.cli.sweep import check_arguments
-from electra_ds.config.moved import places_of
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, places_of
 from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.ranks import Ranks

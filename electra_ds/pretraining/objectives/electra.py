@@ -18,7 +18,7 @@ from rich.text import Text
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import ElectraRecipe
 from electra_ds.core.keyed_random import generator, random_bits
-from electra_ds.data.packed_rows import packed_rows
+from electra_ds.data.packing import packed_rows
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.electra import Electra, ElectraOutput, encoder_configs
 from electra_ds.pretraining.flops import step_flops
