@@ -1,18 +1,22 @@
-"""A task's examples, from wherever they are, checked to be trainable and scorable."""
+"""Load a task's examples from wherever they are, or again from where a finetuning's record says they are."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from electra_ds.config.run_record import TaskSource
+from electra_ds.config.moved import places_of
+from electra_ds.config.run_record import FinetuneRecord, TaskSource
 from electra_ds.core.errors import DataError
 from electra_ds.finetuning import glue, own_files, squad
 from electra_ds.finetuning.glue_hub import REPOSITORY, load_glue_hub
 from electra_ds.finetuning.squad import SquadData
 from electra_ds.finetuning.tasks import TaskData
 
-_SQUAD = {"squad1": "rajpurkar/squad", "squad2": "rajpurkar/squad_v2"}
+_PATHS = ("folder", "hub", "train", "dev", "test")
+"""The fields of TaskSource that are, or may be, paths."""
+_SQUAD: dict[str, str] = {"squad1": "rajpurkar/squad", "squad2": "rajpurkar/squad_v2"}
 
 
 class LoadedTask(NamedTuple):
@@ -21,7 +25,7 @@ class LoadedTask(NamedTuple):
 
 
 def load_task(name: str | None, source: TaskSource) -> LoadedTask:
-    """A task's examples, checked to be trainable and scorable. Raises DataError, or ConfigError for no such task.
+    """Return a task's examples, checked to be trainable and scorable. Raises DataError if they are not.
 
     name: one of config.tasks.TASKS, or None for the user's own files.
     """
@@ -58,3 +62,39 @@ def _complete(data: TaskData) -> TaskData:
         if examples is None or not len(examples):
             raise DataError(f"There are no {what} examples of {data.task.name} in {data.source}, and they are needed.")
     return data
+
+
+def recorded_task(
+    record: FinetuneRecord, folder: Path, given: TaskSource, remedy: str
+) -> tuple[LoadedTask, TaskSource]:
+    """Return the examples that a finetuning's record names, and where they are.
+
+    folder: the folder with the record; what moved together with it is found next to it, see `places_of`. given: the
+    record's source, with the places that the user gave. Raises DataError if there are no such examples any more, or if
+    they are others.
+    """
+    name = record.task if given.train is None else None
+    problem: DataError | None = None
+    for source in dict.fromkeys((_relocated(given, record.source, folder), given)):
+        try:
+            loaded = load_task(name, source)
+        except DataError as error:
+            problem = DataError(f"{error} If the examples have moved, {remedy}.")
+            continue
+        if loaded.data.fingerprint == record.data_fingerprint:
+            return loaded, source
+        problem = DataError(
+            f"{loaded.data.source} has changed since {folder} began, so the run cannot be resumed with it. Put the "
+            f"files back, or start a new run. If the examples have moved, {remedy}."
+        )
+    assert problem is not None
+    raise problem
+
+
+def _relocated(given: TaskSource, recorded: TaskSource, folder: Path) -> TaskSource:
+    """Return the source with each recorded path replaced by the first place where something is."""
+    paths = {name: path for name in _PATHS if (path := getattr(given, name)) and path == getattr(recorded, name)}
+    found: dict[str, Any] = {
+        name: str(next(places_of(path, folder), path)) for name, path in paths.items() if Path(path).is_absolute()
+    }
+    return replace(given, **found)

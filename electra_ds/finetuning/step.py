@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from electra_ds.finetuning.batches import TaskBatch
 from electra_ds.finetuning.heads import TaskOutput
+from electra_ds.finetuning.inputs import TaskBatch
 
 
 class TaskStepResult(NamedTuple):
