@@ -1,4 +1,4 @@
-"""GLUE from the Hugging Face Hub, or from a folder laid out as its repository. Imported only where it is used."""
+"""GLUE from the Hugging Face Hub, or from a folder laid out as its repository. Imported only when it is used."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import datasets  # type: ignore[import-untyped]
 import numpy as np
 
 from electra_ds.core.errors import DataError
-from electra_ds.core.suggest import did_you_mean
 from electra_ds.data.hub import HUB, dataset_path, explained
-from electra_ds.finetuning.glue import GLUE
+from electra_ds.finetuning.glue import glue_task
 from electra_ds.finetuning.tasks import Examples, Task, TaskData, task_data
 
 REPOSITORY = "nyu-mll/glue"
@@ -23,16 +22,14 @@ _TEXTS = {
 
 
 def load_glue_hub(name: str, repository: str = REPOSITORY, revision: str | None = None) -> TaskData:
-    """A task by its configuration there: "sst2", "stsb", otherwise as it is called here.
+    """Read a task by its configuration there: "sst2", "stsb", otherwise the name that it has here.
 
     Test sets come without labels, as from the files. Scores are the decimal numbers that the Hub's float32 stand for,
     so that the same data has the same fingerprint from either source.
 
-    Raises DataError for an unknown task, and for a dataset that cannot be had or is not laid out as GLUE's.
+    Raises DataError for an unknown task, and for a dataset that cannot be fetched or is not laid out as GLUE's.
     """
-    task = GLUE.get(name)
-    if task is None:
-        raise DataError(f"There is no GLUE task '{name}'{did_you_mean(name, GLUE)}. They are {', '.join(GLUE)}.")
+    task = glue_task(name)
     path = dataset_path(repository, revision)
     config = name.replace("-", "")
     description = f"{HUB}{repository}#{config}{f', revision {revision}' if revision else ''}"
