@@ -58,7 +58,7 @@ class EncoderSource:
     """An encoder as it was found, with the tokenizer that belongs to it."""
 
     name: str
-    """As the user gave it; a folder in full."""
+    """Its name as the user gave it; a folder in full."""
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     tensors: dict[str, torch.Tensor]
@@ -80,7 +80,7 @@ class EncoderSource:
 
     @property
     def has_segments(self) -> bool:
-        """Whether a second text can be told from a first by segment ids."""
+        """True if segment ids distinguish a second text from a first."""
         return int(getattr(self.config, "type_vocab_size", 0) or 0) >= 2
 
     @property
@@ -174,7 +174,7 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
     with explained(f"the model {name}", "Is it a folder that transformers' save_pretrained wrote?"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not 0 < int(getattr(config, "num_hidden_layers", 1)) <= _MOST_LAYERS:
-        raise DataError(f"{name} has {config.num_hidden_layers:,} layers by its config.json, which cannot be.")
+        raise DataError(f"{name} has {config.num_hidden_layers:,} layers by its config.json, which is damaged.")
     config.chunk_size_feed_forward = 0  # which changes no number, and takes inputs of some lengths alone
     kind = getattr(config, "position_embedding_type", None)
     if config.model_type in _ABSOLUTE and kind not in (None, "absolute"):

@@ -270,10 +270,9 @@ class FinetuneLoop(TrainingLoop):
             "chosen": chosen,
             "sets": {name: self._written(name, of) for name, of in judged.items()},
         }
-        for of in judged.values():
-            for name, content in of.files.items():
-                write_file(job.run.path / name, content)
-        write_file(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
+        files = {name: content for of in judged.values() for name, content in of.files.items()}
+        for name, content in (files | {SCORES: json.dumps(scores, indent=2) + "\n"}).items():
+            _write_file(job.run.path / name, content)
 
     def _written(self, name: str, of: Judged) -> dict[str, Any]:
         """Return what scores.json says about a set."""
@@ -290,7 +289,7 @@ class FinetuneLoop(TrainingLoop):
         return said | of.details
 
 
-def write_file(path: Path, content: str | bytes) -> None:
+def _write_file(path: Path, content: str | bytes) -> None:
     """Write a file, completely or not at all. Raises CheckpointError if the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -273,7 +273,7 @@ def check_layers(names: Iterable[str], section: FinetuneOptimizerSection) -> Non
     """Raise ConfigError if learning rates are to fall by layers and the names of an encoder's parameters tell none."""
     if section.layer_decay < 1 and not any(_LAYER.search(name) for name in names):
         raise ConfigError(
-            f"optimizer.layer_decay is {section.layer_decay}, but this model's layers cannot be told by their "
+            f"optimizer.layer_decay is {section.layer_decay}, but this model's layers cannot be recognised by their "
             f"parameters' names. Add --set optimizer.layer_decay=1"
         )
 
@@ -285,7 +285,7 @@ class NotExportable(NamedTuple):
     """Why transformers' own classes cannot compute a head."""
 
     why: str
-    """Without a full stop."""
+    """The reason, without a full stop."""
     instead: str
     """Overrides of the recipe with which a class of transformers has such a head; empty if there are none."""
 

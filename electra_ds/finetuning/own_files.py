@@ -23,7 +23,7 @@ TEXT_COLUMNS = (
 )  # fmt: skip
 """If no text column is named, the first of these that is there."""
 PAIR_COLUMNS = ("text_b", "text2", "text_pair", "question2", "sentence2", "hypothesis")
-"""If neither text nor pair is named, the first of these that is there; a text that is named stands alone."""
+"""If neither text nor pair is named, the first of these that is there; a text that is named has no pair."""
 QUESTION_PAIRS = ("sentence", "passage", "context", "answer")
 """Further names of the pair if the text is `question`."""
 LABEL_COLUMNS = ("label", "labels", "score", "target", "class", "gold_label")
@@ -31,9 +31,9 @@ LABEL_COLUMNS = ("label", "labels", "score", "target", "class", "gold_label")
 ID_COLUMNS = ("id", "idx", "index")
 """Names of rows; without such a column they are numbered from 0."""
 MOST_NUMBERED_CLASSES = 20
-"""Whole numbers as labels are classes up to so many different ones, and scores beyond."""
+"""Integers as labels are classes if there are at most so many different ones, and scores otherwise."""
 NO_LABELS = ({""}, {"-1"}, {"?"})
-"""What may stand in all of a test file's label column instead of labels."""
+"""Values that stand for missing labels if the label column of a test file has nothing else."""
 _LARGEST_SCORE = 1e18  # whose square fp32 still holds
 _PLAIN_NAMES = ("train", "training", "data")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -53,9 +53,9 @@ def load_own(
 ) -> TaskData:
     """Read the user's own task. Columns are chosen by the first of the files, see TEXT_COLUMNS and LABEL_COLUMNS.
 
-    The kind is regression if every label of the first file is a number and some are not whole, or more than
+    The kind is regression if every label of the first file is a number and some are not integers, or more than
     MOST_NUMBERED_CLASSES differ. Classes are the labels of the training file, in the order of their numbers if all are
-    whole numbers, otherwise of the alphabet. A test file may lack labels.
+    integers, otherwise of the alphabet. A test file may lack labels.
 
     Raises DataError for what cannot be learnt from or scored, with its file and line.
     """

@@ -42,11 +42,16 @@ class Question:
     question: str
     context: str
     answers: tuple[str, ...]
-    """As they are in the context, so that an answer ends at its offset plus its length; one that is not there, as it
-    was written. Empty if the question is impossible."""
+    """The accepted answers as they are in the context, so that one ends at its offset plus its length; one that is not
+    there, as it was written. Empty if the question is impossible."""
     starts: tuple[int, ...]
     """A character offset for each answer; NOT_FOUND for one that is not in the context."""
     is_impossible: bool = False
+
+    @property
+    def is_lost(self) -> bool:
+        """True if there are answers and none of them is in the context."""
+        return bool(self.starts) and max(self.starts) == NOT_FOUND
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class SquadData:
 
     name: SquadName
     train: list[Question]
-    """Without those of `dropped`; empty if there was no such file."""
+    """The training questions without those of `dropped`; empty if there was no such file."""
     dev: list[Question]
     source: str
     fingerprint: str
@@ -152,7 +157,7 @@ def _read(path: Path, name: SquadName, take: Callable[[bytes], object]) -> list[
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON, or is cut off ({error}). Get it anew from {_LINK}.") from error
+        raise DataError(f"{path} is not JSON, or is cut off ({error}). Download it again from {_LINK}.") from error
     take(hashlib.sha256(content).digest())
     return list(_questions(document, str(path), name))
 
@@ -187,7 +192,7 @@ def _rows(table: Any, where: str, name: SquadName, take: Callable[[bytes], objec
         answers = _field(row, "answers", dict, at)
         texts, starts = _field(answers, "text", list, at), _field(answers, "answer_start", list, at)
         if len(texts) != len(starts):
-            raise DataError(f"{at}: {len(texts)} answers but {len(starts)} offsets. Get the data set anew.")
+            raise DataError(f"{at}: {len(texts)} answers but {len(starts)} offsets. Download the data set again.")
         pairs = [
             (_text({"text": text}, "text", at), _field({"answer_start": start}, "answer_start", int, at))
             for text, start in zip(texts, starts, strict=True)
@@ -206,31 +211,33 @@ def _question(
     if is_impossible and name == "squad1":
         raise DataError(f"{where}: an impossible question, which SQuAD 1.1 does not have. Is it SQuAD 2.0 (squad2)?")
     if is_impossible and answers:
-        raise DataError(f"{where}: is_impossible, and yet there are answers. Get the data anew from {_LINK}.")
+        raise DataError(f"{where}: is_impossible, and yet there are answers. Download the data again from {_LINK}.")
     if not is_impossible and not answers:
         raise DataError(f"{where}: no answers, so nothing can be learned or judged by it. Is it a hidden test set?")
     return Question(*texts, tuple(text for text, _ in answers), tuple(start for _, start in answers), is_impossible)
 
 
 def _checked(data: SquadData) -> SquadData:
-    """Return the data with each answer located in its context, and without training questions that have none there."""
+    """Return the data with each answer located in its context, and without training questions that have none there.
+
+    Raises DataError if an id occurs twice.
+    """
     seen: set[str] = set()
     for question in (*data.train, *data.dev):
         if question.id in seen:
             raise DataError(f"{data.source}: two questions have the id {question.id}. Take each file once.")
         seen.add(question.id)
-    found = {question.id: _located(question) for question in (*data.train, *data.dev)}
+    train, dev = ([_located(question) for question in part] for part in (data.train, data.dev))
     pairs = [
         pair
-        for question in (*data.train, *data.dev)
-        for pair in zip(_answers(question), _answers(found[question.id]), strict=True)
+        for before, after in zip((*data.train, *data.dev), (*train, *dev), strict=True)
+        for pair in zip(_answers(before), _answers(after), strict=True)
     ]
-    gone = {question.id: None for question in data.train if set(found[question.id].starts) == {NOT_FOUND}}
     return replace(
         data,
-        train=[found[question.id] for question in data.train if question.id not in gone],
-        dev=[found[question.id] for question in data.dev],
-        dropped=tuple(gone),
+        train=[question for question in train if not question.is_lost],
+        dev=dev,
+        dropped=tuple(question.id for question in train if question.is_lost),
         moved=sum(before != after and after[1] != NOT_FOUND for before, after in pairs),
         lost=sum(after[1] == NOT_FOUND for _, after in pairs),
     )

@@ -30,7 +30,7 @@ class Features:
     input_ids: list[np.ndarray]
     """int32 [L]: the tokenizer's pair of question and window, such as [CLS] question [SEP] window [SEP]."""
     token_type_ids: list[np.ndarray]
-    """int8 [L], as the tokenizer's template for pairs has them; all 0 where it is like RoBERTa's. What the tokenizer
+    """int8 [L], as the tokenizer's template for pairs has them; all 0 if it is like RoBERTa's. What the tokenizer
     says its model takes does not matter: a plain PreTrainedTokenizerFast says that of none."""
     context: np.ndarray
     """int32 [W, 2]: the position of the window's first context token, and the one after the last."""
@@ -39,7 +39,7 @@ class Features:
     is_max_context: list[np.ndarray]
     """bool [C], whether no other window has more context around the token; of equals the leftmost has it."""
     start_position: np.ndarray
-    """int32 [W], position of the answer's first token; 0, [CLS], where the window does not hold the whole answer. The
+    """int32 [W], position of the answer's first token; 0, [CLS], if the window does not hold the complete answer. The
     original ELECTRA's flag for that is the question's, also in windows of an answerable question without the answer."""
     end_position: np.ndarray
     """int32 [W], that of its last."""
@@ -84,7 +84,7 @@ def make_features(
     from question to question, as the room does; neither that nor the cut question can be asked of it for many questions
     at once, so each context is tokenized once, without special tokens, and the windows are cut here. They are what
     `tokenizer(question, context, truncation="only_second", stride=overlap, return_overflowing_tokens=True)` gives.
-    An answer that begins or ends inside a token, as `six` of `sixth`, gets the whole token.
+    An answer that begins or ends inside a token, as `six` of `sixth`, gets that token.
 
     for_training: with the first answer's positions; else all of them are 0.
     An empty context has one window, without context tokens. progress: called with the
@@ -147,7 +147,7 @@ def _windows(
     answer: tuple[int, int] | None,
 ) -> Iterator[_Window]:
     """Yield the windows of question `index`. answer: the first and the last of its tokens in the context."""
-    query, whole = (
+    query, all_tokens = (
         np.stack([ids, np.full_like(ids, kind)])
         for ids, kind in zip((query_ids, context.ids_C), template.types, strict=True)
     )
@@ -155,7 +155,7 @@ def _windows(
     first, length = beginning.shape[1], len(context.ids_C)
     is_max_contexts = max_contexts(length, room, doc_stride)
     for (start, stop), is_max in zip(window_spans(length, room, doc_stride), is_max_contexts, strict=True):
-        tokens = np.concatenate([beginning, whole[:, start:stop], template.after], axis=1)
+        tokens = np.concatenate([beginning, all_tokens[:, start:stop], template.after], axis=1)
         positions = (0, 0)
         if answer is not None and start <= answer[0] and answer[1] < stop:
             positions = (first + answer[0] - start, first + answer[1] - start)

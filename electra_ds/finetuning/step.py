@@ -1,6 +1,6 @@
-"""What an engine does in one step of finetuning, and what it reports.
+"""The losses of one step of finetuning, and what an engine reports of it.
 
-Apart from `pretraining.step`, since what it imports takes seconds that a pretraining does not wait for.
+Separate from `pretraining.step`, since its imports take seconds that a pretraining need not wait for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class TaskStepResult(NamedTuple):
     loss: torch.Tensor
     """Mean over the global batch; this rank's share of it."""
     grad_norm: torch.Tensor
-    """As in `StepResult`."""
+    """See `StepResult`."""
 
 
 class TaskLosses:

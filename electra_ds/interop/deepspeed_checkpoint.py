@@ -37,21 +37,21 @@ class DeepSpeedCheckpoint(NamedTuple):
     files: DeepSpeedFiles
     stage: int
     precision: str
-    """Of the weights in a step: fp32, bf16 or fp16."""
+    """The precision of the weights in a step: fp32, bf16 or fp16."""
     ranks: int
     step: int
     """Optimizer steps, skipped ones included."""
     tensors: Tensors
     """fp32 on the CPU, `master/NAME` for every parameter, and `exp_avg/NAME`, `exp_avg_sq/NAME` for those whose moments
-    could be read, under the file's names. A tied tensor stands under each of its names."""
+    could be read, under the file's names. A tied tensor is there under each of its names."""
     counters: dict[str, float]
-    """As `MasterAdamW.counters` gives them."""
+    """The counters of `MasterAdamW.counters`."""
     adam: dict[str, Any]
     """The values of the first parameter group, such as betas and eps; empty if there is none."""
     corrects_bias: bool
-    """Whether Adam made up for moments that start at 0."""
+    """True if Adam corrected the bias of moments that start at 0."""
     notes: tuple[str, ...]
-    """What could not be read, and why."""
+    """Notes on what could not be read, and why."""
     frozen: tuple[str, ...] = ()
     """Names of parameters that the optimizer did not hold; they have no moments."""
 

@@ -187,6 +187,8 @@ def load_dictionary(path: Path) -> dict[str, Any]:
 
 def _check_intact(path: Path) -> None:
     """Raise CheckpointError unless every part of the zip has its checksum, which torch does not check."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing. Copy all files of the checkpoint.")
     try:
         if not zipfile.is_zipfile(path):
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 A stage 0 checkpoint of DeepSpeed has the weights by name and the optimizer's tensors by number, group after group. The
 parameter of each tensor is found by trying the usual ways to group parameters: one group, or matrices apart from biases
-and norms in either order, for the whole model or for each of the two networks. Within a group parameters are in the
+and norms in either order, for the model or for each of the two networks. Within a group parameters are in the
 model's order. A way is taken if it is the only one that fits: as many tensors, the same shapes and, if the optimizer
 holds fp32 masters, masters that round to the weights.
 
@@ -35,7 +35,7 @@ class OptimizerGroup(NamedTuple):
     slots: list[Tensors]
     """Master and moments of each parameter by kind, as far as the optimizer holds them."""
     is_flat: bool = False
-    """Whether one slot holds all parameters of the group, one after the other."""
+    """True if one slot holds all parameters of the group, one after the other."""
     names: tuple[str, ...] = ()
     """The names of its parameters, if it has them."""
 
@@ -186,7 +186,7 @@ def adam_step(own: Any) -> float | None:
 def loss_scale(scaling: Mapping[str, Any], is_scaled: bool) -> dict[str, float]:
     """Return the counters of the loss scale from a loss scaler's attributes, or what stage 0 has of them.
 
-    DeepSpeed counts iterations from 0, and -1 stands for an overflow that never was.
+    DeepSpeed counts iterations from 0; -1 means that there was no overflow.
     """
     good = float(scaling.get("cur_iter", 0) - scaling.get("last_overflow_iter", -1) - 1)
     return {

@@ -26,9 +26,9 @@ _FILES = {"master": "fp32.pt"} | {kind: f"{kind}.pt" for kind in MOMENTS}
 def partitioned_tensors(folder: Path, state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> Tensors:
     """Return the tensors of stages 1 and 2; moments of those groups that have both of Adam's.
 
-    A group is one flat tensor, cut into a part for each rank. A rank's `param_slice_mappings` say where in its part the
-    piece of which parameter lies, and pieces follow each other in the order of the ranks. Without them, as in files of
-    older versions, parameters lie in the order of `param_shapes`.
+    A group is one flat tensor, cut into a part for each rank. A rank's `param_slice_mappings` say which piece of its
+    part belongs to which parameter, and pieces follow each other in the order of the ranks. Without them, as in files
+    of older versions, parameters lie in the order of `param_shapes`.
 
     state: the content of the model's file. parts: the optimizer of each rank.
     """
@@ -51,11 +51,11 @@ def _add_in_order(
 ) -> None:
     for index, group_shapes in enumerate(shapes):
         for kind in ranks[0][index]:
-            whole = torch.cat([groups[index][kind] for groups in ranks])
+            flat = torch.cat([groups[index][kind] for groups in ranks])
             offset = 0
             for place, (name, shape) in enumerate(group_shapes.items()):
                 size = math.prod(shape)
-                pieces[f"{kind}/{name}"].append(whole[offset : offset + size])
+                pieces[f"{kind}/{name}"].append(flat[offset : offset + size])
                 offset += size + (paddings[index][place] if paddings is not None else 0)
 
 

@@ -140,7 +140,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise cannot_write(out, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
+        shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
 
 
 def _give_usual_modes(folder: Path) -> None:

@@ -81,7 +81,7 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
                 partial.rename(out)
     finally:
         if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
+            shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
     lines = [
         f"{out / tag}: step {checkpoint.state['step']:,}",
         f"{out / 'resume.py'}: a script that continues from it; README.md says how to start it",
@@ -209,7 +209,7 @@ def native_config(plan: DeepSpeedPlan) -> dict[str, Any]:
     for key in ("torch_autocast", *MONITOR_SECTIONS):
         config.pop(key, None)
     if plan.stage:
-        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW where the optimizer is offloaded
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW if the optimizer is offloaded
     return config
 
 

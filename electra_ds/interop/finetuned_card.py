@@ -60,7 +60,7 @@ _COLUMNS = "| set | rows | metric | value | the same prediction for every row |\
 
 @dataclass(frozen=True)
 class Exported:
-    """What is known of the exported run."""
+    """The exported run, as far as the card describes it."""
 
     recipe: FinetuneRecipe
     record: FinetuneRecord

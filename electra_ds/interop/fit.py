@@ -1,4 +1,4 @@
-"""Whether a recipe's two networks are those that weights were made for, and which overrides make them so.
+"""Check whether a recipe's two networks have the sizes that weights were made for, and name overrides that fix it.
 
 The number of heads, the layer-norm epsilon, the activation and the position type do not change the shape of any tensor.
 With values other than those of its training a network computes something else, and nothing else shows it. So they come
@@ -120,20 +120,20 @@ def _changes(recipe: Recipe, known: KnownSizes) -> dict[str, Any]:
     """Return overrides, by dotted key, that bring the recipe's sizes to those of the weights as far as any do."""
     generator, discriminator = known
     model = recipe.model.model_dump()
-    whole = model if discriminator is None else discriminator.sizes
+    full = model if discriminator is None else discriminator.sizes
     changes: dict[str, Any] = {
-        f"model.{name}": value for name, value in whole.items() if name in model and value != model[name]
+        f"model.{name}": value for name, value in full.items() if name in model and value != model[name]
     }
-    positions = whole["max_position_embeddings"]
+    positions = full["max_position_embeddings"]
     if recipe.data.sequence_length > positions:
         changes["data.sequence_length"] = positions
     if generator is None:
         return changes
-    depth = _multiplier(generator.sizes["num_hidden_layers"], whole["num_hidden_layers"])
+    depth = _multiplier(generator.sizes["num_hidden_layers"], full["num_hidden_layers"])
     before = recipe.generator
     for heads in (before.num_attention_heads, generator.sizes["num_attention_heads"]):
         for columns in _columns_before_rounding(generator):
-            width = _multiplier(columns, whole["hidden_size"])
+            width = _multiplier(columns, full["hidden_size"])
             wanted = {"width_multiplier": width, "depth_multiplier": depth, "num_attention_heads": heads}
             needed: dict[str, Any] = {
                 f"generator.{key}": value
@@ -156,11 +156,11 @@ def _columns_before_rounding(generator: NetworkSizes) -> range:
     return range(columns, max(0, columns - heads), -1)
 
 
-def _multiplier(part: int, whole: int) -> float | None:
-    """Return the shortest decimal in (0, 1] whose product with `whole` rounds to `part`, or None if there is none."""
+def _multiplier(part: int, total: int) -> float | None:
+    """Return the shortest decimal in (0, 1] whose product with `total` rounds to `part`, or None if there is none."""
     for decimals in range(1, _MOST_DECIMALS):
-        multiplier = round(part / whole, decimals)
-        if 0 < multiplier <= 1 and round(whole * multiplier) == part:
+        multiplier = round(part / total, decimals)
+        if 0 < multiplier <= 1 and round(total * multiplier) == part:
             return multiplier
     return None
 

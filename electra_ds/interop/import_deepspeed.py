@@ -116,7 +116,7 @@ def _frozen_note(frozen: tuple[str, ...]) -> list[str]:
 
 
 def _differences(checkpoint: DeepSpeedCheckpoint, section: OptimizerSection) -> list[str]:
-    """Return notes on where the run continues otherwise than the checkpoint's optimizer would."""
+    """Return notes on how the run continues differently from the checkpoint's optimizer."""
     notes = []
     for key, ours in (("betas", (section.beta1, section.beta2)), ("eps", (section.epsilon,))):
         theirs = checkpoint.adam.get(key)

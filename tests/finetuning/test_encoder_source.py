@@ -442,7 +442,7 @@ def test_a_config_that_the_weights_or_transformers_cannot_follow_is_refused(tmp_
     config = json.loads((folder / "config.json").read_text())
     for changes, message in (
         ({"num_hidden_layers": 1}, "more than config.json says"),
-        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers by its config.json, which cannot be"),
+        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers by its config.json, which is damaged"),
         ({"position_embedding_type": "relative_key"}, "relative_key positions"),
         ({"num_attention_heads": 0}, "json or the weights may be damaged"),
         ({"model_type": "own", "auto_map": {"AutoModel": "code.Model"}}, "computed by code of its own, which is not"),

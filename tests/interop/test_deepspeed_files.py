@@ -91,6 +91,8 @@ def test_a_file_that_is_not_as_torch_saved_it_is_damaged(tmp_path: Path) -> None
         archive.writestr("other/data.pkl", b"nothing")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_dictionary(file)
+    with pytest.raises(CheckpointError, match=r"none\.pt is missing"):
+        load_dictionary(tmp_path / "none.pt")
     torch.save([1], file)
     with pytest.raises(CheckpointError, match="holds a list, which is not what DeepSpeed saves"):
         load_dictionary(file)
