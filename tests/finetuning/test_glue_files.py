@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from electra_ds.core.errors import DataError
 from electra_ds.finetuning.glue import GLUE, OFFICIAL_ROWS, differing_rows, load_glue
-from electra_ds.finetuning.glue_hub import load_glue_hub
+from electra_ds.finetuning.loaded_task import load_glue_hub
 from electra_ds.finetuning.metrics import METRICS
 from electra_ds.finetuning.own_files import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_own, notes
 from electra_ds.finetuning.tasks import Examples, Task, TaskData, read_table
