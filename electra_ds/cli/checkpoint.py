@@ -21,24 +21,23 @@ examples:
   bin/checkpoint ls runs/tiny-20260101-120000
   bin/checkpoint verify runs/tiny-20260101-120000
   bin/checkpoint prune runs/tiny-20260101-120000 --keep 1
-  bin/checkpoint import their_checkpoint/ --trusted --run-dir runs/theirs --ds-config cpu --recipe their_recipe.yaml \\
+  bin/checkpoint import their_checkpoint/ --run-dir runs/theirs --ds-config cpu --recipe their_recipe.yaml \\
       --data stores/theirs
   bin/checkpoint import --help
 """
 _IMPORT_EPILOG = """\
 examples:
-  bin/checkpoint import out/ --trusted --run-dir runs/back --ds-config ds_configs/rtx3090-24gb.json
+  bin/checkpoint import out/ --run-dir runs/back --ds-config ds_configs/rtx3090-24gb.json
       our own export (bin/export --to deepspeed), perhaps trained further elsewhere: with the recipe and data of its run
-  bin/checkpoint import theirs/global_step40 --trusted --run-dir runs/theirs --ds-config cpu --recipe electra-small \\
+  bin/checkpoint import theirs/global_step40 --run-dir runs/theirs --ds-config cpu --recipe electra-small \\
       --set schedule.total_steps=100000 --data stores/theirs
       a checkpoint of someone's own script; its ZeRO stage and number of ranks may differ from those here
   bin/pretrain --resume runs/theirs
 
 NATIVE is what DeepSpeed's engine.save_checkpoint wrote, or what its ds_to_universal made of it: the folder that holds
 the file `latest` or `latest_universal`, or one of its tag folders. Its parameters are named as in electra_ds's joint
-module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles.
-Without --trusted nothing in them is loaded, and the command says what they would call; with it they are read with inert
-stand-ins for everything but tensors.
+module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles;
+only tensors and numbers are loaded from them, and nothing that they call is run.
 """
 
 
@@ -60,7 +59,7 @@ def _add_import(actions: Commands) -> None:
     )
     action.set_defaults(handler=_import, resume=None, init_from=None, seed=None)
     action.add_argument("native", type=Path, metavar="NATIVE", help="the checkpoint's folder")
-    action.add_argument("--trusted", action="store_true", help="you know where the files come from")
+    action.add_argument("--trusted", action="store_true", help=argparse.SUPPRESS)  # once needed, now without effect
     action.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run to make")
     action.add_argument(
         "--ds-config", metavar="NAME|FILE",
@@ -95,14 +94,12 @@ def _add_untold(action: argparse.ArgumentParser) -> None:
 def _import(options: argparse.Namespace) -> None:
     check_arguments(options)
 
-    from electra_ds.interop.deepspeed_checkpoint import find_files, read_deepspeed_checkpoint
-    from electra_ds.interop.deepspeed_pickle import refuse_untrusted
+    from electra_ds.interop.deepspeed_checkpoint import read_deepspeed_checkpoint
+    from electra_ds.interop.deepspeed_files import find_files
+    from electra_ds.interop.fit import find_sizes
     from electra_ds.interop.import_deepspeed import folder_of_export, import_deepspeed, store_of_export
-    from electra_ds.interop.import_known import find_known
 
     files = find_files(options.native)
-    if not options.trusted:
-        refuse_untrusted(files.all())
     export = folder_of_export(files)
     has_data = options.data is not None or gives_corpus(options)
     if export is None and (options.recipe is None or not has_data):
@@ -118,7 +115,7 @@ def _import(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), options.overrides)
     given = {"generator": options.generator_config, "discriminator": options.discriminator_config}
-    known = find_known(files.folder, given, export, recipe)
+    known = find_sizes(files.folder, given, export, recipe)
     run = RunDirectory(options.run_dir)
     wanted = prepare.Options(ds_config=options.ds_config, micro_batch=options.micro_batch)
     with join_ranks() as ranks:

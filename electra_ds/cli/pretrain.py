@@ -269,7 +269,7 @@ def _read_beginning(options: argparse.Namespace, recipe: Recipe) -> InitialWeigh
 
 def _begin(job: PretrainJob, beginning: InitialWeights) -> PretrainJob:
     """Make the weights the run's first checkpoint; returns the job with notes on what is not from them."""
-    from electra_ds.interop.initial_weights import write_first_checkpoint
+    from electra_ds.interop.init_from import write_first_checkpoint
 
     tokenizer = job.store.tokenizer
     write_first_checkpoint(job, beginning.tensors(job.recipe, tokenizer))

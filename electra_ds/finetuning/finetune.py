@@ -1,10 +1,10 @@
 """Finetuning: an encoder and a new head on one task, from a run directory and a plan to scores and predictions.
 
 RUN/
-  scores.json         what the task's sets were scored with, and what that was
-  predictions/        of each set: labels, predictions and logits; answers
-  submission/         of GLUE's test sets, in the official files
-  best/               the best evaluation's checkpoint, where that was asked for
+  scores.json         the scores of the task's sets, and the weights that they are scores of
+  predictions/        labels, predictions and logits of each set; answers
+  submission/         predictions of GLUE's test sets, in the official files
+  best/               the checkpoint of the best evaluation, with --best
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, TrainingError
 from electra_ds.core.ranks import Ranks
 from electra_ds.finetuning.advice import useless_warning
-from electra_ds.finetuning.batches import TaskBatchBuilder, TaskInputs, evaluation_chunks
 from electra_ds.finetuning.encoder_source import EncoderSource
-from electra_ds.finetuning.layer_decay import finetuning_rates
-from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
+from electra_ds.finetuning.heads import TaskModel, finetuning_rates, make_encoder, make_head
+from electra_ds.finetuning.inputs import TaskBatchBuilder, TaskInputs, evaluation_chunks
 from electra_ds.finetuning.task_sets import Judged, Outputs, TaskSets
 from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint, remove
@@ -46,8 +45,8 @@ _log = logging.getLogger(__name__)
 SCORES = "scores.json"
 _FORMAT = 1
 _LEAST_ROWS = 32
-"""Inputs that an evaluation takes at a time, however small the micro-batches are: it keeps nothing for a backward
-pass."""
+"""The fewest inputs that an evaluation takes at a time, however small the micro-batches are: it keeps nothing for a
+backward pass."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def finetune(
 
 
 def task_model(job: FinetuneJob) -> TaskModel:
-    """Encoder and head as training begins with them."""
+    """Return encoder and head with the weights that training begins with."""
     encoder = make_encoder(job.encoder.config, job.recipe.seed)
     if job.encoder.tensors:
         encoder.load_state_dict(job.encoder.tensors, strict=True)
@@ -123,11 +122,11 @@ class FinetuneLoop(TrainingLoop):
                     f"The best evaluation's weights are gone from {self._best_folder.folder}. Put them back, or start "
                     f"a new run."
                 )
-        if self._history and self._history[-1][0] == self.step and self._is_in_vain():
+        if self._history and self._history[-1][0] == self.step and self._is_patience_spent():
             self.ends_early = "done"
 
     def _forget_later_best(self) -> None:
-        """Remove what evaluations kept that are done again."""
+        """Remove the weights that were kept by evaluations after this step, which are done again."""
         for path in self._best_folder.paths():
             if path.name > self._best_folder.path(self.step).name:
                 try:
@@ -168,12 +167,12 @@ class FinetuneLoop(TrainingLoop):
         return {f"{name}/{metric}": value for name, metrics in scores.items() for metric, value in metrics.items()}
 
     def _is_of_schedule(self, step: int) -> bool:
-        """Whether a run that is never stopped is evaluated there: where --stop-at has it evaluated too, nothing is
-        chosen, so that it ends as that one does."""
+        """Return whether a run that is never stopped is evaluated at this step. Other evaluations, such as those of
+        --stop-at, choose nothing, so that a run that is stopped ends like one that is not."""
         return step % self.job.record.settings.eval_every == 0 or step == self.job.total_steps
 
     def _judge(self, sets: Mapping[str, TaskInputs]) -> dict[str, Judged]:
-        """On the main rank; the others only compute their share."""
+        """Return the results of each set on the main rank; the others only compute their share."""
         judged = {}
         for name, inputs in sets.items():
             outputs = self._outputs(inputs)
@@ -182,7 +181,7 @@ class FinetuneLoop(TrainingLoop):
         return judged
 
     def _outputs(self, inputs: TaskInputs) -> Outputs:
-        """The head's scores of each input, in order; on every rank, which share the work."""
+        """Return the head's scores of each input, in order, on every rank; the ranks share the work."""
         chunks, world_size = evaluation_chunks(inputs, self.evaluation_rows), self.ranks.world_size
         own: list[list[dict[str, np.ndarray]]] = []
         for turn in range(-(-len(chunks) // world_size)):
@@ -201,26 +200,26 @@ class FinetuneLoop(TrainingLoop):
         if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
             raise TrainingError(
                 f"The model's scores are not finite at step {self.step}, so training has diverged and nothing can be "
-                f"scored. Lower optimizer.learning_rate, or look into the weights that it began with."
+                f"scored. Lower optimizer.learning_rate, or check the weights that it began with."
             )
         return outputs
 
     def _choose(self, score: float) -> None:
-        """Keep the weights where they are the best so far, and see whether it is time to stop."""
+        """Keep the weights if they are the best so far, and decide whether to stop."""
         before = [(step, earlier) for step, earlier in self._history if step < self.step]
         self._history = [*before, (self.step, score)]
         if self.job.record.settings.best and (not before or score > max(earlier for _, earlier in before)):
             self._best_saver.save(self._engine.optimizer, self._state(), self.record_files)
             self._best_saver.finish()
-        self.ends_early = "done" if self._is_in_vain() else None
+        self.ends_early = "done" if self._is_patience_spent() else None
 
-    def _is_in_vain(self) -> bool:
-        """Whether as many evaluations as --early-stopping says have brought nothing better than the first best one."""
+    def _is_patience_spent(self) -> bool:
+        """Return whether as many evaluations as --early-stopping says were no better than the best one before."""
         patience, scores = self.job.record.settings.early_stopping, [score for _, score in self._history]
         return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
 
     def _earlier_evaluations(self) -> list[tuple[int, float]]:
-        """Those that metrics.jsonl tells of; for the main rank."""
+        """Return the history of the run so far from metrics.jsonl, on the main rank."""
         sets = self.job.sets
         name = sets.chosen_by if len(sets.dev) == 1 else f"{next(iter(sets.dev))}/{sets.chosen_by}"
         path = self.job.run.metrics
@@ -235,7 +234,7 @@ class FinetuneLoop(TrainingLoop):
     # --- the end
 
     def finish(self) -> None:
-        """Score and predict with the weights that are kept, and write it all down."""
+        """Score and predict with the weights that are kept, and write the results."""
         settings = self.job.record.settings
         if settings.best:
             self._take_best()
@@ -278,15 +277,11 @@ class FinetuneLoop(TrainingLoop):
             "training_examples": job.record.num_examples,
             "step": self._best_step if best else self.step,
             "chosen": chosen,
-            "sets": {
-                name: self._written(name, of)
-                for name, of in judged.items()
-            },
-        }  # fmt: skip
-        for of in judged.values():
-            for name, content in of.files.items():
-                write_file(job.run.path / name, content)
-        write_file(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
+            "sets": {name: self._written(name, of) for name, of in judged.items()},
+        }
+        files = {name: content for of in judged.values() for name, content in of.files.items()}
+        for name, content in (files | {SCORES: json.dumps(scores, indent=2) + "\n"}).items():
+            _write_file(job.run.path / name, content)
 
     def _written(self, name: str, of: Judged) -> dict[str, Any]:
         """Return what scores.json says about a set."""
@@ -303,8 +298,8 @@ class FinetuneLoop(TrainingLoop):
         return said | of.details
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Whole or not at all. Raises CheckpointError if the disk is full."""
+def _write_file(path: Path, content: str | bytes) -> None:
+    """Write a file, completely or not at all. Raises CheckpointError if the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from electra_ds.config.precision import LossScaling
+from electra_ds.config.deepspeed_sections import LossScaling
 from electra_ds.core.errors import TrainingError
 from electra_ds.core.ranks import Ranks
 from electra_ds.training.callbacks import Callback, Metrics, Progress

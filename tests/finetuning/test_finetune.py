@@ -30,9 +30,8 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
 from electra_ds.data.sampling import shuffled
 from electra_ds.finetuning import finetune as finetune_module
-from electra_ds.finetuning.batches import _ORDER
-from electra_ds.finetuning.microbatch import TaskMicroBatch
-from electra_ds.finetuning.model import TaskModel, make_head
+from electra_ds.finetuning.heads import TaskModel, make_head
+from electra_ds.finetuning.inputs import _ORDER, TaskMicroBatch
 from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import Engine
@@ -1102,7 +1101,7 @@ def test_a_class_that_dev_lacks_is_a_note(electra: Path, tmp_path: Path) -> None
     train = write_csv(tmp_path / "mine.csv", ("text", "label"), rows)
     dev = write_csv(tmp_path / "dev.csv", ("text", "label"), reviews(8, 2))
     said = finetune(*arguments_of(electra, None, "", tmp_path / "run", train=train, dev=dev, stop_at=1))
-    assert "Note: No example of dev has the label 'so-so': its scores say nothing of that." in said
+    assert "Note: No example of dev has the label 'so-so': its scores say nothing about it." in said
     said = refused(*arguments_of(electra, None, "", tmp_path / "other", train=dev, dev=train))
     assert "line 17: the label 'so-so' is not one of those trained on, 'bad', 'good'" in said
 
