@@ -289,4 +289,4 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 
 def test_the_list_of_keys_reaches_every_section() -> None:
-    assert {"seed", "model.hidden_size", "masking.replace_at", "data.holdout_by"} <= set(Recipe.dotted_keys())
+    assert {"seed", "model.hidden_size", "masking.replace_at", "data.holdout_by"} <= set(ElectraRecipe.dotted_keys())
