@@ -83,7 +83,7 @@ class RayRunner:
         space = {
             key: getattr(tune, domain.kind)(list(domain.values)) if domain.kind == "choice"
             else getattr(tune, domain.kind)(*domain.values)
-            for key, domain in stage.domains.items() if domain.is_random
+            for key, domain in stage.space.items() if domain.is_random
         }  # fmt: skip
         searcher = _optuna(self._spec, self._learned(before, space))
         config = tune.TuneConfig(search_alg=searcher, num_samples=left, max_concurrent_trials=self._at_once)
