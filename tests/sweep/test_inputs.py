@@ -138,8 +138,8 @@ def test_what_optuna_suggested_is_known_after_the_folder_has_moved(own: Path, tm
     spec = started(folder, parse_sweep(values, "test"))
     kept = spec.finetune.space["recipe"].values[0]  # type: ignore[union-attr]
     trial = suggested(spec, {"recipe": kept, "optimizer.learning_rate": 0.25}, None)
-    folder.begin(trial, [], spec)
-    folder.end(trial.key, 0)
+    folder.trial(trial.key).begin(trial, [], spec.resources)
+    folder.trial(trial.key).end(0)
     moved = SweepFolder((tmp_path / "sweep").rename(tmp_path / "moved"))
     (again,) = recorded(moved.read(), [record.values for record in moved.records()])
     assert again.key == trial.key

@@ -24,8 +24,8 @@ from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.pretraining import prepare
 from electra_ds.pretraining.prepare import Options
 from electra_ds.report.run_report import report_run
-from electra_ds.sweep.attempt import arguments_of
 from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.processes import arguments_of
 from electra_ds.sweep.spec import SweepSpec, parse_sweep
 from electra_ds.sweep.trials import expand
 from tests.finetune_runs import (
@@ -291,8 +291,8 @@ def finished(store: TokenStore, tmp_path: Path) -> Callable[[], SweepFolder]:
         spec = write_project(tmp_path / "a", store)
         folder = SweepFolder(tmp_path / "a" / "runs" / "sweep")
         for key in kept(folder, spec):
-            folder.run(key).path.mkdir()
-            folder.run(key).write_status("done", step=1)
+            folder.trial(key).run.path.mkdir()
+            folder.trial(key).run.write_status("done", step=1)
         return folder
 
     return make
