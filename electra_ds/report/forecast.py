@@ -20,7 +20,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
 from electra_ds.pretraining.run_time import RunTime, pretraining_time, time_of_steps
 from electra_ds.pretraining.step_time import StepTime, step_time
-from electra_ds.report.literature import Publication, PublishedMemory, publications
+from electra_ds.report.publications import Publication, PublishedMemory, publications
 
 GIB = 2**30
 # Cards that benchmarks/results holds a training run of.

@@ -17,7 +17,7 @@ from electra_ds.pretraining.memory import CONTEXT_BYTES, FRAGMENTATION
 from electra_ds.pretraining.run_time import CPU_SLOWER
 from electra_ds.pretraining.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER, StepTime
 from electra_ds.report.forecast import GIB, Forecast
-from electra_ds.report.literature import Evidence, evidence
+from electra_ds.report.publications import Evidence, evidence
 
 _DAY_S = 86_400
 MEASURED_SPEEDUP = (1.7, 3.4)

@@ -22,8 +22,7 @@ from electra_ds.core.terminal import say, say_command, warn
 from electra_ds.pretraining.metrics import ALWAYS_ORIGINAL, with_baseline
 from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
 from electra_ds.report.score_files import BOUNDED, Scores, read_run
-from electra_ds.report.scores import BASELINE, PLUS_MINUS
-from electra_ds.report.statistics import spread
+from electra_ds.report.scores import BASELINE, PLUS_MINUS, spread
 from electra_ds.report.tables import Table, print_table
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.options import SCORE

@@ -21,7 +21,7 @@ from electra_ds.pretraining.memory import Phase, peak_memory
 from electra_ds.pretraining.run_time import pretraining_time
 from electra_ds.report.forecast import CARDS_RUN, GIB, Forecast, forecast
 from electra_ds.report.forecast_tables import MEASURED_SPEEDUP, as_json
-from electra_ds.report.literature import evidence, publications
+from electra_ds.report.publications import evidence, publications
 from tests.helpers import REPOSITORY
 from tests.pretraining.test_pretrain import run
 
