@@ -58,9 +58,7 @@ def add_sweep(commands: Commands) -> None:
     command.add_argument("--dry-run", action="store_true", help="list the trials and what they cost, and run nothing")
     how = command.add_argument_group("where to run it")
     how.add_argument("--local", action="store_true", help="one trial after the other, without Ray")
-    how.add_argument(
-        "--address", metavar="ADDRESS", help="a Ray cluster: auto, HOST:6379, or from outside it ray://HOST:10001"
-    )
+    how.add_argument("--address", metavar="ADDRESS", help="a Ray cluster: auto, or HOST:6379")
     how.add_argument("--storage", metavar="DIR|URI", help="where Tune keeps its records (default: DIR/tune)")
     how.add_argument("--time-limit", type=duration_s, metavar="TIME", help="save and leave after this time")
 
@@ -132,8 +130,8 @@ def _sweep(options: argparse.Namespace) -> None:
         address=options.address, storage=options.storage, time_limit_s=options.time_limit, check=check_arguments,
         console=console,
     )  # fmt: skip
-    if outcome.status:
-        raise SystemExit(outcome.status)
+    if not outcome.is_complete:
+        raise SystemExit(1)
 
 
 def _check(options: argparse.Namespace) -> None:

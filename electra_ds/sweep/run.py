@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,16 @@ from electra_ds.sweep.trials import CheckArguments, Trial, counted, expand, sugg
 
 Sweep = SweepSpec | Mapping[str, Any] | str | Path
 """A sweep, the content of its file, its path, or the name of a shipped one."""
-_CLIENT = "ray://"
 
 
 @dataclass(frozen=True)
 class SweepOutcome:
     """What a sweep has come to."""
 
-    status: int
-    """0 if every trial has ended as planned."""
-    results: pd.DataFrame | None
-    """A row for each trial, as in results.csv; None where a node of a cluster has run the sweep."""
+    is_complete: bool
+    """Whether every trial has ended as planned."""
+    results: pd.DataFrame
+    """A row for each trial, as in results.csv."""
 
 
 def accept(stage: str, arguments: Sequence[str]) -> None:
@@ -78,11 +76,17 @@ def run_sweep(
         if not (todo.missing or todo.more or todo.failed):
             finished = "The sweep is finished: nothing is left to run. Use --set to add seeds or values."
             say(console, f"{todo.headline(spec, found)}. {finished}")
-            return SweepOutcome(0, report_sweep(found, todo.trials, spec, console))
+            return SweepOutcome(True, report_sweep(found, todo.trials, spec, console))
     elif sweep is not None:
         _check_new(found)
     if local and spec.is_suggested:
         raise ConfigError("Optuna's suggestions are run by Ray, so leave out --local.")
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"--address {address} is for Ray's client, which sweeps no longer use. Run the command on a node of the "
+            f"cluster with --address auto, or submit it: ray job submit --address http://HOST:8265 -- electra-ds sweep "
+            f"NAME --out DIR --address auto"
+        )
     trials = expand(spec, check, found.now if sweep is None else None)
     if address is None:
         trials_at_once(spec.resources, [this_machine()])
@@ -92,21 +96,10 @@ def run_sweep(
         own = found.with_own_inputs(spec)
         if own != spec:
             spec, trials = own, expand(own, None)
-        if address is None or not address.startswith(_CLIENT):
-            todo = _todo(trials, spec, found, retry_failed=retry_failed)
-            cut = _run(todo, spec, found, console, check, local, address=address, storage=storage, limit_s=time_limit_s)
-            trials = [*trials, *found.suggested_before(spec)]
-            table = report_sweep(found, trials, spec, console, has_more=cut)
-            return SweepOutcome(int(cut or not table["state"].isin(AS_PLANNED).all()), table)
-
-        from electra_ds.sweep.tune import check_reachable, run_by_client
-
-        check_reachable(address)
-        found.write(spec)
-    arguments = ["--resume", str(found.path), *(["--retry-failed"] if retry_failed else [])]
-    arguments += ["--storage", storage] if storage else []
-    arguments += ["--time-limit", f"{time_limit_s:.0f}s"] if time_limit_s else []
-    return SweepOutcome(run_by_client(address, found, arguments, sys.stdout.write), None)
+        todo = _todo(trials, spec, found, retry_failed=retry_failed)
+        cut = _run(todo, spec, found, console, check, local, address=address, storage=storage, limit_s=time_limit_s)
+        table = report_sweep(found, [*trials, *found.suggested_before(spec)], spec, console, has_more=cut)
+        return SweepOutcome(not cut and bool(table["state"].isin(AS_PLANNED).all()), table)
 
 
 def _check_new(folder: SweepFolder) -> None:

@@ -139,14 +139,21 @@ def expand(spec: SweepSpec, check: CheckArguments | None, now: Now | None = None
     the grid has the same ones, and more samples leave the earlier ones as they were. Raises ConfigError, before
     anything is run, with every recipe, option, path and metric that will not do.
     """
-    _check_size(spec)
     trials: list[Trial] = []
     problems: dict[str, None] = {}
+    total = 0
     for name, stage in spec.stages.items():
         encoders: list[tuple[Trial | None, int | None]] = [(None, None)]
         if name == "finetune" and spec.pretrain is not None:
             encoders = [(trial, step) for trial in trials for step in trial.keep_at or (None,)]
-        for picked in _corners(stage) if spec.is_suggested else _cells(stage, spec):
+        cells = _corners(stage) if spec.is_suggested else list(itertools.islice(_cells(stage, spec), _MOST_TRIALS + 1))
+        total += len(cells) * len(stage.seeds) * len(encoders)
+        if total > _MOST_TRIALS:
+            raise ConfigError(
+                f"The sweep {spec.name} has more than {_MOST_TRIALS:,} trials: its grids, variants, samples, seeds and "
+                f"checkpoints multiply. Shorten one of them."
+            )
+        for picked in cells:
             trial, found = _Cell(spec, name, picked).trial(check, now)
             problems |= dict.fromkeys(found)
             if trial is not None and not spec.is_suggested:
@@ -195,22 +202,6 @@ def _raise(spec: SweepSpec, problems: Sequence[str]) -> None:
 
 
 # --- what varies
-
-
-def _check_size(spec: SweepSpec) -> None:
-    total, encoders = 0, 1
-    for stage in spec.stages.values():
-        grid = math.prod(len(domain.values) for domain in stage.space.values() if not domain.is_random)
-        samples = spec.search.samples if stage.is_random else 1
-        count = max(1, len(stage.variants)) * grid * samples * len(stage.seeds) * encoders
-        total += count
-        if isinstance(stage, PretrainStage):
-            encoders = count * max(1, len(stage.checkpoints))
-    if total > _MOST_TRIALS:
-        raise ConfigError(
-            f"The sweep {spec.name} has {total:,} trials, and {_MOST_TRIALS:,} is the most: its grids, variants, "
-            f"samples, seeds and checkpoints multiply. Shorten one of them."
-        )
 
 
 def _cells(stage: Stage, spec: SweepSpec) -> Iterator[dict[str, Value]]:

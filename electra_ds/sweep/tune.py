@@ -1,5 +1,4 @@
-"""A sweep's trials by Ray Tune, as many at once as fit, on this machine or on a cluster; and the client that has a node
-of a cluster run the sweep."""
+"""A sweep's trials by Ray Tune, as many at once as fit, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -51,7 +50,6 @@ _IDLE_S = 60.0
 """The time after which the display says that no trial runs."""
 _ANSWERS_WITHIN_S = 5.0
 _OBJECT_STORE_BYTES = 128 * 2**20  # next to nothing goes through it
-_LOOK_EVERY_S = 1.0
 
 
 class RayRunner:
@@ -313,7 +311,7 @@ def _last_words(trial: Any) -> str:
 # --- clusters
 
 
-def check_reachable(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Raise ConfigError for what is no address, and if nobody answers there."""
     if address == "auto":
         noted = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"  # by `ray start`
@@ -321,9 +319,9 @@ def check_reachable(address: str) -> None:
             address = os.environ.get("RAY_ADDRESS") or noted.read_text("utf8").strip()
         except OSError:
             raise ConfigError("No Ray cluster runs on this machine. Start one: ray start --head") from None
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) >= 2**16:
-        raise ConfigError(f"--address {address} is not a valid Ray address. Write auto, HOST:6379 or ray://HOST:10001.")
+        raise ConfigError(f"--address {address} is not a valid Ray address. Write auto or HOST:6379.")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_WITHIN_S).close()
     except OSError as error:
@@ -344,7 +342,7 @@ def ray_runner(
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the display says how trials go
     if address is not None:
-        check_reachable(address)
+        _check_reachable(address)
     local: dict[str, Any] = {}
     if address is None:
         here = processes.this_machine()
@@ -362,59 +360,5 @@ def ray_runner(
         at_once = display.at_once = processes.trials_at_once(spec.resources, nodes)
         with processes.stoppable(folder, time_limit_s):  # after Ray, which has handlers of its own
             yield RayRunner(folder, spec, display, at_once=at_once, storage=storage)
-    finally:
-        ray.shutdown()
-
-
-@ray.remote(num_cpus=0)
-class _Driver:
-    """The sweep's command on a node of the cluster."""
-
-    def start(self, arguments: list[str]) -> None:
-        address = ray.get_runtime_context().gcs_address
-        self._log = Path(tempfile.mkstemp(prefix="electra-ds-sweep-")[1])
-        self._process = processes.start("sweep", [*arguments, "--address", address], self._log, {}, Path.cwd())
-        self._read = 0
-
-    def look(self) -> tuple[str, int | None]:
-        """Return (its new output, its exit status once it has ended)."""
-        status = self._process.poll()
-        with self._log.open("rb") as file:
-            file.seek(self._read)
-            output = file.read()
-        self._read += len(output)
-        return output.decode("utf8", "replace"), status
-
-    def forget(self) -> None:
-        processes.end([self._process])
-        self._log.unlink(missing_ok=True)
-
-
-def run_by_client(address: str, folder: SweepFolder, arguments: Sequence[str], say: Callable[[str], object]) -> int:
-    """Run `electra-ds sweep ARGUMENTS` on a node of the cluster at `ray://HOST:10001`, pass its output to `say` as it
-    comes, and return its exit status. The wish to stop reaches it by the sweep's folder, which the nodes share.
-
-    Raises ConfigError if the cluster cannot be reached, TrainingError if it is lost, InterruptedBySignalError at the
-    end if a signal came.
-    """
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # errors are reported below
-    try:
-        ray.init(address, log_to_driver=False)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"No Ray cluster can be reached at {address}: {str(error).strip()}") from error
-    try:
-        with processes.stoppable(folder, None):  # after Ray, which has handlers of its own
-            driver = _Driver.remote()  # type: ignore[attr-defined]
-            ray.get(driver.start.remote(list(arguments)))
-            status: int | None = None
-            while status is None:
-                output, status = ray.get(driver.look.remote())
-                if output:
-                    say(output)
-                time.sleep(_LOOK_EVERY_S)
-            ray.get(driver.forget.remote())
-        return status
-    except (ray.exceptions.RayError, ConnectionError) as error:
-        raise TrainingError(f"The cluster at {address} was lost: {str(error).strip().splitlines()[0]}") from error
     finally:
         ray.shutdown()

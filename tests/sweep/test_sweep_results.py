@@ -28,6 +28,7 @@ from electra_ds.sweep.forecast import SweepForecast, plan_sweep
 from electra_ds.sweep.processes import Node, arguments_of, status_of, trials_at_once
 from electra_ds.sweep.records import MetricsTail, as_result
 from electra_ds.sweep.results import cells, report_sweep, results
+from electra_ds.sweep.run import run_sweep
 from electra_ds.sweep.spec import Resources, SweepSpec, parse_sweep
 from electra_ds.sweep.trials import Trial, ends, expand, suggested
 from tests.helpers import small_recipe
@@ -530,6 +531,42 @@ def test_how_to_resume_is_said_and_whether_it_is_being_run(folder: SweepFolder) 
     assert f"begun: {trials[3].label}." in text
     assert "The sweep is being run." in text
     assert "--resume" not in text
+
+
+# --- from Python
+
+
+def test_a_finished_sweep_is_not_run_again_from_python_and_gives_its_results(folder: SweepFolder) -> None:
+    spec, trials = made(both([0], [0, 1]))
+    folder.write(spec)
+    for trial in trials:
+        pretend(folder, trial, 0.7)
+    console = Console(width=160, record=True, file=io.StringIO())
+    outcome = run_sweep(None, folder.path, console=console)
+    assert outcome.is_complete
+    assert set(outcome.results["trial"]) == {trial.key for trial in trials}
+    text = console.export_text()
+    assert f"x: 5 trials, 5 done before; in {folder.path}. The sweep is finished: nothing is left to run." in text
+
+
+def test_a_sweep_from_python_is_refused_before_anything_is_written(folder: SweepFolder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Give a sweep to run, or the folder of one to resume"):
+        run_sweep(None)
+    with pytest.raises(ConfigError, match=r"pretrain\.seds: unknown key; did you mean 'seeds'"):
+        run_sweep(pretraining(seds=[1]), tmp_path / "new")
+    with pytest.raises(ConfigError, match=r"pretrain\.recipe: There is no recipe 'tyni'"):
+        run_sweep(pretraining(recipe="tyni"), tmp_path / "new")
+    space = {"space": {"optimizer.learning_rate": {"uniform": [1e-4, 1e-3]}}, "ds_config": "cpu"}
+    suggested_by = {"search": {"kind": "optuna"}, "metric": {"name": "discriminator_auc"}}
+    with pytest.raises(ConfigError, match="leave out --local"):
+        run_sweep(pretraining(**space) | suggested_by, tmp_path / "new", local=True)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match=r"--address ray://h:10001 .* ray job submit --address http://HOST:8265 -- "):
+        run_sweep(pretraining(ds_config="cpu"), tmp_path / "new", address="ray://h:10001")
+    assert not (tmp_path / "new").exists()
+    folder.write(made(pretraining())[0])
+    with pytest.raises(ConfigError, match="holds a sweep already"):
+        run_sweep(pretraining(), folder.path)
 
 
 # --- token stores
