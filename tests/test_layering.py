@@ -25,7 +25,8 @@ LATE = {
     ("electra_ds.pretraining.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "scipy.stats"),
-    ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),  # for type checkers
+    ("electra_ds.sweep.__init__", "electra_ds.sweep.run"),  # for type checkers
+    ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),
     ("electra_ds.sweep.run", "electra_ds.sweep.tune"),  # Ray, which trials one by one do not need
     ("electra_ds.sweep.tune", "optuna"),  # which need not be installed
     ("electra_ds.sweep.tune", "ray.tune.search.optuna"),

@@ -134,9 +134,9 @@ class PublishedScores(Section):
     """GLUE as printed."""
     glue_std: float | None = None
     column_mean: float | None = None
-    """Mean of the eight columns as printed, where AVG is not told or not all columns are at hand."""
+    """Mean of the eight columns as printed, where AVG is not given or not all columns are at hand."""
     implied: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """What the printed means imply of a metric that is not printed: an inference, never shown as published."""
+    """Values that the printed means imply of a metric that is not printed: an inference, never shown as published."""
     note: str | None = None
 
 
@@ -144,9 +144,9 @@ class PublishedTable(Section):
     source: str
     split: Literal["dev", "test"]
     statistic: str
-    """What a number is of several seeds, and of how many."""
+    """The statistic that a number is of several seeds, and their number."""
     not_comparable: list[str] = Field(default_factory=list)
-    """What keeps a number from being compared with ours."""
+    """The reasons why a number cannot be compared with ours."""
     rows: list[PublishedScores]
 
 

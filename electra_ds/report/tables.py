@@ -13,7 +13,7 @@ from rich.markup import escape
 
 @dataclass
 class Table:
-    """What a report shows in rows and columns, ready to be rendered."""
+    """Rows and columns of a report, ready to be rendered."""
 
     title: str
     columns: Sequence[str]
@@ -25,7 +25,7 @@ class Table:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Text is aligned left and folded where it is too long; numbers are aligned right."""
+    """Print a table. Text is aligned left and folded where it is too long; numbers are aligned right."""
     shown = rich.table.Table(
         title=escape(table.title), title_justify="left", caption=escape(table.caption) or None, caption_justify="left",
         box=box.SIMPLE, padding=(0, 1),

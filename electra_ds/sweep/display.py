@@ -31,7 +31,7 @@ class _Running:
     metrics: MetricsTail
     began: float
     is_resumed: bool
-    """Whether there were steps before."""
+    """True if there were steps before."""
     first: tuple[float, int] | None = None
     """The time at which a step of this attempt was first seen, and that step."""
     step: int = 0

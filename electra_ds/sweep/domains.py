@@ -21,7 +21,7 @@ KINDS = (*_LISTS, *_BOUNDS)
 
 
 class Domain(Section):
-    """What one key takes; in a file, a mapping from the kind to its values."""
+    """The values of one key; in a file, a mapping from the kind to its values."""
 
     kind: str
     values: list[Value]

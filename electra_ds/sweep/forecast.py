@@ -68,7 +68,7 @@ class Cost:
     steps: tuple[int, int] | None
     time: RunTime | None
     bases: tuple[str, ...]
-    """Where the time comes from."""
+    """The sources of the time."""
     needed_bytes: int | None = None
     on_a_card: int | None = None
     """How many trials fit into the memory of a card."""

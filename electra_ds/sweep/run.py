@@ -1,4 +1,4 @@
-"""Run a sweep from beginning to end, or what is missing of it: what a command or a notebook calls."""
+"""Run a sweep from beginning to end, or what is missing of it, for the command and for Python."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Sweep = SweepSpec | Mapping[str, Any] | str | Path
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What a sweep has come to."""
+    """The results of a sweep."""
 
     is_complete: bool
-    """Whether every trial has ended as planned."""
+    """True if every trial has ended as planned."""
     results: pd.DataFrame
     """A row for each trial, as in results.csv."""
 
@@ -109,7 +109,7 @@ def _check_new(folder: SweepFolder) -> None:
 
 @dataclass(frozen=True)
 class _Todo:
-    """What is left of a sweep."""
+    """The part of a sweep that is left to run."""
 
     trials: list[Trial]
     """All that are known, with those that Optuna has suggested before."""

@@ -69,7 +69,7 @@ class Stage(Section):
     set: dict[str, Any] = Field(default={})
     """The recipe's dotted keys that are the same in every trial."""
     space: dict[str, Domain] = Field(default={})
-    """What varies: a dotted key of the recipe or an option, and a domain such as `grid: [1, 2]`."""
+    """The keys that vary, dotted keys of the recipe or options, each with a domain such as `grid: [1, 2]`."""
     variants: dict[str, dict[str, Any]] = Field(default={})
     """Settings that go together, by a name for tables; every variant is run."""
     seeds: list[Annotated[int, Field(strict=True, ge=0, lt=2**63)]] = Field(default=[0], min_length=1)
@@ -81,7 +81,7 @@ class Stage(Section):
 
     @property
     def is_random(self) -> bool:
-        """Whether values are drawn."""
+        """True if values are drawn at random."""
         return any(domain.is_random for domain in self.space.values())
 
 
@@ -91,7 +91,7 @@ class PretrainStage(Stage):
     checkpoints: list[_Share] = Field(default=[])
     """Shares of the schedule; the checkpoints there are kept and each of them finetuned. None: the last alone."""
     stop_on_collapse: bool = False
-    """Whether a trial ends once its discriminator has collapsed."""
+    """End a trial once its discriminator has collapsed."""
 
 
 class FinetuneStage(Stage):
@@ -100,7 +100,7 @@ class FinetuneStage(Stage):
 
 class Search(Section):
     kind: Literal["random", "optuna"] = "random"
-    """Where values come from that are no grid: drawn, or suggested by Optuna, which learns from what was scored."""
+    """The source of values that are no grid: drawn at random, or suggested by Optuna, which learns from the scores."""
     samples: int = Field(default=1, ge=1, le=100_000)
     """How many times random values are drawn, each for every cell of the grid and every seed."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -121,7 +121,7 @@ class Scheduler(Section):
 
 
 class Resources(Section):
-    """What one trial gets."""
+    """The resources of one trial."""
 
     workers: int = Field(default=1, ge=1, le=4096)
     """Ranks of its DeepSpeed world."""
@@ -167,7 +167,7 @@ class SweepSpec(Section):
 
     @property
     def is_suggested(self) -> bool:
-        """Whether Optuna suggests the trials of the last stage."""
+        """True if Optuna suggests the trials."""
         return self.search.kind == "optuna"
 
     def with_options(self, change: Change) -> SweepSpec:

@@ -124,9 +124,7 @@ class _TuneTrial(tune.Trainable):
                 if self._ranks is None:
                     if self._is_ours or self._is_over() or self._files.has_ended:
                         return self._outcome()
-                    time.sleep(
-                        _LOOK_EVERY_S
-                    )  # until the process that works on the same trial has finished it, or is gone
+                    time.sleep(_LOOK_EVERY_S)  # until the other process has finished the trial, or is gone
                     self._take()
                 elif not self._ranks.are_running():
                     self._finish()
