@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,10 @@ def evaluations_of(run: Path) -> list[dict[str, float]]:
         lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "eval"]
     except OSError:
         return []
-    return [{name: float(value) for name, value in line.items() if type(value) in (int, float)} for line in lines]
+    return [
+        {name: float(value) for name, value in line.items() if type(value) in (int, float) and math.isfinite(value)}
+        for line in lines
+    ]
 
 
 # --- cells over their seeds

@@ -127,13 +127,15 @@ class Resources(Section):
     """Ranks of its DeepSpeed world."""
     cpus: int = Field(default=1, ge=1)
     """CPUs of each worker, which are its threads."""
-    gpus: float = Field(default=0.0, ge=0, le=1)
+    gpus: float = Field(default=0.0, ge=0)
     """GPUs of each worker; below 1 several trials share a card, whose memory must do for all of them."""
 
     @model_validator(mode="after")
     def _is_countable(self) -> Resources:
         if 0 < self.gpus < 0.01:
             raise ValueError(f"gpus {self.gpus:g} would have more than 100 trials share a GPU")
+        if self.gpus > 1:
+            raise ValueError(f"gpus {self.gpus:g} is more than the one GPU that a worker uses; raise workers")
         if self.workers > 1 and 0 < self.gpus < 1:
             raise ValueError(f"gpus {self.gpus:g} of {self.workers} workers would share a GPU; each needs its own")
         return self

@@ -285,7 +285,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("number as text", finetuning() | {"resources": {"gpus": "all"}}, "resources.gpus: Input should be a valid number"),
     ("yes", finetuning() | {"retries": True}, "retries must be a number, not True"),
     ("yes gpus", finetuning() | {"resources": {"gpus": True}}, "resources: gpus must be a number, not True"),
-    ("gpus", finetuning() | {"resources": {"gpus": 2}}, "resources.gpus: Input should be less than or equal to 1"),
+    ("gpus", finetuning() | {"resources": {"gpus": 2}}, "resources: gpus 2 is more than the one GPU"),
     ("shared", finetuning() | {"resources": {"gpus": 0.5, "workers": 2}}, "gpus 0.5 of 2 workers would share a GPU"),
     ("cpus", finetuning() | {"resources": {"cpus": 0}}, "resources.cpus: Input should be greater than or equal to 1"),
     ("no mapping", finetuning() | {"finetune": 3}, "finetune: Input should be"),
