@@ -153,9 +153,9 @@ def test_a_key_is_the_same_in_every_process() -> None:
 def test_a_key_that_was_given_once_stays() -> None:
     """Folders of sweeps that were run are found by it."""
     (trial,) = trials_of(finetuning(space={RATE: {"grid": [1e-4]}}, seeds=[3]))
-    assert trial.key.startswith("learning_rate=0.0001-s3-")
+    assert trial.key == "learning_rate=0.0001-s3-529a080e867b"
     (pretrained,) = trials_of(pretraining(space={WIDTH: {"grid": [0.5]}}))
-    assert pretrained.key.startswith("width_multiplier=0.5-s0-")
+    assert pretrained.key == "width_multiplier=0.5-s0-0aa81f5aa570"
 
 
 @given(st.permutations([*FINETUNE.items(), ("best", True), ("keep", 2)]), st.permutations([(RATE, 1e-4), ("seed", 1)]))
