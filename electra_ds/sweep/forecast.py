@@ -171,6 +171,8 @@ class SweepForecast:
         if card is not None:
             basis = f"roofline, {card.name}" if time is not None else f"{card.name} lacks the precision"
             return Cost((steps, steps), _with_start(time_of_steps(time, steps)), (basis,), needed, fit)
+        if not flops:
+            return Cost((steps, steps), None, ("the objective does not say",), needed, fit)
         seconds = steps * flops / (_cpu_rate(self._spec.resources.cpus) * self._spec.resources.workers)
         span = RunTime(seconds * CPU_SLOWER[0], seconds * CPU_SLOWER[1])
         return Cost((steps, steps), _with_start(span), ("arithmetic, this CPU",), needed, fit)

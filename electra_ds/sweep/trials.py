@@ -79,9 +79,12 @@ class Trial:
         own = {name: words(name, value) for name, value in self.options.items() if name not in HOW | {"recipe"}}
         if self.stage == "finetune" and not (self.options.get("best") or self.options.get("early_stopping")):
             own.pop("eval_every", None)
+        recipe = self.recipe.model_dump(mode="json", exclude={"name", "description"})
+        if recipe.get("objective") == "electra":  # keys of trials are older than other objectives
+            del recipe["objective"]
         outcome = {
             "stage": self.stage, "options": {name: given for name, given in own.items() if given},
-            "recipe": self.recipe.model_dump(mode="json", exclude={"name", "description"}), "stop_at": self.stop_at,
+            "recipe": recipe, "stop_at": self.stop_at,
             "stop_on_collapse": self.stop_on_collapse, "checkpoint": self.checkpoint,
             "pretraining": self.pretraining.digest if self.pretraining else None,
         }  # fmt: skip

@@ -107,9 +107,8 @@ class RayRunner:
         records = self._folder.path / "tune"
         naming: Callable[[Any], str] = lambda trial: str(trial.config.get("key", trial.trial_id))  # noqa: E731
         config.trial_name_creator = config.trial_dirname_creator = naming
-        config.scheduler = _scheduler(
-            self._spec, lambda trial: self._folder.trial(resolve(trial.config).key).end_early()
-        )
+        folder = self._folder  # which Tune can write down with the scheduler, as it cannot the display
+        config.scheduler = _scheduler(self._spec, lambda trial: folder.trial(resolve(trial.config).key).end_early())
         watch = _Watch(resolve, self._folder, self._display)
         tuner = tune.Tuner(
             tune_trial.trial_class(resolve, self._folder, self._spec, raises=False),
