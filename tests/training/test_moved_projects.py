@@ -247,7 +247,8 @@ def kept(folder: SweepFolder, spec: SweepSpec) -> list[str]:
     with folder.locked():
         folder.write(folder.with_own_inputs(spec))
     trials = expand(spec, None)
-    folder.begin(trials[0], ["electra-ds", *arguments_of(trials[0], folder, spec)], spec)
+    command_line = ["electra-ds", *arguments_of(trials[0], folder, spec)]
+    folder.trial(trials[0].key).begin(trials[0], command_line, spec.resources)
     return [trial.key for trial in trials]
 
 
