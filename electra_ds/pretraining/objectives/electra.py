@@ -192,7 +192,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
     @classmethod
     def complete(cls, metrics: Mapping[str, Any]) -> dict[str, Any]:
         share = metrics.get("replaced_share")
-        return dict(metrics) | {ALWAYS_ORIGINAL: None if share is None else always_original_accuracy(share)}
+        return dict(metrics) if share is None else {**metrics, ALWAYS_ORIGINAL: always_original_accuracy(share)}
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         original = always_original_accuracy(metrics["replaced_share"])
