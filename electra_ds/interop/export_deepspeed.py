@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import Record
@@ -18,9 +19,9 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.interop.deepspeed_export import native_config, write_native
 from electra_ds.interop.export_folder import cannot_write, check_out, unfinished
-from electra_ds.pretraining import prepare
 from electra_ds.pretraining.electra import Electra
 from electra_ds.training.checkpoint import Checkpoint
+from electra_ds.training.prepare import plan_of_run
 from electra_ds.training.recorded import beside, newest_checkpoint, recorded_recipe
 
 _CONVERTED = (1, 2)
@@ -41,8 +42,8 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
         check_out(out)
         recipe = recorded_recipe(checkpoint)
         saved = RunDirectory(checkpoint.path)
-        options = prepare.Options(ds_config=ds_config)
-        plan = prepare.plan_of_run(options, saved, saved.read_record(Record), recipe, ranks)
+        options = PretrainOptions(ds_config=ds_config)
+        plan = plan_of_run(options, saved, saved.read_record(Record), recipe, ranks)
         tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

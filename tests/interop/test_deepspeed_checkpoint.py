@@ -26,6 +26,7 @@ from torch import nn
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.cli import main
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, ConfigError
@@ -47,6 +48,7 @@ from electra_ds.pretraining.convert import (
     transformers_config,
 )
 from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from electra_ds.training.prepare import plan_new
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY, SMALL, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
@@ -70,8 +72,8 @@ def _ranks(process_group: Ranks, half_on_cpu: None) -> None:
 
 def new_job(store: TokenStore, run_dir: Path, ranks: Ranks, recipe: Recipe | None = None) -> Any:
     recipe = recipe or small_recipe()
-    options = prepare.Options(ds_config="cpu")
-    plan = prepare.plan_new(options, recipe, RunDirectory(run_dir), ranks)
+    options = PretrainOptions(ds_config="cpu")
+    plan = plan_new(options, recipe, RunDirectory(run_dir), ranks)
     return prepare.prepare_new(options, recipe, plan, store, RunDirectory(run_dir), ranks)
 
 
