@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import add_command
+from electra_ds.cli.arguments import add_handled
+from electra_ds.config.tool_options import DoctorOptions
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -19,17 +19,13 @@ example:
 
 
 def add_doctor(commands: Commands) -> None:
-    """The parser of `doctor`."""
-    command = add_command(
-        commands, "doctor", "Say what this machine can pretrain with, and how to fix what is wrong.", _EPILOG
-    )
-    command.set_defaults(handler=_doctor)
-    command.add_argument("--json", action="store_true", help="print it as JSON")
+    """Add the parser of `doctor`."""
+    add_handled(commands, "doctor", DoctorOptions, _EPILOG, _doctor)
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _doctor(options: DoctorOptions) -> None:
     from rich.console import Console
 
     from electra_ds.pretraining.doctor import doctor
 
-    sys.exit(doctor(Console(), as_json=options.json))
+    sys.exit(doctor(Console(), as_json=bool(options.json)))

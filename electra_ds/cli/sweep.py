@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from electra_ds.cli import finetune, pretrain
-from electra_ds.cli.arguments import add_command, duration_s, wide_console
-from electra_ds.config.shipped import SWEEPS, shipped_names
-from electra_ds.core.errors import ConfigError, DataError
-from electra_ds.core.program import command
+from electra_ds.cli.arguments import add_handled, wide_console
+from electra_ds.config.tool_options import SweepOptions
+from electra_ds.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from electra_ds.cli.arguments import Commands
-    from electra_ds.config.run_record import TaskSource
     from electra_ds.sweep.folder import SweepFolder
     from electra_ds.sweep.spec import SweepSpec
     from electra_ds.sweep.trials import Trial
@@ -46,83 +41,20 @@ A sweep is a YAML file: what its trials run, what varies over them, and what one
 
 
 def add_sweep(commands: Commands) -> None:
-    """The parser of `sweep`."""
-    command = add_command(commands, "sweep", "Run a study: one command over seeds, tasks, hyperparameters.", _EPILOG)
-    command.set_defaults(handler=_sweep)
-    command.add_argument(
-        "what", nargs="*", metavar="NAME|FILE", help=f"{', '.join(shipped_names(SWEEPS))}, or a YAML file; status DIR"
-    )
-    command.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="change the file, e.g. --set finetune.model=RUN finetune.seeds=[0,1] resources.gpus=0.5",
-    )  # fmt: skip
-    command.add_argument("--out", type=Path, metavar="DIR", help="where it lives (default: runs/sweep-NAME)")
-    command.add_argument("--resume", type=Path, metavar="DIR", help="run what is missing in this sweep")
-    command.add_argument("--retry-failed", action="store_true", help="with --resume: those that failed too")
-    command.add_argument("--dry-run", action="store_true", help="list the trials and what they cost, and run nothing")
-    how = command.add_argument_group("where to run it")
-    how.add_argument("--local", action="store_true", help="one trial after the other, without Ray")
-    how.add_argument(
-        "--address", metavar="ADDRESS", help="a Ray cluster: auto, HOST:6379, or from outside it ray://HOST:10001"
-    )
-    how.add_argument("--storage", metavar="DIR|URI", help="where Tune keeps its records (default: DIR/tune)")
-    how.add_argument("--time-limit", type=duration_s, metavar="TIME", help="save and leave after this time")
+    """Add the parser of `sweep`."""
+    add_handled(commands, "sweep", SweepOptions, _EPILOG, _sweep)
 
 
 _CLIENT = "ray://"
 
 
-class _Strict(argparse.ArgumentParser):
-    """Raises instead of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-@cache
-def _strict_parser() -> argparse.ArgumentParser:
-    parser = _Strict(prog="electra-ds")
-    commands: Commands = parser.add_subparsers(dest="command")  # type: ignore[assignment]  # of strict parsers
-    pretrain.add_pretrain(commands)
-    finetune.add_finetune(commands)
-    return parser
-
-
-def check_arguments(stage: str, arguments: Sequence[str]) -> None:
-    """Return whether a command takes these arguments and finds its examples. Raises ConfigError or DataError if not."""
-    try:
-        options = _strict_parser().parse_args([stage, *arguments])
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from error
-    if stage == "pretrain":
-        pretrain.check_arguments(options)
-        return
-    finetune.check_arguments(options)
-    if problem := _examples_problem(options.task, finetune.task_source(options)):
-        raise DataError(problem)
-
-
-@cache
-def _examples_problem(task: str | None, source: TaskSource) -> str:
-    """What is wrong with examples on this machine: nobody is to find out after a night that one task's are missing."""
-    from electra_ds.finetuning.loaded_task import load_task
-
-    if source.folder is None and source.train is None:
-        return ""
-    try:
-        load_task(task, source)
-    except (ConfigError, DataError) as error:
-        return str(error)
-    return ""
-
-
-def _sweep(options: argparse.Namespace) -> None:
-    _check(options)
+def _sweep(options: SweepOptions) -> None:
     if options.what[:1] == ["status"]:
         status_of_sweep(Path(options.what[1]), wide_console())
         return
 
     from electra_ds.sweep.folder import SweepFolder
+    from electra_ds.sweep.options import check_arguments
     from electra_ds.sweep.ray_address import check_reachable
     from electra_ds.sweep.resources import this_machine, trials_at_once
     from electra_ds.sweep.spec import load_sweep
@@ -130,11 +62,11 @@ def _sweep(options: argparse.Namespace) -> None:
 
     if options.resume is not None:
         folder = SweepFolder(options.resume)
-        spec = folder.read(options.overrides)
+        spec = folder.read(options.overrides or ())
         if not (options.overrides or options.dry_run) and _is_finished(spec, folder):
             return
     else:
-        spec = load_sweep(options.what[0], options.overrides)
+        spec = load_sweep(options.what[0], options.overrides or ())
         folder = SweepFolder(options.out or Path("runs") / f"sweep-{spec.name}")
         if not options.dry_run:
             _check_new(folder)
@@ -155,41 +87,24 @@ def _sweep(options: argparse.Namespace) -> None:
         if not (options.address or "").startswith(_CLIENT):
             _run(options, trials, spec, folder)
             return
-        check_reachable(options.address)
+        check_reachable(str(options.address))
         folder.write(spec)
     _run_from_outside(options, folder)
 
 
-def _run_from_outside(options: argparse.Namespace, folder: SweepFolder) -> NoReturn:
+def _run_from_outside(options: SweepOptions, folder: SweepFolder) -> NoReturn:
     """Have a node of the cluster continue with what is written."""
     from electra_ds.sweep.ray_client import run_from_outside
 
     arguments = ["--resume", str(folder.path), *(["--retry-failed"] if options.retry_failed else [])]
     arguments += ["--storage", options.storage] if options.storage else []
     arguments += ["--time-limit", f"{options.time_limit:.0f}s"] if options.time_limit else []
-    raise SystemExit(run_from_outside(options.address, folder, arguments, sys.stdout.write))
+    raise SystemExit(run_from_outside(str(options.address), folder, arguments, sys.stdout.write))
 
 
 def _check_new(folder: SweepFolder) -> None:
     if folder.exists():
         raise ConfigError(f"{folder.path} holds a sweep already. Resume it with --resume, or choose another --out.")
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Raise ConfigError if arguments cannot go together."""
-    if options.what[:1] == ["status"]:
-        others = (options.overrides, options.out, options.resume, options.retry_failed, options.dry_run, options.local)
-        if len(options.what) != 2 or any(others) or options.address or options.storage or options.time_limit:
-            raise ConfigError(f"Say which sweep, and nothing else: {command('sweep')} status DIR")
-        return
-    if options.retry_failed and options.resume is None:
-        raise ConfigError("--retry-failed is for --resume.")
-    if (options.resume is None) == (not options.what) or len(options.what) > 1:
-        raise ConfigError("Give one sweep to run, by name or file, or --resume DIR to continue one.")
-    if options.resume is not None and options.out is not None:
-        raise ConfigError("--resume names the sweep's folder, so leave out --out.")
-    if options.local and (options.address or options.storage):
-        raise ConfigError("--local runs without Ray, so leave out --address and --storage.")
 
 
 def _say(console: Console, line: str) -> None:
@@ -198,10 +113,11 @@ def _say(console: Console, line: str) -> None:
     say(console, line)
 
 
-def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
+def _run(options: SweepOptions, trials: list[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
     """Run what is missing, and say what the sweep has come to. Exits with 1 where a trial has not come to its end."""
     from electra_ds.sweep.display import SweepDisplay
     from electra_ds.sweep.folder import AS_PLANNED, ENDED
+    from electra_ds.sweep.options import check_arguments
     from electra_ds.sweep.report import report_sweep
     from electra_ds.sweep.trials import counted, suggested
 
@@ -243,8 +159,8 @@ def _run(options: argparse.Namespace, trials: list[Trial], spec: SweepSpec, fold
     elif missing or more:
         from electra_ds.sweep.tune import ray_runner
 
-        where = {"address": options.address, "storage": options.storage, "time_limit_s": options.time_limit}
-        with ray_runner(folder, spec, display, **where) as runner, display:
+        address, storage, limit = options.address, options.storage, options.time_limit
+        with ray_runner(folder, spec, display, address=address, storage=storage, time_limit_s=limit) as runner, display:
             begin()
             runner.run(missing)
             if more:
@@ -294,7 +210,7 @@ def status_of_sweep(path: Path, console: Console) -> None:
     report_sweep(folder, trials, spec, console, is_running=folder.is_being_run())
 
 
-def _show(options: argparse.Namespace, trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
+def _show(options: SweepOptions, trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder) -> None:
     from electra_ds.sweep.forecast import print_plan
     from electra_ds.sweep.resources import this_machine, trials_at_once
     from electra_ds.sweep.trials import ends
