@@ -6,26 +6,25 @@ Shape suffixes: B rows, T positions, M selected positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_ds.config.recipe import Recipe
-from electra_ds.pretraining.batches import GlobalBatch
+from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.pretraining.convert import transformers_config
-from electra_ds.pretraining.electra import encoder_configs
+from electra_ds.pretraining.electra import discriminator_loss_sum, encoder_configs
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.losses import discriminator_loss_sum
 from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.training.zero import ZeroAdamW
 
 PARTS = ("generator", "head and sampling", "discriminator", "optimizer")
 
 
-class PaddedBatch(GlobalBatch):
+class PaddedBatch(ElectraBatch):
     """The same sequences, each a row of its own."""
 
     def micro_batch(self, first: int, size: int, *, packed: bool = False) -> MicroBatch:
@@ -35,9 +34,9 @@ class PaddedBatch(GlobalBatch):
 class Contestant(Protocol):
     """Something that can take an optimiser step on a global batch that is one micro-batch."""
 
-    def step(self, batch: GlobalBatch, number: int) -> None: ...
+    def step(self, batch: ElectraBatch, number: int) -> None: ...
 
-    def parts(self, batch: GlobalBatch) -> dict[str, Callable[[], None]]:
+    def parts(self, batch: ElectraBatch) -> dict[str, Callable[[], None]]:
         """Each part of a step alone, forward and backward, on the same inputs."""
         ...
 
@@ -50,11 +49,11 @@ class Ours:
     def __init__(self, engine: PretrainingEngine | PlainEngine) -> None:
         self.engine = engine
 
-    def step(self, batch: GlobalBatch, number: int) -> None:
+    def step(self, batch: ElectraBatch, number: int) -> None:
         self.engine.train_step(batch, number)
 
-    def parts(self, batch: GlobalBatch) -> dict[str, Callable[[], None]]:
-        model = self.engine.module.train()
+    def parts(self, batch: ElectraBatch) -> dict[str, Callable[[], None]]:
+        model: Any = self.engine.module.train()
         micro_batch = batch.micro_batch(0, len(batch.ids_BT)).to(self.engine.device)
         attend = micro_batch.attention_mask()
         device_type, autocast = self.engine.device.type, model.autocast_dtype
@@ -76,7 +75,7 @@ class Ours:
         def head() -> torch.Tensor:
             gathered_MH = hidden_BTH.flatten(0, 1).index_select(0, micro_batch.selected_M).requires_grad_()
             keys = micro_batch.noise_keys_M, model.column_keys_V
-            return model.generator_head(gathered_MH, targets_M, *keys, model.temperature).loss_sum
+            return model.generator_head(gathered_MH, targets_M, *keys, micro_batch.temperature).loss_sum
 
         def discriminator() -> torch.Tensor:
             found_BTH = model.discriminator(micro_batch.ids_BT, attend, micro_batch.segments_BT)
@@ -103,7 +102,7 @@ class Transformers:
 
     def __init__(self, recipe: Recipe, vocab_size: int, pad_id: int, dtype: torch.dtype, device: torch.device) -> None:
         generator_config, discriminator_config = encoder_configs(recipe, vocab_size, pad_id)
-        self.recipe, self.dtype, self.device = recipe, dtype, device
+        self.recipe, self.dtype, self.device = electra_recipe(recipe), dtype, device
         self.generator = ElectraForMaskedLM(transformers_config(generator_config)).train()
         self.discriminator = ElectraForPreTraining(transformers_config(discriminator_config)).train()
         self.generator.electra.embeddings = self.discriminator.electra.embeddings
@@ -117,7 +116,7 @@ class Transformers:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def step(self, batch: GlobalBatch, number: int) -> None:
+    def step(self, batch: ElectraBatch, number: int) -> None:
         micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False).to(self.device)
         mask_BT, segments_BT = _mask(micro_batch), _segments(micro_batch)
         with self._autocast():
@@ -140,7 +139,7 @@ class Transformers:
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def parts(self, batch: GlobalBatch) -> dict[str, Callable[[], None]]:
+    def parts(self, batch: ElectraBatch) -> dict[str, Callable[[], None]]:
         micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False).to(self.device)
         mask_BT, segments_BT, labels_BT = _mask(micro_batch), _segments(micro_batch), _labels(micro_batch)
         with torch.no_grad(), self._autocast():

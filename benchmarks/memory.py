@@ -20,10 +20,10 @@ from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
-from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.memory import peak_memory
+from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.probe import kernels_of
 from electra_ds.training.engine import wants_fp16
 
@@ -95,7 +95,7 @@ def is_as_large(device: torch.device, card: Card) -> bool:
 
 def measure_cases(
     chosen: Sequence[Case],
-    batches_of: Callable[[Recipe], Sequence[GlobalBatch]],
+    batches_of: Callable[[Recipe], Sequence[ElectraBatch]],
     device: torch.device,
     turn: Callable[[], None],
     results: dict[str, Any],
@@ -115,7 +115,7 @@ def measure_cases(
 
 
 def measure_case(
-    case: Case, batches: Sequence[GlobalBatch], device: torch.device, turn: Callable[[], None]
+    case: Case, batches: Sequence[ElectraBatch], device: torch.device, turn: Callable[[], None]
 ) -> dict[str, Any]:
     """Predicted and measured peak, in bytes, of making the engine and taking a step with each of the batches.
 

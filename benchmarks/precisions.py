@@ -17,7 +17,6 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.step import StepResult
 from electra_ds.training.prefetch import prefetched
 
 WINDOW_STEPS = 10
@@ -45,13 +44,13 @@ def train(
     engine = PretrainingEngine(Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id), recipe, plan, device)
     builder = BatchBuilder(store, split_holdout(store.documents, recipe.data, recipe.seed).train, recipe, recipe.seed)
     steps = recipe.schedule.total_steps
-    unread: list[StepResult] = []
+    unread: list[dict[str, torch.Tensor]] = []
     try:
         for step, batch in prefetched(builder, 0, steps):
             unread.append(engine.train_step(batch, step))
             if (step + 1) % WINDOW_STEPS == 0 or step + 1 == steps:
                 for name in LOSSES:
-                    mean = torch.stack([getattr(result, name) for result in unread]).mean().item()
+                    mean = torch.stack([result[name] for result in unread]).mean().item()
                     curve[name].append(mean if np.isfinite(mean) else None)
                 curve["skipped_steps"] = int(engine.optimizer.skipped_steps.item())
                 unread.clear()

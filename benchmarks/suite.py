@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,13 @@ from electra_ds.core.keyed_random import column_keys
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
 from electra_ds.model.sampling import sample_tokens
-from electra_ds.pretraining.batches import BatchBuilder, GlobalBatch
+from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.compiled import check_compile
 from electra_ds.pretraining.electra import Electra, encoder_configs
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.flops import step_flops, transformers_step_flops
 from electra_ds.pretraining.masking import Masks
+from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.training.engine import check_plan, wants_fp16
 
@@ -142,7 +143,7 @@ class Suite:
         return results
 
     def _measured(
-        self, name: str, contestant: Contestant, batch: GlobalBatch, seconds: list[float], peak: float
+        self, name: str, contestant: Contestant, batch: Any, seconds: list[float], peak: float
     ) -> dict[str, Any]:
         who, _ = name.split()
         configs = encoder_configs(self.recipe, self.vocab_size, 0)
@@ -197,7 +198,7 @@ class Suite:
         size = min(self.settings.micro_batches)
         recipe = self._recipe(size)
         builder = self._builder(self.web, recipe)
-        batch = builder.build(0)
+        batch: Any = builder.build(0)
         results: dict[str, Any] = {}
         speeds: dict[str, Any] = {}
         for dtype in self.settings.dtypes:
@@ -228,10 +229,10 @@ class Suite:
         dtype = self.settings.dtypes[0]
         recipe = self._recipe(size, "data.holdout_by=document")
         batches = self._batches(self.glue, recipe)
-        layouts: dict[str, Callable[[GlobalBatch], GlobalBatch]] = {
+        layouts: dict[str, Callable[[ElectraBatch], ElectraBatch]] = {
             "packed": lambda batch: batch,
-            "padded_to_row": lambda batch: PaddedBatch(*batch),
-            "padded_to_longest": lambda batch: PaddedBatch(*_cut_to_longest(batch)),
+            "padded_to_row": lambda batch: _padded(batch),
+            "padded_to_longest": lambda batch: _padded(_cut_to_longest(batch)),
         }
         with self._contestants(recipe, (dtype,)) as contestants:
             ours, theirs = contestants[f"deepspeed {dtype}"], contestants[f"transformers {dtype}"]
@@ -261,7 +262,7 @@ class Suite:
             ours = contestants[f"deepspeed {dtype}"]
             timed = {
                 "packed": self._stepping(ours, batches),
-                "padded_to_row": self._stepping(ours, [PaddedBatch(*batch) for batch in batches]),
+                "padded_to_row": self._stepping(ours, [_padded(batch) for batch in batches]),
             }
             rounds = 3 * self.settings.rounds  # the ratio is 1 but for noise
             self.begin(f"text without padding, {size} a step", len(timed) * (rounds + 1))
@@ -282,7 +283,7 @@ class Suite:
     def _data_path_of(self, name: str, recipe: Recipe) -> dict[str, Any]:
         builder = self._builder(self.web, recipe)
         rows = recipe.global_batch_size
-        copied = builder.build(0).ids_BT
+        copied = builder.build(0).micro_batch(0, rows).ids_BT.numpy()
         timed: dict[str, Callable[[int], object]] = {
             "batch": lambda number: builder.build(number).micro_batch(0, rows),
             "copy": lambda number: copied.copy(),
@@ -363,11 +364,11 @@ class Suite:
     def _builder(store: TokenStore, recipe: Recipe) -> BatchBuilder:
         return BatchBuilder(store, Ranges(store.documents[:-1], store.documents[1:]), recipe, recipe.seed)
 
-    def _batches(self, store: TokenStore, recipe: Recipe) -> list[GlobalBatch]:
+    def _batches(self, store: TokenStore, recipe: Recipe) -> list[Any]:
         builder = self._builder(store, recipe)
         return [builder.build(step) for step in range(8)]
 
-    def _sampling(self, batch: GlobalBatch) -> Callable[[int], object]:
+    def _sampling(self, batch: Any) -> Callable[[int], object]:
         """Drawing the micro-batch's samples from given probabilities."""
         keys_M = batch.micro_batch(0, len(batch.ids_BT)).noise_keys_M.to(self.device)
         columns_V = column_keys(self.vocab_size).to(self.device)
@@ -381,7 +382,7 @@ class Suite:
         )  # fmt: skip
 
     @staticmethod
-    def _stepping(contestant: Contestant, batches: Sequence[GlobalBatch]) -> Callable[[int], None]:
+    def _stepping(contestant: Contestant, batches: Sequence[Any]) -> Callable[[int], None]:
         return lambda number: contestant.step(batches[number % len(batches)], number)
 
     @contextmanager
@@ -420,13 +421,18 @@ def _ignoring_number(function: Callable[[], None]) -> Callable[[int], None]:
     return lambda number: function()
 
 
-def _cut_to_longest(batch: GlobalBatch) -> GlobalBatch:
+def _padded(batch: ElectraBatch) -> PaddedBatch:
+    return PaddedBatch(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+
+
+def _cut_to_longest(batch: ElectraBatch) -> ElectraBatch:
     longest = int(batch.lengths_B.max())
 
     def cut(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array[:, :longest])
 
-    return batch._replace(
+    return replace(
+        batch,
         ids_BT=cut(batch.ids_BT),
         masks=Masks(*map(cut, batch.masks)),
         counted_BT=cut(batch.counted_BT),

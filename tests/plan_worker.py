@@ -102,7 +102,7 @@ def train(folder: Path, store: TokenStore, ranks: Ranks) -> dict[str, list[float
                 accumulation = engine.plan.batch.gradient_accumulation_steps
                 replay = own_samples(batch, replayed[f"step{step}"], size, accumulation, ranks.rank)
                 result = engine.train_step(batch, step, replay)
-                losses[plan].append(ranks.sum(result.loss.detach().float().clone()).item())
+                losses[plan].append(ranks.sum(result["loss"].detach().float().clone()).item())
             saver = CheckpointSaver(folder_of(folder, ranks.world_size, plan), ranks)
             saver.save(engine.optimizer, {"step": FIRST + STEPS, "tokens": 0, "precision": plan}, {"recipe.yaml": ""})
             saver.finish()

@@ -18,9 +18,9 @@ from deepspeed.accelerator import get_accelerator
 from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.metrics import Evaluation, Evaluator
+from electra_ds.pretraining.evaluation import Evaluator
+from electra_ds.pretraining.objectives.electra import ElectraBatch
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
 STEPS = 50
@@ -33,7 +33,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def own_samples(batch: GlobalBatch, samples: np.ndarray, micro: int, accumulation: int, rank: int) -> list[Any]:
+def own_samples(batch: ElectraBatch, samples: np.ndarray, micro: int, accumulation: int, rank: int) -> list[Any]:
     """This rank's micro-batches' share of the samples of a whole global batch."""
     ends = np.concatenate([[0], np.cumsum(batch.masks.selected.sum(axis=1))])
     firsts = [(rank * accumulation + index) * micro for index in range(accumulation)]
@@ -51,7 +51,7 @@ def straight_and_resumed(store: TokenStore, stage: int, ranks: Ranks, **values: 
 
     def run(engine: PretrainingEngine, steps: range) -> np.ndarray:
         results = [engine.train_step(builder.build(step), step) for step in steps]
-        return np.array([ranks.sum(result.loss.clone()).item() for result in results])
+        return np.array([ranks.sum(result["loss"].clone()).item() for result in results])
 
     first = engine()
     run(first, range(6))
@@ -66,7 +66,7 @@ def straight_and_resumed(store: TokenStore, stage: int, ranks: Ranks, **values: 
     return straight, resumed
 
 
-def evaluation(store: TokenStore, ranks: Ranks) -> Evaluation:
+def evaluation(store: TokenStore, ranks: Ranks) -> dict[str, float]:
     """Of a fresh model at stage 3, on windows that do not share out evenly."""
     recipe = small_recipe(*RECIPE, "model.initializer_range=0.2")
     plan = cpu_plan(recipe, train_micro_batch_size_per_gpu=1, zero_optimization={"stage": 3})
@@ -95,7 +95,7 @@ def follow(store: TokenStore, ranks: Ranks, samples_path: str) -> dict[str, np.n
                 accumulation = plan.batch.gradient_accumulation_steps
                 replay = own_samples(batch, replayed[f"step{step}"], 2, accumulation, ranks.rank)
                 result = engine.train_step(batch, step, None if name == "fp32" else replay)
-                losses.append(ranks.sum(result.loss.detach().float().clone()).item())
+                losses.append(ranks.sum(result["loss"].detach().float().clone()).item())
             counters = engine.optimizer.counters()
             assert (counters["taken_steps"], counters["skipped_steps"]) == (steps, 0)
             found[f"{name}-{stage}"] = np.array(losses)

@@ -24,7 +24,7 @@ ROWS = [
 # not need.
 LATE = {
     ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
-    ("electra_ds.pretraining.metrics", "sklearn.metrics"),
+    ("electra_ds.pretraining.objectives.electra_evaluation", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "scipy.stats"),
     ("electra_ds.sweep.options", "electra_ds.finetuning.loaded_task"),  # which only examples of the user's own need

@@ -21,15 +21,16 @@ from electra_ds.core import devices
 from electra_ds.core.ranks import join_ranks
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.batches import BatchBuilder, GlobalBatch
-from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.batches import BatchBuilder, objective_of
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.metrics import Evaluator
+from electra_ds.pretraining.evaluation import Evaluator
+from electra_ds.pretraining.objectives.base import PretrainingBatch
+from electra_ds.training.model import AutocastModel
 from electra_ds.training.prefetch import prefetched
 from electra_ds.training.prepare import plan_for
 
 
-def batches(recipe: Recipe, store: TokenStore, first_step: int = 0) -> Iterator[tuple[int, GlobalBatch]]:
+def batches(recipe: Recipe, store: TokenStore, first_step: int = 0) -> Iterator[tuple[int, PretrainingBatch]]:
     """Yield each step's number, 0 for the first, and its global batch, to the end of the recipe's schedule.
 
     A batch depends on recipe, store and step alone: a loop that begins at `first_step` has the batches that one from
@@ -40,9 +41,9 @@ def batches(recipe: Recipe, store: TokenStore, first_step: int = 0) -> Iterator[
     yield from prefetched(builder, first_step, recipe.schedule.total_steps)
 
 
-def build_model(recipe: Recipe, store: TokenStore) -> Electra:
-    """Return generator and discriminator as one module, with the recipe's first weights."""
-    return Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
+def build_model(recipe: Recipe, store: TokenStore) -> AutocastModel:
+    """Return the module that the recipe's objective trains, with the first weights of the recipe's seed."""
+    return objective_of(recipe, store.tokenizer).build_model()
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def open_engine(
     recipe: Recipe,
     store: TokenStore,
     *,
-    model: Electra | None = None,
+    model: AutocastModel | None = None,
     ds_config: str | Path | None = None,
     micro_batch: int | Literal["auto"] | None = None,
     compile: Compile = "off",
@@ -93,4 +94,4 @@ def evaluate(engine: PretrainingEngine, recipe: Recipe, store: TokenStore, windo
     with join_ranks() as ranks:
         evaluator = Evaluator(store, split, recipe, windows, ranks)
         rows = engine.plan.batch.micro_batch_size
-        return evaluator(engine.evaluate, engine.device, rows)._asdict()
+        return evaluator(engine.evaluate, engine.device, rows)

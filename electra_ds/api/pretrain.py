@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from electra_ds.core.launcher import detect
 from electra_ds.core.program import command
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.pretraining.memory import count_parameters
+from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.prepare import (
     announce,
     described,
@@ -147,7 +147,7 @@ class PretrainStart(Launch[PretrainOptions]):
             return
         path, self.vocab_size = found
         self.plan = fitted(self.plan, self.recipe, self.vocab_size, self.options, ranks)
-        sizes = asdict(count_parameters(self.recipe, self.vocab_size))
+        sizes = Objective.of(self.recipe, self.vocab_size).parameter_counts()
         data = f"data: the token store {path} would be built first"
         device = devices.device_name(devices.device(ranks.launch))
         threads = devices.set_threads(self.options.threads, ranks.launch)

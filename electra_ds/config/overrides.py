@@ -10,9 +10,11 @@ from typing import Any
 from electra_ds.config.recipe import (
     Recipe,
     RecipeSource,
+    for_objective,
     load_yaml,
     merge,
     named_values,
+    recipe_type,
     shown_source,
     validate_recipe,
 )
@@ -94,11 +96,15 @@ def load_recipe(source: RecipeSource, overrides: Sequence[str] | Mapping[str, An
 
     source: a shipped name such as `tiny`, a path, or a mapping of sections, which may say `extends: tiny`.
     overrides: changed values by dotted key, as a mapping or as `key=value` texts.
-    Raises ConfigError, which lists every problem with its key.
+    The type of the recipe is that of the objective it names. Raises ConfigError, which lists every problem with its
+    key.
 
         >>> from electra_ds import load_recipe
         >>> load_recipe("tiny", {"schedule.total_steps": 400}).schedule.total_steps
         400
     """
-    values = apply_overrides(named_values(source), as_overrides(overrides), Recipe.dotted_keys())
-    return validate_recipe(values, shown_source(source))
+    values, texts = named_values(source), as_overrides(overrides)
+    for text in texts:
+        if text.startswith("objective="):
+            values = for_objective(values, parse_value(text.partition("=")[2]))
+    return validate_recipe(apply_overrides(values, texts, recipe_type(values).dotted_keys()), shown_source(source))

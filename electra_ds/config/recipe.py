@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from typing_extensions import TypeVar
 
+from electra_ds.config.objectives import find_objective
 from electra_ds.config.shipped import RECIPES, shipped_names, shipped_text
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.suggest import did_you_mean
@@ -247,21 +248,20 @@ class TrainingRecipe(Protocol):
 
 
 class Recipe(Section):
-    """A recipe of pretraining, every value checked."""
+    """What a pretraining by any objective has. An objective's own recipe adds the sections that it needs."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     """Names the run directory."""
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides weights, data order, masks, samples and dropout."""
+    objective: str = "electra"
+    """What is trained: the name of a registered objective, or `module:Class` for one that is not registered."""
     global_batch_size: int = Field(ge=1, le=1_000_000_000)
     """Sequences in one optimiser step, over all ranks and accumulation steps."""
     tokenizer: TokenizerSection
     data: DataSection
     model: ModelSection
-    generator: GeneratorSection
-    discriminator: DiscriminatorSection
-    masking: MaskingSection
     optimizer: OptimizerSection
     schedule: ScheduleSection
 
@@ -277,6 +277,48 @@ class Recipe(Section):
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
         return self
+
+
+class ElectraRecipe(Recipe):
+    """The recipe of the objective `electra`; `model` is its discriminator."""
+
+    generator: GeneratorSection
+    discriminator: DiscriminatorSection
+    masking: MaskingSection
+
+
+def electra_recipe(recipe: Recipe) -> ElectraRecipe:
+    """Return the recipe, for what works with ELECTRA alone. Raises ConfigError if its objective is another."""
+    if not isinstance(recipe, ElectraRecipe):
+        raise ConfigError(
+            f"This works for the objective electra only, and the recipe {recipe.name} has the objective "
+            f"{recipe.objective}."
+        )
+    return recipe
+
+
+_RECIPES_WITHOUT_TORCH: dict[str, type[Recipe]] = {"electra": ElectraRecipe}
+"""Recipes of objectives whose own modules need torch, which nobody waits for to read a recipe."""
+
+
+def recipe_type(values: Any) -> type[Recipe]:
+    """Return the kind of recipe that a raw mapping's objective has. Raises ConfigError if there is no such
+    objective."""
+    name = values.get("objective", "electra") if isinstance(values, dict) else "electra"
+    if not isinstance(name, str) or name in _RECIPES_WITHOUT_TORCH:
+        return _RECIPES_WITHOUT_TORCH.get(name, ElectraRecipe)
+    kind: type[Recipe] = find_objective(name).recipe_type
+    return kind
+
+
+def for_objective(values: dict[str, Any], objective: Any) -> dict[str, Any]:
+    """Return a recipe's raw mapping for another objective: without the sections that only its own objective has.
+
+    Raises ConfigError if there is no such objective.
+    """
+    changed = values | {"objective": objective}
+    left_out = recipe_type(values).model_fields.keys() - recipe_type(changed).model_fields.keys()
+    return {key: value for key, value in changed.items() if key not in left_out}
 
 
 _GIVEN = "custom"
@@ -346,6 +388,8 @@ def _over_base(values: dict[str, Any], source: str, folder: str, above: tuple[st
     if base not in shipped_names(folder):
         base = str(Path(source).parent / base)
     inherited = _extended(base, folder, above)
+    if "objective" in values:
+        inherited = for_objective(inherited, values["objective"])
     named = {"name": Path(source).stem}
     return named | merge({key: value for key, value in inherited.items() if key not in ("name", "description")}, values)
 
@@ -371,8 +415,12 @@ def _raw_values(name_or_path: str, folder: str) -> dict[str, Any]:
 
 
 def validate_recipe(values: dict[str, Any], source: str, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
-    """A recipe, of pretraining or of another kind, from a raw mapping; ConfigError lists every problem with its dotted
-    key."""
+    """Return a recipe from a raw mapping. ConfigError lists every problem with its dotted key.
+
+    kind: `Recipe` stands for the recipe of whichever objective the mapping names.
+    """
+    if kind is Recipe:
+        kind = recipe_type(values)  # type: ignore[assignment]
     try:
         return kind.model_validate(values)
     except pydantic.ValidationError as error:

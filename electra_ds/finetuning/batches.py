@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from electra_ds.finetuning.microbatch import TaskMicroBatch
 from electra_ds.finetuning.squad import Question
 from electra_ds.finetuning.squad_features import Features
 from electra_ds.finetuning.tasks import Examples, Task
+from electra_ds.training.step import LossTerm
 
 _ORDER = 0xF1
 _PAD_TO = 8  # what tensor cores want of every width
@@ -91,9 +93,16 @@ class TaskBatch:
 
     inputs: TaskInputs
     rows_B: np.ndarray
+    reduction: Literal["mean", "sum"] = "mean"
+    """What is differentiated; the mean is reported."""
 
     def __len__(self) -> int:
         return len(self.rows_B)
+
+    @property
+    def loss_terms(self) -> dict[str, LossTerm]:
+        size = len(self)
+        return {"loss": LossTerm(1.0 if self.reduction == "mean" else float(size), size)}
 
     @property
     def num_tokens(self) -> int:
@@ -108,12 +117,14 @@ class TaskBatchBuilder:
     """Builds the batch of any step: every example once per epoch, in an order that the seed decides; a batch may hold
     the end of one epoch and the beginning of the next."""
 
-    def __init__(self, inputs: TaskInputs, batch_size: int, seed: int) -> None:
-        self._inputs, self._batch_size, self._seed = inputs, batch_size, seed
+    def __init__(
+        self, inputs: TaskInputs, batch_size: int, seed: int, reduction: Literal["mean", "sum"] = "mean"
+    ) -> None:
+        self._inputs, self._batch_size, self._seed, self._reduction = inputs, batch_size, seed, reduction
 
     def build(self, step: int) -> TaskBatch:
         numbers_B = step * self._batch_size + np.arange(self._batch_size)
-        return TaskBatch(self._inputs, shuffled(numbers_B, len(self._inputs), self._seed, _ORDER))
+        return TaskBatch(self._inputs, shuffled(numbers_B, len(self._inputs), self._seed, _ORDER), self._reduction)
 
 
 def evaluation_chunks(inputs: TaskInputs, size: int) -> list[np.ndarray]:

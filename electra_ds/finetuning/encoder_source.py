@@ -33,7 +33,6 @@ from electra_ds.core.hub_names import is_hub_model
 from electra_ds.data.given_tokenizer import VOCABULARIES, read_folder
 from electra_ds.data.hub import explained, fetch_model
 from electra_ds.model.other_formats import refuse_other_frameworks
-from electra_ds.pretraining.convert import discriminator_tensors, transformers_config
 from electra_ds.pretraining.trained import load_model
 from electra_ds.training.checkpoint import Checkpoint
 from electra_ds.training.recorded import kept_checkpoint, newest_checkpoint
@@ -149,12 +148,10 @@ def _of_run(path: Path) -> EncoderSource:
         }
         config, tokenizer, _ = read_config_and_tokenizer(checkpoint.path, name)
         return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors))
-    model, own_tokenizer, recipe = load_model(checkpoint)
-    renamed = discriminator_tensors({key: tensor.detach() for key, tensor in model.state_dict().items()})
-    tensors = {
-        key.removeprefix(_ENCODER): tensor.contiguous() for key, tensor in renamed.items() if key.startswith(_ENCODER)
-    }
-    config = transformers_config(model.discriminator.config)
+    model, objective, own_tokenizer, recipe = load_model(checkpoint)
+    exported = objective.exports(model)[objective.encoder].model
+    tensors = {key: tensor.contiguous() for key, tensor in exported.base_model.state_dict().items()}
+    config = exported.config
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         own_tokenizer.save(Path(folder), recipe.model.max_position_embeddings)

@@ -14,7 +14,6 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +32,6 @@ from electra_ds.finetuning.batches import TaskBatchBuilder, TaskInputs, evaluati
 from electra_ds.finetuning.encoder_source import EncoderSource
 from electra_ds.finetuning.layer_decay import finetuning_rates
 from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
-from electra_ds.finetuning.step import TaskLosses
 from electra_ds.finetuning.task_sets import Judged, Outputs, TaskSets
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint, remove
 from electra_ds.training.engine import Engine
@@ -93,7 +91,9 @@ class FinetuneLoop(TrainingLoop):
     job: FinetuneJob
 
     def __init__(self, job: FinetuneJob, ranks: Ranks, console: Console) -> None:
-        builder = TaskBatchBuilder(job.sets.train, job.recipe.global_batch_size, job.recipe.seed)
+        builder = TaskBatchBuilder(
+            job.sets.train, job.recipe.global_batch_size, job.recipe.seed, job.training.optimizer.loss
+        )
         throughput = Throughput(devices.device(ranks.launch), None, lambda batch: 0.0)
         super().__init__(job, ranks, console, builder, throughput)
         self.evaluation_rows = max(self.evaluation_rows, _LEAST_ROWS)
@@ -129,8 +129,7 @@ class FinetuneLoop(TrainingLoop):
     def make_engine(self) -> Engine:
         training = self.job.training
         rates = finetuning_rates(training.num_hidden_layers, training.optimizer)
-        losses = partial(TaskLosses, training.optimizer.loss)
-        return Engine(task_model(self.job), training, self.plan, self.device, losses, rates)
+        return Engine(task_model(self.job), training, self.plan, self.device, rates)
 
     def shown(self, values: Mapping[str, float | None]) -> str:
         loss = values.get("loss")

@@ -28,6 +28,12 @@ class TaskOutput(NamedTuple):
     """fp32 by name, each with B rows: `logits` [B, C]; or `start` and `end` [B, T]; or of the joint head `start_top`,
     `start_index` [B, K], `end_top`, `end_index` [B, K, K] and `unanswerable` [B]."""
 
+    @property
+    def losses(self) -> dict[str, torch.Tensor]:
+        """The sum under the name of the batch's `loss_terms`. The inputs must have labels."""
+        assert self.loss_sum is not None
+        return {"loss": self.loss_sum}
+
 
 class SequenceHead(nn.Module):
     """One vector of a text, or of a pair, to its scores: [B, T, H] -> [B, C], with C = 1 for regression."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from electra_ds.config.overrides import apply_overrides
-from electra_ds.config.recipe import Recipe, validate_recipe
+from electra_ds.config.recipe import Recipe, electra_recipe, validate_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.electra import encoder_configs
 
@@ -52,12 +52,10 @@ def check_fit(
     `most_shared`. takes_one: whether a discriminator may be given without its generator.
     """
     problems = [*_mismatches(recipe, discriminator, generator)]
-    is_shared_wrongly = generator is not None and SHARINGS.index(recipe.generator.sharing) > SHARINGS.index(sharing)
+    own = electra_recipe(recipe).generator.sharing
+    is_shared_wrongly = generator is not None and SHARINGS.index(own) > SHARINGS.index(sharing)
     if generator is not None and discriminator is not None and is_shared_wrongly:
-        problems.append(
-            f"{generator.name} and {discriminator.name} differ in what generator.sharing: {recipe.generator.sharing} "
-            f"makes one"
-        )
+        problems.append(f"{generator.name} and {discriminator.name} differ in what generator.sharing: {own} makes one")
     if not problems:
         return
     changes = _changes(recipe, discriminator, generator) | ({"generator.sharing": sharing} if is_shared_wrongly else {})
@@ -109,7 +107,7 @@ def _changes(recipe: Recipe, discriminator: Wanted | None, generator: Wanted | N
     if generator is None:
         return changes
     depth = _multiplier(generator.sizes["num_hidden_layers"], whole["num_hidden_layers"])
-    before = recipe.generator
+    before = electra_recipe(recipe).generator
     for heads in (before.num_attention_heads, generator.sizes["num_attention_heads"]):
         for columns in _columns_before_rounding(generator):
             width = _multiplier(columns, whole["hidden_size"])
@@ -154,5 +152,5 @@ def _as_argument(changes: Mapping[str, Any]) -> str:
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """Raises ConfigError if no recipe may be like that."""
-    values = apply_overrides(recipe.model_dump(), _overrides(changes), Recipe.dotted_keys())
+    values = apply_overrides(recipe.model_dump(), _overrides(changes), type(recipe).dotted_keys())
     return validate_recipe(values, f"{recipe.name}, changed to fit the weights,")

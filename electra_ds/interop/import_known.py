@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.interop.fit import Wanted, check_fit
 from electra_ds.interop.pretrained import SIZES, read_sizes
@@ -46,7 +46,7 @@ def find_known(folder: Path, given: Mapping[str, Path | None], export: Path | No
     for part, wanted in _around(folder, recipe) if len(found) < len(_PARTS) else ():
         found.setdefault(part, wanted)
     known = Known(**found)
-    check_fit(recipe, known.discriminator, known.generator, recipe.generator.sharing, takes_one=False)
+    check_fit(recipe, known.discriminator, known.generator, electra_recipe(recipe).generator.sharing, takes_one=False)
     return known
 
 

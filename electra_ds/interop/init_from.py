@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.hub_names import is_hub_model
 from electra_ds.core.program import command
@@ -92,7 +92,9 @@ class InitialWeights:
         """What of the model begins otherwise than with the weights."""
         notes = []
         if self.generator is None:
-            notes.append(f"the generator begins with random weights{_COMES_ALONG[recipe.generator.sharing]}")
+            notes.append(
+                f"the generator begins with random weights{_COMES_ALONG[electra_recipe(recipe).generator.sharing]}"
+            )
         if not self.discriminator.has_head:
             notes.append(
                 f"{self.discriminator.name} is an encoder alone: the discriminator's head begins with random weights"

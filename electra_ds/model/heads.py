@@ -25,7 +25,7 @@ class GeneratorHead(nn.Module):
 
     def forward(
         self, hidden_MH: torch.Tensor, targets_M: torch.Tensor, noise_keys_M: torch.Tensor,
-        column_keys_V: torch.Tensor, temperature: float, counts_M: torch.Tensor | None = None,
+        column_keys_V: torch.Tensor, temperature: torch.Tensor | None, counts_M: torch.Tensor | None = None,
     ) -> Prediction:  # fmt: skip
         """Loss and samples from hidden states already gathered at the masked positions."""
         return predict_tokens(

@@ -41,13 +41,13 @@ def predict_tokens(
     targets_M: torch.Tensor,
     noise_keys_M: torch.Tensor,
     column_keys_V: torch.Tensor,
-    temperature: float = 1.0,
+    temperature: torch.Tensor | None = None,
     counts_M: torch.Tensor | None = None,
 ) -> Prediction:
     """Loss and samples of logits hidden @ weight.T + bias. Logits are of hidden's dtype (or autocast's), the rest fp32.
 
-    Samples come from softmax(logits / temperature). counts_M: bool, False at rows whose loss is taken as 0; None where
-    all count.
+    Samples come from softmax(logits / temperature). temperature: fp32 scalar, None for 1. counts_M: bool, False at rows
+    whose loss is taken as 0; None if all count.
     """
     device_type = hidden_ME.device.type
     if torch.is_autocast_enabled(device_type):
@@ -69,7 +69,7 @@ class _Prediction(torch.autograd.Function):
         targets_M: torch.Tensor,
         noise_keys_M: torch.Tensor,
         column_keys_V: torch.Tensor,
-        temperature: float,
+        temperature: torch.Tensor | None,
         counts_M: torch.Tensor | None,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, ...]:
@@ -89,7 +89,7 @@ class _Prediction(torch.autograd.Function):
             losses = normaliser - logits.gather(1, targets).squeeze(1)
             if counts_M is not None:
                 losses = torch.where(counts_M[rows], losses, 0.0)
-            weights = probabilities if temperature == 1.0 else torch.softmax(logits / temperature, dim=-1)
+            weights = probabilities if temperature is None else torch.softmax(logits / temperature, dim=-1)
             parts.append((losses, best, sample_tokens(weights, noise_keys_M[rows], column_keys_V)))
             if grad_hidden is not None and grad_weight is not None and grad_bias is not None:
                 ones = torch.ones_like(targets, dtype=torch.float32)

@@ -1,9 +1,8 @@
-"""torch.compile and CUDA graphs for the joint forward, where the device has use for them.
+"""torch.compile and CUDA graphs for a model's forward pass, where the device has use for them.
 
-A compiled forward has one shape with padding and one without. Micro-batches of full or nearly full rows differ in
-their number of selected positions alone, so those are filled up to a number that practically none exceeds. Whatever has
-another shape (short sequences laid side by side, evaluation, replayed samples, the micro-batch in a billion with more)
-runs as it is written.
+A compiled forward has one shape with padding and one without, in which an objective's batch gives its full or nearly
+full rows (`PretrainingBatch.static_micro_batch`). Whatever has another shape (short sequences laid side by side,
+evaluation, replayed draws) runs as it is written.
 """
 
 from __future__ import annotations
@@ -17,17 +16,12 @@ import torch
 
 from electra_ds.config.cards import TRITON_CAPABILITY
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_record import Compile
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
-from electra_ds.pretraining.batches import GlobalBatch
-from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.masking import usual_most_selected
-from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.objectives.base import PretrainingBatch
+from electra_ds.training.model import AutocastModel
 
-# Rows with a smaller share of tokens are laid side by side and not compiled. Assumed: compiling saves a quarter.
-_FULL_ENOUGH = 0.75
 _GRAPH_MEMORY_BYTES = 15 * 10**9  # cards of 16 GB and more
 _log = logging.getLogger(__name__)
 
@@ -67,33 +61,24 @@ def check_compile(wanted: Compile, device: torch.device, plan: DeepSpeedPlan) ->
 
 
 class CompiledForward:
-    """Takes the place of a model's forward where a micro-batch has one of the two shapes."""
+    """Takes the place of a model's `run` where a micro-batch has the shape that was compiled."""
 
-    def __init__(self, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, wanted: Compile):
+    def __init__(self, model: AutocastModel, plan: DeepSpeedPlan, device: torch.device, wanted: Compile):
         self._eager = model.run
         mode = "reduce-overhead" if _has_graphs(device, plan) else "default"
         self._compiled: Callable[..., Any] | None = torch.compile(model.run, dynamic=False, fullgraph=True, mode=mode)
         self._must = wanted == "on"
-        self._most_selected = usual_most_selected(
-            plan.batch.micro_batch_size,
-            recipe.data.sequence_length,
-            mlm_probability=recipe.masking.mlm_probability,
-            count=recipe.masking.count,
-        )
         model.run = self  # type: ignore[method-assign]
 
-    def micro_batch(self, batch: GlobalBatch, first: int, size: int) -> MicroBatch:
-        """Sequences `first` to `first + size`, in a compiled shape where that computes little for padding."""
-        share = batch.lengths_B[first : first + size].mean() / batch.ids_BT.shape[1]
-        if self._compiled is None or share < _FULL_ENOUGH:
-            return batch.micro_batch(first, size)
-        micro_batch = batch.micro_batch(first, size, packed=False)
-        fits = len(micro_batch.selected_M) <= self._most_selected
-        return micro_batch.filled(self._most_selected) if fits else micro_batch
+    def micro_batch(self, batch: PretrainingBatch, first: int, size: int) -> Any:
+        """Return sequences `first` to `first + size`, in the compiled shape if the batch has it."""
+        static = None if self._compiled is None else batch.static_micro_batch(first, size)
+        return batch.micro_batch(first, size) if static is None else static
 
-    def __call__(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> Any:
-        if self._compiled is None or batch.counts_M is None or samples_M is not None or not torch.is_grad_enabled():
-            return self._eager(batch, samples_M)
+    def __call__(self, batch: Any, replayed: Any) -> Any:
+        is_static = getattr(batch, "is_static", False)
+        if self._compiled is None or not is_static or replayed is not None or not torch.is_grad_enabled():
+            return self._eager(batch, replayed)
         torch.compiler.cudagraph_mark_step_begin()
         try:
             return self._compiled(batch, None)

@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
 from electra_ds.core.keyed_random import column_keys
 from electra_ds.model.encoder import Encoder, EncoderConfig
 from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
 from electra_ds.model.kernels import shared_mask
-from electra_ds.pretraining.losses import discriminator_loss_sum
 from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.training.model import AutocastModel
 
 
 class ElectraOutput(NamedTuple):
@@ -33,11 +34,18 @@ class ElectraOutput(NamedTuple):
     discriminator_logits_BT: torch.Tensor
     is_replaced_BT: torch.Tensor
 
+    @property
+    def losses(self) -> dict[str, torch.Tensor]:
+        """The two sums under the names of the batch's `loss_terms`."""
+        return {"generator_loss": self.generator_loss_sum, "discriminator_loss": self.discriminator_loss_sum}
+
 
 def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple[EncoderConfig, EncoderConfig]:
     """(generator, discriminator). The generator follows google-research/electra `get_generator_config`:
     hidden = round(multiplier * hidden), feed-forward 4 * hidden, heads = max(1, hidden // 64) unless the recipe sets
-    their number. If the discriminator's own heads are narrower than 64, its head size takes the place of 64."""
+    their number. If the discriminator's own heads are narrower than 64, its head size takes the place of 64. Raises
+    ConfigError for a recipe of another objective."""
+    recipe = electra_recipe(recipe)
     model = recipe.model
     sizes = model.model_dump(exclude={"initializer"})
     discriminator = EncoderConfig(vocab_size=vocab_size, pad_token_id=pad_token_id, **sizes)
@@ -57,15 +65,13 @@ def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple
     return generator, discriminator
 
 
-class Electra(nn.Module):
+class Electra(AutocastModel):
     """The joint model of Clark et al. 2020, figure 2."""
 
     def __init__(self, recipe: Recipe, vocab_size: int, pad_token_id: int) -> None:
         super().__init__()
+        recipe = electra_recipe(recipe)
         generator_config, discriminator_config = encoder_configs(recipe, vocab_size, pad_token_id)
-        self.temperature = recipe.generator.temperature
-        self.autocast_dtype: torch.dtype | None = None
-        """Set by an engine that runs torch.autocast; the encoders and heads then run in it."""
         self.discriminator = Encoder(discriminator_config)
         sharing = recipe.generator.sharing
         self.generator = self.discriminator if sharing == "all" else Encoder(generator_config)
@@ -80,7 +86,7 @@ class Electra(nn.Module):
         self.column_keys_V: torch.Tensor
         self._initialise(recipe)
 
-    def _initialise(self, recipe: Recipe) -> None:
+    def _initialise(self, recipe: ElectraRecipe) -> None:
         """Normal(0, initializer_range) for matrices and tables from the recipe's seed; 1 and 0 for norms and biases."""
         rng = torch.Generator().manual_seed(recipe.seed)
         with torch.no_grad():
@@ -97,30 +103,24 @@ class Electra(nn.Module):
                 table.weight[table.padding_idx].zero_()
 
     def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
-        """What an engine's plan says of the model itself."""
-        self.autocast_dtype = autocast_dtype
+        """Take what an engine's plan says of the model itself."""
+        super().set_up(autocast_dtype, checkpointed_layers)
         for encoder in (self.generator, self.discriminator):
             encoder.checkpointed_layers = checkpointed_layers
 
-    def forward(self, batch: MicroBatch, samples_M: torch.Tensor | None = None) -> ElectraOutput:
-        """Both losses of one micro-batch.
-
-        samples_M: int64 tokens to put at the selected positions instead of drawing them, to replay another
-        run's samples.
-        """
-        # Inside forward, because DeepSpeed's engine switches off an autocast that it was called under.
-        with torch.autocast(batch.ids_BT.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.run(batch, samples_M)
-
     def run(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> ElectraOutput:
-        """What `forward` does, under the autocast that it sets; an engine may put a compiled form in its place."""
+        """Return both losses of one micro-batch.
+
+        samples_M: int64 tokens to put at the selected positions instead of drawing them, to replay another run's
+        samples.
+        """
         dtype = self.autocast_dtype or self.discriminator_head.dense.weight.dtype
         attend_B1QT = shared_mask(batch.attention_mask(), dtype)
         generator_BTH = self.generator(batch.generator_ids_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
         gathered_MH = generator_BTH.flatten(0, 1).index_select(0, batch.selected_M)
         targets_M = batch.ids_BT.flatten().index_select(0, batch.selected_M)
         prediction = self.generator_head(
-            gathered_MH, targets_M, batch.noise_keys_M, self.column_keys_V, self.temperature, batch.counts_M
+            gathered_MH, targets_M, batch.noise_keys_M, self.column_keys_V, batch.temperature, batch.counts_M
         )
         with torch.no_grad():
             if samples_M is None:
@@ -139,3 +139,11 @@ class Electra(nn.Module):
             discriminator_logits_BT.detach(),
             is_replaced_BT,
         )
+
+
+def discriminator_loss_sum(
+    logits_BT: torch.Tensor, is_replaced_BT: torch.Tensor, counted_BT: torch.Tensor
+) -> torch.Tensor:
+    """Return the sum of binary cross-entropies over the counted positions, in nats and fp32. ELECTRA paper, eq. 3."""
+    losses = functional.binary_cross_entropy_with_logits(logits_BT.float(), is_replaced_BT.float(), reduction="none")
+    return torch.where(counted_BT, losses, 0.0).sum()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.model.prediction import CPU_PIECE_BYTES, GPU_PIECE_BYTES
 from electra_ds.model.sampling import CPU_NOISE_BYTES
@@ -111,7 +111,8 @@ class PeakMemory:
 
 
 def count_parameters(recipe: Recipe, vocab_size: int) -> ParameterCounts:
-    """Without making the model."""
+    """Return the sizes of ELECTRA's two networks, without making them. Raises ConfigError for another objective."""
+    recipe = electra_recipe(recipe)
     generator, discriminator = encoder_configs(recipe, vocab_size, 0)
     embedding, hidden = generator.embedding_size, generator.hidden_size
     token_table = vocab_size * embedding
@@ -148,7 +149,7 @@ def saved_bytes(
 
     precision: one of `config.precision.Precision`'s names.
     """
-    return _Sizes(recipe, vocab_size, micro_batch_size, precision, kernels, checkpointed_layers).saved()
+    return _Sizes(electra_recipe(recipe), vocab_size, micro_batch_size, precision, kernels, checkpointed_layers).saved()
 
 
 class _Sizes:
@@ -156,7 +157,7 @@ class _Sizes:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: ElectraRecipe,
         vocab_size: int,
         micro_batch_size: int,
         precision: str,
@@ -240,7 +241,9 @@ class _Sizes:
 
 
 def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: Kernels = "cuda") -> PeakMemory:
-    """Of a step under a plan, on each of its ranks."""
+    """Return what a step of ELECTRA takes under a plan, on each of its ranks. Raises ConfigError for another
+    objective."""
+    recipe = electra_recipe(recipe)
     batch, precision = plan.batch, plan.precision.name
     sizes = _Sizes(recipe, vocab_size, batch.micro_batch_size, precision, kernels, plan.checkpointed_layers)
     saved, discriminator = sizes.saved(), sizes.discriminator_config
@@ -270,7 +273,7 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
     )  # fmt: skip
 
 
-def _logits(recipe: Recipe, vocab_size: int, selected: int, kernels: Kernels) -> int:
+def _logits(recipe: ElectraRecipe, vocab_size: int, selected: int, kernels: Kernels) -> int:
     """fp32 logits, their softmax, at another temperature a second one, and the noise with what it is made of."""
     piece = min(selected, _piece_rows(vocab_size, kernels)) * vocab_size * _FP32
     softmaxes = 1 if recipe.generator.temperature == 1.0 else 2

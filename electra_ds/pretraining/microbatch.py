@@ -35,9 +35,19 @@ class MicroBatch(NamedTuple):
     """bool, True in the second segment; None where there is only one."""
     positions_BT: torch.Tensor | None = None
     """int64, each token's position in its own sequence; None where every row is one sequence."""
-
     counts_M: torch.Tensor | None = None
     """bool, False where a selected position only fills the micro-batch up; None where none does."""
+    temperature: torch.Tensor | None = None
+    """fp32 scalar, the temperature of the softmax that replacements are drawn from; None for 1."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids_BT.device
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it has the shape that a compiled forward takes."""
+        return self.counts_M is not None
 
     def filled(self, size: int) -> MicroBatch:
         """The same with `size` selected positions, so that micro-batches have one shape.

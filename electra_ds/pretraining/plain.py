@@ -12,18 +12,18 @@ import torch
 
 from electra_ds.config.recipe import Recipe
 from electra_ds.core import devices
-from electra_ds.pretraining.batches import GlobalBatch
-from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.step import StepLosses, StepResult
+from electra_ds.pretraining.objectives.base import PretrainingBatch
+from electra_ds.training.model import AutocastModel
 from electra_ds.training.optimizer import adamw_state, parameter_groups
 from electra_ds.training.schedule import learning_rate_at
+from electra_ds.training.step import StepLosses
 
 
 class PlainEngine:
     """One process, one device, no mixed precision."""
 
     def __init__(
-        self, model: Electra, recipe: Recipe, micro_batch_size: int, device: torch.device, *, fused: bool = False
+        self, model: AutocastModel, recipe: Recipe, micro_batch_size: int, device: torch.device, *, fused: bool = False
     ) -> None:
         """fused: AdamW in torch's fused kernel, as benchmarks want it; tests compare that with torch's plainest."""
         self.module = model.to(device)
@@ -44,8 +44,8 @@ class PlainEngine:
                 self.optimizer.state[parameter] = state if fused else state | {"step": state["step"].cpu()}
 
     def train_step(
-        self, batch: GlobalBatch, step: int, samples: Sequence[torch.Tensor] | None = None
-    ) -> tuple[StepResult, list[torch.Tensor]]:
+        self, batch: PretrainingBatch, step: int, samples: Sequence[torch.Tensor] | None = None
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """One optimiser step; returns its result and each micro-batch's samples.
 
         samples: int64 [M] per micro-batch, to replay those of another run.
@@ -56,7 +56,7 @@ class PlainEngine:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        losses = StepLosses(self.recipe, batch)
+        losses = StepLosses(batch.loss_terms)
         drawn = []
         for index, first in enumerate(range(0, self.recipe.global_batch_size, self.micro_batch_size)):
             devices.seed_dropout(self.recipe.seed, step, index, 0)

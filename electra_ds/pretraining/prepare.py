@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -20,7 +21,8 @@ from electra_ds.data.build import trained_from
 from electra_ds.data.recorded_store import recorded_store
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.memory import count_parameters, peak_memory
+from electra_ds.pretraining.batches import objective_of
+from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.probe import fitting_plan, free_bytes, kernels_of
 from electra_ds.training import prepare
@@ -49,7 +51,7 @@ def prepare_new(
     record = RunRecord(
         store=str(store.path.resolve()),
         store_fingerprint=store.info.fingerprint,
-        parameters=asdict(count_parameters(recipe, store.tokenizer.vocab_size)),
+        parameters=objective_of(recipe, store.tokenizer).parameter_counts(),
         initialised_from=list(initialised_from),
         **prepare.new_record(options, plan, default_settings(recipe.schedule.total_steps), run, ranks),
     )
@@ -97,7 +99,9 @@ def fitted(
         plan = fitting
     else:
         kernels = kernels_of(device)
-        needed = peak_memory(recipe, vocab_size, plan, kernels).needed_bytes(kernels)
+        objective: Objective[Any] = Objective.of(recipe, vocab_size)
+        peak = objective.peak_memory(plan, kernels)
+        needed = 0 if peak is None else peak.needed_bytes(kernels)
         if needed > free:
             note = (
                 f"a step is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
@@ -127,10 +131,10 @@ def announce(job: PretrainJob, console: Console) -> None:
 def described(recipe: Recipe, parameters: Mapping[str, int], data: str, sources: Sequence[str] = ()) -> str:
     """Return the lines about model and data of `announce`. data: a line about the text; sources: of the first
     weights."""
+    parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     lines = [
-        f"{recipe.name}: discriminator {parameters['discriminator'] / 1e6:.2f} M parameters, generator "
-        f"{parameters['generator'] / 1e6:.2f} M more; {recipe.schedule.total_steps:,} steps of "
-        f"{recipe.global_batch_size} x {recipe.data.sequence_length} tokens",
+        f"{recipe.name}: {parts} parameters; {recipe.schedule.total_steps:,} steps of {recipe.global_batch_size} x "
+        f"{recipe.data.sequence_length} tokens",
         data,
         *(f"first weights: {source}" for source in sources),
     ]

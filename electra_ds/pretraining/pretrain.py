@@ -1,4 +1,4 @@
-"""Pretraining: generator and discriminator together, from a run directory and a plan to a trained model."""
+"""Pretraining by any objective, from a run directory and a plan to a trained model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,9 @@ from electra_ds.core.errors import CheckpointError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.batches import BatchBuilder
-from electra_ds.pretraining.collapse import collapsed_at
-from electra_ds.pretraining.electra import Electra, encoder_configs
+from electra_ds.pretraining.batches import BatchBuilder, objective_of
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.flops import step_flops
-from electra_ds.pretraining.metrics import Evaluator, always_original_accuracy
+from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.training.loop import TrainingLoop, train
 from electra_ds.training.throughput import Throughput, joint_peak_flops
 from electra_ds.training.tracking import TrainingDisplay, read_metrics
@@ -66,12 +63,9 @@ class PretrainLoop(TrainingLoop):
             device = devices.device(ranks.launch)
             builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
             self.evaluator = Evaluator(store, job.split, recipe, job.record.settings.eval_windows, ranks)
-        configs = encoder_configs(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
-        throughput = Throughput(
-            device,
-            joint_peak_flops(device, plan.precision.name, plan.batch.world_size),
-            lambda batch: step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward,
-        )
+        self.objective = objective_of(recipe, store.tokenizer)
+        peak = joint_peak_flops(device, plan.precision.name, plan.batch.world_size)
+        throughput = Throughput(device, peak, self.objective.flops)
         super().__init__(job, ranks, console, builder, throughput)
         self._evaluations: list[Mapping[str, Any]] | None = None
         """Of the whole run, on the main rank."""
@@ -82,13 +76,11 @@ class PretrainLoop(TrainingLoop):
             console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
 
     def make_engine(self) -> PretrainingEngine:
-        recipe, tokenizer = self.job.recipe, self.job.store.tokenizer
-        model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
-        return PretrainingEngine(model, recipe, self.plan, self.device, self.job.record.settings.compile)
+        model = self.objective.build_model()
+        return PretrainingEngine(model, self.job.recipe, self.plan, self.device, self.job.record.settings.compile)
 
     def shown(self, values: Mapping[str, float | None]) -> str:
-        generator, discriminator = values.get("generator_loss"), values.get("discriminator_loss")
-        return f"generator loss {_shown(generator)}  discriminator loss {_shown(discriminator)}"
+        return self.objective.progress(values)
 
     def check_fresh(self) -> None:
         """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
@@ -110,22 +102,13 @@ class PretrainLoop(TrainingLoop):
             )
 
     def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
-        evaluation = self.evaluator(self.engine.evaluate, self.device, self.evaluation_rows)
-        original = always_original_accuracy(evaluation.replaced_share)
-        display.say(
-            f"held out at step {self.step}: generator loss {evaluation.generator_loss:.3f} "
-            f"({evaluation.generator_masked_loss:.3f} at [MASK], a gain of {evaluation.generator_gain:+.3f} nats over "
-            f"the unigram), discriminator loss {evaluation.discriminator_loss:.3f}, accuracy "
-            f'{evaluation.discriminator_accuracy:.3f} (always "original": {original:.3f}), AUC '
-            f"{evaluation.discriminator_auc:.3f}"
-        )
+        metrics = self.evaluator(self.engine.evaluate, self.device, self.evaluation_rows)
+        display.say(f"held out at step {self.step}: {self.objective.describe(metrics)}")
         if self._collapsed_at is None:
-            self._collapsed_at = self.ranks.broadcast(
-                self._look_for_collapse([evaluation._asdict() | {"step": self.step}])
-            )
+            self._collapsed_at = self.ranks.broadcast(self._look_for_collapse([metrics | {"step": self.step}]))
             if self._collapsed_at is not None:
-                self._say_collapsed(display)
-        return evaluation._asdict()
+                self._say_collapsed(display, self._collapsed_at)
+        return metrics
 
     @property
     def keep_at(self) -> Collection[int]:
@@ -143,18 +126,11 @@ class PretrainLoop(TrainingLoop):
             lines = read_metrics(path) if path.exists() else []
             self._evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] <= self.step]
         self._evaluations += newest
-        schedule = self.job.recipe.schedule
-        return collapsed_at(self._evaluations, schedule.total_steps, schedule.warmup_steps)
+        return self.objective.collapsed_at(self._evaluations)
 
-    def _say_collapsed(self, display: TrainingDisplay) -> None:
+    def _say_collapsed(self, display: TrainingDisplay, step: int) -> None:
         ends = self.job.record.settings.stop_on_collapse
-        display.say(
-            f"The discriminator has been at chance since step {self._collapsed_at} while the generator got better: it "
-            f"has collapsed{'' if ends else ', and --stop-on-collapse would end the run'}."
-        )
+        hint = "" if ends else ", and --stop-on-collapse would end the run"
+        display.say(f"{self.objective.describe_collapse(step)}{hint}.")
         if ends:
             self.ends_early = "collapsed"
-
-
-def _shown(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"

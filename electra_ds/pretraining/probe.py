@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psutil
 import torch
 
@@ -11,18 +13,14 @@ from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
-from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.masking import usual_most_selected
 from electra_ds.pretraining.memory import (
     CONTEXT_BYTES,
     CPU_SHARE,
     FRAGMENTATION,
     Kernels,
-    largest_micro_batch,
-    peak_memory,
 )
-from electra_ds.pretraining.microbatch import MicroBatch
-from electra_ds.training.precision import set_up_model
+from electra_ds.pretraining.objectives.base import Objective
+from electra_ds.training.model import set_up_model
 
 
 def kernels_of(device: torch.device) -> Kernels:
@@ -39,15 +37,19 @@ def free_bytes(device: torch.device, ranks: Ranks) -> int:
 def fitting_plan(
     recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
 ) -> DeepSpeedPlan:
-    """The plan with the largest micro-batch that every rank has memory for. To be called by all ranks.
+    """Return the plan with the largest micro-batch that every rank has memory for. To be called by all ranks.
 
     A GPU is tried. The CPU, where running out of memory kills, and ZeRO stage 3, whose ranks must run a model together,
-    are computed. Raises ConfigError if not even one sequence fits.
+    are computed. An objective that does not say what it needs keeps the plan's micro-batch. Raises ConfigError if not
+    even one sequence fits.
     """
+    objective: Objective[Any] = Objective.of(recipe, vocab_size)
+    if objective.peak_memory(plan, kernels_of(device)) is None:
+        return plan
     if device.type == "cuda" and plan.stage < 3:
-        fitting = _tried(recipe, vocab_size, plan, device, ranks)
+        fitting = _tried(objective, plan, device, ranks)
     else:
-        fitting = _computed(recipe, vocab_size, plan, device, ranks)
+        fitting = _computed(objective, plan, device, ranks)
     if fitting is None:
         raise ConfigError(
             "Not even one sequence fits into the memory that is free. Close what else uses it, shard over more cards "
@@ -57,32 +59,36 @@ def fitting_plan(
     return fitting
 
 
-def _tried(
-    recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
-) -> DeepSpeedPlan | None:
+def _tried(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device, ranks: Ranks) -> DeepSpeedPlan | None:
     for cut in plan.batch.others():
         candidate = plan.with_micro_batch(cut.micro_batch_size)
-        if all(ranks.gather(has_room(recipe, vocab_size, candidate, device))):
+        if all(ranks.gather(has_room(objective, candidate, device))):
             return candidate
     return None
 
 
 def _computed(
-    recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
+    objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
 ) -> DeepSpeedPlan | None:
     budget, kernels = free_bytes(device, ranks), kernels_of(device)
-    found = largest_micro_batch(recipe, vocab_size, plan, budget, kernels)
-    size = min(ranks.gather(found.batch.micro_batch_size if found is not None else 0))
+
+    def fits(size: int) -> bool:
+        peak = objective.peak_memory(plan.with_micro_batch(size), kernels)
+        return peak is not None and peak.needed_bytes(kernels) <= budget
+
+    found = next((cut.micro_batch_size for cut in plan.batch.others() if fits(cut.micro_batch_size)), 0)
+    size = min(ranks.gather(found))
     return plan.with_micro_batch(size) if size else None
 
 
-def has_room(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device) -> bool:
-    """Whether a forward and backward pass over the plan's longest micro-batch fits beside everything else of a step.
+def has_room(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> bool:
+    """Return whether a forward and backward pass over the plan's longest micro-batch fits next to everything else of a
+    step.
 
     The optimizer's state, buffers and the allocator's waste are stood in for by empty tensors of their size.
     """
     try:
-        _pass(recipe, vocab_size, plan, device)
+        _pass(objective, plan, device)
     except RuntimeError as error:
         if not devices.is_out_of_memory(error):
             raise
@@ -92,37 +98,18 @@ def has_room(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch
     return True
 
 
-def _pass(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device) -> None:
-    peak = peak_memory(recipe, vocab_size, plan)
-    model = Electra(recipe, vocab_size, 0)
+def _pass(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> None:
+    peak = objective.peak_memory(plan, "cuda")
+    micro_batch = objective.longest_micro_batch(plan.batch.micro_batch_size)
+    assert peak is not None
+    assert micro_batch is not None
+    model = objective.build_model()
     model.to(device, set_up_model(model, plan)).train()
     elsewhere = peak.update.optimizer + peak.update.buffers + round(peak.allocated_bytes * FRAGMENTATION)
     stand_in = torch.empty(elsewhere, dtype=torch.uint8, device=device)
     for _ in range(min(2, plan.batch.gradient_accumulation_steps)):  # the second meets the gradients of the first
-        output = model(longest_micro_batch(recipe, vocab_size, plan.batch.micro_batch_size).to(device))
-        (output.generator_loss_sum + output.discriminator_loss_sum).backward()
+        output = model(micro_batch.to(device))
+        torch.stack([*output.losses.values()]).sum().backward()
         del output
     torch.empty(peak.update.workspace, dtype=torch.uint8, device=device)
     del stand_in
-
-
-def longest_micro_batch(recipe: Recipe, vocab_size: int, size: int) -> MicroBatch:
-    """The micro-batch that takes the most memory: full rows, with as many selected positions as are usual at most.
-
-    Its tokens mean nothing.
-    """
-    length = recipe.data.sequence_length
-    selected = usual_most_selected(
-        size, length, mlm_probability=recipe.masking.mlm_probability, count=recipe.masking.count
-    )
-    places = torch.arange(size * length)
-    ids_BT = (places % vocab_size).view(size, length)
-    return MicroBatch(
-        ids_BT=ids_BT,
-        generator_ids_BT=ids_BT.clone(),
-        selected_M=places[:selected].clone(),
-        replaced_M=torch.ones(selected, dtype=torch.bool),
-        noise_keys_M=torch.arange(selected, dtype=torch.int32),
-        counted_BT=torch.ones(size, length, dtype=torch.bool),
-        sequences_BT=None,
-    )

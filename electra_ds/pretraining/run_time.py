@@ -13,11 +13,9 @@ import torch
 
 from electra_ds.config.cards import find_card, peak_flops
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import ElectraRecipe, Recipe
 from electra_ds.core import devices
-from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.flops import step_flops
-from electra_ds.pretraining.masking import usual_most_selected
+from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.step_time import LAUNCH_S, OPERATIONS, PRODUCT_EFFICIENCY, StepTime, step_time
 
 CPU_SLOWER = (1.5, 6.0)
@@ -63,11 +61,9 @@ def cpu_time(flops: float, threads: int, world_size: int = 1) -> RunTime:
     return RunTime(seconds * CPU_SLOWER[0], seconds * CPU_SLOWER[1])
 
 
-def pretraining_flops(recipe: Recipe, vocab_size: int) -> int:
-    """Model FLOPs of one step over full rows."""
-    rows, length, masking = recipe.global_batch_size, recipe.data.sequence_length, recipe.masking
-    selected = usual_most_selected(rows, length, mlm_probability=masking.mlm_probability, count=masking.count)
-    return step_flops(*encoder_configs(recipe, vocab_size, 0), [length] * rows, selected).forward_and_backward
+def pretraining_flops(recipe: Recipe, vocab_size: int) -> float:
+    """Return the model FLOPs of one step over full rows; 0 if the objective does not say."""
+    return Objective.of(recipe, vocab_size).usual_flops() or 0.0
 
 
 def pretraining_time(
@@ -79,14 +75,17 @@ def pretraining_time(
     steps: int,
     threads: int | None,
 ) -> RunTime | None:
-    """Return how long so many steps take on this rank's device; None for a GPU whose rates are not known.
+    """Return how long so many steps take on this rank's device; None for a GPU whose rates are not known, and for
+    an objective that does not say what it costs.
 
     threads: of a rank on a CPU, None for torch's choice.
     """
     if device.type == "cpu":
-        flops = steps * pretraining_flops(recipe, vocab_size)
-        return cpu_time(flops, threads or torch.get_num_threads(), plan.batch.world_size)
-    card = find_card(devices.device_name(device))
+        flops = pretraining_flops(recipe, vocab_size)
+        if not flops:
+            return None
+        return cpu_time(steps * flops, threads or torch.get_num_threads(), plan.batch.world_size)
+    card = find_card(devices.device_name(device)) if isinstance(recipe, ElectraRecipe) else None
     return time_of_steps(None if card is None else step_time(recipe, vocab_size, plan, card), steps)
 
 

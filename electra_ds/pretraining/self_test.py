@@ -20,8 +20,7 @@ from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.batches import BatchBuilder
-from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.batches import BatchBuilder, objective_of
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.training.engine import wants_fp16
 
@@ -75,13 +74,13 @@ def _try(name: str, values: dict[str, Any], recipe: Recipe, store: TokenStore, d
     try:
         auto_fp16 = wants_fp16(device)
         plan = resolve(values, recipe, world_size=1, auto_fp16=auto_fp16, source=f"the {name} trial")
-        model = Electra(recipe, store.tokenizer.vocab_size, store.tokenizer.pad_id)
+        model = objective_of(recipe, store.tokenizer).build_model()
         engine = PretrainingEngine(model, recipe, plan, device)
         try:
             before = [parameter.detach().clone() for parameter in engine.module.parameters()]
             split = split_holdout(store.documents, recipe.data, recipe.seed)
             batch = BatchBuilder(store, split.train, recipe, recipe.seed).build(_STEP)
-            loss = engine.train_step(batch, _STEP).loss.item()
+            loss = engine.train_step(batch, _STEP)["loss"].item()
             moved = any(not torch.equal(old, new) for old, new in zip(before, engine.module.parameters(), strict=True))
         finally:
             engine.close()

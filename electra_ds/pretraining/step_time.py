@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from electra_ds.config.cards import Card, peak_flops
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.pretraining.electra import encoder_configs
 from electra_ds.pretraining.flops import step_flops
 from electra_ds.pretraining.masking import usual_most_selected
@@ -58,7 +58,7 @@ def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) 
     peak = peak_flops(card, plan.precision.name)
     if peak is None:
         return None
-    batch = plan.batch
+    batch, recipe = plan.batch, electra_recipe(recipe)
     generator, discriminator = encoder_configs(recipe, vocab_size, 0)
     of_rank = recipe.global_batch_size // batch.world_size
     length, masking = recipe.data.sequence_length, recipe.masking

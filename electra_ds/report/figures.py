@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from electra_ds.pretraining.objectives.base import Curve
+
 _SMOOTHING_SHARE = 0.02
 
 
-def draw_curves(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Training and held-out curves of one run, four panels, as a PNG."""
+def draw_curves(metrics: Sequence[dict[str, Any]], curves: Sequence[Curve], title: str, path: Path) -> None:
+    """Draw training and held-out curves of one run, up to four panels, as a PNG."""
     train = [line for line in metrics if line["kind"] == "train"]
     evaluations = [line for line in metrics if line["kind"] == "eval"]
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(2, 2)
-    _losses(panels[0][0], train, evaluations, "generator_loss", "generator loss at all selected tokens (nats)")
-    _losses(panels[0][1], train, evaluations, "discriminator_loss", "discriminator loss (nats)")
-    gain, auc = panels[1]
-    _held_out(gain, evaluations, {"generator_gain": "gain over unigram at [MASK]"}, "nats")
-    gain.axhline(0, color="grey", linewidth=0.8)
-    _held_out(
-        auc,
-        evaluations,
-        {"discriminator_auc": "discriminator AUC", "generator_accuracy": "generator accuracy at [MASK]"},
-        "held out",
-    )
-    auc.axhline(0.5, color="grey", linewidth=0.8)
+    panels = figure.subplots(2, 2).flatten()
+    for panel, curve in zip(panels, curves, strict=False):
+        if curve.is_loss:
+            (key,) = curve.metrics
+            _losses(panel, train, evaluations, key, curve.label)
+        else:
+            _held_out(panel, evaluations, curve.metrics, curve.label)
+        if curve.baseline is not None:
+            panel.axhline(curve.baseline, color="grey", linewidth=0.8)
+    for panel in panels[len(curves) :]:
+        panel.remove()
     figure.savefig(path, dpi=110)
 
 
@@ -54,7 +54,7 @@ def _losses(axes: Any, train: list[dict[str, Any]], evaluations: list[dict[str, 
     axes.grid(alpha=0.3)
 
 
-def _held_out(axes: Any, evaluations: list[dict[str, Any]], keys: dict[str, str], label: str) -> None:
+def _held_out(axes: Any, evaluations: list[dict[str, Any]], keys: Mapping[str, str], label: str) -> None:
     for key, name in keys.items():
         points = [(line["step"], line[key]) for line in evaluations if line.get(key) is not None]
         axes.plot(*np.array(points).reshape(-1, 2).T, marker="o", markersize=3, label=name)

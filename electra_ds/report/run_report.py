@@ -15,27 +15,12 @@ from electra_ds.core.program import command
 from electra_ds.core.terminal import say, say_command
 from electra_ds.data.recorded_store import recorded_store
 from electra_ds.data.segments import split_holdout
-from electra_ds.pretraining.metrics import ALWAYS_ORIGINAL, held_out_batch, with_baseline
+from electra_ds.pretraining.evaluation import held_out_batch
+from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.trained import load_trained
 from electra_ds.report.figures import draw_curves
-from electra_ds.report.samples import LEGEND, sample_sentences
 from electra_ds.training.tracking import read_metrics
 
-_ROWS = {
-    "generator_loss": "generator loss at all selected tokens (nats)",
-    "generator_masked_loss": "generator loss at [MASK] (nats)",
-    "unigram_loss": "  loss of the training unigram there (nats)",
-    "generator_gain": "  gain of the generator over it (nats)",
-    "generator_accuracy": "generator accuracy at [MASK], argmax",
-    "generator_sampled_accuracy": "generator accuracy at [MASK], sampled",
-    "discriminator_loss": "discriminator loss (nats)",
-    "discriminator_accuracy": "discriminator accuracy",
-    ALWAYS_ORIGINAL: '  accuracy of always answering "original"',
-    "discriminator_precision": "discriminator precision (replaced)",
-    "discriminator_recall": "discriminator recall (replaced)",
-    "discriminator_f1": "discriminator F1 (replaced)",
-    "discriminator_auc": "discriminator AUC",
-}
 _SENTENCES = 4
 _SENTENCE_BATCH = 64
 
@@ -51,38 +36,40 @@ def report_run(run: RunDirectory, console: Console, data: Path | None = None) ->
     if not evaluations:
         raise CheckpointError(f"The run {run.path} has no evaluation to report yet.")
     recipe, record = run.read_recipe(), run.read_record()
-    table = _summary(evaluations, recipe.name)
+    trained = load_trained(run.path)
+    objective = trained.objective
+    table = _summary(evaluations, recipe.name, objective)
     table.caption = speed_line(metrics, record.device)
     console.print(table)
-    draw_curves(metrics, f"{recipe.name}: {evaluations[-1]['step']:,} steps, {record.device}", run.path / "curves.png")
+    title = f"{recipe.name}: {evaluations[-1]['step']:,} steps, {record.device}"
+    draw_curves(metrics, objective.curves, title, run.path / "curves.png")
 
     _write(run.path / "summary.txt", table)
     remedy = f"say where it is now: {command('report')} {run.path} --data STORE"
     store = recorded_store(record, run.path, data, remedy)
-    model, tokenizer, _, _ = load_trained(run.path)
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     batch = held_out_batch(store, split, recipe, _SENTENCE_BATCH)
-    sentences = sample_sentences(model, tokenizer, batch, _SENTENCES)
-    console.print(LEGEND)
-    for sentence in sentences:
-        console.print()
-        console.print(sentence)
-    _write(run.path / "samples.txt", LEGEND, *sentences)
+    samples = objective.samples(trained.model, trained.tokenizer, batch, _SENTENCES)
+    for index, sample in enumerate(samples):
+        if index > 0:
+            console.print()
+        console.print(sample)
+    _write(run.path / "samples.txt", *samples)
     say(console, f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.")
     if run.status() == "stopped":
         say_command(console, "To resume:", f"{command('pretrain')} --resume {run.path}")
     say_command(console, "As transformers models:", f"{command('export')} {run.path}")
 
 
-def _summary(evaluations: list[dict[str, Any]], name: str) -> Table:
+def _summary(evaluations: list[dict[str, Any]], name: str, objective: Objective[Any]) -> Table:
     first, last = evaluations[0], evaluations[-1]
     table = Table(title=f"{name} on held-out text")
     table.add_column("")
-    columns = [with_baseline(line) for line in ([first, last] if first is not last else [last])]
+    columns = [objective.complete(line) for line in ([first, last] if first is not last else [last])]
     for line in columns:
         table.add_column(f"step {line['step']:,}", justify="right")
-    for key, label in _ROWS.items():
-        table.add_row(label, *(f"{line[key]:.4f}" if line[key] is not None else "–" for line in columns))
+    for key, label in objective.metric_labels.items():
+        table.add_row(label, *("–" if line.get(key) is None else f"{line[key]:.4f}" for line in columns))
     return table
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from electra_ds.core.program import command
 from electra_ds.core.terminal import say, say_command, warn
-from electra_ds.pretraining.metrics import ALWAYS_ORIGINAL
+from electra_ds.pretraining.objectives.electra_evaluation import ALWAYS_ORIGINAL
 from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
 from electra_ds.report.score_files import BOUNDED
 from electra_ds.report.scores import BASELINE

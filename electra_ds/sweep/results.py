@@ -13,7 +13,7 @@ from electra_ds.config.overrides import dotted_values
 from electra_ds.config.run_record import Record
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.files import complete_file
-from electra_ds.pretraining.metrics import with_baseline
+from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.report.score_files import Scores, read_run
 from electra_ds.report.statistics import spread
 from electra_ds.sweep.folder import ENDED_EARLY, SUCCEEDED, State, SweepFolder
@@ -85,7 +85,7 @@ def _metrics(path: Path, trial: Trial, state: State, scores: Scores | None) -> d
     if trial.stage == "pretrain" or state == "stopped":
         evaluations = evaluations_of(path)
         last = as_result(trial.stage, evaluations[-1]) if evaluations else {}
-        return with_baseline(last) if "replaced_share" in last else last
+        return ElectraObjective.complete(last) if "replaced_share" in last else last
     found = {} if scores is None else scores.dev_metrics()
     return {"step": scores.step, SCORE: next(iter(found.values()))} | found if scores is not None and found else {}
 

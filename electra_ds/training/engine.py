@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -19,10 +19,10 @@ from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import TrainingRecipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
+from electra_ds.training.model import TrainableModel, set_up_model
 from electra_ds.training.optimizer import MasterAdamW, Rates, pretraining_rates
-from electra_ds.training.precision import TrainableModel, set_up_model
-from electra_ds.training.protocols import Losses, StepBatch
 from electra_ds.training.schedule import learning_rate_at
+from electra_ds.training.step import StepBatch, StepLosses
 from electra_ds.training.zero import ZeroAdamW, forget_models, torch_adamw
 
 # On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at every first start.
@@ -44,10 +44,9 @@ class Engine:
         recipe: TrainingRecipe,
         plan: DeepSpeedPlan,
         device: torch.device,
-        losses: Callable[[Any], Losses],
         rates: Rates = pretraining_rates,
     ) -> None:
-        """losses: made for each step's batch. Raises ConfigError if the device cannot run the plan's precision."""
+        """Raises ConfigError if the device cannot run the plan's precision."""
         self.recipe = recipe
         self.plan = plan
         self.device = device
@@ -72,7 +71,6 @@ class Engine:
             if isinstance(optimizer, MasterAdamW)
             else ZeroAdamW(self._engine, recipe.optimizer, plan.precision.loss_scaling)
         )
-        self._losses = losses
         # Losses are normalised over the global batch, so gradients are summed over ranks; stage 3 knows only the mean.
         self._loss_factor = plan.batch.world_size if plan.stage == 3 else 1
 
@@ -81,17 +79,16 @@ class Engine:
         peak = self.recipe.optimizer.learning_rate
         return learning_rate_at(step, learning_rate=peak, **self.recipe.schedule.model_dump())
 
-    def train_step(self, batch: StepBatch, step: int, samples: Sequence[torch.Tensor] | None = None) -> Any:
-        """One optimiser step over this rank's micro-batches; returns what its losses make of it.
+    def train_step(self, batch: StepBatch, step: int, samples: Sequence[Any] | None = None) -> dict[str, torch.Tensor]:
+        """Take one optimiser step over this rank's micro-batches; return its scalars, as `StepLosses.result`.
 
         Losses are sums divided by counts over the global batch, so DeepSpeed's own division by the
-        accumulation steps is switched off. samples: for each micro-batch what the model takes beside it, to replay
-        another run's.
+        accumulation steps is switched off. samples: for each micro-batch what another run drew, to replay it.
         """
         self._engine.train()
         self.optimizer.is_whole = True
         self.optimizer.set_learning_rate(self.learning_rate(step))
-        losses = self._losses(batch)
+        losses = StepLosses(batch.loss_terms)
         size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
         for index in range(accumulation):
             devices.seed_dropout(self.recipe.seed, step, index, self.rank)

@@ -32,9 +32,9 @@ from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import Engine
 from electra_ds.training.preemption import Preemption, StopRequest
 from electra_ds.training.prefetch import Builder, prefetched
-from electra_ds.training.protocols import StepBatch
 from electra_ds.training.recorded import check_same_recipe
 from electra_ds.training.saver import CheckpointSaver
+from electra_ds.training.step import StepBatch
 from electra_ds.training.throughput import Throughput
 from electra_ds.training.trackers import RunLog, open_trackers
 from electra_ds.training.tracking import MetricsFile, TrainingDisplay
@@ -136,7 +136,7 @@ class TrainingLoop(ABC):
         """Set by an evaluation after which there is nothing more to train for: what the run has come to."""
         with ranks.together():
             self.log = self._open_log() if ranks.is_main else None
-        self._unread: deque[tuple[int, Any, dict[str, float]]] = deque()
+        self._unread: deque[tuple[int, dict[str, torch.Tensor], dict[str, float]]] = deque()
 
     @abstractmethod
     def make_engine(self) -> Engine:
@@ -250,7 +250,7 @@ class TrainingLoop(ABC):
     def _is_to_be_saved(self) -> bool:
         return self.step % self.job.record.settings.save_every == 0 or self.step in self.keep_at
 
-    def _train_step(self, batch: StepBatch, step: int) -> Any:
+    def _train_step(self, batch: StepBatch, step: int) -> dict[str, torch.Tensor]:
         """One optimiser step; where memory runs out, the same step in smaller micro-batches."""
         while True:
             try:
@@ -365,10 +365,11 @@ class TrainingLoop(ABC):
             return []
         steps, results, known = zip(*self._unread, strict=True)
         self._unread.clear()
-        losses = self.ranks.sum(torch.stack([torch.stack(result[:-1]) for result in results])).tolist()
-        norms = torch.stack([result.grad_norm for result in results]).tolist()
+        norms = torch.stack([result.pop("grad_norm") for result in results]).tolist()
+        losses = self.ranks.sum(torch.stack([torch.stack([*result.values()]) for result in results])).tolist()
+        names = [*results[0], "grad_norm"]
         return [
-            (step, dict(zip(results[0]._fields, map(_finite, (*loss, norm)), strict=True)) | of_step)
+            (step, dict(zip(names, map(_finite, (*loss, norm)), strict=True)) | of_step)
             for step, loss, norm, of_step in zip(steps, losses, norms, known, strict=True)
         ]
 

@@ -29,8 +29,8 @@ class CountedBatch(Protocol):
 class Throughput:
     """Tokens and model FLOPs a second of all ranks since the last reading; padding is neither."""
 
-    def __init__(self, device: torch.device, peak_flops: float | None, flops_of: Callable[[Any], float]) -> None:
-        """flops_of: model FLOPs of a step over a batch, asked for where the peak is known."""
+    def __init__(self, device: torch.device, peak_flops: float | None, flops_of: Callable[[Any], float | None]) -> None:
+        """flops_of: model FLOPs of a step over a batch, asked for if the peak is known; None if they are not known."""
         self._device = device
         self._peak_flops = peak_flops
         self._flops_of = flops_of
@@ -40,8 +40,11 @@ class Throughput:
     def count(self, batch: CountedBatch) -> None:
         """A step over this batch was begun."""
         self._tokens += batch.num_tokens
-        if self._peak_flops is not None:
-            self._flops += self._flops_of(batch)
+        flops = self._flops_of(batch) if self._peak_flops is not None else None
+        if flops is None:
+            self._peak_flops = None
+        else:
+            self._flops += flops
 
     def read(self) -> dict[str, float]:
         """`tokens_per_s` and, where the peak is known, `mfu`: model FLOPs a second over the peak."""

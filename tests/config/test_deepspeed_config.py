@@ -20,8 +20,8 @@ from electra_ds.config.spelling import UNSET_BY_NULL, ZERO_OLD_NAMES, ZERO_SHORT
 from electra_ds.config.zero import OF_DEEPSPEEDS_ADAM, ZERO_3_KEYS, ZERO_KEYS
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.engine import PretrainingEngine
+from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.plain import PlainEngine
 from tests.helpers import REPOSITORY, SHARED_DATA, builder_for, model_for, small_recipe
 
@@ -690,7 +690,7 @@ def test_every_json_runs_three_steps(store: TokenStore, path: Path, auto_fp16: b
     engine.close()
 
 
-def selected_per_micro_batch(batch: GlobalBatch, size: int) -> list[int]:
+def selected_per_micro_batch(batch: ElectraBatch, size: int) -> list[int]:
     return batch.masks.selected.sum(axis=1).reshape(-1, size).sum(axis=1).tolist()
 
 

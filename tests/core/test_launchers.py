@@ -165,7 +165,7 @@ def alone(store: TokenStore) -> np.ndarray:
     recipe = small_recipe("schedule.total_steps=3000")
     engine = PlainEngine(model_for(store, recipe), recipe, recipe.global_batch_size, torch.device("cpu"))
     builder = builder_for(store, recipe)
-    return np.array([engine.train_step(builder.build(step), step)[0].loss.item() for step in range(20)])
+    return np.array([engine.train_step(builder.build(step), step)[0]["loss"].item() for step in range(20)])
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def control(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> tupl
     losses, samples = [], {}
     for step in range(STEPS):
         result, drawn = engine.train_step(builder.build(step), step)
-        losses.append(result.loss.item())
+        losses.append(result["loss"].item())
         samples[f"step{step}"] = torch.cat(drawn).numpy()
     path = tmp_path_factory.mktemp("samples") / "samples.npz"
     np.savez(path, **samples)  # type: ignore[arg-type]

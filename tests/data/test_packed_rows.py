@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from electra_ds.data.packed_rows import packed_rows
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.electra import ElectraOutput
 from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.objectives.electra import ElectraBatch
 from tests.helpers import builder_for, model_for, small_recipe
 
 WIDTH = 32
@@ -62,7 +62,7 @@ def test_the_same_lengths_are_always_packed_alike() -> None:
     assert rows.starts_S.tolist() == [64, 0, 32, 73, 52, 82]  # 20 and 12 fill a row; the nines follow in their order
 
 
-def padded_and_packed(store: TokenStore, *overrides: str) -> tuple[GlobalBatch, MicroBatch, MicroBatch]:
+def padded_and_packed(store: TokenStore, *overrides: str) -> tuple[ElectraBatch, MicroBatch, MicroBatch]:
     batch = builder_for(store, small_recipe("global_batch_size=24", *overrides)).build(3)
     padded, packed = batch.micro_batch(0, 24, packed=False), batch.micro_batch(0, 24)
     assert len(packed.ids_BT) < len(padded.ids_BT)

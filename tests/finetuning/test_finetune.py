@@ -162,7 +162,9 @@ def test_each_of_them_follows_the_seed_on_its_own(
         devices.seed_dropout,
     )  # fmt: skip
     if "order" in held:
-        monkeypatch.setattr(finetune_module, "TaskBatchBuilder", lambda inputs, size, _: builder(inputs, size, 0))
+        monkeypatch.setattr(
+            finetune_module, "TaskBatchBuilder", lambda inputs, size, _, reduction: builder(inputs, size, 0, reduction)
+        )
     if "head" in held:
         monkeypatch.setattr(
             finetune_module, "make_head", lambda recipe, *rest: head(recipe.model_copy(update={"seed": 0}), *rest)

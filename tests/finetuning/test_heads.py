@@ -19,7 +19,7 @@ from electra_ds.finetuning.batches import SpanTargets, TaskBatch, TaskInputs
 from electra_ds.finetuning.heads import JointSpanHead, SequenceHead, SpanHead, TaskOutput, initialise
 from electra_ds.finetuning.microbatch import TaskMicroBatch
 from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
-from electra_ds.finetuning.step import TaskLosses
+from electra_ds.training.step import StepLosses
 from tests.finetune_runs import NO_DROPOUT, electra_config
 
 VOCABULARY = 40
@@ -412,13 +412,13 @@ def test_losses_are_sums_over_the_inputs(sizes: list[int], seed: int) -> None:
 def test_a_sum_is_differentiated_as_one_and_told_as_a_mean(sizes: list[int], seed: int) -> None:
     """sizes: of the micro-batches."""
     rng = torch.Generator().manual_seed(seed)
-    batch = TaskBatch(inputs_of([4], seed), np.zeros(sum(sizes), np.int64))
+    rows = np.zeros(sum(sizes), np.int64)
     sums = [size * torch.rand((), generator=rng) for size in sizes]
     told, shares = [], []
     for reduction in ("mean", "sum"):
-        losses = TaskLosses(reduction, batch)
+        losses = StepLosses(TaskBatch(inputs_of([4], seed), rows, reduction).loss_terms)
         shares.append(sum(losses.add(TaskOutput(each, {})) for each in sums))
-        told.append(losses.result(torch.zeros(())).loss)
+        told.append(losses.result(torch.zeros(()))["loss"])
     torch.testing.assert_close(shares[1], sum(sums))
     torch.testing.assert_close(shares[0] * sum(sizes), sum(sums))
     assert torch.equal(told[0], told[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,6 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.finetuning.batches import TaskBatchBuilder, TaskInputs
 from electra_ds.finetuning.layer_decay import check_layers, exponent, finetuning_rates
 from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
-from electra_ds.finetuning.step import TaskLosses
 from electra_ds.training.engine import Engine
 from electra_ds.training.schedule import learning_rate_at
 from tests.finetune_runs import NO_DROPOUT, SMALL, electra_config
@@ -146,7 +144,7 @@ def _updated(
     values = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 2}
     plan = resolve(values, training, world_size=ranks.world_size, auto_fp16=False, source="test")
     rates = finetuning_rates(2, recipe.optimizer)
-    engine = Engine(model, training, plan, torch.device("cpu"), partial(TaskLosses, "mean"), rates)
+    engine = Engine(model, training, plan, torch.device("cpu"), rates)
     try:
         engine.train_step(TaskBatchBuilder(inputs, 4, 0).build(step), step)
         after = {

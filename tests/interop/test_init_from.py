@@ -48,6 +48,7 @@ from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.trained import load_trained
+from electra_ds.training.checkpoint import load_checkpoint
 from electra_ds.training.prepare import plan_new
 from tests.helpers import SMALL, builder_for, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
@@ -310,9 +311,10 @@ def test_our_own_export_is_a_source_and_step_0_its_equal(
     assert "began with the weights of embeddings/generator and embeddings/discriminator." in card
     assert str(folders) not in card
     again = beginning_of(tmp_path / "export").tensors(job.recipe, store.tokenizer)
-    model, tokenizer, _, state = load_trained(path)
-    assert (state["step"], tokenizer.fingerprint) == (0, store.tokenizer.fingerprint)
-    assert all(torch.equal(again[f"master/{name}"], parameter) for name, parameter in model.named_parameters())
+    trained = load_trained(path)
+    assert load_checkpoint(path).state["step"] == 0
+    assert trained.tokenizer.fingerprint == store.tokenizer.fingerprint
+    assert all(torch.equal(again[f"master/{name}"], parameter) for name, parameter in trained.model.named_parameters())
     with pytest.raises(DataError, match="It is a run: export it with electra-ds export"):
         beginning_of(tmp_path / "run")
 
@@ -609,7 +611,7 @@ def test_the_command_begins_with_the_weights_and_their_tokenizer(
     losses = train_losses(tmp_path / "run")
     assert [step for step, _ in losses] == [1, 2, 3, 4]
     assert losses[0][1] == pytest.approx(first.loss.item(), rel=1e-6)
-    assert load_trained(tmp_path / "run")[1].fingerprint == store.tokenizer.fingerprint
+    assert load_trained(tmp_path / "run").tokenizer.fingerprint == store.tokenizer.fingerprint
     assert RunDirectory(tmp_path / "run").status() == "done"
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from electra_ds.pretraining.collapse import LEAST_PROGRESS, MOST_AUC, WINDOW, collapsed_at
+from electra_ds.pretraining.objectives.electra_evaluation import LEAST_PROGRESS, MOST_AUC, WINDOW, collapsed_at
 
 REPLACED = 0.1
 

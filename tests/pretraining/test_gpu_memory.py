@@ -19,8 +19,9 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.batches import BatchBuilder, GlobalBatch
+from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.memory import CONTEXT_BYTES, peak_memory
+from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.probe import fitting_plan
 from electra_ds.training.engine import has_bf16
 from tests.helpers import small_recipe
@@ -45,7 +46,7 @@ def long_texts(folder: Path, vocab_size: int) -> TokenStore:
 
 
 @pytest.fixture(scope="module")
-def batches(tmp_path_factory: pytest.TempPathFactory) -> list[GlobalBatch]:
+def batches(tmp_path_factory: pytest.TempPathFactory) -> list[ElectraBatch]:
     store = long_texts(tmp_path_factory.mktemp("stores") / "long", VOCAB_SIZE)
     builder = BatchBuilder(store, Ranges(store.documents[:-1], store.documents[1:]), RECIPE, RECIPE.seed)
     return [builder.build(step) for step in range(memory.STEPS)]
@@ -63,7 +64,7 @@ def plan_of(recipe: Recipe, precision: str, **values: object) -> DeepSpeedPlan:
 
 @pytest.mark.parametrize(("ds_config", "gib"), [("gtx1060-6gb", 6), ("gtx1080ti-11gb", 11), ("t4-16gb", 16)])
 def test_the_shipped_json_trains_in_its_cards_memory_as_predicted(
-    ds_config: str, gib: int, batches: list[GlobalBatch], device: torch.device
+    ds_config: str, gib: int, batches: list[ElectraBatch], device: torch.device
 ) -> None:
     card = find_card(ds_config)
     assert card is not None
@@ -80,7 +81,7 @@ def test_the_shipped_json_trains_in_its_cards_memory_as_predicted(
 @pytest.mark.parametrize("size", [16, 64, 128])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_peak_of_a_real_step_is_within_a_tenth_of_the_models(
-    precision: str, size: int, batches: list[GlobalBatch], device: torch.device
+    precision: str, size: int, batches: list[ElectraBatch], device: torch.device
 ) -> None:
     if precision == "bf16" and not has_bf16(device):
         pytest.skip("this GPU has no bf16")
@@ -117,7 +118,7 @@ def test_a_run_whose_memory_runs_out_goes_on_with_the_losses_of_the_smaller_plan
 
 
 def test_the_micro_batch_that_is_found_to_fit_trains(
-    process_group: Ranks, batches: list[GlobalBatch], device: torch.device
+    process_group: Ranks, batches: list[ElectraBatch], device: torch.device
 ) -> None:
     plan = plan_of(RECIPE, "fp16")
     limit = between(RECIPE, VOCAB_SIZE, plan)

@@ -24,7 +24,7 @@ from electra_ds.pretraining.memory import (
     peak_memory,
     saved_bytes,
 )
-from electra_ds.pretraining.probe import longest_micro_batch
+from electra_ds.pretraining.objectives.electra import ElectraObjective
 from tests.helpers import builder_for, model_for, small_recipe
 from tests.memory_tracking import DTYPES, Tracker, cuda_kernels_on_meta, saved_for_backward  # noqa: F401
 
@@ -48,7 +48,7 @@ def set_up(recipe: Recipe, vocab_size: int, precision: str) -> Electra:
 def measured_saved_bytes(recipe: Recipe, vocab_size: int, size: int, precision: str) -> int:
     model = set_up(recipe, vocab_size, precision)
     with saved_for_backward(*model.parameters(), *model.buffers()) as saved:
-        output = model(longest_micro_batch(recipe, vocab_size, size))
+        output = model(ElectraObjective(recipe, vocab_size).longest_micro_batch(size))
         _ = output.generator_loss_sum + output.discriminator_loss_sum
     return sum(storage.nbytes() for storage in saved.values())
 
@@ -110,7 +110,7 @@ class Tracked:
     def __init__(self, recipe: Recipe, size: int, precision: str) -> None:
         vocab_size = recipe.tokenizer.vocab_size
         model = set_up(recipe, vocab_size, precision).to("meta")
-        batch = longest_micro_batch(recipe, vocab_size, size).to(torch.device("meta"))
+        batch = ElectraObjective(recipe, vocab_size).longest_micro_batch(size).to(torch.device("meta"))
         self.tracker = Tracker()
         for parameter in model.parameters():
             self.tracker.note(parameter)
@@ -163,7 +163,7 @@ def test_the_rooflines_traffic_and_operations_are_those_of_a_step(precision: str
     vocab_size, size = recipe.tokenizer.vocab_size, recipe.global_batch_size
     tracked = Tracked(recipe, size, precision)
     saved = saved_bytes(recipe, vocab_size, size, precision, "cuda")
-    selected = len(longest_micro_batch(recipe, vocab_size, size).selected_M)
+    selected = len(ElectraObjective(recipe, vocab_size).longest_micro_batch(size).selected_M)
     traffic = step_time.TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
     traffic += step_time.TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
     assert traffic == pytest.approx(tracked.tracker.traffic_bytes, rel=0.1)
@@ -210,7 +210,7 @@ def test_all_layers_share_one_attention_mask_on_a_gpu() -> None:
     """Padding costs one mask in the queries' dtype, not one for each of the 24 layers."""
     recipe = load_recipe("rc2020-small", [])
     model = set_up(recipe, 1000, "fp16").to("meta")
-    full = longest_micro_batch(recipe, 1000, 4)
+    full = ElectraObjective(recipe, 1000).longest_micro_batch(4)
     rows, length = full.ids_BT.shape
     sequences_BT = torch.ones(rows, length, dtype=torch.int32)
     sequences_BT[:, -3:] = 2

@@ -24,7 +24,7 @@ from electra_ds.core.keyed_random import (
 from electra_ds.model import prediction
 from electra_ds.model.prediction import predict_tokens
 from electra_ds.model.sampling import sample_tokens
-from electra_ds.pretraining.losses import discriminator_loss_sum
+from electra_ds.pretraining.electra import discriminator_loss_sum
 from electra_ds.pretraining.masking import Masks, choose_masks
 from electra_ds.training.schedule import learning_rate_at
 

@@ -43,7 +43,7 @@ def run_deepspeed(
     losses = []
     for step in range(steps):
         result = engine.train_step(builder.build(step), step, None if samples is None else samples[step])
-        losses.append(result.loss.item())
+        losses.append(result["loss"].item())
     return losses, engine
 
 
@@ -53,7 +53,7 @@ def run_plain(store: TokenStore, recipe: Recipe, steps: int) -> tuple[list[float
     losses, samples = [], []
     for step in range(steps):
         result, drawn = engine.train_step(builder.build(step), step)
-        losses.append(result.loss.item())
+        losses.append(result["loss"].item())
         samples.append(drawn)
     return losses, samples, engine
 
@@ -104,7 +104,7 @@ def test_the_loss_scale_backs_off_grows_and_skipped_steps_are_counted(store: Tok
     scales, skips = [], 0
     for step in range(60):
         before = {name: tensor.clone() for name, tensor in engine.optimizer.snapshot().items()}
-        norm = engine.train_step(builder.build(step), step).grad_norm
+        norm = engine.train_step(builder.build(step), step)["grad_norm"]
         scales.append(engine.optimizer.loss_scale.item())
         if not math.isfinite(norm.item()):
             skips += 1
@@ -305,9 +305,9 @@ def test_a_whole_step_never_reads_back_from_the_device(store: TokenStore, name: 
     batch = builder_for(store, recipe).build(0)
     with NoReads():
         result = engine.train_step(batch, 0)
-    assert math.isfinite(result.loss.item())
+    assert math.isfinite(result["loss"].item())
     with pytest.raises(AssertionError, match="waits for the device"), NoReads():
-        result.loss.item()
+        result["loss"].item()
     engine.close()
 
 

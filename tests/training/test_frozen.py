@@ -90,7 +90,7 @@ def test_the_engine_with_frozen_parameters_has_the_losses_of_the_plain_one(
     recipe = RECIPE.model_copy(deep=True)
     plain = PlainEngine(partly_frozen(store, recipe), recipe, 4, CPU)
     builder = builder_for(store, recipe)
-    expected = [plain.train_step(builder.build(step), step)[0].loss.item() for step in range(STEPS)]
+    expected = [plain.train_step(builder.build(step), step)[0]["loss"].item() for step in range(STEPS)]
     engine = engine_of(store, "0/fp32")
     try:
         assert losses_of(engine, store, range(STEPS)) == pytest.approx(expected, rel=1e-5)

@@ -28,14 +28,15 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import prepare, probe
 from electra_ds.pretraining.electra import Electra
-from electra_ds.pretraining.metrics import Evaluator
+from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.pretrain import PretrainLoop, pretrain
 from electra_ds.pretraining.probe import fitting_plan, has_room
-from electra_ds.pretraining.step import StepLosses
 from electra_ds.training.checkpoint import CheckpointFolder, PendingCheckpoint
 from electra_ds.training.optimizer import MasterAdamW
 from electra_ds.training.prepare import plan_new
+from electra_ds.training.step import StepLosses
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import cpu_plan, small_recipe
 from tests.pretraining.test_pretrain import DROPOUT, final_tensors, run, start_arguments, train_losses
@@ -363,18 +364,18 @@ def test_the_probe_finds_the_largest_micro_batch_that_fits(process_group: Ranks)
     plan = cpu_plan(recipe)
     for room, expected in [(12, 12), (11, 6), (5, 4), (1, 1)]:
         with fails("backward", lambda turn, sequences, room=room: sequences > room):
-            found = probe._tried(recipe, 400, plan, torch.device("cpu"), process_group)
+            found = probe._tried(ElectraObjective(recipe, 400), plan, torch.device("cpu"), process_group)
         assert found is not None
         assert (found.batch.micro_batch_size, found.batch.gradient_accumulation_steps) == (expected, 12 // expected)
         assert not found.is_micro_batch_open
     with fails("forward", lambda turn, sequences: True):
-        assert probe._tried(recipe, 400, plan, torch.device("cpu"), process_group) is None
+        assert probe._tried(ElectraObjective(recipe, 400), plan, torch.device("cpu"), process_group) is None
 
 
 def test_a_probe_leaves_weights_and_random_numbers_of_the_run_alone(process_group: Ranks) -> None:
     recipe = small_recipe(*DROPOUT)
     before = {name: tensor.clone() for name, tensor in Electra(recipe, 400, 0).state_dict().items()}
-    assert has_room(recipe, 400, cpu_plan(recipe), torch.device("cpu"))
+    assert has_room(ElectraObjective(recipe, 400), cpu_plan(recipe), torch.device("cpu"))
     after = Electra(recipe, 400, 0).state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 

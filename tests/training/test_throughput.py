@@ -10,9 +10,9 @@ import torch
 from electra_ds.core import devices
 from electra_ds.data.token_store import TokenStore
 from electra_ds.model.encoder import EncoderConfig
-from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.electra import encoder_configs
 from electra_ds.pretraining.flops import step_flops
+from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.report.run_report import speed_line
 from electra_ds.training import throughput
 from electra_ds.training.throughput import Throughput, joint_peak_flops
@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def flops_by(configs: tuple[EncoderConfig, EncoderConfig]) -> Callable[[GlobalBatch], float]:
+def flops_by(configs: tuple[EncoderConfig, EncoderConfig]) -> Callable[[ElectraBatch], float]:
     return lambda batch: step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward
 
 

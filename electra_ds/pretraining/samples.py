@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from rich.text import Text
 
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.pretraining.batches import GlobalBatch
 from electra_ds.pretraining.electra import Electra
 
 LEGEND = Text.assemble(
@@ -23,8 +23,8 @@ _BETWEEN_WORDS = " .,;:?!'’\"“”«»…。、，；：？！।؟،"
 
 
 @torch.no_grad()
-def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: GlobalBatch, count: int) -> list[Text]:
-    """Return the `count` sequences of a held-out batch that read most like prose, marked up.
+def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: Any, count: int) -> list[Text]:
+    """Return the `count` sequences of a held-out `ElectraBatch` that read most like prose, marked up.
 
     The threshold is set on the whole batch.
     """

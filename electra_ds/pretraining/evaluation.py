@@ -1,0 +1,77 @@
+"""Evaluation on held-out text, the same at every call and for every number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from electra_ds.config.recipe import Recipe
+from electra_ds.core.errors import DataError
+from electra_ds.core.keyed_random import hash64
+from electra_ds.core.ranks import Ranks
+from electra_ds.data.segments import Split
+from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.batches import BatchBuilder, objective_of
+from electra_ds.pretraining.objectives.base import PretrainingBatch
+
+_EVALUATION = 0xE7
+_UNIGRAM_TOKENS = 100_000_000  # counting more changes nothing that is printed
+
+
+def held_out_batch(store: TokenStore, split: Split, recipe: Recipe, num_windows: int) -> PretrainingBatch:
+    """Return the same held-out windows, masks and noise at every call."""
+    seed = int(hash64(recipe.seed, _EVALUATION) >> np.uint64(1))
+    return BatchBuilder(store, split.holdout, recipe, seed).build(0, num_windows)
+
+
+class Evaluator:
+    """Evaluates on the same windows, masks and noise each time, shared out over the ranks.
+
+    The numbers are put together in the order of the windows, so they are the same for every number of ranks.
+    """
+
+    def __init__(self, store: TokenStore, split: Split, recipe: Recipe, num_windows: int, ranks: Ranks) -> None:
+        self.batch = held_out_batch(store, split, recipe, num_windows)
+        self.objective = objective_of(recipe, store.tokenizer)
+        self.ranks = ranks
+        self._unigram_nats = unigram_nats(store, split)
+
+    @torch.no_grad()
+    def __call__(self, model: Callable[[Any], Any], device: torch.device, micro_batch_size: int) -> dict[str, float]:
+        """Return the metrics. To be called by all ranks; all get the same.
+
+        model: runs one micro-batch in evaluation mode.
+        """
+        world_size = self.ranks.world_size
+        starts = range(0, self.batch.num_sequences, micro_batch_size)
+        own = []
+        for turn in range(-(-len(starts) // world_size)):
+            index = turn * world_size + self.ranks.rank
+            # At stage 3 all ranks run the model together, so one without a share left runs the last again.
+            first = starts[min(index, len(starts) - 1)]
+            micro_batch = self.batch.micro_batch(first, micro_batch_size).to(device)
+            output = model(micro_batch)
+            if index < len(starts):
+                own.append(self.objective.measure(micro_batch, output))
+        shares = self.ranks.gather(own)
+        measured = [shares[index % world_size][index // world_size] for index in range(len(starts))]
+        return self.objective.metrics(self.batch, measured, self._unigram_nats)
+
+
+def unigram_nats(store: TokenStore, split: Split) -> np.ndarray:
+    """float64 [vocab]: -log of each token's share of the training text, counts plus one."""
+    size = store.tokenizer.vocab_size
+    stop = min(len(store.tokens), _UNIGRAM_TOKENS)
+    counts = np.ones(size)
+    for first in range(0, stop, 1 << 20):  # bincount widens what it is given to eight bytes a token
+        tokens = store.tokens[first : min(first + (1 << 20), stop)]
+        if int(tokens.max()) >= size:
+            raise DataError(f"The token store {store.path} holds id {tokens.max()} of {size}: build it again.")
+        counts += np.bincount(tokens, minlength=size)
+    for first, last in zip(split.holdout.starts, split.holdout.stops, strict=True):
+        if last <= stop:
+            counts -= np.bincount(store.tokens[first:last], minlength=size)
+    return -np.log(counts / counts.sum())

@@ -1,0 +1,286 @@
+"""ELECTRA: a generator fills in masked tokens, and a discriminator says of every token whether it was replaced.
+
+Clark et al. 2020. Generator and discriminator train together (`pretraining/electra.py`).
+
+Shape suffixes: B sequences of the global batch, T positions, M selected positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from rich.text import Text
+
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.recipe import ElectraRecipe
+from electra_ds.core.keyed_random import generator, random_bits
+from electra_ds.data.packed_rows import packed_rows
+from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.pretraining.convert import to_transformers
+from electra_ds.pretraining.electra import Electra, ElectraOutput, encoder_configs
+from electra_ds.pretraining.flops import step_flops
+from electra_ds.pretraining.masking import Masks, choose_masks, usual_most_selected
+from electra_ds.pretraining.memory import Kernels, PeakMemory, count_parameters, peak_memory
+from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.objectives.base import Curve, Export, Objective, PretrainingBatch, TextBatch
+from electra_ds.pretraining.objectives.electra_evaluation import (
+    ALWAYS_ORIGINAL,
+    Measured,
+    always_original_accuracy,
+    collapsed_at,
+    evaluation_of,
+    measured,
+)
+from electra_ds.pretraining.samples import LEGEND, sample_sentences
+from electra_ds.training.step import LossTerm
+
+_MASKS_AND_NOISE = 0x50
+GENERATOR_LOSS, DISCRIMINATOR_LOSS = "generator_loss", "discriminator_loss"
+
+
+@dataclass(frozen=True)
+class ElectraBatch(PretrainingBatch):
+    """numpy arrays of one optimiser step."""
+
+    ids_BT: np.ndarray
+    lengths_B: np.ndarray
+    second_segment_BT: np.ndarray | None
+    """bool, True in the second segment; None where rows have only one."""
+    masks: Masks
+    counted_BT: np.ndarray
+    noise_keys_BT: np.ndarray
+    mask_token_id: int
+    recipe: ElectraRecipe
+
+    @property
+    def num_selected(self) -> int:
+        """What the generator's loss is divided by."""
+        return max(1, int(np.count_nonzero(self.masks.selected)))
+
+    @property
+    def num_counted(self) -> int:
+        """What the discriminator's loss is divided by."""
+        return max(1, int(np.count_nonzero(self.counted_BT)))
+
+    @property
+    def loss_terms(self) -> Mapping[str, LossTerm]:
+        return {
+            GENERATOR_LOSS: LossTerm(self.recipe.generator.loss_weight, self.num_selected),
+            DISCRIMINATOR_LOSS: LossTerm(self.recipe.discriminator.loss_weight, self.num_counted),
+        }
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths_B.sum())
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.ids_BT)
+
+    def micro_batch(self, first: int, size: int, *, packed: bool = True) -> MicroBatch:
+        """Return sequences `first` to `first + size` as tensors in ordinary memory.
+
+        packed: lay short sequences side by side where that saves rows; otherwise each is a row of its own.
+        """
+        taken = slice(first, first + size)
+        ids, lengths, second = self.ids_BT[taken], self.lengths_B[taken], self.second_segment_BT
+        width = ids.shape[1]
+        selected_M = np.flatnonzero(self.masks.selected[taken])
+        masked_M, replaced_M, noise_keys_M = (
+            array_BT[taken].reshape(-1)[selected_M]
+            for array_BT in (self.masks.masked, self.masks.replaced, self.noise_keys_BT)
+        )
+        counted, second = self.counted_BT[taken], None if second is None else second[taken]
+        sequences = positions = None
+        if lengths.min() < width:
+            real = np.arange(width, dtype=np.int32) < lengths.astype(np.int32)[:, None]
+            sequences = np.arange(1, len(ids) + 1, dtype=np.int32)[:, None] * real
+            rows = packed_rows(lengths, width) if packed else None
+            if rows is not None:
+                ids, counted, sequences = rows.laid(ids), rows.laid(counted), rows.laid(sequences)
+                second = None if second is None else rows.laid(second)
+                positions, selected_M = rows.positions(width), rows.moved(selected_M, width)
+        generator_ids = ids.copy()
+        generator_ids.reshape(-1)[selected_M[masked_M]] = self.mask_token_id
+        temperature = self.recipe.generator.temperature
+        return MicroBatch(
+            ids_BT=torch.from_numpy(ids),
+            generator_ids_BT=torch.from_numpy(generator_ids),
+            selected_M=torch.from_numpy(selected_M),
+            replaced_M=torch.from_numpy(replaced_M),
+            noise_keys_M=torch.from_numpy(noise_keys_M),
+            counted_BT=torch.from_numpy(counted),
+            sequences_BT=None if sequences is None else torch.from_numpy(sequences),
+            segments_BT=None if second is None else torch.from_numpy(second),
+            positions_BT=None if positions is None else torch.from_numpy(positions),
+            temperature=None if temperature == 1.0 else torch.tensor(temperature, dtype=torch.float32),
+        )
+
+    def static_micro_batch(self, first: int, size: int) -> MicroBatch | None:
+        """Return full or nearly full rows with their selected positions filled up to a number that practically no
+        micro-batch exceeds; None for shorter rows, or for more selected positions."""
+        if self.lengths_B[first : first + size].mean() / self.ids_BT.shape[1] < _FULL_ENOUGH:
+            return None
+        micro_batch = self.micro_batch(first, size, packed=False)
+        most = _most_selected(self.recipe, size)
+        return micro_batch.filled(most) if len(micro_batch.selected_M) <= most else None
+
+
+# Rows with a smaller share of tokens are laid side by side and not compiled. Assumed: compiling saves a quarter.
+_FULL_ENOUGH = 0.75
+
+
+class ElectraObjective(Objective[ElectraRecipe]):
+    """Generator and discriminator, trained together."""
+
+    recipe_type = ElectraRecipe
+    metric_labels: ClassVar[Mapping[str, str]] = {
+        "generator_loss": "generator loss at all selected tokens (nats)",
+        "generator_masked_loss": "generator loss at [MASK] (nats)",
+        "unigram_loss": "  loss of the training unigram there (nats)",
+        "generator_gain": "  gain of the generator over it (nats)",
+        "generator_accuracy": "generator accuracy at [MASK], argmax",
+        "generator_sampled_accuracy": "generator accuracy at [MASK], sampled",
+        "replaced_share": "share of the tokens that were replaced",
+        "discriminator_loss": "discriminator loss (nats)",
+        "discriminator_accuracy": "discriminator accuracy",
+        ALWAYS_ORIGINAL: '  accuracy of always answering "original"',
+        "discriminator_precision": "discriminator precision (replaced)",
+        "discriminator_recall": "discriminator recall (replaced)",
+        "discriminator_f1": "discriminator F1 (replaced)",
+        "discriminator_auc": "discriminator AUC",
+    }
+    main_metric = "discriminator_auc"
+    encoder = "discriminator"
+    baselines: ClassVar[Mapping[str, str]] = {"discriminator_accuracy": ALWAYS_ORIGINAL}
+    key_metrics = ("generator_gain", "generator_accuracy", "discriminator_auc", "discriminator_recall")
+    loss_names = (GENERATOR_LOSS, DISCRIMINATOR_LOSS)
+
+    def build_model(self) -> Electra:
+        return Electra(self.recipe, self.vocab_size, self.pad_token_id)
+
+    def make_batch(self, text: TextBatch, seed: int, step: int) -> ElectraBatch:
+        masking = self.recipe.masking
+        rng = generator(seed, _MASKS_AND_NOISE, step)
+        noise = random_bits(rng, *text.ids_BT.shape).view(np.int32)
+        masks = choose_masks(
+            text.maskable_BT,
+            text.lengths_B,
+            rng,
+            mlm_probability=masking.mlm_probability,
+            mask_token_share=masking.mask_token_share,
+            count=masking.count,
+            replace_at=masking.replace_at,
+        )
+        counted = text.is_token if self.recipe.discriminator.loss_on_special else text.maskable_BT
+        return ElectraBatch(
+            text.ids_BT, text.lengths_B, text.second_segment_BT, masks, counted, noise, text.mask_token_id, self.recipe
+        )
+
+    def measure(self, micro_batch: MicroBatch, output: ElectraOutput) -> Measured:
+        return measured(micro_batch, output)
+
+    def metrics(
+        self, batch: PretrainingBatch, measured: Sequence[Measured], unigram_nats_V: np.ndarray
+    ) -> dict[str, float]:
+        assert isinstance(batch, ElectraBatch)
+        return evaluation_of(measured, batch.num_selected, batch.num_counted, unigram_nats_V)._asdict()
+
+    @classmethod
+    def complete(cls, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        share = metrics.get("replaced_share")
+        return dict(metrics) | {ALWAYS_ORIGINAL: None if share is None else always_original_accuracy(share)}
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        original = always_original_accuracy(metrics["replaced_share"])
+        return (
+            f"generator loss {metrics['generator_loss']:.3f} ({metrics['generator_masked_loss']:.3f} at [MASK], a gain "
+            f"of {metrics['generator_gain']:+.3f} nats over the unigram), discriminator loss "
+            f"{metrics['discriminator_loss']:.3f}, accuracy {metrics['discriminator_accuracy']:.3f} "
+            f'(always "original": {original:.3f}), AUC {metrics["discriminator_auc"]:.3f}'
+        )
+
+    def collapsed_at(self, evaluations: Sequence[Mapping[str, Any]]) -> int | None:
+        schedule = self.recipe.schedule
+        return collapsed_at(evaluations, schedule.total_steps, schedule.warmup_steps)
+
+    def describe_collapse(self, step: int) -> str:
+        return (
+            f"The discriminator has been at chance since step {step} while the generator got better: it has collapsed"
+        )
+
+    @property
+    def curves(self) -> Sequence[Curve]:
+        return (
+            Curve("generator loss at all selected tokens (nats)", {"generator_loss": ""}, is_loss=True),
+            Curve("discriminator loss (nats)", {"discriminator_loss": ""}, is_loss=True),
+            Curve("nats", {"generator_gain": "gain over unigram at [MASK]"}, baseline=0.0),
+            Curve(
+                "held out",
+                {"discriminator_auc": "discriminator AUC", "generator_accuracy": "generator accuracy at [MASK]"},
+                baseline=0.5,
+            ),
+        )
+
+    def samples(self, model: Electra, tokenizer: Tokenizer, batch: ElectraBatch, count: int) -> list[Text]:
+        return [LEGEND, *sample_sentences(model, tokenizer, batch, count)]
+
+    def exports(self, model: Electra) -> Mapping[str, Export]:
+        masked_lm, discriminator = to_transformers(model)
+        return {
+            "discriminator": Export(
+                discriminator,
+                "ElectraForPreTraining",
+                "tells for every token whether it was replaced; this is the encoder to finetune",
+            ),
+            "generator": Export(
+                masked_lm,
+                "ElectraForMaskedLM",
+                "fills in [MASK] tokens; it was trained to give the discriminator something to detect",
+            ),
+        }
+
+    def parameter_counts(self) -> dict[str, int]:
+        return asdict(count_parameters(self.recipe, self.vocab_size))
+
+    def flops(self, batch: ElectraBatch) -> float:
+        return self._flops(batch.lengths_B, batch.num_selected)
+
+    def usual_flops(self) -> float:
+        rows, length = self.recipe.global_batch_size, self.recipe.data.sequence_length
+        return self._flops([length] * rows, _most_selected(self.recipe, rows))
+
+    def _flops(self, lengths_B: Sequence[int] | np.ndarray, selected: int) -> float:
+        configs = encoder_configs(self.recipe, self.vocab_size, self.pad_token_id)
+        return step_flops(*configs, lengths_B, selected).forward_and_backward
+
+    def peak_memory(self, plan: DeepSpeedPlan, kernels: Kernels) -> PeakMemory:
+        return peak_memory(self.recipe, self.vocab_size, plan, kernels)
+
+    def longest_micro_batch(self, size: int) -> MicroBatch:
+        """Full rows, with as many selected positions as are usual at most."""
+        length, selected = self.recipe.data.sequence_length, _most_selected(self.recipe, size)
+        places = torch.arange(size * length)
+        ids_BT = (places % self.vocab_size).view(size, length)
+        return MicroBatch(
+            ids_BT=ids_BT,
+            generator_ids_BT=ids_BT.clone(),
+            selected_M=places[:selected].clone(),
+            replaced_M=torch.ones(selected, dtype=torch.bool),
+            noise_keys_M=torch.arange(selected, dtype=torch.int32),
+            counted_BT=torch.ones(size, length, dtype=torch.bool),
+            sequences_BT=None,
+        )
+
+
+def _most_selected(recipe: ElectraRecipe, rows: int) -> int:
+    return usual_most_selected(
+        rows,
+        recipe.data.sequence_length,
+        mlm_probability=recipe.masking.mlm_probability,
+        count=recipe.masking.count,
+    )

@@ -1,0 +1,168 @@
+"""What an ELECTRA model is worth on held-out text, and when its training has collapsed.
+
+Training has collapsed when a discriminator has stopped discriminating, or never began, while its generator still
+learns. The reproduction study saw it with generators of half the discriminator's width and more: the generator fools
+the discriminator altogether, and from then on the run is worth nothing.
+
+Shape suffixes: M selected positions, V vocabulary, B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from electra_ds.pretraining.electra import ElectraOutput
+from electra_ds.pretraining.microbatch import MicroBatch
+
+ALWAYS_ORIGINAL = "always_original_accuracy"
+WINDOW = 4
+"""Evaluations in a row that must all look alike."""
+LEAST_SHARE = 0.1
+"""Of the schedule, before which nothing is judged: at first every discriminator is at chance. The study's collapses
+came at the end of its warm-up, one hundredth into its schedule, and lasted."""
+MOST_AUC = 0.52
+MOST_YOUDEN = 0.02
+"""Recall above the share of unreplaced tokens that are taken for replaced, which at chance is 0."""
+LEAST_PROGRESS = 0.01
+"""Nats by which the generator's loss at [MASK] falls over the window."""
+
+
+class Evaluation(NamedTuple):
+    """Metrics of one evaluation; shares and rates in [0, 1], losses in nats."""
+
+    generator_loss: float
+    """Mean over the selected positions, [MASK] or not, as in training."""
+    discriminator_loss: float
+    """Mean over the counted positions, as in training."""
+    generator_masked_loss: float
+    """Mean over the positions that the generator saw as [MASK]."""
+    unigram_loss: float
+    """Cross-entropy of the tokens at those positions under the training text's unigram distribution."""
+    generator_gain: float
+    """unigram_loss - generator_masked_loss: nats that the generator gets from context."""
+    generator_accuracy: float
+    """Share of [MASK]ed positions where the most probable token is the original."""
+    generator_sampled_accuracy: float
+    """Share of [MASK]ed positions where the sampled token is the original."""
+    replaced_share: float
+    """Share of the counted tokens that were replaced."""
+    discriminator_accuracy: float
+    discriminator_precision: float
+    discriminator_recall: float
+    discriminator_f1: float
+    """These three with "replaced" as the positive class and a threshold of 0.5."""
+    discriminator_auc: float
+    """Area under the ROC curve; nan where only one class occurred."""
+
+
+def always_original_accuracy(replaced_share: float) -> float:
+    """Return the accuracy of always answering "original", the baseline of `discriminator_accuracy`."""
+    return 1 - replaced_share
+
+
+class Measured(NamedTuple):
+    """What one micro-batch shows; the arrays are over its [MASK]ed and its counted positions."""
+
+    generator_sum: float
+    discriminator_sum: float
+    masked_nats: np.ndarray
+    masked_targets: np.ndarray
+    argmax_hits: np.ndarray
+    sampled_hits: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+def measured(micro_batch: MicroBatch, output: ElectraOutput) -> Measured:
+    """Return what a held-out micro-batch shows, in the CPU's memory."""
+    targets = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
+    masked = micro_batch.generator_ids_BT.flatten()[micro_batch.selected_M] != targets
+    targets = targets[masked]
+    return Measured(
+        generator_sum=output.generator_loss_sum.item(),
+        discriminator_sum=output.discriminator_loss_sum.item(),
+        masked_nats=output.generator_losses_M[masked].cpu().numpy(),
+        masked_targets=targets.cpu().numpy(),
+        argmax_hits=(output.best_M[masked] == targets).cpu().numpy(),
+        sampled_hits=(output.samples_M[masked] == targets).cpu().numpy(),
+        labels=output.is_replaced_BT[micro_batch.counted_BT].cpu().numpy(),
+        scores=output.discriminator_logits_BT[micro_batch.counted_BT].float().cpu().numpy(),
+    )
+
+
+def evaluation_of(
+    chunks: Sequence[Measured], num_selected: int, num_counted: int, unigram_nats_V: np.ndarray
+) -> Evaluation:
+    """Return the metrics of all micro-batches together."""
+    # Takes as long to import as torch, and training begins without it.
+    from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+    replaced = np.concatenate([chunk.labels for chunk in chunks])
+    score = np.concatenate([chunk.scores for chunk in chunks])
+    generator_nats = _mean(chunk.masked_nats for chunk in chunks)
+    unigram = _mean(unigram_nats_V[chunk.masked_targets] for chunk in chunks)
+    precision, recall, f1, _ = precision_recall_fscore_support(replaced, score > 0, average="binary", zero_division=0.0)
+    two_classes = 0 < replaced.sum() < len(replaced) and np.isfinite(score).all()
+    return Evaluation(
+        generator_loss=sum(chunk.generator_sum for chunk in chunks) / num_selected,
+        discriminator_loss=sum(chunk.discriminator_sum for chunk in chunks) / num_counted,
+        generator_masked_loss=generator_nats,
+        unigram_loss=unigram,
+        generator_gain=unigram - generator_nats,
+        generator_accuracy=_mean(chunk.argmax_hits for chunk in chunks),
+        generator_sampled_accuracy=_mean(chunk.sampled_hits for chunk in chunks),
+        replaced_share=float(replaced.mean()),
+        discriminator_accuracy=float((replaced == (score > 0)).mean()),
+        discriminator_precision=float(precision),
+        discriminator_recall=float(recall),
+        discriminator_f1=float(f1),
+        discriminator_auc=float(roc_auc_score(replaced, score)) if two_classes else float("nan"),
+    )
+
+
+def _mean(parts: Iterable[np.ndarray]) -> float:
+    return float(np.concatenate(list(parts)).mean(dtype=np.float64))
+
+
+def collapsed_at(evaluations: Sequence[Mapping[str, Any]], total_steps: int, warmup_steps: int) -> int | None:
+    """Since which step it is so, None where it is not.
+
+    evaluations: in order, with `step` and the values of `Evaluation`. It is so where in all of WINDOW
+    evaluations that are judged AUC and recall are at chance, and the generator is better at the end than at the
+    beginning. The step is that of the first evaluation from which on all were at chance, judged or not: a discriminator
+    that never began has it at the first one of the run.
+    """
+    least = max(LEAST_SHARE * total_steps, warmup_steps)
+    for first in range(len(evaluations) - WINDOW + 1):
+        window = evaluations[first : first + WINDOW]
+        losses = [_number(each.get("generator_masked_loss")) for each in window]
+        is_judged = window[0]["step"] >= least
+        if is_judged and all(map(_is_at_chance, window)) and losses[0] - losses[-1] >= LEAST_PROGRESS:
+            while first > 0 and _is_at_chance(evaluations[first - 1]):
+                first -= 1
+            return int(evaluations[first]["step"])
+    return None
+
+
+def _is_at_chance(evaluation: Mapping[str, Any]) -> bool:
+    auc = _number(evaluation.get("discriminator_auc"))
+    return auc <= MOST_AUC and _youden(evaluation) <= MOST_YOUDEN
+
+
+def _youden(evaluation: Mapping[str, Any]) -> float:
+    """Recall - the share of unreplaced tokens that are taken for replaced: 0 for any blind guess, 1 at best."""
+    accuracy, recall, replaced = (
+        _number(evaluation.get(name)) for name in ("discriminator_accuracy", "discriminator_recall", "replaced_share")
+    )
+    if not 0 < replaced < 1:
+        return math.nan
+    specificity = (accuracy - replaced * recall) / (1 - replaced)
+    return recall + specificity - 1
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

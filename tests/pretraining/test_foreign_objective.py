@@ -1,0 +1,164 @@
+"""An objective that another package brings does everything that ours do, without a line changed in electra_ds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, BertForMaskedLM
+
+from electra_ds.cli import main
+from electra_ds.config.objectives import find_objective, objective_names
+from electra_ds.config.overrides import load_recipe
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.ranks import Ranks
+from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.objectives.base import TextBatch
+from electra_ds.pretraining.trained import load_trained
+from tests.helpers import SMALL
+from tests.launching import ENVIRONMENT
+from tests.pretraining.foreign import Cloze, ClozeRecipe
+from tests.pretraining.test_pretrain import final_tensors, train_losses
+from tests.sweeping import run_sweep, small_sweep, write_sweep
+
+PATH = "tests.pretraining.foreign:Cloze"
+STEPS = 20
+OF_ELECTRA = ("generator.", "discriminator.", "masking.")
+SIZES = [override for override in SMALL if not override.startswith(OF_ELECTRA)]
+SETTINGS = [
+    "--threads", "1", "--log-every", "5", "--eval-every", "10", "--save-every", "5", "--eval-windows", "16", "--set",
+    *SIZES, f"schedule.total_steps={STEPS}", "schedule.warmup_steps=2", "cloze.masked_share=0.3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with an installed package that registers the objective `cloze`."""
+    folder = tmp_path / "site-packages"
+    info = folder / "foreign-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[electra_ds.objectives]\ncloze = {PATH}\n")
+    monkeypatch.syspath_prepend(folder)
+    importlib.invalidate_caches()
+    yield folder
+    find_objective.cache_clear()
+
+
+def own_recipe(folder: Path, objective: str = PATH) -> str:
+    """A recipe file as its user would write it."""
+    path = folder / "cloze.yaml"
+    path.write_text(yaml.safe_dump({"extends": "tiny", "objective": objective, "cloze": {"masked_share": 0.2}}))
+    return str(path)
+
+
+def pretrain(store: TokenStore, run: Path, recipe: str, document: dict[str, Any], *more: str) -> None:
+    ds_config = run.parent / f"{run.name}.json"
+    ds_config.write_text(json.dumps(document))
+    arguments = ["--recipe", recipe, "--ds-config", str(ds_config), "--data", str(store.path), "--run-dir", str(run)]
+    main(["pretrain", *arguments, *more, *SETTINGS])
+
+
+def test_a_recipe_that_extends_ours_leaves_out_the_sections_of_our_objective(tmp_path: Path) -> None:
+    recipe = load_recipe(own_recipe(tmp_path), ["cloze.temperature=2"])
+    assert isinstance(recipe, ClozeRecipe)
+    assert (recipe.cloze.masked_share, recipe.cloze.temperature) == (0.2, 2.0)
+    assert recipe.model == load_recipe("tiny").model
+    with pytest.raises(ConfigError, match=r"generator\.width_multiplier: unknown key"):
+        load_recipe(own_recipe(tmp_path), ["generator.width_multiplier=0.5"])
+
+
+def test_an_unknown_objective_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no objective 'elektra'. Did you mean 'electra'\? Registered are .*electra"):
+        load_recipe("tiny", ["objective=elektra"])
+    with pytest.raises(ConfigError, match=r"cannot be loaded from nowhere\.at_all:Thing: No module named 'nowhere'"):
+        load_recipe("tiny", ["objective=nowhere.at_all:Thing"])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_it_pretrains_resumes_reports_and_exports(
+    store: TokenStore, tmp_path: Path, process_group: Ranks, stage: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 4}
+    recipe = own_recipe(tmp_path)
+    pretrain(store, tmp_path / "straight", recipe, document)
+    said = capsys.readouterr().out
+    assert f"held out at step {STEPS}: cloze loss" in said
+    assert "accuracy at masked tokens" in said  # the summary's row
+    pretrain(store, tmp_path / "resumed", recipe, document, "--stop-at", "12")
+    main(["pretrain", "--resume", str(tmp_path / "resumed")])
+    assert train_losses(tmp_path / "resumed") == train_losses(tmp_path / "straight")
+    straight, resumed = final_tensors(tmp_path / "straight"), final_tensors(tmp_path / "resumed")
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    losses = [loss for _, loss in train_losses(tmp_path / "straight")]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+    main(["export", str(tmp_path / "straight")])
+    folder = tmp_path / "straight" / "export" / "masked_lm"
+    inputs = AutoTokenizer.from_pretrained(folder)("some text", return_tensors="pt")
+    ours = load_trained(tmp_path / "straight").model.bert
+    with torch.no_grad():
+        exported = BertForMaskedLM.from_pretrained(folder).eval()(**inputs).logits
+        torch.testing.assert_close(exported, ours(**inputs).logits)
+    assert (tmp_path / "straight" / "curves.png").is_file()
+
+
+def test_the_temperature_of_a_step_reaches_the_model_as_a_tensor_of_its_batch(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    objective = Cloze(load_recipe(own_recipe(tmp_path), SIZES), store.tokenizer.vocab_size, store.tokenizer.pad_id)
+    text = np.full((2, 8), 7)
+    assert objective.make_batch(_text(text), 0, 0).micro_batch(0, 1).temperature == 1.5
+    assert objective.make_batch(_text(text), 0, 400).micro_batch(0, 1).temperature == 1.0
+
+
+def test_its_encoder_is_finetuned(store: TokenStore, tmp_path: Path, process_group: Ranks) -> None:
+    pretrain(store, tmp_path / "run", own_recipe(tmp_path), {}, "--stop-at", "5")
+    for name in ("train", "dev"):
+        rows = "".join(f"{word} text,{label}\n" for word, label in (("good", 1), ("bad", 0)) for _ in range(8))
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + rows)
+    main([
+        "finetune", "--model", str(tmp_path / "run"), "--train", str(tmp_path / "train.csv"), "--dev",
+        str(tmp_path / "dev.csv"), "--ds-config", "cpu", "--threads", "1", "--run-dir", str(tmp_path / "finetuned"),
+        "--set", "schedule.epochs=1", "global_batch_size=8",
+    ])  # fmt: skip
+    assert json.loads((tmp_path / "finetuned" / "scores.json").read_text())
+
+
+def test_it_is_found_by_its_entry_point(
+    store: TokenStore, tmp_path: Path, process_group: Ranks, registered: Path
+) -> None:
+    assert {"cloze", "electra"} <= set(objective_names())
+    pretrain(store, tmp_path / "run", own_recipe(tmp_path, "cloze"), {}, "--stop-at", "5")
+    recorded = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (recorded["objective"], recorded["cloze"]["masked_share"]) == ("cloze", 0.3)
+    assert "generator" not in recorded
+
+
+@pytest.mark.slow
+def test_it_is_swept_over_its_own_keys_and_by_its_own_metric(
+    store: TokenStore, tmp_path: Path, registered: Path
+) -> None:
+    values = small_sweep(store.path)
+    stage = values["pretrain"]
+    stage["recipe"] = own_recipe(tmp_path, "cloze")
+    stage["set"] = {key: value for key, value in stage["set"].items() if not key.startswith(OF_ELECTRA)}
+    stage["space"], stage["seeds"] = {"cloze.masked_share": {"grid": [0.1, 0.3]}}, [0]
+    stage["metric"] = "cloze_gain"
+    environment = {"PYTHONPATH": f"{registered}:{ENVIRONMENT.get('PYTHONPATH', '')}"}
+    done = run_sweep(write_sweep(tmp_path, values), "--folder", tmp_path / "sweep", environment=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cloze_gain" in (tmp_path / "sweep" / "results.csv").read_text().splitlines()[0]
+
+
+def _text(ids_BT: np.ndarray) -> TextBatch:
+    ones = np.ones(ids_BT.shape, dtype=bool)
+    return TextBatch(ids_BT, ones.sum(1), None, ones, mask_token_id=4, vocab_size=400)
