@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -57,6 +58,13 @@ def overrides_option(example: str, **more: Any) -> Any:
     return option(f"override the recipe, e.g. --set {example}", flag="--set", nargs="+", metavar="KEY=VALUE", **more)
 
 
+_what = partial(option, group=WHAT, new_run_only=True)
+_data = partial(option, group=DATA, new_run_only=True)
+_how = partial(option, group=HOW)
+_habit = partial(option, group=HOW, is_how=True)
+_watch = partial(option, group=WHERE, is_how=True)
+
+
 def with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
     """Return the overrides of a recipe with its seed. Raises ConfigError if they give another one."""
     others = [value for key, _, value in (each.partition("=") for each in overrides or ()) if key == "seed"]
@@ -93,18 +101,13 @@ def run_dir_option(default: str) -> Any:
 class TrackingOptions(Options):
     """Where a run's numbers go besides metrics.jsonl."""
 
-    wandb: WandbMode | None = option(
-        "Weights & Biases; offline needs no account and is uploaded later by `wandb sync` (default: off)",
-        group=WHERE, is_how=True, on="offline",
-    )  # fmt: skip
-    wandb_project: str | None = option("default: electra_ds", metavar="NAME", group=WHERE, is_how=True)
-    wandb_entity: str | None = option(
-        "the user or team (default: that of the account)", metavar="NAME", group=WHERE, is_how=True
+    wandb: WandbMode | None = _watch(
+        "Weights & Biases; offline needs no account and is uploaded later by `wandb sync` (default: off)", on="offline"
     )
-    wandb_group: str | None = option("shows runs together", metavar="NAME", group=WHERE, is_how=True)
-    tensorboard: bool | None = option(
-        "write RUN/tensorboard (default: no)", off="--no-tensorboard", group=WHERE, is_how=True
-    )
+    wandb_project: str | None = _watch("default: electra_ds", metavar="NAME")
+    wandb_entity: str | None = _watch("the user or team (default: that of the account)", metavar="NAME")
+    wandb_group: str | None = _watch("shows runs together", metavar="NAME")
+    tensorboard: bool | None = _watch("write RUN/tensorboard (default: no)", off="--no-tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,24 +125,22 @@ class RunOptions(TrackingOptions):
     ds_config: str | None = ds_config_option(group=HOW, aliases=("--deepspeed_config",))
     micro_batch: int | Literal["auto"] | None = None
     run_dir: Path | None = None
-    stop_at: int | None = option(
-        "save and leave at this step of the schedule", metavar="STEP", group=HOW, instead="write stop_at_share"
+    stop_at: int | None = _how(
+        "save and leave at this step of the schedule", metavar="STEP", instead="write stop_at_share"
     )
-    time_limit: float | None = option(
+    time_limit: float | None = _how(
         "save and leave after this time, e.g. 90m, 3.5h or 23:55:00, and leave the file `requeue` in the run",
-        metavar="TIME", parse=duration_s, group=HOW, instead="give the sweep itself --time-limit",
-    )  # fmt: skip
-    dry_run: bool | None = option(
+        metavar="TIME",
+        parse=duration_s,
+        instead="give the sweep itself --time-limit",
+    )
+    dry_run: bool | None = _how(
         "check everything that can be checked without training, show what would run, and write nothing",
-        group=HOW, instead="give the sweep itself --dry-run",
-    )  # fmt: skip
-    yes: bool | None = option(
-        "start even a run that is predicted to take a year or more, without asking", group=HOW, is_how=True
+        instead="give the sweep itself --dry-run",
     )
-    threads: int | None = option(
-        "CPU threads (default: torch's choice)", metavar="N", group=HOW, instead="write resources.cpus"
-    )
-    log_every: int | None = option("default: 10", metavar="STEPS", group=HOW, is_how=True)
+    yes: bool | None = _habit("start even a run that is predicted to take a year or more, without asking")
+    threads: int | None = _how("CPU threads (default: torch's choice)", metavar="N", instead="write resources.cpus")
+    log_every: int | None = _habit("default: 10", metavar="STEPS")
     eval_every: int | None = None
     save_every: int | None = None
     keep: int | None = None
@@ -164,40 +165,33 @@ class RunOptions(TrackingOptions):
 class CorpusOptions(Options):
     """Where text comes from."""
 
-    corpus: list[list[str]] | None = option(
+    corpus: list[list[str]] | None = _what(
         "text files and folders, or hub:NAME#CONFIG@SPLIT; once for each source (default: the built-in corpus)",
-        metavar="SOURCE", group=WHAT, names="corpus", new_run_only=True,
-    )  # fmt: skip
-    document_boundary: Literal["file", "blank-line"] | None = option(
-        "where a document ends in a text file (default: file)", group=WHAT, new_run_only=True
+        metavar="SOURCE",
+        names="corpus",
     )
-    text_key: str | None = option(
-        "field of JSON lines, column of Parquet and datasets (default: text)",
-        metavar="KEY", group=WHAT, new_run_only=True,
-    )  # fmt: skip
-    streaming: bool | None = option(
-        "read Hub datasets without downloading them completely", group=WHAT, new_run_only=True
+    document_boundary: Literal["file", "blank-line"] | None = _what(
+        "where a document ends in a text file (default: file)"
     )
-    revision: str | None = option(
-        "commit, branch or tag of the Hub dataset", metavar="REV", group=WHAT, new_run_only=True
-    )
-    tokenizer: str | None = option(
+    text_key: str | None = _what("field of JSON lines, column of Parquet and datasets (default: text)", metavar="KEY")
+    streaming: bool | None = _what("read Hub datasets without downloading them completely")
+    revision: str | None = _what("commit, branch or tag of the Hub dataset", metavar="REV")
+    tokenizer: str | None = _what(
         "use this tokenizer.json or vocab.txt, a folder with one, or that of a model on the Hub, such as "
         "FacebookAI/xlm-roberta-base, instead of training one",
-        metavar="PATH|NAME", group=WHAT, names="model", new_run_only=True,
-    )  # fmt: skip
-    cased: bool | None = option(
-        "the vocab.txt was made from cased text",
-        off="--uncased", off_help="the vocab.txt was made from lower-cased text (assumed if nothing says so)",
-        group=WHAT, new_run_only=True,
-    )  # fmt: skip
-    strip_accents: bool | None = option(
-        "whether the vocab.txt was made from text without accents (default: yes if it is uncased)",
-        off="--no-strip-accents", group=WHAT, new_run_only=True,
-    )  # fmt: skip
-    allow_unknown: bool | None = option(
-        "build a store even if the tokenizer turns nearly all of a source into [UNK]", group=WHAT, new_run_only=True
+        metavar="PATH|NAME",
+        names="model",
     )
+    cased: bool | None = _what(
+        "the vocab.txt was made from cased text",
+        off="--uncased",
+        off_help="the vocab.txt was made from lower-cased text (assumed if nothing says so)",
+    )
+    strip_accents: bool | None = _what(
+        "whether the vocab.txt was made from text without accents (default: yes if it is uncased)",
+        off="--no-strip-accents",
+    )
+    allow_unknown: bool | None = _what("build a store even if the tokenizer turns nearly all of a source into [UNK]")
 
     def gives_corpus(self) -> bool:
         """Return whether any of these options is given."""
@@ -211,19 +205,19 @@ class PretrainOptions(CorpusOptions, RunOptions):
     SUMMARY: ClassVar[str] = "Pretrain generator and discriminator."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "what to train", HOW: "how to run it", WHERE: _WATCH}
 
-    recipe: str | Mapping[str, Any] | None = option(
-        f"{_RECIPES}, or a YAML file ({RECIPE_NOTE})",
-        metavar="NAME|FILE", group=WHAT, names="settings", new_run_only=True,
-    )  # fmt: skip
+    recipe: str | Mapping[str, Any] | None = _what(
+        f"{_RECIPES}, or a YAML file ({RECIPE_NOTE})", metavar="NAME|FILE", names="settings"
+    )
     overrides: list[str] | None = overrides_option(
         "schedule.total_steps=5000 model.hidden_size=256", group=WHAT, new_run_only=True, instead="write set"
     )
     seed: int | None = seed_option("of weights, data order, masks, samples and dropout")
-    init_from: list[str] | None = option(
+    init_from: list[str] | None = _what(
         "begin with the weights of transformers' ELECTRA: a generator and a discriminator, each a folder or a name on "
         "the Hub, a folder that bin/export made, or a discriminator alone",
-        metavar="SOURCE", group=WHAT, names="model", new_run_only=True,
-    )  # fmt: skip
+        metavar="SOURCE",
+        names="model",
+    )
     data: Path | None = option(
         "a token store that bin/build-data made; with --resume: where the run's own store is now",
         metavar="STORE", group=WHAT, names="folder",
@@ -232,21 +226,21 @@ class PretrainOptions(CorpusOptions, RunOptions):
         "sequences at a time, in place of the JSON's; auto: the largest that fits, found by trying on a GPU"
     )
     run_dir: Path | None = run_dir_option("runs/RECIPE-TIME")
-    compile: Compile | None = option(
+    compile: Compile | None = _habit(
         "torch.compile, and CUDA graphs without accumulation; auto: on GPUs of compute capability 7.0 and above",
-        group=HOW, is_how=True, on="on",
-    )  # fmt: skip
-    eval_every: int | None = option("default: a tenth of it, at most 5000", metavar="STEPS", group=HOW)
-    save_every: int | None = option("default: a tenth of it, at most 2000", metavar="STEPS", group=HOW, is_how=True)
-    keep: int | None = option("checkpoints to retain (default: 3)", metavar="N", group=HOW, is_how=True)
-    keep_at: list[int] | None = option(
-        "steps whose checkpoints stay, whatever --keep says", metavar="STEP", group=HOW, instead="write checkpoints"
+        on="on",
     )
-    stop_on_collapse: bool | None = option(
+    eval_every: int | None = _how("default: a tenth of it, at most 5000", metavar="STEPS")
+    save_every: int | None = _habit("default: a tenth of it, at most 2000", metavar="STEPS")
+    keep: int | None = _habit("checkpoints to retain (default: 3)", metavar="N")
+    keep_at: list[int] | None = _how(
+        "steps whose checkpoints stay, whatever --keep says", metavar="STEP", instead="write checkpoints"
+    )
+    stop_on_collapse: bool | None = _how(
         "end the run where the discriminator stays at chance while the generator gets better",
-        group=HOW, instead="write it beside seeds, the same for all trials",
-    )  # fmt: skip
-    eval_windows: int | None = option("held-out sequences (default: 512)", metavar="N", group=HOW)
+        instead="write it beside seeds, the same for all trials",
+    )
+    eval_windows: int | None = _how("held-out sequences (default: 512)", metavar="N")
 
     def check(self) -> None:
         """Raise ConfigError if options cannot go together."""
@@ -300,11 +294,12 @@ class FinetuneOptions(RunOptions):
         WHERE: _WATCH,
     }
 
-    recipe: str | Mapping[str, Any] | None = option(
+    recipe: str | Mapping[str, Any] | None = _what(
         f"{', '.join(finetune_recipe_names())}, or a YAML file (default: {FINETUNE_RECIPE} with --task, {OWN_RECIPE} "
         f"with --train)",
-        metavar="NAME|FILE", group=WHAT, names="settings", new_run_only=True,
-    )  # fmt: skip
+        metavar="NAME|FILE",
+        names="settings",
+    )
     overrides: list[str] | None = overrides_option(
         "schedule.epochs=5 head.pooling=first", group=WHAT, new_run_only=True, instead="write set"
     )
@@ -313,25 +308,16 @@ class FinetuneOptions(RunOptions):
         "the encoder: a run of bin/pretrain or bin/finetune, a transformers folder, or a name on the Hub",
         metavar="RUN|FOLDER|HUB", group=WHAT, names="model",
     )  # fmt: skip
-    task: str | None = option(
-        "one of those below", metavar="TASK", parse=task_name, group=WHAT, names="name", new_run_only=True
+    task: str | None = _what("one of those below", metavar="TASK", parse=task_name, names="name")
+    random_init: bool | None = _what(
+        "the model's shape and tokenizer, but random weights by the seed: what pretraining is compared with"
     )
-    random_init: bool | None = option(
-        "the model's shape and tokenizer, but random weights by the seed: what pretraining is compared with",
-        group=WHAT, new_run_only=True,
-    )  # fmt: skip
-    max_train_examples: int | None = option(
-        "train on N examples (default: all)", metavar="N", group=WHAT, new_run_only=True
-    )
+    max_train_examples: int | None = _what("train on N examples (default: all)", metavar="N")
     data_dir: Path | None = option(
         "official files: GLUE's folders, or SQuAD's JSON", metavar="DIR", group=DATA, names="folder"
     )
-    hub: str | None = option(
-        "a data set on the Hub, laid out as nyu-mll/glue or squad", metavar="NAME", group=DATA, new_run_only=True
-    )
-    revision: str | None = option(
-        "commit, branch or tag of the data set on the Hub", metavar="REV", group=DATA, new_run_only=True
-    )
+    hub: str | None = _data("a data set on the Hub, laid out as nyu-mll/glue or squad", metavar="NAME")
+    revision: str | None = _data("commit, branch or tag of the data set on the Hub", metavar="REV")
     train: Path | None = option(
         "your own training examples: .csv, .tsv or .jsonl", metavar="FILE", group=DATA, names="file"
     )
@@ -339,31 +325,24 @@ class FinetuneOptions(RunOptions):
     test: Path | None = option(
         "your own examples to predict at the end; labels are optional", metavar="FILE", group=DATA, names="file"
     )
-    text: str | None = option(
-        "the text (default: the first of text, sentence, sentence1, …)",
-        metavar="COLUMN", group=DATA, new_run_only=True,
-    )  # fmt: skip
-    pair: str | None = option("the second text, where there is one", metavar="COLUMN", group=DATA, new_run_only=True)
-    label: str | None = option(
-        "the label (default: the first of label, labels, score, …)", metavar="COLUMN", group=DATA, new_run_only=True
-    )
-    label_kind: Literal["classification", "regression"] | None = option(
-        "default: regression where labels are no classes", group=DATA, new_run_only=True
+    text: str | None = _data("the text (default: the first of text, sentence, sentence1, …)", metavar="COLUMN")
+    pair: str | None = _data("the second text, where there is one", metavar="COLUMN")
+    label: str | None = _data("the label (default: the first of label, labels, score, …)", metavar="COLUMN")
+    label_kind: Literal["classification", "regression"] | None = _data(
+        "default: regression where labels are no classes"
     )
     micro_batch: int | Literal["auto"] | None = micro_batch_option(
         "inputs at a time, in place of the JSON's; auto: a rank's whole share, or less where memory runs out"
     )
     run_dir: Path | None = run_dir_option("runs/TASK-RECIPE-sSEED-TIME")
-    eval_every: int | None = option(
-        "default: an epoch, or a tenth of the recipe's schedule.min_steps if that is more", metavar="STEPS", group=HOW
+    eval_every: int | None = _how(
+        "default: an epoch, or a tenth of the recipe's schedule.min_steps if that is more", metavar="STEPS"
     )
-    save_every: int | None = option("default: 500", metavar="STEPS", group=HOW, is_how=True)
-    keep: int | None = option("checkpoints to retain (default: 1)", metavar="N", group=HOW, is_how=True)
-    discard_weights: bool | None = option(
-        "remove the checkpoints once the run is done; scores and predictions stay", group=HOW, is_how=True
-    )
-    predict_test: bool | None = option(
-        "predict the test sets too, and write GLUE's files; with --resume for a finished run as well", group=HOW
+    save_every: int | None = _habit("default: 500", metavar="STEPS")
+    keep: int | None = _habit("checkpoints to retain (default: 1)", metavar="N")
+    discard_weights: bool | None = _habit("remove the checkpoints once the run is done; scores and predictions stay")
+    predict_test: bool | None = _how(
+        "predict the test sets too, and write GLUE's files; with --resume for a finished run as well"
     )
     early_stopping: int | None = option("end after N evaluations without a better score", metavar="N", group=CHOICE)
     best: bool | None = option("keep and score the best evaluation's weights, not the last", group=CHOICE)
