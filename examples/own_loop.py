@@ -38,6 +38,6 @@ with electra_ds.open_engine(recipe, store, model=model, ds_config="cpu") as engi
     for step, batch in electra_ds.batches(recipe, store):
         result = engine.train_step(batch, step)
         if (step + 1) % 10 == 0:
-            print(f"step {step + 1}: loss {result.loss.item():.3f}, gradient norm {result.grad_norm.item():.3f}")
+            print(f"step {step + 1}: " + ", ".join(f"{name} {value.item():.3f}" for name, value in result.items()))
     for name, value in electra_ds.evaluate(engine, recipe, store, windows=16).items():
         print(f"{name} {value:.3f}")

@@ -59,8 +59,8 @@ def open_engine(
     """Open a DeepSpeed engine, and close it with the context. Under a launcher every rank opens one.
 
     `engine.train_step(batch, step)` does one optimizer step, with the learning rate of the recipe's schedule at that
-    step, and returns its losses and the gradient norm as scalars on the device. `engine.optimizer` has `snapshot()` and
-    `load()`.
+    step, and returns its losses and the gradient norm by name, as scalars on the device. `engine.optimizer` has
+    `snapshot()` and `load()`.
 
     Args:
         recipe: the recipe.

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_origin
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.option import add_options, described, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
-from electra_ds.config.recipe import Recipe, named_values, values_yaml
+from electra_ds.config.recipe import ElectraRecipe, named_values, values_yaml
 from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, shipped_names
 from electra_ds.config.tasks import SQUAD_TASKS
 from electra_ds.core.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ OPTIONS = {
 """The options that a stage may give."""
 INSTEAD = {name: of.instead for name, of in _KNOWN.items() if of.instead}
 """What to write for those that the sweep sets itself."""
-RECIPE_KEYS = {"pretrain": Recipe.dotted_keys(), "finetune": FinetuneRecipe.dotted_keys()}
+RECIPE_KEYS = {"pretrain": ElectraRecipe.dotted_keys(), "finetune": FinetuneRecipe.dotted_keys()}
 PRETRAIN_METRICS = (
     "generator_loss", "discriminator_loss", "generator_masked_loss", "unigram_loss", "generator_gain",
     "generator_accuracy", "generator_sampled_accuracy", "replaced_share", "discriminator_accuracy",
