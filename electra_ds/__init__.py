@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from electra_ds.api.pieces import build_model as build_model
     from electra_ds.api.pieces import evaluate as evaluate
     from electra_ds.api.pieces import open_engine as open_engine
+    from electra_ds.api.pieces import open_store as open_store
     from electra_ds.api.plan import plan as plan
     from electra_ds.api.pretrain import pretrain as pretrain
     from electra_ds.api.run import Run as Run
@@ -34,7 +35,7 @@ _HOMES = {
     "import_checkpoint": "api.export", "plan": "api.plan", "Run": "api.run", "load_recipe": "config.overrides",
     "Recipe": "config.recipe", "FinetuneRecipe": "config.finetune_recipe", "PretrainOptions": "config.options",
     "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",
-    "build_model": "api.pieces", "open_engine": "api.pieces", "evaluate": "api.pieces",
+    "build_model": "api.pieces", "open_engine": "api.pieces", "open_store": "api.pieces", "evaluate": "api.pieces",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]
 

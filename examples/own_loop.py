@@ -13,7 +13,7 @@ import electra_ds
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 
-# The text. A store that is there already is opened with electra_ds.TokenStore(path).
+# The text. A store that is there already is opened with electra_ds.open_store(path).
 texts = folder / "texts"
 texts.mkdir(exist_ok=True)
 for number in range(40):

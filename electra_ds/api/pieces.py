@@ -1,7 +1,7 @@
 """The parts of a pretraining, for a loop of your own.
 
 recipe = load_recipe("tiny", {"schedule.total_steps": 100})
-store = TokenStore("stores/mine")
+store = open_store("stores/mine")
 with open_engine(recipe, store, ds_config="cpu") as engine:
     for step, batch in batches(recipe, store):
         result = engine.train_step(batch, step)
@@ -28,6 +28,11 @@ from electra_ds.pretraining.objectives.base import PretrainingBatch
 from electra_ds.training.model import AutocastModel
 from electra_ds.training.prefetch import prefetched
 from electra_ds.training.prepare import plan_for
+
+
+def open_store(path: str | Path) -> TokenStore:
+    """Return the token store in a folder. Raises DataError if it is missing or damaged."""
+    return TokenStore(Path(path))
 
 
 def batches(recipe: Recipe, store: TokenStore, first_step: int = 0) -> Iterator[tuple[int, PretrainingBatch]]:

@@ -43,6 +43,13 @@ _RECIPES, _JSONS = ", ".join(recipe_names()), ", ".join(ds_config_names())
 _WATCH = "where to watch it (metrics.jsonl is always written)"
 
 
+_what = partial(option, group=WHAT, new_run_only=True)
+_data = partial(option, group=DATA, new_run_only=True)
+_how = partial(option, group=HOW)
+_habit = partial(option, group=HOW, is_how=True)
+_watch = partial(option, group=WHERE, is_how=True)
+
+
 def task_name(text: str) -> str:
     """Return a task's name; the names of the Hub, such as `stsb` and `sst2`, are understood too."""
     plain = {task.replace("-", ""): task for task in TASKS}
@@ -56,13 +63,6 @@ def task_name(text: str) -> str:
 
 def overrides_option(example: str, **more: Any) -> Any:
     return option(f"override the recipe, e.g. --set {example}", flag="--set", nargs="+", metavar="KEY=VALUE", **more)
-
-
-_what = partial(option, group=WHAT, new_run_only=True)
-_data = partial(option, group=DATA, new_run_only=True)
-_how = partial(option, group=HOW)
-_habit = partial(option, group=HOW, is_how=True)
-_watch = partial(option, group=WHERE, is_how=True)
 
 
 def with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
@@ -88,6 +88,13 @@ def ds_config_option(**more: Any) -> Any:
 
 def micro_batch_option(help: str, group: str = HOW) -> Any:
     return option(help, metavar="N|auto", parse=positive_or_auto, group=group, is_how=True)
+
+
+def corpus_option(note: str, **more: Any) -> Any:
+    return _what(
+        f"text files and folders, or hub:NAME#CONFIG@SPLIT; once for each source ({note})",
+        metavar="SOURCE", names="corpus", **more,
+    )  # fmt: skip
 
 
 def run_dir_option(default: str) -> Any:
@@ -165,11 +172,7 @@ class RunOptions(TrackingOptions):
 class CorpusOptions(Options):
     """Where text comes from."""
 
-    corpus: list[list[str]] | None = _what(
-        "text files and folders, or hub:NAME#CONFIG@SPLIT; once for each source (default: the built-in corpus)",
-        metavar="SOURCE",
-        names="corpus",
-    )
+    corpus: list[list[str]] | None = corpus_option("default: the built-in corpus")
     document_boundary: Literal["file", "blank-line"] | None = _what(
         "where a document ends in a text file (default: file)"
     )
@@ -196,6 +199,11 @@ class CorpusOptions(Options):
     def gives_corpus(self) -> bool:
         """Return whether any of these options is given."""
         return any(getattr(self, name) is not None for name in described(CorpusOptions))
+
+    def check_store(self, data: Path | None) -> None:
+        """Raise ConfigError if a token store is given and a corpus too."""
+        if data is not None and self.gives_corpus():
+            raise ConfigError("--data is a finished token store; give either it or --corpus and what belongs to that.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +261,7 @@ class PretrainOptions(CorpusOptions, RunOptions):
             raise ConfigError(
                 f"--init-from takes a generator and a discriminator, and {len(self.init_from)} models are given."
             )
-        if self.data is not None and self.gives_corpus():
-            raise ConfigError("--data is a finished token store; give either it or --corpus and what belongs to that.")
+        self.check_store(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)

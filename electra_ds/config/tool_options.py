@@ -11,6 +11,7 @@ from electra_ds.config.option import Options, duration_s, gibibytes, option
 from electra_ds.config.options import (
     WHAT,
     CorpusOptions,
+    corpus_option,
     ds_config_option,
     micro_batch_option,
     overrides_option,
@@ -75,10 +76,7 @@ class BuildDataOptions(CorpusOptions):
     SUMMARY: ClassVar[str] = "Tokenise a corpus into a token store."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "the text and its tokenizer"}
 
-    corpus: list[list[str]] | None = option(
-        "text files and folders, or hub:NAME#CONFIG@SPLIT; once for each source (`builtin` for the built-in corpus)",
-        metavar="SOURCE", group=WHAT, required=True,
-    )  # fmt: skip
+    corpus: list[list[str]] | None = corpus_option("`builtin` for the built-in corpus", required=True)
     out: Path = option("folder to make", metavar="STORE", required=True)
     recipe: str | Mapping[str, Any] | None = option(
         f"whose tokenizer to train (default: {GPU_RECIPE})", metavar="NAME|FILE"
@@ -231,6 +229,7 @@ class ImportOptions(CorpusOptions):
         ),
     }
 
+    corpus: list[list[str]] | None = corpus_option("default: the exported run's token store")
     native: Path = option("the checkpoint's folder", flag="", metavar="NATIVE")
     trusted: bool | None = option("you know where the files come from")
     run_dir: Path = option("folder of the run to make", metavar="RUN", required=True)
@@ -250,3 +249,7 @@ class ImportOptions(CorpusOptions):
         "how the names of parameters begin that were not trained, if a stage 0 checkpoint does not say which",
         metavar="NAME", group=_UNKNOWN,
     )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise ConfigError if options cannot go together."""
+        self.check_store(self.data)

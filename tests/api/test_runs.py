@@ -148,7 +148,7 @@ def test_a_plan_is_a_forecast() -> None:
 
 
 def test_the_parts_give_the_losses_of_a_run(examples: Path) -> None:
-    recipe, store = small_recipe(*STEPS), electra_ds.TokenStore(Path("stores/small"))
+    recipe, store = small_recipe(*STEPS), electra_ds.open_store("stores/small")
     with electra_ds.open_engine(recipe, store, ds_config="cpu") as engine:
         found = []
         for step, batch in electra_ds.batches(recipe, store):
