@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from electra_ds import cli
-from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, positive, wide_console
+from electra_ds.cli.arguments import add_command, wide_console
+from electra_ds.config.option import positive
+from electra_ds.config.shipped import GPU_RECIPE
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 
@@ -31,7 +33,7 @@ _SECTIONS = {  # and what is in the results if they were measured
 _WHEN_NAMED = ("memory", "checkpoints", "precisions")
 _STEPS = 500
 _MEASURING = {
-    "recipe": DEFAULT_RECIPE, "sections": [name for name in _SECTIONS if name not in _WHEN_NAMED],
+    "recipe": GPU_RECIPE, "sections": [name for name in _SECTIONS if name not in _WHEN_NAMED],
     "micro_batches": None, "dtypes": None, "rounds": 5, "steps": _STEPS, "threads": 1,
 }  # fmt: skip
 _EPILOG = """\

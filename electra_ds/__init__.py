@@ -1,3 +1,56 @@
-"""ELECTRA pretraining through DeepSpeed, with the sweeps that a study needs around it."""
+"""ELECTRA pretraining through DeepSpeed, with the sweeps that a study needs around it.
+
+The functions below are the commands, for Python; docs/python.md shows them. Each is imported when it is first used, so
+that `import electra_ds` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from electra_ds.api.export import export as export
+    from electra_ds.api.export import import_checkpoint as import_checkpoint
+    from electra_ds.api.finetune import finetune as finetune
+    from electra_ds.api.pieces import batches as batches
+    from electra_ds.api.pieces import build_model as build_model
+    from electra_ds.api.pieces import evaluate as evaluate
+    from electra_ds.api.pieces import open_engine as open_engine
+    from electra_ds.api.pieces import open_store as open_store
+    from electra_ds.api.plan import plan as plan
+    from electra_ds.api.pretrain import pretrain as pretrain
+    from electra_ds.api.run import Run as Run
+    from electra_ds.api.stores import build_data as build_data
+    from electra_ds.config.finetune_recipe import FinetuneRecipe as FinetuneRecipe
+    from electra_ds.config.options import FinetuneOptions as FinetuneOptions
+    from electra_ds.config.options import PretrainOptions as PretrainOptions
+    from electra_ds.config.overrides import load_recipe as load_recipe
+    from electra_ds.config.recipe import Recipe as Recipe
+    from electra_ds.data.token_store import TokenStore as TokenStore
+    from electra_ds.pretraining.objectives.base import Objective as Objective
+    from electra_ds.sweep.run import run_sweep as run_sweep
+    from electra_ds.training.callbacks import Callback as Callback
 
 __version__ = "0.1.0"
+_HOMES = {
+    "pretrain": "api.pretrain", "finetune": "api.finetune", "build_data": "api.stores", "export": "api.export",
+    "import_checkpoint": "api.export", "plan": "api.plan", "Run": "api.run", "load_recipe": "config.overrides",
+    "Recipe": "config.recipe", "FinetuneRecipe": "config.finetune_recipe", "PretrainOptions": "config.options",
+    "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",
+    "build_model": "api.pieces", "open_engine": "api.pieces", "open_store": "api.pieces", "evaluate": "api.pieces",
+    "run_sweep": "sweep.run", "Callback": "training.callbacks", "Objective": "pretraining.objectives.base",
+}  # fmt: skip
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -23,7 +23,7 @@ from typing import Any
 from tests.helpers import REPOSITORY
 
 _IMPORTED = [
-    "electra_ds.cli", "electra_ds.cli.stores", "electra_ds.pretraining.prepare", "electra_ds.pretraining.pretrain",
+    "electra_ds.cli", "electra_ds.api.pretrain",
     "electra_ds.report.run_report", "electra_ds.data.build", "deepspeed", "torch._dynamo", "sklearn.metrics",
     "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin",
     "tests.forks",

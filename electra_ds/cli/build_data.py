@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import DEFAULT_RECIPE, add_command, add_overrides, positive
-from electra_ds.cli.stores import add_corpus_arguments, make_store
+from electra_ds.cli.arguments import add_handled
+from electra_ds.config.shipped import GPU_RECIPE
+from electra_ds.config.tool_options import BuildDataOptions
 from electra_ds.core.program import command
 
 if TYPE_CHECKING:
@@ -31,33 +30,25 @@ Parquet; a folder may also be a dataset that save_to_disk wrote. An interrupted 
 
 
 def add_build_data(commands: Commands) -> None:
-    """The parser of `build-data`."""
-    command = add_command(commands, "build-data", "Tokenise a corpus into a token store.", _EPILOG)
-    command.set_defaults(handler=_build_data)
-    add_corpus_arguments(command, default_note="`builtin` for the built-in corpus", required=True)
-    command.add_argument("--out", type=Path, required=True, metavar="STORE", help="folder to make")
-    command.add_argument(
-        "--recipe", default=DEFAULT_RECIPE, metavar="NAME|FILE",
-        help=f"whose tokenizer to train (default: {DEFAULT_RECIPE})",
-    )  # fmt: skip
-    add_overrides(command, "tokenizer.vocab_size=16000")
-    command.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core)")
+    """Add the parser of `build-data`."""
+    add_handled(commands, "build-data", BuildDataOptions, _EPILOG, _build_data)
 
 
-def _build_data(options: argparse.Namespace) -> None:
+def _build_data(options: BuildDataOptions) -> None:
     from rich.console import Console
 
+    from electra_ds.api.stores import make_store
     from electra_ds.config.overrides import load_recipe
     from electra_ds.core.terminal import note, say, say_command
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe or GPU_RECIPE, options.overrides or ())
+    console = Console()
     try:
-        store = make_store(options, recipe, options.out, options.workers)
+        store = make_store(options, recipe, options.out, console, workers=options.workers)
     except KeyboardInterrupt:
         print("What is done so far is kept. To resume, run the same command again.", file=sys.stderr)
         raise
     info = store.info
-    console = Console()
     say(
         console,
         f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,} kinds "
@@ -66,5 +57,5 @@ def _build_data(options: argparse.Namespace) -> None:
     wanted = recipe.tokenizer.vocab_size
     if options.tokenizer is None and info.vocab_size < wanted:
         note(console, f"the text was enough for {info.vocab_size:,} of the recipe's {wanted:,} pieces")
-    recipe_argument = f" --recipe {options.recipe}" if options.recipe != DEFAULT_RECIPE else ""
+    recipe_argument = f" --recipe {options.recipe}" if options.recipe else ""
     say_command(console, "Train on it with:", f"{command('pretrain')} --data {store.path}{recipe_argument}")

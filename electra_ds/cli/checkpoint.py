@@ -1,17 +1,13 @@
-"""`electra-ds checkpoint`: what can be done with checkpoints beside training."""
+"""`electra-ds checkpoint`: list, verify and prune a run's checkpoints, and bring in DeepSpeed's own."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import add_command, add_overrides, micro_batch
-from electra_ds.cli.checkpoint_folder import add_ls, add_prune, add_verify
-from electra_ds.cli.pretrain import check_arguments
-from electra_ds.cli.stores import add_corpus_arguments, gives_corpus, open_store
-from electra_ds.config.shipped import DS_CONFIG_NOTE, ds_config_names, recipe_names
-from electra_ds.core.errors import ConfigError
+from electra_ds.cli.arguments import add_command, add_handled, wide_console
+from electra_ds.config.tool_options import ImportOptions, ListOptions, PruneOptions, VerifyOptions
+from electra_ds.core.errors import CheckpointError
+from electra_ds.core.program import command
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -21,112 +17,135 @@ examples:
   bin/checkpoint ls runs/tiny-20260101-120000
   bin/checkpoint verify runs/tiny-20260101-120000
   bin/checkpoint prune runs/tiny-20260101-120000 --keep 1
-  bin/checkpoint import their_checkpoint/ --run-dir runs/theirs --ds-config cpu --recipe their_recipe.yaml \\
+  bin/checkpoint import their_checkpoint/ --trusted --run-dir runs/theirs --ds-config cpu --recipe their_recipe.yaml \\
       --data stores/theirs
   bin/checkpoint import --help
 """
 _IMPORT_EPILOG = """\
 examples:
-  bin/checkpoint import out/ --run-dir runs/back --ds-config ds_configs/rtx3090-24gb.json
+  bin/checkpoint import out/ --trusted --run-dir runs/back --ds-config ds_configs/rtx3090-24gb.json
       our own export (bin/export --to deepspeed), perhaps trained further elsewhere: with the recipe and data of its run
-  bin/checkpoint import theirs/global_step40 --run-dir runs/theirs --ds-config cpu --recipe electra-small \\
+  bin/checkpoint import theirs/global_step40 --trusted --run-dir runs/theirs --ds-config cpu --recipe electra-small \\
       --set schedule.total_steps=100000 --data stores/theirs
       a checkpoint of someone's own script; its ZeRO stage and number of ranks may differ from those here
   bin/pretrain --resume runs/theirs
 
 NATIVE is what DeepSpeed's engine.save_checkpoint wrote, or what its ds_to_universal made of it: the folder that holds
 the file `latest` or `latest_universal`, or one of its tag folders. Its parameters are named as in electra_ds's joint
-module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles;
-only tensors and numbers are loaded from them, and nothing that they call is run.
+module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles.
+Without --trusted nothing in them is loaded, and the command says what they would call; with it they are read with inert
+stand-ins for everything but tensors.
+"""
+_LS_EPILOG = """\
+examples:
+  bin/checkpoint ls runs/tiny-20260101-120000
+  bin/checkpoint ls runs/tiny-20260101-120000 --json | jq '.[-1].step'
+
+Only sizes are looked at here; `verify` reads every byte.
+"""
+_VERIFY_EPILOG = """\
+examples:
+  bin/checkpoint verify runs/tiny-20260101-120000
+  bin/checkpoint verify runs/tiny-20260101-120000/checkpoints/latest
+
+The exit status is 0 where all of them are whole, and 2 where one is not.
+"""
+_PRUNE_EPILOG = """\
+examples:
+  bin/checkpoint prune runs/tiny-20260101-120000 --keep 1 --dry-run
+  bin/checkpoint prune runs/tiny-20260101-120000 --keep 1 --damaged
+
+The newest whole checkpoint always stays. A copy that you keep under a name of your own is never touched.
 """
 
 
 def add_checkpoint(commands: Commands) -> None:
-    """The parser of `checkpoint` and its actions."""
-    command = add_command(
+    """Add the parser of `checkpoint` and its actions."""
+    parser = add_command(
         commands, "checkpoint", "List, verify and prune a run's checkpoints, or bring in DeepSpeed's own.", _EPILOG
     )
-    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add_ls(actions)
-    add_verify(actions)
-    add_prune(actions)
-    _add_import(actions)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add_handled(actions, "ls", ListOptions, _LS_EPILOG, _ls)
+    add_handled(actions, "verify", VerifyOptions, _VERIFY_EPILOG, _verify)
+    add_handled(actions, "prune", PruneOptions, _PRUNE_EPILOG, _prune)
+    add_handled(actions, "import", ImportOptions, _IMPORT_EPILOG, _import)
 
 
-def _add_import(actions: Commands) -> None:
-    action = add_command(
-        actions, "import", "Make a run of a native DeepSpeed checkpoint, to be resumed.", _IMPORT_EPILOG
-    )
-    action.set_defaults(handler=_import, resume=None, init_from=None, seed=None)
-    action.add_argument("native", type=Path, metavar="NATIVE", help="the checkpoint's folder")
-    action.add_argument("--trusted", action="store_true", help=argparse.SUPPRESS)  # once needed, now without effect
-    action.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run to make")
-    action.add_argument(
-        "--ds-config", metavar="NAME|FILE",
-        help=f"how the run continues: {', '.join(ds_config_names())}, or a DeepSpeed JSON ({DS_CONFIG_NOTE})",
-    )  # fmt: skip
-    action.add_argument("--micro-batch", type=micro_batch, metavar="N|auto", help="in place of the JSON's")
-    what = action.add_argument_group("what was trained (default: what our own export says)")
-    what.add_argument("--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())}, or a YAML file")
-    add_overrides(what, "schedule.total_steps=5000 generator.sharing=none")
-    add_corpus_arguments(what, default_note="default: the exported run's token store")
-    what.add_argument("--data", type=Path, metavar="STORE", help="a token store that bin/build-data made")
-    _add_untold(action)
+def _import(options: ImportOptions) -> None:
+    from electra_ds.api.export import imported
+
+    print(imported(options))
 
 
-def _add_untold(action: argparse.ArgumentParser) -> None:
-    untold = action.add_argument_group(
-        "what the files may not say",
-        "The tensors do not show the number of heads, layer_norm_eps, the activation and the position type. They are "
-        "taken from the recipe (--set generator.num_attention_heads=4 model.layer_norm_eps=1e-6) and checked against "
-        "the config.json files that lie next to or above the checkpoint, or that you give.",
-    )
-    for part in ("generator", "discriminator"):
-        untold.add_argument(
-            f"--{part}-config", type=Path, metavar="FILE", help=f"the {part}'s config.json, or the folder it is in"
-        )
-    untold.add_argument(
-        "--frozen", nargs="+", default=[], metavar="NAME",
-        help="how the names of parameters begin that were not trained, if a stage 0 checkpoint does not say which",
-    )  # fmt: skip
+def _ls(options: ListOptions) -> None:
+    from datetime import datetime
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from electra_ds.core.terminal import say_command
+    from electra_ds.training.checkpoints import listed, set_aside
+
+    found = listed(options.run)
+    console = wide_console()
+    if options.json:
+        console.print_json(data=[checkpoint._asdict() for checkpoint in found])
+        return
+    table = Table("checkpoint", box=None, pad_edge=False)
+    for column in ("tokens", "saved", "size", "precision", "ZeRO", "ranks"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("state")
+    for checkpoint in found:
+        saved = "" if checkpoint.saved is None else f"{datetime.fromisoformat(checkpoint.saved).astimezone():%m-%d %R}"
+        tokens = "" if checkpoint.tokens is None else f"{checkpoint.tokens / 1e6:,.1f} M"
+        known = (checkpoint.precision, checkpoint.stage, checkpoint.ranks)
+        state = f"[red]damaged: {escape(checkpoint.problem)}[/]" if checkpoint.problem else "complete"
+        cells = ("" if value is None else escape(str(value)) for value in known)
+        table.add_row(checkpoint.name, tokens, saved, _size(checkpoint.bytes), *cells, state)
+    console.print(table if found else "No checkpoint yet.")
+    aside = set_aside(options.run)
+    if aside:
+        remove = f"{command('checkpoint')} prune {options.run} --damaged"
+        say_command(console, f"{len(aside)} set aside as damaged. To remove them:", remove)
 
 
-def _import(options: argparse.Namespace) -> None:
-    check_arguments(options)
+def _verify(options: VerifyOptions) -> None:
+    from rich.markup import escape
 
-    from electra_ds.interop.deepspeed_checkpoint import read_deepspeed_checkpoint
-    from electra_ds.interop.deepspeed_files import find_files
-    from electra_ds.interop.fit import find_sizes
-    from electra_ds.interop.import_deepspeed import folder_of_export, import_deepspeed, store_of_export
+    from electra_ds.training.checkpoints import to_verify, verify
 
-    files = find_files(options.native)
-    export = folder_of_export(files)
-    has_data = options.data is not None or gives_corpus(options)
-    if export is None and (options.recipe is None or not has_data):
-        raise ConfigError(
-            f"{files.folder} does not come with recipe and data, as an export of ours does. Say what it was trained "
-            f"by with --recipe, and on what text with --data or --corpus and --tokenizer."
-        )
+    console = wide_console()
+    paths = to_verify(options.run)
+    wrong = []
+    for path in paths:
+        try:
+            with console.status(f"reading {escape(path.name)} …"):
+                problem = verify(path)
+        except FileNotFoundError:
+            console.print(f"{path.name}: pruned meanwhile", highlight=False, markup=False)
+            continue
+        if problem is None:
+            console.print(f"{path.name}: whole", highlight=False, markup=False)
+        else:
+            wrong.append(problem)
+            console.print(f"[red]{escape(path.name)}: damaged[/]", highlight=False)
+    if wrong:
+        told = "\n  ".join(wrong)
+        rest = "A resumed run takes the newest complete one and sets these aside." if len(wrong) < len(paths) else ""
+        raise CheckpointError(f"{len(wrong)} of {len(paths)} checkpoint(s) damaged:\n  {told}\n{rest}".rstrip())
 
-    from electra_ds.config.overrides import load_recipe
-    from electra_ds.config.run_directory import RunDirectory
-    from electra_ds.core.ranks import join_ranks
-    from electra_ds.pretraining import prepare
 
-    recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), options.overrides)
-    given = {"generator": options.generator_config, "discriminator": options.discriminator_config}
-    known = find_sizes(files.folder, given, export, recipe)
-    run = RunDirectory(options.run_dir)
-    wanted = prepare.Options(ds_config=options.ds_config, micro_batch=options.micro_batch)
-    with join_ranks() as ranks:
-        if ranks.world_size > 1:
-            raise ConfigError(
-                "One process imports a checkpoint, of however many ranks it is: start it without torchrun."
-            )
-        plan = prepare.plan_new(wanted, recipe, run, ranks)
-        native = read_deepspeed_checkpoint(files, options.frozen)
-        store = store_of_export(export) if export and not has_data else open_store(options, recipe)
-        job = prepare.prepare_new(wanted, recipe, plan, store, run, ranks)
-        job = prepare.with_fitting_micro_batch(job, wanted, ranks)
-        with run.locked(is_new=True):
-            print(import_deepspeed(native, job, export, known))
+def _prune(options: PruneOptions) -> None:
+    from electra_ds.training.checkpoints import prune
+
+    console = wide_console()
+    verb, count = "would remove" if options.dry_run else "removing", 0
+    for path, why in prune(options.run, options.keep, damaged=bool(options.damaged), dry=bool(options.dry_run)):
+        console.print(f"{verb} {path.name} ({why})", highlight=False, markup=False)
+        count += 1
+    if not count:
+        console.print("Nothing to remove.")
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 10**9 else f"{number / 1e6:.1f} MB"

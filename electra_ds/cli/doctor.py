@@ -1,12 +1,12 @@
-"""The command `doctor`."""
+"""`electra-ds doctor`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import add_command
+from electra_ds.cli.arguments import add_handled
+from electra_ds.config.tool_options import DoctorOptions
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
@@ -14,21 +14,18 @@ if TYPE_CHECKING:
 _EPILOG = """\
 example:
   bin/doctor
-      versions, memory, GPUs, and one real training step in each precision; exit status 0 if pretraining can run
+      versions, memory, GPUs, and one real training step in each precision; exit status 0 where pretraining can run
 """
 
 
 def add_doctor(commands: Commands) -> None:
     """Add the parser of `doctor`."""
-    description = "Report whether this machine can pretrain, and how to fix what is wrong."
-    command = add_command(commands, "doctor", description, _EPILOG)
-    command.set_defaults(handler=_doctor)
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_handled(commands, "doctor", DoctorOptions, _EPILOG, _doctor)
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _doctor(options: DoctorOptions) -> None:
     from rich.console import Console
 
     from electra_ds.pretraining.doctor import doctor
 
-    sys.exit(doctor(Console(), as_json=options.json))
+    sys.exit(doctor(Console(), as_json=bool(options.json)))

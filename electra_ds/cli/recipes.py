@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import add_command
+from electra_ds.cli.arguments import add_handled
 from electra_ds.config.shipped import (
     CPU_RECIPE,
     FINETUNE_RECIPE,
@@ -18,6 +17,7 @@ from electra_ds.config.shipped import (
     shipped_names,
     shipped_text,
 )
+from electra_ds.config.tool_options import RecipesOptions
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,13 +45,11 @@ _DEFAULTS = {
 
 
 def add_recipes(commands: Commands) -> None:
-    """The parser of `recipes`."""
-    command = add_command(commands, "recipes", "List the recipes that come with the program, or print one.", _EPILOG)
-    command.set_defaults(handler=_recipes)
-    command.add_argument("name", nargs="?", metavar="NAME", help=", ".join([*recipe_names(), *finetune_recipe_names()]))
+    """Add the parser of `recipes`."""
+    add_handled(commands, "recipes", RecipesOptions, _EPILOG, _recipes)
 
 
-def _recipes(options: argparse.Namespace) -> None:
+def _recipes(options: RecipesOptions) -> None:
     if options.name is not None:
         print(full_text(options.name), end="")
         return

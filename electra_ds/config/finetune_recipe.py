@@ -17,7 +17,15 @@ from typing import Any, Literal
 from pydantic import Field
 
 from electra_ds.config.overrides import apply_overrides, put_value
-from electra_ds.config.recipe import OptimizerSection, ScheduleSection, Section, named_values, validate_recipe
+from electra_ds.config.recipe import (
+    OptimizerSection,
+    RecipeSource,
+    ScheduleSection,
+    Section,
+    named_values,
+    shown_source,
+    validate_recipe,
+)
 from electra_ds.config.shipped import FINETUNE_RECIPES, TASKS, shipped_names
 from electra_ds.core.errors import ConfigError, did_you_mean
 
@@ -95,6 +103,8 @@ class FinetuneScheduleSection(Section):
 
 
 class FinetuneRecipe(Section):
+    """A recipe of finetuning, every value checked."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -144,20 +154,20 @@ class Finetuning:
         return ScheduleSection(kind=section.kind, total_steps=total, warmup_share=section.warmup_share)
 
 
-def load_finetune_recipe(name_or_path: str, task: str, overrides: Sequence[str] = ()) -> FinetuneRecipe:
-    """Return a shipped recipe or a YAML file with its `by_task` for the task and then the overrides applied."""
-    values = named_values(name_or_path, FINETUNE_RECIPES)
-    for key, value in _of_task(values.pop("by_task", None) or {}, task, name_or_path).items():
+def load_finetune_recipe(source: RecipeSource, task: str, overrides: Sequence[str] = ()) -> FinetuneRecipe:
+    """Return a recipe of finetuning with its `by_task` for the task, then the overrides, applied, and validated."""
+    values = named_values(source, FINETUNE_RECIPES)
+    for key, value in _of_task(values.pop("by_task", None) or {}, task, shown_source(source)).items():
         put_value(values, key, value)
     values = apply_overrides(values, overrides, FinetuneRecipe.dotted_keys())
-    return validate_recipe(values, name_or_path, FinetuneRecipe)
+    return validate_recipe(values, shown_source(source), FinetuneRecipe)
 
 
-def recipe_source(name_or_path: str) -> str:
-    """Return `shipped`, or the beginning of a hash of the user's own file."""
-    if name_or_path in shipped_names(FINETUNE_RECIPES):
+def recipe_source(source: RecipeSource) -> str:
+    """Return `shipped`, or the beginning of a hash of a recipe of the user's own."""
+    if isinstance(source, str) and source in shipped_names(FINETUNE_RECIPES):
         return "shipped"
-    values = named_values(name_or_path, FINETUNE_RECIPES)
+    values = named_values(source, FINETUNE_RECIPES)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

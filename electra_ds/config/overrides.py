@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from electra_ds.config.recipe import Recipe, for_objective, load_yaml, merge, named_values, recipe_type, validate_recipe
+from electra_ds.config.recipe import (
+    Recipe,
+    RecipeSource,
+    for_objective,
+    load_yaml,
+    merge,
+    named_values,
+    recipe_type,
+    shown_source,
+    validate_recipe,
+)
 from electra_ds.core.errors import ConfigError
 
 _SHORT = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "eps": "epsilon"}
@@ -63,13 +74,37 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a shipped recipe or one from a YAML file, with overrides applied and everything validated.
+def as_overrides(given: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return overrides as `key=value` texts, whose values `parse_value` reads back."""
+    if isinstance(given, Mapping):
+        return [f"{key}={_as_text(value)}" for key, value in given.items()]
+    return [given] if isinstance(given, str) else list(given)
 
-    Its type is that of the objective it names. Raises ConfigError.
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        try:
+            if parse_value(value) == value:
+                return value
+        except ConfigError:
+            pass
+    return json.dumps(value, ensure_ascii=False)
+
+
+def load_recipe(source: RecipeSource, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Return the recipe of pretraining with this name, in this YAML file or of these values, checked.
+
+    source: a shipped name such as `tiny`, a path, or a mapping of sections, which may say `extends: tiny`.
+    overrides: changed values by dotted key, as a mapping or as `key=value` texts.
+    The type of the recipe is that of the objective it names. Raises ConfigError, which lists every problem with its
+    key.
+
+        >>> from electra_ds import load_recipe
+        >>> load_recipe("tiny", {"schedule.total_steps": 400}).schedule.total_steps
+        400
     """
-    values = named_values(name_or_path)
-    for override in overrides:
-        if override.startswith("objective="):
-            values = for_objective(values, parse_value(override.partition("=")[2]))
-    return validate_recipe(apply_overrides(values, overrides, recipe_type(values).dotted_keys()), name_or_path)
+    values, texts = named_values(source), as_overrides(overrides)
+    for text in texts:
+        if text.startswith("objective="):
+            values = for_objective(values, parse_value(text.partition("=")[2]))
+    return validate_recipe(apply_overrides(values, texts, recipe_type(values).dotted_keys()), shown_source(source))

@@ -7,6 +7,7 @@ see `config/deepspeed.py`. Recipes are YAML files; those in `electra_ds/recipes/
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -319,6 +320,8 @@ def for_objective(values: dict[str, Any], objective: Any) -> dict[str, Any]:
     return {key: value for key, value in changed.items() if key not in left_out}
 
 
+_GIVEN = "custom"
+"""The name of a recipe whose values are given in Python without one."""
 _INSTEAD = {"warmup_steps": "warmup_share", "warmup_share": "warmup_steps", "min_steps": "epochs"}
 """Keys of a section that are not inherited if the other one is given: a recipe has one of the two warm-ups, and epochs
 that are given are not raised."""
@@ -336,14 +339,29 @@ def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def named_values(name_or_path: str, folder: str = RECIPES) -> dict[str, Any]:
-    """Return the raw mapping of a YAML file, or of the name of one that is shipped in `folder`, merged over the recipe
-    that it `extends`. Raises ConfigError.
+RecipeSource = str | Path | Mapping[str, Any] | Section
+"""A recipe's name, its file, or its values, which may say what recipe they extend; a recipe itself."""
+
+
+def named_values(source: RecipeSource, folder: str = RECIPES) -> dict[str, Any]:
+    """Return the raw mapping of a YAML file, of the name of one that is shipped in `folder`, or of given values, merged
+    over the recipe that it `extends`. Raises ConfigError.
 
     A recipe that extends another is called what its file is called, unless it says its name; it does not inherit
     name and description.
     """
-    return _extended(name_or_path, folder, ())
+    if isinstance(source, Section):
+        return source.model_dump()
+    if isinstance(source, Mapping):
+        return _over_base(dict(source), _GIVEN, folder, ())
+    return _extended(str(source), folder, ())
+
+
+def shown_source(source: RecipeSource) -> str:
+    """Return how a message calls a recipe."""
+    if isinstance(source, Section):
+        return f"'{getattr(source, 'name', _GIVEN)}'"
+    return f"'{source.get('name', _GIVEN)}'" if isinstance(source, Mapping) else str(source)
 
 
 def _extended(name_or_path: str, folder: str, above: tuple[str, ...]) -> dict[str, Any]:
@@ -356,17 +374,22 @@ def _extended(name_or_path: str, folder: str, above: tuple[str, ...]) -> dict[st
         values = _raw_values(name_or_path, folder)
     except ConfigError as error:
         raise ConfigError(f"Recipe {above[-1]} extends {name_or_path}. {error}" if above else str(error)) from error
+    return _over_base(values, name_or_path, folder, (*above, identity))
+
+
+def _over_base(values: dict[str, Any], source: str, folder: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """Return a recipe's raw mapping over the one that it extends, if it extends one."""
     base = values.pop("extends", None)
     if base is None:
         return values
     if not isinstance(base, str):
-        raise ConfigError(f"Recipe {name_or_path}: extends takes the name or the path of one recipe, not {base!r}.")
+        raise ConfigError(f"Recipe {source}: extends takes the name or the path of one recipe, not {base!r}.")
     if base not in shipped_names(folder):
-        base = str(Path(name_or_path).parent / base)
-    inherited = _extended(base, folder, (*above, identity))
+        base = str(Path(source).parent / base)
+    inherited = _extended(base, folder, above)
     if "objective" in values:
         inherited = for_objective(inherited, values["objective"])
-    named = {"name": Path(name_or_path).stem}
+    named = {"name": Path(source).stem}
     return named | merge({key: value for key, value in inherited.items() if key not in ("name", "description")}, values)
 
 

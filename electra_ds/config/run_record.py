@@ -11,18 +11,14 @@ from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import Field
-from typing_extensions import TypeVar
+
+from electra_ds.config.options import Compile as Compile
+from electra_ds.config.options import TaskSource as TaskSource
+from electra_ds.config.options import WandbMode
 
 FORMAT = 1
-_PATIENCE_S = 10
-_CHECKPOINT = "step-" + 8 * "[0-9]"
 _PACKAGES = ("electra_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
-_Parsed = TypeVar("_Parsed")
-_RecordT = TypeVar("_RecordT", bound="Record", default="RunRecord")
 _Count = Annotated[int, Field(gt=0)]
-Status = Literal["done", "stopped", "collapsed", "failed"]
-WandbMode = Literal["off", "online", "offline"]
-Compile = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -113,26 +109,6 @@ class RunRecord(Record):
     initialised_from: list[str] = field(default_factory=list)
     """Folders or Hub names whose weights the run began with; empty for random ones."""
     kind: Literal["pretrain"] = "pretrain"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSource:
-    """Where a task's examples come from: one of the three."""
-
-    folder: str | None = None
-    """Of official files."""
-    hub: str | None = None
-    """A dataset's name on the Hub."""
-    revision: str | None = None
-    """Its commit, branch or tag."""
-    train: str | None = None
-    """The user's own files, and below what their columns are called."""
-    dev: str | None = None
-    test: str | None = None
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-    label_kind: Literal["auto", "classification", "regression"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

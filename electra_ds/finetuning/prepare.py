@@ -1,13 +1,12 @@
-"""From what the user asked for to a checked finetuning."""
+"""From the options of a finetuning to a checked job; what every run needs is in `training/prepare.py`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ from typing import Any
 from rich.console import Console
 from transformers import PretrainedConfig
 
-from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
-from electra_ds.config.monitors import Monitors
+from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, recipe_source
+from electra_ds.config.options import FinetuneOptions, TaskSource
 from electra_ds.config.run_directory import RunDirectory, read_where_it_is
-from electra_ds.config.run_record import FinetuneRecord, FinetuneSettings, TaskSource, TrackingSettings
+from electra_ds.config.run_record import FinetuneRecord, FinetuneSettings
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
-from electra_ds.core.terminal import StageProgress, note, say, say_command, warn
+from electra_ds.core.terminal import StageProgress, say, say_command, warn
 from electra_ds.finetuning.advice import advice
 from electra_ds.finetuning.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.finetuning.finetune import SCORES, FinetuneJob
@@ -33,33 +32,14 @@ from electra_ds.finetuning.loaded_task import LoadedTask, recorded_task
 from electra_ds.finetuning.squad import SquadData
 from electra_ds.finetuning.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.finetuning.tasks import TaskData
-from electra_ds.pretraining.prepare import Options, plan_for, plan_of_run, record_again
-from electra_ds.pretraining.prepare import is_finished as is_finished_run
 from electra_ds.pretraining.run_time import RunTime, finetuning_time
+from electra_ds.training import prepare
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.recorded import kept_checkpoint
-from electra_ds.training.trackers import check_tracking
 
 _SAVE_EVERY = 500
 _EVALUATIONS = 10
 """The number of evaluations in a run that schedule.min_steps makes longer; each epoch would otherwise have one."""
-
-
-@dataclass(frozen=True)
-class FinetuneOptions(Options):
-    """Command-line values that are None where they were not given."""
-
-    predict_test: bool | None = None
-    early_stopping: int | None = None
-    best: bool | None = None
-    discard_weights: bool | None = None
-    max_train_examples: int | None = None
-    model: str | None = None
-    """Where the encoder of a resumed finetuning is now; the fields below say the same for its examples."""
-    data_dir: Path | None = None
-    train: Path | None = None
-    dev: Path | None = None
-    test: Path | None = None
 
 
 def num_training_inputs(data: TaskData, recipe: FinetuneRecipe, max_train: int | None) -> int:
@@ -93,52 +73,45 @@ def tokenised_sets(
 
 def prepare_new(
     options: FinetuneOptions,
-    task: str | None,
-    loaded: LoadedTask,
-    source: TaskSource,
-    encoder: EncoderSource,
     recipe: FinetuneRecipe,
+    loaded: LoadedTask,
+    encoder: EncoderSource,
     run: RunDirectory,
     ranks: Ranks,
     console: Console,
-    *,
-    has_random_weights: bool,
-    source_of_recipe: str,
-    changes: list[str],
 ) -> FinetuneJob:
-    """A job for a new run. Raises ConfigError if recipe, JSON, task and model do not go together."""
+    """Return a job for a new run. Raises ConfigError if recipe, JSON, task and model do not go together."""
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
     sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
     training = Finetuning(recipe, len(sets.train), encoder.num_layers)
-    plan = plan_for(options, training, ranks)
+    plan = prepare.plan_new(options, training, run, ranks)
     said = (*encoder.notes, *advice(training, encoder, sets, keeps_weights=not options.discard_weights))
-    notes = [note.rstrip(".") for note in (*loaded.notes, *said)]
-    plan = replace(plan, notes=(*plan.notes, *notes))
-    if ranks.is_main:
-        check_tracking(options.tracking(TrackingSettings(), plan.monitors, run), run, is_new=True)
+    plan = replace(plan, notes=(*plan.notes, *(note.rstrip(".") for note in (*loaded.notes, *said))))
     record = FinetuneRecord(
-        task=task or sets.name,
-        source=source,
+        task=options.task or sets.name,
+        source=options.source(),
         data_fingerprint=loaded.data.fingerprint,
         num_examples=len(sets.train),
         model=encoder.name,
         model_fingerprint=encoder.fingerprint,
-        has_random_weights=has_random_weights,
-        recipe_source=source_of_recipe,
-        changes=changes,
+        has_random_weights=bool(options.random_init),
+        recipe_source=recipe_source(options.recipe_or_default()),
+        changes=_changes(options),
         parameters={"encoder": sum(tensor.numel() for tensor in encoder.tensors.values())},
-        device=devices.device_name(devices.device(ranks.launch)),
-        threads=devices.set_threads(options.threads, ranks.launch),
-        threads_given=options.threads is not None,
-        world_size=ranks.world_size,
-        settings=options.settings(_default_settings(training)),
-        command=sys.argv,
-        tracking=options.tracking(TrackingSettings(), plan.monitors, run),
+        **prepare.new_record(options, plan, _default_settings(training), run, ranks),
     )
     _check_test(record, sets, loaded)
-    if has_random_weights:
+    if options.random_init:
         encoder = replace(encoder, tensors={})
-    return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
+    return FinetuneJob(run, training, plan, record, encoder, sets, prepare.stop_at(options, training))
+
+
+def _changes(options: FinetuneOptions) -> list[str]:
+    """Return what tells runs of one recipe apart that are not repetitions of each other."""
+    changes = sorted(override for override in options.overrides or () if override.partition("=")[0] != "seed")
+    if options.max_train_examples is not None:
+        changes.append(f"{options.max_train_examples} training examples")
+    return changes
 
 
 def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bool:
@@ -146,7 +119,7 @@ def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bo
 
     To be called by all ranks, which agree on it. Raises CheckpointError if there is no such run.
     """
-    if not is_finished_run(run, "finetune", ranks):
+    if not prepare.is_finished(run, "finetune", ranks):
         return False
     with ranks.together():
         has_predicted = run.read_record(FinetuneRecord).settings.predict_test
@@ -180,23 +153,19 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
     source = _source_now(options, record)
     encoder = _encoder_again(run, record, options.model)
     training = Finetuning(recipe, record.num_examples, encoder.num_layers)
-    plan = plan_of_run(options, run, record, training, ranks)
-    tracking = options.tracking(record.tracking, plan.monitors if options.ds_config else Monitors(), run)
-    if ranks.is_main:
-        check_tracking(tracking, run, is_new=False)
+    plan = prepare.plan_of_run(options, run, record, training, ranks)
     places = "--data-dir DIR" if record.source.train is None else "--train FILE --dev FILE"
     remedy = f"say where they are now: {command('finetune')} --resume {run.path} {places}"
     loaded, source = recorded_task(record, run.path, source, remedy)
-    settings = options.settings(record.settings)
-    sets = tokenised_sets(loaded.data, encoder, recipe, settings.max_train_examples, console)
+    record = prepare.record_again(replace(record, source=source), options, plan, run, ranks)
+    sets = tokenised_sets(loaded.data, encoder, recipe, record.settings.max_train_examples, console)
     if len(sets.train) != record.num_examples:
         raise CheckpointError(
             f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, and there are {len(sets.train):,}: "
             f"it was edited, or tokenizer or program are others by now. Put it back, or start a new run."
         )
-    record = record_again(replace(record, source=source), options, ranks, settings, tracking)
     _check_test(record, sets, loaded)
-    return FinetuneJob(run, training, plan, record, encoder, sets, _stop_at(options, training))
+    return FinetuneJob(run, training, plan, record, encoder, sets, prepare.stop_at(options, training))
 
 
 def _check_test(record: FinetuneRecord, sets: TaskSets, loaded: LoadedTask) -> None:
@@ -267,35 +236,21 @@ def _default_settings(training: Finetuning) -> FinetuneSettings:
     return FinetuneSettings(log_every=10, eval_every=eval_every, save_every=_SAVE_EVERY, keep=1)
 
 
-def _stop_at(options: Options, training: Finetuning) -> int:
-    total = training.schedule.total_steps
-    if options.stop_at is not None and options.stop_at > total:
-        raise ConfigError(f"--stop-at {options.stop_at} is beyond the schedule's {total} steps.")
-    return options.stop_at or total
-
-
 def announce(job: FinetuneJob, console: Console) -> None:
-    """What is about to run, in a few lines."""
+    """Print what is about to run, in a few lines."""
     recipe, record, schedule = job.recipe, job.record, job.training.schedule
     epochs = recipe.schedule.epochs
     if schedule.total_steps > job.training.steps_of_epochs:
         epochs = round(schedule.total_steps * recipe.global_batch_size / len(job.sets.train))
     began = "random weights of the shape of " if record.has_random_weights else ""
-    where = devices.shown_threads(record.device, record.threads)
     sets = ", ".join(f"{name} {len(inputs):,}" for name, inputs in (job.sets.dev | job.sets.test).items())
-    say(
-        console,
+    what = (
         f"{job.sets.name}, recipe {recipe.name}, seed {recipe.seed}: {began}{record.model}, "
         f"{record.parameters['encoder'] / 1e6:.2f} M parameters\n"
         f"data: {len(job.sets.train):,} training inputs; {sets}\n"
-        f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epochs); "
-        f"{where}, {job.plan.precision.name}, ZeRO stage {job.plan.stage}, "
-        f"micro-batch x accumulation = {job.plan.batch}\n"
-        f"run directory: {job.run.path}",
-    )  # fmt: skip
-    busy = devices.busy_note(record.device, record.threads)
-    for each in (*job.plan.notes, *([busy] if busy else [])):
-        note(console, each)
+        f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epochs)"
+    )
+    prepare.announce(what, record.device, record.threads, job.plan, job.run, console)
 
 
 def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:

@@ -26,6 +26,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.monitors import MONITOR_SECTIONS
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import Record
@@ -33,11 +34,11 @@ from electra_ds.core import devices
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.interop.export import cannot_write, check_out, unfinished
-from electra_ds.pretraining import prepare
 from electra_ds.pretraining.electra import Electra
 from electra_ds.training.checkpoint import Checkpoint
 from electra_ds.training.engine import check_plan, close_deepspeed
 from electra_ds.training.optimizer import MOMENTS, adamw_state
+from electra_ds.training.prepare import plan_of_run
 from electra_ds.training.recorded import beside, newest_checkpoint, recorded_recipe
 from electra_ds.training.schedule import learning_rate_at
 from electra_ds.training.zero import ZeroAdamW, torch_adamw
@@ -60,8 +61,8 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
         check_out(out)
         recipe = recorded_recipe(checkpoint)
         saved = RunDirectory(checkpoint.path)
-        options = prepare.Options(ds_config=ds_config)
-        plan = prepare.plan_of_run(options, saved, saved.read_record(Record), recipe, ranks)
+        options = PretrainOptions(ds_config=ds_config)
+        plan = plan_of_run(options, saved, saved.read_record(Record), recipe, ranks)
         tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -2,48 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_origin
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
-from electra_ds.config.recipe import Recipe, named_values, values_yaml
+from electra_ds.config.option import add_options, described, value_type
+from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
+from electra_ds.config.recipe import ElectraRecipe, named_values, values_yaml
 from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, shipped_names
-from electra_ds.core.errors import ConfigError, did_you_mean
+from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
 
-HOW = frozenset(
-    {
-        "ds_config", "micro_batch", "log_every", "save_every", "keep", "compile", "discard_weights", "tensorboard",
-        "wandb", "wandb_project", "wandb_entity", "wandb_group", "yes",
-    }
-)  # fmt: skip
-"""Those that a trial's outcome does not depend on."""
+KINDS: dict[str, type[RunOptions]] = {"pretrain": PretrainOptions, "finetune": FinetuneOptions}
+_KNOWN = described(PretrainOptions) | described(FinetuneOptions)
+"""An option that both commands have is the same one."""
+HOW = frozenset(name for name, of in _KNOWN.items() if of.is_how)
+"""The options that a trial's outcome does not depend on."""
 OPTIONS = {
-    "pretrain": (HOW - {"discard_weights"})
-    | {
-        "recipe", "init_from", "corpus", "document_boundary", "text_key", "streaming", "revision", "tokenizer", "cased",
-        "strip_accents", "allow_unknown", "data", "eval_every", "eval_windows",
-    },
-    "finetune": (HOW - {"compile"})
-    | {
-        "model", "task", "recipe", "random_init", "max_train_examples", "data_dir", "hub", "revision", "train", "dev",
-        "test", "text", "pair", "label", "label_kind", "eval_every", "predict_test", "early_stopping", "best",
-    },
-}  # fmt: skip
-"""By command."""
-INSTEAD = {
-    "resume": "resume the sweep itself with --resume", "run_dir": "every trial has its own",
-    "seed": "write seeds: [0, 1]", "stop_at": "write stop_at_share", "threads": "write resources.cpus",
-    "time_limit": "give the sweep itself --time-limit",
-    "dry_run": "give the sweep itself --dry-run",
-    "overrides": "write set", "keep_at": "write checkpoints",
-    "stop_on_collapse": "write it beside seeds, the same for all trials",
-}  # fmt: skip
+    stage: frozenset(name for name, of in described(kind).items() if not of.instead) for stage, kind in KINDS.items()
+}
+"""The options that a stage may give."""
+INSTEAD = {name: of.instead for name, of in _KNOWN.items() if of.instead}
 """What to write for those that the sweep sets itself."""
-RECIPE_KEYS = {"pretrain": Recipe.dotted_keys(), "finetune": FinetuneRecipe.dotted_keys()}
+RECIPE_KEYS = {"pretrain": ElectraRecipe.dotted_keys(), "finetune": FinetuneRecipe.dotted_keys()}
 PRETRAIN_METRICS = (
     "generator_loss", "discriminator_loss", "generator_masked_loss", "unigram_loss", "generator_gain",
     "generator_accuracy", "generator_sampled_accuracy", "replaced_share", "discriminator_accuracy",
@@ -53,41 +39,28 @@ PRETRAIN_METRICS = (
 SCORE = "score"
 """A finetuning's first metric, on the first development set."""
 
-_FLAGS = {
-    "streaming", "cased", "strip_accents", "allow_unknown", "random_init", "discard_weights", "predict_test", "best",
-    "tensorboard", "yes",
-}  # fmt: skip
-_ON = {"compile": "on", "wandb": "offline"}
-"""What true stands for, as which YAML reads the word on; false, or off, is off."""
-_OFF = {"tensorboard": "--no-tensorboard", "cased": "--uncased", "strip_accents": "--no-strip-accents"}
-"""Flags for which false has an argument of its own."""
-_LISTS = {"init_from", "corpus"}
-_FILES = ("train", "dev", "test")
-_FOLDERS = ("data_dir", "data")
-_MODELS = ("model", "tokenizer", "init_from")
-_CORPUS = ("builtin", "hub:")
-_SMALL = ("recipe", "ds_config")
+_TYPES: dict[str, Any] = {name: value_type(kind, name) for kind in KINDS.values() for name in described(kind)}
+NAMED = frozenset(name for name, of in _KNOWN.items() if of.names)
+"""The options whose value is a name or a path, or a list of them."""
 INPUTS = "inputs"
-"""Where a sweep's folder keeps copies of those."""
-NAMED = frozenset({"recipe", "task", "ds_config", *_FILES, *_FOLDERS, *_MODELS, "corpus"})
-"""Whose value is a name or a path, or a list of them."""
+"""Where a sweep's folder keeps copies of recipes and DeepSpeed JSON files."""
+_CORPUS = ("builtin", "hub:")
 _SHIPPED = {("pretrain", "recipe"): RECIPES, ("finetune", "recipe"): FINETUNE_RECIPES}
 
 
 def words(name: str, value: Any) -> list[str]:
     """An option as it stands on the command line; nothing for null and for a flag that is not set."""
-    flag = "--" + name.replace("_", "-")
-    if name in _ON and isinstance(value, bool):
-        return [flag, _ON[name] if value else "off"]
-    if name in _OFF and value is False:
-        return [_OFF[name]]
-    if value is None or value is False:
+    of = _KNOWN[name]
+    assert of.flag is not None
+    if of.on and isinstance(value, bool):
+        return [of.flag, of.on if value else "off"]
+    if value is None or (value is False and not of.off):
         return []
-    if value is True:
-        return [flag]
+    if isinstance(value, bool):
+        return [of.flag if value else of.off]
     if isinstance(value, list) and any(isinstance(each, list) for each in value):
         return [word for each in value for word in words(name, each)]  # several corpora
-    return [flag, *map(_word, value if isinstance(value, list) else [value])]
+    return [of.flag, *map(_word, value if isinstance(value, list) else [value])]
 
 
 def _word(value: Any) -> str:
@@ -100,11 +73,11 @@ def value_problem(name: str, value: Any) -> str:
         return ""
     if isinstance(value, Mapping):
         return f"{dict(value)} is no value; what varies stands under space"
-    if isinstance(value, list) and name not in _LISTS:
+    if isinstance(value, list) and get_origin(_TYPES[name]) is not list:
         return f"takes one value, and not {value}; to try several write space: {{{name}: {{grid: {value}}}}}"
-    if isinstance(value, bool) and name not in _FLAGS | _ON.keys():
+    if isinstance(value, bool) and _TYPES[name] is not bool and not _KNOWN[name].on:
         return f"takes no {str(value).lower()}"
-    if not isinstance(value, bool) and name in _FLAGS:
+    if not isinstance(value, bool) and _TYPES[name] is bool:
         return f"is either true or false, and not {value!r}"
     if name in NAMED:
         for each in _flattened(value):
@@ -156,7 +129,7 @@ def full_path(stage: str, name: str, value: Any) -> Any:
 
 def is_small_file(stage: str, name: str, value: Any) -> bool:
     """Whether it is a recipe or a DeepSpeed JSON of the user's own, which a sweep keeps a copy of."""
-    return name in _SMALL and _is_path(stage, name, value)
+    return _is_settings(name) and _is_path(stage, name, value)
 
 
 def own_content(stage: str, name: str, value: str) -> bytes:
@@ -172,13 +145,13 @@ def own_content(stage: str, name: str, value: str) -> bytes:
 
 def without_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
     """A copy that a sweep keeps, by its place in the sweep's folder, which may be moved."""
-    is_kept = name in _SMALL and isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
+    is_kept = _is_settings(name) and isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
     return value.removeprefix(f"{folder}/") if is_kept else value
 
 
 def with_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
     """The reverse of `without_folder`; what is no copy stays as it is."""
-    is_kept = name in _SMALL and isinstance(value, str) and value.startswith(f"{INPUTS}/")
+    is_kept = _is_settings(name) and isinstance(value, str) and value.startswith(f"{INPUTS}/")
     return str(folder.absolute() / value) if is_kept and (folder / value).is_file() else value
 
 
@@ -187,7 +160,7 @@ def moved_along(home: Path, folder: Path, stage: str, name: str, value: Any) -> 
     same place relative to it. An input that is not there is returned unchanged."""
     if isinstance(value, list):
         return [moved_along(home, folder, stage, name, each) for each in value]
-    if name in _SMALL or not _is_path(stage, name, value) or not Path(value).is_absolute():
+    if _is_settings(name) or not _is_path(stage, name, value) or not Path(value).is_absolute():
         return value
     place = Path(os.path.normpath(folder / os.path.relpath(value, home)))
     return str(place) if os.path.exists(place) else value
@@ -200,12 +173,12 @@ def missing_path(stage: str, name: str, value: Any) -> str:
     try:
         if not _is_path(stage, name, value):
             return ""
-        path = Path(value).expanduser()
-        if name in _FILES:
+        path, names = Path(value).expanduser(), _KNOWN[name].names
+        if names == "file":
             return "" if path.is_file() else f"there is no file {path}"
-        if name in _FOLDERS:
+        if names == "folder":
             return "" if path.is_dir() else f"there is no folder {path}"
-        hint = "; a model of the Hub is written OWNER/NAME" if name in _MODELS else ""
+        hint = "; a model of the Hub is written OWNER/NAME" if names == "model" else ""
         return "" if path.exists() else f"there is no {path}{hint}"
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, somebody's home that is not there
         return f"{value[:80]!r} cannot be a path: {error}"
@@ -214,14 +187,19 @@ def missing_path(stage: str, name: str, value: Any) -> str:
 def _is_path(stage: str, name: str, value: Any) -> bool:
     if not isinstance(value, str) or not value:
         return False
-    if name in _MODELS:  # runs/mini-2026 that is not there is no model of the Hub where there is a folder runs
+    names = _KNOWN[name].names if name in _KNOWN else ""
+    if names == "model":  # runs/mini-2026 that is not there is no model of the Hub where there is a folder runs
         return not is_hub_model(value) or Path(value).parent.is_dir()
-    if name == "corpus":
+    if names == "corpus":
         return not value.startswith(_CORPUS)
-    if name in _SMALL:
+    if names == "settings":
         folder = DS_CONFIGS if name == "ds_config" else _SHIPPED[stage, name]
         return value not in shipped_names(folder) and (Path(value).exists() or "/" in value)
-    return name in _FILES or name in _FOLDERS
+    return names in ("file", "folder")
+
+
+def _is_settings(name: str) -> bool:
+    return name in _KNOWN and _KNOWN[name].names == "settings"
 
 
 def metrics_of(stage: str, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -241,3 +219,39 @@ def metrics_of(stage: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     }
     wanted = options.get("label_kind")
     return (SCORE, *(name for kind, names in by_kind.items() if wanted in (None, kind) for name in names))
+
+
+class _StrictParser(argparse.ArgumentParser):
+    """A parser that raises instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+@cache
+def _parser(stage: str) -> argparse.ArgumentParser:
+    parser = _StrictParser(prog=f"electra-ds {stage}")
+    add_options(parser, KINDS[stage])
+    return parser
+
+
+def check_arguments(stage: str, arguments: Sequence[str]) -> None:
+    """Raise ConfigError if a command does not take these arguments, and DataError if it does not find its examples."""
+    options = KINDS[stage].parsed(_parser(stage).parse_args(arguments))
+    options.check()
+    if isinstance(options, FinetuneOptions) and (problem := _examples_problem(options.task, options.source())):
+        raise DataError(problem)
+
+
+@cache
+def _examples_problem(task: str | None, source: TaskSource) -> str:
+    """Return what is wrong with examples on this machine, which would otherwise show hours into a sweep."""
+    from electra_ds.finetuning.loaded_task import load_task
+
+    if source.folder is None and source.train is None:
+        return ""
+    try:
+        load_task(task, source)
+    except (ConfigError, DataError) as error:
+        return str(error)
+    return ""

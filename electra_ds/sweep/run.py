@@ -14,6 +14,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.terminal import say
 from electra_ds.sweep.display import SweepDisplay
 from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.options import check_arguments
 from electra_ds.sweep.processes import run_locally, this_machine, trials_at_once
 from electra_ds.sweep.records import AS_PLANNED, ENDED
 from electra_ds.sweep.results import report_sweep
@@ -32,10 +33,6 @@ class SweepOutcome:
     """True if every trial has ended as planned."""
     results: pd.DataFrame
     """A row for each trial, as in results.csv."""
-
-
-def accept(stage: str, arguments: Sequence[str]) -> None:
-    """Accept any arguments of a command; the command refuses what it does not take when the trial starts."""
 
 
 def open_sweep(
@@ -57,7 +54,7 @@ def open_sweep(
 def run_sweep(
     sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] = (), retry_failed: bool = False,
     local: bool = False, address: str | None = None, storage: str | None = None, time_limit_s: float | None = None,
-    check: CheckArguments = accept, console: Console | None = None,
+    check: CheckArguments = check_arguments, console: Console | None = None,
 ) -> SweepOutcome:  # fmt: skip
     """Run what is missing of a sweep, print and write its tables, and return its results.
 

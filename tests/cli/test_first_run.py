@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from pathlib import Path
@@ -11,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from electra_ds.cli import build_parser, finetune, main, pretrain
-from electra_ds.cli.asking import ask_before_years
+from electra_ds.api.launch import ask_before_years
+from electra_ds.api.pretrain import default_recipe
+from electra_ds.cli import build_parser, main
+from electra_ds.cli.arguments import confirm
 from electra_ds.config.cards import CARDS
 from electra_ds.config.deepspeed import default_ds_config, resolve
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.shipped import ds_config_names
 from electra_ds.core import devices
@@ -22,6 +24,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.run_time import YEAR_S, RunTime, cpu_time, finetuning_time, pretraining_time
+from electra_ds.sweep.options import KINDS
 from electra_ds.training.engine import wants_fp16
 from tests.finetune_runs import tiny_electra, write_glue
 from tests.helpers import SMALL, small_recipe, write_corpus
@@ -64,8 +67,7 @@ def test_without_a_gpu_pretraining_is_tiny_and_with_one_the_studys(
     assert "without --ds-config this run uses cpu" in said
     assert "default: rc2020-small with a GPU, tiny without" in answer(capsys, "pretrain", "--help")
     monkeypatch.setattr(devices, "device", lambda launch: torch.device("cuda", 0))
-    options = argparse.Namespace(resume=None)
-    assert pretrain._default_recipe(options) == "rc2020-small"
+    assert default_recipe() == "rc2020-small"
 
 
 def test_a_recipe_that_is_given_is_not_called_a_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,24 +113,21 @@ def test_a_sweep_of_pretrainings_needs_no_deepspeed_json_and_its_cost_is_told(
 
 
 def test_both_commands_take_a_seed_and_it_is_the_recipes(capsys: pytest.CaptureFixture[str], store: TokenStore) -> None:
-    for module, name, add in (
-        (pretrain, "pretrain", pretrain.add_pretrain),
-        (finetune, "finetune", finetune.add_finetune),
-    ):
-        add((commands := argparse.ArgumentParser()).add_subparsers())
+    for name, kind in KINDS.items():
         model = ["--model", "x", "--task", "rte"] if name == "finetune" else []
         for given, is_right in (
             (["--seed", "3"], True), (["--seed", "3", "--set", "seed=3"], True), (["--set", "seed=4"], True),
             (["--seed", "3", "--set", "seed=4"], False), (["--seed", "0", "--set", "seed=1"], False),
         ):  # fmt: skip
-            options = commands.parse_args([name, *model, *given])
+            options = kind.parsed(build_parser().parse_args([name, *model, *given]))
             if is_right:
-                module.check_arguments(options)
+                options.check()
             else:
                 with pytest.raises(ConfigError, match=r"--seed \d and --set seed=\d differ"):
-                    module.check_arguments(options)
+                    options.check()
     for given in (["--seed", "3"], ["--set", "seed=3"]):
-        recipe = load_recipe("tiny", pretrain.with_seed(build_parser().parse_args(["pretrain", *given])))
+        options = PretrainOptions.parsed(build_parser().parse_args(["pretrain", *given]))
+        recipe = load_recipe("tiny", options.recipe_overrides())
         assert recipe.seed == 3
     for name in ("pretrain", "finetune"):
         assert "--seed" in answer(capsys, name, "--resume", "runs/x", "--seed", "0", status=2)
@@ -147,9 +146,9 @@ def test_a_dry_run_without_a_store_says_what_would_run_and_writes_nothing(
         "--micro-batch", "4", "--seed", "3",
     )  # fmt: skip
     for part in (
-        "discriminator 0.35 M parameters", "12,000 steps of 16 x 32 tokens", "stores/corpus-byte-level-bpe-4096-",
-        "would be built first", "micro-batch x accumulation = 4 x 4 x 1 rank", "run directory: mine", "time: ",
-        "nothing was written",
+        "discriminator 0.35 M, generator 0.06 M parameters", "12,000 steps of 16 x 32 tokens",
+        "stores/corpus-byte-level-bpe-4096-", "would be built first",
+        "micro-batch x accumulation = 4 x 4 x 1 rank", "run directory: mine", "time: ", "nothing was written",
     ):  # fmt: skip
         assert part in said
     assert files() == before
@@ -208,10 +207,6 @@ def test_a_dry_run_of_a_finetuning_reads_its_examples_and_writes_nothing(
 LONG, SHORT = RunTime(0.4 * YEAR_S, 1.6 * YEAR_S), RunTime(20 * 86_400, 60 * 86_400)
 
 
-def options_of(**given: Any) -> argparse.Namespace:
-    return argparse.Namespace(yes=False, time_limit=None, **given)
-
-
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -222,15 +217,15 @@ def test_a_run_that_may_take_years_is_asked_about_on_a_terminal_and_refused_else
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     with pytest.raises(ConfigError, match=r"predicted to take 0.4–1.6 years .* Do less. To start it anyway, add --yes"):
-        ask_before_years(options_of(), lambda: LONG, "Do less.", process_group)
+        ask_before_years(PretrainOptions(), lambda: LONG, "Do less.", process_group, confirm)
     monkeypatch.setattr(sys, "stdout", Terminal())
     for typed, starts in (("y\n", True), ("Yes\n", True), ("n\n", False), ("\n", False), ("", False)):
         monkeypatch.setattr(sys, "stdin", Terminal(typed))
         if starts:
-            ask_before_years(options_of(), lambda: LONG, "Do less.", process_group)
+            ask_before_years(PretrainOptions(), lambda: LONG, "Do less.", process_group, confirm)
         else:
             with pytest.raises(ConfigError, match=r"was not started. Do less."):
-                ask_before_years(options_of(), lambda: LONG, "Do less.", process_group)
+                ask_before_years(PretrainOptions(), lambda: LONG, "Do less.", process_group, confirm)
 
 
 def test_weeks_are_not_asked_about_nor_is_a_run_that_ends_or_was_confirmed(
@@ -240,9 +235,7 @@ def test_weeks_are_not_asked_about_nor_is_a_run_that_ends_or_was_confirmed(
     for given, time in (
         ({}, SHORT), ({}, None), ({"yes": True}, LONG), ({"time_limit": 60.0}, LONG),
     ):  # fmt: skip
-        options = options_of()
-        vars(options).update(given)
-        ask_before_years(options, lambda time=time: time, "", process_group)
+        ask_before_years(PretrainOptions(**given), lambda time=time: time, "", process_group, confirm)
 
 
 def test_a_million_steps_on_a_slow_cpu_are_refused_before_anything_is_built(

@@ -20,6 +20,7 @@ from torch.torch_version import TorchVersion
 from electra_ds.config import cards, hardware
 from electra_ds.config.cards import CARDS, lacks
 from electra_ds.config.hardware import Gpu, abilities, has_code_for, look
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.shipped import ds_config_names
 from electra_ds.core.errors import ConfigError
@@ -27,6 +28,7 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import doctor, prepare
 from electra_ds.pretraining.doctor import Finding, check_gpus
+from electra_ds.training.prepare import plan_new
 from tests.helpers import REPOSITORY, small_recipe
 
 CUDA_126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -116,8 +118,8 @@ def start(process_group: Ranks, tmp_path: Path) -> Callable[..., list[str]]:
     def plan(json: str = '{"train_micro_batch_size_per_gpu": 8}') -> list[str]:
         path = tmp_path / "ds.json"
         path.write_text(json)
-        options = prepare.Options(ds_config=str(path))
-        return list(prepare.plan_new(options, small_recipe(), RunDirectory(tmp_path / "run"), process_group).notes)
+        options = PretrainOptions(ds_config=str(path))
+        return list(plan_new(options, small_recipe(), RunDirectory(tmp_path / "run"), process_group).notes)
 
     return plan
 
@@ -374,13 +376,13 @@ def test_the_note_is_shown_before_training_and_on_resume(
 ) -> None:
     machine.torch("2.13.0+cpu")
     machine.driver("echo NVIDIA GeForce RTX 3090, 8.6")
-    recipe, run, options = small_recipe(), RunDirectory(tmp_path / "run"), prepare.Options(ds_config="cpu")
-    plan = prepare.plan_new(options, recipe, run, process_group)
+    recipe, run, options = small_recipe(), RunDirectory(tmp_path / "run"), PretrainOptions(ds_config="cpu")
+    plan = plan_new(options, recipe, run, process_group)
     job = prepare.prepare_new(options, recipe, plan, store, run, process_group)
     with run.locked():
         run.write_record(recipe, plan, job.record)
-    resumed = prepare.plan_resume(prepare.Options(), run, process_group)
-    for again in (job, prepare.prepare_resume(prepare.Options(), resumed, run, process_group)):
+    resumed = prepare.plan_resume(PretrainOptions(), run, process_group)
+    for again in (job, prepare.prepare_resume(PretrainOptions(), resumed, run, process_group)):
         shown = io.StringIO()
         prepare.announce(again, Console(file=shown))
         assert (
@@ -393,13 +395,13 @@ def test_a_run_does_not_continue_where_torch_has_no_code_for_the_card(
     machine: Machine, process_group: Ranks, store: TokenStore, tmp_path: Path
 ) -> None:
     machine.torch("2.13.0+cpu")
-    recipe, run, options = small_recipe(), RunDirectory(tmp_path / "run"), prepare.Options(ds_config="cpu")
-    plan = prepare.plan_new(options, recipe, run, process_group)
+    recipe, run, options = small_recipe(), RunDirectory(tmp_path / "run"), PretrainOptions(ds_config="cpu")
+    plan = plan_new(options, recipe, run, process_group)
     with run.locked():
         run.write_record(recipe, plan, prepare.prepare_new(options, recipe, plan, store, run, process_group).record)
     machine.torch("2.13.0+cu130", GTX_1060)
     with pytest.raises(ConfigError, match=r"torch 2\.13\.0\+cu130 has no code for it"):
-        prepare.plan_resume(prepare.Options(), run, process_group)
+        prepare.plan_resume(PretrainOptions(), run, process_group)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -22,8 +23,8 @@ import pytest
 import zstandard
 
 from electra_ds import cli
-from electra_ds.cli.pretrain import check_arguments
-from electra_ds.cli.stores import store_name
+from electra_ds.api.stores import store_name
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.data import builtin, tokenizer
@@ -632,19 +633,18 @@ def test_arguments_that_cannot_go_together_are_refused(
 )
 def test_what_belongs_to_a_corpus_cannot_be_given_with_resume_or_data(flags: list[str]) -> None:
     for what in (["--resume", "run"], ["--data", "store", "--ds-config", "x.json"]):
-        options = cli.build_parser().parse_args(["pretrain", *what, *flags])
+        options = PretrainOptions.parsed(cli.build_parser().parse_args(["pretrain", *what, *flags]))
         with pytest.raises(
             ConfigError,
             match=flags[0].replace("--no-", "--") if what[0] == "--resume" else "--data is a finished token store",
         ):
-            check_arguments(options)
+            options.check()
 
 
 def test_stores_made_on_the_way_have_names_for_people() -> None:
     def name(*arguments: str) -> str:
-        options = cli.build_parser().parse_args(["pretrain", *arguments])
-        options.corpus = options.corpus or [["builtin"]]
-        return store_name(options, small_recipe())
+        options = PretrainOptions.parsed(cli.build_parser().parse_args(["pretrain", *arguments]))
+        return store_name(replace(options, corpus=options.corpus or [["builtin"]]), small_recipe())
 
     assert name() == "builtin-byte-level-bpe-400"
     wikipedia = name(

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from rich.console import Console
 from tokenizers import models, pre_tokenizers, trainers
 
 from electra_ds import cli
-from electra_ds.cli.stores import open_store
+from electra_ds.api.stores import open_store
+from electra_ds.config.options import PretrainOptions
 from electra_ds.core.errors import DataError
 from electra_ds.data import build
 from electra_ds.data.build import build_store
@@ -142,7 +144,8 @@ def test_every_command_that_builds_a_store_says_the_share_and_a_given_store_only
     assert "Warning: The tokenizer does not know much of bad.txt: 4 of" in out
     training_on_text = ["--corpus", "bad.txt", "--tokenizer", str(wordpiece)]
     for where, is_said in ((["--data", "g"], False), (["--data", "b"], True), (training_on_text, True)):
-        open_store(cli.build_parser().parse_args(["pretrain", *where]), small_recipe())
+        options = PretrainOptions.parsed(cli.build_parser().parse_args(["pretrain", *where]))
+        open_store(options, small_recipe(), Console())
         assert ("Warning: The tokenizer does not know much of" in capsys.readouterr().out) == is_said, where
     foreign = corpus_of(tmp_path / "foreign.txt", FOREIGN)
     with pytest.raises(SystemExit, match="2"):

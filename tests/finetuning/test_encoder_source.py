@@ -26,6 +26,7 @@ from transformers import (
     T5Config,
 )
 
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.ranks import Ranks
@@ -35,6 +36,7 @@ from electra_ds.finetuning.heads import make_encoder
 from electra_ds.interop.export import export_run
 from electra_ds.pretraining import prepare
 from electra_ds.pretraining.pretrain import pretrain
+from electra_ds.training.prepare import plan_new
 from tests.finetune_runs import (
     NO_DROPOUT,
     POSITIONS,
@@ -320,11 +322,11 @@ def pretrain_on(length: int, store: TokenStore, process_group: Ranks, run_dir: P
     """Three steps on sequences of so many tokens."""
     recipe = small_recipe("schedule.total_steps=3", "schedule.warmup_steps=1", f"data.sequence_length={length}")
     run = RunDirectory(run_dir)
-    options = prepare.Options(
+    options = PretrainOptions(
         ds_config=str(REPOSITORY / "ds_configs/cpu.json"), threads=1, save_every=3, eval_windows=4, compile="off"
     )
     with run.locked():
-        plan = prepare.plan_new(options, recipe, run, process_group)
+        plan = plan_new(options, recipe, run, process_group)
         job = prepare.prepare_new(options, recipe, plan, store, run, process_group)
         assert pretrain(job, process_group)
     return run.path

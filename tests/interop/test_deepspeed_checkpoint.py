@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, ConfigError
@@ -41,6 +42,7 @@ from electra_ds.pretraining.convert import (
 )
 from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
 from electra_ds.training.optimizer import FRESH_COUNTERS
+from electra_ds.training.prepare import plan_new
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
@@ -64,8 +66,8 @@ def _ranks(process_group: Ranks, half_on_cpu: None) -> None:
 
 def new_job(store: TokenStore, run_dir: Path, ranks: Ranks, recipe: Recipe | None = None) -> Any:
     recipe = recipe or small_recipe()
-    options = prepare.Options(ds_config="cpu")
-    plan = prepare.plan_new(options, recipe, RunDirectory(run_dir), ranks)
+    options = PretrainOptions(ds_config="cpu")
+    plan = plan_new(options, recipe, RunDirectory(run_dir), ranks)
     return prepare.prepare_new(options, recipe, plan, store, RunDirectory(run_dir), ranks)
 
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from electra_ds import cli
-from electra_ds.cli.pretrain import check_arguments
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.ranks import Ranks
@@ -48,6 +48,7 @@ from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.trained import load_trained
 from electra_ds.training.checkpoint import load_checkpoint
+from electra_ds.training.prepare import plan_new
 from tests.helpers import SMALL, builder_for, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
 from tests.pretraining.test_pretrain import CPU_JSON, command, imported, run, start_arguments, train_losses
@@ -289,8 +290,8 @@ def prepared(
     store: TokenStore, run_dir: Path, ranks: Ranks, beginning: InitialWeights | None, *overrides: str
 ) -> PretrainJob:
     recipe, directory = small_recipe(*overrides), RunDirectory(run_dir)
-    options = prepare.Options(ds_config=CPU_JSON, threads=1)
-    plan = prepare.plan_new(options, recipe, directory, ranks)
+    options = PretrainOptions(ds_config=CPU_JSON, threads=1)
+    plan = plan_new(options, recipe, directory, ranks)
     names = beginning.names if beginning else ()
     return prepare.prepare_new(options, recipe, plan, store, directory, ranks, names)
 
@@ -329,7 +330,7 @@ def test_a_start_that_died_is_gone_on_with_and_never_taken_for_another(
         (tmp_path / "run" / name).unlink()
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume, or choose another --run-dir"):
         prepared(store, tmp_path / "run", process_group, None)
-    options = prepare.Options()
+    options = PretrainOptions()
     plan = prepare.plan_resume(options, job.run, process_group)
     assert prepare.prepare_resume(options, plan, job.run, process_group).record.initialised_from == beginning.names
 
@@ -522,7 +523,7 @@ def test_a_pair_of_two_vocabularies_is_refused(folders: Path, tmp_path: Path, st
 )
 def test_arguments_that_cannot_go_together_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_arguments(cli.build_parser().parse_args(["pretrain", *arguments]))
+        PretrainOptions.parsed(cli.build_parser().parse_args(["pretrain", *arguments])).check()
 
 
 # --- the Hub, out of a test's reach but for what its client does
@@ -585,7 +586,7 @@ def test_a_hub_names_pickle_is_fetched_only_where_there_is_nothing_better(
 
 
 def test_a_run_without_it_imports_nothing_of_it() -> None:
-    assert "transformers" not in imported("import electra_ds.cli.pretrain")
+    assert "transformers" not in imported("import electra_ds.api.pretrain")
 
 
 def test_the_command_begins_with_the_weights_and_their_tokenizer(

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from electra_ds.cli import main
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import TrainingError
 from electra_ds.core.ranks import Ranks
@@ -34,6 +35,7 @@ from electra_ds.pretraining.trained import load_trained
 from electra_ds.training.checkpoint import CheckpointFolder
 from electra_ds.training.optimizer import MasterAdamW
 from electra_ds.training.preemption import Preemption
+from electra_ds.training.prepare import plan_new
 from electra_ds.training.tracking import MetricsFile, read_metrics
 from tests.helpers import REPOSITORY, SMALL, model_for, small_recipe
 
@@ -264,7 +266,10 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
         (["--ds-config", CPU_JSON, "--recipe", "tiny", "--data", "nowhere"], "There is no token store at nowhere"),
         (["--ds-config", CPU_JSON, "--recipe", "tiny", "--corpus", "nowhere"], "does not exist"),
         (["--ds-config", CPU_JSON, "--recipe", "tiny", "--tokenizer", "nowhere"], "No tokenizer at nowhere"),
-        (["--ds-config", CPU_JSON, "--recipe", "tiny", "--stop-at", "99999999"], "beyond schedule.total_steps"),
+        (
+            ["--ds-config", CPU_JSON, "--recipe", "tiny", "--stop-at", "99999999"],
+            "is beyond the schedule's 12000 steps",
+        ),
         (["--ds-config", CPU_JSON, "--data", "x", "--corpus", "y"], "give either it or --corpus"),
         (["--resume", "nowhere"], "is not a run directory"),
         (["--ds-config", CPU_JSON, "--cased"], "so they need --tokenizer"),
@@ -387,10 +392,10 @@ def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_last_good_chec
     recipe = small_recipe()
     config = tmp_path / "ds.json"
     config.write_text(json.dumps(precision | {"zero_optimization": {"stage": stage}}))
-    options = prepare.Options(ds_config=config, threads=1, save_every=5, log_every=1, eval_windows=16)
+    options = PretrainOptions(ds_config=config, threads=1, save_every=5, log_every=1, eval_windows=16)
     directory = RunDirectory(tmp_path / "run")
     with directory.locked(), contextlib.ExitStack() as held:
-        plan = prepare.plan_new(options, recipe, directory, process_group)
+        plan = plan_new(options, recipe, directory, process_group)
         job = prepare.prepare_new(options, recipe, plan, store, directory, process_group)
         loop = pretrain.PretrainLoop(job, process_group)
         loop.start(held)
@@ -518,5 +523,5 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_a_first_step_waits_for_no_more_than_it_needs() -> None:
     """transformers alone takes longer to import than torch."""
-    modules = "electra_ds.cli.stores, electra_ds.pretraining.prepare, electra_ds.pretraining.pretrain"
+    modules = "electra_ds.cli, electra_ds.api.pretrain"
     assert imported(f"import {modules}") == {"torch", "deepspeed", "numpy", "tokenizers", "pyarrow", "pydantic"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -16,14 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from electra_ds.cli import finetune, pretrain
-from electra_ds.cli.arguments import with_seed
-from electra_ds.cli.sweep import check_arguments
+from electra_ds.cli import build_parser
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import SWEEPS, shipped_names
 from electra_ds.core.errors import ConfigError
+from electra_ds.sweep.options import KINDS, check_arguments
 from electra_ds.sweep.spec import load_sweep, parse_sweep
 from electra_ds.sweep.trials import Trial, expand, suggested
 from tests.finetune_runs import write_glue
@@ -41,20 +39,17 @@ RATE, WIDTH = "optimizer.learning_rate", "generator.width_multiplier"
 FEW = settings(max_examples=12)
 
 
-def parsed(trial: Trial) -> argparse.Namespace:
+def parsed(trial: Trial) -> Any:
     """By the command's own parser."""
-    commands = (parser := argparse.ArgumentParser()).add_subparsers()
-    pretrain.add_pretrain(commands)
-    finetune.add_finetune(commands)
-    return parser.parse_args([trial.stage, *trial.arguments(2)])
+    return KINDS[trial.stage].parsed(build_parser().parse_args([trial.stage, *trial.arguments(2)]))
 
 
 def recipe_by_hand(trial: Trial) -> Recipe | FinetuneRecipe:
     """As the command's handler resolves it."""
     options = parsed(trial)
     if trial.stage == "pretrain":
-        return load_recipe(options.recipe, with_seed(options))
-    return load_finetune_recipe(options.recipe, options.task or "", with_seed(options))
+        return load_recipe(options.recipe, options.recipe_overrides())
+    return load_finetune_recipe(options.recipe, options.task or "", options.recipe_overrides())
 
 
 def keys(trials: Sequence[Trial]) -> set[str]:
@@ -136,7 +131,7 @@ def digest(**changes: Any) -> str:
 
 def test_a_key_is_the_same_in_every_process() -> None:
     code = (
-        "from electra_ds.cli.sweep import check_arguments; from electra_ds.sweep.spec import load_sweep; "
+        "from electra_ds.sweep.options import check_arguments; from electra_ds.sweep.spec import load_sweep; "
         "from electra_ds.sweep.trials import expand; "
         "print([trial.key for trial in expand(load_sweep('pretrain_lr'), check_arguments)])"
     )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from electra_ds.cli import main
-from electra_ds.cli.sweep import check_arguments
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory, places_of
 from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.errors import ConfigError, DataError
@@ -21,9 +21,9 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.pretraining import prepare
-from electra_ds.pretraining.prepare import Options
 from electra_ds.report.run_report import report_run
 from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.options import check_arguments
 from electra_ds.sweep.processes import arguments_of
 from electra_ds.sweep.spec import SweepSpec, parse_sweep
 from electra_ds.sweep.trials import expand
@@ -103,8 +103,8 @@ def test_a_pretraining_resumes_where_runs_and_stores_were_moved_together(project
 def test_a_copy_reads_its_own_store_and_not_the_originals(project: Path, tmp_path: Path, process_group: Ranks) -> None:
     copy = Path(shutil.copytree(project, tmp_path / "copy"))
     run = RunDirectory(copy / "runs" / "one")
-    plan = prepare.plan_resume(Options(), run, process_group)
-    assert prepare.prepare_resume(Options(), plan, run, process_group).store.path == copy / "stores" / "mine"
+    plan = prepare.plan_resume(PretrainOptions(), run, process_group)
+    assert prepare.prepare_resume(PretrainOptions(), plan, run, process_group).store.path == copy / "stores" / "mine"
 
 
 def test_a_store_that_is_elsewhere_is_named_by_an_option_and_checked(
@@ -117,7 +117,7 @@ def test_a_store_that_is_elsewhere_is_named_by_an_option_and_checked(
     (run.path / "run.json").write_text(json.dumps(record | {"store": "/gone/stores/mine"}))
 
     def resume(data: Path | None) -> prepare.PretrainJob:
-        options = Options(data=data)
+        options = PretrainOptions(data=data)
         return prepare.prepare_resume(options, prepare.plan_resume(options, run, process_group), run, process_group)
 
     with pytest.raises(DataError, match=rf"neither at /gone/stores/mine nor .*--resume {run.path} --data STORE"):

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.devices import is_out_of_memory
 from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError
@@ -35,6 +36,7 @@ from electra_ds.pretraining.pretrain import PretrainLoop, pretrain
 from electra_ds.pretraining.probe import fitting_plan, has_room
 from electra_ds.training.checkpoint import CheckpointFolder, PendingCheckpoint
 from electra_ds.training.optimizer import MasterAdamW
+from electra_ds.training.prepare import plan_new
 from electra_ds.training.step import StepLosses
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import cpu_plan, small_recipe
@@ -96,12 +98,12 @@ def train(
     config = folder / "ds.json"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(json.dumps(values))
-    options = prepare.Options(
+    options = PretrainOptions(
         ds_config=str(config), threads=1, save_every=5, log_every=1, eval_windows=16, compile="off"
     )
     directory = RunDirectory(folder / "run")
     with directory.locked():
-        plan = prepare.plan_new(options, recipe, directory, ranks)
+        plan = plan_new(options, recipe, directory, ranks)
         job = prepare.prepare_new(options, recipe, plan, store, directory, ranks)
         show_log(console or Console(quiet=True))
         assert pretrain(job, ranks)
@@ -167,12 +169,12 @@ def test_going_on_after_a_fault_is_going_on_from_a_checkpoint_under_the_smaller_
     recipe = small_recipe("global_batch_size=12", "schedule.total_steps=6", "schedule.warmup_steps=1", *DROPOUT)
     (tmp_path / "first.json").write_text(json.dumps(micro(6, **values)))
     directory = RunDirectory(tmp_path / "stopped")
-    first = prepare.Options(
+    first = PretrainOptions(
         ds_config=str(tmp_path / "first.json"), threads=1, save_every=5, log_every=1, eval_windows=16, stop_at=3
     )
-    second = prepare.Options(micro_batch=3)
+    second = PretrainOptions(micro_batch=3)
     with directory.locked():
-        plan = prepare.plan_new(first, recipe, directory, process_group)
+        plan = plan_new(first, recipe, directory, process_group)
         job = prepare.prepare_new(first, recipe, plan, store, directory, process_group)
         pretrain(job, process_group)
         plan = prepare.plan_resume(second, directory, process_group)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import RunRecord, RunSettings
 from electra_ds.core import devices
@@ -20,8 +21,8 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.launcher import detect
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining import prepare
-from electra_ds.pretraining.prepare import Options
+from electra_ds.training import prepare
+from electra_ds.training.prepare import plan_of_run, record_again, resolved_plan
 from tests.finetune_runs import arguments_of, in_own_process, losses_of, tiny_electra, write_glue
 from tests.helpers import small_recipe
 from tests.launching import finish, run_arguments, start
@@ -29,14 +30,14 @@ from tests.pretraining.test_pretrain import train_losses
 
 RECIPE = small_recipe("global_batch_size=32")
 PAIRS = list(itertools.product((1, 2), (1, 2)))
-CUTS: list[tuple[dict[str, Any], Options]] = [
-    ({}, Options()),
-    ({"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}, Options()),
-    ({"train_micro_batch_size_per_gpu": 4}, Options()),
-    ({"train_micro_batch_size_per_gpu": 32}, Options()),
-    ({"gradient_accumulation_steps": 4}, Options()),
-    ({}, Options(micro_batch=8)),
-    ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}, Options(micro_batch="auto")),
+CUTS: list[tuple[dict[str, Any], PretrainOptions]] = [
+    ({}, PretrainOptions()),
+    ({"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}, PretrainOptions()),
+    ({"train_micro_batch_size_per_gpu": 4}, PretrainOptions()),
+    ({"train_micro_batch_size_per_gpu": 32}, PretrainOptions()),
+    ({"gradient_accumulation_steps": 4}, PretrainOptions()),
+    ({}, PretrainOptions(micro_batch=8)),
+    ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}, PretrainOptions(micro_batch="auto")),
 ]
 
 
@@ -53,11 +54,11 @@ def ranks_of(number: int) -> Ranks:
     return ranks
 
 
-def begun(path: Path, values: dict[str, Any], options: Options, ranks: int) -> RunDirectory:
+def begun(path: Path, values: dict[str, Any], options: PretrainOptions, ranks: int) -> RunDirectory:
     """A run directory as a run leaves it that began with a DeepSpeed JSON of these values."""
     run = RunDirectory(path)
     path.mkdir(parents=True, exist_ok=True)
-    plan = prepare.resolved_plan(options, values, "given.json", RECIPE, ranks_of(ranks))
+    plan = resolved_plan(options, values, "given.json", RECIPE, ranks_of(ranks))
     record = RunRecord(
         store="/nowhere", store_fingerprint="", parameters={}, device=devices.device_name(torch.device("cpu")),
         threads=1, threads_given=False, world_size=ranks, command=[],
@@ -67,8 +68,8 @@ def begun(path: Path, values: dict[str, Any], options: Options, ranks: int) -> R
     return run
 
 
-def resumed(run: RunDirectory, ranks: int, options: Options = Options()) -> Any:  # noqa: B008
-    return prepare.plan_of_run(options, run, run.read_record(), RECIPE, ranks_of(ranks))
+def resumed(run: RunDirectory, ranks: int, options: PretrainOptions = PretrainOptions()) -> Any:  # noqa: B008
+    return plan_of_run(options, run, run.read_record(), RECIPE, ranks_of(ranks))
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
@@ -79,29 +80,29 @@ def test_a_run_is_resumed_without_a_flag_as_it_would_begin_there(
     values, options = CUTS[cut]
     run = begun(tmp_path, values, options, before)
     plan = resumed(run, after)
-    anew = prepare.resolved_plan(options, values, "given.json", RECIPE, ranks_of(after))
+    anew = resolved_plan(options, values, "given.json", RECIPE, ranks_of(after))
     assert plan.batch == anew.batch
     assert plan.given_batch == anew.given_batch
     assert plan.is_micro_batch_open == (anew.is_micro_batch_open and before != after)
     run.write_record(RECIPE, plan, replace(run.read_record(), world_size=after))
-    back = prepare.resolved_plan(options, values, "given.json", RECIPE, ranks_of(before))
+    back = resolved_plan(options, values, "given.json", RECIPE, ranks_of(before))
     assert resumed(run, before).batch == back.batch
 
 
 def test_a_cut_that_the_user_gave_and_that_does_not_fit_names_the_flag_that_helps(tmp_path: Path) -> None:
     values = {"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 2}
-    run = begun(tmp_path, values, Options(), 1)
+    run = begun(tmp_path, values, PretrainOptions(), 1)
     with pytest.raises(ConfigError, match="16 x gradient_accumulation_steps 2 x 2") as refused:
         resumed(run, 2)
     flag = re.search(r"Give --micro-batch (\d+)", str(refused.value))
     assert flag is not None, refused.value
-    assert resumed(run, 2, Options(micro_batch=int(flag[1]))).batch.world_size == 2
-    assert resumed(run, 2, Options(micro_batch="auto")).batch.micro_batch_size == 16
+    assert resumed(run, 2, PretrainOptions(micro_batch=int(flag[1]))).batch.world_size == 2
+    assert resumed(run, 2, PretrainOptions(micro_batch="auto")).batch.micro_batch_size == 16
 
 
 def test_a_micro_batch_that_memory_has_made_smaller_stays_small(tmp_path: Path) -> None:
     for name, values in (("given", {"train_micro_batch_size_per_gpu": 16}), ("chosen", {})):
-        run = begun(tmp_path / name, values, Options(), 1)
+        run = begun(tmp_path / name, values, PretrainOptions(), 1)
         run.write_record(RECIPE, resumed(run, 1).with_micro_batch(4), run.read_record())
         assert resumed(run, 1).batch.micro_batch_size == 4
         plan = resumed(run, 2)
@@ -114,7 +115,7 @@ def test_a_micro_batch_that_memory_has_made_smaller_stays_small(tmp_path: Path) 
 def test_a_record_that_does_not_say_who_chose_keeps_its_micro_batch_as_far_as_it_divides_and_says_so(
     values: dict[str, Any], before: int, after: int, tmp_path: Path
 ) -> None:
-    run = begun(tmp_path, values, Options(), before)
+    run = begun(tmp_path, values, PretrainOptions(), before)
     lines = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(
         json.dumps({key: value for key, value in lines.items() if key not in ("given_batch", "threads_given")})
@@ -125,22 +126,22 @@ def test_a_record_that_does_not_say_who_chose_keeps_its_micro_batch_as_far_as_it
     told = [note for note in plan.notes if "does not say who chose its micro-batch" in note]
     assert len(told) == (before != after)
     assert all("--micro-batch auto" in note for note in told)
-    assert resumed(run, after, Options(micro_batch="auto")).batch.micro_batch_size == 32 // after
+    assert resumed(run, after, PretrainOptions(micro_batch="auto")).batch.micro_batch_size == 32 // after
 
 
 @pytest.mark.parametrize(("given", "kept"), [(False, False), (True, True), (None, True)])
 def test_threads_that_we_chose_are_chosen_again_on_other_ranks(given: bool | None, kept: bool, tmp_path: Path) -> None:
-    run = begun(tmp_path, {}, Options(), 2)
+    run = begun(tmp_path, {}, PretrainOptions(), 2)
     record = replace(run.read_record(), threads=2, threads_given=given)
     before = torch.get_num_threads()
     try:
-        same = prepare.record_again(record, Options(), ranks_of(2), record.settings, record.tracking)
+        same = record_again(record, PretrainOptions(), resumed(run, 2), run, ranks_of(2))
         assert same.threads == 2
         torch.set_num_threads(1)
-        other = prepare.record_again(record, Options(), ranks_of(1), record.settings, record.tracking)
+        other = record_again(record, PretrainOptions(), resumed(run, 1), run, ranks_of(1))
         assert other.threads == (2 if kept else 1)
         assert other.threads_given == given
-        told = prepare.record_again(record, Options(threads=1), ranks_of(1), record.settings, record.tracking)
+        told = record_again(record, PretrainOptions(threads=1), resumed(run, 1), run, ranks_of(1))
         assert (told.threads, told.threads_given) == (1, True)
     finally:
         torch.set_num_threads(before)

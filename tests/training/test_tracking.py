@@ -22,12 +22,13 @@ import wandb
 from rich.console import Console
 
 from electra_ds.config.monitors import FolderMonitor, Monitors, WandbMonitor, wandb_login, wandb_module
+from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import ConfigError, InterruptedBySignalError, TrainingError
 from electra_ds.core.log import show_log
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.prepare import Options
+from electra_ds.training.prepare import tracking_settings
 from electra_ds.training.trackers import Trackers, check_tracking, open_trackers
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY
@@ -317,19 +318,21 @@ def test_the_command_line_wins_over_the_json_and_the_json_over_the_record(tmp_pa
         csv_monitor=FolderMonitor(str(tmp_path / "logs")),
     )
     before = TrackingSettings(wandb="offline", wandb_project="recorded")
-    assert Options().tracking(before, Monitors(), directory) == before
-    from_json = Options().tracking(before, monitors, directory)
+    assert tracking_settings(PretrainOptions(), before, Monitors(), directory) == before
+    from_json = tracking_settings(PretrainOptions(), before, monitors, directory)
     assert from_json == TrackingSettings(
         "online", before.wandb_id, "theirs", "team", "group", f"{tmp_path}/logs/job", f"{tmp_path}/logs/my-run"
     )
-    given = Options(wandb="offline", wandb_project="mine", tensorboard=False).tracking(before, monitors, directory)
+    options = PretrainOptions(wandb="offline", wandb_project="mine", tensorboard=False)
+    given = tracking_settings(options, before, monitors, directory)
     assert (given.wandb, given.wandb_project, given.wandb_group) == ("offline", "mine", "group")
     assert given.tensorboard is None
-    assert Options(wandb="off").tracking(before, monitors, directory).wandb == "off"
-    inside = Options().tracking(before, Monitors(tensorboard=FolderMonitor(), csv_monitor=FolderMonitor()), directory)
+    assert tracking_settings(PretrainOptions(wandb="off"), before, monitors, directory).wandb == "off"
+    folders = Monitors(tensorboard=FolderMonitor(), csv_monitor=FolderMonitor())
+    inside = tracking_settings(PretrainOptions(), before, folders, directory)
     assert (inside.tensorboard, inside.csv) == ("tensorboard", "csv_monitor")
     with pytest.raises(ConfigError, match="wandb is off"):
-        Options(wandb_project="mine").tracking(TrackingSettings(), Monitors(), directory)
+        tracking_settings(PretrainOptions(wandb_project="mine"), TrackingSettings(), Monitors(), directory)
 
 
 @pytest.mark.parametrize(
@@ -342,9 +345,9 @@ def test_wandb_mode_decides_where_only_the_json_asks_for_wandb(
     if mode is not None:
         monkeypatch.setenv("WANDB_MODE", mode)
     run, monitors = RunDirectory(tmp_path / "run"), Monitors(wandb=WandbMonitor("p"))
-    assert Options().tracking(TrackingSettings(), monitors, run).wandb == expected
-    assert Options(wandb="offline").tracking(TrackingSettings(), monitors, run).wandb == "offline"
-    assert Options().tracking(TrackingSettings(), Monitors(), run).wandb == "off"
+    assert tracking_settings(PretrainOptions(), TrackingSettings(), monitors, run).wandb == expected
+    assert tracking_settings(PretrainOptions(wandb="offline"), TrackingSettings(), monitors, run).wandb == "offline"
+    assert tracking_settings(PretrainOptions(), TrackingSettings(), Monitors(), run).wandb == "off"
 
 
 @pytest.mark.parametrize(

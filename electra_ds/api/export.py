@@ -1,0 +1,171 @@
+"""Checkpoints out and in: transformers folders, DeepSpeed's own checkpoints, and runs made of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from electra_ds.api.launch import given_options
+from electra_ds.api.run import Run
+from electra_ds.api.stores import open_store
+from electra_ds.config.options import PretrainOptions, with_seed
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import RecipeSource
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.tool_options import ExportOptions, ImportOptions
+from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.program import command
+from electra_ds.core.ranks import join_ranks
+
+
+def export(
+    run: str | Path | Run,
+    out: str | Path | None = None,
+    *,
+    to: Literal["transformers", "deepspeed"] = "transformers",
+    ds_config: str | Path | None = None,
+    encoder_only: bool = False,
+) -> Path:
+    """Write a trained model as transformers folders, or as DeepSpeed's own checkpoint, and return the folder.
+
+    A pretraining's folder has `discriminator/` and `generator/`; a finetuned model's is one for `from_pretrained`.
+
+    Args:
+        run: a `Run`, its directory, or one of its checkpoints.
+        out: the folder to make. By default RUN/export, or RUN/native for DeepSpeed.
+        to: `deepspeed` writes weights and optimizer of a pretraining for as many ranks as call this.
+        ds_config: for `deepspeed`, the JSON with the ZeRO stage and precision. By default the run's.
+        encoder_only: whether a finetuned model is written without its head.
+
+    Raises:
+        CheckpointError: there is nothing to export, or `out` already holds something.
+        ConfigError: no class of transformers computes what was trained, or the JSON cannot be used here.
+
+    Example:
+        >>> import electra_ds
+        >>> folder = electra_ds.export("runs/mine", "my-electra")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['discriminator', 'generator']
+    """
+    named = {"run": run.path if isinstance(run, Run) else run, "out": out, "to": to, "ds_config": ds_config}
+    options = given_options(ExportOptions, None, named | {"encoder_only": encoder_only})
+    exported(options)
+    if options.out is not None:
+        return options.out
+    is_checkpoint = (options.run / "manifest.json").exists()
+    return (options.run.resolve().parent.parent if is_checkpoint else options.run) / _FOLDERS[to]
+
+
+_FOLDERS = {"transformers": "export", "deepspeed": "native"}
+
+
+def exported(options: ExportOptions) -> str:
+    """Do what `export` does, and return what to do with the folder."""
+    is_finetuned = _is_finetuned(options.run)
+    if options.encoder_only and not is_finetuned:
+        raise ConfigError(
+            f"--encoder-only is for runs of {command('finetune')}. The export of a pretraining has its encoder in "
+            f"the folder discriminator."
+        )
+    if options.to == "deepspeed":
+        if is_finetuned:
+            raise ConfigError(
+                f"--to deepspeed is for runs of {command('pretrain')}, and {options.run} is one of "
+                f"{command('finetune')}."
+            )
+
+        from electra_ds.interop.export_deepspeed import export_deepspeed
+
+        with join_ranks() as ranks:
+            told = export_deepspeed(options.run, options.out, options.ds_config, ranks)
+            return told if ranks.is_main else ""
+    if options.ds_config is not None:
+        raise ConfigError("--ds-config is for --to deepspeed; transformers' folders know no DeepSpeed JSON.")
+    if is_finetuned:
+        from electra_ds.interop.export_finetuned import export_finetuned
+
+        return export_finetuned(options.run, options.out, encoder_only=bool(options.encoder_only))
+
+    from electra_ds.interop.export import export_run
+
+    return export_run(options.run, options.out)
+
+
+def _is_finetuned(run_or_checkpoint: Path) -> bool:
+    try:
+        return RunDirectory(run_or_checkpoint).kind() == "finetune"
+    except CheckpointError:  # the export says what is wrong with it
+        return False
+
+
+def import_checkpoint(
+    native: str | Path,
+    run_dir: str | Path,
+    *,
+    recipe: RecipeSource | None = None,
+    data: str | Path | None = None,
+    ds_config: str | Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    **more: Any,
+) -> Run:
+    """Make a run of a checkpoint that DeepSpeed wrote, to be resumed, and return it.
+
+    Args:
+        native: the checkpoint's folder.
+        run_dir: the directory of the run to make.
+        recipe: the recipe that it was trained by. By default that of our own export.
+        data: the token store that it was trained on. By default that of the exported run.
+        ds_config: the DeepSpeed JSON with which the run continues.
+        overrides: changed values of the recipe by dotted key.
+        more: any other field of `ImportOptions`, such as `frozen=[...]`.
+
+    Raises:
+        CheckpointError: the files cannot be read or do not have the recipe's tensors.
+        ConfigError: recipe, data or JSON are missing or cannot be used.
+    """
+    named = {
+        "native": native, "run_dir": run_dir, "recipe": recipe, "data": data, "ds_config": ds_config, "overrides": overrides,
+    }  # fmt: skip
+    options = given_options(ImportOptions, None, named | more)
+    imported(options)
+    return Run(options.run_dir)
+
+
+def imported(options: ImportOptions) -> str:
+    """Do what `import_checkpoint` does, and return how to resume the run."""
+    from electra_ds.interop.deepspeed_checkpoint import read_deepspeed_checkpoint
+    from electra_ds.interop.deepspeed_files import find_files
+    from electra_ds.interop.fit import find_sizes
+    from electra_ds.interop.import_deepspeed import folder_of_export, import_deepspeed, store_of_export
+    from electra_ds.pretraining.prepare import prepare_new, with_fitting_micro_batch
+    from electra_ds.training.prepare import plan_new
+
+    options.check()
+    files = find_files(options.native)
+    export = folder_of_export(files)
+    has_data = options.data is not None or options.gives_corpus()
+    if export is None and (options.recipe is None or not has_data):
+        raise ConfigError(
+            f"{files.folder} does not come with recipe and data, as an export of ours does. Say what it was trained "
+            f"by with --recipe, and on what text with --data or --corpus and --tokenizer."
+        )
+    overrides = with_seed(options.overrides, options.seed)
+    recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), overrides)
+    given = {"generator": options.generator_config, "discriminator": options.discriminator_config}
+    known = find_sizes(files.folder, given, export, recipe)
+    run = RunDirectory(options.run_dir)
+    wanted = PretrainOptions(ds_config=options.ds_config, micro_batch=options.micro_batch)
+    with join_ranks() as ranks:
+        if ranks.world_size > 1:
+            raise ConfigError(
+                "One process imports a checkpoint, of however many ranks it is: start it without torchrun."
+            )
+        plan = plan_new(wanted, recipe, run, ranks)
+        checkpoint = read_deepspeed_checkpoint(files, options.frozen or ())
+        store = store_of_export(export) if export and not has_data else open_store(options, recipe, Console())
+        job = with_fitting_micro_batch(prepare_new(wanted, recipe, plan, store, run, ranks), wanted, ranks)
+        with run.locked(is_new=True):
+            return import_deepspeed(checkpoint, job, export, known)

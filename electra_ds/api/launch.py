@@ -1,0 +1,168 @@
+"""The way from a command's options to a finished run, the same for pretraining and finetuning."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from rich.console import Console
+
+from electra_ds.api.display import ConsoleDisplay
+from electra_ds.api.run import Run
+from electra_ds.config.option import Options
+from electra_ds.config.options import RunOptions
+from electra_ds.config.overrides import as_overrides
+from electra_ds.config.recipe import Section
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.log import log_shown_on
+from electra_ds.core.ranks import Ranks, join_ranks
+from electra_ds.core.terminal import say
+from electra_ds.pretraining.run_time import RunTime
+from electra_ds.training import prepare
+from electra_ds.training.callbacks import Callback
+
+OptionsT = TypeVar("OptionsT", bound=RunOptions)
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+Confirm = Callable[[str], bool | None]
+"""Asks whether to start a run that may take a year or more, about which the text says how long; None if nobody can be
+asked."""
+
+
+def given_options(kind: type[AnyOptions], options: AnyOptions | None, given: Mapping[str, Any]) -> AnyOptions:
+    """Return the options of a call: those given by name, over `options`. Raises ConfigError for one that is unknown."""
+    values = {name: value for name, value in given.items() if value is not None}
+    if overrides := values.pop("overrides", None):
+        values["overrides"] = as_overrides(overrides)
+    if isinstance(recipe := values.get("recipe"), Section):
+        values["recipe"] = recipe.model_dump()
+    return kind.of(({} if options is None else options.given()) | values)
+
+
+class Launch(ABC, Generic[OptionsT]):
+    """One start of a run. Its methods are called in the order in which they stand here, by all ranks."""
+
+    kind: Literal["pretrain", "finetune"]
+
+    def __init__(self, options: OptionsT) -> None:
+        """Reads the recipe of a new run. Raises ConfigError."""
+        self.options = options
+        self.is_new = options.resume is None
+
+    @abstractmethod
+    def default_path(self) -> Path:
+        """Return the directory of a new run for which none is given."""
+
+    def join(self, run: RunDirectory, ranks: Ranks, console: Console, callbacks: Sequence[Callback]) -> None:
+        """Take what the start needs from here on."""
+        self.run, self.ranks, self.console, self.callbacks = run, ranks, console, callbacks
+
+    def is_finished(self) -> bool:
+        """Return whether nothing of a resumed run is left to do."""
+        return prepare.is_finished(self.run, self.kind, self.ranks)
+
+    @abstractmethod
+    def say_finished(self) -> None:
+        """Print that nothing is left to do, and where the results are."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Check everything that can be checked before anything is written or built."""
+
+    @abstractmethod
+    def show(self) -> None:
+        """Print what a run would do, in place of everything below."""
+
+    @abstractmethod
+    def run_time(self) -> RunTime | None:
+        """Return how long the run is predicted to take; None for a GPU whose rates are not known."""
+
+    @abstractmethod
+    def shorter(self) -> str:
+        """Return how to make the run shorter."""
+
+    @property
+    @abstractmethod
+    def stop_at(self) -> int:
+        """The step at which the run ends."""
+
+    @abstractmethod
+    def build(self) -> None:
+        """Build what the run reads."""
+
+    @abstractmethod
+    def train(self, time_limit_s: float | None) -> bool:
+        """Announce and do the training in the run directory, which is held; return False if time was up first."""
+
+    @abstractmethod
+    def say_end(self) -> None:
+        """Report what was learned, on the main rank."""
+
+
+def launch(
+    start: Launch[Any],
+    console: Console | None = None,
+    confirm: Confirm = lambda told: None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Start or resume a run, and return it once it has ended or stopped. To be called by all ranks.
+
+    console: shows progress and log; by default the terminal. callbacks: called besides its display.
+
+    Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and other errors of the project.
+    """
+    began, options = time.monotonic(), start.options
+    with join_ranks() as ranks, contextlib.ExitStack() as held:
+        console = Console(quiet=True) if not ranks.is_main else console or Console()
+        run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
+        held.enter_context(log_shown_on(console))
+        start.join(run, ranks, console, [ConsoleDisplay(console), *callbacks])
+        if not start.is_new and start.is_finished():
+            start.say_finished()
+            return Run(run.path)
+        start.check()
+        if options.dry_run:
+            start.show()
+            _say_dry_run(start.run_time(), start.stop_at, console)
+            return Run(run.path)
+        if start.is_new:
+            ask_before_years(options, start.run_time, start.shorter(), ranks, confirm)
+        start.build()
+        prepare.hold(run, ranks, held, is_new=start.is_new)
+        limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
+        if start.train(limit) and ranks.is_main:
+            start.say_end()
+    return Run(run.path)
+
+
+def ask_before_years(
+    options: RunOptions, predict: Callable[[], RunTime | None], shorter: str, ranks: Ranks, confirm: Confirm
+) -> None:
+    """Ask whether to start a run that may take a year or more, and refuse it with a ConfigError if nobody can be asked.
+
+    To be called by all ranks. `yes` and `time_limit`, after which a run ends anyway, answer it. predict: measures this
+    machine, so it is called only where its answer matters. shorter: how to make the run shorter.
+    """
+    with ranks.together():
+        if not ranks.is_main or options.yes or options.time_limit is not None:
+            return
+        time = predict()
+        if time is None or not time.may_take_years:
+            return
+        found = f"This run is predicted to take {time} on this machine."
+        answer = confirm(found) if ranks.world_size == 1 else None
+        if answer is None:
+            raise ConfigError(f"{found} {shorter} To start it anyway, add --yes.")
+        if not answer:
+            raise ConfigError(f"The run was not started. {shorter}")
+
+
+def _say_dry_run(time: RunTime | None, steps: int, console: Console) -> None:
+    if time is not None and time.may_take_years:
+        say(console, "Such a run starts only with --yes, or after you confirm it on a terminal.")
+    told = "not predicted for this GPU, whose rates are not known" if time is None else f"predicted to take {time}"
+    say(console, f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.")

@@ -1,0 +1,102 @@
+"""The parts of a pretraining, for a loop of your own.
+
+recipe = load_recipe("tiny", {"schedule.total_steps": 100})
+store = open_store("stores/mine")
+with open_engine(recipe, store, ds_config="cpu") as engine:
+    for step, batch in batches(recipe, store):
+        result = engine.train_step(batch, step)
+    print(evaluate(engine, recipe, store))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from electra_ds.config.options import Compile, PretrainOptions
+from electra_ds.config.recipe import Recipe
+from electra_ds.core import devices
+from electra_ds.core.ranks import join_ranks
+from electra_ds.data.segments import split_holdout
+from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.batches import BatchBuilder, objective_of
+from electra_ds.pretraining.engine import PretrainingEngine
+from electra_ds.pretraining.evaluation import Evaluator
+from electra_ds.pretraining.objectives.base import PretrainingBatch
+from electra_ds.training.model import AutocastModel
+from electra_ds.training.prefetch import prefetched
+from electra_ds.training.prepare import plan_for
+
+
+def open_store(path: str | Path) -> TokenStore:
+    """Return the token store in a folder. Raises DataError if it is missing or damaged."""
+    return TokenStore(Path(path))
+
+
+def batches(recipe: Recipe, store: TokenStore, first_step: int = 0) -> Iterator[tuple[int, PretrainingBatch]]:
+    """Yield each step's number, 0 for the first, and its global batch, to the end of the recipe's schedule.
+
+    A batch depends on recipe, store and step alone: a loop that begins at `first_step` has the batches that one from
+    the start has there. Raises DataError if the store has too little text to hold out from.
+    """
+    split = split_holdout(store.documents, recipe.data, recipe.seed)
+    builder = BatchBuilder(store, split.train, recipe, recipe.seed)
+    yield from prefetched(builder, first_step, recipe.schedule.total_steps)
+
+
+def build_model(recipe: Recipe, store: TokenStore) -> AutocastModel:
+    """Return the module that the recipe's objective trains, with the first weights of the recipe's seed."""
+    return objective_of(recipe, store.tokenizer).build_model()
+
+
+@contextmanager
+def open_engine(
+    recipe: Recipe,
+    store: TokenStore,
+    *,
+    model: AutocastModel | None = None,
+    ds_config: str | Path | None = None,
+    micro_batch: int | Literal["auto"] | None = None,
+    compile: Compile = "off",
+) -> Iterator[PretrainingEngine]:
+    """Open a DeepSpeed engine, and close it with the context. Under a launcher every rank opens one.
+
+    `engine.train_step(batch, step)` does one optimizer step, with the learning rate of the recipe's schedule at that
+    step, and returns its losses and the gradient norm by name, as scalars on the device. `engine.optimizer` has
+    `snapshot()` and `load()`.
+
+    Args:
+        recipe: the recipe.
+        store: the token store, whose tokenizer the model has.
+        model: the module to train. By default that of `build_model`.
+        ds_config: a shipped DeepSpeed JSON such as `cpu`, or a path. By default the one for this hardware.
+        micro_batch: sequences at a time, in place of the JSON's.
+        compile: whether the forward pass is compiled.
+
+    Raises:
+        ConfigError: the DeepSpeed JSON cannot be used with this recipe or device.
+    """
+    options = PretrainOptions(ds_config=None if ds_config is None else str(ds_config), micro_batch=micro_batch)
+    with join_ranks() as ranks:
+        with ranks.together():
+            plan = plan_for(options, recipe, ranks)
+            device = devices.device(ranks.launch)
+            engine = PretrainingEngine(model or build_model(recipe, store), recipe, plan, device, compile)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+def evaluate(engine: PretrainingEngine, recipe: Recipe, store: TokenStore, windows: int = 512) -> Mapping[str, float]:
+    """Return the metrics of the model on held-out text by name. To be called by all ranks.
+
+    windows: the number of held-out sequences.
+    """
+    split = split_holdout(store.documents, recipe.data, recipe.seed)
+    with join_ranks() as ranks:
+        evaluator = Evaluator(store, split, recipe, windows, ranks)
+        rows = engine.plan.batch.micro_batch_size
+        return evaluator(engine.evaluate, engine.device, rows)

@@ -1,0 +1,119 @@
+"""Predict what fits on a GPU or this machine's CPU, and how long a pretraining takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from electra_ds.api.launch import given_options
+from electra_ds.config.cards import Card, cards_like, find_card
+from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json, with_micro_batch
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import RecipeSource
+from electra_ds.config.shipped import CPU_RECIPE, GPU_RECIPE
+from electra_ds.config.tool_options import PlanOptions
+from electra_ds.core import devices
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.launcher import detect
+from electra_ds.core.program import command
+from electra_ds.report.forecast import Forecast, forecast
+
+
+def plan(
+    recipe: RecipeSource | None = None,
+    *,
+    ds_config: str | Path | None = None,
+    card: str | None = None,
+    memory_gb: float | None = None,
+    vocab_size: int | None = None,
+    micro_batch: int | Literal["auto"] | None = None,
+    ranks: int = 1,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+) -> Forecast:
+    """Return what a pretraining is predicted to need: memory by part, whether it fits, and its time as a range.
+
+    Nothing is trained and no GPU is needed.
+
+    Args:
+        recipe: as in `pretrain`.
+        ds_config: a shipped DeepSpeed JSON, or a path. By default the one of the card.
+        card: the name of a GPU, here or not, or `cpu`. By default the card that the JSON is named after, else this
+            machine.
+        memory_gb: the free memory of a GPU, in GiB, in place of a card.
+        vocab_size: the number of pieces of your tokenizer. By default the recipe's.
+        micro_batch: sequences at a time, in place of the JSON's.
+        ranks: the number of cards.
+        overrides: changed values of the recipe by dotted key.
+
+    Raises:
+        ConfigError: the recipe, the JSON or the card is unknown or cannot be used.
+
+    Example:
+        >>> import electra_ds
+        >>> electra_ds.plan("rc2020-small", card="GTX 1060 6GB").fits
+        True
+    """
+    named = {
+        "recipe": recipe, "ds_config": ds_config, "card": card, "memory_gb": memory_gb, "vocab_size": vocab_size,
+        "micro_batch": micro_batch, "ranks": ranks, "overrides": overrides,
+    }  # fmt: skip
+    return planned(given_options(PlanOptions, None, named))
+
+
+def planned(options: PlanOptions) -> Forecast:
+    """Return the forecast for the options of the command."""
+    card = _card(options)
+    has_gpu = card is not None or options.memory_gb is not None
+    recipe = load_recipe(options.recipe or (GPU_RECIPE if has_gpu else CPU_RECIPE), options.overrides or ())
+    values, source = default_ds_config(has_gpu, card)
+    if options.ds_config is not None:
+        values, source = read_deepspeed_json(options.ds_config), options.ds_config
+    return forecast(
+        recipe,
+        with_micro_batch(values, options.micro_batch),
+        source,
+        card=card,
+        memory_gib=options.memory_gb,
+        vocab_size=options.vocab_size,
+        world_size=options.ranks,
+    )
+
+
+def _card(options: PlanOptions) -> Card | None:
+    """Return the card to plan for; None for a CPU, or if only its memory is given."""
+    if options.memory_gb is not None or (options.card or "").lower() == "cpu":
+        return None
+    if options.card is None and options.ds_config is None:
+        return _card_here()
+    if options.card is None:
+        name = Path(str(options.ds_config)).stem
+        card = find_card(name)
+        if card is None and name != "cpu":
+            raise ConfigError(
+                f"{options.ds_config} is not named after a card; say which one with --card or --memory-gb."
+            )
+        return card
+    card = find_card(options.card)
+    if card is None:
+        near = ", ".join(f"'{card.name}'" for card in cards_like(options.card))
+        raise ConfigError(
+            f"No card '{options.card}' is known. {f'The nearest names are {near}. ' if near else ''}"
+            f"{command('plan')} --all lists every card; for another one, give its free memory with --memory-gb."
+        )
+    return card
+
+
+def _card_here() -> Card | None:
+    """Return this machine's GPU, or None if it has none."""
+    device = devices.device(detect(os.environ))
+    if device.type == "cpu":
+        return None
+    card = find_card(devices.device_name(device))
+    if card is None:
+        raise ConfigError(
+            f"The rates of this machine's {devices.device_name(device)} are not known. Give its memory with "
+            f"--memory-gb, or another card with --card."
+        )
+    return card

@@ -1,0 +1,245 @@
+"""Pretrain: a run from its options to its report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from electra_ds.api.launch import Launch, given_options, launch
+from electra_ds.api.run import Run
+from electra_ds.api.stores import look_for_store, open_store
+from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.options import PretrainOptions
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import Recipe, RecipeSource
+from electra_ds.config.shipped import CPU_RECIPE, GPU_RECIPE
+from electra_ds.core import devices
+from electra_ds.core.launcher import detect
+from electra_ds.core.program import command
+from electra_ds.data.token_store import TokenStore
+from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.pretraining.objectives.base import Objective
+from electra_ds.pretraining.prepare import (
+    announce,
+    described,
+    fitted,
+    plan_resume,
+    prepare_new,
+    prepare_resume,
+    say_finished,
+    with_fitting_micro_batch,
+)
+from electra_ds.pretraining.pretrain import PretrainJob
+from electra_ds.pretraining.pretrain import pretrain as train
+from electra_ds.pretraining.run_time import RunTime, pretraining_time
+from electra_ds.training import prepare
+from electra_ds.training.callbacks import Callback
+
+if TYPE_CHECKING:
+    from electra_ds.interop.init_from import InitialWeights
+
+
+def pretrain(
+    recipe: RecipeSource | None = None,
+    *,
+    ds_config: str | Path | None = None,
+    corpus: str | Path | Sequence[Any] | None = None,
+    data: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    resume: str | Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    seed: int | None = None,
+    options: PretrainOptions | None = None,
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = False,
+    **more: Any,
+) -> Run:
+    """Pretrain by the recipe's objective, or resume a run, and return the run once it has ended or stopped.
+
+    Under a launcher such as torchrun every rank calls it. Several calls in one process may follow each other.
+
+    Args:
+        recipe: a shipped name such as `tiny`, a path, a mapping that may say `extends: tiny`, or a `Recipe`.
+            By default rc2020-small with a GPU and tiny without one.
+        ds_config: a shipped DeepSpeed JSON such as `cpu`, or a path. By default the one for this hardware.
+        corpus: text files or folders, `hub:NAME#CONFIG@SPLIT`, or a list of sources, each a list of these.
+            By default the built-in corpus.
+        data: a finished token store, in place of a corpus; with `resume`, the place where the run's own store is now.
+        run_dir: the directory of the new run. By default runs/RECIPE-TIME.
+        resume: the directory of a run to resume, with its own recipe and data.
+        overrides: changed values of the recipe by dotted key, `{"schedule.total_steps": 400}`.
+        seed: the seed of weights, data order, masks, samples and dropout.
+        options: any of the command's options; what is given by name takes precedence.
+        callbacks: called while the run trains; they can read, log and stop (`electra_ds.Callback`).
+        quiet: whether nothing is printed.
+        more: any other field of `PretrainOptions`, such as `stop_at=100`, `save_every=50` or `init_from=[...]`.
+
+    Raises:
+        ConfigError: options, recipe or DeepSpeed JSON cannot be used; the message names each problem.
+        DataError: the text cannot be read or is too little.
+        CheckpointError: the run cannot be resumed or written.
+        TrainingError: training cannot continue.
+        InterruptedBySignalError: a signal stopped the run, after a checkpoint was saved.
+
+    Example:
+        >>> import electra_ds
+        >>> run = electra_ds.pretrain("tiny", data="stores/small", overrides={"schedule.total_steps": 4}, quiet=True)
+        >>> run.status
+        'done'
+    """
+    named = {
+        "recipe": recipe, "ds_config": ds_config, "corpus": corpus, "data": data, "run_dir": run_dir, "resume": resume,
+        "overrides": overrides, "seed": seed,
+    }  # fmt: skip
+    start = PretrainStart(given_options(PretrainOptions, options, named | more))
+    return launch(start, Console(quiet=quiet), callbacks=callbacks)
+
+
+class PretrainStart(Launch[PretrainOptions]):
+    """The start of a pretraining."""
+
+    kind = "pretrain"
+    recipe: Recipe
+    plan: DeepSpeedPlan
+    job: PretrainJob
+
+    def __init__(self, options: PretrainOptions) -> None:
+        options.check()
+        super().__init__(options)
+        if self.is_new:
+            self.recipe = load_recipe(options.recipe or default_recipe(), options.recipe_overrides())
+        self.weights: InitialWeights | None = None
+        self.vocab_size: int | None = None
+        """The size of the tokenizer's vocabulary, once it is known."""
+
+    def default_path(self) -> Path:
+        return Path("runs") / f"{self.recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+    def say_finished(self) -> None:
+        say_finished(self.run, self.console)
+
+    def check(self) -> None:
+        options, run, ranks = self.options, self.run, self.ranks
+        with ranks.together():
+            if self.is_new:
+                self.plan = prepare.plan_new(options, self.recipe, run, ranks)
+                if not options.recipe:
+                    self.plan = replace(self.plan, notes=(_of_default(self.recipe), *self.plan.notes))
+            else:
+                self.plan = plan_resume(options, run, ranks)
+                self.recipe = run.read_recipe()
+
+    def show(self) -> None:
+        run, ranks = self.run, self.ranks
+        found: TokenStore | tuple[Path, int] | None = None
+        with ranks.together():
+            if self.is_new:
+                check = self._read_weights()
+                found = look_for_store(self.options, self.recipe, self.console, check)
+            if not isinstance(found, tuple):
+                self._prepare(found, self._sources())
+        if not isinstance(found, tuple):
+            self._fit()
+            announce(self._with_notes_on_weights(), self.console)
+            return
+        path, self.vocab_size = found
+        self.plan = fitted(self.plan, self.recipe, self.vocab_size, self.options, ranks)
+        sizes = Objective.of(self.recipe, self.vocab_size).parameter_counts()
+        data = f"data: the token store {path} would be built first"
+        device = devices.device_name(devices.device(ranks.launch))
+        threads = devices.set_threads(self.options.threads, ranks.launch)
+        what = described(self.recipe, sizes, data, self._sources())
+        prepare.announce(what, device, threads, self.plan, run, self.console)
+
+    def run_time(self) -> RunTime | None:
+        size = self.vocab_size or self.recipe.tokenizer.vocab_size
+        device, threads = devices.device(self.ranks.launch), self.options.threads
+        return pretraining_time(self.recipe, size, self.plan, device, steps=self.stop_at, threads=threads)
+
+    def shorter(self) -> str:
+        is_small = self.recipe.name == CPU_RECIPE
+        smaller = "smaller sizes" if is_small else f"a smaller recipe, such as --recipe {CPU_RECIPE},"
+        return f"Choose {smaller} or fewer steps with --set schedule.total_steps=N."
+
+    @property
+    def stop_at(self) -> int:
+        return prepare.stop_at(self.options, self.recipe)
+
+    def build(self) -> None:
+        ranks, store = self.ranks, None
+        with ranks.together():
+            if ranks.is_main and self.is_new:
+                check = self._read_weights()
+                store = open_store(self.options, self.recipe, self.console, check)
+        path = ranks.broadcast(store and store.path.resolve())
+        sources = ranks.broadcast(self._sources())
+        with ranks.together():
+            self._prepare(store or (TokenStore(path) if self.is_new else None), sources)
+        self._fit()
+
+    def train(self, time_limit_s: float | None) -> bool:
+        with self.ranks.together():
+            if self.weights is not None:
+                from electra_ds.interop.init_from import write_first_checkpoint
+
+                write_first_checkpoint(self.job, self.weights.tensors(self.recipe, self.job.store.tokenizer))
+                self.job = self._with_notes_on_weights()
+                self.weights = None  # which holds them in memory
+        announce(self.job, self.console)
+        return train(self.job, self.ranks, time_limit_s, self.callbacks)
+
+    def say_end(self) -> None:
+        from electra_ds.report.run_report import report_run
+
+        report_run(self.run, self.console)
+
+    def _prepare(self, store: TokenStore | None, sources: Sequence[str]) -> None:
+        """Make the job. store: of a new run; sources: of its first weights."""
+        if store is None:
+            self.job = prepare_resume(self.options, self.plan, self.run, self.ranks)
+        else:
+            self.job = prepare_new(self.options, self.recipe, self.plan, store, self.run, self.ranks, sources)
+
+    def _fit(self) -> None:
+        self.job = with_fitting_micro_batch(self.job, self.options, self.ranks)
+        self.plan, self.vocab_size = self.job.plan, self.job.store.tokenizer.vocab_size
+
+    # --- the weights of init_from
+
+    def _read_weights(self) -> Callable[[Tokenizer], None] | None:
+        """Read the weights, whose tokenizer takes the place of one that is not given; return a check of tokenizers."""
+        if not self.options.init_from:
+            return None
+
+        from electra_ds.interop.init_from import read_initial_weights
+
+        self.weights = read_initial_weights(self.options.init_from, self.recipe)
+        if self.options.tokenizer is None and self.options.data is None:
+            self.options = replace(self.options, tokenizer=self.weights.own_tokenizer())
+        return self.weights.check_vocabulary
+
+    def _sources(self) -> Sequence[str]:
+        return () if self.weights is None else self.weights.names
+
+    def _with_notes_on_weights(self) -> PretrainJob:
+        job = self.job
+        if self.weights is None:
+            return job
+        notes = (*job.plan.notes, *self.weights.notes(job.recipe, job.store.tokenizer))
+        return replace(job, plan=replace(job.plan, notes=notes))
+
+
+def default_recipe() -> str:
+    """Return the name of this machine's default recipe."""
+    return CPU_RECIPE if devices.device(detect(os.environ)).type == "cpu" else GPU_RECIPE
+
+
+def _of_default(recipe: Recipe) -> str:
+    has_gpu = "with a GPU" if recipe.name == GPU_RECIPE else "without a GPU"
+    return f"{recipe.name} is the default recipe {has_gpu}; {command('recipes')} shows the others"

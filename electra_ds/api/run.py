@@ -1,0 +1,114 @@
+"""A run as Python sees it: what was run, how far it came, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from electra_ds.config.finetune_recipe import FinetuneRecipe
+from electra_ds.config.recipe import Recipe
+from electra_ds.config.run_directory import RunDirectory, Status
+from electra_ds.config.run_record import FinetuneRecord, RunRecord
+from electra_ds.core.errors import CheckpointError
+from electra_ds.training.checkpoint import CheckpointFolder
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped]
+
+
+class Run:
+    """A run directory of a pretraining or a finetuning. Everything is read from it when it is asked for.
+
+    >>> from electra_ds import Run
+    >>> run = Run("runs/mine")
+    >>> run.kind, run.status
+    ('pretrain', 'done')
+    >>> len(run.metrics.query("kind == 'train'"))
+    6
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._directory = RunDirectory(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here; not so after a dry run."""
+        return self._directory.exists()
+
+    @property
+    def kind(self) -> str:
+        """`pretrain` or `finetune`. Raises CheckpointError if there is no run, as do the properties below."""
+        return self._directory.kind()
+
+    @property
+    def status(self) -> Status | None:
+        """How the run ended: `done`, `stopped`, `collapsed` or `failed`; None while it has not ended."""
+        return self._directory.status()
+
+    @property
+    def recipe(self) -> Recipe | FinetuneRecipe:
+        """The recipe, every value in full."""
+        if self.kind == "finetune":
+            return self._directory.read_recipe(FinetuneRecipe)
+        return self._directory.read_recipe()
+
+    @property
+    def record(self) -> RunRecord | FinetuneRecord:
+        """What run.json says: settings, hardware, data and versions."""
+        if self.kind == "finetune":
+            return self._directory.read_record(FinetuneRecord)
+        return self._directory.read_record()
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """One row for each step that was logged and each evaluation, which the column `kind` tells apart."""
+        import pandas as pd
+
+        from electra_ds.training.tracking import read_metrics
+
+        path = self._directory.metrics
+        return pd.DataFrame(read_metrics(path) if path.exists() else [])
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """What scores.json of a finished finetuning says: `scores["sets"]` has each set's metrics."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "scores.json").read_text("utf8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} has no scores; a finetuning has them once it is done.") from error
+        return found
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return CheckpointFolder(self._directory.checkpoints, keep=1).paths()
+
+    def report(self, *, quiet: bool = False) -> None:
+        """Print what was learned. For a pretraining, summary.txt, curves.png and samples.txt are written too."""
+        console = Console(quiet=quiet)
+        if self.kind == "finetune":
+            from electra_ds.report.scores import report_scores
+
+            report_scores([self.path], console)
+        else:
+            from electra_ds.report.run_report import report_run
+
+            report_run(self._directory, console)
+
+    def resume(self, **options: Any) -> Run:
+        """Resume the run, with any option that `pretrain` or `finetune` takes together with `resume`."""
+        if self.kind == "finetune":
+            from electra_ds.api.finetune import finetune
+
+            return finetune(resume=self.path, **options)
+
+        from electra_ds.api.pretrain import pretrain
+
+        return pretrain(resume=self.path, **options)

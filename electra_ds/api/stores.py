@@ -1,0 +1,232 @@
+"""The token store of a corpus: what names a source of text and a tokenizer, and the store made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from rich.console import Console
+
+from electra_ds.api.launch import given_options
+from electra_ds.config.options import CorpusOptions, PretrainOptions
+from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection
+from electra_ds.config.shipped import GPU_RECIPE
+from electra_ds.config.tool_options import BuildDataOptions, ImportOptions
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.files import is_hub_model
+from electra_ds.core.terminal import say, warn
+from electra_ds.data.build import build_store
+from electra_ds.data.corpus import Corpus, Source, open_source
+from electra_ds.data.token_store import StoreInfo, TokenStore
+from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.data.unknown import problem, report
+
+CorpusT = TypeVar("CorpusT", bound=CorpusOptions)
+_BUILTIN, _HUB = "builtin", "hub:"
+Check = Callable[[Tokenizer], None]
+"""Raises an error for a given tokenizer that will not do, before anything is tokenised."""
+
+
+def build_data(
+    corpus: str | Path | Sequence[Any],
+    out: str | Path,
+    *,
+    recipe: RecipeSource = GPU_RECIPE,
+    tokenizer: str | Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    workers: int | None = None,
+    options: BuildDataOptions | None = None,
+    quiet: bool = False,
+    **more: Any,
+) -> TokenStore:
+    """Tokenise a corpus into a token store, or finish a build that was interrupted, and return the store.
+
+    Args:
+        corpus: text files or folders, `builtin`, `hub:NAME#CONFIG@SPLIT`, or a list of sources, each a list of these.
+        out: the folder of the store.
+        recipe: the recipe whose tokenizer is trained on the text, if none is given.
+        tokenizer: a tokenizer.json or vocab.txt, a folder with one, or the name of a model on the Hub.
+        overrides: changed values of the recipe by dotted key, `{"tokenizer.vocab_size": 16000}`.
+        workers: the number of processes. By default one for each core.
+        options: any of the command's options; what is given by name takes precedence.
+        quiet: whether nothing is printed.
+        more: any other field of `BuildDataOptions`, such as `text_key="body"` or `streaming=True`.
+
+    Raises:
+        ConfigError: options, recipe or tokenizer cannot be used.
+        DataError: the text cannot be read or is too little.
+
+    Example:
+        >>> import electra_ds
+        >>> store = electra_ds.build_data("texts/", "stores/small", recipe="tiny", quiet=True)
+        >>> store.info.num_documents
+        60
+    """
+    named = {"corpus": corpus, "out": out, "tokenizer": tokenizer, "overrides": overrides, "workers": workers}
+    chosen = given_options(BuildDataOptions, options, named | more | {"recipe": recipe})
+    return make_store(
+        chosen, load_recipe(chosen.recipe or GPU_RECIPE, chosen.overrides or ()), chosen.out, Console(quiet=quiet),
+        workers=chosen.workers,
+    )  # fmt: skip
+
+
+def open_store(
+    options: PretrainOptions | ImportOptions, recipe: Recipe, console: Console, check: Check | None = None
+) -> TokenStore:
+    """Return the store that --data names, or one built in stores/ for --corpus or the built-in corpus."""
+    if options.data is not None:
+        store = TokenStore(options.data)
+        if check is not None:
+            check(store.tokenizer)
+        _say_unknown(store.info, console)
+        return store
+    options = _with_corpus(options)
+    return make_store(options, recipe, Path("stores") / store_name(options, recipe), console, check=check)
+
+
+def look_for_store(
+    options: PretrainOptions, recipe: Recipe, console: Console, check: Check | None = None
+) -> TokenStore | tuple[Path, int]:
+    """Return the store that `open_store` opens; where it would have to build one, that one's path and vocabulary size.
+
+    Everything but the text is checked, and nothing is written.
+    """
+    if options.data is None:
+        options = _with_corpus(options)
+        out = Path("stores") / store_name(options, recipe)
+        if not out.exists():
+            _, tokenizer = _asked_for(options, recipe, console, check)
+            return out, tokenizer.vocab_size
+    return open_store(options, recipe, console, check)
+
+
+def _with_corpus(options: CorpusT) -> CorpusT:
+    return options if options.corpus else replace(options, corpus=[[_BUILTIN]])
+
+
+def store_name(options: CorpusOptions, recipe: Recipe) -> str:
+    """Return a name for people, after the first source and the tokenizer, and a hash of all that was asked for."""
+    assert options.corpus is not None
+    first = options.corpus[0][0]
+    if first.startswith(_HUB):
+        dataset, *config_and_split = re.split("[#@]", first.removeprefix(_HUB))
+        name = re.sub(r"[^\w.-]+", "_", "-".join([Path(dataset).resolve().name, *config_and_split])).strip("_")
+    else:
+        name = Path(first).resolve().name if first != _BUILTIN else _BUILTIN
+    kind = (
+        Path(options.tokenizer).stem if options.tokenizer else f"{recipe.tokenizer.kind}-{recipe.tokenizer.vocab_size}"
+    )
+    has_telling_name = not options.tokenizer or is_hub_model(options.tokenizer)  # many folders are `discriminator`
+    if options.corpus == [[_BUILTIN]] and has_telling_name:
+        return f"{name}-{kind}"
+    corpus = [
+        [word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in options.corpus
+    ]
+    given = (
+        corpus, options.document_boundary, options.text_key, options.revision, options.tokenizer, options.cased,
+        None if options.tokenizer else recipe.tokenizer.lowercase,
+        *(() if options.strip_accents is None else (options.strip_accents,)),
+    )  # fmt: skip
+    return f"{name}-{kind}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"
+
+
+def make_store(
+    options: CorpusOptions,
+    recipe: Recipe,
+    out: Path,
+    console: Console,
+    *,
+    workers: int | None = None,
+    check: Check | None = None,
+) -> TokenStore:
+    """Build, or finish, the store in `out` from what --corpus and --tokenizer say."""
+    corpus, tokenizer = _asked_for(options, recipe, console, check)
+    # The build shows its progress on a console of its own.
+    hidden = contextlib.redirect_stdout(io.StringIO()) if console.quiet else contextlib.nullcontext()
+    with _without_main(), hidden:
+        store = build_store(corpus, tokenizer, out, workers=workers, allow_unknown=bool(options.allow_unknown))
+    for line in corpus.notes():
+        say(console, line)
+    _say_unknown(store.info, console, always=True)
+    return store
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep worker processes from running the caller's script again, as Python lets new processes do: a script of a few
+    lines has no `if __name__ == "__main__"`, and what the workers call is in this package."""
+    main = vars(sys.modules["__main__"])
+    before: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.update(before)
+
+
+def _asked_for(
+    options: CorpusOptions, recipe: Recipe, console: Console, check: Check | None
+) -> tuple[Corpus, Tokenizer | TokenizerSection]:
+    """Return the corpus and the tokenizer to build a store from, after checking them."""
+    assert options.corpus is not None
+    if (options.streaming or options.revision) and not any(
+        word.startswith(_HUB) for words in options.corpus for word in words
+    ):
+        raise ConfigError("--streaming and --revision are for datasets of the Hub; give one as --corpus hub:NAME.")
+    tokenizer = _tokenizer(options, recipe, console)
+    if check is not None:
+        assert options.tokenizer is not None
+        check(cast("Tokenizer", tokenizer))
+    return Corpus(tuple(_source(options, words) for words in options.corpus)), tokenizer
+
+
+def _say_unknown(info: StoreInfo, console: Console, always: bool = False) -> None:
+    """Print how much of each source is [UNK], or only for the sources where it is too much."""
+    for source in info.corpora:
+        if source.unknown is None:
+            continue
+        if said := problem(source.description, source.unknown, source.num_tokens):
+            warn(console, said)
+        elif always:
+            say(console, f"{source.description}: {report(source.unknown, source.num_tokens)}.")
+
+
+def _source(options: CorpusOptions, words: list[str]) -> Source:
+    """Return the source that one --corpus names."""
+    text_key = options.text_key or "text"
+    if not any(word.startswith(_HUB) for word in words):
+        if len(words) > 1 and _BUILTIN in words:
+            raise ConfigError(f"Give `{_BUILTIN}` a --corpus of its own.")
+        return open_source(words, options.document_boundary or "file", text_key)
+    if len(words) > 1:
+        raise ConfigError(f"Give each Hub dataset a --corpus of its own, not {' '.join(words)}.")
+    from electra_ds.data.hub import HubSource
+
+    return HubSource(words[0], text_key, streaming=bool(options.streaming), revision=options.revision)
+
+
+def _tokenizer(options: CorpusOptions, recipe: Recipe, console: Console) -> Tokenizer | TokenizerSection:
+    """Return the given tokenizer, from here or from the Hub, or the recipe's section to train one from."""
+    if options.tokenizer is None:
+        if options.cased is not None or options.strip_accents is not None:
+            raise ConfigError(
+                "--cased, --uncased and --strip-accents say how a given vocab.txt was made, so they need --tokenizer. "
+                "For a tokenizer that is trained here, set tokenizer.lowercase."
+            )
+        return recipe.tokenizer
+    from electra_ds.data.given_tokenizer import Casing, load_given_tokenizer
+
+    tokenizer, notes = load_given_tokenizer(options.tokenizer, Casing(options.cased, options.strip_accents))
+    for line in notes:
+        say(console, line)
+    return tokenizer

@@ -1,0 +1,255 @@
+"""The options of the commands that do not train, each declared once, as in `options.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from electra_ds.config.option import Options, duration_s, gibibytes, option
+from electra_ds.config.options import (
+    WHAT,
+    CorpusOptions,
+    corpus_option,
+    ds_config_option,
+    micro_batch_option,
+    overrides_option,
+    seed_option,
+)
+from electra_ds.config.shipped import (
+    GPU_RECIPE,
+    RECIPE_NOTE,
+    SWEEPS,
+    finetune_recipe_names,
+    recipe_names,
+    shipped_names,
+)
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.program import command
+
+_RECIPES = ", ".join(recipe_names())
+_RAY, _SCORES, _UNKNOWN = "ray", "scores", "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Options):
+    """The options of `plan`."""
+
+    SUMMARY: ClassVar[str] = "Predict what fits on a GPU or this CPU, and how long it takes."
+
+    recipe: str | Mapping[str, Any] | None = option(f"{_RECIPES}, or a YAML file ({RECIPE_NOTE})", metavar="NAME|FILE")
+    overrides: list[str] | None = overrides_option("data.sequence_length=512")
+    ds_config: str | None = ds_config_option()
+    card: str | None = option(
+        "a GPU, here or not, such as 'GTX 1060 6GB', RTX4090, 'RTX 5070 Ti', A6000, L4, L40S or A10; or cpu for this "
+        "machine's (default: the card that the JSON is named after, else this machine)",
+        metavar="NAME", exclusive="where",
+    )  # fmt: skip
+    memory_gb: float | None = option(
+        "plan for a GPU with this much free memory, in GiB as nvidia-smi shows",
+        metavar="N", parse=gibibytes, exclusive="where",
+    )  # fmt: skip
+    vocab_size: int | None = option("pieces of your tokenizer (default: the recipe's)", metavar="N")
+    micro_batch: int | Literal["auto"] | None = micro_batch_option(
+        "in place of the JSON's; auto: the largest that fits", group=""
+    )
+    ranks: int = option("cards (default: 1)", metavar="N", default=1)
+    all: bool | None = option("a table of every card and every recipe")
+    json: bool | None = option("print it as JSON")
+
+    def check(self) -> None:
+        """Raise ConfigError if options cannot go together."""
+        only_one = (self.ds_config, self.card, self.memory_gb, self.vocab_size, self.micro_batch)
+        if self.all and (any(only_one) or self.ranks > 1):
+            raise ConfigError(
+                "--all shows every card alone with its own JSON; with it only --recipe and --set may be given."
+            )
+        if self.all and self.overrides and self.recipe is None:
+            raise ConfigError("--all shows every recipe as it is shipped; say which one --set changes with --recipe.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildDataOptions(CorpusOptions):
+    """The options of `build-data`."""
+
+    SUMMARY: ClassVar[str] = "Tokenise a corpus into a token store."
+    GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "the text and its tokenizer"}
+
+    corpus: list[list[str]] | None = corpus_option("`builtin` for the built-in corpus", required=True)
+    out: Path = option("folder to make", metavar="STORE", required=True)
+    recipe: str | Mapping[str, Any] | None = option(
+        f"whose tokenizer to train (default: {GPU_RECIPE})", metavar="NAME|FILE"
+    )
+    overrides: list[str] | None = overrides_option("tokenizer.vocab_size=16000")
+    workers: int | None = option("processes (default: one per core)", metavar="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(Options):
+    """The options of `sweep`."""
+
+    SUMMARY: ClassVar[str] = "Run a study: one command over seeds, tasks, hyperparameters."
+    GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {_RAY: "where to run it"}
+
+    what: list[str] = option(
+        f"{', '.join(shipped_names(SWEEPS))}, or a YAML file; status DIR", flag="", nargs="*", metavar="NAME|FILE"
+    )
+    overrides: list[str] | None = option(
+        "change the file, e.g. --set finetune.model=RUN finetune.seeds=[0,1] resources.gpus=0.5",
+        flag="--set", metavar="KEY=VALUE",
+    )  # fmt: skip
+    out: Path | None = option("where it lives (default: runs/sweep-NAME)", metavar="DIR", aliases=("--run-dir",))
+    resume: Path | None = option("run what is missing in this sweep", metavar="DIR")
+    retry_failed: bool | None = option("with --resume: those that failed too")
+    dry_run: bool | None = option("list the trials and what they cost, and run nothing")
+    local: bool | None = option("one trial after the other, without Ray", group=_RAY)
+    address: str | None = option(
+        "a Ray cluster: auto, HOST:6379, or from outside it ray://HOST:10001", metavar="ADDRESS", group=_RAY
+    )
+    storage: str | None = option("where Tune keeps its records (default: DIR/tune)", metavar="DIR|URI", group=_RAY)
+    time_limit: float | None = option("save and leave after this time", metavar="TIME", parse=duration_s, group=_RAY)
+
+    def check(self) -> None:
+        """Raise ConfigError if options cannot go together."""
+        if self.what[:1] == ["status"]:
+            if len(self.what) != 2 or len(self.given()) > 1:
+                raise ConfigError(f"Say which sweep, and nothing else: {command('sweep')} status DIR")
+            return
+        if self.retry_failed and self.resume is None:
+            raise ConfigError("--retry-failed is for --resume.")
+        if (self.resume is None) == (not self.what) or len(self.what) > 1:
+            raise ConfigError("Give one sweep to run, by name or file, or --resume DIR to continue one.")
+        if self.resume is not None and self.out is not None:
+            raise ConfigError("--resume names the sweep's folder, so leave out --out.")
+        if self.local and (self.address or self.storage):
+            raise ConfigError("--local runs without Ray, so leave out --address and --storage.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """The options of `report`."""
+
+    SUMMARY: ClassVar[str] = "Summarise a pretraining, a sweep, or the scores of finetunings over seeds and tasks."
+    GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {_SCORES: "for runs of bin/finetune"}
+
+    run: list[Path] = option("run directories, finished or not, or a sweep's folder", flag="", nargs="+", metavar="RUN")
+    data: Path | None = option("where a pretraining's token store is now, if it has moved", metavar="STORE")
+    compare: list[str] | None = option(
+        "published rows to show next to them, such as mercier2021 and clark2020-small-owt; docs/glue-scores.md has the "
+        "others",
+        metavar="NAME", group=_SCORES,
+    )  # fmt: skip
+    csv: Path | None = option("write every run's scores there", metavar="FILE", group=_SCORES)
+    submission: Path | None = option("write the zip for gluebenchmark.com there", metavar="FILE", group=_SCORES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """The options of `export`."""
+
+    SUMMARY: ClassVar[str] = "Write a model as transformers folders, or a run for DeepSpeed."
+
+    run: Path = option("a run directory, or one of its checkpoints", flag="", metavar="RUN")
+    to: Literal["transformers", "deepspeed"] = option(
+        "transformers (default): generator and discriminator, or a finetuned model with its head, to load with "
+        "from_pretrained. deepspeed: a pretraining's weights and optimizer as DeepSpeed's own checkpoint",
+        default="transformers",
+    )  # fmt: skip
+    out: Path | None = option("default: RUN/export, or RUN/native for DeepSpeed", metavar="DIR")
+    ds_config: str | None = option(
+        "whose ZeRO stage and precision DeepSpeed gets (default: the run's)", metavar="NAME|FILE"
+    )
+    encoder_only: bool | None = option("of a finetuned model the encoder, to load with AutoModel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipesOptions(Options):
+    """The options of `recipes`."""
+
+    SUMMARY: ClassVar[str] = "List the recipes that come with the program, or print one."
+
+    name: str | None = option(
+        ", ".join([*recipe_names(), *finetune_recipe_names()]), flag="", nargs="?", metavar="NAME"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(Options):
+    """The options of `doctor`."""
+
+    SUMMARY: ClassVar[str] = "Say what this machine can pretrain with, and how to fix what is wrong."
+
+    json: bool | None = option("print it as JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions(Options):
+    """The options of `checkpoint ls`."""
+
+    SUMMARY: ClassVar[str] = "List a run's checkpoints."
+
+    run: Path = option("a run directory", flag="", metavar="RUN")
+    json: bool | None = option("print JSON, sizes in bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Options):
+    """The options of `checkpoint verify`."""
+
+    SUMMARY: ClassVar[str] = "Read every byte of checkpoints and compare hashes."
+
+    run: Path = option("a run directory, or one of its checkpoints", flag="", metavar="RUN|CHECKPOINT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(Options):
+    """The options of `checkpoint prune`."""
+
+    SUMMARY: ClassVar[str] = "Remove old checkpoints and what killed saves left behind."
+
+    run: Path = option("a run directory that nobody trains in", flag="", metavar="RUN")
+    keep: int | None = option("how many stay (default: as many as the run keeps)", metavar="N")
+    damaged: bool | None = option("also those that were set aside as damaged")
+    dry_run: bool | None = option("say what would be removed, and remove nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(CorpusOptions):
+    """The options of `checkpoint import`."""
+
+    SUMMARY: ClassVar[str] = "Make a run of a native DeepSpeed checkpoint, to be resumed."
+    GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {
+        WHAT: "what was trained (default: what our own export says)",
+        _UNKNOWN: (
+            "what the files may not say",
+            "The tensors do not show the number of heads, layer_norm_eps, the activation and the position type. They "
+            "are taken from the recipe (--set generator.num_attention_heads=4 model.layer_norm_eps=1e-6) and checked "
+            "against the config.json files that lie next to or above the checkpoint, or that you give.",
+        ),
+    }
+
+    corpus: list[list[str]] | None = corpus_option("default: the exported run's token store")
+    native: Path = option("the checkpoint's folder", flag="", metavar="NATIVE")
+    trusted: bool | None = option("you know where the files come from")
+    run_dir: Path = option("folder of the run to make", metavar="RUN", required=True)
+    ds_config: str | None = ds_config_option()
+    micro_batch: int | Literal["auto"] | None = micro_batch_option("in place of the JSON's", group="")
+    recipe: str | Mapping[str, Any] | None = option(f"{_RECIPES}, or a YAML file", metavar="NAME|FILE", group=WHAT)
+    overrides: list[str] | None = overrides_option("schedule.total_steps=5000 generator.sharing=none", group=WHAT)
+    seed: int | None = seed_option("of data order, masks, samples and dropout from here on")
+    data: Path | None = option("a token store that bin/build-data made", metavar="STORE", group=WHAT)
+    generator_config: Path | None = option(
+        "the generator's config.json, or the folder it is in", metavar="FILE", group=_UNKNOWN
+    )
+    discriminator_config: Path | None = option(
+        "the discriminator's config.json, or the folder it is in", metavar="FILE", group=_UNKNOWN
+    )
+    frozen: list[str] | None = option(
+        "how the names of parameters begin that were not trained, if a stage 0 checkpoint does not say which",
+        metavar="NAME", group=_UNKNOWN,
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise ConfigError if options cannot go together."""
+        self.check_store(self.data)
