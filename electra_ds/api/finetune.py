@@ -124,7 +124,7 @@ class FinetuneStart(Launch[FinetuneOptions]):
         return is_finished(self.options, self.run, self.ranks)
 
     def say_finished(self) -> None:
-        say_finished(self.run, self.console)
+        say_finished(self.run)
 
     def check(self) -> None:
         if self.is_new:
@@ -154,7 +154,7 @@ class FinetuneStart(Launch[FinetuneOptions]):
         return loaded, encoder
 
     def show(self) -> None:
-        announce(self.job, self.console)
+        announce(self.job)
 
     def run_time(self) -> RunTime | None:
         return run_time(self.job, self.ranks)
@@ -170,10 +170,10 @@ class FinetuneStart(Launch[FinetuneOptions]):
         """Do nothing: the examples have been tokenised."""
 
     def train(self, time_limit_s: float | None) -> bool:
-        announce(self.job, self.console)
+        announce(self.job)
         return train(self.job, self.ranks, time_limit_s, self.callbacks)
 
     def say_end(self) -> None:
-        say_end(self.job, self.console)
+        say_end(self.job)
         if self.run.status() == "done" and self.job.record.settings.discard_weights:
             discard_weights(self.run)

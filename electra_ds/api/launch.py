@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,11 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.log import log_shown_on
 from electra_ds.core.ranks import Ranks, join_ranks
-from electra_ds.core.terminal import say
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback
 
+_log = logging.getLogger(__name__)
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 Confirm = Callable[[str], bool | None]
@@ -127,7 +128,7 @@ def launch(
         start.check()
         if options.dry_run:
             start.show()
-            _say_dry_run(start.run_time(), start.stop_at, console)
+            _say_dry_run(start.run_time(), start.stop_at)
             return Run(run.path)
         if start.is_new:
             ask_before_years(options, start.run_time, start.shorter(), ranks, confirm)
@@ -161,8 +162,8 @@ def ask_before_years(
             raise ConfigError(f"The run was not started. {shorter}")
 
 
-def _say_dry_run(time: RunTime | None, steps: int, console: Console) -> None:
+def _say_dry_run(time: RunTime | None, steps: int) -> None:
     if time is not None and time.may_take_years:
-        say(console, "Such a run starts only with --yes, or after you confirm it on a terminal.")
+        _log.info("Such a run starts only with --yes, or after you confirm it on a terminal.")
     told = "not predicted for this GPU, whose rates are not known" if time is None else f"predicted to take {time}"
-    say(console, f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.")
+    _log.info(f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.")

@@ -122,7 +122,7 @@ class PretrainStart(Launch[PretrainOptions]):
         return Path("runs") / f"{self.recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
     def say_finished(self) -> None:
-        say_finished(self.run, self.console)
+        say_finished(self.run)
 
     def check(self) -> None:
         options, run, ranks = self.options, self.run, self.ranks
@@ -146,7 +146,7 @@ class PretrainStart(Launch[PretrainOptions]):
                 self._prepare(found, self._sources())
         if not isinstance(found, tuple):
             self._fit()
-            announce(self._with_notes_on_weights(), self.console)
+            announce(self._with_notes_on_weights())
             return
         path, self.vocab_size = found
         self.plan = fitted(self.plan, self.recipe, self.vocab_size, self.options, ranks)
@@ -155,7 +155,7 @@ class PretrainStart(Launch[PretrainOptions]):
         device = devices.device_name(devices.device(ranks.launch))
         threads = devices.set_threads(self.options.threads, ranks.launch)
         what = described(self.recipe, sizes, data, self._sources())
-        prepare.announce(what, device, threads, self.plan, run, self.console)
+        prepare.announce(what, device, threads, self.plan, run)
 
     def run_time(self) -> RunTime | None:
         size = self.vocab_size or self.recipe.tokenizer.vocab_size
@@ -191,7 +191,7 @@ class PretrainStart(Launch[PretrainOptions]):
                 write_first_checkpoint(self.job, self.weights.tensors(self.recipe, self.job.store.tokenizer))
                 self.job = self._with_notes_on_weights()
                 self.weights = None  # which holds them in memory
-        announce(self.job, self.console)
+        announce(self.job)
         return train(self.job, self.ranks, time_limit_s, self.callbacks)
 
     def say_end(self) -> None:

@@ -12,7 +12,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from electra_ds import __version__
@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
         if unknown:  # said by the command's own parser, with its usage and its name
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        options.handler(options)
+        with _log_on_terminal(speaks):
+            options.handler(options)
     except FailedElsewhereError:
         _leave(2, launch)
     except InterruptedBySignalError as stop:
@@ -113,6 +114,17 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
             _leave(1, launch)
         sys.excepthook(*sys.exc_info())
         _leave(1, launch)
+
+
+@contextlib.contextmanager
+def _log_on_terminal(speaks: bool) -> Iterator[None]:
+    """Show what the package logs, which a first rank of a node does."""
+    from rich.console import Console
+
+    from electra_ds.core.log import log_shown_on
+
+    with log_shown_on(Console(quiet=not speaks)):
+        yield
 
 
 def _end_by(signum: int, launch: Launch) -> NoReturn:

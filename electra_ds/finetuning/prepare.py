@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +21,10 @@ from electra_ds.config.run_directory import RunDirectory, read_where_it_is
 from electra_ds.config.run_record import FinetuneRecord, FinetuneSettings
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError
+from electra_ds.core.log import log_command
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
-from electra_ds.core.terminal import StageProgress, say, say_command, warn
+from electra_ds.core.terminal import StageProgress
 from electra_ds.finetuning.advice import advice
 from electra_ds.finetuning.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.finetuning.finetune import SCORES, FinetuneJob
@@ -36,6 +38,8 @@ from electra_ds.pretraining.run_time import RunTime, finetuning_time
 from electra_ds.training import prepare
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.recorded import kept_checkpoint
+
+_log = logging.getLogger(__name__)
 
 _SAVE_EVERY = 500
 _EVALUATIONS = 10
@@ -126,18 +130,18 @@ def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bo
     return ranks.broadcast(has_predicted or not options.predict_test)
 
 
-def say_finished(run: RunDirectory, console: Console) -> None:
+def say_finished(run: RunDirectory) -> None:
     """Print that nothing is left to train, and where the results are."""
     record, recipe = run.read_record(FinetuneRecord), run.read_recipe(FinetuneRecipe)
-    say(console, f"The run {run.path} is finished: nothing is left to train. Its scores are in {run.path / SCORES}.")
-    say_command(console, "Several runs together:", f"{command('report')} RUN RUN …")
+    _log.info(f"The run {run.path} is finished: nothing is left to train. Its scores are in {run.path / SCORES}.")
+    log_command(_log, "Several runs together:", f"{command('report')} RUN RUN …")
     with contextlib.suppress(CheckpointError):  # raised where there are no weights any more
         config, _ = finetuned_encoder(kept_checkpoint(run.path))
         is_span = record.source.train is None and record.task not in GLUE
-        say_command(console, "As a transformers model:", _how_to_export(run, recipe, config, is_span))
+        log_command(_log, "As a transformers model:", _how_to_export(run, recipe, config, is_span))
         if not record.settings.predict_test:
             predict = f"{command('finetune')} --resume {run.path} --predict-test"
-            say_command(console, "To predict the test sets:", predict)
+            log_command(_log, "To predict the test sets:", predict)
 
 
 def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
@@ -236,7 +240,7 @@ def _default_settings(training: Finetuning) -> FinetuneSettings:
     return FinetuneSettings(log_every=10, eval_every=eval_every, save_every=_SAVE_EVERY, keep=1)
 
 
-def announce(job: FinetuneJob, console: Console) -> None:
+def announce(job: FinetuneJob) -> None:
     """Print what is about to run, in a few lines."""
     recipe, record, schedule = job.recipe, job.record, job.training.schedule
     epochs = recipe.schedule.epochs
@@ -250,7 +254,7 @@ def announce(job: FinetuneJob, console: Console) -> None:
         f"data: {len(job.sets.train):,} training inputs; {sets}\n"
         f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epochs)"
     )
-    prepare.announce(what, record.device, record.threads, job.plan, job.run, console)
+    prepare.announce(what, record.device, record.threads, job.plan, job.run)
 
 
 def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
@@ -264,29 +268,29 @@ def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
     )  # fmt: skip
 
 
-def say_end(job: FinetuneJob, console: Console) -> None:
+def say_end(job: FinetuneJob) -> None:
     """Print the scores of a finished run, or how to resume one that stopped as planned."""
     if job.run.status() == "done":
-        _show_scores(job, console)
+        _show_scores(job)
     else:
         resume = f"{command('finetune')} --resume {job.run.path}"
-        say_command(console, f"The run is in {job.run.path}. To resume:", resume)
+        log_command(_log, f"The run is in {job.run.path}. To resume:", resume)
 
 
-def _show_scores(job: FinetuneJob, console: Console) -> None:
+def _show_scores(job: FinetuneJob) -> None:
     scores = json.loads((job.run.path / SCORES).read_text("utf8"))
     for name, of_set in scores["sets"].items():
         if of_set["metrics"]:
             baseline = of_set.get("baseline", {})
             of = f"\n  baseline: {of_set['baseline_prediction']} for every row" if baseline else ""
-            say(console, f"{name}, {of_set['rows']:,} rows: {job.sets.shown(of_set['metrics'], baseline)}{of}")
+            _log.info(f"{name}, {of_set['rows']:,} rows: {job.sets.shown(of_set['metrics'], baseline)}{of}")
             if "warning" in of_set:
-                warn(console, of_set["warning"])
-    say(console, f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.")
-    say_command(console, "Several runs together:", f"{command('report')} RUN RUN …")
+                _log.warning(of_set["warning"])
+    _log.info(f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.")
+    log_command(_log, "Several runs together:", f"{command('report')} RUN RUN …")
     if not job.record.settings.discard_weights:
         export = _how_to_export(job.run, job.recipe, job.encoder.config, job.sets.num_outputs is None)
-        say_command(console, "As a transformers model:", export)
+        log_command(_log, "As a transformers model:", export)
 
 
 def _how_to_export(run: RunDirectory, recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> str:

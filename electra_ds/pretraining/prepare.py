@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-from rich.console import Console
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.options import PretrainOptions
@@ -14,9 +13,9 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import RunRecord, RunSettings
 from electra_ds.core import devices
+from electra_ds.core.log import log_command
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
-from electra_ds.core.terminal import say, say_command
 from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore, recorded_store
@@ -25,6 +24,8 @@ from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.probe import fitting_plan, free_bytes, kernels_of
 from electra_ds.training import prepare
+
+_log = logging.getLogger(__name__)
 
 
 def default_settings(total_steps: int) -> RunSettings:
@@ -109,7 +110,7 @@ def fitted(
     return plan if note is None else replace(plan, notes=(*plan.notes, note))
 
 
-def announce(job: PretrainJob, console: Console) -> None:
+def announce(job: PretrainJob) -> None:
     """Print what is about to run, in a few lines."""
     recipe, record, info = job.recipe, job.record, job.store.info
     data = (
@@ -124,7 +125,7 @@ def announce(job: PretrainJob, console: Console) -> None:
         notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times over")
     what = described(recipe, record.parameters, data, record.initialised_from)
     plan = replace(job.plan, notes=tuple(notes))
-    prepare.announce(what, record.device, record.threads, plan, job.run, console)
+    prepare.announce(what, record.device, record.threads, plan, job.run)
 
 
 def described(recipe: Recipe, parameters: Mapping[str, int], data: str, sources: Sequence[str] = ()) -> str:
@@ -140,9 +141,9 @@ def described(recipe: Recipe, parameters: Mapping[str, int], data: str, sources:
     return "\n".join(lines)
 
 
-def say_finished(run: RunDirectory, console: Console) -> None:
+def say_finished(run: RunDirectory) -> None:
     """Print that nothing is left to train, and where the results are."""
     step = run.status_details().get("step")
-    say(console, f"The run {run.path} is finished, at step {step}: nothing is left to train.")
-    say_command(console, "Its report:", f"{command('report')} {run.path}")
-    say_command(console, "As transformers models:", f"{command('export')} {run.path}")
+    _log.info(f"The run {run.path} is finished, at step {step}: nothing is left to train.")
+    log_command(_log, "Its report:", f"{command('report')} {run.path}")
+    log_command(_log, "As transformers models:", f"{command('export')} {run.path}")

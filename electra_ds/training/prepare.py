@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from rich.console import Console
 
 from electra_ds.config.cards import find_card
 from electra_ds.config.deepspeed import (
@@ -28,10 +28,12 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import Record, Settings, TrackingSettings
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
+from electra_ds.core.log import NOTE
 from electra_ds.core.ranks import Ranks
-from electra_ds.core.terminal import note, say
 from electra_ds.training.engine import check_plan, wants_fp16
 from electra_ds.training.trackers import check_tracking
+
+_log = logging.getLogger(__name__)
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -226,13 +228,12 @@ def hold(run: RunDirectory, ranks: Ranks, held: contextlib.ExitStack, *, is_new:
         run.check_shared(mark)
 
 
-def announce(what: str, device: str, threads: int, plan: DeepSpeedPlan, run: RunDirectory, console: Console) -> None:
+def announce(what: str, device: str, threads: int, plan: DeepSpeedPlan, run: RunDirectory) -> None:
     """Print what is about to run, and the notes on its plan. what: lines about model and data."""
-    say(
-        console,
+    _log.info(
         f"{what}\n{devices.shown_threads(device, threads)}, {plan.precision.name}, ZeRO stage {plan.stage}, "
         f"micro-batch x accumulation = {plan.batch}\nrun directory: {run.path}",
     )
     busy = devices.busy_note(device, threads)
     for each in (*plan.notes, *([busy] if busy else [])):
-        note(console, each)
+        _log.log(NOTE, each)

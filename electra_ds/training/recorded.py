@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from operator import attrgetter
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint, open_checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Checkpoint:
@@ -28,7 +31,7 @@ def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Ch
         raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
     if ranks is None or ranks.is_main:
         for problem in damaged.values():
-            print(f"Warning: {problem} Taking the one before.")
+            _log.warning("%s Taking the one before.", problem)
     return open_checkpoint(newest)
 
 

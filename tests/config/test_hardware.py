@@ -24,6 +24,7 @@ from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.shipped import ds_config_names
 from electra_ds.core.errors import ConfigError
+from electra_ds.core.log import log_shown_on
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import doctor, prepare
@@ -384,7 +385,8 @@ def test_the_note_is_shown_before_training_and_on_resume(
     resumed = prepare.plan_resume(PretrainOptions(), run, process_group)
     for again in (job, prepare.prepare_resume(PretrainOptions(), resumed, run, process_group)):
         shown = io.StringIO()
-        prepare.announce(again, Console(file=shown))
+        with log_shown_on(Console(file=shown)):
+            prepare.announce(again)
         assert (
             "\nNote: NVIDIA GeForce RTX 3090 cannot be used: torch 2.13.0+cpu is a build without CUDA "
             "(to fix it: pip install --force-reinstall torch==2.13.0). Training runs on the CPU.\n"
