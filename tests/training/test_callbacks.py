@@ -1,0 +1,102 @@
+"""Callbacks see what metrics.jsonl has, and can stop a run, which then resumes as if it had not been stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import electra_ds
+from electra_ds.core.ranks import Ranks
+from electra_ds.data.token_store import TokenStore
+from electra_ds.training.callbacks import Callback, Metrics, Progress
+from electra_ds.training.tracking import read_metrics
+from tests.helpers import SMALL
+from tests.pretraining.test_pretrain import final_tensors, train_losses
+
+STEPS = 20
+OVERRIDES = [*SMALL, f"schedule.total_steps={STEPS}", "schedule.warmup_steps=2"]
+
+
+class Recorder(Callback):
+    """Writes down what it is told; stops at a step if it is to."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+        self.told: list[tuple[str, Any]] = []
+
+    def on_start(self, progress: Progress) -> None:
+        self.told.append(("start", progress.step))
+
+    def on_step(self, progress: Progress, step: int, metrics: Metrics) -> None:
+        self.told.append(("step", (step, metrics["loss"])))
+        if step == self.stop_at:
+            progress.stop("enough")
+
+    def on_evaluate(self, progress: Progress, metrics: Metrics) -> None:
+        self.told.append(("evaluate", (progress.step, metrics["discriminator_auc"])))
+
+    def on_checkpoint(self, progress: Progress, path: Path) -> None:
+        assert (path / "manifest.json").is_file()
+        self.told.append(("checkpoint", path.name))
+
+    def on_end(self, progress: Progress, status: str) -> None:
+        self.told.append(("end", status))
+
+    def of(self, kind: str) -> list[Any]:
+        return [value for told, value in self.told if told == kind]
+
+
+def pretrain(store: TokenStore, run_dir: Path, *callbacks: Callback, stage: int = 0) -> electra_ds.Run:
+    ds_config = run_dir.with_suffix(".json")
+    ds_config.write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
+    return electra_ds.pretrain(
+        "tiny", data=store.path, run_dir=run_dir, overrides=OVERRIDES, ds_config=ds_config, callbacks=callbacks,
+        threads=1, log_every=4, eval_every=10, save_every=5, eval_windows=16, quiet=True,
+    )  # fmt: skip
+
+
+def test_callbacks_see_every_step_evaluation_and_checkpoint(
+    store: TokenStore, tmp_path: Path, process_group: Ranks
+) -> None:
+    recorder = Recorder()
+    run = pretrain(store, tmp_path / "run", recorder)
+    assert recorder.told[0] == ("start", 0)
+    assert recorder.told[-1] == ("end", "done")
+    assert recorder.of("step") == train_losses(run.path)
+    evaluations = [line for line in read_metrics(run.path / "metrics.jsonl") if line["kind"] == "eval"]
+    assert recorder.of("evaluate") == [(line["step"], line["discriminator_auc"]) for line in evaluations]
+    assert recorder.of("checkpoint")[-1] == f"step-{STEPS:08d}"
+    assert len(recorder.of("checkpoint")) == STEPS // 5
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_run_that_a_callback_stops_is_saved_and_resumes_bit_for_bit(
+    store: TokenStore, tmp_path: Path, process_group: Ranks, stage: int
+) -> None:
+    straight = pretrain(store, tmp_path / "straight", stage=stage)
+    recorder = Recorder(stop_at=7)
+    stopped = pretrain(store, tmp_path / "stopped", recorder, stage=stage)
+    details = stopped._directory.status_details()
+    assert (stopped.status, details["reason"]) == ("stopped", "enough")
+    assert details["step"] == 8  # losses are read back every four steps
+    assert recorder.told[-1] == ("end", "stopped")
+    assert not (stopped.path / "requeue").exists()  # nobody is to start it again by himself
+    assert electra_ds.pretrain(resume=stopped.path, quiet=True).status == "done"
+    assert train_losses(stopped.path) == train_losses(straight.path)
+    ours, theirs = final_tensors(stopped.path), final_tensors(straight.path)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_error_of_a_callback_ends_the_run_as_failed(store: TokenStore, tmp_path: Path, process_group: Ranks) -> None:
+    class Faulty(Callback):
+        def on_evaluate(self, progress: Progress, metrics: Metrics) -> None:
+            raise RuntimeError("a mistake of mine")
+
+    with pytest.raises(RuntimeError, match="a mistake of mine"):
+        pretrain(store, tmp_path / "run", Faulty())
+    run = electra_ds.Run(tmp_path / "run")
+    assert run.status == "failed"
+    assert run.checkpoints[-1].name == "step-00000005"  # that of step 10 comes after its evaluation
