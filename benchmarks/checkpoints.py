@@ -19,7 +19,7 @@ from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.ranks import join_ranks
-from electra_ds.interop.deepspeed_export import native_engine
+from electra_ds.interop.export_deepspeed import native_engine
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, open_checkpoint

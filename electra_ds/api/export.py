@@ -105,7 +105,6 @@ def import_checkpoint(
     native: str | Path,
     run_dir: str | Path,
     *,
-    trusted: bool = False,
     recipe: RecipeSource | None = None,
     data: str | Path | None = None,
     ds_config: str | Path | None = None,
@@ -117,7 +116,6 @@ def import_checkpoint(
     Args:
         native: the checkpoint's folder.
         run_dir: the directory of the run to make.
-        trusted: whether you know where the files come from; they are pickles.
         recipe: the recipe that it was trained by. By default that of our own export.
         data: the token store that it was trained on. By default that of the exported run.
         ds_config: the DeepSpeed JSON with which the run continues.
@@ -129,7 +127,7 @@ def import_checkpoint(
         ConfigError: recipe, data or JSON are missing or cannot be used.
     """
     named = {
-        "native": native, "run_dir": run_dir, "trusted": trusted, "recipe": recipe, "data": data,
+        "native": native, "run_dir": run_dir, "recipe": recipe, "data": data,
         "ds_config": ds_config, "overrides": overrides,
     }  # fmt: skip
     options = given_options(ImportOptions, None, named | more)
@@ -139,17 +137,15 @@ def import_checkpoint(
 
 def imported(options: ImportOptions) -> str:
     """Do what `import_checkpoint` does, and return how to resume the run."""
-    from electra_ds.interop.deepspeed_checkpoint import find_files, read_deepspeed_checkpoint
-    from electra_ds.interop.deepspeed_pickle import refuse_untrusted
+    from electra_ds.interop.deepspeed_checkpoint import read_deepspeed_checkpoint
+    from electra_ds.interop.deepspeed_files import find_files
+    from electra_ds.interop.fit import find_sizes
     from electra_ds.interop.import_deepspeed import folder_of_export, import_deepspeed, store_of_export
-    from electra_ds.interop.import_known import find_known
     from electra_ds.pretraining.prepare import prepare_new, with_fitting_micro_batch
     from electra_ds.training.prepare import plan_new
 
     options.check()
     files = find_files(options.native)
-    if not options.trusted:
-        refuse_untrusted(files.all())
     export = folder_of_export(files)
     has_data = options.data is not None or options.gives_corpus()
     if export is None and (options.recipe is None or not has_data):
@@ -160,7 +156,7 @@ def imported(options: ImportOptions) -> str:
     overrides = with_seed(options.overrides, options.seed)
     recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), overrides)
     given = {"generator": options.generator_config, "discriminator": options.discriminator_config}
-    known = find_known(files.folder, given, export, recipe)
+    known = find_sizes(files.folder, given, export, recipe)
     run = RunDirectory(options.run_dir)
     wanted = PretrainOptions(ds_config=options.ds_config, micro_batch=options.micro_batch)
     with join_ranks() as ranks:

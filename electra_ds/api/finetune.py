@@ -33,6 +33,7 @@ from electra_ds.finetuning.prepare import (
 from electra_ds.finetuning.tasks import TaskData
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
+from electra_ds.training.callbacks import Callback
 
 
 def finetune(
@@ -49,6 +50,7 @@ def finetune(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     seed: int | None = None,
     options: FinetuneOptions | None = None,
+    callbacks: Sequence[Callback] = (),
     quiet: bool = False,
     **more: Any,
 ) -> Run:
@@ -68,6 +70,7 @@ def finetune(
         overrides: changed values of the recipe by dotted key, `{"schedule.epochs": 5}`.
         seed: the seed of the head, the order of the examples and dropout.
         options: any of the command's options; what is given by name takes precedence.
+        callbacks: objects whose methods the run calls at its steps, evaluations, checkpoints and end; they can stop it.
         quiet: whether nothing is printed.
         more: any other field of `FinetuneOptions`, such as `label="stars"`, `best=True` or `predict_test=True`.
 
@@ -93,7 +96,7 @@ def finetune(
         "overrides": overrides, "seed": seed,
     }  # fmt: skip
     start = FinetuneStart(given_options(FinetuneOptions, options, named | more))
-    return launch(start, Console(quiet=quiet))
+    return launch(start, Console(quiet=quiet), callbacks=callbacks)
 
 
 class FinetuneStart(Launch[FinetuneOptions]):
@@ -166,9 +169,9 @@ class FinetuneStart(Launch[FinetuneOptions]):
     def build(self) -> None:
         """Do nothing: the examples have been tokenised."""
 
-    def train(self, time_limit_s: float | None) -> bool:
+    def train(self, time_limit_s: float | None, callbacks: Sequence[Callback]) -> bool:
         announce(self.job, self.console)
-        return train(self.job, self.ranks, self.console, time_limit_s)
+        return train(self.job, self.ranks, time_limit_s, callbacks)
 
     def say_end(self) -> None:
         say_end(self.job, self.console)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from rich.console import Console
 
+from electra_ds.api.progress import ConsoleDisplay
 from electra_ds.api.run import Run
 from electra_ds.config.option import Options
 from electra_ds.config.options import RunOptions
@@ -18,10 +20,12 @@ from electra_ds.config.overrides import as_overrides
 from electra_ds.config.recipe import Section
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
+from electra_ds.core.log import show_log
 from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.core.terminal import say
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
+from electra_ds.training.callbacks import Callback
 
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -92,7 +96,7 @@ class Launch(ABC, Generic[OptionsT]):
         """Build what the run reads."""
 
     @abstractmethod
-    def train(self, time_limit_s: float | None) -> bool:
+    def train(self, time_limit_s: float | None, callbacks: Sequence[Callback]) -> bool:
         """Announce and do the training in the run directory, which is held; return False if time was up first."""
 
     @abstractmethod
@@ -100,8 +104,15 @@ class Launch(ABC, Generic[OptionsT]):
         """Report what was learned, on the main rank."""
 
 
-def launch(start: Launch[Any], console: Console | None = None, confirm: Confirm = lambda told: None) -> Run:
+def launch(
+    start: Launch[Any],
+    console: Console | None = None,
+    confirm: Confirm = lambda told: None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
     """Start or resume a run, and return it once it has ended or stopped. To be called by all ranks.
+
+    The run is shown on the console, whose progress display is one more callback.
 
     Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and other errors of the project.
     """
@@ -109,6 +120,7 @@ def launch(start: Launch[Any], console: Console | None = None, confirm: Confirm 
     with join_ranks() as ranks, contextlib.ExitStack() as held:
         console = Console(quiet=True) if not ranks.is_main else console or Console()
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
+        held.enter_context(_shown_log(console))
         start.join(run, ranks, console)
         if not start.is_new and start.is_finished():
             start.say_finished()
@@ -123,9 +135,22 @@ def launch(start: Launch[Any], console: Console | None = None, confirm: Confirm 
         start.build()
         prepare.hold(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
-        if start.train(limit) and ranks.is_main:
+        if start.train(limit, [ConsoleDisplay(console), *callbacks]) and ranks.is_main:
             start.say_end()
     return Run(run.path)
+
+
+@contextlib.contextmanager
+def _shown_log(console: Console) -> Iterator[None]:
+    """Show the log on a console for as long as a run lasts, and leave the caller's logging as it was."""
+    log = logging.getLogger("electra_ds")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    show_log(console)
+    try:
+        yield
+    finally:
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
 
 
 def ask_before_years(

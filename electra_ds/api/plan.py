@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from electra_ds.api.launch import given_options
 from electra_ds.config.cards import Card, cards_like, find_card
-from electra_ds.config.deepspeed import read_deepspeed_json, with_micro_batch
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json, with_micro_batch
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import RecipeSource
 from electra_ds.config.shipped import CPU_RECIPE, GPU_RECIPE

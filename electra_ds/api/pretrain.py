@@ -39,6 +39,7 @@ from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.pretrain import pretrain as train
 from electra_ds.pretraining.run_time import RunTime, pretraining_time
 from electra_ds.training import prepare
+from electra_ds.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from electra_ds.interop.init_from import InitialWeights
@@ -55,6 +56,7 @@ def pretrain(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     seed: int | None = None,
     options: PretrainOptions | None = None,
+    callbacks: Sequence[Callback] = (),
     quiet: bool = False,
     **more: Any,
 ) -> Run:
@@ -74,6 +76,7 @@ def pretrain(
         overrides: changed values of the recipe by dotted key, `{"schedule.total_steps": 400}`.
         seed: the seed of weights, data order, masks, samples and dropout.
         options: any of the command's options; what is given by name takes precedence.
+        callbacks: objects whose methods the run calls at its steps, evaluations, checkpoints and end; they can stop it.
         quiet: whether nothing is printed.
         more: any other field of `PretrainOptions`, such as `stop_at=100`, `save_every=50` or `init_from=[...]`.
 
@@ -95,7 +98,7 @@ def pretrain(
         "overrides": overrides, "seed": seed,
     }  # fmt: skip
     start = PretrainStart(given_options(PretrainOptions, options, named | more))
-    return launch(start, Console(quiet=quiet))
+    return launch(start, Console(quiet=quiet), callbacks=callbacks)
 
 
 class PretrainStart(Launch[PretrainOptions]):
@@ -180,16 +183,16 @@ class PretrainStart(Launch[PretrainOptions]):
             self._prepare(store or (TokenStore(path) if self.is_new else None), sources)
         self._fit()
 
-    def train(self, time_limit_s: float | None) -> bool:
+    def train(self, time_limit_s: float | None, callbacks: Sequence[Callback]) -> bool:
         with self.ranks.together():
             if self.weights is not None:
-                from electra_ds.interop.initial_weights import write_first_checkpoint
+                from electra_ds.interop.init_from import write_first_checkpoint
 
                 write_first_checkpoint(self.job, self.weights.tensors(self.recipe, self.job.store.tokenizer))
                 self.job = self._with_notes_on_weights()
                 self.weights = None  # which holds them in memory
         announce(self.job, self.console)
-        return train(self.job, self.ranks, self.console, time_limit_s)
+        return train(self.job, self.ranks, time_limit_s, callbacks)
 
     def say_end(self) -> None:
         from electra_ds.report.run_report import report_run

@@ -22,7 +22,7 @@ from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection
 from electra_ds.config.shipped import GPU_RECIPE
 from electra_ds.config.tool_options import BuildDataOptions, ImportOptions
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.core.terminal import say, warn
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, Source, open_source

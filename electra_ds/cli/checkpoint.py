@@ -17,24 +17,23 @@ examples:
   bin/checkpoint ls runs/tiny-20260101-120000
   bin/checkpoint verify runs/tiny-20260101-120000
   bin/checkpoint prune runs/tiny-20260101-120000 --keep 1
-  bin/checkpoint import their_checkpoint/ --trusted --run-dir runs/theirs --ds-config cpu --recipe their_recipe.yaml \\
+  bin/checkpoint import their_checkpoint/ --run-dir runs/theirs --ds-config cpu --recipe their_recipe.yaml \\
       --data stores/theirs
   bin/checkpoint import --help
 """
 _IMPORT_EPILOG = """\
 examples:
-  bin/checkpoint import out/ --trusted --run-dir runs/back --ds-config ds_configs/rtx3090-24gb.json
+  bin/checkpoint import out/ --run-dir runs/back --ds-config ds_configs/rtx3090-24gb.json
       our own export (bin/export --to deepspeed), perhaps trained further elsewhere: with the recipe and data of its run
-  bin/checkpoint import theirs/global_step40 --trusted --run-dir runs/theirs --ds-config cpu --recipe electra-small \\
+  bin/checkpoint import theirs/global_step40 --run-dir runs/theirs --ds-config cpu --recipe electra-small \\
       --set schedule.total_steps=100000 --data stores/theirs
       a checkpoint of someone's own script; its ZeRO stage and number of ranks may differ from those here
   bin/pretrain --resume runs/theirs
 
 NATIVE is what DeepSpeed's engine.save_checkpoint wrote, or what its ds_to_universal made of it: the folder that holds
 the file `latest` or `latest_universal`, or one of its tag folders. Its parameters are named as in electra_ds's joint
-module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles.
-Without --trusted nothing in them is loaded, and the command says what they would call; with it they are read with inert
-stand-ins for everything but tensors.
+module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles;
+only tensors and numbers are loaded from them, and nothing that they call is run.
 """
 _LS_EPILOG = """\
 examples:

@@ -1,4 +1,4 @@
-"""`electra-ds doctor`."""
+"""The command `doctor`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 example:
   bin/doctor
-      versions, memory, GPUs, and one real training step in each precision; exit status 0 where pretraining can run
+      versions, memory, GPUs, and one real training step in each precision; exit status 0 if pretraining can run
 """
 
 

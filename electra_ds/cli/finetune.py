@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_handled, confirm, from_start
 from electra_ds.config.options import FinetuneOptions
-from electra_ds.config.tasks import TASKS
+from electra_ds.config.shipped import TASKS
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands

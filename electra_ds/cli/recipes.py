@@ -18,8 +18,7 @@ from electra_ds.config.shipped import (
     shipped_text,
 )
 from electra_ds.config.tool_options import RecipesOptions
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands

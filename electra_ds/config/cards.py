@@ -1,8 +1,8 @@
-"""GPUs: what their makers say of them (peak rates of matrix products, memory, bandwidth), and what each can run.
+"""GPUs: their makers' figures (peak rates of matrix products, memory, bandwidth), and what each can run.
 
 Rates are dense (without structured sparsity) and at the boost clock, as the maker prints them. fp16 means fp16 inputs
-summed in fp32 on tensor cores, which is how torch multiplies; GeForce cards do that at half the rate of sums in fp16.
-Laptop cards are left out: they share their names with faster desktop cards, and their clocks depend on the laptop.
+with sums in fp32 on tensor cores, as torch multiplies; GeForce cards do that at half the rate of sums in fp16.
+Laptop cards are not listed: they share their names with faster desktop cards, and their clocks depend on the laptop.
 """
 
 from __future__ import annotations
@@ -15,53 +15,53 @@ from typing import NamedTuple
 from electra_ds.config.shipped import ds_config_names
 
 TRITON_CAPABILITY = (7, 0)
-"""The oldest compute capability that Triton, and so torch.compile, makes code for."""
+"""The oldest compute capability that Triton, and thus torch.compile, generates code for."""
 BF16_CAPABILITY = (8, 0)
-"""The oldest that multiplies bf16 matrices; torch emulates it on older ones, slower than fp32."""
+"""The oldest capability with bf16 products; torch emulates them on older ones, slower than fp32."""
 FLASH_CAPABILITY = (8, 0)
-"""The oldest that torch's flash attention runs on (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+"""The oldest capability for torch's flash attention (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 TENSOR_CORE_CAPABILITY = (7, 0)
 DEFAULT_TORCH_CAPABILITY = (7, 5)
-"""The oldest that torch's default builds have code for; older ones need the build for CUDA 12.6."""
-_DISPLAY_GIB = 0.8  # assumed: a desktop, a browser and what the driver keeps
-SHOWN_SHARE = 0.91  # of what is sold; the least that is known of, a T4's with error correction (14.6 to 14.7 GiB)
-_MAKERS_WORDS = {"nvidia", "geforce", "tesla", "generation"}
+"""The oldest capability that torch's default builds have code for; older ones need the build for CUDA 12.6."""
+_DISPLAY_GIB = 0.8  # assumed, for a desktop, a browser and the driver
+SHOWN_SHARE = 0.91  # of the memory as sold: the smallest known share, a T4's with error correction (14.6 to 14.7 GiB)
+_IGNORED_WORDS = {"nvidia", "geforce", "tesla", "generation"}
 
 
 @dataclass(frozen=True)
 class Card:
     name: str
-    """The name that `torch.cuda.get_device_name` shows; if two sizes share it, the name of the larger one ends in its
+    """The name that `torch.cuda.get_device_name` shows. If two sizes share a name, that of the larger one ends in its
     size."""
     memory_gib: float
-    """As it is sold; a driver shows 1 to 9 % less."""
+    """Memory as sold; a driver shows 1 to 9 % less."""
     capability: tuple[int, int]
     fp32_tflops: float
-    """Of the ordinary cores, without TF32, which torch leaves off."""
+    """Rate of the ordinary cores, without TF32, which torch does not use by default."""
     fp16_tflops: float | None
-    """Of the tensor cores; None where there are none and torch computes in fp32."""
+    """Rate of the tensor cores; None if there are none, so that torch computes in fp32."""
     bf16_tflops: float | None
     bandwidth_gb_s: float
-    """Of the card's memory, in 1e9 bytes/s."""
+    """Bandwidth of the card's memory, in 1e9 bytes/s."""
     aliases: tuple[str, ...] = ()
-    """Other names, the DeepSpeed JSON made for it among them."""
+    """Other names, including that of the DeepSpeed JSON made for the card."""
     has_display: bool = False
-    """Whether people plug a monitor into it, which then takes some of its memory."""
+    """Whether a monitor is usually connected, which takes some of the memory."""
 
     @property
     def usable_gib(self) -> float:
-        """What is left to a program, the display attached."""
+        """The memory that a program can use, with a display connected."""
         return self.memory_gib - _DISPLAY_GIB if self.has_display else self.memory_gib * SHOWN_SHARE
 
     @property
     def ds_config(self) -> str | None:
-        """The shipped DeepSpeed JSON that was made for it."""
+        """The name of the shipped DeepSpeed JSON that was made for the card."""
         return next((alias for alias in self.aliases if alias in ds_config_names()), None)
 
 
 def has_slow_fp16(name: str) -> bool:
-    """Return whether fp16 products run at a fraction of the rate of fp32 (pytorch#121957). They do on Turing without
-    tensor cores: GTX 16xx and its siblings for workstations and laptops."""
+    """Return whether fp16 products are slower than fp32 (pytorch#121957), as on Turing without tensor cores: GTX 16xx
+    and its relatives for workstations and laptops."""
     return re.search(r"\b(GTX 16\d\d|T[456][05]0|T1[02]00|MX[45]50)\b", name) is not None
 
 
@@ -70,9 +70,9 @@ def _geforce(
 ) -> list[Card]:
     """Return the cards of a generation.
 
-    rows: name, GiB, cores, boost clock in GHz, width of the memory's bus in bits, Gbit/s of each bit; all from NVIDIA's
-    product pages. A core multiplies and adds once a cycle. tensor: the rate of the tensor cores, with sums in fp32,
-    over that of the cores; None where there are none.
+    rows: name, GiB, cores, boost clock in GHz, width of the memory bus in bits, Gbit/s per bit, all from NVIDIA's
+    product pages. A core multiplies and adds once per cycle. tensor: the rate of the tensor cores with sums in fp32,
+    divided by the rate of the cores; None if there are no tensor cores.
     """
     cards = []
     for name, memory_gib, cores, clock_ghz, bus_bits, gbit_s in rows:
@@ -93,7 +93,7 @@ _JSON_OF = {
     "GTX 1060 6GB": ("gtx1060-6gb",), "GTX 1080 Ti": ("gtx1080ti-11gb",), "RTX 2060": ("rtx2060-6gb",),
     "RTX 3090": ("rtx3090-24gb",),
 }  # fmt: skip
-_GTX_16_FP16 = 0.5  # as torch multiplies it: measured by users (pytorch#121957), assumed for all of them
+_GTX_16_FP16 = 0.5  # with torch: measured by users (pytorch#121957), assumed for all of them
 
 
 def _board(
@@ -250,16 +250,16 @@ CARDS = (
 
 
 def find_card(device_name: str) -> Card | None:
-    """The card of this name, whatever its case, separators and maker's words; None for one that is not known.
+    """Return the card with this name, or None. Case, separators and words such as NVIDIA and GeForce are ignored.
 
-    Every other word must agree, since a "Ti", "SUPER" or "3GB" is another card.
+    Every other word must match, since a "Ti", "SUPER" or "3GB" is another card.
     """
     wanted = _words(device_name)
     return next((card for card in CARDS if wanted in map(_words, (card.name, *card.aliases))), None)
 
 
 def cards_like(name: str) -> list[Card]:
-    """Return up to five cards whose names contain this name, or else those whose names are spelled most like it."""
+    """Return up to five cards whose names contain this name, or else the cards with the most similar names."""
     words, squeezed = _words(name), _squeezed(name)
     by_name = {_squeezed(card.name): card for card in CARDS}
     found = [other for other, card in by_name.items() if words and (words <= _words(card.name) or squeezed in other)]
@@ -267,10 +267,10 @@ def cards_like(name: str) -> list[Card]:
 
 
 def peak_flops(card: Card, precision: str) -> float | None:
-    """Peak FLOP/s of matrix products in one of `config.precision.Precision`'s names; None where the card lacks it.
+    """Return the peak FLOP/s of matrix products in a precision, by its name in `Precision`; None if the card lacks it.
 
-    Without tensor cores fp16 runs at the fp32 rate: torch has cuBLAS sum it in fp32 (aten/src/ATen/cuda/CUDABlas.cpp),
-    so neither the doubled rate of a P100 nor the 1/64 of a GTX 1080 Ti is met.
+    Without tensor cores fp16 runs at the fp32 rate, because torch lets cuBLAS sum in fp32
+    (aten/src/ATen/cuda/CUDABlas.cpp), not at the doubled rate of a P100 or the 1/64 rate of a GTX 1080 Ti.
     """
     tflops = {"fp32": card.fp32_tflops, "fp16": card.fp16_tflops or card.fp32_tflops, "bf16": card.bf16_tflops}
     rate = tflops[precision.removeprefix("autocast-")]
@@ -278,14 +278,14 @@ def peak_flops(card: Card, precision: str) -> float | None:
 
 
 class Lack(NamedTuple):
-    """Something that newer cards have."""
+    """A feature that a card lacks, and the consequence for training."""
 
     what: str
     consequence: str
 
 
 def lacks(name: str, capability: tuple[int, int]) -> list[Lack]:
-    """What a card cannot do, and what follows from it for training."""
+    """Return the features that a card lacks."""
     found = []
     if has_slow_fp16(name):
         found.append(Lack("tensor cores", 'fp16 is slower than fp32: take fp32, as in cpu.json, or "enabled": "auto"'))
@@ -301,7 +301,7 @@ def lacks(name: str, capability: tuple[int, int]) -> list[Lack]:
 
 
 def slow_fp16_note(name: str, precision: str) -> str | None:
-    """What to tell somebody whose card is slowed down by the precision that is asked for."""
+    """Return a note if the given precision is slow on a card, else None."""
     if not (has_slow_fp16(name) and precision in ("fp16", "autocast-fp16")):
         return None
     return f"fp16 is enabled on {name}, which has no tensor cores, so it is slower than fp32, as in cpu.json"
@@ -312,8 +312,8 @@ def _parts(name: str) -> list[str]:
 
 
 def _words(name: str) -> frozenset[str]:
-    return frozenset(_parts(name)) - _MAKERS_WORDS
+    return frozenset(_parts(name)) - _IGNORED_WORDS
 
 
 def _squeezed(name: str) -> str:
-    return "".join(part for part in _parts(name) if part not in _MAKERS_WORDS)
+    return "".join(part for part in _parts(name) if part not in _IGNORED_WORDS)

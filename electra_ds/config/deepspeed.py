@@ -10,57 +10,54 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import hjson
 
-from electra_ds.config.activations import parse_activations
-from electra_ds.config.handed_on import HANDED_ON, NEVER, parse_handed_on
-from electra_ds.config.inert import REMOVED, UNREAD, is_inert
+from electra_ds.config.cards import Card
+from electra_ds.config.deepspeed_keys import (
+    NEVER,
+    check_keys,
+    check_recipe_owned,
+    is_off,
+    parse_passed_through,
+)
+from electra_ds.config.deepspeed_sections import (
+    PRECISION_KEYS,
+    Precision,
+    parse_activations,
+    parse_precision,
+    parse_zero,
+    without_auto,
+)
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
-from electra_ds.config.precision import PRECISION_KEYS, Precision, parse_precision
 from electra_ds.config.recipe import TrainingRecipe
-from electra_ds.config.recipe_owned import OWNED_BY_RECIPE, check_recipe_owned
 from electra_ds.config.shipped import DS_CONFIGS, ds_config_names, shipped_text
-from electra_ds.config.spelling import as_read, is_comment
-from electra_ds.config.zero import parse_zero, without_auto
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, did_you_mean
 
+_ANY_GPU = {"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 0}}
 _CUT = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-RESOLVED_HERE = (*_CUT, "zero_optimization", "fp16", "bf16", "torch_autocast", "activation_checkpointing")
-NOT_USED = (
-    "aio", "allgather_size", "autotuning", "checkpoint", "communication_data_type", "compile",
-    "data_efficiency", "data_types", "dataloader_drop_last", "datastates_ckpt",
-    "disable_allgather", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
-    "managed_gradient_accumulation", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type",
-    "sequence_parallel_size", "tensor_parallel", "use_data_before_expert_parallelism", "vocabulary_size",
-    "weight_quantization", "zero_force_ds_cpu_optimizer",
-)  # fmt: skip
-INSTEAD = {
-    "comet": "Comet is not supported; use --wandb, --tensorboard, or a csv_monitor section instead",
-    "comms_logger": "it is not supported here, where nothing prints its summary; remove the key",
-}
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the recipe's global batch is cut."""
+    """The division of the recipe's global batch into micro-batches, accumulation steps and ranks."""
 
     micro_batch_size: int
     gradient_accumulation_steps: int
     world_size: int
 
     def cut(self, size: int) -> BatchPlan:
-        """The same batch over the same ranks in other micro-batches. `size` divides each rank's share."""
+        """Return the plan with micro-batches of another size, which must divide each rank's share."""
         steps, rest = divmod(self.micro_batch_size * self.gradient_accumulation_steps, size)
         assert not rest
         return BatchPlan(size, steps, self.world_size)
 
     def others(self) -> list[BatchPlan]:
-        """Every such cut, the largest micro-batch first."""
+        """Return the plan with each possible micro-batch size, the largest first."""
         sizes = _divisors(self.micro_batch_size * self.gradient_accumulation_steps)
         return [self.cut(size) for size in reversed(sizes)]
 
@@ -79,17 +76,17 @@ class DeepSpeedPlan:
     monitors: Monitors
     stage: Literal[0, 1, 2, 3] = 0
     checkpointed_layers: int = 0
-    """Layers of each encoder that are computed again in the backward pass, the first ones."""
+    """The number of layers of each encoder, from the first, that are computed again in the backward pass."""
     notes: tuple[str, ...] = ()
-    """To be told to the user: what was read otherwise than the file says, and what the machine makes of it."""
+    """Notes for the user on how the file was interpreted."""
     is_micro_batch_open: bool = field(default=False, compare=False)
-    """Whether the file leaves the cut of the batch to us; until that is decided, each rank takes its share at once."""
+    """Whether the file leaves the micro-batch open; until it is chosen, each rank's share is one micro-batch."""
     given_batch: dict[str, int] | None = field(default=None, compare=False)
-    """Micro-batch and accumulation as far as the user gave them, by their keys in the JSON: these stay on any number of
-    ranks, and the others are chosen again. None where nobody knows any more who chose them."""
+    """Micro-batch and accumulation as far as the user gave them, by their keys in the JSON. They are kept on any number
+    of ranks, and the others are chosen again. None if it is not known who chose them."""
 
     def with_micro_batch(self, size: int) -> DeepSpeedPlan:
-        """The same with the batch cut otherwise. `size` divides each rank's share of it."""
+        """Return the plan with micro-batches of another size, which must divide each rank's share."""
         batch = self.batch.cut(size)
         document = self.document | {
             "train_micro_batch_size_per_gpu": batch.micro_batch_size,
@@ -99,7 +96,7 @@ class DeepSpeedPlan:
         return replace(self, document=document, batch=batch, is_micro_batch_open=False, given_batch=given)
 
     def engine_config(self) -> dict[str, Any]:
-        """What `deepspeed.initialize` is given.
+        """Return the configuration for `deepspeed.initialize`.
 
         At stage 0 precision, loss scaling and clipping are left out: our optimizer does them, since DeepSpeed
         0.19.8 divides by a loss scale that it never applied (deepspeedai/DeepSpeed#8393). Autocast is left out at
@@ -147,16 +144,25 @@ def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
     return values
 
 
+def default_ds_config(has_gpu: bool, card: Card | None) -> tuple[dict[str, Any], str]:
+    """Return the DeepSpeed JSON of a run for which none is given, and its name. card: None for an unknown GPU."""
+    if not has_gpu:
+        return read_deepspeed_json("cpu"), "cpu"
+    if card is not None and card.ds_config is not None:
+        return read_deepspeed_json(card.ds_config), card.ds_config
+    return _ANY_GPU, "the default JSON for any GPU"
+
+
 def with_micro_batch(values: dict[str, Any], size: int | Literal["auto"] | None) -> dict[str, Any]:
-    """The raw mapping with the micro-batch of the command line, where there is one, in place of the file's."""
+    """Return the raw mapping with the micro-batch of the command line, if one is given, in place of the file's."""
     return values if size is None else values | {"train_micro_batch_size_per_gpu": size, _CUT[1]: "auto"}
 
 
 def cut_for(values: dict[str, Any], given: dict[str, int] | None, share: int) -> dict[str, Any]:
-    """Return a run's resolved JSON with the batch left to be cut again, for another number of ranks.
+    """Return a run's resolved JSON with the batch left open, to be planned again for another number of ranks.
 
-    given: as `DeepSpeedPlan.given_batch`. Where that is not known, the micro-batch stays as far as it divides `share`,
-    the sequences of a rank: it takes no more memory than before.
+    given: as `DeepSpeedPlan.given_batch`. If it is not known, the largest micro-batch is kept that divides `share`, the
+    sequences of a rank, and is no larger than before, so that it needs no more memory.
     """
     if given is None:
         before = values[_CUT[0]]
@@ -175,22 +181,22 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def resolve(
     values: dict[str, Any], recipe: TrainingRecipe, *, world_size: int, auto_fp16: bool, source: str
 ) -> DeepSpeedPlan:
-    """Fill in, check and solve the batch plan. ConfigError lists every problem at once.
+    """Check a DeepSpeed JSON against a recipe and fill in what it leaves open. ConfigError lists every problem.
 
     auto_fp16: what `"fp16": {"enabled": "auto"}` means on the device, see `wants_fp16`.
     """
     problems: list[str] = []
     notes: list[str] = []
-    values = as_read(values, problems, notes)
-    inert = _check_keys(values, problems)
+    values = normalize_spelling(values, problems, notes)
+    inert = check_keys(values, problems)
     check_recipe_owned(values, recipe, problems, notes)
     zero = parse_zero(values, problems, notes, inert)
     precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes)
     if inert:
-        notes.append(f"left out, since nothing depends on it here: {', '.join(inert)}")
+        notes.append(f"left out, because it has no effect here: {', '.join(inert)}")
     monitors = parse_monitors(values, problems)
     checkpointed_layers = parse_activations(values, recipe.num_hidden_layers, problems, notes)
-    document = parse_handed_on(values, problems, notes)
+    document = parse_passed_through(values, problems, notes)
     document |= {key: values[key] for key in MONITOR_SECTIONS if key in values}
     batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
     if problems:
@@ -217,32 +223,14 @@ def resolve(
     )
 
 
-def _check_keys(values: dict[str, Any], problems: list[str]) -> list[str]:
-    """Return the keys that change nothing."""
-    known = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *HANDED_ON, *MONITOR_SECTIONS)
-    inert = []
-    for key in values:
-        if key in (*INSTEAD, *NOT_USED, *REMOVED, *UNREAD) and is_inert(key, values[key]):
-            inert.append(key)
-        elif key in INSTEAD:
-            problems.append(f"{key}: {INSTEAD[key]}")
-        elif key in (*REMOVED, *UNREAD):
-            problems.append(f"{key}: DeepSpeed 0.19 no longer has this feature; remove the key")
-        elif key in NOT_USED:
-            problems.append(f"{key}: this DeepSpeed feature is not supported here; remove the key")
-        elif key not in known:
-            problems.append(f"{key}: unknown key, which DeepSpeed would ignore{did_you_mean(key, known)}")
-    return inert
-
-
 def _divisors(number: int) -> list[int]:
-    """Ascending."""
+    """Return the divisors of a number in ascending order."""
     low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*low, *(number // size for size in low)})
 
 
 def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, problems: list[str]) -> BatchPlan | None:
-    """Micro-batch x accumulation x ranks = global batch. With neither given, each rank takes its share at once."""
+    """Solve micro-batch x accumulation x ranks = global batch. With neither given, accumulation is 1."""
 
     def given(key: str) -> int | None:
         value = values.get(key, "auto")
@@ -278,3 +266,112 @@ def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, prob
         )
         return None
     return BatchPlan(micro, accumulation, world_size)
+
+
+# Spelling: comments, whole numbers as floats, older names and unfilled templates. Afterwards each thing has one name
+# and one form.
+
+_COMMENTS = ("_", "//", "#")
+"""Prefixes of keys that are meant as comments. DeepSpeed ignores such keys at the top level."""
+_PYTHON = re.compile("(True|False|None),?")
+"""HJSON, which DeepSpeed reads, takes a bare word as text up to the end of its line, comma included."""
+_PLACEHOLDER = re.compile("[A-Z][A-Z0-9]*(_[A-Z0-9]+)+,?")
+"""Placeholders such as CONFIG_BATCH_SIZE in Megatron-DeepSpeed's templates, which its scripts fill in."""
+UNSET_BY_NULL = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "log_level",
+    "bf16",
+)  # fmt: skip
+"""Keys that DeepSpeed treats as absent if they are null."""
+_FREE_TEXT = (*MONITOR_SECTIONS, "flops_profiler")
+ZERO_OLD_NAMES = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+}
+"""Switches that DeepSpeed calls deprecated and reads as the newer key."""
+ZERO_SHORT_NAMES = (
+    "gather_16bit_weights_on_model_save", "prefetch_bucket_size", "param_persistence_threshold",
+    "model_persistence_threshold", "max_live_parameters", "max_reuse_distance", "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params", "allgather_sequential",
+)  # fmt: skip
+"""Names that DeepSpeed also takes with `stage3_` in front of them."""
+
+
+def is_comment(key: str) -> bool:
+    """Return whether a key is a comment, meant only for readers."""
+    return key.startswith(_COMMENTS)
+
+
+def normalize_spelling(values: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """Return the mapping without comments and with current names, as DeepSpeed reads it.
+
+    Values that cannot be read are left out and added to `problems`; older names are added to `notes`.
+    """
+    values = _plain(values, "", problems)
+    values = {key: value for key, value in values.items() if value is not None or key not in UNSET_BY_NULL}
+    renamed: list[str] = []
+    _rename_bf16(values, problems, renamed)
+    _rename_zero(values, problems, renamed)
+    if renamed:
+        notes.append(f"read as DeepSpeed reads older names: {', '.join(renamed)}")
+    return values
+
+
+def _plain(value: Any, place: str, problems: list[str]) -> Any:
+    if isinstance(value, dict):
+        result = {}
+        for key, each in value.items():
+            inner = f"{place}.{key}" if place else key
+            if is_comment(key):
+                continue
+            if isinstance(each, str) and (problem := _text_problem(each, inner)):
+                problems.append(f"{inner}: {problem}")
+            else:
+                result[key] = _plain(each, inner, problems)
+        return result
+    if isinstance(value, list):
+        return [_plain(each, place, problems) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _text_problem(text: str, place: str) -> str | None:
+    if _PYTHON.fullmatch(text):
+        return f"{text!r} is text to a JSON parser; write true, false or null, in lower case and without quotes"
+    if _PLACEHOLDER.fullmatch(text) and place.partition(".")[0] not in _FREE_TEXT:
+        return f"{text!r} is a placeholder of a template; put a value in its place"
+    return None
+
+
+def _rename_bf16(values: dict[str, Any], problems: list[str], renamed: list[str]) -> None:
+    if "bfloat16" not in values:
+        return
+    section = values.pop("bfloat16")
+    if "bf16" not in values:
+        values["bf16"] = section
+        renamed.append("bfloat16 as bf16")
+    elif not is_off(section) and section != values["bf16"]:
+        problems.append("bfloat16: is the old name of bf16, which is given too; keep only bf16")
+
+
+def _rename_zero(values: dict[str, Any], problems: list[str], renamed: list[str]) -> None:
+    name = "zero_optimization"
+    section = values.get(name)
+    if isinstance(section, bool):
+        section = values[name] = {"stage": int(section)}
+        renamed.append(f"{name}: {str(bool(section['stage'])).lower()} as stage {section['stage']}")
+        if section["stage"] and "allgather_size" in values:
+            section["allgather_bucket_size"] = values.pop("allgather_size")
+    if not isinstance(section, dict):
+        return
+    for short in ZERO_SHORT_NAMES:
+        if short in section:
+            section.setdefault(f"stage3_{short}", section.pop(short))
+    for old, new in ZERO_OLD_NAMES.items():
+        if section.get(old) is not True:  # off, or not a boolean
+            continue
+        del section[old]
+        if section.get(new) is not None:
+            problems.append(f"{name}.{old}: is the old name of {new}, which is given too; keep only {new}")
+            continue
+        section[new] = {"device": "cpu"} if new.startswith("offload") else True
+        renamed.append(f"{name}.{old} as {new}")

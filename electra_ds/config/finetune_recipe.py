@@ -26,35 +26,33 @@ from electra_ds.config.recipe import (
     shown_source,
     validate_recipe,
 )
-from electra_ds.config.shipped import FINETUNE_RECIPES, shipped_names
-from electra_ds.config.tasks import TASKS
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.config.shipped import FINETUNE_RECIPES, TASKS, shipped_names
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 
 class TaskDataSection(Section):
     max_length: int = Field(default=128, ge=8)
-    """Tokens of one input, special ones included. Of a pair that is longer, the longer text is cut first."""
+    """Tokens of one input, special tokens included. In a pair that is too long, the longer text is cut first."""
     segment_ids: bool = True
-    """Whether the second text's tokens are told from the first's by segment ids, where the model has a table of them;
-    one that was pretrained on single segments has never trained the second row."""
+    """Whether segment ids distinguish the two texts of a pair, if the model has a table of them. A model that was
+    pretrained on single segments has not trained its second row."""
     double_unordered: bool = False
-    """Whether a pair's training examples come in both orders (the original: MRPC and STS-B)."""
+    """Whether training pairs are given in both orders (the original: MRPC and STS-B)."""
     regression_scale: Literal["raw", "unit"] = "raw"
     """Regression targets as they are, or from the range of the scores to 0 to 1 (the original)."""
     doc_stride: int = Field(default=128, ge=1)
-    """Question answering: tokens from the beginning of one window of a long context to that of the next."""
+    """Question answering: tokens between the beginnings of successive windows of a long context."""
     max_query_length: int = Field(default=64, ge=1)
-    """Question answering: tokens of a question, beyond which it is cut."""
+    """Question answering: maximum number of tokens of a question, which is cut."""
     max_answer_length: int = Field(default=30, ge=1)
-    """Question answering: tokens of an answer."""
+    """Question answering: maximum number of tokens of an answer."""
     n_best: int = Field(default=20, ge=1)
-    """Question answering: starts and ends that are tried for each window."""
+    """Question answering: number of starts and ends that are tried in each window."""
 
 
 class HeadSection(Section):
     pooling: Literal["first", "mean"] = "first"
-    """A text's vector: the first token's, or the mean over all tokens that are no padding."""
+    """Vector of a text: that of the first token, or the mean over all tokens except padding."""
     num_layers: Literal[1, 2] = 1
     """One matrix from the vector to the scores, or two with a GELU between them."""
     hidden_size: int | None = Field(default=None, ge=1)
@@ -62,12 +60,12 @@ class HeadSection(Section):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """On the vector, before each matrix named by `dropout_at`."""
     dropout_at: Literal["first", "each"] = "first"
-    """Before the first matrix alone, or before each (transformers' ELECTRA)."""
+    """Before the first matrix only, or before each (transformers' ELECTRA)."""
     initializer: Literal["normal", "glorot-uniform"] = "normal"
     """Normal with `initializer_range`, or Glorot's uniform (TensorFlow's default, which the original keeps)."""
     initializer_range: float = Field(default=0.02, gt=0)
     span: Literal["independent", "joint"] = "independent"
-    """Question answering: start and end scored on their own, or the end given the start, beside a classifier for
+    """Question answering: start and end are scored independently, or the end given the start, with a classifier for
     whether there is an answer (the original)."""
     span_hidden_size: int = Field(default=512, ge=1)
     """Width of the joint head's hidden layers."""
@@ -76,26 +74,26 @@ class HeadSection(Section):
     answerable_weight: float = Field(default=0.5, ge=0)
     """Weight of the joint head's loss for whether there is an answer."""
     null_threshold: float = 0.0
-    """SQuAD 2.0: no answer is given where the evidence against one is greater than this."""
+    """SQuAD 2.0: no answer is predicted if the evidence against one is greater than this."""
 
 
 class FinetuneOptimizerSection(OptimizerSection):
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Learning rate of a layer over that of the one above it."""
+    """Learning rate of a layer divided by that of the layer above it."""
     layer_decay_exponents: Literal["original", "corrected", "study"] = "corrected"
     """How often the decay is applied, in an encoder of n layers. `corrected`: 0 at the head, 1 at the last layer, n at
     the first, n + 1 at the embeddings. `original`: one more everywhere but at the head, as its code has it
     (google-research/electra issue 51). `study`: 0 at head and last layer, n - 1 at the first and the embeddings."""
     loss: Literal["mean", "sum"] = "mean"
-    """Over the examples of a batch. Of a sum (the original's code) gradients are as many times as large, so that nearly
-    every step is clipped, and epsilon weighs as many times less."""
+    """Reduction over the examples of a batch. With `sum` (the original's code) gradients are as many times as large, so
+    that nearly every step is clipped, and epsilon matters as many times less."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
-    """Whether biases and LayerNorm decay too (the study's code)."""
+    """Whether biases and LayerNorm decay, too (the study's code)."""
 
 
 class FinetuneScheduleSection(Section):
     kind: Literal["linear", "product"] = "linear"
-    """As in pretraining."""
+    """The same as in pretraining."""
     epochs: float = Field(default=3.0, gt=0, le=10_000)
     """Passes over the training examples. A file or an override that sets them does not inherit `min_steps`."""
     min_steps: int = Field(default=0, ge=0, le=10**9, exclude_if=lambda steps: steps == 0)
@@ -121,7 +119,7 @@ class FinetuneRecipe(Section):
 
 @dataclass(frozen=True)
 class Finetuning:
-    """A recipe over so many training examples: what an engine and a DeepSpeed JSON need to know."""
+    """A recipe with the number of training examples, as an engine and a DeepSpeed JSON need it."""
 
     recipe: FinetuneRecipe
     num_examples: int
@@ -150,14 +148,14 @@ class Finetuning:
 
     @property
     def schedule(self) -> ScheduleSection:
-        """In steps; the last one may begin another epoch."""
+        """The schedule in steps; the last step may begin another epoch."""
         section = self.recipe.schedule
         total = max(1, section.min_steps, self.steps_of_epochs)
         return ScheduleSection(kind=section.kind, total_steps=total, warmup_share=section.warmup_share)
 
 
 def load_finetune_recipe(source: RecipeSource, task: str, overrides: Sequence[str] = ()) -> FinetuneRecipe:
-    """Return a recipe of finetuning with what it says of the task, then the overrides, applied, and validated."""
+    """Return a recipe with its `by_task` for the task and then the overrides applied, and validated."""
     values = named_values(source, FINETUNE_RECIPES)
     for key, value in _of_task(values.pop("by_task", None) or {}, task, shown_source(source)).items():
         put_value(values, key, value)
@@ -174,7 +172,7 @@ def recipe_source(source: RecipeSource) -> str:
 
 
 def _of_task(by_task: Any, task: str, source: str) -> dict[str, Any]:
-    """Return what `by_task` says of a task. Raises ConfigError if it is not as it must be, for whatever task."""
+    """Return the overrides of `by_task` for a task. Raises ConfigError if `by_task` is not valid for every task."""
     if not isinstance(by_task, dict) or not all(isinstance(inner, dict) for inner in by_task.values()):
         raise ConfigError(
             f"Recipe {source}: by_task must be a mapping of tasks to dotted keys, such as rte: {{schedule.epochs: 10}}."

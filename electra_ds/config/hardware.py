@@ -1,6 +1,6 @@
 """The GPUs of this machine, and whether the installed torch can use them.
 
-Nothing here imports torch: `electra-ds doctor` must also speak where it is missing.
+This module does not import torch: `electra-ds doctor` must also run where torch is missing.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from electra_ds.config.cards import DEFAULT_TORCH_CAPABILITY, find_card, lacks, 
 from electra_ds.core.errors import ConfigError
 
 Capability = tuple[int, int]
-_CUDA_126 = "https://download.pytorch.org/whl/cu126"
-# Of torch's builds only those for CUDA 12.6 have code for Maxwell, Pascal and Volta, and none for what is older. 2.14
-# is the last release with such builds, which end at Hopper.
+# Of torch's builds only those for CUDA 12.6 have code for Maxwell, Pascal and Volta, and none for older cards. 2.14 is
+# the last release with such a build.
 _OLDEST = (5, 0)
-_BEYOND_CUDA_126 = (10, 0)
+_CUDA_126 = "https://download.pytorch.org/whl/cu126"
 _LAST_WITH_CUDA_126 = Version("2.14.0")
-# The oldest driver, by the CUDA that torch was built for (NVIDIA, "CUDA Compatibility", minor version compatibility).
-_OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+_NOTHING_VISIBLE = "No CUDA GPUs are available"  # torch's words
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
+_DRIVER_ROW = re.compile(r"(?P<name>.+?)(, ((?P<major>\d+)\.(?P<minor>\d+)|\[.*))?")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card that torch sees."""
+    """A GPU that torch sees."""
 
     name: str
     memory_bytes: int
@@ -41,134 +41,109 @@ class Gpu:
         return f"{self.name}, {self.memory_bytes / 2**30:.1f} GiB, compute capability {major}.{minor}"
 
 
-@dataclass(frozen=True)
-class DriverGpu:
-    """A card that NVIDIA's driver tells."""
+class DriverGpu(NamedTuple):
+    """A GPU that NVIDIA's driver lists."""
 
     name: str
-    capability: Capability | None
-    """None where an old driver does not tell it and the card is not known."""
-    driver: str
+    capability: Capability
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The GPUs, and the torch that is to use them."""
+    """The GPUs of a machine and its installation of torch."""
 
     torch: str | None
-    """Version with its build, such as 2.13.0+cu130; None where it is missing."""
+    """Version with its build, such as 2.13.0+cu130; None if torch is missing."""
     cuda: str | None
     """CUDA version that torch was built for."""
     architectures: tuple[str, ...]
-    """Those that torch has code for, such as sm_60."""
+    """Architectures that torch has code for, such as sm_60."""
     gpus: tuple[Gpu, ...]
     driver_gpus: tuple[DriverGpu, ...] = ()
-    """Asked for only where torch sees no GPU."""
-    visible_devices: str | None = None
-    """CUDA_VISIBLE_DEVICES, None where it is not set."""
+    """Asked for only if torch sees no GPU."""
+    error: str = ""
+    """The message with which torch refuses the driver's GPUs, such as that their driver is too old."""
 
 
 class Problem(NamedTuple):
-    """What keeps torch from using GPUs, and the command that fixes it."""
+    """The reason why torch cannot use a GPU, and the command that fixes it."""
 
     found: str
     meaning: str
-    mend: str
+    fix: str
 
 
 def look(torch: Any) -> Hardware:
-    """The hardware of this machine. torch: the module, or None where it is missing."""
-    cuda = torch is not None and torch.cuda.is_available()
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())] if cuda else []
+    """Return the hardware of this machine. torch: the module, or None if it is missing."""
+    has_gpu = torch is not None and torch.cuda.is_available()
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())] if has_gpu else []
+    from_driver = () if devices else driver_gpus()
     return Hardware(
         torch=None if torch is None else str(torch.__version__),
         cuda=None if torch is None else torch.version.cuda,
-        architectures=tuple(torch.cuda.get_arch_list()) if cuda else (),
+        architectures=tuple(torch.cuda.get_arch_list()) if has_gpu else (),
         gpus=tuple(Gpu(item.name, item.total_memory, (item.major, item.minor)) for item in devices),
-        driver_gpus=() if devices else driver_gpus(),
-        visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        driver_gpus=from_driver,
+        error=_error_of(torch) if from_driver and torch is not None and torch.version.cuda else "",
     )
 
 
+def _error_of(torch: Any) -> str:
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return str(error).strip().rstrip(".") or type(error).__name__
+    return ""
+
+
+def driver_gpus() -> tuple[DriverGpu, ...]:
+    """Return the GPUs that nvidia-smi lists; none without it. GPUs of unknown compute capability are left out."""
+    for fields in ("name,compute_cap", "name"):  # old drivers do not know compute_cap
+        try:
+            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+            result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+        except subprocess.CalledProcessError:
+            continue
+        except (OSError, subprocess.SubprocessError):
+            break
+        return tuple(gpu for line in result.stdout.splitlines() if (gpu := _driver_gpu(line)) is not None)
+    return ()
+
+
+def _driver_gpu(line: str) -> DriverGpu | None:
+    row = _DRIVER_ROW.fullmatch(line)
+    if row is None:
+        return None
+    if row["major"] is not None:
+        return DriverGpu(row["name"], (int(row["major"]), int(row["minor"])))
+    card = find_card(row["name"])
+    return None if card is None else DriverGpu(row["name"], card.capability)
+
+
 def without_code(gpu: Gpu, hardware: Hardware) -> Problem | None:
-    """The problem of a card for which torch was not compiled, where every kernel fails with "no kernel image"."""
+    """Return the problem of a GPU that torch was not compiled for, on which every kernel would fail, else None."""
     architectures = hardware.architectures
     if not any(map(_ARCHITECTURE.fullmatch, architectures)):
-        return None  # a build for other makers' cards, or one that does not tell
+        return None  # a build for GPUs of other makers
     if has_code_for(gpu.capability, architectures):
         return None
     compiled = ", ".join(architectures)
     meaning = f"torch {hardware.torch} has no code for it (only for {compiled}), so every step on it would fail"
     if gpu.capability < _OLDEST:
-        meaning += "; no newer torch has, which leaves the CPU"
+        meaning += ", and so does every newer torch. Train on the CPU"
         return Problem(str(gpu), meaning, "export CUDA_VISIBLE_DEVICES=")
     if gpu.capability < DEFAULT_TORCH_CAPABILITY:
-        return Problem(str(gpu), meaning, _install_cuda_126(hardware))
-    # Forced, since pip takes 2.13.0+cu126 for as good as 2.13.0.
+        return Problem(str(gpu), meaning, _install([gpu.capability], hardware))
+    # Forced, because pip treats 2.13.0+cu126 as 2.13.0.
     return Problem(str(gpu), meaning, "pip install --upgrade --force-reinstall torch")
 
 
-def unused(hardware: Hardware) -> Problem | None:
-    """Why torch sees none of the cards that NVIDIA's driver tells; None where it tells none that torch could use."""
-    cards = [gpu for gpu in hardware.driver_gpus if gpu.capability is None or gpu.capability >= _OLDEST]
-    if hardware.gpus or not cards:
-        return None
-    found = ", ".join(dict.fromkeys(gpu.name for gpu in cards))
-    if hardware.torch is None:
-        return Problem(found, "cannot be used: torch is not installed", _install(hardware))
-    if hardware.cuda is None:
-        return Problem(found, f"cannot be used: torch {hardware.torch} is a build without CUDA", _install(hardware))
-    if _hides(hardware.visible_devices, len(hardware.driver_gpus)):
-        meaning = f'cannot be used: CUDA_VISIBLE_DEVICES, which is "{hardware.visible_devices}", hides it'
-        return Problem(found, meaning, "unset CUDA_VISIBLE_DEVICES")
-    driver, needed = hardware.driver_gpus[0].driver, _OLDEST_DRIVER.get(_major(hardware.cuda), 0)
-    if _major(driver) < needed:
-        meaning = f"cannot be used: its driver {driver} is too old for torch {hardware.torch}, which needs {needed}"
-        if _major(driver) >= _OLDEST_DRIVER[12] and _takes_cuda_126(hardware):
-            return Problem(found, meaning, _install_cuda_126(hardware))
-        return Problem(found, meaning, "install a newer driver from https://www.nvidia.com/drivers")
-    meaning = f"cannot be used: torch {hardware.torch} does not reach it; the command shows why"
-    return Problem(found, meaning, "python -c 'import torch; torch.cuda.init()'")
-
-
-def check_gpu(hardware: Hardware, index: int | None) -> None:
-    """Raise ConfigError if torch has no code for a rank's GPU. index: among the visible ones, None on a CPU."""
-    problem = None if index is None else without_code(hardware.gpus[index], hardware)
-    if problem is not None:
-        raise ConfigError(f"{problem.found}: {problem.meaning}. To fix it: {problem.mend}")
-
-
-def cannot_use(hardware: Hardware) -> str:
-    """`unused` in words without the last stop; empty where there is nothing to tell."""
-    problem = unused(hardware)
-    return "" if problem is None else f"{problem.found} {problem.meaning} (to fix it: {problem.mend})"
-
-
-def notes_at_start(hardware: Hardware, index: int | None, precision: str) -> list[str]:
-    """What a user should know of the device that a run takes; index as in `check_gpu`."""
-    if index is None:
-        why = cannot_use(hardware)
-        return [f"{why}. Training runs on the CPU"] if why else []
-    gpu = hardware.gpus[index]
-    note = slow_fp16_note(gpu.name, precision)
-    return [] if note is None else [note]
-
-
-def abilities(gpu: Gpu) -> str:
-    """What a card lacks and what follows from it, and the DeepSpeed JSON that ships for it."""
-    missing = [f"no {lack.what}: {lack.consequence}" for lack in lacks(gpu.name, gpu.capability)]
-    card = find_card(gpu.name)
-    made_for_it = [card.ds_config] if card is not None and card.ds_config is not None else []
-    told = missing or ["bf16, tensor cores, flash attention, torch.compile"]
-    return "; ".join(told + [f"take --ds-config {name}" for name in made_for_it])
-
-
-_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
-
-
 def has_code_for(capability: Capability, architectures: Iterable[str]) -> bool:
-    """Whether a build for these architectures runs on a card: machine code runs within its major version from its
-    minor version on (so does sm_100f), PTX (compute_XY) on everything newer, and sm_90a on 9.0 alone."""
+    """Return whether a build of torch for these architectures runs on a GPU.
+
+    Machine code (sm_XY, sm_XYf) runs within its major version from its minor version on, PTX (compute_XY) on
+    everything newer, and sm_90a only on 9.0.
+    """
     for architecture in architectures:
         match = _ARCHITECTURE.fullmatch(architecture)
         if match is None:
@@ -185,61 +160,60 @@ def has_code_for(capability: Capability, architectures: Iterable[str]) -> bool:
     return False
 
 
-def _install(hardware: Hardware) -> str:
-    """The command for a build of torch that has code for the driver's cards and that the driver can run."""
-    if _takes_cuda_126(hardware):
-        return _install_cuda_126(hardware)
-    version = "" if hardware.torch is None else f"=={Version(hardware.torch).base_version}"
-    return f"pip install --force-reinstall torch{version}"
+def unused(hardware: Hardware) -> Problem | None:
+    """Return why torch sees none of the GPUs that NVIDIA's driver lists; None if it lists none that torch could use."""
+    gpus = [gpu for gpu in hardware.driver_gpus if gpu.capability >= _OLDEST]
+    if hardware.gpus or not gpus:
+        return None
+    found = ", ".join(dict.fromkeys(gpu.name for gpu in gpus))
+    install = _install([gpu.capability for gpu in gpus], hardware)
+    if hardware.torch is None:
+        return Problem(found, "cannot be used: torch is not installed", install)
+    if hardware.cuda is None:
+        return Problem(found, f"cannot be used: torch {hardware.torch} is a build without CUDA", install)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and hardware.error.startswith(_NOTHING_VISIBLE):
+        meaning = f'cannot be used: CUDA_VISIBLE_DEVICES, which is "{visible}", hides it'
+        return Problem(found, meaning, "unset CUDA_VISIBLE_DEVICES")
+    meaning = f"cannot be used: torch {hardware.torch} reports: {hardware.error or 'no GPU'}"
+    return Problem(found, meaning, "update NVIDIA's driver, or install a torch that it can run: https://pytorch.org")
 
 
-def _takes_cuda_126(hardware: Hardware) -> bool:
-    """Whether the driver's cards need a build for CUDA 12.6, or can run it and their driver needs it."""
-    capabilities = [gpu.capability for gpu in hardware.driver_gpus if gpu.capability is not None]
-    if any(capability >= _BEYOND_CUDA_126 for capability in capabilities):
-        return False
-    only = any(_OLDEST <= capability < DEFAULT_TORCH_CAPABILITY for capability in capabilities)
-    return only or _OLDEST_DRIVER[12] <= _major(hardware.driver_gpus[0].driver) < _OLDEST_DRIVER[13]
+def _install(capabilities: list[Capability], hardware: Hardware) -> str:
+    """Return the command that installs a build of torch with code for GPUs of these compute capabilities."""
+    installed = None if hardware.torch is None else Version(Version(hardware.torch).base_version)
+    if min(capabilities) < DEFAULT_TORCH_CAPABILITY:
+        version = min(installed or _LAST_WITH_CUDA_126, _LAST_WITH_CUDA_126)
+        # With its build, because pip treats an installed 2.13.0+cu130 as 2.13.0.
+        return f"pip install torch=={version}+cu126 --index-url {_CUDA_126}"
+    return "pip install --force-reinstall torch" + ("" if installed is None else f"=={installed}")
 
 
-def _install_cuda_126(hardware: Hardware) -> str:
-    # With its build, since pip takes an installed 2.13.0+cu130 for the 2.13.0 that is asked for.
-    installed = _LAST_WITH_CUDA_126 if hardware.torch is None else Version(hardware.torch)
-    version = min(Version(installed.base_version), _LAST_WITH_CUDA_126)
-    return f"pip install torch=={version}+cu126 --index-url {_CUDA_126}"
+def check_gpu(hardware: Hardware, index: int | None) -> None:
+    """Raise ConfigError if torch has no code for a rank's GPU. index: among the visible GPUs, None on a CPU."""
+    problem = None if index is None else without_code(hardware.gpus[index], hardware)
+    if problem is not None:
+        raise ConfigError(f"{problem.found}: {problem.meaning}. To fix it: {problem.fix}")
 
 
-def _hides(visible_devices: str | None, count: int) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES leaves no GPU: CUDA reads it up to the first entry that names none."""
-    if visible_devices is None:
-        return False
-    first = visible_devices.split(",")[0].strip()
-    return not (first.startswith(("GPU-", "MIG-")) or (first.isdigit() and int(first) < count))
+def cannot_use(hardware: Hardware) -> str:
+    """Return the problem of `unused` as a sentence without its full stop; empty if there is none."""
+    problem = unused(hardware)
+    return "" if problem is None else f"{problem.found} {problem.meaning} (to fix it: {problem.fix})"
 
 
-def _major(version: str) -> int:
-    return int(version.split(".")[0])
+def notes_at_start(hardware: Hardware, index: int | None, precision: str) -> list[str]:
+    """Return notes for the user on the device of a run. index: as in `check_gpu`."""
+    if index is None:
+        why = cannot_use(hardware)
+        return [f"{why}. Training runs on the CPU"] if why else []
+    note = slow_fp16_note(hardware.gpus[index].name, precision)
+    return [] if note is None else [note]
 
 
-def driver_gpus() -> tuple[DriverGpu, ...]:
-    for fields in ("name,driver_version,compute_cap", "name,driver_version"):  # old drivers do not know compute_cap
-        try:
-            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-            result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
-        except subprocess.CalledProcessError:
-            continue
-        except (OSError, subprocess.SubprocessError):
-            break
-        rows = map(_DRIVER_ROW.fullmatch, result.stdout.splitlines())
-        return tuple(_driver_gpu(row) for row in rows if row is not None)
-    return ()
-
-
-_DRIVER_ROW = re.compile(r"(?P<name>.+?), (?P<driver>\d+(\.\d+)*)(, ((?P<major>\d+)\.(?P<minor>\d+)|.*))?")
-
-
-def _driver_gpu(row: re.Match[str]) -> DriverGpu:
-    if row["major"] is not None:
-        return DriverGpu(row["name"], (int(row["major"]), int(row["minor"])), row["driver"])
-    card = find_card(row["name"])
-    return DriverGpu(row["name"], None if card is None else card.capability, row["driver"])
+def abilities(gpu: Gpu) -> str:
+    """Return what a GPU lacks with the consequences, and the DeepSpeed JSON that is shipped for it."""
+    missing = [f"no {lack.what}: {lack.consequence}" for lack in lacks(gpu.name, gpu.capability)]
+    card = find_card(gpu.name)
+    shipped = [f"take --ds-config {card.ds_config}"] if card is not None and card.ds_config is not None else []
+    return "; ".join((missing or ["bf16, tensor cores, flash attention, torch.compile"]) + shipped)

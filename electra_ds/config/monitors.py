@@ -1,7 +1,7 @@
 """DeepSpeed's monitor sections: `tensorboard`, `wandb` and `csv_monitor`, with DeepSpeed's own field names.
 
-They switch on this project's writers. DeepSpeed's monitors would see the learning rate and the loss scale alone, so
-the sections are not handed on to `deepspeed.initialize`.
+They enable this project's writers. DeepSpeed's monitors would only see the learning rate and the loss scale, so the
+sections are not passed to `deepspeed.initialize`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 WANDB_MODES = {
     "online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
     "disabled": "off",
 }  # fmt: skip
-"""What the values of WANDB_MODE mean for `--wandb`."""
+"""The value of `--wandb` for each value of WANDB_MODE."""
 MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor")
 
 
 @dataclass(frozen=True)
 class FolderMonitor:
-    """A `tensorboard` or `csv_monitor` section that is enabled; it writes into output_path/job_name."""
+    """An enabled `tensorboard` or `csv_monitor` section; it writes into output_path/job_name."""
 
     output_path: str = ""
     job_name: str = ""
@@ -32,7 +31,7 @@ class FolderMonitor:
 
 @dataclass(frozen=True)
 class WandbMonitor:
-    """A `wandb` section that is enabled."""
+    """An enabled `wandb` section."""
 
     project: str | None = None
     team: str | None = None
@@ -41,7 +40,7 @@ class WandbMonitor:
 
 @dataclass(frozen=True)
 class Monitors:
-    """The sections that are enabled; None where one is absent or off."""
+    """The enabled sections; None for one that is absent or off."""
 
     tensorboard: FolderMonitor | None = None
     wandb: WandbMonitor | None = None
@@ -49,7 +48,7 @@ class Monitors:
 
 
 def wandb_mode_of_environment() -> str | None:
-    """Return the `--wandb` that wandb's own variable WANDB_MODE asks for, None where it is not set or is unknown."""
+    """Return the value of `--wandb` that the variable WANDB_MODE asks for; None if it is not set or unknown."""
     return WANDB_MODES.get(os.environ.get("WANDB_MODE", "").strip().lower())
 
 
@@ -63,13 +62,13 @@ def overruled_wandb_mode(mode: str) -> str | None:
 
 def wandb_module() -> Any:
     """Return the package wandb."""
-    return importlib.import_module("wandb")  # half a second's import, for those who asked for it
+    return importlib.import_module("wandb")  # takes half a second, so only when wandb is used
 
 
 def wandb_login() -> bool:
-    """Return whether wandb has credentials, by its own rules: environment, netrc, settings.
+    """Return whether wandb finds credentials in the environment, netrc or its settings, without input or network.
 
-    It needs no input and no network. Raises ConfigError if there are some that cannot be right.
+    Raises ConfigError if its settings or credentials are invalid.
     """
     wandb = wandb_module()
     try:
@@ -82,11 +81,11 @@ def wandb_login() -> bool:
     try:
         return bool(wandb.login(prompt=False, verify=False))
     except wandb.errors.AuthenticationError as error:
-        raise ConfigError(f"wandb's credentials cannot be used: {error} Log in anew with: wandb login") from error
+        raise ConfigError(f"wandb's credentials cannot be used: {error} Log in again with: wandb login") from error
 
 
 def parse_monitors(values: dict[str, Any], problems: list[str]) -> Monitors:
-    """The monitors of a raw DeepSpeed JSON. What is wrong is added to `problems`."""
+    """Return the monitors of a raw DeepSpeed JSON. Errors are added to `problems`."""
     return Monitors(
         tensorboard=_section("tensorboard", FolderMonitor, values, problems),
         wandb=_section("wandb", WandbMonitor, values, problems),

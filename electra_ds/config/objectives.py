@@ -15,8 +15,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 GROUP = "electra_ds.objectives"
 _OURS = {"electra": "electra_ds.pretraining.objectives.electra:ElectraObjective"}

@@ -18,8 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 Names = Literal["", "name", "settings", "file", "folder", "model", "corpus"]
 """What an option's text names: nothing; a name; a recipe or a DeepSpeed JSON; a file; a folder; a model of the Hub or

@@ -27,13 +27,12 @@ from electra_ds.config.shipped import (
     FINETUNE_RECIPE,
     OWN_RECIPE,
     RECIPE_NOTE,
+    TASKS,
     ds_config_names,
     finetune_recipe_names,
     recipe_names,
 )
-from electra_ds.config.tasks import TASKS
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 SettingsT = TypeVar("SettingsT")
 WandbMode = Literal["off", "online", "offline"]

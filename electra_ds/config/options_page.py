@@ -5,6 +5,7 @@ python -m electra_ds.config.options_page > docs/reference/options.md
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -56,7 +57,7 @@ def _command(name: str, kind: type[Options]) -> str:
     recorded = {each.name for each in fields(_RECORDED[kind])} if trains else set()
     text = f"\n## {name}\n\n{kind.SUMMARY}\n"
     for group, titles in ({"": ""} | kind.GROUPS).items():
-        rows = [(key, of) for key, of in described(kind).items() if of.group == group]
+        rows = [(key, of) for key, of in described(kind).items() if of.group == group and of.help != argparse.SUPPRESS]
         if not rows:
             continue
         title, *more = [titles] if isinstance(titles, str) else titles

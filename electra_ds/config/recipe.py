@@ -18,8 +18,7 @@ from typing_extensions import TypeVar
 
 from electra_ds.config.objectives import find_objective
 from electra_ds.config.shipped import RECIPES, shipped_names, shipped_text
-from electra_ds.core.errors import ConfigError
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.core.errors import ConfigError, did_you_mean
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,11 +1,14 @@
-"""A run's folder: who holds it, the record it can be rebuilt from, and how the run ended.
+"""A run's folder: the lock by which one process holds it, the record it can be rebuilt from, and the run's status.
 
 RUN/
-  recipe.yaml       the recipe, every value in full
-  deepspeed.json    the DeepSpeed JSON, resolved
+  recipe.yaml       the recipe with every value
+  deepspeed.json    the resolved DeepSpeed JSON
   run.json          command, versions, hardware, data fingerprint
-  status.json       how it ended: done, stopped, collapsed or failed
-  requeue           there while a signal or the time limit has stopped the run: it is to be resumed
+  status.json       how the run ended: done, stopped, collapsed or failed
+  requeue           exists while a signal or the time limit has stopped the run, which is to be resumed
+  checkpoints/      see `training/checkpoint.py`; each holds a copy of the record
+
+`RunDirectory` puts the three together. At the end of the module: finding the inputs of a run that has moved.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing_extensions import TypeVar
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, recipe_yaml, validate_recipe
 from electra_ds.config.run_record import Record, RunRecord
-from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError, DataError
 from electra_ds.core.program import command
 
 _PATIENCE_S = 10
@@ -39,24 +42,18 @@ _RecordT = TypeVar("_RecordT", bound=Record, default=RunRecord)
 Status = Literal["done", "stopped", "collapsed", "failed"]
 
 
-class RunDirectory:
-    """A run's folder, held by one process at a time."""
+class _Lock:
+    """The lock of a run's folder, which one process holds at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+    path: Path
 
     @contextmanager
     def locked(self, *, is_new: bool = False) -> Iterator[None]:
-        """Hold the folder. Raises CheckpointError if it cannot be written or another process holds it, and
-        ConfigError if a new run is to begin in it and another one has by now."""
+        """Hold the folder. is_new: a new run is to begin in it.
+
+        Raises CheckpointError if the folder cannot be written or another process holds it, and ConfigError if a new run
+        is to begin where another run began in the meantime.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+")
@@ -70,30 +67,35 @@ class RunDirectory:
                 raise CheckpointError(
                     f"The run directory {self.path} is in use by process {owner}. Wait for it, or stop it."
                 ) from error
-            with contextlib.suppress(OSError):  # a full disk has room for the lock, if not for our name in it
+            with contextlib.suppress(OSError):  # a full disk has room for the lock, but not for the process number
                 os.truncate(lock.fileno(), 0)
                 os.write(lock.fileno(), f"{os.getpid()}\n".encode())
             if is_new:
                 self.check_free()
             yield
 
+    def exists(self) -> bool:
+        """Return whether a run was started here. Checkpoints show that, too, if its record is missing."""
+        return (self.path / "run.json").is_file() or any((self.path / "checkpoints").glob(_CHECKPOINT))
+
     def check_free(self) -> None:
-        """Raises ConfigError if a run is there already."""
+        """Raise ConfigError if a run was started here."""
         if self.exists():
             raise ConfigError(f"{self.path} already holds a run. Resume it with --resume, or choose another --run-dir.")
 
     def mark(self) -> tuple[int, str]:
-        """What tells this folder from one of the same name on another disk: the lock's inode, and who wrote into it."""
+        """Return what distinguishes this folder from one of the same name on another disk: the inode of the lock, and
+        the process number in it."""
         try:
             return (self.path / ".lock").stat().st_ino, self._owner()
         except OSError:
             return 0, ""
 
     def check_shared(self, mark: tuple[int, str]) -> None:
-        """Raises CheckpointError if this rank does not see the folder that the main rank holds, whose mark it is."""
+        """Raise CheckpointError if this rank does not see the folder with this mark, which the main rank holds."""
         deadline = time.monotonic() + _PATIENCE_S
         while not (same := self._is_same(mark)) and time.monotonic() < deadline:
-            time.sleep(0.1)  # file systems of several machines tell news late
+            time.sleep(0.1)  # a network file system shows other machines a new file late
         if not same:
             raise CheckpointError(
                 f"The main rank's run directory {self.path.resolve()} is not what {platform.node()} sees there. "
@@ -101,7 +103,8 @@ class RunDirectory:
             )
 
     def _is_same(self, mark: tuple[int, str]) -> bool:
-        inode, owner = self.mark()  # some file systems number a file differently on each machine; full ones name nobody
+        # Some file systems number a file differently on each machine; on a full disk the process number is missing.
+        inode, owner = self.mark()
         return inode == mark[0] or (owner != "" and owner == mark[1])
 
     def _owner(self) -> str:
@@ -110,30 +113,44 @@ class RunDirectory:
         except OSError:
             return ""
 
-    def exists(self) -> bool:
-        """Whether a run was started here; its checkpoints are one, whatever became of its record."""
-        return (self.path / "run.json").is_file() or any(self.checkpoints.glob(_CHECKPOINT))
+
+class _Record:
+    """The files that a run can be rebuilt from. Each checkpoint holds a copy of them."""
+
+    path: Path
 
     def write_record(self, recipe: Section, plan: DeepSpeedPlan, record: Record) -> None:
-        """Raises CheckpointError if the folder cannot be written."""
+        """Write the files. Raises CheckpointError if the folder cannot be written."""
         for name, text in self.record_files(recipe, plan, record).items():
-            self._write(name, text)
+            _write(self.path / name, text)
 
     @staticmethod
     def record_files(recipe: Section, plan: DeepSpeedPlan, record: Record) -> dict[str, str]:
-        """The record's files by name, which travel in each checkpoint too."""
+        """Return the content of the files by name."""
         return {
             "recipe.yaml": recipe_yaml(recipe),
             "deepspeed.json": json.dumps(plan.document, indent=2) + "\n",
             "run.json": replace(record, given_batch=plan.given_batch).to_json(),
         }
 
+    def read_recipe(self, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
+        """Return the recipe. This and the methods below raise CheckpointError if no copy of the file can be read."""
+        return self._read("recipe.yaml", lambda text: validate_recipe(load_yaml(text, "It"), str(self.path), kind))
+
+    def read_deepspeed_json(self) -> dict[str, Any]:
+        """Return the resolved DeepSpeed JSON."""
+        return self._read("deepspeed.json", _json_object)
+
+    def read_record(self, kind: type[_RecordT] = RunRecord) -> _RecordT:  # type: ignore[assignment]
+        """Return the content of run.json. kind: `Record` reads what every run's has in common."""
+        return self._read("run.json", lambda text: TypeAdapter(kind).validate_python(_json_object(text)))
+
     def kind(self) -> str:
-        """`pretrain` or `finetune`. Raises CheckpointError if there is no run, as do those below."""
+        """Return `pretrain` or `finetune`."""
         return self._read("run.json", lambda text: str(_json_object(text).get("kind", "pretrain")))
 
     def check_kind(self, wanted: Literal["pretrain", "finetune"]) -> None:
-        """Raises CheckpointError for a run of the other kind."""
+        """Raise CheckpointError for a run of the other kind."""
         kind = self.kind()
         if kind != wanted:
             raise CheckpointError(
@@ -141,26 +158,34 @@ class RunDirectory:
             )
 
     def check_resumable(self, wanted: Literal["pretrain", "finetune"]) -> None:
-        """The same, and for a checkpoint, in which a run would begin anew."""
+        """Raise CheckpointError for a run of the other kind, and for a checkpoint in place of a run's folder."""
         if (self.path / "manifest.json").exists():
             raise CheckpointError(
-                f"{self.path} is a checkpoint, and --resume takes the run that it is of: --resume "
+                f"{self.path} is a checkpoint, but --resume takes the folder of its run: --resume "
                 f"{self.path.resolve().parent.parent}"
             )
         self.check_kind(wanted)
 
-    def read_recipe(self, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
-        return self._read("recipe.yaml", lambda text: validate_recipe(load_yaml(text, "It"), str(self.path), kind))
+    def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
+        """Return a file of the record; if it is missing or damaged, the copy in the newest checkpoint that has one."""
+        problem = ""
+        for folder in (self.path, *sorted((self.path / "checkpoints").glob(_CHECKPOINT), reverse=True)):
+            try:
+                return parse((folder / name).read_text("utf8"))
+            except FileNotFoundError:
+                problem = problem or f"{name} is missing"
+            except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+                problem = problem or f"{name} is damaged ({error})"
+        raise CheckpointError(f"{self.path} is not a run directory that can be used: {problem}.")
 
-    def read_deepspeed_json(self) -> dict[str, Any]:
-        return self._read("deepspeed.json", _json_object)
 
-    def read_record(self, kind: type[_RecordT] = RunRecord) -> _RecordT:  # type: ignore[assignment]
-        """kind: `Record` reads what any run's says."""
-        return self._read("run.json", lambda text: TypeAdapter(kind).validate_python(_json_object(text)))
+class _StatusFile:
+    """The status with which a run ended, and the mark that it is to be queued again."""
+
+    path: Path
 
     def status(self) -> Status | None:
-        """Return how the run ended; None while it has not, or if the file cannot be read."""
+        """Return how the run ended; None if it has not ended, or if the file cannot be read."""
         status = self.status_details().get("status")
         return status if status in get_args(Status) else None
 
@@ -173,45 +198,51 @@ class RunDirectory:
         return {}
 
     def write_status(self, status: Status, **details: Any) -> None:
-        """Raises CheckpointError if the folder cannot be written, as do those below."""
-        self._remove("requeue")
-        self._write(_STATUS, json.dumps({"status": status} | details, indent=2) + "\n")
+        """Write the status. This and the methods below raise CheckpointError if the folder cannot be written."""
+        _remove(self.path / "requeue")
+        _write(self.path / _STATUS, json.dumps({"status": status} | details, indent=2) + "\n")
 
     def mark_requeue(self, reason: str) -> None:
-        """For job scripts under launchers that swallow the exit status."""
-        self._write("requeue", reason + "\n")
+        """Mark the run for job scripts, some of whose launchers do not pass the exit status on."""
+        _write(self.path / "requeue", reason + "\n")
 
     def clear_status(self) -> None:
+        """Remove the status and the mark, because the run continues."""
         for name in (_STATUS, _OLD_STATUS, "requeue"):
-            self._remove(name)
+            _remove(self.path / name)
 
-    def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
-        """A file of the record, or where it is damaged, the copy that travels in the newest checkpoint."""
-        problem = ""
-        for folder in (self.path, *sorted(self.checkpoints.glob(_CHECKPOINT), reverse=True)):
-            try:
-                return parse((folder / name).read_text("utf8"))
-            except FileNotFoundError:
-                problem = problem or f"{name} is missing"
-            except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-                problem = problem or f"{name} is damaged ({error})"
-        raise CheckpointError(f"{self.path} is not a run directory that can be used: {problem}.")
 
-    def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.tmp"
-        try:
-            temporary.write_text(text, "utf8")
-            temporary.replace(self.path / name)
-        except OSError as error:
-            with contextlib.suppress(OSError):  # a disk that has become read-only
-                temporary.unlink(missing_ok=True)
-            raise CheckpointError(f"Cannot write {self.path / name}: {error.strerror}.") from error
+class RunDirectory(_Lock, _Record, _StatusFile):
+    """The folder of a run."""
 
-    def _remove(self, name: str) -> None:
-        try:
-            (self.path / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"Cannot remove {self.path / name}: {error.strerror}.") from error
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, "utf8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # a disk that has become read-only
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot remove {path}: {error.strerror}.") from error
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -222,3 +253,33 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
     return values
+
+
+def places_of(recorded: str, folder: Path) -> Iterator[Path]:
+    """Yield the existing paths at which something may be now that was once at the path `recorded`.
+
+    Paths relative to `folder`, which contains the record, come first: if both moved together, a folder above it holds
+    the end of the recorded path. The nearest such folder comes first, and for each the longest end. The recorded path
+    itself comes last. The caller must check the content.
+    """
+    parts = Path(recorded).parts[1:]
+    above = dict.fromkeys((*folder.absolute().parents, *folder.resolve().parents))  # before and after following links
+    found = (base.joinpath(*parts[start:]) for base in above for start in range(len(parts)))
+    for place in dict.fromkeys((*found, Path(recorded))):
+        if os.path.exists(place):
+            yield place
+
+
+def read_where_it_is(recorded: str, folder: Path, read: Callable[[Path], _Parsed], missing: str) -> _Parsed:
+    """Return the result of `read` for the first path of `places_of` at which it does not raise.
+
+    Raises the error of `read` for the recorded path, or DataError with the message `missing` if nothing is there.
+    """
+    problem: CheckpointError | DataError = DataError(missing)
+    for place in places_of(recorded, folder):
+        try:
+            return read(place)
+        except (CheckpointError, DataError) as error:
+            if place == Path(recorded):
+                problem = error
+    raise problem

@@ -1,4 +1,4 @@
-"""The recipes, sweeps and DeepSpeed JSON files that come with the package, known by name."""
+"""The recipes, sweeps and DeepSpeed JSON files that come with the package, and the published tasks, known by name."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def shipped_names(folder: str) -> list[str]:
 def shipped_text(folder: str, name: str) -> str:
     """One of `shipped_names`, as it stands."""
     return (importlib.resources.files("electra_ds") / folder / f"{name}{_ENDINGS[folder]}").read_text("utf8")
+
+
+GLUE_TASKS = ("cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli")
+SQUAD_TASKS = ("squad1", "squad2")
+TASKS = (*GLUE_TASKS, *SQUAD_TASKS)
+"""Tasks that can be finetuned on by name. GLUE's diagnostic set, ax, has no training examples: mnli predicts it."""

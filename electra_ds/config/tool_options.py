@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +105,7 @@ class SweepOptions(Options):
     retry_failed: bool | None = option("with --resume: those that failed too")
     dry_run: bool | None = option("list the trials and what they cost, and run nothing")
     local: bool | None = option("one trial after the other, without Ray", group=_RAY)
-    address: str | None = option(
-        "a Ray cluster: auto, HOST:6379, or from outside it ray://HOST:10001", metavar="ADDRESS", group=_RAY
-    )
+    address: str | None = option("a Ray cluster: auto, or HOST:6379", metavar="ADDRESS", group=_RAY)
     storage: str | None = option("where Tune keeps its records (default: DIR/tune)", metavar="DIR|URI", group=_RAY)
     time_limit: float | None = option("save and leave after this time", metavar="TIME", parse=duration_s, group=_RAY)
 
@@ -178,9 +177,9 @@ class RecipesOptions(Options):
 class DoctorOptions(Options):
     """The options of `doctor`."""
 
-    SUMMARY: ClassVar[str] = "Say what this machine can pretrain with, and how to fix what is wrong."
+    SUMMARY: ClassVar[str] = "Report whether this machine can pretrain, and how to fix what is wrong."
 
-    json: bool | None = option("print it as JSON")
+    json: bool | None = option("print the report as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +230,7 @@ class ImportOptions(CorpusOptions):
 
     corpus: list[list[str]] | None = corpus_option("default: the exported run's token store")
     native: Path = option("the checkpoint's folder", flag="", metavar="NATIVE")
-    trusted: bool | None = option("you know where the files come from")
+    trusted: bool | None = option(argparse.SUPPRESS)  # once needed, now without effect
     run_dir: Path = option("folder of the run to make", metavar="RUN", required=True)
     ds_config: str | None = ds_config_option()
     micro_batch: int | Literal["auto"] | None = micro_batch_option("in place of the JSON's", group="")

@@ -34,16 +34,19 @@ def device(launch: Launch) -> torch.device:
 
 
 def device_index(launch: Launch) -> int:
-    """Which of the visible GPUs is this rank's; `srun --gpus-per-task 1` shows each rank its own card alone."""
+    """Return the index of this rank's GPU among the visible ones.
+
+    `srun --gpus-per-task 1` makes only its own GPU visible to each rank.
+    """
     return 0 if launch.launcher == "srun" and torch.cuda.device_count() == 1 else launch.local_rank
 
 
 def device_name(device: torch.device) -> str:
-    """For the record: the card's name, or that it is a CPU."""
+    """Return the GPU's name, or CPU with its number of cores, for the run record."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
 
 
-# What torch does not tell as its own OutOfMemoryError: what the driver, cuBLAS and the CPU's allocator say.
+# Messages of the driver, cuBLAS and the CPU's allocator, which torch does not raise as its OutOfMemoryError.
 _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -52,7 +55,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch raised it for want of memory."""
+    """Return whether torch raised the error because memory ran out."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
@@ -62,7 +65,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether it was raised for want of room on a disk."""
+    """Return whether the error was raised because a disk is full."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (match := re.search(r"os error (\d+)", str(error))):  # as safetensors says it
         number = int(match[1])
@@ -70,8 +73,8 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more, cycles included."""
-    # A backward pass that failed leaves its rest in this thread's queue, until the next one.
+    """Free all memory that nothing refers to, reference cycles included."""
+    # A backward pass that failed leaves its remaining nodes in this thread's queue until the next backward pass.
     torch.zeros((), requires_grad=True).backward()
     gc.collect()
     if device.type == "cuda":
@@ -102,10 +105,10 @@ def busy_note(device: str, threads: int) -> str | None:
 
 
 def set_threads(threads: int | None, launch: Launch) -> int:
-    """Set the number of CPU threads, which is part of a run's plan; returns the number in use.
+    """Set the number of CPU threads, which is part of a run's plan, and return the number in use.
 
-    None leaves it to torch, but for several ranks on a node, which share its cores where nobody has bound them.
-    Raises ConfigError if there are many more than cores.
+    None leaves the number to torch, except that several ranks on a node share its cores unless they are bound to some.
+    Raises ConfigError if there are many more threads than cores.
     """
     if threads is None:
         cores = os.cpu_count() or 1
@@ -119,6 +122,6 @@ def set_threads(threads: int | None, launch: Launch) -> int:
 
 
 def seed_dropout(*parts: int) -> None:
-    """Seed torch's generators, which feed dropout alone: every other random number is keyed by (seed, step)."""
+    """Seed torch's generators, which only dropout uses: every other random number is keyed by (seed, step)."""
     first, second = np.random.SeedSequence(parts).generate_state(2)
     torch.manual_seed(int(first) << 31 | int(second) >> 1)

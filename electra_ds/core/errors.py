@@ -1,11 +1,16 @@
-"""The faults a user can cause or meet. Each message says what is wrong, where, and what to do."""
+"""The errors that a user can cause or meet. Each message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class ElectraError(Exception):
     """Base of every error that is shown as a message, without a traceback."""
 
     rank: int | None = None
-    """The rank that met it, where others may not have."""
+    """The rank that met the error, if other ranks may not have met it."""
 
 
 class ConfigError(ElectraError):
@@ -25,11 +30,11 @@ class TrainingError(ElectraError):
 
 
 class FailedElsewhereError(ElectraError):
-    """Another rank failed and says why; this one leaves in silence."""
+    """Another rank failed and prints the reason; this rank exits without a message."""
 
 
 class LostRankError(ElectraError):
-    """The connection to another rank broke: it died, and its own message says of what."""
+    """The connection to another rank broke. That rank died, and its own message says why."""
 
 
 class InterruptedBySignalError(ElectraError):
@@ -41,3 +46,9 @@ class InterruptedBySignalError(ElectraError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name, which suggests a similar known one, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

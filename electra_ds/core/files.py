@@ -1,22 +1,34 @@
-"""Files that the user asked for by name: they are written completely or not at all."""
+"""Names of files and Hub models that the user gives, and writing a file completely or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from electra_ds.core.errors import CheckpointError
 
+_HUB_MODEL = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def is_hub_model(text: str) -> bool:
+    """Return whether a text is OWNER/NAME and neither an existing path nor the name of a file with a vocabulary."""
+    path = Path(text)
+    return bool(_HUB_MODEL.fullmatch(text)) and not path.exists() and path.suffix not in (".json", ".txt")
+
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which becomes `path` at the end, with the mode that the umask gives, whatever
-    the writer sets. Raises CheckpointError if that fails."""
+    """Yield a temporary path to write to, which is renamed to `path` at the end.
+
+    The file gets the mode that the umask gives, whatever the writer sets. Raises CheckpointError if it cannot be
+    written.
+    """
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise CheckpointError(f"Cannot write {path}: it is no ordinary file. Name one.")
+        raise CheckpointError(f"Cannot write {path}: it is not an ordinary file. Choose another name.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()

@@ -2,7 +2,7 @@
 
 torch's CUDA generator hands out numbers in an order that depends on the card's number of
 multiprocessors, and every torch generator's numbers depend on how a batch is cut. Here a number is a
-hash of (seed, step, row, column) in integer arithmetic, which all devices do exactly alike.
+hash of (seed, step, row, column) in integer arithmetic, which is exact on every device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _64_BITS = (1 << 64) - 1
 
 
 def hash64(*parts: int | np.ndarray) -> np.ndarray:
-    """64-bit hash of integers or integer arrays that broadcast together (splitmix64 finaliser per part).
+    """Return a 64-bit hash of integers or integer arrays that broadcast together (splitmix64 finaliser per part).
 
     Source of the mixer: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
     """
@@ -41,7 +41,7 @@ def hash64(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def generator(*parts: int) -> np.random.Generator:
-    """A numpy generator keyed by integers: one random source for a whole batch.
+    """Return a numpy generator keyed by integers: one random source for a complete batch.
 
     SFC64 gives raw bits twice as fast as Philox; numpy promises that neither's stream changes (NEP 19).
     """
@@ -49,17 +49,17 @@ def generator(*parts: int) -> np.random.Generator:
 
 
 def random_bits(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """uint32 of full range, two to each raw number: a third of the time of `rng.integers`."""
+    """Return uint32 of full range, two from each raw number, in a third of the time of `rng.integers`."""
     size = math.prod(shape)
     raw = np.asarray(rng.bit_generator.random_raw(size - size // 2))
     return raw.view(np.uint32)[:size].reshape(shape)
 
 
 def permutation_at(places: np.ndarray, size: int, *key: int) -> np.ndarray:
-    """int64: what stands at the given places of a keyed random permutation of 0 … size - 1.
+    """Return the int64 items at the given places of a keyed random permutation of 0 … size - 1.
 
-    A small permutation is made in full. Of a large one no table is kept: a Feistel network of four rounds over the
-    next power of four, walked on until it falls below `size` (Black and Rogaway, "Ciphers with arbitrary finite
+    A small permutation is made in full. A large one needs no table: a Feistel network of four rounds over the next
+    power of four is applied until the result falls below `size` (Black and Rogaway, "Ciphers with arbitrary finite
     domains", 2002).
     """
     if size <= _SMALL_PERMUTATION:
@@ -78,7 +78,7 @@ def permutation_at(places: np.ndarray, size: int, *key: int) -> np.ndarray:
 
 
 def column_keys(columns: int) -> torch.Tensor:
-    """int32 [columns]: the fixed hash of each column, such as a vocabulary id. Make it once and keep it.
+    """Return int32 [columns], the fixed hash of each column, such as a vocabulary id. Compute it once and keep it.
 
     The 32-bit finaliser of MurmurHash3, which is a bijection: two columns with one key would share their noise
     in every row, and the less likely of the two could never be drawn.
@@ -91,7 +91,7 @@ def column_keys(columns: int) -> torch.Tensor:
 
 
 def exponential_noise(row_keys: torch.Tensor, column_keys: torch.Tensor) -> torch.Tensor:
-    """float32 [rows, columns] of Exp(1) variates, each a function of its row's and column's key alone.
+    """Return float32 [rows, columns] of Exp(1) variates, each a function of only its row's and column's key.
 
     row_keys, column_keys: int32 hashes on one device. The two are combined and mixed by two rounds of
     multiplying and shifting; 31 bits become a uniform v, never 0, whose resolution near 0 is 2^-30, and -log1p(-v)
@@ -99,7 +99,7 @@ def exponential_noise(row_keys: torch.Tensor, column_keys: torch.Tensor) -> torc
     """
     bits = row_keys[:, None] ^ column_keys[None, :]
     bits.mul_(-2048144789)  # 0x85EBCA6B
-    bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF))  # torch shifts the sign in; this takes it out
+    bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF))  # clears the sign bits that torch shifts in
     bits.mul_(-1028477387)  # 0xC2B2AE35
     bits.bitwise_xor_(bits >> 16)  # with the sign shifted in, the result is never negative
     return bits.bitwise_or_(1).mul(-(2.0**-31)).log1p_().neg_()

@@ -1,24 +1,36 @@
-"""Who started this process: rank, world size and meeting point from what launchers put into the environment.
+"""The processes of a job: the launcher that started this one, the signals that stop it, and its worker processes.
 
-Knows `torchrun`, `deepspeed` and `srun`; without any of them the process is a world of its own. No torch here.
+Rank, world size and the address of rank 0 are read from the environment variables of `torchrun`, `deepspeed` and
+`srun`. Without a launcher the process is the only rank. This module does not import torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import re
-from collections.abc import Mapping
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import connection
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from electra_ds.core.errors import ConfigError
 
 # Step numbers from here on are Slurm's own: the batch script, an interactive shell, the extern step.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""The signals on which a run or a sweep saves and exits."""
+# The deepspeed launcher sends SIGINT and SIGTERM together: signals within this time are one request.
+SECOND_SIGNAL_AFTER_S = 5.0
 
 
 class Launch(NamedTuple):
-    """This process among those of its job."""
+    """The place of this process among the ranks of its job."""
 
     launcher: Literal["none", "torchrun", "deepspeed", "srun"]
     rank: int
@@ -28,7 +40,7 @@ class Launch(NamedTuple):
     """Host of rank 0."""
     port: int
     local_size: int = 1
-    """Ranks on this node, as far as the launcher tells."""
+    """Ranks on this node; 1 if the launcher does not say."""
 
     @property
     def is_main(self) -> bool:
@@ -36,7 +48,10 @@ class Launch(NamedTuple):
 
 
 def detect(environ: Mapping[str, str]) -> Launch:
-    """Raises ConfigError if the variables are incomplete or contradict each other."""
+    """Return the launch that the environment variables describe.
+
+    Raises ConfigError if they are incomplete or contradict each other.
+    """
     if "WORLD_SIZE" in environ or "RANK" in environ:
         launcher: Literal["torchrun", "deepspeed"] = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed"
         world_size = _number(environ, "WORLD_SIZE")
@@ -96,7 +111,7 @@ def _local_size(environ: Mapping[str, str], launch: Launch) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list such as `gpu[003-007,012],login1`. Raises ConfigError."""
+    """Return the first host of a Slurm node list such as `gpu[003-007,012],login1`. Raises ConfigError."""
     match = re.match(r"([^\[,\s]+)(?:\[(\d+)[^\]]*\]([^,\s]*))?", nodes)
     if not match:
         raise ConfigError(f"Cannot read the first host out of the Slurm node list {nodes!r}. Set MASTER_ADDR.")
@@ -104,11 +119,11 @@ def first_host(nodes: str) -> str:
 
 
 class LauncherWatch:
-    """Notices that the launcher died without telling its workers, so that no orphan trains on.
+    """Detects that the launcher died without stopping its workers, so that no orphan continues to train.
 
-    `torchrun` dies of SIGUSR1, and the `deepspeed` runner of SIGTERM, without a word to the workers. The `deepspeed`
-    command starts a second process, which starts the workers, so two generations are watched there. A parent that is
-    not such a program, a shell for instance, may come and go.
+    SIGUSR1 ends `torchrun`, and SIGTERM the `deepspeed` runner, without a signal to the workers. The `deepspeed`
+    command starts a second process, which starts the workers, so both are watched. A parent that is another program,
+    such as a shell, may exit.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -144,3 +159,35 @@ def _ancestors(generations: int) -> list[int]:
             process = 0
         found.append(process)
     return found
+
+
+def leave_at_once(number: int) -> NoReturn:
+    """End this process immediately with the exit status of the signal."""
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+        if sys.stderr.isatty():
+            sys.stderr.write("\x1b[?25h")  # the progress bar had hidden the cursor
+        os.write(2, f"\n{signal.Signals(number).name} again: leaving at once.\n".encode())
+    os._exit(128 + number)
+
+
+def worker_pool(workers: int, initializer: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
+    """Return a pool of fresh processes, each of which first calls `initializer(*arguments)`.
+
+    They end with their parent, however it ends, and leave Ctrl-C to it.
+    """
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, _start, (initializer, arguments))
+
+
+def _start(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*arguments)
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)

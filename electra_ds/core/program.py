@@ -1,4 +1,4 @@
-"""What this program is called by, for the commands that messages and help texts name."""
+"""The name by which this program was called, for the commands that messages and help texts show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = frozenset(
         "typing_extensions", "wandb", "yaml", "zstandard",
     }
 )  # fmt: skip
-"""Modules that are installed with this program, by the names that they are imported by."""
+"""Import names of the packages that are installed with this program."""
 _IN_BIN = re.compile(r"(?<![\w/.])bin/(?=[a-z])")
 
 
@@ -35,14 +35,16 @@ def as_called(text: str) -> str:
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
-    """Return what to tell a user who started a command outside its environment, and None where another module is
-    missing: one of a plug-in of the user's own, or a part of a package that is installed."""
+    """Return a message for a user who started a command outside its environment.
+
+    None if the missing module belongs to a plug-in of the user, or to a package that is installed.
+    """
     if error.name not in PACKAGES:
         return None
     found = f"The package {error.name} is not installed in the environment of {sys.executable}."
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "Makefile").is_file():
-        return f"{found} Install this program again, with all that it needs: {sys.executable} -m pip install electra_ds"
+        return f"{found} Install this program with its requirements again: {sys.executable} -m pip install electra_ds"
     python = checkout / ".venv" / "bin" / "python"
     if not python.exists() or Path(sys.prefix) == python.parent.parent:
         return f"{found} Run 'make install' in {checkout}, then 'source {python.parent}/activate', and try again."

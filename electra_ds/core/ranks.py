@@ -1,4 +1,4 @@
-"""This process among its ranks: the process group, and how all ranks agree on something."""
+"""The process group of a job's ranks, and the collective operations by which they agree on something."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError, ElectraError, FailedElsewhereError, LostRankError
 from electra_ds.core.launcher import Launch, LauncherWatch, detect
 
-# Over gloo a rank that died is noticed at once, by its closed connections. This bounds only the waiting for one that
-# lives, such as rank 0 while it tokenises a corpus.
+# gloo detects a rank that died at once, by its closed connections. This only limits the wait for a rank that is busy,
+# such as rank 0 while it tokenises a corpus.
 _PATIENCE = timedelta(days=7)
 _MEETING_TIMEOUT = timedelta(minutes=10)
 
 
 class Ranks:
-    """All ranks of the job. Every method but `is_main` must be called by all of them, in the same order."""
+    """All ranks of the job. Every rank must call each method, in the same order."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
@@ -32,15 +32,15 @@ class Ranks:
         self.world_size = launch.world_size
         self.is_main = launch.is_main
         self.launcher_watch = LauncherWatch(launch)
-        # On the CPU, so that agreeing never waits for a GPU.
+        # On the CPU, so that these operations never wait for a GPU.
         self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
         self._background = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is inside succeeds on every rank or fails on every rank.
+        """Make the code inside succeed on every rank or fail on every rank.
 
-        Raises the ElectraError that happened here, or FailedElsewhereError if it happened on another rank.
+        Raises the ElectraError that was raised on this rank, or FailedElsewhereError if another rank raised one.
         """
         error = None
         try:
@@ -56,11 +56,11 @@ class Ranks:
         raise FailedElsewhereError(f"Rank {failed[0]} failed.")
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks, on every rank."""
+        """Return every rank's value, in the order of the ranks, on every rank."""
         return self._gather(value, self._control)
 
     def gather_in_background(self, value: Any) -> list[Any]:
-        """The same from a thread beside the one that trains; one thread at a time on each rank."""
+        """Return the same from a thread other than the training thread; one such thread at a time on each rank."""
         return self._gather(value, self._background)
 
     def _gather(self, value: Any, group: distributed.ProcessGroup | None) -> list[Any]:
@@ -71,22 +71,23 @@ class Ranks:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value."""
+        """Return rank 0's value on every rank."""
         return self.gather(value if self.is_main else None)[0]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a tensor on this rank's device."""
+        """Sum a tensor on this rank's device over all ranks, in place, and return it."""
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
     def start_maximum(self, value: int) -> Any:
-        """Begin to find the largest value of several ranks; `finish_maximum` waits for it."""
+        """Start to compute the largest value of several ranks; `finish_maximum` waits for it."""
         tensor = torch.tensor([value])
         return tensor, distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self._control, async_op=True)
 
     @staticmethod
     def finish_maximum(started: Any) -> int:
+        """Return the largest value, from what `start_maximum` returned."""
         tensor, work = started
         work.wait()
         return int(tensor.item())
@@ -94,14 +95,14 @@ class Ranks:
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Meet the other ranks, for as long as the context lasts; in a process group that is there already, stay in it.
+    """Join the process group of the other ranks while the context lasts; an existing process group is used and kept.
 
-    A process without a launcher is a group of its own, without a port. Raises ConfigError if the ranks cannot
-    meet, and LostRankError if one of them is gone.
+    A process without a launcher forms its own group, which needs no port. Raises ConfigError if the ranks cannot
+    connect to each other, and LostRankError if one of them died.
     """
     launch = detect(os.environ)
     with warnings.catch_warnings():
-        # DeepSpeed and torch warn about their own deprecated calls; nothing in it is for the user.
+        # DeepSpeed and torch warn about their own deprecated calls, which do not concern the user.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
         started = not distributed.is_initialized()
         if started:
@@ -113,36 +114,36 @@ def join_ranks() -> Iterator[Ranks]:
             completed = True
         except ElectraError as error:
             if not alone and error.rank is None:
-                error.rank = launch.rank  # nobody else may have met it
+                error.rank = launch.rank  # the other ranks may not have met it
             raise
         except RuntimeError as error:
             if alone or not is_lost_connection(error):
                 raise
             lost = LostRankError(
-                f"lost contact with another rank. What ended that one is shown above; if nothing is, it was killed, "
-                f"perhaps for want of memory. ({str(error).splitlines()[0]})"
+                f"lost contact with another rank. Its own error is shown above; if none is shown, it was killed, "
+                f"perhaps because memory ran out. ({str(error).splitlines()[0]})"
             )
             lost.rank = launch.rank
             raise lost from error
         finally:
-            if started and (alone or completed):  # after an error the others may never come
+            if started and (alone or completed):  # after an error the other ranks may never do the same
                 _part()
 
 
 def _part() -> None:
-    """Leave the process group, DeepSpeed with us: it would go on with this one where another is met later."""
+    """Leave the process group, in DeepSpeed too, which would otherwise use it after another one is joined."""
     theirs = sys.modules.get("deepspeed.comm")
     (theirs if theirs is not None and theirs.is_initialized() else distributed).destroy_process_group()
 
 
 def _meet(launch: Launch) -> None:
-    os.environ["LOCAL_RANK"] = str(devices.device_index(launch))  # by which DeepSpeed chooses the GPU
+    os.environ["LOCAL_RANK"] = str(devices.device_index(launch))  # DeepSpeed chooses the GPU by it
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if launch.world_size == 1:
         store = distributed.HashStore()  # type: ignore[attr-defined]  # needs no port
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         return
-    os.environ |= {  # torch and DeepSpeed read them; srun leaves them to us
+    os.environ |= {  # torch and DeepSpeed read these, and srun does not set them
         "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size),
         "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
     }  # fmt: skip
@@ -156,7 +157,7 @@ def _meet(launch: Launch) -> None:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether torch.distributed raised it because another rank is gone."""
+    """Return whether torch.distributed raised the error because another rank died."""
     if isinstance(error, distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "Gloo", "NCCL"))

@@ -1,4 +1,4 @@
-"""What is shown on a terminal: progress bars that stay readable in 60 columns, and text that breaks between words."""
+"""Output on a terminal: progress bars that are readable in 60 columns, and text that breaks only between words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 PREPARING = "preparing: "
-"""The beginning of lines that say what is done before training if there is no terminal."""
+"""The beginning of the lines that report preparations before training if there is no terminal."""
 _PLAIN_LINE_EVERY_S = 10.0
 
 
@@ -62,7 +62,7 @@ def _labelled(console: Console, label: str, text: str) -> None:
 
 
 def _wrapped(console: Console, text: str) -> str:
-    """Rich would break a word that is longer than a line, such as a path, which then could not be copied."""
+    """Return the text wrapped to the terminal, but for long words such as paths, which Rich would break."""
     if not console.is_terminal:
         return text
     wrap = textwrap.TextWrapper(
@@ -72,7 +72,7 @@ def _wrapped(console: Console, text: str) -> str:
 
 
 def flexible_bar() -> BarColumn:
-    """A progress bar that takes the room which the other columns leave."""
+    """Return a progress bar that takes the width that the other columns leave."""
     return BarColumn(bar_width=None)
 
 
@@ -98,7 +98,7 @@ class StatusProgress(Progress):
 
 
 class _Eta(ProgressColumn):
-    """The time that a stage still needs, or nothing if it is not known how much is to be done."""
+    """The remaining time of a stage, or nothing if its total is unknown."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:
@@ -111,8 +111,8 @@ class _Eta(ProgressColumn):
 
 
 class StageProgress(StatusProgress):
-    """Shows the stages of a preparation: a bar for each on a terminal; elsewhere, such as in a log file, a line when a
-    stage begins and further lines now and then, which a sweep reads in its trials' logs."""
+    """The progress of preparations, stage by stage: a bar for each on a terminal. Elsewhere, such as in a log file, a
+    line when a stage begins and further lines from time to time, which a sweep reads in the logs of its trials."""
 
     def __init__(self, console: Console | None = None, transient: bool = False) -> None:
         super().__init__(
@@ -123,17 +123,17 @@ class StageProgress(StatusProgress):
         self._last_line = 0.0
 
     def begin(self, stage: str, total: float | None = None, status: str = "") -> None:
-        """Begin a new stage, to which later calls refer. total: how much is to be done; None if that is unknown."""
+        """Begin a new stage, to which later calls refer. total: the amount of work; None if that is unknown."""
         self._stage = self.add_task(stage, total=total, status=status)
         self._say()
 
     def add(self, done: float) -> None:
-        """Add to what is done of the stage."""
+        """Add to the amount of work that is done."""
         self.advance(self._stage, done)
         self._say_now_and_then()
 
     def reach(self, completed: float) -> None:
-        """Set how much of the total is done."""
+        """Set the amount of work that is done."""
         self.update(self._stage, completed=completed)
         self._say_now_and_then()
 
@@ -161,7 +161,7 @@ class StageProgress(StatusProgress):
 
 
 class _Status:
-    """As many of the parts as fit, from the first one on; the first one is cut where even it does not."""
+    """The first parts of a status that fit into a line; the first one is cut if it does not fit."""
 
     def __init__(self, status: str) -> None:
         self.parts = status.split("  ")

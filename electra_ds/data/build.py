@@ -1,8 +1,8 @@
-"""Building a token store: tokenise a corpus in parallel, safe to interrupt and run again.
+"""Build a token store: tokenise a corpus in parallel, so that an interrupted build can be continued.
 
-The corpus is cut into chunks of documents; worker processes write one shard per chunk, named by its number
-and content, into `STORE.partial/`. A second run reads the corpus again, finds the finished shards and goes
-on. When all are there they are joined and the folder is renamed: a store is complete or absent.
+The corpus is divided into chunks of documents. Worker processes write one shard per chunk, named by its number and
+content, into `STORE.partial/`. A second run reads the corpus again and skips the finished shards. When all shards are
+there, they are joined, and the folder is renamed: a store is complete or absent.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.errors import DataError
+from electra_ds.core.launcher import worker_pool
 from electra_ds.core.terminal import PREPARING, StageProgress, warn
-from electra_ds.data.corpus import Corpus, Source
+from electra_ds.data.corpus import Corpus
 from electra_ds.data.token_store import FORMAT, SourceInfo, StoreInfo, TokenStore, token_dtype
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, unknown_in
-from electra_ds.data.worker_pool import worker_pool
 
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"
 _SHARD_FORMAT = 2
 _ARRAYS = ("tokens.bin", "documents.npy", "lines.npy")
-_Item = TypeVar("_Item")
 
 
 def build_store(
@@ -46,28 +45,28 @@ def build_store(
     workers: int | None = None,
     allow_unknown: bool = False,
 ) -> TokenStore:
-    """Build the store at `out`, or open it if it is already there and holds the same text and tokenizer.
+    """Build the store at `out`, or open it if it exists and was built from the same text and tokenizer.
 
-    tokenizer: a finished one, or the recipe's section from which to train one on this corpus. allow_unknown: build it
-    even if nearly all of a source becomes [UNK]. Raises DataError for a bad corpus, for such a source unless it is
-    allowed, for another store at `out`, and for a full disk; finished shards are kept.
+    tokenizer: a finished one, or the recipe's section with which to train one on this corpus. allow_unknown: build the
+    store even if nearly all of a source becomes [UNK]. Raises DataError for a corpus that cannot be read, for such a
+    source unless it is allowed, for another store at `out`, and for a full disk; finished shards are kept.
     """
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))  # which gives "." a name
     if not out.name:
-        raise DataError(f"{out} cannot be a token store. Name a new folder.")
+        raise DataError(f"{out} cannot be a token store. Give a new folder.")
     partial = out.with_name(out.name + ".partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         while not out.exists():
             partial.mkdir(exist_ok=True)
-            with _locked(partial) as is_ours, _nothing_left_of_a_refusal(partial):
-                if not is_ours or out.exists():  # another has just finished it
+            with _locked(partial) as is_ours, _no_empty_folder_after_an_error(partial):
+                if not is_ours or out.exists():  # another process has just finished it
                     partial_is_empty = is_ours and {entry.name for entry in partial.iterdir()} <= {".lock"}
                     if partial_is_empty:
                         shutil.rmtree(partial)
                     continue
-                corpus.prepare()  # before the progress display, for a download has its own
+                corpus.prepare()  # before the progress display, because a download has its own
                 with StageProgress() as progress:
                     trained = _trained(corpus, tokenizer, partial, progress)
                     shards, read = _tokenise(corpus, trained, partial, workers, progress)
@@ -77,13 +76,13 @@ def build_store(
         return _reopen(corpus, tokenizer, out)
     except concurrent.futures.process.BrokenProcessPool as error:
         raise DataError(
-            f"A worker process was killed, perhaps for want of memory. What is finished is kept in {partial}; "
-            f"run the same command again, with fewer --workers."
+            f"A worker process was killed, perhaps because memory ran out. Finished parts are kept in {partial}; "
+            f"run the same command again with fewer --workers."
         ) from error
     except OSError as error:
         raise DataError(
-            f"Cannot write the token store {out}: {error.strerror or error}. What is finished is kept in {partial}; "
-            f"make room and run the same command again."
+            f"Cannot write the token store {out}: {error.strerror or error}. Finished parts are kept in {partial}; "
+            f"free some space and run the same command again."
         ) from error
 
 
@@ -91,15 +90,15 @@ def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) 
     store = TokenStore(out)
     if store.info.corpus_signature != corpus.signature():
         corpus.prepare()
-        read = _TextRead(corpus)
-        for place, document in corpus.documents_by_source():
-            read.add(place, document)
+        read = _TextHash(corpus)
+        for source, document in corpus.documents_by_source():
+            read.add(source, document)
         if store.info.corpus_fingerprint != read.fingerprint:
             raise DataError(
-                f"{out} holds other text than {corpus.description} gives now. Delete it, or choose another."
+                f"{out} was built from other text than {corpus.description} has now. Delete it, or choose another."
             )
         if store.info.documents_read != read.documents:
-            raise DataError(f"{out} divides its text into other corpora. Delete it, or choose another.")
+            raise DataError(f"{out} divides the same text into other corpora. Delete it, or choose another.")
     same_tokenizer = (
         tokenizer.fingerprint == store.info.tokenizer_fingerprint
         if isinstance(tokenizer, Tokenizer)
@@ -111,21 +110,21 @@ def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) 
 
 
 def trained_from(folder: Path, corpus: Corpus | None = None) -> TokenizerSection | None:
-    """The section that this folder's tokenizer was trained from, on the given corpus where one is given.
+    """Return the recipe's section with which the tokenizer in this folder was trained.
 
-    None where the tokenizer was not trained here, or was trained on another corpus.
+    None if it was not trained by a build, or not on the given corpus.
     """
     try:
         marker = json.loads((folder / "tokenizer" / _TRAINED_FROM).read_text("utf8"))
         if corpus is not None and marker["corpus_signature"] != corpus.signature():
             return None
         return TokenizerSection(**marker["section"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off by a kill or a full disk
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or incomplete after a kill or a full disk
         return None
 
 
 @contextmanager
-def _nothing_left_of_a_refusal(partial: Path) -> Iterator[None]:
+def _no_empty_folder_after_an_error(partial: Path) -> Iterator[None]:
     try:
         yield
     except DataError:
@@ -136,8 +135,10 @@ def _nothing_left_of_a_refusal(partial: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[bool]:
-    """Whether it is ours to build now. It is not where another process was at it, for which this has waited then: the
-    folder may be a finished store by now, or gone."""
+    """Yield whether this process holds the folder.
+
+    If another process held it, this one has waited for it, and the folder may be a finished store now, or deleted.
+    """
     try:
         file = (partial / ".lock").open("w")
     except FileNotFoundError:
@@ -153,7 +154,7 @@ def _locked(partial: Path) -> Iterator[bool]:
             return
         try:
             is_this = os.path.samestat((partial / ".lock").stat(), os.fstat(file.fileno()))
-        except OSError:  # the other has just finished
+        except OSError:  # the other process has just finished
             is_this = False
         yield is_this
 
@@ -161,7 +162,7 @@ def _locked(partial: Path) -> Iterator[bool]:
 def _trained(
     corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: Path, progress: StageProgress
 ) -> Tokenizer:
-    """The tokenizer to use: the given one, the one that an interrupted build had finished, or a new one."""
+    """Return the given tokenizer, the one that an interrupted build had finished, or a new one."""
     folder = partial / "tokenizer"
     if isinstance(tokenizer, TokenizerSection):
         if trained_from(partial, corpus) == tokenizer:
@@ -179,55 +180,27 @@ def _trained(
 
 
 def _first_lines(corpus: Corpus, section: TokenizerSection, progress: StageProgress) -> Iterator[str]:
-    """Yield lines to train a tokenizer on: each source's first ones, up to an equal share of `max_training_characters`.
+    """Yield lines to train a tokenizer on: the first of each source, in equal shares of `max_training_characters`.
 
-    Training begins once the last line is read, and the progress display shows it.
+    Training begins when the last line was read, which the progress display shows.
     """
-    share = -(-section.max_training_characters // len(corpus.sources))
     progress.begin("reading text", total=len(corpus.sources) if corpus.num_bytes else None)
-    for place, source in enumerate(corpus.sources):
-        yield from _share_of(source, share, lambda done, place=place: progress.reach(place + done))  # type: ignore[misc]
+    yield from corpus.first_lines(section.max_training_characters, progress.reach)
     progress.end()
     progress.begin("training the tokenizer", status=section.kind)
 
 
-def _share_of(source: Source, share: int, advance: Callable[[float], None]) -> Iterator[str]:
-    """A source's first `share` characters; `advance` is told which part of them, or of the source, has passed."""
-    total_bytes = source.num_bytes  # asks the file system about every file
-    num_bytes = num_chars = 0
-
-    def read(more_bytes: int) -> None:
-        nonlocal num_bytes
-        num_bytes += more_bytes
-        if total_bytes:
-            advance(min(1.0, max(num_bytes / total_bytes, num_chars / share)))
-
-    for line in itertools.chain.from_iterable(Corpus((source,)).documents(read)):
-        yield line[: share - num_chars]
-        num_chars += len(line)
-        if num_chars >= share:
-            return
-
-
-def _counted(documents: Iterable[_Item], progress: StageProgress) -> Iterator[_Item]:
-    """The documents, their number shown as they pass."""
-    for number, document in enumerate(documents, 1):
-        if number % 1000 == 0:
-            progress.tell(f"{number:,} documents")
-        yield document
-
-
-class _TextRead:
-    """What tells one corpus from another: a hash of its text, and how many documents each source gave."""
+class _TextHash:
+    """A hash of the text that was read, and the number of documents of each source. Both identify a corpus."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._digest = hashlib.sha256()
         self.documents = [0] * len(corpus.sources)
 
-    def add(self, place: int, document: list[str]) -> None:
-        """The next document, of the source at this place."""
+    def add(self, source: int, document: list[str]) -> None:
+        """Add the next document, which is from the source with this index."""
         _update(self._digest, document)
-        self.documents[place] += 1
+        self.documents[source] += 1
 
     @property
     def fingerprint(self) -> str:
@@ -235,28 +208,22 @@ class _TextRead:
 
 
 class _Chunk(NamedTuple):
-    place: int
-    """Its source's."""
+    source: int
     path: Path
-    """Where its shard goes."""
+    """Path of its shard."""
     documents: list[list[str]]
 
 
-class _Shard(NamedTuple):
-    place: int
-    path: Path
-
-
 class _Counts(NamedTuple):
-    place: int
+    source: int
     num_tokens: int
     unknown: UnknownText
 
 
 def _chunks(
-    documents_by_source: Iterable[tuple[int, list[str]]], partial: Path, tokenizer: Tokenizer, read: _TextRead
+    documents_by_source: Iterable[tuple[int, list[str]]], partial: Path, tokenizer: Tokenizer, read: _TextHash
 ) -> Iterator[_Chunk]:
-    """Consecutive documents of one source each."""
+    """Yield chunks of consecutive documents, each of a single source."""
     documents: list[list[str]] = []
     num_chars = number = current = 0
 
@@ -266,12 +233,12 @@ def _chunks(
             _update(content, document)
         return _Chunk(current, partial / f"shard-{number:06d}-{content.hexdigest()[:16]}.npz", documents)
 
-    for place, document in documents_by_source:
-        if documents and (place != current or num_chars >= _CHUNK_CHARS):
+    for source, document in documents_by_source:
+        if documents and (source != current or num_chars >= _CHUNK_CHARS):
             yield finished()
             documents, num_chars, number = [], 0, number + 1
-        current = place
-        read.add(place, document)
+        current = source
+        read.add(source, document)
         documents.append(document)
         num_chars += sum(map(len, document))
     if documents:
@@ -285,19 +252,20 @@ def _update(digest: hashlib._Hash, document: list[str]) -> None:
 
 def _tokenise(
     corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: StageProgress
-) -> tuple[list[_Shard], _TextRead]:
-    """Shards in order, and what was read."""
+) -> tuple[list[tuple[int, Path]], _TextHash]:
+    """Write all shards. Return the source and path of each, in order, and the text that was read."""
     workers = workers or os.cpu_count() or 1
-    read = _TextRead(corpus)
+    read = _TextHash(corpus)
     progress.begin("tokenising", total=corpus.num_bytes)
-    shards: list[_Shard] = []
+    shards: list[tuple[int, Path]] = []
     running: set[concurrent.futures.Future[_Counts]] = set()
     is_checked = [False] * len(corpus.sources)
     with worker_pool(workers, _start_worker, partial / "tokenizer") as pool:
         try:
             documents = corpus.documents_by_source(progress.add)
-            for chunk in _chunks(_counted(documents, progress), partial, tokenizer, read):
-                shards.append(_Shard(chunk.place, chunk.path))
+            for chunk in _chunks(documents, partial, tokenizer, read):
+                progress.tell(f"{sum(read.documents):,} documents")
+                shards.append((chunk.source, chunk.path))
                 if chunk.path.exists():
                     continue
                 while len(running) >= 2 * workers:
@@ -315,15 +283,14 @@ def _tokenise(
 
 
 def _warn_early(corpus: Corpus, counts: _Counts, is_checked: list[bool], progress: StageProgress) -> None:
-    """Warn while a source is being tokenised that its text becomes [UNK]. Whether too much of it does is known only at
-    the end."""
-    place, num_tokens, unknown = counts
-    if is_checked[place]:
+    """Warn at the beginning of a source if most of it becomes [UNK]. The decision is made at the end."""
+    source, num_tokens, unknown = counts
+    if is_checked[source]:
         return
-    is_checked[place] = True
-    said = problem(f"the beginning of {corpus.sources[place].description}", unknown, num_tokens)
-    if said and unknown.share(num_tokens) >= REFUSED_SHARE:
-        warn(progress.console, said)
+    is_checked[source] = True
+    warning = problem(f"the beginning of {corpus.sources[source].description}", unknown, num_tokens)
+    if warning and unknown.share(num_tokens) >= REFUSED_SHARE:
+        warn(progress.console, warning)
 
 
 _worker_tokenizer: Tokenizer
@@ -352,34 +319,32 @@ def _write_shard(chunk: _Chunk) -> _Counts:
             unknown=json.dumps(asdict(unknown)),
         )
     os.replace(temporary, chunk.path)
-    return _Counts(chunk.place, int(tokens_of_line.sum()), unknown)
+    return _Counts(chunk.source, int(tokens_of_line.sum()), unknown)
 
 
 def _join(
-    shards: list[_Shard], tokenizer: Tokenizer, corpus: Corpus, read: _TextRead, partial: Path, allow_unknown: bool
+    shards: list[tuple[int, Path]],
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    read: _TextHash,
+    partial: Path,
+    allow_unknown: bool,
 ) -> None:
     unknown = [UnknownText() for _ in corpus.sources]
     tokens_of_line: list[np.ndarray] = []
     tokens_of_document: list[list[np.ndarray]] = [[] for _ in corpus.sources]
     with (partial / "tokens.bin").open("wb") as file:
-        for place, path in shards:
+        for source, path in shards:
             with np.load(path) as shard:
                 file.write(shard["tokens"].tobytes())
                 tokens_of_line.append(shard["tokens_of_line"])
                 sizes = shard["tokens_of_document"]
-                tokens_of_document[place].append(sizes[sizes > 0])
-                unknown[place].add(UnknownText(**json.loads(str(shard["unknown"]))))
-    corpora = []
-    for source, parts, not_known in zip(corpus.sources, tokens_of_document, unknown, strict=True):
-        num_documents, num_tokens = sum(map(len, parts)), sum(int(part.sum()) for part in parts)
-        if not num_tokens:
-            raise DataError(f"The corpus {source.description} holds no token that this tokenizer knows.")
-        if not_known.share(num_tokens) >= REFUSED_SHARE and not allow_unknown:
-            raise DataError(
-                f"{problem(source.description, not_known, num_tokens)} Nothing can be learned from such a store; to "
-                f"build it anyway, add --allow-unknown."
-            )
-        corpora.append(SourceInfo(source.description, num_documents, num_tokens, not_known))
+                tokens_of_document[source].append(sizes[sizes > 0])
+                unknown[source].add(UnknownText(**json.loads(str(shard["unknown"]))))
+    corpora = [
+        _source_info(source.description, parts, not_known, allow_unknown)
+        for source, parts, not_known in zip(corpus.sources, tokens_of_document, unknown, strict=True)
+    ]
     documents = _starts(np.concatenate(list(itertools.chain.from_iterable(tokens_of_document))))
     lines = _starts(np.concatenate(tokens_of_line))
     np.save(partial / "documents.npy", documents)
@@ -403,6 +368,21 @@ def _join(
     for path in partial.glob("shard-*"):
         path.unlink()
     (partial / ".lock").unlink()
+
+
+def _source_info(
+    description: str, tokens_of_document: list[np.ndarray], unknown: UnknownText, allow_unknown: bool
+) -> SourceInfo:
+    num_documents = sum(map(len, tokens_of_document))
+    num_tokens = sum(int(part.sum()) for part in tokens_of_document)
+    if not num_tokens:
+        raise DataError(f"The corpus {description} holds no token that this tokenizer knows.")
+    if unknown.share(num_tokens) >= REFUSED_SHARE and not allow_unknown:
+        raise DataError(
+            f"{problem(description, unknown, num_tokens)} A model learns nothing from such a store; to build it "
+            f"anyway, add --allow-unknown."
+        )
+    return SourceInfo(description, num_documents, num_tokens, unknown)
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

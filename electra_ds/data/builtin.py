@@ -1,9 +1,8 @@
 """The built-in corpus: the documentation text that comes with Python and the installed packages.
 
-Every machine that can run electra_ds has some megabytes of English on its disk: `pydoc_data` and the
-docstrings of the standard library and of a few documented packages. They are read with `ast` (nothing is
-imported), one document per module, in sorted order, each paragraph once: libraries repeat their parameters'
-descriptions from class to class, and held-out text must not stand in the training text.
+Every machine that can run electra_ds has some megabytes of English on its disk: `pydoc_data` and the docstrings of the
+standard library and of a few packages. They are read with `ast`, without importing anything, one document per module,
+in sorted order. Repeated paragraphs are left out, because held-out text must not occur in the training text.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import warnings
 from pathlib import Path
 
 from electra_ds.core.errors import DataError
-from electra_ds.data.worker_pool import worker_pool
+from electra_ds.core.launcher import worker_pool
 
 PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn", "torch", "transformers")
 _SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
@@ -30,9 +29,9 @@ _SHORTEST_DOCSTRING_CHARS = 80
 
 @functools.cache
 def builtin_documents() -> list[list[str]]:
-    """Documents as lists of non-empty lines, always in the same order; some 25 MB, read once per process.
+    """Return the documents, always in the same order; about 25 MB, which are read once per process.
 
-    Raises DataError if nothing is installed that carries documentation.
+    Raises DataError if no installed package has documentation.
     """
     paths = builtin_sources()
     seen: set[bytes] = set()
@@ -43,7 +42,7 @@ def builtin_documents() -> list[list[str]]:
             if lines := [line.strip() for paragraph in new for line in paragraph.splitlines() if line.strip()]:
                 documents.append(lines)
     if not documents:
-        raise DataError("This Python carries no documentation text to train on. Give a corpus with --corpus PATH.")
+        raise DataError("This Python has no documentation text to train on. Give a corpus with --corpus PATH.")
     return documents
 
 
@@ -55,7 +54,7 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
 
 
 def builtin_sources() -> list[Path]:
-    """The Python files that are read."""
+    """Return the Python files that are read."""
     roots = [Path(sysconfig.get_paths()["stdlib"])]
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
@@ -70,7 +69,7 @@ def builtin_sources() -> list[Path]:
 
 
 def _documentation_of(path: Path) -> list[str]:
-    """Cleaned docstrings of one module in source order; for `pydoc_data/topics.py`, its texts."""
+    """Return the cleaned docstrings of one module in source order; for `pydoc_data/topics.py`, its texts."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -89,7 +88,7 @@ def _documentation_of(path: Path) -> list[str]:
         for node in ast.walk(tree)
         if isinstance(node, documented) and (text := ast.get_docstring(node, clean=False)) and _is_prose(text)
     ]
-    # A docstring may hold lone surrogates, which are no text.
+    # A docstring may contain lone surrogates, which cannot be encoded.
     return [text.encode("utf8", "replace").decode("utf8") for _, text in sorted(found)]
 
 

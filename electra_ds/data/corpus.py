@@ -1,14 +1,16 @@
-"""Raw text in, documents out. A document is a list of non-empty, stripped lines."""
+"""A corpus: sources of raw text, which are read as documents, lists of non-empty, stripped lines."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from electra_ds.core.errors import DataError
 from electra_ds.data.builtin import builtin_documents, builtin_sources
@@ -16,44 +18,50 @@ from electra_ds.data.text_files import FORMATS, Boundary, Progress, file_documen
 
 BUILTIN = "builtin"
 _SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
-"""Files by which a dataset of `save_to_disk` is recognised."""
+"""Files of a dataset that `save_to_disk` wrote."""
 
 
-class Source(Protocol):
-    """Text from one place. What `data.corpus_weights` weighs."""
+class Source(ABC):
+    """Text from one place. `data.corpus_weights` has a weight for each source."""
 
     @property
-    def description(self) -> str: ...
+    @abstractmethod
+    def description(self) -> str:
+        """The name of the source in messages."""
 
     @property
     def num_bytes(self) -> int | None:
-        """How much `documents` will tell its progress; None where that is known only once it is read."""
+        """The number of bytes that `documents` will report as progress; None if it is not known before."""
+        return None
 
+    @abstractmethod
     def signature(self) -> str:
-        """Changes when the text does: a cheap sign that a store is still of this source."""
+        """Return a value that changes with the text: a cheap check that a store was built from this source."""
 
-    def prepare(self) -> None:
-        """Fetch what has to be there before `documents` can be read. Raises DataError."""
+    def prepare(self) -> None:  # noqa: B027
+        """Download the source, if it is not local. Raises DataError."""
 
+    @abstractmethod
     def documents(self, progress: Progress) -> Iterator[list[str]]:
-        """Every document, perhaps without a line, always in the same order. Raises DataError."""
+        """Yield every document, always in the same order; some may have no lines. Raises DataError."""
 
     def notes(self) -> list[str]:
         """Return notes for the user on what the last reading found."""
+        return []
 
 
 @dataclass(frozen=True)
-class FileSource:
-    """Files, read in this order."""
+class FileSource(Source):
+    """Text in files, which are read in this order."""
 
     files: tuple[Path, ...]
     boundary: Boundary = "file"
     text_key: str = "text"
     name: str = ""
-    """The folder that the files are from, where there is one."""
+    """The folder of the files, if one was given."""
     cut_articles: Counter[str] = field(default_factory=Counter, compare=False)
     """The number of incomplete WikiExtractor articles that the last reading found, of each kind."""
-    passed_over: Counter[str] = field(default_factory=Counter, compare=False)
+    unread_files: Counter[str] = field(default_factory=Counter, compare=False)
     """The number of files in the given folders that are not read, by suffix."""
 
     @property
@@ -70,9 +78,6 @@ class FileSource:
         listing = _listing(self.files)
         return hashlib.sha256(repr((self.boundary, self.text_key, listing)).encode()).hexdigest()
 
-    def prepare(self) -> None:
-        """Files are there already."""
-
     def documents(self, progress: Progress) -> Iterator[list[str]]:
         self.cut_articles.clear()
         for path in self.files:
@@ -80,8 +85,8 @@ class FileSource:
 
     def notes(self) -> list[str]:
         found = []
-        if total := self.passed_over.total():
-            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.passed_over.items()))
+        if total := self.unread_files.total():
+            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.unread_files.items()))
             found.append(
                 f"{self.description}: {total:,} other {'file is' if total == 1 else 'files are'} not read ({kinds}), "
                 f"since only these are read in a folder: {FORMATS}."
@@ -96,28 +101,21 @@ class FileSource:
         return found
 
 
-class BuiltinSource:
+class BuiltinSource(Source):
     """The documentation text of the installed packages."""
 
     description = "built-in documentation text"
-    num_bytes: int | None = None
 
     def signature(self) -> str:
         return hashlib.sha256(repr(_listing(builtin_sources())).encode()).hexdigest()
 
-    def prepare(self) -> None:
-        """It is installed already."""
-
     def documents(self, progress: Progress) -> Iterator[list[str]]:
         yield from builtin_documents()
-
-    def notes(self) -> list[str]:
-        return []
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sources, read one after another."""
+    """Sources that are read one after another."""
 
     sources: tuple[Source, ...]
 
@@ -127,55 +125,84 @@ class Corpus:
 
     @property
     def num_bytes(self) -> int | None:
-        """What `documents` will tell its progress, where all sources know it."""
+        """The number of bytes that `documents` will report as progress; None if a source does not know it."""
         sizes = [source.num_bytes for source in self.sources]
         return None if None in sizes else sum(size for size in sizes if size)
 
     def signature(self) -> str:
-        """Changes when a source is added, removed or written: a cheap sign that a store is still of this corpus."""
+        """Return a value that changes when a source is added, removed or written: a cheap check that a store fits."""
         return hashlib.sha256(repr([source.signature() for source in self.sources]).encode()).hexdigest()
 
     def prepare(self) -> None:
-        """Fetch what has to be there before the documents can be read."""
+        """Download the sources that are not local."""
         for source in self.sources:
             source.prepare()
 
     def documents(self, progress: Progress = lambda num_bytes: None) -> Iterator[list[str]]:
-        """Every document with at least one line. `progress` is told bytes as they are read.
+        """Yield every document with at least one line. `progress` is called with the number of bytes that were read.
 
-        Raises DataError for text that cannot be read, and for a source without any.
+        Raises DataError for text that cannot be read, and for a source without text.
         """
         for _, document in self.documents_by_source(progress):
             yield document
 
     def documents_by_source(self, progress: Progress = lambda num_bytes: None) -> Iterator[tuple[int, list[str]]]:
-        """The same with the place of each document's source."""
-        for place, source in enumerate(self.sources):
+        """Yield the same documents, each with the index of its source."""
+        for index, source in enumerate(self.sources):
             is_empty = True
             for document in source.documents(progress):
                 if document:
                     is_empty = False
-                    yield place, document
+                    yield index, document
             if is_empty:
                 raise DataError(f"The corpus {source.description} holds no text.")
+
+    def first_lines(self, max_characters: int, reach: Callable[[float], None]) -> Iterator[str]:
+        """Yield the first lines of each source, up to an equal share of `max_characters`.
+
+        reach: called with the number of sources that are done, in fractions.
+        """
+        share = -(-max_characters // len(self.sources))
+        for index, source in enumerate(self.sources):
+            yield from _share_of(source, share, lambda done, index=index: reach(index + done))  # type: ignore[misc]
 
     def notes(self) -> list[str]:
         """Return notes for the user on what the last reading found."""
         return [note for source in self.sources for note in source.notes()]
 
 
+def _share_of(source: Source, share: int, advance: Callable[[float], None]) -> Iterator[str]:
+    """Yield the first `share` characters of a source; `advance` is called with the fraction that is done."""
+    total_bytes = source.num_bytes  # looks up the size of every file
+    num_bytes = num_chars = 0
+
+    def read(more_bytes: int) -> None:
+        nonlocal num_bytes
+        num_bytes += more_bytes
+        if total_bytes:
+            advance(min(1.0, max(num_bytes / total_bytes, num_chars / share)))
+
+    for line in itertools.chain.from_iterable(Corpus((source,)).documents(read)):
+        yield line[: share - num_chars]
+        num_chars += len(line)
+        if num_chars >= share:
+            return
+
+
 def open_corpus(sources: Iterable[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Corpus:
-    """A corpus of which each file, folder, or `builtin`, is a source. Raises DataError as `open_source` does."""
+    """Return a corpus in which each file, folder, or `builtin`, is a source. Raises DataError as `open_source` does."""
     return Corpus(tuple(open_source([path], boundary, text_key) for path in sources))
 
 
 def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Source:
-    """One source of files and folders (read recursively, in sorted order); the one path `builtin` names the
-    built-in corpus. Raises DataError if a path is missing or holds no text."""
+    """Return one source of files and folders, which are read recursively in sorted order.
+
+    The single path `builtin` names the built-in corpus. Raises DataError if a path is missing or has no text.
+    """
     if [str(path) for path in paths] == [BUILTIN]:
         return BuiltinSource()
     files: list[Path] = []
-    passed_over: Counter[str] = Counter()
+    unread_files: Counter[str] = Counter()
     name = str(paths[0])
     for path in map(Path, paths):
         if path.is_file():
@@ -183,25 +210,30 @@ def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_k
         elif path.is_dir():
             saved = _saved_dataset(path)
             name = str(saved[0].parent) if saved else name
-            files += saved or _files_in(path, passed_over)
+            files += saved or _files_in(path, unread_files)
         else:
             raise DataError(f"The corpus {path} does not exist.")
-    source = FileSource(tuple(files), boundary, text_key, name if len(paths) == 1 else "", passed_over=passed_over)
+    source = FileSource(tuple(files), boundary, text_key, name if len(paths) == 1 else "", unread_files=unread_files)
     if not source.num_bytes:
         raise DataError(f"The corpus is empty: {source.description}.")
     return source
 
 
-def _files_in(folder: Path, passed_over: Counter[str]) -> list[Path]:
-    """Return a folder's files, and count in `passed_over` the suffixes of those that are not read.
+def _files_in(folder: Path, unread_files: Counter[str]) -> list[Path]:
+    """Return the files of a folder, and count in `unread_files` the suffixes of files that are not read.
 
-    Raises DataError where there is none to read, a saved dataset is among them, or it is a token store.
+    Raises DataError if there is no file to read, if a saved dataset is among them, or for a token store.
     """
     if (folder / "store.json").is_file() and (folder / "tokens.bin").is_file():
         raise DataError(f"The folder {folder} is a token store, not text. Train on it with --data {folder}")
-    visible = sorted(entry for entry in folder.rglob("*") if entry.is_file() and not _is_hidden(entry, folder))
-    found = [entry for entry in visible if is_corpus_file(entry)]
-    passed_over.update(entry.suffix.lower() for entry in visible if not is_corpus_file(entry))
+    found = []
+    for entry in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in entry.relative_to(folder).parts)
+        if entry.is_file() and not is_hidden:
+            if is_corpus_file(entry):
+                found.append(entry)
+            else:
+                unread_files[entry.suffix.lower()] += 1
     if not found:
         raise DataError(f"The folder {folder} holds no text files ({FORMATS}).")
     saved = sorted({file.parent for file in found if file.name == _STATE and (file.parent / _INFO).is_file()})
@@ -214,8 +246,10 @@ def _files_in(folder: Path, passed_over: Counter[str]) -> list[Path]:
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
-    """Return the files of a dataset that `save_to_disk` of `datasets` wrote into this folder, those of its split
-    `train` if it has several; none if the folder holds something else."""
+    """Return the files of a dataset that `save_to_disk` of `datasets` wrote into this folder, or none.
+
+    Of several splits, `train` is taken.
+    """
     if (folder / _SPLITS).is_file():
         splits = _json_of(folder / _SPLITS).get("splits") or []
         if "train" not in splits and len(splits) != 1:
@@ -246,12 +280,8 @@ def _json_of(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _is_hidden(entry: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in entry.relative_to(root).parts)
-
-
 def _listing(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Names, sizes and times."""
+    """Return the names, sizes and times of files."""
     try:
         stats = [(str(path.resolve()), path.stat()) for path in files]
     except OSError as error:

@@ -1,7 +1,7 @@
 """Tokenizers that a user gives: from a model on the Hub, a model's folder, a tokenizer.json or a vocab.txt.
 
-Every command reads them here, with transformers, so that pretraining, finetuning and whoever uses the model later see
-the same ids. This module is imported only if a tokenizer is given: `transformers` takes seconds to import.
+Every command reads them here with transformers, so that pretraining, finetuning and later users of the model get the
+same ids. This module is only imported if a tokenizer is given, because `transformers` takes seconds to import.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from electra_ds.core.errors import DataError
-from electra_ds.core.hub_names import is_hub_model
-from electra_ds.data.file_kinds import kind_of
+from electra_ds.core.files import is_hub_model
 from electra_ds.data.hub import explained, fetch_tokenizer
+from electra_ds.data.text_files import kind_of
 from electra_ds.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _JSON, _VOCABULARY, _SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 VOCABULARIES = (_JSON, _VOCABULARY, "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-"""Files of which a tokenizer's folder has one."""
-_BESIDE = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", "config.json")
+"""The vocabulary files of tokenizers. A tokenizer's folder has at least one."""
+_SETTINGS_FILES = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", "config.json")
 _TOKEN_KEYS = ("pad_token", "unk_token", "cls_token", "bos_token", "sep_token", "eos_token", "mask_token")
+_IN_WORDS = {_JSON: _JSON, _VOCABULARY: "vocabulary of one piece per line"}
 _SCORED = re.compile(r".+\t-?\d+(\.\d+)?(e-?\d+)?")
 _SHOWN_PIECES = 3
 
 
 @dataclass(frozen=True)
 class Casing:
-    """How a vocab.txt was made, as far as the user says so. None leaves it to the settings next to the file."""
+    """The user's options on how a vocab.txt was made. None leaves one to the settings next to the file."""
 
     cased: bool | None = None
     strip_accents: bool | None = None
@@ -45,11 +46,11 @@ class Casing:
         return {key: value for key, value in given.items() if value is not None}
 
 
-_UNSAID = Casing()
+_NO_OPTIONS = Casing()
 
 
-def load_given_tokenizer(name: str, casing: Casing = _UNSAID) -> tuple[Tokenizer, list[str]]:
-    """Return the tokenizer that `name` names, and what the user should know about it.
+def load_given_tokenizer(name: str, casing: Casing = _NO_OPTIONS) -> tuple[Tokenizer, list[str]]:
+    """Return the tokenizer called `name`, and notes for the user.
 
     name: OWNER/NAME on the Hub, a folder, or a file. Raises DataError as `read_folder` does.
     """
@@ -71,7 +72,7 @@ def _read(name: str, casing: Casing) -> tuple[PreTrainedTokenizerFast, list[str]
     if is_hub_model(name):
         return read_folder(fetch_tokenizer(name), name, casing=casing)
     if not path.exists():
-        raise DataError(_not_there(name))
+        raise DataError(_missing(name))
     if path.is_dir():
         return read_folder(path, name, casing=casing)
     _check_content(path)
@@ -80,9 +81,9 @@ def _read(name: str, casing: Casing) -> tuple[PreTrainedTokenizerFast, list[str]
         with explained(f"the tokenizer {name}"):
             settings = {key: value for key, value in _settings(path.parent).items() if key in _TOKEN_KEYS}
             return PreTrainedTokenizerFast(tokenizer_file=str(path), **_texts(settings)), []
-    with tempfile.TemporaryDirectory() as folder:  # as if tokenizer.json were not next to it
-        for beside in filter(Path.is_file, map(path.with_name, _BESIDE)):
-            shutil.copy(beside, folder)
+    with tempfile.TemporaryDirectory() as folder:  # without a tokenizer.json that may be next to it
+        for settings_file in filter(Path.is_file, map(path.with_name, _SETTINGS_FILES)):
+            shutil.copy(settings_file, folder)
         shutil.copy(path, Path(folder) / _VOCABULARY)
         return read_folder(Path(folder), name, casing=casing)
 
@@ -90,37 +91,37 @@ def _read(name: str, casing: Casing) -> tuple[PreTrainedTokenizerFast, list[str]
 def read_folder(
     folder: Path, name: str, config: PretrainedConfig | None = None, casing: Casing | None = None
 ) -> tuple[PreTrainedTokenizerFast, list[str]]:
-    """Return the tokenizer in a model's folder as transformers reads it, and what the user should know about it.
+    """Return the tokenizer in a model's folder as transformers reads it, and notes for the user.
 
-    name: what messages call it. config: the model's, where it is read already. casing: None where the command has no
-    such options. Raises DataError if there is no tokenizer, its files are not what their names say, its class needs
-    code of its own or does not read what is there, or it has no fast form.
+    name: its name in messages. config: the model's configuration, if it has been read. casing: None if the command does
+    not have these options. Raises DataError if there is no tokenizer, its files are not what their names say, its class
+    needs code of its own or cannot read the files, or it has no fast form.
     """
-    there = {file for file in VOCABULARIES if (folder / file).is_file()}
-    if not there:
-        raise DataError(_not_there(name))
-    for file in there & {_JSON, _VOCABULARY}:
+    found = {file for file in VOCABULARIES if (folder / file).is_file()}
+    if not found:
+        raise DataError(_missing(name))
+    for file in found & {_JSON, _VOCABULARY}:
         _check_content(folder / file, name)
     settings = _settings(folder)
-    if _JSON in there or _VOCABULARY not in there:
+    if _JSON in found or _VOCABULARY not in found:
         _check_casing(casing, name)
         fast = _fast(folder, name, config, settings)
-        return fast, _notes_on_json(fast, folder, name) if _JSON in there else []
-    chosen = casing or _UNSAID
+        return fast, _notes_on_json(fast, folder, name) if _JSON in found else []
+    chosen = casing or _NO_OPTIONS
     if config is None and not _names_a_class(folder, settings):
         with explained(f"the tokenizer {name}"):
             fast = BertTokenizer.from_pretrained(folder, **chosen.arguments())  # type: ignore[arg-type]
     else:
         fast = _of_class(folder, name, config, settings, chosen)
     _check_wordpiece(fast, folder, name, settings)
-    is_said = chosen.cased is not None or "do_lower_case" in settings
-    return fast, [] if is_said else [_assumption(fast, folder, name, casing)]
+    is_known = chosen.cased is not None or "do_lower_case" in settings
+    return fast, [] if is_known else [_assumption(fast, folder, name, casing)]
 
 
 def _of_class(
     folder: Path, name: str, config: PretrainedConfig | None, settings: dict[str, Any], casing: Casing
 ) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of the class that the folder names, made from vocab.txt."""
+    """Return a tokenizer of the class that the folder names, made from vocab.txt."""
     try:
         return _fast(folder, name, config, settings, **casing.arguments())
     except DataError as error:
@@ -154,7 +155,7 @@ def _fast(
     return fast
 
 
-def _not_there(name: str) -> str:
+def _missing(name: str) -> str:
     return (
         f"No tokenizer at {name}. Give a folder with {_JSON} or {_VOCABULARY}, such a file, or a name on the Hub with "
         f"its owner, such as openai-community/gpt2."
@@ -175,7 +176,7 @@ def _json_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(file.read_text("utf8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {file}: {error}. Fetch the tokenizer again.") from error
     if not isinstance(values, dict):
         raise DataError(f"{file} is not a JSON object. Fetch the tokenizer again.")
@@ -222,7 +223,7 @@ def _pieces(path: Path) -> dict[str, int]:
 
 def _check_wordpiece(fast: PreTrainedTokenizerFast, folder: Path, name: str, settings: dict[str, Any]) -> None:
     """Raise DataError unless transformers made a WordPiece from the lines of vocab.txt. A class that reads other files
-    has only its own special tokens instead."""
+    only has its own special tokens then."""
     ours, theirs = _pieces(folder), fast.get_vocab()
     model = json.loads(fast.backend_tokenizer.to_str())["model"]
     num_shared = sum(theirs.get(piece) == number for piece, number in ours.items())
@@ -237,7 +238,7 @@ def _check_wordpiece(fast: PreTrainedTokenizerFast, folder: Path, name: str, set
 
 
 def _assumption(fast: PreTrainedTokenizerFast, folder: Path, name: str, casing: Casing | None) -> str:
-    """Return what is assumed about a vocabulary that does not say how it was made, and what contradicts that."""
+    """Return a note on the assumptions about a vocabulary without settings, and on pieces that contradict them."""
     keeps = casing is not None and casing.strip_accents is False
     normalizer = normalizers.BertNormalizer(False, False, strip_accents=not keeps, lowercase=True)
     special = {*SPECIAL_TOKENS, *fast.all_special_tokens}
@@ -252,11 +253,11 @@ def _assumption(fast: PreTrainedTokenizerFast, folder: Path, name: str, casing: 
 
 
 def _notes_on_json(fast: PreTrainedTokenizerFast, folder: Path, name: str) -> list[str]:
-    """Return a note if transformers splits text differently from tokenizer.json, of which some of its classes read only
-    the vocabulary."""
+    """Return a note if transformers splits text differently from tokenizer.json: some of its classes only read the
+    vocabulary in it."""
     ours, theirs = _json_object(folder / _JSON), json.loads(fast.backend_tokenizer.to_str())
     if ours["model"].get("type") != "WordPiece":
-        return []  # whose other kinds have several ways to write the same steps
+        return []  # other models have several ways to write the same steps
     differing = [step for step in ("normalizer", "pre_tokenizer") if ours.get(step) != theirs[step]]
     if not differing:
         return []
@@ -283,47 +284,33 @@ def _check_content(file: Path, name: str | None = None) -> None:
             f"{shown} is not text. If it is a SentencePiece model, such as spiece.model, save it as {_JSON} with "
             f"transformers and give that."
         ) from error
-    problem = _problem_of_json(text) if file.suffix == ".json" else _problem_of_vocabulary(text)
-    if problem:
-        raise DataError(f"{shown} {problem}")
+    wanted = _JSON if file.suffix == ".json" else _VOCABULARY
+    found = _content_of(text, wanted)
+    if found in (_JSON, _VOCABULARY) and found != wanted:
+        raise DataError(f"{shown} is a {found}, not a {_IN_WORDS[wanted]}. Rename it to {found}.")
+    if found != wanted:
+        raise DataError(f"{shown} {found}. Give the model's {_JSON}.")
 
 
-def _problem_of_json(text: str) -> str:
-    values = _parsed(text)
-    if values is None and {"[UNK]", "[CLS]"} <= set(text.split()):
-        return f"is a vocabulary of one piece per line, not a {_JSON}. Rename it to {_VOCABULARY}."
-    if values is None:
-        return "is not JSON: it is damaged, cut off, or something else. Fetch it again."
-    if isinstance(values, dict) and isinstance(values.get("model"), dict):
-        return ""
-    return f"is {_what_json_is(values)}, not a {_JSON}, which also says how text is split. Give the model's {_JSON}."
-
-
-def _problem_of_vocabulary(text: str) -> str:
-    values = _parsed(text) if text.lstrip().startswith(("{", "[\n", '["')) else None
-    if isinstance(values, dict) and isinstance(values.get("model"), dict):
-        return f"is a {_JSON}, not a vocabulary of one piece per line. Rename it to {_JSON}."
-    if values is not None:
-        return f"is {_what_json_is(values)}, not a vocabulary of one piece per line. Give the model's {_JSON}."
-    lines = text.splitlines()
-    if lines and lines[0].startswith("#version"):
-        return f"holds the merges of a byte-level BPE, not a vocabulary. Give the model's {_JSON}."
-    if lines and all(_SCORED.fullmatch(line) for line in lines):
-        return f"holds a SentencePiece vocabulary with scores, not one of WordPiece. Give the model's {_JSON}."
-    return ""
-
-
-def _parsed(text: str) -> Any:
-    """Return the JSON value in a text, or None."""
+def _content_of(text: str, wanted: str) -> str:
+    """Return `tokenizer.json` or `vocab.txt`, or what else the content of a tokenizer's file is."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _what_json_is(values: Any) -> str:
-    if isinstance(values, dict) and {"tokenizer_class", "do_lower_case", "model_max_length"} & values.keys():
-        return f"a {_SETTINGS}"
-    if isinstance(values, dict) and values and all(isinstance(number, int) for number in values.values()):
-        return "a vocab.json, pieces with their ids"
-    return "some other JSON"
+        values = json.loads(text)
+    except ValueError:
+        if wanted == _JSON and not {"[UNK]", "[CLS]"} <= set(text.split()):
+            return "is not JSON: it is damaged, cut off, or something else"
+        lines = text.splitlines()
+        if lines and lines[0].startswith("#version"):
+            return "holds the merges of a byte-level BPE, not a vocabulary"
+        if lines and all(_SCORED.fullmatch(line) for line in lines):
+            return "holds a SentencePiece vocabulary with scores, not one of WordPiece"
+        return _VOCABULARY
+    if not isinstance(values, dict):
+        return f"is some other JSON, not a {_IN_WORDS[wanted]}"
+    if isinstance(values.get("model"), dict):
+        return _JSON
+    if {"tokenizer_class", "do_lower_case", "model_max_length"} & values.keys():
+        return f"is a {_SETTINGS}, not a {_IN_WORDS[wanted]}"
+    if values and all(isinstance(number, int) for number in values.values()):
+        return f"is a vocab.json, pieces with their ids, not a {_IN_WORDS[wanted]}"
+    return f"is some other JSON, not a {_IN_WORDS[wanted]}"

@@ -1,6 +1,6 @@
-"""Datasets and models of the Hugging Face Hub, or in folders laid out as there.
+"""Datasets and models of the Hugging Face Hub, or in local folders with the same layout.
 
-This module is imported only if one is used: `datasets` takes seconds to import.
+This module is only imported when it is needed, because `datasets` takes seconds to import.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from huggingface_hub.utils import logging as hub_logging
 
 from electra_ds.core.errors import DataError
+from electra_ds.data.corpus import Source
 from electra_ds.data.text_files import Progress, is_text_type, lines_of
 
 HUB = "hub:"
@@ -36,7 +37,7 @@ _NOT_REACHED = (ConnectionError, TimeoutError, HfHubHTTPError, LocalEntryNotFoun
 
 
 class HubName(NamedTuple):
-    """`hub:NAME#CONFIG@SPLIT` in its parts."""
+    """The parts of `hub:NAME#CONFIG@SPLIT`."""
 
     name: str
     config: str | None
@@ -47,7 +48,7 @@ class HubName(NamedTuple):
 
 
 def parse_hub_name(text: str) -> HubName:
-    """Raises DataError if it is not `hub:NAME`, `#CONFIG` and `@SPLIT` optional."""
+    """Parse `hub:NAME#CONFIG@SPLIT`, where `#CONFIG` and `@SPLIT` are optional. Raises DataError."""
     match = _SPELLING.fullmatch(text.removeprefix(HUB))
     if match is None:
         raise DataError(f"'{text}' is not hub:NAME#CONFIG@SPLIT, such as hub:wikimedia/wikipedia#20231101.en@train.")
@@ -55,29 +56,29 @@ def parse_hub_name(text: str) -> HubName:
 
 
 def dataset_path(name: str, revision: str | None) -> str:
-    """What `datasets` is to open: a folder here in full, or the name on the Hub.
+    """Return the argument for `datasets`: the absolute path of a local folder, or the name on the Hub.
 
-    Raises DataError for a folder that is not there, or that a revision is asked of.
+    Raises DataError for a folder that does not exist, or for a revision of a local folder.
     """
     is_local = Path(name).is_dir()
     if not is_local and name.startswith((".", "/", "~")):
         raise DataError(f"There is no folder {name} with a dataset in it.")
     if is_local and revision:
-        raise DataError(f"{name} is a folder here and has no revisions. Leave --revision out.")
+        raise DataError(f"{name} is a local folder and has no revisions. Leave --revision out.")
     return str(Path(name).resolve()) if is_local else name
 
 
-class HubSource:
-    """One split of a dataset; a row is a document. Rows without a text are left out."""
+class HubSource(Source):
+    """One split of a dataset. Each row is a document; rows without a text are left out."""
 
     def __init__(self, text: str, text_key: str = "text", *, streaming: bool = False, revision: str | None = None):
-        """Look the dataset up, without downloading its data. Raises DataError if it is not there as asked for."""
-        self.asked = parse_hub_name(text)
-        self.description = f"{self.asked}{f', revision {revision}' if revision else ''}"
+        """Find the dataset without downloading its data. Raises DataError if it does not exist as specified."""
+        self.parts = parse_hub_name(text)
+        self._description = f"{self.parts}{f', revision {revision}' if revision else ''}"
         self._text_key = text_key
         self._streaming = streaming
         self._rows: Any = None
-        name, config, split = self.asked
+        name, config, split = self.parts
         path = dataset_path(name, revision)
         with explained(self.description):
             try:
@@ -105,30 +106,36 @@ class HubSource:
             raise DataError(f"{self.description}: '{split}' is not a slice such as train[:10%]. {error}") from error
 
     @property
+    def description(self) -> str:
+        return self._description
+
+    @property
     def num_bytes(self) -> int | None:
-        """Once it is downloaded, the size of the text; where it is streamed, what the dataset says of itself."""
+        """The size of the text once it is downloaded; for a streamed dataset, the size on its card."""
         if self._streaming:
             split = self._split_info()
             return split.num_bytes if split else None
         return None if self._rows is None else self._rows.data.nbytes
 
     def signature(self) -> str:
-        """Of name, split and the commit; for a folder, of its files' names, sizes and times."""
+        """Return a hash of name, split and commit; for a folder, of its files' names, sizes and times."""
         files = self._builder.config.data_files or {}
         listing = [
             (str(split), name, (stat.st_size, stat.st_mtime_ns) if (stat := _stat(name)) else None)
             for split, names in files.items()
             for name in map(str, names)
         ]
-        identity = (*self.asked, self._text_key, self._builder.config_id, str(self._builder.hash), listing)
+        identity = (*self.parts, self._text_key, self._builder.config_id, str(self._builder.hash), listing)
         return hashlib.sha256(repr(identity).encode()).hexdigest()
 
     def prepare(self) -> None:
-        """Download the dataset, unless it is streamed or was downloaded before. `datasets` shows its own progress
-        here and nowhere else, so that it does not write into ours."""
+        """Download the dataset, unless it is streamed or was downloaded before.
+
+        `datasets` shows its own progress only here, so that it does not disturb ours.
+        """
         if self._rows is not None:
             return
-        split = self.asked.split
+        split = self.parts.split
         with explained(self.description):
             if self._streaming:
                 self._rows = self._builder.as_streaming_dataset(split=split)
@@ -143,7 +150,7 @@ class HubSource:
         hub_logging.set_verbosity_error()
 
     def documents(self, progress: Progress) -> Iterator[list[str]]:
-        """Raises DataError for a column that is missing or holds no text, and where the network fails."""
+        """Yield every document. Raises DataError if the text column is missing or not text, or if the network fails."""
         self.prepare()
         total_bytes, total_rows = self.num_bytes or 0, self._num_rows()
         read = 0
@@ -155,7 +162,7 @@ class HubSource:
                 return
             self._check_column(table.column_names)
             column = table[self._text_key]
-            # A stretch without any text may come as a column of nulls.
+            # A batch without any text may be a column of nulls.
             if not is_text_type(column.type) and column.null_count != len(column):
                 raise DataError(
                     f"{self.description}: the column '{self._text_key}' is of type {column.type}, not text. "
@@ -167,10 +174,6 @@ class HubSource:
                 progress(total_bytes * done // total_rows - total_bytes * min(read, total_rows) // total_rows)
             read += len(table)
 
-    def notes(self) -> list[str]:
-        """Return no notes."""
-        return []
-
     def _num_rows(self) -> int | None:
         if not self._streaming:
             return len(self._rows)
@@ -178,9 +181,9 @@ class HubSource:
         return split.num_examples if split else None
 
     def _split_info(self) -> Any:
-        """What the dataset's card says of the split, if it does."""
+        """Return the information about the split on the dataset's card, or None."""
         splits = self._builder.info.splits or {}
-        return splits.get(self.asked.split)
+        return splits.get(self.parts.split)
 
     def _check_column(self, names: list[str]) -> None:
         if self._text_key not in names:
@@ -198,11 +201,11 @@ def fetch_tokenizer(name: str) -> Path:
 
 
 def fetch_model(name: str) -> Path:
-    """Download a model of the Hub, without what other frameworks need; returns its folder in the cache.
+    """Download a model of the Hub without files for other frameworks, and return its folder in the cache.
 
-    Pickled weights are fetched only where there are no safetensors. Raises DataError if it cannot be had.
+    Pickled weights are only downloaded if there are no safetensors. Raises DataError if the download fails.
     """
-    with explained(f"the model {name}, which is no folder here and so one of the Hub"):
+    with explained(f"the model {name}, which is not a local folder and thus a name on the Hub"):
         folder = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=_PICKLED_WEIGHTS))
@@ -216,15 +219,15 @@ def _stat(name: str) -> Any:
 
 @contextmanager
 def explained(what: str, otherwise: str = "") -> Iterator[None]:
-    """Turns what `datasets` and `transformers` raise into a DataError that says what to do.
+    """Turn errors of `datasets` and `transformers` into a DataError that says what to do.
 
-    otherwise: the advice where neither the name nor the connection is at fault.
+    otherwise: the advice if neither the name nor the connection is wrong.
     """
     try:
         yield
     except DataError:
         raise
-    except Exception as error:  # of a dozen kinds: their own, the Hub's, the network's, pyarrow's, plain ValueError
+    except Exception as error:  # their own, the Hub's, the network's, pyarrow's, ValueError
         chain: list[BaseException] = [error]
         while cause := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(cause)
@@ -235,8 +238,6 @@ def explained(what: str, otherwise: str = "") -> Iterator[None]:
         else:
             advice = otherwise
         message = (str(error).strip() or type(error).__name__).rstrip(".")
-        if (
-            isinstance(error, DatasetGenerationError) and error.__cause__ is not None
-        ):  # says no more than that it is one
+        if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:  # which has no details itself
             message = f"{message}: {error.__cause__}".strip().rstrip(".")
         raise DataError(f"Cannot read {what}: {message}. {advice}".rstrip()) from error

@@ -1,11 +1,15 @@
-"""Lines packed into examples of two segments, by the rule of the original's build_pretraining_dataset.py.
+"""Packing of lines into examples of two segments, and of short sequences into the rows of a micro-batch.
 
-Lines of a document are gathered until they reach a target length, which is the sequence length, or for one example in
-twenty a random shorter one. A tenth of the examples keep a single segment; the others are cut near the middle.
+Examples follow the original's build_pretraining_dataset.py: lines of a document are gathered until they reach a target
+length, which is the sequence length, or for one example in twenty a random shorter one. A tenth of the examples keep a
+single segment; the others are divided near the middle.
 Shape suffixes: B examples, K lines of an example, C text tokens of a row.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,10 +23,10 @@ SHORTEST_TARGET = 5
 
 
 class PackedExamples:
-    """All examples of a text: where each begins and ends, found once; its cut into segments, drawn at each use."""
+    """All examples of a text. Their beginnings and ends are computed once; their segments are drawn at each use."""
 
     def __init__(self, lines: np.ndarray, ranges: Ranges, sequence_length: int, seed: int) -> None:
-        """lines: int64, ascending, where each line starts in tokens.bin, and at last the end of the text."""
+        """lines: int64, ascending, the start of each line in tokens.bin, and the end of the text."""
         self.lines = np.asarray(lines)
         self.sequence_length = sequence_length
         self.starts, self.stops, self.targets = self._packed(ranges, seed)
@@ -31,7 +35,7 @@ class PackedExamples:
         return len(self.starts)
 
     def _packed(self, ranges: Ranges, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All documents side by side, one example of each at a time."""
+        """Pack all documents in parallel, one example of each at a time."""
         pieces = []
         documents, starts = np.arange(len(ranges.starts)), np.asarray(ranges.starts)
         turn = 0
@@ -54,9 +58,9 @@ class PackedExamples:
         return np.where(is_short, short, self.sequence_length)
 
     def segments(self, examples_B: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(token positions [B, sequence_length - 2], tokens of the first segment [B], of the second [B]).
+        """Return token positions [B, sequence_length - 2], and the numbers of tokens of both segments [B].
 
-        Where the text is too long, each segment loses its end; the second leaves a place to the second [SEP].
+        If the text is too long, the end of each segment is cut; the second leaves room for the second [SEP].
         """
         chance = rng.random((2, len(examples_B)))
         room = self.sequence_length - 2
@@ -68,8 +72,8 @@ class PackedExamples:
         first_B = first_ends[:, -1]
         second_ends = first_B[:, None] + (sizes_BK * ~is_first).cumsum(axis=1)
         second_ends = np.minimum(second_ends, np.maximum(first_B, room - 1)[:, None])
-        # A row is its lines once for the first segment and once for the second, those of the other with no token, and
-        # whatever follows the last one.
+        # A row has all lines twice, for the first and for the second segment, where lines of the other segment have
+        # no tokens, and then anything after the last line.
         ends = np.concatenate([first_ends, second_ends, np.full((len(examples_B), 1), room)], axis=1)
         begins = np.concatenate([np.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
         shifts = np.concatenate([starts_BK, starts_BK, starts_BK[:, :1]], axis=1) - begins
@@ -78,7 +82,7 @@ class PackedExamples:
         return positions_BC, first_B, second_ends[:, -1] - first_B
 
     def _bounds(self, examples_B: np.ndarray) -> np.ndarray:
-        """int64 [B, K + 1]: where each example's lines begin, and from the last one on where the example ends."""
+        """Return int64 [B, K + 1], the starts of the lines of each example, and its end from its last line on."""
         starts, stops = self.starts[examples_B], self.stops[examples_B]
         inner = np.searchsorted(self.lines, starts, side="right")
         num_lines = int((np.searchsorted(self.lines, stops) - inner).max()) + 1
@@ -89,20 +93,20 @@ class PackedExamples:
 
 
 def _first_segment(sizes_BK: np.ndarray, aims_B: np.ndarray, overshoots_B: np.ndarray) -> np.ndarray:
-    """bool [B, K]: which lines stand in the first segment; lines of size 0 may say either.
+    """Return bool [B, K]: whether a line is in the first segment; arbitrary for lines of size 0.
 
-    A line goes to the first segment where that is empty or stays below the aim with it; the first line that would
-    cross the aim goes there too where it overshoots; every other line goes to the second. The original tosses a coin
-    for that line alone: after it the first segment is full, or the second has begun.
+    A line goes into the first segment if that is empty, or stays below its aim with the line. The first line that would
+    exceed the aim goes there, too, if the example overshoots. Every other line goes into the second segment. The
+    original tosses a coin for that line only: after it the first segment is full, or the second has begun.
     """
     rows, columns = np.arange(len(sizes_BK)), np.arange(sizes_BK.shape[1])
     ends = sizes_BK.cumsum(axis=1)
-    last = np.maximum((ends < aims_B[:, None]).sum(axis=1) - 1, 0)  # up to here no line was left out
+    last = np.maximum((ends < aims_B[:, None]).sum(axis=1) - 1, 0)  # no line before was left out
     crosses = overshoots_B & (ends[rows, last] < aims_B) & (last < columns[-1])
     last = last + crosses
     is_first: np.ndarray = columns <= last[:, None]
     rooms = aims_B - ends[rows, last]
-    while True:  # at each turn the next line, in every row that has one, that still fits behind those left out
+    while True:  # each turn adds the next line that still fits, in every row that has one
         fits = (sizes_BK < rooms[:, None]) & (columns > last[:, None]) & (sizes_BK > 0)
         found = fits.any(axis=1)
         if not found.any():
@@ -111,3 +115,79 @@ def _first_segment(sizes_BK: np.ndarray, aims_B: np.ndarray, overshoots_B: np.nd
         last = fits.argmax(axis=1)
         is_first[rows, last] = True
         rooms = rooms - sizes_BK[np.arange(len(rows)), last]
+
+
+# Several sequences in one row of a micro-batch, so that nothing is computed for padding. Shape suffixes: S sequences,
+# B rows that hold them, T positions, N tokens of the sequences that do not begin a row.
+
+
+class PackedRows(NamedTuple):
+    """The places of the tokens of S padded sequences [S, T] in fewer rows [B, T].
+
+    A row is a copy of the sequence that it begins with, with the tokens of other sequences in place of its padding.
+    """
+
+    starts_S: np.ndarray
+    """int64, index of each sequence's first token in the flattened [B * T]."""
+    leaders_B: np.ndarray
+    """int64, the sequence that each row begins with."""
+    sources_N: np.ndarray
+    """int64, indices of the other sequences' tokens in the flattened [S * T]."""
+    targets_N: np.ndarray
+    """int64, indices of the same tokens in the flattened [B * T]."""
+
+    def laid(self, array_ST: np.ndarray) -> np.ndarray:
+        """Return the array in rows, [B, T]."""
+        array_BT: np.ndarray = array_ST[self.leaders_B]
+        array_BT.reshape(-1)[self.targets_N] = array_ST.reshape(-1)[self.sources_N]
+        return array_BT
+
+    def positions(self, width: int) -> np.ndarray:
+        """Return int64 [B, T], the position of each token within its own sequence."""
+        positions_BT = np.empty((len(self.leaders_B), width), dtype=np.int64)
+        positions_BT[:] = np.arange(width)
+        positions_BT.reshape(-1)[self.targets_N] = self.sources_N % width
+        return positions_BT
+
+    def moved(self, places: np.ndarray, width: int) -> np.ndarray:
+        """Convert indices into the flattened [S * T] to indices into the flattened [B * T]."""
+        moved: np.ndarray = places + (self.starts_S - np.arange(len(self.starts_S)) * width)[places // width]
+        return moved
+
+
+def packed_rows(lengths_S: np.ndarray, width: int) -> PackedRows | None:
+    """Pack sequences into rows of `width` tokens by best-fit decreasing. None if that saves no row."""
+    shortest = np.sort(lengths_S)[:2]
+    if len(shortest) < 2 or shortest.sum() > width:
+        return None
+    starts_S = _best_fit_decreasing(lengths_S, width)
+    rows, begins = np.divmod(starts_S, width)
+    leaders, others = np.flatnonzero(begins == 0), np.flatnonzero(begins)
+    leaders_B = np.empty_like(leaders)
+    leaders_B[rows[leaders]] = leaders
+    lengths = lengths_S[others]
+    sources_N = np.repeat(others * width - lengths.cumsum() + lengths, lengths) + np.arange(lengths.sum())
+    targets_N = sources_N + np.repeat(starts_S[others] - others * width, lengths)
+    return PackedRows(starts_S, leaders_B, sources_N, targets_N)
+
+
+def _best_fit_decreasing(lengths_S: np.ndarray, width: int) -> np.ndarray:
+    """Return int64 [S], the start of each sequence in the flattened rows.
+
+    From the longest to the shortest, each sequence goes into the row that it fills best; equal ones stay in order.
+    """
+    order = np.argsort(-lengths_S, kind="stable")
+    num_rows = int((lengths_S >= width).sum())  # full sequences, of which there may be many
+    starts = np.empty(len(lengths_S), dtype=np.int64)
+    starts[order[:num_rows]] = np.arange(num_rows) * width
+    begun: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for sequence, length in zip(order[num_rows:].tolist(), lengths_S[order[num_rows:]].tolist(), strict=True):
+        found = bisect_left(begun, (length, 0))
+        if found < len(begun):
+            free, row = begun.pop(found)
+        else:
+            free, row, num_rows = width, num_rows, num_rows + 1
+        starts[sequence] = row * width + width - free
+        if free > length:
+            insort(begun, (free - length, row))
+    return starts

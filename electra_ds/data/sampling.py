@@ -1,6 +1,6 @@
-"""Which text each row of a batch gets: random windows of documents, or lines packed into two segments.
+"""The text of each row of a batch: random windows of documents, or lines packed into two segments.
 
-Everything is a function of (seed, step, row): any step is reached at once, without replaying the ones before.
+Everything is a function of (seed, step, row), so that any step can be computed without the steps before.
 Shape suffixes: B rows of the global batch, C text tokens of a row.
 """
 
@@ -18,12 +18,12 @@ from electra_ds.data.packing import PackedExamples
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
 
-# Purposes, so that no two draws of a run share a key.
+# Keys of the random draws, so that no two draws of a run share one.
 _EPOCH, _WINDOW, _MIXTURE = 0x41, 0x42, 0x43
 FEW_DOCUMENTS_TO_SAMPLE_BY_LENGTH = 10_000
 # Rows in one round of a mixture: each corpus has a fixed number of them.
 MIXTURE_ROUND = 1024
-# Items of a permutation that are found together and kept for the steps that follow: some dozens of steps' worth.
+# Items of a permutation that are computed together and kept for the following steps, some dozens.
 _BLOCK = 4096
 
 
@@ -31,17 +31,17 @@ class Rows(NamedTuple):
     """The text of a batch's rows, without [CLS] and [SEP]."""
 
     starts_B: np.ndarray
-    """int64, where each row's first token stands in tokens.bin."""
+    """int64, index of each row's first token in tokens.bin."""
     positions_BC: np.ndarray | None
-    """int64, where each token stands, beyond a row's length any number; None where each row is one stretch of text."""
+    """int64, index of each token, arbitrary beyond a row's length; None if each row is one contiguous range."""
     first_B: np.ndarray
-    """int64, tokens of the first segment."""
+    """int64, number of tokens of the first segment."""
     second_B: np.ndarray
-    """int64, tokens of the second segment, 0 where there is none."""
+    """int64, number of tokens of the second segment, or 0."""
 
 
 class Text(Protocol):
-    """A corpus that gives any of its rows by number; the numbers run on over the epochs."""
+    """A corpus that returns any of its rows by number; the numbers continue over the epochs."""
 
     def rows(self, numbers_B: np.ndarray, rng: np.random.Generator) -> Rows: ...
 
@@ -49,7 +49,7 @@ class Text(Protocol):
 class Windows:
     """Random windows of at most `window_tokens` tokens, one segment each.
 
-    A range longer than that gives a window whose offset is uniform over all that fit; a shorter one is taken whole.
+    From a longer range a window is taken at a uniformly random offset; a shorter range is one window.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Windows:
 
 
 class TwoSegments:
-    """Every packed example once per epoch."""
+    """Packed examples of two segments, each once per epoch."""
 
     def __init__(self, examples: PackedExamples, *key: int) -> None:
         self.examples = examples
@@ -91,7 +91,7 @@ class TwoSegments:
 
 
 def shuffled(numbers: np.ndarray, size: int, *key: int) -> np.ndarray:
-    """The items that stand at running numbers, when all `size` of them come once per epoch, each time anew ordered."""
+    """Return the items with the given numbers, counted over epochs that each have all `size` items in a new order."""
     epochs, places = np.divmod(numbers, size)
     blocks = epochs * -(-size // _BLOCK) + places // _BLOCK
     places %= _BLOCK
@@ -112,10 +112,10 @@ def _shuffled_block(block: int, size: int, *key: int) -> np.ndarray:
 
 
 class Sampler:
-    """The rows of any step: of one text, or of several corpora in fixed proportions."""
+    """The rows of any step, from one text or from several corpora in fixed proportions."""
 
     def __init__(self, store: TokenStore, ranges: Ranges, data: DataSection, seed: int) -> None:
-        """Raises DataError if `data.corpus_weights` does not fit the store."""
+        """Prepare the sampling. Raises DataError if `data.corpus_weights` does not fit the store."""
         self.seed = seed
         self._texts: list[Text] = []
         weights = []
@@ -126,7 +126,7 @@ class Sampler:
         self._quotas = _quotas(np.array(weights))
 
     def rows(self, step: int, batch_size: int) -> Rows:
-        """The rows of optimiser step `step`."""
+        """Return the rows of optimizer step `step`."""
         rng = generator(self.seed, _WINDOW, step)
         numbers = step * batch_size + np.arange(batch_size)
         if len(self._texts) == 1:
@@ -144,10 +144,10 @@ class Sampler:
         )
 
     def _mixed(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(corpus, running number within that corpus) of each running number of the mixture.
+        """Return the corpus of each number of the mixture, and its number within that corpus.
 
-        Every round of 1,024 rows holds a fixed number of each corpus in shuffled order, so proportions are exact
-        and any row is reached at once.
+        Every round of 1,024 rows has a fixed number of rows of each corpus in shuffled order, so proportions are exact
+        and any row can be computed directly.
         """
         rounds, slots = numbers // MIXTURE_ROUND, shuffled(numbers, MIXTURE_ROUND, self.seed, _MIXTURE)
         ends = np.cumsum(self._quotas)
@@ -156,7 +156,7 @@ class Sampler:
 
 
 def _weighted(store: TokenStore, ranges: Ranges, data: DataSection) -> list[tuple[float, Ranges]]:
-    """(weight, ranges) of each corpus; of everything together where no weights are given."""
+    """Return (weight, ranges) of each corpus, or of everything together if no weights are given."""
     if data.corpus_weights is None:
         return [(1.0, ranges)]
     corpora = store.info.corpora
@@ -182,7 +182,7 @@ def _text(store: TokenStore, ranges: Ranges, data: DataSection, seed: int, index
 
 
 def _quotas(weights: np.ndarray) -> np.ndarray:
-    """int64, rows of each corpus in a round, at least one each, by the largest remainders."""
+    """Return int64 numbers of rows of each corpus in a round, at least one, by the largest remainders."""
     exact = weights / weights.sum() * MIXTURE_ROUND
     quotas = np.maximum(1, np.floor(exact)).astype(np.int64)
     while (missing := np.sign(MIXTURE_ROUND - quotas.sum())) != 0:

@@ -1,4 +1,4 @@
-"""What is trained on and what is held out."""
+"""The division of a token store into training and held-out text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEW_DOCUMENTS_TO_HOLD_OUT_SPANS = 1_000
 
 
 class Ranges(NamedTuple):
-    """Stretches of the token store, `starts[i]` to `stops[i]`; each is treated as one document."""
+    """Ranges of the token store, `starts[i]` to `stops[i]`; each is treated as one document."""
 
     starts: np.ndarray
     stops: np.ndarray
@@ -36,7 +36,7 @@ class Split(NamedTuple):
 
 
 def split_holdout(documents: np.ndarray, data: DataSection, seed: int) -> Split:
-    """Training and held-out stretches of a store whose documents start at `documents`.
+    """Return the training and held-out ranges of a store whose documents start at `documents`.
 
     Raises DataError if the corpus is too small for both.
     """
@@ -68,7 +68,7 @@ def _documents_apart(ranges: Ranges, target: float, rng: np.random.Generator) ->
 
 
 def _spans_apart(ranges: Ranges, target: float, data: DataSection, rng: np.random.Generator) -> Split:
-    """One contiguous span out of each document that is long enough, at least a window each, up to the target."""
+    """Hold out one contiguous span of each document that is long enough, at least one window, up to the target."""
     shortest = data.sequence_length - 2
     share = target / ranges.num_tokens
     order = rng.permutation(len(ranges.starts))

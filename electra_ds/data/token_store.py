@@ -1,11 +1,11 @@
-"""Tokenised documents on disk, memory-mapped.
+"""A token store: tokenised documents on disk, which are memory-mapped.
 
 STORE/
   tokens.bin       all ids, uint16 where they fit and uint32 otherwise, documents one after another
   documents.npy    int64 [documents + 1], where each document starts in tokens.bin
   lines.npy        int64 [lines + 1], where each line starts
   tokenizer/       the tokenizer, as transformers reads it
-  store.json       sizes, sources and fingerprints; its presence says that the store is complete
+  store.json       sizes, sources and fingerprints; it exists only in a complete store
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from electra_ds.config.run_directory import read_where_it_is
+from electra_ds.config.run_record import RunRecord
 from electra_ds.core.errors import DataError
 from electra_ds.core.program import command
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,25 +29,25 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One source's part of a store: its documents stand consecutively, in the order of the sources."""
+    """The part of a store from one source. The sources' documents follow one another in order."""
 
     description: str
     num_documents: int
     num_tokens: int
     unknown: UnknownText | None = None
-    """None in stores that were built before this was counted."""
+    """None in stores of earlier versions, which did not count it."""
 
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What store.json says."""
+    """The content of store.json."""
 
     format: int
     corpora: list[SourceInfo]
     documents_read: list[int]
-    """Documents of each source, those included that have no token and so no place in the store."""
+    """Documents of each source, including those without tokens, which are not in the store."""
     corpus_signature: str
-    """Names, sizes and times of the files that were read, commits of Hub datasets."""
+    """Hash of the names, sizes and times of the files that were read, and of the commits of Hub datasets."""
     corpus_fingerprint: str
     """SHA-256 of the text."""
     tokenizer_fingerprint: str
@@ -60,7 +62,7 @@ class StoreInfo:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the tokens: the same text through the same tokenizer."""
+        """Identifier of the tokens: the same text tokenised by the same tokenizer."""
         return f"{self.corpus_fingerprint[:16]}-{self.tokenizer_fingerprint[:16]}"
 
     def to_json(self) -> str:
@@ -68,10 +70,10 @@ class StoreInfo:
 
 
 class TokenStore:
-    """An open store. `tokens` is a read-only memory map: nothing is loaded until it is used."""
+    """An open store. `tokens` is a read-only memory map, so that nothing is loaded before it is used."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError for a store that is missing, incomplete, truncated or of another format."""
+        """Open a store. Raises DataError if it is missing, incomplete, truncated or of another format."""
         self.path = path
         self.info = _read_info(path)
         for name, size in self.info.file_bytes.items():
@@ -92,20 +94,10 @@ class TokenStore:
             self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
             self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
             self.lines: np.ndarray = np.load(path / "lines.npy", mmap_mode="r")
-            whole = (
-                len(self.tokens) == self.info.num_tokens
-                and len(self.documents) == self.info.num_documents + 1
-                and len(self.lines) == self.info.num_lines + 1
-                and self.lines[-1] == len(self.tokens)
-                and self.documents[0] == 0
-                and self.documents[-1] == len(self.tokens)
-                and bool((np.diff(self.documents) > 0).all())
-                and sum(source.num_documents for source in self.info.corpora) == self.info.num_documents
-            )
-        except (ValueError, TypeError, OSError, EOFError):
-            whole = False
-        if not whole:
-            raise DataError(f"The token store {path} is damaged. Delete the folder and build it again.")
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f"The token store {path} is damaged ({error}). Delete the folder and build it again."
+            ) from error
 
 
 def _read_info(path: Path) -> StoreInfo:
@@ -137,5 +129,30 @@ def _source_info(unknown: dict[str, Any] | None = None, **values: Any) -> Source
 
 
 def token_dtype(vocab_size: int) -> str:
-    """uint16 where every id fits, else uint32."""
+    """Return uint16 if every id fits, else uint32."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def recorded_store(record: RunRecord, folder: Path, given: Path | None, remedy: str) -> TokenStore:
+    """Return the token store that a run's record names, also if both have moved.
+
+    folder: the folder with the record; given: the path that the user gave; remedy: the option for that path. Raises
+    DataError if the store is missing, or if it is not the same one.
+    """
+
+    def read(place: Path) -> TokenStore:
+        store = TokenStore(place)
+        if store.info.fingerprint != record.store_fingerprint:
+            raise DataError(
+                f"The token store {place} is not the one that {folder} was started on "
+                f"({store.info.fingerprint}, not {record.store_fingerprint}). Put the original back, or {remedy}."
+            )
+        return store
+
+    if given is not None:
+        return read(given)
+    missing = (
+        f"The token store of {folder} is neither at {record.store} nor at the same place relative to the run. "
+        f"If it has moved, {remedy}."
+    )
+    return read_where_it_is(record.store, folder, read, missing)

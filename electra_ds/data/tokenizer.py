@@ -1,4 +1,4 @@
-"""Tokenizers: trained here or loaded, all with the five roles that ELECTRA needs, and segment ids built in."""
+"""Tokenizers, trained here or loaded, with the five special tokens that ELECTRA needs and with segment ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.errors import DataError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""The roles, in BERT's spelling."""
+"""The roles of special tokens, in BERT's spelling."""
 _SPELLINGS = {
     "[UNK]": ("[UNK]", "<unk>"),
     "[CLS]": ("[CLS]", "<s>", "<cls>", "<bos>"),
@@ -25,7 +25,7 @@ _SPELLINGS = {
     "[MASK]": ("[MASK]", "<mask>"),
     "[PAD]": ("[PAD]", "<pad>"),
 }
-"""Well-known spellings; where one token would serve two roles, the role that stands first has it."""
+"""Well-known spellings. If one token could have two roles, it has the first of them."""
 _CONFIG_KEYS = {
     "[PAD]": ("pad_token",),
     "[UNK]": ("unk_token",),
@@ -35,21 +35,21 @@ _CONFIG_KEYS = {
 }
 
 LONGEST_TRAINING_WORD = 1000
-"""In characters, or in bytes for a byte-level BPE. The time to train on a word grows with the square of its length.
+"""In characters, or in bytes for a byte-level BPE. The time to train on a word is quadratic in its length.
 
-Measured on one core: 100,000 letters without a space take 3.8 s uncut, 0.37 s in words of 10,000, 0.20 s of 3,000,
-0.11 s of 1,000 and 0.07 s of 300. In words of 1,000 the time is linear: 1.3 s for 1 MB, 3.1 s for 2 MB, 5.7 s for 4 MB.
+Measured on one core: 100,000 letters without a space take 3.8 s as one word, 0.37 s in words of 10,000, 0.20 s of
+3,000, 0.11 s of 1,000 and 0.07 s of 300. In words of 1,000 the time is linear: 1.3 s for 1 MB and 5.7 s for 4 MB.
 """
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` whose special tokens are known to be there."""
+    """A `tokenizers.Tokenizer` with a token for each special role."""
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str, settings: Mapping[str, Any] | None = None) -> None:
-        """settings: what transformers knows about the tokenizer, such as `cls_token`. A role that no token plays
-        gets a new token at the end of the vocabulary, see `added`.
+        """Give each role a token. A role without one gets a new token at the end of the vocabulary, see `added`.
 
-        Raises DataError for gaps in the numbering, and where unknown text cannot be encoded.
+        settings: transformers' settings of the tokenizer, such as `cls_token`. Raises DataError for gaps in the
+        numbering, and if unknown text cannot be encoded.
         """
         before = backend.get_vocab(with_added_tokens=True)
         if not before or max(before.values()) > 2 * len(before) + 1000:
@@ -65,7 +65,7 @@ class Tokenizer:
         """The token of each role."""
         self.added = tuple(token for token in self.special_tokens.values() if token not in before)
         """Tokens that the tokenizer lacked."""
-        # Not those that are special already: to name a token again would undo its settings, such as <mask>'s lstrip.
+        # Not tokens that are special already: adding one again would undo its settings, such as the lstrip of <mask>.
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         backend.add_special_tokens([token for token in self.special_tokens.values() if token not in special])
         ids = [_id_of(backend, token) for token in self.special_tokens.values()]
@@ -74,7 +74,7 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         backend.no_padding()
         backend.no_truncation()
-        # All five roles are named in it, so that tokenizer.json alone says who plays them.
+        # It names all five roles, so that tokenizer.json is enough to find their tokens again.
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS]:0 $A:0 [SEP]:0",
             pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
@@ -87,14 +87,14 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Rows an embedding table needs: the highest id and one."""
+        """The number of rows of an embedding table: the highest id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def is_special(self) -> np.ndarray:
-        """bool [vocab_size], True at ids that are never masked and never text.
+        """bool [vocab_size], True at ids that are never masked and are not text.
 
-        [UNK] stands for text, so it is masked like any other token (as in google-research/electra).
+        [UNK] is text, so it is masked like any other token (as in google-research/electra).
         """
         special = np.zeros(self.vocab_size, dtype=bool)
         special[[self.pad_id, self.cls_id, self.sep_id, self.mask_id]] = True
@@ -102,8 +102,8 @@ class Tokenizer:
 
     @cached_property
     def leaves_text_out(self) -> bool:
-        """Whether there is text for which it gives no token, not even [UNK]: so does a BPE that has neither a token for
-        unknown text nor a piece for every byte."""
+        """Whether some text gets no token, not even [UNK], as with a BPE without a token for unknown text and without a
+        piece for every byte."""
         document = json.loads(self.backend.to_str())
         if document["model"]["type"] != "BPE" or document["model"]["unk_token"] is not None:
             return False
@@ -115,22 +115,22 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what the tokenizer does."""
+        """SHA-256 of the tokenizer's normalised tokenizer.json."""
         return hashlib.sha256(_canonical(self.backend).encode("utf8")).hexdigest()
 
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
-        """Ids of each line, without those of [CLS] and [SEP]."""
+        """Return the ids of each line, without [CLS] and [SEP]."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(lines, add_special_tokens=False)]
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
-        """A folder that `load_tokenizer` and transformers' `AutoTokenizer` both open.
+        """Write a folder that `load_tokenizer` and transformers' `AutoTokenizer` both open.
 
-        model_max_length: tokens that the model takes, at which transformers then truncates.
+        model_max_length: the model's maximum number of tokens, to which transformers then truncates.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
         config = {
-            # Without a class, AutoTokenizer takes an ELECTRA folder for WordPiece and returns wrong ids.
+            # Without a class, AutoTokenizer assumes WordPiece for an ELECTRA folder and returns wrong ids.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
@@ -151,10 +151,10 @@ def _canonical(backend: tokenizers.Tokenizer) -> str:
 
 
 def _settled(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer as it comes back from its own file.
+    """Return the tokenizer as it is read from its own file.
 
-    `tokenizers` reads one in seven of a Unigram model's scores with another last digit than it wrote. What was read
-    once is written and read the same from then on.
+    `tokenizers` reads one in seven scores of a Unigram model with another last digit than it wrote. After that it
+    writes and reads the same scores.
     """
     if not isinstance(backend.model, models.Unigram):
         return backend
@@ -167,10 +167,10 @@ def _settled(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
-    """Which token plays which role, as far as one can be found: by the settings, by the labels that this module
-    writes into the post-processor, by what the model gives for unknown text, or by a well-known spelling.
+    """Return the token of each role for which one is found: by the settings, by the labels that this module writes into
+    the post-processor, by the model's own token for unknown text, or by a well-known spelling.
 
-    No token plays two roles; and where one ends texts and begins them, it is taken for neither [CLS] nor [SEP].
+    No token has two roles. A token that both begins and ends texts is neither [CLS] nor [SEP].
     """
     configured = {
         role: next((text for key in keys if (text := _text_of(settings.get(key)))), None)
@@ -180,7 +180,7 @@ def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Ma
         configured["[CLS]"] = configured["[SEP]"] = None
     labels = (document.get("post_processor") or {}).get("special_tokens") or {}
     labelled = {role: entry["tokens"][0] for role, entry in labels.items() if role in _SPELLINGS}
-    # A piece of BPE may look like a token by chance: <s> strikes text through in HTML.
+    # A piece of BPE may look like a special token by chance: <s> is also an HTML tag.
     special = {token.content for token in backend.get_added_tokens_decoder().values()}
     pieces = special if document["model"]["type"] == "BPE" else backend.get_vocab(with_added_tokens=True)
     found: dict[str, str] = {}
@@ -195,20 +195,20 @@ def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Ma
 
 
 def _text_of(value: Any) -> str | None:
-    """A token as transformers' files give it: a string, or an object with its content."""
+    """Return a token of transformers' files, which is a string or an object with the content."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
 
 
 def _unknown_token(model: dict[str, Any]) -> str | None:
-    """What the model itself gives for text outside its vocabulary."""
+    """Return the model's own token for text outside its vocabulary."""
     if model["type"] != "Unigram":
         return model.get("unk_token")
     return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
 
 
 def _is_byte_level(document: dict[str, Any]) -> bool:
-    """Whether any text can be encoded, since every byte has a piece."""
+    """Return whether any text can be encoded, since every byte has a piece."""
     steps = json.dumps([document["normalizer"], document["pre_tokenizer"]])
     return bool('"ByteLevel"' in steps or document["model"].get("byte_fallback"))
 
@@ -220,12 +220,12 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
     """
     if section.kind == "byte-level-bpe":
         backend = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
-        # A line's first word is tokenised like any other: the prefix space stands for the line break.
+        # A line's first word is tokenised like any other word: the added space stands for the line break.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         backend.decoder = decoders.ByteLevel()
         trainer: trainers.Trainer = trainers.BpeTrainer(
             vocab_size=section.vocab_size,
-            # [MASK] takes the space before it along, as words do, so that a mask in running text is a word of its own.
+            # [MASK] includes the space before it, as words do, so that a mask in a sentence is a word of its own.
             special_tokens=[*SPECIAL_TOKENS[:-1], tokenizers.AddedToken("[MASK]", lstrip=True, special=True)],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -243,9 +243,9 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer that `Tokenizer.save` wrote into this folder, or whose tokenizer.json this is.
+    """Return the tokenizer in a folder that `Tokenizer.save` wrote, or of a tokenizer.json.
 
-    What others wrote is read by `given_tokenizer`. Raises DataError if there is none or it cannot be used.
+    `given_tokenizer` reads tokenizers of other programs. Raises DataError if there is none or it cannot be used.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
@@ -256,7 +256,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _wordpiece(model: models.WordPiece, lowercase: bool) -> tokenizers.Tokenizer:
-    """BERT's normaliser and pre-tokeniser around a WordPiece model."""
+    """Return a WordPiece tokenizer with BERT's normaliser and pre-tokeniser."""
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,4 +1,4 @@
-"""Text that a tokenizer turns into [UNK] or leaves out: how much of a store it is, why, and what to do about it."""
+"""Text that a tokenizer turns into [UNK] or leaves out: its share of a store, the reason, and what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from electra_ds.data.tokenizer import Tokenizer
 
 NOTED_SHARE = 0.03
-"""Assumed: a WordPiece made for a text leaves well under 1 % of it unknown."""
+"""Assumed, since less than 1 % of a text is unknown to a WordPiece that was made for it."""
 REFUSED_SHARE = 0.9
 _EXAMPLES = 3
 _EXAMPLE_CHARS = 24
@@ -16,19 +16,18 @@ _EXAMPLE_CHARS = 24
 
 @dataclass
 class UnknownText:
-    """The text that [UNK] stands for. The number of tokens says little about how much that is: in a text without
-    spaces, one [UNK] may stand for a whole line."""
+    """The amount of text that is [UNK], in tokens and characters: without spaces, one [UNK] may be a complete line."""
 
     num_tokens: int = 0
     num_chars: int = 0
-    """Characters that those tokens stand for."""
+    """Characters that those tokens replace."""
     num_long_chars: int = 0
-    """The number of those characters in words too long for a WordPiece to look up."""
+    """The number of those characters in words that are too long for a WordPiece."""
     text_chars: int = 0
-    """Characters of all the text, with spaces."""
+    """Characters of the complete text, with spaces."""
     examples: list[str] = field(default_factory=list)
     num_left_out: int = 0
-    """Stretches that no token stands for, not even [UNK]; their characters are among num_chars."""
+    """The number of words without any token, not even [UNK]; num_chars includes their characters."""
 
     def add(self, other: UnknownText) -> None:
         """Add the counts of another text."""
@@ -40,13 +39,13 @@ class UnknownText:
         self.examples = list(dict.fromkeys([*self.examples, *other.examples]))[:_EXAMPLES]
 
     def share(self, all_tokens: int) -> float:
-        """Return the larger of the shares of tokens and of characters; a stretch that is left out counts as a token."""
+        """Return the larger of the shares of tokens and of characters; a word that is left out counts as a token."""
         of_tokens = (self.num_tokens + self.num_left_out) / max(all_tokens + self.num_left_out, 1)
         return max(of_tokens, self.num_chars / max(self.text_chars, 1))
 
 
 def unknown_in(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> UnknownText:
-    """Return what [UNK] stands for in lines to which the tokenizer gives these ids."""
+    """Return the unknown text in lines, whose ids are given."""
     found = UnknownText(text_chars=sum(map(len, lines)))
     longest_word = getattr(tokenizer.backend.model, "max_input_chars_per_word", None)
     for unknown, is_left_out in _unknown_words(lines, ids, tokenizer):
@@ -61,14 +60,12 @@ def unknown_in(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> 
 
 
 def _unknown_words(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """Each piece of text that becomes [UNK] or is left out, and whether it is left out."""
+    """Yield each piece of text that becomes [UNK] or is left out, and whether it is left out."""
     leaves_out = tokenizer.leaves_text_out
-    looked_at = [
+    checked = [
         line for line, ids_of_line in zip(lines, ids, strict=True) if leaves_out or tokenizer.unk_id in ids_of_line
     ]
-    for line, encoding in zip(
-        looked_at, tokenizer.backend.encode_batch(looked_at, add_special_tokens=False), strict=True
-    ):
+    for line, encoding in zip(checked, tokenizer.backend.encode_batch(checked, add_special_tokens=False), strict=True):
         for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id == tokenizer.unk_id:
                 yield line[start:stop], False
@@ -80,7 +77,7 @@ def _unknown_words(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer)
 
 
 def report(unknown: UnknownText, all_tokens: int) -> str:
-    """Return a sentence part that says how much of a text is [UNK] or left out."""
+    """Return part of a sentence with the amount of text that is [UNK] or left out."""
     of_chars = unknown.num_chars / max(unknown.text_chars, 1)
     if unknown.num_left_out:
         return (

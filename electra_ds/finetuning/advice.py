@@ -10,7 +10,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.core.program import command
 from electra_ds.data.unknown import NOTED_SHARE
 from electra_ds.finetuning.encoder_source import EncoderSource
-from electra_ds.finetuning.exportable import why_not_held
+from electra_ds.finetuning.heads import why_not_exportable
 from electra_ds.finetuning.task_sets import Judged, TaskSets
 
 _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
@@ -44,11 +44,13 @@ def advice(training: Finetuning, encoder: EncoderSource, sets: TaskSets, *, keep
             f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper uses "
             f"{rate} for one of this size: --set optimizer.learning_rate={rate}"
         )
-    if keeps_weights and (not_held := why_not_held(recipe, encoder.config, sets.num_outputs is None)):
-        instead = f". For a head that can be exported, add --set {not_held.instead}" if not_held.instead else ""
+    if keeps_weights and (
+        problem := why_not_exportable(recipe, encoder.config, sets.num_outputs is None, sets.num_outputs)
+    ):
+        instead = f". For a head that can be exported, add --set {problem.instead}" if problem.instead else ""
         yield (
             f"the head of this run cannot be exported as a transformers model, only the encoder can, with "
-            f"{command('export')} --encoder-only: {not_held.why}{instead}"
+            f"{command('export')} --encoder-only: {problem.why}{instead}"
         )
 
 

@@ -1,6 +1,6 @@
-"""The encoder that a finetuning begins with: of one of our runs, of a transformers folder, or of the Hub.
+"""The encoder that a finetuning begins with: from one of our runs, a folder of transformers, or the Hub.
 
-Nothing that comes with it is run: no code of theirs, and no pickle but by torch's loader of tensors alone.
+Nothing that comes with it is run: no code of its own, and pickles are read by torch's loader of tensors only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import pickle
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.data.given_tokenizer import VOCABULARIES, read_folder
 from electra_ds.data.hub import explained, fetch_model
 from electra_ds.model.other_formats import refuse_other_frameworks
@@ -37,10 +39,13 @@ from electra_ds.pretraining.trained import load_model
 from electra_ds.training.checkpoint import Checkpoint
 from electra_ds.training.recorded import kept_checkpoint, newest_checkpoint
 
+_MISSING, _UNKNOWN = "missing are", "unknown are"
 _POOLER = "pooler."
 _LAYER = re.compile(r"\.layers?\.\d+\.")
 _ABSOLUTE = ("electra", "bert", "roberta", "xlm-roberta", "camembert")
-"""Of which transformers 5 has no form with relative positions any more."""
+"""Kinds of models of which transformers 5 has no form with relative positions any more."""
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
+"""Kinds of models whose positions are counted from the padding's id and one."""
 _ENCODER = "electra."
 _SHOWN_NAMES = 4
 _MOST_LAYERS = 10_000
@@ -52,7 +57,7 @@ class EncoderSource:
     """An encoder as it was found, with the tokenizer that belongs to it."""
 
     name: str
-    """As the user gave it; a folder in full."""
+    """Its name as the user gave it; a folder in full."""
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     tensors: dict[str, torch.Tensor]
@@ -60,7 +65,7 @@ class EncoderSource:
     fingerprint: str
     """SHA-256 of names, shapes and values."""
     trained_length: int | None = None
-    """Tokens of a sequence in pretraining, as far as is known."""
+    """Tokens of a sequence in pretraining, if that is known."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how its tokenizer was read."""
 
@@ -74,12 +79,12 @@ class EncoderSource:
 
     @property
     def has_segments(self) -> bool:
-        """Whether a second text can be told from a first by segment ids."""
+        """True if segment ids distinguish a second text from a first."""
         return int(getattr(self.config, "type_vocab_size", 0) or 0) >= 2
 
     @property
     def max_length(self) -> int:
-        """Tokens that it takes; as many as anybody wants where its positions have no table."""
+        """The most tokens that it takes, practically unlimited if its positions have no table."""
         longest = int(getattr(self.config, "max_position_embeddings", 0) or 0)
         offset = 2 if self.config.model_type in _OFFSET_POSITIONS else 0
         return longest - offset if longest > 0 else 10**6
@@ -93,15 +98,11 @@ class EncoderSource:
             return {name: (Path(folder) / name).read_text("utf8") for name in names}
 
 
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
-"""Their positions are counted from the padding's id and one."""
-
-
 def read_encoder(name: str) -> EncoderSource:
-    """The encoder that `name` names: a run directory or checkpoint of ours, a folder that `bin/export` or transformers
+    """Read the encoder called `name`: a run directory or checkpoint of ours, a folder that `bin/export` or transformers
     wrote, or a model of the Hub.
 
-    Raises DataError if there is none, it is damaged, not whole, or lacks its tokenizer; CheckpointError for a run
+    Raises DataError if there is none, it is damaged or incomplete, or lacks its tokenizer; CheckpointError for a run
     without a checkpoint.
     """
     path = Path(name)
@@ -170,7 +171,7 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
     with explained(f"the model {name}", "Is it a folder that transformers' save_pretrained wrote?"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not 0 < int(getattr(config, "num_hidden_layers", 1)) <= _MOST_LAYERS:
-        raise DataError(f"{name} has {config.num_hidden_layers:,} layers by its config.json, which cannot be.")
+        raise DataError(f"{name} has {config.num_hidden_layers:,} layers by its config.json, which is damaged.")
     config.chunk_size_feed_forward = 0  # which changes no number, and takes inputs of some lengths alone
     kind = getattr(config, "position_embedding_type", None)
     if config.model_type in _ABSOLUTE and kind not in (None, "absolute"):
@@ -200,7 +201,7 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
     if needed > rows:
         raise DataError(
             f"The tokenizer of {name} has ids up to {needed - 1:,}, and its token table {rows:,} rows. Put the one "
-            f"that it was pretrained with beside its config.json."
+            f"that it was pretrained with next to its config.json."
         )
     return config, tokenizer, notes
 
@@ -218,7 +219,7 @@ def _check_needs_no_code(file: Path, name: str) -> None:
 
 
 def _is_decoder(config: PretrainedConfig) -> bool:
-    """What transformers has a model of for text generation and none for masked tokens, is none but that."""
+    """Return whether transformers has a model of this kind for text generation and none for masked tokens."""
     if getattr(config, "is_decoder", False):
         return True
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
@@ -227,49 +228,70 @@ def _is_decoder(config: PretrainedConfig) -> bool:
 def _of_folder(folder: Path, name: str) -> EncoderSource:
     refuse_other_frameworks(folder, name)
     config, tokenizer, notes = read_config_and_tokenizer(folder, name)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # which otherwise tells of heads that are not wanted here
-    logging.disable_progress_bar()
-    try:
-        with explained(
-            f"the weights of {name}", "Its config.json or its weights may be damaged; fetch or export it again."
-        ):
-            try:
-                model, info = AutoModel.from_pretrained(
-                    folder,
-                    config=config,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                    trust_remote_code=False,
-                )
-            except pickle.UnpicklingError as error:  # whose words advise to run what is in it
-                raise DataError(
-                    f"The weights of {name} are pickled, and either damaged or more than tensors, which may be code. "
-                    f"Take a model whose weights are in model.safetensors."
-                ) from error
-    finally:
-        logging.set_verbosity(verbosity)
+    model, problems = load_weights(AutoModel, folder, config, name)
+    unknown = problems.pop(_UNKNOWN)
+    check_complete(
+        f"{name} does not hold a complete encoder",
+        {"more than config.json says are": {key for key in unknown if _LAYER.search(f".{key}")}}
+        | {what: {key for key in keys if not key.startswith(_POOLER)} for what, keys in problems.items()},
+        "Fetch or export it again.",
+    )
     tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(_POOLER)}
-    _check_whole(name, tensors, info)
     return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors), notes=tuple(notes))
 
 
-def _check_whole(name: str, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
-    layers = {key for key in info["unexpected_keys"] if _LAYER.search(f".{key}")}
-    problems = {
-        "more than config.json says are": layers,
-        "missing are": {key for key in info["missing_keys"] if not key.startswith(_POOLER)},
+def load_weights(
+    kind: Any, folder: Path, config: PretrainedConfig, name: str
+) -> tuple[PreTrainedModel, dict[str, set[str]]]:
+    """Return (a model of transformers in fp32, names of tensors by what is wrong with them) of the folder of the model
+    that the user calls `name`.
+
+    kind: the model's class, or `AutoModel`. Raises DataError if the weights cannot be read, or are in a pickle that
+    holds more than tensors.
+    """
+    with explained(f"the weights of {name}", "config.json or the weights may be damaged. Fetch or export it again."):
+        try:
+            with silent_transformers():
+                model, info = kind.from_pretrained(
+                    folder, config=config, dtype=torch.float32, local_files_only=True, weights_only=True,
+                    trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
+                )  # fmt: skip
+        except pickle.UnpicklingError as error:  # whose words advise to run what is in it
+            raise DataError(
+                f"The weights of {name} are damaged, or their pickle holds more than tensors: it could run any program "
+                f"and is not opened. Fetch them again, or take a copy whose weights are in model.safetensors."
+            ) from error
+    return model, {
+        _MISSING: set(info["missing_keys"]),
+        _UNKNOWN: set(info["unexpected_keys"]),
         "of other sizes than config.json says are": {key for key, *_ in info["mismatched_keys"]},
-        "not finite are": {key for key, tensor in tensors.items() if not tensor.isfinite().all()},
+        "not finite are": {key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()},
     }
-    told = [
-        f"{what} {', '.join(sorted(keys)[:_SHOWN_NAMES])}{f' and {len(keys) - _SHOWN_NAMES} more' * (len(keys) > 4)}"
-        for what, keys in problems.items()
-        if keys
-    ]
-    if told:
-        raise DataError(f"{name} does not hold a whole encoder: {'; '.join(told)}. Fetch or export it again.")
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """Keep transformers from reporting on tensors, which we do ourselves, and from drawing progress bars."""
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+def check_complete(problem: str, tensors: Mapping[str, Collection[str]], advice: str) -> None:
+    """Raise DataError with the names of tensors by what is wrong with them, if there are any."""
+    found = []
+    for what, names in tensors.items():
+        if names:
+            rest = len(names) - _SHOWN_NAMES
+            found.append(f"{what} {', '.join(sorted(names)[:_SHOWN_NAMES])}{f' and {rest} more' if rest > 0 else ''}")
+    if found:
+        raise DataError(f"{problem}: {'; '.join(found)}. {advice}")
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -283,7 +305,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def finetuned_encoder(checkpoint: Checkpoint) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-    """Configuration and tokenizer that travel in a finetuning's checkpoint."""
+    """Return the configuration and the tokenizer in a finetuning's checkpoint."""
     try:
         return read_config_and_tokenizer(checkpoint.path, str(checkpoint.path))[:2]
     except DataError as error:

@@ -1,24 +1,25 @@
 """Finetuning: an encoder and a new head on one task, from a run directory and a plan to scores and predictions.
 
 RUN/
-  scores.json         what the task's sets were scored with, and what that was
-  predictions/        of each set: labels, predictions and logits; answers
-  submission/         of GLUE's test sets, in the official files
-  best/               the best evaluation's checkpoint, where that was asked for
+  scores.json         the scores of the task's sets, and the weights that they are scores of
+  predictions/        labels, predictions and logits of each set; answers
+  submission/         predictions of GLUE's test sets, in the official files
+  best/               the checkpoint of the best evaluation, with --best
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from rich.console import Console
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
@@ -28,23 +29,24 @@ from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, TrainingError
 from electra_ds.core.ranks import Ranks
 from electra_ds.finetuning.advice import useless_warning
-from electra_ds.finetuning.batches import TaskBatchBuilder, TaskInputs, evaluation_chunks
 from electra_ds.finetuning.encoder_source import EncoderSource
-from electra_ds.finetuning.layer_decay import finetuning_rates
-from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
+from electra_ds.finetuning.heads import TaskModel, finetuning_rates, make_encoder, make_head
+from electra_ds.finetuning.inputs import TaskBatchBuilder, TaskInputs, evaluation_chunks
 from electra_ds.finetuning.task_sets import Judged, Outputs, TaskSets
+from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint, remove
 from electra_ds.training.engine import Engine
 from electra_ds.training.loop import TrainingLoop, train
 from electra_ds.training.saver import CheckpointSaver
 from electra_ds.training.throughput import Throughput
-from electra_ds.training.tracking import TrainingDisplay, read_metrics
+from electra_ds.training.tracking import read_metrics
 
+_log = logging.getLogger(__name__)
 SCORES = "scores.json"
 _FORMAT = 1
 _LEAST_ROWS = 32
-"""Inputs that an evaluation takes at a time, however small the micro-batches are: it keeps nothing for a backward
-pass."""
+"""The fewest inputs that an evaluation takes at a time, however small the micro-batches are: it keeps nothing for a
+backward pass."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,15 @@ class FinetuneJob:
         return self.run.record_files(self.recipe, plan, self.record) | self.encoder.files()
 
 
-def finetune(job: FinetuneJob, ranks: Ranks, console: Console, time_limit_s: float | None = None) -> bool:
-    """As `loop.train`; what a finished run leaves behind is said above."""
-    return train(lambda: FinetuneLoop(job, ranks, console), job, ranks, time_limit_s)
+def finetune(
+    job: FinetuneJob, ranks: Ranks, time_limit_s: float | None = None, callbacks: Sequence[Callback] = ()
+) -> bool:
+    """Train as `loop.train` does; what a finished run leaves behind is said above."""
+    return train(lambda: FinetuneLoop(job, ranks, callbacks), job, ranks, time_limit_s)
 
 
 def task_model(job: FinetuneJob) -> TaskModel:
-    """Encoder and head as training begins with them."""
+    """Return encoder and head with the weights that training begins with."""
     encoder = make_encoder(job.encoder.config, job.recipe.seed)
     if job.encoder.tensors:
         encoder.load_state_dict(job.encoder.tensors, strict=True)
@@ -90,34 +94,39 @@ def task_model(job: FinetuneJob) -> TaskModel:
 class FinetuneLoop(TrainingLoop):
     job: FinetuneJob
 
-    def __init__(self, job: FinetuneJob, ranks: Ranks, console: Console) -> None:
+    def __init__(self, job: FinetuneJob, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> None:
         builder = TaskBatchBuilder(
             job.sets.train, job.recipe.global_batch_size, job.recipe.seed, job.training.optimizer.loss
         )
         throughput = Throughput(devices.device(ranks.launch), None, lambda batch: 0.0)
-        super().__init__(job, ranks, console, builder, throughput)
+        super().__init__(job, ranks, builder, throughput, callbacks)
         self.evaluation_rows = max(self.evaluation_rows, _LEAST_ROWS)
         self._best_folder = CheckpointFolder(job.run.path / "best", keep=1)
         self._best_saver = CheckpointSaver(self._best_folder, ranks)
-        with ranks.together():
-            if ranks.is_main and self._best_folder.folder.is_dir():
-                self._forget_later_best()
         self._best_step = 0
         self._judged: dict[str, Judged] = {}
         """Of the last evaluation, on the main rank."""
-        self._history: list[tuple[int, float]] = ranks.broadcast(self._earlier_evaluations())
+        self._history: list[tuple[int, float]] = []
         """(step, the score that choices are made by) of each evaluation."""
+
+    def start(self, stack: contextlib.ExitStack) -> None:
+        super().start(stack)
+        job, ranks = self.job, self.ranks
+        with ranks.together():
+            if ranks.is_main and self._best_folder.folder.is_dir():
+                self._forget_later_best()
+        self._history = ranks.broadcast(self._earlier_evaluations())
         with ranks.together():
             if job.record.settings.best and self._history and not self._best_folder.paths():
                 raise CheckpointError(
                     f"The best evaluation's weights are gone from {self._best_folder.folder}. Put them back, or start "
                     f"a new run."
                 )
-        if self._history and self._history[-1][0] == self.step and self._is_in_vain():
+        if self._history and self._history[-1][0] == self.step and self._is_patience_spent():
             self.ends_early = "done"
 
     def _forget_later_best(self) -> None:
-        """Remove what evaluations kept that are done again."""
+        """Remove the weights that were kept by evaluations after this step, which are done again."""
         for path in self._best_folder.paths():
             if path.name > self._best_folder.path(self.step).name:
                 try:
@@ -131,7 +140,7 @@ class FinetuneLoop(TrainingLoop):
         rates = finetuning_rates(training.num_hidden_layers, training.optimizer)
         return Engine(task_model(self.job), training, self.plan, self.device, rates)
 
-    def shown(self, values: Mapping[str, float | None]) -> str:
+    def shown(self, values: Metrics) -> str:
         loss = values.get("loss")
         return f"loss {'not finite' if loss is None else f'{loss:.4f}'}"
 
@@ -144,12 +153,12 @@ class FinetuneLoop(TrainingLoop):
 
     # --- evaluation
 
-    def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
+    def evaluate(self) -> Mapping[str, float]:
         sets = self.job.sets
         self._judged = self._judge(sets.dev)
         for name, judged in self._judged.items():
             constant = "" if judged.constant is None else f"; every prediction is {judged.constant}"
-            display.say(f"{name} at step {self.step}: {sets.shown(judged.metrics, judged.baseline)}{constant}")
+            _log.info(f"{name} at step {self.step}: {sets.shown(judged.metrics, judged.baseline)}{constant}")
         scores = self.ranks.broadcast({name: judged.metrics for name, judged in self._judged.items()})
         if self._is_of_schedule(self.step):
             self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
@@ -158,12 +167,12 @@ class FinetuneLoop(TrainingLoop):
         return {f"{name}/{metric}": value for name, metrics in scores.items() for metric, value in metrics.items()}
 
     def _is_of_schedule(self, step: int) -> bool:
-        """Whether a run that is never stopped is evaluated there: where --stop-at has it evaluated too, nothing is
-        chosen, so that it ends as that one does."""
+        """Return whether a run that is never stopped is evaluated at this step. Other evaluations, such as those of
+        --stop-at, choose nothing, so that a run that is stopped ends like one that is not."""
         return step % self.job.record.settings.eval_every == 0 or step == self.job.total_steps
 
     def _judge(self, sets: Mapping[str, TaskInputs]) -> dict[str, Judged]:
-        """On the main rank; the others only compute their share."""
+        """Return the results of each set on the main rank; the others only compute their share."""
         judged = {}
         for name, inputs in sets.items():
             outputs = self._outputs(inputs)
@@ -172,14 +181,14 @@ class FinetuneLoop(TrainingLoop):
         return judged
 
     def _outputs(self, inputs: TaskInputs) -> Outputs:
-        """The head's scores of each input, in order; on every rank, which share the work."""
+        """Return the head's scores of each input, in order, on every rank; the ranks share the work."""
         chunks, world_size = evaluation_chunks(inputs, self.evaluation_rows), self.ranks.world_size
         own: list[list[dict[str, np.ndarray]]] = []
         for turn in range(-(-len(chunks) // world_size)):
             index = turn * world_size + self.ranks.rank
             # At stage 3 all ranks run the model together, so one without a share left runs the last again.
             rows = chunks[min(index, len(chunks) - 1)]
-            scores = self.engine.evaluate(inputs.micro_batch(rows, with_labels=False)).scores
+            scores = self._engine.evaluate(inputs.micro_batch(rows, with_labels=False)).scores
             arrays = {name: tensor.cpu().numpy() for name, tensor in scores.items()}
             if index < len(chunks):
                 own.append([{name: array[row] for name, array in arrays.items()} for row in range(len(rows))])
@@ -191,26 +200,26 @@ class FinetuneLoop(TrainingLoop):
         if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
             raise TrainingError(
                 f"The model's scores are not finite at step {self.step}, so training has diverged and nothing can be "
-                f"scored. Lower optimizer.learning_rate, or look into the weights that it began with."
+                f"scored. Lower optimizer.learning_rate, or check the weights that it began with."
             )
         return outputs
 
     def _choose(self, score: float) -> None:
-        """Keep the weights where they are the best so far, and see whether it is time to stop."""
+        """Keep the weights if they are the best so far, and decide whether to stop."""
         before = [(step, earlier) for step, earlier in self._history if step < self.step]
         self._history = [*before, (self.step, score)]
         if self.job.record.settings.best and (not before or score > max(earlier for _, earlier in before)):
-            self._best_saver.save(self.engine.optimizer, self._state(), self.record_files)
+            self._best_saver.save(self._engine.optimizer, self._state(), self.record_files)
             self._best_saver.finish()
-        self.ends_early = "done" if self._is_in_vain() else None
+        self.ends_early = "done" if self._is_patience_spent() else None
 
-    def _is_in_vain(self) -> bool:
-        """Whether as many evaluations as --early-stopping says have brought nothing better than the first best one."""
+    def _is_patience_spent(self) -> bool:
+        """Return whether as many evaluations as --early-stopping says were no better than the best one before."""
         patience, scores = self.job.record.settings.early_stopping, [score for _, score in self._history]
         return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
 
     def _earlier_evaluations(self) -> list[tuple[int, float]]:
-        """Those that metrics.jsonl tells of; for the main rank."""
+        """Return the history of the run so far from metrics.jsonl, on the main rank."""
         sets = self.job.sets
         name = sets.chosen_by if len(sets.dev) == 1 else f"{next(iter(sets.dev))}/{sets.chosen_by}"
         path = self.job.run.metrics
@@ -225,7 +234,7 @@ class FinetuneLoop(TrainingLoop):
     # --- the end
 
     def finish(self) -> None:
-        """Score and predict with the weights that are kept, and write it all down."""
+        """Score and predict with the weights that are kept, and write the results."""
         settings = self.job.record.settings
         if settings.best:
             self._take_best()
@@ -246,8 +255,8 @@ class FinetuneLoop(TrainingLoop):
                     + "".join(f": {problem}" for problem in damaged.values())
                 )
             checkpoint = open_checkpoint(path)
-            checkpoint.check(self.engine.optimizer.shapes(), self.engine.optimizer.trained())
-        self.engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
+            checkpoint.check(self._engine.optimizer.shapes(), self._engine.optimizer.trained())
+        self._engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self._best_step = int(checkpoint.state["step"])
 
     def _write(self, judged: Mapping[str, Judged]) -> None:
@@ -268,15 +277,11 @@ class FinetuneLoop(TrainingLoop):
             "training_examples": job.record.num_examples,
             "step": self._best_step if best else self.step,
             "chosen": chosen,
-            "sets": {
-                name: self._written(name, of)
-                for name, of in judged.items()
-            },
-        }  # fmt: skip
-        for of in judged.values():
-            for name, content in of.files.items():
-                write_file(job.run.path / name, content)
-        write_file(job.run.path / SCORES, json.dumps(scores, indent=2) + "\n")
+            "sets": {name: self._written(name, of) for name, of in judged.items()},
+        }
+        files = {name: content for of in judged.values() for name, content in of.files.items()}
+        for name, content in (files | {SCORES: json.dumps(scores, indent=2) + "\n"}).items():
+            _write_file(job.run.path / name, content)
 
     def _written(self, name: str, of: Judged) -> dict[str, Any]:
         """Return what scores.json says about a set."""
@@ -293,8 +298,8 @@ class FinetuneLoop(TrainingLoop):
         return said | of.details
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Whole or not at all. Raises CheckpointError if the disk is full."""
+def _write_file(path: Path, content: str | bytes) -> None:
+    """Write a file, completely or not at all. Raises CheckpointError if the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """GLUE from its official files, as https://gluebenchmark.com/tasks and its download script lay them out.
 
 The formats are those that the loader of the Hub's dataset reads (huggingface/datasets 1.x, datasets/glue/glue.py):
-tab-separated, no quoting, a header everywhere but in CoLA's train and dev. Columns are found by the header's names.
+tab-separated, no quoting, with a header except in CoLA's train and dev. Columns are found by the header's names.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from electra_ds.core.errors import DataError
-from electra_ds.core.suggest import did_you_mean
-from electra_ds.finetuning.own_files import Table, read_jsonl, read_tsv
-from electra_ds.finetuning.tasks import Examples, Task, TaskData, task_data
+from electra_ds.core.errors import DataError, did_you_mean
+from electra_ds.finetuning.tasks import Examples, Table, Task, TaskData, read_jsonl, read_table, task_data
 
 _NLI = ("entailment", "neutral", "contradiction")
 _ENTAILED = ("entailment", "not_entailment")
@@ -50,7 +48,7 @@ GLUE: dict[str, Task] = {
         _classes("wnli", "WNLI.tsv", ("not_entailment", "entailment"), _BINARY),
     )
 }  # fmt: skip
-"""By name. Classes are in the order of the Hub's dataset, metrics are GLUE's (Wang et al. 2019, table 1)."""
+"""The tasks by name. Classes are in the order of the Hub's dataset, metrics are GLUE's (Wang et al. 2019, table 1)."""
 
 OFFICIAL_ROWS: dict[str, dict[str, int]] = {
     "cola": {"train": 8551, "dev": 1043, "test": 1063},
@@ -74,7 +72,11 @@ class _Columns(NamedTuple):
     pair: str | None
     label: str
     ids: str = "index"
-    """What a test's rows are called; where there is no such column, their number from 0."""
+    """The names of a test set's rows; without such a column they are numbered from 0."""
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.text, self.pair] if self.pair else [self.text]
 
 
 _COLUMNS = {
@@ -98,23 +100,29 @@ _MNLI_SETS = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mi
 _AX_FILES = ("AX.tsv", "diagnostic.tsv", "diagnostic-full.tsv")
 _MRPC_ORIGINAL = {"train": "msr_paraphrase_train.txt", "dev": "msr_paraphrase_train.txt"}
 _MRPC_TEST = "msr_paraphrase_test.txt"
+_MRPC_IDS = ("#1 ID", "#2 ID")
 _MRPC_DEV_IDS = ("dev_ids.tsv", "mrpc_dev_ids.tsv")
 
 
+def glue_task(name: str) -> Task:
+    """Return a task. Raises DataError for an unknown one."""
+    if name not in GLUE:
+        raise DataError(f"There is no GLUE task '{name}'{did_you_mean(name, GLUE)}. They are {', '.join(GLUE)}.")
+    return GLUE[name]
+
+
 def load_glue(name: str, folder: Path) -> TaskData:
-    """A task from its own folder, or from the folder that holds the tasks' folders in their official names.
+    """Read a task from its own folder, or from the folder that holds the tasks' folders in their official names.
 
     Each set comes from the first of its files that is there: SET.tsv; for MNLI then SET.jsonl (premise, hypothesis and
     label, or the names of the TSV); for MRPC then the original msr_paraphrase_train.txt, split by dev_ids.tsv, and
-    msr_paraphrase_test.txt. The diagnostic set is looked for in AX or diagnostic, in MNLI's folder and beside it. Sets
-    without a file are left out. Test sets have no labels here, even where a file has them (MRPC): they are GLUE's to
-    score. The diagnostic set's are public, and read from diagnostic-full.tsv.
+    msr_paraphrase_test.txt. The diagnostic set is looked for in AX or diagnostic, in MNLI's folder and next to it. Sets
+    without a file are left out. Test sets have no labels here, even if a file has them (MRPC): only GLUE's site scores
+    them. The labels of the diagnostic set are public, and read from diagnostic-full.tsv.
 
     Raises DataError for an unknown task, a folder with none of its files, and files that break their format.
     """
-    task = GLUE.get(name)
-    if task is None:
-        raise DataError(f"There is no GLUE task '{name}'{did_you_mean(name, GLUE)}. They are {', '.join(GLUE)}.")
+    task = glue_task(name)
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder} with the files of {name}.")
     own = _task_folder(name, folder)
@@ -122,8 +130,8 @@ def load_glue(name: str, folder: Path) -> TaskData:
     for set_name in _MNLI_SETS if name == "mnli" else ("train", "dev", "test"):
         _read_set(reading, set_name)
     if name == "mnli" and reading.sets:
-        beside = own.absolute().parent
-        _read_ax(reading, [own, *_children(beside, _AX_FOLDERS), beside])
+        parent = own.absolute().parent
+        _read_ax(reading, [own, *_children(parent, _AX_FOLDERS), parent])
     if not reading.sets:
         looked_for = ", ".join(dict.fromkeys(reading.looked_for))
         raise DataError(
@@ -137,14 +145,15 @@ def load_glue(name: str, folder: Path) -> TaskData:
 
 
 def differing_rows(data: TaskData) -> list[str]:
-    """A sentence for each set of a GLUE task that has not the official number of rows, or is missing and scored by."""
+    """Return a sentence for each set of a GLUE task that does not have the official number of rows, or that is missing
+    and needed for its scores."""
     name, sets = data.task.name, data.sets()
     said = []
     for each, rows in OFFICIAL_ROWS.get(name, {}).items():
         if each in sets and len(sets[each]) != rows:
             said.append(f"{name}: {each} has {len(sets[each]):,} rows, officially {rows:,}.")
         elif each not in sets and each.startswith("dev"):
-            said.append(f"{name}: there is no {each}, so nothing is scored by it.")
+            said.append(f"{name}: there is no {each}, so it is not scored.")
     return said
 
 
@@ -164,36 +173,29 @@ class _Reading:
         return next(iter(_children(folder or self.folder, names)), None)
 
     def add(self, set_name: str, table: Table, columns: _Columns, *, has_labels: bool) -> None:
-        """Rows of QQP without a label and MNLI's without a gold label ("-") are left out and counted."""
+        """Add a set. Rows of QQP without a label and MNLI's without a gold label ("-") are left out and counted."""
         self.read.append(table.path)
-        kept, labels = list(range(len(table))), None
-        num_unlabelled = 0
+        labels, num_unlabelled = None, 0
         if has_labels:
-            words = table.columns[columns.label]
             missing = {"qqp": "", "mnli": "-"}.get(self.task.name)
-            kept = [index for index in kept if words[index] != missing]
-            num_unlabelled = len(words) - len(kept)
-            labels = _labels(self.task, table, words, kept)
+            kept = [index for index, word in enumerate(table.column(columns.label)) if word != missing]
+            num_unlabelled = len(table) - len(kept)
+            table = table.select(kept)
+            labels = _labels(self.task, table, table.column(columns.label))
         for count, problem in (
-            (table.num_short, "left out since they lack a column"),
-            (num_unlabelled, "left out since they have no label"),
-            (table.num_long, "with more columns than the header, which are passed over"),
+            (table.num_short, "left out because they lack a column"),
+            (num_unlabelled, "left out because they have no label"),
+            (table.num_long, "with more columns than the header, the rest of which is ignored"),
         ):
             if count:
                 self.remarks.append(f"{table.path}: rows {problem}: {count}.")
-        numbers = list(map(str, table.numbers))
+        ids = list(map(str, table.numbers))
         if columns.ids in table.columns:
-            if table.columns[columns.ids] != numbers and not has_labels:
+            if table.column(columns.ids) != ids and not has_labels:
                 self.remarks.append(f"{table.path}: '{columns.ids}' does not count from 0, as GLUE's site wants it.")
-            numbers = table.columns[columns.ids]
-        texts = table.columns[columns.text]
-        pairs = table.columns[columns.pair] if columns.pair else None
-        self.sets[set_name] = Examples(
-            [numbers[index] for index in kept],
-            [texts[index] for index in kept],
-            None if pairs is None else [pairs[index] for index in kept],
-            labels,
-        )
+            ids = table.column(columns.ids)
+        pairs = table.column(columns.pair) if columns.pair else None
+        self.sets[set_name] = Examples(ids, table.column(columns.text), pairs, labels)
 
 
 def _read_set(reading: _Reading, name: str) -> None:
@@ -205,10 +207,8 @@ def _read_set(reading: _Reading, name: str) -> None:
     elif task == "mnli" and (path := reading.find(f"{name}.jsonl")):
         table = read_jsonl(path)
         columns = _MNLI_JSON if "premise" in table.names else columns
-        for column in columns[: 2 if is_test else 3]:
-            if column not in table.columns:
-                there = table.unusable.get(str(column), f"its keys are {', '.join(table.names)}")
-                raise DataError(f"{path}: not every line has a text '{column}'; {there}.")
+        for column in (*columns.texts, *([] if is_test else [columns.label])):
+            table.column(column)  # raises DataError if not every line has it
     elif task == "mrpc" and (path := reading.find(_MRPC_TEST if is_test else _MRPC_ORIGINAL[name])):
         table = _read(path, columns, is_test) if is_test else _original_mrpc(reading, path, name)
     else:
@@ -219,34 +219,35 @@ def _read_set(reading: _Reading, name: str) -> None:
 def _read(
     path: Path, columns: _Columns, is_test: bool, *, header: Sequence[str] | None = None, skip_short: bool = False
 ) -> Table:
-    texts = [columns.text, *([columns.pair] if columns.pair else [])]
-    wanted = texts if is_test else [*texts, columns.label]
+    needed = columns.texts if is_test else [*columns.texts, columns.label]
     # An `id` of QQP's train and dev is the pair's in Quora's data.
     ids = [columns.ids] if is_test or columns.ids == "index" else []
-    return read_tsv(path, wanted, optional=ids, header=header, skip_short=skip_short)
+    wanted = [*needed, *ids, *_MRPC_IDS]
+    table = read_table(path, "\t", is_quoted=False, header=header, wanted=wanted, skip_short=skip_short)
+    for column in needed:
+        table.column(column)  # raises DataError if it is not there
+    return table
 
 
 def _original_mrpc(reading: _Reading, path: Path, name: str) -> Table:
-    """The rows of the original training file that dev_ids.tsv makes dev, or the others."""
+    """Return the rows of the original training file that dev_ids.tsv makes dev, or the others."""
     ids = reading.find(*_MRPC_DEV_IDS)
     if ids is None:
         raise DataError(
-            f"{path} holds MRPC's train and dev in one; {_MRPC_DEV_IDS[0]} says which is which. Put it beside it: "
+            f"{path} holds MRPC's train and dev in one; {_MRPC_DEV_IDS[0]} says which is which. Put it next to it: "
             f"https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv"
         )
-    listed = read_tsv(ids, ("#1 ID", "#2 ID"), header=("#1 ID", "#2 ID"))
-    dev = set(zip(listed.columns["#1 ID"], listed.columns["#2 ID"], strict=True))
-    columns = _COLUMNS["mrpc"]
-    table = read_tsv(path, ["#1 ID", "#2 ID", columns.text, columns.pair or "", columns.label])
-    pairs = zip(table.columns["#1 ID"], table.columns["#2 ID"], strict=True)
-    chosen = [index for index, pair in enumerate(pairs) if (pair in dev) == (name == "dev")]
-    picked = {key: [values[index] for index in chosen] for key, values in table.columns.items()}
-    numbers, lines = ([values[index] for index in chosen] for values in (table.numbers, table.lines))
-    return Table(path, table.names, picked, lines, numbers, num_long=table.num_long)
+
+    def pairs(table: Table) -> list[tuple[str, str]]:
+        return list(zip(*(table.column(column) for column in _MRPC_IDS), strict=True))
+
+    dev = set(pairs(read_table(ids, "\t", is_quoted=False, header=_MRPC_IDS)))
+    table = _read(path, _COLUMNS["mrpc"], is_test=False)
+    return table.select([index for index, pair in enumerate(pairs(table)) if (pair in dev) == (name == "dev")])
 
 
 def _read_ax(reading: _Reading, folders: Iterable[Path]) -> None:
-    """MNLI's test set "ax", with labels where a file has them: they are public."""
+    """Read MNLI's test set "ax", with labels if a file has them: they are public."""
     for folder in folders:
         *plain, full = _AX_FILES
         if path := reading.find(full, folder=folder):
@@ -257,26 +258,25 @@ def _read_ax(reading: _Reading, folders: Iterable[Path]) -> None:
             return
 
 
-def _labels(task: Task, table: Table, words: list[str], kept: list[int]) -> np.ndarray:
-    """int64 class indices or float64 scores of the rows kept."""
+def _labels(task: Task, table: Table, words: list[str]) -> np.ndarray:
+    """Return int64 class indices or float64 scores."""
     known = {word: index for index, word in enumerate(task.written)}
     low, high = task.score_range or (0.0, 0.0)
     found: list[float] = []
-    for index in kept:
-        word = words[index]
+    for word, line in zip(words, table.lines, strict=True):
         try:
             value = known[word] if known else float(word)
         except (KeyError, ValueError):
             value = np.nan
         if not (known and value == value) and not low <= value <= high:
             expected = f"one of {', '.join(task.written)}" if known else f"a score from {low:g} to {high:g}"
-            raise DataError(f"{table.path}, line {table.lines[index]}: the label '{word}' is not {expected}.")
+            raise DataError(f"{table.path}, line {line}: the label '{word}' is not {expected}.")
         found.append(value)
     return np.array(found, np.int64 if known else np.float64)
 
 
 def _task_folder(name: str, folder: Path) -> Path:
-    """The folder in it in the task's official name, or else it itself.
+    """Return the folder in `folder` with the task's official name, or else `folder` itself.
 
     Raises DataError if it is another task's: some have the same columns.
     """
@@ -289,7 +289,7 @@ def _task_folder(name: str, folder: Path) -> Path:
 
 
 def _children(folder: Path, names: Sequence[str]) -> list[Path]:
-    """What is in the folder in one of these names, in their order; case and hyphens do not matter."""
+    """Return the entries of the folder with one of these names, in their order; case and hyphens do not matter."""
     try:
         there = sorted(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:

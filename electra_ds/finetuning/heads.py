@@ -1,4 +1,4 @@
-"""Heads that a pretrained encoder is finetuned with.
+"""Heads that a pretrained encoder is finetuned with, and the model of an encoder with one of them.
 
 Shape suffixes: B inputs, T positions, H hidden size, C classes, K starts of a beam.
 """
@@ -6,24 +6,33 @@ Shape suffixes: B inputs, T positions, H hidden size, C classes, K starts of a b
 from __future__ import annotations
 
 import math
+import re
+import warnings
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from electra_ds.config.finetune_recipe import HeadSection
-from electra_ds.finetuning.microbatch import TaskMicroBatch
+from electra_ds.config.finetune_recipe import FinetuneOptimizerSection, FinetuneRecipe, HeadSection
+from electra_ds.core.errors import ConfigError
+from electra_ds.finetuning.inputs import TaskMicroBatch
+from electra_ds.training.optimizer import ParameterRates, Rates, pretraining_rates
 
+ENCODER_ONLY = "or export the finetuned encoder without its head: add --encoder-only"
 _EXCLUDED = -1e4
 """Added to the score of a position that cannot be one; fits fp16, and exp of it is 0."""
+_LAYER = re.compile(r"\.(?:layer|layers|h|blocks?)\.(\d+)\.")
 
 
 class TaskOutput(NamedTuple):
-    """What a head makes of a micro-batch."""
+    """The output of a head for a micro-batch."""
 
     loss_sum: torch.Tensor | None
-    """fp32, over the inputs; None where they have no labels."""
+    """fp32, over the inputs; None if they have no labels."""
     scores: dict[str, torch.Tensor]
     """fp32 by name, each with B rows: `logits` [B, C]; or `start` and `end` [B, T]; or of the joint head `start_top`,
     `start_index` [B, K], `end_top`, `end_index` [B, K, K] and `unanswerable` [B]."""
@@ -74,7 +83,7 @@ class SequenceHead(nn.Module):
 
 
 class SpanHead(nn.Module):
-    """Start and end of an answer on their own, as in transformers' models: [B, T, H] -> two times [B, T]."""
+    """Scores of start and end of an answer independently, as in transformers' models: [B, T, H] -> two times [B, T]."""
 
     def __init__(self, section: HeadSection, hidden_size: int) -> None:
         super().__init__()
@@ -91,7 +100,7 @@ class SpanHead(nn.Module):
 
 
 class JointSpanHead(nn.Module):
-    """The end given the start, and a classifier for whether there is an answer (google-research/electra,
+    """Scores of the start, of the end given the start, and of whether there is an answer (google-research/electra,
     finetune/qa/qa_tasks.py)."""
 
     def __init__(self, section: HeadSection, hidden_size: int) -> None:
@@ -150,7 +159,7 @@ def _nats(scores_BT: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
 
 
 def initialise(head: nn.Module, section: HeadSection, seed: int) -> None:
-    """Matrices as the recipe says, keyed by the seed; biases 0."""
+    """Set matrices to random numbers as the recipe says, keyed by the seed, and biases to 0."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -161,3 +170,177 @@ def initialise(head: nn.Module, section: HeadSection, seed: int) -> None:
             else:
                 bound = math.sqrt(6 / sum(parameter.shape))
                 parameter.uniform_(-bound, bound, generator=rng)
+
+
+def make_encoder(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """Return the encoder of this configuration with random weights keyed by the seed, in fp32 and without a pooler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
+    if getattr(encoder, "pooler", None) is not None:
+        setattr(encoder, "pooler", None)  # noqa: B010  # every encoder gets the same head, on its last layer
+    return encoder
+
+
+def make_head(recipe: FinetuneRecipe, hidden_size: int, num_outputs: int | None, is_regression: bool) -> nn.Module:
+    """Return the recipe's head with its initial weights. num_outputs: None for question answering."""
+    section = recipe.head
+    head: nn.Module
+    if num_outputs is not None:
+        head = SequenceHead(section, hidden_size, num_outputs, is_regression)
+    elif section.span == "joint":
+        head = JointSpanHead(section, hidden_size)
+    else:
+        head = SpanHead(section, hidden_size)
+    initialise(head, section, recipe.seed)
+    return head
+
+
+class TaskModel(nn.Module):
+    """Encoder and head as one module; its tensors are `encoder.*`, under transformers' names, and `head.*`."""
+
+    def __init__(self, encoder: PreTrainedModel, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self._autocast_dtype: torch.dtype | None = None
+
+    @property
+    def num_outputs(self) -> int | None:
+        """Scores of an input; None for question answering."""
+        return self.head.out_proj.out_features if isinstance(self.head, SequenceHead) else None
+
+    @staticmethod
+    def encoder_inputs(batch: TaskMicroBatch) -> dict[str, torch.Tensor]:
+        """Return the arguments of transformers' encoder."""
+        inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.attended_BT.long()}
+        return inputs if batch.segments_BT is None else inputs | {"token_type_ids": batch.segments_BT}
+
+    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
+        """See `TrainableModel`. Raises ConfigError if this encoder cannot compute layers again."""
+        self._autocast_dtype = autocast_dtype
+        if not checkpointed_layers:
+            return
+        layers = [module for module in self.encoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not self.encoder.supports_gradient_checkpointing or not layers:
+            raise ConfigError(
+                f"transformers cannot compute layers of {type(self.encoder).__name__} again; remove "
+                f"activation_checkpointing from the DeepSpeed JSON."
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a new name, which older 5.x do not know
+            self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers[checkpointed_layers:]:
+            layer.gradient_checkpointing = False
+
+    def forward(self, batch: TaskMicroBatch) -> TaskOutput:
+        """Return loss and scores of one micro-batch."""
+        # Inside forward, because DeepSpeed's engine switches off an autocast that it was called under.
+        with torch.autocast(batch.ids_BT.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
+            hidden_BTH = self.encoder(**self.encoder_inputs(batch)).last_hidden_state
+            output: TaskOutput = self.head(hidden_BTH, batch)
+        return output
+
+
+# --- learning rates by layer
+
+
+def decay_exponent(name: str, num_layers: int, section: FinetuneOptimizerSection) -> int:
+    """Return how often the decay of learning rates is applied to a parameter of a `TaskModel`.
+
+    A parameter that is neither in a layer nor in the embeddings, such as a last norm, belongs to the last layer.
+    """
+    if name.startswith("head."):
+        return 0
+    match = _LAYER.search(name)
+    if match is not None:
+        depth = int(match[1]) + 1
+    else:
+        depth = 0 if "embeddings" in name else num_layers
+    if section.layer_decay_exponents == "study":
+        return num_layers - max(depth, 1)
+    if section.layer_decay_exponents == "original":
+        return num_layers + 2 - depth
+    return num_layers + 1 - depth
+
+
+def finetuning_rates(num_layers: int, section: FinetuneOptimizerSection) -> Rates:
+    """Return each parameter's learning rate over the schedule's, falling from the head to the embeddings, and whether
+    it decays."""
+
+    def rates(name: str) -> ParameterRates:
+        scale = section.layer_decay ** decay_exponent(name, num_layers, section)
+        return ParameterRates(scale, section.weight_decay_on == "all" or pretraining_rates(name).decays)
+
+    return rates
+
+
+def check_layers(names: Iterable[str], section: FinetuneOptimizerSection) -> None:
+    """Raise ConfigError if learning rates are to fall by layers and the names of an encoder's parameters tell none."""
+    if section.layer_decay < 1 and not any(_LAYER.search(name) for name in names):
+        raise ConfigError(
+            f"optimizer.layer_decay is {section.layer_decay}, but this model's layers cannot be recognised by their "
+            f"parameters' names. Add --set optimizer.layer_decay=1"
+        )
+
+
+# --- heads that transformers' own classes have
+
+
+class NotExportable(NamedTuple):
+    """Why transformers' own classes cannot compute a head."""
+
+    why: str
+    """The reason, without a full stop."""
+    instead: str
+    """Overrides of the recipe with which a class of transformers has such a head; empty if there are none."""
+
+    def __str__(self) -> str:
+        otherwise = f"Finetune with --set {self.instead}, {ENCODER_ONLY}"
+        if not self.instead:
+            otherwise = "Export the finetuned encoder without its head: add --encoder-only"
+        return f"No class of transformers computes what was trained: {self.why}. {otherwise}"
+
+
+def why_not_exportable(
+    recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool, num_outputs: int | None = None
+) -> NotExportable | None:
+    """Return why no class of transformers computes this head, and what to do, or None if one does.
+
+    For question answering with other encoders than ELECTRA, only making the model shows it. num_outputs: scores of an
+    input, if known.
+    """
+    head = recipe.head
+    if is_span:
+        if head.span != "joint":
+            return None
+        return NotExportable(
+            "head.span is joint, a head that scores ends given the start, and transformers' classes for question "
+            "answering score start and end independently",
+            "head.span=independent",
+        )
+    if config.model_type != "electra":
+        return NotExportable(
+            f"this head scores the encoder's output, and transformers' classes for {config.model_type} have other "
+            f"layers before the scores, which are not trained here",
+            "",
+        )
+    if head.pooling != "first":
+        return NotExportable(
+            f"head.pooling is {head.pooling}, and transformers' ElectraForSequenceClassification scores the first "
+            f"token's vector only",
+            "head.pooling=first head.hidden_size=null",
+        )
+    if head.num_layers == 2 and head.hidden_size not in (None, int(config.hidden_size)):
+        return NotExportable(
+            f"head.hidden_size is {head.hidden_size}, and that of transformers' head is the encoder's, "
+            f"{config.hidden_size}",
+            "head.hidden_size=null",
+        )
+    if head.num_layers == 1 and num_outputs is not None and 2 * num_outputs > int(config.hidden_size):
+        return NotExportable(
+            f"head.num_layers is 1, and transformers' head of two layers holds one matrix for at most "
+            f"{int(config.hidden_size) // 2} classes, half of the encoder's hidden size; these are {num_outputs}",
+            "head.num_layers=2",
+        )
+    return None

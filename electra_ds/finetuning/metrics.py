@@ -1,21 +1,30 @@
-"""The metrics of finetuning, through scikit-learn and SciPy, and defined where those warn or give nan.
+"""The metrics of finetuning: for classification and regression through scikit-learn and SciPy, and SQuAD's.
 
 Labels and predictions are class indices or scores, [N], N >= 1. Values are as the libraries give them: shares in
-[0, 1], correlations in [-1, 1].
+[0, 1], correlations in [-1, 1]. A correlation or Matthews' coefficient that is undefined, because every label or every
+prediction is the same, is 0: such a prediction contains no information about the labels. Predictions that are not
+finite have no score: nan.
 
-Where a correlation or Matthews' coefficient is undefined, because every label or every prediction is the same, it
-is 0: such a prediction says nothing of the labels. Predictions that are not finite have no score: nan.
+SQuAD's exact match and F1 are defined as in the official scripts of 1.1 and 2.0
+(https://rajpurkar.github.io/SQuAD-explorer), and are percent.
 """
 
 from __future__ import annotations
 
+import re
+import string
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+Golds = Mapping[str, Sequence[str]]
+"""The accepted answers of every question; none if it is impossible."""
 Values = np.ndarray | Sequence[int] | Sequence[float]
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _LEAST_SPREAD = 0.05
 """Predicted scores count as constant if their standard deviation is less than this share of that of the labels.
 Least squares predicts with a spread of r times that of the labels, so they explain r^2 < 0.3 % of the variance."""
@@ -28,14 +37,14 @@ def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Of class 1 of two; 0 where it was neither there nor predicted."""
+    """Return F1 of class 1 of two; 0 if it was neither there nor predicted."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
 
 
 def _f1_macro(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """The mean over the classes that occur in either."""
+    """Return the mean of F1 over the classes that occur in either."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, predictions, average="macro", zero_division=0))
@@ -56,7 +65,7 @@ def _pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Of ranks, where equal values share the mean of theirs."""
+    """Return the correlation of ranks; equal values share the mean of theirs."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, labels, predictions)
@@ -76,12 +85,12 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearman": _spearman,
     "mse": _mse,
 }
-"""By name. scikit-learn and SciPy are imported when one is computed: they take seconds, which a run spends better
-on its first step."""
+"""The metrics by name. scikit-learn and SciPy are imported when one is computed: they take seconds, which a run spends
+better on its first step."""
 
 
 def score(metrics: Sequence[str], labels: Values, predictions: Values) -> dict[str, float]:
-    """The metrics by name, in the order asked for.
+    """Return the metrics by name, in the order asked for.
 
     Raises ValueError if there are no labels, or not as many predictions.
     """
@@ -117,7 +126,7 @@ def has_constant_predictions(labels: Values, predictions: Values, *, is_regressi
 
 
 def confusion(labels: Values, predictions: Values, num_classes: int) -> list[list[int]]:
-    """How often class i (row) was predicted as class j (column)."""
+    """Return how often class i (row) was predicted as class j (column)."""
     cells = np.asarray(labels, np.int64) * num_classes + np.asarray(predictions, np.int64)
     counts: list[list[int]] = np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes).tolist()
     return counts
@@ -134,3 +143,141 @@ def _correlation(function: Callable, labels: np.ndarray, predictions: np.ndarray
         warnings.simplefilter("ignore")  # of input so nearly constant that it may come out as nan
         value = float(function(labels.astype(np.float64), predictions.astype(np.float64)).statistic)
     return 0.0 if np.isnan(value) else value
+
+
+# --- SQuAD
+
+
+def normalize(text: str) -> str:
+    """Return the text in lower case, without ASCII punctuation and articles, with single spaces between words."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, gold: str) -> float:
+    """Return 1 if both normalise to the same, else 0."""
+    return float(normalize(prediction) == normalize(gold))
+
+
+def f1(prediction: str, gold: str, *, both_empty: float = 1.0) -> float:
+    """Return F1 of the two bags of words. both_empty: the score of two empty ones, 1 in SQuAD 2.0 and 0 in 1.1."""
+    predicted, wanted = normalize(prediction).split(), normalize(gold).split()
+    if not predicted and not wanted:
+        return both_empty
+    shared = sum((Counter(predicted) & Counter(wanted)).values())
+    return 2 * shared / (len(predicted) + len(wanted))  # = 2PR / (P + R) with P = shared/predicted, R = shared/wanted
+
+
+def evaluate_squad1(golds: Golds, predictions: Mapping[str, str]) -> dict[str, float]:
+    """Return exact_match and f1 (for each question the best over its answers, then the mean over all questions), and
+    `total`, the number of questions.
+
+    A question without a prediction scores 0; `unanswered` counts these.
+    """
+    exact, overlap, unanswered = 0.0, 0.0, 0
+    for question, answers in golds.items():
+        prediction = predictions.get(question)
+        if prediction is None:
+            unanswered += 1
+            continue
+        exact += max(exact_match(prediction, answer) for answer in answers)
+        overlap += max(f1(prediction, answer, both_empty=0.0) for answer in answers)
+    total = len(golds)
+    return {"exact_match": _percent(exact, total), "f1": _percent(overlap, total), "total": total} | (
+        {"unanswered": unanswered} if unanswered else {}
+    )
+
+
+def evaluate_squad2(
+    golds: Golds,
+    predictions: Mapping[str, str],
+    na_scores: Mapping[str, float] | None = None,
+    na_threshold: float = 0.0,
+) -> dict[str, float]:
+    """Return exact, f1, total, the same with HasAns_ and NoAns_ for answerable and impossible questions if there are
+    any, and with na_scores best_exact, best_exact_thresh, best_f1, best_f1_thresh.
+
+    predictions: with na_scores every question's best answer as if it had one, which is replaced by none if the score is
+    above na_threshold (one without a score is kept); without them final, "" for no answer. The official
+    script leaves a question without a prediction out of `total` and then fails on it; here it scores 0 and is counted,
+    as in 1.1.
+    """
+    exact_raw, f1_raw = _raw_scores(golds, predictions)
+    exact, overlap = exact_raw, f1_raw
+    if na_scores is not None:
+        na_scores = {each: na_scores.get(each, -float("inf")) for each in golds if each in predictions}
+        exact = _with_threshold(exact_raw, golds, na_scores, na_threshold)
+        overlap = _with_threshold(f1_raw, golds, na_scores, na_threshold)
+    result: dict[str, float] = {}
+    for prefix, chosen in (
+        ("", list(golds)),
+        ("HasAns_", [question for question, answers in golds.items() if answers]),
+        ("NoAns_", [question for question, answers in golds.items() if not answers]),
+    ):
+        if chosen or not prefix:
+            result[f"{prefix}exact"] = _percent(sum(exact[question] for question in chosen), len(chosen))
+            result[f"{prefix}f1"] = _percent(sum(overlap[question] for question in chosen), len(chosen))
+            result[f"{prefix}total"] = len(chosen)
+    if unanswered := sum(question not in predictions for question in golds):
+        result["unanswered"] = unanswered
+    if na_scores is not None:
+        for key, scores in (("exact", exact_raw), ("f1", f1_raw)):
+            best, threshold = best_threshold(golds, predictions, scores, na_scores)
+            result |= {f"best_{key}": best, f"best_{key}_thresh": threshold}
+    return result
+
+
+def evaluate_squad(
+    name: str,
+    golds: Golds,
+    predictions: Mapping[str, str],
+    na_scores: Mapping[str, float] | None = None,
+    na_threshold: float = 0.0,
+) -> dict[str, float]:
+    """Return the scores of the official script of the data set, squad1 or squad2."""
+    if name == "squad1":
+        return evaluate_squad1(golds, predictions)
+    return evaluate_squad2(golds, predictions, na_scores, na_threshold)
+
+
+def best_threshold(
+    golds: Golds, predictions: Mapping[str, str], scores: Mapping[str, float], na_scores: Mapping[str, float]
+) -> tuple[float, float]:
+    """Return (best percent, its threshold) as the script's find_best_thresh, which starts from no question being
+    answered and answers them in the order of rising na_scores. As there, a threshold may separate questions of equal
+    score, and the threshold of answering none is 0."""
+    current = best = float(sum(not answers for answers in golds.values()))
+    threshold = 0.0
+    for question in sorted((question for question in na_scores if question in golds), key=lambda each: na_scores[each]):
+        if golds[question]:
+            current += scores[question]
+        elif predictions.get(question):
+            current -= 1
+        if current > best:
+            best, threshold = current, na_scores[question]
+    return _percent(best, len(golds)), threshold
+
+
+def _raw_scores(golds: Golds, predictions: Mapping[str, str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return (exact match, f1) of every question, without a threshold."""
+    exact, overlap = dict.fromkeys(golds, 0.0), dict.fromkeys(golds, 0.0)
+    for question, answers in golds.items():
+        if question in predictions:
+            # Answers that normalise to nothing do not count; if none is left, no answer is the only right one.
+            wanted = [answer for answer in answers if normalize(answer)] or [""]
+            exact[question] = max(exact_match(predictions[question], answer) for answer in wanted)
+            overlap[question] = max(f1(predictions[question], answer) for answer in wanted)
+    return exact, overlap
+
+
+def _with_threshold(
+    scores: Mapping[str, float], golds: Golds, na_scores: Mapping[str, float], threshold: float
+) -> dict[str, float]:
+    """Return the scores in which questions whose na_score is above the threshold count as not answered."""
+    return {
+        question: float(not golds[question]) if na_scores.get(question, threshold) > threshold else score
+        for question, score in scores.items()
+    }
+
+
+def _percent(points: float, total: int) -> float:
+    return 100.0 * points / total if total else 0.0

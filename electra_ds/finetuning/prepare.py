@@ -15,9 +15,8 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, recipe_source
-from electra_ds.config.moved import read_where_it_is
 from electra_ds.config.options import FinetuneOptions, TaskSource
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_where_it_is
 from electra_ds.config.run_record import FinetuneRecord, FinetuneSettings
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError
@@ -26,12 +25,10 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.core.terminal import StageProgress, say, say_command, warn
 from electra_ds.finetuning.advice import advice
 from electra_ds.finetuning.encoder_source import EncoderSource, finetuned_encoder, read_encoder
-from electra_ds.finetuning.exportable import why_not_held
 from electra_ds.finetuning.finetune import SCORES, FinetuneJob
 from electra_ds.finetuning.glue import GLUE
-from electra_ds.finetuning.layer_decay import check_layers
-from electra_ds.finetuning.loaded_task import LoadedTask
-from electra_ds.finetuning.recorded_task import recorded_task
+from electra_ds.finetuning.heads import check_layers, why_not_exportable
+from electra_ds.finetuning.loaded_task import LoadedTask, recorded_task
 from electra_ds.finetuning.squad import SquadData
 from electra_ds.finetuning.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.finetuning.tasks import TaskData
@@ -293,5 +290,5 @@ def _show_scores(job: FinetuneJob, console: Console) -> None:
 
 
 def _how_to_export(run: RunDirectory, recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> str:
-    without_head = why_not_held(recipe, config, is_span) is not None
+    without_head = why_not_exportable(recipe, config, is_span) is not None
     return f"{command('export')} {run.path}{' --encoder-only' if without_head else ''}"

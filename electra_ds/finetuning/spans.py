@@ -1,4 +1,4 @@
-"""From the scores of a window's tokens to answers.
+"""Answers from the scores of the tokens of windows.
 
 A window is one part of a question's context, in a sequence [CLS] question [SEP] window [SEP]. Shape suffixes: T the
 sequence's positions, C its context's tokens, K beams.
@@ -7,15 +7,18 @@ sequence's positions, C its context's tokens, K beams.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from electra_ds.finetuning.squad import Question
+from electra_ds.finetuning.squad_features import Features
+
 N_BEST = 20
 MAX_ANSWER_LENGTH = 30
-"""In tokens. Both numbers are BERT's and the original ELECTRA's."""
+"""Tokens of an answer. Both numbers are BERT's and the original ELECTRA's."""
 BERT_THRESHOLD = 0.0
-"""Of null score minus best score, above which BERT says that there is no answer."""
+"""The difference of null score and best score above which BERT says that there is no answer."""
 
 
 class Candidate(NamedTuple):
@@ -27,47 +30,27 @@ class Candidate(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What is said to one question."""
+    """The answer to one question."""
 
     text: str
     """A slice of the context; "" for no answer."""
     score: float
-    """Of the best span; minus infinity where there is none."""
+    """The score of the best span; minus infinity if there is none."""
     null_score: float
-    """The smallest of the windows'; 0 where none are given."""
+    """The smallest of the windows' scores of no answer; 0 if none are given."""
     n_best: list[tuple[str, float]]
     """(text, score) of the best spans, best first, each text once, none empty."""
     na_score: float
-    """What was compared with the threshold: larger for less of an answer."""
+    """The score that was compared with the threshold; the larger, the less likely an answer."""
 
     @property
     def span(self) -> str:
-        """The best text as if there were an answer, which the official script wants beside `na_score`."""
+        """The best text as if there were an answer, which the official script needs in addition to `na_score`."""
         return self.n_best[0][0] if self.n_best else ""
 
 
-class Asked(Protocol):
-    """A question as far as it is needed here."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def context(self) -> str: ...
-
-
-class Windows(Protocol):
-    """Features as far as they are needed here; one entry a window."""
-
-    @property
-    def question(self) -> np.ndarray: ...
-    @property
-    def offsets(self) -> Sequence[np.ndarray]: ...
-    @property
-    def context(self) -> np.ndarray: ...
-
-
 def null_score(start_logits_T: np.ndarray, end_logits_T: np.ndarray) -> float:
-    """BERT's score of no answer: the span that is [CLS] alone."""
+    """Return BERT's score of no answer: that of the span [CLS]."""
     return float(start_logits_T[0]) + float(end_logits_T[0])
 
 
@@ -79,8 +62,9 @@ def independent_candidates(
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
 ) -> list[Candidate]:
-    """BERT's scheme: of the n_best starts and n_best ends, the pairs that are a span of the context, no longer than
-    max_answer_length tokens, whose start has its most context in this window. Score: the sum of both logits.
+    """Return the candidates of BERT's scheme: of the n_best starts and n_best ends, the pairs that are a span of the
+    context, no longer than max_answer_length tokens, whose start has its most context in this window. Score: the sum of
+    both logits.
 
     context: (first position, position after the last); is_max_context_C: bool. Best first, at most n_best; of equals
     the leftmost. BERT ranks all positions and then drops those that may not be; here only those that may be are ranked,
@@ -106,10 +90,10 @@ def joint_candidates(
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
 ) -> list[Candidate]:
-    """The original ELECTRA's, and XLNet's, beam search: row i of the ends belongs to the start i. The same spans are
-    allowed as above. Score: log probability of the start plus that of the end given the start.
+    """Return the candidates of the original ELECTRA's, and XLNet's, beam search: row i of the ends belongs to the start
+    i. The same spans are allowed as above. Score: log probability of the start plus that of the end given the start.
 
-    Whether there is an answer is another head's to say, see `best_answers`.
+    Another head says whether there is an answer, see `best_answers`.
     """
     first, stop = int(context[0]), int(context[1])
     starts_KK = np.broadcast_to(start_index_K[:, None], end_index_KK.shape)
@@ -122,8 +106,8 @@ def joint_candidates(
 
 
 def best_answers(
-    questions: Sequence[Asked],
-    windows: Windows,
+    questions: Sequence[Question],
+    windows: Features,
     candidates: Sequence[Sequence[Candidate]],
     null_scores: Sequence[float] | np.ndarray | None = None,
     *,
@@ -131,13 +115,13 @@ def best_answers(
     against_best: bool = True,
     n_best: int = N_BEST,
 ) -> dict[str, Answer]:
-    """Every question's answer, by its id, from its windows' candidates.
+    """Return every question's answer, by its id, from its windows' candidates.
 
-    null_scores: one a window, or None where every question has an answer (SQuAD 1.1): then always the best span. With
-    them there is no answer where `null score - best score > threshold`, BERT's rule, or with against_best=False where
+    null_scores: one for each window, or None if every question has an answer (SQuAD 1.1): then always the best span.
+    With them there is no answer if `null score - best score > threshold`, BERT's rule, or with against_best=False if
     `null score > threshold`, the original ELECTRA's, whose null score is its answerability logit, at -2.75
     (`qa_na_threshold` of its configure_finetuning.py): finetune/qa/qa_metrics.py writes every question's best span, and
-    beside it the smallest of its windows' logits, which the official script compares with the threshold.
+    with it the smallest of its windows' logits, which the official script compares with the threshold.
     A text is the context from its first token's first character to its last token's last, without whitespace around it.
     """
     pools: list[list[tuple[float, int, Candidate]]] = [[] for _ in questions]
@@ -159,7 +143,7 @@ def best_answers(
 
 
 def _distinct_texts(
-    context: str, windows: Windows, ranked: Sequence[tuple[float, int, Candidate]], n_best: int
+    context: str, windows: Features, ranked: Sequence[tuple[float, int, Candidate]], n_best: int
 ) -> list[tuple[str, float]]:
     best: dict[str, float] = {}
     for score, window, (start, end, _) in ranked:
@@ -173,14 +157,14 @@ def _distinct_texts(
 
 
 def _highest(positions: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """The `count` positions of the highest scores; of equals the leftmost."""
+    """Return the `count` positions of the highest scores; of equals the leftmost."""
     return positions[np.argsort(-scores, kind="stable")[:count]]
 
 
 def _best(
     starts: np.ndarray, ends: np.ndarray, scores: np.ndarray, n_best: int, max_answer_length: int
 ) -> list[Candidate]:
-    """Of pairs, in arrays of one shape, those that are spans, best first; of equals the leftmost, then the shortest."""
+    """Return those pairs, of arrays of one shape, that are spans, best first; of equals the leftmost and shortest."""
     is_span = (ends >= starts) & (ends - starts < max_answer_length)
     starts, ends, scores = starts[is_span], ends[is_span], scores[is_span]
     order = np.lexsort((ends, starts, -scores))[:n_best]

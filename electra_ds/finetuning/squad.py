@@ -25,9 +25,9 @@ OFFICIAL_ROWS: dict[SquadName, dict[str, int]] = {
     "squad1": {"train": 87599, "dev": 10570},
     "squad2": {"train": 130319, "dev": 11873},
 }
-"""Questions of the published files."""
+"""The numbers of questions in the published files."""
 NOT_FOUND = -1
-"""In place of the offset of an answer that does not stand in its context."""
+"""The offset of an answer that is not in its context."""
 _COLUMNS = ("id", "title", "context", "question", "answers")
 _KINDS = {str: "text", list: "a list", dict: "an object", int: "a whole number"}
 _LINK = "https://rajpurkar.github.io/SQuAD-explorer"
@@ -42,37 +42,42 @@ class Question:
     question: str
     context: str
     answers: tuple[str, ...]
-    """As they stand in the context, so that an answer ends at its offset plus its length; one that does not stand
-    there, as it was written. None where the question is impossible."""
+    """The accepted answers as they are in the context, so that one ends at its offset plus its length; one that is not
+    there, as it was written. Empty if the question is impossible."""
     starts: tuple[int, ...]
-    """Character offsets, one an answer; NOT_FOUND for one that does not stand in the context."""
+    """A character offset for each answer; NOT_FOUND for one that is not in the context."""
     is_impossible: bool = False
+
+    @property
+    def is_lost(self) -> bool:
+        """True if there are answers and none of them is in the context."""
+        return bool(self.starts) and max(self.starts) == NOT_FOUND
 
 
 @dataclass(frozen=True)
 class SquadData:
-    """What was read of one of the two data sets."""
+    """One of the two data sets, or a part of it."""
 
     name: SquadName
     train: list[Question]
-    """Without those of `dropped`; empty where there was no such file."""
+    """The training questions without those of `dropped`; empty if there was no such file."""
     dev: list[Question]
     source: str
     fingerprint: str
-    """sha256 over what was read."""
+    """SHA-256 of what was read."""
     dropped: tuple[str, ...] = ()
-    """Ids of training questions none of whose answers stands in the context."""
+    """Ids of training questions none of whose answers is in the context."""
     moved: int = 0
-    """Answers found elsewhere than where they were said to be, or with other whitespace."""
+    """The number of answers found at other offsets than given, or with other whitespace."""
     lost: int = 0
-    """Answers not found, those of the dropped questions included."""
+    """The number of answers not found, those of the dropped questions included."""
 
 
 def load_squad(name: SquadName, folder: Path) -> SquadData:
-    """Of the official files train-v1.1.json and dev-v1.1.json (for squad2, v2.0), or of parts of them: where a file is
+    """Read the official files train-v1.1.json and dev-v1.1.json (for squad2, v2.0), or parts of them: if a file is
     missing, the only one whose name is like train*v1.1*.json is taken. A training file need not be there.
 
-    Raises DataError if there is no dev file or no saying which, and for one that is broken or another data set's.
+    Raises DataError if there is no dev file or several, and for one that is broken or another data set's.
     """
     version = VERSIONS[name]
     if not folder.is_dir():
@@ -94,14 +99,14 @@ def load_squad(name: SquadName, folder: Path) -> SquadData:
 
 
 def load_squad_hub(name: SquadName, repository: str, revision: str | None = None) -> SquadData:
-    """Of a data set of the Hub such as rajpurkar/squad or rajpurkar/squad_v2, or of a folder laid out as there.
+    """Read a data set of the Hub such as rajpurkar/squad or rajpurkar/squad_v2, or a folder laid out as there.
 
     Its splits are train, which need not be there, and validation; a question without answers is impossible. Raises
-    DataError if it cannot be had or is laid out otherwise.
+    DataError if it cannot be fetched or is laid out otherwise.
     """
     path = dataset_path(repository, revision)
     source = f"{repository}{f', revision {revision}' if revision else ''}"
-    with explained(source, "See that it is laid out as rajpurkar/squad is."):
+    with explained(source, "It must be laid out as rajpurkar/squad is."):
         tables = datasets.load_dataset(path, revision=revision)
     if "validation" not in tables:
         raise DataError(f"{source} has no split 'validation'; its splits are {', '.join(map(str, tables))}.")
@@ -112,22 +117,20 @@ def load_squad_hub(name: SquadName, repository: str, revision: str | None = None
 
 
 def notes(data: SquadData) -> list[str]:
-    """What was found amiss and how it was dealt with, a sentence each."""
+    """Return sentences on what was wrong with the data and what was done about it."""
     said = []
     if data.moved:
-        said.append(f"{data.moved} answers did not stand where they were said to; the nearest place was taken.")
+        said.append(f"{data.moved} answers are not at their offsets; the nearest place was taken.")
     if data.lost:
-        said.append(
-            f"{data.lost} answers do not stand in their contexts; they count only where predictions are judged."
-        )
+        said.append(f"{data.lost} answers are not in their contexts; they only count when predictions are judged.")
     if data.dropped:
         shown = f"{', '.join(data.dropped[:3])}{', …' if len(data.dropped) > 3 else ''}"
-        said.append(f"{len(data.dropped)} training questions are left out: no answer stands in the context ({shown}).")
+        said.append(f"{len(data.dropped)} training questions are left out: no answer is in the context ({shown}).")
     return said
 
 
 def differing_rows(data: SquadData) -> list[str]:
-    """A sentence for each part that has not the published number of questions. Dropped ones count as read."""
+    """Return a sentence for each part without the published number of questions. Dropped ones count as read."""
     read = {"train": len(data.train) + len(data.dropped), "dev": len(data.dev)}
     return [
         f"{part} has {read[part]:,} questions, the published file of {data.name} {rows:,}."
@@ -154,7 +157,7 @@ def _read(path: Path, name: SquadName, take: Callable[[bytes], object]) -> list[
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON, or is cut off ({error}). Get it anew from {_LINK}.") from error
+        raise DataError(f"{path} is not JSON, or is cut off ({error}). Download it again from {_LINK}.") from error
     take(hashlib.sha256(content).digest())
     return list(_questions(document, str(path), name))
 
@@ -189,7 +192,7 @@ def _rows(table: Any, where: str, name: SquadName, take: Callable[[bytes], objec
         answers = _field(row, "answers", dict, at)
         texts, starts = _field(answers, "text", list, at), _field(answers, "answer_start", list, at)
         if len(texts) != len(starts):
-            raise DataError(f"{at}: {len(texts)} answers but {len(starts)} offsets. Get the data set anew.")
+            raise DataError(f"{at}: {len(texts)} answers but {len(starts)} offsets. Download the data set again.")
         pairs = [
             (_text({"text": text}, "text", at), _field({"answer_start": start}, "answer_start", int, at))
             for text, start in zip(texts, starts, strict=True)
@@ -208,44 +211,50 @@ def _question(
     if is_impossible and name == "squad1":
         raise DataError(f"{where}: an impossible question, which SQuAD 1.1 does not have. Is it SQuAD 2.0 (squad2)?")
     if is_impossible and answers:
-        raise DataError(f"{where}: is_impossible, and yet there are answers. Get the data anew from {_LINK}.")
+        raise DataError(f"{where}: is_impossible, and yet there are answers. Download the data again from {_LINK}.")
     if not is_impossible and not answers:
         raise DataError(f"{where}: no answers, so nothing can be learned or judged by it. Is it a hidden test set?")
     return Question(*texts, tuple(text for text, _ in answers), tuple(start for _, start in answers), is_impossible)
 
 
 def _checked(data: SquadData) -> SquadData:
-    """The same with each answer looked for in its context, and without training questions that have none there."""
+    """Return the data with each answer located in its context, and without training questions that have none there.
+
+    Raises DataError if an id occurs twice.
+    """
     seen: set[str] = set()
     for question in (*data.train, *data.dev):
         if question.id in seen:
             raise DataError(f"{data.source}: two questions have the id {question.id}. Take each file once.")
         seen.add(question.id)
-    parts: list[list[Question]] = []
-    moved = lost = 0
-    for part in (data.train, data.dev):
-        parts.append([])
-        for question in part:
-            found = [
-                locate(*answer, question.context) for answer in zip(question.answers, question.starts, strict=True)
-            ]
-            lost += sum(start == NOT_FOUND for _, start in found)
-            texts, starts = tuple(text for text, _ in found), tuple(start for _, start in found)
-            moved += sum(
-                new != NOT_FOUND and (old, text) != (new, new_text)
-                for text, old, new_text, new in zip(question.answers, question.starts, texts, starts, strict=True)
-            )
-            parts[-1].append(replace(question, answers=texts, starts=starts))
-    kept = [question for question in parts[0] if question.is_impossible or max(question.starts) != NOT_FOUND]
-    gone = tuple(
-        question.id for question in parts[0] if not question.is_impossible and max(question.starts) == NOT_FOUND
+    train, dev = ([_located(question) for question in part] for part in (data.train, data.dev))
+    pairs = [
+        pair
+        for before, after in zip((*data.train, *data.dev), (*train, *dev), strict=True)
+        for pair in zip(_answers(before), _answers(after), strict=True)
+    ]
+    return replace(
+        data,
+        train=[question for question in train if not question.is_lost],
+        dev=dev,
+        dropped=tuple(question.id for question in train if question.is_lost),
+        moved=sum(before != after and after[1] != NOT_FOUND for before, after in pairs),
+        lost=sum(after[1] == NOT_FOUND for _, after in pairs),
     )
-    return replace(data, train=kept, dev=parts[1], dropped=gone, moved=moved, lost=lost)
+
+
+def _answers(question: Question) -> list[tuple[str, int]]:
+    return list(zip(question.answers, question.starts, strict=True))
+
+
+def _located(question: Question) -> Question:
+    found = [locate(*answer, question.context) for answer in _answers(question)]
+    return replace(question, answers=tuple(text for text, _ in found), starts=tuple(start for _, start in found))
 
 
 def locate(answer: str, start: int, context: str) -> tuple[str, int]:
-    """(the answer as it stands in the context, its offset): at `start` where it stands there, else at the nearest place
-    where it does but for whitespace, else the answer as given and NOT_FOUND."""
+    """Return (the answer as it is in the context, its offset): at `start` if it is there, else at the nearest place
+    where it is, perhaps with other whitespace, else the answer as given and NOT_FOUND."""
     if answer and start >= 0 and answer == answer.strip() and context.startswith(answer, start):
         return answer, start
     pieces = answer.split()

@@ -23,14 +23,14 @@ _LENGTH_WEIGHT = 0.01
 
 @dataclass(frozen=True)
 class Features:
-    """Parallel entries, one a window; a question's windows follow each other, from left to right."""
+    """Windows, as parallel entries; those of a question follow each other, from left to right."""
 
     question: np.ndarray
     """int32 [W], index into the questions."""
     input_ids: list[np.ndarray]
     """int32 [L]: the tokenizer's pair of question and window, such as [CLS] question [SEP] window [SEP]."""
     token_type_ids: list[np.ndarray]
-    """int8 [L], as the tokenizer's template for pairs has them; all 0 where it is like RoBERTa's. What the tokenizer
+    """int8 [L], as the tokenizer's template for pairs has them; all 0 if it is like RoBERTa's. What the tokenizer
     says its model takes does not matter: a plain PreTrainedTokenizerFast says that of none."""
     context: np.ndarray
     """int32 [W, 2]: the position of the window's first context token, and the one after the last."""
@@ -39,7 +39,7 @@ class Features:
     is_max_context: list[np.ndarray]
     """bool [C], whether no other window has more context around the token; of equals the leftmost has it."""
     start_position: np.ndarray
-    """int32 [W], position of the answer's first token; 0, [CLS], where the window does not hold the whole answer. The
+    """int32 [W], position of the answer's first token; 0, [CLS], if the window does not hold the complete answer. The
     original ELECTRA's flag for that is the question's, also in windows of an answerable question without the answer."""
     end_position: np.ndarray
     """int32 [W], that of its last."""
@@ -49,13 +49,13 @@ class Features:
 
 
 class _Template(NamedTuple):
-    """What the tokenizer puts before, between and after a pair; each [2, N]: ids and token types."""
+    """The tokens before, between and after a pair; each [2, N]: ids and token types."""
 
     before: np.ndarray
     between: np.ndarray
     after: np.ndarray
     types: tuple[int, int]
-    """Of the question's and of the context's tokens."""
+    """The types of the question's and of the context's tokens."""
 
     @property
     def length(self) -> int:
@@ -77,24 +77,26 @@ def make_features(
     for_training: bool,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Features:
-    """Windows of at most max_length tokens, the question cut to its first max_query_length tokens.
+    """Return windows of at most max_length tokens, with the question cut to its first max_query_length tokens.
 
     doc_stride is BERT's: how many tokens further a window starts than the one before it (at most the room for the
-    context, so that none is passed over). transformers' `stride` is the overlap instead, room - doc_stride, and differs
+    context, so that none is left out). transformers' `stride` is the overlap instead, room - doc_stride, and differs
     from question to question, as the room does; neither that nor the cut question can be asked of it for many questions
     at once, so each context is tokenized once, without special tokens, and the windows are cut here. They are what
     `tokenizer(question, context, truncation="only_second", stride=overlap, return_overflowing_tokens=True)` gives.
-    An answer that begins or ends inside a token, as `six` of `sixth`, gets the whole token.
+    An answer that begins or ends inside a token, as `six` of `sixth`, gets that token.
 
     for_training: with the first answer's positions; else all of them are 0.
-    An empty context has one window, without context tokens. progress: told how many of the questions are done.
+    An empty context has one window, without context tokens. progress: called with the
+    number of questions done since the last call.
 
     Raises ConfigError if a question leaves no room for its context, DataError for a tokenizer without pairs.
     """
     if max_query_length < 1 or doc_stride < 1:
         raise ConfigError(f"max_query_length={max_query_length} and doc_stride={doc_stride}: both must be at least 1.")
-    builder = _Builder(_template(tokenizer, questions))
+    template = _template(tokenizer, questions)
     contexts: dict[str, _Context] = {}
+    windows: list[_Window] = []
     for begin in range(0, len(questions), _BATCH):
         batch = questions[begin : begin + _BATCH]
         new = list(dict.fromkeys(each.context for each in batch if each.context not in contexts))
@@ -102,21 +104,67 @@ def make_features(
         queries = _tokenize(tokenizer, [each.question for each in batch])["input_ids"]
         for index, (question, query) in enumerate(zip(batch, queries, strict=True), begin):
             query_ids = np.array(query[:max_query_length], np.int32)
-            room = max_length - builder.template.length - len(query_ids)
+            room = max_length - template.length - len(query_ids)
             if room < 1:
                 raise ConfigError(
-                    f"max_length={max_length} leaves no room for the context beside the {len(query_ids)} tokens of "
-                    f"question {question.id} and {builder.template.length} special ones. Raise max_length, or lower "
+                    f"max_length={max_length} leaves no room for the context next to the {len(query_ids)} tokens of "
+                    f"question {question.id} and {template.length} special ones. Raise max_length, or lower "
                     f"max_query_length={max_query_length}."
                 )
             tokens = contexts[question.context]
-            builder.add(index, query_ids, tokens, room, doc_stride, _answer(question, tokens) if for_training else None)
-        progress(begin + len(batch))
-    return builder.features()
+            answer = _answer(question, tokens) if for_training else None
+            windows += _windows(index, query_ids, tokens, template, room, doc_stride, answer)
+        progress(len(batch))
+    places = np.array([window.places for window in windows], np.int32).reshape(-1, 5)
+    return Features(
+        question=places[:, 0],
+        input_ids=[window.tokens[0] for window in windows],
+        token_type_ids=[window.tokens[1].astype(np.int8) for window in windows],
+        context=places[:, 1:3],
+        offsets=[window.offsets for window in windows],
+        is_max_context=[window.is_max_context for window in windows],
+        start_position=places[:, 3],
+        end_position=places[:, 4],
+    )
+
+
+class _Window(NamedTuple):
+    tokens: np.ndarray
+    """int32 [2, L]: ids and token types."""
+    offsets: np.ndarray
+    is_max_context: np.ndarray
+    places: tuple[int, int, int, int, int]
+    """The question's index, the positions of the context's beginning and end, and of the answer's."""
+
+
+def _windows(
+    index: int,
+    query_ids: np.ndarray,
+    context: _Context,
+    template: _Template,
+    room: int,
+    doc_stride: int,
+    answer: tuple[int, int] | None,
+) -> Iterator[_Window]:
+    """Yield the windows of question `index`. answer: the first and the last of its tokens in the context."""
+    query, all_tokens = (
+        np.stack([ids, np.full_like(ids, kind)])
+        for ids, kind in zip((query_ids, context.ids_C), template.types, strict=True)
+    )
+    beginning = np.concatenate([template.before, query, template.between], axis=1)
+    first, length = beginning.shape[1], len(context.ids_C)
+    is_max_contexts = max_contexts(length, room, doc_stride)
+    for (start, stop), is_max in zip(window_spans(length, room, doc_stride), is_max_contexts, strict=True):
+        tokens = np.concatenate([beginning, all_tokens[:, start:stop], template.after], axis=1)
+        positions = (0, 0)
+        if answer is not None and start <= answer[0] and answer[1] < stop:
+            positions = (first + answer[0] - start, first + answer[1] - start)
+        places = (index, first, first + stop - start, *positions)
+        yield _Window(tokens, context.offsets_C2[start:stop], is_max, places)
 
 
 def window_spans(length: int, room: int, doc_stride: int) -> list[tuple[int, int]]:
-    """(first token, token after the last) of the windows over a context of `length` tokens; one for none."""
+    """Return (first token, token after the last) of the windows over a context of `length` tokens; one for none."""
     step, spans = min(room, doc_stride), [(0, min(room, length))]
     while spans[-1][1] < length:
         start = spans[-1][0] + step
@@ -126,8 +174,8 @@ def window_spans(length: int, room: int, doc_stride: int) -> list[tuple[int, int
 
 @lru_cache(4096)
 def max_contexts(length: int, room: int, doc_stride: int) -> tuple[np.ndarray, ...]:
-    """For each window bool [C]: whether min(tokens to its left, to its right) + 0.01 * the window's length is the
-    highest of all windows that hold the token, as in BERT."""
+    """Return for each window bool [C]: whether min(tokens to its left, to its right) + 0.01 * the window's length is
+    the highest of all windows that hold the token, as in BERT."""
     spans = window_spans(length, room, doc_stride)
     scores_WC = np.full((len(spans), length), -np.inf)
     for row, (start, stop) in enumerate(spans):
@@ -135,62 +183,6 @@ def max_contexts(length: int, room: int, doc_stride: int) -> tuple[np.ndarray, .
         scores_WC[row, start:stop] = np.minimum(left, left[::-1]) + _LENGTH_WEIGHT * (stop - start)
     best_C = scores_WC.argmax(0)
     return tuple(best_C[start:stop] == row for row, (start, stop) in enumerate(spans))
-
-
-class _Builder:
-    """Collects windows."""
-
-    def __init__(self, template: _Template) -> None:
-        self.template = template
-        self._ids: list[np.ndarray] = []
-        self._types: list[np.ndarray] = []
-        self._offsets: list[np.ndarray] = []
-        self._is_max: list[np.ndarray] = []
-        self._numbers: list[tuple[int, int, int, int, int]] = []
-
-    def add(
-        self,
-        index: int,
-        query_ids: np.ndarray,
-        tokens: _Context,
-        room: int,
-        doc_stride: int,
-        answer: tuple[int, int] | None,
-    ) -> None:
-        """Question `index`'s windows; answer: the first and the last of its context tokens."""
-        before, between, after, (query_type, context_type) = self.template
-        length = len(tokens.ids_C)
-        first = before.shape[1] + len(query_ids) + between.shape[1]
-        spans = window_spans(length, room, doc_stride)
-        for (start, stop), is_max in zip(spans, max_contexts(length, room, doc_stride), strict=True):
-            size = stop - start
-            self._ids.append(np.concatenate([before[0], query_ids, between[0], tokens.ids_C[start:stop], after[0]]))
-            types = np.zeros(first + size + after.shape[1], np.int8)
-            types[: before.shape[1]] = before[1]
-            types[before.shape[1] : first] = query_type
-            types[first - between.shape[1] : first] = between[1]
-            types[first : first + size] = context_type
-            types[first + size :] = after[1]
-            self._types.append(types)
-            self._offsets.append(tokens.offsets_C2[start:stop])
-            self._is_max.append(is_max)
-            positions = (0, 0)
-            if answer is not None and start <= answer[0] and answer[1] < stop:
-                positions = (first + answer[0] - start, first + answer[1] - start)
-            self._numbers.append((index, first, first + size, *positions))
-
-    def features(self) -> Features:
-        numbers = np.array(self._numbers, np.int32).reshape(-1, 5)
-        return Features(
-            question=numbers[:, 0],
-            input_ids=self._ids,
-            token_type_ids=self._types,
-            context=numbers[:, 1:3],
-            offsets=self._offsets,
-            is_max_context=self._is_max,
-            start_position=numbers[:, 3],
-            end_position=numbers[:, 4],
-        )
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str], **settings: Any) -> Any:
@@ -207,7 +199,8 @@ def _tokenized_contexts(tokenizer: PreTrainedTokenizerFast, contexts: list[str])
 
 
 def _stripped(text: str, offsets_C2: np.ndarray) -> np.ndarray:
-    """Without the whitespace around a token, which byte-level tokenizers count to it; all of it gives an empty span."""
+    """Return the offsets without the whitespace around a token, which byte-level tokenizers include; a token of
+    whitespace gets an empty span."""
     for row in offsets_C2:
         start, stop = int(row[0]), int(row[1])
         if start < stop and (text[start].isspace() or text[stop - 1].isspace()):
@@ -218,7 +211,7 @@ def _stripped(text: str, offsets_C2: np.ndarray) -> np.ndarray:
 
 
 def _answer(question: Question, tokens: _Context) -> tuple[int, int] | None:
-    """The first and the last token that have characters of the first answer that stands in the context, if any has."""
+    """Return the first and the last token of the first answer that is in the context, or None if none is."""
     found = [each for each in zip(question.answers, question.starts, strict=True) if each[1] != NOT_FOUND]
     if question.is_impossible or not found:
         return None
@@ -229,7 +222,7 @@ def _answer(question: Question, tokens: _Context) -> tuple[int, int] | None:
 
 
 def _template(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> _Template:
-    """Read off a pair that the tokenizer made, by which of its tokens belong to neither text."""
+    """Return the template, read off a pair that the tokenizer made: its tokens that belong to neither text."""
     probes = [("a", "b"), ("1", "2"), *((each.question, each.context) for each in questions[:_BATCH])]
     for pair in probes:
         encoded = tokenizer(*pair, padding=False, truncation=False, return_token_type_ids=True, verbose=False)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.core.keyed_random import permutation_at
-from electra_ds.finetuning.batches import TaskInputs, span_inputs, tokenised, unscaled
-from electra_ds.finetuning.metrics import baseline, confusion, has_constant_predictions, score
+from electra_ds.finetuning.inputs import TaskInputs, span_inputs, tokenised, unscaled
+from electra_ds.finetuning.metrics import baseline, confusion, evaluate_squad, has_constant_predictions, score
 from electra_ds.finetuning.spans import (
     Answer,
     Candidate,
@@ -27,45 +27,36 @@ from electra_ds.finetuning.spans import (
 )
 from electra_ds.finetuning.squad import Question, SquadData
 from electra_ds.finetuning.squad_features import Features, make_features
-from electra_ds.finetuning.squad_metrics import Golds, evaluate
-from electra_ds.finetuning.tasks import TaskData
+from electra_ds.finetuning.tasks import Examples, TaskData
 
 _PART = 0xF2
 _AX_METRICS = ("matthews",)  # GLUE's for its diagnostic set
 _SHARES = (
-    "exact_match",
-    "exact",
-    "f1",
-    "HasAns_exact",
-    "HasAns_f1",
-    "NoAns_exact",
-    "NoAns_f1",
-    "best_exact",
-    "best_f1",
-)
+    "exact_match", "exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1", "best_exact", "best_f1",
+)  # fmt: skip
 _OWN_NAMES = {"exact_match": "exact"}
 Outputs = Sequence[Mapping[str, np.ndarray]]
-"""For each input, in order, what a head's `TaskOutput.scores` say of it."""
+"""For each input, in order, its part of a head's `TaskOutput.scores`."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model's outputs over one set come to."""
+    """The result of a model's outputs over one set."""
 
     rows: int
-    metrics: dict[str, float]
-    """Empty where the set has no labels. Shares lie in [0, 1], correlations in [-1, 1]."""
-    baseline: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Empty if the set has no labels. Shares lie in [0, 1], correlations in [-1, 1]."""
+    baseline: dict[str, float] = field(default_factory=dict)
     """The scores of `baseline_prediction` if it is given for every row; empty if there is none."""
-    baseline_prediction: str
-    constant: str | None
+    baseline_prediction: str = ""
+    constant: str | None = None
     """The prediction for all rows, if the labels differ and the predictions do not."""
-    is_beaten: bool
+    is_beaten: bool = False
     """True if the labels differ and the first metric is no better than its baseline."""
-    details: dict[str, Any]
-    """What else scores.json says of the set."""
-    files: dict[str, str | bytes] = field(repr=False)
-    """By name, what is kept of the predictions."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further content of scores.json about the set."""
+    files: dict[str, str | bytes] = field(default_factory=dict, repr=False)
+    """The files of predictions, by name."""
 
 
 class TaskSets(ABC):
@@ -76,7 +67,7 @@ class TaskSets(ABC):
     """Scores that the head gives; None for question answering."""
     is_regression: bool
     labels: tuple[str, ...]
-    """The classes in order; empty where there are none."""
+    """The classes in order; empty if there are none."""
     train: TaskInputs
     dev: dict[str, TaskInputs]
     """Choices are made by the first."""
@@ -88,7 +79,7 @@ class TaskSets(ABC):
 
     @abstractmethod
     def judge(self, name: str, outputs: Outputs) -> Judged:
-        """name: of a set in `dev` or `test`."""
+        """Score the outputs over a set. name: of a set in `dev` or `test`."""
 
     def shown(self, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> str:
         """Return scores for the terminal, each next to its baseline if there is one."""
@@ -98,8 +89,15 @@ class TaskSets(ABC):
         )
 
 
+def _chosen(count: int, max_train: int | None, seed: int) -> list[int]:
+    """Return which of so many examples to train on; if not all, the seed decides."""
+    if max_train is None or max_train >= count:
+        return list(range(count))
+    return [int(index) for index in permutation_at(np.arange(max_train), count, seed, _PART)]
+
+
 class LabelledSets(TaskSets):
-    """Of a classification or regression."""
+    """The sets of a classification or regression."""
 
     def __init__(
         self,
@@ -119,17 +117,14 @@ class LabelledSets(TaskSets):
         self.is_regression = data.task.kind == "regression"
         self.num_outputs = 1 if self.is_regression else len(self.labels)
         self.chosen_by = data.task.metrics[0]
-        train = data.train
-        if max_train is not None and max_train < len(train):
-            train = train.select(permutation_at(np.arange(max_train), len(train), recipe.seed, _PART))
 
-        def inputs(examples: Any, for_training: bool) -> TaskInputs:
+        def inputs(examples: Examples, for_training: bool) -> TaskInputs:
             return tokenised(
                 examples, data.task, tokenizer, recipe,
                 has_segments=has_segments, for_training=for_training, progress=progress,
             )  # fmt: skip
 
-        self.train = inputs(train, True)
+        self.train = inputs(data.train.select(_chosen(len(data.train), max_train, recipe.seed)), True)
         self.dev = {name: inputs(examples, False) for name, examples in data.dev.items()}
         self.test = {name: inputs(examples, False) for name, examples in data.test.items() if len(examples)}
 
@@ -142,29 +137,34 @@ class LabelledSets(TaskSets):
             rows = zip(examples.ids, predictions, strict=True)
             lines = [f"{index}\t{self.task.written_prediction(prediction)}" for index, prediction in rows]
             files[f"submission/{self.task.submission[name]}"] = "\n".join(["index\tprediction", *lines]) + "\n"
-        if examples.labels is None:
-            return Judged(len(examples), {}, {}, "", None, False, {}, files)
+        labels = examples.labels
+        if labels is None:
+            return Judged(len(examples), files=files)
         wanted = _AX_METRICS if name == "ax" else self.task.metrics
-        metrics = score(wanted, examples.labels, predictions)
-        trivial = baseline(wanted, examples.labels, is_regression=self.is_regression)
-        is_beaten = metrics[wanted[0]] <= trivial.metrics[wanted[0]] and len(set(examples.labels.tolist())) > 1
+        metrics = score(wanted, labels, predictions)
+        trivial = baseline(wanted, labels, is_regression=self.is_regression)
         constant = None
-        if has_constant_predictions(examples.labels, predictions, is_regression=self.is_regression):
+        if has_constant_predictions(labels, predictions, is_regression=self.is_regression):
             constant = ("about " if self.is_regression else "") + self._named(float(np.mean(predictions)))
         details: dict[str, Any] = {}
         if not self.is_regression:
-            counts = confusion(examples.labels, predictions, len(self.labels))
-            details = {"labels": list(self.labels), "confusion": counts}
+            details = {"labels": list(self.labels), "confusion": confusion(labels, predictions, len(self.labels))}
         return Judged(
-            len(examples), metrics, trivial.metrics, self._named(trivial.prediction), constant, is_beaten, details,
-            files,
-        )  # fmt: skip
+            len(examples),
+            metrics,
+            trivial.metrics,
+            self._named(trivial.prediction),
+            constant,
+            is_beaten=metrics[wanted[0]] <= trivial.metrics[wanted[0]] and len(np.unique(labels)) > 1,
+            details=details,
+            files=files,
+        )
 
     def _named(self, prediction: float) -> str:
-        """Return a prediction as people read it."""
+        """Return a prediction for messages."""
         return f"{prediction:.4g}" if self.is_regression else f"'{self.labels[int(prediction)]}'"
 
-    def _lines(self, examples: Any, predictions: np.ndarray, logits: np.ndarray) -> str:
+    def _lines(self, examples: Examples, predictions: np.ndarray, logits: np.ndarray) -> str:
         def named(value: Any) -> Any:
             return float(value) if self.is_regression else self.labels[int(value)]
 
@@ -178,7 +178,7 @@ class LabelledSets(TaskSets):
 
 
 class SpanSets(TaskSets):
-    """Of question answering."""
+    """The sets of question answering."""
 
     num_outputs = None
     is_regression = False
@@ -196,40 +196,32 @@ class SpanSets(TaskSets):
         max_train: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
+        """max_train: train on so many questions, which the seed chooses."""
         self._recipe, self._dev = recipe, data.dev
         self.name = data.name
-        questions = data.train
-        if max_train is not None and max_train < len(questions):
-            chosen = permutation_at(np.arange(max_train), len(questions), recipe.seed, _PART)
-            questions = [questions[index] for index in chosen.tolist()]
         section = recipe.data
 
-        def features(of: Sequence[Question], for_training: bool) -> Features:
-            before = [0]
-
-            def advance(done: int) -> None:
-                progress(done - before[0])
-                before[0] = done
-
-            return make_features(
-                of, tokenizer, max_length=section.max_length, max_query_length=section.max_query_length,
-                doc_stride=section.doc_stride, for_training=for_training, progress=advance,
+        def inputs(questions: Sequence[Question], for_training: bool) -> tuple[Features, TaskInputs]:
+            features = make_features(
+                questions, tokenizer, max_length=section.max_length, max_query_length=section.max_query_length,
+                doc_stride=section.doc_stride, for_training=for_training, progress=progress,
             )  # fmt: skip
+            return features, span_inputs(questions, features, tokenizer, recipe, has_segments=has_segments)
 
-        self._features = features(data.dev, False)
-        trained = features(questions, True)
-        self.train = span_inputs(questions, trained, tokenizer, recipe, has_segments=has_segments)
-        self.dev = {"dev": span_inputs(data.dev, self._features, tokenizer, recipe, has_segments=has_segments)}
+        self._features, dev = inputs(data.dev, False)
+        chosen = [data.train[index] for index in _chosen(len(data.train), max_train, recipe.seed)]
+        _, self.train = inputs(chosen, True)
+        self.dev = {"dev": dev}
         self.test = {}
 
     def judge(self, name: str, outputs: Outputs) -> Judged:
         answers = self._answers(outputs)
         is_second = self.name == "squad2"
         # The official script of 2.0 wants the best span of every question, and applies the threshold itself.
-        told = {key: answer.span if is_second else answer.text for key, answer in answers.items()}
+        given = {key: answer.span if is_second else answer.text for key, answer in answers.items()}
         na_scores = {key: answer.na_score for key, answer in answers.items()} if is_second else None
         golds = {question.id: question.answers for question in self._dev}
-        percents = evaluate(self.name, golds, told, na_scores, self._recipe.head.null_threshold)
+        percents = evaluate_squad(self.name, golds, given, na_scores, self._recipe.head.null_threshold)
         metrics = _shares(percents)
         files: dict[str, str | bytes] = {
             f"predictions/{name}-logits.npz": _packed(outputs, self.dev[name]),
@@ -238,14 +230,20 @@ class SpanSets(TaskSets):
         }
         if na_scores is not None:
             files[f"predictions/{name}-na-scores.json"] = _json(na_scores)
-        # In 1.1 every question has an answer, and no answer is right for all of them.
-        trivial = _shares(evaluate(self.name, golds, *_unanswered(golds))) if is_second else {}
+        trivial = {}
+        if is_second:  # in 1.1 every question has an answer, and no answer is right for all of them
+            never, certain = dict.fromkeys(golds, ""), dict.fromkeys(golds, math.inf)
+            trivial = _shares(evaluate_squad(self.name, golds, never, certain))
         has_answers = is_second and any(golds.values())
-        constant = "no answer" if has_answers and not any(answer.text for answer in answers.values()) else None
-        is_beaten = has_answers and metrics["exact"] <= trivial["exact"]
-        details = {key: value for key, value in percents.items() if key not in _SHARES}
         return Judged(
-            len(self._dev), metrics, trivial, "no answer" if trivial else "", constant, is_beaten, details, files
+            len(self._dev),
+            metrics,
+            trivial,
+            "no answer" if trivial else "",
+            constant="no answer" if has_answers and not any(answer.text for answer in answers.values()) else None,
+            is_beaten=has_answers and metrics["exact"] <= trivial["exact"],
+            details={key: value for key, value in percents.items() if key not in _SHARES},
+            files=files,
         )
 
     def _answers(self, outputs: Outputs) -> dict[str, Answer]:
@@ -272,14 +270,9 @@ def _shares(percents: Mapping[str, float]) -> dict[str, float]:
     return {_OWN_NAMES.get(key, key): value / 100 for key, value in percents.items() if key in _SHARES}
 
 
-def _unanswered(golds: Golds) -> tuple[dict[str, str], dict[str, float]]:
-    """Return (answers, scores of no answer) of a model that never answers."""
-    return dict.fromkeys(golds, ""), dict.fromkeys(golds, math.inf)
-
-
 def _packed(outputs: Outputs, inputs: TaskInputs) -> bytes:
-    """numpy's archive: each of the head's scores, in fp16 where they are no indices; those of every position end to
-    end without padding, window after window, with `lengths`, the windows' positions."""
+    """Return numpy's archive of each of the head's scores, in fp16 unless they are indices; those of every position end
+    to end without padding, window after window, with `lengths`, the windows' positions."""
     lengths = inputs.lengths
     arrays: dict[str, Any] = {"lengths": lengths}
     for name in outputs[0]:

@@ -1,15 +1,31 @@
-"""Write a run's checkpoint as DeepSpeed's own, with what a script needs to continue from it."""
+"""Write a run's checkpoint as DeepSpeed's own, with what a script needs to continue from it.
+
+The files are written by a DeepSpeed engine as anybody would set it up. Unlike in training, DeepSpeed owns precision and
+loss scale at stage 0 too, since that is what will load the files.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.monitors import MONITOR_SECTIONS
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
@@ -17,20 +33,23 @@ from electra_ds.config.run_record import Record
 from electra_ds.core import devices
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.tokenizer import load_tokenizer
-from electra_ds.interop.deepspeed_export import native_config, write_native
-from electra_ds.interop.export_folder import cannot_write, check_out, unfinished
+from electra_ds.interop.export import cannot_write, check_out, unfinished
 from electra_ds.pretraining.electra import Electra
 from electra_ds.training.checkpoint import Checkpoint
+from electra_ds.training.engine import check_plan, close_deepspeed
+from electra_ds.training.optimizer import MOMENTS, adamw_state
 from electra_ds.training.prepare import plan_of_run
 from electra_ds.training.recorded import beside, newest_checkpoint, recorded_recipe
+from electra_ds.training.schedule import learning_rate_at
+from electra_ds.training.zero import ZeroAdamW, torch_adamw
 
 _CONVERTED = (1, 2)
 """Stages at which DeepSpeed loads a universal checkpoint as it was saved."""
-_BESIDE = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
+_COPIED = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
 
 
 def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str | None, ranks: Ranks) -> str:
-    """Write the newest checkpoint, or the given one, for as many ranks as there are; returns what to do with it.
+    """Write the newest checkpoint, or the given one, for as many ranks as there are; return what to do with it.
 
     To be called by all ranks. ds_config: a DeepSpeed JSON's name or file, None for the one that the run had.
     `out` appears complete or not at all. Raises CheckpointError if there is nothing to export or `out` already holds
@@ -54,31 +73,29 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
             if ranks.is_main:
                 partial.mkdir(parents=True)
         with _writing(out):
-            tag = write_native(checkpoint, model, recipe, plan, devices.device(ranks.launch), partial)
+            tag = _write_native(checkpoint, model, recipe, plan, devices.device(ranks.launch), partial)
         with ranks.together(), _writing(out):
             if ranks.is_main:
-                _write_beside(checkpoint, recipe, plan, partial)
+                _write_record(checkpoint, recipe, plan, partial)
                 if out.exists():
                     out.rmdir()
                 partial.rename(out)
     finally:
         if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)  # gone where all went well
+            shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
     lines = [
         f"{out / tag}: step {checkpoint.state['step']:,}",
-        f"{out / 'go_on.py'}: a script that continues from it; README.md says how to start it",
+        f"{out / 'resume.py'}: a script that continues from it; README.md says how to start it",
         *(f"Note: {note}." for note in plan.notes),
         f"Written at {_layout(plan)}; DeepSpeed loads it only with the same stage, precision and number of ranks.",
-        *([_to_other_ranks(out / tag)] if plan.stage in _CONVERTED else []),
+        *([f"For another number of ranks: {_conversion(str(out / tag))}"] if plan.stage in _CONVERTED else []),
     ]
     return "\n".join(lines)
 
 
-def _to_other_ranks(folder: Path) -> str:
-    return (
-        f"For another number of ranks: python -m deepspeed.checkpoint.ds_to_universal --input_folder {folder} "
-        f"--output_folder {folder}_universal"
-    )
+def _conversion(folder: str) -> str:
+    """Return the command that makes a universal checkpoint of a tag's folder."""
+    return f"python -m deepspeed.checkpoint.ds_to_universal --input_folder {folder} --output_folder {folder}_universal"
 
 
 def _layout(plan: DeepSpeedPlan) -> str:
@@ -89,7 +106,7 @@ def _layout(plan: DeepSpeedPlan) -> str:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """Raise CheckpointError if the disk does not take it, which torch's writer says as a RuntimeError."""
+    """Raise CheckpointError if the disk does not take it, which torch's writer reports as a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -100,11 +117,11 @@ def _writing(out: Path) -> Iterator[None]:
         raise
 
 
-def _write_beside(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan, folder: Path) -> None:
-    for name in _BESIDE:
+def _write_record(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan, folder: Path) -> None:
+    for name in _COPIED:
         shutil.copyfile(checkpoint.path / name, folder / name)
     (folder / "deepspeed.json").write_text(json.dumps(native_config(plan), indent=2) + "\n", "utf8")
-    (folder / "go_on.py").write_text(_script(recipe), "utf8")
+    (folder / "resume.py").write_text(_script(recipe), "utf8")
     (folder / "README.md").write_text(_readme(checkpoint, recipe, plan), "utf8")
 
 
@@ -148,22 +165,18 @@ if torch.distributed.get_rank() == 0:
 '''
 
 
-def _universal(checkpoint: Checkpoint, plan: DeepSpeedPlan) -> str:
-    if plan.stage not in _CONVERTED:
-        return ""
-    tag = f"global_step{checkpoint.state['step']}"
-    return f"""
+def _readme(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan) -> str:
+    state = checkpoint.state
+    universal = ""
+    if plan.stage in _CONVERTED:
+        universal = f"""
 For another number of ranks, make a universal checkpoint of it, and add `"checkpoint": {{"load_universal": true}}` to
 deepspeed.json:
 
 ```bash
-python -m deepspeed.checkpoint.ds_to_universal --input_folder {tag} --output_folder {tag}_universal
+{_conversion(f"global_step{state['step']}")}
 ```
 """
-
-
-def _readme(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan) -> str:
-    state = checkpoint.state
     corrected = "" if recipe.optimizer.bias_correction else (
         "\nIts AdamW makes no bias correction: torch's own does none at the step count of 2^24 that its state holds.\n"
     )  # fmt: skip
@@ -173,13 +186,121 @@ def _readme(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan) -> str:
 precision. Where electra_ds is installed:
 
 ```bash
-torchrun --nproc_per_node {plan.batch.world_size} go_on.py
+torchrun --nproc_per_node {plan.batch.world_size} resume.py
 ```
 
-`go_on.py` makes model, optimizer and engine and loads this folder; the training is yours to add. (The line is for one
+`resume.py` makes model, optimizer and engine and loads this folder; the training is yours to add. (The line is for one
 machine; on several, their `--nproc_per_node` times `--nnodes` is {plan.batch.world_size}.)
-{corrected}{_universal(checkpoint, plan)}
+{corrected}{universal}
 `engine(batch)` gives sums of losses over the batch, see `ElectraOutput`; the learning rate and its schedule are the
-script's to set. Back into a run of electra_ds: `electra-ds checkpoint import THIS_FOLDER --trusted --run-dir RUN
---ds-config JSON`.
+script's to set. Back into a run of electra_ds: `electra-ds checkpoint import THIS_FOLDER --run-dir RUN --ds-config
+JSON`.
 """
+
+
+# --- the engine that writes
+
+
+def native_config(plan: DeepSpeedPlan) -> dict[str, Any]:
+    """Return the JSON for a plain DeepSpeed script: the resolved one, without monitors and what only our engine needs.
+
+    Autocast is left out, as its checkpoints are those of fp32.
+    """
+    config = copy.deepcopy(plan.document)
+    for key in ("torch_autocast", *MONITOR_SECTIONS):
+        config.pop(key, None)
+    if plan.stage:
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW if the optimizer is offloaded
+    return config
+
+
+def _write_native(
+    checkpoint: Checkpoint, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, folder: Path
+) -> str:
+    """Write `folder/TAG/…` and `folder/latest`, each rank its part; return the tag.
+
+    To be called by all ranks, as `native_engine` is.
+    """
+    tag = f"global_step{checkpoint.state['step']}"
+    with native_engine(checkpoint, model, recipe, plan, device) as engine:
+        engine.save_checkpoint(str(folder), tag=tag, client_state=_for_ds_to_universal(plan.stage))
+    return tag
+
+
+def _for_ds_to_universal(stage: int) -> dict[str, Any]:
+    """Return what ds_to_universal needs at stages 1 and 2 and DeepSpeed leaves to the caller; it takes no stage 0."""
+    if stage not in (1, 2):
+        return {}
+    return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
+
+
+@contextmanager
+def native_engine(
+    checkpoint: Checkpoint, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device
+) -> Iterator[Any]:
+    """Yield DeepSpeed's engine with a checkpoint's state in it, and close it at the end.
+
+    model: its weights are replaced. Raises ConfigError if the device cannot run the plan's precision.
+    """
+    check_plan(plan, device, "the DeepSpeed JSON")
+    model.to(device)
+    optimizer = torch_adamw(model.named_parameters(), recipe.optimizer)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=native_config(plan), dist_init_required=False
+    )
+    try:
+        step, counters = checkpoint.state["step"], checkpoint.state["optimizer"]
+        if plan.stage:
+            _fill_zero(engine, recipe, plan, checkpoint)
+        else:
+            _fill_stage_0(engine, recipe, checkpoint.tensors, counters)
+        peak = recipe.optimizer.learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, learning_rate=peak, **recipe.schedule.model_dump())
+        engine.global_steps = step
+        engine.global_samples = step * recipe.global_batch_size
+        engine.skipped_steps = int(counters["skipped_steps"])
+        yield engine
+    finally:
+        close_deepspeed(engine)
+
+
+def _fill_zero(engine: Any, recipe: Recipe, plan: DeepSpeedPlan, checkpoint: Checkpoint) -> None:
+    """Fill the engine at stages 1 to 3. The loss scaler, which is saved as an object, keeps its own rules rather than
+    those of training here."""
+    scaler = engine.optimizer.loss_scaler
+    rules = {
+        name: getattr(scaler, name) for name in ("scale_window", "raise_error_at_min_scale") if hasattr(scaler, name)
+    }
+    ours = ZeroAdamW(engine, recipe.optimizer, plan.precision.loss_scaling)
+    ours.load(checkpoint.tensors, checkpoint.state["optimizer"])
+    vars(scaler).pop("raise_error_at_min_scale", None)
+    for name, value in rules.items():
+        setattr(scaler, name, value)
+
+
+@torch.no_grad()
+def _fill_stage_0(
+    engine: Any, recipe: Recipe, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]
+) -> None:
+    """Fill the engine at stage 0: torch's AdamW alone in fp32; in half precision FP16_UnfusedOptimizer with fp32
+    masters around it."""
+    wrapper = engine.optimizer if isinstance(engine.optimizer, FP16_UnfusedOptimizer) else None
+    optimizer = engine.optimizer if wrapper is None else wrapper.optimizer
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    parameters = [group["params"] for group in optimizer.param_groups] if wrapper is None else wrapper.fp16_groups
+    for group, masters in zip(parameters, (group["params"] for group in optimizer.param_groups), strict=True):
+        for parameter, master in zip(group, masters, strict=True):
+            name = names[parameter]
+            master.copy_(tensors[f"master/{name}"])
+            parameter.copy_(master)
+            state = adamw_state(
+                master, bias_correction=recipe.optimizer.bias_correction, taken_steps=counters["taken_steps"]
+            )
+            for key in MOMENTS:
+                state[key].copy_(tensors[f"{key}/{name}"])
+            optimizer.state[master] = state
+    if wrapper is not None and wrapper.loss_scale_config.dynamic_loss_scale and counters["is_scaled"]:
+        scaling = wrapper.loss_scale_config
+        scaling.cur_scale = counters["loss_scale"]
+        scaling.cur_iter, scaling.last_overflow_iter = int(counters["good_steps"]), -1

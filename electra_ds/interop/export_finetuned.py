@@ -1,5 +1,5 @@
-"""A finetuned run as one transformers folder: the model with its head, where a class of transformers can hold it, or
-the encoder alone.
+"""A finetuned run as one transformers folder: the model with its head if a class of transformers has such a head, or
+the encoder only.
 
 Shape suffixes: C scores, H hidden size.
 """
@@ -10,47 +10,56 @@ import copy
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
-    AutoModel,
     AutoModelForQuestionAnswering,
     ElectraConfig,
     ElectraForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError
-from electra_ds.finetuning.encoder_source import finetuned_encoder
-from electra_ds.finetuning.exportable import ENCODER_ONLY, why_not_held
+from electra_ds.finetuning.encoder_source import finetuned_encoder, silent_transformers
 from electra_ds.finetuning.finetune import SCORES
 from electra_ds.finetuning.glue import GLUE
-from electra_ds.finetuning.heads import SequenceHead, SpanHead
-from electra_ds.finetuning.microbatch import TaskMicroBatch
-from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
-from electra_ds.finetuning.recorded_task import recorded_task
+from electra_ds.finetuning.heads import (
+    ENCODER_ONLY,
+    SequenceHead,
+    SpanHead,
+    TaskModel,
+    make_encoder,
+    make_head,
+    why_not_exportable,
+)
+from electra_ds.finetuning.inputs import TaskMicroBatch
+from electra_ds.finetuning.loaded_task import recorded_task
 from electra_ds.finetuning.tasks import TaskData
-from electra_ds.interop.export_folder import check_out, new_folder
+from electra_ds.interop.export import check_out, new_folder
 from electra_ds.interop.finetuned_card import Exported, finetuned_card
 from electra_ds.training.checkpoint import Checkpoint
 from electra_ds.training.recorded import beside, kept_checkpoint, recorded_recipe
 
-_GELU_IS_IDENTITY = 6.0
-"""From here on GELU(z) is z in fp32, to the last bit; measured, it is so from 5.36 on."""
 _TOLERANCE = 1e-4
-"""Of the scores of the folder and of the run, as a share of the largest score, at least 1; rounding gives 1e-6 where
-the head is held as it is, and up to 1e-5 where dense shifts."""
+"""How far the scores of the folder may be from those of the run, as a share of the largest score, at least 1; rounding
+gives 1e-6."""
 _CHECKED_ROWS, _CHECKED_LENGTH = 4, 24
 
 
+class _Scale(NamedTuple):
+    """Scores of a regression in the task's own range are `lowest + unit * output`."""
+
+    lowest: float = 0.0
+    unit: float = 1.0
+
+
 def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only: bool = False) -> str:
-    """Write a run's kept weights, or a checkpoint's, into `out`; returns what to do with them.
+    """Write a run's kept weights, or a checkpoint's, into `out`; return what to do with them.
 
     Raises CheckpointError if there is nothing to export or `out` already holds something, ConfigError if no class
     of transformers computes what was trained.
@@ -62,25 +71,25 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
     check_out(out)
     config, _ = finetuned_encoder(checkpoint)
     scores = _scores(checkpoint)
-    is_span = not encoder_only and record.source.train is None and record.task not in GLUE
-    if not encoder_only and (not_held := why_not_held(recipe, config, is_span)):
-        raise ConfigError(str(not_held))
-    logging.disable_progress_bar()  # which would count one shard
-    labels: tuple[str, ...] = ()
-    scale = (0.0, 1.0)
-    if not (encoder_only or is_span):
-        labels, scale = _labels_and_scale(record, recipe, checkpoint, scores)
     trained = _trained_model(checkpoint, recipe, config)
-    what = Exported(recipe, record, checkpoint.state, scores, labels, uses_segments(recipe, config))
+    labels: tuple[str, ...] = ()
+    scale = _Scale()
     exported: PreTrainedModel = trained.encoder
-    if is_span:
-        exported = _for_question_answering(trained, config)
-    elif not encoder_only:
-        exported = _for_sequences(trained, config, labels, scale)
+    if not encoder_only:
+        if problem := why_not_exportable(recipe, config, trained.num_outputs is None, trained.num_outputs):
+            raise ConfigError(str(problem))
+        if trained.num_outputs is None:
+            exported = _for_question_answering(trained, config)
+        else:
+            labels, scale = _labels_and_scale(record, recipe, checkpoint, scores)
+            exported = _for_sequences(trained, config, labels, scale)
+    has_segments = recipe.data.segment_ids and int(getattr(config, "type_vocab_size", 0) or 0) >= 2
+    what = Exported(recipe, record, checkpoint.state, scores, labels, has_segments)
     with new_folder(out) as partial:
-        exported.save_pretrained(partial)
-        _save_tokenizer(checkpoint.path, partial, recipe, what.uses_segments)
-        _check_same(trained, partial, type(exported), scale, what.uses_segments, encoder_only)
+        with silent_transformers():
+            exported.save_pretrained(partial)
+        _save_tokenizer(checkpoint.path, partial, recipe, has_segments)
+        _check_same(trained, partial, exported, scale, has_segments)
         (partial / "README.md").write_text(finetuned_card(what, exported), "utf8")
     return f"{out}: {what.described(exported)}\n{what.usage(exported, str(out))}"
 
@@ -89,7 +98,7 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
 
 
 def _scores(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What scores.json says of the run; empty where there is none."""
+    """Return the content of the run's scores.json, empty if there is none."""
     path = checkpoint.path.parent.parent / SCORES
     if checkpoint.path.parent.name not in ("checkpoints", "best") or not path.is_file():
         return {}
@@ -103,65 +112,57 @@ def _scores(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _trained_model(checkpoint: Checkpoint, recipe: FinetuneRecipe, config: PretrainedConfig) -> TaskModel:
-    """Encoder and head with the checkpoint's weights."""
-    num_outputs, is_regression = None, False
+    """Return encoder and head with the checkpoint's weights."""
+    num_outputs = None
     if "master/head.out_proj.weight" in checkpoint.tensors:
         num_outputs = checkpoint.tensors.shape("master/head.out_proj.weight")[0]
-        is_regression = num_outputs == 1
-    model = TaskModel(
-        make_encoder(config, recipe.seed), make_head(recipe, int(config.hidden_size), num_outputs, is_regression)
-    )
+    head = make_head(recipe, int(config.hidden_size), num_outputs, num_outputs == 1)
+    model = TaskModel(make_encoder(config, recipe.seed), head)
     parameters = dict(model.named_parameters())
     checkpoint.check_weights({name: tuple(parameter.shape) for name, parameter in parameters.items()})
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.tensors[f"master/{name}"])
-    return model.eval()
+    _fill(model, {name: checkpoint.tensors[f"master/{name}"] for name in parameters})
+    return model
 
 
 def _labels_and_scale(
     record: FinetuneRecord, recipe: FinetuneRecipe, checkpoint: Checkpoint, scores: dict[str, Any]
-) -> tuple[tuple[str, ...], tuple[float, float]]:
-    """(classes in order, none for regression; the lowest score of a regression and what one unit of output is).
+) -> tuple[tuple[str, ...], _Scale]:
+    """Return the classes in order, none for regression, and the scale of a regression's scores.
 
     Those of the user's own examples are in scores.json, or have to be read from the examples again.
     """
-    is_own, is_unit = record.source.train is not None, recipe.data.regression_scale == "unit"
-    if not is_own:
+    is_unit = recipe.data.regression_scale == "unit"
+    if record.source.train is None:
         task = GLUE[record.task]
     else:
-        told = next((of["labels"] for of in scores.get("sets", {}).values() if "labels" in of), None)
+        labels = next((of["labels"] for of in scores.get("sets", {}).values() if "labels" in of), None)
         is_regression = checkpoint.tensors.shape("master/head.out_proj.weight")[0] == 1
-        if told is not None or (is_regression and not is_unit):
-            return tuple(told or ()), (0.0, 1.0)
+        if labels is not None or (is_regression and not is_unit):
+            return tuple(labels or ()), _Scale()
         task = _own_data(record, checkpoint).task
     if task.score_range is None or not is_unit:
-        return task.labels, (0.0, 1.0)
+        return task.labels, _Scale()
     low, high = task.score_range
-    return (), (low, high - low)
+    return (), _Scale(low, high - low)
 
 
 def _own_data(record: FinetuneRecord, checkpoint: Checkpoint) -> TaskData:
-    why = f"{checkpoint.path} does not say what its scores are called and scaled by; the examples do"
     try:
         loaded, _ = recorded_task(record, checkpoint.path, record.source, f"put them back, {ENCODER_ONLY}")
     except DataError as error:
-        raise DataError(f"{why}, which cannot be read again: {error}") from error
-    data = loaded.data
-    assert isinstance(data, TaskData)
-    return data
+        raise DataError(
+            f"The names and the scale of the scores are not in {checkpoint.path} but in the examples, which cannot be "
+            f"read again: {error}"
+        ) from error
+    assert isinstance(loaded.data, TaskData)
+    return loaded.data
 
 
-def uses_segments(recipe: FinetuneRecipe, config: PretrainedConfig) -> bool:
-    """Whether a second text was told from the first by segment ids."""
-    return recipe.data.segment_ids and int(getattr(config, "type_vocab_size", 0) or 0) >= 2
-
-
-# --- what transformers has for it
+# --- transformers' classes with such a head
 
 
 def _for_question_answering(trained: TaskModel, config: PretrainedConfig) -> PreTrainedModel:
-    """transformers' own class, where it is the encoder and one matrix. Raises ConfigError if it is not."""
+    """Return transformers' own model for it. Raises ConfigError if that is not the encoder and one matrix."""
     assert isinstance(trained.head, SpanHead)
     config = copy.deepcopy(config)
     config.num_labels, config.problem_type = 2, None
@@ -181,14 +182,13 @@ def _for_question_answering(trained: TaskModel, config: PretrainedConfig) -> Pre
             f"This head scores start and end by one matrix on the encoder's output; for {config.model_type} "
             f"transformers has {kind}. Export the finetuned encoder without its head: add --encoder-only"
         )
-    _load(model, tensors)
+    _fill(model, tensors)
     return model
 
 
 def _for_sequences(
-    trained: TaskModel, config: PretrainedConfig, labels: tuple[str, ...], scale: tuple[float, float]
+    trained: TaskModel, config: PretrainedConfig, labels: tuple[str, ...], scale: _Scale
 ) -> PreTrainedModel:
-    """scale: a regression's lowest score, and what one unit of the head's output is."""
     head, config = trained.head, copy.deepcopy(config)
     assert isinstance(head, SequenceHead)
     assert isinstance(config, ElectraConfig)
@@ -196,61 +196,42 @@ def _for_sequences(
     config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     config.problem_type = "regression" if head.is_regression else "single_label_classification"
     config.classifier_dropout = head.section.dropout
-    low, unit = scale
-    weight_CH, bias_C = head.out_proj.weight.detach() * unit, head.out_proj.bias.detach() * unit + low
-    if head.dense is not None:
+    weight_CH = head.out_proj.weight.detach() * scale.unit
+    bias_C = head.out_proj.bias.detach() * scale.unit + scale.lowest
+    if head.dense is None:
+        layers = one_layer_as_two(weight_CH, bias_C)
+    else:
         layers = {"out_proj.weight": weight_CH, "out_proj.bias": bias_C}
         layers |= {f"dense.{name}": tensor for name, tensor in head.dense.state_dict().items()}
-    else:
-        last = f"encoder.layer.{config.num_hidden_layers - 1}.output.LayerNorm."
-        norm = {name: trained.encoder.get_parameter(last + name).detach() for name in ("weight", "bias")}
-        layers = one_layer_as_two(weight_CH, bias_C, least_outputs(norm["weight"], norm["bias"]))
     model = ElectraForSequenceClassification(config)
-    _load(model, _prefixed(trained.encoder, model) | {f"classifier.{name}": layers[name] for name in layers})
+    _fill(model, _prefixed(trained.encoder, model) | {f"classifier.{name}": layers[name] for name in layers})
     return model
 
 
-def least_outputs(weight_H: torch.Tensor, bias_H: torch.Tensor) -> torch.Tensor:
-    """What a LayerNorm's outputs cannot fall below: H normalised numbers, whose squares sum to at most H and which sum
-    to 0, lie between -sqrt(H - 1) and sqrt(H - 1)."""
-    return bias_H - weight_H.abs() * (len(weight_H) - 1) ** 0.5
-
-
-def one_layer_as_two(weight_CH: torch.Tensor, bias_C: torch.Tensor, least_H: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Weights of transformers' head, dense, GELU and out_proj, with which it computes W x + b.
+def one_layer_as_two(weight_CH: torch.Tensor, bias_C: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return weights of transformers' head (dense, GELU and out_proj) with which it computes W x + b.
 
     Since GELU(z) - GELU(-z) = z, dense holds W and -W, and out_proj subtracts the one's GELU from the other's. That is
     as precise as W x itself, in any precision: over LayerNorms' outputs of 256 and 768 random numbers the largest error
     was 7e-7 of the largest score in fp32, 6e-4 in fp16 and 5e-3 in bf16. It takes 2 C of dense's H rows.
-
-    Where there are more classes than that, dense only shifts x until GELU is the identity on it, and out_proj holds W
-    and takes the shift back, which costs precision: 9e-6, 1e-2 and 9e-2. Such a head is for fp32.
-
-    least_H: what x cannot fall below.
     """
     classes, width = weight_CH.shape
+    assert 2 * classes <= width  # `why_not_exportable` says so
     dense_HH, out_CH = torch.zeros(width, width), torch.zeros(classes, width)
-    if 2 * classes <= width:
-        dense_HH[:classes], dense_HH[classes : 2 * classes] = weight_CH, -weight_CH
-        out_CH[:, :classes], out_CH[:, classes : 2 * classes] = torch.eye(classes), -torch.eye(classes)
-        return {
-            "dense.weight": dense_HH, "dense.bias": torch.zeros(width),
-            "out_proj.weight": out_CH, "out_proj.bias": bias_C,
-        }  # fmt: skip
-    shift_H = _GELU_IS_IDENTITY - least_H
-    back_C = bias_C.double() - weight_CH.double() @ shift_H.double()
+    dense_HH[:classes], dense_HH[classes : 2 * classes] = weight_CH, -weight_CH
+    out_CH[:, :classes], out_CH[:, classes : 2 * classes] = torch.eye(classes), -torch.eye(classes)
     return {
-        "dense.weight": torch.eye(width), "dense.bias": shift_H,
-        "out_proj.weight": weight_CH, "out_proj.bias": back_C.float(),
+        "dense.weight": dense_HH, "dense.bias": torch.zeros(width),
+        "out_proj.weight": out_CH, "out_proj.bias": bias_C,
     }  # fmt: skip
 
 
 def _prefixed(encoder: PreTrainedModel, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The encoder's tensors under the names that they have in a model with a head."""
+    """Return the encoder's tensors under the names that they have in a model with a head."""
     return {f"{model.base_model_prefix}.{name}": parameter for name, parameter in encoder.named_parameters()}
 
 
-def _load(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+def _fill(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     assert parameters.keys() == tensors.keys(), sorted(parameters.keys() ^ tensors.keys())
     with torch.no_grad():
@@ -262,9 +243,9 @@ def _load(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
 # --- the folder
 
 
-def _save_tokenizer(source: Path, folder: Path, recipe: FinetuneRecipe, with_segments: bool) -> None:
-    """As it was in training: it cuts where inputs were cut, and gives segment ids where the model was trained on them,
-    which a plain PreTrainedTokenizerFast would not, and BERT's would always."""
+def _save_tokenizer(source: Path, folder: Path, recipe: FinetuneRecipe, has_segments: bool) -> None:
+    """Save the tokenizer as it was in training: it cuts where inputs were cut, and gives segment ids if the model was
+    trained on them, which a plain PreTrainedTokenizerFast would not, and BERT's would always."""
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     config = json.loads((source / "tokenizer_config.json").read_text("utf8"))
     if config.get("tokenizer_class") == "TokenizersBackend":  # its name since transformers 5
@@ -272,37 +253,24 @@ def _save_tokenizer(source: Path, folder: Path, recipe: FinetuneRecipe, with_seg
     for name in ("is_local", "local_files_only"):  # of the machine, not of the tokenizer
         config.pop(name, None)
     config["model_max_length"] = recipe.data.max_length
-    config["model_input_names"] = ["input_ids", *(["token_type_ids"] if with_segments else []), "attention_mask"]
+    config["model_input_names"] = ["input_ids", *(["token_type_ids"] if has_segments else []), "attention_mask"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf8")
 
 
-def _check_same(
-    trained: TaskModel,
-    folder: Path,
-    kind: type[PreTrainedModel],
-    scale: tuple[float, float],
-    with_segments: bool,
-    encoder_only: bool,
-) -> None:
-    """Raises ConfigError unless the folder's model gives the run's scores of a few random inputs."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # which otherwise tells of a pooler that nobody trained
-    try:
-        model: Any = (AutoModel if encoder_only else kind).from_pretrained(folder, dtype=torch.float32)
-    finally:
-        logging.set_verbosity(verbosity)
-    batch = _random_inputs(trained.encoder.config, with_segments)
-    inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.attended_BT.long()}
-    if batch.segments_BT is not None:
-        inputs["token_type_ids"] = batch.segments_BT
+def _check_same(trained: TaskModel, folder: Path, exported: PreTrainedModel, scale: _Scale, has_segments: bool) -> None:
+    """Raise ConfigError unless the folder's model gives the run's scores of a few random inputs."""
+    with silent_transformers():  # which otherwise reports a pooler that nobody trained
+        model: Any = type(exported).from_pretrained(folder, dtype=torch.float32)
+    batch = _random_inputs(trained.encoder.config, has_segments)
+    inputs = trained.encoder_inputs(batch)
     with torch.no_grad():
         output = model.eval()(**inputs)
-        if encoder_only:
+        if exported is trained.encoder:
             pairs = [(trained.encoder(**inputs).last_hidden_state, output.last_hidden_state)]
         else:
             scores = trained(batch).scores
             if "logits" in scores:
-                pairs = [(scores["logits"] * scale[1] + scale[0], output.logits)]
+                pairs = [(scores["logits"] * scale.unit + scale.lowest, output.logits)]
             else:
                 pairs = [(scores["start"], output.start_logits), (scores["end"], output.end_logits)]
     for ours, theirs in pairs:
@@ -312,12 +280,12 @@ def _check_same(
         if not apart <= _TOLERANCE * largest:
             raise ConfigError(
                 f"transformers' {type(model).__name__} does not compute what was trained: its scores of random inputs "
-                f"are up to {apart:.2g} away from the run's, which reach {largest:.3g}. That should not be; please "
+                f"are up to {apart:.2g} away from the run's, which reach {largest:.3g}. This should not happen; please "
                 f"report it. --encoder-only exports the encoder without its head."
             )
 
 
-def _random_inputs(config: PretrainedConfig, with_segments: bool) -> TaskMicroBatch:
+def _random_inputs(config: PretrainedConfig, has_segments: bool) -> TaskMicroBatch:
     rng = torch.Generator().manual_seed(0)
     length = min(_CHECKED_LENGTH, int(getattr(config, "max_position_embeddings", 0) or _CHECKED_LENGTH) - 2)
     ids_BT = torch.randint(0, int(config.vocab_size), (_CHECKED_ROWS, length), generator=rng)
@@ -326,6 +294,5 @@ def _random_inputs(config: PretrainedConfig, with_segments: bool) -> TaskMicroBa
     pad_id = int(config.pad_token_id or 0)
     ids_BT[ids_BT == pad_id] = (pad_id + 1) % int(config.vocab_size)
     ids_BT[~attended_BT] = pad_id
-    segments_BT = ((places_T >= length // 3) & attended_BT).long() if with_segments else None
-    answerable_BT = attended_BT.clone()
-    return TaskMicroBatch(ids_BT, attended_BT, segments_BT, answerable_BT=answerable_BT)
+    segments_BT = ((places_T >= length // 3) & attended_BT).long() if has_segments else None
+    return TaskMicroBatch(ids_BT, attended_BT, segments_BT, answerable_BT=attended_BT)

@@ -1,4 +1,4 @@
-"""What is said of an exported finetuned model: its card, and how to use it."""
+"""The model card of an exported finetuned model, and a line of Python that uses it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.run_record import FinetuneRecord
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
-from electra_ds.interop.export_folder import published_name
+from electra_ds.interop.export import published_name
 
 _ANSWER = """\
 import torch
@@ -42,29 +42,42 @@ _NULL = """\
     if output.start_logits[0, 0] + output.end_logits[0, 0] - best.max() > THRESHOLD:
         return ""  # the context has no answer
 """
-_COLUMNS = "| set | rows | metric | value | the same prediction for every row |"
+_ENCODE = """\
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModel.from_pretrained("PATH")
+"""
+_HEAD = """
+## The head
+
+The head that was trained is one matrix W. transformers' has two with a GELU between them: here `dense` holds W and -W,
+and `out_proj` subtracts the one's GELU from the other's, which is W x, since GELU(z) - GELU(-z) = z. In fp16 and bf16
+this is as precise as W x itself.
+"""
+_COLUMNS = "| set | rows | metric | value | the same prediction for every row |\n| --- | --- | --- | --- | --- |"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What is known of the run."""
+    """The exported run, as far as the card describes it."""
 
     recipe: FinetuneRecipe
     record: FinetuneRecord
     state: dict[str, Any]
-    """Of its checkpoint."""
+    """The state of its checkpoint."""
     scores: dict[str, Any]
-    """scores.json, or empty."""
+    """The content of scores.json, or empty."""
     labels: tuple[str, ...]
-    uses_segments: bool
+    has_segments: bool
 
     def described(self, model: PreTrainedModel) -> str:
-        """In a few words."""
+        """Return the model in a few words."""
         kind = type(model).__name__
         return f"{kind}, {self.record.task}, seed {self.recipe.seed}, step {self.state['step']:,}"
 
     def usage(self, model: PreTrainedModel, path: str) -> str:
-        """A line of Python, or two."""
+        """Return a line of Python that opens the model at this path."""
         kind = _pipeline(model)
         if kind == "text-classification":
             return f"from transformers import pipeline; pipeline({kind!r}, model={path!r})({self.example()})"
@@ -73,34 +86,31 @@ class Exported:
         return f"from transformers import {auto}; {auto}.from_pretrained({path!r}){shown}"
 
     def example(self) -> str:
-        """What the pipeline is called with."""
-        return '{"text": "…", "text_pair": "…"}' if self._is_pair() else '"…"'
-
-    def _is_pair(self) -> bool:
+        """Return an argument of the pipeline."""
         task = GLUE.get(self.record.task) if self.record.source.train is None else None
-        return task.is_pair if task is not None else self.record.source.pair is not None
+        is_pair = task.is_pair if task is not None else self.record.source.pair is not None
+        return '{"text": "…", "text_pair": "…"}' if is_pair else '"…"'
 
 
 def _pipeline(model: PreTrainedModel) -> str:
-    """The Hub's name of what the model does."""
+    """Return the Hub's name of the model's kind of task."""
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "text-classification"
     return "question-answering" if type(model).__name__.endswith("ForQuestionAnswering") else "feature-extraction"
 
 
 def finetuned_card(what: Exported, model: PreTrainedModel) -> str:
-    """README.md of the folder."""
+    """Return the README.md of the folder."""
     record, recipe, kind = what.record, what.recipe, _pipeline(model)
     base = published_name(record.model)
     began = f"random weights of the shape of {base}" if record.has_random_weights else base
     base_model = f"base_model: {record.model}\n" if is_hub_model(record.model) and not record.has_random_weights else ""
-    of_own = record.source.train is not None
-    examples = "training examples" if of_own or record.task in GLUE else "windows of training contexts"
+    is_labelled = record.source.train is not None or record.task in GLUE
+    examples = "training examples" if is_labelled else "windows of training contexts"
     if recipe.data.double_unordered:
         examples += ", pairs in both orders counted twice"
-    ids = "The tokenizer tells a second text from a first by segment ids" if what.uses_segments else (
-        "It was trained without segment ids, and the tokenizer gives none"
-    )  # fmt: skip
+    segments = "gives segment ids, as in training" if what.has_segments else "gives no segment ids, as in training"
+    code, remark = _code_and_remark(what, kind)
     return f"""---
 library_name: transformers
 pipeline_tag: {kind}
@@ -112,11 +122,13 @@ pipeline_tag: {kind}
 
 It began with {began} and was finetuned with electra_ds on {record.num_examples:,} {examples},
 for {what.state["step"]:,} steps of {recipe.global_batch_size}. Inputs were cut at {recipe.data.max_length} tokens,
-which is where `truncation=True` cuts them. {ids}.
-{_of_labels(what, kind)}
+which is where `truncation=True` cuts them. The tokenizer {segments}.
+
+{remark}
+
 ```python
-{_code(what, model, kind)}```
-{_scores(what, kind)}{_of_head(what, model, kind)}
+{code}```
+{_scores(what, kind)}{_HEAD if kind == "text-classification" and recipe.head.num_layers == 1 else ""}
 ## Recipe
 
 ```json
@@ -125,70 +137,43 @@ which is where `truncation=True` cuts them. {ids}.
 """
 
 
-def _of_labels(what: Exported, kind: str) -> str:
+def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
+    """Return code that uses the model, and what its outputs are."""
     if kind == "feature-extraction":
-        return "\nThis is the finetuned encoder alone, without the head that scored the task.\n"
-    if kind == "question-answering":
-        return "\nOf a context that is cut, only the beginning is searched here; the run took windows of it.\n"
-    if not what.labels:
-        return "\nIts one output is the score, in the task's own range.\n"
-    return "\nIts classes: " + ", ".join(f"`{label}`" for label in what.labels) + ".\n"
-
-
-def _code(what: Exported, model: PreTrainedModel, kind: str) -> str:
+        return _ENCODE, "This is the finetuned encoder, without the head that scored the task."
     if kind == "question-answering":
         null = _NULL.replace("THRESHOLD", f"{what.recipe.head.null_threshold:g}")
         code = _ANSWER.replace("NULL", null if what.record.task == "squad2" else "")
-        return code.replace("LONGEST", str(what.recipe.data.max_answer_length))
-    if kind == "text-classification":
-        # of users' own files it is not known here whether the pair was found by its usual name
-        pair = '# for a pair: classifier({"text": "…", "text_pair": "…"}, truncation=True)\n'
-        more = pair if what.record.source.train is not None and what.record.source.pair is None else ""
-        return (
-            f'from transformers import pipeline\n\nclassifier = pipeline("text-classification", model="PATH")\n'
-            f"classifier({what.example()}, truncation=True)\n{more}"
-        )
+        code = code.replace("LONGEST", str(what.recipe.data.max_answer_length))
+        return code, "Only the beginning of a context that is cut is searched here; the run searched windows of it."
+    remark = "Its one output is the score, in the task's own range."
+    if what.labels:
+        remark = f"Its classes: {', '.join(f'`{label}`' for label in what.labels)}."
+    # In users' own files the pair may have been found by its usual name, which is not known here.
+    pair = '# for a pair: classifier({"text": "…", "text_pair": "…"}, truncation=True)\n'
+    more = pair if what.record.source.train is not None and what.record.source.pair is None else ""
     return (
-        'from transformers import AutoModel, AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n'
-        'model = AutoModel.from_pretrained("PATH")\n'
-    )
+        f'from transformers import pipeline\n\nclassifier = pipeline("text-classification", model="PATH")\n'
+        f"classifier({what.example()}, truncation=True)\n{more}"
+    ), remark
 
 
 def _scores(what: Exported, kind: str) -> str:
-    """Those of these very weights."""
+    """Return a section with the scores, if they are those of these weights."""
     scores = what.scores
     if scores.get("step") != what.state["step"]:
         return ""
-    rows = [
-        f"| {name} | {of['rows']:,} | {metric} | {value:.4f} | {_baseline(of, metric)} |"
+    rows = "".join(
+        f"\n| {name} | {of['rows']:,} | {metric} | {value:.4f} | {_baseline(of, metric)} |"
         for name, of in scores["sets"].items()
         for metric, value in of["metrics"].items()
-    ]
+    )
     chosen = scores["chosen"]
     note = f"\nThe weights are those of the {chosen}, so that its scores are no test.\n" if chosen != "last" else ""
     heading = "Scores, with its head" if kind == "feature-extraction" else "Scores"
-    table = "\n".join([_COLUMNS, "| --- | --- | --- | --- | --- |", *rows])
-    return f"\n## {heading}\n\n{table}\n{note}"
+    return f"\n## {heading}\n\n{_COLUMNS}{rows}\n{note}"
 
 
 def _baseline(of: dict[str, Any], metric: str) -> str:
     found = of.get("baseline", {})
     return f"{found[metric]:.4f} ({of['baseline_prediction']})" if metric in found else "–"
-
-
-def _of_head(what: Exported, model: PreTrainedModel, kind: str) -> str:
-    if kind != "text-classification" or what.recipe.head.num_layers == 2:
-        return ""
-    told = (
-        "The head that was trained is one matrix W. transformers' has two with a GELU between them: here `dense` holds "
-        "W and -W,\nand `out_proj` subtracts the one's GELU from the other's, which is W x, since "
-        "GELU(z) - GELU(-z) = z. fp16 and bf16 lose\nno more by it than by W x itself."
-    )
-    if 2 * max(1, len(what.labels)) > int(model.config.hidden_size):
-        told = (
-            "The head that was trained is one matrix W. transformers' has two with a GELU between them: here `dense` "
-            "adds so much\nto its input that GELU passes it on as it is, and `out_proj` holds W and takes that back. "
-            "Use it in fp32: the scores\nare off by up to 1e-5 of the largest there, by 1e-2 in fp16 and by 9e-2 in "
-            "bf16."
-        )
-    return f"\n## The head\n\n{told}\n"

@@ -1,13 +1,17 @@
-"""A run that continues a native DeepSpeed checkpoint, whoever wrote it."""
+"""Make a run that continues a DeepSpeed checkpoint, whoever wrote it.
+
+Its tensors have the names of our joint module, or those of a joint module of transformers' two; here they become those
+of one `Electra`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,76 +19,83 @@ from electra_ds.config.recipe import OptimizerSection
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.program import command
-from electra_ds.data.recorded_store import recorded_store
-from electra_ds.data.token_store import TokenStore
-from electra_ds.interop.deepspeed_checkpoint import NativeCheckpoint, NativeFiles
-from electra_ds.interop.import_known import Known, told
-from electra_ds.interop.initial_weights import write_first_checkpoint
-from electra_ds.interop.names import find_naming, own_tensors
+from electra_ds.data.token_store import TokenStore, recorded_store
+from electra_ds.interop.deepspeed_checkpoint import DeepSpeedCheckpoint
+from electra_ds.interop.deepspeed_files import DeepSpeedFiles
+from electra_ds.interop.fit import KnownSizes, summary_of_sizes
+from electra_ds.interop.init_from import write_first_checkpoint
+from electra_ds.pretraining.convert import (
+    discriminator_tensors,
+    from_discriminator_tensors,
+    from_generator_tensors,
+    generator_tensors,
+)
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.training.optimizer import FRESH_COUNTERS, MOMENTS
 
-_NOTHING = Known()
-_SHOWN = 3
-_LARGEST = 2.0**127
-"""Of the counters, which fp32 holds."""
-_LEAST = {
-    "taken_steps": 0.0, "skipped_steps": 0.0, "consecutive_skips": 0.0, "good_steps": 0.0, "hysteresis_left": 1.0,
-}  # fmt: skip
+_NOTHING = KnownSizes()
+_OWN_MARK = "discriminator_head.dense.weight"
+_GENERATOR_MARK, _DISCRIMINATOR_MARK = "generator_predictions.dense.weight", "discriminator_predictions.dense.weight"
+_TABLE, _DECODER = "electra.embeddings.word_embeddings.weight", "generator_lm_head.weight"
+_SHOWN = 5
 
 
-def folder_of_export(files: NativeFiles) -> Path | None:
-    """Where our own export put recipe, record and state beside the checkpoint, if it did."""
+def folder_of_export(files: DeepSpeedFiles) -> Path | None:
+    """Return the folder in which our own export put recipe, record and state with the checkpoint, if it did."""
     places = (files.folder, files.folder.parent)
     return next((folder for folder in places if (folder / "recipe.yaml").is_file()), None)
 
 
 def store_of_export(folder: Path) -> TokenStore:
-    """The token store of the run that was exported. Raises DataError if it is another by now."""
+    """Return the token store of the run that was exported. Raises DataError if it has changed since."""
     return recorded_store(RunDirectory(folder).read_record(), folder, None, "say where it is now with --data STORE")
 
 
-def import_deepspeed(native: NativeCheckpoint, job: PretrainJob, export: Path | None, known: Known = _NOTHING) -> str:
-    """Write the run with one checkpoint of what was read; returns what came in, and the next command.
+def import_deepspeed(
+    checkpoint: DeepSpeedCheckpoint, job: PretrainJob, export: Path | None, known: KnownSizes = _NOTHING
+) -> str:
+    """Write the run with one checkpoint of what was read; return a summary, and the next command.
 
-    To be called by the one process that holds the run. export: what `folder_of_export` found; known: what `find_known`
+    To be called by the one process that holds the run. export: what `folder_of_export` found; known: what `find_sizes`
     found. Raises CheckpointError if the checkpoint does not fit the job, ConfigError if the recipe's schedule
     has ended by then.
     """
-    if native.step > job.recipe.schedule.total_steps:
+    folder = checkpoint.files.folder
+    if checkpoint.step > job.recipe.schedule.total_steps:
         raise ConfigError(
-            f"{native.folder} is of step {native.step}, beyond schedule.total_steps "
-            f"{job.recipe.schedule.total_steps}. Give the recipe that it was trained by."
+            f"{folder} is of step {checkpoint.step}, beyond schedule.total_steps {job.recipe.schedule.total_steps}. "
+            f"Give the recipe that it was trained by."
         )
     tokenizer = job.store.tokenizer
     model = Electra(job.recipe, tokenizer.vocab_size, tokenizer.pad_id)
-    tensors, found_moments, naming = _own(native, model)
-    state = _state_of_export(export, native.step)
-    counters: Mapping[str, float] = native.counters if state is None else state["optimizer"]
-    if not found_moments:
+    tensors, with_moments, naming = _own(checkpoint, model)
+    state = _state_of_export(export, checkpoint.step)
+    counters: Mapping[str, float] = checkpoint.counters if state is None else state["optimizer"]
+    if not with_moments:
         counters = {**counters, "taken_steps": 0.0}
     if state is None:
-        tokens = native.step * job.recipe.global_batch_size * job.recipe.data.sequence_length
+        tokens = checkpoint.step * job.recipe.global_batch_size * job.recipe.data.sequence_length
         seen = f"{tokens:,}, estimated as steps x global batch x sequence length"
     else:
         tokens, seen = state["tokens"], f"{state['tokens']:,}"
-    job = replace(job, record=replace(job.record, initialised_from=[str(native.folder.resolve())]))
+    job = replace(job, record=replace(job.record, initialised_from=[str(folder.resolve())]))
     names = list(model.named_parameters())
     skipped = f", {int(counters['skipped_steps'])} of them skipped" if counters["skipped_steps"] else ""
     scale = f", loss scale {counters['loss_scale']:g}" if counters["is_scaled"] else ""
+    notes = (*checkpoint.notes, *_frozen_note(checkpoint.frozen), *_differences(checkpoint, job.recipe.optimizer))
     lines = [  # made before anything is written: nothing may fail once the run is there
-        f"read {native.folder}: {'universal, from ' if native.is_universal else ''}ZeRO stage {native.stage}, "
-        f"{native.precision}, {native.ranks} rank(s)",
+        f"read {folder}: {'universal, from ' if checkpoint.files.universal else ''}ZeRO stage {checkpoint.stage}, "
+        f"{checkpoint.precision}, {checkpoint.ranks} rank(s)",
         f"  names    those of {naming}",
-        f"  step     {native.step:,}{skipped}{scale}",
+        f"  step     {checkpoint.step:,}{skipped}{scale}",
         f"  tokens   {seen}",
         f"  weights  {len(names)} tensors, {sum(parameter.numel() for _, parameter in names):,} parameters",
-        f"  moments  {_moments(found_moments, len(names))}",
-        *told(job.recipe, known),
-        *(f"Note: {note}." for note in (*native.notes, *_frozen(native), *_differences(native, job.recipe.optimizer))),
+        f"  moments  {_moments(with_moments, len(names))}",
+        *summary_of_sizes(job.recipe, known),
+        *(f"Note: {note}." for note in notes),
     ]
-    path = write_first_checkpoint(job, tensors, step=native.step, tokens=tokens, counters=counters)
+    path = write_first_checkpoint(job, tensors, step=checkpoint.step, tokens=tokens, counters=counters)
     return "\n".join((*lines, f"wrote {path}", f"Resume it with: {command('pretrain')} --resume {job.run.path}"))
 
 
@@ -97,104 +108,172 @@ def _moments(found: int, total: int) -> str:
     return f"of {found} tensors; those of the other {total - found} begin at zero, {why}"
 
 
-def _frozen(native: NativeCheckpoint) -> list[str]:
-    if not native.frozen:
+def _frozen_note(frozen: tuple[str, ...]) -> list[str]:
+    if not frozen:
         return []
-    names, more = native.frozen[:_SHOWN], len(native.frozen) - _SHOWN
-    return [
-        f"{len(native.frozen)} of its tensors were not trained and are trained from here on: {', '.join(names)}"
-        f"{f' and {more} more' if more > 0 else ''}"
-    ]
+    return [f"{len(frozen)} of its tensors were not trained and are trained from here on: {_listed(frozen)}"]
 
 
-def _own(native: NativeCheckpoint, model: Electra) -> tuple[dict[str, torch.Tensor], int, str]:
-    """(tensors of a portable checkpoint, how many parameters have moments, whose names the file has)."""
-    weights = {name.removeprefix("master/"): t for name, t in native.tensors.items() if name.startswith("master/")}
-    naming = find_naming(weights)
-    tensors = {f"master/{name}": tensor for name, tensor in own_tensors(naming, weights, model).items()}
-    has_moments = {
-        name: torch.full_like(weight, all(f"{key}/{name}" in native.tensors for key in MOMENTS))
-        for name, weight in weights.items()
-    }
-    found = sum(bool(mask.any()) for mask in own_tensors(naming, has_moments, model).values())
-    for key in MOMENTS:
-        moments = {
-            name: native.tensors.get(f"{key}/{name}", torch.zeros_like(weight)) for name, weight in weights.items()
-        }
-        for name, tensor in own_tensors(naming, moments, model).items():
-            if key == "exp_avg_sq" and (tensor < 0).any():
-                raise CheckpointError(f"{native.folder}: exp_avg_sq of {name} is below 0. The file is damaged.")
-            tensors[f"{key}/{name}"] = tensor
-    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, found, str(naming)
-
-
-def _state_of_export(folder: Path | None, step: int) -> dict[str, Any] | None:
-    """state.json of our export, as long as nobody has trained on in its folder."""
-    if folder is None or not (folder / "state.json").is_file():
-        return None
-    try:
-        state = json.loads((folder / "state.json").read_text("utf8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / 'state.json'} cannot be read: {error}. Delete it to do without.") from error
-    problem = _problem_of_state(state)
-    if problem:
-        raise CheckpointError(
-            f"{folder / 'state.json'} is not what an export of ours holds: {problem}. Delete it to do without."
-        )
-    if state["step"] != step:
-        return None
-    return dict(state, optimizer={name: float(value) for name, value in state["optimizer"].items()})
-
-
-def _problem_of_state(state: Any) -> str:
-    """Return what keeps a run from continuing with it; empty where nothing does."""
-    if not isinstance(state, dict):
-        return "it is no object"
-    for key in ("step", "tokens"):
-        value = state.get(key)
-        if type(value) is not int or not 0 <= value < 2**63:  # True is an int too
-            return f"{key} is {repr(value)[:40]}"
-    counters = state.get("optimizer")
-    if not isinstance(counters, dict):
-        return "optimizer is no object"
-    if counters.keys() != FRESH_COUNTERS.keys():
-        wrong = sorted(map(repr, counters.keys() ^ FRESH_COUNTERS.keys()))
-        return f"optimizer lacks or knows not {', '.join(wrong)[:80]}"
-    for name, value in counters.items():
-        # The bound holds off infinities and NaN, with which every comparison is false.
-        is_number = type(value) in (int, float) and abs(value) < _LARGEST
-        if not is_number or value < _LEAST.get(name, value) or (name == "loss_scale" and value <= 0):
-            return f"optimizer's {name} is {repr(value)[:40]}"
-    return ""
-
-
-def _differences(native: NativeCheckpoint, section: OptimizerSection) -> list[str]:
-    """Return where the run will continue otherwise than the checkpoint's optimizer would."""
+def _differences(checkpoint: DeepSpeedCheckpoint, section: OptimizerSection) -> list[str]:
+    """Return notes on how the run continues differently from the checkpoint's optimizer."""
     notes = []
-    for key, ours in (("betas", (section.beta1, section.beta2)), ("eps", section.epsilon)):
-        theirs = _numbers(native.adam.get(key))
-        own = _numbers(ours)
-        if theirs is None and native.adam.get(key) is not None:
-            notes.append(f"its optimizer had {key} that are not known, and the recipe has {ours}")
-        elif theirs and own and (len(theirs) != len(own) or not all(map(_is_same, theirs, own))):
-            shown = theirs[0] if isinstance(ours, float) and len(theirs) == 1 else theirs
-            notes.append(f"its optimizer had {key} {shown}, and the recipe has {ours}")
-    if native.adam and native.corrects_bias != section.bias_correction:
-        did, does = ("did", "does not") if native.corrects_bias else ("did not", "does")
+    for key, ours in (("betas", (section.beta1, section.beta2)), ("eps", (section.epsilon,))):
+        theirs = checkpoint.adam.get(key)
+        if theirs is None:
+            continue
+        theirs = tuple(float(value) for value in (theirs if isinstance(theirs, (list, tuple)) else [theirs]))
+        pairs = zip(theirs, ours, strict=False)
+        if len(theirs) != len(ours) or not all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs):  # in fp32
+            shown = [values if len(values) > 1 else values[0] for values in (theirs, ours)]
+            notes.append(f"its optimizer had {key} {shown[0]}, and the recipe has {shown[1]}")
+    if checkpoint.adam and checkpoint.corrects_bias != section.bias_correction:
+        did, does = ("did", "does not") if checkpoint.corrects_bias else ("did not", "does")
         notes.append(f"its optimizer {did} correct Adam's bias, and the recipe's {does}")
     return notes
 
 
-def _numbers(value: Any) -> tuple[float, ...] | None:
-    """One number or two, in Python's or torch's form; None for anything else."""
-    if torch.is_tensor(value):
-        value = value.tolist() if value.numel() <= 2 else None
-    values = value if isinstance(value, (list, tuple)) else [value]
-    values = [one.item() if torch.is_tensor(one) and one.numel() == 1 else one for one in values]
-    is_plain = 0 < len(values) <= 2 and all(type(one) in (int, float) and abs(one) < _LARGEST for one in values)
-    return tuple(map(float, values)) if is_plain else None
+def _state_of_export(folder: Path | None, step: int) -> dict[str, Any] | None:
+    """Return the state.json of our export, unless somebody has trained on in its folder."""
+    if folder is None or not (folder / "state.json").is_file():
+        return None
+    try:
+        state = json.loads((folder / "state.json").read_text("utf8"))
+        counters = {name: float(state["optimizer"][name]) for name in FRESH_COUNTERS}
+        if not all(0 <= value < math.inf for value in (int(state["tokens"]), *counters.values())):
+            raise ValueError("a count is negative or not finite")
+        return state | {"optimizer": counters} if state["step"] == step else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'state.json'} is not what our export wrote ({type(error).__name__}: {error}). Delete it to do "
+            f"without."
+        ) from error
 
 
-def _is_same(theirs: float, ours: float) -> bool:
-    """Whether they agree as far as fp32 tells, in which a tensor may have them."""
-    return math.isclose(theirs, ours, rel_tol=1e-6)
+# --- the names of tensors
+
+
+class Naming(NamedTuple):
+    """How a file names the tensors of the joint model."""
+
+    is_ours: bool
+    generator: str
+    """The prefix of the generator's names, or of all names if they are ours."""
+    discriminator: str
+
+    def __str__(self) -> str:
+        if self.is_ours:
+            return "electra_ds"
+        return f"transformers ({self.generator or 'no prefix'}, {self.discriminator or 'no prefix'})"
+
+
+def _find_naming(names: Iterable[str]) -> Naming:
+    """Return the naming: ours under any prefix, or transformers' `ElectraForMaskedLM` and `ElectraForPreTraining` under
+    any two.
+
+    Raises CheckpointError if the names are neither's.
+    """
+    names = list(names)
+    own, generator, discriminator = (_prefix(names, mark) for mark in (_OWN_MARK, _GENERATOR_MARK, _DISCRIMINATOR_MARK))
+    if own is not None:
+        return Naming(True, own, own)
+    if generator is not None and discriminator is not None:
+        return Naming(False, generator, discriminator)
+    if generator is not None or discriminator is not None:
+        there, gone = ("generator", "discriminator") if discriminator is None else ("discriminator", "generator")
+        raise CheckpointError(f"The checkpoint holds only a {there}. Its {gone} is needed too to continue training.")
+    raise CheckpointError(
+        f"The checkpoint's names ({_listed(names)}) are neither those of electra_ds's joint module nor those of one "
+        f"of transformers' ElectraForMaskedLM and ElectraForPreTraining."
+    )
+
+
+def _prefix(names: Iterable[str], mark: str) -> str | None:
+    return next((name.removesuffix(mark) for name in names if ("." + name).endswith("." + mark)), None)
+
+
+def _own(checkpoint: DeepSpeedCheckpoint, model: Electra) -> tuple[dict[str, torch.Tensor], int, Naming]:
+    """Return (tensors of one of our checkpoints, how many parameters have moments, how the file names tensors)."""
+    given = checkpoint.tensors
+    weights = {name.removeprefix("master/"): tensor for name, tensor in given.items() if name.startswith("master/")}
+    naming = _find_naming(weights)
+    tensors = {f"master/{name}": tensor for name, tensor in _renamed(naming, weights, model).items()}
+    has_moments = {
+        name: torch.full_like(weight, all(f"{key}/{name}" in given for key in MOMENTS))
+        for name, weight in weights.items()
+    }
+    with_moments = sum(bool(mask.any()) for mask in _renamed(naming, has_moments, model).values())
+    for key in MOMENTS:
+        moments = {name: given.get(f"{key}/{name}", torch.zeros_like(weight)) for name, weight in weights.items()}
+        tensors |= {f"{key}/{name}": tensor for name, tensor in _renamed(naming, moments, model).items()}
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, with_moments, naming
+
+
+def _renamed(naming: Naming, tensors: Mapping[str, torch.Tensor], model: Electra) -> dict[str, torch.Tensor]:
+    """Return tensors (weights, or one kind of moments) by the names of `model.named_parameters()`, every one of them.
+
+    If weights are shared in the model, the file's several copies must agree. Raises CheckpointError if a tensor
+    is missing, of another size, or one that this model does not have.
+    """
+    state = model.state_dict(keep_vars=True)
+    renamed, foreign = _under_our_names(naming, tensors, state)
+    foreign += [name for name in renamed if name not in state]
+    if foreign:
+        raise CheckpointError(
+            f"The checkpoint holds what the recipe's model does not have: {_listed(foreign)}. Is it the right recipe?"
+        )
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in state.items():
+        aliases.setdefault(id(parameter), []).append(name)
+    found: dict[str, torch.Tensor] = {}
+    problems = []
+    for name, parameter in model.named_parameters():
+        copies = [renamed[alias] for alias in aliases[id(parameter)] if alias in renamed]
+        if not copies:
+            problems.append(f"{name} is missing")
+        elif copies[0].shape != parameter.shape:
+            problems.append(f"{name} is {list(copies[0].shape)}, and the recipe's is {list(parameter.shape)}")
+        elif any(not torch.equal(copies[0], copy) for copy in copies[1:]):
+            raise CheckpointError(
+                f"The recipe shares {' and '.join(aliases[id(parameter)])}, and in the checkpoint they differ. Say how "
+                f"it was trained by --set generator.sharing=none (or tokens, if the token table is shared)."
+            )
+        else:
+            found[name] = copies[0]
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint does not fit the recipe and the tokenizer ({len(problems)} tensors): {_listed(problems)}."
+        )
+    return found
+
+
+def _under_our_names(
+    naming: Naming, tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return (tensors under our names, with aliases; names that belong to nothing)."""
+    if naming.is_ours:
+        outside = [name for name in tensors if not name.startswith(naming.generator)]
+        return {name.removeprefix(naming.generator): t for name, t in tensors.items() if name not in outside}, outside
+    renamed: dict[str, torch.Tensor] = {}
+    known: set[str] = set()
+    for prefix, theirs, convert in (
+        (naming.generator, generator_tensors(state), from_generator_tensors),
+        (naming.discriminator, discriminator_tensors(state), from_discriminator_tensors),
+    ):
+        part = {name: tensors[prefix + name] for name in theirs if prefix + name in tensors}
+        if _DECODER in part and _TABLE in part and not torch.equal(part[_DECODER], part[_TABLE]):
+            raise CheckpointError(
+                f"{prefix}{_DECODER} and {prefix}{_TABLE} differ: the generator was trained without tied weights, "
+                f"which ELECTRA has."
+            )
+        known.update(prefix + name for name in part)
+        try:
+            renamed |= convert(part)
+        except KeyError as error:
+            raise CheckpointError(f"The checkpoint lacks {prefix}{error.args[0]}.") from error
+    return renamed, [name for name in tensors if name not in known]
+
+
+def _listed(words: Iterable[str]) -> str:
+    words = list(words)
+    rest = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + rest

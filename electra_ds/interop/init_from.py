@@ -1,12 +1,12 @@
-"""A run that begins with published weights: what its sources hold, whether they fit, and the tensors that come of them.
+"""A run that begins with published weights: what its sources hold, whether they fit, and the first checkpoint.
 
-Imported only where a run begins so, since transformers takes seconds to import.
+Imported only by runs that begin so, since transformers takes seconds to import.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +14,23 @@ import torch
 
 from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.core.errors import ConfigError, DataError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.core.program import command
 from electra_ds.data.hub import fetch_model
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.interop.fit import Wanted, check_fit, most_shared
+from electra_ds.interop.fit import PARTS, KnownSizes, NetworkSizes, check_fit, most_shared
 from electra_ds.interop.pretrained import Pretrained, read_pretrained
 from electra_ds.model.other_formats import refuse_other_frameworks
 from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.pretrain import PretrainJob
+from electra_ds.training.checkpoint import CheckpointFolder
+from electra_ds.training.optimizer import FRESH_COUNTERS
 
-_PARTS = ("generator", "discriminator")
-_COMES_ALONG = {
+_SHARED_PARTS = {
     "none": "",
-    "tokens": ", but for the token table, which the discriminator's is",
-    "embeddings": ", but for the embeddings, which the discriminator's are",
-    "all": ", but for the encoder, which the discriminator's is",
+    "tokens": " and the discriminator's token table",
+    "embeddings": " and the discriminator's embeddings",
+    "all": " and the discriminator's encoder",
 }
 
 
@@ -41,10 +43,8 @@ class InitialWeights:
 
     @property
     def names(self) -> list[str]:
-        """For the run's record: Hub names, and folders in full."""
-        return [
-            part.name if is_hub_model(part.name) else str(Path(part.name).resolve()) for part in self._parts()
-        ]  # fmt: skip
+        """The names for the run's record: Hub names, and folders in full."""
+        return [part.name if is_hub_model(part.name) else str(Path(part.name).resolve()) for part in self._parts()]
 
     def _parts(self) -> list[Pretrained]:
         return [part for part in (self.generator, self.discriminator) if part is not None]
@@ -89,12 +89,11 @@ class InitialWeights:
             )
 
     def notes(self, recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
-        """What of the model begins otherwise than with the weights."""
+        """Return notes on the parts of the model that do not begin with the weights."""
         notes = []
         if self.generator is None:
-            notes.append(
-                f"the generator begins with random weights{_COMES_ALONG[electra_recipe(recipe).generator.sharing]}"
-            )
+            shared = _SHARED_PARTS[electra_recipe(recipe).generator.sharing]
+            notes.append(f"the generator begins with random weights{shared}")
         if not self.discriminator.has_head:
             notes.append(
                 f"{self.discriminator.name} is an encoder alone: the discriminator's head begins with random weights"
@@ -112,8 +111,8 @@ class InitialWeights:
         return notes
 
     def tensors(self, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-        """The tensors of a first checkpoint: the weights, the recipe's random ones where there are none, and moments
-        of 0."""
+        """Return the tensors of a first checkpoint: the weights, the recipe's random ones if there are none, and
+        moments of 0."""
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
         own = model.state_dict()
         given = {name: tensor for part in self._parts() for name, tensor in part.tensors.items()}
@@ -128,10 +127,10 @@ class InitialWeights:
 
 
 def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeights:
-    """The weights in one or two folders of transformers' or names on the Hub, in any order.
+    """Read the weights in one or two folders of transformers or models on the Hub, in any order.
 
-    A folder may be one that bin/export made. Raises DataError if a model cannot be had or used, ConfigError where
-    they are no discriminator with or without a generator, or do not fit the recipe.
+    A folder may be one that bin/export made. Raises DataError if a model cannot be fetched or used, ConfigError if
+    they are not a discriminator with or without a generator, or do not fit the recipe.
     """
     for source in sources:
         _check_word(source)
@@ -139,8 +138,8 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
         read_pretrained(name, fetch_model(name) if is_hub_model(name) else Path(name))
         for source in sources
         for name in _expanded(source)
-    ]  # fmt: skip
-    of_kind = {kind: [part for part in parts if part.kind == kind] for kind in _PARTS}
+    ]
+    of_kind = {kind: [part for part in parts if part.kind == kind] for kind in PARTS}
     found = ", ".join(f"{part.name} ({part.kind})" for part in parts)
     if len(of_kind["generator"]) > 1 or len(of_kind["discriminator"]) > 1:
         raise ConfigError(f"--init-from takes one discriminator, and one generator or none; these are {found}.")
@@ -149,18 +148,13 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
             f"--init-from needs a discriminator, and this is {found}. Give the discriminator that was trained with it "
             f"too, or alone."
         )
-    beginning = InitialWeights(of_kind["discriminator"][0], of_kind["generator"][0] if of_kind["generator"] else None)
-    discriminator, generator = beginning.discriminator, beginning.generator
+    found_weights = InitialWeights(of_kind["discriminator"][0], next(iter(of_kind["generator"]), None))
+    discriminator, generator = found_weights.discriminator, found_weights.generator
     if generator is not None:
         _check_one_vocabulary(generator, discriminator)
-    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-    check_fit(
-        recipe,
-        Wanted(discriminator.name, discriminator.sizes),
-        None if generator is None else Wanted(generator.name, generator.sizes),
-        most_shared(tensors),
-    )
-    return beginning
+    known = KnownSizes(**{part.kind: NetworkSizes(part.name, part.sizes) for part in parts})
+    check_fit(recipe, known, most_shared({name: tensor for part in parts for name, tensor in part.tensors.items()}))
+    return found_weights
 
 
 def _check_word(source: str) -> None:
@@ -175,9 +169,9 @@ def _check_word(source: str) -> None:
 
 
 def _expanded(source: str) -> list[str]:
-    """The two models in a folder of bin/export's, or the source itself."""
+    """Return the two models in a folder that bin/export made, or the source itself."""
     folder = Path(source)
-    inside = [folder / part for part in _PARTS if (folder / part / "config.json").is_file()]
+    inside = [folder / part for part in PARTS if (folder / part / "config.json").is_file()]
     return [str(path) for path in inside] if inside and not (folder / "config.json").is_file() else [source]
 
 
@@ -209,7 +203,7 @@ def _differing_steps(theirs: Tokenizer, ours: Tokenizer) -> str:
 
 
 def _difference(expected: Tokenizer, found: Tokenizer) -> str:
-    """In which pieces two tokenizers differ; empty where in none."""
+    """Return in which pieces two tokenizers differ; empty if they do not."""
     theirs = expected.backend.get_vocab(with_added_tokens=True)
     ours = found.backend.get_vocab(with_added_tokens=True)
     differing = sorted(
@@ -222,3 +216,27 @@ def _difference(expected: Tokenizer, found: Tokenizer) -> str:
     piece = differing[0][1]
     ids = [f"id {vocabulary[piece]}" if piece in vocabulary else "no id" for vocabulary in (theirs, ours)]
     return f"{len(differing):,} pieces have other ids, such as {piece!r} with {ids[0]} there and {ids[1]} here"
+
+
+def write_first_checkpoint(
+    job: PretrainJob,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    step: int = 0,
+    tokens: int = 0,
+    counters: Mapping[str, float] = FRESH_COUNTERS,
+) -> Path:
+    """Write the weights that a run begins with as its first checkpoint, and the run's record; return the checkpoint's
+    path.
+
+    For the main rank, which holds the run. tensors: fp32, `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` for every
+    parameter of `Electra`; counters: as `MasterAdamW.counters` gives them. Raises CheckpointError if the folder
+    cannot be written, or already holds a checkpoint.
+    """
+    state = {"step": step, "tokens": tokens, "precision": "fp32", "optimizer": dict(counters)}
+    path = CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(
+        tensors, state, job.record_files(job.plan)
+    )
+    # Last: a run is there only once it has what it begins with, or a resumed one would begin with random weights.
+    job.run.write_record(job.recipe, job.plan, job.record)
+    return path

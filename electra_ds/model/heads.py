@@ -14,7 +14,7 @@ from electra_ds.model.prediction import Prediction, predict_tokens
 
 
 class GeneratorHead(nn.Module):
-    """Token predictions: dense, GELU, LayerNorm, then logits by the token table with a bias of its own."""
+    """Token predictions: dense, GELU, LayerNorm, then logits from the token table and a bias."""
 
     def __init__(self, config: EncoderConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
@@ -27,19 +27,19 @@ class GeneratorHead(nn.Module):
         self, hidden_MH: torch.Tensor, targets_M: torch.Tensor, noise_keys_M: torch.Tensor,
         column_keys_V: torch.Tensor, temperature: torch.Tensor | None, counts_M: torch.Tensor | None = None,
     ) -> Prediction:  # fmt: skip
-        """Loss and samples from hidden states already gathered at the masked positions."""
+        """Return loss and samples for the hidden states at the masked positions."""
         return predict_tokens(
             self.transform(hidden_MH), self.decoder.weight, self.decoder.bias, targets_M, noise_keys_M, column_keys_V,
             temperature, counts_M,
         )  # fmt: skip
 
     def transform(self, hidden_MH: torch.Tensor) -> torch.Tensor:
-        """[M, H] -> [M, E], what the token table is multiplied with."""
+        """Return the vectors that the token table is multiplied with, [M, H] -> [M, E]."""
         return self.LayerNorm(functional.gelu(self.dense(hidden_MH)))
 
 
 class DiscriminatorHead(nn.Module):
-    """One logit per position, positive where the token looks replaced: [B, T, H] -> [B, T]."""
+    """One logit per position, positive if the token looks replaced: [B, T, H] -> [B, T]."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()

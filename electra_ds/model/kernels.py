@@ -1,8 +1,8 @@
-"""Parts of a layer whose own backward keeps less memory, or costs less time, than what autograd would put together.
+"""Parts of a layer with their own backward, which needs less memory or time than autograd's.
 
-On a CPU torch draws dropout one Bernoulli number at a time (some 5 ns an element, a tenth of a step), keeps the mask
-in fp32, and runs attention with dropout as a chain of operations. Here a mask takes 16 bits of a random word and one
-byte. On other devices torch's own kernels do that already and are used.
+On a CPU torch draws dropout one Bernoulli number at a time (some 5 ns per element, a tenth of a step), keeps the mask
+in fp32, and runs attention with dropout as a chain of operations. Here an element of a mask takes 16 bits of a random
+word and is kept as one byte. On other devices torch's own kernels are as good and are used.
 
 Shape suffixes: B rows, T positions, Q queries, N heads, D head size, H hidden size, F feed-forward size.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Elements of attention scores handled at a time: with their temporaries they stay in a core's cache.
+# Elements of attention scores that are computed at a time, so that they stay in a core's cache with their temporaries.
 _SCORES_AT_ONCE = 1 << 18
 
 
 def dropout(hidden: torch.Tensor, probability: float) -> torch.Tensor:
-    """Each element zeroed with the given probability, the others scaled up. The seed is torch's."""
+    """Zero each element with the given probability and scale the others up, with torch's random numbers."""
     if not probability:
         return hidden
     if not _is_eager_cpu(hidden):
@@ -29,7 +29,7 @@ def dropout(hidden: torch.Tensor, probability: float) -> torch.Tensor:
 
 
 def dropout_add(hidden: torch.Tensor, residual: torch.Tensor, probability: float) -> torch.Tensor:
-    """residual + dropout(hidden), of the wider of the two dtypes."""
+    """Return residual + dropout(hidden), in the wider of the two dtypes."""
     if not probability:
         return residual + hidden
     if not _is_eager_cpu(hidden):
@@ -40,9 +40,9 @@ def dropout_add(hidden: torch.Tensor, residual: torch.Tensor, probability: float
 def attention(
     query_key_value_BTH: torch.Tensor, attend_B1QT: torch.Tensor | None, num_heads: int, dropout_probability: float
 ) -> torch.Tensor:
-    """Self-attention from queries, keys and values side by side, [B, T, 3 * H] -> [B, T, H].
+    """Compute self-attention from concatenated queries, keys and values, [B, T, 3 * H] -> [B, T, H].
 
-    attend_B1QT: of `shared_mask`, with Q = T queries or 1 for all of them; None where all see all.
+    attend_B1QT: a mask from `shared_mask`, with Q = T queries or 1 for all of them; None if there is nothing to mask.
     """
     batch, length, width = query_key_value_BTH.shape
     if _is_eager_cpu(query_key_value_BTH) and dropout_probability:
@@ -55,10 +55,10 @@ def attention(
 
 
 def shared_mask(attend_B1QT: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """The mask in the form that the device's attention takes, for all layers together.
+    """Return the mask in the form that the device's attention needs, to be shared by all layers.
 
-    A GPU's takes numbers to add, and makes them of booleans anew in every layer, each of which would keep its own.
-    dtype: that of queries and keys.
+    On a GPU it consists of numbers to add. torch would convert booleans in every layer, and each would keep its copy.
+    dtype: the dtype of queries and keys.
     """
     if attend_B1QT is None or attend_B1QT.device.type == "cpu":
         return attend_B1QT
@@ -66,8 +66,10 @@ def shared_mask(attend_B1QT: torch.Tensor | None, dtype: torch.dtype) -> torch.T
 
 
 def feed_forward(hidden_BTH: torch.Tensor, intermediate: nn.Linear, output: nn.Linear) -> torch.Tensor:
-    """output(gelu(intermediate(hidden))). The backward computes GELU once more: its result, the largest tensor of a
-    layer, is not kept."""
+    """Return output(gelu(intermediate(hidden))).
+
+    The backward computes GELU again, so that its result, the largest tensor of a layer, need not be kept.
+    """
     device_type = hidden_BTH.device.type
     if torch.is_autocast_enabled(device_type):
         hidden_BTH = hidden_BTH.to(torch.get_autocast_dtype(device_type))
@@ -79,7 +81,7 @@ def _is_eager_cpu(tensor: torch.Tensor) -> bool:
 
 
 def _kept(shape: torch.Size, probability: float) -> tuple[torch.Tensor, float]:
-    """(int8 mask, 1 where an element stays; what to scale those by). The share is exact to 2^-16."""
+    """Return an int8 mask, 1 where an element is kept, and the factor for those. The share is exact to 2^-16."""
     size = shape.numel()
     threshold = min(max(round((1.0 - probability) * 65536), 1), 65535)
     words = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
@@ -103,7 +105,7 @@ class _DropoutAdd(torch.autograd.Function):
 
 
 class _AttentionWithDropout(torch.autograd.Function):
-    """In pieces of a few sequences; keeps the probabilities and the mask of one byte an element."""
+    """Attention in pieces of a few sequences, which keeps the probabilities and the mask of one byte per element."""
 
     @staticmethod
     def forward(
@@ -158,7 +160,7 @@ def _pieces(batch: int, scores_of_one: int) -> list[slice]:
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor * left @ right, batched."""
+    """Return factor * left @ right, batched."""
     return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=factor)
 
 

@@ -1,4 +1,4 @@
-"""Recognise weights of other frameworks by their file names, and say how to convert them. Nothing in them is read."""
+"""Recognise weights of other frameworks by their file names, without reading them, and say how to convert them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from electra_ds.core.errors import DataError
-from electra_ds.core.hub_names import is_hub_model
+from electra_ds.core.files import is_hub_model
 from electra_ds.core.program import command
 
 _OURS = ("*.safetensors", "pytorch_model*.bin")
@@ -26,13 +26,13 @@ def refuse_other_frameworks(path: Path, name: str) -> None:
 
 
 def _other_framework(path: Path, name: str) -> str | None:
-    """Return what it is and what converts it, or None for anything else."""
+    """Return the kind of weights and how to convert them, or None for anything else."""
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         prefix = _tensorflow_prefix(path, files)
         if any(file.match(pattern) for file in files for pattern in _OURS):
             return None
-    except OSError:  # who reads it says what is wrong
+    except OSError:  # the error is reported when the file is read
         return None
     if prefix is not None:
         return _original(prefix)
@@ -45,7 +45,7 @@ def _other_framework(path: Path, name: str) -> str | None:
             "a TensorFlow SavedModel, which is a graph and not only weights. Convert the checkpoint that it was made "
             "from."
         )
-    if is_hub_model(name) and any(file.name == "config.json" for file in files):  # of which these are never fetched
+    if is_hub_model(name) and any(file.name == "config.json" for file in files):  # such weights are never downloaded
         advice = _by_older_transformers(name, *_BY_TRANSFORMERS["tf_model*.h5"])
         return f"a model without PyTorch weights. If its page lists tf_model.h5, convert that: {advice}"
     return None

@@ -1,8 +1,8 @@
-"""The generator's vocabulary head, its loss and its samples in one pass over the logits, which are never all there.
+"""The generator's vocabulary head: its loss and its samples in one pass over the logits, which never exist all at once.
 
-Rows are handled in pieces: logits, softmax, loss, sample, and at once the gradients by the head's inputs, so that
-nothing of size rows x vocabulary outlives its piece. The gradients are those of the sum of losses; backward scales
-them, which also keeps them from vanishing in fp16, as a division by the number of rows before the product would not.
+Rows are processed in pieces: logits, softmax, loss, sample, and immediately the gradients of the head's inputs, so that
+nothing of size rows x vocabulary outlives its piece. The gradients are those of the sum of losses, which backward
+scales. So they do not vanish in fp16, as they would with a division by the number of rows before the product.
 
 Shape suffixes: M selected positions, E embedding size, V vocabulary.
 """
@@ -14,20 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from electra_ds.model.sampling import sample_tokens
+from electra_ds.core.keyed_random import exponential_noise
 
-# Bytes of fp32 logits in a piece: beyond the first, pieces cost the CPU nothing, and the GPU some launches each.
+# Bytes of fp32 logits in a piece. More pieces cost nothing on a CPU, and some kernel launches each on a GPU.
 CPU_PIECE_BYTES = 8 << 20
 GPU_PIECE_BYTES = 128 << 20
+CPU_NOISE_BYTES = 1 << 20  # on a CPU samples are drawn in pieces whose noise stays in a core's cache
 
 
 class Prediction(NamedTuple):
-    """What the generator says of the selected positions."""
+    """The generator's output at the selected positions."""
 
     loss_sum: torch.Tensor
-    """fp32 scalar, sum of the cross-entropies in nats (ELECTRA paper, eq. 2); the only one with a gradient."""
+    """fp32 scalar, sum of the cross-entropies in nats (ELECTRA paper, eq. 2); the only field with a gradient."""
     losses_M: torch.Tensor
-    """fp32, its terms."""
+    """fp32, the terms of the sum."""
     best_M: torch.Tensor
     """int64, the most probable token."""
     samples_M: torch.Tensor
@@ -44,10 +45,10 @@ def predict_tokens(
     temperature: torch.Tensor | None = None,
     counts_M: torch.Tensor | None = None,
 ) -> Prediction:
-    """Loss and samples of logits hidden @ weight.T + bias. Logits are of hidden's dtype (or autocast's), the rest fp32.
+    """Compute loss and samples for logits hidden @ weight.T + bias, which have hidden's dtype (or autocast's).
 
-    Samples come from softmax(logits / temperature). temperature: fp32 scalar, None for 1. counts_M: bool, False at rows
-    whose loss is taken as 0; None if all count.
+    Samples are drawn from softmax(logits / temperature). Everything but the logits is fp32. temperature: fp32 scalar,
+    None for 1. counts_M: bool, False at rows whose loss counts as 0; None if all count.
     """
     device_type = hidden_ME.device.type
     if torch.is_autocast_enabled(device_type):
@@ -127,3 +128,20 @@ def _pieces(hidden_ME: torch.Tensor, vocab_size: int) -> list[slice]:
     piece_bytes = CPU_PIECE_BYTES if hidden_ME.device.type == "cpu" else GPU_PIECE_BYTES
     size = max(1, piece_bytes // (4 * vocab_size))
     return [slice(first, first + size) for first in range(0, max(1, len(hidden_ME)), size)]
+
+
+def sample_tokens(weights_MV: torch.Tensor, noise_keys_M: torch.Tensor, column_keys_V: torch.Tensor) -> torch.Tensor:
+    """Return int64 [M], one token per row, drawn with probability proportional to its weight (fp32, such as a softmax).
+
+    An exponential race: with Exp(1) variates E keyed by `noise_keys_M` (int32) the largest weight / E wins. This is
+    Gumbel-argmax, log(weight) - log(E), without its logarithm. A draw does not depend on how the batch is divided, and
+    rounding almost never changes it. ELECTRA paper, section 2; google-research/electra samples by Gumbel-argmax.
+    """
+    rows = len(weights_MV)
+    if weights_MV.device.type == "cpu":
+        rows = max(1, CPU_NOISE_BYTES // (4 * weights_MV.shape[1]))
+    samples = []
+    for weights, noise_keys in zip(weights_MV.split(rows or 1), noise_keys_M.split(rows or 1), strict=True):
+        noise = exponential_noise(noise_keys, column_keys_V)
+        samples.append(torch.div(weights, noise, out=noise).max(dim=-1).indices)  # faster than argmax on a CPU
+    return torch.cat(samples)

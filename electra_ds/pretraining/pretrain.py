@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from rich.console import Console
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
@@ -20,9 +20,12 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder, objective_of
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.evaluation import Evaluator
+from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.loop import TrainingLoop, train
 from electra_ds.training.throughput import Throughput, joint_peak_flops
-from electra_ds.training.tracking import TrainingDisplay, read_metrics
+from electra_ds.training.tracking import read_metrics
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,19 @@ class PretrainJob:
         return files | {"tokenizer.json": self.store.tokenizer.backend.to_str()}
 
 
-def pretrain(job: PretrainJob, ranks: Ranks, console: Console, time_limit_s: float | None = None) -> bool:
-    """As `loop.train`."""
-    return train(lambda: PretrainLoop(job, ranks, console), job, ranks, time_limit_s)
+def pretrain(
+    job: PretrainJob, ranks: Ranks, time_limit_s: float | None = None, callbacks: Sequence[Callback] = ()
+) -> bool:
+    """Train as `loop.train` does."""
+    return train(lambda: PretrainLoop(job, ranks, callbacks), job, ranks, time_limit_s)
 
 
 class PretrainLoop(TrainingLoop):
-    job: PretrainJob
-    engine: PretrainingEngine
+    """Pretraining by the recipe's objective."""
 
-    def __init__(self, job: PretrainJob, ranks: Ranks, console: Console) -> None:
+    job: PretrainJob
+
+    def __init__(self, job: PretrainJob, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> None:
         recipe, plan, store = job.recipe, job.plan, job.store
         with ranks.together():
             device = devices.device(ranks.launch)
@@ -65,21 +71,24 @@ class PretrainLoop(TrainingLoop):
             self.evaluator = Evaluator(store, job.split, recipe, job.record.settings.eval_windows, ranks)
         self.objective = objective_of(recipe, store.tokenizer)
         peak = joint_peak_flops(device, plan.precision.name, plan.batch.world_size)
-        throughput = Throughput(device, peak, self.objective.flops)
-        super().__init__(job, ranks, console, builder, throughput)
+        super().__init__(job, ranks, builder, Throughput(device, peak, self.objective.flops), callbacks)
         self._evaluations: list[Mapping[str, Any]] | None = None
         """Of the whole run, on the main rank."""
-        self._collapsed_at: int | None = ranks.broadcast(self._look_for_collapse(()))
-        if self._collapsed_at is not None and job.record.settings.stop_on_collapse:
+        self._collapsed_at: int | None = None
+
+    def start(self, stack: contextlib.ExitStack) -> None:
+        super().start(stack)
+        self._collapsed_at = self.ranks.broadcast(self._look_for_collapse(()))
+        if self._collapsed_at is not None and self.job.record.settings.stop_on_collapse:
             self.ends_early = "collapsed"
-        if self.engine.is_compiled:
-            console.print("The forward pass is compiled at the first step; that takes a minute.", highlight=False)
+        if isinstance(self.engine, PretrainingEngine) and self.engine.is_compiled:
+            _log.info("The forward pass is compiled at the first step; that takes a minute.")
 
     def make_engine(self) -> PretrainingEngine:
         model = self.objective.build_model()
         return PretrainingEngine(model, self.job.recipe, self.plan, self.device, self.job.record.settings.compile)
 
-    def shown(self, values: Mapping[str, float | None]) -> str:
+    def shown(self, values: Metrics) -> str:
         return self.objective.progress(values)
 
     def check_fresh(self) -> None:
@@ -101,13 +110,13 @@ class PretrainLoop(TrainingLoop):
                 f"Put them back into {self.checkpoints.folder}, or start a new run."
             )
 
-    def evaluate(self, display: TrainingDisplay) -> Mapping[str, float]:
-        metrics = self.evaluator(self.engine.evaluate, self.device, self.evaluation_rows)
-        display.say(f"held out at step {self.step}: {self.objective.describe(metrics)}")
+    def evaluate(self) -> Mapping[str, float]:
+        metrics = self.evaluator(self._engine.evaluate, self.device, self.evaluation_rows)
+        _log.info(f"held out at step {self.step}: {self.objective.describe(metrics)}")
         if self._collapsed_at is None:
             self._collapsed_at = self.ranks.broadcast(self._look_for_collapse([metrics | {"step": self.step}]))
             if self._collapsed_at is not None:
-                self._say_collapsed(display, self._collapsed_at)
+                self._say_collapsed(self._collapsed_at)
         return metrics
 
     @property
@@ -128,9 +137,9 @@ class PretrainLoop(TrainingLoop):
         self._evaluations += newest
         return self.objective.collapsed_at(self._evaluations)
 
-    def _say_collapsed(self, display: TrainingDisplay, step: int) -> None:
+    def _say_collapsed(self, step: int) -> None:
         ends = self.job.record.settings.stop_on_collapse
         hint = "" if ends else ", and --stop-on-collapse would end the run"
-        display.say(f"{self.objective.describe_collapse(step)}{hint}.")
+        _log.info(f"{self.objective.describe_collapse(step)}{hint}.")
         if ends:
             self.ends_early = "collapsed"

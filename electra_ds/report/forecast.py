@@ -11,8 +11,7 @@ import psutil
 import torch
 
 from electra_ds.config.cards import CARDS, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
-from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import recipe_names
@@ -20,7 +19,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
 from electra_ds.pretraining.run_time import RunTime, pretraining_time, time_of_steps
 from electra_ds.pretraining.step_time import StepTime, step_time
-from electra_ds.report.literature import Publication, PublishedMemory, publications
+from electra_ds.report.publications import Publication, PublishedMemory, publications
 
 GIB = 2**30
 # Cards that benchmarks/results holds a training run of.
@@ -39,7 +38,7 @@ class Forecast:
     card: Card | None
     kernels: Kernels
     budget_bytes: float
-    """What a program may take of the device."""
+    """The memory of the device that a program may use."""
     budget_note: str
     memory: PeakMemory
     largest: DeepSpeedPlan | None
@@ -58,8 +57,8 @@ class Forecast:
         return self.needed_bytes <= self.budget_bytes
 
     def published_memory(self) -> list[tuple[Publication, PublishedMemory, int]]:
-        """(where, what they needed, what we need for the same accumulation steps in this precision, in bytes). They had
-        one card, so for several there is nothing beside it."""
+        """Return (publication, theirs, ours for the same accumulation steps in this precision, in bytes). They had
+        one card, so there is nothing to compare for several."""
         rows: list[tuple[Publication, PublishedMemory, int]] = []
         if self.plan.batch.world_size > 1:
             return rows
@@ -103,10 +102,10 @@ def forecast(
     recipe: Recipe, values: dict[str, Any], source: str, *, card: Card | None, memory_gib: float | None = None,
     vocab_size: int | None = None, world_size: int = 1,
 ) -> Forecast:  # fmt: skip
-    """Resolve the JSON for such a card and say what to expect.
+    """Resolve the JSON for such a card and return what to expect.
 
-    memory_gib: what is free, in place of the card's own. Without either the plan is for this machine's CPU. Raises
-    ConfigError if the JSON cannot be used with the recipe, or asks for what the card has not.
+    memory_gib: the free memory, in place of the card's own. Without either the plan is for this machine's CPU. Raises
+    ConfigError if the JSON cannot be used with the recipe, or asks for what the card lacks.
     """
     vocab_size = vocab_size or recipe.tokenizer.vocab_size
     kernels: Kernels = "cuda" if card is not None or memory_gib is not None else "cpu"

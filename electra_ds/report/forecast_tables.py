@@ -5,27 +5,23 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from electra_ds.config.cards import DEFAULT_TORCH_CAPABILITY
-from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.core.program import command
 from electra_ds.pretraining.memory import CONTEXT_BYTES, FRAGMENTATION
 from electra_ds.pretraining.run_time import CPU_SLOWER
 from electra_ds.pretraining.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER, StepTime
 from electra_ds.report.forecast import GIB, Forecast
-from electra_ds.report.literature import Evidence, evidence
+from electra_ds.report.publications import Evidence, evidence
+from electra_ds.report.tables import Table, print_table
 
 _DAY_S = 86_400
-MEASURED_SPEEDUP = (1.7, 3.4)
-"""How many times as fast as transformers' step ours was on CPUs. A test compares it with docs/performance.md."""
 
 
 def print_forecast(found: Forecast, console: Console) -> None:
-    """Everything there is to say of one."""
+    """Print memory, time, what the card lacks, and what others published, for one forecast."""
     device = "a GPU" if found.kernels == "cuda" else "this machine's CPU"
     if found.card is not None:
         device = f"{found.card.name} ({'run' if found.was_run else 'never run'})"
@@ -38,24 +34,20 @@ def print_forecast(found: Forecast, console: Console) -> None:
     )  # fmt: skip
     for note in found.plan.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}.", highlight=False)
-    console.print(_memory_table(found))
-    lines = [*_fit_lines(found), *_time_lines(found), *_lack_lines(found), *_published_lines(found)]
-    for line in lines:
+    print_table(memory_table(found), console)
+    for line in [*_fit_lines(found), *_time_lines(found), *_lack_lines(found), *_published_lines(found)]:
         console.print(line, highlight=False)
 
 
-def _memory_table(found: Forecast) -> Table:
+def memory_table(found: Forecast) -> Table:
+    """Return the memory of each part at a step's fullest moments."""
     phases = found.memory.phases
     is_small = max(phase.total for phase in phases.values()) < GIB / 4
-    unit = "MiB" if is_small else "GiB"
-    shown = _mib if is_small else _gib
-    table = Table(title=f"Predicted memory at a step's fullest moments, {unit}", title_justify="left", box=box.SIMPLE)
-    for column in ("", *phases):
-        table.add_column(column, justify="right" if column else "left")
+    unit, shown = ("MiB", _mib) if is_small else ("GiB", _gib)
+    table = Table(f"Predicted memory at a step's fullest moments, {unit}", ["", *phases])
     for part in next(iter(phases.values()))._fields:
-        table.add_row(part, *(shown(getattr(phase, part)) for phase in phases.values()))
-    table.add_section()
-    table.add_row("at once", *(shown(phase.total) for phase in phases.values()))
+        table.rows.append([part, *(shown(getattr(phase, part)) for phase in phases.values())])
+    table.rows += [[], ["at once", *(shown(phase.total) for phase in phases.values())]]
     return table
 
 
@@ -65,27 +57,23 @@ def _fit_lines(found: Forecast) -> list[str]:
     if found.kernels == "cuda":
         peak += (
             f" + {FRAGMENTATION:.0%} that the allocator cannot use + {_gib(CONTEXT_BYTES)} CUDA context (both assumed)"
+            f" = {_gib(found.needed_bytes)} GiB"
         )
-        peak += f" = {_gib(found.needed_bytes)} GiB"
     status = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
     lines = [f"Memory: {peak} of {_gib(found.budget_bytes)} GiB ({found.budget_note}): {status}."]
     if memory.host_bytes:
-        lines.append(f"Beside it {_gib(memory.host_bytes)} GiB of the CPU's memory for each rank, by offloading.")
+        lines.append(f"Offloading takes another {_gib(memory.host_bytes)} GiB of the CPU's memory for each rank.")
     if found.largest is None:
-        lines.append(
+        return [
+            *lines,
             "Not even one sequence fits. ZeRO over more cards, or offloading (zero3-offload), shrinks what does not "
-            "depend on the micro-batch; activation checkpointing what does."
-        )
-    elif found.largest.batch.micro_batch_size != batch.micro_batch_size:
-        lines.append(
-            f"Largest micro-batch that fits: {found.largest.batch}; say --micro-batch to {command('pretrain')}."
-        )
-    else:
-        lines.append(
-            f"Largest micro-batch that fits: {batch.micro_batch_size}"
-            + (", each rank's whole share." if batch.gradient_accumulation_steps == 1 else ".")
-        )
-    return lines
+            "depend on the micro-batch; activation checkpointing what does.",
+        ]
+    largest = f"Largest micro-batch that fits: {found.largest.batch}; say --micro-batch to {command('pretrain')}."
+    if found.largest.batch.micro_batch_size == batch.micro_batch_size:
+        share = ", each rank's whole share" if batch.gradient_accumulation_steps == 1 else ""
+        largest = f"Largest micro-batch that fits: {batch.micro_batch_size}{share}."
+    return [*lines, largest]
 
 
 def _time_lines(found: Forecast) -> list[str]:
@@ -100,9 +88,10 @@ def _time_lines(found: Forecast) -> list[str]:
         )
     else:
         lines += _card_lines(found, found.time)
-    if left_out := _left_out(found.plan):
-        lines.append(f"  Not included: {', '.join(left_out)}.")
-    return lines
+    left_out = ["communication between ranks"] if found.plan.batch.world_size > 1 else []
+    if any(name.startswith("offload") for name in found.plan.document["zero_optimization"]):
+        left_out.append("offloading to the CPU")
+    return lines + ([f"  Not included: {', '.join(left_out)}."] if left_out else [])
 
 
 def _card_lines(found: Forecast, time: StepTime) -> list[str]:
@@ -114,8 +103,6 @@ def _card_lines(found: Forecast, time: StepTime) -> list[str]:
         f"bandwidth; meanwhile the host needs {host} at {LAUNCH_S * 1e6:.0f} µs an operation. All three are assumed.",
         f"  The range is {SLOWER[0]} to {SLOWER[1]} times the roofline and contains every published run, from "
         f"{_run(ends[0])} to {_run(ends[-1])}.",
-        f"  On CPUs our step was {MEASURED_SPEEDUP[0]} to {MEASURED_SPEEDUP[1]} times as fast as transformers' "
-        f"(docs/performance.md). This was not measured on a GPU, so the range does not rely on it.",
     ]  # fmt: skip
     if not found.was_run:
         lines.append("  None of our steps has been timed on this card.")
@@ -130,65 +117,49 @@ def _run(found: Evidence) -> str:
     return f"{found.factor:.2f} ({found.publication.short} in {found.run.precision} on a {found.run.card}{compared})"
 
 
-def _left_out(plan: DeepSpeedPlan) -> list[str]:
-    """What takes time and the roofline does not know of."""
-    left_out = []
-    if plan.batch.world_size > 1:
-        left_out.append("communication between ranks")
-    if any(name.startswith("offload") for name in plan.document["zero_optimization"]):
-        left_out.append("offloading to the CPU")
-    return left_out
-
-
 def _lack_lines(found: Forecast) -> list[str]:
     if found.card is None:
         return []
+    if not found.lacks:
+        return ["It lacks nothing: bf16, tensor cores, flash attention, torch.compile."]
+    lines = [f"  {escape(lack.what)}: {escape(lack.consequence)}." for lack in found.lacks]
     install = []
     if found.card.capability < DEFAULT_TORCH_CAPABILITY:
         install = ["torch's default builds have no code for this card; make install takes the one for CUDA 12.6."]
-    if not found.lacks:
-        return ["It lacks nothing: bf16, tensor cores, flash attention, torch.compile."]
-    return [
-        *install,
-        "What this card lacks:",
-        *(f"  {escape(lack.what)}: {escape(lack.consequence)}." for lack in found.lacks),
-    ]
+    return [*install, "What this card lacks:", *lines]
 
 
 def _published_lines(found: Forecast) -> list[str]:
-    rows = found.published_memory()
-    if not rows:
-        return []
     here = found.plan.precision.name + (", context and all" if found.kernels == "cuda" else " on a CPU")
-    lines = [f"Beside what others needed for this recipe (here {here}):"]
-    for where, theirs, ours in rows:
+    lines = []
+    for where, theirs, ours in found.published_memory():
         steps = theirs.gradient_accumulation_steps
         lines.append(
             f"  {steps} accumulation step{'s' if steps > 1 else ''}: {theirs.memory_gb:g} GB ({where.short}), "
             f"predicted here {ours / 1e9:.1f} GB."
         )
-    return lines
+    return [f"Memory that others needed for this recipe (here {here}):", *lines] if lines else []
 
 
 def print_forecasts(forecasts: list[list[Forecast]], console: Console) -> None:
-    """Every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
+    """Print a table of every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
     table = Table(
-        title="Predicted for every card and every recipe", title_justify="left", box=box.SIMPLE, caption_justify="left",
+        "Predicted for every card and every recipe",
+        ["card; usable GiB, JSON", "recipe", "batch", "GiB", "time"],
+        text_columns=5,
         caption="* No step has been run on this card. any GPU: the default JSON. "
         f"For details: {command('plan')} --recipe R --card NAME",
-    )  # fmt: skip
-    for column in ("card; usable GiB, JSON", "recipe", "batch", "GiB", "time"):
-        table.add_column(column)
+    )
     for of_card in forecasts:
         first = of_card[0]
         assert first.card is not None
         name = f"{first.card.name.removeprefix('NVIDIA ').removeprefix('GeForce ')}{'' if first.was_run else ' *'}"
         titles = [name, f"  {first.card.usable_gib:.1f}; {first.card.ds_config or 'any GPU'}"]
-        rows = [(found.recipe.name, *_cells(found)) for found in of_card]
-        for title, row in itertools.zip_longest(titles, rows, fillvalue=()):
-            table.add_row(title or "", *row)
-        table.add_section()
-    console.print(table)
+        rows = [[found.recipe.name, *_cells(found)] for found in of_card]
+        for title, row in itertools.zip_longest(titles, rows, fillvalue=""):
+            table.rows.append([str(title), *(row or [""] * 4)])
+        table.rows.append([])
+    print_table(table, console)
 
 
 def _cells(found: Forecast) -> list[str]:
@@ -200,7 +171,7 @@ def _cells(found: Forecast) -> list[str]:
 
 
 def as_json(found: Forecast) -> dict[str, Any]:
-    """Every number, bytes and seconds."""
+    """Return every number of a forecast, in bytes and seconds."""
     time, run_time = found.time, found.run_time()
     return {
         "recipe": found.recipe.name,

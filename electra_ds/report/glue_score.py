@@ -22,7 +22,7 @@ AVERAGE_METRICS = {
     "qnli": "accuracy",
     "rte": "accuracy",
 }
-"""Of AVG: the README of google-research/electra, "Expected Results"."""
+"""The metrics of AVG: the README of google-research/electra, "Expected Results"."""
 
 GLUE_METRICS = {
     "cola": ("matthews",),
@@ -35,11 +35,12 @@ GLUE_METRICS = {
     "rte": ("accuracy",),
     "wnli": ("accuracy",),
 }
-"""Of GLUE: a task's score is the mean of its metrics (A. Wang et al., "GLUE", ICLR 2019, and gluebenchmark.com)."""
+"""The metrics of GLUE: a task's score is the mean of its metrics (A. Wang et al., "GLUE", ICLR 2019, and
+gluebenchmark.com)."""
 
 WNLI_MAJORITY = (40, 71)
-"""Of dev: rows of the larger class, rows. On test it is 95 of 146, the count behind the 65.1 that the leaderboard gives
-those who answer 0 to all."""
+"""(rows of the larger class, rows) on dev. On test it is 95 of 146, the count behind the 65.1 that the leaderboard
+gives to those who answer 0 to all."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +48,26 @@ class GlueScore:
     value: float | None
     """A share; None where a metric is missing."""
     missing: tuple[str, ...]
-    """Each as `task metric`."""
+    """The metrics that are missing, each as `task metric`."""
     wnli: str
-    """What stands for WNLI."""
+    """The score that was taken for WNLI."""
 
 
 def average(metrics: TaskMetrics) -> float | None:
-    """AVG: the mean of eight tasks, one metric each, without WNLI. None where one is missing."""
+    """Return AVG, the mean of eight tasks, one metric each, without WNLI. None if one is missing."""
     if missing_for_average(metrics):
         return None
     return sum(metrics[task][metric] for task, metric in AVERAGE_METRICS.items()) / len(AVERAGE_METRICS)
 
 
 def missing_for_average(metrics: TaskMetrics) -> tuple[str, ...]:
-    """What AVG needs and is not there, each as `task metric`."""
+    """Return the metrics that AVG lacks, each as `task metric`."""
     return _missing(metrics, {task: (metric,) for task, metric in AVERAGE_METRICS.items()})
 
 
 def glue(metrics: TaskMetrics, wnli: Wnli = "majority") -> GlueScore:
-    """GLUE: the mean of nine tasks. WNLI is the model's own, or what always answering its larger class would give."""
+    """Return GLUE, the mean of nine tasks. WNLI is the model's own score, or that of always answering the larger
+    class."""
     needed = dict(GLUE_METRICS)
     if wnli == "majority":
         del needed["wnli"]

@@ -1,4 +1,4 @@
-"""The scores.json that a finetuning run leaves, read and told apart: what belongs together, and what was run twice."""
+"""Read the scores.json files that finetuning runs leave, and group those that belong together."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ class ScoredSet(_Record):
 
 
 class Scores(_Record):
-    """What scores.json says."""
+    """The content of scores.json."""
 
     task: str
     recipe: str
     recipe_source: str
-    """`shipped`, or what tells a file of the user's own from others of its name."""
+    """`shipped`, or a fingerprint of the user's own file."""
     changes: list[str]
-    """What is otherwise than in that recipe."""
+    """The differences from that recipe."""
     seed: int
     model: str
     model_fingerprint: str
     data_fingerprint: str
     step: int
     chosen: str
-    """Which of the run's evaluations this is."""
+    """The evaluation of the run that this is, such as `last`."""
     sets: dict[str, ScoredSet]
 
     @property
     def whole_recipe(self) -> str:
-        """With all that makes it another."""
+        """The recipe with its source and changes."""
         name = self.recipe if self.recipe_source == "shipped" else f"{self.recipe} ({self.recipe_source})"
         return " ".join([name, *(["with", ", ".join(self.changes)] if self.changes else [])])
 
@@ -65,11 +65,11 @@ class Scores(_Record):
         return {name: scored for name, scored in self.sets.items() if scored.metrics}
 
     def metrics(self, name: str) -> dict[str, float]:
-        """Of one set; `read_scores` has seen to it that all are finite."""
+        """Return the metrics of one set, all of them finite, as `read_run` checks."""
         return {metric: value for metric, value in self.sets[name].metrics.items() if value is not None}
 
     def dev_metrics(self) -> dict[str, float]:
-        """As `glue_score` names them."""
+        """Return the metrics of the development sets by the names in `glue_score`."""
         return self._of_dev(self.metrics)
 
     def dev_baselines(self) -> dict[str, float]:
@@ -110,7 +110,7 @@ class Group:
         return {task: runs[seed].scores.dev_metrics() for task, runs in self.tasks.items() if seed in runs}
 
     def means(self) -> TaskMetrics:
-        """Of each metric that all seeds of its task have."""
+        """Return the mean of each metric that all seeds of its task have."""
         return self._means(Scores.dev_metrics)
 
     def baselines(self) -> TaskMetrics:
@@ -127,7 +127,7 @@ class Group:
 
 
 def read_run(path: Path) -> ScoredRun:
-    """Raises CheckpointError if its scores.json is missing, broken, or holds what is no score."""
+    """Read the scores of one run. Raises CheckpointError if its scores.json is missing, damaged, or holds no score."""
     file = path / "scores.json"
     try:
         document = json.loads(file.read_text("utf8"))
@@ -178,8 +178,8 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
-    """(runs, notes). A run that is given twice, or whose scores a copy repeats, counts once; one that has not finished
-    is left out beside others that have.
+    """Return (runs, notes). A run that is given twice, or whose scores a copy repeats, counts once; a run that has not
+    finished is left out if others have.
 
     Raises CheckpointError if one cannot be read, or none has finished, and ConfigError if two runs of the same
     model, recipe, task and seed differ.
@@ -205,8 +205,8 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
 
 
 def group_runs(runs: Sequence[ScoredRun]) -> list[Group]:
-    """By model and recipe, in the order in which they come. Models of one name but other weights are told apart by
-    their fingerprints."""
+    """Group runs by model and recipe, in the order in which they come. Models of one name with different weights are
+    different models, named by their fingerprints."""
     weights: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         weights[run.scores.model].add(run.scores.model_fingerprint)

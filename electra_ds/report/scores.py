@@ -1,16 +1,17 @@
-"""What finetuning runs came to: each task over its seeds, AVG and GLUE, printed and as CSV."""
+"""The scores of finetuning runs: each task over its seeds, AVG and GLUE, as tables and as CSV. Every number keeps the
+unit of what it is made from."""
 
 from __future__ import annotations
 
 import csv as csv_files
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
+import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from scipy import stats  # type: ignore[import-untyped]
 
 from electra_ds.core.files import complete_file
 from electra_ds.core.terminal import say, warn
@@ -23,10 +24,10 @@ from electra_ds.report.glue_score import (
     glue,
     missing_for_average,
 )
-from electra_ds.report.published_glue import PublishedScores, PublishedTable, find_published
+from electra_ds.report.publications import PublishedScores, PublishedTable, find_published
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
-from electra_ds.report.statistics import Spread, difference_interval, spread
 from electra_ds.report.submission import zip_submission
+from electra_ds.report.tables import Table, print_table
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 BASELINE = (
@@ -41,13 +42,53 @@ _COLUMNS = (
 _Found = tuple[PublishedTable, PublishedScores]
 
 
+_ROUNDING = 1e-12
+"""Metrics that differ by less are equal."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    n: int
+    mean: float
+    std: float | None
+    """Sample standard deviation (n - 1); None for one value, which has none."""
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return the statistics of a metric over seeds. Raises ValueError if there are no values."""
+    if not values:
+        raise ValueError("no values to sum up")
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Spread(len(values), float(np.mean(values)), std, float(np.median(values)), min(values), max(values))
+
+
+def difference_interval(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float | None, float | None]:
+    """Return (mean of a - mean of b, low, high), Welch's interval.
+
+    low and high are None where the values tell nothing of their spread: a single value, or only equal ones.
+    """
+    difference = float(np.mean(a) - np.mean(b))
+    if min(len(a), len(b)) < 2 or max(np.ptp(a), np.ptp(b)) < _ROUNDING:
+        return difference, None, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one side's values are all equal
+        test = stats.ttest_ind(a, b, equal_var=False)
+        low, high = (float(bound) for bound in test.confidence_interval(confidence))
+    return difference, low, high
+
+
 @dataclass(frozen=True)
 class Mean:
-    """AVG or GLUE of a group, a share."""
+    """AVG or GLUE of a group, as a share."""
 
     name: str
     by_seed: dict[int, float]
-    """Where all its tasks have the same seeds."""
+    """Empty unless all its tasks have the same seeds."""
     value: float | None
     """The mean over seeds, or of the tasks' means; None where a metric is missing."""
     baseline: float | None
@@ -64,7 +105,7 @@ def report_scores(
     submission: Path | None = None,
 ) -> None:
     """Print the tables of finetuning runs' scores.json, a table for each model and recipe in the order of the runs;
-    `compare` names published scores to be shown beside them.
+    `compare` names published scores to show next to them.
 
     `csv` is a file that gets every run's metrics, `submission` a zip that gets their predictions of GLUE's test sets.
     Raises ConfigError if the runs do not fit together or nothing is published under that name, and CheckpointError
@@ -74,9 +115,12 @@ def report_scores(
     scored, notes = read_scores(runs)
     groups = group_runs(scored)
     for group in groups:
-        _print_group(group, published, console)
-    if len(groups) == 2 and (differences := _differences(*groups)).row_count:
-        console.print(differences)
+        print_table(group_table(group, [row for _, row in published]), console)
+        _say(console, [note for mean in _glue_means(group) for note in mean.notes] + _group_notes(group))
+        for text in _warnings(group):
+            warn(console, text)
+    if len(groups) == 2 and (differences := difference_table(*groups)).rows:
+        print_table(differences, console)
     elif len(groups) > 2:
         notes = [*notes, "Differences are of two tables: give the runs of two models or recipes alone"]
     legend = [PLUS_MINUS, BASELINE] if any(_baselines(group) for group in groups) else [PLUS_MINUS]
@@ -89,7 +133,7 @@ def report_scores(
 
 
 def means(group: Group) -> list[Mean]:
-    """AVG, GLUE, and where WNLI was finetuned, GLUE with the model's own."""
+    """Return AVG, GLUE, and if WNLI was finetuned, GLUE with the model's own."""
     found = [_mean(group, "AVG", list(AVERAGE_METRICS), average, missing_for_average(group.means()))]
     conventions: list[Wnli] = ["majority", "own"] if "wnli" in group.tasks else ["majority"]
     for wnli in conventions:
@@ -119,43 +163,40 @@ def _mean(
     if all(group.seeds(task) == seeds for task in tasks):
         by_seed = {seed: value for seed in sorted(seeds) if (value := score(group.of_seed(seed))) is not None}
         return Mean(name, by_seed, sum(by_seed.values()) / len(by_seed), baseline, notes)
-    told = f"{name} is made from the tasks' means, and has no ±: their seeds differ"
-    return Mean(name, {}, score(group.means()), baseline, (*notes, told))
+    note = f"{name} is made from the tasks' means, and has no ±: their seeds differ"
+    return Mean(name, {}, score(group.means()), baseline, (*notes, note))
 
 
-def _print_group(group: Group, published: Sequence[_Found], console: Console) -> None:
-    table = Table(title=f"{escape(group.name)}, recipe {escape(group.recipe)}", title_justify="left", box=box.SIMPLE)
-    table.add_column("task")
-    table.add_column("metric")
+def group_table(group: Group, published: Sequence[PublishedScores]) -> Table:
+    """Return a row for each metric of each set, and AVG and GLUE below, next to published scores."""
     baselines = _baselines(group)
-    for column in ("mean ± std", *(["baseline"] if baselines else []), "n", "median", "min–max"):
-        table.add_column(column, justify="right")
-    others = [row for _, row in published]
-    for theirs in others:
-        table.add_column(escape(theirs.name), justify="right", overflow="fold")
+    columns = ["mean ± std", *(["baseline"] if baselines else []), "n", "median", "min–max"]
+    columns = ["task", "metric", *columns, *(row.name for row in published)]
+    table = Table(f"{group.name}, recipe {group.recipe}", columns, text_columns=2)
     for task, name, metric, values in _rows(group):
         scale = 100 if metric in BOUNDED else 1
         first, *cells = _spread_cells(spread(values), scale)
         if baselines:
             cells = [_scaled(baselines.get((task, name, metric)), scale), *cells]
         label = task if name == "dev" else f"{task} ({name.removeprefix('dev_')})"
-        published_cells = [_their_cell(theirs, task, name, metric) for theirs in others]
-        table.add_row(escape(label), escape(metric), first, *cells, *published_cells)
-    table.add_section()
-    found = means(group) if set(group.tasks) & set(GLUE_METRICS) else []
-    for mean in found:
+        theirs = [_their_cell(row, task, name, metric) for row in published]
+        table.rows.append([label, metric, first, *cells, *theirs])
+    table.rows.append([])
+    for mean in _glue_means(group):
         first, *cells = _mean_cells(mean)
         if baselines:
             cells = [_scaled(mean.baseline, 100), *cells]
-        table.add_row(mean.name, "", first, *cells, *(_their_mean(theirs, mean.name) for theirs in others))
-    console.print(table)
-    _say(console, [note for mean in found for note in mean.notes] + _group_notes(group))
-    for text in _warnings(group):
-        warn(console, text)
+        table.rows.append([mean.name, "", first, *cells, *(_their_mean(row, mean.name) for row in published)])
+    return table
+
+
+def _glue_means(group: Group) -> list[Mean]:
+    """Return the means of a group that has tasks of GLUE."""
+    return means(group) if set(group.tasks) & set(GLUE_METRICS) else []
 
 
 def _rows(group: Group) -> list[tuple[str, str, str, list[float]]]:
-    """(task, set, metric, values over seeds), GLUE's tasks first and in its order."""
+    """Return (task, set, metric, values over seeds), GLUE's tasks first and in its order."""
     order = list(GLUE_METRICS)
     found: dict[tuple[str, str, str], list[float]] = {}
     for task in sorted(group.tasks, key=lambda task: (order.index(task) if task in order else len(order), task)):
@@ -209,7 +250,7 @@ def _mean_cells(mean: Mean) -> tuple[str, str, str, str]:
 
 
 def _their_cell(theirs: PublishedScores, task: str, name: str, metric: str) -> str:
-    """Beside our dev set's value, that of the very same metric."""
+    """Return the published value of the very same metric on the development set."""
     value = theirs.tasks.get(task, {}).get(metric) if name in ("dev", "dev_matched") else None
     if value is None:
         return "–"
@@ -233,7 +274,7 @@ def _published_notes(table: PublishedTable, row: PublishedScores) -> list[str]:
 
 
 def _group_notes(group: Group) -> list[str]:
-    """What keeps the seeds of a task from being repetitions of one experiment."""
+    """Return notes on what keeps the seeds of a task from being repetitions of one experiment."""
     notes = []
     for task, runs in group.tasks.items():
         scores = [run.scores for run in runs.values()]
@@ -251,22 +292,20 @@ def _group_notes(group: Group) -> list[str]:
     return notes
 
 
-def _differences(first: Group, second: Group) -> Table:
-    """Of each metric of a development set, and of the means, in points of percent."""
-    table = Table(title="Difference, points of percent", title_justify="left", box=box.SIMPLE)
-    table.caption = (
-        f"First minus second table, with Welch's interval ({_CONFIDENCE:.0%}) over finetuning seeds where each has two."
-    )
-    for column in ("", "difference", "interval"):
-        table.add_column(column, justify="right" if column else "left")
+def difference_table(first: Group, second: Group) -> Table:
+    """Return the difference of each metric of a development set, and of the means, in points of percent."""
+    table = Table(
+        "Difference, points of percent", ["", "difference", "interval"],
+        caption=f"First minus second table, with Welch's interval ({_CONFIDENCE:.0%}) over finetuning seeds where each "
+        f"has two.",
+    )  # fmt: skip
     others = _compared(second)
     for name, ours in _compared(first).items():
-        theirs = others.get(name)
-        if ours and theirs:
+        if ours and (theirs := others.get(name)):
             points = [100 * value for value in ours], [100 * value for value in theirs]
             difference, low, high = difference_interval(*points, _CONFIDENCE)
             interval = f"{low:+.2f} to {high:+.2f}" if low is not None and high is not None else "–"
-            table.add_row(name, f"{difference:+.2f}", interval)
+            table.rows.append([name, f"{difference:+.2f}", interval])
     return table
 
 
@@ -281,7 +320,7 @@ def _compared(group: Group) -> dict[str, list[float]]:
 
 
 def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
-    """One row a metric, values as in scores.json. Raises CheckpointError if it cannot be written."""
+    """Write a row for each metric, values as in scores.json. Raises CheckpointError if that fails."""
     with complete_file(path) as temporary, temporary.open("w", encoding="utf8", newline="") as file:
         writer = csv_files.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)

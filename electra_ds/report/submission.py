@@ -1,4 +1,4 @@
-"""Predictions of GLUE's test sets, gathered into the zip that gluebenchmark.com takes."""
+"""Collect predictions of GLUE's test sets into the zip that gluebenchmark.com takes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 @dataclass(frozen=True)
 class _Official:
     rows: int
-    """Of the test set."""
+    """The size of the test set."""
     words: tuple[str, ...] | None
-    """What may be predicted; None for a similarity, 0 to 5."""
+    """The possible predictions; None for a similarity, 0 to 5."""
 
 
 OFFICIAL = {
@@ -70,7 +70,7 @@ def zip_submission(runs: Sequence[Path], out: Path, *, fill_wnli: bool = False) 
 
 
 def _find(runs: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
-    """(GLUE's files by name, others)."""
+    """Return (GLUE's files by name, others)."""
     found: dict[str, Path] = {}
     ignored = []
     for run in {path.resolve(): path for path in runs}.values():
@@ -87,7 +87,7 @@ def _find(runs: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
 
 
 def _checked(path: Path) -> bytes:
-    """The file's content. Raises CheckpointError naming the line that the site would not take."""
+    """Return the file's content. Raises CheckpointError with the line that the site would not take."""
     official = OFFICIAL[path.name]
     advice = "Predict it anew."
     try:

@@ -1,6 +1,6 @@
-"""Studies: a file's trials, run one by one or by Ray Tune, and what they came to.
+"""Studies: a file's trials, run one by one or by Ray Tune, and their results.
 
-`electra_ds.sweep.trainable` is a trial for a `tune.Tuner` of one's own; what else is here does without Ray.
+`run_sweep` runs a sweep, and `trainable` is a trial for your own `tune.Tuner`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from electra_ds.sweep.run import run_sweep
     from electra_ds.sweep.tune_trial import trainable
 
-__all__ = ["trainable"]
+__all__ = ["run_sweep", "trainable"]
+_MODULES = {"run_sweep": "electra_ds.sweep.run", "trainable": "electra_ds.sweep.tune_trial"}
 
 
 def __getattr__(name: str) -> Any:
-    """Ray is imported by whoever asks for it."""
-    if name in __all__:
-        return getattr(importlib.import_module("electra_ds.sweep.tune_trial"), name)
+    """Import torch, pandas and Ray only when a name that needs them is asked for."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,111 +1,123 @@
-"""What a sweep will cost, before it runs: each kind of trial's steps, time and memory, and how many share a card."""
+"""The cost of a sweep before it runs: each kind of trial's steps, time and memory, and how many share a card."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import AutoConfig
 
 from electra_ds.config.cards import Card, find_card, has_slow_fp16, peak_flops
-from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, read_deepspeed_json, resolve
+from electra_ds.config.deepspeed_sections import precision_section
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.config.hardware import driver_gpus
 from electra_ds.config.overrides import load_recipe
-from electra_ds.config.precision import precision_section
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
-from electra_ds.core.errors import ElectraError
+from electra_ds.core.errors import ConfigError, ElectraError
 from electra_ds.core.terminal import say
 from electra_ds.finetuning.glue import OFFICIAL_ROWS
 from electra_ds.pretraining.electra import encoder_configs
 from electra_ds.pretraining.flops import encoder_flops
-from electra_ds.pretraining.memory import CONTEXT_BYTES, FRAGMENTATION, count_parameters, saved_bytes, training_state
-from electra_ds.pretraining.run_time import CPU_SLOWER, cpu_rate, pretraining_flops, span
+from electra_ds.pretraining.memory import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    Kernels,
+    count_parameters,
+    saved_bytes,
+    training_state,
+)
+from electra_ds.pretraining.run_time import CPU_SLOWER, RunTime, cpu_rate, pretraining_flops, time_of_steps
 from electra_ds.pretraining.step_time import (
     BANDWIDTH_EFFICIENCY,
     LAUNCH_S,
     OPERATIONS,
     PRODUCT_EFFICIENCY,
-    SLOWER,
     TRAFFIC_OF_SAVED,
+    StepTime,
 )  # fmt: skip
 from electra_ds.report.forecast import GIB, device_budget, forecast
-from electra_ds.sweep.folder import ENDED, SUCCEEDED, SweepFolder
+from electra_ds.report.tables import Table, print_table
+from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.processes import this_machine, trials_at_once
+from electra_ds.sweep.records import ENDED
+from electra_ds.sweep.run import Sweep, accept, corpus_note, open_sweep
 from electra_ds.sweep.spec import SweepSpec
-from electra_ds.sweep.trials import Trial, counted, value_text
+from electra_ds.sweep.trials import CheckArguments, Trial, counted, ends, expand, value_text
 
 _SQUAD_ROWS = {"squad1": 87_599, "squad2": 130_319}
 _START_S = 8.0
-"""Until a trial's first step, most of it Python's imports (docs/sweeps.md)."""
+"""The time until a trial's first step, most of it Python's imports (docs/sweeps.md)."""
 _MEASURED = "measured in this folder"
+_cpu_rate = cache(cpu_rate)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one trial."""
+    """The cost of one trial, or the range of several."""
 
-    steps: int | None
-    seconds: tuple[float, float] | None
-    """From the fastest to the slowest that is likely."""
-    basis: str
-    """Where the time comes from."""
+    steps: tuple[int, int] | None
+    time: RunTime | None
+    bases: tuple[str, ...]
+    """The sources of the time."""
     needed_bytes: int | None = None
-    budget_bytes: float | None = None
-
-    @property
-    def together(self) -> int | None:
-        """Trials whose memory a card has room for."""
-        if not self.needed_bytes or not self.budget_bytes:
-            return None
-        return int(self.budget_bytes // self.needed_bytes)
+    on_a_card: int | None = None
+    """How many trials fit into the memory of a card."""
 
 
-class _Sizes(NamedTuple):
-    """A pretraining recipe whose discriminator is as large as an encoder, and the encoder's vocabulary."""
-
-    recipe: Recipe
-    vocab_size: int
+def plan_sweep(
+    sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] = (), local: bool = False,
+    address: str | None = None, check: CheckArguments = accept, console: Console | None = None,
+) -> None:  # fmt: skip
+    """Print the trials of a sweep and what they cost, and run nothing. The arguments are those of `run_sweep`."""
+    console = console or Console()
+    spec, found = open_sweep(sweep, folder, overrides)
+    trials = [*expand(spec, check, found.now if sweep is None else None), *found.suggested_before(spec)]
+    at_once, problem = 1, ""
+    if address is None:
+        try:
+            slots = trials_at_once(spec.resources, [this_machine()])
+            at_once = 1 if local else slots
+        except ConfigError as error:  # the sweep may be meant for another machine
+            problem = f"On this machine it would be refused: {error}"
+    if trials:
+        print_table(_trial_table(trials, found), console)
+    rows = list(_rows(trials, spec, found))
+    print_table(_cost_table(rows, has_cards=spec.resources.gpus > 0), console)
+    for line in [*_cost_lines(rows, spec, at_once), problem, corpus_note(spec)]:
+        if line:
+            say(console, line)
 
 
 class SweepForecast:
+    """Predicts what the trials of a sweep cost."""
+
     def __init__(self, spec: SweepSpec, folder: SweepFolder) -> None:
         self._spec, self._folder = spec, folder
-        gpus = driver_gpus() if spec.resources.gpus else ()
-        self._here = find_card(gpus[0].name) if gpus else None
-        self._flops_per_s: float | None = None
         self._known: dict[str, Cost] = {}
-        self._encoders: dict[str, _Sizes | None] = {}
 
     def cost(self, trial: Trial) -> Cost:
-        key = json.dumps(
-            [trial.stage, trial.recipe.model_dump(mode="json", exclude={"seed"}), trial.stop_at, trial.options,
-             trial.pretraining and trial.pretraining.recipe.model_dump(mode="json", exclude={"seed"})], default=str
-        )  # fmt: skip
+        recipes = [each.recipe.model_dump(mode="json", exclude={"seed"}) for each in (trial, trial.pretraining) if each]
+        key = json.dumps([trial.stage, recipes, trial.stop_at, trial.options], default=str)
         if key not in self._known:
             try:
                 self._known[key] = self._pretraining(trial) if trial.stage == "pretrain" else self._finetuning(trial)
-            except (ElectraError, OverflowError):  # as the trial itself will say
-                self._known[key] = Cost(None, None, "unknown")
+            except (ElectraError, OverflowError):  # the trial itself will report it
+                self._known[key] = Cost(None, None, ("unknown",))
         return self._known[key]
 
-    def measured(self, trials: Sequence[Trial]) -> float | None:
-        """Mean seconds of those of the given trials that have ended in this folder."""
-        times = [
-            record.seconds for trial in trials
-            if self._folder.state(trial.key)[0] in SUCCEEDED and (record := self._folder.record(trial.key)) is not None
-        ]  # fmt: skip
-        return sum(times) / len(times) if times else None
+    @cached_property
+    def _card_here(self) -> Card | None:
+        gpus = driver_gpus()
+        return find_card(gpus[0].name) if gpus else None
 
     def _card(self, trial: Trial) -> Card | None:
         if not self._spec.resources.gpus:
@@ -113,59 +125,56 @@ class SweepForecast:
         name = trial.options.get("ds_config")
         if name is None and trial.pretraining is not None:
             name = trial.pretraining.options.get("ds_config")
-        return (find_card(Path(name).stem) if isinstance(name, str) else None) or self._here
+        return (find_card(Path(name).stem) if isinstance(name, str) else None) or self._card_here
 
     def _pretraining(self, trial: Trial) -> Cost:
-        recipe, card = trial.recipe, self._card(trial)
+        recipe, card, name = trial.recipe, self._card(trial), trial.options.get("ds_config")
         assert isinstance(recipe, Recipe)
-        name = trial.options.get("ds_config")
         values, name = (read_deepspeed_json(name), name) if name else default_ds_config(card is not None, card)
         found = forecast(recipe, values, name, card=card, world_size=self._spec.resources.workers)
         steps = trial.stop_at or recipe.schedule.total_steps
-        memory = _memory_of(found.needed_bytes, card)
-        if card is not None:
-            days = None if found.time is None else found.time.days(steps)
-            return Cost(steps, days and (86_400 * days[0], 86_400 * days[1]), f"roofline, {card.name}", **memory)
         flops = pretraining_flops(recipe, found.vocab_size)
-        return Cost(steps, self._on_cpu(steps * flops), "arithmetic, this CPU", **memory)
+        return self._cost(steps, found.time, flops, card, found.needed_bytes)
 
     def _finetuning(self, trial: Trial) -> Cost:
-        """Inputs counted as long as they may be."""
-        recipe, card = trial.recipe, self._card(trial)
+        """Return the cost if all inputs are as long as they may be."""
+        recipe, card, rows = trial.recipe, self._card(trial), _examples(trial)
         assert isinstance(recipe, FinetuneRecipe)
-        sizes, rows = self._encoder(trial, recipe.data.max_length), _examples(trial)
-        if recipe.data.double_unordered and rows is not None:
-            rows *= 2
-        layers = 1 if sizes is None else sizes.recipe.model.num_hidden_layers
+        like = self._encoder(trial, recipe.data.max_length)
+        layers = 1 if like is None else like.model.num_hidden_layers
         training = Finetuning(recipe, rows or 1, layers)
-        plan = self._plan(trial, training, card)
-        steps = None if rows is None else training.schedule.total_steps
-        if sizes is None:
-            return Cost(steps, None, "its encoder is not here yet")
-        like = sizes.recipe
-        config = encoder_configs(like, sizes.vocab_size, 0)[1]
-        saved = saved_bytes(
-            like, sizes.vocab_size, plan.batch.micro_batch_size, plan.precision.name, "cpu" if card is None else "cuda"
-        ).discriminator
-        parameters = count_parameters(like, sizes.vocab_size).discriminator
-        state = training_state(parameters, plan)
+        if like is None:
+            steps = None if rows is None else (training.schedule.total_steps, training.schedule.total_steps)
+            return Cost(steps, None, ("its encoder is not here yet",))
+        vocab_size, plan = like.tokenizer.vocab_size, self._plan(trial, training, card)
+        kernels: Kernels = "cpu" if card is None else "cuda"
+        batch = plan.batch
+        saved = saved_bytes(like, vocab_size, batch.micro_batch_size, plan.precision.name, kernels).discriminator
+        state = training_state(count_parameters(like, vocab_size).discriminator, plan)
         used = state.weights + state.gradients + state.optimizer + max(state.update, saved) + state.buffers
         needed = used if card is None else round(used * (1 + FRAGMENTATION)) + CONTEXT_BYTES
-        memory = _memory_of(needed, card)
+        lengths = [like.data.sequence_length] * (recipe.global_batch_size // batch.world_size)
+        flops = encoder_flops(encoder_configs(like, vocab_size, 0)[1], lengths)
+        peak, time = None if card is None else peak_flops(card, plan.precision.name), None
+        if card is not None and peak is not None:
+            traffic = TRAFFIC_OF_SAVED * saved / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
+            host = (OPERATIONS[0] * layers + OPERATIONS[2]) * batch.gradient_accumulation_steps * LAUNCH_S
+            time = StepTime(flops / (peak * PRODUCT_EFFICIENCY), traffic, host)
+        return self._cost(None if rows is None else training.schedule.total_steps, time, flops, card, needed)
+
+    def _cost(self, steps: int | None, time: StepTime | None, flops: float, card: Card | None, needed: int) -> Cost:
+        """Return the cost of so many steps; what is free on a CPU changes by the moment and is no card's budget."""
+        fit = None if card is None else int(device_budget(card, None)[0] // needed)
         if steps is None:
-            return Cost(None, None, "the number of examples is not known yet", **memory)
-        of_rank = recipe.global_batch_size // plan.batch.world_size
-        flops = encoder_flops(config, [like.data.sequence_length] * of_rank)
-        if card is None:
-            return Cost(steps, self._on_cpu(steps * flops), "arithmetic, this CPU", **memory)
-        peak = peak_flops(card, plan.precision.name)
-        if peak is None:
-            return Cost(steps, None, f"{card.name} lacks {plan.precision.name}", **memory)
-        host = (OPERATIONS[0] * layers + OPERATIONS[2]) * plan.batch.gradient_accumulation_steps * LAUNCH_S
-        traffic = TRAFFIC_OF_SAVED * saved / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY)
-        step = max(flops / (peak * PRODUCT_EFFICIENCY) + traffic, host)
-        low, high = (step * steps * factor for factor in SLOWER)
-        return Cost(steps, (low, high), f"roofline, {card.name}, inputs of full length", **memory)
+            return Cost(None, None, ("the number of examples is not known yet",), needed, fit)
+        if card is not None:
+            basis = f"roofline, {card.name}" if time is not None else f"{card.name} lacks the precision"
+            return Cost((steps, steps), _with_start(time_of_steps(time, steps)), (basis,), needed, fit)
+        if not flops:
+            return Cost((steps, steps), None, ("the objective does not say",), needed, fit)
+        seconds = steps * flops / (_cpu_rate(self._spec.resources.cpus) * self._spec.resources.workers)
+        span = RunTime(seconds * CPU_SLOWER[0], seconds * CPU_SLOWER[1])
+        return Cost((steps, steps), _with_start(span), ("arithmetic, this CPU",), needed, fit)
 
     def _plan(self, trial: Trial, training: Finetuning, card: Card | None) -> DeepSpeedPlan:
         chosen = trial.options.get("ds_config")
@@ -175,202 +184,151 @@ class SweepForecast:
             auto_fp16=card is not None and not has_slow_fp16(card.name),
         )  # fmt: skip
 
-    def _encoder(self, trial: Trial, length: int) -> _Sizes | None:
-        """None where it is not here."""
+    def _encoder(self, trial: Trial, length: int) -> Recipe | None:
+        """Return a recipe whose discriminator is as large as the trial's encoder; None if that is not here."""
+        recipe: Recipe | None
         if trial.pretraining is not None:
+            assert isinstance(trial.pretraining.recipe, Recipe)
             recipe = trial.pretraining.recipe
-            assert isinstance(recipe, Recipe)
-            return _Sizes(_resized(recipe, length), recipe.tokenizer.vocab_size)
-        model = str(self._folder.now(trial.stage, trial.options)["model"])
-        key = f"{model}/{length}"
-        if key not in self._encoders:
-            self._encoders[key] = _found_encoder(model, length)
-        return self._encoders[key]
-
-    def _on_cpu(self, flops: float) -> tuple[float, float]:
-        if self._flops_per_s is None:
-            self._flops_per_s = cpu_rate(self._spec.resources.cpus)
-        rate = self._flops_per_s * self._spec.resources.workers
-        return flops / rate * CPU_SLOWER[0], flops / rate * CPU_SLOWER[1]
+        else:
+            recipe = _recipe_like(str(self._folder.now(trial.stage, trial.options)["model"]))
+        if recipe is None:
+            return None
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"sequence_length": length})})
 
 
-def _memory_of(needed_bytes: int, card: Card | None) -> dict[str, Any]:
-    """What is free on a CPU changes by the moment and is no card's budget."""
-    return {"needed_bytes": needed_bytes, "budget_bytes": None if card is None else device_budget(card, None)[0]}
+def _with_start(time: RunTime | None) -> RunTime | None:
+    return None if time is None else RunTime(time.low_s + _START_S, time.high_s + _START_S)
 
 
 def _examples(trial: Trial) -> int | None:
-    """Of the training set; None of the user's own files, which nobody has counted."""
-    task, most = trial.options.get("task"), trial.options.get("max_train_examples")
-    rows = _SQUAD_ROWS.get(str(task)) or OFFICIAL_ROWS.get(str(task), {}).get("train")
-    return rows if most is None or rows is None else min(rows, int(most))
+    """Return the size of the training set; None for the user's own files, which nobody has counted."""
+    task, most = str(trial.options.get("task")), trial.options.get("max_train_examples")
+    rows = _SQUAD_ROWS.get(task) or OFFICIAL_ROWS.get(task, {}).get("train")
+    if rows is None:
+        return None
+    doubled = isinstance(trial.recipe, FinetuneRecipe) and trial.recipe.data.double_unordered
+    return min(rows, int(most or rows)) * (2 if doubled else 1)
 
 
-def _resized(recipe: Recipe, length: int) -> Recipe:
-    data = recipe.data.model_copy(update={"sequence_length": length})
-    return recipe.model_copy(update={"data": data})
-
-
-def _found_encoder(model: str, length: int) -> _Sizes | None:
+@cache
+def _recipe_like(model: str) -> Recipe | None:
     run = RunDirectory(Path(model))
     try:
         if run.exists():
-            recipe = run.read_recipe()
-            return _Sizes(_resized(recipe, length), recipe.tokenizer.vocab_size)
-        config = AutoConfig.from_pretrained(model, local_files_only=True).to_dict()
-    except (ElectraError, OSError, ValueError, KeyError):
-        return None
-    hidden, layers, heads = (
-        next((config[name] for name in names if name in config), None)
-        for names in (("hidden_size", "dim"), ("num_hidden_layers", "n_layers"), ("num_attention_heads", "n_heads"))
-    )
-    inner = config.get("intermediate_size") or config.get("hidden_dim")
-    if not all(isinstance(size, int) and size > 0 for size in (hidden, layers, heads, inner)):
-        return None
-    sizes: Mapping[str, Any] = {
-        "embedding_size": config.get("embedding_size") or hidden, "hidden_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "intermediate_size": inner, "max_position_embeddings": max(length, 512),
-    }  # fmt: skip
-    try:
+            return run.read_recipe()
+        config: Any = AutoConfig.from_pretrained(model, local_files_only=True)
+        sizes = {
+            "embedding_size": getattr(config, "embedding_size", config.hidden_size), "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
+            "intermediate_size": getattr(config, "intermediate_size", None) or config.hidden_dim,
+        }  # fmt: skip
         changes = [f"model.{name}={value}" for name, value in sizes.items()]
-        recipe = load_recipe("tiny", [*changes, f"data.sequence_length={length}"])
-    except ElectraError:
+        return load_recipe("tiny", [*changes, f"tokenizer.vocab_size={config.vocab_size}"])
+    except (ElectraError, OSError, ValueError, KeyError, AttributeError):
         return None
-    return _Sizes(recipe, int(config.get("vocab_size") or 30_522))
 
 
-# --- shown
+# --- tables
 
 
-def print_plan(
-    trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder, at_once: int, console: Console, *,
-    ends: Sequence[Trial] = (), suggested: int = 0,
-) -> None:  # fmt: skip
-    """The list of trials, and what each kind of them costs. suggested: so many more, somewhere between `ends`."""
-    found = SweepForecast(spec, folder)
-    if trials:
-        _print_trials(trials, folder, console)
-    groups: dict[tuple[str, Cost], list[Trial]] = {}
-    for trial in trials:
-        groups.setdefault((trial.stage, found.cost(trial)), []).append(trial)
-    rows = [_row(found, stage, cost, group, folder) for (stage, cost), group in groups.items()]
-    if suggested:
-        rows.append(_suggested_row(found, ends, suggested))
-    table = Table(title="cost", title_justify="left", box=box.SIMPLE, padding=(0, 1))
-    table.add_column("stage", no_wrap=True)
-    table.add_column("of", overflow="fold", min_width=16)
-    by_card = bool(spec.resources.gpus)
-    for column in ("trials", "steps", "each", "memory", *(["fit a card"] if by_card else [])):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        fit = ["" if row.fit is None else str(row.fit)] if by_card else []
-        steps = "–".join(dict.fromkeys(f"{count:,}" for count in row.steps))
-        each = "?" if row.seconds is None else span(*row.seconds)
-        table.add_row(row.stage, escape(row.of), f"{row.trials:,}", steps, each, _memory(row.needed_bytes), *fit)
-    console.print(table)
-    told = [row for row in rows if row.seconds is not None]
-    bases = dict.fromkeys(basis for row in rows for basis in row.bases)
-    start = f" A start-up of {_START_S:.0f} s is in it." if set(bases) - {_MEASURED} else ""
-    unknown = sum(row.left for row in rows if row.seconds is None)
-    low, high = (sum(row.left * row.seconds[end] for row in told if row.seconds) / at_once for end in (0, 1))
-    lines = [f"Each: {'; '.join(bases)}.{start}"] if bases else []
-    if told:
-        rest = ", without those whose cost is unknown" if unknown else ""
-        lines.append(f"In all {span(low, high)} with {at_once} at once{rest}.")
-    if unknown:
-        lines.append(f"Cost unknown for {counted(unknown)}: the model or the task is not on this machine yet.")
-    if crowded := _crowded([row.fit for row in rows], spec):
-        lines.append(crowded)
-    for line in lines:
-        say(console, line)
-
-
-class _Row(NamedTuple):
+@dataclass(frozen=True)
+class _Row:
     """Trials that cost the same."""
 
     stage: str
     of: str
     trials: int
     left: int
-    """Of them those that are to be run."""
-    steps: Sequence[int]
-    """The fewest and the most."""
-    seconds: tuple[float, float] | None
-    bases: Sequence[str]
-    needed_bytes: int | None
-    fit: int | None
+    """How many of them are to be run."""
+    cost: Cost
 
 
-def _row(found: SweepForecast, stage: str, cost: Cost, group: Sequence[Trial], folder: SweepFolder) -> _Row:
-    seconds, basis = _with_start(cost.seconds), cost.basis
-    if (mean := found.measured(group)) is not None:
-        seconds, basis = (mean, mean), _MEASURED
-    left = sum(folder.state_of(trial)[0] not in ENDED for trial in group)
-    steps = () if cost.steps is None else (cost.steps,)
-    return _Row(stage, _in_common(group), len(group), left, steps, seconds, [basis], cost.needed_bytes, cost.together)
+def _rows(trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder) -> Iterator[_Row]:
+    found = SweepForecast(spec, folder)
+    groups: dict[tuple[str, Cost], list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.stage, found.cost(trial)), []).append(trial)
+    for (stage, cost), group in groups.items():
+        files = [folder.trial(trial.key) for trial in group]
+        records = [each.record() for each in files if each.has_succeeded]
+        times = [record.seconds for record in records if record is not None]
+        if times:
+            mean = sum(times) / len(times)
+            cost = replace(cost, time=RunTime(mean, mean), bases=(_MEASURED,))
+        left = sum(folder.state_of(trial)[0] not in ENDED for trial in group)
+        yield _Row(stage, _in_common(group), len(group), left, cost)
+    if spec.is_suggested and (left := spec.search.samples - len(trials)) > 0:
+        yield _Row(spec.last_stage, "what Optuna suggests", left, left, _range([found.cost(end) for end in ends(spec)]))
 
 
-def _suggested_row(found: SweepForecast, ends: Sequence[Trial], suggested: int) -> _Row:
-    costs = [found.cost(trial) for trial in ends]
-    times = [seconds for cost in costs if (seconds := _with_start(cost.seconds)) is not None]
-    span = (min(low for low, _ in times), max(high for _, high in times)) if len(times) == len(costs) else None
+def _range(costs: Sequence[Cost]) -> Cost:
+    """Return the range of several costs, with the most memory and the fewest trials on a card."""
     steps = [cost.steps for cost in costs if cost.steps is not None]
-    return _Row(
-        ends[0].stage, "what Optuna suggests", suggested, suggested, (min(steps), max(steps)) if steps else (), span,
-        [cost.basis for cost in costs], max((cost.needed_bytes for cost in costs if cost.needed_bytes), default=None),
-        min((cost.together for cost in costs if cost.together is not None), default=None),
+    times = [cost.time for cost in costs if cost.time is not None]
+    return Cost(
+        (min(low for low, _ in steps), max(high for _, high in steps)) if steps else None,
+        RunTime(min(each.low_s for each in times), max(each.high_s for each in times))
+        if len(times) == len(costs) else None,
+        tuple(dict.fromkeys(basis for cost in costs for basis in cost.bases)),
+        max((cost.needed_bytes for cost in costs if cost.needed_bytes), default=None),
+        min((cost.on_a_card for cost in costs if cost.on_a_card is not None), default=None),
     )  # fmt: skip
 
 
-def _with_start(seconds: tuple[float, float] | None) -> tuple[float, float] | None:
-    return None if seconds is None else (seconds[0] + _START_S, seconds[1] + _START_S)
+def _cost_table(rows: Sequence[_Row], *, has_cards: bool) -> Table:
+    columns = ["stage", "of", "trials", "steps", "each", "memory", *(["fit a card"] if has_cards else [])]
+    table = Table("cost", columns, text_columns=2)
+    for row in rows:
+        cost, needed = row.cost, row.cost.needed_bytes
+        memory = "" if needed is None else f"{needed / GIB:.1f} GiB" if needed >= GIB else f"{needed / 2**20:.0f} MiB"
+        steps = "–".join(dict.fromkeys(f"{count:,}" for count in cost.steps or ()))
+        fit = ["" if cost.on_a_card is None else str(cost.on_a_card)] if has_cards else []
+        table.rows.append([row.stage, row.of, f"{row.trials:,}", steps, str(cost.time or "?"), memory, *fit])
+    return table
 
 
-def _print_trials(trials: Sequence[Trial], folder: SweepFolder, console: Console) -> None:
-    """A row for each cell, with its seeds and how far they are."""
-    table = Table(title=counted(len(trials)), title_justify="left", box=box.SIMPLE, padding=(0, 1))
-    for column in ("stage", "trials", "seeds", "state"):
-        table.add_column(column, overflow="fold")
+def _cost_lines(rows: Sequence[_Row], spec: SweepSpec, at_once: int) -> Iterator[str]:
+    bases = dict.fromkeys(basis for row in rows for basis in row.cost.bases)
+    if bases:
+        start = f" A start-up of {_START_S:.0f} s is in it." if set(bases) - {_MEASURED} else ""
+        yield f"Each: {'; '.join(bases)}.{start}"
+    known = [(row.left, row.cost.time) for row in rows if row.cost.time is not None]
+    unknown = sum(row.left for row in rows if row.cost.time is None)
+    if known:
+        low, high = (sum(left * time[end] for left, time in known) / at_once for end in (0, 1))
+        rest = ", without those whose cost is unknown" if unknown else ""
+        yield f"In all {RunTime(low, high)} with {at_once} at once{rest}."
+    if unknown:
+        yield f"Cost unknown for {counted(unknown)}: the model or the task is not on this machine yet."
+    share = spec.resources.gpus
+    fit = min((row.cost.on_a_card for row in rows if row.cost.on_a_card is not None), default=None)
+    if share and fit is not None and fit < (wanted := math.floor(1 / share + 1e-9)):
+        advice = "no such trial fits one" if fit == 0 else f"write resources.gpus={1 / fit:.3g}"
+        yield f"With resources.gpus={share:g} {wanted} trials share a card, which has memory for {fit}: {advice}."
+
+
+def _trial_table(trials: Sequence[Trial], folder: SweepFolder) -> Table:
+    """Return a table with a row for each cell, its seeds, and the states of its trials."""
+    table = Table(counted(len(trials)), ["stage", "trials", "seeds", "state"], text_columns=4)
     by_cell: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
         cell = {key: value for key, value in trial.values.items() if key != "seed"}
         by_cell.setdefault((trial.stage, replace(trial, values=cell).label), []).append(trial)
     for (stage, label), group in by_cell.items():
         states = Counter(folder.state_of(trial)[0] for trial in group)
-        told = ", ".join(f"{count} {state}" for state, count in states.items())
-        table.add_row(stage, escape(label), " ".join(str(trial.seed) for trial in group), told)
-    console.print(table)
+        counts = ", ".join(f"{count} {state}" for state, count in states.items())
+        table.rows.append([stage, label, " ".join(str(trial.seed) for trial in group), counts])
+    return table
 
 
 def _in_common(group: Sequence[Trial]) -> str:
-    """The values that all trials of a group have, and how many of others."""
+    """Return the values that all trials of a group share, and how many different values of the others there are."""
     named = []
     for key, value in group[0].values.items():
-        if key.rpartition(".")[2] == "seed":
-            continue
-        several = len({json.dumps(trial.values.get(key), default=str) for trial in group})
-        text = value_text(value)
         short = key.rpartition(".")[2]
-        named.append(
-            f"{several} of {short}" if several > 1 else text if short in ("task", "variant") else f"{short}={text}"
-        )
+        several = len({json.dumps(trial.values.get(key), default=str) for trial in group})
+        text = value_text(value) if short in ("task", "variant") else f"{short}={value_text(value)}"
+        if short != "seed":
+            named.append(f"{several} of {short}" if several > 1 else text)
     return ", ".join(named)
-
-
-def _memory(number: int | None) -> str:
-    if number is None:
-        return ""
-    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.0f} MiB"
-
-
-def _crowded(room: Sequence[int | None], spec: SweepSpec) -> str:
-    """room: how many of each kind have their memory on a card."""
-    share = spec.resources.gpus
-    if not share:
-        return ""
-    side_by_side = math.floor(1 / share + 1e-9)
-    fit = min((each for each in room if each is not None), default=side_by_side)
-    if fit >= side_by_side:
-        return ""
-    advice = "no such trial fits one" if fit == 0 else f"write resources.gpus={1 / fit:.3g}"
-    return f"With resources.gpus={share:g} {side_by_side} trials share a card, which has memory for {fit}: {advice}."

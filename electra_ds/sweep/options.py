@@ -13,11 +13,9 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.option import add_options, described, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
 from electra_ds.config.recipe import ElectraRecipe, named_values, values_yaml
-from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, shipped_names
-from electra_ds.config.tasks import SQUAD_TASKS
-from electra_ds.core.errors import ConfigError, DataError
-from electra_ds.core.hub_names import is_hub_model
-from electra_ds.core.suggest import did_you_mean
+from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, shipped_names
+from electra_ds.core.errors import ConfigError, DataError, did_you_mean
+from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
 
 KINDS: dict[str, type[RunOptions]] = {"pretrain": PretrainOptions, "finetune": FinetuneOptions}

@@ -1,33 +1,53 @@
-"""What a sweep has come to, from its folder alone: a row for each trial, and each cell over its seeds."""
+"""The results of a sweep, from its folder alone: a row for each trial, cells over their seeds, tables and pictures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from rich.console import Console
 
+from electra_ds.config.objectives import find_objective
 from electra_ds.config.overrides import dotted_values
 from electra_ds.config.run_record import Record
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.files import complete_file
-from electra_ds.pretraining.objectives.electra import ElectraObjective
-from electra_ds.report.score_files import Scores, read_run
-from electra_ds.report.statistics import spread
-from electra_ds.sweep.folder import ENDED_EARLY, SUCCEEDED, State, SweepFolder
-from electra_ds.sweep.follow import as_result
+from electra_ds.core.program import command
+from electra_ds.core.terminal import say, say_command, warn
+from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
+from electra_ds.report.score_files import BOUNDED, Scores, read_run
+from electra_ds.report.scores import BASELINE, PLUS_MINUS, spread
+from electra_ds.report.tables import Table, print_table
+from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.options import SCORE
-from electra_ds.sweep.trials import Trial
+from electra_ds.sweep.records import ENDED_EARLY, STOPPED_AT, SUCCEEDED, MetricsTail, State, as_result
+from electra_ds.sweep.spec import SweepSpec
+from electra_ds.sweep.trials import Trial, counted, value_text
 from electra_ds.training.tracking import read_metrics
 
 SEEDS = ("seed", "pretrain.seed")
-_HOUR_S = 3600
+_NESTED = (
+    "±: sample standard deviation over pretraining seeds, of each the mean over its finetuning seeds; within: the mean "
+    "standard deviation over finetuning seeds"
+)
+_LONG_NAME = 12
+"""Characters beyond which the name of a column is broken at its underscores."""
+_WIDE = 100
+"""The width of a terminal from which on medians are shown too; cells.csv has all of it."""
+
+
+# --- a row for each trial
 
 
 def results(folder: SweepFolder, trials: Sequence[Trial]) -> pd.DataFrame:
-    """A row for each trial, begun or not: what it is, how far, its metrics as `metric.NAME`, hardware, time and cost,
+    """Return a row for each trial, begun or not: its values, state, metrics as `metric.NAME`, hardware, time and cost,
     its options as `option.NAME`, and its resolved recipe as `recipe.KEY`."""
     values = dict.fromkeys(name for trial in trials for name in trial.values)
     rows = [_row(folder, trial) for trial in trials]
@@ -38,12 +58,10 @@ def results(folder: SweepFolder, trials: Sequence[Trial]) -> pd.DataFrame:
 
 
 def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
-    state, reason = folder.state_of(trial)
-    run, record = folder.run(trial.key), folder.record(trial.key)
-    row: dict[str, Any] = {"trial": trial.key, "stage": trial.stage} | {
-        name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in trial.values.items()
-    }
-    row |= {"state": state, "reason": reason}
+    files, (state, reason) = folder.trial(trial.key), folder.state_of(trial)
+    run, record = files.run, files.record()
+    row: dict[str, Any] = {"trial": trial.key, "stage": trial.stage}
+    row |= {name: _plain(value) for name, value in trial.values.items()} | {"state": state, "reason": reason}
     scores = _scores(run.path) if trial.stage == "finetune" and state != "stopped" else None
     metrics = _metrics(run.path, trial, state, scores)
     row |= {f"metric.{name}": value for name, value in metrics.items()}
@@ -53,23 +71,26 @@ def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
     if state == "done" and not metrics:
         row["reason"] = "it is done, but its scores cannot be read"
     if record is not None:
+        worker_hours = record.seconds * record.workers / 3600
         row |= {
             "seconds": round(record.seconds, 1), "attempts": len(record.attempts), "workers": record.workers,
-            "cpu_hours": round(record.seconds * record.workers * record.cpus / _HOUR_S, 4),
-            "gpu_hours": round(record.seconds * record.workers * record.gpus / _HOUR_S, 4),
+            "cpu_hours": round(worker_hours * record.cpus, 4), "gpu_hours": round(worker_hours * record.gpus, 4),
             "command": " ".join(record.command),
         }  # fmt: skip
-    try:
-        told = run.read_record(Record)
-    except CheckpointError:
-        told = None
     if (collapsed_at := run.status_details().get("collapsed_at")) is not None:
         row["collapsed_at"] = collapsed_at
-    if told is not None:
-        row |= {"device": told.device, "world_size": told.world_size, "threads": told.threads}
+    try:
+        own = run.read_record(Record)
+        row |= {"device": own.device, "world_size": own.world_size, "threads": own.threads}
+    except CheckpointError:
+        pass
     row |= {f"option.{key}": _plain(value) for key, value in trial.options.items() if value is not None}
     row |= {f"recipe.{key}": _plain(value) for key, value in dotted_values(trial.recipe.model_dump(mode="json"))}
     return row | {"run": str(run.path)}
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def _scores(path: Path) -> Scores | None:
@@ -80,43 +101,39 @@ def _scores(path: Path) -> Scores | None:
 
 
 def _metrics(path: Path, trial: Trial, state: State, scores: Scores | None) -> dict[str, float]:
-    """A finetuning's scores on the development sets and `score`, its first; of a pretraining, and of a finetuning that
-    a scheduler has ended, the last evaluation."""
+    """Return a finetuning's scores on the development sets and `score`, its first; of a pretraining, and of a
+    finetuning that a scheduler has ended, the last evaluation."""
     if trial.stage == "pretrain" or state == "stopped":
         evaluations = evaluations_of(path)
         last = as_result(trial.stage, evaluations[-1]) if evaluations else {}
-        return ElectraObjective.complete(last) if "replaced_share" in last else last
+        objective = getattr(trial.recipe, "objective", None)  # a finetuning has none
+        return last if objective is None else dict(find_objective(objective).complete(last))
     found = {} if scores is None else scores.dev_metrics()
     return {"step": scores.step, SCORE: next(iter(found.values()))} | found if scores is not None and found else {}
 
 
 def evaluations_of(run: Path) -> list[dict[str, float]]:
-    """The numbers of a run's evaluations, each with its step, as far as its metrics.jsonl can be read."""
+    """Return the numbers of a run's evaluations, each with its step, as far as its metrics.jsonl can be read."""
     try:
-        lines = read_metrics(run / "metrics.jsonl")
+        lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "eval"]
     except OSError:
         return []
     return [
-        {name: float(value) for name, value in line.items() if isinstance(value, int | float) and _is_sound(value)}
-        for line in lines if line["kind"] == "eval"
-    ]  # fmt: skip
+        {name: float(value) for name, value in line.items() if type(value) in (int, float) and math.isfinite(value)}
+        for line in lines
+    ]
 
 
-def _is_sound(value: float) -> bool:
-    return not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _plain(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list) else value
+# --- cells over their seeds
 
 
 def cells(table: pd.DataFrame, stage: str, metrics: Sequence[str]) -> pd.DataFrame:
-    """Over the seeds of each cell of a stage: n, mean, sample standard deviation, median, lowest and highest of each
-    metric, and `baseline`, the score of the same prediction for every row. If a cell has several pretraining seeds,
+    """Return n, mean, sample standard deviation, median, lowest and highest of each metric over the seeds of each cell
+    of a stage, and `baseline`, the score of the same prediction for every row. If a cell has several pretraining seeds,
     `std` is that of their means, `n` their number, and `std_finetuning` the mean standard deviation over finetuning
     seeds within one."""
-    ended = table[(table["stage"] == stage) & table["state"].isin(SUCCEEDED) & (table["reason"] != ENDED_EARLY)]
     of_stage = table[table["stage"] == stage]
+    ended = of_stage[of_stage["state"].isin(SUCCEEDED) & (of_stage["reason"] != ENDED_EARLY)]
     is_nested = "pretrain.seed" in of_stage and of_stage["pretrain.seed"].nunique() > 1
     axes = axes_of(table, stage)
     found = []
@@ -124,33 +141,32 @@ def cells(table: pd.DataFrame, stage: str, metrics: Sequence[str]) -> pd.DataFra
         named = dict(zip(axes, cell if isinstance(cell, tuple) else (cell,), strict=True))
         for metric in metrics:
             column = f"metric.{metric}"
-            values = group[column].dropna() if column in group else pd.Series(dtype=float)
-            if values.empty:
+            known = group.dropna(subset=column) if column in group else group[:0]
+            if known.empty:
                 continue
-            summed = _summed(group.loc[values.index], column, is_nested=is_nested)
+            row = named | {"metric": metric} | _over_seeds(known, column, is_nested=is_nested)
             if f"baseline.{metric}" in group:
-                summed["baseline"] = float(group[f"baseline.{metric}"].mean())
-            found.append(named | {"metric": metric} | summed)
+                row["baseline"] = float(group[f"baseline.{metric}"].mean())
+            found.append(row)
     return pd.DataFrame(found)
 
 
-def _summed(group: pd.DataFrame, column: str, *, is_nested: bool) -> dict[str, Any]:
+def _over_seeds(group: pd.DataFrame, column: str, *, is_nested: bool) -> dict[str, Any]:
+    values, more = list(group[column]), {}
+    over = spread(values)
     if is_nested:
-        by_pretraining = [spread(list(values)) for _, values in group.groupby("pretrain.seed")[column]]
-        over = spread([each.mean for each in by_pretraining])
+        by_pretraining = [spread(list(each)) for _, each in group.groupby("pretrain.seed")[column]]
         within = [each.std for each in by_pretraining if each.std is not None]
-        inner = sum(within) / len(within) if within else None
-        values = list(group[column])
-        return {
-            "n": over.n, "mean": over.mean, "std": over.std, "median": over.median, "low": min(values),
-            "high": max(values), "std_finetuning": inner, "runs": len(values),
-        }  # fmt: skip
-    over = spread(list(group[column]))
-    return {"n": over.n, "mean": over.mean, "std": over.std, "median": over.median, "low": over.low, "high": over.high}
+        over = spread([each.mean for each in by_pretraining])
+        more = {"std_finetuning": sum(within) / len(within) if within else None, "runs": len(values)}
+    return {
+        "n": over.n, "mean": over.mean, "std": over.std, "median": over.median, "low": min(values),
+        "high": max(values),
+    } | more  # fmt: skip
 
 
 def axes_of(table: pd.DataFrame, stage: str) -> list[str]:
-    """What varies over a stage's trials but for the seeds."""
+    """Return what varies over a stage's trials but for the seeds."""
     of_stage = table[table["stage"] == stage]
     columns = list(of_stage.columns)
     names = [name for name in columns[2 : columns.index("state")] if name not in SEEDS]
@@ -158,20 +174,267 @@ def axes_of(table: pd.DataFrame, stage: str) -> list[str]:
 
 
 def write_results(table: pd.DataFrame, over_seeds: pd.DataFrame, folder: Path) -> None:
-    """results.csv, results.parquet and cells.csv. Raises CheckpointError if they cannot be written."""
+    """Write results.csv, results.parquet and cells.csv. Raises CheckpointError if they cannot be written."""
     with complete_file(folder / "results.csv") as path:
         table.to_csv(path, index=False)
-    mixed = {name: table[name].map(_text, na_action="ignore") for name in table if _is_mixed(table[name])}
     with complete_file(folder / "results.parquet") as path:
-        table.assign(**mixed).to_parquet(path, index=False)
+        table.assign(**dict(_unmixed(table))).to_parquet(path, index=False)
     with complete_file(folder / "cells.csv") as path:
         over_seeds.to_csv(path, index=False)
 
 
-def _is_mixed(column: pd.Series) -> bool:
-    """Whether values of several types stand in it, which a column of Parquet cannot hold."""
-    return column.dtype == object and len({type(value) for value in column.dropna()}) > 1
+def _unmixed(table: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
+    """Yield columns with values of several types, which Parquet cannot hold, as text."""
+    for name in table:
+        if table[name].dtype == object and len({type(value) for value in table[name].dropna()}) > 1:
+            texts = [value if isinstance(value, str) or pd.isna(value) else json.dumps(value) for value in table[name]]
+            yield name, pd.Series(texts, table.index, object)
+
+
+# --- printed
+
+
+def report_sweep(
+    folder: SweepFolder, trials: Sequence[Trial], spec: SweepSpec, console: Console, *,
+    is_running: bool = False, has_more: bool = False,
+) -> pd.DataFrame:  # fmt: skip
+    """Print the tables and how to resume, write results.csv, results.parquet, cells.csv and the pictures, and return
+    the results. has_more: whether there is more to be run than the trials."""
+    table = results(folder, trials)
+    _print_states(table, console)
+    found = {}
+    for stage in spec.stages:
+        found[stage] = _ordered(cells(table, stage, _shown_metrics(table, stage, spec)), table, stage, spec)
+        if found[stage].empty:
+            continue
+        shown = found[stage][found[stage]["metric"] != SCORE]  # which is the first of the others
+        axes, title = axes_of(table, stage), _title(stage, spec)
+        if stage == "finetune" and "task" in axes:
+            axes = [axis for axis in axes if axis != "task"]
+            print_table(task_table(shown, table, axes, title), console)
+        else:
+            print_table(cell_table(shown, axes, title, is_wide=console.width >= _WIDE), console)
+        if shown["std"].notna().any():
+            of_finetuning = _NESTED if "std_finetuning" in shown else PLUS_MINUS
+            say(console, f"{of_finetuning if stage == 'finetune' else '±: sample standard deviation over seeds'}.")
+        if "baseline" in shown:
+            say(console, f"{BASELINE}.")
+    write_results(table, pd.concat([each.assign(stage=stage) for stage, each in found.items()]), folder.path)
+    if spec.pretrain is not None:
+        draw_capacity(table, folder.path / "curves.png")
+    if others := {record.key for record in folder.records()} - {trial.key for trial in trials}:
+        say(console, f"{len(others)} more trials in this folder are of other settings, and not in these tables.")
+    pictures = ", curves.png" if spec.pretrain is not None else ""
+    say(console, f"{folder.path}: results.csv, results.parquet, cells.csv{pictures}.")
+    if is_running:
+        for trial, state in zip(trials, table["state"], strict=True):
+            if state == "unfinished":
+                lines = MetricsTail(folder.trial(trial.key).run.metrics).lines()
+                step = f", at step {lines[-1]['step']:,}" if lines else ""
+                say(console, f"begun: {trial.label}{step}.")
+        say(console, "The sweep is being run.")
+    else:
+        _say_how_to_resume(folder, table, console, has_more=has_more)
+    return table
+
+
+def _print_states(table: pd.DataFrame, console: Console) -> None:
+    """Print how many trials are in which state, and why each that failed did."""
+    named = table["state"].mask(table["reason"].str.startswith(STOPPED_AT, na=False), "stopped as planned")
+    named = named.mask(table["reason"] == ENDED_EARLY, ENDED_EARLY)
+    counts = [f"{count} {state}" for state, count in named.value_counts().items()]
+    say(console, f"{', '.join(counts)} of {counted(len(table))}." if counts else "0 trials.")
+    for _, row in table[table["state"].isin(["failed", "collapsed", "done"]) & (table["reason"] != "")].iterrows():
+        say(console, f"{row['trial']} {row['state']}: {row['reason'].rstrip('.')}.")
+    for _, row in (table.dropna(subset="warning") if "warning" in table else table[:0]).iterrows():
+        warn(console, f"{row['trial']}: {row['warning']}")
+
+
+def _say_how_to_resume(folder: SweepFolder, table: pd.DataFrame, console: Console, *, has_more: bool) -> None:
+    """Print commands, which no full stop follows."""
+    is_waiting, has_failed = table["state"] == "waiting", (table["state"] == "failed").any()
+    can_begin = (table["state"] == "unfinished") | (is_waiting & (table["reason"] == ""))
+    if has_more or can_begin.any() or (is_waiting.any() and not has_failed):
+        say_command(console, "Resume it with:", f"{command('sweep')} --resume {folder.path}")
+    if has_failed:
+        say_command(console, "Run what failed again:", f"{command('sweep')} --resume {folder.path} --retry-failed")
+
+
+def _shown_metrics(table: pd.DataFrame, stage: str, spec: SweepSpec) -> list[str]:
+    """Return the metrics to show: of a pretraining its objective's key metrics, of a finetuning all; the sweep's own
+    metric first, with what it is compared with."""
+    of_stage = table[table["stage"] == stage].dropna(axis=1, how="all")
+    there = [name.removeprefix("metric.") for name in of_stage.columns if name.startswith("metric.")]
+    objectives = _objectives(of_stage)
+    shown = [name for name in there if any(name in objective.key_metrics for objective in objectives)]
+    if stage == "finetune":
+        shown = [name for name in there if name not in ("step", SCORE)]
+    first = [spec.metric.name] if spec.metric is not None and spec.metric.name in there else []
+    first += [objective.baselines[name] for objective in objectives for name in first if name in objective.baselines]
+    return first + [name for name in shown if name not in first]
+
+
+def _objectives(table: pd.DataFrame) -> list[Any]:
+    """Return the classes of the objectives that pretrainings in a table have."""
+    names = table["recipe.objective"].dropna().unique() if "recipe.objective" in table else []
+    return [find_objective(name) for name in names]
+
+
+def _ordered(found: pd.DataFrame, table: pd.DataFrame, stage: str, spec: SweepSpec) -> pd.DataFrame:
+    """Return the cells of the last stage from best to worst, if the sweep has a metric and does not vary tasks."""
+    axes = axes_of(table, stage)
+    if spec.metric is None or found.empty or not axes or "task" in axes or stage != spec.last_stage:
+        return found
+    own = found[found["metric"] == spec.metric.name].set_index(axes)["mean"]
+    place = own.rank(ascending=spec.metric.mode == "min", method="first")
+    keys = found.set_index(axes).index.map(place)
+    return found.assign(place=keys).sort_values("place", kind="stable").drop(columns="place")
+
+
+def _title(stage: str, spec: SweepSpec) -> str:
+    """Return the stage, its recipe, and the number of examples if it is limited."""
+    options = spec.stages[stage].options
+    recipe, most = options.get("recipe"), options.get("max_train_examples")
+    parts = [stage, f"recipe {Path(recipe).stem}" if isinstance(recipe, str) else ""]
+    return ", ".join(filter(None, [*parts, f"{most} training examples" if most is not None else ""]))
+
+
+def cell_table(found: pd.DataFrame, axes: Sequence[str], title: str, *, is_wide: bool) -> Table:
+    """Return a table with a row for each metric of each cell."""
+    optional = {"within": "std_finetuning" in found, "baseline": "baseline" in found, "median": is_wide}
+    columns = ["mean ± std", "within", "baseline", "n", "median", "min–max"]
+    columns = [column for column in columns if optional.get(column, True)]
+    shown = Table(title, [*map(_header, axes), "metric", *columns], text_columns=len(axes) + 1)
+    for _, row in found.iterrows():
+        values = {
+            "mean ± std": _mean(row), "within": _number(row, "std_finetuning"), "n": str(row["n"]),
+            "median": _number(row, "median"), "baseline": _number(row, "baseline"),
+            "min–max": f"{_number(row, 'low')}–{_number(row, 'high')}",
+        }  # fmt: skip
+        shown.rows.append([*(_text(row[axis]) for axis in axes), row["metric"], *(values[name] for name in columns)])
+    return shown
+
+
+def task_table(found: pd.DataFrame, table: pd.DataFrame, axes: list[str], title: str) -> Table:
+    """Return a table with a row for each cell and a column for each task, as in papers, with GLUE's means where all of
+    their tasks are there."""
+    firsts = {
+        task: AVERAGE_METRICS.get(task, of_task["metric"].iloc[0])
+        for task, of_task in found.groupby("task", sort=False)
+    }
+    groups = [group for _, group in found.groupby(axes, sort=False, dropna=False)] if axes else [found]
+    runs = [_runs_of(group.iloc[0], table, axes) for group in groups]
+    means = [_glue_means(of_cell) for of_cell in runs]
+    names = [name for name in ("AVG", "GLUE") if any(name in each for each in means)]
+    has_baseline = "baseline" in found
+    labels = [*map(_header, axes)] or ([""] if has_baseline else [])
+    tasks = [f"{task}\n{metric}" for task, metric in firsts.items()]
+    shown = Table(title, [*labels, *tasks, *names, "n"], text_columns=len(labels))
+    for group, mean in zip(groups, means, strict=True):
+        first = group[group["metric"] == group["task"].map(firsts)].set_index("task")
+        scores = [_mean(first.loc[task]) if task in first.index else "" for task in firsts]
+        number = "–".join(dict.fromkeys(map(str, (first["n"].min(), first["n"].max()))))
+        head = [_text(group.iloc[0][axis]) for axis in axes] or ["mean"] * len(labels)
+        shown.rows.append([*head, *scores, *(mean.get(name, "") for name in names), number])
+    if has_baseline:
+        by_task = found[found["metric"] == found["task"].map(firsts)].drop_duplicates("task").set_index("task")
+        scores = [_number(by_task.loc[task], "baseline") for task in firsts]
+        baseline = _avg_and_glue(runs[0].drop_duplicates("task"), "baseline.")
+        cells_of_means = [f"{baseline[name]:.2f}" if name in baseline else "" for name in names]
+        shown.rows += [[], ["baseline", *[""] * (len(labels) - 1), *scores, *cells_of_means, ""]]
+    return shown
+
+
+def _runs_of(cell: pd.Series, table: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
+    runs = table[(table["stage"] == "finetune") & table["state"].isin(SUCCEEDED)]
+    for axis in axes:
+        runs = runs[runs[axis].isna() if pd.isna(cell[axis]) else runs[axis] == cell[axis]]
+    return runs
+
+
+def _glue_means(runs: pd.DataFrame) -> dict[str, str]:
+    """Return the original's mean of eight tasks and GLUE's of nine, over the seeds that have all of them; with several
+    pretraining seeds, over the means of these."""
+    keys = [name for name in ("pretrain.seed", "seed") if name in runs]
+    by_seed = pd.DataFrame([
+        dict(zip(keys, seeds, strict=True)) | _avg_and_glue(of_seed, "metric.")
+        for seeds, of_seed in runs.groupby(keys)
+    ])  # fmt: skip
+    if "pretrain.seed" in by_seed and by_seed["pretrain.seed"].nunique() > 1:
+        by_seed = by_seed.groupby("pretrain.seed").mean()
+    found = {}
+    for name in ("AVG", "GLUE"):
+        if name in by_seed and (values := list(by_seed[name].dropna())):
+            over = spread(values)
+            found[name] = f"{over.mean:.2f}" + (f" ± {over.std:.2f}" if over.std is not None else "")
+    return found
+
+
+def _avg_and_glue(of_tasks: pd.DataFrame, prefix: str) -> dict[str, float]:
+    """Return AVG and GLUE in percent, as far as the columns with this prefix give them. of_tasks: a row per task."""
+    names = [name for name in of_tasks if name.startswith(prefix)]
+    scores = {
+        row["task"]: {name.removeprefix(prefix): float(row[name]) for name in names if pd.notna(row[name])}
+        for _, row in of_tasks.iterrows()
+    }
+    means = {"AVG": average(scores), "GLUE": glue(scores).value}
+    return {name: 100 * value for name, value in means.items() if value is not None}
+
+
+def _header(axis: str) -> str:
+    name = axis.rpartition(".")[2]
+    return name.replace("_", "_\n") if len(name) > _LONG_NAME else name
+
+
+def _mean(row: pd.Series) -> str:
+    return _number(row, "mean") + (f" ± {_number(row, 'std')}" if pd.notna(row["std"]) else "")
+
+
+def _number(row: pd.Series, name: str) -> str:
+    scale, digits = (100, 2) if row["metric"] in BOUNDED else (1, 4)
+    return f"{scale * row[name]:.{digits}f}" if name in row and pd.notna(row[name]) else ""
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return ""
+    text = value_text(value)
+    return Path(text).name if "/" in text and Path(text).exists() else text
+
+
+# --- drawn
+
+
+def draw_capacity(table: pd.DataFrame, path: Path) -> None:
+    """Draw generator and discriminator of every pretraining on held-out text over its steps, as figure 2 of the
+    reproduction study; a cross where a discriminator has collapsed. Seeds of one cell share a colour."""
+    pretrained, axes = table[table["stage"] == "pretrain"], axes_of(table, "pretrain")
+    labels = [
+        ", ".join(f"{axis.rpartition('.')[2]} {_text(row[axis])}" for axis in axes) or "pretraining"
+        for _, row in pretrained.iterrows()
+    ]
+    known = list(dict.fromkeys(labels))
+    colours = dict(zip(known, colormaps["viridis"](np.linspace(0, 0.9, len(known))), strict=True))
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    titles = {
+        name: objective.metric_labels[name] for objective in _objectives(pretrained) for name in objective.key_metrics
+    }
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
+    for label, (_, row) in zip(labels, pretrained.iterrows(), strict=True):
+        lines = evaluations_of(Path(row["run"]))
+        for panel, name in zip(panels, titles, strict=True):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                steps, values = np.array(points).T
+                panel.plot(steps, values, color=colours[label], marker="o", markersize=2.5, linewidth=1.2, label=label)
+            if points and pd.notna(at := row.get("collapsed_at")):
+                height = np.interp(at, steps, values)
+                panel.plot([at], [height], color=colours[label], marker="X", markersize=11)
+    for panel, title in zip(panels, titles.values(), strict=True):
+        panel.set(xlabel="step", ylabel=title.strip())
+        panel.grid(alpha=0.3)
+    handles = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
+    if handles:
+        panels[0].legend(handles.values(), handles.keys(), fontsize=8)
+    with complete_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

@@ -1,4 +1,4 @@
-"""A sweep's trials by Ray Tune, as many at once as there is room for, on this machine or on a cluster."""
+"""A sweep's trials by Ray Tune, as many at once as fit, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +27,11 @@ _SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "30",
     "TUNE_MAX_PENDING_TRIALS_PG": "200",
 }
-"""Read by Ray when it is imported or started; what a user has set stays."""
+"""Read by Ray when it is imported or started; variables that the user has set stay."""
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
+import pyarrow  # type: ignore[import-untyped]  # noqa: E402
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler  # noqa: E402
@@ -36,34 +39,33 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
 from electra_ds.core.program import command  # noqa: E402
-from electra_ds.sweep import process, tune_trial  # noqa: E402
+from electra_ds.sweep import processes, tune_trial  # noqa: E402
 from electra_ds.sweep.display import SweepDisplay  # noqa: E402
-from electra_ds.sweep.folder import SUCCEEDED, SweepFolder  # noqa: E402
-from electra_ds.sweep.follow import MetricsFollower, as_result  # noqa: E402
-from electra_ds.sweep.ray_address import check_reachable, checked_storage  # noqa: E402
-from electra_ds.sweep.resources import Node, this_machine, trials_at_once  # noqa: E402
+from electra_ds.sweep.folder import SweepFolder  # noqa: E402
+from electra_ds.sweep.records import MetricsTail, as_result  # noqa: E402
 from electra_ds.sweep.spec import SweepSpec  # noqa: E402
-from electra_ds.sweep.stopping import stoppable  # noqa: E402
 from electra_ds.sweep.trials import Trial  # noqa: E402
-from electra_ds.sweep.tune_scheduler import InOrder, NothingRuns, OrderlyScheduler  # noqa: E402
 
 _IDLE_S = 60.0
-"""After which it is told that no trial runs."""
+"""The time after which the display says that no trial runs."""
+_ANSWERS_WITHIN_S = 5.0
 _OBJECT_STORE_BYTES = 128 * 2**20  # next to nothing goes through it
 
 
 class RayRunner:
-    """Runs trials of a sweep in a cluster that is there, or that is started on this machine and ends with it."""
+    """Runs trials of a sweep in a cluster, see `ray_runner`."""
 
     def __init__(
         self, folder: SweepFolder, spec: SweepSpec, display: SweepDisplay, *, at_once: int, storage: str | None
     ) -> None:
         self._folder, self._spec, self._display, self._at_once = folder, spec, display, at_once
+        if storage is not None and "://" not in storage:
+            storage = str(Path(storage).expanduser().absolute())
         self._storage = storage
 
     def run(self, trials: Sequence[Trial]) -> None:
-        """In their order, so pretrainings first, and in the room that they leave finetunings of those that have ended;
-        until the folder's `stop` file is there: then those that run save and leave."""
+        """Run the trials in their order, so pretrainings first, and in the slots that they leave finetunings of those
+        that have ended; until the folder's `stop` file is there: then those that run save and leave."""
         if not trials:
             return
         order = InOrder(trials, self._folder, lambda trial: self._display.end(trial, *self._folder.state_of(trial)))
@@ -72,43 +74,42 @@ class RayRunner:
         self._fit(lambda config: known[config["key"]], {}, config)
 
     def suggest(self, before: Sequence[Trial], resolve: tune_trial.Resolve) -> None:
-        """By Optuna, until there are as many as the search's samples.
+        """Run what Optuna suggests, until there are as many trials as the search's samples.
 
-        before: what was suggested earlier, whatever came of it, from which Optuna learns.
+        before: what was suggested earlier, whatever its outcome, from which Optuna learns.
         """
         left = self._spec.search.samples - len(before)
         if left <= 0 or self._folder.wants_to_stop():
             return
         (stage,) = self._spec.stages.values()
         space = {
-            key: getattr(tune, domain.kind)(list(domain.values)) if domain.kind == "choice"
-            else getattr(tune, domain.kind)(*domain.values)
-            for key, domain in stage.domains.items() if domain.is_random
-        }  # fmt: skip
+            key: tune.choice(domain.values) if domain.kind == "choice" else getattr(tune, domain.kind)(*domain.values)
+            for key, domain in stage.space.items()
+        }
         searcher = _optuna(self._spec, self._learned(before, space))
         config = tune.TuneConfig(search_alg=searcher, num_samples=left, max_concurrent_trials=self._at_once)
         self._fit(resolve, space, config)
 
     def _learned(self, before: Sequence[Trial], space: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:
-        """(values, the metric at the end) of what has one."""
+        """Return (values, the metric at the end) of each trial that has one."""
         assert self._spec.metric is not None  # the spec's checks see to it
         found = []
         for trial in before:
-            lines = MetricsFollower(self._folder.run(trial.key).metrics).lines()
-            last = next((line for line in reversed(lines) if line["kind"] == "eval"), None)
-            reward = None if last is None else as_result(trial.stage, last).get(self._spec.metric.name)
+            files = self._folder.trial(trial.key)
+            evaluations = [line for line in MetricsTail(files.run.metrics).lines() if line["kind"] == "eval"]
+            reward = as_result(trial.stage, evaluations[-1]).get(self._spec.metric.name) if evaluations else None
             is_of_space = all(_is_in(trial.values, key, space[key]) for key in space)  # which may have changed
-            if reward is not None and is_of_space and self._folder.state(trial.key)[0] in SUCCEEDED:
+            if reward is not None and is_of_space and files.has_succeeded:
                 found.append(({key: trial.values[key] for key in space}, float(reward)))
         return found
 
     def _fit(self, resolve: tune_trial.Resolve, space: Mapping[str, Any], config: tune.TuneConfig) -> None:
-        records = self._folder.path.absolute() / "tune"
+        records = self._folder.path / "tune"
         naming: Callable[[Any], str] = lambda trial: str(trial.config.get("key", trial.trial_id))  # noqa: E731
         config.trial_name_creator = config.trial_dirname_creator = naming
+        folder = self._folder  # which Tune can write down with the scheduler, as it cannot the display
+        config.scheduler = _scheduler(self._spec, lambda trial: folder.trial(resolve(trial.config).key).end_early())
         watch = _Watch(resolve, self._folder, self._display)
-        key_of: Callable[[Any], str] = lambda trial: resolve(trial.config).key  # noqa: E731
-        config.scheduler = OrderlyScheduler(_scheduler(self._spec), self._folder, key_of)
         tuner = tune.Tuner(
             tune_trial.trial_class(resolve, self._folder, self._spec, raises=False),
             param_space=dict(space),
@@ -119,99 +120,24 @@ class RayRunner:
                 failure_config=tune.FailureConfig(max_failures=self._spec.retries),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_frequency=1),
                 callbacks=[watch],
-                stop=NothingRuns(self._folder, lambda: len(watch.running)),
+                stop=watch,
                 verbose=0,
             ),
         )
         try:
             with ThreadPoolExecutor(1) as pool:  # in the main thread Tune would take the signals for itself
                 pool.submit(tuner.fit).result()
-        except OSError as error:
+        except (OSError, pyarrow.ArrowException) as error:
             raise CheckpointError(f"Tune cannot write into {self._storage or records}: {error}") from error
         except tune.TuneError as error:
             raise TrainingError(f"Tune has ended the sweep: {error}. Resume it with --resume.") from error
         if self._storage is None:
-            shutil.rmtree(records, ignore_errors=True)  # the folder says it all
+            shutil.rmtree(records, ignore_errors=True)  # all of it is in the sweep's folder
 
 
 def _is_in(values: Mapping[str, Any], key: str, domain: Any) -> bool:
-    """Whether a searcher could have suggested it; of one that is no choice any number will do."""
+    """Return whether a searcher could have suggested the value; any number is taken to be in a range."""
     return key in values and (not hasattr(domain, "categories") or values[key] in domain.categories)
-
-
-class _Watch(tune.Callback):
-    """Says how trials go, and gives those a status that Tune has given up."""
-
-    def __init__(self, resolve: tune_trial.Resolve, folder: SweepFolder, display: SweepDisplay) -> None:
-        self._resolve, self._folder, self._display = resolve, folder, display
-        self.running: set[str] = set()
-        self._idle_since: float | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune writes it down, and it is of this process."""
-        return {}
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.running.add(trial.trial_id)
-        try:
-            self._display.begin(self._resolve(trial.config))
-        except ConfigError:  # told when it ends
-            return
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._display.look()
-        if self.running or self._folder.wants_to_stop():
-            self._idle_since = None
-        elif self._idle_since is None:
-            self._idle_since = time.monotonic()
-        elif time.monotonic() - self._idle_since > _IDLE_S:
-            self._idle_since = time.monotonic()
-            self._display.say("No trial runs: no node has room for one now. It waits; Ctrl-C leaves")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.running.discard(trial.trial_id)
-        ours = self._resolve(trial.config)
-        state, reason = self._folder.state(ours.key)
-        if state != "waiting":  # which Tune has looked at while the sweep is to stop
-            self._display.end(ours, state, reason)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.running.discard(trial.trial_id)
-        why = _last_words(trial)
-        try:
-            ours = self._resolve(trial.config)
-        except ConfigError as error:
-            self._display.refuse(str(error))
-            return
-        if not self._folder.wants_to_stop():
-            self._folder.give_up(ours.key, f"after {trial.num_failures} attempts: {why}")
-        self._display.end(ours, *self._folder.state(ours.key))
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.running.discard(trial.trial_id)  # until there is a place for it again
-
-
-def _last_words(trial: Any) -> str:
-    """Why Tune gave a trial up."""
-    told = str(trial.get_error() or "")
-    if not told:
-        with contextlib.suppress(OSError, TypeError):
-            told = Path(trial.error_file).read_text("utf8", "replace")
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
-    return lines[-1].rpartition("Error: ")[2] if lines else "its process was killed"
-
-
-def _scheduler(spec: SweepSpec) -> TrialScheduler:
-    wanted, metric = spec.scheduler, spec.metric
-    if wanted is None or metric is None:
-        return FIFOScheduler()
-    common: dict[str, Any] = {"time_attr": "step", "metric": metric.name, "mode": metric.mode}
-    if wanted.kind == "median":
-        never = 10**15  # is a trial paused for others
-        return MedianStoppingRule(grace_period=wanted.grace_steps, min_time_slice=never, **common)
-    return ASHAScheduler(
-        max_t=10**12, grace_period=wanted.grace_steps, reduction_factor=wanted.reduction_factor, **common
-    )
 
 
 def _optuna(spec: SweepSpec, learned: Sequence[tuple[dict[str, Any], float]]) -> Searcher:
@@ -231,47 +157,207 @@ def _optuna(spec: SweepSpec, learned: Sequence[tuple[dict[str, Any], float]]) ->
         raise ConfigError("search.kind: optuna needs Optuna. Install it: pip install 'electra_ds[optuna]'") from error
 
 
+# --- when trials begin and end
+
+
+class InOrder(Searcher):
+    """Suggests listed trials in their order, a finetuning of a pretraining among them as soon as that has ended."""
+
+    def __init__(self, trials: Sequence[Trial], folder: SweepFolder, refuse: Callable[[Trial], None]) -> None:
+        """refuse: called with each trial that cannot be begun, since its encoder is not there."""
+        super().__init__()
+        self._waiting, self._folder, self._refuse = list(trials), folder, refuse
+        self._running: dict[str, str] = {}
+        """Keys by Tune's names."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing to Tune, which would write down what belongs to this process."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing: what is done is in the folder."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a text
+        if self._folder.wants_to_stop():
+            return str(Searcher.FINISHED)
+        unended = {*self._running.values(), *(trial.key for trial in self._waiting)}
+        for trial in list(self._waiting):
+            if trial.pretraining is not None and trial.pretraining.key in unended:
+                continue
+            self._waiting.remove(trial)
+            if self._folder.can_begin(trial):
+                self._running[trial_id] = trial.key
+                return {"key": trial.key}
+            self._refuse(trial)
+        return None if self._waiting else str(Searcher.FINISHED)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._running.pop(trial_id, None)
+
+
+class _EndsByFolder(FIFOScheduler):
+    """Lets a trial that the scheduler would stop save, close its trackers and write its status: the sweep's folder says
+    that it is to end, and Tune is told to continue."""
+
+    end_early: Callable[[Any], None]
+    ended: set[str]
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if trial.trial_id in self.ended:
+            return str(TrialScheduler.CONTINUE)
+        if super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
+            self.ended.add(trial.trial_id)
+            self.end_early(trial)
+        return str(TrialScheduler.CONTINUE)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if self.metric in result and "step" in result:  # not if it failed before its first evaluation
+            super().on_trial_complete(tune_controller, trial, result)
+
+
+class _Asha(_EndsByFolder, ASHAScheduler):
+    pass
+
+
+class _Median(_EndsByFolder, MedianStoppingRule):
+    pass
+
+
+def _scheduler(spec: SweepSpec, end_early: Callable[[Any], None]) -> TrialScheduler:
+    wanted, metric = spec.scheduler, spec.metric
+    if wanted is None or metric is None:
+        return FIFOScheduler()
+    common: dict[str, Any] = {"time_attr": "step", "metric": metric.name, "mode": metric.mode}
+    common["grace_period"] = wanted.grace_steps
+    scheduler: _Asha | _Median
+    if wanted.kind == "asha":
+        scheduler = _Asha(max_t=10**12, reduction_factor=wanted.reduction_factor, **common)
+    else:
+        scheduler = _Median(min_time_slice=10**15, **common)  # no trial is paused for others
+    scheduler.end_early, scheduler.ended = end_early, set()
+    return scheduler
+
+
+class _Watch(tune.Callback, tune.Stopper):
+    """Shows how trials go, gives a status to those that Tune has given up, and ends the experiment once the sweep is to
+    stop and the last trial has saved."""
+
+    def __init__(self, resolve: tune_trial.Resolve, folder: SweepFolder, display: SweepDisplay) -> None:
+        self._resolve, self._folder, self._display = resolve, folder, display
+        self._running: set[str] = set()
+        self._idle_since: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing to Tune, which would write down what belongs to this process."""
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._folder.wants_to_stop() and not self._running
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.add(trial.trial_id)
+        try:
+            self._display.begin(self._resolve(trial.config))
+        except ConfigError:  # reported when it ends
+            return
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._display.look()
+        if self._running or self._folder.wants_to_stop():
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = time.monotonic()
+        elif time.monotonic() - self._idle_since > _IDLE_S:
+            self._idle_since = time.monotonic()
+            self._display.say("No trial runs: no node has a free slot for one now. It waits; Ctrl-C leaves")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.discard(trial.trial_id)
+        ours = self._resolve(trial.config)
+        state, reason = self._folder.trial(ours.key).state()
+        if state != "waiting":  # Tune asks for such trials while the sweep is to stop
+            self._display.end(ours, state, reason)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.discard(trial.trial_id)
+        why = _last_words(trial)
+        try:
+            ours = self._resolve(trial.config)
+        except ConfigError as error:
+            self._display.refuse(str(error))
+            return
+        if not self._folder.wants_to_stop():
+            self._folder.trial(ours.key).give_up(f"after {trial.num_failures} attempts: {why}")
+        self._display.end(ours, *self._folder.trial(ours.key).state())
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._running.discard(trial.trial_id)  # until there is a place for it again
+
+
+def _last_words(trial: Any) -> str:
+    """Return why Tune gave a trial up."""
+    text = str(trial.get_error() or "")
+    if not text:
+        with contextlib.suppress(OSError, TypeError):
+            text = Path(trial.error_file).read_text("utf8", "replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].rpartition("Error: ")[2] if lines else "its process was killed"
+
+
+# --- clusters
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConfigError for what is no address, and if nobody answers there."""
+    if address == "auto":
+        noted = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"  # by `ray start`
+        try:
+            address = os.environ.get("RAY_ADDRESS") or noted.read_text("utf8").strip()
+        except OSError:
+            raise ConfigError("No Ray cluster runs on this machine. Start one: ray start --head") from None
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        raise ConfigError(f"--address {address} is not a valid Ray address. Write auto or HOST:6379.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_WITHIN_S).close()
+    except OSError as error:
+        raise ConfigError(f"Nobody answers at {address}: {error}. Is a Ray cluster running there?") from error
+
+
 @contextmanager
 def ray_runner(
-    folder: SweepFolder,
-    spec: SweepSpec,
-    display: SweepDisplay,
-    *,
-    address: str | None = None,
-    storage: str | None = None,
-    time_limit_s: float | None = None,
-) -> Iterator[RayRunner]:
-    """address: of a cluster; None starts Ray on this machine alone. storage: where Tune keeps its own records, which
-    are removed where it is None.
+    folder: SweepFolder, spec: SweepSpec, display: SweepDisplay, *, address: str | None, storage: str | None,
+    time_limit_s: float | None,
+) -> Iterator[RayRunner]:  # fmt: skip
+    """Yield a runner in a cluster, or in one that is started on this machine and ends with it.
 
-    Raises ConfigError if the cluster cannot be reached or has no room for a single trial, and
-    InterruptedBySignalError at the end where a signal came.
+    address: of a cluster; None starts Ray on this machine alone. storage: where Tune keeps its own records, which are
+    removed if it is None. Raises ConfigError if the cluster cannot be reached or has no slot for a single trial, and
+    InterruptedBySignalError at the end if a signal came.
     """
     for name in ("ray", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what becomes of trials is told by the display
-    storage = None if storage is None else checked_storage(storage)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the display says how trials go
     if address is not None:
-        check_reachable(address)
+        _check_reachable(address)
+    local: dict[str, Any] = {}
+    if address is None:
+        here = processes.this_machine()
+        os.environ["PYTHONPATH"] = processes.python_path()
+        local = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        local |= {"num_cpus": here.cpus, "num_gpus": here.gpus}
     try:
-        if address is None:
-            here = this_machine()
-            os.environ["PYTHONPATH"] = process.python_path()
-            ray.init(
-                address="local", include_dashboard=False, logging_level=logging.CRITICAL, log_to_driver=False,
-                object_store_memory=_OBJECT_STORE_BYTES, num_cpus=here.cpus, num_gpus=here.gpus,
-            )  # fmt: skip
-        else:
-            ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
+        ray.init(address=address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **local)
     except (OSError, ValueError, RuntimeError) as error:
         where = "Ray cannot be started here" if address is None else f"No Ray cluster can be reached at {address}"
         raise ConfigError(f"{where}: {str(error).strip()}. Without Ray: {command('sweep')} --local") from error
     try:
-        nodes = [
-            Node(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
-            for node in ray.nodes() if node["Alive"]
-        ]  # fmt: skip
-        at_once = display.at_once = trials_at_once(spec.resources, nodes)
-        with stoppable(folder, time_limit_s):  # after Ray, which has handlers of its own
+        there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [processes.Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in there]
+        at_once = display.at_once = processes.trials_at_once(spec.resources, nodes)
+        with processes.stoppable(folder, time_limit_s):  # after Ray, which has handlers of its own
             yield RayRunner(folder, spec, display, at_once=at_once, storage=storage)
     finally:
         ray.shutdown()

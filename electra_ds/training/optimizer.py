@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._utils import _unflatten_dense_tensors
 
-from electra_ds.config.precision import LossScaling
+from electra_ds.config.deepspeed_sections import LossScaling
 from electra_ds.config.recipe import OptimizerSection
 
 # Under a fixed scale of 1 the same arithmetic serves fp32 and bf16, where nothing needs scaling.

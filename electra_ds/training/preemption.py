@@ -9,8 +9,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.core.ranks import Ranks
-from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 
 
 class StopRequest(NamedTuple):
@@ -19,13 +19,16 @@ class StopRequest(NamedTuple):
     reason: str
     signum: int | None
     """The signal, where it was one."""
+    is_to_be_resumed: bool = True
+    """Whether a job script is to start the run again."""
 
 
-_TIME_LIMIT, _LAUNCHER_DIED, _SAVE_FAILED = 1000, 1001, 1002
+_TIME_LIMIT, _LAUNCHER_DIED, _SAVE_FAILED, _CALLBACK = 1000, 1001, 1002, 1003
 
 
 class Preemption:
-    """Turns a signal on any rank, the end of the time limit, or the launcher's death into one decision of all ranks.
+    """Turns a signal on any rank, the end of the time limit, a callback's wish or the launcher's death into one
+    decision of all ranks.
 
     Signals are read by a thread, so that a second one, at least 5 s after the first, ends the process at once even
     where the main thread waits for another rank.
@@ -37,8 +40,12 @@ class Preemption:
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self._signal = 0
         self._asked: Any = None
+        self._reason = ""
+        self._hears_signals = threading.current_thread() is threading.main_thread()  # Python delivers them to no other
 
     def __enter__(self) -> Preemption:
+        if not self._hears_signals:
+            return self
         self._reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._writer = writer
@@ -59,6 +66,10 @@ class Preemption:
             elif now - first >= SECOND_SIGNAL_AFTER_S:
                 leave_at_once(numbers[0])
 
+    def ask(self, reason: str) -> None:
+        """Wish that all ranks stop, for a reason that is written into status.json."""
+        self._reason = reason
+
     def decide(self, *, save_failed: bool = False) -> StopRequest | None:
         """To be called by every rank after every step; all get the same answer.
 
@@ -70,6 +81,8 @@ class Preemption:
             wish = _TIME_LIMIT
         if not wish and self._ranks.launcher_watch.died():
             wish = _LAUNCHER_DIED
+        if not wish and self._reason:
+            wish = _CALLBACK
         if save_failed:
             wish = _SAVE_FAILED
         if self._ranks.world_size > 1:
@@ -81,6 +94,8 @@ class Preemption:
             return StopRequest("time limit", None)
         if wish == _LAUNCHER_DIED:
             return StopRequest("the launcher died", signal.SIGTERM)
+        if wish == _CALLBACK:
+            return StopRequest(self._ranks.broadcast(self._reason) or "a callback", None, is_to_be_resumed=False)
         if wish == _SAVE_FAILED:
             return StopRequest("a checkpoint could not be written", None)
         return StopRequest(signal.Signals(wish).name, wish)
@@ -89,6 +104,8 @@ class Preemption:
         if exception[0] is None and self._asked is not None:
             with contextlib.suppress(RuntimeError):  # the others may have left already
                 self._ranks.finish_maximum(self._asked)
+        if not self._hears_signals:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_descriptor)

@@ -12,8 +12,14 @@ import torch
 from rich.console import Console
 
 from electra_ds.config.cards import find_card
-from electra_ds.config.deepspeed import DeepSpeedPlan, cut_for, read_deepspeed_json, resolve, with_micro_batch
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import (
+    DeepSpeedPlan,
+    cut_for,
+    default_ds_config,
+    read_deepspeed_json,
+    resolve,
+    with_micro_batch,
+)
 from electra_ds.config.hardware import cannot_use, check_gpu, look, notes_at_start
 from electra_ds.config.monitors import FolderMonitor, Monitors, wandb_mode_of_environment
 from electra_ds.config.options import RunOptions

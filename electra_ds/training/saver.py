@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class CheckpointSaver:
         self._ranks = ranks
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self.published: Path | None = None
+        """The last checkpoint that this rank has published; the main rank does."""
 
     def save(self, optimizer: MasterAdamW | ZeroAdamW, state: dict[str, Any], record: Mapping[str, str]) -> None:
         """Copy what the optimizer holds and begin to write it, each rank its share; `finish` waits for the end.
@@ -38,21 +41,21 @@ class CheckpointSaver:
             return  # published whole by this very step; damaged ones are set aside before training goes on
         tensors = optimizer.snapshot(share_of(optimizer.shapes(), self._ranks.rank, self._ranks.world_size))
         state = state | {"optimizer": optimizer.counters()}
-        draft = PendingCheckpoint(self._folder, state["step"], token)
+        pending = PendingCheckpoint(self._folder, state["step"], token)
         self._thread = threading.Thread(
-            target=self._run, args=(draft, tensors, state, record), name="checkpoint", daemon=True
+            target=self._run, args=(pending, tensors, state, record), name="checkpoint", daemon=True
         )
         self._thread.start()
 
-    def _run(self, draft: PendingCheckpoint, *arguments: Any) -> None:
+    def _run(self, pending: PendingCheckpoint, *arguments: Any) -> None:
         try:
-            self._write(draft, *arguments)
+            self._write(pending, *arguments)
         except Exception as error:  # to be raised where the training thread next looks
             self._error = error
 
     def _write(
         self,
-        draft: PendingCheckpoint,
+        pending: PendingCheckpoint,
         tensors: Mapping[str, torch.Tensor],
         state: dict[str, Any],
         record: Mapping[str, str],
@@ -60,20 +63,21 @@ class CheckpointSaver:
         own: dict[str, FileEntry] | None = None
         error = None
         try:
-            own = draft.write_shard(tensors, self._ranks.rank, self._ranks.world_size)
+            own = pending.write_shard(tensors, self._ranks.rank, self._ranks.world_size)
         except CheckpointError as caught:
             error = caught
         shards = self._ranks.gather_in_background(own)
         if None in shards:
-            draft.discard()  # on every rank: one may have a disk of its own
+            pending.discard()  # on every rank: one may have a disk of its own
         if error is not None:
             raise error  # the others leave it to this rank to say why
         if self._ranks.is_main and None not in shards:
             try:
-                draft.publish({name: entry for shard in shards for name, entry in shard.items()}, state, record)
+                pending.publish({name: entry for shard in shards for name, entry in shard.items()}, state, record)
             except CheckpointError:
-                draft.discard()
+                pending.discard()
                 raise
+            self.published = pending.final
 
     @property
     def has_failed(self) -> bool:

@@ -9,20 +9,20 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console
-
 from electra_ds.config.monitors import overruled_wandb_mode, wandb_login, wandb_module
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import CheckpointError, ConfigError, ElectraError, InterruptedBySignalError
-from electra_ds.core.terminal import note, say, say_command, warn
+from electra_ds.core.log import NOTE, log_command
 from electra_ds.training.tracking import MetricsFile, read_metrics
 
+_log = logging.getLogger(__name__)
 _FINISH_WITHIN_S = 60.0
 """An upload that takes longer at the end is left to `wandb sync`: a job scheduler may be waiting to kill us."""
 _LOST_ROWS = 512
@@ -46,9 +46,8 @@ class Writer(Protocol):
 class Trackers:
     """The writers of one run."""
 
-    def __init__(self, writers: list[Writer], console: Console) -> None:
+    def __init__(self, writers: list[Writer]) -> None:
         self._writers = writers
-        self._console = console
 
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
         """The same values as a line of metrics.jsonl; those that are None, for not finite, are left out."""
@@ -73,8 +72,7 @@ class Trackers:
                 act(writer)
             except Exception as error:  # whatever a tracker raises, it must not end the training
                 self._writers.remove(writer)
-                warn(
-                    self._console,
+                _log.warning(
                     f"{writer.name} failed and is left out from now on ({type(error).__name__}: {error}). Training "
                     f"continues; metrics.jsonl has every number.",
                 )
@@ -127,7 +125,6 @@ def open_trackers(
     config: dict[str, Any],
     resume_step: int,
     reached: int,
-    console: Console,
 ) -> Trackers:
     """The writers that the settings ask for. metrics.jsonl is cut back to `resume_step` already.
 
@@ -137,17 +134,17 @@ def open_trackers(
     """
     writers: list[Writer] = []
     if overruled := overruled_wandb_mode(settings.wandb):
-        note(console, overruled)
+        _log.log(NOTE, overruled)
     try:
         if settings.csv is not None:
             writers.append(_CsvFolder(run.path / settings.csv, resume_step))
         if settings.tensorboard is not None:
             writers.append(_TensorBoard(run.path / settings.tensorboard, resume_step))
         if settings.wandb != "off":
-            writers.append(_Wandb(settings, run, config, resume_step, reached, console))
+            writers.append(_Wandb(settings, run, config, resume_step, reached))
     except OSError as error:
         raise CheckpointError(f"Cannot write {error.filename or run.path}: {error.strerror}.") from error
-    return Trackers(writers, console)
+    return Trackers(writers)
 
 
 class _CsvFolder:
@@ -241,7 +238,6 @@ class _Wandb:
         config: dict[str, Any],
         resume_step: int,
         reached: int,
-        console: Console,
     ) -> None:
         folder = run.path / "wandb"
         folder.mkdir(exist_ok=True)  # where it is missing, wandb takes the system's temporary folder
@@ -252,14 +248,14 @@ class _Wandb:
                 first_step = max(1, first_step - _LOST_ROWS)
             self._repeated = before["repeated"] + max(0, reached + 1 - first_step)
         self._write_state(finished=False)
-        self._start(settings, run, config, console)
+        self._start(settings, run, config)
         if first_step <= resume_step:
             for line in read_metrics(run.metrics):
                 if line["step"] >= first_step:
                     values = {name: value for name, value in line.items() if name not in ("kind", "step")}
                     self.write(line["step"], _named(line["kind"], values))
 
-    def _start(self, settings: TrackingSettings, run: RunDirectory, config: dict[str, Any], console: Console) -> None:
+    def _start(self, settings: TrackingSettings, run: RunDirectory, config: dict[str, Any]) -> None:
         self._module = wandb_module()
         start = {
             "project": settings.wandb_project, "entity": settings.wandb_entity, "group": settings.wandb_group,
@@ -271,7 +267,7 @@ class _Wandb:
             try:
                 self._run = self._init("online", start)
             except Exception as error:  # no network, a refused key: the numbers can be uploaded later
-                warn(console, f"wandb cannot be reached ({error}). The run continues offline.")
+                _log.warning(f"wandb cannot be reached ({error}). The run continues offline.")
                 self._module.teardown()  # or its service would say that the id is in use
                 mode = "offline"
         if mode == "offline":
@@ -282,9 +278,9 @@ class _Wandb:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if mode == "online":
-            say(console, f"wandb: {self._run.url}")
+            _log.info(f"wandb: {self._run.url}")
         else:
-            say_command(console, "wandb: offline; upload with:", f"wandb sync {Path(self._run.dir).parent}")
+            log_command(_log, "wandb: offline; upload with:", f"wandb sync {Path(self._run.dir).parent}")
 
     def _init(self, mode: str, start: dict[str, Any]) -> Any:
         settings = self._module.Settings(silent=True, console="off", finish_timeout=_FINISH_WITHIN_S)

@@ -1,21 +1,14 @@
-"""Where a run's numbers go: metrics.jsonl and the terminal."""
+"""metrics.jsonl, where all of a run's numbers go."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from electra_ds.core.errors import CheckpointError
-from electra_ds.core.terminal import StatusProgress, flexible_bar, say
-
-_PLAIN_LINE_EVERY_S = 15.0
 
 
 class MetricsFile:
@@ -65,40 +58,3 @@ def metrics_lines(text: str) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     return lines
-
-
-class TrainingDisplay:
-    """A progress bar with ETA on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
-        self.console = console
-        self.total_steps = total_steps
-        self._first_step = first_step
-        self._started = self._last_line = time.monotonic()
-        self._progress = StatusProgress(
-            TextColumn("step"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(), TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._progress.add_task("", total=total_steps, completed=first_step, status="")
-
-    def __enter__(self) -> TrainingDisplay:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def update(self, step: int, numbers: str) -> None:
-        """Say where training is. `step` counts finished steps."""
-        self._progress.update(self._task, completed=step, status=numbers)
-        now = time.monotonic()
-        if not self.console.is_terminal and (now - self._last_line > _PLAIN_LINE_EVERY_S or step == self.total_steps):
-            self._last_line = now
-            rate = (now - self._started) / max(1, step - self._first_step)
-            eta = int(rate * (self.total_steps - step))
-            eta_text = f"ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
-            self.say(f"step {step}/{self.total_steps}  {numbers}  {eta_text}")
-
-    def say(self, text: str) -> None:
-        say(self.console, text)

@@ -15,8 +15,7 @@ from electra_ds.api.pretrain import default_recipe
 from electra_ds.cli import build_parser, main
 from electra_ds.cli.arguments import confirm
 from electra_ds.config.cards import CARDS
-from electra_ds.config.deepspeed import resolve
-from electra_ds.config.defaults import default_ds_config
+from electra_ds.config.deepspeed import default_ds_config, resolve
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.shipped import ds_config_names

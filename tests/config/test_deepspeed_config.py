@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.config import deepspeed as config
-from electra_ds.config import inert
-from electra_ds.config.deepspeed import read_deepspeed_json, resolve
+from electra_ds.config import deepspeed_keys as keys
+from electra_ds.config.deepspeed import UNSET_BY_NULL, ZERO_OLD_NAMES, ZERO_SHORT_NAMES, read_deepspeed_json, resolve
+from electra_ds.config.deepspeed_sections import (
+    _WITHOUT_EFFECT,
+    CPU_ADAM_DEFAULTS,
+    ZERO_3_KEYS,
+    ZERO_KEYS,
+    LossScaling,
+)
 from electra_ds.config.monitors import MONITOR_SECTIONS, FolderMonitor, Monitors, WandbMonitor
-from electra_ds.config.precision import _WITHOUT_EFFECT, LossScaling
 from electra_ds.config.shipped import ds_config_names
-from electra_ds.config.spelling import UNSET_BY_NULL, ZERO_OLD_NAMES, ZERO_SHORT_NAMES
-from electra_ds.config.zero import OF_DEEPSPEEDS_ADAM, ZERO_3_KEYS, ZERO_KEYS
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import PretrainingEngine
@@ -37,7 +41,7 @@ def test_every_shipped_json_resolves_and_leaves_recipe_owned_keys_out(path: Path
     values = read_deepspeed_json(str(path))
     assert read_deepspeed_json(path.stem) == values
     assert path.stem in ds_config_names()
-    assert not set(values) & set(config.OWNED_BY_RECIPE)
+    assert not set(values) & set(keys.OWNED_BY_RECIPE)
     resolve(values, small_recipe("global_batch_size=128"), world_size=1, auto_fp16=True, source=str(path))
 
 
@@ -63,7 +67,7 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
     body = source[source.index("def _initialize_params") : source.index("def _batch_assertion")]
     getters = set(re.findall(r"(get_\w+)\(param_dict", body))
     assert len(getters) > 20
-    ours = {*config.OWNED_BY_RECIPE, *config.RESOLVED_HERE, *config.HANDED_ON, *config.NOT_USED, *config.INSTEAD}
+    ours = {*keys.OWNED_BY_RECIPE, *keys.RESOLVED_HERE, *keys.PASSED_THROUGH, *keys.NOT_USED, *keys.ALTERNATIVES}
     ours |= {*MONITOR_SECTIONS, "bfloat16"}
     scalars = {
         "TRAIN_BATCH_SIZE", "TRAIN_MICRO_BATCH_SIZE_PER_GPU", "GRADIENT_ACCUMULATION_STEPS", "STEPS_PER_PRINT",
@@ -260,7 +264,7 @@ def test_each_fault_is_named(values: dict[str, Any], message: str) -> None:
 def test_what_changes_nothing_is_a_note_and_the_plan_is_that_without_it(values: dict[str, Any], named: str) -> None:
     plan = plan_of(values)
     (note,) = plan.notes
-    assert note.startswith("left out, since nothing depends on it here: ")
+    assert note.startswith("left out, because it has no effect here: ")
     assert named in note
     stage = values.get("zero_optimization", {}).get("stage", 0)
     assert plan.document == plan_of({"zero_optimization": {"stage": stage}}).document
@@ -296,25 +300,25 @@ def test_the_defaults_that_may_be_spelled_out_are_deepspeeds_own() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
-    for key, value in inert.TOP_DEFAULTS.items():
+    for key, value in keys.TOP_DEFAULTS.items():
         if key == "sequence_parallel_size":  # DeepSpeed has no constant for it: without the key there is one group
             continue
         (name,) = (name for name in dir(constants) if getattr(constants, name) == key and not name.endswith("DEFAULT"))
         default = f"{name}_DEFAULT".replace("PARALLELISM_DEFAULT", "PARALLEL_DEFAULT")
         assert getattr(constants, default) == value, key
-    for key, value in inert.ZERO_DEFAULTS.items():
+    for key, value in keys.ZERO_DEFAULTS.items():
         field = DeepSpeedZeroConfig.model_fields[key]
         assert (field.default, type(field.default)) == (value, type(value)), key
     for kind in (DeepSpeedBF16Config, DeepSpeedFP16Config):
         for key in set(_WITHOUT_EFFECT) & set(kind.model_fields):
             assert kind.model_fields[key].default == _WITHOUT_EFFECT[key], key
-    assert set(inert.REMOVED) == set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
-    assert set(inert.ZERO_REMOVED) == set(theirs._REMOVED_ZERO_CONFIG_KEYS)
-    for key, value in OF_DEEPSPEEDS_ADAM.items():
+    assert set(keys.REMOVED) == set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert set(keys.ZERO_REMOVED) == set(theirs._REMOVED_ZERO_CONFIG_KEYS)
+    for key, value in CPU_ADAM_DEFAULTS.items():
         assert DeepSpeedZeroOffloadOptimizerConfig.model_fields[key].default == value, key
-    assert set(inert.ZERO_WITHOUT_EFFECT) <= set(DeepSpeedZeroConfig.model_fields)
-    assert not set(inert.UNREAD) & {value for value in vars(constants).values() if isinstance(value, str)}
-    ours = {*ZERO_KEYS, *ZERO_3_KEYS, *inert.ZERO_DEFAULTS, *inert.ZERO_WITHOUT_EFFECT}
+    assert set(keys.ZERO_WITHOUT_EFFECT) <= set(DeepSpeedZeroConfig.model_fields)
+    assert not set(keys.IGNORED) & {value for value in vars(constants).values() if isinstance(value, str)}
+    ours = {*ZERO_KEYS, *ZERO_3_KEYS, *keys.ZERO_DEFAULTS, *keys.ZERO_WITHOUT_EFFECT}
     known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
     assert known <= ours | {"leaf_module"}
 
@@ -366,7 +370,7 @@ def test_fp16_auto_means_fp16_on_a_gpu() -> None:
     assert plan_of({"fp16": {"enabled": "auto"}}, auto_fp16=True).precision.name == "fp16"
 
 
-def test_fp16_auto_gives_way_to_a_precision_that_is_chosen() -> None:
+def test_fp16_auto_gives_way_to_a_precision_that_is_is_precision_chosen() -> None:
     """As in transformers' files with bf16 switched on."""
     values = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": True}}
     for auto_fp16 in (True, False):
@@ -684,8 +688,8 @@ def test_every_json_runs_three_steps(store: TokenStore, path: Path, auto_fp16: b
         expected, samples = plain.train_step(builder.build(step), step)
         pieces = torch.cat(samples).split(selected_per_micro_batch(builder.build(step), plan.batch.micro_batch_size))
         found = engine.train_step(builder.build(step), step, pieces)
-        assert found.loss.item() == pytest.approx(
-            expected.loss.item(), rel=1e-5 if plan.precision.name == "fp32" else 4e-3
+        assert found["loss"].item() == pytest.approx(
+            expected["loss"].item(), rel=1e-5 if plan.precision.name == "fp32" else 4e-3
         )
     engine.close()
 

@@ -25,7 +25,7 @@ FP16_ON, BF16_OFF = 'fp16.enabled is "auto", which here means on', 'bf16.enabled
 FP16_OFF = "another precision is chosen"
 QUIET = "steps_per_print: DeepSpeed prints this only with"
 NO_EFFECT = "these keys of zero_optimization have no effect"
-LEFT_OUT = "left out, since nothing depends on it here: "
+LEFT_OUT = "left out, because it has no effect here: "
 
 LOADS: dict[str, tuple[int, str, list[str]]] = {
     "accelerate-auto-offload": (3, "fp32", [BF16_OFF, f"{LEFT_OUT}zero_optimization.offload_optimizer"]),

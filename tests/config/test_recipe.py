@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from electra_ds.cli import main
 from electra_ds.config.finetune_recipe import load_finetune_recipe
 from electra_ds.config.overrides import load_recipe, parse_value
-from electra_ds.config.recipe import Recipe, recipe_yaml, validate_recipe
+from electra_ds.config.recipe import ElectraRecipe, recipe_yaml, validate_recipe
 from electra_ds.config.shipped import FINETUNE_RECIPES, RECIPES, finetune_recipe_names, recipe_names, shipped_text
 from electra_ds.core.errors import ConfigError
 
@@ -289,4 +289,4 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 
 def test_the_list_of_keys_reaches_every_section() -> None:
-    assert {"seed", "model.hidden_size", "masking.replace_at", "data.holdout_by"} <= set(Recipe.dotted_keys())
+    assert {"seed", "model.hidden_size", "masking.replace_at", "data.holdout_by"} <= set(ElectraRecipe.dotted_keys())

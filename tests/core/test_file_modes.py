@@ -15,9 +15,8 @@ from electra_ds.core.files import complete_file
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
-from electra_ds.interop.export import export_run
+from electra_ds.interop.export import export_run, new_folder
 from electra_ds.interop.export_deepspeed import export_deepspeed
-from electra_ds.interop.export_folder import new_folder
 from tests.helpers import small_recipe
 from tests.interop.test_deepspeed_checkpoint import portable  # noqa: F401
 

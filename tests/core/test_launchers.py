@@ -20,8 +20,7 @@ import torch
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.launcher import Launch, LauncherWatch, detect, first_host
-from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, Launch, LauncherWatch, detect, first_host
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.training.checkpoint import CheckpointFolder, verify_checkpoint

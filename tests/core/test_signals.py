@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from electra_ds.core.signals import SECOND_SIGNAL_AFTER_S
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S
 from tests.helpers import REPOSITORY
 
 CODE = """
@@ -18,7 +18,7 @@ import os, signal, sys, time
 from pathlib import Path
 from electra_ds.core.errors import InterruptedBySignalError
 from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.stopping import stoppable
+from electra_ds.sweep.processes import stoppable
 
 folder = SweepFolder(Path(sys.argv[1]))
 try:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from electra_ds.api.progress import ConsoleDisplay
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.terminal import StageProgress, note, say, say_command
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_source
 from electra_ds.sweep.display import SweepDisplay
 from electra_ds.sweep.folder import SweepFolder
-from electra_ds.training.tracking import TrainingDisplay
+from electra_ds.training.callbacks import Progress
 from tests.helpers import REPOSITORY
 
 NUMBERS = "generator 3.6912  discriminator 0.3512  123,456 tokens/s  MFU 35.1%  skipped 3"
@@ -31,9 +32,11 @@ def shown(console: Console) -> list[str]:
 
 
 def training(console: Console) -> None:
-    display = TrainingDisplay(console, 1_000_000, 0)
-    display.update(123_456, NUMBERS)
-    console.print(display._progress.get_renderable())
+    display, progress = ConsoleDisplay(console), Progress(Path("run"), 0, 1_000_000, 1_000_000)
+    display.on_start(progress)
+    progress.step = 123_456
+    display.on_report(progress, NUMBERS)
+    display.on_end(progress, "done")
 
 
 def sweep(console: Console) -> None:

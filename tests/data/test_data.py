@@ -82,9 +82,9 @@ def test_building_twice_opens_the_first(corpus_folder: Path, tmp_path: Path) -> 
     os.utime(folder / "000.txt")  # touched, same text
     build_store(open_corpus([folder]), section, tmp_path / "s")
     (folder / "000.txt").write_text("other text\n")
-    with pytest.raises(DataError, match="holds other text than"):
+    with pytest.raises(DataError, match="was built from other text than"):
         build_store(open_corpus([folder]), section, tmp_path / "s")
-    with pytest.raises(DataError, match=r"holds other text|another tokenizer"):
+    with pytest.raises(DataError, match=r"built from other text|another tokenizer"):
         build_store(open_corpus([corpus_folder]), TokenizerSection(kind="wordpiece", vocab_size=300), tmp_path / "s")
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from electra_ds.data.packed_rows import packed_rows
+from electra_ds.data.packing import packed_rows
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.electra import ElectraOutput
 from electra_ds.pretraining.microbatch import MicroBatch

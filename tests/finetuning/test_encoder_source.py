@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, processors
 from transformers import (
@@ -33,7 +32,7 @@ from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.finetuning.encoder_source import EncoderSource, read_encoder
-from electra_ds.finetuning.model import make_encoder
+from electra_ds.finetuning.heads import make_encoder
 from electra_ds.interop.export import export_run
 from electra_ds.pretraining import prepare
 from electra_ds.pretraining.pretrain import pretrain
@@ -262,8 +261,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nan": (_weights(_nan), "not finite are encoder.layer.0.output.dense.weight"),
     "weights cut": (_cut("model.safetensors"), "Cannot read the weights of"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "Cannot read the weights of"),
-    "pickled code": (_pickled_code, "may be code. Take a model whose weights are in model.safetensors."),
-    "pickled code in torch's zip": (_torch_saved_code, "may be code. Take a model whose weights are in"),
+    "pickled code": (_pickled_code, "not opened. Fetch them again, or take a copy whose weights are in"),
+    "pickled code in torch's zip": (_torch_saved_code, "take a copy whose weights are in"),
     "config cut": (_cut("config.json"), "Cannot read the model"),
     "config of no model": (_edited("config.json", model_type=None), "Cannot read the model"),
     "config of an unknown model": (_edited("config.json", model_type="never-heard"), "Cannot read the model"),
@@ -329,7 +328,7 @@ def pretrain_on(length: int, store: TokenStore, process_group: Ranks, run_dir: P
     with run.locked():
         plan = plan_new(options, recipe, run, process_group)
         job = prepare.prepare_new(options, recipe, plan, store, run, process_group)
-        assert pretrain(job, process_group, Console(quiet=True))
+        assert pretrain(job, process_group)
     return run.path
 
 
@@ -444,9 +443,9 @@ def test_a_config_that_the_weights_or_transformers_cannot_follow_is_refused(tmp_
     config = json.loads((folder / "config.json").read_text())
     for changes, message in (
         ({"num_hidden_layers": 1}, "more than config.json says"),
-        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers by its config.json, which cannot be"),
+        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers by its config.json, which is damaged"),
         ({"position_embedding_type": "relative_key"}, "relative_key positions"),
-        ({"num_attention_heads": 0}, "Its config.json or its weights may be damaged"),
+        ({"num_attention_heads": 0}, "json or the weights may be damaged"),
         ({"model_type": "own", "auto_map": {"AutoModel": "code.Model"}}, "computed by code of its own, which is not"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))

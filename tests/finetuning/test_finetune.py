@@ -23,19 +23,18 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
+from electra_ds.api.progress import ConsoleDisplay
 from electra_ds.cli import main
 from electra_ds.config.finetune_recipe import Finetuning, load_finetune_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
 from electra_ds.data.sampling import shuffled
 from electra_ds.finetuning import finetune as finetune_module
-from electra_ds.finetuning.batches import _ORDER
-from electra_ds.finetuning.microbatch import TaskMicroBatch
-from electra_ds.finetuning.model import TaskModel, make_head
+from electra_ds.finetuning.heads import TaskModel, make_head
+from electra_ds.finetuning.inputs import _ORDER, TaskMicroBatch
 from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import Engine
-from electra_ds.training.tracking import TrainingDisplay
 from tests.finetune_runs import (
     BAD,
     GOOD,
@@ -413,7 +412,7 @@ def test_a_stop_right_after_a_logged_step_does_not_call_its_losses_not_finite(
 ) -> None:
     """The time limit has passed when the run starts, so it stops after its first step."""
     shown: list[str] = []
-    monkeypatch.setattr(TrainingDisplay, "update", lambda self, step, numbers: shown.append(numbers))
+    monkeypatch.setattr(ConsoleDisplay, "on_report", lambda self, progress, summary: shown.append(summary))
     finetune(*arguments_of(electra, glue, "mrpc", tmp_path / "run", log_every=1, time_limit="1s"))
     assert shown
     assert not any("not finite" in numbers for numbers in shown)
@@ -1102,7 +1101,7 @@ def test_a_class_that_dev_lacks_is_a_note(electra: Path, tmp_path: Path) -> None
     train = write_csv(tmp_path / "mine.csv", ("text", "label"), rows)
     dev = write_csv(tmp_path / "dev.csv", ("text", "label"), reviews(8, 2))
     said = finetune(*arguments_of(electra, None, "", tmp_path / "run", train=train, dev=dev, stop_at=1))
-    assert "Note: No example of dev has the label 'so-so': its scores say nothing of that." in said
+    assert "Note: No example of dev has the label 'so-so': its scores say nothing about it." in said
     said = refused(*arguments_of(electra, None, "", tmp_path / "other", train=dev, dev=train))
     assert "line 17: the label 'so-so' is not one of those trained on, 'bad', 'good'" in said
 

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from electra_ds.core.errors import DataError
 from electra_ds.finetuning.glue import GLUE, OFFICIAL_ROWS, differing_rows, load_glue
-from electra_ds.finetuning.glue_hub import load_glue_hub
+from electra_ds.finetuning.loaded_task import load_glue_hub
 from electra_ds.finetuning.metrics import METRICS
-from electra_ds.finetuning.own_files import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_own, notes, read_tsv
-from electra_ds.finetuning.tasks import Examples, Task, TaskData
+from electra_ds.finetuning.own_files import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_own, notes
+from electra_ds.finetuning.tasks import Examples, Task, TaskData, read_table
 from tests.helpers import SHARED_DATA
 
 REAL = SHARED_DATA / "glue"
@@ -254,7 +254,7 @@ def test_rows_of_qqp_that_lack_a_column_are_left_out_and_counted(tmp_path: Path)
     check_rows(data.train, rows, GLUE["qqp"], labelled=True)
     assert data.train.ids == ["0", "4", "5", "6"]
     assert [note.partition(": ")[2] for note in notes(data)] == [
-        "rows left out since they lack a column: 2.", "rows left out since they have no label: 1.",
+        "rows left out because they lack a column: 2.", "rows left out because they have no label: 1.",
     ]  # fmt: skip
     path = tmp_path / "QQP" / "train.tsv"
     path.write_bytes(path.read_bytes().replace(b"Why\ta break\n", b"Why\ta break\r"))  # a CR alone ends a line too
@@ -270,7 +270,7 @@ def test_mnli_without_a_gold_label_as_json_lines_and_with_the_diagnostic_set_ins
     check_rows(data.dev["dev_matched"], rows, GLUE["mnli"], labelled=True)
     check_rows(data.test["ax"], rows, GLUE["mnli"], labelled=False)
     assert list(data.sets()) == ["dev_matched", "ax"]
-    assert "since they have no label: 1" in notes(data)[0]
+    assert "because they have no label: 1" in notes(data)[0]
     (folder / "dev_matched.tsv").unlink()
     records = [{"premise": a, "hypothesis": b, "label": GLUE["mnli"].labels[int(y)]} for a, b, y in rows]
     (folder / "dev_matched.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -280,7 +280,7 @@ def test_mnli_without_a_gold_label_as_json_lines_and_with_the_diagnostic_set_ins
     (folder / "test_matched.jsonl").write_text(json.dumps({"sentence1": "a", "sentence2": "b"}) + "\n")
     assert load_glue("mnli", folder).test["test_matched"].pairs == ["b"]
     (folder / "train.jsonl").write_text('{"premise": "a", "hypothesis": "b", "label": "neutral"}\n{"premise": "a"}\n')
-    with pytest.raises(DataError, match=r"train\.jsonl: not every line has a text 'hypothesis'; line 2 lacks"):
+    with pytest.raises(DataError, match=r"train\.jsonl: line 2 lacks 'hypothesis'\. Every line needs one"):
         load_glue("mnli", folder)
 
 
@@ -301,7 +301,7 @@ def test_a_row_with_too_many_columns_is_read_and_counted(tmp_path: Path) -> None
     assert data.test["test"].ids == ["7", "9"]
     assert data.train is None
     assert data.dev == {}
-    assert "with more columns than the header, which are passed over: 1" in notes(data)[0]
+    assert "with more columns than the header, the rest of which is ignored: 1" in notes(data)[0]
     assert "'index' does not count from 0" in notes(data)[1]
 
 
@@ -311,7 +311,7 @@ def test_a_class_that_train_or_a_dev_set_that_mnli_lacks_is_reported(tmp_path: P
     write_tsv(tmp_path / "dev_matched.tsv", official_table("mnli", "dev_matched", rows_for("mnli", "dev_matched")))
     data = load_glue("mnli", tmp_path)
     assert notes(data) == ["No example of train has the label 'neutral': it will not be predicted."]
-    assert "mnli: there is no dev_mismatched, so nothing is scored by it." in differing_rows(data)
+    assert "mnli: there is no dev_mismatched, so it is not scored." in differing_rows(data)
 
 
 def test_folders_without_the_task_are_refused(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_any_text_survives_a_tsv(
 ) -> None:
     path = tmp_path_factory.mktemp("tsv") / "a.tsv"
     write_tsv(path, (["a", "b"], [list(row) for row in rows]), end, bom)
-    table = read_tsv(path, ["b", "a"], optional=["c"])
+    table = read_table(path, "\t", is_quoted=False, wanted=["b", "a", "c"])
     assert list(zip(table.columns["a"], table.columns["b"], strict=True)) == rows
     assert table.lines == list(range(2, len(rows) + 2))
     assert table.numbers == list(range(len(rows)))
@@ -381,7 +381,7 @@ def test_any_text_survives_a_tsv(
 def test_the_real_files_have_the_official_rows(name: str, sets: tuple[str, ...]) -> None:
     data = load_glue(name, REAL)
     assert tuple(data.sets()) == sets
-    absent = ["mnli: there is no dev_mismatched, so nothing is scored by it."]
+    absent = ["mnli: there is no dev_mismatched, so it is not scored."]
     assert differing_rows(data) == (absent if name == "mnli" else [])
     assert not notes(data)
     for set_name, examples in data.sets().items():
@@ -645,7 +645,7 @@ def test_a_class_that_dev_lacks_is_reported(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", "text,label", "a,x", "b,y", "c,z")
     dev = write(tmp_path / "dev.csv", "text,label", "a,y")
     assert notes(load_own(train, dev, None)) == [
-        "No example of dev has the label 'x', 'z': its scores say nothing of that."
+        "No example of dev has the label 'x', 'z': its scores say nothing about it."
     ]
     assert notes(load_own(train, train, None)) == []
 

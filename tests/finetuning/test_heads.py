@@ -15,10 +15,17 @@ from torch.nn import functional
 from transformers import ElectraForQuestionAnswering, ElectraForSequenceClassification
 
 from electra_ds.config.finetune_recipe import HeadSection, load_finetune_recipe
-from electra_ds.finetuning.batches import SpanTargets, TaskBatch, TaskInputs
-from electra_ds.finetuning.heads import JointSpanHead, SequenceHead, SpanHead, TaskOutput, initialise
-from electra_ds.finetuning.microbatch import TaskMicroBatch
-from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
+from electra_ds.finetuning.heads import (
+    JointSpanHead,
+    SequenceHead,
+    SpanHead,
+    TaskModel,
+    TaskOutput,
+    initialise,
+    make_encoder,
+    make_head,
+)
+from electra_ds.finetuning.inputs import SpanTargets, TaskBatch, TaskInputs, TaskMicroBatch
 from electra_ds.training.step import StepLosses
 from tests.finetune_runs import NO_DROPOUT, electra_config
 

@@ -29,9 +29,15 @@ from electra_ds.config.finetune_recipe import (
 )
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
-from electra_ds.finetuning.batches import TaskBatchBuilder, TaskInputs
-from electra_ds.finetuning.layer_decay import check_layers, exponent, finetuning_rates
-from electra_ds.finetuning.model import TaskModel, make_encoder, make_head
+from electra_ds.finetuning.heads import (
+    TaskModel,
+    check_layers,
+    decay_exponent,
+    finetuning_rates,
+    make_encoder,
+    make_head,
+)
+from electra_ds.finetuning.inputs import TaskBatchBuilder, TaskInputs
 from electra_ds.training.engine import Engine
 from electra_ds.training.schedule import learning_rate_at
 from tests.finetune_runs import NO_DROPOUT, SMALL, electra_config
@@ -77,7 +83,7 @@ def test_every_parameter_of_an_encoder_gets_the_exponent_of_its_depth(model: str
             i = int(match[1])
             seen.add(i)
             expected = {"original": n + 1 - i, "corrected": n - i, "study": n - 1 - i}
-        assert {kind: exponent(name, n, section(kind)) for kind in KINDS} == expected, name
+        assert {kind: decay_exponent(name, n, section(kind)) for kind in KINDS} == expected, name
     assert seen == set(range(n))
 
 
@@ -86,7 +92,7 @@ def test_the_ends_of_each_scheme_are_those_of_its_source(num_layers: int) -> Non
     n = num_layers
     first, last = "encoder.encoder.layer.0.output.dense.weight", f"encoder.encoder.layer.{n - 1}.output.dense.bias"
     names = ("encoder.embeddings.word_embeddings.weight", first, last, "head.out_proj.weight")
-    found = {kind: [exponent(name, n, section(kind)) for name in names] for kind in KINDS}
+    found = {kind: [decay_exponent(name, n, section(kind)) for name in names] for kind in KINDS}
     assert found == {"original": [n + 2, n + 1, 2, 0], "corrected": [n + 1, n, 1, 0], "study": [n - 1, n - 1, 0, 0]}
 
 
@@ -94,12 +100,12 @@ def test_the_ends_of_each_scheme_are_those_of_its_source(num_layers: int) -> Non
 def test_every_heads_parameters_are_never_decayed(kind: str) -> None:
     for recipe, outputs in (("rc2020", 3), ("original", 2), ("original", None), ("rc2020", None)):
         head = make_head(load_finetune_recipe(recipe, "squad1"), 32, outputs, False)
-        assert {exponent(f"head.{name}", 12, section(kind)) for name, _ in head.named_parameters()} == {0}
+        assert {decay_exponent(f"head.{name}", 12, section(kind)) for name, _ in head.named_parameters()} == {0}
 
 
 def test_what_stands_beyond_the_layers_goes_with_the_last_one() -> None:
     for name in ("encoder.final_norm.weight", "encoder.encoder.LayerNorm.bias"):
-        assert [exponent(name, 12, section(kind)) for kind in KINDS] == [2, 1, 0]
+        assert [decay_exponent(name, 12, section(kind)) for kind in KINDS] == [2, 1, 0]
 
 
 def test_a_model_whose_layers_share_their_weights_is_refused_unless_nothing_decays() -> None:

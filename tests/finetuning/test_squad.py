@@ -17,6 +17,7 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_
 from transformers import PreTrainedTokenizerFast
 
 from electra_ds.core.errors import ConfigError, DataError
+from electra_ds.finetuning.metrics import evaluate_squad1, normalize
 from electra_ds.finetuning.spans import (
     BERT_THRESHOLD,
     Candidate,
@@ -36,7 +37,6 @@ from electra_ds.finetuning.squad import (
     notes,
 )
 from electra_ds.finetuning.squad_features import Features, make_features, window_spans
-from electra_ds.finetuning.squad_metrics import evaluate_squad1, normalize
 from tests.helpers import SHARED_DATA
 
 SQUAD = SHARED_DATA / "squad"

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from electra_ds.finetuning.spans import Candidate, independent_candidates, joint_candidates, null_score
-from electra_ds.finetuning.squad_metrics import (
+from electra_ds.finetuning.metrics import (
     best_threshold,
-    evaluate,
+    evaluate_squad,
     evaluate_squad1,
     evaluate_squad2,
     exact_match,
     f1,
     normalize,
 )
+from electra_ds.finetuning.spans import Candidate, independent_candidates, joint_candidates, null_score
 
 WORDS = st.sampled_from(
     ["the", "The", "a", "an", "cat", "Cat", "cat's", "theatre", "U.S.", "--", "!", "_", "1,000", "é"]
@@ -105,7 +105,7 @@ def test_squad1_takes_the_best_answer_and_counts_what_is_unanswered() -> None:
         "total": 4,
         "unanswered": 1,
     }
-    assert evaluate("squad1", golds, predictions) == evaluate_squad1(golds, predictions)
+    assert evaluate_squad("squad1", golds, predictions) == evaluate_squad1(golds, predictions)
     assert evaluate_squad1({}, {}) == {"exact_match": 0, "f1": 0, "total": 0}
 
 
@@ -125,7 +125,7 @@ def test_squad2_by_arithmetic() -> None:
         "NoAns_total": 2,
         "unanswered": 1,
     }
-    answerable = evaluate("squad2", {"1": ["cat"]}, {"1": "cat"})
+    answerable = evaluate_squad("squad2", {"1": ["cat"]}, {"1": "cat"})
     assert answerable["exact"] == 100
     assert "NoAns_exact" not in answerable
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
-import functools
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -25,20 +20,18 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_ds.cli import main
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.interop.deepspeed_checkpoint import NativeCheckpoint, find_files, read_deepspeed_checkpoint
-from electra_ds.interop.deepspeed_order import Slot, Slots, deal
-from electra_ds.interop.deepspeed_pickle import load_inert, refuse_untrusted
+from electra_ds.interop.deepspeed_checkpoint import DeepSpeedCheckpoint, read_deepspeed_checkpoint
+from electra_ds.interop.deepspeed_files import find_files
 from electra_ds.interop.export import export_run
 from electra_ds.interop.export_deepspeed import export_deepspeed
 from electra_ds.interop.import_deepspeed import _state_of_export, folder_of_export, import_deepspeed
-from electra_ds.interop.initial_weights import FRESH_COUNTERS, write_first_checkpoint
+from electra_ds.interop.init_from import write_first_checkpoint
 from electra_ds.pretraining import prepare
 from electra_ds.pretraining.convert import (
     discriminator_tensors,
@@ -48,9 +41,10 @@ from electra_ds.pretraining.convert import (
     transformers_config,
 )
 from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from electra_ds.training.optimizer import FRESH_COUNTERS
 from electra_ds.training.prepare import plan_new
 from electra_ds.training.tracking import read_metrics
-from tests.helpers import REPOSITORY, SMALL, free_port, model_for, small_recipe
+from tests.helpers import REPOSITORY, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
 from tests.native_worker import PRECISIONS, STEPS, config, held_by, plain_engine, train
 from tests.pretraining.test_pretrain import CPU_JSON, run, start_arguments
@@ -78,7 +72,7 @@ def new_job(store: TokenStore, run_dir: Path, ranks: Ranks, recipe: Recipe | Non
 
 
 def brought_in(
-    native: Path | NativeCheckpoint, store: TokenStore, run_dir: Path, ranks: Ranks, recipe: Recipe | None = None
+    native: Path | DeepSpeedCheckpoint, store: TokenStore, run_dir: Path, ranks: Ranks, recipe: Recipe | None = None
 ) -> tuple[Checkpoint, str]:
     """(the one checkpoint of the new run, what was told)."""
     export = None
@@ -191,8 +185,8 @@ def test_the_script_of_an_export_loads_it(portable: Path, process_group: Ranks, 
     told = export_deepspeed(portable, tmp_path / "native", str(tmp_path / "ds.json"), process_group)
     assert 'Note: fp16.enabled is "auto", which here means' in told
     assert told.splitlines()[-2].startswith("Written at ZeRO stage 2, fp32, for 1 rank(s)")
-    assert "torchrun --nproc_per_node 1 go_on.py" in (tmp_path / "native" / "README.md").read_text()
-    script = tmp_path / "native" / "go_on.py"
+    assert "torchrun --nproc_per_node 1 resume.py" in (tmp_path / "native" / "README.md").read_text()
+    script = tmp_path / "native" / "resume.py"
     script.write_text(
         script.read_text()
         + "from safetensors.torch import save_file\n"
@@ -201,7 +195,7 @@ def test_the_script_of_an_export_loads_it(portable: Path, process_group: Ranks, 
     )
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port()),
-         "go_on.py"],
+         "resume.py"],
         cwd=script.parent, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
         check=False, timeout=120,
     )  # fmt: skip
@@ -438,7 +432,7 @@ def parameter_order(store: TokenStore) -> list[str]:
     return [name for name in names if name not in exempt] + exempt
 
 
-def test_stage_0_without_names_is_taken_only_where_it_is_certain(
+def test_stage_0_without_names_is_taken_only_if_it_is_certain(
     store: TokenStore, process_group: Ranks, tmp_path: Path
 ) -> None:
     def told(name: str, groups: Any, precision: str = "fp32") -> str:
@@ -460,22 +454,17 @@ def test_stage_0_without_names_is_taken_only_where_it_is_certain(
         parameters = list(model.parameters())
         return [{"params": parameters[::2]}, {"params": parameters[1::2]}]
 
+    def networks(model: nn.Module) -> list[dict[str, Any]]:  # a learning rate for each
+        found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            found.setdefault((name.startswith("discriminator"), name.endswith("bias") or "norm" in name.lower()), [])
+            found[name.startswith("discriminator"), name.endswith("bias") or "norm" in name.lower()].append(parameter)
+        return [{"params": found[key]} for key in sorted(found)]
+
     assert "complete" in told("one", lambda model: model.parameters())
     assert "complete" in told("named", lambda model: list(model.named_parameters())[::-1])
-    assert "several ways or none" in told("halves", halves)
-    assert "complete" in told("halves-fp16", halves, "bf16")  # masters tell which is which
-
-
-def test_dealing_takes_a_known_convention_only_where_no_other_fits() -> None:
-    weights = {name: torch.zeros(3) for name in ("a.weight", "a.bias", "b.weight", "b.bias")}
-    slot = Slot((3,), None)
-    assert deal(weights, [Slots((slot,) * 4)]) == [list(weights)]
-    assert deal(weights, [Slots((slot,) * 2)] * 2) is None  # decaying first, or exempt first?
-    assert deal(weights, [Slots((slot,) * 3), Slots((slot,))]) is None
-    assert deal(weights, [Slots((slot,) * 3)]) is None
-    norms = {"a.weight": torch.zeros(2), "LayerNorm.weight": torch.zeros(3), "a.bias": torch.zeros(3)}
-    groups = [Slots((Slot((2,), None),)), Slots((slot, slot))]
-    assert deal(norms, groups) == [["a.weight"], ["LayerNorm.weight", "a.bias"]]
+    assert "none of the usual ways to group parameters fits, or several do" in told("halves", halves)
+    assert "complete" in told("networks", networks)
 
 
 def test_what_is_missing_or_damaged_is_said(
@@ -497,7 +486,7 @@ def test_what_is_missing_or_damaged_is_said(
     for part in ("optim", "model"):
         file = next(damaged(f"cut-{part}").glob(f"*{part}_states.pt"))
         file.write_bytes(file.read_bytes()[:-2000])
-        with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
+        with pytest.raises(CheckpointError, match=f"{file.name} is cut short"):
             read_deepspeed_checkpoint(find_files(file.parent))
     file = next(damaged("nan").glob("*optim_states.pt"))
     content = torch.load(file, weights_only=False)
@@ -508,7 +497,7 @@ def test_what_is_missing_or_damaged_is_said(
     ):
         read_deepspeed_checkpoint(find_files(file.parent))
     (tmp_path / "missing" / "latest").write_text("global_step9")
-    with pytest.raises(CheckpointError, match="names the tag 'global_step9'"):
+    with pytest.raises(CheckpointError, match="names the tag 'global_step9', and there is no such folder"):
         find_files(tmp_path / "missing")
     with pytest.raises(CheckpointError, match=r"no \*_model_states\.pt"):
         find_files(tmp_path)
@@ -529,62 +518,27 @@ def test_what_is_missing_or_damaged_is_said(
         brought_in(strange, store, tmp_path / "strange", process_group)
 
 
-def test_a_file_that_is_not_as_torch_saved_it_is_damaged(tmp_path: Path) -> None:
-    whole, file = tmp_path / "whole.pt", tmp_path / "other.pt"
-    torch.save({"a": torch.arange(1000.0)}, whole)
-    assert torch.equal(load_inert(whole)["a"], torch.arange(1000.0))
-    content = bytearray(whole.read_bytes())
-    content[content.index(torch.arange(1000.0).numpy().tobytes()) + 2001] ^= 1  # a weight's, which torch would take
-    file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"other\.pt is damaged: whole/data/0 in it has changed"):
-        load_inert(file)
-    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in archive.namelist():
-            packed.writestr(name, archive.read(name))
-    for act in (load_inert, lambda path: refuse_untrusted([path])):
-        with pytest.raises(CheckpointError, match=r"other\.pt is damaged: .* is compressed"):
-            act(file)
-    os.mkfifo(tmp_path / "pipe.pt")
-    with pytest.raises(CheckpointError, match=r"pipe\.pt is damaged: it is not a regular file"):
-        load_inert(tmp_path / "pipe.pt")
-
-
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("ranks", "message"),
     [
-        ("dp_world_size", 3 * 10**7, r"of rank 1, 2, 3, 4, 5 and 29999994 more is missing"),
-        ("dp_world_size", 10**10, r"of rank 1, 2, 3, 4, 5 and 9999999994 more is missing"),
-        ("dp_world_size", 10**40, "which counts nothing"),
-        pytest.param("adam", 10**400, "OverflowError", id="adam-huge"),
-        ("adam", float("nan"), "count of steps is nan"),
-        ("masters", torch.complex64, "no complex numbers"),
+        (3 * 10**7, r"of rank 1, 2, 3, 4, 5 and 29999994 more is missing"),
+        (4, r"the \*_optim_states.pt of rank 1, 2, 3 is missing. Copy the files of all ranks"),
+        ("many", "is not laid out as DeepSpeed 0.19.8 lays out a checkpoint \\(ValueError"),
     ],
 )
-def test_numbers_that_no_checkpoint_has_are_refused_at_once(
-    plain: Path, tmp_path: Path, key: str, value: Any, message: str
-) -> None:
+def test_files_of_ranks_that_are_missing_are_named(plain: Path, tmp_path: Path, ranks: Any, message: str) -> None:
     shutil.copytree(plain, tmp_path / "native")
-    part = "model" if key == "dp_world_size" else "optim"
-    file = next((tmp_path / "native").glob(f"*/*{part}_states.pt"))
-    content = torch.load(file, weights_only=False)
-    if key == "adam":
-        content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0]["step"] = value
-    elif key == "masters":
-        groups = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
-        content["optimizer_state_dict"]["single_partition_of_fp32_groups"] = [g.detach().to(value) for g in groups]
-    else:
-        content[key] = value
-    torch.save(content, file)
+    file = next((tmp_path / "native").glob("*/*model_states.pt"))
+    torch.save(torch.load(file, weights_only=False) | {"dp_world_size": ranks}, file)
     with pytest.raises(CheckpointError, match=message):
         read_deepspeed_checkpoint(find_files(tmp_path / "native"))
 
 
-@pytest.mark.parametrize("tag", ["../elsewhere", "a/b", "..", "x" * 201, "x" * 10**6])
-def test_latest_names_a_folder_beside_it(tmp_path: Path, tag: str) -> None:
+@pytest.mark.parametrize("tag", ["../elsewhere", "a/b", "..", "x" * 201, ""])
+def test_latest_names_a_folder_next_to_it(tmp_path: Path, tag: str) -> None:
     (tmp_path / "latest").write_text(tag)
-    with pytest.raises(CheckpointError, match="does not name a folder beside it") as refused:
+    with pytest.raises(CheckpointError, match="there is no such folder next to it"):
         find_files(tmp_path)
-    assert len(str(refused.value)) < 400
 
 
 GOOD_STATE: dict[str, Any] = {"step": 1, "tokens": 5, "optimizer": FRESH_COUNTERS}
@@ -593,17 +547,14 @@ GOOD_STATE: dict[str, Any] = {"step": 1, "tokens": 5, "optimizer": FRESH_COUNTER
 @pytest.mark.parametrize(
     "text",
     [
-        "[]", "[" * 100_000, json.dumps(GOOD_STATE | {"tokens": -1}), json.dumps(GOOD_STATE | {"tokens": True}),
-        json.dumps(GOOD_STATE | {"tokens": 1.5}), json.dumps(GOOD_STATE | {"step": "1"}),
-        json.dumps(GOOD_STATE | {"optimizer": [["taken_steps", 1]]}), json.dumps(GOOD_STATE | {"optimizer": {}}),
+        "[]", "{", json.dumps(GOOD_STATE | {"tokens": -1}), json.dumps(GOOD_STATE | {"tokens": "many"}),
+        json.dumps(GOOD_STATE | {"optimizer": {}}),
         *(json.dumps(GOOD_STATE | {"optimizer": FRESH_COUNTERS | bad}) for bad in (
-            {"more": 1}, {"taken_steps": None}, {"taken_steps": float("nan")}, {"skipped_steps": -1},
-            {"good_steps": float("inf")}, {"consecutive_skips": True}, {"loss_scale": 0}, {"hysteresis_left": 0.5},
-            {"loss_scale": 10**400},
+            {"taken_steps": None}, {"taken_steps": float("nan")}, {"skipped_steps": -1}, {"good_steps": float("inf")},
         )),
     ],
 )  # fmt: skip
-def test_a_bad_state_beside_an_export_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_bad_state_in_an_export_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "state.json").write_text(json.dumps(GOOD_STATE))
     assert _state_of_export(tmp_path, 1) == GOOD_STATE
     assert _state_of_export(tmp_path, 2) is None
@@ -617,94 +568,19 @@ def test_an_import_that_is_refused_leaves_no_run(
 ) -> None:
     native, run_dir = read_deepspeed_checkpoint(find_files(plain)), tmp_path / "run"
     (tmp_path / "state.json").write_text(json.dumps(GOOD_STATE | {"tokens": "many"}))
-    with pytest.raises(CheckpointError, match="tokens is 'many'"):
+    with pytest.raises(CheckpointError, match=r"state\.json is not what our export wrote .*'many'"):
         import_deepspeed(native, new_job(store, run_dir, process_group), tmp_path)
     assert not RunDirectory(run_dir).exists()
     ours = small_recipe().optimizer
-    same = {"betas": torch.tensor([ours.beta1, ours.beta2]), "eps": torch.tensor(ours.epsilon)}
-    other = {"betas": (torch.tensor(0.5), 0.25), "eps": torch.zeros(10)}
+    same = {"betas": (torch.tensor(ours.beta1), ours.beta2), "eps": torch.tensor(ours.epsilon)}
+    other = {"betas": (torch.tensor(0.5), 0.25), "eps": 0.5}
     told = [
         brought_in(native._replace(adam=adam), store, tmp_path / name, process_group)[1]
         for name, adam in (("same", same), ("other", other))
     ]
     assert "its optimizer had" not in told[0]
     assert "had betas (0.5, 0.25), and the recipe" in told[1]
-    assert "had eps that are not known" in told[1]
-
-
-class Attack:
-    """Loaded by pickle, it writes a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.target}",)
-
-
-class AttackByFunction(Attack):
-    def __reduce__(self) -> Any:
-        return subprocess.check_call, (["touch", str(self.target)],)
-
-
-@pytest.mark.parametrize(("kind", "called"), [(Attack, "posix.system"), (AttackByFunction, "subprocess.check_call")])
-def test_a_pickle_that_would_run_a_program_does_not(
-    store: TokenStore,
-    plain: Path,
-    process_group: Ranks,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    kind: type[Attack],
-    called: str,
-) -> None:
-    target = tmp_path / "executed"
-    shutil.copytree(plain, tmp_path / "native")
-    file = next((tmp_path / "native").glob("*/*model_states.pt"))
-    content = torch.load(file, weights_only=False)
-    torch.save(content | {"note": kind(target)}, file)
-    with pytest.raises(CheckpointError, match=rf"which no checkpoint needs: {called}.*Do not trust the files"):
-        refuse_untrusted(find_files(tmp_path / "native").all())
-    arguments = (
-        "checkpoint", "import", str(tmp_path / "native"), "--run-dir", str(tmp_path / "run"), "--ds-config", "cpu",
-        "--recipe", "tiny", "--data", str(store.path), "--set", *SMALL,
-    )  # fmt: skip
-    with pytest.raises(SystemExit):
-        main(arguments)
-    told = capsys.readouterr().err
-    assert called in told
-    assert "Nothing was loaded" in told
-    if kind is Attack:  # torch never takes anything of os, whoever vouches for it
-        with pytest.raises(CheckpointError, match=r"posix\.system whose module"):
-            read_deepspeed_checkpoint(find_files(tmp_path / "native"))
-    else:  # the tensors come in, and the call is a stand-in
-        checkpoint, _ = brought_in(tmp_path / "native", store, tmp_path / "trusted", process_group)
-        assert_same(checkpoint.tensors, brought_in(plain, store, tmp_path / "run", process_group)[0].tensors)
-    torch.save({"note": kind(target)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=called):
-        refuse_untrusted([tmp_path / "old.pt"])
-    with pytest.raises(CheckpointError, match="old format"):
-        load_inert(tmp_path / "old.pt")
-    module = nn.Linear(2, 2)
-    torch.save({"module": module.state_dict(), "weight": module.weight}, tmp_path / "old.pt",
-               _use_new_zipfile_serialization=False)  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"\(torch's own\)"):
-        refuse_untrusted([tmp_path / "old.pt"])
-    assert not target.exists()
-
-
-def test_objects_that_a_script_saved_along_do_not_get_in_the_way(plain: Path, tmp_path: Path) -> None:
-    shutil.copytree(plain, tmp_path / "native")
-    file = next((tmp_path / "native").glob("*/*model_states.pt"))
-    content = torch.load(file, weights_only=False)
-    client_state = {
-        "args": argparse.Namespace(lr=1), "best": np.float64(0.5), "path": Path("x"), "log": defaultdict(list, a=[1]),
-        "set": {1, 2}, "partial": functools.partial(print, 1),
-    }  # fmt: skip
-    torch.save(content | client_state, file)
-    assert_same(
-        read_deepspeed_checkpoint(find_files(tmp_path / "native")).tensors,
-        read_deepspeed_checkpoint(find_files(plain)).tensors,
-    )
+    assert f"had eps 0.5, and the recipe has {ours.epsilon}" in told[1]
 
 
 def test_a_run_that_could_not_be_written_is_no_run(
@@ -717,11 +593,6 @@ def test_a_run_that_could_not_be_written_is_no_run(
     with pytest.raises(CheckpointError, match="No space left"):
         brought_in(plain, store, tmp_path / "run", process_group)
     assert not RunDirectory(tmp_path / "run").exists()
-
-
-def test_without_trust_deepspeeds_own_names_are_told_apart(plain: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"hold data \(DeepSpeed's own.*LossScaler.*add --trusted"):
-        refuse_untrusted(find_files(plain).all())
 
 
 @pytest.mark.nightly
@@ -758,7 +629,7 @@ def test_a_run_goes_out_and_back_and_on_as_if_it_had_never_left(store: TokenStor
     run("pretrain", *start_arguments(store, cut), "--stop-at", "20")
     run("export", str(cut), "--to", "deepspeed", "--ds-config", CPU_JSON, "--out", str(tmp_path / "native"))
     told = run(
-        "checkpoint", "import", str(tmp_path / "native"), "--trusted", "--run-dir", str(back), "--ds-config", CPU_JSON
+        "checkpoint", "import", str(tmp_path / "native"), "--run-dir", str(back), "--ds-config", CPU_JSON
     ).stdout  # fmt: skip
     assert f"Resume it with: {REPOSITORY}/bin/pretrain --resume {back}" in told
     run("pretrain", "--resume", str(back), "--threads", "1", "--log-every", "1")

@@ -15,8 +15,9 @@ from torch import nn
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.interop.deepspeed_checkpoint import find_files, read_deepspeed_checkpoint
-from electra_ds.interop.deepspeed_order import Flat, Slot, Slots, deal
+from electra_ds.interop.deepspeed_checkpoint import read_deepspeed_checkpoint
+from electra_ds.interop.deepspeed_files import find_files
+from electra_ds.interop.deepspeed_optimizer import OptimizerGroup, names_of_groups
 from electra_ds.interop.import_deepspeed import import_deepspeed
 from electra_ds.training.checkpoint import Checkpoint
 from electra_ds.training.engine import close_deepspeed
@@ -125,25 +126,45 @@ def test_stage_0_that_leaves_open_what_was_frozen_takes_it_from_the_user(
         expected = held_trainable(engine)
     _, told = brought_in(tmp_path / "native", store, tmp_path / "open", process_group)
     assert "moments  none, so AdamW's begin at zero" in told
-    assert "several ways or none; if parameters were frozen there, name them with --frozen" in told
+    assert "fits, or several do; if parameters were frozen there, name them with --frozen" in told
     (tmp_path / "run").mkdir()
     native = read_deepspeed_checkpoint(find_files(tmp_path / "native"), [prefix])
     import_deepspeed(native, new_job(store, tmp_path / "run", process_group), None)
     assert_frozen_came_in(only_checkpoint(tmp_path / "run"), expected, frozen)
 
 
-def test_dealing_leaves_out_what_was_frozen_where_that_is_certain() -> None:
+def group(*sizes: int) -> OptimizerGroup:
+    """A group without masters."""
+    return OptimizerGroup([{"exp_avg": torch.zeros(size), "exp_avg_sq": torch.zeros(size)} for size in sizes])
+
+
+def flat_group(size: int) -> OptimizerGroup:
+    return OptimizerGroup([{"master": torch.zeros(size)}], is_flat=True)
+
+
+def test_a_usual_way_to_group_parameters_is_taken_only_if_no_other_fits() -> None:
+    weights = {name: torch.zeros(3) for name in ("a.weight", "a.bias", "b.weight", "b.bias")}
+    assert names_of_groups(weights, [group(3, 3, 3, 3)]) == [tuple(weights)]
+    assert names_of_groups(weights, [group(3, 3)] * 2) is None  # decaying first, or exempt first?
+    assert names_of_groups(weights, [group(3, 3, 3), group(3)]) is None
+    norms = {"a.weight": torch.zeros(2), "LayerNorm.weight": torch.zeros(3), "a.bias": torch.zeros(3)}
+    assert names_of_groups(norms, [group(2), group(3, 3)]) == [("a.weight",), ("LayerNorm.weight", "a.bias")]
+    assert names_of_groups(norms, [flat_group(2), flat_group(6)]) == [("a.weight",), ("LayerNorm.weight", "a.bias")]
+    networks = {"gen.weight": torch.zeros(3), "disc.weight": torch.zeros(3), "disc.bias": torch.zeros(2)}
+    assert names_of_groups(networks, [group(3, 2), group(3)]) == [("disc.weight", "disc.bias"), ("gen.weight",)]
+
+
+def test_what_was_frozen_is_left_out_if_that_is_certain() -> None:
     weights = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(3), "b.bias": torch.zeros(3)}
-    assert deal(weights, [Slots((Slot((3,), None),) * 2)]) == [["b.weight", "b.bias"]]
-    assert deal(weights, [Flat(torch.zeros(6))]) == [["b.weight", "b.bias"]]
-    assert deal(weights, [Slots((Slot((2,), None),))]) == [["a.weight"]]
-    assert deal(weights, [Slots((Slot((2,), None), Slot((3,), None)))]) is None  # b.weight or b.bias?
-    assert deal(weights, [Slots((Slot((3,), None),) * 3)]) is None
+    assert names_of_groups(weights, [group(3, 3)]) == [("b.weight", "b.bias")]
+    assert names_of_groups(weights, [flat_group(6)]) == [("b.weight", "b.bias")]
+    assert names_of_groups(weights, [group(2)]) == [("a.weight",)]
+    assert names_of_groups(weights, [group(2, 3)]) is None  # b.weight or b.bias?
+    assert names_of_groups(weights, [group(3, 3, 3)]) is None
     layers = {f"layers.{index}.weight": torch.zeros(2) for index in range(4)}
     embeddings = {"embeddings.weight": torch.zeros(3)}
-    slots = Slots((Slot((2,), None),) * 2)
-    assert deal(embeddings | layers, [slots]) == [["layers.2.weight", "layers.3.weight"]]  # from the bottom up
-    assert deal(layers, [slots]) is None
+    assert names_of_groups(embeddings | layers, [group(2, 2)]) == [("layers.2.weight", "layers.3.weight")]
+    assert names_of_groups(layers, [group(2, 2)]) is None
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -204,7 +225,7 @@ def test_the_reason_for_missing_moments_is_the_optimizer_where_it_was_not_adam(
         close_deepspeed(engine)
     checkpoint, told = brought_in(tmp_path / "native", store, tmp_path / "run", process_group)
     assert f"Note: its optimizer {reason}." in told
-    assert "several ways" not in told
+    assert "usual ways" not in told
     if make is amsgrad:
         assert "both of AdamW's, complete" in told
         return

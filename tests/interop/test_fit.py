@@ -8,7 +8,7 @@ import pytest
 
 from electra_ds.config.overrides import load_recipe
 from electra_ds.core.errors import ConfigError
-from electra_ds.interop.fit import Wanted, check_fit
+from electra_ds.interop.fit import KnownSizes, NetworkSizes, check_fit
 
 SMALL_GOOGLE = {
     "embedding_size": 128, "hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4,
@@ -33,8 +33,8 @@ LARGE_SET = (
 
 def fit(recipe: str, discriminator: dict[str, Any], generator: dict[str, Any] | None, sharing: str = "all") -> None:
     section, *overrides = recipe.split()
-    wanted = None if generator is None else Wanted("G", generator)
-    check_fit(load_recipe(section, overrides), Wanted("D", discriminator), wanted, sharing)
+    known = KnownSizes(generator and NetworkSizes("G", generator), NetworkSizes("D", discriminator))
+    check_fit(load_recipe(section, overrides), known, sharing)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from electra_ds.core.errors import ConfigError, DataError, ElectraError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.interop.export_deepspeed import export_deepspeed
-from electra_ds.interop.import_known import find_known
+from electra_ds.interop.fit import find_sizes
 from electra_ds.pretraining.convert import to_transformers, transformers_config
 from electra_ds.pretraining.trained import load_model
 from tests.helpers import SMALL, model_for, small_recipe
@@ -52,7 +52,7 @@ def foreign(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.Te
 
 def arguments(native: Path, store: TokenStore, run: Path, *more: str) -> list[str]:
     return [
-        "checkpoint", "import", str(native), "--trusted", "--run-dir", str(run), "--ds-config", "cpu",
+        "checkpoint", "import", str(native), "--run-dir", str(run), "--ds-config", "cpu",
         "--recipe", "tiny", "--data", str(store.path), "--set", *SMALL, "generator.sharing=none", *more,
     ]  # fmt: skip
 
@@ -129,7 +129,10 @@ def test_a_config_at_hand_is_checked_wherever_it_lies(
         ({"num_attention_heads": 8}, r"num_attention_heads 8 as in .*discriminator has 4\nAdd: --set model.num_att"),
         ({"layer_norm_eps": 1e-5}, r"layer_norm_eps 1e-05 as in .*Add: --set model.layer_norm_eps=1e-05"),
         ({"hidden_act": "relu"}, r"hidden_act relu as in .*No recipe can have\n  hidden_act relu"),
-        ({"position_embedding_type": "relative_key"}, "has relative_key positions; this model has absolute ones alone"),
+        (
+            {"position_embedding_type": "relative_key"},
+            "has relative_key positions; the model here has absolute ones only",
+        ),
         ({"model_type": "bert"}, "is a model of type bert, not electra"),
         ({"architectures": ["ElectraForMaskedLM"]}, "is a generator's by its architectures"),
     ],
@@ -140,7 +143,7 @@ def test_everything_that_tensors_do_not_show_is_checked(
     values = transformers_config(model_for(store, small_recipe()).discriminator.config).to_dict() | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ElectraError, match=f"(?s){message}") as refused:
-        find_known(tmp_path / "none", {"discriminator": tmp_path}, None, small_recipe())
+        find_sizes(tmp_path / "none", {"discriminator": tmp_path}, None, small_recipe())
     assert "alone, with --set" not in str(refused.value)
 
 
@@ -158,11 +161,11 @@ def test_a_config_of_something_else_that_happens_to_lie_there_is_ignored(
 ) -> None:
     values = transformers_config(model_for(store, small_recipe()).discriminator.config).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(change(values)))
-    assert find_known(tmp_path / "tag", {}, None, small_recipe()) == (None, None)
+    assert find_sizes(tmp_path / "tag", {}, None, small_recipe()) == (None, None)
     (tmp_path / "config.json").write_text(ElectraConfig().to_json_string()[:40])
-    assert find_known(tmp_path / "tag", {}, None, small_recipe()) == (None, None)
+    assert find_sizes(tmp_path / "tag", {}, None, small_recipe()) == (None, None)
     with pytest.raises(DataError, match=r"There is no config\.json .*--generator-config takes one"):
-        find_known(tmp_path / "tag", {"generator": tmp_path / "nowhere"}, None, small_recipe())
+        find_sizes(tmp_path / "tag", {"generator": tmp_path / "nowhere"}, None, small_recipe())
 
 
 def test_the_recipe_of_our_own_export_is_checked_too(
@@ -173,7 +176,7 @@ def test_the_recipe_of_our_own_export_is_checked_too(
 ) -> None:
     export_deepspeed(portable, tmp_path / "native", "cpu", process_group)
     with pytest.raises(ConfigError, match=r"num_attention_heads 2 as in .*recipe\.yaml; the recipe's generator has 8"):
-        find_known(
+        find_sizes(
             tmp_path / "native" / "global_step40",
             {},
             tmp_path / "native",

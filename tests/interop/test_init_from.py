@@ -34,8 +34,7 @@ from electra_ds.data import hub
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import train_tokenizer
 from electra_ds.interop.export import export_run
-from electra_ds.interop.init_from import InitialWeights, read_initial_weights
-from electra_ds.interop.initial_weights import write_first_checkpoint
+from electra_ds.interop.init_from import InitialWeights, read_initial_weights, write_first_checkpoint
 from electra_ds.pretraining import prepare
 from electra_ds.pretraining.convert import (
     discriminator_tensors,
@@ -450,7 +449,7 @@ def test_damaged_files_are_refused_and_no_pickle_runs(folders: Path, tmp_path: P
     damaged = changed(folders / "bare", tmp_path / "damaged")
     content = (damaged / "model.safetensors").read_bytes()
     (damaged / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"Cannot read the model .*Fetch it again"):
+    with pytest.raises(DataError, match=r"Cannot read the weights of .*Fetch or export it again"):
         beginning_of(damaged)
     (damaged / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"Cannot read the model .*no file named model.safetensors"):
@@ -587,7 +586,7 @@ def test_a_hub_names_pickle_is_fetched_only_where_there_is_nothing_better(
 
 
 def test_a_run_without_it_imports_nothing_of_it() -> None:
-    assert "transformers" not in imported("import electra_ds.api.pretrain, electra_ds.interop.initial_weights")
+    assert "transformers" not in imported("import electra_ds.api.pretrain")
 
 
 def test_the_command_begins_with_the_weights_and_their_tokenizer(
@@ -610,7 +609,7 @@ def test_the_command_begins_with_the_weights_and_their_tokenizer(
     assert f"first weights: {folders / 'embeddings' / 'generator'}\n" in out
     losses = train_losses(tmp_path / "run")
     assert [step for step, _ in losses] == [1, 2, 3, 4]
-    assert losses[0][1] == pytest.approx(first.loss.item(), rel=1e-6)
+    assert losses[0][1] == pytest.approx(first["loss"].item(), rel=1e-6)
     assert load_trained(tmp_path / "run").tokenizer.fingerprint == store.tokenizer.fingerprint
     assert RunDirectory(tmp_path / "run").status() == "done"
 

@@ -50,7 +50,8 @@ def three_steps(
     assert plan.checkpointed_layers == layers
     engine = PretrainingEngine(model_for(store, recipe), recipe, plan, device)
     builder = builder_for(store, recipe)
-    found = {f"step {step}": torch.stack(engine.train_step(builder.build(step), step)) for step in range(3)}
+    results = [engine.train_step(builder.build(step), step) for step in range(3)]
+    found = {f"step {step}": torch.stack([*result.values()]) for step, result in enumerate(results)}
     assert engine.optimizer.taken_steps == 3
     found |= {name: tensor.clone() for name, tensor in engine.optimizer.snapshot().items()}
     engine.close()

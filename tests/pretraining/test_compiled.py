@@ -95,7 +95,9 @@ def test_compiled_steps_have_the_losses_of_plain_ones(store: TokenStore) -> None
         assert engine.is_compiled == (compile == "on")
         builder = builder_for(store, recipe)
         torch._dynamo.utils.counters.clear()
-        found[compile] = [engine.train_step(builder.build(step), 50).loss.item() for step in (*steps, padded, steps[0])]
+        found[compile] = [
+            engine.train_step(builder.build(step), 50)["loss"].item() for step in (*steps, padded, steps[0])
+        ]
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if compile == "on" else 0)
         engine.close()
     np.testing.assert_allclose(found["on"], found["off"], rtol=1e-5)
@@ -181,7 +183,7 @@ def test_compiled_steps_on_a_gpu_follow_plain_ones(store: TokenStore, micro_batc
         engine = PretrainingEngine(model_for(store, recipe), recipe, plan, device, compile)  # type: ignore[arg-type]
         builder = builder_for(store, recipe)
         torch._dynamo.utils.counters.clear()
-        found[compile] = [engine.train_step(builder.build(step), step).loss.item() for step in range(200)]
+        found[compile] = [engine.train_step(builder.build(step), step)["loss"].item() for step in range(200)]
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (compile == "on")
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
         engine.close()

@@ -22,8 +22,7 @@ from electra_ds.core.keyed_random import (
     random_bits,
 )
 from electra_ds.model import prediction
-from electra_ds.model.prediction import predict_tokens
-from electra_ds.model.sampling import sample_tokens
+from electra_ds.model.prediction import predict_tokens, sample_tokens
 from electra_ds.pretraining.electra import discriminator_loss_sum
 from electra_ds.pretraining.masking import Masks, choose_masks
 from electra_ds.training.schedule import learning_rate_at
@@ -174,7 +173,8 @@ def test_loss_gradients_and_samples_are_those_of_the_logits_however_they_are_cut
     for mine, tensor in zip(ours, inputs, strict=True):
         assert mine is not None
         assert tensor.grad is not None
-        torch.testing.assert_close(mine, tensor.grad, rtol=1e-4, atol=1e-4 * scale)
+        # A logit of size scale**2 has an error of 1e-7 scale**2, which a softmax takes over and an input multiplies.
+        torch.testing.assert_close(mine, tensor.grad, rtol=1e-4, atol=1e-4 * scale + 3e-6 * scale**3)
     assert torch.equal(found.best_M, logits.argmax(-1))
     gumbel = logits.detach() - exponential_noise(row_keys(rows, seed), column_keys(classes)).log()
     nearly = gumbel.gather(1, found.samples_M[:, None]).squeeze(1)

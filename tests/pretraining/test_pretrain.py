@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
@@ -394,10 +394,11 @@ def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_last_good_chec
     config.write_text(json.dumps(precision | {"zero_optimization": {"stage": stage}}))
     options = PretrainOptions(ds_config=config, threads=1, save_every=5, log_every=1, eval_windows=16)
     directory = RunDirectory(tmp_path / "run")
-    with directory.locked():
+    with directory.locked(), contextlib.ExitStack() as held:
         plan = plan_new(options, recipe, directory, process_group)
         job = prepare.prepare_new(options, recipe, plan, store, directory, process_group)
-        loop = pretrain.PretrainLoop(job, process_group, Console(file=open(os.devnull, "w")))  # noqa: SIM115
+        loop = pretrain.PretrainLoop(job, process_group)
+        loop.start(held)
         train_step = loop.engine.train_step
 
         def poisoned(batch: Any, step: int) -> Any:
@@ -414,8 +415,7 @@ def test_gradients_that_stay_non_finite_stop_the_run_and_name_the_last_good_chec
             TrainingError, match=r"not been finite for \d+ steps.*last good checkpoint is .*step-000000"
         ):
             loop.run(Preemption(process_group))
-        loop.close()
-    optimizer = loop.engine.optimizer
+        optimizer = loop.engine.optimizer
     assert optimizer.taken_steps <= 10
     assert optimizer.taken_steps + int(optimizer.skipped_steps) == loop.step
     lines = (directory.metrics).read_text()

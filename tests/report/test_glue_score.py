@@ -20,9 +20,8 @@ from electra_ds.report.glue_score import (
     glue,
     missing_for_average,
 )
-from electra_ds.report.literature import publications
-from electra_ds.report.published_glue import PublishedScores, find_published, published_tables
-from electra_ds.report.statistics import difference_interval, spread
+from electra_ds.report.publications import PublishedScores, find_published, publications, published_tables
+from electra_ds.report.scores import difference_interval, spread
 from tests.helpers import REPOSITORY, SHARED_DATA
 
 ROUNDED = 0.05 + 1e-9  # half of the last printed digit

@@ -295,7 +295,7 @@ def test_csv_has_every_metric_of_every_run(tmp_path: Path) -> None:
 
 def test_csv_that_cannot_be_written(tmp_path: Path) -> None:
     runs = write_glue(tmp_path, {"rte": {1: 0.5}})
-    for out, message in ((tmp_path / "nowhere" / "a.csv", "No such file"), (tmp_path, "it is no ordinary file")):
+    for out, message in ((tmp_path / "nowhere" / "a.csv", "No such file"), (tmp_path, "it is not an ordinary file")):
         with pytest.raises(CheckpointError, match=f"Cannot write .*{message}"):
             told(runs, csv=out)
 

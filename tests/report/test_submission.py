@@ -183,7 +183,7 @@ def test_an_older_zip_stays_where_the_new_one_cannot_be_written(tmp_path: Path) 
         zip_submission([tmp_path / "run"], out)
     assert out.read_bytes() == before
     write(tmp_path / "run", "WNLI.tsv")
-    for place, message in ((tmp_path, "it is no ordinary file"), (tmp_path / "nowhere" / "out.zip", "No such file")):
+    for place, message in ((tmp_path, "not an ordinary file"), (tmp_path / "nowhere" / "out.zip", "No such file")):
         with pytest.raises(CheckpointError, match=f"Cannot write .*{message}"):
             zip_submission([tmp_path / "run"], place)
     assert not list(tmp_path.glob(".*"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 from electra_ds.data.token_store import TokenStore
-from tests.helpers import REPOSITORY, free_port
+from tests.helpers import REPOSITORY
 from tests.sweeping import ours, small_sweep, start_sweep, wait_until, write_sweep
 
 
@@ -65,30 +64,6 @@ def test_shares_of_gpus_are_packed_and_a_lost_nodes_trials_continue(
     assert (table["attempts"] > 1).sum() == 2, table[["trial", "attempts"]]
     assert (table["metric.step"] == 1500).all()
     assert not ours(out)
-
-
-@pytest.mark.nightly
-def test_a_cluster_is_used_from_outside(monkeypatch: pytest.MonkeyPatch, store: TokenStore, tmp_path: Path) -> None:
-    """A node runs the same command; Ctrl-C reaches it by the folder."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    head = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head | {"ray_client_server_port": (port := free_port())})
-    try:
-        values = small_sweep(store.path)
-        values["pretrain"] |= {"space": {}}
-        out, log = tmp_path / "sweep", tmp_path / "log"
-        spec = write_sweep(tmp_path, values)
-        driver = start_sweep(spec, "--out", out, "--address", f"ray://127.0.0.1:{port}", log=log)
-        wait_until(lambda: list(out.glob("runs/*/metrics.jsonl")), 120, told=log.read_text)
-        driver.send_signal(signal.SIGTERM)
-        assert driver.wait(120) == 143, log.read_text()
-        resumed = start_sweep("--resume", out, "--address", f"ray://127.0.0.1:{port}", log=log)
-        assert resumed.wait(200) == 0, log.read_text()
-        assert "2 stopped as planned of 2 trials" in log.read_text()
-        assert not ours(out)
-    finally:
-        cluster.shutdown()
 
 
 @pytest.mark.slow

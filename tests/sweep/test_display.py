@@ -39,7 +39,7 @@ class Shown:
         self.display.expect([trial.stage for trial in self.trials])
 
     def at(self, trial: Trial, step: int) -> None:
-        path = self.folder.run(trial.key).metrics
+        path = self.folder.trial(trial.key).run.metrics
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps({"kind": "train", "step": step}) + "\n")
@@ -91,8 +91,8 @@ def test_each_running_trial_has_a_line_with_the_stage_in_its_log(clock: Any, tmp
     for trial, line in zip(
         shown.trials, ("tokenising, 45%", "waiting for another process that builds stores/x", "x"), strict=True
     ):
-        shown.folder.log(trial.key).parent.mkdir(parents=True, exist_ok=True)
-        shown.folder.log(trial.key).write_text(f"preparing: training the tokenizer\npreparing: {line}\n")
+        shown.folder.trial(trial.key).log.parent.mkdir(parents=True, exist_ok=True)
+        shown.folder.trial(trial.key).log.write_text(f"preparing: training the tokenizer\npreparing: {line}\n")
         shown.display.begin(trial)
     clock.now = 3.0
     shown.display.look()
@@ -102,7 +102,7 @@ def test_each_running_trial_has_a_line_with_the_stage_in_its_log(clock: Any, tmp
     assert "s1: waiting for another process" in second
     assert third == "and 1 more"
     assert max(map(len, (first, second))) <= width
-    with shown.folder.log(shown.trials[0].key).open("a") as log:
+    with shown.folder.trial(shown.trials[0].key).log.open("a") as log:
         log.write("run directory: runs/x\n")  # what comes after the preparation
     clock.now = 6.0
     shown.display.look()

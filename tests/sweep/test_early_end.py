@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from electra_ds.data.token_store import TokenStore
-from electra_ds.sweep.folder import ENDED_AT_START, SweepFolder
+from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.records import ENDED_AT_START
 from electra_ds.sweep.spec import parse_sweep
 from electra_ds.sweep.trials import expand
 from tests.helpers import REPOSITORY
@@ -53,7 +54,7 @@ def begun(tmp_path: Path) -> tuple[SweepFolder, str]:
     spec = parse_sweep(small_sweep(tmp_path), "test")
     folder, trial = SweepFolder(tmp_path / "sweep"), expand(spec, None)[0]
     folder.make()
-    folder.begin(trial, ["electra-ds", "pretrain"], spec)
+    folder.trial(trial.key).begin(trial, ["electra-ds", "pretrain"], spec.resources)
     return folder, trial.key
 
 
@@ -62,23 +63,23 @@ def test_a_trial_that_left_before_its_run_could_note_it_is_stopped_and_not_at_it
     status: int, tmp_path: Path
 ) -> None:
     folder, key = begun(tmp_path)
-    folder.end(key, status)
-    folder.note_stopped(key, status, 0)
-    assert folder.run(key).status_details() == {"status": "stopped", "step": 0, "reason": ENDED_AT_START}
-    assert folder.state(key) == ("unfinished", ENDED_AT_START)  # to be resumed
-    assert not folder.run(key).exists()  # and so to be begun anew
+    folder.trial(key).end(status)
+    folder.trial(key).note_stopped(status, 0)
+    assert folder.trial(key).run.status_details() == {"status": "stopped", "step": 0, "reason": ENDED_AT_START}
+    assert folder.trial(key).state() == ("unfinished", ENDED_AT_START)  # to be resumed
+    assert not folder.trial(key).run.exists()  # and so to be begun anew
 
 
 def test_a_trial_that_has_ended_by_itself_keeps_its_status(tmp_path: Path) -> None:
     folder, key = begun(tmp_path)
-    folder.end(key, 2)
-    folder.note_stopped(key, 2, 0)
-    assert folder.run(key).status() is None
-    assert folder.state(key)[0] == "failed"
-    folder.run(key).path.mkdir()
-    folder.run(key).write_status("done", step=30)
-    folder.note_stopped(key, -signal.SIGTERM, 0)
-    assert folder.run(key).status() == "done"
+    folder.trial(key).end(2)
+    folder.trial(key).note_stopped(2, 0)
+    assert folder.trial(key).run.status() is None
+    assert folder.trial(key).state()[0] == "failed"
+    folder.trial(key).run.path.mkdir()
+    folder.trial(key).run.write_status("done", step=30)
+    folder.trial(key).note_stopped(-signal.SIGTERM, 0)
+    assert folder.trial(key).run.status() == "done"
 
 
 @pytest.mark.slow
@@ -96,4 +97,4 @@ def test_a_scheduler_of_ones_own_tuner_that_ends_a_trial_while_it_starts_leaves_
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
     folder = SweepFolder(tmp_path / "out")
     (record,) = folder.records()
-    assert folder.run(record.key).status() == "stopped", (record, folder.log(record.key).read_text())
+    assert folder.trial(record.key).run.status() == "stopped", (record, folder.trial(record.key).log.read_text())

@@ -84,7 +84,7 @@ def test_the_copy_of_a_recipe_that_extends_another_is_complete(own: Path, tmp_pa
 def test_what_is_shipped_is_no_copy_and_what_is_given_anew_is_one_more(own: Path, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "sweep")
     kept = started(folder, parse_sweep(sweep_of(own), "test"))
-    assert "electra-small" in kept.pretrain.space["recipe"]["grid"]  # type: ignore[union-attr]
+    assert "electra-small" in kept.pretrain.space["recipe"].values  # type: ignore[union-attr]
     copies = {path.name for path in (folder.path / "inputs").rglob("*.*")}
     assert copies == {"mine.yaml", "mine.json", "tuned.yaml"}
     assert len(list((folder.path / "inputs").rglob("mine.yaml"))) == 2
@@ -136,14 +136,14 @@ def test_what_optuna_suggested_is_known_after_the_folder_has_moved(own: Path, tm
     }  # fmt: skip
     folder = SweepFolder(tmp_path / "sweep")
     spec = started(folder, parse_sweep(values, "test"))
-    kept = spec.finetune.domains["recipe"].values[0]  # type: ignore[union-attr]
+    kept = spec.finetune.space["recipe"].values[0]  # type: ignore[union-attr]
     trial = suggested(spec, {"recipe": kept, "optimizer.learning_rate": 0.25}, None)
-    folder.begin(trial, [], spec)
-    folder.end(trial.key, 0)
+    folder.trial(trial.key).begin(trial, [], spec.resources)
+    folder.trial(trial.key).end(0)
     moved = SweepFolder((tmp_path / "sweep").rename(tmp_path / "moved"))
     (again,) = recorded(moved.read(), [record.values for record in moved.records()])
     assert again.key == trial.key
-    assert again.values["recipe"] in moved.read().finetune.domains["recipe"].values  # type: ignore[union-attr]
+    assert again.values["recipe"] in moved.read().finetune.space["recipe"].values  # type: ignore[union-attr]
 
 
 def test_the_status_of_a_sweep_needs_no_file_but_its_own(

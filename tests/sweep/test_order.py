@@ -13,7 +13,7 @@ from electra_ds.finetuning.glue import GLUE
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.options import metrics_of
 from electra_ds.sweep.trials import Trial
-from electra_ds.sweep.tune_scheduler import InOrder
+from electra_ds.sweep.tune import InOrder
 from tests.sweep.test_sweep_results import FEW, both, made, pretend
 
 
@@ -36,7 +36,7 @@ def test_a_finetuning_begins_once_its_encoder_is_there_and_no_trial_twice_or_nev
             if isinstance(suggestion, dict):
                 trial = by_key[suggestion["key"]]
                 if trial.pretraining is not None:
-                    assert folder.state(trial.pretraining.key)[0] == "done"
+                    assert folder.trial(trial.pretraining.key).state()[0] == "done"
                 begun.append(trial.key)
                 running.append(f"tune-{len(begun) - 1}")
                 if data.draw(st.booleans()):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from electra_ds.config.shipped import SWEEPS, shipped_names, shipped_text
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.objectives.electra_evaluation import ALWAYS_ORIGINAL
-from electra_ds.sweep.domains import Domain, computed, parse_domain
+from electra_ds.sweep.domains import Domain
 from electra_ds.sweep.options import INSTEAD, OPTIONS, PRETRAIN_METRICS, check_arguments
 from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep, sweep_yaml
 from electra_ds.sweep.trials import Trial, expand
@@ -121,8 +119,7 @@ def test_a_drawn_number_lies_within_its_bounds(kind: str, low: float, high: floa
         low, high = round(low), round(high)
     assume(low < high)
     bounds = [low, high, 1] if kind == "quniform" else [low, high]
-    domain = parse_domain({kind: bounds})
-    assert domain is not None
+    domain = Domain.model_validate({kind: bounds})
     value = domain.at(share)
     assert low <= value <= high
     if kind == "randint":
@@ -136,48 +133,9 @@ def test_a_drawn_number_lies_within_its_bounds(kind: str, low: float, high: floa
 
 @given(st.lists(st.integers(), min_size=1, unique=True), shares)
 def test_every_choice_is_drawn_by_its_share(values: list[int], share: float) -> None:
-    domain = Domain("choice", tuple(values))
+    domain = Domain.model_validate({"choice": values})
     assert domain.at(share) in values
     assert [domain.at((index + 0.5) / len(values)) for index in range(len(values))] == values
-
-
-@pytest.mark.parametrize(
-    ("expression", "value"),
-    [
-        ("optimizer.learning_rate * 2", 1e-3),
-        ("-max_train_examples // 3 + 1", -33),
-        ("min(max_train_examples, 2 ** 3)", 8),
-        ("round(optimizer.learning_rate * 3, 3) + round(2.6)", 3.002),
-        ("int(sqrt(max_train_examples)) % 7", 3),
-        ("log2(8)", 3),
-    ],
-)
-def test_an_expression_is_computed_of_other_values(expression: str, value: float) -> None:
-    found = computed(expression, {"optimizer.learning_rate": 5e-4, "max_train_examples": 100})
-    assert found == pytest.approx(value)
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "9**9**9", "__import__('os').system('true')", "().__class__", "[1][0]", "'a' * 10**9", "lambda: 1",
-        "1 if 1 else 2", "a.b.__class__.__base__", "open('x')", "task * 10**9", "round(5, -10**9)", "int('9' * 10**6)",
-        "min()", "1/0",
-        "(" * 150, "1+" * 150, "f'{1}'", "~1", "not 1", "True", "x := 1", "max(*a)", "round(1.5, ndigits=1)", "",
-        "\0", "1e308 * 10", "(-8) ** 0.5", "min(1)", "int(1e308) ** 2", "flag + 1",
-    ],
-)  # fmt: skip
-def test_an_expression_runs_no_code_and_always_ends(expression: str) -> None:
-    began = time.process_time()
-    with pytest.raises(ConfigError, match="sample"):
-        computed(expression, {"task": "mrpc", "flag": True})
-    assert time.process_time() - began < 1
-
-
-@given(st.text(max_size=60) | st.text("0123456789+-*/%().,eabx_ ", max_size=60))
-def test_any_text_is_a_number_or_refused(expression: str) -> None:
-    with contextlib.suppress(ConfigError):
-        assert math.isfinite(computed(expression, {"a": 2, "b": 0.5, "x": 10**6}))
 
 
 # --- overrides
@@ -197,7 +155,10 @@ def test_overrides_reach_every_part_of_the_file() -> None:
     assert stage is not None
     assert stage.seeds == [0, 1]
     assert stage.set == {"schedule.epochs": 5, "head.hidden_size": None}
-    assert stage.space == {"task": {"grid": ["mrpc"]}, "optimizer.learning_rate": {"uniform": [1e-4, 3e-4]}}
+    assert stage.model_dump()["space"] == {
+        "task": {"grid": ["mrpc"]},
+        "optimizer.learning_rate": {"uniform": [1e-4, 3e-4]},
+    }
     assert stage.variants == {"short": {"data.max_length": 64}}
     assert stage.options == {"recipe": "rc2020", "model": MODEL}
     assert (spec.metric, spec.resources.gpus, spec.search.samples) == (None, 0.5, 2)
@@ -301,7 +262,7 @@ def test_paths_are_made_absolute_where_they_are_paths(tmp_path: Path, monkeypatc
     }  # fmt: skip
     assert second.options == {"recipe": "rc2020", "data_dir": f"{here}/glue", "text": "glue"}
     assert second.variants == {"a": {"model": f"{here}/runs/a"}, "b": {"model": MODEL}}
-    assert second.space["revision"] == {"grid": ["runs/a"]}
+    assert second.space["revision"].values == ["runs/a"]
     monkeypatch.chdir("/")
     assert parse_sweep(load_yaml_text(sweep_yaml(spec)), "again") == spec
 
@@ -359,10 +320,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("space key", finetuning(space={"lr": {"grid": [1]}}), "finetune.space.lr: unknown key"),
     (
         "constant", finetuning(space={"head.dropout": 0.1}),
-        "finetune.space.head.dropout: 0.1 does not vary; write it under",
+        "finetune.space.head.dropout: 0.1 does not vary; write it under set",
     ),
     ("empty", finetuning(space={"head.dropout": {"grid": []}}), "finetune.space.head.dropout: the grid is empty"),
-    ("twice", finetuning(space={"head.dropout": {"grid": [0, 0.1, 0]}}), "0 stands twice in the grid"),
+    ("twice", finetuning(space={"head.dropout": {"grid": [0, 0.1, 0]}}), "0 is listed twice in the grid"),
     ("no list", finetuning(space={"head.dropout": {"grid": 1}}), "grid takes a list, such as grid: [1, 2], and not 1"),
     ("mapping", finetuning(space={"head.dropout": {"grid": [{}]}}), "write settings that go together under variants"),
     ("kind", finetuning(space={"head.dropout": {"gird": [1]}}), "gird is no domain; did you mean 'grid'?"),
@@ -376,19 +337,15 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "goes from 1 to 0, and the second must be greater",
     ),
     ("log", finetuning(space={"head.dropout": {"loguniform": [0, 1]}}), "only numbers above 0 have a logarithm"),
-    ("randint", finetuning(space={"head.dropout": {"randint": [0, 1.5]}}), "randint takes whole numbers"),
+    ("randint", finetuning(space={"head.dropout": {"randint": [0, 1.5]}}), "randint takes 2 whole numbers"),
     ("steps", finetuning(space={"head.dropout": {"quniform": [0, 1, 2]}}), "do not lie between 0 and 1"),
     (
         "multiples", finetuning(space={"head.dropout": {"quniform": [0.05, 1, 0.1]}}),
         "are no multiples of its steps of 0.1",
     ),
-    (
-        "code", finetuning(space={"head.dropout": {"sample": "open('x')"}}),
-        "head.dropout: sample: \"open('x')\" holds more",
-    ),
-    ("no text", finetuning(space={"head.dropout": {"sample": 3}}), "sample takes an expression"),
-    ("both", finetuning(set={"head.dropout": 0}, space={"head.dropout": {"grid": [1]}}), "stands under set too"),
-    ("both option", finetuning(space={"task": {"grid": ["rte"]}}), "finetune.space.task: stands beside space too"),
+    ("removed", finetuning(space={"head.dropout": {"sample": "2 * 0.1"}}), "was removed; write the combinations as"),
+    ("both", finetuning(set={"head.dropout": 0}, space={"head.dropout": {"grid": [1]}}), "is listed under set too"),
+    ("both option", finetuning(space={"task": {"grid": ["rte"]}}), "finetune.space.task: is listed next to space too"),
     ("variant key", finetuning(variants={"a": {"lr": 1}}), "finetune.variants.a.lr: unknown key"),
     (
         "variant domain", finetuning(variants={"a": {"head.dropout": {"grid": [1]}}}),
@@ -406,7 +363,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("seed below", finetuning(seeds=[-1]), "finetune.seeds.0: Input should be greater than or equal to 0"),
     ("no seeds", finetuning(seeds=[]), "finetune.seeds: is empty"),
     ("seed alone", finetuning(seeds=3), "finetune.seeds: must be a list, in brackets"),
-    ("seed twice", finetuning(seeds=[1, 2, 1]), "finetune.seeds: 1 stands twice; leave one out"),
+    ("seed twice", finetuning(seeds=[1, 2, 1]), "finetune.seeds: 1 is listed twice; leave one out"),
     ("share", pretraining(stop_at_share=1.5), "pretrain.stop_at_share: Input should be less than or equal to 1"),
     ("share yes", pretraining(stop_at_share=True), "pretrain.stop_at_share: must be a number, not True"),
     ("shares yes", pretraining(checkpoints=[True]), "pretrain.checkpoints.0: must be a number, not True"),
@@ -417,7 +374,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "no metric", finetuning() | {"scheduler": {"kind": "asha"}},
-        "metric: scheduler goes by one; write metric: {name: score}",
+        "metric: scheduler needs one; write metric: {name: score}",
     ),
     (
         "no metric 2", pretraining(space=RANDOM) | {"search": {"kind": "optuna"}},
@@ -439,7 +396,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "tasks of variants",
         finetuning(variants={"a": {}, "b": {"task": "rte"}})
         | {"metric": {"name": "score"}, "scheduler": {"kind": "median"}},
-        "finetune.variants.b.task: scheduler goes by the trials' scores",
+        "finetune.variants.b.task: scheduler compares the trials' scores",
     ),
     (
         "tasks",
@@ -447,7 +404,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
             "name": "x", "finetune": {"recipe": "rc2020", "model": MODEL, "space": {"task": {"grid": ["rte", "mrpc"]}}},
             "metric": {"name": "score"}, "scheduler": {"kind": "asha"},
         },
-        "finetune.space.task: scheduler goes by the trials' scores, and those of different tasks cannot be compared",
+        "finetune.space.task: scheduler compares the trials' scores, and those of different tasks cannot be compared",
     ),
 ]  # fmt: skip
 
@@ -475,7 +432,7 @@ def test_every_problem_of_a_file_is_told_at_once() -> None:
         assert f"\n  {key}: " in str(error.value)
 
 
-words = st.text(max_size=8) | st.sampled_from(["set", "space", "variants", "seeds", "recipe", "grid", "task", "sample"])
+words = st.text(max_size=8) | st.sampled_from(["set", "space", "variants", "seeds", "recipe", "grid", "task"])
 anything = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=4),

@@ -23,14 +23,12 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.finetuning.glue import GLUE
-from electra_ds.sweep import process
-from electra_ds.sweep.attempt import arguments_of
 from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.follow import MetricsFollower, as_result
-from electra_ds.sweep.forecast import SweepForecast, print_plan
-from electra_ds.sweep.report import report_sweep
-from electra_ds.sweep.resources import Node, trials_at_once
-from electra_ds.sweep.results import cells, results
+from electra_ds.sweep.forecast import SweepForecast, plan_sweep
+from electra_ds.sweep.processes import Node, arguments_of, status_of, trials_at_once
+from electra_ds.sweep.records import MetricsTail, as_result
+from electra_ds.sweep.results import cells, report_sweep, results
+from electra_ds.sweep.run import run_sweep
 from electra_ds.sweep.spec import Resources, SweepSpec, parse_sweep
 from electra_ds.sweep.trials import Trial, ends, expand, suggested
 from tests.helpers import small_recipe
@@ -53,9 +51,9 @@ def both(pretraining_seeds: list[int], finetuning_seeds: list[int]) -> dict[str,
 
 def pretend(folder: SweepFolder, trial: Trial, value: float | None, status: str = "done", **details: Any) -> None:
     """The files that a run leaves behind."""
-    folder.begin(trial, ["electra-ds", trial.stage], parse_sweep(pretraining(), "test"))
-    folder.end(trial.key, 0 if status != "failed" else 1)
-    run = folder.run(trial.key).path
+    folder.trial(trial.key).begin(trial, ["electra-ds", trial.stage], Resources())
+    folder.trial(trial.key).end(0 if status != "failed" else 1)
+    run = folder.trial(trial.key).run.path
     run.mkdir(parents=True)
     (run / "run.json").write_text("{}")
     (run / "status.json").write_text(json.dumps({"status": status, "step": 9} | details))
@@ -129,7 +127,7 @@ def test_what_the_spread_is_over_is_said(folder: SweepFolder) -> None:
     assert "AVG" not in text  # six of its tasks are not there
     nested_spec, nested = made(both([0, 1], [0, 1, 2]))
     for trial in nested:
-        if not folder.run(trial.key).path.exists():
+        if not folder.trial(trial.key).run.path.exists():
             pretend(folder, trial, 0.4 + trial.seed / 10)
     assert "over pretraining seeds, of each the mean over its finetuning seeds" in told(folder, nested, nested_spec)
 
@@ -155,7 +153,7 @@ def test_scores_are_shown_next_to_their_baseline_and_warnings_are_printed(folder
     spec, trials = made(values)
     for trial in trials:
         pretend(folder, trial, 0.5)
-        path = folder.run(trial.key).path / "scores.json"
+        path = folder.trial(trial.key).run.path / "scores.json"
         scores = json.loads(path.read_text())
         for of_set in scores["sets"].values():
             of_set |= {"baseline": dict.fromkeys(of_set["metrics"], 0.125), "warning": "all are 'x'"}
@@ -175,7 +173,7 @@ def test_scores_on_your_own_examples_are_shown_next_to_their_baseline(folder: Sw
     pretend(folder, trial, None)
     scores = document("train", trial.seed, {"dev": {"accuracy": 0.5, "mse": 2.0}}, recipe="own")
     scores["sets"]["dev"]["baseline"] = {"accuracy": 0.125, "mse": 3.0}
-    (folder.run(trial.key).path / "scores.json").write_text(json.dumps(scores))
+    (folder.trial(trial.key).run.path / "scores.json").write_text(json.dumps(scores))
     lines = [line.split() for line in told(folder, [trial], spec, width=90).splitlines()]
     assert ["metric", "mean", "±", "std", "baseline", "n", "min–max"] in lines
     assert ["accuracy", "50.00", "12.50", "1", "50.00–50.00"] in lines
@@ -187,7 +185,7 @@ def test_the_best_cell_comes_first_where_the_sweep_goes_by_a_metric(folder: Swee
     for mode, order in (("max", ["0.0002", "0.0001", "0.0003"]), ("min", ["0.0003", "0.0001", "0.0002"])):
         spec, trials = made(values | {"metric": {"name": "discriminator_auc", "mode": mode}})
         for trial in trials:
-            if not folder.run(trial.key).path.exists():
+            if not folder.trial(trial.key).run.path.exists():
                 pretend(folder, trial, {1e-4: 0.6, 2e-4: 0.9, 3e-4: 0.5}[trial.values["optimizer.learning_rate"]])
         text = told(folder, trials, spec, width=90)
         assert re.findall(r"(0\.000\d)\s+discriminator_auc", text) == order
@@ -202,9 +200,9 @@ def test_the_folder_says_how_far_each_trial_is(folder: SweepFolder) -> None:
     pretend(folder, done, 0.7)
     pretend(folder, collapsed, 0.5, "collapsed", collapsed_at=4)
     pretend(folder, failed, None, "failed", reason="it broke")
-    folder.refuse(refused, spec, "no such file")
-    folder.begin(begun, ["electra-ds"], spec)
-    found = [folder.state(trial.key) for trial in trials]
+    folder.trial(refused.key).refuse(refused, spec.resources, "no such file")
+    folder.trial(begun.key).begin(begun, ["electra-ds"], spec.resources)
+    found = [folder.trial(trial.key).state() for trial in trials]
     assert found == [
         ("done", ""), ("collapsed", "at step 4"), ("failed", "it broke"), ("failed", "no such file"),
         ("unfinished", ""), ("waiting", ""),
@@ -213,11 +211,11 @@ def test_the_folder_says_how_far_each_trial_is(folder: SweepFolder) -> None:
     assert "it broke" in text
     assert "no such file" in text
     assert (folder.path / "curves.png").exists()
-    folder.forget_failure(failed.key)
-    assert folder.record(failed.key) is not None
-    assert not (folder.run(failed.key).path / "status.json").exists()
-    assert folder.state(done.key) == ("done", "")
-    assert folder.state(waiting.key) == ("waiting", "")
+    folder.trial(failed.key).forget_failure()
+    assert folder.trial(failed.key).record() is not None
+    assert not (folder.trial(failed.key).run.path / "status.json").exists()
+    assert folder.trial(done.key).state() == ("done", "")
+    assert folder.trial(waiting.key).state() == ("waiting", "")
 
 
 def test_nothing_is_finetuned_of_a_pretraining_that_failed(folder: SweepFolder) -> None:
@@ -238,10 +236,10 @@ def test_nothing_is_finetuned_of_a_pretraining_that_failed(folder: SweepFolder) 
 def test_damaged_records_are_trials_that_were_begun(folder: SweepFolder, damage: str) -> None:
     spec, (trial, *_) = made(pretraining())
     pretend(folder, trial, 0.7)
-    (folder.run(trial.key).path / "status.json").write_text(damage)
-    assert folder.state(trial.key)[0] == "unfinished"
+    (folder.trial(trial.key).run.path / "status.json").write_text(damage)
+    assert folder.trial(trial.key).state()[0] == "unfinished"
     (folder.path / "trials" / f"{trial.key}.json").write_text(damage)
-    assert folder.record(trial.key) is None
+    assert folder.trial(trial.key).record() is None
     assert "unfinished" in told(folder, [trial], spec)
 
 
@@ -249,7 +247,7 @@ def test_what_stopped_by_itself_is_done_with_and_what_a_signal_stopped_is_not(fo
     _, trials = made(pretraining(seeds=[0, 1, 2]))
     for trial, reason in zip(trials, ("--stop-at 9", "ended by the scheduler", "SIGTERM"), strict=True):
         pretend(folder, trial, 0.7, "stopped", reason=reason)
-    assert [folder.state(trial.key)[0] for trial in trials] == ["stopped", "stopped", "unfinished"]
+    assert [folder.trial(trial.key).state()[0] for trial in trials] == ["stopped", "stopped", "unfinished"]
 
 
 def test_a_pretraining_that_goes_on_ends_and_keeps_what_it_would_have(folder: SweepFolder) -> None:
@@ -258,14 +256,14 @@ def test_a_pretraining_that_goes_on_ends_and_keeps_what_it_would_have(folder: Sw
     spec, trials = made(values)
     new = arguments_of(trials[0], folder, spec)
     pretend(folder, trials[0], 0.5, "collapsed", collapsed_at=2600)
-    folder.run(trials[0].key).write_status("collapsed", step=3000, collapsed_at=2600)
+    folder.trial(trials[0].key).run.write_status("collapsed", step=3000, collapsed_at=2600)
     resumed = arguments_of(trials[0], folder, spec)
     total = trials[0].recipe.schedule.total_steps  # type: ignore[union-attr]
     for words in (["--stop-at", str(total // 2)], ["--keep-at", str(total // 4), str(total // 2)]):
         for arguments in (new, resumed):
             start = arguments.index(words[0])
             assert arguments[start : start + len(words)] == words
-    (folder.run(trials[0].key).checkpoints / f"step-{total // 4:08d}").mkdir(parents=True)
+    (folder.trial(trials[0].key).run.checkpoints / f"step-{total // 4:08d}").mkdir(parents=True)
     assert folder.state_of(trials[-1]) == ("skipped", "its encoder collapsed before step 6000")
     assert [folder.can_begin(trial) for trial in trials[1:]] == [trial.checkpoint == total // 4 for trial in trials[1:]]
     assert "collapsed: at step 2600" in told(folder, trials, spec)
@@ -284,7 +282,7 @@ def test_a_finetuning_that_a_scheduler_ended_has_its_last_evaluation(folder: Swe
     _, trials = made({"name": "x", "finetune": values})
     pretend(folder, trials[0], None, "stopped", reason="ended by the scheduler")
     lines = [{"kind": "eval", "step": step, "spearman": step / 10, "pearson": 0.1} for step in (2, 4)]
-    folder.run(trials[0].key).metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder.trial(trials[0].key).run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (row,) = results(folder, trials).to_dict("records")
     assert (row["metric.step"], row["metric.score"], row["metric.spearman"], row["metric.pearson"]) == (
         4,
@@ -305,9 +303,9 @@ def test_glues_means_are_nested_as_cells_are(folder: SweepFolder) -> None:
 
 
 def test_one_process_at_a_time_is_at_a_trial(folder: SweepFolder) -> None:
-    with folder.held("x") as first, folder.held("x") as second:
+    with folder.trial("x").held() as first, folder.trial("x").held() as second:
         assert (first, second) == (True, False)
-    with folder.held("x") as again:
+    with folder.trial("x").held() as again:
         assert again
 
 
@@ -321,7 +319,7 @@ def test_damaged_metrics_are_left_out(folder: SweepFolder, line: str) -> None:
     spec, trials = made(pretraining(seeds=[0, 1]))
     for trial in trials:
         pretend(folder, trial, 0.7)
-    with folder.run(trials[0].key).metrics.open("a") as file:
+    with folder.trial(trials[0].key).run.metrics.open("a") as file:
         file.write(line + "\n")
     assert "2 done of 2 trials" in told(folder, trials, spec)
 
@@ -330,7 +328,7 @@ def test_a_finetuning_whose_scores_are_gone_is_named(folder: SweepFolder) -> Non
     spec, trials = made(both([0], [0]))
     for trial in trials:
         pretend(folder, trial, 0.7)
-    (folder.run(trials[-1].key).path / "scores.json").write_text("{")
+    (folder.trial(trials[-1].key).run.path / "scores.json").write_text("{")
     assert f"{trials[-1].key} done: it is done, but its scores cannot be read" in told(folder, trials, spec)
 
 
@@ -373,7 +371,7 @@ def test_each_line_is_followed_once_and_after_a_cut_from_the_beginning(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], cut_back: int
 ) -> None:
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
-    follower = MetricsFollower(path)
+    follower = MetricsTail(path)
     assert follower.lines() == []
     text = "".join(json.dumps({"kind": "eval", "step": step, "x": 1.5}) + "\n" for step in range(1, 11))
     steps = []
@@ -429,19 +427,19 @@ def test_a_dry_run_says_what_trials_cost_and_how_many_share_a_card(folder: Sweep
     spec, trials = made(values)
     found = SweepForecast(spec, folder)
     pretrained, finetuned = found.cost(trials[0]), found.cost(trials[-1])
-    assert pretrained.steps == 250_000
-    assert pretrained.together == 2  # 2.4 of 5.2 GiB each, as bin/plan says
-    assert finetuned.steps == 779  # ten epochs of RTE's 2,490 examples
-    assert pretrained.seconds is not None
-    assert finetuned.seconds is not None
-    assert pretrained.seconds[0] > 100 * finetuned.seconds[1]
+    assert pretrained.steps == (250_000, 250_000)
+    assert pretrained.on_a_card == 2  # 2.4 of 5.2 GiB each, as bin/plan says
+    assert finetuned.steps == (779, 779)  # ten epochs of RTE's 2,490 examples
+    assert pretrained.time is not None
+    assert finetuned.time is not None
+    assert pretrained.time.low_s > 100 * finetuned.time.high_s
     console = Console(width=120, record=True, file=io.StringIO())
-    print_plan(trials, spec, folder, 1, console)
+    plan_sweep(spec, folder.path, local=True, console=console)
     text = console.export_text()
     assert "20 trials share a card, which has memory for 2: write resources.gpus=0.5" in text
     pretend(folder, trials[0], 0.7)
     console = Console(width=120, record=True, file=io.StringIO())
-    print_plan(trials, spec, folder, 1, console)
+    plan_sweep(spec, folder.path, local=True, console=console)
     assert "measured in this folder" in console.export_text()
 
 
@@ -450,13 +448,13 @@ def test_what_optuna_may_suggest_is_priced_by_its_ends(folder: SweepFolder) -> N
     search = {"search": {"kind": "optuna", "samples": 2}, "metric": {"name": "discriminator_auc"}}
     spec, trials = made(values | search)
     low, high = (SweepForecast(spec, folder).cost(trial) for trial in (*trials, *ends(spec)))
-    assert low.seconds is not None
-    assert high.seconds is not None
-    assert low.seconds < high.seconds
+    assert low.time is not None
+    assert high.time is not None
+    assert low.time < high.time
     console = Console(width=120, record=True, file=io.StringIO())
-    print_plan(trials, spec, folder, 1, console, ends=ends(spec), suggested=3)
+    plan_sweep(spec, folder.path, local=True, console=console)
     text = console.export_text()
-    assert re.search(r"pretrain +what Optuna suggests +3 ", text)
+    assert re.search(r"pretrain +what Optuna suggests +2 ", text)
     assert "In all" in text
     assert "0 trials" not in text
 
@@ -466,7 +464,7 @@ def test_the_accuracy_of_always_answering_original_stands_next_to_the_discrimina
     for trial, replaced in zip(trials, (0.2, 0.3), strict=True):
         pretend(folder, trial, 0.7)
         line = {"kind": "eval", "step": 9, "discriminator_accuracy": 0.8, "replaced_share": replaced}
-        folder.run(trial.key).metrics.write_text(json.dumps(line) + "\n")
+        folder.trial(trial.key).run.metrics.write_text(json.dumps(line) + "\n")
     lines = told(folder, trials, spec, 80).splitlines()
     (place,) = (number for number, line in enumerate(lines) if "discriminator_accuracy" in line)
     assert "always_original_accuracy" in lines[place + 1]
@@ -485,9 +483,9 @@ def test_a_long_name_over_a_column_is_broken_at_its_underscores(folder: SweepFol
 
 def test_a_cost_that_is_not_known_is_said_to_be_unknown_and_not_nothing(folder: SweepFolder) -> None:
     stage = {"recipe": "rc2020", "model": "nobody/none", "task": "rte", "seeds": [0, 1]}
-    spec, trials = made({"name": "x", "finetune": stage})
+    spec, _trials = made({"name": "x", "finetune": stage})
     console = Console(width=120, record=True, file=io.StringIO())
-    print_plan(trials, spec, folder, 1, console)
+    plan_sweep(spec, folder.path, local=True, console=console)
     text = console.export_text()
     assert "Cost unknown for 2 trials" in text
     assert "In all" not in text
@@ -496,17 +494,17 @@ def test_a_cost_that_is_not_known_is_said_to_be_unknown_and_not_nothing(folder: 
 def test_what_a_killed_rank_leaves_is_no_status_and_a_refusal_to_resume_is_one(folder: SweepFolder) -> None:
     spec, (trial,) = made(pretraining(seeds=[0]))
     pretend(folder, trial, 0.5, "failed", reason="a rank died without a word")
-    folder.begin(trial, ["electra-ds"], spec)
-    folder.end(trial.key, -9)
-    assert folder.state(trial.key)[0] == "unfinished"
-    folder.run(trial.key).write_status("stopped", step=4, reason="SIGTERM")
-    assert folder.state(trial.key) == ("unfinished", "SIGTERM")
-    folder.log(trial.key).write_text("electra-ds pretrain: the JSON cannot be run here\n")
-    folder.begin(trial, ["electra-ds"], spec)
-    folder.end(trial.key, 2)
-    assert folder.state(trial.key) == ("failed", "electra-ds pretrain: the JSON cannot be run here")
-    assert process.status_of([0, -9, 1]) == -9
-    assert process.status_of([0, 3, 0]) == 3
+    folder.trial(trial.key).begin(trial, ["electra-ds"], spec.resources)
+    folder.trial(trial.key).end(-9)
+    assert folder.trial(trial.key).state()[0] == "unfinished"
+    folder.trial(trial.key).run.write_status("stopped", step=4, reason="SIGTERM")
+    assert folder.trial(trial.key).state() == ("unfinished", "SIGTERM")
+    folder.trial(trial.key).log.write_text("electra-ds pretrain: the JSON cannot be run here\n")
+    folder.trial(trial.key).begin(trial, ["electra-ds"], spec.resources)
+    folder.trial(trial.key).end(2)
+    assert folder.trial(trial.key).state() == ("failed", "electra-ds pretrain: the JSON cannot be run here")
+    assert status_of([0, -9, 1]) == -9
+    assert status_of([0, 3, 0]) == 3
 
 
 def test_how_to_resume_is_said_and_whether_it_is_being_run(folder: SweepFolder) -> None:
@@ -521,8 +519,8 @@ def test_how_to_resume_is_said_and_whether_it_is_being_run(folder: SweepFolder) 
     assert "1 stopped as planned" in text
     assert "Go on with" not in text
     assert f"Run what failed again: electra-ds sweep --resume {folder.path} --retry-failed\n" in text
-    (folder.run(trials[2].key).path / "status.json").unlink()
-    shutil.rmtree(folder.run(trials[3].key).path)  # begun, and has written nothing yet
+    (folder.trial(trials[2].key).run.path / "status.json").unlink()
+    shutil.rmtree(folder.trial(trials[3].key).run.path)  # begun, and has written nothing yet
     assert not folder.is_being_run()
     with folder.locked():
         assert folder.is_being_run()
@@ -533,6 +531,42 @@ def test_how_to_resume_is_said_and_whether_it_is_being_run(folder: SweepFolder) 
     assert f"begun: {trials[3].label}." in text
     assert "The sweep is being run." in text
     assert "--resume" not in text
+
+
+# --- from Python
+
+
+def test_a_finished_sweep_is_not_run_again_from_python_and_gives_its_results(folder: SweepFolder) -> None:
+    spec, trials = made(both([0], [0, 1]))
+    folder.write(spec)
+    for trial in trials:
+        pretend(folder, trial, 0.7)
+    console = Console(width=160, record=True, file=io.StringIO())
+    outcome = run_sweep(None, folder.path, console=console)
+    assert outcome.is_complete
+    assert set(outcome.results["trial"]) == {trial.key for trial in trials}
+    text = console.export_text()
+    assert f"x: 5 trials, 5 done before; in {folder.path}. The sweep is finished: nothing is left to run." in text
+
+
+def test_a_sweep_from_python_is_refused_before_anything_is_written(folder: SweepFolder, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Give a sweep to run, or the folder of one to resume"):
+        run_sweep(None)
+    with pytest.raises(ConfigError, match=r"pretrain\.seds: unknown key; did you mean 'seeds'"):
+        run_sweep(pretraining(seds=[1]), tmp_path / "new")
+    with pytest.raises(ConfigError, match=r"pretrain\.recipe: There is no recipe 'tyni'"):
+        run_sweep(pretraining(recipe="tyni"), tmp_path / "new")
+    space = {"space": {"optimizer.learning_rate": {"uniform": [1e-4, 1e-3]}}, "ds_config": "cpu"}
+    suggested_by = {"search": {"kind": "optuna"}, "metric": {"name": "discriminator_auc"}}
+    with pytest.raises(ConfigError, match="leave out --local"):
+        run_sweep(pretraining(**space) | suggested_by, tmp_path / "new", local=True)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match=r"--address ray://h:10001 .* ray job submit --address http://HOST:8265 -- "):
+        run_sweep(pretraining(ds_config="cpu"), tmp_path / "new", address="ray://h:10001")
+    assert not (tmp_path / "new").exists()
+    folder.write(made(pretraining())[0])
+    with pytest.raises(ConfigError, match="holds a sweep already"):
+        run_sweep(pretraining(), folder.path)
 
 
 # --- token stores

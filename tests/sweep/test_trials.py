@@ -148,9 +148,9 @@ def test_a_key_is_the_same_in_every_process() -> None:
 def test_a_key_that_was_given_once_stays() -> None:
     """Folders of sweeps that were run are found by it."""
     (trial,) = trials_of(finetuning(space={RATE: {"grid": [1e-4]}}, seeds=[3]))
-    assert trial.key.startswith("learning_rate=0.0001-s3-")
+    assert trial.key == "learning_rate=0.0001-s3-529a080e867b"
     (pretrained,) = trials_of(pretraining(space={WIDTH: {"grid": [0.5]}}))
-    assert pretrained.key.startswith("width_multiplier=0.5-s0-")
+    assert pretrained.key == "width_multiplier=0.5-s0-0aa81f5aa570"
 
 
 @given(st.permutations([*FINETUNE.items(), ("best", True), ("keep", 2)]), st.permutations([(RATE, 1e-4), ("seed", 1)]))
@@ -224,7 +224,7 @@ study = st.fixed_dictionaries(
 def random_study(seeds: list[int], dropouts: list[float], samples: int, search_seed: int) -> list[Trial]:
     space = {
         RATE: {"loguniform": [1e-5, 1e-3]}, "head.dropout": {"grid": dropouts},
-        "schedule.epochs": {"uniform": [1, 9]}, "schedule.warmup_share": {"sample": f"{RATE} * 10"},
+        "schedule.epochs": {"uniform": [1, 9]},
     }  # fmt: skip
     return trials_of(finetuning(space=space, seeds=seeds) | {"search": {"samples": samples, "seed": search_seed}})
 
@@ -251,10 +251,9 @@ def test_every_seed_and_cell_has_the_same_samples_and_each_is_another(of: dict[s
         recipe = trial.recipe
         assert isinstance(recipe, FinetuneRecipe)
         assert recipe.optimizer.learning_rate == trial.values[RATE]
-        assert recipe.schedule.warmup_share == trial.values[RATE] * 10
     assert len(trials) == len(of["seeds"]) * len(of["dropouts"]) * of["samples"]
     assert len({tuple(values) for values in drawn.values()}) == 1
-    assert len(set(trials[0].values)) == 5
+    assert len(set(trials[0].values)) == 4
     first = next(iter(drawn.values()))
     assert len(set(first)) == len(first)
 
@@ -309,11 +308,6 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "together", pretraining(space={"model.num_attention_heads": {"grid": [2, 3]}}),
         ["pretrain.model: hidden_size 64 is not a multiple of num_attention_heads 3"],
-    ),
-    (
-        "sample", pretraining(space={RATE: {"sample": "optimizer.betta2 * 2"}}, set={"optimizer.beta2": 0.9}),
-        ["pretrain.space.optimizer.learning_rate: sample: optimizer.betta2 * 2 cannot be computed: the trial does not "
-         "set optimizer.betta2; did you mean 'optimizer.beta2'?"],
     ),
     (
         "metric", pretraining() | {"metric": {"name": "discriminator_acu"}},
@@ -415,7 +409,7 @@ def test_examples_that_will_not_do_are_told_of_every_task(tmp_path: Path) -> Non
 
 def test_a_sweep_of_too_many_trials_is_refused_at_once() -> None:
     space = {key: {"grid": list(range(100))} for key in ("data.max_length", "data.doc_stride", "data.n_best")}
-    with pytest.raises(ConfigError, match="has 1,000,000 trials, and 20,000 is the most"):
+    with pytest.raises(ConfigError, match="has more than 20,000 trials: its grids"):
         trials_of(finetuning(space=space))
 
 

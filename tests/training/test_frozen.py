@@ -54,7 +54,7 @@ def engine_of(store: TokenStore, plan: str) -> PretrainingEngine:
 
 def losses_of(engine: PretrainingEngine, store: TokenStore, steps: range) -> list[float]:
     builder = builder_for(store, RECIPE)
-    return [engine.train_step(builder.build(step), step).loss.item() for step in steps]
+    return [engine.train_step(builder.build(step), step)["loss"].item() for step in steps]
 
 
 def name_of(key: str) -> str:

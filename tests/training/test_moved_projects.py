@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from electra_ds.cli import main
-from electra_ds.config.moved import places_of
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, places_of
 from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.ranks import Ranks
@@ -23,9 +22,9 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.pretraining import prepare
 from electra_ds.report.run_report import report_run
-from electra_ds.sweep.attempt import arguments_of
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.options import check_arguments
+from electra_ds.sweep.processes import arguments_of
 from electra_ds.sweep.spec import SweepSpec, parse_sweep
 from electra_ds.sweep.trials import expand
 from tests.finetune_runs import (
@@ -247,7 +246,8 @@ def kept(folder: SweepFolder, spec: SweepSpec) -> list[str]:
     with folder.locked():
         folder.write(folder.with_own_inputs(spec))
     trials = expand(spec, None)
-    folder.begin(trials[0], ["electra-ds", *arguments_of(trials[0], folder, spec)], spec)
+    command_line = ["electra-ds", *arguments_of(trials[0], folder, spec)]
+    folder.trial(trials[0].key).begin(trials[0], command_line, spec.resources)
     return [trial.key for trial in trials]
 
 
@@ -291,8 +291,8 @@ def finished(store: TokenStore, tmp_path: Path) -> Callable[[], SweepFolder]:
         spec = write_project(tmp_path / "a", store)
         folder = SweepFolder(tmp_path / "a" / "runs" / "sweep")
         for key in kept(folder, spec):
-            folder.run(key).path.mkdir()
-            folder.run(key).write_status("done", step=1)
+            folder.trial(key).run.path.mkdir()
+            folder.trial(key).run.write_status("done", step=1)
         return folder
 
     return make

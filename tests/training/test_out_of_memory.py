@@ -24,6 +24,7 @@ from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.devices import is_out_of_memory
 from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError
+from electra_ds.core.log import show_log
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import prepare, probe
@@ -104,7 +105,8 @@ def train(
     with directory.locked():
         plan = plan_new(options, recipe, directory, ranks)
         job = prepare.prepare_new(options, recipe, plan, store, directory, ranks)
-        assert pretrain(job, ranks, console or Console(quiet=True))
+        show_log(console or Console(quiet=True))
+        assert pretrain(job, ranks)
     return directory.path
 
 
@@ -174,11 +176,11 @@ def test_going_on_after_a_fault_is_going_on_from_a_checkpoint_under_the_smaller_
     with directory.locked():
         plan = plan_new(first, recipe, directory, process_group)
         job = prepare.prepare_new(first, recipe, plan, store, directory, process_group)
-        pretrain(job, process_group, Console(quiet=True))
+        pretrain(job, process_group)
         plan = prepare.plan_resume(second, directory, process_group)
         assert plan.batch.micro_batch_size == 3
         job = prepare.prepare_resume(second, plan, directory, process_group)
-        pretrain(job, process_group, Console(quiet=True))
+        pretrain(job, process_group)
     assert train_losses(faulty) == train_losses(directory.path)
     expected = final_tensors(directory.path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in final_tensors(faulty).items())

@@ -42,7 +42,7 @@ def straight(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.T
             batch = builder.build(step)
             _, drawn = plain.train_step(batch, step)
             samples[f"step{step}"] = torch.cat(drawn).numpy()
-            losses.append(engine.train_step(batch, step).loss.item())
+            losses.append(engine.train_step(batch, step)["loss"].item())
     np.savez(folder / "samples.npz", **samples)  # type: ignore[arg-type]
     return folder, np.array(losses[FIRST:])
 

@@ -20,12 +20,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
 from rich.text import Text
-from transformers import PreTrainedModel
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.objectives import find_objective
@@ -35,6 +34,9 @@ from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.memory import Kernels, PeakMemory
 from electra_ds.training.model import AutocastModel
 from electra_ds.training.step import LossTerm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 

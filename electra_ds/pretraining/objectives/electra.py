@@ -18,9 +18,8 @@ from rich.text import Text
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import ElectraRecipe
 from electra_ds.core.keyed_random import generator, random_bits
-from electra_ds.data.packed_rows import packed_rows
+from electra_ds.data.packing import packed_rows
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.pretraining.convert import to_transformers
 from electra_ds.pretraining.electra import Electra, ElectraOutput, encoder_configs
 from electra_ds.pretraining.flops import step_flops
 from electra_ds.pretraining.masking import Masks, choose_masks, usual_most_selected
@@ -193,7 +192,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
     @classmethod
     def complete(cls, metrics: Mapping[str, Any]) -> dict[str, Any]:
         share = metrics.get("replaced_share")
-        return dict(metrics) | {ALWAYS_ORIGINAL: None if share is None else always_original_accuracy(share)}
+        return dict(metrics) if share is None else {**metrics, ALWAYS_ORIGINAL: always_original_accuracy(share)}
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         original = always_original_accuracy(metrics["replaced_share"])
@@ -230,6 +229,9 @@ class ElectraObjective(Objective[ElectraRecipe]):
         return [LEGEND, *sample_sentences(model, tokenizer, batch, count)]
 
     def exports(self, model: Electra) -> Mapping[str, Export]:
+        # Takes as long to import as torch, and training begins without it.
+        from electra_ds.pretraining.convert import to_transformers
+
         masked_lm, discriminator = to_transformers(model)
         return {
             "discriminator": Export(

@@ -1,13 +1,13 @@
-"""Tokenised task examples, and from (seed, step) to the batch of that step.
+"""Tokenised task examples, and the batch of a step, which depends on seed and step only.
 
-Shape suffixes: N inputs of a set, B of the global batch, S of a micro-batch, T positions.
+Shape suffixes: N inputs of a set, B of a batch, S of a micro-batch, T positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.data.sampling import shuffled
-from electra_ds.finetuning.microbatch import TaskMicroBatch
 from electra_ds.finetuning.squad import Question
 from electra_ds.finetuning.squad_features import Features
 from electra_ds.finetuning.tasks import Examples, Task
+from electra_ds.pretraining.microbatch import moved
 from electra_ds.training.step import LossTerm
 
 _ORDER = 0xF1
@@ -26,17 +26,42 @@ _PAD_TO = 8  # what tensor cores want of every width
 _TOKENISE_AT_ONCE = 1000
 
 
+class TaskMicroBatch(NamedTuple):
+    """The tensors of one micro-batch, all on one device; None for those that the task or the model does not have."""
+
+    ids_BT: torch.Tensor
+    """int64, with special tokens and padding."""
+    attended_BT: torch.Tensor
+    """bool, False at padding."""
+    segments_BT: torch.Tensor | None = None
+    """int64, 0 or 1."""
+    labels_B: torch.Tensor | None = None
+    """int64 classes, or float32 scores."""
+    starts_B: torch.Tensor | None = None
+    """int64, the first position of the answer; 0, that of the first token, if there is none."""
+    ends_B: torch.Tensor | None = None
+    """int64, the last position of the answer."""
+    is_impossible_B: torch.Tensor | None = None
+    """float32, 1 if there is no answer."""
+    answerable_BT: torch.Tensor | None = None
+    """bool, the context's positions, the special token after them, and the first one (the original's choice)."""
+
+    def to(self, device: torch.device) -> TaskMicroBatch:
+        """Return the same on another device."""
+        return self._replace(**moved(self._asdict(), device))
+
+
 @dataclass(frozen=True)
 class SpanTargets:
-    """Where the answers of N windows stand, and where answers may stand."""
+    """The positions of answers in N windows, and positions that answers may have."""
 
     starts_N: np.ndarray
-    """int64 positions; 0 where a window does not hold the answer."""
+    """int64 positions; 0 if a window does not hold the answer."""
     ends_N: np.ndarray
     is_impossible_N: np.ndarray
     """bool, whether the window's question has no answer at all."""
     context_N2: np.ndarray
-    """First position of each window's context, and the one after its last."""
+    """The first position of each window's context, and the one after its last."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +71,9 @@ class TaskInputs:
     ids: np.ndarray
     """int32, one after the other."""
     segments: np.ndarray | None
-    """int8 for each id; None where the model does not tell a second text from a first."""
+    """int8 for each id; None if the model does not distinguish a second text from a first."""
     bounds: np.ndarray
-    """int64 [N + 1], where each begins and the last one ends."""
+    """int64 [N + 1], the beginning of each and the end of the last."""
     pad_id: int
     labels_N: np.ndarray | None = None
     """int64 classes, or float32 scores."""
@@ -59,11 +84,11 @@ class TaskInputs:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [N]."""
+        """The number of tokens of each input, int64 [N]."""
         return np.diff(self.bounds)
 
     def micro_batch(self, rows_S: np.ndarray, *, with_labels: bool = True) -> TaskMicroBatch:
-        """These inputs as tensors in ordinary memory, padded to the longest."""
+        """Return these inputs as tensors in ordinary memory, padded to the longest."""
         lengths_S = self.lengths[rows_S]
         width = -(-int(lengths_S.max()) // _PAD_TO) * _PAD_TO
         places_T = np.arange(width)
@@ -109,7 +134,7 @@ class TaskBatch:
         return int(self.inputs.lengths[self.rows_B].sum())
 
     def micro_batch(self, first: int, size: int) -> TaskMicroBatch:
-        """Inputs `first` to `first + size` of the batch."""
+        """Return the inputs `first` to `first + size` of the batch."""
         return self.inputs.micro_batch(self.rows_B[first : first + size])
 
 
@@ -128,7 +153,7 @@ class TaskBatchBuilder:
 
 
 def evaluation_chunks(inputs: TaskInputs, size: int) -> list[np.ndarray]:
-    """All rows, in chunks of inputs of like length, the longest first: so one that does not fit shows at once."""
+    """Return all rows in chunks of inputs of similar length, the longest first: one that does not fit shows at once."""
     order = np.argsort(-inputs.lengths, kind="stable")
     return [order[first : first + size] for first in range(0, len(order), size)]
 
@@ -143,10 +168,10 @@ def tokenised(
     for_training: bool,
     progress: Callable[[int], None] = lambda done: None,
 ) -> TaskInputs:
-    """The inputs of a set's examples; in training those of pairs in both orders, where the recipe says so.
+    """Return the inputs of a set's examples; in training those of pairs in both orders, if the recipe says so.
 
-    has_segments: whether the model has a table that tells a second text from a first. progress: called with how many
-    examples were done since the last call.
+    has_segments: whether the model has a table that distinguishes a second text from a first. progress: called with the
+    number of examples done since the last call.
     """
     both = for_training and recipe.data.double_unordered and examples.pairs is not None
     orders = [(examples.texts, examples.pairs)]
@@ -186,7 +211,7 @@ def _encodings(
 
 
 def scaled(scores: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray:
-    """Scores of a regression task as the model is to give them."""
+    """Return scores of a regression task as the model is to give them."""
     if recipe.data.regression_scale == "raw":
         return scores
     assert task.score_range is not None  # every regression has one
@@ -195,7 +220,7 @@ def scaled(scores: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray
 
 
 def unscaled(outputs: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray:
-    """What the model gave, as scores of the task."""
+    """Return the model's outputs as scores of the task."""
     if recipe.data.regression_scale == "raw":
         return outputs
     assert task.score_range is not None  # every regression has one
@@ -211,7 +236,7 @@ def span_inputs(
     *,
     has_segments: bool,
 ) -> TaskInputs:
-    """The windows of a question answering set."""
+    """Return the windows of a question answering set."""
     segments = features.token_type_ids if has_segments and recipe.data.segment_ids else None
     # As the original has it: a window without the answer does not make its question one without an answer.
     is_impossible = np.array([question.is_impossible for question in questions])[features.question]

@@ -1,0 +1,288 @@
+"""The processes of trials: how many fit a machine, how they start and end, and a runner without Ray.
+
+A trial is the project's own command in a process per worker. The processes die with whoever started them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import electra_ds
+from electra_ds.config.hardware import driver_gpus
+from electra_ds.core.errors import ConfigError, ElectraError, InterruptedBySignalError
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
+from electra_ds.core.program import command
+from electra_ds.core.terminal import with_command
+from electra_ds.sweep.display import SweepDisplay
+from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.spec import Resources, SweepSpec
+from electra_ds.sweep.trials import Trial
+
+TO_SAVE_S = 120.0
+"""The time in which a trial that is asked to leave saves its checkpoint and closes its trackers."""
+TO_NOTICE_S = 30.0
+"""The time in which the ranks of a trial that has lost one leave by themselves."""
+_LOOK_EVERY_S = 0.2
+_PR_SET_PDEATHSIG = 1
+_LAUNCHERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+    "SLURM_STEP_ID",
+)  # fmt: skip
+"""Variables by which a process takes itself for one of several: those of the sweep's own start are not its trials'."""
+_RESUMED = ("ds_config", "micro_batch", "log_every", "keep")
+"""Options that a resumed run takes anew, since they do not belong to its mathematics."""
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+# --- how many fit
+
+
+@dataclass(frozen=True)
+class Node:
+    cpus: int
+    gpus: int
+
+    def slots(self, resources: Resources) -> int:
+        """Return how many workers fit at once; a share of a GPU is a share of one card."""
+        slots = self.cpus // resources.cpus
+        return min(slots, self.gpus * int(1 / resources.gpus + 1e-9)) if resources.gpus else slots
+
+
+def this_machine() -> Node:
+    """Return what the system and the GPUs' driver report; CUDA_VISIBLE_DEVICES hides cards."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = len(driver_gpus()) if visible is None else len([each for each in visible.split(",") if each.strip()])
+    return Node(len(os.sched_getaffinity(0)), gpus)
+
+
+def trials_at_once(resources: Resources, nodes: Sequence[Node]) -> int:
+    """Return how many trials fit at once. Raises ConfigError if none does."""
+    slots = sum(node.slots(resources) for node in nodes)
+    if slots >= resources.workers:
+        return slots // resources.workers
+    wanted = f"{resources.cpus} CPU{'s' if resources.cpus > 1 else ''}"
+    wanted += f" and {resources.gpus:g} GPU" if resources.gpus else ""
+    wanted = f"{resources.workers} workers of {wanted} each" if resources.workers > 1 else wanted
+    cpus, gpus = max(node.cpus for node in nodes), max(node.gpus for node in nodes)
+    where = "this machine has" if len(nodes) == 1 else f"the {len(nodes)} nodes have at most"
+    change = "resources.cpus=1" if resources.cpus > 1 else "resources.workers=1"
+    if resources.gpus and not gpus:
+        change = "resources.gpus=0, to train on CPUs"
+    raise ConfigError(f"A trial takes {wanted}, and {where} {cpus} CPUs and {gpus} GPUs. Lower it: --set {change}")
+
+
+# --- one trial's processes
+
+
+def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str]:
+    """Return the arguments of the trial's command: for a new run, or to resume one that is there.
+
+    Raises CheckpointError if the encoder that it finetunes is not there.
+    """
+    run, threads = folder.trial(trial.key).run, spec.resources.cpus
+    if run.exists():
+        how = {name: trial.options[name] for name in _RESUMED if trial.options.get(name) is not None}
+        flags = [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        return ["--resume", str(run.path), *flags, *trial.ending(), "--threads", str(threads)]
+    arguments = replace(trial, options=folder.now(trial.stage, trial.options)).arguments(threads)
+    if trial.options.get("wandb") not in (None, False, "off") and trial.options.get("wandb_group") is None:
+        arguments += ["--wandb-group", spec.name]
+    if trial.pretraining is not None:
+        arguments = ["--model", str(folder.encoder_of(trial)), *arguments]
+    return [*arguments, "--run-dir", str(run.path)]
+
+
+def begin(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str] | None:
+    """Record a new attempt at a trial and return its arguments; None if the trial is refused."""
+    try:
+        arguments = arguments_of(trial, folder, spec)
+    except ElectraError as error:
+        folder.trial(trial.key).refuse(trial, spec.resources, str(error))
+        return None
+    folder.trial(trial.key).begin(trial, ["electra-ds", trial.stage, *arguments], spec.resources)
+    return arguments
+
+
+def start(
+    stage: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str], folder: Path
+) -> subprocess.Popen[bytes]:
+    """Start `electra-ds STAGE ARGUMENTS` in a folder, if that exists on this node; the output is added to `log`."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
+    inherited["PYTHONPATH"] = python_path()
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        """Die when the parent is killed, so that nothing trains on unseen and no GPU stays taken."""
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has died already
+            os._exit(1)
+
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "electra_ds", stage, *arguments],
+            env=inherited | dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            cwd=folder if folder.is_dir() else None, preexec_fn=die_with_parent,
+        )  # fmt: skip
+
+
+def python_path() -> str:
+    """Return the PYTHONPATH by which this package is found, wherever Python is started."""
+    own = str(Path(electra_ds.__file__).resolve().parent.parent)
+    return os.pathsep.join(dict.fromkeys([own, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])).rstrip(os.pathsep)
+
+
+def rank_environment(rank: int, address: str, port: int, resources: Resources) -> dict[str, str]:
+    """Return the variables of a trial's rank. Each rank sees its own GPU alone, so that is its first; a trial without
+    GPUs trains on the CPU."""
+    own = {"OMP_NUM_THREADS": str(resources.cpus)} | ({} if resources.gpus else {"CUDA_VISIBLE_DEVICES": ""})
+    if resources.workers == 1:
+        return own
+    return own | {
+        "RANK": str(rank), "WORLD_SIZE": str(resources.workers), "LOCAL_RANK": "0", "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
+
+
+def status_of(statuses: Sequence[int | None]) -> int:
+    """Return the status of a trial's ranks: -N if one was killed by signal N, whatever the others then left with; else
+    the first that is not 0; else 0."""
+    found = [status or 0 for status in statuses]
+    return min(found) if min(found) < 0 else next(filter(None, found), 0)
+
+
+def wait(processes: Sequence[subprocess.Popen[bytes]], patience_s: float) -> None:
+    """Wait until all have ended, at most `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], patience_s: float = 0.0) -> None:
+    """Ask the processes to save and leave, and kill them after `patience_s`."""
+    if patience_s > 0:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        wait(processes, patience_s)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+# --- a sweep's trials on this machine, without Ray
+
+
+@contextmanager
+def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]:
+    """While it lasts, SIGINT, SIGTERM and SIGUSR1 and the end of the time ask the sweep's trials to save and leave. A
+    second signal, at least 5 s after the first, ends this process at once and its trials with it.
+
+    Raises InterruptedBySignalError at its end if a signal came.
+    """
+    came: list[tuple[int, float]] = []
+
+    def stop(why: str, more: str = "") -> None:
+        folder.ask_to_stop()
+        with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
+            sys.stderr.write(f"{why}: the trials that run save and leave.{more}\n")
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append((number, time.monotonic()))
+        if len(came) == 1:
+            stop(signal.Signals(number).name, " A second signal leaves at once.")
+        elif came[-1][1] - came[0][1] >= SECOND_SIGNAL_AFTER_S:
+            leave_at_once(number)
+        folder.ask_to_stop()  # again, where a driver elsewhere has only now begun
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    limit = threading.TIMEOUT_MAX if time_limit_s is None else min(time_limit_s, threading.TIMEOUT_MAX)
+    timer = threading.Timer(limit, stop, ["The time is over"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        folder.forget_stop()
+    if came:
+        first, _ = came[0]
+        resume = f"{command('sweep')} --resume {folder.path}"
+        lead = f"{signal.Signals(first).name}: what is done is kept. Resume it with:"
+        raise InterruptedBySignalError(with_command(lead, resume), first)
+
+
+def run_locally(
+    trials: Sequence[Trial], folder: SweepFolder, spec: SweepSpec, display: SweepDisplay, time_limit_s: float | None
+) -> None:
+    """Run the trials in order, until the folder's `stop` file is there; a trial that runs then saves and leaves.
+
+    Raises InterruptedBySignalError at the end if a signal came.
+    """
+    with stoppable(folder, time_limit_s):
+        for trial in trials:
+            if folder.wants_to_stop():
+                return
+            if folder.can_begin(trial):
+                _run(trial, folder, spec, display)
+            display.end(trial, *folder.state_of(trial))
+
+
+def _run(trial: Trial, folder: SweepFolder, spec: SweepSpec, display: SweepDisplay) -> None:
+    files = folder.trial(trial.key)
+    display.begin(trial)
+    for _ in range(1 + spec.retries):
+        arguments = begin(trial, folder, spec)
+        status = 2 if arguments is None else _attempt(trial, arguments, folder, spec, display)
+        if files.has_ended or folder.wants_to_stop():
+            return
+    how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    files.give_up(f"after {1 + spec.retries} attempts: {how}")
+
+
+def _attempt(trial: Trial, arguments: list[str], folder: SweepFolder, spec: SweepSpec, display: SweepDisplay) -> int:
+    """Start the trial's processes and wait for them; returns what `status_of` makes of them."""
+    workers, port, files = spec.resources.workers, free_port(), folder.trial(trial.key)
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(workers)))).split(",")
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(workers):
+            environment = rank_environment(rank, "127.0.0.1", port, spec.resources)
+            if workers > 1 and spec.resources.gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = cards[rank]
+            processes.append(start(trial.stage, arguments, files.log, environment, folder.start_in))
+        while any(each.poll() is None for each in processes):
+            if folder.wants_to_stop():
+                end(processes, TO_SAVE_S)
+            elif any(each.returncode for each in processes):
+                wait(processes, TO_NOTICE_S)
+                break
+            display.look()
+            time.sleep(_LOOK_EVERY_S)
+    finally:
+        end(processes)
+    status = status_of([each.returncode for each in processes])
+    files.end(status)
+    return status

@@ -1,0 +1,188 @@
+"""Run a sweep from beginning to end, or what is missing of it, for the command and for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd  # type: ignore[import-untyped]
+from rich.console import Console
+
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.terminal import say
+from electra_ds.sweep.display import SweepDisplay
+from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.processes import run_locally, this_machine, trials_at_once
+from electra_ds.sweep.records import AS_PLANNED, ENDED
+from electra_ds.sweep.results import report_sweep
+from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep
+from electra_ds.sweep.trials import CheckArguments, Trial, counted, expand, suggested
+
+Sweep = SweepSpec | Mapping[str, Any] | str | Path
+"""A sweep, the content of its file, its path, or the name of a shipped one."""
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """The results of a sweep."""
+
+    is_complete: bool
+    """True if every trial has ended as planned."""
+    results: pd.DataFrame
+    """A row for each trial, as in results.csv."""
+
+
+def accept(stage: str, arguments: Sequence[str]) -> None:
+    """Accept any arguments of a command; the command refuses what it does not take when the trial starts."""
+
+
+def open_sweep(
+    sweep: Sweep | None, folder: str | Path | None, overrides: Sequence[str] = ()
+) -> tuple[SweepSpec, SweepFolder]:
+    """Return a sweep and its folder; None for `sweep` reads the one that is in the folder."""
+    if sweep is None:
+        if folder is None:
+            raise ConfigError("Give a sweep to run, or the folder of one to resume.")
+        found = SweepFolder(Path(folder))
+        return found.read(overrides), found
+    if isinstance(sweep, str | Path):
+        spec = load_sweep(str(sweep), overrides)
+    else:
+        spec = sweep if isinstance(sweep, SweepSpec) else parse_sweep(dict(sweep), "given")
+    return spec, SweepFolder(Path(folder) if folder is not None else Path("runs") / f"sweep-{spec.name}")
+
+
+def run_sweep(
+    sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] = (), retry_failed: bool = False,
+    local: bool = False, address: str | None = None, storage: str | None = None, time_limit_s: float | None = None,
+    check: CheckArguments = accept, console: Console | None = None,
+) -> SweepOutcome:  # fmt: skip
+    """Run what is missing of a sweep, print and write its tables, and return its results.
+
+    sweep: None resumes the one in `folder`. folder: by default runs/sweep-NAME. overrides: changes such as
+    `finetune.seeds=[0, 1]`. retry_failed: run trials again that failed. local: run one trial after the other, without
+    Ray. address: a Ray cluster; by default Ray is started on this machine. storage: where Tune keeps its records.
+    time_limit_s: the time after which trials save and leave. check: refuses arguments of a trial's command.
+
+    Raises ConfigError before anything runs if the sweep is not valid or cannot run here, and InterruptedBySignalError
+    at the end if a signal came; what is done is kept.
+    """
+    console = console or Console()
+    spec, found = open_sweep(sweep, folder, overrides)
+    if sweep is None and not overrides:
+        todo = _todo(expand(spec, None), spec, found, retry_failed=False)
+        if not (todo.missing or todo.more or todo.failed):
+            finished = "The sweep is finished: nothing is left to run. Use --set to add seeds or values."
+            say(console, f"{todo.headline(spec, found)}. {finished}")
+            return SweepOutcome(True, report_sweep(found, todo.trials, spec, console))
+    elif sweep is not None:
+        _check_new(found)
+    if local and spec.is_suggested:
+        raise ConfigError("Optuna's suggestions are run by Ray, so leave out --local.")
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"--address {address} is for Ray's client, which sweeps no longer use. Run the command on a node of the "
+            f"cluster with --address auto, or submit it: ray job submit --address http://HOST:8265 -- electra-ds sweep "
+            f"NAME --out DIR --address auto"
+        )
+    trials = expand(spec, check, found.now if sweep is None else None)
+    if address is None:
+        trials_at_once(spec.resources, [this_machine()])
+    with found.locked():
+        if sweep is not None:
+            _check_new(found)  # another process may have begun it since
+        own = found.with_own_inputs(spec)
+        if own != spec:
+            spec, trials = own, expand(own, None)
+        todo = _todo(trials, spec, found, retry_failed=retry_failed)
+        cut = _run(todo, spec, found, console, check, local, address=address, storage=storage, limit_s=time_limit_s)
+        table = report_sweep(found, [*trials, *found.suggested_before(spec)], spec, console, has_more=cut)
+        return SweepOutcome(not cut and bool(table["state"].isin(AS_PLANNED).all()), table)
+
+
+def _check_new(folder: SweepFolder) -> None:
+    if folder.exists():
+        raise ConfigError(f"{folder.path} holds a sweep already. Resume it with --resume, or choose another --out.")
+
+
+@dataclass(frozen=True)
+class _Todo:
+    """The part of a sweep that is left to run."""
+
+    trials: list[Trial]
+    """All that are known, with those that Optuna has suggested before."""
+    suggested: list[Trial]
+    missing: list[Trial]
+    more: int
+    """How many trials Optuna is still to suggest."""
+    failed: int
+    """How many have failed and are not run again."""
+
+    def headline(self, spec: SweepSpec, folder: SweepFolder) -> str:
+        done = len(self.trials) - len(self.missing) - self.failed
+        failed = f", {self.failed} that failed" if self.failed else ""
+        return f"{spec.name}: {counted(len(self.trials) + self.more)}, {done} done before{failed}; in {folder.path}"
+
+
+def _todo(trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder, *, retry_failed: bool) -> _Todo:
+    before = folder.suggested_before(spec)
+    known = [*trials, *before]
+    states = [folder.state_of(trial)[0] for trial in known]
+    again = ("failed",) if retry_failed else ()
+    missing = [trial for trial, state in zip(known, states, strict=True) if state not in ENDED or state in again]
+    more = max(0, spec.search.samples - len(before)) if spec.is_suggested else 0
+    return _Todo(known, before, missing, more, 0 if retry_failed else states.count("failed"))
+
+
+def _run(
+    todo: _Todo, spec: SweepSpec, folder: SweepFolder, console: Console, check: CheckArguments, local: bool, *,
+    address: str | None, storage: str | None, limit_s: float | None,
+) -> bool:  # fmt: skip
+    """Run what is missing; return whether Optuna would have suggested more."""
+    say(console, todo.headline(spec, folder))
+    if todo.missing or todo.more:
+        for line in filter(None, (spec.description, corpus_note(spec))):
+            say(console, line)
+
+    def begin() -> None:
+        """Write the sweep, once nothing can refuse it any more."""
+        folder.write(spec)
+        for trial in todo.missing:
+            folder.trial(trial.key).forget_failure()
+
+    folder.forget_stop()
+    display = SweepDisplay(console, folder, len(todo.missing) + todo.more, at_once=1)
+    display.expect([trial.stage for trial in todo.missing] + list(spec.stages)[-1:] * todo.more)
+    if local:
+        if spec.scheduler is not None:
+            say(console, f"Without Ray there is no {spec.scheduler.kind}: every trial is run to its end.")
+        begin()
+        with display:
+            run_locally(todo.missing, folder, spec, display, limit_s)
+    elif todo.missing or todo.more:
+        from electra_ds.sweep.tune import ray_runner
+
+        with (
+            ray_runner(folder, spec, display, address=address, storage=storage, time_limit_s=limit_s) as runner,
+            display,
+        ):
+            begin()
+            runner.run(todo.missing)
+            if todo.more:
+                runner.suggest(todo.suggested, lambda config: suggested(spec, config, check, folder.now))
+                return folder.wants_to_stop()
+    else:
+        begin()
+    return False
+
+
+def corpus_note(spec: SweepSpec) -> str:
+    """Return a note if a pretraining reads the built-in corpus, so that nobody finds that out after a day."""
+    stage, keys = spec.pretrain, {"corpus", "data"}
+    if stage is None or keys & (stage.options.keys() | stage.space.keys()):
+        return ""
+    if stage.variants and all(keys & settings.keys() for settings in stage.variants.values()):
+        return ""
+    return "The text is the built-in corpus of some 6 M tokens. For your own, set pretrain.corpus or pretrain.data."
