@@ -22,23 +22,24 @@ if TYPE_CHECKING:
     from electra_ds.api.pretrain import pretrain as pretrain
     from electra_ds.api.run import Run as Run
     from electra_ds.api.stores import build_data as build_data
-    from electra_ds.api.sweep import run_sweep as run_sweep
     from electra_ds.config.finetune_recipe import FinetuneRecipe as FinetuneRecipe
     from electra_ds.config.options import FinetuneOptions as FinetuneOptions
     from electra_ds.config.options import PretrainOptions as PretrainOptions
     from electra_ds.config.overrides import load_recipe as load_recipe
     from electra_ds.config.recipe import Recipe as Recipe
     from electra_ds.data.token_store import TokenStore as TokenStore
+    from electra_ds.pretraining.objectives.base import Objective as Objective
+    from electra_ds.sweep.run import run_sweep as run_sweep
     from electra_ds.training.callbacks import Callback as Callback
 
 __version__ = "0.1.0"
 _HOMES = {
     "pretrain": "api.pretrain", "finetune": "api.finetune", "build_data": "api.stores", "export": "api.export",
-    "import_checkpoint": "api.export", "plan": "api.plan", "run_sweep": "api.sweep", "Run": "api.run",
-    "load_recipe": "config.overrides", "Recipe": "config.recipe", "FinetuneRecipe": "config.finetune_recipe",
-    "PretrainOptions": "config.options", "FinetuneOptions": "config.options", "Callback": "training.callbacks",
-    "TokenStore": "data.token_store", "open_store": "api.pieces", "batches": "api.pieces",
-    "build_model": "api.pieces", "open_engine": "api.pieces", "evaluate": "api.pieces",
+    "import_checkpoint": "api.export", "plan": "api.plan", "Run": "api.run", "load_recipe": "config.overrides",
+    "Recipe": "config.recipe", "FinetuneRecipe": "config.finetune_recipe", "PretrainOptions": "config.options",
+    "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",
+    "build_model": "api.pieces", "open_engine": "api.pieces", "open_store": "api.pieces", "evaluate": "api.pieces",
+    "run_sweep": "sweep.run", "Callback": "training.callbacks", "Objective": "pretraining.objectives.base",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ LATE = {
     ("electra_ds.pretraining.objectives.base", "transformers"),  # for type checkers
     ("electra_ds.finetuning.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "scipy.stats"),
-    ("electra_ds.sweep.options", "electra_ds.finetuning.loaded_task"),  # which only examples of the user's own need
     ("electra_ds.sweep.__init__", "electra_ds.sweep.run"),  # for type checkers
     ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),
     ("electra_ds.sweep.run", "electra_ds.sweep.tune"),  # Ray, which trials one by one do not need
+    ("electra_ds.sweep.options", "electra_ds.finetuning.loaded_task"),  # which only examples of the user's own need
     ("electra_ds.sweep.tune", "optuna"),  # which need not be installed
     ("electra_ds.sweep.tune", "ray.tune.search.optuna"),
 }
@@ -83,6 +84,27 @@ def test_config_does_not_know_torch_and_few_know_deepspeed_and_ray() -> None:
     assert users == {"tune.py", "tune_trial.py"}
     for path in (REPOSITORY / "electra_ds" / "config").glob("*.py"):
         assert not any(name.split(".")[0] in ("torch", "transformers") for name, _ in imports_of(path))
+
+
+def test_training_knows_no_objective_and_no_task() -> None:
+    """It sees a model, batches with a size, and losses by name."""
+    for path in (REPOSITORY / "electra_ds" / "training").glob("*.py"):
+        words = re.findall(r"(?i)generator|discriminator|\bmask|glue", path.read_text("utf8"))
+        assert not words, f"{path} says {', '.join(words)}"
+
+
+def test_there_are_few_rooms_on_few_floors_with_few_arrows_between_them() -> None:
+    arrows = {
+        (room_of(".".join(path.relative_to(REPOSITORY).with_suffix("").parts)), room_of(module))
+        for path in FILES
+        for module, _ in imports_of(path)
+        if module.startswith("electra_ds.") and path.parent.name != "electra_ds"
+    }
+    arrows = {(here, there) for here, there in arrows if here != there}
+    rooms = {path.relative_to(REPOSITORY).parts[1] for path in FILES if path.parent.name != "electra_ds"}
+    assert len(rooms) <= 12
+    assert len(ROWS) - 1 <= 8  # the last one is the entry point
+    assert len(arrows) <= 50, len(arrows)
 
 
 def test_functions_stay_readable() -> None:

@@ -70,7 +70,7 @@ def finetune(
         overrides: changed values of the recipe by dotted key, `{"schedule.epochs": 5}`.
         seed: the seed of the head, the order of the examples and dropout.
         options: any of the command's options; what is given by name takes precedence.
-        callbacks: objects whose methods the run calls at its steps, evaluations, checkpoints and end; they can stop it.
+        callbacks: called while the run trains; they can read, log and stop (`electra_ds.Callback`).
         quiet: whether nothing is printed.
         more: any other field of `FinetuneOptions`, such as `label="stars"`, `best=True` or `predict_test=True`.
 
@@ -169,9 +169,9 @@ class FinetuneStart(Launch[FinetuneOptions]):
     def build(self) -> None:
         """Do nothing: the examples have been tokenised."""
 
-    def train(self, time_limit_s: float | None, callbacks: Sequence[Callback]) -> bool:
+    def train(self, time_limit_s: float | None) -> bool:
         announce(self.job, self.console)
-        return train(self.job, self.ranks, time_limit_s, callbacks)
+        return train(self.job, self.ranks, time_limit_s, self.callbacks)
 
     def say_end(self) -> None:
         say_end(self.job, self.console)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from rich.console import Console
 
-from electra_ds.api.progress import ConsoleDisplay
+from electra_ds.api.display import ConsoleDisplay
 from electra_ds.api.run import Run
 from electra_ds.config.option import Options
 from electra_ds.config.options import RunOptions
@@ -20,7 +19,7 @@ from electra_ds.config.overrides import as_overrides
 from electra_ds.config.recipe import Section
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.log import show_log
+from electra_ds.core.log import log_shown_on
 from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.core.terminal import say
 from electra_ds.pretraining.run_time import RunTime
@@ -58,9 +57,9 @@ class Launch(ABC, Generic[OptionsT]):
     def default_path(self) -> Path:
         """Return the directory of a new run for which none is given."""
 
-    def join(self, run: RunDirectory, ranks: Ranks, console: Console) -> None:
+    def join(self, run: RunDirectory, ranks: Ranks, console: Console, callbacks: Sequence[Callback]) -> None:
         """Take what the start needs from here on."""
-        self.run, self.ranks, self.console = run, ranks, console
+        self.run, self.ranks, self.console, self.callbacks = run, ranks, console, callbacks
 
     def is_finished(self) -> bool:
         """Return whether nothing of a resumed run is left to do."""
@@ -96,7 +95,7 @@ class Launch(ABC, Generic[OptionsT]):
         """Build what the run reads."""
 
     @abstractmethod
-    def train(self, time_limit_s: float | None, callbacks: Sequence[Callback]) -> bool:
+    def train(self, time_limit_s: float | None) -> bool:
         """Announce and do the training in the run directory, which is held; return False if time was up first."""
 
     @abstractmethod
@@ -112,7 +111,7 @@ def launch(
 ) -> Run:
     """Start or resume a run, and return it once it has ended or stopped. To be called by all ranks.
 
-    The run is shown on the console, whose progress display is one more callback.
+    console: shows progress and log; by default the terminal. callbacks: called besides its display.
 
     Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and other errors of the project.
     """
@@ -120,8 +119,8 @@ def launch(
     with join_ranks() as ranks, contextlib.ExitStack() as held:
         console = Console(quiet=True) if not ranks.is_main else console or Console()
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
-        held.enter_context(_shown_log(console))
-        start.join(run, ranks, console)
+        held.enter_context(log_shown_on(console))
+        start.join(run, ranks, console, [ConsoleDisplay(console), *callbacks])
         if not start.is_new and start.is_finished():
             start.say_finished()
             return Run(run.path)
@@ -135,22 +134,9 @@ def launch(
         start.build()
         prepare.hold(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
-        if start.train(limit, [ConsoleDisplay(console), *callbacks]) and ranks.is_main:
+        if start.train(limit) and ranks.is_main:
             start.say_end()
     return Run(run.path)
-
-
-@contextlib.contextmanager
-def _shown_log(console: Console) -> Iterator[None]:
-    """Show the log on a console for as long as a run lasts, and leave the caller's logging as it was."""
-    log = logging.getLogger("electra_ds")
-    handlers, level, propagate = log.handlers[:], log.level, log.propagate
-    show_log(console)
-    try:
-        yield
-    finally:
-        log.handlers[:], log.propagate = handlers, propagate
-        log.setLevel(level)
 
 
 def ask_before_years(

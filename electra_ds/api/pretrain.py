@@ -1,4 +1,4 @@
-"""Pretrain a generator and a discriminator: a run from its options to its report."""
+"""Pretrain: a run from its options to its report."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def pretrain(
     quiet: bool = False,
     **more: Any,
 ) -> Run:
-    """Pretrain a generator and a discriminator, or resume a run, and return the run once it has ended or stopped.
+    """Pretrain by the recipe's objective, or resume a run, and return the run once it has ended or stopped.
 
     Under a launcher such as torchrun every rank calls it. Several calls in one process may follow each other.
 
@@ -76,7 +76,7 @@ def pretrain(
         overrides: changed values of the recipe by dotted key, `{"schedule.total_steps": 400}`.
         seed: the seed of weights, data order, masks, samples and dropout.
         options: any of the command's options; what is given by name takes precedence.
-        callbacks: objects whose methods the run calls at its steps, evaluations, checkpoints and end; they can stop it.
+        callbacks: called while the run trains; they can read, log and stop (`electra_ds.Callback`).
         quiet: whether nothing is printed.
         more: any other field of `PretrainOptions`, such as `stop_at=100`, `save_every=50` or `init_from=[...]`.
 
@@ -183,7 +183,7 @@ class PretrainStart(Launch[PretrainOptions]):
             self._prepare(store or (TokenStore(path) if self.is_new else None), sources)
         self._fit()
 
-    def train(self, time_limit_s: float | None, callbacks: Sequence[Callback]) -> bool:
+    def train(self, time_limit_s: float | None) -> bool:
         with self.ranks.together():
             if self.weights is not None:
                 from electra_ds.interop.init_from import write_first_checkpoint
@@ -192,7 +192,7 @@ class PretrainStart(Launch[PretrainOptions]):
                 self.job = self._with_notes_on_weights()
                 self.weights = None  # which holds them in memory
         announce(self.job, self.console)
-        return train(self.job, self.ranks, time_limit_s, callbacks)
+        return train(self.job, self.ranks, time_limit_s, self.callbacks)
 
     def say_end(self) -> None:
         from electra_ds.report.run_report import report_run

@@ -40,28 +40,25 @@ def add_sweep(commands: Commands) -> None:
 
 
 def _sweep(options: SweepOptions) -> None:
-    from electra_ds.sweep.options import check_arguments
-
-    console, overrides = wide_console(), options.overrides or ()
+    console = wide_console()
     if options.what[:1] == ["status"]:
         status_of_sweep(Path(options.what[1]), console)
         return
     sweep, folder = (options.what[0], options.out) if options.resume is None else (None, options.resume)
+    overrides = options.overrides or ()
     if options.dry_run:
         from electra_ds.sweep.forecast import plan_sweep
 
         plan_sweep(
-            sweep, folder, overrides=overrides, local=bool(options.local), address=options.address,
-            check=check_arguments, console=console,
-        )  # fmt: skip
+            sweep, folder, overrides=overrides, local=bool(options.local), address=options.address, console=console
+        )
         return
 
     from electra_ds.sweep.run import run_sweep
 
     outcome = run_sweep(
         sweep, folder, overrides=overrides, retry_failed=bool(options.retry_failed), local=bool(options.local),
-        address=options.address, storage=options.storage, time_limit_s=options.time_limit, check=check_arguments,
-        console=console,
+        address=options.address, storage=options.storage, time_limit_s=options.time_limit, console=console,
     )  # fmt: skip
     if not outcome.is_complete:
         raise SystemExit(1)

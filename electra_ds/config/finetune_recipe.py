@@ -155,7 +155,7 @@ class Finetuning:
 
 
 def load_finetune_recipe(source: RecipeSource, task: str, overrides: Sequence[str] = ()) -> FinetuneRecipe:
-    """Return a recipe with its `by_task` for the task and then the overrides applied, and validated."""
+    """Return a recipe of finetuning with its `by_task` for the task, then the overrides, applied, and validated."""
     values = named_values(source, FINETUNE_RECIPES)
     for key, value in _of_task(values.pop("by_task", None) or {}, task, shown_source(source)).items():
         put_value(values, key, value)

@@ -6,6 +6,8 @@ Nothing below the command line prints. From Python, `logging.basicConfig(level=l
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -40,12 +42,14 @@ class ConsoleHandler(logging.Handler):
             say(self.console, record.getMessage())
 
 
-def show_log(console: Console) -> None:
-    """Show what the package logs on a console from now on, in place of one that was shown on before."""
+@contextmanager
+def log_shown_on(console: Console) -> Iterator[None]:
+    """Show what the package logs on a console, for as long as the context lasts."""
     log = logging.getLogger("electra_ds")
-    for handler in log.handlers[:]:
-        if isinstance(handler, ConsoleHandler):
-            log.removeHandler(handler)
-    log.addHandler(ConsoleHandler(console))
+    before = log.handlers[:], log.level, log.propagate
+    log.handlers, log.propagate = [ConsoleHandler(console)], False
     log.setLevel(logging.INFO)
-    log.propagate = False
+    try:
+        yield
+    finally:
+        log.handlers, log.level, log.propagate = before[0], before[1], before[2]

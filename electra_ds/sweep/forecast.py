@@ -47,9 +47,10 @@ from electra_ds.pretraining.step_time import (
 from electra_ds.report.forecast import GIB, device_budget, forecast
 from electra_ds.report.tables import Table, print_table
 from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.options import check_arguments
 from electra_ds.sweep.processes import this_machine, trials_at_once
 from electra_ds.sweep.records import ENDED
-from electra_ds.sweep.run import Sweep, accept, corpus_note, open_sweep
+from electra_ds.sweep.run import Sweep, corpus_note, open_sweep
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import CheckArguments, Trial, counted, ends, expand, value_text
 
@@ -75,7 +76,7 @@ class Cost:
 
 def plan_sweep(
     sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] = (), local: bool = False,
-    address: str | None = None, check: CheckArguments = accept, console: Console | None = None,
+    address: str | None = None, check: CheckArguments = check_arguments, console: Console | None = None,
 ) -> None:  # fmt: skip
     """Print the trials of a sweep and what they cost, and run nothing. The arguments are those of `run_sweep`."""
     console = console or Console()

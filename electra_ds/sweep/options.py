@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
+from electra_ds.config.objectives import find_objective
 from electra_ds.config.option import add_options, described, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
-from electra_ds.config.recipe import ElectraRecipe, named_values, values_yaml
+from electra_ds.config.recipe import ElectraRecipe, named_values, recipe_type, values_yaml
 from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, shipped_names
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.core.files import is_hub_model
@@ -29,13 +30,12 @@ OPTIONS = {
 """The options that a stage may give."""
 INSTEAD = {name: of.instead for name, of in _KNOWN.items() if of.instead}
 """What to write for those that the sweep sets itself."""
-RECIPE_KEYS = {"pretrain": ElectraRecipe.dotted_keys(), "finetune": FinetuneRecipe.dotted_keys()}
-PRETRAIN_METRICS = (
+ELECTRA_METRICS = (
     "generator_loss", "discriminator_loss", "generator_masked_loss", "unigram_loss", "generator_gain",
     "generator_accuracy", "generator_sampled_accuracy", "replaced_share", "discriminator_accuracy",
     "discriminator_precision", "discriminator_recall", "discriminator_f1", "discriminator_auc",
 )  # fmt: skip
-"""What an evaluation of a pretraining reports: the fields of pretraining.metrics.Evaluation, which needs torch."""
+"""The metrics of the objective electra, whose own module needs torch; a test compares them."""
 SCORE = "score"
 """A finetuning's first metric, on the first development set."""
 
@@ -100,15 +100,35 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def key_problem(stage: str, key: str) -> str:
-    """Why a key is neither a stage's option nor its recipe's; empty where it is."""
+def objective_of(options: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return the objective of a pretraining's recipe and settings; that of ELECTRA if the recipe cannot be read."""
+    recipe = options.get("recipe")
+    try:
+        values = named_values(recipe) if isinstance(recipe, str) else {}
+    except ConfigError:  # which is reported where the recipe is loaded
+        values = {}
+    return str(settings.get("objective", values.get("objective", "electra")))
+
+
+def recipe_keys(stage: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys of a stage's recipe; of a pretraining's, those of its objective."""
+    if stage == "finetune":
+        return FinetuneRecipe.dotted_keys()
+    try:
+        return recipe_type({"objective": objective_of(options, settings)}).dotted_keys()
+    except ConfigError:
+        return ElectraRecipe.dotted_keys()
+
+
+def key_problem(stage: str, key: str, keys: Sequence[str]) -> str:
+    """Return why a key is neither a stage's option nor one of its recipe's `keys`; empty if it is."""
     if key in INSTEAD:
         return f"is the sweep's to set; {INSTEAD[key]}"
-    if key in OPTIONS[stage] or key in RECIPE_KEYS[stage]:
+    if key in OPTIONS[stage] or key in keys:
         return ""
-    if inner := [known for known in RECIPE_KEYS[stage] if known.startswith(f"{key}.")]:
+    if inner := [known for known in keys if known.startswith(f"{key}.")]:
         return f"is a section of the recipe; write dotted keys, such as {inner[0]}"
-    return f"unknown key{nearest(key, [*OPTIONS[stage], *RECIPE_KEYS[stage]])}"
+    return f"unknown key{nearest(key, [*OPTIONS[stage], *keys])}"
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -202,10 +222,11 @@ def _is_settings(name: str) -> bool:
     return name in _KNOWN and _KNOWN[name].names == "settings"
 
 
-def metrics_of(stage: str, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """What every evaluation of such a trial reports; of the user's own examples, what it may."""
+def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what every evaluation of such a trial reports; of the user's own examples, what it may report."""
     if stage == "pretrain":
-        return PRETRAIN_METRICS
+        objective = objective_of(options, settings)
+        return ELECTRA_METRICS if objective == "electra" else tuple(find_objective(objective).metric_labels)
     task = options.get("task")
     if task in SQUAD_TASKS:
         return (SCORE, "exact", "f1")

@@ -10,10 +10,12 @@ from typing import Any
 import pandas as pd  # type: ignore[import-untyped]
 from rich.console import Console
 
+from electra_ds.config.overrides import as_overrides
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.terminal import say
 from electra_ds.sweep.display import SweepDisplay
 from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.options import check_arguments
 from electra_ds.sweep.processes import run_locally, this_machine, trials_at_once
 from electra_ds.sweep.records import AS_PLANNED, ENDED
 from electra_ds.sweep.results import report_sweep
@@ -34,10 +36,6 @@ class SweepOutcome:
     """A row for each trial, as in results.csv."""
 
 
-def accept(stage: str, arguments: Sequence[str]) -> None:
-    """Accept any arguments of a command; the command refuses what it does not take when the trial starts."""
-
-
 def open_sweep(
     sweep: Sweep | None, folder: str | Path | None, overrides: Sequence[str] = ()
 ) -> tuple[SweepSpec, SweepFolder]:
@@ -55,21 +53,33 @@ def open_sweep(
 
 
 def run_sweep(
-    sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] = (), retry_failed: bool = False,
-    local: bool = False, address: str | None = None, storage: str | None = None, time_limit_s: float | None = None,
-    check: CheckArguments = accept, console: Console | None = None,
+    sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] | Mapping[str, Any] = (),
+    retry_failed: bool = False, local: bool = False, address: str | None = None, storage: str | None = None,
+    time_limit_s: float | None = None, check: CheckArguments = check_arguments, console: Console | None = None,
+    quiet: bool = False,
 ) -> SweepOutcome:  # fmt: skip
     """Run what is missing of a sweep, print and write its tables, and return its results.
 
-    sweep: None resumes the one in `folder`. folder: by default runs/sweep-NAME. overrides: changes such as
-    `finetune.seeds=[0, 1]`. retry_failed: run trials again that failed. local: run one trial after the other, without
-    Ray. address: a Ray cluster; by default Ray is started on this machine. storage: where Tune keeps its records.
-    time_limit_s: the time after which trials save and leave. check: refuses arguments of a trial's command.
+    Args:
+        sweep: a shipped name such as `smoke`, a path, or the content of a sweep's file. None resumes the sweep in
+            `folder`.
+        folder: the sweep's folder. By default runs/sweep-NAME.
+        overrides: changes of the file, `{"finetune.seeds": [0, 1]}`.
+        retry_failed: whether trials that failed are run again.
+        local: whether trials run one after the other, without Ray.
+        address: a Ray cluster. By default Ray is started on this machine.
+        storage: the place of Tune's own records. By default they are in the sweep's folder.
+        time_limit_s: the time after which trials save and leave.
+        check: refuses arguments of a trial's command.
+        console: where it is shown. By default the terminal.
+        quiet: whether nothing is printed.
 
-    Raises ConfigError before anything runs if the sweep is not valid or cannot run here, and InterruptedBySignalError
-    at the end if a signal came; what is done is kept.
+    Raises:
+        ConfigError: the sweep is not valid or cannot run here; nothing was run.
+        InterruptedBySignalError: a signal came; what is done is kept.
     """
-    console = console or Console()
+    console = console or Console(quiet=quiet)
+    overrides = as_overrides(overrides)
     spec, found = open_sweep(sweep, folder, overrides)
     if sweep is None and not overrides:
         todo = _todo(expand(spec, None), spec, found, retry_failed=False)

@@ -33,10 +33,11 @@ from electra_ds.sweep.options import (
     INSTEAD,
     NAMED,
     OPTIONS,
-    RECIPE_KEYS,
     full_path,
     key_problem,
+    metrics_of,
     nearest,
+    recipe_keys,
     value_problem,
     with_folder,
 )
@@ -249,7 +250,7 @@ def _put(values: dict[str, Any], override: str) -> None:
     parts = path.split(".")
     if not equals or not all(parts):
         raise ConfigError(f"{override!r}: an override is written key=value, e.g. finetune.seeds=[0,1]")
-    homes = [f"{stage}.set.{path}" for stage in STAGES if stage in values and path in RECIPE_KEYS[stage]]
+    homes = [f"{stage}.set.{path}" for stage in STAGES if stage in values and path in _keys(stage, values[stage])]
     if homes and len(parts) > 1:
         raise ConfigError(f"{override!r}: is a key of a recipe; write it as {' or '.join(homes)}")
     if parts[0] in STAGES:  # a recipe's key is one, for all its dots
@@ -321,9 +322,9 @@ def _problems(error: pydantic.ValidationError) -> list[str]:
 
 def _stage_problems(name: str, given: dict[str, Any]) -> list[str]:
     """Return the problems of a stage's keys and values as they stand in the file."""
-    problems = []
+    problems, keys = [], _keys(name, given)
     for place, key, value in _settings(name, given):
-        problem = _key_problem(name, place, key)
+        problem = _key_problem(name, place, key, keys)
         if place == "space":
             problem = problem or _space_problem(name, key, value, given)
         elif place.startswith("variants") and key in _mapping(given.get("space")):
@@ -363,12 +364,18 @@ def _settings(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str, A
     return ((place, key, value) for place, settings in places.items() for key, value in settings.items())
 
 
-def _key_problem(stage: str, place: str, key: str) -> str:
-    if place == "" and key in RECIPE_KEYS[stage] and key not in INSTEAD:
+def _keys(stage: str, given: Any) -> list[str]:
+    """Return the dotted keys of a stage's recipe."""
+    values = _mapping(given)
+    return recipe_keys(stage, values, _mapping(values.get("set")))
+
+
+def _key_problem(stage: str, place: str, key: str, keys: Sequence[str]) -> str:
+    if place == "" and key in keys and key not in INSTEAD:
         return "is the recipe's; write it under set"
     if place == "set" and key in OPTIONS[stage]:
         return f"is an option of the command; write it as {stage}.{key}, outside set"
-    problem = key_problem(stage, key)
+    problem = key_problem(stage, key, keys)
     if place == "" and problem.startswith("unknown key"):
         sections = (PretrainStage if stage == "pretrain" else FinetuneStage).model_fields
         return f"unknown key{nearest(key, [*OPTIONS[stage], *sections])}"
@@ -386,7 +393,7 @@ def _problems_together(spec: SweepSpec) -> list[str]:
     last, stage, problems = spec.last_stage, spec.stages[spec.last_stage], []
     compared = [*(["scheduler"] if spec.scheduler is not None else []), *(["Optuna"] if spec.is_suggested else [])]
     if compared and spec.metric is None:
-        name = {"pretrain": "discriminator_auc", "finetune": "score"}[last]
+        name = "score" if last == "finetune" else metrics_of(last, stage.options, stage.set)[-1]
         problems.append(f"metric: {compared[0]} needs one; write metric: {{name: {name}}}")
     if compared and (place := _varies_task(stage)):
         problems.append(

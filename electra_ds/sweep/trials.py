@@ -23,7 +23,7 @@ from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.sweep.domains import Domain, Value
-from electra_ds.sweep.options import HOW, OPTIONS, key_problem, metrics_of, missing_path, words
+from electra_ds.sweep.options import HOW, OPTIONS, key_problem, metrics_of, missing_path, recipe_keys, words
 from electra_ds.sweep.spec import PretrainStage, Stage, SweepSpec, YamlDumper, listed
 
 _LONGEST_LABEL = 80
@@ -175,7 +175,8 @@ def suggested(
     ConfigError if it is none."""
     ((name, stage),) = spec.stages.items()
     varying = {key: value for key, value in values.items() if key != "seed"}
-    problems = [f"{name}.{key}: {problem}" for key in varying if (problem := key_problem(name, key))]
+    keys = recipe_keys(name, stage.options, stage.set)
+    problems = [f"{name}.{key}: {problem}" for key in varying if (problem := key_problem(name, key, keys))]
     trial, found = (None, []) if problems else _Cell(spec, name, varying).trial(check, now)
     _raise(spec, [*problems, *found])
     assert trial is not None
@@ -336,7 +337,7 @@ class _Cell:
             yield f"{self._place('ds_config')}: {error}"
 
     def _metric_problems(self) -> Iterator[str]:
-        there, metric = metrics_of(self._name, self._options), self._spec.metric
+        there, metric = metrics_of(self._name, self._options, self._settings), self._spec.metric
         if metric is not None and self._name == self._spec.last_stage and metric.name not in there:
             known = did_you_mean(metric.name, there) or ", which reports " + ", ".join(there)
             yield f"metric.name: {metric.name} is not reported by {self._options.get('task') or self._name}{known}"

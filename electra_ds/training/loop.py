@@ -326,7 +326,7 @@ class TrainingLoop(ABC):
         _log.log(
             NOTE,
             f"memory ran out in step {self.step + 1}, which is repeated; from here on micro-batch x accumulation = "
-            f"{plan.batch}, and global batch, masks and samples stay as they were",
+            f"{plan.batch}, and global batch and random numbers stay as they were",
         )
         try:
             self.job.run.write_record(self.job.recipe, plan, self.job.record)

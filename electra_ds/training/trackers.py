@@ -1,6 +1,6 @@
 """Weights & Biases, TensorBoard and CSV: the numbers of metrics.jsonl for those who watch them there.
 
-Names are KIND/NAME, such as `train/generator_loss` and `eval/discriminator_auc`. A tracker that fails in mid-run is
+Names are KIND/NAME, such as `train/loss` and `eval/accuracy`. A tracker that fails in mid-run is
 dropped with one warning; metrics.jsonl has every number in any case.
 """
 

@@ -152,9 +152,9 @@ def test_it_is_swept_over_its_own_keys_and_by_its_own_metric(
     stage["recipe"] = own_recipe(tmp_path, "cloze")
     stage["set"] = {key: value for key, value in stage["set"].items() if not key.startswith(OF_ELECTRA)}
     stage["space"], stage["seeds"] = {"cloze.masked_share": {"grid": [0.1, 0.3]}}, [0]
-    stage["metric"] = "cloze_gain"
+    values["metric"] = {"name": "cloze_gain", "mode": "max"}
     environment = {"PYTHONPATH": f"{registered}:{ENVIRONMENT.get('PYTHONPATH', '')}"}
-    done = run_sweep(write_sweep(tmp_path, values), "--folder", tmp_path / "sweep", environment=environment)
+    done = run_sweep(write_sweep(tmp_path, values), "--out", tmp_path / "sweep", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cloze_gain" in (tmp_path / "sweep" / "results.csv").read_text().splitlines()[0]
 

@@ -22,7 +22,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.objectives.electra_evaluation import ALWAYS_ORIGINAL
 from electra_ds.sweep.domains import Domain
-from electra_ds.sweep.options import INSTEAD, OPTIONS, PRETRAIN_METRICS, check_arguments
+from electra_ds.sweep.options import ELECTRA_METRICS, INSTEAD, OPTIONS, check_arguments
 from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep, sweep_yaml
 from electra_ds.sweep.trials import Trial, expand
 
@@ -103,7 +103,7 @@ def test_every_option_of_a_command_is_known_or_the_sweeps_own(stage: str) -> Non
 
 
 def test_the_metrics_of_pretraining_are_those_of_its_evaluation() -> None:
-    assert set(ElectraObjective.metric_labels) - {ALWAYS_ORIGINAL} == set(PRETRAIN_METRICS)
+    assert set(ElectraObjective.metric_labels) - {ALWAYS_ORIGINAL} == set(ELECTRA_METRICS)
 
 
 # --- domains

@@ -24,7 +24,7 @@ from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.devices import is_out_of_memory
 from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError
-from electra_ds.core.log import show_log
+from electra_ds.core.log import log_shown_on
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import prepare, probe
@@ -105,8 +105,8 @@ def train(
     with directory.locked():
         plan = plan_new(options, recipe, directory, ranks)
         job = prepare.prepare_new(options, recipe, plan, store, directory, ranks)
-        show_log(console or Console(quiet=True))
-        assert pretrain(job, ranks)
+        with log_shown_on(console or Console(quiet=True)):
+            assert pretrain(job, ranks)
     return directory.path
 
 

@@ -26,7 +26,7 @@ from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import ConfigError, InterruptedBySignalError, TrainingError
-from electra_ds.core.log import show_log
+from electra_ds.core.log import log_shown_on
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.prepare import tracking_settings
 from electra_ds.training.trackers import Trackers, check_tracking, open_trackers
@@ -46,11 +46,21 @@ def _nobody_is_logged_in(tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     monkeypatch.delenv("NETRC", raising=False)
 
 
+SHOWN = contextlib.ExitStack()
+"""Where the log is shown in a test."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_shown_any_more() -> Iterator[None]:
+    yield
+    SHOWN.close()
+
+
 def opened(
     settings: TrackingSettings, run_dir: Path, *, resume_step: int = 0, reached: int = 0, console: Console | None = None
 ) -> Trackers:
     run_dir.mkdir(exist_ok=True)
-    show_log(console or Console(file=io.StringIO()))
+    SHOWN.enter_context(log_shown_on(console or Console(file=io.StringIO())))
     return open_trackers(
         settings, RunDirectory(run_dir), {"recipe": {"name": "tiny"}, "deepspeed": {"fp16": {"enabled": True}}},
         resume_step=resume_step, reached=reached,

@@ -1,4 +1,4 @@
-"""How a command shows the progress of a run."""
+"""The progress of a run on a terminal, or as lines in a file."""
 
 from __future__ import annotations
 
