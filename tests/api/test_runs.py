@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -51,6 +51,28 @@ def test_a_run_that_stopped_is_resumed_and_equals_a_straight_one(
     finished = again.resume(quiet=True)
     assert finished.status == "done"
     assert capsys.readouterr().out == ""
+
+
+def test_a_callback_reads_a_run_and_stops_it(examples: Path) -> None:
+    class StopAtTwo(electra_ds.Callback):
+        seen: ClassVar[list[tuple[int, float]]] = []
+
+        def on_step(self, progress: Any, step: int, metrics: Any) -> None:
+            self.seen.append((step, metrics["loss"]))
+            if step == 2:
+                progress.stop("two are enough")
+
+    run = electra_ds.pretrain(
+        small_recipe(*STEPS), data="stores/small", run_dir="runs/two", callbacks=[StopAtTwo()], **HOW
+    )
+    assert run.status == "stopped"
+    assert [list(pair) for pair in StopAtTwo.seen] == [row[:2] for row in losses(run)]
+    assert losses(run.resume(quiet=True)) == losses(electra_ds.Run("runs/mine"))
+
+
+def test_a_sweep_that_cannot_run_is_refused_from_python(examples: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'save_every'"):
+        electra_ds.run_sweep({"name": "x", "pretrain": {"recipe": "tiny", "sav_every": 3}}, local=True, quiet=True)
 
 
 def test_a_run_tells_what_it_is(examples: Path, capsys: pytest.CaptureFixture[str]) -> None:
