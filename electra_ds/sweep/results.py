@@ -419,10 +419,10 @@ def draw_capacity(table: pd.DataFrame, path: Path) -> None:
     titles = {
         name: objective.metric_labels[name] for objective in _objectives(pretrained) for name in objective.key_metrics
     }
-    panels = figure.subplots(1, len(titles), squeeze=False)[0]
+    panels = figure.subplots(1, max(1, len(titles)), squeeze=False)[0]  # one that stays empty before anything began
     for label, (_, row) in zip(labels, pretrained.iterrows(), strict=True):
         lines = evaluations_of(Path(row["run"]))
-        for panel, name in zip(panels, titles, strict=True):
+        for panel, name in zip(panels, titles, strict=False):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
                 steps, values = np.array(points).T
@@ -430,7 +430,7 @@ def draw_capacity(table: pd.DataFrame, path: Path) -> None:
             if points and pd.notna(at := row.get("collapsed_at")):
                 height = np.interp(at, steps, values)
                 panel.plot([at], [height], color=colours[label], marker="X", markersize=11)
-    for panel, title in zip(panels, titles.values(), strict=True):
+    for panel, title in zip(panels, titles.values(), strict=False):
         panel.set(xlabel="step", ylabel=title.strip())
         panel.grid(alpha=0.3)
     handles = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))

@@ -452,7 +452,7 @@ def test_damaged_files_are_refused_and_no_pickle_runs(folders: Path, tmp_path: P
     with pytest.raises(DataError, match=r"Cannot read the weights of .*Fetch or export it again"):
         beginning_of(damaged)
     (damaged / "model.safetensors").unlink()
-    with pytest.raises(DataError, match=r"Cannot read the model .*no file named model.safetensors"):
+    with pytest.raises(DataError, match=r"Cannot read the weights of .*no file named model.safetensors"):
         beginning_of(damaged)
     for payload in ({"a": Malicious(tmp_path / "ran")}, Malicious(tmp_path / "ran")):
         torch.save(payload, damaged / "pytorch_model.bin")
@@ -550,7 +550,7 @@ def test_a_hub_name_that_cannot_be_had_says_what_to_do(
         raise error
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(DataError, match=f"Cannot read the model some/name, which is no folder here .*{message}"):
+    with pytest.raises(DataError, match=f"Cannot read the model some/name, which is not a local folder .*{message}"):
         read_initial_weights(["some/name"], small_recipe())
 
 

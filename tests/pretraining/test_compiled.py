@@ -69,7 +69,7 @@ def test_the_one_shape_holds_what_is_selected_with_little_to_spare(store: TokenS
 
 def test_sequences_that_leave_much_of_their_rows_empty_are_laid_side_by_side(store: TokenStore) -> None:
     recipe = small_recipe(*FULL)
-    forward = CompiledForward(model_for(store, recipe), recipe, cpu_plan(recipe), CPU, "auto")
+    forward = CompiledForward(model_for(store, recipe), cpu_plan(recipe), CPU, "auto")
     for step in range(50):
         batch = builder_for(store, recipe).build(step)
         found = forward.micro_batch(batch, 0, 4)
@@ -120,7 +120,7 @@ def test_a_compiler_that_fails_is_done_without_or_told_where_it_was_asked_for(
     choices: tuple[Compile, ...] = ("auto", "on")
     for wanted in choices:
         model = model_for(store, recipe)
-        forward = CompiledForward(model, recipe, cpu_plan(recipe), CPU, wanted)
+        forward = CompiledForward(model, cpu_plan(recipe), CPU, wanted)
         if wanted == "on":
             with pytest.raises(ConfigError, match=r"(?s)leave out --compile on\. It says: .*no Python\.h"):
                 model(forward.micro_batch(batch, 0, 4))

@@ -252,7 +252,7 @@ def test_memory_that_runs_out_in_an_evaluation_ends_the_run_with_what_to_do(
         raise out_of_memory()
 
     monkeypatch.setattr(Evaluator, "__call__", faulty)
-    with pytest.raises(TrainingError, match=r"beside the steps, as in an evaluation: CUDA out of memory.*--resume"):
+    with pytest.raises(TrainingError, match=r"outside of the steps, as in an evaluation: CUDA out of memory.*--resume"):
         train(store, tmp_path, process_group, micro(12))
     assert RunDirectory(tmp_path / "run").status() == "failed"
     assert CheckpointFolder(tmp_path / "run" / "checkpoints", keep=3).paths()  # the step before it is not lost
