@@ -75,15 +75,15 @@ def sentences(seed: int, count: int) -> list[str]:
     return [" ".join(rng.choice(kind) for kind in kinds).capitalize() + "." for _ in range(count)]
 
 
-def make_inputs(folder: Path) -> None:
-    """Write the text and the labelled examples that all cases share, and build the token stores."""
+def make_inputs(folder: Path, recipes: Sequence[str] = ("tiny", "rc2020-small")) -> None:
+    """Write the text and the labelled examples that all cases share, and build the recipes' token stores."""
     for document in range(60):
         (folder / "text").mkdir(exist_ok=True)
         (folder / "text" / f"{document}.txt").write_text("\n".join(sentences(document, 400)) + "\n")
     for name, seed, count in (("train", 1, 200), ("dev", 2, 40)):
         rows = [f"{text}\t{int('river' in text or 'rain' in text)}" for text in sentences(seed, count)]
         (folder / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
-    for recipe in ("tiny", "rc2020-small"):
+    for recipe in recipes:
         _run([
             "build-data", "--corpus", str(folder / "text"), "--recipe", recipe, "--out", str(folder / recipe),
             "--workers", "1",
@@ -130,8 +130,9 @@ def machine() -> dict[str, str]:
     }
 
 
-def differences(recorded: dict[str, Any], found: dict[str, dict[str, list[float]]]) -> list[str]:
+def differences(found: dict[str, dict[str, list[float]]]) -> list[str]:
     """Return a line for each series that is not as recorded: equal on the same kind of machine, close on another."""
+    recorded = json.loads(FILE.read_text())
     is_same = recorded["machine"] == machine()
     lines = []
     for case, series in found.items():
@@ -160,7 +161,7 @@ def main() -> None:
     elif mode == "record":
         FILE.write_text(json.dumps(document, indent=1) + "\n")
     else:
-        told = differences(json.loads(FILE.read_text()), found)
+        told = differences(found)
         print("\n".join(told) or f"All losses are as in {FILE.name}.")
         sys.exit(bool(told))
 
