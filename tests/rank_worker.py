@@ -110,7 +110,7 @@ def take_over(store: TokenStore, ranks: Ranks) -> dict[str, np.ndarray]:
         found[f"straight-{stage}"], found[f"resumed-{stage}"] = straight_and_resumed(store, stage, ranks)
     checkpointing = {"activation_checkpointing": {"number_checkpoints": 1}}
     found["checkpointed"], _ = straight_and_resumed(store, 3, ranks, **checkpointing)
-    return found | {"evaluation": np.array(evaluation(store, ranks))}
+    return found | {"evaluation": np.array([*evaluation(store, ranks).values()])}
 
 
 def main(what: str, store_path: str, *more: str) -> None:

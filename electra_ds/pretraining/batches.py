@@ -51,7 +51,7 @@ class BatchBuilder:
         if self.recipe.data.segments == "two":
             width = ids.shape[1]
             second = _before(lengths, width) & ~_before(rows.first_B + 2, width)
-        text = TextBatch(ids, lengths, second, maskable, tokenizer.mask_id, tokenizer.vocab_size)
+        text = TextBatch(ids, lengths, second, maskable, tokenizer.mask_id)
         return self.objective.make_batch(text, self.seed, step)
 
     def _text(self, rows: Rows) -> np.ndarray:

@@ -161,4 +161,4 @@ def test_it_is_swept_over_its_own_keys_and_by_its_own_metric(
 
 def _text(ids_BT: np.ndarray) -> TextBatch:
     ones = np.ones(ids_BT.shape, dtype=bool)
-    return TextBatch(ids_BT, ones.sum(1), None, ones, mask_token_id=4, vocab_size=400)
+    return TextBatch(ids_BT, ones.sum(1), None, ones, mask_token_id=4)

@@ -63,7 +63,7 @@ def test_a_finetuning_begins_once_its_encoder_is_there_and_no_trial_twice_or_nev
 def test_a_scheduler_goes_by_a_metric_of_one_stage() -> None:
     """So it never compares a pretraining with a finetuning."""
     for task in (*GLUE, "squad1", None):
-        assert not {*metrics_of("pretrain", {})} & {*metrics_of("finetune", {"task": task})}
+        assert not {*metrics_of("pretrain", {}, {})} & {*metrics_of("finetune", {"task": task}, {})}
 
 
 def test_nothing_begins_once_the_sweep_is_to_stop(tmp_path: Path) -> None:

@@ -84,7 +84,6 @@ class TextBatch:
     maskable_BT: np.ndarray
     """bool, True where a token may be masked: neither a special token nor padding."""
     mask_token_id: int
-    vocab_size: int
 
     @property
     def is_token(self) -> np.ndarray:
