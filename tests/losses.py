@@ -10,8 +10,8 @@ kinds of CPU and versions of torch: on the machine and torch that wrote the file
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 import platform
 import random
@@ -121,30 +121,37 @@ def _run(arguments: Sequence[str], ranks: int = 1) -> None:
 
 def machine() -> dict[str, str]:
     """Return what the last bits of a loss depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    of_cpu = dict(tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
     return {
-        "cpu": model or platform.processor(),
+        "cpu": of_cpu.get("model name", platform.processor()),
+        "cache": of_cpu.get("cache size", ""),
+        "flags": hashlib.sha256(of_cpu.get("flags", "").encode()).hexdigest()[:12],
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
 
 
 def differences(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Return a line for each series that is not as recorded: equal on the same kind of machine, close on another."""
+    """Return a line for each series that is not as recorded.
+
+    On the same kind of machine every value must be equal. Elsewhere losses must be close, and gradient norms are not
+    compared: a last bit decides now and then which token is drawn, and one other token of 500 is felt at once.
+    """
     recorded = json.loads(FILE.read_text())
     is_same = recorded["machine"] == machine()
     lines = []
     for case, series in found.items():
         for name, values in series.items():
             before = recorded["cases"][case][name]
-            tolerance = 0.0 if is_same else 0.05 if "bf16" in case else 1e-3
-            worst = max(
+            tolerance = 0.0 if is_same else 0.15 if "bf16" in case else 0.02
+            worst, step = max(
                 (abs(new - old) / max(abs(old), 1e-6), step)
                 for step, (old, new) in enumerate(zip(before, values, strict=True))
             )
-            if worst[0] > tolerance or math.isnan(worst[0]):
-                lines.append(f"{case}: {name} differs by {worst[0]:.2g} of its value at step {worst[1] + 1}")
+            if (is_same or name != "grad_norm") and not worst <= tolerance:
+                lines.append(f"{case}: {name} differs by {worst:.2g} of its value at step {step + 1}")
     return lines
 
 

@@ -32,5 +32,5 @@ def test_a_loss_that_differs_is_named_with_its_step() -> None:
     assert differences(recorded) == []
     name = SHORT[0]
     changed = {name: {"loss": [*recorded[name]["loss"]]}}
-    changed[name]["loss"][6] *= 1.01
-    assert differences(changed) == [f"{name}: loss differs by 0.01 of its value at step 7"]
+    changed[name]["loss"][6] *= 1.5
+    assert differences(changed) == [f"{name}: loss differs by 0.5 of its value at step 7"]

@@ -66,3 +66,14 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="in use by process unknown"), run.locked():
             pass
+
+
+def test_the_status_of_an_earlier_version_is_read_and_replaced(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    (tmp_path / "verdict.json").write_text('{"verdict": "collapsed", "step": 9, "collapsed_at": 3}')
+    assert run.status() == "collapsed"
+    assert run.status_details() == {"status": "collapsed", "step": 9, "collapsed_at": 3}
+    run.clear_status()
+    assert run.status() is None
+    run.write_status("done", step=12)
+    assert run.status_details() == {"status": "done", "step": 12}
