@@ -18,6 +18,7 @@ from electra_ds.data.sampling import Rows, Sampler
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.pretraining.masking import before
 from electra_ds.pretraining.objectives.base import Objective, PretrainingBatch, TextBatch
 
 
@@ -50,7 +51,7 @@ class BatchBuilder:
         second = None
         if self.recipe.data.segments == "two":
             width = ids.shape[1]
-            second = _before(lengths, width) & ~_before(rows.first_B + 2, width)
+            second = before(lengths, width) & ~before(rows.first_B + 2, width)
         text = TextBatch(ids, lengths, second, maskable, tokenizer.mask_id)
         return self.objective.make_batch(text, self.seed, step)
 
@@ -81,19 +82,13 @@ class BatchBuilder:
         ids[:, 0], ids[:, -1] = tokenizer.cls_id, tokenizer.sep_id
         ids[:, 1:-1] = text
         if rows.second_B.any():  # the second segment stands one place further on
-            np.copyto(ids[:, 2:], text, where=~_before(lengths, width)[:, 2:])
+            np.copyto(ids[:, 2:], text, where=~before(lengths, width)[:, 2:])
             lengths += rows.second_B + (rows.second_B > 0)
             ids[np.arange(len(ids)), lengths - 1] = tokenizer.sep_id
         ids[np.arange(len(ids)), ends] = tokenizer.sep_id
         short = np.flatnonzero(lengths < width)
-        ids[short] = np.where(_before(lengths[short], width), ids[short], np.asarray(tokenizer.pad_id, ids.dtype))
+        ids[short] = np.where(before(lengths[short], width), ids[short], np.asarray(tokenizer.pad_id, ids.dtype))
         maskable = np.ones(ids.shape, dtype=bool)
         for special in self._special:
             maskable &= ids != special
         return ids.astype(np.int64), lengths, maskable
-
-
-def _before(stops_B: np.ndarray, width: int) -> np.ndarray:
-    """bool [B, width], True at the places before each row's stop."""
-    before: np.ndarray = np.arange(width, dtype=np.int32) < stops_B.astype(np.int32)[:, None]
-    return before

@@ -14,6 +14,12 @@ import numpy as np
 from electra_ds.core.keyed_random import random_bits
 
 
+def before(stops_B: np.ndarray, width: int) -> np.ndarray:
+    """Return bool [B, width], True at the places before each row's stop."""
+    places: np.ndarray = np.arange(width, dtype=np.int32) < stops_B.astype(np.int32)[:, None]
+    return places
+
+
 class Masks(NamedTuple):
     """Boolean [B, T] arrays; `replaced` positions get a generator's sample in the discriminator's input."""
 

@@ -100,7 +100,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def objective_of(options: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def objective_name(options: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Return the objective of a pretraining's recipe and settings; that of ELECTRA if the recipe cannot be read."""
     recipe = options.get("recipe")
     try:
@@ -115,7 +115,7 @@ def recipe_keys(stage: str, options: Mapping[str, Any], settings: Mapping[str, A
     if stage == "finetune":
         return FinetuneRecipe.dotted_keys()
     try:
-        return recipe_type({"objective": objective_of(options, settings)}).dotted_keys()
+        return recipe_type({"objective": objective_name(options, settings)}).dotted_keys()
     except ConfigError:
         return ElectraRecipe.dotted_keys()
 
@@ -225,7 +225,7 @@ def _is_settings(name: str) -> bool:
 def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what every evaluation of such a trial reports; of the user's own examples, what it may report."""
     if stage == "pretrain":
-        objective = objective_of(options, settings)
+        objective = objective_name(options, settings)
         return ELECTRA_METRICS if objective == "electra" else tuple(find_objective(objective).metric_labels)
     task = options.get("task")
     if task in SQUAD_TASKS:

@@ -53,9 +53,9 @@ class StepLosses:
 
     def add(self, output: StepOutput) -> torch.Tensor:
         """Return the micro-batch's share of the global loss, to be differentiated."""
-        shares = []
+        shares, losses = [], output.losses
         for name, term in self._terms.items():
-            loss_sum = output.losses[name]
+            loss_sum = losses[name]
             self._sums[name].append(loss_sum.detach())
             shares.append(term.weight / term.divisor * loss_sum)
         share = shares[0]

@@ -31,6 +31,7 @@ from electra_ds.config.objectives import find_objective
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.pretraining.masking import before
 from electra_ds.pretraining.memory import Kernels, PeakMemory
 from electra_ds.training.model import AutocastModel
 from electra_ds.training.step import LossTerm
@@ -88,8 +89,7 @@ class TextBatch:
     @property
     def is_token(self) -> np.ndarray:
         """bool [B, T], True at tokens, special ones included, and False at padding."""
-        real: np.ndarray = np.arange(self.ids_BT.shape[1]) < self.lengths_B[:, None]
-        return real
+        return before(self.lengths_B, self.ids_BT.shape[1])
 
 
 class Curve(NamedTuple):

@@ -22,7 +22,7 @@ from electra_ds.data.packing import packed_rows
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.electra import Electra, ElectraOutput, encoder_configs
 from electra_ds.pretraining.flops import step_flops
-from electra_ds.pretraining.masking import Masks, choose_masks, usual_most_selected
+from electra_ds.pretraining.masking import Masks, before, choose_masks, usual_most_selected
 from electra_ds.pretraining.memory import Kernels, PeakMemory, count_parameters, peak_memory
 from electra_ds.pretraining.microbatch import MicroBatch
 from electra_ds.pretraining.objectives.base import Curve, Export, Objective, PretrainingBatch, TextBatch
@@ -96,8 +96,7 @@ class ElectraBatch(PretrainingBatch):
         counted, second = self.counted_BT[taken], None if second is None else second[taken]
         sequences = positions = None
         if lengths.min() < width:
-            real = np.arange(width, dtype=np.int32) < lengths.astype(np.int32)[:, None]
-            sequences = np.arange(1, len(ids) + 1, dtype=np.int32)[:, None] * real
+            sequences = np.arange(1, len(ids) + 1, dtype=np.int32)[:, None] * before(lengths, width)
             rows = packed_rows(lengths, width) if packed else None
             if rows is not None:
                 ids, counted, sequences = rows.laid(ids), rows.laid(counted), rows.laid(sequences)
