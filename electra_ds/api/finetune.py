@@ -129,7 +129,7 @@ class FinetuneStart(Launch[FinetuneOptions]):
     def check(self) -> None:
         if self.is_new:
             loaded, encoder = self._read_in_turns()
-        with self.ranks.together():
+        with self.ranks.fail_together():
             self.job = (
                 prepare_new(self.options, self.recipe, loaded, encoder, self.run, self.ranks, self.console)
                 if self.is_new
@@ -140,7 +140,7 @@ class FinetuneStart(Launch[FinetuneOptions]):
     def _read_in_turns(self) -> tuple[LoadedTask, EncoderSource]:
         """Read the task and the encoder, on the main rank first: what it downloads, the others find."""
         for is_turn in (self.ranks.is_main, not self.ranks.is_main):
-            with self.ranks.together():
+            with self.ranks.fail_together():
                 if is_turn:
                     read = self._read()
         return read

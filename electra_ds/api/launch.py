@@ -148,7 +148,7 @@ def ask_before_years(
     To be called by all ranks. `yes` and `time_limit`, after which a run ends anyway, answer it. predict: measures this
     machine, so it is called only where its answer matters. shorter: how to make the run shorter.
     """
-    with ranks.together():
+    with ranks.fail_together():
         if not ranks.is_main or options.yes or options.time_limit is not None:
             return
         time = predict()

@@ -80,7 +80,7 @@ def open_engine(
     """
     options = PretrainOptions(ds_config=None if ds_config is None else str(ds_config), micro_batch=micro_batch)
     with join_ranks() as ranks:
-        with ranks.together():
+        with ranks.fail_together():
             plan = plan_for(options, recipe, ranks)
             device = devices.device(ranks.launch)
             engine = PretrainingEngine(model or build_model(recipe, store), recipe, plan, device, compile)

@@ -126,7 +126,7 @@ class PretrainStart(Launch[PretrainOptions]):
 
     def check(self) -> None:
         options, run, ranks = self.options, self.run, self.ranks
-        with ranks.together():
+        with ranks.fail_together():
             if self.is_new:
                 self.plan = prepare.plan_new(options, self.recipe, run, ranks)
                 if not options.recipe:
@@ -138,7 +138,7 @@ class PretrainStart(Launch[PretrainOptions]):
     def show(self) -> None:
         run, ranks = self.run, self.ranks
         found: TokenStore | tuple[Path, int] | None = None
-        with ranks.together():
+        with ranks.fail_together():
             if self.is_new:
                 check = self._read_weights()
                 found = look_for_store(self.options, self.recipe, self.console, check)
@@ -173,18 +173,18 @@ class PretrainStart(Launch[PretrainOptions]):
 
     def build(self) -> None:
         ranks, store = self.ranks, None
-        with ranks.together():
+        with ranks.fail_together():
             if ranks.is_main and self.is_new:
                 check = self._read_weights()
                 store = open_store(self.options, self.recipe, self.console, check)
         path = ranks.broadcast(store and store.path.resolve())
         sources = ranks.broadcast(self._sources())
-        with ranks.together():
+        with ranks.fail_together():
             self._prepare(store or (TokenStore(path) if self.is_new else None), sources)
         self._fit()
 
     def train(self, time_limit_s: float | None) -> bool:
-        with self.ranks.together():
+        with self.ranks.fail_together():
             if self.weights is not None:
                 from electra_ds.interop.init_from import write_first_checkpoint
 

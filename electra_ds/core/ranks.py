@@ -37,7 +37,7 @@ class Ranks:
         self._background = distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """Make the code inside succeed on every rank or fail on every rank.
 
         Raises the ElectraError that was raised on this rank, or FailedElsewhereError if another rank raised one.

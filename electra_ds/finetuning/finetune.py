@@ -112,11 +112,11 @@ class FinetuneLoop(TrainingLoop):
     def start(self, stack: contextlib.ExitStack) -> None:
         super().start(stack)
         job, ranks = self.job, self.ranks
-        with ranks.together():
+        with ranks.fail_together():
             if ranks.is_main and self._best_folder.folder.is_dir():
                 self._forget_later_best()
         self._history = ranks.broadcast(self._earlier_evaluations())
-        with ranks.together():
+        with ranks.fail_together():
             if job.record.settings.best and self._history and not self._best_folder.paths():
                 raise CheckpointError(
                     f"The best evaluation's weights are gone from {self._best_folder.folder}. Put them back, or start "
@@ -242,12 +242,12 @@ class FinetuneLoop(TrainingLoop):
             self._judged = self.in_memory(lambda: self._judge(self.job.sets.dev))
         tested = self.in_memory(lambda: self._judge(self.job.sets.test)) if settings.predict_test else {}
         judged = self._judged | tested
-        with self.ranks.together():
+        with self.ranks.fail_together():
             if self.ranks.is_main:
                 self._write(judged)
 
     def _take_best(self) -> None:
-        with self.ranks.together():
+        with self.ranks.fail_together():
             path, damaged = self._best_folder.latest_valid(self.ranks)
             if path is None:
                 raise CheckpointError(

@@ -125,7 +125,7 @@ def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bo
     """
     if not prepare.is_finished(run, "finetune", ranks):
         return False
-    with ranks.together():
+    with ranks.fail_together():
         has_predicted = run.read_record(FinetuneRecord).settings.predict_test
     return ranks.broadcast(has_predicted or not options.predict_test)
 
@@ -181,7 +181,7 @@ def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
     """Raises DataError if the ranks have not read the same. To be called by all of them."""
     counts = (len(job.sets.train), [len(inputs) for inputs in (job.sets.dev | job.sets.test).values()])
     found = ranks.gather((job.record.data_fingerprint, counts))
-    with ranks.together():
+    with ranks.fail_together():
         if any(other != found[0] for other in found):
             raise DataError("The ranks have read different examples. Put the files where all of them see the same.")
 

@@ -55,7 +55,7 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
     `out` appears complete or not at all. Raises CheckpointError if there is nothing to export or `out` already holds
     something or the tensors are not the recipe's, ConfigError if the JSON cannot be used here.
     """
-    with ranks.together():
+    with ranks.fail_together():
         checkpoint = newest_checkpoint(run_or_checkpoint, ranks)
         out = out or beside(checkpoint, "native")
         check_out(out)
@@ -69,12 +69,12 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
         checkpoint.check(shapes, shapes)
     partial = unfinished(out, ranks.broadcast(secrets.token_hex(4)))
     try:
-        with ranks.together(), _writing(out):
+        with ranks.fail_together(), _writing(out):
             if ranks.is_main:
                 partial.mkdir(parents=True)
         with _writing(out):
             tag = _write_native(checkpoint, model, recipe, plan, devices.device(ranks.launch), partial)
-        with ranks.together(), _writing(out):
+        with ranks.fail_together(), _writing(out):
             if ranks.is_main:
                 _write_record(checkpoint, recipe, plan, partial)
                 if out.exists():

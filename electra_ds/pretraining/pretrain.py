@@ -65,7 +65,7 @@ class PretrainLoop(TrainingLoop):
 
     def __init__(self, job: PretrainJob, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> None:
         recipe, plan, store = job.recipe, job.plan, job.store
-        with ranks.together():
+        with ranks.fail_together():
             device = devices.device(ranks.launch)
             builder = BatchBuilder(store, job.split.train, recipe, recipe.seed)
             self.evaluator = Evaluator(store, job.split, recipe, job.record.settings.eval_windows, ranks)

@@ -186,12 +186,12 @@ class TrainingLoop(ABC):
 
         stack: closes the log with the error that ends the run.
         """
-        with self.ranks.together():
+        with self.ranks.fail_together():
             self.engine = self._make_engine()
         self.record_files = self.job.record_files(self.plan)
         self._resume(self.engine)
         log = None
-        with self.ranks.together():
+        with self.ranks.fail_together():
             if self.ranks.is_main:
                 log = self._open_log()
                 stack.push(log.finish)
@@ -215,9 +215,9 @@ class TrainingLoop(ABC):
 
     def _resume(self, engine: Engine) -> None:
         """Resume from the newest complete checkpoint, which all ranks verify together, each a share of its files."""
-        with self.ranks.together():
+        with self.ranks.fail_together():
             path, damaged = self.checkpoints.latest_valid(self.ranks)
-        with self.ranks.together():
+        with self.ranks.fail_together():
             if self.ranks.is_main:
                 for problem in damaged.values():
                     _log.warning("%s Falling back to the one before.", problem)
@@ -226,7 +226,7 @@ class TrainingLoop(ABC):
                 self.checkpoints.tidy(damaged)
         if path is None:
             return
-        with self.ranks.together():
+        with self.ranks.fail_together():
             checkpoint = open_checkpoint(path)
             checkpoint.check(engine.optimizer.shapes(), engine.optimizer.trained())
             check_same_recipe(checkpoint, self.job.recipe, self.job.run)
@@ -342,7 +342,7 @@ class TrainingLoop(ABC):
             saved = self._saved()
             return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
 
-        with self.ranks.together():
+        with self.ranks.fail_together():
             check_progress(consecutive_skips, self.job.plan.precision.loss_scaling, self.step, last_checkpoint)
 
     # Evaluating.
@@ -350,7 +350,7 @@ class TrainingLoop(ABC):
     def _evaluate(self) -> None:
         with self.throughput.paused():
             metrics = finite_values(self.in_memory(self.evaluate))
-            with self.ranks.together():
+            with self.ranks.fail_together():
                 if self.log is not None:
                     self.log.write("eval", self.step, metrics)
                 for callback in self.callbacks:
@@ -416,7 +416,7 @@ class TrainingLoop(ABC):
         run = self.job.run
         self._save()
         self._finish_saving()
-        with self.ranks.together():  # launchers end the others once the first has left, so all is written before
+        with self.ranks.fail_together():  # launchers end the others once the first has left, so all is written before
             if self.ranks.is_main:
                 run.write_status("stopped", step=self.step, reason=request.reason)
                 if request.is_to_be_resumed:

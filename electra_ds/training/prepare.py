@@ -213,18 +213,18 @@ def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks:
 
     Raises CheckpointError if there is no such run.
     """
-    with ranks.together():
+    with ranks.fail_together():
         run.check_resumable(kind)
     return ranks.broadcast(run.status() == "done")
 
 
 def hold(run: RunDirectory, ranks: Ranks, held: contextlib.ExitStack, *, is_new: bool) -> None:
     """Lock the run for this job, and check that all ranks see it. Raises CheckpointError or ConfigError."""
-    with ranks.together():
+    with ranks.fail_together():
         if ranks.is_main:
             held.enter_context(run.locked(is_new=is_new))
     mark = ranks.broadcast(run.mark())
-    with ranks.together():
+    with ranks.fail_together():
         run.check_shared(mark)
 
 

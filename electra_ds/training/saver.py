@@ -88,7 +88,7 @@ class CheckpointSaver:
         """Wait until the checkpoint that was begun stands. Raises CheckpointError on the rank that could not write its
         part of it, and FailedElsewhereError on the others."""
         self.close()
-        with self._ranks.together():
+        with self._ranks.fail_together():
             error, self._error = self._error, None
             if error is not None:
                 raise error

@@ -64,7 +64,7 @@ class StepLog:
         extra: more for the last one.
         """
         values: Metrics = {}
-        with self._ranks.together():
+        with self._ranks.fail_together():
             for step, values in self._read_back():
                 if step == self._progress.step:
                     values = {**values, **extra}
