@@ -6,10 +6,9 @@ import contextlib
 import csv
 import io
 import json
+import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoModel, ElectraConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from electra_ds.cli import main
+from electra_ds.finetuning.finetune import FinetuneLoop
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.training.engine import Engine
 from electra_ds.training.tracking import read_metrics
-from tests.helpers import REPOSITORY, free_port
-from tests.launching import ENVIRONMENT
+from tests import forks
+from tests.helpers import REPOSITORY
 
 BAD = ("awful", "dull", "clumsy", "tedious")
 GOOD = ("superb", "bright", "graceful", "gripping")
@@ -218,21 +219,31 @@ def arguments_of(model: Path, data: Path | None, task: str, run_dir: Path, *over
     ]  # fmt: skip
 
 
-def command(arguments: Sequence[object], ranks: int = 1) -> list[str]:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    return [*start, str(REPOSITORY / "bin" / "finetune"), *map(str, arguments)]
-
-
 def in_own_process(arguments: Sequence[object], ranks: int = 1, status: int = 0) -> str:
-    result = subprocess.run(
-        command(arguments, ranks), capture_output=True, text=True, check=False, timeout=300, cwd=REPOSITORY,
-        env=ENVIRONMENT,
-    )  # fmt: skip
+    result = forks.run("finetune", *arguments, ranks=ranks)
     assert result.returncode == status, result.stdout + result.stderr
     assert "Traceback" not in result.stderr or ranks > 1
     return result.stdout + result.stderr
+
+
+def die_at(step: str) -> None:
+    """Make this process kill itself when this step is about to begin, or `end`, before a run writes its scores.
+
+    The saving of checkpoints is then wherever it is.
+    """
+    train_step = Engine.train_step
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def faulty(self: Engine, batch: Any, number: int, samples: Any = None) -> Any:
+        if str(number) == step:
+            die()
+        return train_step(self, batch, number, samples)
+
+    Engine.train_step = faulty  # type: ignore[method-assign]
+    if step == "end":
+        FinetuneLoop._write = die  # type: ignore[method-assign]
 
 
 def losses_of(run_dir: Path) -> list[float]:

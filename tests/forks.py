@@ -1,7 +1,9 @@
-"""Starting the real command often: each start is a fork of one process that has imported everything.
+"""Start the real commands without the wait for imports: each is a fork of one process that has imported everything.
 
-That process runs no torch operation, so a fork of it has what a fresh interpreter has. A start may carry a `Moment`
-at which processes are killed, and a function that makes its surroundings worse, such as a disk without room.
+That process runs no torch operation, so a fork of it has what a fresh interpreter has. `run` waits for a command and
+returns what it printed, `start` returns while it runs, and `on_ranks` calls a function on several ranks. A start may
+carry a `Moment` at which processes are killed, and a function that makes its surroundings worse, such as a disk without
+room. Tests of an interpreter's start, of launchers and of a process's own end start real processes instead.
 """
 
 from __future__ import annotations
@@ -9,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers import REPOSITORY
+from tests.launching import ENVIRONMENT, rank_environments
 
 _IMPORTED = [
-    "electra_ds.cli", "electra_ds.api.pretrain",
+    "electra_ds.cli", "electra_ds.api.pretrain", "electra_ds.api.finetune", "electra_ds.api.export",
     "electra_ds.report.run_report", "electra_ds.data.build", "deepspeed", "torch._dynamo", "sklearn.metrics",
     "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin",
-    "tests.forks",
+    "transformers.models.electra.modeling_electra", "tests.forks",
 ]  # fmt: skip
 _CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree"}
 _SERVER = multiprocessing.get_context("forkserver")
@@ -137,19 +143,32 @@ def _arm(moment: Moment, victims: Sequence[int], run: Path) -> None:
         sys.addaudithook(_Watch(run, then))
 
 
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a fork gets in place of what it has from the process that it was forked from."""
+
+    stdout: Path
+    stderr: Path
+    environment: Mapping[str, str]
+    folder: Path
+
+    def enter(self) -> None:
+        """Make this process one as a shell would start it, in a session of its own."""
+        os.setsid()
+        for descriptor, path in ((1, self.stdout), (2, self.stderr)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        os.chdir(self.folder)
+
+
 def _command(
-    arguments: Sequence[str], log: Path, environment: Mapping[str, str], run: Path, moment: Moment | None,
-    victims: Sequence[int], counts: Path | None, prepare: Sequence[Any],
+    words: Sequence[str], surroundings: _Surroundings, run: Path, moment: Moment | None, victims: Sequence[int],
+    counts: Path | None, prepare: Sequence[Any],
 ) -> None:  # fmt: skip
-    """What a fork does: the command, in a session of its own as a shell would start it."""
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(REPOSITORY)
-    sys.argv = ["bin/pretrain", *arguments]
+    """What a fork does."""
+    surroundings.enter()
+    sys.argv = [f"bin/{words[0]}", *words[1:]]
     if prepare:
         prepare[0](*prepare[1:])
     watch = _Watch(run, lambda phase, count: None)
@@ -160,10 +179,22 @@ def _command(
     from electra_ds.cli import main
 
     try:
-        main(["pretrain", *arguments])
+        main(words)
     finally:
         if counts is not None:
             counts.write_text("\n".join(f"{phase} {count}" for phase, count in watch.counts.items()))
+
+
+def _call(function: Callable[..., None], arguments: Sequence[Any], surroundings: _Surroundings) -> None:
+    surroundings.enter()
+    function(*arguments)
+
+
+def _process(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    _SERVER.set_forkserver_preload(_IMPORTED)
+    made = _SERVER.Process(target=target, args=arguments)
+    made.start()
+    return made
 
 
 class Started:
@@ -203,27 +234,58 @@ class Started:
 
 
 def start(
-    arguments: Sequence[str], run: Path, log: Path, environments: Sequence[Mapping[str, str]], *,
+    words: Sequence[str], run: Path, log: Path, environments: Sequence[Mapping[str, str]] = (ENVIRONMENT,), *,
     moment: Moment | None = None, counts: Path | None = None, prepare: Mapping[int, Sequence[Any]] | None = None,
 ) -> Started:  # fmt: skip
-    """`bin/pretrain` with these arguments, one process for each environment.
+    """Start a command of ours, one process for each environment, and return at once.
 
-    counts: where to write how many events of each phase rank 0 saw. prepare: by rank, a function of a module, and
-    what to call it with, before the command.
+    words: the command and its arguments. counts: where to write how many events of each phase rank 0 saw. prepare: by
+    rank, a function of a module, and what to call it with, before the command.
     """
-    _SERVER.set_forkserver_preload(_IMPORTED)
     log_start = log.stat().st_size if log.exists() else 0
     processes: list[BaseProcess] = []
     for rank in reversed(range(len(environments))):  # rank 0 last: it is to know whom to kill
         mine = moment if moment is not None and moment.trigger == rank else None
         others = [process.pid for process in processes] if mine and set(mine.victims) - {rank} else []
-        made = _SERVER.Process(
-            target=_command,
-            args=(
-                list(arguments), log, dict(environments[rank]), run, mine, others,
-                counts if rank == 0 else None, (prepare or {}).get(rank, ()),
-            ),
-        )  # fmt: skip
-        made.start()
-        processes.insert(0, made)
+        surroundings = _Surroundings(log, log, dict(environments[rank]), REPOSITORY)
+        its_own = (counts if rank == 0 else None, (prepare or {}).get(rank, ()))
+        processes.insert(0, _process(_command, [*words], surroundings, run, mine, others, *its_own))
     return Started(processes, log, log_start)
+
+
+def run(
+    *words: object, ranks: int = 1, environment: Mapping[str, str] | None = None, folder: Path = REPOSITORY,
+    timeout_s: float = 300,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run a command of ours to its end. environment: variables beside those of this process.
+
+    With several ranks the output is that of all of them, and the status that of the first one that failed.
+    """
+    return _finish(_command, ([*map(str, words)],), (folder, None, (), None, ()), ranks, environment, folder, timeout_s)
+
+
+def on_ranks(function: Callable[..., None], ranks: int, *arguments: object, timeout_s: float = 500) -> str:
+    """Call a module's function on ranks that find what a launcher sets, and return what they printed."""
+    done = _finish(_call, (function, arguments), (), ranks, None, REPOSITORY, timeout_s)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _finish(
+    target: Callable[..., None], first: Sequence[Any], last: Sequence[Any], ranks: int,
+    environment: Mapping[str, str] | None, folder: Path, timeout_s: float,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    place = Path(tempfile.mkdtemp())
+    out, err = place / "out", place / "err"
+    processes = [
+        _process(target, *first, _Surroundings(out, err, its_own | dict(environment or {}), folder), *last)
+        for its_own in rank_environments(ranks)
+    ]
+    statuses = Started(processes, out, 0).wait(timeout_s)
+    for process in processes:
+        process.kill()
+    printed = [path.read_bytes().decode("utf8", "replace") if path.exists() else "" for path in (out, err)]
+    shutil.rmtree(place)
+    assert None not in statuses, f"still at work after {timeout_s} s\n{printed}"
+    status = next((status for status in statuses if status), 0)
+    return subprocess.CompletedProcess([*map(str, first)], status, *printed)

@@ -72,6 +72,14 @@ def srun_environment(rank: int, ranks: int) -> dict[str, str]:
     }  # fmt: skip
 
 
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """The environment of a process alone, or those of the tasks of an `srun`, which meet at a free port."""
+    if ranks == 1:
+        return [ENVIRONMENT]
+    port = {"MASTER_PORT": str(free_port())}
+    return [ENVIRONMENT | srun_environment(rank, ranks) | port for rank in range(ranks)]
+
+
 def run_arguments(store: Path, run_dir: Path, *overrides: str) -> list[str]:
     return [
         "--data", str(store), "--run-dir", str(run_dir), "--threads", "1", "--log-every", "1", "--eval-every", "1000",

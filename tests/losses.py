@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests import forks
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 50
@@ -110,11 +110,7 @@ def losses_of(name: str, folder: Path) -> dict[str, list[float]]:
 
 
 def _run(arguments: Sequence[str], ranks: int = 1) -> None:
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "electra_ds", *arguments], env=environment, text=True, capture_output=True
-    )
+    done = forks.run(*arguments, ranks=ranks, environment={"OMP_NUM_THREADS": "1"}, timeout_s=3600)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}")
 

@@ -1,13 +1,12 @@
 """Plain DeepSpeed engines, as anybody would write them, whose checkpoints are imported, and which load our exports.
 
-Run by torchrun from tests/interop/test_deepspeed_checkpoint.py, on these ranks. Arguments: a token store, a run to
+`main` runs on the ranks of tests/interop/test_deepspeed_checkpoint.py. Arguments: a token store, a run to
 export, and a folder for what is written: `plain-STAGE-PRECISION/`, DeepSpeed's, and
 `plain-STAGE-PRECISION.safetensors`, what that engine held.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,7 +135,3 @@ def main(store_path: str, run: str, out: str) -> None:
                 engine.save_checkpoint(str(folder / f"frozen-{stage}"))
             if ranks.is_main:
                 save_file({"table": given}, folder / f"frozen-{stage}.safetensors")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """Every plan takes over one state, trains on, and saves what every other plan reads.
 
-Called by tests/training/test_plans.py, in its own process for one rank and through torchrun for several. The folder
+Called by tests/training/test_plans.py, in its own process for one rank and in forks for several. The folder
 that it gets holds `common/` (a checkpoint), `samples.npz` (what the straight run drew, to be replayed) and `states/`,
 where each plan's checkpoint goes under RANKS-NAME.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,7 +136,3 @@ def main(store_path: str, folder: str, every: str, *writers: str) -> None:
         pairs = read(Path(folder), store, ranks, [*writers, str(ranks.world_size)], int(every))
         if ranks.is_main:
             (Path(folder) / f"{ranks.world_size}.json").write_text(json.dumps({"losses": losses, "pairs": pairs}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,13 +1,11 @@
-"""Run by torchrun from tests/core/test_ranks.py, on these ranks: the same steps at every ZeRO stage and precision, and
-engines that take over.
+"""The same steps at every ZeRO stage and precision, and engines that take over, for tests/core/test_ranks.py.
 
-Arguments: `follow`, a token store and a file of samples to replay, or `take_over` and a token store; and where rank 0
-writes what it found.
+`main` takes `follow`, a token store and a file of samples to replay, or `take_over` and a token store;
+and where rank 0 writes what it found.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +121,3 @@ def main(what: str, store_path: str, *more: str) -> None:
         found = {"follow": follow, "take_over": take_over}[what](TokenStore(Path(store_path)), ranks, *samples)
         if ranks.is_main:
             np.savez(out, **found)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

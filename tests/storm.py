@@ -30,8 +30,8 @@ from electra_ds.config.run_record import versions
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, verify_checkpoint
 from electra_ds.training.tracking import read_metrics
 from tests.forks import PHASES, Moment, Started, start
-from tests.helpers import REPOSITORY, SMALL, free_port, write_corpus
-from tests.launching import ENVIRONMENT, srun_environment
+from tests.helpers import REPOSITORY, SMALL, write_corpus
+from tests.launching import ENVIRONMENT, rank_environments
 
 STEPS, SAVE_EVERY, KEEP = 60, 3, 2
 # A rank whose peer was killed has to end by itself; the machine may be busy.
@@ -50,19 +50,11 @@ def arguments_for(store: Path, run: Path, ranks: int, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def environments(ranks: int) -> list[dict[str, str]]:
-    """Of a process alone, or of the tasks of an `srun`, which meet at a free port."""
-    if ranks == 1:
-        return [ENVIRONMENT]
-    port = {"MASTER_PORT": str(free_port())}
-    return [ENVIRONMENT | srun_environment(rank, ranks) | port for rank in range(ranks)]
-
-
 def start_run(store: Path, run: Path, log: Path, ranks: int, *more: str, **how: Any) -> Started:
     """What a user does: start the run, or go on with it once there is one."""
     is_there = RunDirectory(run).exists() or any((run / "checkpoints").glob("step-*"))
     arguments = ["--resume", str(run), *more] if is_there else arguments_for(store, run, ranks, *more)
-    return start(arguments, run, log, environments(ranks), **how)
+    return start(["pretrain", *arguments], run, log, rank_environments(ranks), **how)
 
 
 def make_store(folder: Path) -> Path:
@@ -134,7 +126,7 @@ class Storm:
         with log.open("w") as output:
             processes = [
                 subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=REPOSITORY)
-                for environment in environments(self._ranks)
+                for environment in rank_environments(self._ranks)
             ]
             assert [process.wait(300) for process in processes] == [0] * self._ranks, log.read_text()
         forked, counts = self._folder / "forked", self._folder / "counts"

@@ -35,7 +35,7 @@ from tests.launching import (
     start,
     wait_until_gone,
 )  # fmt: skip
-from tests.pretraining.test_pretrain import DROPOUT, train_losses
+from tests.pretrain_runs import DROPOUT, train_losses
 
 # --- what launchers set
 

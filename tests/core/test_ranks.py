@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from electra_ds.core import devices
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.plain import PlainEngine
-from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
-from tests.launching import ENVIRONMENT
+from tests import forks, rank_worker
+from tests.helpers import builder_for, model_for, small_recipe
 from tests.rank_worker import PRECISIONS, RECIPE, STEPS, STEPS_IN_HALF, evaluation
 
 # fp32 differs by the order of sums alone. bf16 has 8 significant bits (2^-9 = 0.2 % a rounding) and fp16 11; a loss is
@@ -43,14 +41,7 @@ def control(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def found_on(world_size: int, out: Path, *arguments: object) -> Any:
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size), "--master_port",
-        str(free_port()), "-m", "tests.rank_worker", *map(str, arguments), str(out),
-    ]  # fmt: skip
-    result = subprocess.run(
-        launch, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500
-    )
-    assert result.returncode == 0, result.stderr
+    forks.on_ranks(rank_worker.main, world_size, *map(str, arguments), str(out))
     return np.load(out)
 
 

@@ -7,8 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,11 +33,13 @@ from electra_ds.finetuning.inputs import _ORDER, TaskMicroBatch
 from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import Engine
+from tests import forks
 from tests.finetune_runs import (
     BAD,
     GOOD,
     NO_DROPOUT,
     arguments_of,
+    die_at,
     evaluations_of,
     final_tensors,
     finetune,
@@ -56,8 +56,6 @@ from tests.finetune_runs import (
     write_glue,
     write_squad,
 )
-from tests.helpers import REPOSITORY
-from tests.launching import ENVIRONMENT
 from tests.training.test_out_of_memory import out_of_memory
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -446,11 +444,8 @@ def test_killed_and_resumed_is_straight_bit_for_bit(
     """SIGKILL after a checkpoint or two, before the first, and when all is trained and the scores are to be written."""
     run_dir = tmp_path / "run"
     arguments = arguments_of(electra, glue, "mrpc", run_dir, **SAVED)
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.finetune_worker", kill_at, *arguments], cwd=REPOSITORY, env=ENVIRONMENT,
-        check=False, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL
+    killed = forks.start(["finetune", *arguments], run_dir, tmp_path / "log", prepare={0: (die_at, kill_at)})
+    assert killed.wait() == [-signal.SIGKILL], killed.output
     assert not (run_dir / "status.json").exists()
     resume(run_dir)
     same_end(run_dir, straight)

@@ -44,10 +44,11 @@ from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, load_ch
 from electra_ds.training.optimizer import FRESH_COUNTERS
 from electra_ds.training.prepare import plan_new
 from electra_ds.training.tracking import read_metrics
+from tests import forks, native_worker
 from tests.helpers import REPOSITORY, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
 from tests.native_worker import PRECISIONS, STEPS, config, held_by, plain_engine, train
-from tests.pretraining.test_pretrain import CPU_JSON, run, start_arguments
+from tests.pretrain_runs import CPU_JSON, run, start_arguments
 
 # Every stage and every precision is quick; all combinations take some time.
 QUICK = ((0, "fp32"), (0, "bf16"), (0, "fp16"), (1, "fp32"), (2, "fp16"), (3, "bf16"))
@@ -597,14 +598,7 @@ def test_a_run_that_could_not_be_written_is_no_run(
 
 @pytest.mark.nightly
 def test_two_ranks_in_and_out(store: TokenStore, portable: Path, process_group: Ranks, tmp_path: Path) -> None:
-    launch_command: Any = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-        "-m", "tests.native_worker", str(store.path), str(portable), str(tmp_path),
-    ]  # fmt: skip
-    result = subprocess.run(
-        launch_command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=500
-    )
-    assert result.returncode == 0, result.stderr
+    forks.on_ranks(native_worker.main, 2, str(store.path), str(portable), str(tmp_path))
     portable_tensors = only_checkpoint(portable)
     for stage in (1, 2, 3):
         for precision in PRECISIONS:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +46,9 @@ from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.trained import load_trained
 from electra_ds.training.checkpoint import load_checkpoint
 from electra_ds.training.prepare import plan_new
-from tests.helpers import SMALL, builder_for, free_port, model_for, small_recipe
-from tests.launching import ENVIRONMENT
-from tests.pretraining.test_pretrain import CPU_JSON, command, imported, run, start_arguments, train_losses
+from tests.helpers import SMALL, builder_for, model_for, small_recipe
+from tests.pretrain_runs import CPU_JSON, has_trained, kill_when, run, start_arguments, train_losses
+from tests.pretraining.test_pretrain import imported
 
 ALL = ("generator.sharing=all", "generator.width_multiplier=1", "generator.depth_multiplier=1")
 SIZES = {
@@ -623,14 +620,7 @@ def test_a_run_that_is_killed_before_its_first_save_goes_on_from_the_weights(
     never = ["--save-every", "1000"]
     result = run("pretrain", *start_arguments(store, straight), *never, *sources)
     assert result.stderr == ""
-    process = subprocess.Popen(
-        command("pretrain", *start_arguments(store, killed), *never, *sources), stdout=subprocess.DEVNULL
-    )
-    while not (killed / "metrics.jsonl").exists() or len(train_losses(killed)) < 3:
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    kill_when(lambda: has_trained(killed, 3), killed, *start_arguments(store, killed), *never, *sources)
     assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-00000000", "latest"}
     assert f"first weights: {folders}" in run("pretrain", "--resume", str(killed)).stdout
     assert train_losses(killed) == train_losses(straight)
@@ -643,19 +633,9 @@ def test_two_ranks_begin_with_the_same_weights_as_one(store: TokenStore, folders
     sources = ["--init-from", str(folders / "embeddings"), "--stop-at", "10"]
     one, two = tmp_path / "one", tmp_path / "two"
     run("pretrain", *start_arguments(store, one), *sources)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    arguments = [*command("pretrain", *start_arguments(store, two))[1:], *sources]
-    result = subprocess.run(
-        [sys.executable, *launcher, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False,
-        timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    run("pretrain", *start_arguments(store, two), *sources, ranks=2)
     np.testing.assert_allclose([x for _, x in train_losses(two)], [x for _, x in train_losses(one)], rtol=1e-5)
-    refused = subprocess.run(
-        [sys.executable, *launcher, *command("pretrain", *start_arguments(store, tmp_path / "bad"))[1:],
-         "--init-from", str(folders / "none")],
-        env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert refused.returncode != 0
+    bad = [*start_arguments(store, tmp_path / "bad"), "--init-from", str(folders / "none")]
+    refused = run("pretrain", *bad, ranks=2, status=2)
     assert refused.stderr.count("Add: --set generator.sharing=none") == 1
     assert not (tmp_path / "bad").exists()

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from electra_ds.cli import main
@@ -38,41 +37,17 @@ from electra_ds.training.preemption import Preemption
 from electra_ds.training.prepare import plan_new
 from electra_ds.training.tracking import MetricsFile, read_metrics
 from tests.helpers import REPOSITORY, SMALL, model_for, small_recipe
-
-CPU_JSON = str(REPOSITORY / "ds_configs" / "cpu.json")
-SETTINGS = ["--threads", "1", "--log-every", "1", "--eval-every", "20", "--save-every", "5", "--eval-windows", "32"]
-
-
-def command(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(REPOSITORY / "bin" / name), *arguments]
-
-
-def run(name: str, *arguments: str, status: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        command(name, *arguments), capture_output=True, text=True, check=False, timeout=300, **options
-    )
-    assert result.returncode == status, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    return result
-
-
-def start_arguments(store: TokenStore, run_dir: Path, *overrides: str) -> list[str]:
-    return [
-        "--ds-config", CPU_JSON, "--recipe", "tiny", "--data", str(store.path), "--run-dir", str(run_dir),
-        *SETTINGS, "--set", *SMALL, "schedule.total_steps=40", "schedule.warmup_steps=4", *overrides,
-    ]  # fmt: skip
-
-
-DROPOUT = ("model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")
-
-
-def train_losses(run_dir: Path) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
-
-
-def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    last = CheckpointFolder(run_dir / "checkpoints", keep=1).paths()[-1]
-    return load_file(last / "weights.safetensors") | load_file(last / "optimizer.safetensors")
+from tests.pretrain_runs import (
+    CPU_JSON,
+    DROPOUT,
+    command,
+    final_tensors,
+    has_trained,
+    kill_when,
+    run,
+    start_arguments,
+    train_losses,
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +81,7 @@ def test_a_run_leaves_everything_it_can_be_rebuilt_and_judged_from(straight: Pat
 def test_straight_is_15_steps_kill_9_and_resume_bit_for_bit(store: TokenStore, straight: Path, tmp_path: Path) -> None:
     """Dropout on. The kill comes after step 15 is saved, wherever training is by then."""
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(
-        command("pretrain", *start_arguments(store, run_dir, *DROPOUT)), stdout=subprocess.DEVNULL
-    )
-    while not (run_dir / "checkpoints" / "step-00000015").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    kill_when((run_dir / "checkpoints" / "step-00000015").exists, run_dir, *start_arguments(store, run_dir, *DROPOUT))
     assert len(train_losses(run_dir)) < 40
     result = run("pretrain", "--resume", str(run_dir))
     assert "Resuming from" in result.stdout
@@ -129,12 +97,7 @@ def test_a_kill_loses_no_line_of_metrics_however_rarely_they_are_read(
 ) -> None:
     run_dir = tmp_path / "run"
     rarely = [*start_arguments(store, run_dir, *DROPOUT), "--log-every", "100", "--save-every", "7"]
-    process = subprocess.Popen(command("pretrain", *rarely), stdout=subprocess.DEVNULL)
-    while not (run_dir / "checkpoints" / "step-00000021").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    kill_when((run_dir / "checkpoints" / "step-00000021").exists, run_dir, *rarely)
     for name in ("recipe.yaml", "deepspeed.json", "run.json"):  # their copies travel in the checkpoints
         (run_dir / name).write_text('{"')
     run("pretrain", "--resume", str(run_dir))
@@ -171,7 +134,7 @@ def test_a_signal_saves_at_the_next_step_and_leaves(
     process = subprocess.Popen(
         command("pretrain", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    while not (run_dir / "metrics.jsonl").exists() or len(train_losses(run_dir)) < 3:
+    while not has_trained(run_dir, 3):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(number)
@@ -208,11 +171,11 @@ def test_the_whole_path_from_text_to_transformers(corpus_folder: Path, tmp_path:
     from transformers import AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining
 
     run("build-data", "--corpus", str(corpus_folder), "--out", "stores/mine", "--recipe", "tiny",
-        "--set", "tokenizer.vocab_size=400", "tokenizer.kind=wordpiece", cwd=tmp_path)  # fmt: skip
+        "--set", "tokenizer.vocab_size=400", "tokenizer.kind=wordpiece", folder=tmp_path)  # fmt: skip
     overrides = [*SMALL, "schedule.total_steps=6", "schedule.warmup_steps=1"]
     run("pretrain", "--data", "stores/mine", "--ds-config", CPU_JSON, "--recipe", "tiny", "--run-dir", "run",
-        "--threads", "1", "--set", *overrides, cwd=tmp_path)  # fmt: skip
-    result = run("export", "run", cwd=tmp_path)
+        "--threads", "1", "--set", *overrides, folder=tmp_path)  # fmt: skip
+    result = run("export", "run", folder=tmp_path)
     assert "export/discriminator" in result.stdout
     folder = tmp_path / "run" / "export"
     tokenizer = AutoTokenizer.from_pretrained(folder / "discriminator")
@@ -233,8 +196,8 @@ def test_the_whole_path_from_text_to_transformers(corpus_folder: Path, tmp_path:
     assert "discriminator_auc" in card
     assert "recipe tiny" in card
     (tmp_path / "file").touch()
-    run("export", "run", "--out", "file", status=2, cwd=tmp_path)
-    refused = run("export", "run", status=2, cwd=tmp_path)
+    run("export", "run", "--out", "file", status=2, folder=tmp_path)
+    refused = run("export", "run", status=2, folder=tmp_path)
     assert "already exists" in refused.stderr
 
 
@@ -249,8 +212,10 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
     }
     arguments = start_arguments(store, tmp_path / "run", "schedule.total_steps=5", "schedule.warmup_steps=1")
-    result = run("pretrain", *arguments, env=environment)
-    assert result.stderr == ""
+    result = subprocess.run(
+        command("pretrain", *arguments), env=environment, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
     assert not (tmp_path / "extensions").exists()
 
 
@@ -279,14 +244,14 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
     ],
 )
 def test_a_wrong_command_line_is_refused_with_what_to_do(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = run("pretrain", *arguments, status=2, cwd=tmp_path)
+    result = run("pretrain", *arguments, status=2, folder=tmp_path)
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_impossible_batch_plan_is_refused_before_data_is_built(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 3, "fp16": {"enabled": true}}')
-    result = run("pretrain", "--ds-config", "ds.json", "--recipe", "tiny", status=2, cwd=tmp_path)
+    result = run("pretrain", "--ds-config", "ds.json", "--recipe", "tiny", status=2, folder=tmp_path)
     assert "global_batch_size (recipe) is 16" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
 
@@ -294,7 +259,7 @@ def test_an_impossible_batch_plan_is_refused_before_data_is_built(tmp_path: Path
 def test_an_incomplete_launcher_environment_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     arguments = ["--ds-config", CPU_JSON, "--recipe", "tiny", "--local_rank=0"]
     for given, missing in (({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"), ({"WORLD_SIZE": "2"}, "RANK is missing")):
-        result = run("pretrain", *arguments, status=2, cwd=tmp_path, env=os.environ | given)
+        result = run("pretrain", *arguments, status=2, folder=tmp_path, environment=given)
         assert missing in result.stderr
     assert not list(tmp_path.iterdir())
 

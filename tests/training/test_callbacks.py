@@ -14,7 +14,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.training.callbacks import Callback, Metrics, Progress
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import SMALL
-from tests.pretraining.test_pretrain import final_tensors, train_losses
+from tests.pretrain_runs import final_tensors, train_losses
 
 STEPS = 20
 OVERRIDES = [*SMALL, f"schedule.total_steps={STEPS}", "schedule.warmup_steps=2"]

@@ -14,10 +14,10 @@ from electra_ds.data.token_store import TokenStore
 from tests.core.test_ranks import BOUNDS
 from tests.forks import start
 from tests.helpers import SMALL
+from tests.launching import rank_environments
 from tests.plan_worker import ZERO
-from tests.pretraining.test_pretrain import train_losses
+from tests.pretrain_runs import train_losses
 from tests.rank_worker import PRECISIONS
-from tests.storm import environments
 
 HALF, STEPS = 8, 16
 RECIPE = ("global_batch_size=16", "schedule.total_steps=40", "schedule.warmup_steps=5")
@@ -65,8 +65,8 @@ def go(plan: Plan, folder: Path, *arguments: str) -> None:
     }  # fmt: skip
     (folder / "ds.json").write_text(json.dumps(values))
     started = start(
-        ["--ds-config", str(folder / "ds.json"), *arguments], folder / "run", folder / "log",
-        environments(plan.ranks), prepare=dict.fromkeys(range(plan.ranks), (half_on_cpu,)),
+        ["pretrain", "--ds-config", str(folder / "ds.json"), *arguments], folder / "run", folder / "log",
+        rank_environments(plan.ranks), prepare=dict.fromkeys(range(plan.ranks), (half_on_cpu,)),
     )  # fmt: skip
     assert started.wait() == [0] * plan.ranks, started.output
 

@@ -40,7 +40,7 @@ from electra_ds.training.prepare import plan_new
 from electra_ds.training.step import StepLosses
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import cpu_plan, small_recipe
-from tests.pretraining.test_pretrain import DROPOUT, final_tensors, run, start_arguments, train_losses
+from tests.pretrain_runs import DROPOUT, final_tensors, run, start_arguments, train_losses
 
 STEPS = 6
 

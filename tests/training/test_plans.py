@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,9 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.training.checkpoint import CheckpointFolder
-from tests import plan_worker
+from tests import forks, plan_worker
 from tests.core.test_ranks import BOUNDS
-from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
-from tests.launching import ENVIRONMENT
+from tests.helpers import builder_for, model_for, small_recipe
 from tests.plan_worker import FIRST, PLANS, RECIPE, STEPS, engine_of
 
 
@@ -57,12 +54,7 @@ def check(losses: dict[str, list[float]], expected: np.ndarray) -> None:
 
 def on_ranks(world_size: int, store: TokenStore, folder: Path, every: int, *writers: str) -> dict[str, Any]:
     """What the worker found on this many ranks."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size), "--master_port",
-        str(free_port()), "-m", "tests.plan_worker", str(store.path), str(folder), str(every), *writers,
-    ]  # fmt: skip
-    result = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    forks.on_ranks(plan_worker.main, world_size, str(store.path), str(folder), str(every), *writers, timeout_s=3600)
     return json.loads((folder / f"{world_size}.json").read_text())
 
 

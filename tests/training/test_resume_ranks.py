@@ -26,7 +26,7 @@ from electra_ds.training.prepare import plan_of_run, record_again, resolved_plan
 from tests.finetune_runs import arguments_of, in_own_process, losses_of, tiny_electra, write_glue
 from tests.helpers import small_recipe
 from tests.launching import finish, run_arguments, start
-from tests.pretraining.test_pretrain import train_losses
+from tests.pretrain_runs import train_losses
 
 RECIPE = small_recipe("global_batch_size=32")
 PAIRS = list(itertools.product((1, 2), (1, 2)))

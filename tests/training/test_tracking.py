@@ -32,7 +32,7 @@ from electra_ds.training.prepare import tracking_settings
 from electra_ds.training.trackers import Trackers, check_tracking, open_trackers
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY
-from tests.pretraining.test_pretrain import CPU_JSON, DROPOUT, command, run, start_arguments, train_losses
+from tests.pretrain_runs import CPU_JSON, DROPOUT, command, run, start_arguments, train_losses
 
 OFFLINE = TrackingSettings(wandb="offline")
 NO_ONE_ASKED = "given here, recorded by the run or its default"
@@ -208,7 +208,7 @@ def test_without_an_account_wandb_online_is_refused_and_nobody_is_asked(tmp_path
 
 def test_a_key_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
     arguments = ["--ds-config", CPU_JSON, "--recipe", "tiny", "--wandb", "online"]
-    result = run("pretrain", *arguments, status=2, cwd=tmp_path, env=os.environ | {"WANDB_API_KEY": "short"})
+    result = run("pretrain", *arguments, status=2, folder=tmp_path, environment={"WANDB_API_KEY": "short"})
     assert "WANDB_API_KEY invalid" in result.stderr
     assert "wandb login" in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -216,11 +216,9 @@ def test_a_key_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_where_wandb_cannot_be_reached_the_run_goes_on_offline(store: TokenStore, tmp_path: Path) -> None:
-    environment = os.environ | {
-        "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3",
-    }  # fmt: skip
+    environment = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
     arguments = start_arguments(store, tmp_path / "run", "schedule.total_steps=6")
-    result = run("pretrain", *arguments, "--wandb", "online", env=environment)
+    result = run("pretrain", *arguments, "--wandb", "online", environment=environment)
     assert "continues offline" in result.stdout
     rows = wandb_rows(wandb_records(tmp_path / "run")[-1])
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
