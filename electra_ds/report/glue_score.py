@@ -1,13 +1,21 @@
-"""The two means of GLUE's tasks that papers print. Metrics are shares in [0, 1] and correlations in [-1, 1].
+"""The two means of GLUE's tasks that papers print, and scores that others published.
+
+Metrics are shares in [0, 1] and correlations in [-1, 1]; published ones are in percent, as printed.
 
 Metrics come as {task: {metric: value}}. MNLI's `accuracy` is the matched set's, `accuracy_mismatched` the other's.
 """
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from pydantic import Field
+
+from electra_ds.config.recipe import Section, load_yaml
+from electra_ds.core.errors import ConfigError
 
 TaskMetrics = Mapping[str, Mapping[str, float]]
 Wnli = Literal["majority", "own"]
@@ -86,3 +94,54 @@ def _missing(metrics: TaskMetrics, needed: Mapping[str, tuple[str, ...]]) -> tup
     return tuple(
         f"{task} {metric}" for task, names in needed.items() for metric in names if metric not in metrics.get(task, {})
     )
+
+
+# --- published scores: `electra_ds/report/published/glue/*.yaml`
+
+
+class PublishedScores(Section):
+    """One row of a table. Every number is in percent, as printed."""
+
+    name: str
+    """Its name for `--compare`."""
+    model: str
+    tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """{task: {metric: value}}, under the metric that it is, which is not always the one in the table's head."""
+    std: dict[str, float] = Field(default_factory=dict)
+    """Standard deviations of `tasks`, by task."""
+    average: float | None = None
+    """AVG as printed."""
+    average_std: float | None = None
+    glue: float | None = None
+    """GLUE as printed."""
+    glue_std: float | None = None
+    column_mean: float | None = None
+    """Mean of the eight columns as printed, where AVG is not given or not all columns are at hand."""
+    implied: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Values that the printed means imply of a metric that is not printed: an inference, never shown as published."""
+    note: str | None = None
+
+
+class PublishedTable(Section):
+    source: str
+    split: Literal["dev", "test"]
+    statistic: str
+    """The statistic that a number is of several seeds, and their number."""
+    not_comparable: list[str] = Field(default_factory=list)
+    """The reasons why a number cannot be compared with ours."""
+    rows: list[PublishedScores]
+
+
+def published_tables() -> list[PublishedTable]:
+    """Return the published tables, in the order of their files' names."""
+    folder = importlib.resources.files("electra_ds").joinpath("report", "published", "glue")
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return [PublishedTable.model_validate(load_yaml(file.read_text("utf8"), file.name)) for file in files]
+
+
+def find_published(name: str) -> tuple[PublishedTable, PublishedScores]:
+    """Return the row of this name with its table. Raises ConfigError if there is none."""
+    rows = {row.name: (table, row) for table in published_tables() for row in table.rows}
+    if name not in rows:
+        raise ConfigError(f"No published scores are called {name!r}. There are: {', '.join(rows)}.")
+    return rows[name]

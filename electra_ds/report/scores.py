@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -18,13 +19,15 @@ from electra_ds.core.terminal import say, warn
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,
+    PublishedScores,
+    PublishedTable,
     TaskMetrics,
     Wnli,
     average,
+    find_published,
     glue,
     missing_for_average,
 )
-from electra_ds.report.publications import PublishedScores, PublishedTable, find_published
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
 from electra_ds.report.submission import zip_submission
 from electra_ds.report.tables import Table, print_table
@@ -39,9 +42,6 @@ _COLUMNS = (
     "run", "model", "model_fingerprint", "recipe", "recipe_source", "changes", "task", "data_fingerprint", "seed",
     "step", "chosen", "set", "rows", "metric", "value", "baseline",
 )  # fmt: skip
-_Found = tuple[PublishedTable, PublishedScores]
-
-
 _ROUNDING = 1e-12
 """Metrics that differ by less are equal."""
 
@@ -58,9 +58,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return the statistics of a metric over seeds. Raises ValueError if there are no values."""
-    if not values:
-        raise ValueError("no values to sum up")
+    """Return the statistics of a metric over seeds, of which there is at least one."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Spread(len(values), float(np.mean(values)), std, float(np.median(values)), min(values), max(values))
 
@@ -123,7 +121,7 @@ def report_scores(
         print_table(differences, console)
     elif len(groups) > 2:
         notes = [*notes, "Differences are of two tables: give the runs of two models or recipes alone"]
-    legend = [PLUS_MINUS, BASELINE] if any(_baselines(group) for group in groups) else [PLUS_MINUS]
+    legend = [PLUS_MINUS, BASELINE] if any(row.baselines for group in groups for row in _rows(group)) else [PLUS_MINUS]
     _say(console, [*notes, *legend, *(note for found in published for note in _published_notes(*found))])
     if csv is not None:
         write_csv(csv, scored)
@@ -169,22 +167,23 @@ def _mean(
 
 def group_table(group: Group, published: Sequence[PublishedScores]) -> Table:
     """Return a row for each metric of each set, and AVG and GLUE below, next to published scores."""
-    baselines = _baselines(group)
-    columns = ["mean ± std", *(["baseline"] if baselines else []), "n", "median", "min–max"]
+    rows = _rows(group)
+    has_baselines = any(row.baselines for row in rows)
+    columns = ["mean ± std", *(["baseline"] if has_baselines else []), "n", "median", "min–max"]
     columns = ["task", "metric", *columns, *(row.name for row in published)]
     table = Table(f"{group.name}, recipe {group.recipe}", columns, text_columns=2)
-    for task, name, metric, values in _rows(group):
+    for task, name, metric, values, baselines in rows:
         scale = 100 if metric in BOUNDED else 1
         first, *cells = _spread_cells(spread(values), scale)
-        if baselines:
-            cells = [_scaled(baselines.get((task, name, metric)), scale), *cells]
+        if has_baselines:
+            cells = [_scaled(float(np.mean(baselines)) if baselines else None, scale), *cells]
         label = task if name == "dev" else f"{task} ({name.removeprefix('dev_')})"
         theirs = [_their_cell(row, task, name, metric) for row in published]
         table.rows.append([label, metric, first, *cells, *theirs])
     table.rows.append([])
     for mean in _glue_means(group):
         first, *cells = _mean_cells(mean)
-        if baselines:
+        if has_baselines:
             cells = [_scaled(mean.baseline, 100), *cells]
         table.rows.append([mean.name, "", first, *cells, *(_their_mean(row, mean.name) for row in published)])
     return table
@@ -195,27 +194,29 @@ def _glue_means(group: Group) -> list[Mean]:
     return means(group) if set(group.tasks) & set(GLUE_METRICS) else []
 
 
-def _rows(group: Group) -> list[tuple[str, str, str, list[float]]]:
-    """Return (task, set, metric, values over seeds), GLUE's tasks first and in its order."""
+class _Row(NamedTuple):
+    """One metric of one set over seeds."""
+
+    task: str
+    set: str
+    metric: str
+    values: list[float]
+    baselines: list[float]
+    """Of the same seeds; empty where they are not recorded."""
+
+
+def _rows(group: Group) -> list[_Row]:
+    """Return the metrics of a group, GLUE's tasks first and in its order."""
     order = list(GLUE_METRICS)
-    found: dict[tuple[str, str, str], list[float]] = {}
+    found: dict[tuple[str, str, str], _Row] = {}
     for task in sorted(group.tasks, key=lambda task: (order.index(task) if task in order else len(order), task)):
         for run in group.tasks[task].values():
-            for name in run.scores.sets:
-                for metric, value in run.scores.metrics(name).items():
-                    found.setdefault((task, name, metric), []).append(value)
-    return [(*key, values) for key, values in found.items()]
-
-
-def _baselines(group: Group) -> dict[tuple[str, str, str], float]:
-    """Return the baseline of each (task, set, metric) that has one; the mean if seeds were scored on different rows."""
-    found: dict[tuple[str, str, str], list[float]] = {}
-    for task, runs in group.tasks.items():
-        for run in runs.values():
             for name, scored in run.scores.sets.items():
-                for metric, value in scored.baseline.items():
-                    found.setdefault((task, name, metric), []).append(value)
-    return {key: sum(values) / len(values) for key, values in found.items()}
+                for metric, value in scored.metrics.items():
+                    row = found.setdefault((task, name, metric), _Row(task, name, metric, [], []))
+                    row.values.append(value)
+                    row.baselines.extend([scored.baseline[metric]] if metric in scored.baseline else [])
+    return list(found.values())
 
 
 def _warnings(group: Group) -> list[str]:
@@ -287,7 +288,10 @@ def _group_notes(group: Group) -> list[str]:
             notes.append(f"{task} was finetuned on data that differ between seeds")
         if chosen == ["last"] and len({found.step for found in scores}) > 1:
             notes.append(f"{task} ended at steps that differ between seeds")
-        if len({tuple((name, *sorted(part.metrics)) for name, part in found.scored.items()) for found in scores}) > 1:
+        if (
+            len({tuple((name, *part.metrics) for name, part in each.sets.items() if part.metrics) for each in scores})
+            > 1
+        ):
             notes.append(f"{task} has sets or metrics that some seeds lack; n counts those that have one")
     return notes
 
@@ -311,7 +315,7 @@ def difference_table(first: Group, second: Group) -> Table:
 
 def _compared(group: Group) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
-    for task, name, metric, values in _rows(group):
+    for task, name, metric, values, _ in _rows(group):
         if name.startswith("dev"):
             scale = 1.0 if metric in BOUNDED else 0.01  # points of percent, or the metric's own unit
             part = name.removeprefix("dev").replace("_", " ")
@@ -327,7 +331,7 @@ def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
         for run in runs:
             found = run.scores
             for name, part in found.sets.items():
-                for metric, value in found.metrics(name).items():
+                for metric, value in part.metrics.items():
                     writer.writerow([
                         run.path, found.model, found.model_fingerprint, found.recipe, found.recipe_source,
                         ", ".join(found.changes), found.task, found.data_fingerprint, found.seed, found.step,

@@ -10,17 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from electra_ds.config.shipped import recipe_names
 from electra_ds.core.errors import ConfigError
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,
     WNLI_MAJORITY,
+    PublishedScores,
     average,
+    find_published,
     glue,
     missing_for_average,
+    published_tables,
 )
-from electra_ds.report.publications import PublishedScores, find_published, publications, published_tables
 from electra_ds.report.scores import difference_interval, spread
 from tests.helpers import REPOSITORY, SHARED_DATA
 
@@ -186,11 +187,6 @@ def test_published_rows_have_names_of_their_own_and_sources() -> None:
         find_published("mercier")
 
 
-def test_the_other_publications_are_still_read() -> None:
-    found = [publication.short for name in recipe_names() for publication in publications(name)]
-    assert sorted(found) == ["Clark et al. 2020", "Mercier 2021"]
-
-
 def page_rows(columns: int) -> dict[str, list[str]]:
     """Cells by the first one, of the page's tables with so many further columns."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line[:1] == "|"]
@@ -238,11 +234,6 @@ def test_spread_is_the_textbook_one(values: list[float]) -> None:
         assert found.std is not None
         squares = math.fsum((value - mean) ** 2 for value in values)
         assert math.isclose(found.std, math.sqrt(squares / (len(values) - 1)), abs_tol=1e-9)
-
-
-def test_spread_of_nothing() -> None:
-    with pytest.raises(ValueError, match="no values"):
-        spread([])
 
 
 def test_interval_is_welchs_by_hand() -> None:

