@@ -75,46 +75,40 @@ def useless_warning(
 ) -> str:
     """Return a warning about a model that is no better on a set than its baseline: what is wrong, why that may be, and
     what to do."""
-    recipe, rate, reasons = training.recipe, training.optimizer.learning_rate, []
-    if steps < _FEW_STEPS:
-        reasons.append(f"{steps:,} steps are too few to train a new head; add --set schedule.min_steps={_ENOUGH_STEPS}")
-    labels = task.train.labels_N
-    if task.labels and labels is not None and result.constant is not None:
-        counts = np.bincount(labels)
-        if counts.max() >= _UNBALANCED * counts.sum():
-            reasons.append(
-                f"{counts.max() / counts.sum():.0%} of the training examples are '{task.labels[counts.argmax()]}'; add "
-                f"examples of the other classes, or train for longer"
-            )
-    if lower := _lower_rate(recipe, encoder):
-        reasons.append(
-            f"a learning rate of {rate:g} is high for a model of this size; add --set optimizer.learning_rate={lower}"
-        )
-    if not reasons:
-        reasons = [
-            "the labels may not follow from the texts; look at some rows, and at the columns that were read",
-            f"the learning rate may be too low or too high; try --set optimizer.learning_rate={3 * rate:.1g} or "
-            f"{rate / 3:.1g}",
-            f"{steps:,} steps may be too few; try --set schedule.min_steps={3 * steps}",
-            "the encoder may know too little of such text; try one that was pretrained for longer",
-        ]
-    if len(reasons) == 1:
-        return f"{_what_is_wrong(name, result)}. The likely reason: {reasons[0]}."
-    listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
-    return f"{_what_is_wrong(name, result)}. Likely reasons: {listed}."
-
-
-def _what_is_wrong(name: str, result: EvaluationResult) -> str:
     if result.constant is not None:
-        return (
+        problem = (
             f"all {result.rows:,} predictions of {name} are {result.constant}, so the model has learned nothing that "
             f"tells its rows apart"
         )
-    metric, baseline = next(iter(result.baseline.items()))
-    return (
-        f"{metric} on {name} is {result.metrics[metric]:.4f}, no better than the {baseline:.4f} of answering "
-        f"{result.baseline_prediction} for every row"
-    )
+    else:
+        metric, baseline = next(iter(result.baseline.items()))
+        problem = (
+            f"{metric} on {name} is {result.metrics[metric]:.4f}, no better than the {baseline:.4f} of answering "
+            f"{result.baseline_prediction} for every row"
+        )
+    rate, reasons = training.optimizer.learning_rate, []
+    if steps < _FEW_STEPS:
+        reasons.append(f"{steps:,} steps are too few to train a new head; add --set schedule.min_steps={_ENOUGH_STEPS}")
+    if task.labels and task.train.labels_N is not None and result.constant is not None:
+        shares = np.bincount(task.train.labels_N) / len(task.train)
+        if shares.max() >= _UNBALANCED:
+            reasons.append(
+                f"{shares.max():.0%} of the training examples are '{task.labels[shares.argmax()]}'; add examples of "
+                f"the other classes, or train for longer"
+            )
+    if lower := _lower_rate(training.recipe, encoder):
+        reasons.append(
+            f"a learning rate of {rate:g} is high for a model of this size; add --set optimizer.learning_rate={lower}"
+        )
+    reasons = reasons or [
+        "the labels may not follow from the texts; look at some rows, and at the columns that were read",
+        f"the learning rate may be too low or too high; try --set optimizer.learning_rate={3 * rate:.1g} or "
+        f"{rate / 3:.1g}",
+        f"{steps:,} steps may be too few; try --set schedule.min_steps={3 * steps}",
+        "the encoder may know too little of such text; try one that was pretrained for longer",
+    ]
+    listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
+    return f"{problem}. Likely reasons: {listed}."
 
 
 def _lower_rate(recipe: FinetuneRecipe, encoder: EncoderSource) -> str | None:

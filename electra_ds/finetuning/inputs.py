@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.data.sampling import shuffled
 from electra_ds.finetuning.squad import Question
-from electra_ds.finetuning.squad_features import Features
+from electra_ds.finetuning.squad_features import Window
 from electra_ds.finetuning.tasks import Examples, Task
 from electra_ds.pretraining.microbatch import moved
 from electra_ds.training.step import LossTerm
@@ -220,19 +220,22 @@ def _scale(task: Task, recipe: FinetuneRecipe) -> tuple[float, float]:
 
 def span_inputs(
     questions: Sequence[Question],
-    features: Features,
+    windows: Sequence[Window],
     tokenizer: PreTrainedTokenizerFast,
     recipe: FinetuneRecipe,
     *,
     has_segments: bool,
 ) -> TaskInputs:
     """Return the windows of a question answering set."""
-    segments = features.token_type_ids if has_segments and recipe.data.segment_ids else None
+    segments = None
+    if has_segments and recipe.data.segment_ids:
+        segments = [window.token_type_ids_L for window in windows]
+    starts, ends = np.array([window.answer for window in windows], np.int64).reshape(-1, 2).T
     # As the original has it: a window without the answer does not make its question one without an answer.
-    is_impossible = np.array([question.is_impossible for question in questions])[features.question]
-    starts, ends = (places.astype(np.int64) for places in (features.start_position, features.end_position))
-    spans = SpanTargets(starts, ends, is_impossible, features.context)
-    return _inputs(features.input_ids, segments, tokenizer, spans=spans)
+    is_impossible = np.array([questions[window.question].is_impossible for window in windows], bool)
+    context = np.array([window.context for window in windows], np.int64).reshape(-1, 2)
+    spans = SpanTargets(starts, ends, is_impossible, context)
+    return _inputs([window.input_ids_L for window in windows], segments, tokenizer, spans=spans)
 
 
 def _inputs(

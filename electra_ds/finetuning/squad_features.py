@@ -9,7 +9,6 @@ https://github.com/google-research/electra). Shape suffixes: W windows, L a wind
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -28,31 +27,26 @@ BERT_THRESHOLD = 0.0
 """The difference of null score and best score above which BERT says that there is no answer."""
 
 
-@dataclass(frozen=True)
-class Features:
-    """Windows, as parallel entries; those of a question follow each other, from left to right."""
+class Window(NamedTuple):
+    """One part of a question's context, with the question."""
 
-    question: np.ndarray
-    """int32 [W], index into the questions."""
-    input_ids: list[np.ndarray]
-    """int32 [L]: the tokenizer's pair of question and window, such as [CLS] question [SEP] window [SEP]."""
-    token_type_ids: list[np.ndarray]
-    """int8 [L], as the tokenizer's template for pairs has them; all 0 if it is like RoBERTa's. What the tokenizer
-    says its model takes does not matter: a plain PreTrainedTokenizerFast says that of none."""
-    context: np.ndarray
-    """int32 [W, 2]: the position of the window's first context token, and the one after the last."""
-    offsets: list[np.ndarray]
-    """int32 [C, 2]: where in the context each token's characters start and stop, without whitespace around them."""
-    is_max_context: list[np.ndarray]
-    """bool [C], whether no other window has more context around the token; of equals the leftmost has it."""
-    start_position: np.ndarray
-    """int32 [W], position of the answer's first token; 0, [CLS], if the window does not hold the complete answer. The
-    original ELECTRA's flag for that is the question's, also in windows of an answerable question without the answer."""
-    end_position: np.ndarray
-    """int32 [W], that of its last."""
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
+    question: int
+    """Index into the questions."""
+    input_ids_L: np.ndarray
+    """int32: the tokenizer's pair of question and window, such as [CLS] question [SEP] window [SEP]."""
+    token_type_ids_L: np.ndarray
+    """int8, as the tokenizer's template for pairs has them; all 0 if it is like RoBERTa's. What the tokenizer says its
+    model takes does not matter: a plain PreTrainedTokenizerFast says that of none."""
+    context: tuple[int, int]
+    """The position of the first context token, and the one after the last."""
+    offsets_C2: np.ndarray
+    """int32: where in the context each token's characters start and stop, without whitespace around them."""
+    is_max_context_C: np.ndarray
+    """bool, whether no other window has more context around the token; of equals the leftmost has it."""
+    answer: tuple[int, int] = (0, 0)
+    """The positions of the answer's first and last token; both 0, [CLS], if the window does not hold the complete
+    answer. The original ELECTRA's flag for that is the question's, also in windows of an answerable question without
+    the answer."""
 
 
 class _Template(NamedTuple):
@@ -70,6 +64,8 @@ class _Template(NamedTuple):
 
 
 class _Context(NamedTuple):
+    """A context's tokens without special ones."""
+
     ids_C: np.ndarray
     offsets_C2: np.ndarray
 
@@ -83,7 +79,7 @@ def make_features(
     doc_stride: int = 128,
     for_training: bool,
     progress: Callable[[int], None] = lambda done: None,
-) -> Features:
+) -> list[Window]:
     """Return windows of at most max_length tokens, with the question cut to its first max_query_length tokens.
 
     doc_stride is BERT's: how many tokens further a window starts than the one before it (at most the room for the
@@ -93,17 +89,14 @@ def make_features(
     `tokenizer(question, context, truncation="only_second", stride=overlap, return_overflowing_tokens=True)` gives.
     An answer that begins or ends inside a token, as `six` of `sixth`, gets that token.
 
-    for_training: with the first answer's positions; else all of them are 0.
-    An empty context has one window, without context tokens. progress: called with the
-    number of questions done since the last call.
+    for_training: with the first answer's positions. An empty context has one window, without context tokens. progress:
+    called with the number of questions done since the last call.
 
     Raises ConfigError if a question leaves no room for its context, DataError for a tokenizer without pairs.
     """
-    if max_query_length < 1 or doc_stride < 1:
-        raise ConfigError(f"max_query_length={max_query_length} and doc_stride={doc_stride}: both must be at least 1.")
     template = _template(tokenizer, questions)
     contexts: dict[str, _Context] = {}
-    windows: list[_Window] = []
+    windows: list[Window] = []
     for begin in range(0, len(questions), _BATCH):
         batch = questions[begin : begin + _BATCH]
         new = list(dict.fromkeys(each.context for each in batch if each.context not in contexts))
@@ -122,26 +115,7 @@ def make_features(
             answer = _answer(question, tokens) if for_training else None
             windows += _windows(index, query_ids, tokens, template, room, doc_stride, answer)
         progress(len(batch))
-    places = np.array([window.places for window in windows], np.int32).reshape(-1, 5)
-    return Features(
-        question=places[:, 0],
-        input_ids=[window.tokens[0] for window in windows],
-        token_type_ids=[window.tokens[1].astype(np.int8) for window in windows],
-        context=places[:, 1:3],
-        offsets=[window.offsets for window in windows],
-        is_max_context=[window.is_max_context for window in windows],
-        start_position=places[:, 3],
-        end_position=places[:, 4],
-    )
-
-
-class _Window(NamedTuple):
-    tokens: np.ndarray
-    """int32 [2, L]: ids and token types."""
-    offsets: np.ndarray
-    is_max_context: np.ndarray
-    places: tuple[int, int, int, int, int]
-    """The question's index, the positions of the context's beginning and end, and of the answer's."""
+    return windows
 
 
 def _windows(
@@ -152,7 +126,7 @@ def _windows(
     room: int,
     doc_stride: int,
     answer: tuple[int, int] | None,
-) -> Iterator[_Window]:
+) -> Iterator[Window]:
     """Yield the windows of question `index`. answer: the first and the last of its tokens in the context."""
     query, all_tokens = (
         np.stack([ids, np.full_like(ids, kind)])
@@ -162,12 +136,12 @@ def _windows(
     first, length = beginning.shape[1], len(context.ids_C)
     is_max_contexts = max_contexts(length, room, doc_stride)
     for (start, stop), is_max in zip(window_spans(length, room, doc_stride), is_max_contexts, strict=True):
-        tokens = np.concatenate([beginning, all_tokens[:, start:stop], template.after], axis=1)
+        ids, types = np.concatenate([beginning, all_tokens[:, start:stop], template.after], axis=1)
         positions = (0, 0)
         if answer is not None and start <= answer[0] and answer[1] < stop:
             positions = (first + answer[0] - start, first + answer[1] - start)
-        places = (index, first, first + stop - start, *positions)
-        yield _Window(tokens, context.offsets_C2[start:stop], is_max, places)
+        place = (first, first + stop - start)
+        yield Window(index, ids, types.astype(np.int8), place, context.offsets_C2[start:stop], is_max, positions)
 
 
 def window_spans(length: int, room: int, doc_stride: int) -> list[tuple[int, int]]:
@@ -294,7 +268,7 @@ def null_score(start_logits_T: np.ndarray, end_logits_T: np.ndarray) -> float:
 def independent_candidates(
     start_logits_T: np.ndarray,
     end_logits_T: np.ndarray,
-    context: Sequence[int] | np.ndarray,
+    context: tuple[int, int],
     is_max_context_C: np.ndarray,
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
@@ -307,7 +281,7 @@ def independent_candidates(
     the leftmost. BERT ranks all positions and then drops those that may not be; here only those that may be are ranked,
     so that [CLS] and the question take no place: what BERT would find is found too.
     """
-    first, stop = int(context[0]), int(context[1])
+    first, stop = context
     starts = first + np.flatnonzero(is_max_context_C)
     starts = _highest(starts, start_logits_T[starts], n_best)
     ends = np.arange(first, stop)
@@ -322,7 +296,7 @@ def joint_candidates(
     start_index_K: np.ndarray,
     end_log_probs_KK: np.ndarray,
     end_index_KK: np.ndarray,
-    context: Sequence[int] | np.ndarray,
+    context: tuple[int, int],
     is_max_context_C: np.ndarray,
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
@@ -332,7 +306,7 @@ def joint_candidates(
 
     Another head says whether there is an answer, see `best_answers`.
     """
-    first, stop = int(context[0]), int(context[1])
+    first, stop = context
     starts_KK = np.broadcast_to(start_index_K[:, None], end_index_KK.shape)
     inside_KK = (starts_KK >= first) & (starts_KK < stop) & (end_index_KK >= first) & (end_index_KK < stop)
     may_start_T = np.zeros(max(stop, int(starts_KK.max(initial=0)) + 1), bool)
@@ -344,7 +318,7 @@ def joint_candidates(
 
 def best_answers(
     questions: Sequence[Question],
-    windows: Features,
+    windows: Sequence[Window],
     candidates: Sequence[Sequence[Candidate]],
     null_scores: Sequence[float] | np.ndarray | None = None,
     *,
@@ -361,15 +335,15 @@ def best_answers(
     with it the smallest of its windows' logits, which the official script compares with the threshold.
     A text is the context from its first token's first character to its last token's last, without whitespace around it.
     """
-    pools: list[list[tuple[float, int, Candidate]]] = [[] for _ in questions]
+    pools: list[list[tuple[Candidate, Window]]] = [[] for _ in questions]
     nulls = np.full(len(questions), np.inf)
-    for window, (index, found) in enumerate(zip(windows.question.tolist(), candidates, strict=True)):
-        pools[index] += [(candidate.score, window, candidate) for candidate in found]
+    for number, (window, found) in enumerate(zip(windows, candidates, strict=True)):
+        pools[window.question] += [(candidate, window) for candidate in found]
         if null_scores is not None:
-            nulls[index] = min(nulls[index], float(null_scores[window]))
+            nulls[window.question] = min(nulls[window.question], float(null_scores[number]))
     answers = {}
     for question, pool, null in zip(questions, pools, nulls.tolist(), strict=True):
-        best = _distinct_texts(question.context, windows, sorted(pool, key=lambda each: -each[0]), n_best)
+        best = _distinct_texts(question.context, sorted(pool, key=lambda each: -each[0].score), n_best)
         text, score = best[0] if best else ("", -np.inf)
         if null_scores is None:
             answers[question.id] = Answer(text, score, 0.0, best, -np.inf)
@@ -379,13 +353,11 @@ def best_answers(
     return answers
 
 
-def _distinct_texts(
-    context: str, windows: Features, ranked: Sequence[tuple[float, int, Candidate]], n_best: int
-) -> list[tuple[str, float]]:
+def _distinct_texts(context: str, ranked: Sequence[tuple[Candidate, Window]], n_best: int) -> list[tuple[str, float]]:
     best: dict[str, float] = {}
-    for score, window, (start, end, _) in ranked:
-        offsets, first = windows.offsets[window], int(windows.context[window][0])
-        text = context[int(offsets[start - first][0]) : int(offsets[end - first][1])].strip()
+    for (start, end, score), window in ranked:
+        first = window.context[0]
+        text = context[int(window.offsets_C2[start - first][0]) : int(window.offsets_C2[end - first][1])].strip()
         if text:
             best.setdefault(text, score)
         if len(best) == n_best:

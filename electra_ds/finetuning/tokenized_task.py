@@ -28,7 +28,7 @@ from electra_ds.finetuning.squad import Question, SquadData
 from electra_ds.finetuning.squad_features import (
     Answer,
     Candidate,
-    Features,
+    Window,
     best_answers,
     independent_candidates,
     joint_candidates,
@@ -210,14 +210,14 @@ class QuestionAnsweringTask(TokenizedTask):
         self.name = data.name
         section = recipe.data
 
-        def inputs(questions: Sequence[Question], for_training: bool) -> tuple[Features, TaskInputs]:
-            features = make_features(
+        def inputs(questions: Sequence[Question], for_training: bool) -> tuple[list[Window], TaskInputs]:
+            windows = make_features(
                 questions, tokenizer, max_length=section.max_length, max_query_length=section.max_query_length,
                 doc_stride=section.doc_stride, for_training=for_training, progress=progress,
             )  # fmt: skip
-            return features, span_inputs(questions, features, tokenizer, recipe, has_segments=has_segments)
+            return windows, span_inputs(questions, windows, tokenizer, recipe, has_segments=has_segments)
 
-        self._features, dev = inputs(data.dev, False)
+        self._windows, dev = inputs(data.dev, False)
         chosen = [data.train[index] for index in _chosen(len(data.train), max_train, recipe.seed)]
         _, self.train = inputs(chosen, True)
         self.dev = {"dev": dev}
@@ -259,11 +259,11 @@ class QuestionAnsweringTask(TokenizedTask):
         )
 
     def _answers(self, outputs: Outputs) -> dict[str, Answer]:
-        section, features = self._recipe.data, self._features
+        section = self._recipe.data
         candidates: list[list[Candidate]] = []
         nulls = []
-        for row, context, is_max_context in zip(outputs, features.context, features.is_max_context, strict=True):
-            limits = (context, is_max_context, section.n_best, section.max_answer_length)
+        for row, window in zip(outputs, self._windows, strict=True):
+            limits = (window.context, window.is_max_context_C, section.n_best, section.max_answer_length)
             if "start" in row:
                 candidates.append(independent_candidates(row["start"], row["end"], *limits))
                 nulls.append(null_score(row["start"], row["end"]))
@@ -273,7 +273,7 @@ class QuestionAnsweringTask(TokenizedTask):
                 nulls.append(float(row["unanswerable"]))
         head = self._recipe.head
         return best_answers(
-            self._dev, features, candidates, nulls if self.name == "squad2" else None,
+            self._dev, self._windows, candidates, nulls if self.name == "squad2" else None,
             threshold=head.null_threshold, against_best=head.span == "independent", n_best=section.n_best,
         )  # fmt: skip
 
