@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from electra_ds.core.errors import DataError, did_you_mean
-from electra_ds.finetuning.tasks import Examples, Table, Task, TaskData, read_jsonl, read_table, task_data
+from electra_ds.finetuning.tasks import Examples, Table, Task, TaskData, kind_of_set, read_jsonl, read_table, task_data
 
 _NLI = ("entailment", "neutral", "contradiction")
 _ENTAILED = ("entailment", "not_entailment")
@@ -152,17 +152,11 @@ def glue_data(task: Task, sets: dict[str, Examples], source: str, notes: list[st
             notes.append(f"{task.name}: {name} has {len(ordered[name]):,} rows, officially {rows:,}.")
         elif name not in ordered and name.startswith("dev"):
             notes.append(f"{task.name}: there is no {name}, so it is not scored.")
-    dev = {name: examples for name, examples in ordered.items() if name.startswith("dev")}
-    test = {name: examples for name, examples in ordered.items() if is_test_set(name)}
-    return task_data(task, ordered.get("train"), dev, test, source, notes)
-
-
-def is_test_set(set_name: str) -> bool:
-    return set_name.startswith("test") or set_name == "ax"
+    return task_data(task, ordered, source, notes)
 
 
 def _read_set(task: Task, set_name: str, path: Path, notes: list[str]) -> Examples:
-    columns, has_labels = _COLUMNS[task.name], not is_test_set(set_name)
+    columns, has_labels = _COLUMNS[task.name], kind_of_set(set_name) != "test"
     if path.name.lower() == "diagnostic-full.tsv":
         columns, has_labels = _AX_FULL, True
     if path.suffix.lower() == ".jsonl":

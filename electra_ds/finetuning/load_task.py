@@ -22,11 +22,20 @@ from electra_ds.finetuning.glue import (
     glue_data,
     glue_examples,
     glue_task,
-    is_test_set,
     load_glue,
 )
 from electra_ds.finetuning.squad import SquadData, load_squad, load_squad_hub
-from electra_ds.finetuning.tasks import Examples, Table, Task, TaskData, listed, read_jsonl, read_table, task_data
+from electra_ds.finetuning.tasks import (
+    Examples,
+    Table,
+    Task,
+    TaskData,
+    kind_of_set,
+    listed,
+    read_jsonl,
+    read_table,
+    task_data,
+)
 
 TEXT_COLUMNS = (
     "text", "text_a", "text1", "question", "question1", "sentence", "sentence1", "premise", "content",
@@ -106,7 +115,9 @@ def load_glue_hub(name: str, repository: str = _GLUE_REPOSITORY, revision: str |
             frame["label"] = frame["label"].astype(str)
         table = Table(f"{source}@{split}", frame.astype({"idx": str}) if "idx" in frame else frame)
         written = [str(index) for index in range(len(task.labels))]
-        sets[set_name] = glue_examples(task, table, HUB_COLUMNS[name], written, has_labels=not is_test_set(set_name))
+        sets[set_name] = glue_examples(
+            task, table, HUB_COLUMNS[name], written, has_labels=kind_of_set(set_name) != "test"
+        )
     if not sets.keys() & OFFICIAL_ROWS[name].keys():
         raise DataError(f"{source} has no split of GLUE's; its splits are {', '.join(splits)}.")
     return glue_data(task, sets, source, [])
@@ -197,9 +208,7 @@ def load_own(
         )
     texts = f"text '{columns.text}'" + (f" and pair '{columns.pair}'" if columns.pair else "")
     source = f"{', '.join(f'{name} {path}' for name, path in paths.items())} ({texts}, label '{columns.label}')"
-    dev_sets = {name: examples for name, examples in sets.items() if name == "dev"}
-    test_sets = {name: examples for name, examples in sets.items() if name == "test"}
-    return task_data(task, sets.get("train"), dev_sets, test_sets, source)
+    return task_data(task, dict(sets), source)
 
 
 class _Columns(NamedTuple):

@@ -60,7 +60,7 @@ def tokenised_task(
         make: Callable[..., TokenizedTask] = partial(QuestionAnsweringTask, data)
         total = len(data.dev) + min(len(data.train), max_train or len(data.train))
     else:
-        make, total = partial(SequenceTask, data), sum(len(examples) for examples in data.sets().values())
+        make, total = partial(SequenceTask, data), sum(len(examples) for examples in data.sets.values())
     with StageProgress(console, transient=True) as progress:
         progress.begin("tokenising", total)
         return make(

@@ -81,11 +81,9 @@ class TaskData:
     """A task and the sets of it that were found. Made by `task_data`."""
 
     task: Task
-    train: Examples | None
-    dev: dict[str, Examples]
-    """Labelled: "dev", or MNLI's "dev_matched" and "dev_mismatched"; choices are made by the first."""
-    test: dict[str, Examples]
-    """"test", or MNLI's "test_matched", "test_mismatched" and "ax"."""
+    sets: dict[str, Examples]
+    """In this order: "train"; "dev", or MNLI's "dev_matched" and "dev_mismatched", all labelled, of which choices are
+    made by the first; "test", or MNLI's "test_matched", "test_mismatched" and "ax"."""
     source: str
     """The files or the data set that were read, for messages."""
     fingerprint: str
@@ -93,19 +91,25 @@ class TaskData:
     notes: tuple[str, ...] = ()
     """What a user should know and is no error, a sentence each."""
 
-    def sets(self) -> dict[str, Examples]:
-        """Return every set by its name, the training set first."""
-        return ({"train": self.train} if self.train is not None else {}) | self.dev | self.test
+    @property
+    def train(self) -> Examples | None:
+        return self.sets.get("train")
+
+    @property
+    def dev(self) -> dict[str, Examples]:
+        return {name: examples for name, examples in self.sets.items() if kind_of_set(name) == "dev"}
+
+    @property
+    def test(self) -> dict[str, Examples]:
+        return {name: examples for name, examples in self.sets.items() if kind_of_set(name) == "test"}
 
 
-def task_data(
-    task: Task,
-    train: Examples | None,
-    dev: dict[str, Examples],
-    test: dict[str, Examples],
-    source: str,
-    notes: Iterable[str] = (),
-) -> TaskData:
+def kind_of_set(name: str) -> str:
+    """Return train, dev or test."""
+    return "test" if name == "ax" else name.partition("_")[0]
+
+
+def task_data(task: Task, sets: dict[str, Examples], source: str, notes: Iterable[str] = ()) -> TaskData:
     """Return the data with its fingerprint, and with notes on classes that a set lacks.
 
     The name of the task and the rows' ids are not part of the fingerprint.
@@ -118,21 +122,21 @@ def task_data(
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
 
     add(task.kind, str(len(task.labels)), *task.labels)
-    for kind, sets in (("train", {"train": train} if train is not None else {}), ("dev", dev), ("test", test)):
-        for name, examples in sets.items():
-            add(kind, name, str(len(examples)), *examples.texts)
-            add("one text" if examples.pairs is None else "pairs", *(examples.pairs or ()))
-            add("no labels" if examples.labels is None else "labels")
-            if examples.labels is not None:
-                digest.update(examples.labels.astype("<i8" if task.kind == "classification" else "<f8").tobytes())
-    return TaskData(task, train, dev, test, source, digest.hexdigest(), (*notes, *_missing_classes(task, train, dev)))
+    for name, examples in sets.items():
+        add(kind_of_set(name), name, str(len(examples)), *examples.texts)
+        add("one text" if examples.pairs is None else "pairs", *(examples.pairs or ()))
+        add("no labels" if examples.labels is None else "labels")
+        if examples.labels is not None:
+            digest.update(examples.labels.astype("<i8" if task.kind == "classification" else "<f8").tobytes())
+    return TaskData(task, sets, source, digest.hexdigest(), (*notes, *_missing_classes(task, sets)))
 
 
-def _missing_classes(task: Task, train: Examples | None, dev: dict[str, Examples]) -> Iterable[str]:
-    """Yield a sentence for each labelled set that lacks classes."""
-    for name, examples in (({"train": train} if train is not None else {}) | dev).items():
-        labels = np.arange(len(task.labels)) if examples.labels is None else examples.labels
-        if len(missing := np.setdiff1d(np.arange(len(task.labels)), labels)):
+def _missing_classes(task: Task, sets: dict[str, Examples]) -> Iterable[str]:
+    """Yield a sentence for each set of train and dev that lacks classes."""
+    for name, examples in sets.items():
+        if kind_of_set(name) == "test" or examples.labels is None:
+            continue
+        if len(missing := np.setdiff1d(np.arange(len(task.labels)), examples.labels)):
             effect = "it will not be predicted" if name == "train" else "its scores say nothing about it"
             yield f"No example of {name} has the label {listed([task.labels[i] for i in missing])}: {effect}."
 

@@ -119,7 +119,7 @@ class SequenceTask(TokenizedTask):
     ) -> None:
         """max_train: train on so many examples, which the seed chooses."""
         assert data.train is not None
-        self._sets, self._recipe, self.task = data.sets(), recipe, data.task
+        self._sets, self._recipe, self.task = data.sets, recipe, data.task
         self.name, self.labels = data.task.name, data.task.labels
         self.is_regression = data.task.kind == "regression"
         self.num_outputs = 1 if self.is_regression else len(self.labels)

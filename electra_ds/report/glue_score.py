@@ -8,8 +8,7 @@ Metrics come as {task: {metric: value}}. MNLI's `accuracy` is the matched set's,
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -51,49 +50,30 @@ WNLI_MAJORITY = (40, 71)
 gives to those who answer 0 to all."""
 
 
-@dataclass(frozen=True)
-class GlueScore:
-    value: float | None
-    """A share; None where a metric is missing."""
-    missing: tuple[str, ...]
-    """The metrics that are missing, each as `task metric`."""
-    wnli: str
-    """The score that was taken for WNLI."""
-
-
 def average(metrics: TaskMetrics) -> float | None:
     """Return AVG, the mean of eight tasks, one metric each, without WNLI. None if one is missing."""
-    if missing_for_average(metrics):
+    return _mean_of_tasks(metrics, {task: (metric,) for task, metric in AVERAGE_METRICS.items()})
+
+
+def glue(metrics: TaskMetrics, wnli: Wnli = "majority") -> float | None:
+    """Return GLUE, the mean of nine tasks, or None if a metric is missing. WNLI is the model's own score, or that of
+    always answering the larger class."""
+    if wnli == "majority":
+        rows, of = WNLI_MAJORITY
+        metrics = {**metrics, "wnli": {"accuracy": rows / of}}
+    return _mean_of_tasks(metrics, GLUE_METRICS)
+
+
+def missing_metrics(metrics: TaskMetrics, needed: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the needed metrics that are missing, each as `task metric`."""
+    pairs = ((task, metric) for task, names in needed.items() for metric in names)
+    return [f"{task} {metric}" for task, metric in pairs if metric not in metrics.get(task, {})]
+
+
+def _mean_of_tasks(metrics: TaskMetrics, needed: Mapping[str, Sequence[str]]) -> float | None:
+    if missing_metrics(metrics, needed):
         return None
-    return sum(metrics[task][metric] for task, metric in AVERAGE_METRICS.items()) / len(AVERAGE_METRICS)
-
-
-def missing_for_average(metrics: TaskMetrics) -> tuple[str, ...]:
-    """Return the metrics that AVG lacks, each as `task metric`."""
-    return _missing(metrics, {task: (metric,) for task, metric in AVERAGE_METRICS.items()})
-
-
-def glue(metrics: TaskMetrics, wnli: Wnli = "majority") -> GlueScore:
-    """Return GLUE, the mean of nine tasks. WNLI is the model's own score, or that of always answering the larger
-    class."""
-    needed = dict(GLUE_METRICS)
-    if wnli == "majority":
-        del needed["wnli"]
-    missing = _missing(metrics, needed)
-    rows, of = WNLI_MAJORITY
-    told = f"majority class, {rows} of {of} on dev = {100 * rows / of:.2f}" if wnli == "majority" else "the model's own"
-    if missing:
-        return GlueScore(None, missing, told)
-    scores = [sum(metrics[task][name] for name in names) / len(names) for task, names in needed.items()]
-    if wnli == "majority":
-        scores.append(rows / of)
-    return GlueScore(sum(scores) / len(scores), (), told)
-
-
-def _missing(metrics: TaskMetrics, needed: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    return tuple(
-        f"{task} {metric}" for task, names in needed.items() for metric in names if metric not in metrics.get(task, {})
-    )
+    return sum(sum(metrics[task][name] for name in names) / len(names) for task, names in needed.items()) / len(needed)
 
 
 # --- published scores: `electra_ds/report/published/glue/*.yaml`

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import csv as csv_files
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +20,14 @@ from electra_ds.core.terminal import say, warn
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,
+    WNLI_MAJORITY,
     PublishedScores,
     PublishedTable,
     TaskMetrics,
-    Wnli,
     average,
     find_published,
     glue,
-    missing_for_average,
+    missing_metrics,
 )
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
 from electra_ds.report.submission import zip_submission
@@ -132,33 +133,33 @@ def report_scores(
 
 def means(group: Group) -> list[Mean]:
     """Return AVG, GLUE, and if WNLI was finetuned, GLUE with the model's own."""
-    found = [_mean(group, "AVG", list(AVERAGE_METRICS), average, missing_for_average(group.means()))]
-    conventions: list[Wnli] = ["majority", "own"] if "wnli" in group.tasks else ["majority"]
-    for wnli in conventions:
-        score = glue(group.means(), wnli)
-        tasks = [task for task in GLUE_METRICS if task != "wnli" or wnli == "own"]
-        name = "GLUE" if wnli == "majority" else "GLUE, own WNLI"
-
-        def value(metrics: TaskMetrics, wnli: Wnli = wnli) -> float | None:
-            return glue(metrics, wnli).value
-
-        found.append(_mean(group, name, tasks, value, score.missing, f"{name} on dev counts WNLI as {score.wnli}"))
+    of_average = {task: (metric,) for task, metric in AVERAGE_METRICS.items()}
+    without_wnli = {task: names for task, names in GLUE_METRICS.items() if task != "wnli"}
+    rows, of = WNLI_MAJORITY
+    counted = f"majority class, {rows} of {of} on dev = {100 * rows / of:.2f}"
+    found = [
+        _mean(group, "AVG", of_average, average),
+        _mean(group, "GLUE", without_wnli, glue, f"GLUE on dev counts WNLI as {counted}"),
+    ]
+    if "wnli" in group.tasks:
+        own = partial(glue, wnli="own")
+        note = "GLUE, own WNLI on dev counts WNLI as the model's own"
+        found.append(_mean(group, "GLUE, own WNLI", GLUE_METRICS, own, note))
     return found
 
 
 def _mean(
     group: Group,
     name: str,
-    tasks: list[str],
+    needed: Mapping[str, Sequence[str]],
     score: Callable[[TaskMetrics], float | None],
-    missing: tuple[str, ...],
     *notes: str,
 ) -> Mean:
     baseline = score(group.baselines())
-    if missing:
+    if missing := missing_metrics(group.means(), needed):
         return Mean(name, {}, None, baseline, (f"{name} lacks {', '.join(missing)}",))
-    seeds = group.seeds(tasks[0])
-    if all(group.seeds(task) == seeds for task in tasks):
+    seeds = group.seeds(next(iter(needed)))
+    if all(group.seeds(task) == seeds for task in needed):
         by_seed = {seed: value for seed in sorted(seeds) if (value := score(group.of_seed(seed))) is not None}
         return Mean(name, by_seed, sum(by_seed.values()) / len(by_seed), baseline, notes)
     note = f"{name} is made from the tasks' means, and has no ±: their seeds differ"

@@ -145,8 +145,8 @@ def check_rows(examples: Examples, rows: Sequence[Row], task: Task, *, labelled:
 
 
 def check_all(data: TaskData, name: str, all_rows: dict[str, list[Row]]) -> None:
-    assert list(data.sets()) == list(all_rows)
-    for set_name, examples in data.sets().items():
+    assert list(data.sets) == list(all_rows)
+    for set_name, examples in data.sets.items():
         check_rows(examples, all_rows[set_name], GLUE[name], labelled=set_name == "train" or set_name in data.dev)
         assert examples.ids == [str(index) for index in range(len(examples))]
     assert all(key.startswith("dev") for key in data.dev)
@@ -242,7 +242,7 @@ def test_mnli_without_a_gold_label_as_json_lines_and_with_the_diagnostic_set_ins
     data = load_glue("mnli", folder)
     check_rows(data.dev["dev_matched"], rows, GLUE["mnli"], labelled=True)
     check_rows(data.test["ax"], rows, GLUE["mnli"], labelled=False)
-    assert list(data.sets()) == ["dev_matched", "ax"]
+    assert list(data.sets) == ["dev_matched", "ax"]
     assert "because they have no label: 1" in data.notes[0]
     (folder / "dev_matched.tsv").unlink()
     records = [{"premise": a, "hypothesis": b, "label": GLUE["mnli"].labels[int(y)]} for a, b, y in rows]
@@ -349,10 +349,10 @@ def test_any_text_survives_a_tsv(
 )  # fmt: skip
 def test_the_real_files_have_the_official_rows(name: str, sets: tuple[str, ...]) -> None:
     data = load_glue(name, REAL)
-    assert tuple(data.sets()) == sets
+    assert tuple(data.sets) == sets
     absent = ["mnli: there is no dev_mismatched, so it is not scored."]
     assert list(data.notes) == (absent if name == "mnli" else [])
-    for set_name, examples in data.sets().items():
+    for set_name, examples in data.sets.items():
         assert len(examples) == OFFICIAL_ROWS[name][set_name]
         assert examples.ids == [str(index) for index in range(len(examples))]
         assert all(examples.texts)
@@ -411,11 +411,11 @@ def test_the_hubs_layout_gives_the_same_data_as_the_official_files(tmp_path: Pat
         write_official(tmp_path / "files", name)
         files, hub = load_glue(name, tmp_path / "files"), load_glue_hub(name, str(tmp_path / "hub"))
         assert hub.task == files.task
-        assert list(hub.sets()) == list(files.sets())
+        assert list(hub.sets) == list(files.sets)
         assert hub.fingerprint == files.fingerprint, name
         assert hub.source == f"hub:{tmp_path / 'hub'}#{name.replace('-', '')}"
-        for set_name, examples in hub.sets().items():
-            assert examples.ids == files.sets()[set_name].ids
+        for set_name, examples in hub.sets.items():
+            assert examples.ids == files.sets[set_name].ids
 
 
 def test_mnli_of_the_hub_has_the_diagnostic_set_where_it_is_there(tmp_path: Path) -> None:
