@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -122,8 +123,7 @@ def _losses(axes: Any, train: list[dict[str, Any]], evaluations: list[dict[str, 
         steps, values = np.array(points).T
         axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.6)
         width = max(1, int(len(values) * _SMOOTHING_SHARE))
-        kernel = np.ones(width)
-        smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+        smooth = pd.Series(values).rolling(width, center=True, min_periods=1).mean()
         axes.plot(steps, smooth, color="tab:blue", label="training (smoothed)")
         low, high = np.percentile(values, [0.5, 99.5])
         axes.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))

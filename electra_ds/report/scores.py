@@ -3,7 +3,6 @@ unit of what it is made from."""
 
 from __future__ import annotations
 
-import csv as csv_files
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 from rich.console import Console
 from scipy import stats  # type: ignore[import-untyped]
 
@@ -254,14 +254,15 @@ def _mean_cells(mean: Mean) -> tuple[str, str, str, str]:
 def _their_cell(theirs: PublishedScores, task: str, name: str, metric: str) -> str:
     """Return the published value of the very same metric on the development set."""
     value = theirs.tasks.get(task, {}).get(metric) if name in ("dev", "dev_matched") else None
-    if value is None:
-        return "–"
-    return f"{value:g}" + (f" ± {theirs.std[task]:g}" if task in theirs.std else "")
+    return _published_cell(value, theirs.std.get(task))
 
 
 def _their_mean(theirs: PublishedScores, name: str) -> str:
     printed = {"AVG": (theirs.average, theirs.average_std), "GLUE": (theirs.glue, theirs.glue_std)}
-    value, std = printed.get(name, (None, None))
+    return _published_cell(*printed.get(name, (None, None)))
+
+
+def _published_cell(value: float | None, std: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:g}" + (f" ± {std:g}" if std is not None else "")
@@ -289,10 +290,8 @@ def _group_notes(group: Group) -> list[str]:
             notes.append(f"{task} was finetuned on data that differ between seeds")
         if chosen == ["last"] and len({found.step for found in scores}) > 1:
             notes.append(f"{task} ended at steps that differ between seeds")
-        if (
-            len({tuple((name, *part.metrics) for name, part in each.sets.items() if part.metrics) for each in scores})
-            > 1
-        ):
+        measured = {tuple((name, *part.metrics) for name, part in each.sets.items() if part.metrics) for each in scores}
+        if len(measured) > 1:
             notes.append(f"{task} has sets or metrics that some seeds lack; n counts those that have one")
     return notes
 
@@ -326,18 +325,16 @@ def _compared(group: Group) -> dict[str, list[float]]:
 
 def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
     """Write a row for each metric, values as in scores.json. Raises CheckpointError if that fails."""
-    with complete_file(path) as temporary, temporary.open("w", encoding="utf8", newline="") as file:
-        writer = csv_files.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for run in runs:
-            found = run.scores
-            for name, part in found.sets.items():
-                for metric, value in part.metrics.items():
-                    writer.writerow([
-                        run.path, found.model, found.model_fingerprint, found.recipe, found.recipe_source,
-                        ", ".join(found.changes), found.task, found.data_fingerprint, found.seed, found.step,
-                        found.chosen, name, part.rows, metric, value, part.baseline.get(metric, ""),
-                    ])  # fmt: skip
+    records = [
+        {"run": run.path, "set": name, "rows": part.rows, "metric": metric, "value": value}
+        | {"baseline": part.baseline.get(metric), "changes": ", ".join(run.scores.changes)}
+        | run.scores.model_dump(exclude={"format", "sets", "changes"})
+        for run in runs
+        for name, part in run.scores.sets.items()
+        for metric, value in part.metrics.items()
+    ]
+    with complete_file(path) as temporary:
+        pd.DataFrame(records, columns=_COLUMNS).to_csv(temporary, index=False, lineterminator="\n")
 
 
 def _say(console: Console, lines: Sequence[str]) -> None:
