@@ -247,17 +247,15 @@ def print_forecasts(forecasts: Sequence[Forecast], console: Console) -> None:
     """Print a table of every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
     table = Table(
         "Predicted for every card and every recipe",
-        ["card", "usable", "DeepSpeed JSON", "recipe", "batch", "GiB", "time"],
-        text_columns=7,
-        caption="* No step has been run on this card. any GPU: the default JSON. "
-        f"For details: {command('plan')} --recipe R --card NAME",
+        ["card", "recipe", "batch", "GiB", "time"],
+        text_columns=5,
+        caption=f"* No step has been run on this card. For details: {command('plan')} --recipe R --card NAME",
     )
     for found in forecasts:
         card = found.card
         assert card is not None
         name = f"{card.name.removeprefix('NVIDIA ').removeprefix('GeForce ')}{'' if found.was_run else ' *'}"
-        given = [name, f"{card.usable_gib:.1f}", card.ds_config or "any GPU", found.recipe.name]
-        table.rows.append([*given, *_cells(found)])
+        table.rows.append([name, found.recipe.name, *_cells(found)])
     print_table(table, console)
 
 
