@@ -84,7 +84,7 @@ def load_task(name: str | None, source: TaskSource) -> TaskData | SquadData:
     for part, examples in (("training", data.train), ("development", dev)):
         if not examples:
             of = "" if name is None else f" of {name}"
-            raise DataError(f"{data.source} has no {part} examples{of}, and they are needed.")
+            raise DataError(f"There are no {part} examples{of} in {data.source}, and they are needed.")
     return data
 
 

@@ -128,7 +128,7 @@ def report_scores(
         write_csv(csv, scored)
         _say(console, [f"{csv}: every metric of every run"])
     if submission is not None:
-        _say(console, zip_submission([run.path for run in scored], submission, fill_wnli=True))
+        _say(console, zip_submission([run.path for run in scored], submission))
 
 
 def means(group: Group) -> list[Mean]:

@@ -21,10 +21,10 @@ OFFICIAL = {
 """The files of a submission, and how many rows their test sets have."""
 
 
-def zip_submission(runs: Sequence[Path], out: Path, *, fill_wnli: bool = False) -> list[str]:
+def zip_submission(runs: Sequence[Path], out: Path) -> list[str]:
     """Write RUN/submission/*.tsv of all runs into one zip; notes say what is in it and what is missing.
 
-    With `fill_wnli`, a missing WNLI.tsv answers 0 to all, its larger class. The zip appears complete or not at all.
+    A missing WNLI.tsv answers 0 to all, its larger class. The zip appears complete or not at all.
     Raises ConfigError if two runs bring the same file or none brings any, and CheckpointError if a file has not one
     prediction for each row of its test set, or the zip cannot be written.
     """
@@ -36,7 +36,7 @@ def zip_submission(runs: Sequence[Path], out: Path, *, fill_wnli: bool = False) 
         )
     contents = {name: _checked(path) for name, path in found.items()}
     notes = [f"{path} is none of GLUE's files and is left out" for path in ignored]
-    if fill_wnli and "WNLI.tsv" not in contents:
+    if "WNLI.tsv" not in contents:
         rows = OFFICIAL["WNLI.tsv"]
         contents["WNLI.tsv"] = "\n".join([_HEADER, *(f"{row}\t0" for row in range(rows)), ""]).encode()
         notes.append(f"WNLI.tsv answers 0, the larger class, to all {rows}: no run predicted it")

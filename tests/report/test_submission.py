@@ -54,24 +54,24 @@ def test_all_eleven_files(tmp_path: Path) -> None:
     assert out.read_bytes() == first
 
 
-@given(st.sets(st.sampled_from(SMALL), min_size=1), st.booleans())
+@given(st.sets(st.sampled_from(SMALL), min_size=1))
 @settings(max_examples=20)
-def test_what_is_missing_is_named(tmp_path_factory: pytest.TempPathFactory, names: set[str], fill: bool) -> None:
+def test_what_is_missing_is_named(tmp_path_factory: pytest.TempPathFactory, names: set[str]) -> None:
     folder = tmp_path_factory.mktemp("runs")
     for name in names:
         write(folder / "run", name)
     out = folder / "out.zip"
-    notes = zip_submission([folder / "run"], out, fill_wnli=fill)
-    held = names | {"WNLI.tsv"} if fill else names
+    notes = zip_submission([folder / "run"], out)
+    held = names | {"WNLI.tsv"}
     assert set(names_in(out)) == held
     missing = ", ".join(name for name in OFFICIAL if name not in held)
     assert notes[-1] == f"{out} has {len(held)} of 11 files; the site refuses it without {missing}"
-    assert len(notes) == (2 if fill and "WNLI.tsv" not in names else 1)
+    assert len(notes) == (1 if "WNLI.tsv" in names else 2)
 
 
 def test_wnli_is_filled_with_its_larger_class(tmp_path: Path) -> None:
     write(tmp_path / "run", "RTE.tsv")
-    notes = zip_submission([tmp_path / "run"], tmp_path / "out.zip", fill_wnli=True)
+    notes = zip_submission([tmp_path / "run"], tmp_path / "out.zip")
     assert notes[0] == "WNLI.tsv answers 0, the larger class, to all 146: no run predicted it"
     with zipfile.ZipFile(tmp_path / "out.zip") as file:
         lines = file.read("WNLI.tsv").decode("utf8").splitlines()
@@ -109,7 +109,7 @@ def test_broken_files_are_refused_and_no_zip_appears(
     path = write(folder / "run", name, lines)
     write(folder / "other", next(other for other in SMALL if other != name))
     with pytest.raises(CheckpointError) as caught:
-        zip_submission([folder / "other", folder / "run"], folder / "out.zip", fill_wnli=True)
+        zip_submission([folder / "other", folder / "run"], folder / "out.zip")
     assert str(path) in str(caught.value)
     assert "Predict it anew" in str(caught.value)
     assert sorted(found.name for found in folder.iterdir()) == ["other", "run"]
@@ -125,7 +125,7 @@ def test_a_file_is_brought_by_one_run(tmp_path_factory: pytest.TempPathFactory, 
     out = folder / "out.zip"
     if len(set(names)) == len(names):
         zip_submission([*runs, runs[0]], out)  # the same run twice is no second one
-        assert set(names_in(out)) == set(names)
+        assert set(names_in(out)) == {*names, "WNLI.tsv"}
         return
     with pytest.raises(ConfigError, match=r"are the same file of a submission. Give one run for each task"):
         zip_submission(runs, out)
@@ -144,7 +144,7 @@ def test_other_files_are_left_out(tmp_path: Path) -> None:
 def test_nothing_to_gather(tmp_path: Path) -> None:
     for runs in ([], [tmp_path], [tmp_path / "nowhere"]):
         with pytest.raises(ConfigError, match="has predictions of a GLUE test set"):
-            zip_submission(runs, tmp_path / "out.zip", fill_wnli=True)
+            zip_submission(runs, tmp_path / "out.zip")
 
 
 def test_an_older_zip_stays_where_the_new_one_cannot_be_written(tmp_path: Path) -> None:
