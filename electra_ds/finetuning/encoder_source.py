@@ -118,17 +118,13 @@ def read_encoder(name: str) -> EncoderSource:
 
 def _of_run(path: Path) -> EncoderSource:
     name = str(path.resolve())
-    is_finetuned = RunDirectory(path).kind() == "finetune"
-    checkpoint = kept_checkpoint(path) if is_finetuned else newest_checkpoint(path)
-    if is_finetuned:
-        tensors = {
-            key.removeprefix("master/encoder."): checkpoint.tensors[key]
-            for key in checkpoint.tensors
-            if key.startswith("master/encoder.")
-        }
+    if RunDirectory(path).kind() == "finetune":
+        checkpoint = kept_checkpoint(path)
+        keys = [key for key in checkpoint.tensors if key.startswith("master/encoder.")]
+        tensors = {key.removeprefix("master/encoder."): checkpoint.tensors[key] for key in keys}
         config, tokenizer, _ = read_config_and_tokenizer(checkpoint.path, name)
         return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors))
-    model, objective, own_tokenizer, recipe = load_model(checkpoint)
+    model, objective, own_tokenizer, recipe = load_model(newest_checkpoint(path))
     exported = objective.exports(model)[objective.encoder].model
     tensors = {key: tensor.contiguous() for key, tensor in exported.base_model.state_dict().items()}
     config = exported.config

@@ -118,12 +118,16 @@ class FinetuneLoop(TrainingLoop):
         self._history = ranks.broadcast(self._earlier_evaluations())
         with ranks.fail_together():
             if job.record.settings.best and self._history and not self._best_folder.paths():
-                raise CheckpointError(
-                    f"The best evaluation's weights are gone from {self._best_folder.folder}. Put them back, or start "
-                    f"a new run."
-                )
+                raise self._best_is_gone()
         if self._history and self._history[-1][0] == self.step and self._is_patience_spent():
             self.ends_early = "done"
+
+    def _best_is_gone(self, *problems: str) -> CheckpointError:
+        why = "".join(f": {problem.rstrip('.')}" for problem in problems)
+        return CheckpointError(
+            f"The best evaluation's weights are gone from {self._best_folder.folder}{why}. Put them back, or start a "
+            f"new run."
+        )
 
     def _forget_later_best(self) -> None:
         """Remove the weights that were kept by evaluations after this step, which are done again."""
@@ -249,10 +253,7 @@ class FinetuneLoop(TrainingLoop):
         with self.ranks.fail_together():
             path, damaged = self._best_folder.latest_valid(self.ranks)
             if path is None:
-                raise CheckpointError(
-                    f"The best evaluation's weights are gone from {self._best_folder.folder}"
-                    + "".join(f": {problem}" for problem in damaged.values())
-                )
+                raise self._best_is_gone(*damaged.values())
             checkpoint = open_checkpoint(path)
             checkpoint.check(self._engine.optimizer.shapes(), self._engine.optimizer.trained())
         self._engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])

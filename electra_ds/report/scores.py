@@ -28,9 +28,9 @@ from electra_ds.report.glue_score import (
     find_published,
     glue,
     missing_metrics,
+    zip_submission,
 )
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
-from electra_ds.report.submission import zip_submission
 from electra_ds.report.tables import Table, print_table
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.report.glue_score import SUBMISSION_ROWS, zip_submission
 from electra_ds.report.scores import report_scores
-from electra_ds.report.submission import OFFICIAL, zip_submission
 
 SMALL = ["AX.tsv", "CoLA.tsv", "MRPC.tsv", "RTE.tsv", "STS-B.tsv", "WNLI.tsv"]
 # How a row of each file looks at gluebenchmark.com.
@@ -25,7 +25,7 @@ WORDS = {
 
 
 def lines_of(name: str) -> list[str]:
-    return ["index\tprediction", *(f"{index}\t{WORDS[name]}" for index in range(OFFICIAL[name]))]
+    return ["index\tprediction", *(f"{index}\t{WORDS[name]}" for index in range(SUBMISSION_ROWS[name]))]
 
 
 def write(run: Path, name: str, lines: list[str] | None = None) -> Path:
@@ -46,7 +46,7 @@ def test_all_eleven_files(tmp_path: Path) -> None:
     files = [write(run, run.name) for run in runs]
     out = tmp_path / "submission.zip"
     assert zip_submission(runs, out) == [f"{out} has 11 of 11 files, as the site wants them"]
-    assert names_in(out) == list(OFFICIAL)
+    assert names_in(out) == list(SUBMISSION_ROWS)
     with zipfile.ZipFile(out) as file:
         assert {path.name: file.read(path.name) for path in files} == {path.name: path.read_bytes() for path in files}
     first = out.read_bytes()
@@ -64,7 +64,7 @@ def test_what_is_missing_is_named(tmp_path_factory: pytest.TempPathFactory, name
     notes = zip_submission([folder / "run"], out)
     held = names | {"WNLI.tsv"}
     assert set(names_in(out)) == held
-    missing = ", ".join(name for name in OFFICIAL if name not in held)
+    missing = ", ".join(name for name in SUBMISSION_ROWS if name not in held)
     assert notes[-1] == f"{out} has {len(held)} of 11 files; the site refuses it without {missing}"
     assert len(notes) == (1 if "WNLI.tsv" in names else 2)
 
