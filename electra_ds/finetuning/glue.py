@@ -135,7 +135,7 @@ def load_glue(name: str, folder: Path) -> TaskData:
         )
     if name == "mnli":
         parent = own.absolute().parent
-        folders = [own, *(parent / each for each in _AX_FOLDERS), parent]
+        folders = filter(None, [own, _child(parent, *_AX_FOLDERS), parent])
         if found := next((path for each in folders if (path := _child(each, *_AX_FILES))), None):
             files["ax"] = found
     notes: list[str] = []
@@ -157,7 +157,7 @@ def glue_data(task: Task, sets: dict[str, Examples], source: str, notes: list[st
 
 def _read_set(task: Task, set_name: str, path: Path, notes: list[str]) -> Examples:
     columns, has_labels = _COLUMNS[task.name], kind_of_set(set_name) != "test"
-    if path.name.lower() == "diagnostic-full.tsv":
+    if _plain(path.name) == _plain(_AX_FILES[0]):
         columns, has_labels = _AX_FULL, True
     if path.suffix.lower() == ".jsonl":
         table = read_jsonl(path)
@@ -188,7 +188,7 @@ def _labels(task: Task, table: Table, column: str, written: Sequence[str]) -> np
     known = {word: index for index, word in enumerate(written)}
     low, high = task.score_range or (0.0, 0.0)
     found: list[float] = []
-    for row, word in enumerate(table.column(column), 1):
+    for row, word in zip(table.frame.index, table.column(column), strict=True):
         try:
             value = known[word] if known else float(word)
             is_label = bool(known) or low <= value <= high
@@ -196,7 +196,7 @@ def _labels(task: Task, table: Table, column: str, written: Sequence[str]) -> np
             is_label = False
         if not is_label:
             expected = f"one of {', '.join(written)}" if known else f"a score from {low:g} to {high:g}"
-            raise DataError(f"{table.source}, row {row}: the label '{word}' is not {expected}.")
+            raise DataError(f"{table.source}, row {row + 1}: the label '{word}' is not {expected}.")
         found.append(value)
     return np.array(found, np.int64 if known else np.float64)
 

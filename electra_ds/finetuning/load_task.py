@@ -70,8 +70,12 @@ def load_task(name: str | None, source: TaskSource) -> TaskData | SquadData:
     folder = None if source.folder is None else Path(source.folder)
     data: TaskData | SquadData
     if name is None:
-        files = (None if path is None else Path(path) for path in (source.train, source.dev, source.test))
-        data = load_own(*files, text=source.text, pair=source.pair, label=source.label, kind=source.label_kind)
+        assert source.train is not None
+        dev_file, test_file = (None if path is None else Path(path) for path in (source.dev, source.test))
+        data = load_own(
+            Path(source.train), dev_file, test_file,
+            text=source.text, pair=source.pair, label=source.label, kind=source.label_kind,
+        )  # fmt: skip
     elif name in _SQUAD_REPOSITORIES and folder is not None:
         data = load_squad(name, folder)  # type: ignore[arg-type]
     elif name in _SQUAD_REPOSITORIES:
@@ -163,7 +167,7 @@ def _relocated(given: TaskSource, recorded: TaskSource, folder: Path) -> TaskSou
 
 
 def load_own(
-    train: Path | None,
+    train: Path,
     dev: Path | None,
     test: Path | None,
     *,
@@ -172,20 +176,17 @@ def load_own(
     label: str | None = None,
     kind: str = "auto",
 ) -> TaskData:
-    """Read the user's own task. Columns are chosen by the first of the files, see TEXT_COLUMNS and LABEL_COLUMNS.
+    """Read the user's own task. Columns are chosen by the training file, see TEXT_COLUMNS and LABEL_COLUMNS.
 
-    The kind is regression if every label of the first file is a number and some are not integers, or more than
+    The kind is regression if every label of the training file is a number and some are not integers, or more than
     MOST_NUMBERED_CLASSES differ. Classes are the labels of the training file, in the order of their numbers if all are
     integers, otherwise of the alphabet. A test file may lack labels.
 
     Raises DataError for what cannot be learnt from or scored, with its file and row.
     """
     paths = {name: path for name, path in (("train", train), ("dev", dev), ("test", test)) if path is not None}
-    if not paths:
-        raise DataError("No file of examples is given.")
     tables = {name: _read_own(path) for name, path in paths.items()}
-    first = next(iter(tables.values()))
-    columns = _chosen_columns(first, text, pair, label)
+    columns = _chosen_columns(tables["train"], text, pair, label)
     labels: dict[str, list[str]] = {}
     for name, table in tables.items():
         _check_texts(table, columns)
@@ -196,19 +197,19 @@ def load_own(
         if "" in labels[name]:
             where = f"{table.source}, row {labels[name].index('') + 1}"
             raise DataError(f"{where}: the label '{columns.label}' is empty. Fill it in or drop the row.")
-    if not labels:
-        raise DataError(f"{first.source} has no labels: they say what is to be predicted.")
-    task = _own_task(_own_name(next(iter(paths.values()))), next(iter(labels.values())), columns, kind)
+    task = _own_task(_own_name(train), labels["train"], columns, kind)
     indices = {name: _indices(tables[name].source, found, task) for name, found in labels.items()}
-    sets = {name: _own_examples(table, columns, indices.get(name)) for name, table in tables.items()}
-    if "train" in indices and len(np.unique(indices["train"])) == 1:
+    sets: dict[str, Examples] = {
+        name: _own_examples(table, columns, indices.get(name)) for name, table in tables.items()
+    }
+    if len(np.unique(indices["train"])) == 1:
         raise DataError(
             f"{train}: every row has the label '{labels['train'][0]}', so there is nothing to learn. "
             f"Is '{columns.label}' the right column?"
         )
     texts = f"text '{columns.text}'" + (f" and pair '{columns.pair}'" if columns.pair else "")
     source = f"{', '.join(f'{name} {path}' for name, path in paths.items())} ({texts}, label '{columns.label}')"
-    return task_data(task, dict(sets), source)
+    return task_data(task, sets, source)
 
 
 class _Columns(NamedTuple):
@@ -277,7 +278,6 @@ def _own_name(path: Path) -> str:
 
 
 def _own_task(name: str, labels: list[str], columns: _Columns, kind: str) -> Task:
-    """Return the task with these labels, those of the first labelled file."""
     distinct = sorted(set(labels))
     numbers = [_number(label) for label in distinct]
     are_integers = all(number is not None and number.is_integer() for number in numbers)

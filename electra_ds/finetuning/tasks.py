@@ -167,9 +167,9 @@ class Table:
                 f"{', '.join(there) or 'none'}."
             )
         values = self.frame[name].tolist()
-        for row, value in enumerate(values, 1):
+        for row, value in zip(self.frame.index, values, strict=True):
             if not isinstance(value, str):
-                raise DataError(f"{self.source}, row {row}: '{name}' is missing, or not one text or number.")
+                raise DataError(f"{self.source}, row {row + 1}: '{name}' is missing, or not one text or number.")
         return values
 
 

@@ -657,11 +657,9 @@ def test_broken_files_are_refused_with_their_place(tmp_path: Path, files: dict[s
         load_own(paths["train"], paths.get("dev"), paths.get("test"))
 
 
-def test_missing_files_and_none_at_all_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Cannot read .*nowhere\.csv: No such file"):
         load_own(tmp_path / "nowhere.csv", None, None)
-    with pytest.raises(DataError, match="No file of examples is given"):
-        load_own(None, None, None)
 
 
 def test_a_long_text_is_no_hindrance(tmp_path: Path) -> None:
