@@ -30,19 +30,10 @@ _LEAST_SPREAD = 0.05
 Least squares predicts with a spread of r times that of the labels, so they explain r^2 < 0.3 % of the variance."""
 
 
-METRICS = ("accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman", "mse")
-"""The metrics of classification and regression. `f1` is that of class 1 of two, 0 if it was neither there nor
-predicted; `f1_macro` the mean over the classes that occur in labels or predictions."""
-
-
 def score(metrics: Sequence[str], labels: Values, predictions: Values) -> dict[str, float]:
-    """Return the metrics by name, in the order asked for.
-
-    Raises ValueError if there are no labels, or not as many predictions.
-    """
+    """Return metrics by name, in the order asked for: accuracy, f1 (of class 1 of two; 0 if it was neither there nor
+    predicted), f1_macro (the mean over the classes that occur in either), matthews, pearson, spearman and mse."""
     truth, found = np.asarray(labels), np.asarray(predictions)
-    if truth.ndim != 1 or truth.shape != found.shape or not len(truth):
-        raise ValueError(f"labels of shape {truth.shape} and predictions of shape {found.shape} cannot be compared")
     if not np.isfinite(found).all():
         return dict.fromkeys(metrics, float("nan"))
     return {name: _score(name, truth, found) for name in metrics}
