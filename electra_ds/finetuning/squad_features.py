@@ -245,14 +245,11 @@ class Answer(NamedTuple):
 
     text: str
     """A slice of the context; "" for no answer."""
-    score: float
-    """The score of the best span; minus infinity if there is none."""
-    null_score: float
-    """The smallest of the windows' scores of no answer; 0 if none are given."""
     n_best: list[tuple[str, float]]
     """(text, score) of the best spans, best first, each text once, none empty."""
     na_score: float
-    """The score that was compared with the threshold; the larger, the less likely an answer."""
+    """The score that was compared with the threshold; the larger, the less likely an answer. Minus infinity if none was
+    compared."""
 
     @property
     def span(self) -> str:
@@ -346,10 +343,10 @@ def best_answers(
         best = _distinct_texts(question.context, sorted(pool, key=lambda each: -each[0].score), n_best)
         text, score = best[0] if best else ("", -np.inf)
         if null_scores is None:
-            answers[question.id] = Answer(text, score, 0.0, best, -np.inf)
+            answers[question.id] = Answer(text, best, -np.inf)
             continue
         na_score = null - score if against_best else null
-        answers[question.id] = Answer("" if na_score > threshold else text, score, null, best, na_score)
+        answers[question.id] = Answer("" if na_score > threshold else text, best, na_score)
     return answers
 
 

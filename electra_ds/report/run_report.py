@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def _summary(evaluations: list[dict[str, Any]], name: str, objective: Objective[
 
 
 def speed_line(metrics: list[dict[str, Any]], device: str) -> str | None:
-    """Median throughput, for a device whose peak is known; medians, since a start's first steps are slow."""
+    """Return the median throughput, for a device whose peak is known. Medians, since the first steps are slow."""
     lines = [line for line in metrics if line.get("mfu") is not None]
     if not lines:
         return None
@@ -105,41 +105,36 @@ def draw_curves(metrics: Sequence[dict[str, Any]], curves: Sequence[Curve], titl
     figure.suptitle(title)
     panels = figure.subplots(2, 2).flatten()
     for panel, curve in zip(panels, curves, strict=False):
+        names = curve.metrics
         if curve.is_loss:
-            (key,) = curve.metrics
-            _losses(panel, train, evaluations, key, curve.label)
-        else:
-            _held_out(panel, evaluations, curve.metrics, curve.label)
+            (key,) = names
+            _training_losses(panel, _points(train, key))
+            names = {key: "held out"}
+        for key, name in names.items():
+            color = "tab:orange" if curve.is_loss else None
+            panel.plot(*_points(evaluations, key).T, color=color, marker="o", markersize=3, label=name)
         if curve.baseline is not None:
             panel.axhline(curve.baseline, color="grey", linewidth=0.8)
+        panel.set(xlabel="step", ylabel=curve.label)
+        panel.legend()
+        panel.grid(alpha=0.3)
     for panel in panels[len(curves) :]:
         panel.remove()
     figure.savefig(path, dpi=110)
 
 
-def _losses(axes: Any, train: list[dict[str, Any]], evaluations: list[dict[str, Any]], key: str, label: str) -> None:
-    points = [(line["step"], line[key]) for line in train if line.get(key) is not None]
-    if points:
-        steps, values = np.array(points).T
-        axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.6)
-        width = max(1, int(len(values) * _SMOOTHING_SHARE))
-        smooth = pd.Series(values).rolling(width, center=True, min_periods=1).mean()
-        axes.plot(steps, smooth, color="tab:blue", label="training (smoothed)")
-        low, high = np.percentile(values, [0.5, 99.5])
-        axes.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
-    axes.plot(
-        [line["step"] for line in evaluations], [line[key] for line in evaluations],
-        color="tab:orange", marker="o", markersize=3, label="held out",
-    )  # fmt: skip
-    axes.set(xlabel="step", ylabel=label)
-    axes.legend()
-    axes.grid(alpha=0.3)
+def _points(lines: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+    """Return the steps and values of a metric, [N, 2]."""
+    return np.array([(line["step"], line[key]) for line in lines if line.get(key) is not None]).reshape(-1, 2)
 
 
-def _held_out(axes: Any, evaluations: list[dict[str, Any]], keys: Mapping[str, str], label: str) -> None:
-    for key, name in keys.items():
-        points = [(line["step"], line[key]) for line in evaluations if line.get(key) is not None]
-        axes.plot(*np.array(points).reshape(-1, 2).T, marker="o", markersize=3, label=name)
-    axes.set(xlabel="step", ylabel=label)
-    axes.legend()
-    axes.grid(alpha=0.3)
+def _training_losses(axes: Any, points: np.ndarray) -> None:
+    if not len(points):
+        return
+    steps, values = points.T
+    axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.6)
+    width = max(1, int(len(values) * _SMOOTHING_SHARE))
+    smooth = pd.Series(values).rolling(width, center=True, min_periods=1).mean()
+    axes.plot(steps, smooth, color="tab:blue", label="training (smoothed)")
+    low, high = np.percentile(values, [0.5, 99.5])
+    axes.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
