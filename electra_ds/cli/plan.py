@@ -37,7 +37,7 @@ def add_plan(commands: Commands) -> None:
 def _plan(options: PlanOptions) -> None:
     from electra_ds.api.plan import planned
     from electra_ds.config.overrides import load_recipe
-    from electra_ds.report.forecast import as_json, forecast_all, print_forecast, print_forecasts
+    from electra_ds.report.forecast import as_json, forecast_all, forecast_report, forecasts_table
 
     console = wide_console()
     if options.all:
@@ -46,12 +46,13 @@ def _plan(options: PlanOptions) -> None:
         if options.json:
             console.print_json(data=[as_json(found) for found in forecasts])
         else:
-            print_forecasts(forecasts, console)
+            console.print(forecasts_table(forecasts))
         return
     found = planned(options)
     if options.json:
         console.print_json(data=as_json(found))
     else:
-        print_forecast(found, console)
+        for part in forecast_report(found):
+            console.print(part, highlight=False)
     if not found.fits:
         raise SystemExit(1)

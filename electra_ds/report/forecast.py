@@ -1,5 +1,5 @@
 """Predict what a recipe needs on a card that may not be here, or on this CPU: memory by part, the micro-batch that
-fits, and time; and print it."""
+fits, and time; as tables, text and JSON too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
+from rich.console import RenderableType
 from rich.markup import escape
 
 from electra_ds.config.cards import CARDS, DEFAULT_TORCH_CAPABILITY, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
@@ -35,7 +35,7 @@ from electra_ds.pretraining.step_time import (
     StepTime,
     step_time,
 )
-from electra_ds.report.tables import Table, print_table
+from electra_ds.report.tables import Table
 
 GIB = 2**30
 # Cards that benchmarks/results holds a training run of.
@@ -145,23 +145,22 @@ def forecast_all(recipes: Sequence[Recipe]) -> list[Forecast]:
 # --- as tables, text and JSON
 
 
-def print_forecast(found: Forecast, console: Console) -> None:
-    """Print memory, time and what the card lacks for one forecast."""
+def forecast_report(found: Forecast) -> list[RenderableType]:
+    """Return memory, time and what the card lacks for one forecast, as what a rich console prints."""
     device = "a GPU" if found.kernels == "cuda" else "this machine's CPU"
     if found.card is not None:
         device = f"{found.card.name} ({'run' if found.was_run else 'never run'})"
     recipe = found.recipe
-    console.print(
+    return [
         f"[bold]{escape(recipe.name)}[/] with {escape(found.ds_config)} on {escape(device)}: "
         f"{found.plan.precision.name}, ZeRO stage {found.plan.stage}, micro-batch x accumulation = {found.plan.batch}, "
         f"{recipe.data.sequence_length} tokens a sequence, {found.vocab_size:,} pieces",
-        highlight=False,
-    )  # fmt: skip
-    for note in found.plan.notes:
-        console.print(f"[yellow]Note:[/] {escape(note)}.", highlight=False)
-    print_table(memory_table(found), console)
-    for line in [*_fit_lines(found), *_time_lines(found), *_lack_lines(found)]:
-        console.print(line, highlight=False)
+        *(f"[yellow]Note:[/] {escape(note)}." for note in found.plan.notes),
+        memory_table(found),
+        *_fit_lines(found),
+        *_time_lines(found),
+        *_lack_lines(found),
+    ]
 
 
 def memory_table(found: Forecast) -> Table:
@@ -243,8 +242,8 @@ def _lack_lines(found: Forecast) -> list[str]:
     return [*install, "What this card lacks:", *lines]
 
 
-def print_forecasts(forecasts: Sequence[Forecast], console: Console) -> None:
-    """Print a table of every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
+def forecasts_table(forecasts: Sequence[Forecast]) -> Table:
+    """Return a table of every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
     table = Table(
         "Predicted for every card and every recipe",
         ["card", "recipe", "batch", "GiB", "time"],
@@ -256,7 +255,7 @@ def print_forecasts(forecasts: Sequence[Forecast], console: Console) -> None:
         assert card is not None
         name = f"{card.name.removeprefix('NVIDIA ').removeprefix('GeForce ')}{'' if found.was_run else ' *'}"
         table.rows.append([name, found.recipe.name, *_cells(found)])
-    print_table(table, console)
+    return table
 
 
 def _cells(found: Forecast) -> list[str]:

@@ -31,7 +31,7 @@ from electra_ds.report.glue_score import (
     zip_submission,
 )
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
-from electra_ds.report.tables import Table, print_table
+from electra_ds.report.tables import Table
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 BASELINE = (
@@ -114,12 +114,12 @@ def report_scores(
     scored, notes = read_scores(runs)
     groups = group_runs(scored)
     for group in groups:
-        print_table(group_table(group, [row for _, row in published]), console)
+        console.print(group_table(group, [row for _, row in published]))
         _say(console, [note for mean in _glue_means(group) for note in mean.notes] + _group_notes(group))
         for text in _warnings(group):
             warn(console, text)
     if len(groups) == 2 and (differences := difference_table(*groups)).rows:
-        print_table(differences, console)
+        console.print(differences)
     elif len(groups) > 2:
         notes = [*notes, "Differences are of two tables: give the runs of two models or recipes alone"]
     legend = [PLUS_MINUS, BASELINE] if any(row.baselines for group in groups for row in _rows(group)) else [PLUS_MINUS]
