@@ -33,7 +33,7 @@ LATE = {
     ("electra_ds.sweep.__init__", "electra_ds.sweep.run"),  # for type checkers
     ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),
     ("electra_ds.sweep.run", "electra_ds.sweep.tune"),  # Ray, which trials one by one do not need
-    ("electra_ds.sweep.options", "electra_ds.finetuning.loaded_task"),  # which only examples of the user's own need
+    ("electra_ds.sweep.options", "electra_ds.finetuning.load_task"),  # which only examples of the user's own need
     ("electra_ds.sweep.tune", "optuna"),  # which need not be installed
     ("electra_ds.sweep.tune", "ray.tune.search.optuna"),
 }

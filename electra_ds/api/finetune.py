@@ -12,27 +12,26 @@ from rich.console import Console
 
 from electra_ds.api.launch import Launch, given_options, launch
 from electra_ds.api.run import Run
-from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, load_finetune_recipe
+from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
 from electra_ds.config.options import FinetuneOptions
 from electra_ds.config.recipe import RecipeSource
 from electra_ds.finetuning.encoder_source import EncoderSource, read_encoder
 from electra_ds.finetuning.finetune import FinetuneJob, discard_weights
 from electra_ds.finetuning.finetune import finetune as train
-from electra_ds.finetuning.loaded_task import LoadedTask, load_task
+from electra_ds.finetuning.load_task import load_task
 from electra_ds.finetuning.prepare import (
     announce,
     check_same_examples,
     is_finished,
-    num_training_inputs,
     prepare_new,
     prepare_resume,
     run_time,
     say_end,
     say_finished,
 )
+from electra_ds.finetuning.squad import SquadData
 from electra_ds.finetuning.tasks import TaskData
 from electra_ds.pretraining.run_time import RunTime
-from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback
 
 
@@ -128,16 +127,16 @@ class FinetuneStart(Launch[FinetuneOptions]):
 
     def check(self) -> None:
         if self.is_new:
-            loaded, encoder = self._read_in_turns()
+            data, encoder = self._read_in_turns()
         with self.ranks.fail_together():
             self.job = (
-                prepare_new(self.options, self.recipe, loaded, encoder, self.run, self.ranks, self.console)
+                prepare_new(self.options, self.recipe, data, encoder, self.run, self.ranks, self.console)
                 if self.is_new
                 else prepare_resume(self.options, self.run, self.ranks, self.console)
             )
         check_same_examples(self.job, self.ranks)
 
-    def _read_in_turns(self) -> tuple[LoadedTask, EncoderSource]:
+    def _read_in_turns(self) -> tuple[TaskData | SquadData, EncoderSource]:
         """Read the task and the encoder, on the main rank first: what it downloads, the others find."""
         for is_turn in (self.ranks.is_main, not self.ranks.is_main):
             with self.ranks.fail_together():
@@ -145,13 +144,9 @@ class FinetuneStart(Launch[FinetuneOptions]):
                     read = self._read()
         return read
 
-    def _read(self) -> tuple[LoadedTask, EncoderSource]:
+    def _read(self) -> tuple[TaskData | SquadData, EncoderSource]:
         self.run.check_free()
-        loaded, encoder = load_task(self.options.task, self.options.source()), read_encoder(str(self.options.model))
-        if isinstance(loaded.data, TaskData):  # a JSON that cannot be used is refused before tokenising begins
-            count = num_training_inputs(loaded.data, self.recipe, self.options.max_train_examples)
-            prepare.plan_for(self.options, Finetuning(self.recipe, count, encoder.num_layers), self.ranks)
-        return loaded, encoder
+        return load_task(self.options.task, self.options.source()), read_encoder(str(self.options.model))
 
     def show(self) -> None:
         announce(self.job)

@@ -37,22 +37,22 @@ def add_plan(commands: Commands) -> None:
 def _plan(options: PlanOptions) -> None:
     from electra_ds.api.plan import planned
     from electra_ds.config.overrides import load_recipe
-    from electra_ds.report.forecast import forecast_all
-    from electra_ds.report.forecast_tables import as_json, print_forecast, print_forecasts
+    from electra_ds.report.forecast import as_json, forecast_all, forecast_report, forecasts_table
 
     console = wide_console()
     if options.all:
         names = recipe_names() if options.recipe is None else [options.recipe]
         forecasts = forecast_all([load_recipe(name, options.overrides or ()) for name in names])
         if options.json:
-            console.print_json(data=[as_json(found) for of_card in forecasts for found in of_card])
+            console.print_json(data=[as_json(found) for found in forecasts])
         else:
-            print_forecasts(forecasts, console)
+            console.print(forecasts_table(forecasts))
         return
     found = planned(options)
     if options.json:
         console.print_json(data=as_json(found))
     else:
-        print_forecast(found, console)
+        for part in forecast_report(found):
+            console.print(part, highlight=False)
     if not found.fits:
         raise SystemExit(1)

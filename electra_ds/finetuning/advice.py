@@ -11,7 +11,7 @@ from electra_ds.core.program import command
 from electra_ds.data.unknown import NOTED_SHARE
 from electra_ds.finetuning.encoder_source import EncoderSource
 from electra_ds.finetuning.heads import why_not_exportable
-from electra_ds.finetuning.task_sets import Judged, TaskSets
+from electra_ds.finetuning.tokenized_task import EvaluationResult, TokenizedTask
 
 _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
 _FEW_STEPS, _ENOUGH_STEPS = 200, 500
@@ -21,31 +21,31 @@ _UNBALANCED = 0.8
 else."""
 
 
-def advice(training: Finetuning, encoder: EncoderSource, sets: TaskSets, *, keeps_weights: bool) -> Iterator[str]:
+def advice(training: Finetuning, encoder: EncoderSource, task: TokenizedTask, *, keeps_weights: bool) -> Iterator[str]:
     """Yield notes on a run that is about to start, without their full stops."""
     recipe, schedule = training.recipe, training.recipe.schedule
     if training.schedule.total_steps > training.steps_of_epochs:
         yield (
-            f"{schedule.epochs:g} epochs of {len(sets.train):,} examples are {training.steps_of_epochs:,} steps, too "
+            f"{schedule.epochs:g} epochs of {len(task.train):,} examples are {training.steps_of_epochs:,} steps, too "
             f"few to train a new head, so schedule.min_steps makes it {schedule.min_steps:,}. To train for another "
             f"number of epochs, add --set schedule.epochs=N"
         )
-    longest, trained = int(sets.train.lengths.max()), encoder.trained_length
+    longest, trained = int(task.train.lengths.max()), encoder.trained_length
     if trained is not None and longest > trained:
-        share = float((sets.train.lengths > trained).mean())
+        share = float((task.train.lengths > trained).mean())
         yield (
             f"{share:.0%} of the training inputs are longer than the {trained} tokens that the encoder was pretrained "
             f"on, the longest {longest}; positions beyond were never trained. --set data.max_length={trained} "
             f"would cut them there"
         )
-    yield from _unknown_text(encoder, sets)
+    yield from _unknown_text(encoder, task)
     if rate := _lower_rate(recipe, encoder):
         yield (
             f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper uses "
             f"{rate} for one of this size: --set optimizer.learning_rate={rate}"
         )
     if keeps_weights and (
-        problem := why_not_exportable(recipe, encoder.config, sets.num_outputs is None, sets.num_outputs)
+        problem := why_not_exportable(recipe, encoder.config, task.num_outputs is None, task.num_outputs)
     ):
         instead = f". For a head that can be exported, add --set {problem.instead}" if problem.instead else ""
         yield (
@@ -54,10 +54,10 @@ def advice(training: Finetuning, encoder: EncoderSource, sets: TaskSets, *, keep
         )
 
 
-def _unknown_text(encoder: EncoderSource, sets: TaskSets) -> Iterator[str]:
+def _unknown_text(encoder: EncoderSource, task: TokenizedTask) -> Iterator[str]:
     """Yield a note for each set if the encoder's tokenizer turns too much of its text into [UNK]."""
     tokenizer = encoder.tokenizer
-    for name, inputs in ({"training": sets.train} | sets.dev | sets.test).items():
+    for name, inputs in ({"training": task.train} | task.dev | task.test).items():
         text = inputs.ids[~np.isin(inputs.ids, [tokenizer.cls_token_id, tokenizer.sep_token_id])]
         if tokenizer.unk_token_id is None or not len(text):
             continue
@@ -71,50 +71,44 @@ def _unknown_text(encoder: EncoderSource, sets: TaskSets) -> Iterator[str]:
 
 
 def useless_warning(
-    name: str, of: Judged, steps: int, training: Finetuning, encoder: EncoderSource, sets: TaskSets
+    name: str, result: EvaluationResult, steps: int, training: Finetuning, encoder: EncoderSource, task: TokenizedTask
 ) -> str:
     """Return a warning about a model that is no better on a set than its baseline: what is wrong, why that may be, and
     what to do."""
-    recipe, rate, reasons = training.recipe, training.optimizer.learning_rate, []
+    if result.constant is not None:
+        problem = (
+            f"all {result.rows:,} predictions of {name} are {result.constant}, so the model has learned nothing that "
+            f"tells its rows apart"
+        )
+    else:
+        metric, baseline = next(iter(result.baseline.items()))
+        problem = (
+            f"{metric} on {name} is {result.metrics[metric]:.4f}, no better than the {baseline:.4f} of answering "
+            f"{result.baseline_prediction} for every row"
+        )
+    rate, reasons = training.optimizer.learning_rate, []
     if steps < _FEW_STEPS:
         reasons.append(f"{steps:,} steps are too few to train a new head; add --set schedule.min_steps={_ENOUGH_STEPS}")
-    labels = sets.train.labels_N
-    if sets.labels and labels is not None and of.constant is not None:
-        counts = np.bincount(labels)
-        if counts.max() >= _UNBALANCED * counts.sum():
+    if task.labels and task.train.labels_N is not None and result.constant is not None:
+        shares = np.bincount(task.train.labels_N) / len(task.train)
+        if shares.max() >= _UNBALANCED:
             reasons.append(
-                f"{counts.max() / counts.sum():.0%} of the training examples are '{sets.labels[counts.argmax()]}'; add "
-                f"examples of the other classes, or train for longer"
+                f"{shares.max():.0%} of the training examples are '{task.labels[shares.argmax()]}'; add examples of "
+                f"the other classes, or train for longer"
             )
-    if lower := _lower_rate(recipe, encoder):
+    if lower := _lower_rate(training.recipe, encoder):
         reasons.append(
             f"a learning rate of {rate:g} is high for a model of this size; add --set optimizer.learning_rate={lower}"
         )
-    if not reasons:
-        reasons = [
-            "the labels may not follow from the texts; look at some rows, and at the columns that were read",
-            f"the learning rate may be too low or too high; try --set optimizer.learning_rate={3 * rate:.1g} or "
-            f"{rate / 3:.1g}",
-            f"{steps:,} steps may be too few; try --set schedule.min_steps={3 * steps}",
-            "the encoder may know too little of such text; try one that was pretrained for longer",
-        ]
-    if len(reasons) == 1:
-        return f"{_what_is_wrong(name, of)}. The likely reason: {reasons[0]}."
+    reasons = reasons or [
+        "the labels may not follow from the texts; look at some rows, and at the columns that were read",
+        f"the learning rate may be too low or too high; try --set optimizer.learning_rate={3 * rate:.1g} or "
+        f"{rate / 3:.1g}",
+        f"{steps:,} steps may be too few; try --set schedule.min_steps={3 * steps}",
+        "the encoder may know too little of such text; try one that was pretrained for longer",
+    ]
     listed = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
-    return f"{_what_is_wrong(name, of)}. Likely reasons: {listed}."
-
-
-def _what_is_wrong(name: str, of: Judged) -> str:
-    if of.constant is not None:
-        return (
-            f"all {of.rows:,} predictions of {name} are {of.constant}, so the model has learned nothing that tells its "
-            f"rows apart"
-        )
-    metric, baseline = next(iter(of.baseline.items()))
-    return (
-        f"{metric} on {name} is {of.metrics[metric]:.4f}, no better than the {baseline:.4f} of answering "
-        f"{of.baseline_prediction} for every row"
-    )
+    return f"{problem}. Likely reasons: {listed}."
 
 
 def _lower_rate(recipe: FinetuneRecipe, encoder: EncoderSource) -> str | None:

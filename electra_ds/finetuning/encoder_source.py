@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
@@ -32,7 +30,7 @@ from transformers.utils import logging
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.files import is_hub_model
-from electra_ds.data.given_tokenizer import VOCABULARIES, read_folder
+from electra_ds.data.given_tokenizer import read_folder
 from electra_ds.data.hub import explained, fetch_model
 from electra_ds.model.other_formats import refuse_other_frameworks
 from electra_ds.pretraining.trained import load_model
@@ -46,10 +44,7 @@ _ABSOLUTE = ("electra", "bert", "roberta", "xlm-roberta", "camembert")
 """Kinds of models of which transformers 5 has no form with relative positions any more."""
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
 """Kinds of models whose positions are counted from the padding's id and one."""
-_ENCODER = "electra."
 _SHOWN_NAMES = 4
-_MOST_LAYERS = 10_000
-"""A config.json with more is damaged, and would take all memory before anything says so."""
 
 
 @dataclass(frozen=True)
@@ -114,42 +109,22 @@ def read_encoder(name: str) -> EncoderSource:
     if path.is_dir():
         return _of_folder(path, str(path.resolve()))
     if is_hub_model(name):
-        return _of_folder(_fetched(name), name)
-    if path.is_file():
-        raise DataError(
-            f"{name} is a file, not a model: give a run directory, a folder that transformers' save_pretrained wrote, "
-            f"or OWNER/NAME on the Hub."
-        )
+        return _of_folder(fetch_model(name), name)
     raise DataError(
-        f"There is no model {name}: neither a run directory, nor a folder with config.json, nor OWNER/NAME on the Hub."
+        f"There is no model {name}. Give a run directory, a folder that transformers' save_pretrained wrote, or "
+        f"OWNER/NAME on the Hub."
     )
-
-
-def _fetched(name: str) -> Path:
-    """Return the folder of a model that is fetched from the Hub."""
-    try:
-        return fetch_model(name)
-    except DataError as error:
-        if not Path(name).parent.is_dir():
-            raise
-        raise DataError(
-            f"There is no {name} on this machine. Taken as the name of a model on the Hub: {error}"
-        ) from error
 
 
 def _of_run(path: Path) -> EncoderSource:
     name = str(path.resolve())
-    is_finetuned = RunDirectory(path).kind() == "finetune"
-    checkpoint = kept_checkpoint(path) if is_finetuned else newest_checkpoint(path)
-    if is_finetuned:
-        tensors = {
-            key.removeprefix("master/encoder."): checkpoint.tensors[key]
-            for key in checkpoint.tensors
-            if key.startswith("master/encoder.")
-        }
+    if RunDirectory(path).kind() == "finetune":
+        checkpoint = kept_checkpoint(path)
+        keys = [key for key in checkpoint.tensors if key.startswith("master/encoder.")]
+        tensors = {key.removeprefix("master/encoder."): checkpoint.tensors[key] for key in keys}
         config, tokenizer, _ = read_config_and_tokenizer(checkpoint.path, name)
         return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors))
-    model, objective, own_tokenizer, recipe = load_model(checkpoint)
+    model, objective, own_tokenizer, recipe = load_model(newest_checkpoint(path))
     exported = objective.exports(model)[objective.encoder].model
     tensors = {key: tensor.contiguous() for key, tensor in exported.base_model.state_dict().items()}
     config = exported.config
@@ -167,34 +142,21 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
             f"{name} has no config.json, so it is no model of transformers. Give a run directory, a folder that "
             f"transformers' save_pretrained wrote, or OWNER/NAME on the Hub."
         )
-    _check_needs_no_code(folder / "config.json", name)
-    with explained(f"the model {name}", "Is it a folder that transformers' save_pretrained wrote?"):
+    advice = "Choose a folder that transformers' save_pretrained wrote; code that comes with a model is not run."
+    with explained(f"the model {name}", advice):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if not 0 < int(getattr(config, "num_hidden_layers", 1)) <= _MOST_LAYERS:
-        raise DataError(f"{name} has {config.num_hidden_layers:,} layers by its config.json, which is damaged.")
     config.chunk_size_feed_forward = 0  # which changes no number, and takes inputs of some lengths alone
     kind = getattr(config, "position_embedding_type", None)
     if config.model_type in _ABSOLUTE and kind not in (None, "absolute"):
         raise DataError(f"{name} has {kind} positions, which transformers does not compute any more.")
-    if getattr(config, "is_encoder_decoder", False):
-        raise DataError(f"{name} is an encoder with a decoder ({config.model_type}), and an encoder alone is needed.")
-    if _is_decoder(config):
-        raise DataError(
-            f"{name} is a decoder ({config.model_type}), whose tokens do not see those after them, and an encoder is "
-            f"needed."
-        )
-    if not any((folder / file).is_file() for file in VOCABULARIES):
-        raise DataError(
-            f"{name} has no tokenizer: neither tokenizer.json nor vocab.txt. Put the one that it was pretrained with "
-            f"next to its config.json."
-        )
+    if getattr(config, "is_encoder_decoder", False) or _is_decoder(config):
+        raise DataError(f"{name} is or has a decoder ({config.model_type}), and an encoder alone is needed.")
     tokenizer, notes = read_folder(folder, name, config)
-    if tokenizer.cls_token_id is None or tokenizer.pad_token_id is None:
-        lacking = "[CLS] that a text begins with" if tokenizer.cls_token_id is None else "[PAD]"
-        raise DataError(f"The tokenizer of {name} has no {lacking}; is the model an encoder?")
-    if tokenizer("a")["input_ids"][0] != tokenizer.cls_token_id:
+    ids = tokenizer("a")["input_ids"]
+    if tokenizer.pad_token_id is None or tokenizer.cls_token_id is None or ids[0] != tokenizer.cls_token_id:
         raise DataError(
-            f"The tokenizer of {name} does not begin a text with {tokenizer.cls_token}; is it an encoder's?"
+            f"The tokenizer of {name} has no [PAD], or does not begin a text with a token such as [CLS]; is the model "
+            f"an encoder?"
         )
     rows = int(config.vocab_size)
     needed = max(tokenizer.get_vocab().values()) + 1
@@ -204,18 +166,6 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
             f"that it was pretrained with next to its config.json."
         )
     return config, tokenizer, notes
-
-
-def _check_needs_no_code(file: Path, name: str) -> None:
-    try:
-        values = json.loads(file.read_text("utf8"))
-    except (OSError, ValueError, RecursionError):
-        return  # transformers says what is wrong with it
-    if isinstance(values, dict) and "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
-        raise DataError(
-            f"{name} is a model of a kind that transformers does not have, computed by code of its own, which is not "
-            f"run here. Choose a model of transformers."
-        )
 
 
 def _is_decoder(config: PretrainedConfig) -> bool:
@@ -249,18 +199,12 @@ def load_weights(
     kind: the model's class, or `AutoModel`. Raises DataError if the weights cannot be read, or are in a pickle that
     holds more than tensors.
     """
-    with explained(f"the weights of {name}", "config.json or the weights may be damaged. Fetch or export it again."):
-        try:
-            with silent_transformers():
-                model, info = kind.from_pretrained(
-                    folder, config=config, dtype=torch.float32, local_files_only=True, weights_only=True,
-                    trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
-                )  # fmt: skip
-        except pickle.UnpicklingError as error:  # whose words advise to run what is in it
-            raise DataError(
-                f"The weights of {name} are damaged, or their pickle holds more than tensors: it could run any program "
-                f"and is not opened. Fetch them again, or take a copy whose weights are in model.safetensors."
-            ) from error
+    advice = "config.json or the weights may be damaged. Fetch or export it again, with weights in model.safetensors."
+    with explained(f"the weights of {name}", advice), silent_transformers():
+        model, info = kind.from_pretrained(
+            folder, config=config, dtype=torch.float32, local_files_only=True, weights_only=True,
+            trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
     return model, {
         _MISSING: set(info["missing_keys"]),
         _UNKNOWN: set(info["unexpected_keys"]),

@@ -16,7 +16,6 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,12 +26,13 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, TrainingError
+from electra_ds.core.files import complete_file
 from electra_ds.core.ranks import Ranks
 from electra_ds.finetuning.advice import useless_warning
 from electra_ds.finetuning.encoder_source import EncoderSource
 from electra_ds.finetuning.heads import TaskModel, finetuning_rates, make_encoder, make_head
 from electra_ds.finetuning.inputs import TaskBatchBuilder, TaskInputs, evaluation_chunks
-from electra_ds.finetuning.task_sets import Judged, Outputs, TaskSets
+from electra_ds.finetuning.tokenized_task import EvaluationResult, Outputs, TokenizedTask
 from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint, remove
 from electra_ds.training.engine import Engine
@@ -60,7 +60,7 @@ class FinetuneJob:
     plan: DeepSpeedPlan
     record: FinetuneRecord
     encoder: EncoderSource
-    sets: TaskSets
+    task: TokenizedTask
     stop_at: int
 
     @property
@@ -87,7 +87,7 @@ def task_model(job: FinetuneJob) -> TaskModel:
     encoder = make_encoder(job.encoder.config, job.recipe.seed)
     if job.encoder.tensors:
         encoder.load_state_dict(job.encoder.tensors, strict=True)
-    head = make_head(job.recipe, job.encoder.hidden_size, job.sets.num_outputs, job.sets.is_regression)
+    head = make_head(job.recipe, job.encoder.hidden_size, job.task.num_outputs, job.task.is_regression)
     return TaskModel(encoder, head)
 
 
@@ -96,7 +96,7 @@ class FinetuneLoop(TrainingLoop):
 
     def __init__(self, job: FinetuneJob, ranks: Ranks, callbacks: Sequence[Callback] = ()) -> None:
         builder = TaskBatchBuilder(
-            job.sets.train, job.recipe.global_batch_size, job.recipe.seed, job.training.optimizer.loss
+            job.task.train, job.recipe.global_batch_size, job.recipe.seed, job.training.optimizer.loss
         )
         throughput = Throughput(devices.device(ranks.launch), None, lambda batch: 0.0)
         super().__init__(job, ranks, builder, throughput, callbacks)
@@ -104,7 +104,7 @@ class FinetuneLoop(TrainingLoop):
         self._best_folder = CheckpointFolder(job.run.path / "best", keep=1)
         self._best_saver = CheckpointSaver(self._best_folder, ranks)
         self._best_step = 0
-        self._judged: dict[str, Judged] = {}
+        self._results: dict[str, EvaluationResult] = {}
         """Of the last evaluation, on the main rank."""
         self._history: list[tuple[int, float]] = []
         """(step, the score that choices are made by) of each evaluation."""
@@ -118,12 +118,16 @@ class FinetuneLoop(TrainingLoop):
         self._history = ranks.broadcast(self._earlier_evaluations())
         with ranks.fail_together():
             if job.record.settings.best and self._history and not self._best_folder.paths():
-                raise CheckpointError(
-                    f"The best evaluation's weights are gone from {self._best_folder.folder}. Put them back, or start "
-                    f"a new run."
-                )
+                raise self._best_is_gone()
         if self._history and self._history[-1][0] == self.step and self._is_patience_spent():
             self.ends_early = "done"
+
+    def _best_is_gone(self, *problems: str) -> CheckpointError:
+        why = "".join(f": {problem.rstrip('.')}" for problem in problems)
+        return CheckpointError(
+            f"The best evaluation's weights are gone from {self._best_folder.folder}{why}. Put them back, or start a "
+            f"new run."
+        )
 
     def _forget_later_best(self) -> None:
         """Remove the weights that were kept by evaluations after this step, which are done again."""
@@ -154,14 +158,14 @@ class FinetuneLoop(TrainingLoop):
     # --- evaluation
 
     def evaluate(self) -> Mapping[str, float]:
-        sets = self.job.sets
-        self._judged = self._judge(sets.dev)
-        for name, judged in self._judged.items():
-            constant = "" if judged.constant is None else f"; every prediction is {judged.constant}"
-            _log.info(f"{name} at step {self.step}: {sets.shown(judged.metrics, judged.baseline)}{constant}")
-        scores = self.ranks.broadcast({name: judged.metrics for name, judged in self._judged.items()})
+        task = self.job.task
+        self._results = self._results_of(task.dev)
+        for name, result in self._results.items():
+            constant = "" if result.constant is None else f"; every prediction is {result.constant}"
+            _log.info(f"{name} at step {self.step}: {task.shown(result.metrics, result.baseline)}{constant}")
+        scores = self.ranks.broadcast({name: result.metrics for name, result in self._results.items()})
         if self._is_of_schedule(self.step):
-            self._choose(scores[next(iter(sets.dev))][sets.chosen_by])
+            self._choose(scores[next(iter(task.dev))][task.chosen_by])
         if len(scores) == 1:
             return dict(next(iter(scores.values())))
         return {f"{name}/{metric}": value for name, metrics in scores.items() for metric, value in metrics.items()}
@@ -171,14 +175,14 @@ class FinetuneLoop(TrainingLoop):
         --stop-at, choose nothing, so that a run that is stopped ends like one that is not."""
         return step % self.job.record.settings.eval_every == 0 or step == self.job.total_steps
 
-    def _judge(self, sets: Mapping[str, TaskInputs]) -> dict[str, Judged]:
+    def _results_of(self, sets: Mapping[str, TaskInputs]) -> dict[str, EvaluationResult]:
         """Return the results of each set on the main rank; the others only compute their share."""
-        judged = {}
+        results = {}
         for name, inputs in sets.items():
             outputs = self._outputs(inputs)
             if self.ranks.is_main:
-                judged[name] = self.job.sets.judge(name, outputs)
-        return judged
+                results[name] = self.job.task.evaluate(name, outputs)
+        return results
 
     def _outputs(self, inputs: TaskInputs) -> Outputs:
         """Return the head's scores of each input, in order, on every rank; the ranks share the work."""
@@ -220,8 +224,8 @@ class FinetuneLoop(TrainingLoop):
 
     def _earlier_evaluations(self) -> list[tuple[int, float]]:
         """Return the history of the run so far from metrics.jsonl, on the main rank."""
-        sets = self.job.sets
-        name = sets.chosen_by if len(sets.dev) == 1 else f"{next(iter(sets.dev))}/{sets.chosen_by}"
+        task = self.job.task
+        name = task.chosen_by if len(task.dev) == 1 else f"{next(iter(task.dev))}/{task.chosen_by}"
         path = self.job.run.metrics
         lines = read_metrics(path) if self.ranks.is_main and path.exists() else []
         scores = [(line["step"], line.get(name)) for line in lines if line["kind"] == "eval"]
@@ -238,30 +242,26 @@ class FinetuneLoop(TrainingLoop):
         settings = self.job.record.settings
         if settings.best:
             self._take_best()
-        if settings.best or not self.ranks.broadcast(bool(self._judged)):
-            self._judged = self.in_memory(lambda: self._judge(self.job.sets.dev))
-        tested = self.in_memory(lambda: self._judge(self.job.sets.test)) if settings.predict_test else {}
-        judged = self._judged | tested
+        if settings.best or not self.ranks.broadcast(bool(self._results)):
+            self._results = self.in_memory(lambda: self._results_of(self.job.task.dev))
+        tested = self.in_memory(lambda: self._results_of(self.job.task.test)) if settings.predict_test else {}
         with self.ranks.fail_together():
             if self.ranks.is_main:
-                self._write(judged)
+                self._write(self._results | tested)
 
     def _take_best(self) -> None:
         with self.ranks.fail_together():
             path, damaged = self._best_folder.latest_valid(self.ranks)
             if path is None:
-                raise CheckpointError(
-                    f"The best evaluation's weights are gone from {self._best_folder.folder}"
-                    + "".join(f": {problem}" for problem in damaged.values())
-                )
+                raise self._best_is_gone(*damaged.values())
             checkpoint = open_checkpoint(path)
             checkpoint.check(self._engine.optimizer.shapes(), self._engine.optimizer.trained())
         self._engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self._best_step = int(checkpoint.state["step"])
 
-    def _write(self, judged: Mapping[str, Judged]) -> None:
+    def _write(self, results: Mapping[str, EvaluationResult]) -> None:
         job, best = self.job, self.job.record.settings.best
-        chosen = f"best of {len(self._history)} evaluations on {next(iter(job.sets.dev))}" if best else "last"
+        chosen = f"best of {len(self._history)} evaluations on {next(iter(job.task.dev))}" if best else "last"
         if self.ends_early is not None:
             chosen += f", stopped after {job.record.settings.early_stopping} evaluations without a better one"
         scores = {
@@ -277,36 +277,24 @@ class FinetuneLoop(TrainingLoop):
             "training_examples": job.record.num_examples,
             "step": self._best_step if best else self.step,
             "chosen": chosen,
-            "sets": {name: self._written(name, of) for name, of in judged.items()},
+            "sets": {name: self._written(name, result) for name, result in results.items()},
         }
-        files = {name: content for of in judged.values() for name, content in of.files.items()}
-        for name, content in (files | {SCORES: json.dumps(scores, indent=2) + "\n"}).items():
-            _write_file(job.run.path / name, content)
+        files = {name: content for result in results.values() for name, content in result.files.items()}
+        for name, content in (files | {SCORES: (json.dumps(scores, indent=2) + "\n").encode()}).items():
+            (job.run.path / name).parent.mkdir(exist_ok=True)
+            with complete_file(job.run.path / name) as temporary:
+                temporary.write_bytes(content)
 
-    def _written(self, name: str, of: Judged) -> dict[str, Any]:
+    def _written(self, name: str, result: EvaluationResult) -> dict[str, Any]:
         """Return what scores.json says about a set."""
-        said: dict[str, Any] = {
-            "rows": of.rows,
-            "metrics": {key: value if math.isfinite(value) else None for key, value in of.metrics.items()},
-        }
-        if of.baseline:
-            said |= {"baseline": of.baseline, "baseline_prediction": of.baseline_prediction}
-        if of.constant is not None or of.is_beaten:
-            job = self.job
-            steps = self._best_step or self.step
-            said["warning"] = useless_warning(name, of, steps, job.training, job.encoder, job.sets)
-        return said | of.details
-
-
-def _write_file(path: Path, content: str | bytes) -> None:
-    """Write a file, completely or not at all. Raises CheckpointError if the disk is full."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
+        metrics = {key: value if math.isfinite(value) else None for key, value in result.metrics.items()}
+        entry: dict[str, Any] = {"rows": result.rows, "metrics": metrics}
+        if result.baseline:
+            entry |= {"baseline": result.baseline, "baseline_prediction": result.baseline_prediction}
+        if result.constant is not None or result.is_beaten:
+            job, steps = self.job, self._best_step or self.step
+            entry["warning"] = useless_warning(name, result, steps, job.training, job.encoder, job.task)
+        return entry | result.details
 
 
 def discard_weights(run: RunDirectory) -> None:

@@ -1,4 +1,4 @@
-"""GLUE from its official files, as https://gluebenchmark.com/tasks and its download script lay them out.
+"""GLUE from its official files, as its download script lays them out.
 
 The formats are those that the loader of the Hub's dataset reads (huggingface/datasets 1.x, datasets/glue/glue.py):
 tab-separated, no quoting, with a header except in CoLA's train and dev. Columns are found by the header's names.
@@ -6,14 +6,14 @@ tab-separated, no quoting, with a header except in CoLA's train and dev. Columns
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from electra_ds.core.errors import DataError, did_you_mean
-from electra_ds.finetuning.tasks import Examples, Table, Task, TaskData, read_jsonl, read_table, task_data
+from electra_ds.finetuning.tasks import Examples, Table, Task, TaskData, kind_of_set, read_jsonl, read_table, task_data
 
 _NLI = ("entailment", "neutral", "contradiction")
 _ENTAILED = ("entailment", "not_entailment")
@@ -74,10 +74,6 @@ class _Columns(NamedTuple):
     ids: str = "index"
     """The names of a test set's rows; without such a column they are numbered from 0."""
 
-    @property
-    def texts(self) -> list[str]:
-        return [self.text, self.pair] if self.pair else [self.text]
-
 
 _COLUMNS = {
     "cola": _Columns("sentence", None, "label"),
@@ -89,19 +85,23 @@ _COLUMNS = {
     "qnli": _Columns("question", "sentence", "label"),
     "rte": _Columns("sentence1", "sentence2", "label"),
     "wnli": _Columns("sentence1", "sentence2", "label"),
-    "ax": _Columns("sentence1", "sentence2", ""),
 }
+"""The columns of the official files."""
+HUB_COLUMNS = {
+    name: columns._replace(label="label", ids="idx")
+    for name, columns in (
+        _COLUMNS | {"mrpc": _COLUMNS["rte"], "mnli": _Columns("premise", "hypothesis", "label")}
+    ).items()
+}
+"""Those of the Hub's dataset."""
 _COLA_HEADER = ("source", "label", "original_label", "sentence")
 _MNLI_JSON = _Columns("premise", "hypothesis", "label")
 _AX_FULL = _Columns("Premise", "Hypothesis", "Label")
-_FOLDERS = {name: (name.upper(),) for name in GLUE} | {"cola": ("CoLA",)}
+_FOLDERS = {name: name.upper() for name in GLUE} | {"cola": "CoLA"}
 _AX_FOLDERS = ("AX", "diagnostic", "diagnostics")
-_MNLI_SETS = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
-_AX_FILES = ("AX.tsv", "diagnostic.tsv", "diagnostic-full.tsv")
-_MRPC_ORIGINAL = {"train": "msr_paraphrase_train.txt", "dev": "msr_paraphrase_train.txt"}
-_MRPC_TEST = "msr_paraphrase_test.txt"
-_MRPC_IDS = ("#1 ID", "#2 ID")
-_MRPC_DEV_IDS = ("dev_ids.tsv", "mrpc_dev_ids.tsv")
+_AX_FILES = ("diagnostic-full.tsv", "AX.tsv", "diagnostic.tsv")
+_UNLABELLED = {"qqp": "", "mnli": "-"}
+"""What stands for the label in rows of train and dev that have none."""
 
 
 def glue_task(name: str) -> Task:
@@ -114,11 +114,10 @@ def glue_task(name: str) -> Task:
 def load_glue(name: str, folder: Path) -> TaskData:
     """Read a task from its own folder, or from the folder that holds the tasks' folders in their official names.
 
-    Each set comes from the first of its files that is there: SET.tsv; for MNLI then SET.jsonl (premise, hypothesis and
-    label, or the names of the TSV); for MRPC then the original msr_paraphrase_train.txt, split by dev_ids.tsv, and
-    msr_paraphrase_test.txt. The diagnostic set is looked for in AX or diagnostic, in MNLI's folder and next to it. Sets
-    without a file are left out. Test sets have no labels here, even if a file has them (MRPC): only GLUE's site scores
-    them. The labels of the diagnostic set are public, and read from diagnostic-full.tsv.
+    Each set is read from SET.tsv, or for MNLI from SET.jsonl (premise, hypothesis and label, or the names of the TSV).
+    The diagnostic set is looked for in MNLI's folder, next to it, and in AX or diagnostic there. Sets without a file
+    are left out. Test sets have no labels here, even if a file has them (MRPC): only GLUE's site scores them. The
+    labels of the diagnostic set are public, and read from diagnostic-full.tsv.
 
     Raises DataError for an unknown task, a folder with none of its files, and files that break their format.
     """
@@ -126,151 +125,78 @@ def load_glue(name: str, folder: Path) -> TaskData:
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder} with the files of {name}.")
     own = _task_folder(name, folder)
-    reading = _Reading(task, own)
-    for set_name in _MNLI_SETS if name == "mnli" else ("train", "dev", "test"):
-        _read_set(reading, set_name)
-    if name == "mnli" and reading.sets:
+    suffixes = (".tsv", ".jsonl") if name == "mnli" else (".tsv",)
+    wanted = {each: [each + suffix for suffix in suffixes] for each in OFFICIAL_ROWS[name] if each != "ax"}
+    files = {each: path for each, names in wanted.items() if (path := _child(own, *names))}
+    if not files:
+        looked_for = ", ".join(each for names in wanted.values() for each in names)
+        raise DataError(
+            f"{folder} holds no files of {name}. Looked for {looked_for}, there and in a folder {_FOLDERS[name]} in it."
+        )
+    if name == "mnli":
         parent = own.absolute().parent
-        _read_ax(reading, [own, *_children(parent, _AX_FOLDERS), parent])
-    if not reading.sets:
-        looked_for = ", ".join(dict.fromkeys(reading.looked_for))
-        raise DataError(
-            f"{folder} holds no files of {name}. Looked for {looked_for}, there and in a folder "
-            f"{' or '.join(_FOLDERS[name])} in it."
-        )
-    dev = {key: value for key, value in reading.sets.items() if key.startswith("dev")}
-    test = {key: value for key, value in reading.sets.items() if key.startswith("test") or key == "ax"}
-    source = ", ".join(dict.fromkeys(map(str, reading.read)))
-    return task_data(task, reading.sets.get("train"), dev, test, source, reading.remarks)
+        folders = filter(None, [own, _child(parent, *_AX_FOLDERS), parent])
+        if found := next((path for each in folders if (path := _child(each, *_AX_FILES))), None):
+            files["ax"] = found
+    notes: list[str] = []
+    sets = {set_name: _read_set(task, set_name, path, notes) for set_name, path in files.items()}
+    return glue_data(task, sets, ", ".join(map(str, files.values())), notes)
 
 
-def differing_rows(data: TaskData) -> list[str]:
-    """Return a sentence for each set of a GLUE task that does not have the official number of rows, or that is missing
-    and needed for its scores."""
-    name, sets = data.task.name, data.sets()
-    said = []
-    for each, rows in OFFICIAL_ROWS.get(name, {}).items():
-        if each in sets and len(sets[each]) != rows:
-            said.append(f"{name}: {each} has {len(sets[each]):,} rows, officially {rows:,}.")
-        elif each not in sets and each.startswith("dev"):
-            said.append(f"{name}: there is no {each}, so it is not scored.")
-    return said
+def glue_data(task: Task, sets: dict[str, Examples], source: str, notes: list[str]) -> TaskData:
+    """Return the sets with notes on those that do not have the official number of rows, or that are missing and needed
+    for the task's scores."""
+    ordered = {name: sets[name] for name in OFFICIAL_ROWS[task.name] if name in sets}
+    for name, rows in OFFICIAL_ROWS[task.name].items():
+        if name in ordered and len(ordered[name]) != rows:
+            notes.append(f"{task.name}: {name} has {len(ordered[name]):,} rows, officially {rows:,}.")
+        elif name not in ordered and name.startswith("dev"):
+            notes.append(f"{task.name}: there is no {name}, so it is not scored.")
+    return task_data(task, ordered, source, notes)
 
 
-class _Reading:
-    """The sets of a task as they are found."""
-
-    def __init__(self, task: Task, folder: Path) -> None:
-        self.task = task
-        self.folder = folder
-        self.sets: dict[str, Examples] = {}
-        self.read: list[Path] = []
-        self.remarks: list[str] = []
-        self.looked_for: list[str] = []
-
-    def find(self, *names: str, folder: Path | None = None) -> Path | None:
-        self.looked_for += names
-        return next(iter(_children(folder or self.folder, names)), None)
-
-    def add(self, set_name: str, table: Table, columns: _Columns, *, has_labels: bool) -> None:
-        """Add a set. Rows of QQP without a label and MNLI's without a gold label ("-") are left out and counted."""
-        self.read.append(table.path)
-        labels, num_unlabelled = None, 0
-        if has_labels:
-            missing = {"qqp": "", "mnli": "-"}.get(self.task.name)
-            kept = [index for index, word in enumerate(table.column(columns.label)) if word != missing]
-            num_unlabelled = len(table) - len(kept)
-            table = table.select(kept)
-            labels = _labels(self.task, table, table.column(columns.label))
-        for count, problem in (
-            (table.num_short, "left out because they lack a column"),
-            (num_unlabelled, "left out because they have no label"),
-            (table.num_long, "with more columns than the header, the rest of which is ignored"),
-        ):
-            if count:
-                self.remarks.append(f"{table.path}: rows {problem}: {count}.")
-        ids = list(map(str, table.numbers))
-        if columns.ids in table.columns:
-            if table.column(columns.ids) != ids and not has_labels:
-                self.remarks.append(f"{table.path}: '{columns.ids}' does not count from 0, as GLUE's site wants it.")
-            ids = table.column(columns.ids)
-        pairs = table.column(columns.pair) if columns.pair else None
-        self.sets[set_name] = Examples(ids, table.column(columns.text), pairs, labels)
-
-
-def _read_set(reading: _Reading, name: str) -> None:
-    task, columns = reading.task.name, _COLUMNS[reading.task.name]
-    is_test = name.startswith("test")
-    if path := reading.find(f"{name}.tsv"):
-        header = _COLA_HEADER if task == "cola" and not is_test else None
-        table = _read(path, columns, is_test, header=header, skip_short=task == "qqp")
-    elif task == "mnli" and (path := reading.find(f"{name}.jsonl")):
+def _read_set(task: Task, set_name: str, path: Path, notes: list[str]) -> Examples:
+    columns, has_labels = _COLUMNS[task.name], kind_of_set(set_name) != "test"
+    if _plain(path.name) == _plain(_AX_FILES[0]):
+        columns, has_labels = _AX_FULL, True
+    if path.suffix.lower() == ".jsonl":
         table = read_jsonl(path)
-        columns = _MNLI_JSON if "premise" in table.names else columns
-        for column in (*columns.texts, *([] if is_test else [columns.label])):
-            table.column(column)  # raises DataError if not every line has it
-    elif task == "mrpc" and (path := reading.find(_MRPC_TEST if is_test else _MRPC_ORIGINAL[name])):
-        table = _read(path, columns, is_test) if is_test else _original_mrpc(reading, path, name)
+        columns = _MNLI_JSON if "premise" in table.frame else columns
     else:
-        return
-    reading.add(name, table, columns, has_labels=not is_test)
+        header = _COLA_HEADER if task.name == "cola" and has_labels else None
+        table = read_table(path, "\t", is_quoted=False, header=header, wanted=columns)
+    if has_labels and task.name in _UNLABELLED:
+        has_label = [label != _UNLABELLED[task.name] for label in table.column(columns.label)]
+        if missing := has_label.count(False):
+            notes.append(f"{path}: rows left out because they have no label: {missing}.")
+            table = Table(table.source, table.frame[has_label])
+    return glue_examples(task, table, columns, task.written, has_labels=has_labels)
 
 
-def _read(
-    path: Path, columns: _Columns, is_test: bool, *, header: Sequence[str] | None = None, skip_short: bool = False
-) -> Table:
-    needed = columns.texts if is_test else [*columns.texts, columns.label]
+def glue_examples(task: Task, table: Table, columns: _Columns, written: Sequence[str], *, has_labels: bool) -> Examples:
+    """Return the examples of a table. written: how it writes the classes."""
     # An `id` of QQP's train and dev is the pair's in Quora's data.
-    ids = [columns.ids] if is_test or columns.ids == "index" else []
-    wanted = [*needed, *ids, *_MRPC_IDS]
-    table = read_table(path, "\t", is_quoted=False, header=header, wanted=wanted, skip_short=skip_short)
-    for column in needed:
-        table.column(column)  # raises DataError if it is not there
-    return table
+    is_named = columns.ids in table.frame and not has_labels
+    ids = table.column(columns.ids) if is_named else [str(row) for row in table.frame.index]
+    texts = table.column(columns.text)
+    pairs = table.column(columns.pair) if columns.pair else None
+    return Examples(ids, texts, pairs, _labels(task, table, columns.label, written) if has_labels else None)
 
 
-def _original_mrpc(reading: _Reading, path: Path, name: str) -> Table:
-    """Return the rows of the original training file that dev_ids.tsv makes dev, or the others."""
-    ids = reading.find(*_MRPC_DEV_IDS)
-    if ids is None:
-        raise DataError(
-            f"{path} holds MRPC's train and dev in one; {_MRPC_DEV_IDS[0]} says which is which. Put it next to it: "
-            f"https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv"
-        )
-
-    def pairs(table: Table) -> list[tuple[str, str]]:
-        return list(zip(*(table.column(column) for column in _MRPC_IDS), strict=True))
-
-    dev = set(pairs(read_table(ids, "\t", is_quoted=False, header=_MRPC_IDS)))
-    table = _read(path, _COLUMNS["mrpc"], is_test=False)
-    return table.select([index for index, pair in enumerate(pairs(table)) if (pair in dev) == (name == "dev")])
-
-
-def _read_ax(reading: _Reading, folders: Iterable[Path]) -> None:
-    """Read MNLI's test set "ax", with labels if a file has them: they are public."""
-    for folder in folders:
-        *plain, full = _AX_FILES
-        if path := reading.find(full, folder=folder):
-            reading.add("ax", _read(path, _AX_FULL, is_test=False), _AX_FULL, has_labels=True)
-            return
-        if path := reading.find(*plain, folder=folder):
-            reading.add("ax", _read(path, _COLUMNS["ax"], is_test=True), _COLUMNS["ax"], has_labels=False)
-            return
-
-
-def _labels(task: Task, table: Table, words: list[str]) -> np.ndarray:
+def _labels(task: Task, table: Table, column: str, written: Sequence[str]) -> np.ndarray:
     """Return int64 class indices or float64 scores."""
-    known = {word: index for index, word in enumerate(task.written)}
+    known = {word: index for index, word in enumerate(written)}
     low, high = task.score_range or (0.0, 0.0)
     found: list[float] = []
-    for word, line in zip(words, table.lines, strict=True):
+    for row, word in zip(table.frame.index, table.column(column), strict=True):
         try:
             value = known[word] if known else float(word)
+            is_label = bool(known) or low <= value <= high
         except (KeyError, ValueError):
-            value = np.nan
-        if not (known and value == value) and not low <= value <= high:
-            expected = f"one of {', '.join(task.written)}" if known else f"a score from {low:g} to {high:g}"
-            raise DataError(f"{table.path}, line {line}: the label '{word}' is not {expected}.")
+            is_label = False
+        if not is_label:
+            expected = f"one of {', '.join(written)}" if known else f"a score from {low:g} to {high:g}"
+            raise DataError(f"{table.source}, row {row + 1}: the label '{word}' is not {expected}.")
         found.append(value)
     return np.array(found, np.int64 if known else np.float64)
 
@@ -280,21 +206,23 @@ def _task_folder(name: str, folder: Path) -> Path:
 
     Raises DataError if it is another task's: some have the same columns.
     """
-    if inner := next((path for path in _children(folder, _FOLDERS[name]) if path.is_dir()), None):
+    inner = _child(folder, _FOLDERS[name])
+    if inner is not None and inner.is_dir():
         return inner
-    of = next((task for task, names in _FOLDERS.items() if _plain(folder.absolute().name) in map(_plain, names)), name)
+    own_name = _plain(folder.absolute().name)
+    of = next((task for task, official in _FOLDERS.items() if _plain(official) == own_name), name)
     if of != name:
         raise DataError(f"{folder} is the folder of {of}, not of {name}. Give that, or the folder that holds them all.")
     return folder
 
 
-def _children(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the entries of the folder with one of these names, in their order; case and hyphens do not matter."""
+def _child(folder: Path, *names: str) -> Path | None:
+    """Return the first of these that is in the folder, or None; case and hyphens do not matter."""
     try:
-        there = sorted(folder.iterdir()) if folder.is_dir() else []
+        there = {_plain(path.name): path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
     except OSError as error:
         raise DataError(f"Cannot read {folder}: {error.strerror}.") from error
-    return [path for name in names for path in there if _plain(path.name) == _plain(name)]
+    return next((there[_plain(name)] for name in names if _plain(name) in there), None)
 
 
 def _plain(name: str) -> str:

@@ -123,9 +123,8 @@ class JointSpanHead(nn.Module):
         unanswerable_B = self.answerable(features_BW).squeeze(-1).float()
         loss_sum = None
         if batch.starts_B is not None and batch.ends_B is not None and batch.is_impossible_B is not None:
-            chosen_B1H = hidden_BTH[torch.arange(len(hidden_BTH), device=hidden_BTH.device), batch.starts_B].unsqueeze(
-                1
-            )
+            rows_B = torch.arange(len(hidden_BTH), device=hidden_BTH.device)
+            chosen_B1H = hidden_BTH[rows_B, batch.starts_B].unsqueeze(1)
             end_BT = self._ends(hidden_BTH, chosen_B1H, excluded_BT).squeeze(1)
             loss_sum = (_nats(start_BT, batch.starts_B) + _nats(end_BT, batch.ends_B)).sum() / 2
             loss_sum = loss_sum + self.section.answerable_weight * functional.binary_cross_entropy_with_logits(
@@ -310,37 +309,33 @@ def why_not_exportable(
     For question answering with other encoders than ELECTRA, only making the model shows it. num_outputs: scores of an
     input, if known.
     """
-    head = recipe.head
+    head, width = recipe.head, int(config.hidden_size)
     if is_span:
         if head.span != "joint":
             return None
         return NotExportable(
-            "head.span is joint, a head that scores ends given the start, and transformers' classes for question "
-            "answering score start and end independently",
-            "head.span=independent",
+            "head.span is joint, and transformers' classes score start and end independently", "head.span=independent"
         )
     if config.model_type != "electra":
         return NotExportable(
-            f"this head scores the encoder's output, and transformers' classes for {config.model_type} have other "
-            f"layers before the scores, which are not trained here",
+            f"transformers' classes for {config.model_type} have other layers before the scores, which are not trained "
+            f"here",
             "",
         )
     if head.pooling != "first":
         return NotExportable(
-            f"head.pooling is {head.pooling}, and transformers' ElectraForSequenceClassification scores the first "
-            f"token's vector only",
+            f"head.pooling is {head.pooling}, and transformers scores the first token's vector",
             "head.pooling=first head.hidden_size=null",
         )
-    if head.num_layers == 2 and head.hidden_size not in (None, int(config.hidden_size)):
+    if head.num_layers == 2 and head.hidden_size not in (None, width):
         return NotExportable(
-            f"head.hidden_size is {head.hidden_size}, and that of transformers' head is the encoder's, "
-            f"{config.hidden_size}",
+            f"head.hidden_size is {head.hidden_size}, and that of transformers' head is the encoder's, {width}",
             "head.hidden_size=null",
         )
-    if head.num_layers == 1 and num_outputs is not None and 2 * num_outputs > int(config.hidden_size):
+    if head.num_layers == 1 and num_outputs is not None and 2 * num_outputs > width:
         return NotExportable(
-            f"head.num_layers is 1, and transformers' head of two layers holds one matrix for at most "
-            f"{int(config.hidden_size) // 2} classes, half of the encoder's hidden size; these are {num_outputs}",
+            f"head.num_layers is 1, and transformers' head of two layers holds one matrix for at most {width // 2} "
+            f"classes, half of the encoder's hidden size; these are {num_outputs}",
             "head.num_layers=2",
         )
     return None

@@ -5,7 +5,7 @@ Shape suffixes: N inputs of a set, B of a batch, S of a micro-batch, T positions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.data.sampling import shuffled
 from electra_ds.finetuning.squad import Question
-from electra_ds.finetuning.squad_features import Features
+from electra_ds.finetuning.squad_features import Window
 from electra_ds.finetuning.tasks import Examples, Task
 from electra_ds.pretraining.microbatch import moved
 from electra_ds.training.step import LossTerm
@@ -173,16 +173,22 @@ def tokenised(
     has_segments: whether the model has a table that distinguishes a second text from a first. progress: called with the
     number of examples done since the last call.
     """
-    both = for_training and recipe.data.double_unordered and examples.pairs is not None
     orders = [(examples.texts, examples.pairs)]
-    if both and examples.pairs is not None:
+    if for_training and recipe.data.double_unordered and examples.pairs is not None:
         orders.append((examples.pairs, examples.texts))
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
     for texts, pairs in orders:
-        for encoding in _encodings(texts, pairs, tokenizer, recipe.data.max_length, progress):
-            ids.append(np.asarray(encoding["input_ids"], np.int32))
-            segments.append(np.asarray(encoding["token_type_ids"], np.int8))
+        for first in range(0, len(texts), _TOKENISE_AT_ONCE):
+            part = slice(first, first + _TOKENISE_AT_ONCE)
+            encoded = tokenizer(
+                texts[part], None if pairs is None else pairs[part],
+                truncation="longest_first", max_length=recipe.data.max_length, return_attention_mask=False,
+                return_token_type_ids=True,
+            )  # fmt: skip
+            ids += [np.asarray(row, np.int32) for row in encoded["input_ids"]]
+            segments += [np.asarray(row, np.int8) for row in encoded["token_type_ids"]]
+            progress(len(encoded["input_ids"]))
     labels = examples.labels
     if labels is not None:
         labels = np.concatenate([labels] * len(orders))
@@ -191,58 +197,45 @@ def tokenised(
     return _inputs(ids, segments if uses_segments else None, tokenizer, labels)
 
 
-def _encodings(
-    texts: list[str],
-    pairs: list[str] | None,
-    tokenizer: PreTrainedTokenizerFast,
-    max_length: int,
-    progress: Callable[[int], None],
-) -> Iterator[dict[str, list[int]]]:
-    for first in range(0, len(texts), _TOKENISE_AT_ONCE):
-        taken = slice(first, first + _TOKENISE_AT_ONCE)
-        encoded = tokenizer(
-            texts[taken], None if pairs is None else pairs[taken],
-            truncation="longest_first", max_length=max_length, return_attention_mask=False,
-            return_token_type_ids=True,
-        )  # fmt: skip
-        count = len(encoded["input_ids"])
-        yield from ({name: encoded[name][index] for name in encoded} for index in range(count))
-        progress(count)
-
-
 def scaled(scores: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray:
     """Return scores of a regression task as the model is to give them."""
-    if recipe.data.regression_scale == "raw":
-        return scores
-    assert task.score_range is not None  # every regression has one
-    low, high = task.score_range
-    return (scores - low) / (high - low)
+    low, size = _scale(task, recipe)
+    return (scores - low) / size
 
 
 def unscaled(outputs: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray:
     """Return the model's outputs as scores of the task."""
+    low, size = _scale(task, recipe)
+    return outputs * size + low
+
+
+def _scale(task: Task, recipe: FinetuneRecipe) -> tuple[float, float]:
+    """Return the score that the model is to give as 0, and how far from it that is which it is to give as 1."""
     if recipe.data.regression_scale == "raw":
-        return outputs
+        return 0.0, 1.0
     assert task.score_range is not None  # every regression has one
     low, high = task.score_range
-    return outputs * (high - low) + low
+    return low, high - low
 
 
 def span_inputs(
     questions: Sequence[Question],
-    features: Features,
+    windows: Sequence[Window],
     tokenizer: PreTrainedTokenizerFast,
     recipe: FinetuneRecipe,
     *,
     has_segments: bool,
 ) -> TaskInputs:
     """Return the windows of a question answering set."""
-    segments = features.token_type_ids if has_segments and recipe.data.segment_ids else None
+    segments = None
+    if has_segments and recipe.data.segment_ids:
+        segments = [window.token_type_ids_L for window in windows]
+    starts, ends = np.array([window.answer for window in windows], np.int64).reshape(-1, 2).T
     # As the original has it: a window without the answer does not make its question one without an answer.
-    is_impossible = np.array([question.is_impossible for question in questions])[features.question]
-    starts, ends = (places.astype(np.int64) for places in (features.start_position, features.end_position))
-    spans = SpanTargets(starts, ends, is_impossible, features.context)
-    return _inputs(features.input_ids, segments, tokenizer, spans=spans)
+    is_impossible = np.array([questions[window.question].is_impossible for window in windows], bool)
+    context = np.array([window.context for window in windows], np.int64).reshape(-1, 2)
+    spans = SpanTargets(starts, ends, is_impossible, context)
+    return _inputs([window.input_ids_L for window in windows], segments, tokenizer, spans=spans)
 
 
 def _inputs(

@@ -15,7 +15,7 @@ import re
 import string
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,76 +30,37 @@ _LEAST_SPREAD = 0.05
 Least squares predicts with a spread of r times that of the labels, so they explain r^2 < 0.3 % of the variance."""
 
 
-def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(labels, predictions))
-
-
-def _f1(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Return F1 of class 1 of two; 0 if it was neither there nor predicted."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
-
-
-def _f1_macro(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Return the mean of F1 over the classes that occur in either."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, average="macro", zero_division=0))
-
-
-def _matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    if _is_constant(labels) or _is_constant(predictions):
-        return 0.0
-    return float(matthews_corrcoef(labels, predictions))
-
-
-def _pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
-    from scipy.stats import pearsonr  # type: ignore[import-untyped]
-
-    return _correlation(pearsonr, labels, predictions)
-
-
-def _spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Return the correlation of ranks; equal values share the mean of theirs."""
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, labels, predictions)
-
-
-def _mse(labels: np.ndarray, predictions: np.ndarray) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.mean((labels.astype(np.float64) - predictions) ** 2))
-
-
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "f1_macro": _f1_macro,
-    "matthews": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
-    "mse": _mse,
-}
-"""The metrics by name. scikit-learn and SciPy are imported when one is computed: they take seconds, which a run spends
-better on its first step."""
-
-
 def score(metrics: Sequence[str], labels: Values, predictions: Values) -> dict[str, float]:
-    """Return the metrics by name, in the order asked for.
-
-    Raises ValueError if there are no labels, or not as many predictions.
-    """
+    """Return metrics by name, in the order asked for: accuracy, f1 (of class 1 of two; 0 if it was neither there nor
+    predicted), f1_macro (the mean over the classes that occur in either), matthews, pearson, spearman and mse."""
     truth, found = np.asarray(labels), np.asarray(predictions)
-    if truth.ndim != 1 or truth.shape != found.shape or not len(truth):
-        raise ValueError(f"labels of shape {truth.shape} and predictions of shape {found.shape} cannot be compared")
     if not np.isfinite(found).all():
         return dict.fromkeys(metrics, float("nan"))
-    return {name: METRICS[name](truth, found) for name in metrics}
+    return {name: _score(name, truth, found) for name in metrics}
+
+
+def _score(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
+    # Imported when a metric is computed: they take seconds, which a run spends better on its first step.
+    from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    if name in ("matthews", "pearson", "spearman") and (_is_constant(labels) or _is_constant(predictions)):
+        return 0.0
+    if name == "accuracy":
+        return float(accuracy_score(labels, predictions))
+    if name == "f1":
+        return float(f1_score(labels, predictions, pos_label=1, zero_division=0))
+    if name == "f1_macro":
+        return float(f1_score(labels, predictions, average="macro", zero_division=0))
+    if name == "matthews":
+        return float(matthews_corrcoef(labels, predictions))
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of input so nearly constant that a correlation may come out as nan
+        if name == "mse":
+            return float(np.mean((labels.astype(np.float64) - predictions) ** 2))
+        correlation = {"pearson": pearsonr, "spearman": spearmanr}[name]
+        value = float(correlation(labels.astype(np.float64), predictions.astype(np.float64)).statistic)
+    return 0.0 if np.isnan(value) else value
 
 
 class Baseline(NamedTuple):
@@ -136,15 +97,6 @@ def _is_constant(values: np.ndarray) -> bool:
     return bool((values == values[0]).all())
 
 
-def _correlation(function: Callable, labels: np.ndarray, predictions: np.ndarray) -> float:
-    if _is_constant(labels) or _is_constant(predictions):
-        return 0.0
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of input so nearly constant that it may come out as nan
-        value = float(function(labels.astype(np.float64), predictions.astype(np.float64)).statistic)
-    return 0.0 if np.isnan(value) else value
-
-
 # --- SQuAD
 
 
@@ -169,44 +121,25 @@ def f1(prediction: str, gold: str, *, both_empty: float = 1.0) -> float:
 
 def evaluate_squad1(golds: Golds, predictions: Mapping[str, str]) -> dict[str, float]:
     """Return exact_match and f1 (for each question the best over its answers, then the mean over all questions), and
-    `total`, the number of questions.
-
-    A question without a prediction scores 0; `unanswered` counts these.
-    """
-    exact, overlap, unanswered = 0.0, 0.0, 0
-    for question, answers in golds.items():
-        prediction = predictions.get(question)
-        if prediction is None:
-            unanswered += 1
-            continue
-        exact += max(exact_match(prediction, answer) for answer in answers)
-        overlap += max(f1(prediction, answer, both_empty=0.0) for answer in answers)
+    `total`, the number of questions."""
+    exact, overlap = _points(golds, predictions, both_empty=0.0)
     total = len(golds)
-    return {"exact_match": _percent(exact, total), "f1": _percent(overlap, total), "total": total} | (
-        {"unanswered": unanswered} if unanswered else {}
-    )
+    means = {"exact_match": _percent(sum(exact.values()), total), "f1": _percent(sum(overlap.values()), total)}
+    return means | {"total": total}
 
 
 def evaluate_squad2(
-    golds: Golds,
-    predictions: Mapping[str, str],
-    na_scores: Mapping[str, float] | None = None,
-    na_threshold: float = 0.0,
+    golds: Golds, predictions: Mapping[str, str], na_scores: Mapping[str, float], na_threshold: float = 0.0
 ) -> dict[str, float]:
     """Return exact, f1, total, the same with HasAns_ and NoAns_ for answerable and impossible questions if there are
-    any, and with na_scores best_exact, best_exact_thresh, best_f1, best_f1_thresh.
+    any, and best_exact, best_exact_thresh, best_f1, best_f1_thresh.
 
-    predictions: with na_scores every question's best answer as if it had one, which is replaced by none if the score is
-    above na_threshold (one without a score is kept); without them final, "" for no answer. The official
-    script leaves a question without a prediction out of `total` and then fails on it; here it scores 0 and is counted,
-    as in 1.1.
+    predictions: every question's best answer as if it had one, which is replaced by none if the na_score is above
+    na_threshold.
     """
-    exact_raw, f1_raw = _raw_scores(golds, predictions)
-    exact, overlap = exact_raw, f1_raw
-    if na_scores is not None:
-        na_scores = {each: na_scores.get(each, -float("inf")) for each in golds if each in predictions}
-        exact = _with_threshold(exact_raw, golds, na_scores, na_threshold)
-        overlap = _with_threshold(f1_raw, golds, na_scores, na_threshold)
+    # Answers that normalise to nothing do not count; if none is left, no answer is the only right one.
+    wanted = {each: [answer for answer in golds[each] if normalize(answer)] or [""] for each in golds}
+    points = dict(zip(("exact", "f1"), _points(wanted, predictions, both_empty=1.0), strict=True))
     result: dict[str, float] = {}
     for prefix, chosen in (
         ("", list(golds)),
@@ -214,29 +147,26 @@ def evaluate_squad2(
         ("NoAns_", [question for question, answers in golds.items() if not answers]),
     ):
         if chosen or not prefix:
-            result[f"{prefix}exact"] = _percent(sum(exact[question] for question in chosen), len(chosen))
-            result[f"{prefix}f1"] = _percent(sum(overlap[question] for question in chosen), len(chosen))
+            for key, scores in points.items():
+                kept = _with_threshold(scores, golds, na_scores, na_threshold)
+                result[prefix + key] = _percent(sum(kept[question] for question in chosen), len(chosen))
             result[f"{prefix}total"] = len(chosen)
-    if unanswered := sum(question not in predictions for question in golds):
-        result["unanswered"] = unanswered
-    if na_scores is not None:
-        for key, scores in (("exact", exact_raw), ("f1", f1_raw)):
-            best, threshold = best_threshold(golds, predictions, scores, na_scores)
-            result |= {f"best_{key}": best, f"best_{key}_thresh": threshold}
+    for key, scores in points.items():
+        best, threshold = best_threshold(golds, predictions, scores, na_scores)
+        result |= {f"best_{key}": best, f"best_{key}_thresh": threshold}
     return result
 
 
-def evaluate_squad(
-    name: str,
-    golds: Golds,
-    predictions: Mapping[str, str],
-    na_scores: Mapping[str, float] | None = None,
-    na_threshold: float = 0.0,
-) -> dict[str, float]:
-    """Return the scores of the official script of the data set, squad1 or squad2."""
-    if name == "squad1":
-        return evaluate_squad1(golds, predictions)
-    return evaluate_squad2(golds, predictions, na_scores, na_threshold)
+def _points(
+    golds: Golds, predictions: Mapping[str, str], *, both_empty: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return (exact match, f1) of every question, the best over its answers."""
+    exact, overlap = {}, {}
+    for question, answers in golds.items():
+        found = predictions[question]
+        exact[question] = max(exact_match(found, answer) for answer in answers)
+        overlap[question] = max(f1(found, answer, both_empty=both_empty) for answer in answers)
+    return exact, overlap
 
 
 def best_threshold(
@@ -247,26 +177,14 @@ def best_threshold(
     score, and the threshold of answering none is 0."""
     current = best = float(sum(not answers for answers in golds.values()))
     threshold = 0.0
-    for question in sorted((question for question in na_scores if question in golds), key=lambda each: na_scores[each]):
+    for question in sorted(golds, key=lambda each: na_scores[each]):
         if golds[question]:
             current += scores[question]
-        elif predictions.get(question):
+        elif predictions[question]:
             current -= 1
         if current > best:
             best, threshold = current, na_scores[question]
     return _percent(best, len(golds)), threshold
-
-
-def _raw_scores(golds: Golds, predictions: Mapping[str, str]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return (exact match, f1) of every question, without a threshold."""
-    exact, overlap = dict.fromkeys(golds, 0.0), dict.fromkeys(golds, 0.0)
-    for question, answers in golds.items():
-        if question in predictions:
-            # Answers that normalise to nothing do not count; if none is left, no answer is the only right one.
-            wanted = [answer for answer in answers if normalize(answer)] or [""]
-            exact[question] = max(exact_match(predictions[question], answer) for answer in wanted)
-            overlap[question] = max(f1(predictions[question], answer) for answer in wanted)
-    return exact, overlap
 
 
 def _with_threshold(
@@ -274,7 +192,7 @@ def _with_threshold(
 ) -> dict[str, float]:
     """Return the scores in which questions whose na_score is above the threshold count as not answered."""
     return {
-        question: float(not golds[question]) if na_scores.get(question, threshold) > threshold else score
+        question: float(not golds[question]) if na_scores[question] > threshold else score
         for question, score in scores.items()
     }
 

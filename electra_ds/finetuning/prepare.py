@@ -30,10 +30,10 @@ from electra_ds.finetuning.encoder_source import EncoderSource, finetuned_encode
 from electra_ds.finetuning.finetune import SCORES, FinetuneJob
 from electra_ds.finetuning.glue import GLUE
 from electra_ds.finetuning.heads import check_layers, why_not_exportable
-from electra_ds.finetuning.loaded_task import LoadedTask, recorded_task
+from electra_ds.finetuning.load_task import recorded_task
 from electra_ds.finetuning.squad import SquadData
-from electra_ds.finetuning.task_sets import LabelledSets, SpanSets, TaskSets
 from electra_ds.finetuning.tasks import TaskData
+from electra_ds.finetuning.tokenized_task import QuestionAnsweringTask, SequenceTask, TokenizedTask
 from electra_ds.pretraining.run_time import RunTime, finetuning_time
 from electra_ds.training import prepare
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
@@ -46,28 +46,21 @@ _EVALUATIONS = 10
 """The number of evaluations in a run that schedule.min_steps makes longer; each epoch would otherwise have one."""
 
 
-def num_training_inputs(data: TaskData, recipe: FinetuneRecipe, max_train: int | None) -> int:
-    """How many there will be, before they are tokenised."""
-    assert data.train is not None
-    orders = 2 if recipe.data.double_unordered and data.train.pairs is not None else 1
-    return min(len(data.train), max_train or len(data.train)) * orders
-
-
-def tokenised_sets(
+def tokenised_task(
     data: TaskData | SquadData, encoder: EncoderSource, recipe: FinetuneRecipe, max_train: int | None, console: Console
-) -> TaskSets:
-    """The task's sets as the encoder's inputs, under a progress bar. Raises ConfigError if inputs are longer than
-    the encoder takes."""
+) -> TokenizedTask:
+    """Return the task as the encoder's inputs, under a progress bar. Raises ConfigError if the encoder takes shorter
+    ones only."""
     if recipe.data.max_length > encoder.max_length:
         raise ConfigError(
             f"data.max_length is {recipe.data.max_length}, and {encoder.name} takes {encoder.max_length} tokens. "
             f"Add --set data.max_length={encoder.max_length}"
         )
     if isinstance(data, SquadData):
-        make: Callable[..., TaskSets] = partial(SpanSets, data)
+        make: Callable[..., TokenizedTask] = partial(QuestionAnsweringTask, data)
         total = len(data.dev) + min(len(data.train), max_train or len(data.train))
     else:
-        make, total = partial(LabelledSets, data), sum(len(examples) for examples in data.sets().values())
+        make, total = partial(SequenceTask, data), sum(len(examples) for examples in data.sets.values())
     with StageProgress(console, transient=True) as progress:
         progress.begin("tokenising", total)
         return make(
@@ -78,7 +71,7 @@ def tokenised_sets(
 def prepare_new(
     options: FinetuneOptions,
     recipe: FinetuneRecipe,
-    loaded: LoadedTask,
+    data: TaskData | SquadData,
     encoder: EncoderSource,
     run: RunDirectory,
     ranks: Ranks,
@@ -86,16 +79,16 @@ def prepare_new(
 ) -> FinetuneJob:
     """Return a job for a new run. Raises ConfigError if recipe, JSON, task and model do not go together."""
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
-    sets = tokenised_sets(loaded.data, encoder, recipe, options.max_train_examples, console)
-    training = Finetuning(recipe, len(sets.train), encoder.num_layers)
+    task = tokenised_task(data, encoder, recipe, options.max_train_examples, console)
+    training = Finetuning(recipe, len(task.train), encoder.num_layers)
     plan = prepare.plan_new(options, training, run, ranks)
-    said = (*encoder.notes, *advice(training, encoder, sets, keeps_weights=not options.discard_weights))
-    plan = replace(plan, notes=(*plan.notes, *(note.rstrip(".") for note in (*loaded.notes, *said))))
+    said = (*encoder.notes, *advice(training, encoder, task, keeps_weights=not options.discard_weights))
+    plan = replace(plan, notes=(*plan.notes, *(note.rstrip(".") for note in (*data.notes, *said))))
     record = FinetuneRecord(
-        task=options.task or sets.name,
+        task=options.task or task.name,
         source=options.source(),
-        data_fingerprint=loaded.data.fingerprint,
-        num_examples=len(sets.train),
+        data_fingerprint=data.fingerprint,
+        num_examples=len(task.train),
         model=encoder.name,
         model_fingerprint=encoder.fingerprint,
         has_random_weights=bool(options.random_init),
@@ -104,10 +97,10 @@ def prepare_new(
         parameters={"encoder": sum(tensor.numel() for tensor in encoder.tensors.values())},
         **prepare.new_record(options, plan, _default_settings(training), run, ranks),
     )
-    _check_test(record, sets, loaded)
+    _check_test(record, task, data.source)
     if options.random_init:
         encoder = replace(encoder, tensors={})
-    return FinetuneJob(run, training, plan, record, encoder, sets, prepare.stop_at(options, training))
+    return FinetuneJob(run, training, plan, record, encoder, task, prepare.stop_at(options, training))
 
 
 def _changes(options: FinetuneOptions) -> list[str]:
@@ -160,26 +153,26 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
     plan = prepare.plan_of_run(options, run, record, training, ranks)
     places = "--data-dir DIR" if record.source.train is None else "--train FILE --dev FILE"
     remedy = f"say where they are now: {command('finetune')} --resume {run.path} {places}"
-    loaded, source = recorded_task(record, run.path, source, remedy)
+    data, source = recorded_task(record, run.path, source, remedy)
     record = prepare.record_again(replace(record, source=source), options, plan, run, ranks)
-    sets = tokenised_sets(loaded.data, encoder, recipe, record.settings.max_train_examples, console)
-    if len(sets.train) != record.num_examples:
+    task = tokenised_task(data, encoder, recipe, record.settings.max_train_examples, console)
+    if len(task.train) != record.num_examples:
         raise CheckpointError(
-            f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, and there are {len(sets.train):,}: "
+            f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, and there are {len(task.train):,}: "
             f"it was edited, or tokenizer or program are others by now. Put it back, or start a new run."
         )
-    _check_test(record, sets, loaded)
-    return FinetuneJob(run, training, plan, record, encoder, sets, prepare.stop_at(options, training))
+    _check_test(record, task, data.source)
+    return FinetuneJob(run, training, plan, record, encoder, task, prepare.stop_at(options, training))
 
 
-def _check_test(record: FinetuneRecord, sets: TaskSets, loaded: LoadedTask) -> None:
-    if record.settings.predict_test and not sets.test:
-        raise ConfigError(f"--predict-test: {loaded.data.source} has no test set of {sets.name}.")
+def _check_test(record: FinetuneRecord, task: TokenizedTask, source: str) -> None:
+    if record.settings.predict_test and not task.test:
+        raise ConfigError(f"--predict-test: {source} has no test set of {task.name}.")
 
 
 def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
-    """Raises DataError if the ranks have not read the same. To be called by all of them."""
-    counts = (len(job.sets.train), [len(inputs) for inputs in (job.sets.dev | job.sets.test).values()])
+    """Raise DataError if the ranks have not read the same. To be called by all of them."""
+    counts = (len(job.task.train), [len(inputs) for inputs in (job.task.dev | job.task.test).values()])
     found = ranks.gather((job.record.data_fingerprint, counts))
     with ranks.fail_together():
         if any(other != found[0] for other in found):
@@ -245,21 +238,21 @@ def announce(job: FinetuneJob) -> None:
     recipe, record, schedule = job.recipe, job.record, job.training.schedule
     epochs = recipe.schedule.epochs
     if schedule.total_steps > job.training.steps_of_epochs:
-        epochs = round(schedule.total_steps * recipe.global_batch_size / len(job.sets.train))
+        epochs = round(schedule.total_steps * recipe.global_batch_size / len(job.task.train))
     began = "random weights of the shape of " if record.has_random_weights else ""
-    sets = ", ".join(f"{name} {len(inputs):,}" for name, inputs in (job.sets.dev | job.sets.test).items())
+    sets = ", ".join(f"{name} {len(inputs):,}" for name, inputs in (job.task.dev | job.task.test).items())
     what = (
-        f"{job.sets.name}, recipe {recipe.name}, seed {recipe.seed}: {began}{record.model}, "
+        f"{job.task.name}, recipe {recipe.name}, seed {recipe.seed}: {began}{record.model}, "
         f"{record.parameters['encoder'] / 1e6:.2f} M parameters\n"
-        f"data: {len(job.sets.train):,} training inputs; {sets}\n"
+        f"data: {len(job.task.train):,} training inputs; {sets}\n"
         f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epochs)"
     )
     prepare.announce(what, record.device, record.threads, job.plan, job.run)
 
 
 def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
-    """How long the run is predicted to take; None for a GPU whose rates are not known."""
-    train, encoder, batch = job.sets.train, job.encoder, job.recipe.global_batch_size
+    """Return how long the run is predicted to take; None for a GPU whose rates are not known."""
+    train, encoder, batch = job.task.train, job.encoder, job.recipe.global_batch_size
     config = encoder.config.to_dict()
     table = int(config.get("vocab_size") or 0) * int(config.get("embedding_size") or encoder.hidden_size)
     return finetuning_time(
@@ -283,13 +276,13 @@ def _show_scores(job: FinetuneJob) -> None:
         if of_set["metrics"]:
             baseline = of_set.get("baseline", {})
             of = f"\n  baseline: {of_set['baseline_prediction']} for every row" if baseline else ""
-            _log.info(f"{name}, {of_set['rows']:,} rows: {job.sets.shown(of_set['metrics'], baseline)}{of}")
+            _log.info(f"{name}, {of_set['rows']:,} rows: {job.task.shown(of_set['metrics'], baseline)}{of}")
             if "warning" in of_set:
                 _log.warning(of_set["warning"])
     _log.info(f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.")
     log_command(_log, "Several runs together:", f"{command('report')} RUN RUN …")
     if not job.record.settings.discard_weights:
-        export = _how_to_export(job.run, job.recipe, job.encoder.config, job.sets.num_outputs is None)
+        export = _how_to_export(job.run, job.recipe, job.encoder.config, job.task.num_outputs is None)
         log_command(_log, "As a transformers model:", export)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +30,6 @@ OFFICIAL_ROWS: dict[SquadName, dict[str, int]] = {
 """The numbers of questions in the published files."""
 NOT_FOUND = -1
 """The offset of an answer that is not in its context."""
-_COLUMNS = ("id", "title", "context", "question", "answers")
-_KINDS = {str: "text", list: "a list", dict: "an object", int: "a whole number"}
 _LINK = "https://rajpurkar.github.io/SQuAD-explorer"
 
 
@@ -60,17 +60,13 @@ class SquadData:
 
     name: SquadName
     train: list[Question]
-    """The training questions without those of `dropped`; empty if there was no such file."""
+    """Without questions none of whose answers is in the context; empty if there was no such file."""
     dev: list[Question]
     source: str
     fingerprint: str
     """SHA-256 of what was read."""
-    dropped: tuple[str, ...] = ()
-    """Ids of training questions none of whose answers is in the context."""
-    moved: int = 0
-    """The number of answers found at other offsets than given, or with other whitespace."""
-    lost: int = 0
-    """The number of answers not found, those of the dropped questions included."""
+    notes: tuple[str, ...] = ()
+    """What was wrong with the data and what was done about it, a sentence each."""
 
 
 def load_squad(name: SquadName, folder: Path) -> SquadData:
@@ -116,29 +112,6 @@ def load_squad_hub(name: SquadName, repository: str, revision: str | None = None
     return _checked(SquadData(name, train, dev, source, digest.hexdigest()))
 
 
-def notes(data: SquadData) -> list[str]:
-    """Return sentences on what was wrong with the data and what was done about it."""
-    said = []
-    if data.moved:
-        said.append(f"{data.moved} answers are not at their offsets; the nearest place was taken.")
-    if data.lost:
-        said.append(f"{data.lost} answers are not in their contexts; they only count when predictions are judged.")
-    if data.dropped:
-        shown = f"{', '.join(data.dropped[:3])}{', …' if len(data.dropped) > 3 else ''}"
-        said.append(f"{len(data.dropped)} training questions are left out: no answer is in the context ({shown}).")
-    return said
-
-
-def differing_rows(data: SquadData) -> list[str]:
-    """Return a sentence for each part without the published number of questions. Dropped ones count as read."""
-    read = {"train": len(data.train) + len(data.dropped), "dev": len(data.dev)}
-    return [
-        f"{part} has {read[part]:,} questions, the published file of {data.name} {rows:,}."
-        for part, rows in OFFICIAL_ROWS[data.name].items()
-        if read[part] != rows
-    ]
-
-
 def _file(folder: Path, part: str, version: str) -> Path | None:
     official = folder / f"{part}-v{version}.json"
     if official.is_file():
@@ -156,99 +129,90 @@ def _read(path: Path, name: SquadName, take: Callable[[bytes], object]) -> list[
         document = json.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON, or is cut off ({error}). Download it again from {_LINK}.") from error
     take(hashlib.sha256(content).digest())
-    return list(_questions(document, str(path), name))
-
-
-def _questions(document: Any, path: str, name: SquadName) -> Iterator[Question]:
-    for article, where in _records(document, "data", path, "article"):
-        title = _clean(article.get("title", ""))
-        for paragraph, here in _records(article, "paragraphs", where, "paragraph"):
-            context = _text(paragraph, "context", here)
-            for record, at in _records(paragraph, "qas", here, "question"):
-                answers = [
-                    (_text(answer, "text", spot), _field(answer, "answer_start", int, spot))
-                    for answer, spot in _records(record, "answers", at, "answer")
-                ]
-                is_impossible = record.get("is_impossible", name == "squad2" and not answers)
-                if not isinstance(is_impossible, bool):
-                    raise DataError(f"{at}: 'is_impossible' is {is_impossible!r}, and not true or false.")
-                identity, question = _text(record, "id", at), _text(record, "question", at)
-                yield _question(name, at, (identity, title, question, context), answers, is_impossible)
-
-
-def _rows(table: Any, where: str, name: SquadName, take: Callable[[bytes], object]) -> list[Question]:
-    if missing := [column for column in _COLUMNS if column not in table.column_names]:
-        there = ", ".join(table.column_names)
-        raise DataError(
-            f"{where}: no column '{missing[0]}'; its columns are {there}. Choose a data set in SQuAD's layout."
-        )
-    questions = []
-    for number, row in enumerate(table, 1):
-        at = f"{where}, row {number}"
-        identity, title, context, question = (_text(row, column, at) for column in _COLUMNS[:-1])
-        answers = _field(row, "answers", dict, at)
-        texts, starts = _field(answers, "text", list, at), _field(answers, "answer_start", list, at)
-        if len(texts) != len(starts):
-            raise DataError(f"{at}: {len(texts)} answers but {len(starts)} offsets. Download the data set again.")
-        pairs = [
-            (_text({"text": text}, "text", at), _field({"answer_start": start}, "answer_start", int, at))
-            for text, start in zip(texts, starts, strict=True)
-        ]
-        take(json.dumps([identity, title, context, question, pairs]).encode())
-        questions.append(
-            _question(name, at, (identity, title, question, context), pairs, name == "squad2" and not pairs)
-        )
+    questions: list[Question] = []
+    with _in_layout(str(path), questions):
+        for article in document["data"]:
+            for paragraph in article["paragraphs"]:
+                for record in paragraph["qas"]:
+                    answers = [(_clean(answer["text"]), answer["answer_start"]) for answer in record["answers"]]
+                    is_impossible = bool(record.get("is_impossible", name == "squad2" and not answers))
+                    texts = (record["id"], article.get("title", ""), record["question"], paragraph["context"])
+                    questions.append(_question(name, str(path), texts, answers, is_impossible))
     return questions
 
 
+def _rows(table: Any, source: str, name: SquadName, take: Callable[[bytes], object]) -> list[Question]:
+    questions: list[Question] = []
+    with _in_layout(source, questions):
+        for row in table:
+            found = row["answers"]
+            answers = list(zip(map(_clean, found["text"]), found["answer_start"], strict=True))
+            texts = (row["id"], row["title"], row["question"], row["context"])
+            question = _question(name, source, texts, answers, name == "squad2" and not answers)
+            take(json.dumps([question.id, question.title, question.context, question.question, answers]).encode())
+            questions.append(question)
+    return questions
+
+
+@contextmanager
+def _in_layout(source: str, questions: list[Question]) -> Iterator[None]:
+    """Raise DataError where data are laid out in another way. questions: those that have been read."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        place = f"after question {questions[-1].id}" if questions else "at the first question"
+        raise DataError(
+            f"{source}: not in SQuAD's layout {place} ({type(error).__name__}: {error}). It is described at {_LINK}."
+        ) from error
+
+
 def _question(
-    name: SquadName, where: str, texts: tuple[str, str, str, str], answers: list[tuple[str, int]], is_impossible: bool
+    name: SquadName, source: str, texts: tuple[str, str, str, str], answers: list[tuple[str, int]], is_impossible: bool
 ) -> Question:
-    """texts: id, title, question, context. The answers are as they were given, not yet looked for."""
+    """Return a question with its answers as they were given. texts: id, title, question, context."""
+    where = f"{source}, question {texts[0]}"
     if is_impossible and name == "squad1":
-        raise DataError(f"{where}: an impossible question, which SQuAD 1.1 does not have. Is it SQuAD 2.0 (squad2)?")
-    if is_impossible and answers:
-        raise DataError(f"{where}: is_impossible, and yet there are answers. Download the data again from {_LINK}.")
-    if not is_impossible and not answers:
-        raise DataError(f"{where}: no answers, so nothing can be learned or judged by it. Is it a hidden test set?")
-    return Question(*texts, tuple(text for text, _ in answers), tuple(start for _, start in answers), is_impossible)
+        raise DataError(f"{where} is impossible, which SQuAD 1.1 does not have. Is it SQuAD 2.0 (squad2)?")
+    if is_impossible == bool(answers):
+        problem = "is impossible and yet has answers" if answers else "has no answers. Is it a hidden test set?"
+        raise DataError(f"{where} {problem}")
+    starts = tuple(start + 0 for _, start in answers)  # raises TypeError for what is no number
+    identity, title, question, context = map(_clean, texts)
+    return Question(identity, title, question, context, tuple(text for text, _ in answers), starts, is_impossible)
 
 
 def _checked(data: SquadData) -> SquadData:
-    """Return the data with each answer located in its context, and without training questions that have none there.
-
-    Raises DataError if an id occurs twice.
-    """
-    seen: set[str] = set()
-    for question in (*data.train, *data.dev):
-        if question.id in seen:
-            raise DataError(f"{data.source}: two questions have the id {question.id}. Take each file once.")
-        seen.add(question.id)
+    """Return the data with each answer located in its context, without training questions that have none there, and
+    with notes. Raises DataError if an id occurs twice."""
+    ids = Counter(question.id for question in (*data.train, *data.dev))
+    if repeated := [identity for identity, count in ids.items() if count > 1]:
+        raise DataError(f"{data.source}: two questions have the id {repeated[0]}. Take each file once.")
+    notes = []
+    for part, questions in (("train", data.train), ("dev", data.dev)):
+        rows = OFFICIAL_ROWS[data.name][part]
+        if len(questions) != rows:
+            notes.append(f"{part} has {len(questions):,} questions, the published file of {data.name} {rows:,}.")
     train, dev = ([_located(question) for question in part] for part in (data.train, data.dev))
-    pairs = [
-        pair
-        for before, after in zip((*data.train, *data.dev), (*train, *dev), strict=True)
-        for pair in zip(_answers(before), _answers(after), strict=True)
-    ]
-    return replace(
-        data,
-        train=[question for question in train if not question.is_lost],
-        dev=dev,
-        dropped=tuple(question.id for question in train if question.is_lost),
-        moved=sum(before != after and after[1] != NOT_FOUND for before, after in pairs),
-        lost=sum(after[1] == NOT_FOUND for _, after in pairs),
-    )
+    before, after = _answers([*data.train, *data.dev]), _answers([*train, *dev])
+    if moved := sum(old != new and new[1] != NOT_FOUND for old, new in zip(before, after, strict=True)):
+        notes.append(f"{moved} answers are not at their offsets; the nearest place was taken.")
+    if lost := sum(start == NOT_FOUND for _, start in after):
+        notes.append(f"{lost} answers are not in their contexts; they only count when predictions are scored.")
+    if dropped := [question.id for question in train if question.is_lost]:
+        shown = f"{', '.join(dropped[:3])}{', …' if len(dropped) > 3 else ''}"
+        notes.append(f"{len(dropped)} training questions are left out: no answer is in the context ({shown}).")
+    return replace(data, train=[question for question in train if not question.is_lost], dev=dev, notes=tuple(notes))
 
 
-def _answers(question: Question) -> list[tuple[str, int]]:
-    return list(zip(question.answers, question.starts, strict=True))
+def _answers(questions: list[Question]) -> list[tuple[str, int]]:
+    return [answer for each in questions for answer in zip(each.answers, each.starts, strict=True)]
 
 
 def _located(question: Question) -> Question:
-    found = [locate(*answer, question.context) for answer in _answers(question)]
+    found = [locate(*answer, question.context) for answer in zip(question.answers, question.starts, strict=True)]
     return replace(question, answers=tuple(text for text, _ in found), starts=tuple(start for _, start in found))
 
 
@@ -266,25 +230,5 @@ def locate(answer: str, start: int, context: str) -> tuple[str, int]:
     return (nearest[1], nearest.start()) if nearest else (answer, NOT_FOUND)
 
 
-def _records(record: Any, key: str, where: str, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """(each object of a list, where it is)."""
-    for number, each in enumerate(_field(record, key, list, where), 1):
-        at = f"{where}, {kind} {number}"
-        if not isinstance(each, dict):
-            raise DataError(f"{at}: not an object but {type(each).__name__}. Is it a file of SQuAD?")
-        yield each, at
-
-
-def _text(record: Any, key: str, where: str) -> str:
-    return _clean(_field(record, key, str, where))
-
-
-def _clean(text: Any) -> str:
-    return str(text).encode("utf8", "replace").decode("utf8")  # a lone surrogate is no text; the length stays
-
-
-def _field(record: Any, key: str, kind: type, where: str) -> Any:
-    value = record.get(key) if isinstance(record, Mapping) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise DataError(f"{where}: '{key}' is missing or not {_KINDS[kind]}. Is it in SQuAD's layout? See {_LINK}.")
-    return value
+def _clean(text: str) -> str:
+    return text.encode("utf8", "replace").decode("utf8")  # a lone surrogate is no text; the length stays

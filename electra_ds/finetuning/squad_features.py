@@ -1,13 +1,14 @@
-"""Questions and their contexts as token sequences, a long context as several windows that overlap.
+"""Questions and their contexts as token sequences, a long context as several windows that overlap, and answers from
+the scores of a window's tokens.
 
 As BERT and the original ELECTRA do it (`featurize` in finetune/qa/qa_tasks.py of
-https://github.com/google-research/electra). Shape suffixes: W windows, L a window's tokens, C its context's tokens.
+https://github.com/google-research/electra). Shape suffixes: W windows, L a window's tokens, which are those of
+[CLS] question [SEP] window [SEP], C its context's tokens, T positions with padding, K beams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,33 +20,33 @@ from electra_ds.finetuning.squad import NOT_FOUND, Question
 
 _BATCH = 1000
 _LENGTH_WEIGHT = 0.01
+N_BEST = 20
+MAX_ANSWER_LENGTH = 30
+"""Tokens of an answer. Both numbers are BERT's and the original ELECTRA's."""
+BERT_THRESHOLD = 0.0
+"""The difference of null score and best score above which BERT says that there is no answer."""
 
 
-@dataclass(frozen=True)
-class Features:
-    """Windows, as parallel entries; those of a question follow each other, from left to right."""
+class Window(NamedTuple):
+    """One part of a question's context, with the question."""
 
-    question: np.ndarray
-    """int32 [W], index into the questions."""
-    input_ids: list[np.ndarray]
-    """int32 [L]: the tokenizer's pair of question and window, such as [CLS] question [SEP] window [SEP]."""
-    token_type_ids: list[np.ndarray]
-    """int8 [L], as the tokenizer's template for pairs has them; all 0 if it is like RoBERTa's. What the tokenizer
-    says its model takes does not matter: a plain PreTrainedTokenizerFast says that of none."""
-    context: np.ndarray
-    """int32 [W, 2]: the position of the window's first context token, and the one after the last."""
-    offsets: list[np.ndarray]
-    """int32 [C, 2]: where in the context each token's characters start and stop, without whitespace around them."""
-    is_max_context: list[np.ndarray]
-    """bool [C], whether no other window has more context around the token; of equals the leftmost has it."""
-    start_position: np.ndarray
-    """int32 [W], position of the answer's first token; 0, [CLS], if the window does not hold the complete answer. The
-    original ELECTRA's flag for that is the question's, also in windows of an answerable question without the answer."""
-    end_position: np.ndarray
-    """int32 [W], that of its last."""
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
+    question: int
+    """Index into the questions."""
+    input_ids_L: np.ndarray
+    """int32: the tokenizer's pair of question and window, such as [CLS] question [SEP] window [SEP]."""
+    token_type_ids_L: np.ndarray
+    """int8, as the tokenizer's template for pairs has them; all 0 if it is like RoBERTa's. What the tokenizer says its
+    model takes does not matter: a plain PreTrainedTokenizerFast says that of none."""
+    context: tuple[int, int]
+    """The position of the first context token, and the one after the last."""
+    offsets_C2: np.ndarray
+    """int32: where in the context each token's characters start and stop, without whitespace around them."""
+    is_max_context_C: np.ndarray
+    """bool, whether no other window has more context around the token; of equals the leftmost has it."""
+    answer: tuple[int, int] = (0, 0)
+    """The positions of the answer's first and last token; both 0, [CLS], if the window does not hold the complete
+    answer. The original ELECTRA's flag for that is the question's, also in windows of an answerable question without
+    the answer."""
 
 
 class _Template(NamedTuple):
@@ -63,6 +64,8 @@ class _Template(NamedTuple):
 
 
 class _Context(NamedTuple):
+    """A context's tokens without special ones."""
+
     ids_C: np.ndarray
     offsets_C2: np.ndarray
 
@@ -76,7 +79,7 @@ def make_features(
     doc_stride: int = 128,
     for_training: bool,
     progress: Callable[[int], None] = lambda done: None,
-) -> Features:
+) -> list[Window]:
     """Return windows of at most max_length tokens, with the question cut to its first max_query_length tokens.
 
     doc_stride is BERT's: how many tokens further a window starts than the one before it (at most the room for the
@@ -86,17 +89,14 @@ def make_features(
     `tokenizer(question, context, truncation="only_second", stride=overlap, return_overflowing_tokens=True)` gives.
     An answer that begins or ends inside a token, as `six` of `sixth`, gets that token.
 
-    for_training: with the first answer's positions; else all of them are 0.
-    An empty context has one window, without context tokens. progress: called with the
-    number of questions done since the last call.
+    for_training: with the first answer's positions. An empty context has one window, without context tokens. progress:
+    called with the number of questions done since the last call.
 
     Raises ConfigError if a question leaves no room for its context, DataError for a tokenizer without pairs.
     """
-    if max_query_length < 1 or doc_stride < 1:
-        raise ConfigError(f"max_query_length={max_query_length} and doc_stride={doc_stride}: both must be at least 1.")
     template = _template(tokenizer, questions)
     contexts: dict[str, _Context] = {}
-    windows: list[_Window] = []
+    windows: list[Window] = []
     for begin in range(0, len(questions), _BATCH):
         batch = questions[begin : begin + _BATCH]
         new = list(dict.fromkeys(each.context for each in batch if each.context not in contexts))
@@ -115,26 +115,7 @@ def make_features(
             answer = _answer(question, tokens) if for_training else None
             windows += _windows(index, query_ids, tokens, template, room, doc_stride, answer)
         progress(len(batch))
-    places = np.array([window.places for window in windows], np.int32).reshape(-1, 5)
-    return Features(
-        question=places[:, 0],
-        input_ids=[window.tokens[0] for window in windows],
-        token_type_ids=[window.tokens[1].astype(np.int8) for window in windows],
-        context=places[:, 1:3],
-        offsets=[window.offsets for window in windows],
-        is_max_context=[window.is_max_context for window in windows],
-        start_position=places[:, 3],
-        end_position=places[:, 4],
-    )
-
-
-class _Window(NamedTuple):
-    tokens: np.ndarray
-    """int32 [2, L]: ids and token types."""
-    offsets: np.ndarray
-    is_max_context: np.ndarray
-    places: tuple[int, int, int, int, int]
-    """The question's index, the positions of the context's beginning and end, and of the answer's."""
+    return windows
 
 
 def _windows(
@@ -145,7 +126,7 @@ def _windows(
     room: int,
     doc_stride: int,
     answer: tuple[int, int] | None,
-) -> Iterator[_Window]:
+) -> Iterator[Window]:
     """Yield the windows of question `index`. answer: the first and the last of its tokens in the context."""
     query, all_tokens = (
         np.stack([ids, np.full_like(ids, kind)])
@@ -155,12 +136,12 @@ def _windows(
     first, length = beginning.shape[1], len(context.ids_C)
     is_max_contexts = max_contexts(length, room, doc_stride)
     for (start, stop), is_max in zip(window_spans(length, room, doc_stride), is_max_contexts, strict=True):
-        tokens = np.concatenate([beginning, all_tokens[:, start:stop], template.after], axis=1)
+        ids, types = np.concatenate([beginning, all_tokens[:, start:stop], template.after], axis=1)
         positions = (0, 0)
         if answer is not None and start <= answer[0] and answer[1] < stop:
             positions = (first + answer[0] - start, first + answer[1] - start)
-        places = (index, first, first + stop - start, *positions)
-        yield _Window(tokens, context.offsets_C2[start:stop], is_max, places)
+        place = (first, first + stop - start)
+        yield Window(index, ids, types.astype(np.int8), place, context.offsets_C2[start:stop], is_max, positions)
 
 
 def window_spans(length: int, room: int, doc_stride: int) -> list[tuple[int, int]]:
@@ -246,3 +227,154 @@ def _template(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question])
         after=both[:, context_stop:],
         types=(int(both[1, query]), int(both[1, context])),
     )
+
+
+# --- answers
+
+
+class Candidate(NamedTuple):
+    """A span of one window; `end` is its last token's position."""
+
+    start: int
+    end: int
+    score: float
+
+
+class Answer(NamedTuple):
+    """The answer to one question."""
+
+    text: str
+    """A slice of the context; "" for no answer."""
+    n_best: list[tuple[str, float]]
+    """(text, score) of the best spans, best first, each text once, none empty."""
+    na_score: float
+    """The score that was compared with the threshold; the larger, the less likely an answer. Minus infinity if none was
+    compared."""
+
+    @property
+    def span(self) -> str:
+        """The best text as if there were an answer, which the official script needs in addition to `na_score`."""
+        return self.n_best[0][0] if self.n_best else ""
+
+
+def null_score(start_logits_T: np.ndarray, end_logits_T: np.ndarray) -> float:
+    """Return BERT's score of no answer: that of the span [CLS]."""
+    return float(start_logits_T[0]) + float(end_logits_T[0])
+
+
+def independent_candidates(
+    start_logits_T: np.ndarray,
+    end_logits_T: np.ndarray,
+    context: tuple[int, int],
+    is_max_context_C: np.ndarray,
+    n_best: int = N_BEST,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+) -> list[Candidate]:
+    """Return the candidates of BERT's scheme: of the n_best starts and n_best ends, the pairs that are a span of the
+    context, no longer than max_answer_length tokens, whose start has its most context in this window. Score: the sum of
+    both logits.
+
+    context: (first position, position after the last); is_max_context_C: bool. Best first, at most n_best; of equals
+    the leftmost. BERT ranks all positions and then drops those that may not be; here only those that may be are ranked,
+    so that [CLS] and the question take no place: what BERT would find is found too.
+    """
+    first, stop = context
+    starts = first + np.flatnonzero(is_max_context_C)
+    starts = _highest(starts, start_logits_T[starts], n_best)
+    ends = np.arange(first, stop)
+    ends = _highest(ends, end_logits_T[first:stop], n_best)
+    starts_KK, ends_KK = np.broadcast_arrays(starts[:, None], ends[None, :])
+    scores_KK = start_logits_T[starts_KK].astype(np.float64) + end_logits_T[ends_KK]
+    return _best(starts_KK, ends_KK, scores_KK, n_best, max_answer_length)
+
+
+def joint_candidates(
+    start_log_probs_K: np.ndarray,
+    start_index_K: np.ndarray,
+    end_log_probs_KK: np.ndarray,
+    end_index_KK: np.ndarray,
+    context: tuple[int, int],
+    is_max_context_C: np.ndarray,
+    n_best: int = N_BEST,
+    max_answer_length: int = MAX_ANSWER_LENGTH,
+) -> list[Candidate]:
+    """Return the candidates of the original ELECTRA's, and XLNet's, beam search: row i of the ends belongs to the start
+    i. The same spans are allowed as above. Score: log probability of the start plus that of the end given the start.
+
+    Another head says whether there is an answer, see `best_answers`.
+    """
+    first, stop = context
+    starts_KK = np.broadcast_to(start_index_K[:, None], end_index_KK.shape)
+    inside_KK = (starts_KK >= first) & (starts_KK < stop) & (end_index_KK >= first) & (end_index_KK < stop)
+    may_start_T = np.zeros(max(stop, int(starts_KK.max(initial=0)) + 1), bool)
+    may_start_T[first:stop] = is_max_context_C
+    allowed_KK = inside_KK & may_start_T[starts_KK]
+    scores_KK = start_log_probs_K[:, None].astype(np.float64) + end_log_probs_KK
+    return _best(starts_KK[allowed_KK], end_index_KK[allowed_KK], scores_KK[allowed_KK], n_best, max_answer_length)
+
+
+def best_answers(
+    questions: Sequence[Question],
+    windows: Sequence[Window],
+    candidates: Sequence[Sequence[Candidate]],
+    null_scores: Sequence[float] | np.ndarray | None = None,
+    *,
+    threshold: float = BERT_THRESHOLD,
+    against_best: bool = True,
+    n_best: int = N_BEST,
+) -> dict[str, Answer]:
+    """Return every question's answer, by its id, from its windows' candidates.
+
+    null_scores: one for each window, or None if every question has an answer (SQuAD 1.1): then always the best span.
+    With them there is no answer if `null score - best score > threshold`, BERT's rule, or with against_best=False if
+    `null score > threshold`, the original ELECTRA's, whose null score is its answerability logit, at -2.75
+    (`qa_na_threshold` of its configure_finetuning.py): finetune/qa/qa_metrics.py writes every question's best span, and
+    with it the smallest of its windows' logits, which the official script compares with the threshold.
+    A text is the context from its first token's first character to its last token's last, without whitespace around it.
+    """
+    pools: list[list[tuple[Candidate, Window]]] = [[] for _ in questions]
+    nulls = np.full(len(questions), np.inf)
+    for number, (window, found) in enumerate(zip(windows, candidates, strict=True)):
+        pools[window.question] += [(candidate, window) for candidate in found]
+        if null_scores is not None:
+            nulls[window.question] = min(nulls[window.question], float(null_scores[number]))
+    answers = {}
+    for question, pool, null in zip(questions, pools, nulls.tolist(), strict=True):
+        best = _distinct_texts(question.context, sorted(pool, key=lambda each: -each[0].score), n_best)
+        text, score = best[0] if best else ("", -np.inf)
+        if null_scores is None:
+            answers[question.id] = Answer(text, best, -np.inf)
+            continue
+        na_score = null - score if against_best else null
+        answers[question.id] = Answer("" if na_score > threshold else text, best, na_score)
+    return answers
+
+
+def _distinct_texts(context: str, ranked: Sequence[tuple[Candidate, Window]], n_best: int) -> list[tuple[str, float]]:
+    best: dict[str, float] = {}
+    for (start, end, score), window in ranked:
+        first = window.context[0]
+        text = context[int(window.offsets_C2[start - first][0]) : int(window.offsets_C2[end - first][1])].strip()
+        if text:
+            best.setdefault(text, score)
+        if len(best) == n_best:
+            break
+    return list(best.items())
+
+
+def _highest(positions: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
+    """Return the `count` positions of the highest scores; of equals the leftmost."""
+    return positions[np.argsort(-scores, kind="stable")[:count]]
+
+
+def _best(
+    starts: np.ndarray, ends: np.ndarray, scores: np.ndarray, n_best: int, max_answer_length: int
+) -> list[Candidate]:
+    """Return those pairs, of arrays of one shape, that are spans, best first; of equals the leftmost and shortest."""
+    is_span = (ends >= starts) & (ends - starts < max_answer_length)
+    starts, ends, scores = starts[is_span], ends[is_span], scores[is_span]
+    order = np.lexsort((ends, starts, -scores))[:n_best]
+    return [
+        Candidate(*each)
+        for each in zip(starts[order].tolist(), ends[order].tolist(), scores[order].tolist(), strict=True)
+    ]

@@ -38,7 +38,7 @@ from electra_ds.finetuning.heads import (
     why_not_exportable,
 )
 from electra_ds.finetuning.inputs import TaskMicroBatch
-from electra_ds.finetuning.loaded_task import recorded_task
+from electra_ds.finetuning.load_task import recorded_task
 from electra_ds.finetuning.tasks import TaskData
 from electra_ds.interop.export import check_out, new_folder
 from electra_ds.interop.finetuned_card import Exported, finetuned_card
@@ -148,14 +148,14 @@ def _labels_and_scale(
 
 def _own_data(record: FinetuneRecord, checkpoint: Checkpoint) -> TaskData:
     try:
-        loaded, _ = recorded_task(record, checkpoint.path, record.source, f"put them back, {ENCODER_ONLY}")
+        data, _ = recorded_task(record, checkpoint.path, record.source, f"put them back, {ENCODER_ONLY}")
     except DataError as error:
         raise DataError(
             f"The names and the scale of the scores are not in {checkpoint.path} but in the examples, which cannot be "
             f"read again: {error}"
         ) from error
-    assert isinstance(loaded.data, TaskData)
-    return loaded.data
+    assert isinstance(data, TaskData)
+    return data
 
 
 # --- transformers' classes with such a head

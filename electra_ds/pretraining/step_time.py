@@ -22,8 +22,8 @@ PRODUCT_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.7, 0.75
 LAUNCH_S = 5e-6
 """Assumed: the host's time for one operation."""
 SLOWER = (0.9, 7.0)
-"""The fastest and the slowest published run over the roofline of our step (`report/publications.py`). A test
-compares both with all runs in electra_ds/report/published/, and docs/performance.md lists them."""
+"""The fastest and the slowest published run over the roofline of our step. A test compares both with all runs in
+tests/report/published/, and docs/performance.md lists them."""
 # Counted over an eager step, inputs and outputs of every operation that is not a matrix product or attention, as
 # multiples of what is saved for the backward pass, and of the logits in fp32 for the head and its noise.
 TRAFFIC_OF_SAVED, TRAFFIC_OF_LOGITS = 7, 41

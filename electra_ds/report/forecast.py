@@ -1,5 +1,5 @@
 """Predict what a recipe needs on a card that may not be here, or on this CPU: memory by part, the micro-batch that
-fits, and time."""
+fits, and time; as tables, text and JSON too."""
 
 from __future__ import annotations
 
@@ -9,22 +9,38 @@ from typing import Any
 
 import psutil
 import torch
+from rich.console import RenderableType
+from rich.markup import escape
 
-from electra_ds.config.cards import CARDS, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
+from electra_ds.config.cards import CARDS, DEFAULT_TORCH_CAPABILITY, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
 from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolve
-from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
-from electra_ds.config.shipped import recipe_names
 from electra_ds.core.errors import ConfigError
-from electra_ds.pretraining.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
-from electra_ds.pretraining.run_time import RunTime, pretraining_time, time_of_steps
-from electra_ds.pretraining.step_time import StepTime, step_time
-from electra_ds.report.publications import Publication, PublishedMemory, publications
+from electra_ds.core.program import command
+from electra_ds.pretraining.memory import (
+    CONTEXT_BYTES,
+    CPU_SHARE,
+    FRAGMENTATION,
+    Kernels,
+    PeakMemory,
+    largest_micro_batch,
+    peak_memory,
+)
+from electra_ds.pretraining.run_time import CPU_SLOWER, RunTime, pretraining_time, time_of_steps
+from electra_ds.pretraining.step_time import (
+    BANDWIDTH_EFFICIENCY,
+    LAUNCH_S,
+    PRODUCT_EFFICIENCY,
+    SLOWER,
+    StepTime,
+    step_time,
+)
+from electra_ds.report.tables import Table
 
 GIB = 2**30
 # Cards that benchmarks/results holds a training run of.
 CARDS_RUN: frozenset[str] = frozenset()
-_MOST_PUBLISHED_ACCUMULATION = 2
+_DAY_S = 86_400
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,6 @@ class Forecast:
     time: StepTime | None
     """The time of a step on the card; None on a CPU, and if only a card's memory is known."""
     lacks: list[Lack]
-    publications: list[Publication]
 
     @property
     def needed_bytes(self) -> int:
@@ -55,20 +70,6 @@ class Forecast:
     @property
     def fits(self) -> bool:
         return self.needed_bytes <= self.budget_bytes
-
-    def published_memory(self) -> list[tuple[Publication, PublishedMemory, int]]:
-        """Return (publication, theirs, ours for the same accumulation steps in this precision, in bytes). They had
-        one card, so there is nothing to compare for several."""
-        rows: list[tuple[Publication, PublishedMemory, int]] = []
-        if self.plan.batch.world_size > 1:
-            return rows
-        for publication in self.publications:
-            for theirs in publication.memory:
-                size = self.recipe.global_batch_size // theirs.gradient_accumulation_steps
-                cut = self.plan.with_micro_batch(size)
-                peak = peak_memory(self.recipe, self.vocab_size, cut, self.kernels)
-                rows.append((publication, theirs, peak.needed_bytes(self.kernels)))
-        return rows
 
     def run_time(self) -> RunTime | None:
         """Return the time of all steps, or None where only a card's memory is known.
@@ -81,17 +82,6 @@ class Forecast:
         threads = max(1, torch.get_num_threads() // self.plan.batch.world_size)
         device = torch.device("cpu")
         return pretraining_time(self.recipe, self.vocab_size, self.plan, device, steps=steps, threads=threads)
-
-    def published_days(self) -> list[tuple[Publication, float]]:
-        """Return (where, days) for complete trainings on one card of this kind, if this plan runs a step as they did:
-        in one or two micro-batches, and computing nothing twice."""
-        batch = self.plan.batch
-        if self.card is None or batch.world_size > 1 or self.plan.checkpointed_layers:
-            return []
-        if batch.gradient_accumulation_steps > _MOST_PUBLISHED_ACCUMULATION:
-            return []
-        found = ((where, where.days_on(self.card.name)) for where in self.publications)
-        return [(where, days) for where, days in found if days is not None]
 
     @property
     def was_run(self) -> bool:
@@ -121,11 +111,6 @@ def forecast(
     largest = largest_micro_batch(recipe, vocab_size, plan, budget_bytes, kernels)
     if plan.is_micro_batch_open and largest is not None:
         plan = largest
-    is_as_shipped = (
-        recipe.name in recipe_names()
-        and recipe == load_recipe(recipe.name, [])
-        and vocab_size == recipe.tokenizer.vocab_size
-    )
     return Forecast(
         recipe=recipe,
         vocab_size=vocab_size,
@@ -139,7 +124,6 @@ def forecast(
         largest=largest,
         time=step_time(recipe, vocab_size, plan, card) if card is not None else None,
         lacks=[] if card is None else lacks(card.name, card.capability),
-        publications=publications(recipe.name) if is_as_shipped else [],
     )
 
 
@@ -153,6 +137,167 @@ def device_budget(card: Card | None, memory_gib: float | None) -> tuple[float, s
     return card.usable_gib * GIB, f"{card.memory_gib:g} GiB less {card.memory_gib - card.usable_gib:.1f} for {why}"
 
 
-def forecast_all(recipes: Sequence[Recipe]) -> list[list[Forecast]]:
+def forecast_all(recipes: Sequence[Recipe]) -> list[Forecast]:
     """Return a forecast for every card with every recipe, under the card's default JSON."""
-    return [[forecast(recipe, *default_ds_config(True, card), card=card) for recipe in recipes] for card in CARDS]
+    return [forecast(recipe, *default_ds_config(True, card), card=card) for card in CARDS for recipe in recipes]
+
+
+# --- as tables, text and JSON
+
+
+def forecast_report(found: Forecast) -> list[RenderableType]:
+    """Return memory, time and what the card lacks for one forecast, as what a rich console prints."""
+    device = "a GPU" if found.kernels == "cuda" else "this machine's CPU"
+    if found.card is not None:
+        device = f"{found.card.name} ({'run' if found.was_run else 'never run'})"
+    recipe = found.recipe
+    return [
+        f"[bold]{escape(recipe.name)}[/] with {escape(found.ds_config)} on {escape(device)}: "
+        f"{found.plan.precision.name}, ZeRO stage {found.plan.stage}, micro-batch x accumulation = {found.plan.batch}, "
+        f"{recipe.data.sequence_length} tokens a sequence, {found.vocab_size:,} pieces",
+        *(f"[yellow]Note:[/] {escape(note)}." for note in found.plan.notes),
+        memory_table(found),
+        *_fit_lines(found),
+        *_time_lines(found),
+        *_lack_lines(found),
+    ]
+
+
+def memory_table(found: Forecast) -> Table:
+    """Return the memory of each part at a step's fullest moments."""
+    phases = found.memory.phases
+    is_small = max(phase.total for phase in phases.values()) < GIB / 4
+    unit, shown = ("MiB", _mib) if is_small else ("GiB", _gib)
+    table = Table(f"Predicted memory at a step's fullest moments, {unit}", ["", *phases])
+    for part in next(iter(phases.values()))._fields:
+        table.rows.append([part, *(shown(getattr(phase, part)) for phase in phases.values())])
+    table.rows += [[], ["at once", *(shown(phase.total) for phase in phases.values())]]
+    return table
+
+
+def _fit_lines(found: Forecast) -> list[str]:
+    memory, batch = found.memory, found.plan.batch
+    peak = f"{_gib(memory.allocated_bytes)} GiB"
+    if found.kernels == "cuda":
+        peak += (
+            f" + {FRAGMENTATION:.0%} that the allocator cannot use + {_gib(CONTEXT_BYTES)} CUDA context (both assumed)"
+            f" = {_gib(found.needed_bytes)} GiB"
+        )
+    status = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
+    lines = [f"Memory: {peak} of {_gib(found.budget_bytes)} GiB ({found.budget_note}): {status}."]
+    if memory.host_bytes:
+        lines.append(f"Offloading takes another {_gib(memory.host_bytes)} GiB of the CPU's memory for each rank.")
+    if found.largest is None:
+        return [
+            *lines,
+            "Not even one sequence fits. ZeRO over more cards, or offloading (zero3-offload), shrinks what does not "
+            "depend on the micro-batch; activation checkpointing what does.",
+        ]
+    largest = f"Largest micro-batch that fits: {found.largest.batch}; say --micro-batch to {command('pretrain')}."
+    if found.largest.batch.micro_batch_size == batch.micro_batch_size:
+        share = ", each rank's whole share" if batch.gradient_accumulation_steps == 1 else ""
+        largest = f"Largest micro-batch that fits: {batch.micro_batch_size}{share}."
+    return [*lines, largest]
+
+
+def _time_lines(found: Forecast) -> list[str]:
+    run_time, steps = found.run_time(), found.recipe.schedule.total_steps
+    if run_time is None:
+        return ["Time: not predicted, because only the card's memory is known. Give its name with --card."]
+    lines = [f"Time: [bold]{run_time}[/] for {steps:,} steps."]
+    if found.time is None:
+        lines.append(
+            f"  This is {CPU_SLOWER[0]} to {CPU_SLOWER[1]} times what the recipe's FLOPs take at the rate of one large "
+            f"matrix product, which was measured on this CPU just now."
+        )
+    else:
+        lines += _card_lines(found, found.time)
+    left_out = ["communication between ranks"] if found.plan.batch.world_size > 1 else []
+    if any(name.startswith("offload") for name in found.plan.document["zero_optimization"]):
+        left_out.append("offloading to the CPU")
+    return lines + ([f"  Not included: {', '.join(left_out)}."] if left_out else [])
+
+
+def _card_lines(found: Forecast, time: StepTime) -> list[str]:
+    products, rest, host = (f"{1e3 * part:,.3g} ms" for part in time)
+    lines = [
+        f"  The roofline of a step is {1e3 * time.roofline_s:,.3g} ms: {products} of matrix products at "
+        f"{PRODUCT_EFFICIENCY:.0%} of the peak and {rest} of everything else at {BANDWIDTH_EFFICIENCY:.0%} of the "
+        f"bandwidth; meanwhile the host needs {host} at {LAUNCH_S * 1e6:.0f} µs an operation. All three are assumed.",
+        f"  The range is {SLOWER[0]} to {SLOWER[1]} times the roofline and contains every published run "
+        f"(docs/performance.md).",
+    ]
+    return lines if found.was_run else [*lines, "  None of our steps has been timed on this card."]
+
+
+def _lack_lines(found: Forecast) -> list[str]:
+    if found.card is None:
+        return []
+    if not found.lacks:
+        return ["It lacks nothing: bf16, tensor cores, flash attention, torch.compile."]
+    lines = [f"  {escape(lack.what)}: {escape(lack.consequence)}." for lack in found.lacks]
+    install = []
+    if found.card.capability < DEFAULT_TORCH_CAPABILITY:
+        install = ["torch's default builds have no code for this card; make install takes the one for CUDA 12.6."]
+    return [*install, "What this card lacks:", *lines]
+
+
+def forecasts_table(forecasts: Sequence[Forecast]) -> Table:
+    """Return a table of every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
+    table = Table(
+        "Predicted for every card and every recipe",
+        ["card", "recipe", "batch", "GiB", "time"],
+        text_columns=5,
+        caption=f"* No step has been run on this card. For details: {command('plan')} --recipe R --card NAME",
+    )
+    for found in forecasts:
+        card = found.card
+        assert card is not None
+        name = f"{card.name.removeprefix('NVIDIA ').removeprefix('GeForce ')}{'' if found.was_run else ' *'}"
+        table.rows.append([name, found.recipe.name, *_cells(found)])
+    return table
+
+
+def _cells(found: Forecast) -> list[str]:
+    if not found.fits:
+        return ["does not fit", _gib(found.needed_bytes), ""]
+    batch = found.plan.batch
+    size = f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps}"
+    return [size, _gib(found.needed_bytes), str(found.run_time() or "")]
+
+
+def as_json(found: Forecast) -> dict[str, Any]:
+    """Return every number of a forecast, in bytes and seconds."""
+    time, run_time = found.time, found.run_time()
+    return {
+        "recipe": found.recipe.name,
+        "ds_config": found.ds_config,
+        "card": found.card.name if found.card is not None else None,
+        "was_run_on_this_card": found.was_run,
+        "precision": found.plan.precision.name,
+        "zero_stage": found.plan.stage,
+        "micro_batch_size": found.plan.batch.micro_batch_size,
+        "gradient_accumulation_steps": found.plan.batch.gradient_accumulation_steps,
+        "world_size": found.plan.batch.world_size,
+        "memory_bytes": {
+            name: phase._asdict() | {"at_once": phase.total} for name, phase in found.memory.phases.items()
+        },
+        "allocated_bytes": found.memory.allocated_bytes,
+        "needed_bytes": found.needed_bytes,
+        "host_bytes": found.memory.host_bytes,
+        "usable_bytes": round(found.budget_bytes),
+        "fits": found.fits,
+        "largest_micro_batch_size": found.largest.batch.micro_batch_size if found.largest is not None else None,
+        "step_s": time._asdict() | {"roofline_s": time.roofline_s} if time is not None else None,
+        "days": None if run_time is None else [seconds / _DAY_S for seconds in run_time],
+        "lacks": [lack._asdict() for lack in found.lacks],
+        "notes": list(found.plan.notes),
+    }
+
+
+def _mib(number_bytes: float) -> str:
+    return f"{1024 * number_bytes / GIB:.1f}"
+
+
+def _gib(number_bytes: float) -> str:
+    return f"{number_bytes / GIB:.2f}"

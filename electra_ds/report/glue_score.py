@@ -1,13 +1,23 @@
-"""The two means of GLUE's tasks that papers print. Metrics are shares in [0, 1] and correlations in [-1, 1].
+"""The two means of GLUE's tasks that papers print, scores that others published, and the zip for gluebenchmark.com.
+
+Metrics are shares in [0, 1] and correlations in [-1, 1]; published ones are in percent, as printed.
 
 Metrics come as {task: {metric: value}}. MNLI's `accuracy` is the matched set's, `accuracy_mismatched` the other's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import importlib.resources
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
+
+from pydantic import Field
+
+from electra_ds.config.recipe import Section, load_yaml
+from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.files import complete_file
 
 TaskMetrics = Mapping[str, Mapping[str, float]]
 Wnli = Literal["majority", "own"]
@@ -43,46 +53,158 @@ WNLI_MAJORITY = (40, 71)
 gives to those who answer 0 to all."""
 
 
-@dataclass(frozen=True)
-class GlueScore:
-    value: float | None
-    """A share; None where a metric is missing."""
-    missing: tuple[str, ...]
-    """The metrics that are missing, each as `task metric`."""
-    wnli: str
-    """The score that was taken for WNLI."""
-
-
 def average(metrics: TaskMetrics) -> float | None:
     """Return AVG, the mean of eight tasks, one metric each, without WNLI. None if one is missing."""
-    if missing_for_average(metrics):
+    return _mean_of_tasks(metrics, {task: (metric,) for task, metric in AVERAGE_METRICS.items()})
+
+
+def glue(metrics: TaskMetrics, wnli: Wnli = "majority") -> float | None:
+    """Return GLUE, the mean of nine tasks, or None if a metric is missing. WNLI is the model's own score, or that of
+    always answering the larger class."""
+    if wnli == "majority":
+        rows, of = WNLI_MAJORITY
+        metrics = {**metrics, "wnli": {"accuracy": rows / of}}
+    return _mean_of_tasks(metrics, GLUE_METRICS)
+
+
+def missing_metrics(metrics: TaskMetrics, needed: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the needed metrics that are missing, each as `task metric`."""
+    pairs = ((task, metric) for task, names in needed.items() for metric in names)
+    return [f"{task} {metric}" for task, metric in pairs if metric not in metrics.get(task, {})]
+
+
+def _mean_of_tasks(metrics: TaskMetrics, needed: Mapping[str, Sequence[str]]) -> float | None:
+    if missing_metrics(metrics, needed):
         return None
-    return sum(metrics[task][metric] for task, metric in AVERAGE_METRICS.items()) / len(AVERAGE_METRICS)
+    return sum(sum(metrics[task][name] for name in names) / len(names) for task, names in needed.items()) / len(needed)
 
 
-def missing_for_average(metrics: TaskMetrics) -> tuple[str, ...]:
-    """Return the metrics that AVG lacks, each as `task metric`."""
-    return _missing(metrics, {task: (metric,) for task, metric in AVERAGE_METRICS.items()})
+# --- published scores: `electra_ds/report/published/glue/*.yaml`
 
 
-def glue(metrics: TaskMetrics, wnli: Wnli = "majority") -> GlueScore:
-    """Return GLUE, the mean of nine tasks. WNLI is the model's own score, or that of always answering the larger
-    class."""
-    needed = dict(GLUE_METRICS)
-    if wnli == "majority":
-        del needed["wnli"]
-    missing = _missing(metrics, needed)
-    rows, of = WNLI_MAJORITY
-    told = f"majority class, {rows} of {of} on dev = {100 * rows / of:.2f}" if wnli == "majority" else "the model's own"
-    if missing:
-        return GlueScore(None, missing, told)
-    scores = [sum(metrics[task][name] for name in names) / len(names) for task, names in needed.items()]
-    if wnli == "majority":
-        scores.append(rows / of)
-    return GlueScore(sum(scores) / len(scores), (), told)
+class PublishedScores(Section):
+    """One row of a table. Every number is in percent, as printed."""
+
+    name: str
+    """Its name for `--compare`."""
+    model: str
+    tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """{task: {metric: value}}, under the metric that it is, which is not always the one in the table's head."""
+    std: dict[str, float] = Field(default_factory=dict)
+    """Standard deviations of `tasks`, by task."""
+    average: float | None = None
+    """AVG as printed."""
+    average_std: float | None = None
+    glue: float | None = None
+    """GLUE as printed."""
+    glue_std: float | None = None
+    column_mean: float | None = None
+    """Mean of the eight columns as printed, where AVG is not given or not all columns are at hand."""
+    implied: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Values that the printed means imply of a metric that is not printed: an inference, never shown as published."""
+    note: str | None = None
 
 
-def _missing(metrics: TaskMetrics, needed: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    return tuple(
-        f"{task} {metric}" for task, names in needed.items() for metric in names if metric not in metrics.get(task, {})
-    )
+class PublishedTable(Section):
+    source: str
+    split: Literal["dev", "test"]
+    statistic: str
+    """The statistic that a number is of several seeds, and their number."""
+    not_comparable: list[str] = Field(default_factory=list)
+    """The reasons why a number cannot be compared with ours."""
+    rows: list[PublishedScores]
+
+
+def published_tables() -> list[PublishedTable]:
+    """Return the published tables, in the order of their files' names."""
+    folder = importlib.resources.files("electra_ds").joinpath("report", "published", "glue")
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return [PublishedTable.model_validate(load_yaml(file.read_text("utf8"), file.name)) for file in files]
+
+
+def find_published(name: str) -> tuple[PublishedTable, PublishedScores]:
+    """Return the row of this name with its table. Raises ConfigError if there is none."""
+    rows = {row.name: (table, row) for table in published_tables() for row in table.rows}
+    if name not in rows:
+        raise ConfigError(f"No published scores are called {name!r}. There are: {', '.join(rows)}.")
+    return rows[name]
+
+
+# --- predictions of GLUE's test sets as the zip that gluebenchmark.com takes
+
+_HEADER = "index\tprediction"
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+"""The same predictions make the same zip."""
+
+
+SUBMISSION_ROWS = {
+    "CoLA.tsv": 1_063, "SST-2.tsv": 1_821, "MRPC.tsv": 1_725, "STS-B.tsv": 1_379, "QQP.tsv": 390_965,
+    "MNLI-m.tsv": 9_796, "MNLI-mm.tsv": 9_847, "QNLI.tsv": 5_463, "RTE.tsv": 3_000, "WNLI.tsv": 146, "AX.tsv": 1_104,
+}  # fmt: skip
+"""The files of a submission, and how many rows their test sets have."""
+
+
+def zip_submission(runs: Sequence[Path], out: Path) -> list[str]:
+    """Write RUN/submission/*.tsv of all runs into one zip; notes say what is in it and what is missing.
+
+    A missing WNLI.tsv answers 0 to all, its larger class. The zip appears complete or not at all.
+    Raises ConfigError if two runs bring the same file or none brings any, and CheckpointError if a file has not one
+    prediction for each row of its test set, or the zip cannot be written.
+    """
+    found, ignored = _find(runs)
+    if not found:
+        raise ConfigError(
+            f"None of {', '.join(map(str, runs)) or 'no runs'} has predictions of a GLUE test set in submission/. "
+            f"Predict the test sets when finetuning."
+        )
+    contents = {name: _checked(path) for name, path in found.items()}
+    notes = [f"{path} is none of GLUE's files and is left out" for path in ignored]
+    if "WNLI.tsv" not in contents:
+        rows = SUBMISSION_ROWS["WNLI.tsv"]
+        contents["WNLI.tsv"] = "\n".join([_HEADER, *(f"{row}\t0" for row in range(rows)), ""]).encode()
+        notes.append(f"WNLI.tsv answers 0, the larger class, to all {rows}: no run predicted it")
+    _write(out, contents)
+    missing = [name for name in SUBMISSION_ROWS if name not in contents]
+    told = f"; the site refuses it without {', '.join(missing)}" if missing else ", as the site wants them"
+    return [*notes, f"{out} has {len(contents)} of {len(SUBMISSION_ROWS)} files{told}"]
+
+
+def _find(runs: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
+    """Return (GLUE's files by name, others)."""
+    found: dict[str, Path] = {}
+    ignored = []
+    for run in {path.resolve(): path for path in runs}.values():
+        for path in sorted((run / "submission").glob("*.tsv")):
+            if path.name not in SUBMISSION_ROWS:
+                ignored.append(path)
+            elif path.name in found:
+                raise ConfigError(
+                    f"{found[path.name]} and {path} are the same file of a submission. Give one run for each task."
+                )
+            else:
+                found[path.name] = path
+    return found, ignored
+
+
+def _checked(path: Path) -> bytes:
+    """Return the file's content. Raises CheckpointError unless it has a prediction for each row of the test set."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
+    header, *lines = content.decode("utf8", "replace").removesuffix("\n").split("\n")
+    indices, rows = [line.partition("\t")[0] for line in lines], SUBMISSION_ROWS[path.name]
+    if header != _HEADER or indices != [str(row) for row in range(rows)]:
+        raise CheckpointError(
+            f"{path} does not have one prediction for each of the test set's {rows:,} rows, in their order. Predict it "
+            f"anew on the official test set."
+        )
+    return content
+
+
+def _write(out: Path, contents: dict[str, bytes]) -> None:
+    with complete_file(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in SUBMISSION_ROWS:
+            if name in contents:
+                entry = zipfile.ZipInfo(name, _ZIP_DATE)
+                file.writestr(entry, contents[name], zipfile.ZIP_DEFLATED)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -16,13 +20,13 @@ from electra_ds.core.terminal import say, say_command
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import recorded_store
 from electra_ds.pretraining.evaluation import held_out_batch
-from electra_ds.pretraining.objectives.base import Objective
+from electra_ds.pretraining.objectives.base import Curve, Objective
 from electra_ds.pretraining.trained import load_trained
-from electra_ds.report.figures import draw_curves
 from electra_ds.training.tracking import read_metrics
 
 _SENTENCES = 4
 _SENTENCE_BATCH = 64
+_SMOOTHING_SHARE = 0.02
 
 
 def report_run(run: RunDirectory, console: Console, data: Path | None = None) -> None:
@@ -74,7 +78,7 @@ def _summary(evaluations: list[dict[str, Any]], name: str, objective: Objective[
 
 
 def speed_line(metrics: list[dict[str, Any]], device: str) -> str | None:
-    """Median throughput, for a device whose peak is known; medians, since a start's first steps are slow."""
+    """Return the median throughput, for a device whose peak is known. Medians, since the first steps are slow."""
     lines = [line for line in metrics if line.get("mfu") is not None]
     if not lines:
         return None
@@ -88,3 +92,49 @@ def _write(path: Path, *parts: Any) -> None:
         for part in parts:
             plain.print(part)
             plain.print()
+
+
+# --- curves
+
+
+def draw_curves(metrics: Sequence[dict[str, Any]], curves: Sequence[Curve], title: str, path: Path) -> None:
+    """Draw training and held-out curves of one run, up to four panels, as a PNG."""
+    train = [line for line in metrics if line["kind"] == "train"]
+    evaluations = [line for line in metrics if line["kind"] == "eval"]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(2, 2).flatten()
+    for panel, curve in zip(panels, curves, strict=False):
+        names = curve.metrics
+        if curve.is_loss:
+            (key,) = names
+            _training_losses(panel, _points(train, key))
+            names = {key: "held out"}
+        for key, name in names.items():
+            color = "tab:orange" if curve.is_loss else None
+            panel.plot(*_points(evaluations, key).T, color=color, marker="o", markersize=3, label=name)
+        if curve.baseline is not None:
+            panel.axhline(curve.baseline, color="grey", linewidth=0.8)
+        panel.set(xlabel="step", ylabel=curve.label)
+        panel.legend()
+        panel.grid(alpha=0.3)
+    for panel in panels[len(curves) :]:
+        panel.remove()
+    figure.savefig(path, dpi=110)
+
+
+def _points(lines: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+    """Return the steps and values of a metric, [N, 2]."""
+    return np.array([(line["step"], line[key]) for line in lines if line.get(key) is not None]).reshape(-1, 2)
+
+
+def _training_losses(axes: Any, points: np.ndarray) -> None:
+    if not len(points):
+        return
+    steps, values = points.T
+    axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.6)
+    width = max(1, int(len(values) * _SMOOTHING_SHARE))
+    smooth = pd.Series(values).rolling(width, center=True, min_periods=1).mean()
+    axes.plot(steps, smooth, color="tab:blue", label="training (smoothed)")
+    low, high = np.percentile(values, [0.5, 99.5])
+    axes.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.report.glue_score import TaskMetrics
 
-FORMAT = 1
 BOUNDED = {
     "accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman",
     "exact", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1", "best_exact", "best_f1",
@@ -28,7 +26,7 @@ class _Record(BaseModel):
 
 class ScoredSet(_Record):
     rows: int = Field(gt=0)
-    metrics: dict[str, float | None]
+    metrics: dict[str, FiniteFloat]
     baseline: dict[str, float] = {}
     """The scores of the same prediction for every row; empty in runs that did not record it, and for SQuAD 1.1."""
     warning: str = ""
@@ -38,6 +36,7 @@ class ScoredSet(_Record):
 class Scores(_Record):
     """The content of scores.json."""
 
+    format: Literal[1]
     task: str
     recipe: str
     recipe_source: str
@@ -59,28 +58,19 @@ class Scores(_Record):
         name = self.recipe if self.recipe_source == "shipped" else f"{self.recipe} ({self.recipe_source})"
         return " ".join([name, *(["with", ", ".join(self.changes)] if self.changes else [])])
 
-    @property
-    def scored(self) -> dict[str, ScoredSet]:
-        """The sets that have labels."""
-        return {name: scored for name, scored in self.sets.items() if scored.metrics}
-
-    def metrics(self, name: str) -> dict[str, float]:
-        """Return the metrics of one set, all of them finite, as `read_run` checks."""
-        return {metric: value for metric, value in self.sets[name].metrics.items() if value is not None}
-
     def dev_metrics(self) -> dict[str, float]:
         """Return the metrics of the development sets by the names in `glue_score`."""
-        return self._of_dev(self.metrics)
+        return self._of_dev(lambda scored: scored.metrics)
 
     def dev_baselines(self) -> dict[str, float]:
         """Return the baselines of the development sets, under the same names."""
-        return self._of_dev(lambda name: self.sets[name].baseline)
+        return self._of_dev(lambda scored: scored.baseline)
 
-    def _of_dev(self, values: Callable[[str], dict[str, float]]) -> dict[str, float]:
+    def _of_dev(self, values: Callable[[ScoredSet], dict[str, float]]) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, suffix in (("dev", ""), ("dev_matched", ""), ("dev_mismatched", "_mismatched")):
             if name in self.sets:
-                found |= {metric + suffix: value for metric, value in values(name).items()}
+                found |= {metric + suffix: value for metric, value in values(self.sets[name]).items()}
         return found
 
     @property
@@ -127,54 +117,22 @@ class Group:
 
 
 def read_run(path: Path) -> ScoredRun:
-    """Read the scores of one run. Raises CheckpointError if its scores.json is missing, damaged, or holds no score."""
+    """Read the scores of one run. Raises CheckpointError if its scores.json is missing or damaged."""
     file = path / "scores.json"
     try:
-        document = json.loads(file.read_text("utf8"))
+        return ScoredRun(path, Scores.model_validate_json(file.read_bytes()))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} has no scores.json: it is no finetuning run, or has not finished. Finish it, or leave it out."
         ) from None
     except OSError as error:
         raise CheckpointError(f"Cannot read {file}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} is damaged: it is not JSON ({error}). Finetune it anew, or leave it out."
-        ) from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else None
-        raise CheckpointError(f"{file} is not of format {FORMAT}, which this version reads, but of {found!r}.")
-    try:
-        scores = Scores.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        place = "".join(f"{each}: " for each in first["loc"])
         raise CheckpointError(
-            f"{file} is damaged: {place}: {first['msg']}. Finetune it anew, or leave it out."
+            f"{file} is damaged, or of another version: {place}{first['msg']}. Finetune it anew, or leave it out."
         ) from error
-    _check_values(file, scores)
-    return ScoredRun(path, scores)
-
-
-def _check_values(file: Path, scores: Scores) -> None:
-    for name, scored in scores.sets.items():
-        for metric, value in scored.metrics.items():
-            if value is None or not math.isfinite(value):
-                raise CheckpointError(
-                    f"{file}: {metric} on {name} is no finite number. The finetuning has failed: repeat it, or leave "
-                    f"the run out."
-                )
-            if metric in BOUNDED and not -1 <= value <= 1:
-                raise CheckpointError(
-                    f"{file}: {metric} on {name} is {value:g}, and a share or a correlation is meant. Divide percent "
-                    f"by 100."
-                )
-    if not any(scored.metrics for scored in scores.sets.values()):
-        raise CheckpointError(f"{file} holds no score. Finetune with a set that has labels, or leave the run out.")
-
-
-def _is_unfinished(path: Path) -> bool:
-    return (path / "run.json").is_file() and not (path / "scores.json").exists()
 
 
 def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
@@ -184,11 +142,9 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
     Raises CheckpointError if one cannot be read, or none has finished, and ConfigError if two runs of the same
     model, recipe, task and seed differ.
     """
-    if not paths:
-        raise ConfigError("No runs to report: give the directories of finetuning runs.")
     runs: dict[tuple, ScoredRun] = {}
     given = list({path.resolve(): path for path in paths}.values())
-    finished = [path for path in given if not _is_unfinished(path)] or given  # of none of them, reading says so
+    finished = [path for path in given if (path / "scores.json").exists()] or given  # if none has, reading says so
     notes = [f"{path} has not finished and is left out" for path in given if path not in finished]
     for run in map(read_run, finished):
         scores = run.scores

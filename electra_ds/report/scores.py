@@ -3,13 +3,15 @@ unit of what it is made from."""
 
 from __future__ import annotations
 
-import csv as csv_files
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 from rich.console import Console
 from scipy import stats  # type: ignore[import-untyped]
 
@@ -18,16 +20,18 @@ from electra_ds.core.terminal import say, warn
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,
+    WNLI_MAJORITY,
+    PublishedScores,
+    PublishedTable,
     TaskMetrics,
-    Wnli,
     average,
+    find_published,
     glue,
-    missing_for_average,
+    missing_metrics,
+    zip_submission,
 )
-from electra_ds.report.publications import PublishedScores, PublishedTable, find_published
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
-from electra_ds.report.submission import zip_submission
-from electra_ds.report.tables import Table, print_table
+from electra_ds.report.tables import Table
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 BASELINE = (
@@ -39,9 +43,6 @@ _COLUMNS = (
     "run", "model", "model_fingerprint", "recipe", "recipe_source", "changes", "task", "data_fingerprint", "seed",
     "step", "chosen", "set", "rows", "metric", "value", "baseline",
 )  # fmt: skip
-_Found = tuple[PublishedTable, PublishedScores]
-
-
 _ROUNDING = 1e-12
 """Metrics that differ by less are equal."""
 
@@ -58,9 +59,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return the statistics of a metric over seeds. Raises ValueError if there are no values."""
-    if not values:
-        raise ValueError("no values to sum up")
+    """Return the statistics of a metric over seeds, of which there is at least one."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Spread(len(values), float(np.mean(values)), std, float(np.median(values)), min(values), max(values))
 
@@ -115,52 +114,52 @@ def report_scores(
     scored, notes = read_scores(runs)
     groups = group_runs(scored)
     for group in groups:
-        print_table(group_table(group, [row for _, row in published]), console)
+        console.print(group_table(group, [row for _, row in published]))
         _say(console, [note for mean in _glue_means(group) for note in mean.notes] + _group_notes(group))
         for text in _warnings(group):
             warn(console, text)
     if len(groups) == 2 and (differences := difference_table(*groups)).rows:
-        print_table(differences, console)
+        console.print(differences)
     elif len(groups) > 2:
         notes = [*notes, "Differences are of two tables: give the runs of two models or recipes alone"]
-    legend = [PLUS_MINUS, BASELINE] if any(_baselines(group) for group in groups) else [PLUS_MINUS]
+    legend = [PLUS_MINUS, BASELINE] if any(row.baselines for group in groups for row in _rows(group)) else [PLUS_MINUS]
     _say(console, [*notes, *legend, *(note for found in published for note in _published_notes(*found))])
     if csv is not None:
         write_csv(csv, scored)
         _say(console, [f"{csv}: every metric of every run"])
     if submission is not None:
-        _say(console, zip_submission([run.path for run in scored], submission, fill_wnli=True))
+        _say(console, zip_submission([run.path for run in scored], submission))
 
 
 def means(group: Group) -> list[Mean]:
     """Return AVG, GLUE, and if WNLI was finetuned, GLUE with the model's own."""
-    found = [_mean(group, "AVG", list(AVERAGE_METRICS), average, missing_for_average(group.means()))]
-    conventions: list[Wnli] = ["majority", "own"] if "wnli" in group.tasks else ["majority"]
-    for wnli in conventions:
-        score = glue(group.means(), wnli)
-        tasks = [task for task in GLUE_METRICS if task != "wnli" or wnli == "own"]
-        name = "GLUE" if wnli == "majority" else "GLUE, own WNLI"
-
-        def value(metrics: TaskMetrics, wnli: Wnli = wnli) -> float | None:
-            return glue(metrics, wnli).value
-
-        found.append(_mean(group, name, tasks, value, score.missing, f"{name} on dev counts WNLI as {score.wnli}"))
+    of_average = {task: (metric,) for task, metric in AVERAGE_METRICS.items()}
+    without_wnli = {task: names for task, names in GLUE_METRICS.items() if task != "wnli"}
+    rows, of = WNLI_MAJORITY
+    counted = f"majority class, {rows} of {of} on dev = {100 * rows / of:.2f}"
+    found = [
+        _mean(group, "AVG", of_average, average),
+        _mean(group, "GLUE", without_wnli, glue, f"GLUE on dev counts WNLI as {counted}"),
+    ]
+    if "wnli" in group.tasks:
+        own = partial(glue, wnli="own")
+        note = "GLUE, own WNLI on dev counts WNLI as the model's own"
+        found.append(_mean(group, "GLUE, own WNLI", GLUE_METRICS, own, note))
     return found
 
 
 def _mean(
     group: Group,
     name: str,
-    tasks: list[str],
+    needed: Mapping[str, Sequence[str]],
     score: Callable[[TaskMetrics], float | None],
-    missing: tuple[str, ...],
     *notes: str,
 ) -> Mean:
     baseline = score(group.baselines())
-    if missing:
+    if missing := missing_metrics(group.means(), needed):
         return Mean(name, {}, None, baseline, (f"{name} lacks {', '.join(missing)}",))
-    seeds = group.seeds(tasks[0])
-    if all(group.seeds(task) == seeds for task in tasks):
+    seeds = group.seeds(next(iter(needed)))
+    if all(group.seeds(task) == seeds for task in needed):
         by_seed = {seed: value for seed in sorted(seeds) if (value := score(group.of_seed(seed))) is not None}
         return Mean(name, by_seed, sum(by_seed.values()) / len(by_seed), baseline, notes)
     note = f"{name} is made from the tasks' means, and has no ±: their seeds differ"
@@ -169,22 +168,23 @@ def _mean(
 
 def group_table(group: Group, published: Sequence[PublishedScores]) -> Table:
     """Return a row for each metric of each set, and AVG and GLUE below, next to published scores."""
-    baselines = _baselines(group)
-    columns = ["mean ± std", *(["baseline"] if baselines else []), "n", "median", "min–max"]
+    rows = _rows(group)
+    has_baselines = any(row.baselines for row in rows)
+    columns = ["mean ± std", *(["baseline"] if has_baselines else []), "n", "median", "min–max"]
     columns = ["task", "metric", *columns, *(row.name for row in published)]
     table = Table(f"{group.name}, recipe {group.recipe}", columns, text_columns=2)
-    for task, name, metric, values in _rows(group):
+    for task, name, metric, values, baselines in rows:
         scale = 100 if metric in BOUNDED else 1
         first, *cells = _spread_cells(spread(values), scale)
-        if baselines:
-            cells = [_scaled(baselines.get((task, name, metric)), scale), *cells]
+        if has_baselines:
+            cells = [_scaled(float(np.mean(baselines)) if baselines else None, scale), *cells]
         label = task if name == "dev" else f"{task} ({name.removeprefix('dev_')})"
         theirs = [_their_cell(row, task, name, metric) for row in published]
         table.rows.append([label, metric, first, *cells, *theirs])
     table.rows.append([])
     for mean in _glue_means(group):
         first, *cells = _mean_cells(mean)
-        if baselines:
+        if has_baselines:
             cells = [_scaled(mean.baseline, 100), *cells]
         table.rows.append([mean.name, "", first, *cells, *(_their_mean(row, mean.name) for row in published)])
     return table
@@ -195,27 +195,29 @@ def _glue_means(group: Group) -> list[Mean]:
     return means(group) if set(group.tasks) & set(GLUE_METRICS) else []
 
 
-def _rows(group: Group) -> list[tuple[str, str, str, list[float]]]:
-    """Return (task, set, metric, values over seeds), GLUE's tasks first and in its order."""
+class _Row(NamedTuple):
+    """One metric of one set over seeds."""
+
+    task: str
+    set: str
+    metric: str
+    values: list[float]
+    baselines: list[float]
+    """Of the same seeds; empty where they are not recorded."""
+
+
+def _rows(group: Group) -> list[_Row]:
+    """Return the metrics of a group, GLUE's tasks first and in its order."""
     order = list(GLUE_METRICS)
-    found: dict[tuple[str, str, str], list[float]] = {}
+    found: dict[tuple[str, str, str], _Row] = {}
     for task in sorted(group.tasks, key=lambda task: (order.index(task) if task in order else len(order), task)):
         for run in group.tasks[task].values():
-            for name in run.scores.sets:
-                for metric, value in run.scores.metrics(name).items():
-                    found.setdefault((task, name, metric), []).append(value)
-    return [(*key, values) for key, values in found.items()]
-
-
-def _baselines(group: Group) -> dict[tuple[str, str, str], float]:
-    """Return the baseline of each (task, set, metric) that has one; the mean if seeds were scored on different rows."""
-    found: dict[tuple[str, str, str], list[float]] = {}
-    for task, runs in group.tasks.items():
-        for run in runs.values():
             for name, scored in run.scores.sets.items():
-                for metric, value in scored.baseline.items():
-                    found.setdefault((task, name, metric), []).append(value)
-    return {key: sum(values) / len(values) for key, values in found.items()}
+                for metric, value in scored.metrics.items():
+                    row = found.setdefault((task, name, metric), _Row(task, name, metric, [], []))
+                    row.values.append(value)
+                    row.baselines.extend([scored.baseline[metric]] if metric in scored.baseline else [])
+    return list(found.values())
 
 
 def _warnings(group: Group) -> list[str]:
@@ -252,14 +254,15 @@ def _mean_cells(mean: Mean) -> tuple[str, str, str, str]:
 def _their_cell(theirs: PublishedScores, task: str, name: str, metric: str) -> str:
     """Return the published value of the very same metric on the development set."""
     value = theirs.tasks.get(task, {}).get(metric) if name in ("dev", "dev_matched") else None
-    if value is None:
-        return "–"
-    return f"{value:g}" + (f" ± {theirs.std[task]:g}" if task in theirs.std else "")
+    return _published_cell(value, theirs.std.get(task))
 
 
 def _their_mean(theirs: PublishedScores, name: str) -> str:
     printed = {"AVG": (theirs.average, theirs.average_std), "GLUE": (theirs.glue, theirs.glue_std)}
-    value, std = printed.get(name, (None, None))
+    return _published_cell(*printed.get(name, (None, None)))
+
+
+def _published_cell(value: float | None, std: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:g}" + (f" ± {std:g}" if std is not None else "")
@@ -287,7 +290,8 @@ def _group_notes(group: Group) -> list[str]:
             notes.append(f"{task} was finetuned on data that differ between seeds")
         if chosen == ["last"] and len({found.step for found in scores}) > 1:
             notes.append(f"{task} ended at steps that differ between seeds")
-        if len({tuple((name, *sorted(part.metrics)) for name, part in found.scored.items()) for found in scores}) > 1:
+        measured = {tuple((name, *part.metrics) for name, part in each.sets.items() if part.metrics) for each in scores}
+        if len(measured) > 1:
             notes.append(f"{task} has sets or metrics that some seeds lack; n counts those that have one")
     return notes
 
@@ -311,7 +315,7 @@ def difference_table(first: Group, second: Group) -> Table:
 
 def _compared(group: Group) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
-    for task, name, metric, values in _rows(group):
+    for task, name, metric, values, _ in _rows(group):
         if name.startswith("dev"):
             scale = 1.0 if metric in BOUNDED else 0.01  # points of percent, or the metric's own unit
             part = name.removeprefix("dev").replace("_", " ")
@@ -321,18 +325,16 @@ def _compared(group: Group) -> dict[str, list[float]]:
 
 def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
     """Write a row for each metric, values as in scores.json. Raises CheckpointError if that fails."""
-    with complete_file(path) as temporary, temporary.open("w", encoding="utf8", newline="") as file:
-        writer = csv_files.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for run in runs:
-            found = run.scores
-            for name, part in found.sets.items():
-                for metric, value in found.metrics(name).items():
-                    writer.writerow([
-                        run.path, found.model, found.model_fingerprint, found.recipe, found.recipe_source,
-                        ", ".join(found.changes), found.task, found.data_fingerprint, found.seed, found.step,
-                        found.chosen, name, part.rows, metric, value, part.baseline.get(metric, ""),
-                    ])  # fmt: skip
+    records = [
+        {"run": run.path, "set": name, "rows": part.rows, "metric": metric, "value": value}
+        | {"baseline": part.baseline.get(metric), "changes": ", ".join(run.scores.changes)}
+        | run.scores.model_dump(exclude={"format", "sets", "changes"})
+        for run in runs
+        for name, part in run.scores.sets.items()
+        for metric, value in part.metrics.items()
+    ]
+    with complete_file(path) as temporary:
+        pd.DataFrame(records, columns=_COLUMNS).to_csv(temporary, index=False, lineterminator="\n")
 
 
 def _say(console: Console, lines: Sequence[str]) -> None:

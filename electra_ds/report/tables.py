@@ -1,4 +1,4 @@
-"""A table as data, and its rendering on a console."""
+"""A table as data, which a rich console renders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import rich.table
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 
 _NARROWEST = 8
@@ -27,23 +27,26 @@ class Table:
     """How many columns, the first ones, hold text. The others hold numbers."""
     caption: str = ""
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render the table. Text is aligned left and folded where it is too long. Numbers are aligned right, and folded
+        only if the console is too narrow for them; nothing is cut off."""
+        shown = rich.table.Table(
+            title=escape(self.title), title_justify="left", caption=escape(self.caption) or None,
+            caption_justify="left", box=box.SIMPLE, padding=(0, 1),
+        )  # fmt: skip
+        columns = zip(self.columns, *filter(None, self.rows), strict=True)
+        longest = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+        least = [min(_NARROWEST, width) for width in longest[: self.text_columns]]
+        fits = sum(2 + width for width in [*least, *longest[self.text_columns :]]) + 2 <= options.max_width
+        for index, name in enumerate(self.columns):
+            if index < self.text_columns:
+                shown.add_column(escape(name), overflow="fold", min_width=least[index] if fits else None)
+            else:
+                shown.add_column(escape(name), justify="right", no_wrap=fits, overflow="fold")
+        for row in self.rows:
+            shown.add_row(*map(escape, row)) if row else shown.add_section()
+        yield shown
+
 
 def print_table(table: Table, console: Console) -> None:
-    """Print a table. Text is aligned left and folded where it is too long. Numbers are aligned right, and folded only
-    if the console is too narrow for them; nothing is cut off."""
-    shown = rich.table.Table(
-        title=escape(table.title), title_justify="left", caption=escape(table.caption) or None, caption_justify="left",
-        box=box.SIMPLE, padding=(0, 1),
-    )  # fmt: skip
-    columns = zip(table.columns, *filter(None, table.rows), strict=True)
-    longest = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
-    least = [min(_NARROWEST, width) for width in longest[: table.text_columns]]
-    fits = sum(2 + width for width in [*least, *longest[table.text_columns :]]) + 2 <= console.width
-    for index, name in enumerate(table.columns):
-        if index < table.text_columns:
-            shown.add_column(escape(name), overflow="fold", min_width=least[index] if fits else None)
-        else:
-            shown.add_column(escape(name), justify="right", no_wrap=fits, overflow="fold")
-    for row in table.rows:
-        shown.add_row(*map(escape, row)) if row else shown.add_section()
-    console.print(shown)
+    console.print(table)

@@ -267,7 +267,7 @@ def check_arguments(stage: str, arguments: Sequence[str]) -> None:
 @cache
 def _examples_problem(task: str | None, source: TaskSource) -> str:
     """Return what is wrong with examples on this machine, which would otherwise show hours into a sweep."""
-    from electra_ds.finetuning.loaded_task import load_task
+    from electra_ds.finetuning.load_task import load_task
 
     if source.folder is None and source.train is None:
         return ""

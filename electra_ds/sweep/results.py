@@ -377,7 +377,7 @@ def _avg_and_glue(of_tasks: pd.DataFrame, prefix: str) -> dict[str, float]:
         row["task"]: {name.removeprefix(prefix): float(row[name]) for name in names if pd.notna(row[name])}
         for _, row in of_tasks.iterrows()
     }
-    means = {"AVG": average(scores), "GLUE": glue(scores).value}
+    means = {"AVG": average(scores), "GLUE": glue(scores)}
     return {name: 100 * value for name, value in means.items() if value is not None}
 
 

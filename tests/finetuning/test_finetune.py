@@ -1039,9 +1039,9 @@ def test_tasks_are_known_by_the_hubs_names_too(electra: Path, glue: Path, tmp_pa
 
 SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "wrong columns": ("sst-2", lambda f: sst(f, "train", "text\tlabel\na film\t1\n"), "no column 'sentence'"),
-    "too few columns in a row": ("sst-2", lambda f: sst(f, "train", "sentence\tlabel\na film\n"), "1 columns instead"),
+    "too few columns": ("sst-2", lambda f: sst(f, "train", "sentence\tlabel\na film\n"), "row 1: the label '' is"),
     "unknown label": (
-        "sst-2", lambda f: sst(f, "dev", "sentence\tlabel\na film\t2\n"), "line 2: the label '2' is not one of 0, 1"
+        "sst-2", lambda f: sst(f, "dev", "sentence\tlabel\na film\t2\n"), "row 1: the label '2' is not one of 0, 1"
     ),
     "empty dev": ("sst-2", lambda f: sst(f, "dev", "sentence\tlabel\n"), "There are no development examples"),
     "empty train": ("sst-2", lambda f: sst(f, "train", "sentence\tlabel\n"), "There are no training examples"),
@@ -1085,7 +1085,7 @@ def test_spoilt_questions_are_refused(name: str, electra: Path, squad: Path, tmp
     shutil.copytree(squad, tmp_path / "squad")
     (tmp_path / "squad" / f"train-v{version}.json").unlink()
     arguments = arguments_of(electra, tmp_path / "squad", name, tmp_path / "run", "data.max_length=48")
-    assert f"has no training questions of {name}" in refused(*arguments)
+    assert f"There are no training examples of {name}" in refused(*arguments)
     (tmp_path / "squad" / f"dev-v{version}.json").write_text('{"data": ')
     refused(*arguments)
     assert not (tmp_path / "run").exists()
@@ -1098,7 +1098,7 @@ def test_a_class_that_dev_lacks_is_a_note(electra: Path, tmp_path: Path) -> None
     said = finetune(*arguments_of(electra, None, "", tmp_path / "run", train=train, dev=dev, stop_at=1))
     assert "Note: No example of dev has the label 'so-so': its scores say nothing about it." in said
     said = refused(*arguments_of(electra, None, "", tmp_path / "other", train=dev, dev=train))
-    assert "line 17: the label 'so-so' is not one of those trained on, 'bad', 'good'" in said
+    assert "row 16: the label 'so-so' is not one of those trained on, 'bad', 'good'" in said
 
 
 BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {
@@ -1159,7 +1159,7 @@ def test_own_files_that_cannot_be_learnt_from_are_refused(electra: Path, tmp_pat
         ({"train": good, "dev": empty}, "has no rows"),
         ({"train": good, "dev": good, "text": "txt"}, "no column 'txt'"),
         ({"train": good, "dev": tmp_path / "nowhere.csv"}, "nowhere.csv"),
-        ({"train": good, "dev": good, "label_kind": "regression"}, "is no number"),
+        ({"train": good, "dev": good, "label_kind": "regression"}, "is not a finite number"),
     ]
     for flags, expected in cases:
         assert expected in refused(*arguments_of(electra, None, "", tmp_path / "run", **flags)), flags

@@ -19,10 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from electra_ds.core.errors import DataError
-from electra_ds.finetuning.glue import GLUE, OFFICIAL_ROWS, differing_rows, load_glue
-from electra_ds.finetuning.loaded_task import load_glue_hub
-from electra_ds.finetuning.metrics import METRICS
-from electra_ds.finetuning.own_files import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_own, notes
+from electra_ds.finetuning.glue import GLUE, OFFICIAL_ROWS, load_glue
+from electra_ds.finetuning.load_task import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_glue_hub, load_own
+from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.tasks import Examples, Task, TaskData, read_table
 from tests.helpers import SHARED_DATA
 
@@ -146,8 +145,8 @@ def check_rows(examples: Examples, rows: Sequence[Row], task: Task, *, labelled:
 
 
 def check_all(data: TaskData, name: str, all_rows: dict[str, list[Row]]) -> None:
-    assert list(data.sets()) == list(all_rows)
-    for set_name, examples in data.sets().items():
+    assert list(data.sets) == list(all_rows)
+    for set_name, examples in data.sets.items():
         check_rows(examples, all_rows[set_name], GLUE[name], labelled=set_name == "train" or set_name in data.dev)
         assert examples.ids == [str(index) for index in range(len(examples))]
     assert all(key.startswith("dev") for key in data.dev)
@@ -161,7 +160,7 @@ def test_tasks_agree_with_each_other_and_with_the_benchmark() -> None:
     assert list(GLUE) == list(OFFICIAL_ROWS) == list(FOLDERS)
     for name, task in GLUE.items():
         assert task.name == name
-        assert set(task.metrics) <= set(METRICS)
+        assert tuple(score(task.metrics, [0, 1], [0, 1])) == task.metrics
         assert (task.kind == "regression") == (name == "sts-b") == (not task.labels)
         assert len(task.written) == len(task.labels)
         assert set(task.submission) == {s for s in OFFICIAL_ROWS[name] if s.startswith("test") or s == "ax"}
@@ -202,12 +201,11 @@ def test_official_files_load_as_written(tmp_path: Path, name: str, end: str, bom
     data = load_glue(name, tmp_path / "glue")
     assert data.task == GLUE[name]
     check_all(data, name, all_rows)
-    assert not notes(data)
     own = load_glue(name, tmp_path / "glue" / FOLDERS[name])
     assert own.fingerprint == data.fingerprint
     assert str(tmp_path) in data.source
-    assert len(differing_rows(data)) == len(all_rows)
-    assert f"{name}: dev" in " ".join(differing_rows(data))
+    assert len(data.notes) == len(all_rows)
+    assert all(re.fullmatch(rf"{name}: \w+ has 12 rows, officially [\d,]+\.", note) for note in data.notes)
 
 
 def test_folders_are_found_in_any_case_and_spelling(tmp_path: Path) -> None:
@@ -221,29 +219,6 @@ def test_folders_are_found_in_any_case_and_spelling(tmp_path: Path) -> None:
     assert load_glue("sst-2", tmp_path / "anything").fingerprint == expected
 
 
-def test_both_forms_of_mrpc_are_the_same_data(tmp_path: Path) -> None:
-    all_rows = write_official(tmp_path / "a", "mrpc")
-    processed = load_glue("mrpc", tmp_path / "a")
-    header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-    train, dev = all_rows["train"], all_rows["dev"]
-    mixed = [row for pair in zip(train, dev, strict=True) for row in pair]
-    rows = [[str(int(y)), f"{i}1", f"{i}2", a, b] for i, (a, b, y) in enumerate(mixed)]
-    folder = tmp_path / "b" / "MRPC"
-    write_tsv(folder / "msr_paraphrase_train.txt", (header, rows), "\r\n", bom=True)
-    with pytest.raises(DataError, match=r"msr_paraphrase_train\.txt holds MRPC's train and dev in one; dev_ids\.tsv"):
-        load_glue("mrpc", folder)
-    write_tsv(folder / "dev_ids.tsv", (None, [row[1:3] for row in rows[1::2]]))
-    test = [["1", "8", "9", a, b] for a, b, _ in all_rows["test"]]
-    write_tsv(folder / "msr_paraphrase_test.txt", (header, test), bom=True)
-    original = load_glue("mrpc", folder)
-    assert original.fingerprint == processed.fingerprint
-    for name, examples in original.sets().items():
-        check_rows(examples, all_rows[name], GLUE["mrpc"], labelled=name != "test")
-    assert original.dev["dev"].ids == [str(2 * index + 1) for index in range(len(dev))]
-    write_tsv(folder / "dev.tsv", official_table("mrpc", "dev", dev[:3]))
-    assert len(load_glue("mrpc", folder).dev["dev"]) == 3  # dev.tsv goes first
-
-
 def test_rows_of_qqp_that_lack_a_column_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = rows_for("qqp", "train", 4)
     header, table = official_table("qqp", "train", rows)
@@ -253,9 +228,7 @@ def test_rows_of_qqp_that_lack_a_column_are_left_out_and_counted(tmp_path: Path)
     assert data.train is not None
     check_rows(data.train, rows, GLUE["qqp"], labelled=True)
     assert data.train.ids == ["0", "4", "5", "6"]
-    assert [note.partition(": ")[2] for note in notes(data)] == [
-        "rows left out because they lack a column: 2.", "rows left out because they have no label: 1.",
-    ]  # fmt: skip
+    assert data.notes[0].partition(": ")[2] == "rows left out because they have no label: 3."
     path = tmp_path / "QQP" / "train.tsv"
     path.write_bytes(path.read_bytes().replace(b"Why\ta break\n", b"Why\ta break\r"))  # a CR alone ends a line too
     assert load_glue("qqp", tmp_path).fingerprint == data.fingerprint
@@ -269,18 +242,18 @@ def test_mnli_without_a_gold_label_as_json_lines_and_with_the_diagnostic_set_ins
     data = load_glue("mnli", folder)
     check_rows(data.dev["dev_matched"], rows, GLUE["mnli"], labelled=True)
     check_rows(data.test["ax"], rows, GLUE["mnli"], labelled=False)
-    assert list(data.sets()) == ["dev_matched", "ax"]
-    assert "because they have no label: 1" in notes(data)[0]
+    assert list(data.sets) == ["dev_matched", "ax"]
+    assert "because they have no label: 1" in data.notes[0]
     (folder / "dev_matched.tsv").unlink()
     records = [{"premise": a, "hypothesis": b, "label": GLUE["mnli"].labels[int(y)]} for a, b, y in rows]
     (folder / "dev_matched.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     from_json = load_glue("mnli", folder)
     assert from_json.fingerprint == data.fingerprint
-    assert not notes(from_json)
+    assert not any("no label" in note for note in from_json.notes)
     (folder / "test_matched.jsonl").write_text(json.dumps({"sentence1": "a", "sentence2": "b"}) + "\n")
     assert load_glue("mnli", folder).test["test_matched"].pairs == ["b"]
     (folder / "train.jsonl").write_text('{"premise": "a", "hypothesis": "b", "label": "neutral"}\n{"premise": "a"}\n')
-    with pytest.raises(DataError, match=r"train\.jsonl: line 2 lacks 'hypothesis'\. Every line needs one"):
+    with pytest.raises(DataError, match=r"train\.jsonl, row 2: 'label' is missing"):
         load_glue("mnli", folder)
 
 
@@ -294,15 +267,14 @@ def test_the_diagnostic_set_is_labelled_where_its_file_is(tmp_path: Path) -> Non
     assert data.test["test_matched"].labels is None
 
 
-def test_a_row_with_too_many_columns_is_read_and_counted(tmp_path: Path) -> None:
+def test_the_rest_of_a_row_with_too_many_columns_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "RTE").mkdir()
     (tmp_path / "RTE" / "test.tsv").write_text("index\tsentence1\tsentence2\n7\ta\tb\tc\n\n9\td\te\n")
     data = load_glue("rte", tmp_path)
     assert data.test["test"].ids == ["7", "9"]
     assert data.train is None
     assert data.dev == {}
-    assert "with more columns than the header, the rest of which is ignored: 1" in notes(data)[0]
-    assert "'index' does not count from 0" in notes(data)[1]
+    assert data.test["test"].pairs == ["b", "e"]
 
 
 def test_a_class_that_train_or_a_dev_set_that_mnli_lacks_is_reported(tmp_path: Path) -> None:
@@ -310,8 +282,8 @@ def test_a_class_that_train_or_a_dev_set_that_mnli_lacks_is_reported(tmp_path: P
     write_tsv(tmp_path / "train.tsv", official_table("mnli", "train", rows))
     write_tsv(tmp_path / "dev_matched.tsv", official_table("mnli", "dev_matched", rows_for("mnli", "dev_matched")))
     data = load_glue("mnli", tmp_path)
-    assert notes(data) == ["No example of train has the label 'neutral': it will not be predicted."]
-    assert "mnli: there is no dev_mismatched, so it is not scored." in differing_rows(data)
+    assert data.notes[-1] == "No example of train has the label 'neutral': it will not be predicted."
+    assert "mnli: there is no dev_mismatched, so it is not scored." in data.notes
 
 
 def test_folders_without_the_task_are_refused(tmp_path: Path) -> None:
@@ -334,15 +306,14 @@ def test_folders_without_the_task_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rte", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\ta\tb\n", r"line 3: 3 columns instead"),
+        ("rte", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\ta\tb\n", r"row 2: the label ''"),
         ("rte", b"index\tsentence1\tlabel\n", r"no column 'sentence2'; did you mean 'sentence1'\?; its columns"),
-        ("rte", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n", r"line 2: the label '1' is not one of entail"),
-        ("cola", b"gj04\t1\t\tfine\ngj04\t2\t\tbad\n", r"train\.tsv, line 2: the label '2' is not one of 0, 1"),
-        ("cola", b"index\tsentence\n0\tx\n", r"line 1: 2 columns instead of 4"),
-        ("cola", b"gj04\t1\t\tfine\ngj04\t1\t\t\xff\n", r"train\.tsv, line 2: not UTF-8"),
-        ("cola", "gj04\t1\t\tfine\n".encode("utf-16-le"), r"train\.tsv, line 1: NUL bytes"),
-        ("sst-2", b"", r"no column 'sentence'; its columns are"),
-        ("wnli", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t\n", r"line 2: the label '' is not one of 0, 1"),
+        ("rte", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n", r"row 1: the label '1' is not one of entail"),
+        ("cola", b"gj04\t1\t\tfine\ngj04\t2\t\tbad\n", r"train\.tsv, row 2: the label '2' is not one of 0, 1"),
+        ("cola", b"index\tsentence\n0\tx\n", r"expected 4 and found 2"),
+        ("cola", b"gj04\t1\t\tfine\ngj04\t1\t\t\xff\n", r"train\.tsv is not UTF-8"),
+        ("sst-2", b"", r"train\.tsv is empty"),
+        ("wnli", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t\n", r"row 1: the label '' is not one of 0, 1"),
         ("sts-b", ("\t".join(STS_HEADER) + "\tscore\n" + "x\t" * 9 + "5.1\n").encode(), r"'5.1' is not a score from 0"),
         ("sts-b", ("\t".join(STS_HEADER) + "\tscore\n" + "x\t" * 9 + "nan\n").encode(), r"'nan' is not a score from"),
     ],
@@ -365,9 +336,7 @@ def test_any_text_survives_a_tsv(
     path = tmp_path_factory.mktemp("tsv") / "a.tsv"
     write_tsv(path, (["a", "b"], [list(row) for row in rows]), end, bom)
     table = read_table(path, "\t", is_quoted=False, wanted=["b", "a", "c"])
-    assert list(zip(table.columns["a"], table.columns["b"], strict=True)) == rows
-    assert table.lines == list(range(2, len(rows) + 2))
-    assert table.numbers == list(range(len(rows)))
+    assert list(zip(table.column("a"), table.column("b"), strict=True)) == rows
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real GLUE files are not beside this checkout")
@@ -380,11 +349,10 @@ def test_any_text_survives_a_tsv(
 )  # fmt: skip
 def test_the_real_files_have_the_official_rows(name: str, sets: tuple[str, ...]) -> None:
     data = load_glue(name, REAL)
-    assert tuple(data.sets()) == sets
+    assert tuple(data.sets) == sets
     absent = ["mnli: there is no dev_mismatched, so it is not scored."]
-    assert differing_rows(data) == (absent if name == "mnli" else [])
-    assert not notes(data)
-    for set_name, examples in data.sets().items():
+    assert list(data.notes) == (absent if name == "mnli" else [])
+    for set_name, examples in data.sets.items():
         assert len(examples) == OFFICIAL_ROWS[name][set_name]
         assert examples.ids == [str(index) for index in range(len(examples))]
         assert all(examples.texts)
@@ -392,16 +360,6 @@ def test_the_real_files_have_the_official_rows(name: str, sets: tuple[str, ...])
         assert (examples.labels is None) == (set_name == "test")
         if examples.labels is not None and data.task.labels:
             assert set(examples.labels.tolist()) == set(range(len(data.task.labels)))
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real GLUE files are not beside this checkout")
-def test_the_real_mrpc_in_its_original_form_is_the_same(tmp_path: Path) -> None:
-    folder = REAL / "MRPC"
-    lines = [(folder / f"{name}.tsv").read_bytes().splitlines(keepends=True) for name in ("train", "dev")]
-    (tmp_path / "msr_paraphrase_train.txt").write_bytes(b"".join([*lines[0], *lines[1][1:]]))
-    (tmp_path / "dev_ids.tsv").write_bytes((folder / "dev_ids.tsv").read_bytes())
-    (tmp_path / "test.tsv").write_bytes((folder / "test.tsv").read_bytes())
-    assert load_glue("mrpc", tmp_path).fingerprint == load_glue("mrpc", REAL).fingerprint
 
 
 # --- the Hub's layout
@@ -453,11 +411,11 @@ def test_the_hubs_layout_gives_the_same_data_as_the_official_files(tmp_path: Pat
         write_official(tmp_path / "files", name)
         files, hub = load_glue(name, tmp_path / "files"), load_glue_hub(name, str(tmp_path / "hub"))
         assert hub.task == files.task
-        assert list(hub.sets()) == list(files.sets())
+        assert list(hub.sets) == list(files.sets)
         assert hub.fingerprint == files.fingerprint, name
         assert hub.source == f"hub:{tmp_path / 'hub'}#{name.replace('-', '')}"
-        for set_name, examples in hub.sets().items():
-            assert examples.ids == files.sets()[set_name].ids
+        for set_name, examples in hub.sets.items():
+            assert examples.ids == files.sets[set_name].ids
 
 
 def test_mnli_of_the_hub_has_the_diagnostic_set_where_it_is_there(tmp_path: Path) -> None:
@@ -484,10 +442,10 @@ def test_what_is_not_laid_out_as_glue_on_the_hub_is_refused(tmp_path: Path) -> N
     for number, (columns, message) in enumerate(
         [
             ({"text": ["a"], "label": [0]}, "no column 'sentence'; its columns are text, label"),
-            ({"sentence": ["a"], "label": [2]}, "row 0: the label 2 is not one from 0 to 1"),
-            ({"sentence": ["a", "b"], "label": [0, -1]}, "row 1: the label -1 is not one"),
-            ({"sentence": ["a"], "label": [0.5]}, "row 0: the label 0.5 is not one"),
-            ({"sentence": pa.array([None, "b"]), "label": [0, 1]}, "row 0: the column 'sentence' holds no text"),
+            ({"sentence": ["a"], "label": [2]}, "row 1: the label '2' is not one of 0, 1"),
+            ({"sentence": ["a", "b"], "label": [0, -1]}, "row 2: the label '-1' is not one"),
+            ({"sentence": ["a"], "label": [0.5]}, "row 1: the label '0.5' is not one"),
+            ({"sentence": pa.array([None, "b"]), "label": [0, 1]}, "row 1: 'sentence' is missing, or not one text"),
         ]
     ):
         folder_of = tmp_path / f"broken{number}"
@@ -644,10 +602,10 @@ def test_the_name_of_an_own_task_says_what_it_is_and_is_never_a_published_one(tm
 def test_a_class_that_dev_lacks_is_reported(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", "text,label", "a,x", "b,y", "c,z")
     dev = write(tmp_path / "dev.csv", "text,label", "a,y")
-    assert notes(load_own(train, dev, None)) == [
-        "No example of dev has the label 'x', 'z': its scores say nothing about it."
-    ]
-    assert notes(load_own(train, train, None)) == []
+    assert load_own(train, dev, None).notes == (
+        "No example of dev has the label 'x', 'z': its scores say nothing about it.",
+    )
+    assert load_own(train, train, None).notes == ()
 
 
 BROKEN: list[tuple[str, dict[str, str], str]] = [
@@ -656,9 +614,9 @@ BROKEN: list[tuple[str, dict[str, str], str]] = [
     ("dev lacks it", {"train.csv": "text,label\na,0\nb,1\n", "dev.csv": "text,mark\na,0\n"},
      r"dev\.csv: no column 'label'; its columns are text, mark"),
     ("unknown label", {"train.csv": "text,label\na,yes\nb,no\n", "dev.csv": "text,label\na,no\nb,yess\n"},
-     r"dev\.csv, line 3: the label 'yess' is not one of those trained on, 'no', 'yes'; did you mean 'yes'"),
+     r"dev\.csv, row 2: the label 'yess' is not one of those trained on, 'no', 'yes'; did you mean 'yes'"),
     ("unknown label in test", {"train.csv": "text,label\na,yes\nb,no\n", "test.csv": "text,label\na,no\nb,maybe\n"},
-     r"test\.csv, line 3: the label 'maybe'"),
+     r"test\.csv, row 2: the label 'maybe'"),
     ("header only", {"train.csv": "text,label\n"}, r"train\.csv has no rows"),
     ("empty", {"train.csv": ""}, r"train\.csv is empty"),
     ("empty JSON", {"train.jsonl": "\n"}, r"no text column; its columns are none"),
@@ -666,27 +624,26 @@ BROKEN: list[tuple[str, dict[str, str], str]] = [
     ("one class", {"train.csv": "text,label\na,0\nb,0\n"}, r"every row has the label '0', so there is nothing"),
     ("one score", {"train.csv": "text,label\na,0.5\nb,0.50\n"}, r"every row has the label '0.5'"),
     ("no score", {"train.csv": "text,score\na,0.5\nb,1.5\n", "dev.csv": "text,score\na,0.5\nb,high\n"},
-     r"dev\.csv, line 3: the score 'high' is no number"),
-    ("infinite", {"train.csv": 'text,score\n"a\nb",0.5\n\nb,inf\n'}, r"line 5: the score 'inf' is not finite"),
+     r"dev\.csv, row 2: the label 'high' is not a finite number"),
+    ("infinite", {"train.csv": 'text,score\n"a\nb",0.5\n\nb,inf\n'}, r"row 2: the label 'inf' is not a finite"),
     ("NaN", {"train.jsonl": '{"text": "a", "score": 0.5}\n{"text": "b", "score": NaN}\n'},
-     r"train\.jsonl, line 2: the score 'NaN' is not finite"),
-    ("no label", {"train.csv": "text,label\na,0\nb,\n"}, r"train\.csv, line 3: the label 'label' is empty"),
+     r"row 2: the label 'NaN' is not a finite"),
+    ("no label", {"train.csv": "text,label\na,0\nb,\n"}, r"train\.csv, row 2: the label 'label' is empty"),
     ("null label", {"train.jsonl": '{"text": "a", "label": 0}\n{"text": "b", "label": null}\n'},
-     r"line 2: the label 'label' is empty"),
-    ("broken JSON", {"train.jsonl": '{"text": "a", "label": 0}\n\n{"text": \n'}, r"train\.jsonl, line 3: not JSON"),
+     r"row 2: the label 'label' is empty"),
+    ("broken JSON", {"train.jsonl": '{"text": "a", "label": 0}\n\n{"text": \n'}, r"line 3: not an object"),
     ("no object", {"train.jsonl": '["a", 0]\n'}, r"line 1: not an object"),
-    ("key missing", {"train.jsonl": '{"text": "a", "label": 0}\n{"label": 1}\n'}, r"train\.jsonl: line 2 lacks 'text'"),
-    ("list", {"train.jsonl": '{"text": "a", "label": [0]}\n'}, r"train\.jsonl: line 1 has a list as 'label'"),
-    ("not UTF-8", {"train.csv": "text,label\na,0\n\udcff,1\n"}, r"train\.csv, line 3: not UTF-8"),
-    ("repeated", {"train.csv": "text,label,text\na,0,b\n"}, r"line 1: more than one column is called 'text'"),
-    ("too few", {"train.csv": 'text,label\n"a\nb",0\nb\n'}, r"train\.csv, line 4: 1 columns instead of 2"),
-    ("too many", {"train.tsv": "text\tlabel\na\t0\nb\t1\tx\n"}, r"train\.tsv, line 3: 3 columns instead of 2"),
-    ("open quote", {"train.tsv": 'text\tlabel\na\t0\n"b\t1\nc\t1\n'}, r"train\.tsv, line 3: the quotes do not match"),
-    ("quote inside", {"train.csv": 'text,label\n"b" c,0\n'}, r"train\.csv, line 2: the quotes do not match"),
+    ("key missing", {"train.jsonl": '{"text": "a", "label": 0}\n{"label": 1}\n'}, r"row 2: 'text' is missing"),
+    ("list", {"train.jsonl": '{"text": "a", "label": [0]}\n'}, r"row 1: 'label' is missing, or not one text"),
+    ("not UTF-8", {"train.csv": "text,label\na,0\n\udcff,1\n"}, r"train\.csv is not UTF-8"),
+    ("too few", {"train.csv": 'text,label\n"a\nb",0\nb\n'}, r"train\.csv, row 2: the label 'label' is empty"),
+    ("too many", {"train.tsv": "text\tlabel\na\t0\nb\t1\tx\n"}, r"train\.tsv: .*Expected 2 fields in line 3, saw 3"),
+    ("too many in the first", {"train.csv": "text,label\na,0,x\n"}, r"the first row has more fields than the header"),
+    ("open quote", {"train.tsv": 'text\tlabel\na\t0\n"b\t1\nc\t1\n'}, r"train\.tsv: .*EOF inside string"),
     ("empty text", {"train.csv": "text,label\n,0\n ,1\n"}, r"the column 'text' is empty in every row"),
-    ("list in lines", {"train.json": '[\n{"text": "a", "label": 0}\n]\n'}, r"line 1: not JSON .* with: jq -c '\.\[\]'"),
+    ("list in lines", {"train.json": '[\n{"text": "a", "label": 0}\n]\n'}, r"not an object .* with: jq -c '\.\[\]'"),
     ("list in a line", {"train.json": '[{"text": "a", "label": 0}]\n'}, r"not an object .* with: jq -c '\.\[\]'"),
-    ("foreign name", {"train.xlsx": "x"}, r"Files of examples end in one of \.csv, \.tsv, \.jsonl"),
+    ("foreign name", {"train.xlsx": "x"}, r"files of examples end in \.csv, \.tsv, \.jsonl"),
 ]  # fmt: skip
 
 
@@ -700,46 +657,13 @@ def test_broken_files_are_refused_with_their_place(tmp_path: Path, files: dict[s
         load_own(paths["train"], paths.get("dev"), paths.get("test"))
 
 
-def test_missing_files_and_none_at_all_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Cannot read .*nowhere\.csv: No such file"):
         load_own(tmp_path / "nowhere.csv", None, None)
-    with pytest.raises(DataError, match="No file of examples is given"):
-        load_own(None, None, None)
 
 
 def test_a_long_text_is_no_hindrance(tmp_path: Path) -> None:
-    limit = csv.field_size_limit()
     path = write(tmp_path / "train.csv", "text,label", "a,0", f"{'word ' * 50_000},1")
     data = load_own(path, None, None)
     assert data.train is not None
     assert len(data.train.texts[1]) == 250_000
-    assert csv.field_size_limit() == limit
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "what"),
-    [
-        ("train.csv", b"PK\x03\x04", "a ZIP archive, as .docx and .xlsx files are"),
-        ("train.parquet", b"PAR1", "Parquet"),
-        ("train.csv.gz", b"\x1f\x8b\x08", "compressed with gzip"),
-        ("train.tsv", "text\tlabel\n".encode("utf-16"), "UTF-16 text"),
-    ],
-)
-def test_examples_in_another_kind_of_file_are_called_what_they_are(
-    name: str, content: bytes, what: str, tmp_path: Path
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"is {what}, not a table .* read from \.csv, \.tsv, .*, in UTF-8"):
-        load_own(tmp_path / name, None, None)
-
-
-@pytest.mark.parametrize("split", ["", "['train']"])
-def test_a_saved_dataset_as_examples_names_the_command_that_converts_it(split: str, tmp_path: Path) -> None:
-    saved = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
-    (datasets.DatasetDict({"train": saved}) if split else saved).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="is a dataset that save_to_disk wrote") as refused:
-        load_own(tmp_path / "saved", None, None)
-    line = re.search(r'python -c "(.*)"', str(refused.value))
-    assert line is not None
-    exec(line[1].replace("saved.jsonl", f"{tmp_path}/saved.jsonl"))
-    assert load_own(tmp_path / "saved.jsonl", None, None).train is not None

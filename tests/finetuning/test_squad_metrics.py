@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from electra_ds.finetuning.metrics import (
     best_threshold,
-    evaluate_squad,
     evaluate_squad1,
     evaluate_squad2,
     exact_match,
     f1,
     normalize,
 )
-from electra_ds.finetuning.spans import Candidate, independent_candidates, joint_candidates, null_score
+from electra_ds.finetuning.squad_features import Candidate, independent_candidates, joint_candidates, null_score
 
 WORDS = st.sampled_from(
     ["the", "The", "a", "an", "cat", "Cat", "cat's", "theatre", "U.S.", "--", "!", "_", "1,000", "é"]
@@ -95,25 +94,24 @@ def test_scores_are_those_of_another_implementation(prediction: str, gold: str) 
     assert exact_match(prediction, prediction) == 1
 
 
-def test_squad1_takes_the_best_answer_and_counts_what_is_unanswered() -> None:
+def test_squad1_takes_the_best_answer() -> None:
     golds = {"1": ["the red cat", "cat"], "2": ["dog"], "3": ["x y", "x"], "4": ["?"]}
-    predictions = {"1": "Cat", "2": "a big dog", "4": ""}
-    # exact: 1, 0, unanswered, 1 (both normalise to nothing); f1: 1, 2 * 1 / (2 + 1), unanswered, 0 as in 1.1's script
+    predictions = {"1": "Cat", "2": "a big dog", "3": "", "4": ""}
+    # exact: 1, 0, 0, 1 (both normalise to nothing); f1: 1, 2 * 1 / (2 + 1), 0, 0 as in 1.1's script
     assert evaluate_squad1(golds, predictions) == {
         "exact_match": pytest.approx(100 * 2 / 4),
         "f1": pytest.approx(100 * (1 + 2 / 3) / 4),
         "total": 4,
-        "unanswered": 1,
     }
-    assert evaluate_squad("squad1", golds, predictions) == evaluate_squad1(golds, predictions)
     assert evaluate_squad1({}, {}) == {"exact_match": 0, "f1": 0, "total": 0}
 
 
 def test_squad2_by_arithmetic() -> None:
     golds = {"1": ["red cat"], "2": [], "3": ["the"], "4": ["dog"], "5": []}
-    predictions = {"1": "cat", "2": "", "3": "", "4": ""}
-    # 1: exact 0, f1 2/3. 2: 1. 3: its answer normalises to nothing, so "" is right: 1. 4: 0. 5: unanswered, 0.
-    assert evaluate_squad2(golds, predictions) == {
+    predictions = {"1": "cat", "2": "", "3": "", "4": "", "5": "cat"}
+    # 1: exact 0, f1 2/3. 2: 1. 3: its answer normalises to nothing, so "" is right: 1. 4: 0. 5: 0.
+    found = evaluate_squad2(golds, predictions, dict.fromkeys(golds, 0.0))
+    assert {key: value for key, value in found.items() if not key.startswith("best")} == {
         "exact": pytest.approx(100 * 2 / 5),
         "f1": pytest.approx(100 * (2 / 3 + 2) / 5),
         "total": 5,
@@ -123,9 +121,8 @@ def test_squad2_by_arithmetic() -> None:
         "NoAns_exact": 50,
         "NoAns_f1": 50,
         "NoAns_total": 2,
-        "unanswered": 1,
     }
-    answerable = evaluate_squad("squad2", {"1": ["cat"]}, {"1": "cat"})
+    answerable = evaluate_squad2({"1": ["cat"]}, {"1": "cat"}, {"1": 0.0})
     assert answerable["exact"] == 100
     assert "NoAns_exact" not in answerable
 
@@ -144,13 +141,6 @@ def test_squad2_thresholds_by_arithmetic() -> None:
     found = evaluate_squad2(golds, predictions, scores | {"3": -2.0}, 0.0)
     assert (found["best_exact"], found["best_exact_thresh"]) == (75, -3.0)
     assert (found["best_f1"], found["best_f1_thresh"]) == (pytest.approx(100 * (3 + 2 / 3) / 4), -2.0)
-
-
-def test_a_question_without_a_prediction_scores_nothing_whatever_the_threshold() -> None:
-    found = evaluate_squad2({"1": [], "2": ["cat"]}, {"2": "cat"}, {"1": 5.0, "2": -1.0}, 0.0)
-    assert (found["exact"], found["NoAns_exact"], found["unanswered"]) == (50, 0, 1)
-    # A prediction without a score is kept.
-    assert evaluate_squad2({"1": ["cat"]}, {"1": "cat"}, {}, -10.0)["exact"] == 100
 
 
 DATA_SETS = st.lists(
@@ -185,7 +175,8 @@ def test_questions_of_equal_score_are_parted_as_in_the_official_script() -> None
 @given(DATA_SETS)
 def test_totals_are_the_means_over_both_kinds(rows: list[tuple[list[str], str, float]]) -> None:
     golds = {str(number): row[0] for number, row in enumerate(rows)}
-    found = evaluate_squad2(golds, {str(number): row[1] for number, row in enumerate(rows)})
+    predictions = {str(number): row[1] for number, row in enumerate(rows)}
+    found = evaluate_squad2(golds, predictions, dict.fromkeys(golds, 0.0))
     for key in ("exact", "f1"):
         parts = [found.get(f"{kind}_{key}", 0) * found.get(f"{kind}_total", 0) for kind in ("HasAns", "NoAns")]
         assert sum(parts) / len(rows) == pytest.approx(found[key])

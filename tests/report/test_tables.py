@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from electra_ds.report.tables import Table, print_table
+from electra_ds.report.tables import Table
 
 NUMBERS = ["60.00 ± 10.00", "12.50", "50.00–70.00", "1 234.5678"]
 
@@ -16,7 +16,7 @@ def printed(width: int) -> str:
     columns = ["task", "mean ± std", "baseline", "min–max", "[a-long-name]"]
     table = Table("scores of [one] run", columns, [["mnli", *NUMBERS], [], ["AVG", *NUMBERS]])
     console = Console(width=width, file=io.StringIO(), record=True)
-    print_table(table, console)
+    console.print(table)
     return console.export_text()
 
 

@@ -1,4 +1,4 @@
-"""A task's sets as a model's inputs, and a model's outputs as scores and predictions."""
+"""A task tokenised for a model, and the model's outputs over its sets as scores and predictions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +16,25 @@ from transformers import PreTrainedTokenizerFast
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.core.keyed_random import permutation_at
 from electra_ds.finetuning.inputs import TaskInputs, span_inputs, tokenised, unscaled
-from electra_ds.finetuning.metrics import baseline, confusion, evaluate_squad, has_constant_predictions, score
-from electra_ds.finetuning.spans import (
+from electra_ds.finetuning.metrics import (
+    baseline,
+    confusion,
+    evaluate_squad1,
+    evaluate_squad2,
+    has_constant_predictions,
+    score,
+)
+from electra_ds.finetuning.squad import Question, SquadData
+from electra_ds.finetuning.squad_features import (
     Answer,
     Candidate,
+    Window,
     best_answers,
     independent_candidates,
     joint_candidates,
+    make_features,
     null_score,
 )
-from electra_ds.finetuning.squad import Question, SquadData
-from electra_ds.finetuning.squad_features import Features, make_features
 from electra_ds.finetuning.tasks import Examples, TaskData
 
 _PART = 0xF2
@@ -40,7 +48,7 @@ Outputs = Sequence[Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluationResult:
     """The result of a model's outputs over one set."""
 
     rows: int
@@ -55,11 +63,11 @@ class Judged:
     """True if the labels differ and the first metric is no better than its baseline."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further content of scores.json about the set."""
-    files: dict[str, str | bytes] = field(default_factory=dict, repr=False)
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)
     """The files of predictions, by name."""
 
 
-class TaskSets(ABC):
+class TokenizedTask(ABC):
     """One task, tokenised for one model under one recipe."""
 
     name: str
@@ -78,7 +86,7 @@ class TaskSets(ABC):
     """The metrics that the terminal shows; empty if it shows all."""
 
     @abstractmethod
-    def judge(self, name: str, outputs: Outputs) -> Judged:
+    def evaluate(self, name: str, outputs: Outputs) -> EvaluationResult:
         """Score the outputs over a set. name: of a set in `dev` or `test`."""
 
     def shown(self, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> str:
@@ -96,8 +104,8 @@ def _chosen(count: int, max_train: int | None, seed: int) -> list[int]:
     return [int(index) for index in permutation_at(np.arange(max_train), count, seed, _PART)]
 
 
-class LabelledSets(TaskSets):
-    """The sets of a classification or regression."""
+class SequenceTask(TokenizedTask):
+    """A classification or regression."""
 
     def __init__(
         self,
@@ -111,8 +119,7 @@ class LabelledSets(TaskSets):
     ) -> None:
         """max_train: train on so many examples, which the seed chooses."""
         assert data.train is not None
-        self._data, self._recipe = data, recipe
-        self.task = data.task
+        self._sets, self._recipe, self.task = data.sets, recipe, data.task
         self.name, self.labels = data.task.name, data.task.labels
         self.is_regression = data.task.kind == "regression"
         self.num_outputs = 1 if self.is_regression else len(self.labels)
@@ -128,18 +135,18 @@ class LabelledSets(TaskSets):
         self.dev = {name: inputs(examples, False) for name, examples in data.dev.items()}
         self.test = {name: inputs(examples, False) for name, examples in data.test.items() if len(examples)}
 
-    def judge(self, name: str, outputs: Outputs) -> Judged:
-        examples = self._data.sets()[name]
+    def evaluate(self, name: str, outputs: Outputs) -> EvaluationResult:
+        examples = self._sets[name]
         logits = np.stack([row["logits"] for row in outputs])
         predictions = unscaled(logits[:, 0], self.task, self._recipe) if self.is_regression else logits.argmax(-1)
-        files: dict[str, str | bytes] = {f"predictions/{name}.jsonl": self._lines(examples, predictions, logits)}
+        files: dict[str, bytes] = {f"predictions/{name}.jsonl": self._prediction_lines(examples, predictions, logits)}
         if name in self.task.submission:
             rows = zip(examples.ids, predictions, strict=True)
             lines = [f"{index}\t{self.task.written_prediction(prediction)}" for index, prediction in rows]
-            files[f"submission/{self.task.submission[name]}"] = "\n".join(["index\tprediction", *lines]) + "\n"
+            files[f"submission/{self.task.submission[name]}"] = _lines(["index\tprediction", *lines])
         labels = examples.labels
         if labels is None:
-            return Judged(len(examples), files=files)
+            return EvaluationResult(len(examples), files=files)
         wanted = _AX_METRICS if name == "ax" else self.task.metrics
         metrics = score(wanted, labels, predictions)
         trivial = baseline(wanted, labels, is_regression=self.is_regression)
@@ -149,7 +156,7 @@ class LabelledSets(TaskSets):
         details: dict[str, Any] = {}
         if not self.is_regression:
             details = {"labels": list(self.labels), "confusion": confusion(labels, predictions, len(self.labels))}
-        return Judged(
+        return EvaluationResult(
             len(examples),
             metrics,
             trivial.metrics,
@@ -164,21 +171,23 @@ class LabelledSets(TaskSets):
         """Return a prediction for messages."""
         return f"{prediction:.4g}" if self.is_regression else f"'{self.labels[int(prediction)]}'"
 
-    def _lines(self, examples: Examples, predictions: np.ndarray, logits: np.ndarray) -> str:
+    def _prediction_lines(self, examples: Examples, predictions: np.ndarray, logits: np.ndarray) -> bytes:
+        """Return each row's prediction, logits and label as JSON lines."""
+
         def named(value: Any) -> Any:
             return float(value) if self.is_regression else self.labels[int(value)]
 
         lines = []
         for row, (index, prediction) in enumerate(zip(examples.ids, predictions, strict=True)):
-            line = {"id": index, "prediction": named(prediction), "logits": [float(value) for value in logits[row]]}
+            line = {"id": index, "prediction": named(prediction), "logits": logits[row].tolist()}
             if examples.labels is not None:
                 line["label"] = named(examples.labels[row])
             lines.append(json.dumps(line, ensure_ascii=False))
-        return "\n".join(lines) + "\n"
+        return _lines(lines)
 
 
-class SpanSets(TaskSets):
-    """The sets of question answering."""
+class QuestionAnsweringTask(TokenizedTask):
+    """Extractive question answering."""
 
     num_outputs = None
     is_regression = False
@@ -201,41 +210,44 @@ class SpanSets(TaskSets):
         self.name = data.name
         section = recipe.data
 
-        def inputs(questions: Sequence[Question], for_training: bool) -> tuple[Features, TaskInputs]:
-            features = make_features(
+        def inputs(questions: Sequence[Question], for_training: bool) -> tuple[list[Window], TaskInputs]:
+            windows = make_features(
                 questions, tokenizer, max_length=section.max_length, max_query_length=section.max_query_length,
                 doc_stride=section.doc_stride, for_training=for_training, progress=progress,
             )  # fmt: skip
-            return features, span_inputs(questions, features, tokenizer, recipe, has_segments=has_segments)
+            return windows, span_inputs(questions, windows, tokenizer, recipe, has_segments=has_segments)
 
-        self._features, dev = inputs(data.dev, False)
+        self._windows, dev = inputs(data.dev, False)
         chosen = [data.train[index] for index in _chosen(len(data.train), max_train, recipe.seed)]
         _, self.train = inputs(chosen, True)
         self.dev = {"dev": dev}
         self.test = {}
 
-    def judge(self, name: str, outputs: Outputs) -> Judged:
+    def evaluate(self, name: str, outputs: Outputs) -> EvaluationResult:
         answers = self._answers(outputs)
         is_second = self.name == "squad2"
         # The official script of 2.0 wants the best span of every question, and applies the threshold itself.
         given = {key: answer.span if is_second else answer.text for key, answer in answers.items()}
-        na_scores = {key: answer.na_score for key, answer in answers.items()} if is_second else None
+        na_scores = {key: answer.na_score for key, answer in answers.items()}
         golds = {question.id: question.answers for question in self._dev}
-        percents = evaluate_squad(self.name, golds, given, na_scores, self._recipe.head.null_threshold)
+        if is_second:
+            percents = evaluate_squad2(golds, given, na_scores, self._recipe.head.null_threshold)
+        else:
+            percents = evaluate_squad1(golds, given)
         metrics = _shares(percents)
-        files: dict[str, str | bytes] = {
+        files: dict[str, bytes] = {
             f"predictions/{name}-logits.npz": _packed(outputs, self.dev[name]),
             f"predictions/{name}.json": _json({key: answer.text for key, answer in answers.items()}),
             f"predictions/{name}-n-best.json": _json({key: answer.n_best for key, answer in answers.items()}),
         }
-        if na_scores is not None:
+        if is_second:
             files[f"predictions/{name}-na-scores.json"] = _json(na_scores)
         trivial = {}
         if is_second:  # in 1.1 every question has an answer, and no answer is right for all of them
             never, certain = dict.fromkeys(golds, ""), dict.fromkeys(golds, math.inf)
-            trivial = _shares(evaluate_squad(self.name, golds, never, certain))
+            trivial = _shares(evaluate_squad2(golds, never, certain))
         has_answers = is_second and any(golds.values())
-        return Judged(
+        return EvaluationResult(
             len(self._dev),
             metrics,
             trivial,
@@ -247,11 +259,11 @@ class SpanSets(TaskSets):
         )
 
     def _answers(self, outputs: Outputs) -> dict[str, Answer]:
-        section, features = self._recipe.data, self._features
+        section = self._recipe.data
         candidates: list[list[Candidate]] = []
         nulls = []
-        for row, context, is_max_context in zip(outputs, features.context, features.is_max_context, strict=True):
-            limits = (context, is_max_context, section.n_best, section.max_answer_length)
+        for row, window in zip(outputs, self._windows, strict=True):
+            limits = (window.context, window.is_max_context_C, section.n_best, section.max_answer_length)
             if "start" in row:
                 candidates.append(independent_candidates(row["start"], row["end"], *limits))
                 nulls.append(null_score(row["start"], row["end"]))
@@ -261,7 +273,7 @@ class SpanSets(TaskSets):
                 nulls.append(float(row["unanswerable"]))
         head = self._recipe.head
         return best_answers(
-            self._dev, features, candidates, nulls if self.name == "squad2" else None,
+            self._dev, self._windows, candidates, nulls if self.name == "squad2" else None,
             threshold=head.null_threshold, against_best=head.span == "independent", n_best=section.n_best,
         )  # fmt: skip
 
@@ -286,5 +298,9 @@ def _packed(outputs: Outputs, inputs: TaskInputs) -> bytes:
     return archive.getvalue()
 
 
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False, indent=1) + "\n"
+def _json(values: Mapping[str, Any]) -> bytes:
+    return _lines([json.dumps(values, ensure_ascii=False, indent=1)])
+
+
+def _lines(lines: Iterable[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode()

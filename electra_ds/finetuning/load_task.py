@@ -1,0 +1,326 @@
+"""Load a task's examples: GLUE and SQuAD from files or the Hub, the user's own from CSV, TSV or JSON lines, or again
+those that a finetuning's record names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets  # type: ignore[import-untyped]
+import numpy as np
+
+from electra_ds.config.run_directory import places_of
+from electra_ds.config.run_record import FinetuneRecord, TaskSource
+from electra_ds.config.shipped import TASKS
+from electra_ds.core.errors import DataError, did_you_mean
+from electra_ds.data.hub import HUB, dataset_path, explained
+from electra_ds.finetuning.glue import (
+    HUB_COLUMNS,
+    OFFICIAL_ROWS,
+    glue_data,
+    glue_examples,
+    glue_task,
+    load_glue,
+)
+from electra_ds.finetuning.squad import SquadData, load_squad, load_squad_hub
+from electra_ds.finetuning.tasks import (
+    Examples,
+    Table,
+    Task,
+    TaskData,
+    kind_of_set,
+    listed,
+    read_jsonl,
+    read_table,
+    task_data,
+)
+
+TEXT_COLUMNS = (
+    "text", "text_a", "text1", "question", "question1", "sentence", "sentence1", "premise", "content",
+)  # fmt: skip
+"""If no text column is named, the first of these that is there."""
+PAIR_COLUMNS = ("text_b", "text2", "text_pair", "question2", "sentence2", "hypothesis")
+"""If neither text nor pair is named, the first of these that is there; a text that is named has no pair."""
+QUESTION_PAIRS = ("sentence", "passage", "context", "answer")
+"""Further names of the pair if the text is `question`."""
+LABEL_COLUMNS = ("label", "labels", "score", "target", "class", "gold_label")
+"""If no label column is named, the first of these that is there and is no text."""
+ID_COLUMNS = ("id", "idx", "index")
+"""Names of rows; without such a column they are numbered from 0."""
+MOST_NUMBERED_CLASSES = 20
+"""Integers as labels are classes if there are at most so many different ones, and scores otherwise."""
+NO_LABELS = ({""}, {"-1"}, {"?"})
+"""Values that stand for missing labels if the label column of a test file has nothing else."""
+_PLAIN_NAMES = ("train", "training", "data")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_GLUE_REPOSITORY = "nyu-mll/glue"
+_SQUAD_REPOSITORIES = {"squad1": "rajpurkar/squad", "squad2": "rajpurkar/squad_v2"}
+_PATHS = ("folder", "hub", "train", "dev", "test")
+"""The fields of TaskSource that are, or may be, paths."""
+
+
+def load_task(name: str | None, source: TaskSource) -> TaskData | SquadData:
+    """Return a task's examples, checked to be trainable and scorable. Raises DataError if they are not.
+
+    name: one of config.tasks.TASKS, or None for the user's own files.
+    """
+    folder = None if source.folder is None else Path(source.folder)
+    data: TaskData | SquadData
+    if name is None:
+        assert source.train is not None
+        dev_file, test_file = (None if path is None else Path(path) for path in (source.dev, source.test))
+        data = load_own(
+            Path(source.train), dev_file, test_file,
+            text=source.text, pair=source.pair, label=source.label, kind=source.label_kind,
+        )  # fmt: skip
+    elif name in _SQUAD_REPOSITORIES and folder is not None:
+        data = load_squad(name, folder)  # type: ignore[arg-type]
+    elif name in _SQUAD_REPOSITORIES:
+        data = load_squad_hub(name, source.hub or _SQUAD_REPOSITORIES[name], source.revision)  # type: ignore[arg-type]
+    elif folder is not None:
+        data = load_glue(name, folder)
+    else:
+        data = load_glue_hub(name, source.hub or _GLUE_REPOSITORY, source.revision)
+    dev = data.dev if isinstance(data, SquadData) else next(iter(data.dev.values()), None)
+    for part, examples in (("training", data.train), ("development", dev)):
+        if not examples:
+            of = "" if name is None else f" of {name}"
+            raise DataError(f"There are no {part} examples{of} in {data.source}, and they are needed.")
+    return data
+
+
+def load_glue_hub(name: str, repository: str = _GLUE_REPOSITORY, revision: str | None = None) -> TaskData:
+    """Read a task of a Hub dataset by its configuration there: "sst2", "stsb", otherwise the name that it has here.
+
+    Test sets come without labels, as from the files. Scores are the decimal numbers that the Hub's float32 stand for,
+    so that the same data has the same fingerprint from either source.
+
+    Raises DataError for an unknown task, and for a dataset that cannot be fetched or is not laid out as GLUE's.
+    """
+    task = glue_task(name)
+    path = dataset_path(repository, revision)
+    config = name.replace("-", "")
+    source = f"{HUB}{repository}#{config}{f', revision {revision}' if revision else ''}"
+    with explained(source):
+        splits = dict(datasets.load_dataset(path, config, revision=revision))
+        if name == "mnli" and "ax" in datasets.get_dataset_config_names(path, revision=revision):
+            splits["ax"] = datasets.load_dataset(path, "ax", revision=revision)["test"]
+    sets = {}
+    for split, rows in splits.items():
+        set_name = split.replace("validation", "dev")
+        names = getattr(rows.features.get("label"), "names", None)
+        if names is not None and tuple(names) != task.labels:
+            raise DataError(f"{source}: its classes are {', '.join(names)}, not GLUE's {', '.join(task.labels)}.")
+        frame = rows.to_pandas()
+        if "label" in frame:
+            frame["label"] = frame["label"].astype(str)
+        table = Table(f"{source}@{split}", frame.astype({"idx": str}) if "idx" in frame else frame)
+        written = [str(index) for index in range(len(task.labels))]
+        sets[set_name] = glue_examples(
+            task, table, HUB_COLUMNS[name], written, has_labels=kind_of_set(set_name) != "test"
+        )
+    if not sets.keys() & OFFICIAL_ROWS[name].keys():
+        raise DataError(f"{source} has no split of GLUE's; its splits are {', '.join(splits)}.")
+    return glue_data(task, sets, source, [])
+
+
+def recorded_task(
+    record: FinetuneRecord, folder: Path, given: TaskSource, remedy: str
+) -> tuple[TaskData | SquadData, TaskSource]:
+    """Return the examples that a finetuning's record names, and where they are.
+
+    folder: the folder with the record; what moved together with it is found next to it, see `places_of`. given: the
+    record's source, with the places that the user gave. Raises DataError if there are no such examples any more, or if
+    they are others.
+    """
+    name = record.task if given.train is None else None
+    problem: DataError | None = None
+    for source in dict.fromkeys((_relocated(given, record.source, folder), given)):
+        try:
+            data = load_task(name, source)
+        except DataError as error:
+            problem = DataError(f"{error} If the examples have moved, {remedy}.")
+            continue
+        if data.fingerprint == record.data_fingerprint:
+            return data, source
+        problem = DataError(
+            f"{data.source} has changed since {folder} began, so the run cannot be resumed with it. Put the "
+            f"files back, or start a new run. If the examples have moved, {remedy}."
+        )
+    assert problem is not None
+    raise problem
+
+
+def _relocated(given: TaskSource, recorded: TaskSource, folder: Path) -> TaskSource:
+    """Return the source with each recorded path replaced by the first place where something is."""
+    paths = {name: path for name in _PATHS if (path := getattr(given, name)) and path == getattr(recorded, name)}
+    found: dict[str, Any] = {
+        name: str(next(places_of(path, folder), path)) for name, path in paths.items() if Path(path).is_absolute()
+    }
+    return replace(given, **found)
+
+
+# --- the user's own files
+
+
+def load_own(
+    train: Path,
+    dev: Path | None,
+    test: Path | None,
+    *,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    kind: str = "auto",
+) -> TaskData:
+    """Read the user's own task. Columns are chosen by the training file, see TEXT_COLUMNS and LABEL_COLUMNS.
+
+    The kind is regression if every label of the training file is a number and some are not integers, or more than
+    MOST_NUMBERED_CLASSES differ. Classes are the labels of the training file, in the order of their numbers if all are
+    integers, otherwise of the alphabet. A test file may lack labels.
+
+    Raises DataError for what cannot be learnt from or scored, with its file and row.
+    """
+    paths = {name: path for name, path in (("train", train), ("dev", dev), ("test", test)) if path is not None}
+    tables = {name: _read_own(path) for name, path in paths.items()}
+    columns = _chosen_columns(tables["train"], text, pair, label)
+    labels: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        _check_texts(table, columns)
+        seen = {label for found in labels.values() for label in found}
+        if name == "test" and _lacks_labels(table, columns.label, seen):
+            continue
+        labels[name] = [label.strip() for label in table.column(columns.label)]
+        if "" in labels[name]:
+            where = f"{table.source}, row {labels[name].index('') + 1}"
+            raise DataError(f"{where}: the label '{columns.label}' is empty. Fill it in or drop the row.")
+    task = _own_task(_own_name(train), labels["train"], columns, kind)
+    indices = {name: _indices(tables[name].source, found, task) for name, found in labels.items()}
+    sets: dict[str, Examples] = {
+        name: _own_examples(table, columns, indices.get(name)) for name, table in tables.items()
+    }
+    if len(np.unique(indices["train"])) == 1:
+        raise DataError(
+            f"{train}: every row has the label '{labels['train'][0]}', so there is nothing to learn. "
+            f"Is '{columns.label}' the right column?"
+        )
+    texts = f"text '{columns.text}'" + (f" and pair '{columns.pair}'" if columns.pair else "")
+    source = f"{', '.join(f'{name} {path}' for name, path in paths.items())} ({texts}, label '{columns.label}')"
+    return task_data(task, sets, source)
+
+
+class _Columns(NamedTuple):
+    text: str
+    pair: str | None
+    label: str
+
+
+def _read_own(path: Path) -> Table:
+    suffix = path.suffix.lower()
+    if suffix in _DELIMITERS:
+        return read_table(path, _DELIMITERS[suffix], is_quoted=True)
+    if suffix in _JSON_SUFFIXES:
+        return read_jsonl(path)
+    raise DataError(
+        f"{path}: files of examples end in {', '.join((*_DELIMITERS, *_JSON_SUFFIXES))}. Convert other ones with "
+        f"pandas or datasets: to_json(FILE, orient='records', lines=True)."
+    )
+
+
+def _chosen_columns(table: Table, text: str | None, pair: str | None, label: str | None) -> _Columns:
+    there = list(table.frame.columns)
+    for name in filter(None, (text, pair, label)):
+        table.column(name)  # raises DataError if there is no such column
+    if text is None:
+        text = next((name for name in TEXT_COLUMNS if name in there and name not in (pair, label)), None)
+        seconds = PAIR_COLUMNS + (QUESTION_PAIRS if text == "question" else ())
+        pair = pair or next((name for name in seconds if name in there and name != label), None)
+    if label is None:
+        label = next((name for name in LABEL_COLUMNS if name in there and name not in (text, pair)), None)
+    for what, found, usual in (("text", text, TEXT_COLUMNS), ("label", label, LABEL_COLUMNS)):
+        if found is None:
+            raise DataError(
+                f"{table.source}: no {what} column; its columns are {', '.join(there) or 'none'}. Name the one that "
+                f"holds the {what} with --{what} COLUMN, or call it one of {', '.join(usual)}."
+            )
+    assert text is not None
+    assert label is not None
+    if text in (pair, label) or pair == label:
+        raise DataError(f"{table.source}: text '{text}', pair '{pair}' and label '{label}' must be different columns.")
+    return _Columns(text, pair, label)
+
+
+def _check_texts(table: Table, columns: _Columns) -> None:
+    if not len(table.frame):
+        raise DataError(f"{table.source} has no rows. Give a file with examples in it, or leave it out.")
+    for name in filter(None, (columns.text, columns.pair)):
+        if not any(value.strip() for value in table.column(name)):
+            raise DataError(
+                f"{table.source}: the column '{name}' is empty in every row. Name the one with the text: --text COLUMN"
+            )
+
+
+def _lacks_labels(table: Table, column: str, seen: set[str]) -> bool:
+    """Return whether a test file has no labels. seen: the labels of the other files."""
+    if column not in table.frame:
+        return True
+    found = {label.strip() for label in table.column(column)}
+    return found in NO_LABELS and not found & seen
+
+
+def _own_name(path: Path) -> str:
+    """Return the file's name, or that of its folder if the file is called `train`; never that of a published task."""
+    name = path.absolute().parent.name if path.stem.lower() in _PLAIN_NAMES else path.stem
+    return f"own-{name}" if name.lower() in (*TASKS, "ax") else name
+
+
+def _own_task(name: str, labels: list[str], columns: _Columns, kind: str) -> Task:
+    distinct = sorted(set(labels))
+    numbers = [_number(label) for label in distinct]
+    are_integers = all(number is not None and number.is_integer() for number in numbers)
+    if kind == "auto":
+        is_score = None not in numbers and (not are_integers or len(distinct) > MOST_NUMBERED_CLASSES)
+        kind = "regression" if is_score else "classification"
+    is_pair = columns.pair is not None
+    if kind == "regression":
+        scores = [number for number in numbers if number is not None]
+        span = (min(scores, default=0.0), max(scores, default=0.0))
+        return Task(name, "regression", (), is_pair, ("spearman", "pearson", "mse"), score_range=span)
+    if are_integers:
+        distinct.sort(key=lambda label: (float(label), label))
+    more = ("f1", "matthews") if len(distinct) == 2 else ()
+    classes = tuple(distinct)
+    return Task(name, "classification", classes, is_pair, ("accuracy", "f1_macro", *more), classes)
+
+
+def _indices(source: str, labels: list[str], task: Task) -> np.ndarray:
+    """Return int64 indices of classes or float64 scores."""
+    if task.kind == "classification":
+        known: dict[str, float] = {label: index for index, label in enumerate(task.labels)}
+        expected = f"not one of those trained on, {listed(task.labels)}"
+    else:
+        numbers = {label: _number(label) for label in set(labels)}
+        known = {label: number for label, number in numbers.items() if number is not None and math.isfinite(number)}
+        expected = "not a finite number"
+    for row, label in enumerate(labels, 1):
+        if label not in known:
+            hint = did_you_mean(label, task.labels)
+            raise DataError(f"{source}, row {row}: the label '{label}' is {expected}{hint}. Correct or drop the row.")
+    return np.array([known[label] for label in labels], np.int64 if task.labels else np.float64)
+
+
+def _own_examples(table: Table, columns: _Columns, labels: np.ndarray | None) -> Examples:
+    id_column = next((name for name in ID_COLUMNS if name in table.frame and name not in columns), None)
+    ids = table.column(id_column) if id_column else [str(row) for row in range(len(table.frame))]
+    pairs = table.column(columns.pair) if columns.pair else None
+    return Examples(ids, table.column(columns.text), pairs, labels)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
