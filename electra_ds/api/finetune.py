@@ -12,7 +12,7 @@ from rich.console import Console
 
 from electra_ds.api.launch import Launch, given_options, launch
 from electra_ds.api.run import Run
-from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
+from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, load_finetune_recipe
 from electra_ds.config.options import FinetuneOptions
 from electra_ds.config.recipe import RecipeSource
 from electra_ds.finetuning.encoder_source import EncoderSource, read_encoder
@@ -32,6 +32,7 @@ from electra_ds.finetuning.prepare import (
 from electra_ds.finetuning.squad import SquadData
 from electra_ds.finetuning.tasks import TaskData
 from electra_ds.pretraining.run_time import RunTime
+from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback
 
 
@@ -146,7 +147,10 @@ class FinetuneStart(Launch[FinetuneOptions]):
 
     def _read(self) -> tuple[TaskData | SquadData, EncoderSource]:
         self.run.check_free()
-        return load_task(self.options.task, self.options.source()), read_encoder(str(self.options.model))
+        data, encoder = load_task(self.options.task, self.options.source()), read_encoder(str(self.options.model))
+        # A JSON that cannot be used is refused before tokenising begins. It does not depend on the number of examples.
+        prepare.plan_for(self.options, Finetuning(self.recipe, 1, encoder.num_layers), self.ranks)
+        return data, encoder
 
     def show(self) -> None:
         announce(self.job)
