@@ -36,11 +36,10 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.core.keyed_random import column_keys
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
-from electra_ds.model.prediction import sample_tokens
+from electra_ds.model.heads import sample_tokens
 from electra_ds.pretraining.batches import BatchBuilder
-from electra_ds.pretraining.compiled import check_compile
 from electra_ds.pretraining.electra import Electra, encoder_configs
-from electra_ds.pretraining.engine import PretrainingEngine
+from electra_ds.pretraining.engine import PretrainingEngine, check_compile
 from electra_ds.pretraining.flops import step_flops, transformers_step_flops
 from electra_ds.pretraining.masking import Masks
 from electra_ds.pretraining.objectives.electra import ElectraBatch

@@ -43,7 +43,7 @@ from electra_ds.finetuning.tasks import TaskData
 from electra_ds.interop.export import check_out, new_folder
 from electra_ds.interop.finetuned_card import Exported, finetuned_card
 from electra_ds.training.checkpoint import Checkpoint
-from electra_ds.training.recorded import beside, kept_checkpoint, recorded_recipe
+from electra_ds.training.checkpoints import beside, kept_checkpoint, recorded_recipe
 
 _TOLERANCE = 1e-4
 """How far the scores of the folder may be from those of the run, as a share of the largest score, at least 1; rounding

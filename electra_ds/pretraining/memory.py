@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
 from electra_ds.model.encoder import EncoderConfig
-from electra_ds.model.prediction import CPU_NOISE_BYTES, CPU_PIECE_BYTES, GPU_PIECE_BYTES
+from electra_ds.model.heads import CPU_NOISE_BYTES, CPU_PIECE_BYTES, GPU_PIECE_BYTES
 from electra_ds.pretraining.electra import encoder_configs
 from electra_ds.pretraining.masking import usual_most_selected
 

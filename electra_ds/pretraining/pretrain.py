@@ -22,7 +22,7 @@ from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.loop import TrainingLoop, train
-from electra_ds.training.throughput import Throughput, joint_peak_flops
+from electra_ds.training.step_log import Throughput, joint_peak_flops
 from electra_ds.training.tracking import read_metrics
 
 _log = logging.getLogger(__name__)

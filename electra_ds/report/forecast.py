@@ -17,8 +17,7 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import recipe_names
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
-from electra_ds.pretraining.run_time import RunTime, pretraining_time, time_of_steps
-from electra_ds.pretraining.step_time import StepTime, step_time
+from electra_ds.pretraining.run_time import RunTime, StepTime, pretraining_time, step_time, time_of_steps
 from electra_ds.report.publications import Publication, PublishedMemory, publications
 
 GIB = 2**30

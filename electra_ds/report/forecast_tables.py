@@ -11,8 +11,14 @@ from rich.markup import escape
 from electra_ds.config.cards import DEFAULT_TORCH_CAPABILITY
 from electra_ds.core.program import command
 from electra_ds.pretraining.memory import CONTEXT_BYTES, FRAGMENTATION
-from electra_ds.pretraining.run_time import CPU_SLOWER
-from electra_ds.pretraining.step_time import BANDWIDTH_EFFICIENCY, LAUNCH_S, PRODUCT_EFFICIENCY, SLOWER, StepTime
+from electra_ds.pretraining.run_time import (
+    BANDWIDTH_EFFICIENCY,
+    CPU_SLOWER,
+    LAUNCH_S,
+    PRODUCT_EFFICIENCY,
+    SLOWER,
+    StepTime,
+)
 from electra_ds.report.forecast import GIB, Forecast
 from electra_ds.report.publications import Evidence, evidence
 from electra_ds.report.tables import Table, print_table

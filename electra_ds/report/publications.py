@@ -16,7 +16,7 @@ from electra_ds.config.deepspeed_sections import precision_section
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml
 from electra_ds.core.errors import ConfigError
-from electra_ds.pretraining.step_time import StepTime, step_time
+from electra_ds.pretraining.run_time import StepTime, step_time
 
 
 def _files(kind: type[RecipeT], *folders: str) -> list[RecipeT]:

@@ -35,14 +35,18 @@ from electra_ds.pretraining.memory import (
     saved_bytes,
     training_state,
 )
-from electra_ds.pretraining.run_time import CPU_SLOWER, RunTime, cpu_rate, pretraining_flops, time_of_steps
-from electra_ds.pretraining.step_time import (
+from electra_ds.pretraining.run_time import (
     BANDWIDTH_EFFICIENCY,
+    CPU_SLOWER,
     LAUNCH_S,
     OPERATIONS,
     PRODUCT_EFFICIENCY,
     TRAFFIC_OF_SAVED,
+    RunTime,
     StepTime,
+    cpu_rate,
+    pretraining_flops,
+    time_of_steps,
 )  # fmt: skip
 from electra_ds.report.forecast import GIB, device_budget, forecast
 from electra_ds.report.tables import Table, print_table

@@ -19,10 +19,8 @@ from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import TrainingRecipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
-from electra_ds.training.model import TrainableModel, set_up_model
-from electra_ds.training.optimizer import MasterAdamW, Rates, pretraining_rates
-from electra_ds.training.schedule import learning_rate_at
-from electra_ds.training.step import StepBatch, StepLosses
+from electra_ds.training.optimizer import MasterAdamW, Rates, learning_rate_at, pretraining_rates
+from electra_ds.training.step import StepBatch, StepLosses, TrainableModel, set_up_model
 from electra_ds.training.zero import ZeroAdamW, forget_models, torch_adamw
 
 # On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at every first start.

@@ -32,16 +32,13 @@ from electra_ds.core.ranks import Ranks, is_lost_connection
 from electra_ds.core.terminal import with_command
 from electra_ds.training.callbacks import Callback, Metrics, Progress
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.training.checkpoints import check_same_recipe
 from electra_ds.training.engine import Engine
 from electra_ds.training.preemption import Preemption, StopRequest
-from electra_ds.training.prefetch import Builder, prefetched
-from electra_ds.training.recorded import check_same_recipe
 from electra_ds.training.saver import CheckpointSaver
-from electra_ds.training.step import StepBatch
-from electra_ds.training.step_log import StepLog, check_progress, finite_values
-from electra_ds.training.throughput import Throughput
-from electra_ds.training.trackers import RunLog, open_trackers
-from electra_ds.training.tracking import MetricsFile
+from electra_ds.training.step import Builder, StepBatch, prefetched
+from electra_ds.training.step_log import StepLog, Throughput, check_progress, finite_values
+from electra_ds.training.tracking import MetricsFile, RunLog, open_trackers
 
 _log = logging.getLogger(__name__)
 _Evaluated = TypeVar("_Evaluated")

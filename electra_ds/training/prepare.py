@@ -31,7 +31,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.log import NOTE
 from electra_ds.core.ranks import Ranks
 from electra_ds.training.engine import check_plan, wants_fp16
-from electra_ds.training.trackers import check_tracking
+from electra_ds.training.tracking import check_tracking
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a training step needs of any model: batches that can be cut, and losses as named sums.
+"""What a training step needs of any model: a forward pass, batches that can be cut, and losses as named sums.
 
 A loss is a sum over a micro-batch, which is divided by a count over the whole global batch. So a batch may be cut into
 any micro-batches, accumulation steps and ranks, and its losses stay the same.
@@ -6,10 +6,16 @@ any micro-batches, accumulation steps and ranks, and its losses stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
+
+from electra_ds.config.deepspeed import DeepSpeedPlan
 
 
 class LossTerm(NamedTuple):
@@ -77,3 +83,91 @@ class StepLosses:
             total = weighted if total is None else total + weighted
         assert total is not None
         return {"loss": total} | means | {"grad_norm": grad_norm}
+
+
+_WEIGHTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_AUTOCAST = {"autocast-fp16": torch.float16, "autocast-bf16": torch.bfloat16}
+
+
+class TrainableModel(Protocol):
+    """What any engine can train: a `torch.nn.Module` that lets itself be set up."""
+
+    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
+        """autocast_dtype: for its forward pass, None for none. checkpointed_layers: how many of each encoder, from the
+        first, keep their input alone for the backward pass."""
+
+    def named_parameters(self) -> Any: ...
+
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class AutocastModel(nn.Module, ABC):
+    """A model that runs its own forward pass under torch.autocast, since DeepSpeed's engine switches off an autocast
+    that it was called under."""
+
+    autocast_dtype: torch.dtype | None = None
+    """The dtype of the forward pass; None for that of the weights."""
+    checkpointed_layers: int = 0
+    """Layers of each encoder, from the first, that keep only their input for the backward pass."""
+
+    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
+        """Take what an engine's plan says of the model itself."""
+        self.autocast_dtype, self.checkpointed_layers = autocast_dtype, checkpointed_layers
+
+    def forward(self, batch: Any, replayed: Any = None) -> Any:
+        """Return the losses of one micro-batch, as a `training.step.StepOutput`.
+
+        replayed: what another run drew at random, to be taken in place of own draws; None to draw.
+        """
+        with torch.autocast(batch.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.run(batch, replayed)
+
+    @abstractmethod
+    def run(self, batch: Any, replayed: Any) -> Any:
+        """Do what `forward` says, under its autocast. An engine may put a compiled form in the place of this method."""
+
+
+def set_up_model(model: TrainableModel, plan: DeepSpeedPlan) -> torch.dtype:
+    """Autocast and activation checkpointing as planned; returns the dtype that the weights are to have in a step."""
+    model.set_up(_AUTOCAST.get(plan.precision.name), plan.checkpointed_layers)
+    return _WEIGHTS.get(plan.precision.name, torch.float32)
+
+
+class Builder(Protocol):
+    """Builds the batch of any step, of whatever kind."""
+
+    def build(self, step: int) -> Any: ...
+
+
+def prefetched(builder: Builder, first_step: int, stop_step: int) -> Iterator[tuple[int, Any]]:
+    """(step, batch) in order, built one or two steps ahead in a thread."""
+    ready: queue.Queue[tuple[int, Any] | BaseException | None] = queue.Queue(maxsize=2)
+    stopped = threading.Event()
+
+    def put(item: tuple[int, Any] | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for step in range(first_step, stop_step):
+                if stopped.is_set():
+                    return
+                put((step, builder.build(step)))
+            put(None)
+        except BaseException as error:  # handed to the consumer
+            put(error)
+
+    thread = threading.Thread(target=produce, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

@@ -14,8 +14,7 @@ import torch
 from electra_ds.config.run_record import Compile
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.compiled import CompiledForward, check_compile
-from electra_ds.pretraining.engine import PretrainingEngine
+from electra_ds.pretraining.engine import CompiledForward, PretrainingEngine, check_compile
 from electra_ds.pretraining.masking import usual_most_selected
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 

@@ -14,7 +14,7 @@ from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.shipped import recipe_names
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining import step_time
+from electra_ds.pretraining import run_time
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.memory import (
@@ -164,10 +164,10 @@ def test_the_rooflines_traffic_and_operations_are_those_of_a_step(precision: str
     tracked = Tracked(recipe, size, precision)
     saved = saved_bytes(recipe, vocab_size, size, precision, "cuda")
     selected = len(ElectraObjective(recipe, vocab_size).longest_micro_batch(size).selected_M)
-    traffic = step_time.TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
-    traffic += step_time.TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
+    traffic = run_time.TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
+    traffic += run_time.TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
     assert traffic == pytest.approx(tracked.tracker.traffic_bytes, rel=0.1)
-    of_layer, of_piece, of_rest = step_time.OPERATIONS
+    of_layer, of_piece, of_rest = run_time.OPERATIONS
     operations = of_layer * 24 + of_piece * head_pieces(vocab_size, selected) + of_rest
     assert operations == pytest.approx(tracked.tracker.operations, rel=0.1)
 

@@ -21,11 +21,11 @@ from electra_ds.core.keyed_random import (
     permutation_at,
     random_bits,
 )
-from electra_ds.model import prediction
-from electra_ds.model.prediction import predict_tokens, sample_tokens
+from electra_ds.model import heads
+from electra_ds.model.heads import predict_tokens, sample_tokens
 from electra_ds.pretraining.electra import discriminator_loss_sum
 from electra_ds.pretraining.masking import Masks, choose_masks
-from electra_ds.training.schedule import learning_rate_at
+from electra_ds.training.optimizer import learning_rate_at
 
 LOWEST_P = 1e-4  # seeds are fixed, so a test that passes once passes always
 
@@ -153,7 +153,7 @@ def test_a_rare_token_is_drawn_as_often_as_it_should_be() -> None:
 def test_loss_gradients_and_samples_are_those_of_the_logits_however_they_are_cut(
     monkeypatch: pytest.MonkeyPatch, rows: int, embedding: int, classes: int, piece_rows: int, scale: float, seed: int
 ) -> None:
-    monkeypatch.setattr(prediction, "CPU_PIECE_BYTES", 4 * classes * piece_rows)
+    monkeypatch.setattr(heads, "CPU_PIECE_BYTES", 4 * classes * piece_rows)
     rng = torch.Generator().manual_seed(seed)
     inputs = [
         (scale * torch.randn(*shape, generator=rng)).requires_grad_()

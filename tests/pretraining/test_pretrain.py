@@ -29,9 +29,8 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import prepare, pretrain
-from electra_ds.pretraining.evaluation import Evaluator, held_out_batch
-from electra_ds.pretraining.samples import sample_sentences
-from electra_ds.pretraining.trained import load_trained
+from electra_ds.pretraining.evaluation import Evaluator, held_out_batch, load_trained
+from electra_ds.pretraining.objectives.electra_evaluation import sample_sentences
 from electra_ds.training.checkpoint import CheckpointFolder
 from electra_ds.training.optimizer import MasterAdamW
 from electra_ds.training.preemption import Preemption

@@ -29,8 +29,7 @@ from electra_ds.core.errors import ConfigError, InterruptedBySignalError, Traini
 from electra_ds.core.log import log_shown_on
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.prepare import tracking_settings
-from electra_ds.training.trackers import Trackers, check_tracking, open_trackers
-from electra_ds.training.tracking import read_metrics
+from electra_ds.training.tracking import Trackers, check_tracking, open_trackers, read_metrics
 from tests.helpers import REPOSITORY
 from tests.pretraining.test_pretrain import CPU_JSON, DROPOUT, command, run, start_arguments, train_losses
 

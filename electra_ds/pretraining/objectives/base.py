@@ -33,8 +33,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.masking import before
 from electra_ds.pretraining.memory import Kernels, PeakMemory
-from electra_ds.training.model import AutocastModel
-from electra_ds.training.step import LossTerm
+from electra_ds.training.step import AutocastModel, LossTerm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

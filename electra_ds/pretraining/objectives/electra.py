@@ -20,21 +20,21 @@ from electra_ds.config.recipe import ElectraRecipe
 from electra_ds.core.keyed_random import generator, random_bits
 from electra_ds.data.packing import packed_rows
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.pretraining.electra import Electra, ElectraOutput, encoder_configs
+from electra_ds.pretraining.electra import Electra, ElectraOutput, MicroBatch, encoder_configs
 from electra_ds.pretraining.flops import step_flops
 from electra_ds.pretraining.masking import Masks, before, choose_masks, usual_most_selected
 from electra_ds.pretraining.memory import Kernels, PeakMemory, count_parameters, peak_memory
-from electra_ds.pretraining.microbatch import MicroBatch
 from electra_ds.pretraining.objectives.base import Curve, Export, Objective, PretrainingBatch, TextBatch
 from electra_ds.pretraining.objectives.electra_evaluation import (
     ALWAYS_ORIGINAL,
+    LEGEND,
     Measured,
     always_original_accuracy,
     collapsed_at,
     evaluation_of,
     measured,
+    sample_sentences,
 )
-from electra_ds.pretraining.samples import LEGEND, sample_sentences
 from electra_ds.training.step import LossTerm
 
 _MASKS_AND_NOISE = 0x50
