@@ -119,7 +119,7 @@ def _trained_model(checkpoint: Checkpoint, recipe: FinetuneRecipe, config: Pretr
     head = make_head(recipe, int(config.hidden_size), num_outputs, num_outputs == 1)
     model = TaskModel(make_encoder(config, recipe.seed), head)
     parameters = dict(model.named_parameters())
-    checkpoint.check_weights({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    checkpoint.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
     _fill(model, {name: checkpoint.tensors[f"master/{name}"] for name in parameters})
     return model
 

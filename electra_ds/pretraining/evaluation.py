@@ -47,7 +47,7 @@ def load_model(checkpoint: Checkpoint) -> TrainedModel:
     tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
     objective = objective_of(recipe, tokenizer)
     model = objective.build_model()
-    checkpoint.check_weights({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    checkpoint.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.tensors[f"master/{name}"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, validate_recipe
 from electra_ds.config.run_directory import RunDirectory
@@ -29,17 +29,28 @@ from electra_ds.training.optimizer import MOMENTS
 _log = logging.getLogger(__name__)
 
 
+def folder_of(run: Path) -> CheckpointFolder:
+    """Return a run's checkpoints. Raises CheckpointError if there is no run."""
+    directory = RunDirectory(run)
+    if not directory.checkpoints.is_dir():
+        if (run / "latest").is_file():
+            raise CheckpointError(
+                f"{run} is DeepSpeed's own checkpoint; {command('checkpoint import')} makes a run of it."
+            )
+        if not directory.exists():
+            raise CheckpointError(f"{run} is neither a run directory nor a checkpoint.")
+        raise CheckpointError(f"The run {run} has no checkpoint yet.")
+    return CheckpointFolder(directory.checkpoints, keep=1)
+
+
 def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Checkpoint:
-    """A run's newest whole checkpoint, or the given one. Raises CheckpointError if there is none.
+    """Return a run's newest complete checkpoint, or the given one. Raises CheckpointError if there is none.
 
     ranks: of several, which all call it.
     """
     if (run_or_checkpoint / "manifest.json").is_file():
         return load_checkpoint(run_or_checkpoint)
-    run = RunDirectory(run_or_checkpoint)
-    if not run.exists():
-        raise CheckpointError(f"{run_or_checkpoint} is neither a run directory nor a checkpoint.")
-    newest, damaged = CheckpointFolder(run.checkpoints, keep=1).latest_valid(ranks)
+    newest, damaged = folder_of(run_or_checkpoint).latest_valid(ranks)
     if newest is None:
         raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
     if ranks is None or ranks.is_main:
@@ -49,7 +60,7 @@ def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Ch
 
 
 def kept_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
-    """The given checkpoint, or of a run the best evaluation's where that was asked for, or else the newest."""
+    """Return the given checkpoint, or of a run that of the best evaluation if it keeps that, or else the newest."""
     if (run_or_checkpoint / "manifest.json").is_file():
         return load_checkpoint(run_or_checkpoint)
     run = RunDirectory(run_or_checkpoint)
@@ -71,7 +82,7 @@ def kept_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
 
 
 def beside(checkpoint: Checkpoint, name: str) -> Path:
-    """Where what is made of a run's checkpoint goes, if nobody says. Raises ConfigError for a copy kept elsewhere."""
+    """Return where an export of a run's checkpoint goes by default. Raises ConfigError for a copy kept elsewhere."""
     if checkpoint.path.parent.name not in ("checkpoints", "best"):
         raise ConfigError(f"{checkpoint.path} is not in a run's folder; say with --out where to write.")
     return checkpoint.path.parent.parent / name
@@ -91,7 +102,7 @@ def check_same_recipe(checkpoint: Checkpoint, recipe: Section, run: RunDirectory
 
 
 def recorded_recipe(checkpoint: Checkpoint, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
-    """The recipe that travels in a checkpoint."""
+    """Return the recipe that travels in a checkpoint."""
     path = checkpoint.path / "recipe.yaml"
     try:
         return validate_recipe(load_yaml(path.read_text("utf8"), "It"), str(path), kind)
@@ -100,38 +111,24 @@ def recorded_recipe(checkpoint: Checkpoint, kind: type[RecipeT] = Recipe) -> Rec
 
 
 class Listed(NamedTuple):
-    """One checkpoint, by what its files say; None where they do not."""
+    """One checkpoint, by what its files say; None where one of them cannot be read."""
 
     name: str
-    step: int | None
-    tokens: int | None
-    saved: str | None
-    """UTC, ISO 8601."""
     bytes: int
-    precision: str | None
-    """Of the run that saved it; the weights are fp32 in each."""
-    stage: int | None
-    ranks: int | None
     problem: str | None
     """What is wrong with it, as far as sizes tell."""
-
-
-def folder_of(run: Path) -> CheckpointFolder:
-    """A run's checkpoints. Raises CheckpointError if there is no run."""
-    directory = RunDirectory(run)
-    if not directory.checkpoints.is_dir():
-        if (run / "latest").is_file():
-            raise CheckpointError(
-                f"{run} is DeepSpeed's own checkpoint; {command('checkpoint import')} makes a run of it."
-            )
-        if not directory.exists():
-            raise CheckpointError(f"{run} is not a run directory: it has neither run.json nor checkpoints/.")
-        raise CheckpointError(f"The run {run} has no checkpoint yet.")
-    return CheckpointFolder(directory.checkpoints, keep=1)
+    step: int | None = None
+    tokens: int | None = None
+    saved: str | None = None
+    """UTC, ISO 8601."""
+    precision: str | None = None
+    """Of the run that saved it; the weights are fp32 in each."""
+    stage: int | None = None
+    ranks: int | None = None
 
 
 def listed(run: Path) -> list[Listed]:
-    """Oldest first. Raises CheckpointError if there is no run."""
+    """Describe a run's checkpoints, oldest first. Raises CheckpointError if there is no run."""
     found = []
     for path in folder_of(run).paths():
         try:
@@ -143,33 +140,22 @@ def listed(run: Path) -> list[Listed]:
 
 
 def _describe(path: Path) -> Listed:
-    state, plan, record = (_json(path / name) for name in ("state.json", "deepspeed.json", "run.json"))
-    zero = plan.get("zero_optimization", {}) if plan else None
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    return Listed(
-        name=path.name,
-        step=_number(state, "step"),
-        tokens=_number(state, "tokens"),
-        saved=_time(state.get("saved")),
-        bytes=size,
-        precision=str(state["precision"]) if "precision" in state else None,
-        stage=stage if isinstance(stage, int) else None,
-        ranks=_number(record, "world_size"),
-        problem=_problem(path),
-    )
-
-
-def _number(values: dict[str, Any], key: str) -> int | None:
-    value = values.get(key)
-    return value if type(value) is int else None
-
-
-def _time(value: Any) -> str | None:
+    found = Listed(path.name, size, _problem(path))
     try:
-        return datetime.fromisoformat(value).isoformat()
-    except (TypeError, ValueError):
-        return None
+        state, plan, record = (
+            json.loads((path / name).read_text("utf8")) for name in ("state.json", "deepspeed.json", "run.json")
+        )
+        return found._replace(
+            step=state["step"],
+            tokens=state["tokens"],
+            saved=datetime.fromisoformat(state["saved"]).isoformat(),
+            precision=state["precision"],
+            stage=plan.get("zero_optimization", {}).get("stage", 0),
+            ranks=record["world_size"],
+        )
+    except (OSError, ValueError, KeyError):
+        return found
 
 
 def _problem(path: Path) -> str | None:
@@ -186,21 +172,13 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text("utf8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def set_aside(run: Path) -> list[Path]:
-    """Checkpoints that a resumed run found damaged."""
+    """Return the checkpoints that a resumed run found damaged."""
     return sorted(folder_of(run).folder.glob("damaged-step-*"))
 
 
 def to_verify(run_or_checkpoint: Path) -> list[Path]:
-    """All checkpoints of a run, newest first, or the one that is named. Raises CheckpointError if there is none."""
+    """Return all checkpoints of a run, newest first, or the one that is named. Raises CheckpointError if there is none."""
     if (run_or_checkpoint / "manifest.json").is_file() or run_or_checkpoint.parent.name == "checkpoints":
         return [run_or_checkpoint]
     paths = folder_of(run_or_checkpoint).paths()
@@ -210,7 +188,7 @@ def to_verify(run_or_checkpoint: Path) -> list[Path]:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, every byte read: hashes, names and shapes.
+    """Return what is wrong with a checkpoint after reading every byte: hashes, names and shapes.
 
     Raises FileNotFoundError if the run has pruned it meanwhile.
     """
@@ -234,8 +212,8 @@ def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[
     """Remove all but the newest checkpoints and what killed saves left; gives each path and why, before it goes.
 
     keep: how many stay, as many as the run keeps where it is None; damaged: also those that were set aside as damaged;
-    dry: say it only. The newest whole one always stays. Raises CheckpointError if the run is in use, where none of
-    those that would stay is whole, and where the folder cannot be written.
+    dry: say it only. The newest complete one always stays. Raises CheckpointError if the run is in use, if none of
+    those that would stay is complete, or if the folder cannot be written.
     """
     directory, folder = RunDirectory(run), folder_of(run)
     with directory.locked():

@@ -30,15 +30,15 @@ from electra_ds.core.log import NOTE, log_command
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks, is_lost_connection
 from electra_ds.core.terminal import with_command
-from electra_ds.training.callbacks import Callback, Metrics, Progress
+from electra_ds.training.callbacks import Callback, Callbacks, Metrics, Progress
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.checkpoints import check_same_recipe
 from electra_ds.training.engine import Engine
 from electra_ds.training.preemption import Preemption, StopRequest
 from electra_ds.training.saver import CheckpointSaver
 from electra_ds.training.step import Builder, StepBatch, prefetched
-from electra_ds.training.step_log import StepLog, Throughput, check_progress, finite_values
-from electra_ds.training.tracking import MetricsFile, RunLog, open_trackers
+from electra_ds.training.step_log import StepLog, Throughput, allowed_skips, finite_values
+from electra_ds.training.tracking import RunLog
 
 _log = logging.getLogger(__name__)
 _Evaluated = TypeVar("_Evaluated")
@@ -123,7 +123,7 @@ class TrainingLoop(ABC):
         """builder: of the batch of any step. callbacks: called on the main rank."""
         self.job, self.ranks = job, ranks
         self.builder, self.throughput = builder, throughput
-        self.callbacks = tuple(callbacks) if ranks.is_main else ()
+        self.callbacks = Callbacks(callbacks, ranks)
         self.plan = job.plan
         """The job's, or with smaller micro-batches once memory has run out."""
         self.evaluation_rows = job.plan.batch.micro_batch_size
@@ -187,28 +187,27 @@ class TrainingLoop(ABC):
             self.engine = self._make_engine()
         self.record_files = self.job.record_files(self.plan)
         self._resume(self.engine)
-        log = None
         with self.ranks.fail_together():
-            if self.ranks.is_main:
-                log = self._open_log()
-                stack.push(log.finish)
-                stack.callback(self.close)  # before the log
-        self.log = log
-        self.steps = StepLog(self.ranks, self.device, self.throughput, log, self.progress, self.callbacks, self.shown)
+            self.log = self._open_log(stack) if self.ranks.is_main else None
+        self.steps = StepLog(
+            self.ranks, self.device, self.throughput, self.log, self.progress, self.callbacks, self.shown
+        )
 
     def _make_engine(self) -> Engine:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # what was tried before does not count
         return self.make_engine()
 
-    def _open_log(self) -> RunLog:
+    def _open_log(self, stack: contextlib.ExitStack) -> RunLog:
         job = self.job
         config = {"recipe": job.recipe.model_dump(mode="json"), "deepspeed": job.plan.document}
-        metrics = MetricsFile(job.run.metrics, self.step)
-        self._evaluated = metrics.evaluated
-        if metrics.reached > self.step:
-            _log.info("The %s steps after that are repeated.", f"{metrics.reached - self.step:,}")
-        return RunLog(metrics, open_trackers(job.record.tracking, job.run, config, self.step, metrics.reached))
+        log = RunLog(job.run, job.record.tracking, config, self.step)
+        stack.push(lambda kind, error, traceback: log.finish(error))
+        stack.callback(self.close)  # before the log
+        self._evaluated = log.evaluated
+        if log.reached > self.step:
+            _log.info("The %s steps after that are repeated.", f"{log.reached - self.step:,}")
+        return log
 
     def _resume(self, engine: Engine) -> None:
         """Resume from the newest complete checkpoint, which all ranks verify together, each a share of its files."""
@@ -241,8 +240,8 @@ class TrainingLoop(ABC):
     def run(self, preemption: Preemption) -> bool:
         """Train; return False if the time limit or a callback stopped it before `stop_at`."""
         job, settings = self.job, self.job.record.settings
-        for callback in self.callbacks:
-            callback.on_start(self.progress)
+        with self.ranks.fail_together():
+            self.callbacks.call("on_start", self.progress)
         # A run that died between its early end and its status has nothing more to train for.
         stop_at = self.step if self.ends_early is not None else job.stop_at
         for step, batch in prefetched(self.builder, self.step, stop_at):
@@ -261,7 +260,6 @@ class TrainingLoop(ABC):
             if self._is_to_be_saved() and self.step < job.stop_at:
                 with self.throughput.paused():
                     self._save()
-            self._announce_checkpoint()
             if self.progress.stop_reason is not None:
                 preemption.ask(self.progress.stop_reason)
             request = preemption.decide(save_failed=self.saver.has_failed)
@@ -333,14 +331,20 @@ class TrainingLoop(ABC):
 
     def _report(self) -> None:
         """Read back the steps since the last call, write them down, and see whether training still moves."""
-        consecutive_skips = self.steps.report(self._engine.optimizer)
-
-        def last_checkpoint() -> str:
-            saved = self._saved()
-            return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
-
+        optimizer = self._engine.optimizer
+        summary, skips = self.steps.report(optimizer), int(optimizer.consecutive_skips.item())
         with self.ranks.fail_together():
-            check_progress(consecutive_skips, self.job.plan.precision.loss_scaling, self.step, last_checkpoint)
+            if summary is not None:
+                self.callbacks.call("on_report", self.progress, summary)
+            self._announce_checkpoint()
+            if skips >= allowed_skips(self.plan.precision.loss_scaling):
+                saved = self._saved()
+                last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+                raise TrainingError(
+                    f"The gradients have not been finite for {skips} steps (now at step {self.step}); the weights were "
+                    f"left as they were, and {last}. Lower optimizer.learning_rate, or use bf16 or fp32 in place of "
+                    f"fp16."
+                )
 
     # Evaluating.
 
@@ -350,8 +354,7 @@ class TrainingLoop(ABC):
             with self.ranks.fail_together():
                 if self.log is not None:
                     self.log.write("eval", self.step, metrics)
-                for callback in self.callbacks:
-                    callback.on_evaluate(self.progress, metrics)
+                self.callbacks.call("on_evaluate", self.progress, metrics)
         self._evaluated = self.step
 
     def in_memory(self, evaluate: Callable[[], _Evaluated]) -> _Evaluated:
@@ -376,20 +379,20 @@ class TrainingLoop(ABC):
 
     def _save(self) -> None:
         """Begin to save a checkpoint at the step that is done."""
+        self._finish_saving()  # before the copy: two of them may not fit
         self.saver.save(self._engine.optimizer, self._state(), self.record_files)
 
     def _finish_saving(self) -> None:
         self.saver.finish()
-        self._announce_checkpoint()
+        with self.ranks.fail_together():
+            self._announce_checkpoint()
 
     def _announce_checkpoint(self) -> None:
-        """Tell callbacks of a checkpoint that is complete by now."""
+        """Tell callbacks of a checkpoint that has become complete."""
         path = self.saver.published
-        if path is None or path == self._announced:
-            return
-        self._announced = path
-        for callback in self.callbacks:
-            callback.on_checkpoint(self.progress, path)
+        if path is not None and path != self._announced:
+            self._announced = path
+            self.callbacks.call("on_checkpoint", self.progress, path)
 
     def _saved(self) -> list[Path]:
         """Return the checkpoints there are, with the one that is being written."""
@@ -427,8 +430,7 @@ class TrainingLoop(ABC):
 
     def end(self) -> None:
         """Tell callbacks that training has ended, whatever ended it."""
-        for callback in self.callbacks:
-            callback.on_end(self.progress, self.job.run.status() or "stopped")
+        self.callbacks.call("on_end", self.progress, self.job.run.status() or "stopped")
 
     def close(self) -> None:
         """Wait for what is being written, and free the engine."""

@@ -203,7 +203,7 @@ def test_prune_leaves_a_run_alone_that_somebody_trains(run: Path, capsys: pytest
 @pytest.mark.parametrize("action", ["ls", "verify", "prune"])
 def test_what_is_no_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str) -> None:
     call(action, tmp_path / "nowhere", status=2)
-    assert "is not a run directory" in capsys.readouterr().err
+    assert "is neither a run directory nor a checkpoint" in capsys.readouterr().err
 
 
 def test_a_run_without_checkpoints_is_told_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
