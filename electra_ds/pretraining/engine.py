@@ -28,38 +28,28 @@ _GRAPH_MEMORY_BYTES = 15 * 10**9  # cards of 16 GB and more
 _log = logging.getLogger(__name__)
 
 
-def obstacle(device: torch.device, plan: DeepSpeedPlan) -> str | None:
-    """Why a run is better not compiled here; None where it is."""
-    if reason := _forbidden_by(plan):
-        return reason
-    if device.type == "cpu":
-        return "on a CPU it is no faster (docs/experiments.md)"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < TRITON_CAPABILITY:
-        return f"Triton needs compute capability 7.0, and this card has {capability[0]}.{capability[1]}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
-
-
-def _forbidden_by(plan: DeepSpeedPlan) -> str | None:
-    """What of a plan cannot be compiled on any device."""
-    if plan.stage == 3:
-        return "ZeRO stage 3 gathers weights in hooks, which a compiled forward does not call"
-    if plan.checkpointed_layers:
-        return "the layers that are computed again (activation_checkpointing) are run as they are written"
-    return None
-
-
 def check_compile(wanted: Compile, device: torch.device, plan: DeepSpeedPlan) -> bool:
     """Return whether to compile. Raises ConfigError if that was asked for and cannot be."""
     if wanted == "off":
         return False
-    reason = obstacle(device, plan)
-    is_possible = reason is None or (device.type == "cpu" and _forbidden_by(plan) is None)
-    if wanted == "on" and not is_possible:
-        raise ConfigError(f"--compile on cannot be done: {reason}. Leave it at auto.")
-    return wanted == "on" or reason is None
+    obstacle = _obstacle(device, plan)
+    if wanted == "on" and obstacle is not None:
+        raise ConfigError(f"--compile on cannot be done: {obstacle}. Leave it at auto.")
+    return obstacle is None and (wanted == "on" or device.type == "cuda")  # no faster on a CPU (docs/experiments.md)
+
+
+def _obstacle(device: torch.device, plan: DeepSpeedPlan) -> str | None:
+    """Return why a plan cannot be compiled for a device; None if it can."""
+    if plan.stage == 3:
+        return "ZeRO stage 3 gathers weights in hooks, which a compiled forward does not call"
+    if plan.checkpointed_layers:
+        return "the layers that are computed again (activation_checkpointing) are run as they are written"
+    if device.type == "cpu":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < TRITON_CAPABILITY:
+        return f"Triton needs compute capability 7.0, and this card has {capability[0]}.{capability[1]}"
+    return "Triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
 class CompiledForward:

@@ -178,7 +178,7 @@ def set_aside(run: Path) -> list[Path]:
 
 
 def to_verify(run_or_checkpoint: Path) -> list[Path]:
-    """Return all checkpoints of a run, newest first, or the one that is named. Raises CheckpointError if there is none."""
+    """Return all checkpoints of a run, newest first, or the named one. Raises CheckpointError if there is none."""
     if (run_or_checkpoint / "manifest.json").is_file() or run_or_checkpoint.parent.name == "checkpoints":
         return [run_or_checkpoint]
     paths = folder_of(run_or_checkpoint).paths()
