@@ -40,10 +40,10 @@ from electra_ds.model.heads import sample_tokens
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra, encoder_configs
 from electra_ds.pretraining.engine import PretrainingEngine, check_compile
-from electra_ds.pretraining.flops import step_flops, transformers_step_flops
 from electra_ds.pretraining.masking import Masks
 from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.plain import PlainEngine
+from electra_ds.pretraining.run_time import step_flops, transformers_step_flops
 from electra_ds.training.engine import check_plan, wants_fp16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,8 +10,7 @@ from electra_ds.config.cards import Card, find_card, peak_flops
 from electra_ds.config.deepspeed import resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.pretraining.electra import Electra, encoder_configs
-from electra_ds.pretraining.flops import step_flops, transformers_step_flops
-from electra_ds.pretraining.run_time import SLOWER, step_time
+from electra_ds.pretraining.run_time import SLOWER, step_flops, step_time, transformers_step_flops
 from electra_ds.report.publications import evidence
 from tests.helpers import REPOSITORY
 

@@ -167,9 +167,7 @@ class _Sizes:
         self.has_one_encoder = recipe.generator.sharing == "all"
         self.rows, self.length = micro_batch_size, recipe.data.sequence_length
         self.tokens = self.rows * self.length
-        self.selected = usual_most_selected(
-            self.rows, self.length, mlm_probability=recipe.masking.mlm_probability, count=recipe.masking.count
-        )
+        self.selected = usual_most_selected(recipe.masking, self.rows, self.length)
         self.element = _FP32 if precision == "fp32" else _HALF  # of what matrix products see
         self.is_autocast = precision.startswith("autocast")
         # Mean and reciprocal deviation of a LayerNorm's row: in half precision only where a CPU has half weights.

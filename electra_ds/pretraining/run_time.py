@@ -1,27 +1,113 @@
-"""How long a run will take, before it starts: as a range, from the fastest to the slowest that is likely.
+"""What a step computes, and how long a run will take before it starts: from the fastest to the slowest that is likely.
 
-On a known card it is a roofline: a step's matrix products run at a share of the card's peak, everything else at a share
-of its memory's bandwidth, and no step is faster than the host starts operations. Published runs took longer than the
-roofline of our step, each by another factor, so the prediction is the range that contains all of them. On this
-machine's CPU it is the model's FLOPs at the rate of one large product, which is measured in a fifth of a second.
+FLOPs are 2 m n k for each product of an m x k and a k x n matrix, and nothing else. What is recomputed (activation
+checkpointing, the backward pass of fused attention) is not counted, so that the number says how much is learned from
+and not how it is run. Look-ups, norms, GELU and dropout are left out: below 2 % in ELECTRA-Small. The figures of
+google-research/electra are others: its flops_computation.py counts look-ups as products with one-hot matrices, and a
+backward pass as one forward pass.
+
+Time on a known card is a roofline: a step's matrix products run at a share of the card's peak, everything else at a
+share of its memory's bandwidth, and no step is faster than the host starts operations. Published runs took longer than
+the roofline of our step, each by another factor, so the prediction is the range that contains all of them. Time on this
+machine's CPU is the model's FLOPs at the rate of one large product, which is measured in a fifth of a second.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from electra_ds.config.cards import Card, find_card, peak_flops
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
 from electra_ds.core import devices
+from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.flops import step_flops
 from electra_ds.pretraining.masking import usual_most_selected
 from electra_ds.pretraining.memory import count_parameters, head_pieces, saved_bytes
 from electra_ds.pretraining.objectives.base import Objective
+
+# The backward pass of a product is two: one for each factor's gradient. Neither can be left out anywhere, since even
+# the first product's input, the embeddings, is trained.
+_PASSES = 3
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of the forward pass, by part."""
+
+    generator_encoder: int
+    """The products with the layers' weights."""
+    generator_attention: int
+    """Queries with keys, and weights with values."""
+    generator_head: int
+    discriminator_encoder: int
+    discriminator_attention: int
+    discriminator_head: int
+    embedding_projections: int
+    """From the embedding size to the hidden size, in both networks; 0 where they are equal."""
+
+    @property
+    def forward(self) -> int:
+        return sum(self)
+
+    @property
+    def forward_and_backward(self) -> int:
+        return _PASSES * self.forward
+
+
+def step_flops(
+    generator: EncoderConfig, discriminator: EncoderConfig, lengths_B: Sequence[int] | np.ndarray, selected: int
+) -> StepFlops:
+    """One step over B sequences of so many tokens, `selected` of which the generator predicts.
+
+    Padding is not in it, computed or not. The cut into micro-batches, rows and ranks changes nothing.
+    """
+    tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
+    embedding, hidden = generator.embedding_size, generator.hidden_size
+    return StepFlops(
+        generator_encoder=_encoder(generator, tokens),
+        generator_attention=_attention(generator, pairs),
+        generator_head=2 * selected * embedding * (hidden + generator.vocab_size),
+        discriminator_encoder=_encoder(discriminator, tokens),
+        discriminator_attention=_attention(discriminator, pairs),
+        discriminator_head=2 * tokens * discriminator.hidden_size * (discriminator.hidden_size + 1),
+        embedding_projections=_projection(generator, tokens) + _projection(discriminator, tokens),
+    )
+
+
+def transformers_step_flops(
+    generator: EncoderConfig, discriminator: EncoderConfig, lengths_B: Sequence[int] | np.ndarray
+) -> StepFlops:
+    """The same step as `ElectraForMaskedLM` and `ElectraForPreTraining` do it: vocabulary logits at every position."""
+    return step_flops(generator, discriminator, lengths_B, selected=int(np.sum(lengths_B)))
+
+
+def encoder_flops(config: EncoderConfig, lengths_B: Sequence[int] | np.ndarray) -> int:
+    """Forward and backward pass of an encoder alone, as finetuning has it."""
+    tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
+    return _PASSES * (_encoder(config, tokens) + _attention(config, pairs) + _projection(config, tokens))
+
+
+def _encoder(config: EncoderConfig, tokens: int) -> int:
+    """Query, key, value and output, then the feed-forward's two."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers * 2 * tokens * (4 * hidden * hidden + 2 * hidden * inner)
+
+
+def _attention(config: EncoderConfig, pairs: int) -> int:
+    """Over all heads a product is as wide as the hidden size. `pairs` are of a query and a key."""
+    return config.num_hidden_layers * 2 * (2 * pairs * config.hidden_size)
+
+
+def _projection(config: EncoderConfig, tokens: int) -> int:
+    if config.embedding_size == config.hidden_size:
+        return 0
+    return 2 * tokens * config.embedding_size * config.hidden_size
+
 
 PRODUCT_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.7, 0.75
 """Assumed shares of what makers print."""
@@ -67,8 +153,8 @@ def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) 
     batch, recipe = plan.batch, electra_recipe(recipe)
     generator, discriminator = encoder_configs(recipe, vocab_size, 0)
     of_rank = recipe.global_batch_size // batch.world_size
-    length, masking = recipe.data.sequence_length, recipe.masking
-    selected = usual_most_selected(of_rank, length, mlm_probability=masking.mlm_probability, count=masking.count)
+    length = recipe.data.sequence_length
+    selected = usual_most_selected(recipe.masking, of_rank, length)
     flops = step_flops(generator, discriminator, [length] * of_rank, selected).forward_and_backward
     saved = saved_bytes(recipe, vocab_size, of_rank, plan.precision.name, "cuda")
     traffic = TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)

@@ -26,7 +26,6 @@ from electra_ds.core.errors import ConfigError, ElectraError
 from electra_ds.core.terminal import say
 from electra_ds.finetuning.glue import OFFICIAL_ROWS
 from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.flops import encoder_flops
 from electra_ds.pretraining.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -45,6 +44,7 @@ from electra_ds.pretraining.run_time import (
     RunTime,
     StepTime,
     cpu_rate,
+    encoder_flops,
     pretraining_flops,
     time_of_steps,
 )  # fmt: skip

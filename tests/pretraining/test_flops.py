@@ -14,7 +14,7 @@ from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.pretraining.convert import transformers_config
 from electra_ds.pretraining.electra import Electra, MicroBatch, encoder_configs
-from electra_ds.pretraining.flops import StepFlops, step_flops, transformers_step_flops
+from electra_ds.pretraining.run_time import StepFlops, step_flops, transformers_step_flops
 from tests.helpers import small_recipe
 
 VOCABULARY = 403

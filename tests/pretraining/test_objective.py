@@ -13,6 +13,7 @@ from scipy import stats
 from torch.nn import functional
 
 from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import MaskingSection
 from electra_ds.core.keyed_random import (
     column_keys,
     exponential_noise,
@@ -239,8 +240,7 @@ def masks_for(seed: int, **changes: object) -> tuple[Masks, np.ndarray, np.ndarr
     lengths = rng.integers(6, 129, 400)
     positions = np.arange(128)
     maskable = (positions > 0) & (positions < lengths[:, None] - 1) & (rng.random((400, 128)) > 0.02)
-    options = {"mlm_probability": 0.15, "mask_token_share": 0.85, "count": "bernoulli", "replace_at": "selected"}
-    return choose_masks(maskable, lengths, rng, **(options | changes)), maskable, lengths  # type: ignore[arg-type]
+    return choose_masks(maskable, lengths, rng, MaskingSection(**changes)), maskable, lengths  # type: ignore[arg-type]
 
 
 def test_bernoulli_selects_each_token_with_the_given_probability_and_masks_85_percent_of_those() -> None:
@@ -258,19 +258,13 @@ def test_a_fixed_count_is_the_originals(length: int, count: int) -> None:
     """19 of 128 = min(round(0.15 * 128), floor(0.155 * 128)); 1 at least."""
     positions = np.arange(128)
     maskable = np.tile((positions > 0) & (positions < length - 1), (50, 1))
-    masks = choose_masks(
-        maskable, np.full(50, length), np.random.default_rng(1),
-        mlm_probability=0.15, mask_token_share=0.85, count="fixed", replace_at="selected",
-    )  # fmt: skip
+    masks = choose_masks(maskable, np.full(50, length), np.random.default_rng(1), MaskingSection(count="fixed"))
     assert (masks.selected.sum(1) == count).all()
 
 
 def test_a_fixed_count_favours_no_position() -> None:
     maskable = np.ones((20_000, 20), dtype=bool)
-    masks = choose_masks(
-        maskable, np.full(20_000, 20), np.random.default_rng(2),
-        mlm_probability=0.15, mask_token_share=0.85, count="fixed", replace_at="selected",
-    )  # fmt: skip
+    masks = choose_masks(maskable, np.full(20_000, 20), np.random.default_rng(2), MaskingSection(count="fixed"))
     assert (masks.selected.sum(1) == 3).all()
     assert chi_square_p(masks.selected.sum(0), np.full(20, 3000.0)) > LOWEST_P
 

@@ -21,7 +21,6 @@ from electra_ds.core.keyed_random import generator, random_bits
 from electra_ds.data.packing import packed_rows
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.electra import Electra, ElectraOutput, MicroBatch, encoder_configs
-from electra_ds.pretraining.flops import step_flops
 from electra_ds.pretraining.masking import Masks, before, choose_masks, usual_most_selected
 from electra_ds.pretraining.memory import Kernels, PeakMemory, count_parameters, peak_memory
 from electra_ds.pretraining.objectives.base import Curve, Export, Objective, PretrainingBatch, TextBatch
@@ -35,6 +34,7 @@ from electra_ds.pretraining.objectives.electra_evaluation import (
     measured,
     sample_sentences,
 )
+from electra_ds.pretraining.run_time import step_flops
 from electra_ds.training.step import LossTerm
 
 _MASKS_AND_NOISE = 0x50
@@ -124,7 +124,7 @@ class ElectraBatch(PretrainingBatch):
         if self.lengths_B[first : first + size].mean() / self.ids_BT.shape[1] < _FULL_ENOUGH:
             return None
         micro_batch = self.micro_batch(first, size, packed=False)
-        most = _most_selected(self.recipe, size)
+        most = usual_most_selected(self.recipe.masking, size, self.ids_BT.shape[1])
         return micro_batch.filled(most) if len(micro_batch.selected_M) <= most else None
 
 
@@ -162,18 +162,9 @@ class ElectraObjective(Objective[ElectraRecipe]):
         return Electra(self.recipe, self.vocab_size, self.pad_token_id)
 
     def make_batch(self, text: TextBatch, seed: int, step: int) -> ElectraBatch:
-        masking = self.recipe.masking
         rng = generator(seed, _MASKS_AND_NOISE, step)
         noise = random_bits(rng, *text.ids_BT.shape).view(np.int32)
-        masks = choose_masks(
-            text.maskable_BT,
-            text.lengths_B,
-            rng,
-            mlm_probability=masking.mlm_probability,
-            mask_token_share=masking.mask_token_share,
-            count=masking.count,
-            replace_at=masking.replace_at,
-        )
+        masks = choose_masks(text.maskable_BT, text.lengths_B, rng, self.recipe.masking)
         counted = text.is_token if self.recipe.discriminator.loss_on_special else text.maskable_BT
         return ElectraBatch(
             text.ids_BT, text.lengths_B, text.second_segment_BT, masks, counted, noise, text.mask_token_id, self.recipe
@@ -253,7 +244,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
 
     def usual_flops(self) -> float:
         rows, length = self.recipe.global_batch_size, self.recipe.data.sequence_length
-        return self._flops([length] * rows, _most_selected(self.recipe, rows))
+        return self._flops([length] * rows, usual_most_selected(self.recipe.masking, rows, length))
 
     def _flops(self, lengths_B: Sequence[int] | np.ndarray, selected: int) -> float:
         configs = encoder_configs(self.recipe, self.vocab_size, self.pad_token_id)
@@ -264,7 +255,8 @@ class ElectraObjective(Objective[ElectraRecipe]):
 
     def longest_micro_batch(self, size: int) -> MicroBatch:
         """Full rows, with as many selected positions as are usual at most."""
-        length, selected = self.recipe.data.sequence_length, _most_selected(self.recipe, size)
+        length = self.recipe.data.sequence_length
+        selected = usual_most_selected(self.recipe.masking, size, length)
         places = torch.arange(size * length)
         ids_BT = (places % self.vocab_size).view(size, length)
         return MicroBatch(
@@ -276,12 +268,3 @@ class ElectraObjective(Objective[ElectraRecipe]):
             counted_BT=torch.ones(size, length, dtype=torch.bool),
             sequences_BT=None,
         )
-
-
-def _most_selected(recipe: ElectraRecipe, rows: int) -> int:
-    return usual_most_selected(
-        rows,
-        recipe.data.sequence_length,
-        mlm_probability=recipe.masking.mlm_probability,
-        count=recipe.masking.count,
-    )
