@@ -43,7 +43,7 @@ from electra_ds.pretraining.engine import PretrainingEngine, check_compile
 from electra_ds.pretraining.masking import Masks
 from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.plain import PlainEngine
-from electra_ds.pretraining.run_time import step_flops, transformers_step_flops
+from electra_ds.pretraining.run_time import step_flops
 from electra_ds.training.engine import check_plan, wants_fp16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,7 +147,7 @@ class Suite:
         who, _ = name.split()
         configs = encoder_configs(self.recipe, self.vocab_size, 0)
         if who == "transformers":
-            flops = transformers_step_flops(*configs, batch.lengths_B).forward_and_backward
+            flops = step_flops(*configs, batch.lengths_B, int(batch.lengths_B.sum())).forward_and_backward
         else:
             flops = step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward
         median = float(np.median(seconds))

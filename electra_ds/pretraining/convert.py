@@ -29,7 +29,7 @@ _TIED = "generator_lm_head.weight"
 
 
 def transformers_config(config: EncoderConfig) -> ElectraConfig:
-    """The `ElectraConfig` of one of our encoders."""
+    """Return the `ElectraConfig` of one of our encoders."""
     return ElectraConfig(
         vocab_size=config.vocab_size,
         embedding_size=config.embedding_size,
@@ -48,7 +48,7 @@ def transformers_config(config: EncoderConfig) -> ElectraConfig:
 
 
 def generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of `Electra.state_dict` (or gradients by the same names) under `ElectraForMaskedLM`'s names."""
+    """Return tensors of `Electra.state_dict` (or gradients by the same names) under `ElectraForMaskedLM`'s names."""
     renamed = dict(_encoder_tensors(tensors, "generator."))
     for name, tensor in _under(tensors, "generator_head."):
         module, _, kind = name.rpartition(".")
@@ -57,7 +57,7 @@ def generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same for `ElectraForPreTraining`."""
+    """Return the same for `ElectraForPreTraining`."""
     renamed = dict(_encoder_tensors(tensors, "discriminator."))
     for name, tensor in _under(tensors, "discriminator_head."):
         renamed[f"discriminator_predictions.{name}"] = tensor
@@ -83,11 +83,8 @@ def _encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterat
 
 
 def from_generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of `ElectraForMaskedLM` under the names of `Electra.state_dict`: the inverse of `generator_tensors`, but
-    for the decoder's weight, which is the token table's and has no name of its own.
-
-    Raises KeyError for a name that is none of transformers'.
-    """
+    """Return tensors of `ElectraForMaskedLM` under our names, without the decoder's weight, which is the token table's
+    and has no name of its own. Raises KeyError for a name that is none of transformers'."""
     renamed = dict(_our_encoder_tensors(tensors, "generator."))
     for name, tensor in tensors.items():
         if not name.startswith("electra.") and name != _TIED:
@@ -120,7 +117,7 @@ def _our_encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> It
 
 
 def to_transformers(model: Electra) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:
-    """(generator, discriminator) with copies of the model's weights."""
+    """Return generator and discriminator with copies of the model's weights."""
     tensors = {name: tensor.detach().float().clone() for name, tensor in model.state_dict().items()}
     generator = ElectraForMaskedLM(transformers_config(model.generator.config))
     discriminator = ElectraForPreTraining(transformers_config(model.discriminator.config))

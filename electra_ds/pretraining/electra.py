@@ -57,11 +57,11 @@ class MicroBatch(NamedTuple):
 
     @property
     def is_static(self) -> bool:
-        """Whether it has the shape that a compiled forward takes."""
+        """True if it has the shape that a compiled forward takes."""
         return self.counts_M is not None
 
     def filled(self, size: int) -> MicroBatch:
-        """The same with `size` selected positions, so that micro-batches have one shape.
+        """Return the same with `size` selected positions, so that micro-batches have one shape.
 
         What is added points at the first place, a [CLS], which it neither replaces nor predicts.
         """
@@ -78,7 +78,7 @@ class MicroBatch(NamedTuple):
         )
 
     def attention_mask(self) -> torch.Tensor | None:
-        """bool [B, 1, Q, T], which places each query sees: those of its own sequence. None where all see all.
+        """Return bool [B, 1, Q, T]: the places that each query sees, those of its own sequence. None if all see all.
 
         Made where the tensors are, since with several sequences in a row it is T times as large as they. There
         padding sees padding, so that no query sees nothing.
@@ -90,13 +90,13 @@ class MicroBatch(NamedTuple):
         return self.sequences_BT[:, None, :, None] == self.sequences_BT[:, None, None, :]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device."""
+        """Return the same on another device."""
         return self._replace(**moved(self._asdict(), device))
 
 
 def moved(tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
-    """Those that are there, on another device; to a GPU from pinned memory, so that the host does not wait for the
-    copy."""
+    """Return the tensors that are not None on another device, to a GPU from pinned memory, so that the host does not
+    wait for the copy."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if device.type == "cuda" and tensor.device.type == "cpu":
@@ -126,10 +126,12 @@ class ElectraOutput(NamedTuple):
 
 
 def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple[EncoderConfig, EncoderConfig]:
-    """(generator, discriminator). The generator follows google-research/electra `get_generator_config`:
-    hidden = round(multiplier * hidden), feed-forward 4 * hidden, heads = max(1, hidden // 64) unless the recipe sets
-    their number. If the discriminator's own heads are narrower than 64, its head size takes the place of 64. Raises
-    ConfigError for a recipe of another objective."""
+    """Return the sizes of generator and discriminator.
+
+    The generator follows google-research/electra `get_generator_config`: hidden = round(multiplier * hidden),
+    feed-forward 4 * hidden, heads = max(1, hidden // 64) unless the recipe sets their number. If the discriminator's
+    heads are narrower than 64, their size takes the place of 64. Raises ConfigError for another objective's recipe.
+    """
     recipe = electra_recipe(recipe)
     model = recipe.model
     sizes = model.model_dump(exclude={"initializer"})

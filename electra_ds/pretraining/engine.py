@@ -86,9 +86,8 @@ class CompiledForward:
 
 
 def _has_graphs(device: torch.device, plan: DeepSpeedPlan) -> bool:
-    """Whether CUDA graphs are used: with one micro-batch a step and nothing but our own optimizer behind it, since
-    gradients live in memory that the next replay writes to; and where there is room for a micro-batch of another shape
-    beside the graph, which keeps its memory."""
+    """Return whether CUDA graphs are used: with one micro-batch a step and our own optimizer, since gradients live in
+    memory that the next replay writes to, and if there is room for a micro-batch of another shape next to the graph."""
     if device.type != "cuda" or plan.stage > 0 or plan.batch.gradient_accumulation_steps > 1:
         return False
     return torch.cuda.get_device_properties(device).total_memory >= _GRAPH_MEMORY_BYTES

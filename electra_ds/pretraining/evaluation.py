@@ -99,7 +99,7 @@ class Evaluator:
 
 
 def unigram_nats(store: TokenStore, split: Split) -> np.ndarray:
-    """float64 [vocab]: -log of each token's share of the training text, counts plus one."""
+    """Return float64 [vocab], -log of each token's share of the training text, counts plus one."""
     size = store.tokenizer.vocab_size
     stop = min(len(store.tokens), _UNIGRAM_TOKENS)
     counts = np.ones(size)

@@ -167,7 +167,7 @@ def kernels_of(device: torch.device) -> Kernels:
 
 
 def free_bytes(device: torch.device, ranks: Ranks) -> int:
-    """What a run may take of the device: of a GPU what is free, of the CPU's memory this rank's share of that."""
+    """Return what a run may take: of a GPU what is free, of the CPU's memory this rank's share of that."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # which is there already, and needed
     return int(CPU_SHARE * psutil.virtual_memory().available / ranks.launch.local_size)

@@ -73,7 +73,7 @@ class PretrainLoop(TrainingLoop):
         peak = joint_peak_flops(device, plan.precision.name, plan.batch.world_size)
         super().__init__(job, ranks, builder, Throughput(device, peak, self.objective.flops), callbacks)
         self._evaluations: list[Mapping[str, Any]] | None = None
-        """Of the whole run, on the main rank."""
+        """All evaluations of the run, on the main rank."""
         self._collapsed_at: int | None = None
 
     def start(self, stack: contextlib.ExitStack) -> None:
@@ -127,7 +127,7 @@ class PretrainLoop(TrainingLoop):
         return {} if self._collapsed_at is None else {"collapsed_at": self._collapsed_at}
 
     def _look_for_collapse(self, newest: Sequence[Mapping[str, Any]]) -> int | None:
-        """On the main rank, which has the evaluations before."""
+        """Return the step of a collapse, on the main rank, which has the earlier evaluations."""
         if not self.ranks.is_main:
             return None
         if self._evaluations is None:

@@ -62,9 +62,10 @@ class StepFlops(NamedTuple):
 def step_flops(
     generator: EncoderConfig, discriminator: EncoderConfig, lengths_B: Sequence[int] | np.ndarray, selected: int
 ) -> StepFlops:
-    """One step over B sequences of so many tokens, `selected` of which the generator predicts.
+    """Return the FLOPs of a step over B sequences of so many tokens, `selected` of which the generator predicts.
 
-    Padding is not in it, computed or not. The cut into micro-batches, rows and ranks changes nothing.
+    Padding is not in it, computed or not. transformers' classes compute vocabulary logits at every position, so for
+    them `selected` is the number of tokens.
     """
     tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
     embedding, hidden = generator.embedding_size, generator.hidden_size
@@ -79,15 +80,8 @@ def step_flops(
     )
 
 
-def transformers_step_flops(
-    generator: EncoderConfig, discriminator: EncoderConfig, lengths_B: Sequence[int] | np.ndarray
-) -> StepFlops:
-    """The same step as `ElectraForMaskedLM` and `ElectraForPreTraining` do it: vocabulary logits at every position."""
-    return step_flops(generator, discriminator, lengths_B, selected=int(np.sum(lengths_B)))
-
-
 def encoder_flops(config: EncoderConfig, lengths_B: Sequence[int] | np.ndarray) -> int:
-    """Forward and backward pass of an encoder alone, as finetuning has it."""
+    """Return the FLOPs of an encoder's forward and backward pass, as finetuning has it."""
     tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
     return _PASSES * (_encoder(config, tokens) + _attention(config, pairs) + _projection(config, tokens))
 
@@ -136,14 +130,9 @@ class StepTime(NamedTuple):
     def roofline_s(self) -> float:
         return max(self.products_s + self.traffic_s, self.host_s)
 
-    def days(self, steps: int) -> tuple[float, float]:
-        """From the fastest to the slowest that is likely."""
-        low, high = (self.roofline_s * steps * factor / 86_400 for factor in SLOWER)
-        return low, high
-
 
 def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
-    """A step of full rows on cards like this one; None where the card lacks the precision.
+    """Return the time of a step of full rows on cards like this one; None if the card lacks the precision.
 
     It does not include torch.compile, which fuses operations, offloading, and communication between ranks.
     """
@@ -159,7 +148,7 @@ def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) 
     saved = saved_bytes(recipe, vocab_size, of_rank, plan.precision.name, "cuda")
     traffic = TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
     traffic += TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
-    traffic += _TRAFFIC_OF_PARAMETER * count_parameters(recipe, vocab_size).all
+    traffic += _TRAFFIC_OF_PARAMETER * sum(count_parameters(recipe, vocab_size))
     of_layer, of_piece, of_rest = OPERATIONS
     operations = of_layer * (generator.num_hidden_layers + discriminator.num_hidden_layers)
     operations += of_piece * head_pieces(vocab_size, selected // batch.gradient_accumulation_steps) + of_rest
@@ -188,12 +177,12 @@ class RunTime(NamedTuple):
 
     @property
     def may_take_years(self) -> bool:
-        """Whether nobody starts such a run without having thought about it; weeks and months on a GPU are normal."""
+        """True for a run that nobody starts by accident; weeks and months on a GPU are normal."""
         return self.high_s > YEAR_S
 
 
 def cpu_rate(threads: int) -> float:
-    """FLOPs a second of a large product in fp32 on so many threads."""
+    """Return the FLOPs a second of a large product in fp32 on so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -263,14 +252,11 @@ def finetuning_time(
 
 def time_of_steps(step: StepTime | None, steps: int) -> RunTime | None:
     """Return the time of so many steps on a card."""
-    if step is None:
-        return None
-    low, high = step.days(steps)
-    return RunTime(low * 86_400, high * 86_400)
+    return None if step is None else RunTime(*(step.roofline_s * steps * factor for factor in SLOWER))
 
 
 def span(low_s: float, high_s: float) -> str:
-    """Both in the unit that suits them, such as 2–8 min."""
+    """Return both in the unit that suits them, such as 2–8 min."""
     units = (("years", YEAR_S), ("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
     unit, size = next((each for each in units if high_s >= 1.5 * each[1]), units[-1])
     first, last = (f"{value / size:.2g}" if value / size < 10 else f"{value / size:.0f}" for value in (low_s, high_s))

@@ -22,7 +22,7 @@ Metrics = Mapping[str, float | None]
 
 @dataclass
 class Progress:
-    """Where a run is."""
+    """The place that a run has reached."""
 
     run: Path
     """The run's folder."""

@@ -8,7 +8,7 @@
       recipe.yaml deepspeed.json run.json tokenizer.json
       manifest.json           size and SHA-256 of every file above
 
-Of several ranks each writes a share of the parameters, whole tensors, into weights-00001-of-00002.safetensors and so
+Of several ranks each writes a share of the parameters, no tensor cut, into weights-00001-of-00002.safetensors and so
 on; any number of ranks reads them. All is written into a hidden folder, flushed, and published by one rename, the
 manifest last. Nothing in it is unpickled.
 """
@@ -17,30 +17,118 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from electra_ds.core.devices import is_disk_full
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.ranks import Ranks
 from electra_ds.training.optimizer import MOMENTS
-from electra_ds.training.tensor_file import FileEntry, TensorFiles, hash_file, write_file, write_tensors
 
 FORMAT = 1
 LATEST = "latest"
 _NAME = re.compile(r"step-\d{8}")  # a copy under another name is the user's
 _SHARD = re.compile(r"(weights|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
+# A thread that writes takes part in Python's lock once a piece; at 256 KB it waits for the training thread 20 times as
+# long as it works (docs/experiments.md).
+_PIECE_BYTES = 16 << 20
+
+
+class FileEntry(NamedTuple):
+    """The entry of a file in a manifest."""
+
+    bytes: int
+    sha256: str
+
+
+def write_file(path: Path, pieces: Iterable[bytes | np.ndarray]) -> FileEntry:
+    """Write and flush to the disk; the hash is of what was meant, not of what a bad disk gives back. Raises OSError."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for whole in pieces:
+            view = memoryview(whole).cast("B")  # type: ignore[arg-type]
+            for start in range(0, len(view), _PIECE_BYTES):
+                piece = view[start : start + _PIECE_BYTES]
+                digest.update(piece)
+                size += len(piece)
+                while piece:
+                    piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+    return FileEntry(size, digest.hexdigest())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
+    """Write fp32 tensors on the CPU, as `safetensors.torch.save_file` would write them, in one pass over the bytes."""
+    names = sorted(tensors)
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        assert tensors[name].dtype == torch.float32, name
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def pieces() -> Iterator[bytes | np.ndarray]:
+        yield len(text).to_bytes(8, "little") + text
+        for name in names:
+            yield tensors[name].detach().contiguous().flatten().numpy()
+
+    return write_file(path, pieces())
+
+
+def hash_file(path: Path) -> str:
+    """Return a file's SHA-256. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class TensorFiles(Mapping[str, torch.Tensor]):
+    """Tensors of several files by name, read when they are asked for, so that no rank holds all of them."""
+
+    def __init__(self, prefixes: Mapping[Path, str]) -> None:
+        """prefixes: what to put before the names of each file. Raises SafetensorError and OSError."""
+        self._files: dict[str, tuple[Any, str]] = {}
+        for path, prefix in prefixes.items():
+            file = safe_open(path, "pt")
+            self._files |= {prefix + name: (file, name) for name in file.keys()}  # noqa: SIM118
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        file, key = self._files[name]
+        return tuple(file.get_slice(key).get_shape())
+
+    def dtypes(self) -> Iterator[tuple[str, str]]:
+        """Yield (name, dtype as the format names it), such as F32."""
+        for name, (file, key) in self._files.items():
+            yield name, file.get_slice(key).get_dtype()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        file, key = self._files[name]
+        tensor: torch.Tensor = file.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 class Checkpoint(NamedTuple):
@@ -144,9 +232,9 @@ class CheckpointFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK | os.X_OK):  # to be said now, not at the first save
                 raise PermissionError(errno.EACCES, "it cannot be written")
-            whole = [path for path in self.paths() if path not in doomed]
-            if doomed or whole:
-                self.point_to(whole[-1] if whole else None)
+            complete = [path for path in self.paths() if path not in doomed]
+            if doomed or complete:
+                self.point_to(complete[-1] if complete else None)
             for path in doomed:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)

@@ -66,14 +66,14 @@ class Job(Protocol):
 
     @property
     def total_steps(self) -> int:
-        """Of the schedule."""
+        """The steps of the schedule."""
 
     @property
     def stop_at(self) -> int:
         """Step at which to save and leave; the schedule stays that of the recipe."""
 
     def record_files(self, plan: DeepSpeedPlan) -> dict[str, str]:
-        """What travels in each checkpoint, whose run has this plan by now: whoever has one needs nothing else."""
+        """Return the files that travel in each checkpoint, which is all that it needs. plan: the one in use by now."""
 
 
 def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_limit_s: float | None = None) -> bool:
@@ -95,7 +95,7 @@ def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_li
                 job.run.clear_status()
             return loop.run(preemption)
     except (InterruptedBySignalError, ConfigError, FailedElsewhereError):
-        raise  # stopped as asked; refused, with the run as it was; told by the rank that failed
+        raise  # stopped as asked; refused, with the run as it was; reported by the rank that failed
     except Exception as error:
         if devices.is_out_of_memory(error):  # outside of a step
             error = TrainingError(
@@ -139,7 +139,7 @@ class TrainingLoop(ABC):
         self._evaluated = 0
         """The last step of an evaluation, as far as this rank knows; the main rank does."""
         self._announced: Path | None = None
-        """The last checkpoint that callbacks were told of."""
+        """The last checkpoint that callbacks have heard of."""
 
     @property
     def step(self) -> int:
@@ -291,8 +291,28 @@ class TrainingLoop(ABC):
             except RuntimeError as error:
                 if not devices.is_out_of_memory(error):
                     raise
-                smaller = smaller_plan(self.plan, step, self._engine.optimizer.is_whole, self._how_to_resume, error)
+                smaller = self._smaller_plan(step, error)
             self._continue_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
+
+    def _smaller_plan(self, step: int, error: RuntimeError) -> DeepSpeedPlan:
+        """Return the plan with half the micro-batch, or the next smaller one that divides the batch.
+
+        Raises TrainingError if the step cannot be done again.
+        """
+        batch = self.plan.batch
+        sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
+        ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
+        if not sizes:
+            raise TrainingError(
+                f"{ran_out}, and there is no smaller one. Close what else uses the memory, or add an "
+                f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_resume('auto')}"
+            ) from error
+        if batch.world_size > 1 or not self._engine.optimizer.is_whole:
+            why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "its update had begun"
+            raise TrainingError(
+                f"{ran_out}, and the step cannot be done again, since {why}. {self._how_to_resume(sizes[0])}"
+            ) from error
+        return self.plan.with_micro_batch(sizes[0])
 
     def _continue_with(self, plan: DeepSpeedPlan) -> None:
         """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
@@ -406,10 +426,10 @@ class TrainingLoop(ABC):
             self.log.flush()
         return {"step": self.step, "tokens": self.tokens, "precision": self.job.plan.precision.name}
 
-    def _how_to_resume(self, arguments: str = "") -> str:
+    def _how_to_resume(self, micro_batch: int | str) -> str:
         saved = self._saved()
         begin = f"From {saved[-1].name} on" if saved else "No checkpoint was saved yet, so from the start"
-        return f"{begin}: {command(self.job.command)} --resume {self.job.run.path}{arguments}"
+        return f"{begin}: {command(self.job.command)} --resume {self.job.run.path} --micro-batch {micro_batch}"
 
     def _stopped(self, request: StopRequest) -> bool:
         """Save and leave: return False, or raise InterruptedBySignalError after a signal."""
@@ -438,26 +458,3 @@ class TrainingLoop(ABC):
         if self.engine is not None:
             self.engine.close()
             self.engine = None
-
-
-def smaller_plan(
-    plan: DeepSpeedPlan, step: int, can_repeat: bool, how_to_resume: Callable[[str], str], error: RuntimeError
-) -> DeepSpeedPlan:
-    """Return the plan with half the micro-batch, or the next smaller one that divides the batch.
-
-    can_repeat: whether the step's update has not begun. Raises TrainingError if the step cannot be done again.
-    """
-    batch = plan.batch
-    sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
-    ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
-    if not sizes:
-        raise TrainingError(
-            f"{ran_out}, and there is no smaller one. Close what else uses the memory, or add an "
-            f"activation_checkpointing section to the DeepSpeed JSON. {how_to_resume(' --micro-batch auto')}"
-        ) from error
-    if batch.world_size > 1 or not can_repeat:
-        why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "its update had begun"
-        raise TrainingError(
-            f"{ran_out}, and the step cannot be done again, since {why}. {how_to_resume(f' --micro-batch {sizes[0]}')}"
-        ) from error
-    return plan.with_micro_batch(sizes[0])

@@ -34,7 +34,7 @@ FRESH_COUNTERS = {
 
 
 class ParameterRates(NamedTuple):
-    """How one parameter is treated apart from the others."""
+    """One parameter's own learning rate and weight decay."""
 
     lr_scale: float = 1.0
     """Its learning rate over the schedule's."""
@@ -71,7 +71,7 @@ def put_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) ->
 
 
 def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: float = 0.0) -> dict[str, torch.Tensor]:
-    """State of torch's AdamW for one parameter, with zero moments.
+    """Return the state of torch's AdamW for one parameter, with zero moments.
 
     Without bias correction the step count stands so high that the correction is 1: the update is the original's,
     through torch's own kernels. `taken_steps` then has no say.
@@ -266,7 +266,7 @@ class MasterAdamW(torch.optim.Optimizer):
 def learning_rate_at(
     step: int, *, learning_rate: float, kind: Literal["linear", "product"], warmup_steps: int, total_steps: int
 ) -> float:
-    """Learning rate of optimiser step `step` (0 for the first one).
+    """Return the learning rate of optimiser step `step` (0 for the first one).
 
     `linear`: rises linearly from 0 over `warmup_steps`, then falls linearly to 0 at `total_steps`
     (transformers' `get_linear_schedule_with_warmup`, which the reproduction study used). `product`: the rise

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from electra_ds.core.ranks import Ranks
-from electra_ds.training.checkpoint import CheckpointFolder, PendingCheckpoint, share_of
+from electra_ds.training.checkpoint import CheckpointFolder, FileEntry, PendingCheckpoint, share_of
 from electra_ds.training.optimizer import MasterAdamW
-from electra_ds.training.tensor_file import FileEntry
 from electra_ds.training.zero import ZeroAdamW
 
 

@@ -6,10 +6,10 @@ any micro-batches, accumulation steps and ranks, and its losses stay the same.
 
 from __future__ import annotations
 
-import queue
-import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,7 +43,7 @@ class StepBatch(Protocol):
 
 
 class StepOutput(Protocol):
-    """What a model returns for a micro-batch."""
+    """The output of a model for a micro-batch."""
 
     @property
     def losses(self) -> Mapping[str, torch.Tensor]:
@@ -90,7 +90,7 @@ _AUTOCAST = {"autocast-fp16": torch.float16, "autocast-bf16": torch.bfloat16}
 
 
 class TrainableModel(Protocol):
-    """What any engine can train: a `torch.nn.Module` that lets itself be set up."""
+    """A `torch.nn.Module` that any engine can train, since it lets itself be set up."""
 
     def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
         """autocast_dtype: for its forward pass, None for none. checkpointed_layers: how many of each encoder, from the
@@ -128,7 +128,7 @@ class AutocastModel(nn.Module, ABC):
 
 
 def set_up_model(model: TrainableModel, plan: DeepSpeedPlan) -> torch.dtype:
-    """Autocast and activation checkpointing as planned; returns the dtype that the weights are to have in a step."""
+    """Set up autocast and activation checkpointing as planned; return the dtype of the weights in a step."""
     model.set_up(_AUTOCAST.get(plan.precision.name), plan.checkpointed_layers)
     return _WEIGHTS.get(plan.precision.name, torch.float32)
 
@@ -140,34 +140,14 @@ class Builder(Protocol):
 
 
 def prefetched(builder: Builder, first_step: int, stop_step: int) -> Iterator[tuple[int, Any]]:
-    """(step, batch) in order, built one or two steps ahead in a thread."""
-    ready: queue.Queue[tuple[int, Any] | BaseException | None] = queue.Queue(maxsize=2)
-    stopped = threading.Event()
-
-    def put(item: tuple[int, Any] | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for step in range(first_step, stop_step):
-                if stopped.is_set():
-                    return
-                put((step, builder.build(step)))
-            put(None)
-        except BaseException as error:  # handed to the consumer
-            put(error)
-
-    thread = threading.Thread(target=produce, name="batches", daemon=True)
-    thread.start()
+    """Yield (step, batch) in order, built up to two steps ahead in a thread."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        ahead = deque(thread.submit(builder.build, step) for step in range(first_step, min(first_step + 2, stop_step)))
+        for step in range(first_step, stop_step):
+            batch = ahead.popleft().result()
+            if step + 2 < stop_step:
+                ahead.append(thread.submit(builder.build, step + 2))
+            yield step, batch
     finally:
-        stopped.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)

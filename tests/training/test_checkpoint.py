@@ -21,12 +21,14 @@ from electra_ds.training import checkpoint as checkpoint_module
 from electra_ds.training.checkpoint import (
     CheckpointFolder,
     PendingCheckpoint,
+    TensorFiles,
+    hash_file,
     load_checkpoint,
     share_of,
     verify_checkpoint,
+    write_tensors,
 )
 from electra_ds.training.optimizer import FRESH_COUNTERS
-from electra_ds.training.tensor_file import TensorFiles, hash_file, write_tensors
 from tests.helpers import REPOSITORY
 
 RECORD = {"recipe.yaml": "name: x\n", "run.json": "{}"}

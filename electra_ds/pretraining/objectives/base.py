@@ -87,7 +87,7 @@ class TextBatch:
 
     @property
     def is_token(self) -> np.ndarray:
-        """bool [B, T], True at tokens, special ones included, and False at padding."""
+        """Boolean [B, T], True at tokens, special ones included, and False at padding."""
         return before(self.lengths_B, self.ids_BT.shape[1])
 
 

@@ -8,7 +8,7 @@ Shape suffixes: B sequences of the global batch, T positions, M selected positio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,7 +28,6 @@ from electra_ds.pretraining.objectives.electra_evaluation import (
     ALWAYS_ORIGINAL,
     LEGEND,
     Measured,
-    always_original_accuracy,
     collapsed_at,
     evaluation_of,
     measured,
@@ -57,12 +56,12 @@ class ElectraBatch(PretrainingBatch):
 
     @property
     def num_selected(self) -> int:
-        """What the generator's loss is divided by."""
+        """The divisor of the generator's loss."""
         return max(1, int(np.count_nonzero(self.masks.selected)))
 
     @property
     def num_counted(self) -> int:
-        """What the discriminator's loss is divided by."""
+        """The divisor of the discriminator's loss."""
         return max(1, int(np.count_nonzero(self.counted_BT)))
 
     @property
@@ -182,10 +181,10 @@ class ElectraObjective(Objective[ElectraRecipe]):
     @classmethod
     def complete(cls, metrics: Mapping[str, Any]) -> dict[str, Any]:
         share = metrics.get("replaced_share")
-        return dict(metrics) if share is None else {**metrics, ALWAYS_ORIGINAL: always_original_accuracy(share)}
+        return dict(metrics) if share is None else {**metrics, ALWAYS_ORIGINAL: 1 - share}
 
     def describe(self, metrics: Mapping[str, float]) -> str:
-        original = always_original_accuracy(metrics["replaced_share"])
+        original = 1 - metrics["replaced_share"]
         return (
             f"generator loss {metrics['generator_loss']:.3f} ({metrics['generator_masked_loss']:.3f} at [MASK], a gain "
             f"of {metrics['generator_gain']:+.3f} nats over the unigram), discriminator loss "
@@ -237,7 +236,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
         }
 
     def parameter_counts(self) -> dict[str, int]:
-        return asdict(count_parameters(self.recipe, self.vocab_size))
+        return count_parameters(self.recipe, self.vocab_size)._asdict()
 
     def flops(self, batch: ElectraBatch) -> float:
         return self._flops(batch.lengths_B, batch.num_selected)

@@ -22,6 +22,7 @@ from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.electra import Electra, ElectraOutput, MicroBatch
 
 ALWAYS_ORIGINAL = "always_original_accuracy"
+"""The accuracy of always answering "original", the baseline of `discriminator_accuracy`."""
 WINDOW = 4
 """Evaluations in a row that must all look alike."""
 LEAST_SHARE = 0.1
@@ -62,13 +63,8 @@ class Evaluation(NamedTuple):
     """Area under the ROC curve; nan where only one class occurred."""
 
 
-def always_original_accuracy(replaced_share: float) -> float:
-    """Return the accuracy of always answering "original", the baseline of `discriminator_accuracy`."""
-    return 1 - replaced_share
-
-
 class Measured(NamedTuple):
-    """What one micro-batch shows; the arrays are over its [MASK]ed and its counted positions."""
+    """Results of one micro-batch; the arrays are over its [MASK]ed and its counted positions."""
 
     generator_sum: float
     discriminator_sum: float
@@ -132,9 +128,9 @@ def _mean(parts: Iterable[np.ndarray]) -> float:
 
 
 def collapsed_at(evaluations: Sequence[Mapping[str, Any]], total_steps: int, warmup_steps: int) -> int | None:
-    """Since which step it is so, None where it is not.
+    """Return the step since which training has collapsed, None if it has not.
 
-    evaluations: in order, with `step` and the values of `Evaluation`. It is so where in all of WINDOW
+    evaluations: in order, with `step` and the values of `Evaluation`. Training has collapsed if in all of WINDOW
     evaluations that are judged AUC and recall are at chance, and the generator is better at the end than at the
     beginning. The step is that of the first evaluation from which on all were at chance, judged or not: a discriminator
     that never began has it at the first one of the run.
@@ -177,8 +173,6 @@ LEGEND = Text.assemble(
     ". Accused are the tokens with the highest scores, as many as were replaced.",
 )  # fmt: skip
 
-_BETWEEN_WORDS = " .,;:?!'’\"“”«»…。、，；：？！।؟،"
-
 
 @torch.no_grad()
 def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: Any, count: int) -> list[Text]:
@@ -197,8 +191,9 @@ def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: Any, count: in
         micro_batch.replaced_M.numpy(), output.samples_M.numpy(), shown[micro_batch.selected_M.numpy()]
     )
     shown = shown.reshape(batch.ids_BT.shape)
+    texts = [tokenizer.backend.decode(row.tolist(), skip_special_tokens=True) for row in batch.ids_BT]
     sentences = []
-    for row in most_prose([_decoded(tokenizer, row) for row in batch.ids_BT], count):
+    for row in most_prose(texts, count):
         text = Text()
         for place in range(1, batch.lengths_B[row] - 1):
             accused = counted[row, place] and scores[row, place] > threshold
@@ -219,30 +214,21 @@ def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: Any, count: in
 
 
 def most_prose(texts: Sequence[str], count: int) -> list[int]:
-    """Return the places of the `count` texts with the largest share of prose, in their order.
+    """Return the places of the `count` texts that have the most prose, in their order.
 
-    Prose, in any script, is letters, spaces and the marks between sentences and their parts; brackets, digits,
-    underscores and operators are what code and tables are made of. Texts that are shorter than half of the longest
-    come last, since a short one is easily all letters.
+    Prose, in any script, is letters and spaces; digits, brackets and operators are what code and tables are made of.
     """
-    longest = max(map(len, texts), default=0)
-    ranked = sorted(
-        range(len(texts)), key=lambda place: (2 * len(texts[place]) < longest, -_share_of_prose(texts[place]))
-    )
+    ranked = sorted(range(len(texts)), key=lambda place: _prose(texts[place]), reverse=True)
     return sorted(ranked[:count])
 
 
-def _share_of_prose(text: str) -> float:
-    is_prose = [unicodedata.category(each)[0] in "LM" or each in _BETWEEN_WORDS for each in text]
-    return sum(is_prose) / max(1, len(text))
-
-
-def _decoded(tokenizer: Tokenizer, ids_T: np.ndarray) -> str:
-    return tokenizer.backend.decode(ids_T.tolist(), skip_special_tokens=True)
+def _prose(text: str) -> int:
+    """Return the number of letters, marks and spaces in a text, less five for each other character."""
+    return sum(1 if unicodedata.category(each)[0] in "LMZ" else -5 for each in text)
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as it reads in running text: with the space before it, where it starts a word."""
+    """Return a token as it reads in running text: with the space before it if it starts a word."""
     token = tokenizer.backend.id_to_token(int(token_id)) or "�"
     if type(tokenizer.backend.model).__name__ == "WordPiece":
         return token.removeprefix("##") if token.startswith("##") else f" {token}"
