@@ -10,20 +10,22 @@ from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTrainin
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import Electra
 
-_LAYER_NAMES = {
+_LAYERS = {
     "attention_output": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
     "intermediate": "intermediate.dense",
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-_GENERATOR_HEAD_NAMES = {
-    "dense": "generator_predictions.dense",
-    "LayerNorm": "generator_predictions.LayerNorm",
-    "decoder": "generator_lm_head",
+_HEADS = {
+    "generator_head.dense": "generator_predictions.dense",
+    "generator_head.LayerNorm": "generator_predictions.LayerNorm",
+    "generator_head.decoder": "generator_lm_head",
+    "discriminator_head.dense": "discriminator_predictions.dense",
+    "discriminator_head.dense_prediction": "discriminator_predictions.dense_prediction",
 }
-_OUR_LAYER_NAMES = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
-_OUR_GENERATOR_HEAD_NAMES = {theirs: ours for ours, theirs in _GENERATOR_HEAD_NAMES.items()}
+_OUR_LAYERS = {theirs: ours for ours, theirs in _LAYERS.items()}
+_OUR_HEADS = {theirs: ours for ours, theirs in _HEADS.items()}
 _ATTENTION_PARTS = ("query", "key", "value")
 _TIED = "generator_lm_head.weight"
 
@@ -49,71 +51,57 @@ def transformers_config(config: EncoderConfig) -> ElectraConfig:
 
 def generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors of `Electra.state_dict` (or gradients by the same names) under `ElectraForMaskedLM`'s names."""
-    renamed = dict(_encoder_tensors(tensors, "generator."))
-    for name, tensor in _under(tensors, "generator_head."):
-        module, _, kind = name.rpartition(".")
-        renamed[f"{_GENERATOR_HEAD_NAMES[module]}.{kind}"] = tensor
-    return renamed
+    return dict(_under_their_names(tensors, "generator"))
 
 
 def discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the same for `ElectraForPreTraining`."""
-    renamed = dict(_encoder_tensors(tensors, "discriminator."))
-    for name, tensor in _under(tensors, "discriminator_head."):
-        renamed[f"discriminator_predictions.{name}"] = tensor
-    return renamed
+    return dict(_under_their_names(tensors, "discriminator"))
 
 
-def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
-
-
-def _encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in _under(tensors, prefix):
-        if not name.startswith("layers."):
-            yield f"electra.{name}", tensor
-            continue
-        _, index, module, kind = name.split(".")
-        layer = f"electra.encoder.layer.{index}"
-        if module == "query_key_value":
-            for part, piece in zip(_ATTENTION_PARTS, tensor.chunk(3), strict=True):
-                yield f"{layer}.attention.self.{part}.{kind}", piece
-        else:
-            yield f"{layer}.{_LAYER_NAMES[module]}.{kind}", tensor
+def _under_their_names(tensors: Mapping[str, torch.Tensor], network: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if module.startswith(f"{network}_head."):
+            yield f"{_HEADS[module]}.{kind}", tensor
+        elif module.startswith(f"{network}.layers."):
+            _, _, index, part = module.split(".")
+            layer = f"electra.encoder.layer.{index}"
+            if part == "query_key_value":
+                for each, piece in zip(_ATTENTION_PARTS, tensor.chunk(3), strict=True):
+                    yield f"{layer}.attention.self.{each}.{kind}", piece
+            else:
+                yield f"{layer}.{_LAYERS[part]}.{kind}", tensor
+        elif module.startswith(f"{network}."):
+            yield f"electra.{name.removeprefix(f'{network}.')}", tensor
 
 
 def from_generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors of `ElectraForMaskedLM` under our names, without the decoder's weight, which is the token table's
     and has no name of its own. Raises KeyError for a name that is none of transformers'."""
-    renamed = dict(_our_encoder_tensors(tensors, "generator."))
-    for name, tensor in tensors.items():
-        if not name.startswith("electra.") and name != _TIED:
-            module, _, kind = name.rpartition(".")
-            renamed[f"generator_head.{_OUR_GENERATOR_HEAD_NAMES[module]}.{kind}"] = tensor
-    return renamed
+    return dict(_under_our_names(tensors, "generator"))
 
 
 def from_discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same for `ElectraForPreTraining`, in full, or for its encoder alone."""
-    renamed = dict(_our_encoder_tensors(tensors, "discriminator."))
-    for name, tensor in _under(tensors, "discriminator_predictions."):
-        renamed[f"discriminator_head.{name}"] = tensor
-    return renamed
+    """Return the same for `ElectraForPreTraining`, in full, or for its encoder alone. Other heads are left out."""
+    return dict(_under_our_names(tensors, "discriminator"))
 
 
-def _our_encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in _under(tensors, "electra."):
-        if not name.startswith("encoder.layer."):
-            yield f"{prefix}{name}", tensor
-            continue
-        _, _, index, rest = name.split(".", 3)
-        module, _, kind = rest.rpartition(".")
-        layer = f"{prefix}layers.{index}"
-        if module == "attention.self.query":  # which stands for all three
-            parts = [tensors[f"electra.{name}".replace(".query.", f".{part}.")] for part in _ATTENTION_PARTS]
-            yield f"{layer}.query_key_value.{kind}", torch.cat(parts)
-        elif not module.startswith("attention.self."):
-            yield f"{layer}.{_OUR_LAYER_NAMES[module]}.{kind}", tensor
+def _under_our_names(tensors: Mapping[str, torch.Tensor], network: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if module.startswith("electra.encoder.layer."):
+            _, _, _, index, part = module.split(".", 4)
+            layer = f"{network}.layers.{index}"
+            if part == "attention.self.query":  # which stands for all three
+                parts = [tensors[name.replace(".query.", f".{each}.")] for each in _ATTENTION_PARTS]
+                yield f"{layer}.query_key_value.{kind}", torch.cat(parts)
+            elif not part.startswith("attention.self."):
+                yield f"{layer}.{_OUR_LAYERS[part]}.{kind}", tensor
+        elif module.startswith("electra."):
+            yield f"{network}.{name.removeprefix('electra.')}", tensor
+        elif name != _TIED and (network == "generator" or module in _OUR_HEADS):
+            yield f"{_OUR_HEADS[module]}.{kind}", tensor
 
 
 def to_transformers(model: Electra) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:

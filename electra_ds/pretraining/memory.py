@@ -249,20 +249,18 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
     again = sizes.layer(discriminator) if plan.checkpointed_layers >= discriminator.num_hidden_layers else 0
     # The head adds up its half-precision gradient by the token table in fp32, so there is one of each.
     product = vocab_size * discriminator.embedding_size * _HALF if sizes.element == _HALF else 0
+
+    def phase(gradients: int, activations: int = 0, logits: int = 0, workspace: int = 0) -> Phase:
+        return Phase(state.weights, gradients, state.optimizer, activations, logits, cublas + workspace, state.buffers)
+
     return PeakMemory(
-        head=Phase(
-            state.weights, early_gradients, state.optimizer, during_head,
-            _logits(recipe, vocab_size, sizes.selected, kernels), cublas + product, state.buffers,
+        head=phase(
+            early_gradients, during_head, _logits(recipe, vocab_size, sizes.selected, kernels), workspace=product
         ),
-        backward=Phase(
-            state.weights, early_gradients, state.optimizer, sum(saved), 0, cublas + max(0, inner) + again,
-            state.buffers,
-        ),
-        update=Phase(
-            state.weights, state.gradients, state.optimizer, 0, 0, cublas + state.update, state.buffers
-        ),
+        backward=phase(early_gradients, sum(saved), workspace=max(0, inner) + again),
+        update=phase(state.gradients, workspace=state.update),
         host_bytes=state.host,
-    )  # fmt: skip
+    )
 
 
 def _logits(recipe: ElectraRecipe, vocab_size: int, selected: int, kernels: Kernels) -> int:
