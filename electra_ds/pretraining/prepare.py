@@ -6,7 +6,7 @@ What every run needs is in `training/prepare.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -111,10 +111,7 @@ def fitted(
             note = f"micro-batch {fitting.batch.micro_batch_size} is {share}, of {free / 2**30:.1f} GiB that are free"
         plan = fitting
     else:
-        kernels = kernels_of(device)
-        objective: Objective[Any] = Objective.of(recipe, vocab_size)
-        peak = objective.peak_memory(plan, kernels)
-        needed = 0 if peak is None else peak.needed_bytes(kernels)
+        needed = needed_bytes(Objective.of(recipe, vocab_size), plan, device)
         if needed > free:
             note = (
                 f"a step is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
@@ -185,10 +182,14 @@ def fitting_plan(
     objective: Objective[Any] = Objective.of(recipe, vocab_size)
     if objective.peak_memory(plan, kernels_of(device)) is None:
         return plan
-    if device.type == "cuda" and plan.stage < 3:
-        fitting = _tried(objective, plan, device, ranks)
-    else:
-        fitting = _computed(objective, plan, device, ranks)
+    is_tried, budget = device.type == "cuda" and plan.stage < 3, free_bytes(device, ranks)
+
+    def fits(candidate: DeepSpeedPlan) -> bool:
+        if is_tried:
+            return has_room(objective, candidate, device)
+        return needed_bytes(objective, candidate, device) <= budget
+
+    fitting = largest_fitting(plan, fits, ranks)
     if fitting is None:
         raise ConfigError(
             "Not even one sequence fits into the memory that is free. Close what else uses it, shard over more cards "
@@ -198,26 +199,19 @@ def fitting_plan(
     return fitting
 
 
-def _tried(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device, ranks: Ranks) -> DeepSpeedPlan | None:
+def largest_fitting(plan: DeepSpeedPlan, fits: Callable[[DeepSpeedPlan], bool], ranks: Ranks) -> DeepSpeedPlan | None:
+    """Return the plan with the largest micro-batch that fits on every rank; None if none does."""
     for cut in plan.batch.others():
         candidate = plan.with_micro_batch(cut.micro_batch_size)
-        if all(ranks.gather(has_room(objective, candidate, device))):
+        if all(ranks.gather(fits(candidate))):
             return candidate
     return None
 
 
-def _computed(
-    objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
-) -> DeepSpeedPlan | None:
-    budget, kernels = free_bytes(device, ranks), kernels_of(device)
-
-    def fits(size: int) -> bool:
-        peak = objective.peak_memory(plan.with_micro_batch(size), kernels)
-        return peak is not None and peak.needed_bytes(kernels) <= budget
-
-    found = next((cut.micro_batch_size for cut in plan.batch.others() if fits(cut.micro_batch_size)), 0)
-    size = min(ranks.gather(found))
-    return plan.with_micro_batch(size) if size else None
+def needed_bytes(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> int:
+    """Return the memory that a step is predicted to take; 0 if the objective does not say."""
+    peak = objective.peak_memory(plan, kernels_of(device))
+    return 0 if peak is None else peak.needed_bytes(kernels_of(device))
 
 
 def has_room(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> bool:

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from electra_ds.pretraining import prepare
 from electra_ds.pretraining.electra import Electra, MicroBatch
 from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.pretraining.objectives.electra import ElectraObjective
-from electra_ds.pretraining.prepare import fitting_plan, has_room
+from electra_ds.pretraining.prepare import fitting_plan, has_room, largest_fitting
 from electra_ds.pretraining.pretrain import PretrainLoop, pretrain
 from electra_ds.training.checkpoint import CheckpointFolder, PendingCheckpoint
 from electra_ds.training.optimizer import MasterAdamW
@@ -363,14 +364,15 @@ def test_the_probe_finds_the_largest_micro_batch_that_fits(process_group: Ranks)
     """The search that a GPU gets, on the CPU, with a memory that holds so many sequences."""
     recipe = small_recipe("global_batch_size=12")
     plan = cpu_plan(recipe)
+    fits = partial(has_room, ElectraObjective(recipe, 400), device=torch.device("cpu"))
     for room, expected in [(12, 12), (11, 6), (5, 4), (1, 1)]:
         with fails("backward", lambda turn, sequences, room=room: sequences > room):
-            found = prepare._tried(ElectraObjective(recipe, 400), plan, torch.device("cpu"), process_group)
+            found = largest_fitting(plan, fits, process_group)
         assert found is not None
         assert (found.batch.micro_batch_size, found.batch.gradient_accumulation_steps) == (expected, 12 // expected)
         assert not found.is_micro_batch_open
     with fails("forward", lambda turn, sequences: True):
-        assert prepare._tried(ElectraObjective(recipe, 400), plan, torch.device("cpu"), process_group) is None
+        assert largest_fitting(plan, fits, process_group) is None
 
 
 def test_a_probe_leaves_weights_and_random_numbers_of_the_run_alone(process_group: Ranks) -> None:
