@@ -86,6 +86,16 @@ class TextBatch:
     mask_token_id: int
 
     @property
+    def num_tokens(self) -> int:
+        """The number of tokens without padding."""
+        return int(self.lengths_B.sum())
+
+    @property
+    def num_sequences(self) -> int:
+        """The number of sequences."""
+        return len(self.ids_BT)
+
+    @property
     def is_token(self) -> np.ndarray:
         """Boolean [B, T], True at tokens, special ones included, and False at padding."""
         return before(self.lengths_B, self.ids_BT.shape[1])

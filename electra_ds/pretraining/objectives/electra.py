@@ -41,17 +41,14 @@ GENERATOR_LOSS, DISCRIMINATOR_LOSS = "generator_loss", "discriminator_loss"
 
 
 @dataclass(frozen=True)
-class ElectraBatch(PretrainingBatch):
-    """numpy arrays of one optimiser step."""
+class ElectraBatch(TextBatch, PretrainingBatch):
+    """The text of one optimiser step with its masks and noise."""
 
-    ids_BT: np.ndarray
-    lengths_B: np.ndarray
-    second_segment_BT: np.ndarray | None
-    """bool, True in the second segment; None where rows have only one."""
     masks: Masks
     counted_BT: np.ndarray
+    """bool, True where the discriminator's loss counts."""
     noise_keys_BT: np.ndarray
-    mask_token_id: int
+    """int32."""
     recipe: ElectraRecipe
 
     @property
@@ -70,14 +67,6 @@ class ElectraBatch(PretrainingBatch):
             GENERATOR_LOSS: LossTerm(self.recipe.generator.loss_weight, self.num_selected),
             DISCRIMINATOR_LOSS: LossTerm(self.recipe.discriminator.loss_weight, self.num_counted),
         }
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.lengths_B.sum())
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.ids_BT)
 
     def micro_batch(self, first: int, size: int, *, packed: bool = True) -> MicroBatch:
         """Return sequences `first` to `first + size` as tensors in ordinary memory.
@@ -165,9 +154,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
         noise = random_bits(rng, *text.ids_BT.shape).view(np.int32)
         masks = choose_masks(text.maskable_BT, text.lengths_B, rng, self.recipe.masking)
         counted = text.is_token if self.recipe.discriminator.loss_on_special else text.maskable_BT
-        return ElectraBatch(
-            text.ids_BT, text.lengths_B, text.second_segment_BT, masks, counted, noise, text.mask_token_id, self.recipe
-        )
+        return ElectraBatch(**vars(text), masks=masks, counted_BT=counted, noise_keys_BT=noise, recipe=self.recipe)
 
     def measure(self, micro_batch: MicroBatch, output: ElectraOutput) -> Measured:
         return measured(micro_batch, output)
