@@ -115,17 +115,19 @@ class PretrainLoop(TrainingLoop):
         _log.info(f"held out at step {self.step}: {self.objective.describe(metrics)}")
         if self._collapsed_at is None:
             self._evaluations.append(metrics | {"step": self.step})
-            self._look_for_collapse()
-            if self._collapsed_at is not None:
+            collapsed_at = self._look_for_collapse()
+            if collapsed_at is not None:
                 hint = "" if self.ends_early else ", and --stop-on-collapse would end the run"
-                _log.info(f"{self.objective.describe_collapse(self._collapsed_at)}{hint}.")
+                _log.info(f"{self.objective.describe_collapse(collapsed_at)}{hint}.")
         return metrics
 
-    def _look_for_collapse(self) -> None:
+    def _look_for_collapse(self) -> int | None:
+        """Return the step since which training has collapsed, the same on all ranks."""
         found = self.objective.collapsed_at(self._evaluations) if self.ranks.is_main else None
         self._collapsed_at = self.ranks.broadcast(found)
         if self._collapsed_at is not None and self.job.record.settings.stop_on_collapse:
             self.ends_early = "collapsed"
+        return self._collapsed_at
 
     @property
     def keep_at(self) -> Collection[int]:
