@@ -57,9 +57,16 @@ def predict_tokens(
     if torch.is_autocast_enabled(device_type):
         hidden_ME = hidden_ME.to(torch.get_autocast_dtype(device_type))
     found = _Prediction.apply(
-        hidden_ME, weight_VE, bias_V, targets_M, noise_keys_M, column_keys_V, temperature, counts_M,
+        hidden_ME,
+        weight_VE,
+        bias_V,
+        targets_M,
+        noise_keys_M,
+        column_keys_V,
+        temperature,
+        counts_M,
         torch.is_grad_enabled(),
-    )  # fmt: skip
+    )
     return Prediction(*found)
 
 
@@ -161,14 +168,25 @@ class GeneratorHead(nn.Module):
         self.decoder.weight = word_embeddings.weight
 
     def forward(
-        self, hidden_MH: torch.Tensor, targets_M: torch.Tensor, noise_keys_M: torch.Tensor,
-        column_keys_V: torch.Tensor, temperature: torch.Tensor | None, counts_M: torch.Tensor | None = None,
-    ) -> Prediction:  # fmt: skip
+        self,
+        hidden_MH: torch.Tensor,
+        targets_M: torch.Tensor,
+        noise_keys_M: torch.Tensor,
+        column_keys_V: torch.Tensor,
+        temperature: torch.Tensor | None,
+        counts_M: torch.Tensor | None = None,
+    ) -> Prediction:
         """Return loss and samples for the hidden states at the masked positions."""
         return predict_tokens(
-            self.transform(hidden_MH), self.decoder.weight, self.decoder.bias, targets_M, noise_keys_M, column_keys_V,
-            temperature, counts_M,
-        )  # fmt: skip
+            self.transform(hidden_MH),
+            self.decoder.weight,
+            self.decoder.bias,
+            targets_M,
+            noise_keys_M,
+            column_keys_V,
+            temperature,
+            counts_M,
+        )
 
     def transform(self, hidden_MH: torch.Tensor) -> torch.Tensor:
         """Return the vectors that the token table is multiplied with, [M, H] -> [M, E]."""
