@@ -257,7 +257,8 @@ class TrainingLoop(ABC):
                 self._evaluate()
                 if self.ends_early is not None:
                     break
-            if self._is_to_be_saved() and self.step < job.stop_at:
+            is_to_be_saved = self.step % settings.save_every == 0 or self.step in self.keep_at
+            if is_to_be_saved and self.step < job.stop_at:
                 with self.throughput.paused():
                     self._save()
             if self.progress.stop_reason is not None:
@@ -393,9 +394,6 @@ class TrainingLoop(ABC):
             devices.release_memory(self.device)
 
     # Saving and stopping.
-
-    def _is_to_be_saved(self) -> bool:
-        return self.step % self.job.record.settings.save_every == 0 or self.step in self.keep_at
 
     def _save(self) -> None:
         """Begin to save a checkpoint at the step that is done."""
