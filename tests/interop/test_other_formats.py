@@ -8,7 +8,7 @@ import pytest
 
 from electra_ds.cli import main
 from electra_ds.core.errors import DataError
-from electra_ds.model.other_formats import refuse_other_frameworks
+from electra_ds.pretraining.convert import refuse_other_frameworks
 
 CONFIG = '{"model_type": "electra"}'
 ORIGINAL = (
