@@ -121,7 +121,7 @@ class Engine:
 
 
 def close_deepspeed(engine: Any) -> None:
-    """Free what a `PretrainingEngine` of deepspeed holds, and take back what stage 3 did to the process."""
+    """Free what a `DeepSpeedEngine` holds, and take back what stage 3 did to the process."""
     engine.destroy()
     functional.linear = _TORCH_LINEAR
     forget_models()

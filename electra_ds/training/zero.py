@@ -72,7 +72,7 @@ class ZeroAdamW:
     """
 
     def __init__(self, engine: Any, section: OptimizerSection, scaling: LossScaling | None) -> None:
-        """engine: a `PretrainingEngine` of deepspeed at stage 1, 2 or 3, around `torch_adamw`."""
+        """engine: a `DeepSpeedEngine` at stage 1, 2 or 3, around `torch_adamw`."""
         self._engine = engine
         self._zero = engine.optimizer
         self._stage = engine.zero_optimization_stage()
