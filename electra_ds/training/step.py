@@ -31,13 +31,16 @@ class StepBatch(Protocol):
     """The global batch of one step, of whatever a model is trained on."""
 
     @property
+    @abstractmethod
     def loss_terms(self) -> Mapping[str, LossTerm]:
         """The step's losses by name, in the order in which they are reported."""
 
     @property
+    @abstractmethod
     def num_tokens(self) -> int:
         """The number of tokens without padding."""
 
+    @abstractmethod
     def micro_batch(self, first: int, size: int) -> Any:
         """Return examples `first` to `first + size` as something with `to(device)` that the model takes."""
 
