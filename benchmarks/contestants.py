@@ -14,9 +14,8 @@ from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.pretraining.convert import transformers_config
-from electra_ds.pretraining.electra import discriminator_loss_sum, encoder_configs
+from electra_ds.pretraining.electra import MicroBatch, discriminator_loss_sum, encoder_configs
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.microbatch import MicroBatch
 from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.training.zero import ZeroAdamW

@@ -24,7 +24,7 @@ from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.memory import peak_memory
 from electra_ds.pretraining.objectives.electra import ElectraBatch
-from electra_ds.pretraining.probe import kernels_of
+from electra_ds.pretraining.prepare import kernels_of
 from electra_ds.training.engine import wants_fp16
 
 STEPS = 3

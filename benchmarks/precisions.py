@@ -17,7 +17,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.training.prefetch import prefetched
+from electra_ds.training.step import prefetched
 
 WINDOW_STEPS = 10
 LOSSES = ("generator_loss", "discriminator_loss")

@@ -36,15 +36,14 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.core.keyed_random import column_keys
 from electra_ds.data.segments import Ranges
 from electra_ds.data.token_store import TokenStore
-from electra_ds.model.prediction import sample_tokens
+from electra_ds.model.heads import sample_tokens
 from electra_ds.pretraining.batches import BatchBuilder
-from electra_ds.pretraining.compiled import check_compile
 from electra_ds.pretraining.electra import Electra, encoder_configs
-from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.flops import step_flops, transformers_step_flops
+from electra_ds.pretraining.engine import PretrainingEngine, check_compile
 from electra_ds.pretraining.masking import Masks
 from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.plain import PlainEngine
+from electra_ds.pretraining.run_time import step_flops
 from electra_ds.training.engine import check_plan, wants_fp16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,7 +147,7 @@ class Suite:
         who, _ = name.split()
         configs = encoder_configs(self.recipe, self.vocab_size, 0)
         if who == "transformers":
-            flops = transformers_step_flops(*configs, batch.lengths_B).forward_and_backward
+            flops = step_flops(*configs, batch.lengths_B, int(batch.lengths_B.sum())).forward_and_backward
         else:
             flops = step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward
         median = float(np.median(seconds))

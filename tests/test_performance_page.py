@@ -10,8 +10,7 @@ from electra_ds.config.cards import Card, find_card, peak_flops
 from electra_ds.config.deepspeed import resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.pretraining.electra import Electra, encoder_configs
-from electra_ds.pretraining.flops import step_flops, transformers_step_flops
-from electra_ds.pretraining.step_time import SLOWER, step_time
+from electra_ds.pretraining.run_time import SLOWER, step_flops, step_time, time_of_steps
 from tests.helpers import REPOSITORY
 from tests.report.published_runs import evidence
 
@@ -20,7 +19,7 @@ VOCABULARY = RECIPE.tokenizer.vocab_size
 ROWS, LENGTH = RECIPE.global_batch_size, RECIPE.data.sequence_length
 CONFIGS = encoder_configs(RECIPE, VOCABULARY, 0)
 OURS = step_flops(*CONFIGS, [LENGTH] * ROWS, round(RECIPE.masking.mlm_probability * ROWS * LENGTH))
-THEIRS = transformers_step_flops(*CONFIGS, [LENGTH] * ROWS)
+THEIRS = step_flops(*CONFIGS, [LENGTH] * ROWS, LENGTH * ROWS)
 TEXT = (REPOSITORY / "docs" / "performance.md").read_text("utf8")
 PROSE = " ".join(TEXT.split())
 DAY_S = 86_400
@@ -94,7 +93,9 @@ def test_shares_of_the_peak_and_predictions_follow_from_what_stands_beside_them(
         time = step_time(RECIPE, VOCABULARY, FP16, card_and_peak(name)[0])
         assert time is not None
         assert roofline_ms == f"{time.roofline_s * 1e3:.3g}"
-        low, high = time.days(RECIPE.schedule.total_steps)
+        span = time_of_steps(time, RECIPE.schedule.total_steps)
+        assert span is not None
+        low, high = span.low_s / 86_400, span.high_s / 86_400
         assert predicted == f"{low:.2g} to {high:.2g}", name
         if published != "–":
             assert low <= float(published.split()[0]) <= high, name

@@ -25,9 +25,8 @@ from electra_ds.pretraining.batches import BatchBuilder, objective_of
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.pretraining.objectives.base import PretrainingBatch
-from electra_ds.training.model import AutocastModel
-from electra_ds.training.prefetch import prefetched
 from electra_ds.training.prepare import plan_for
+from electra_ds.training.step import AutocastModel, prefetched
 
 
 def open_store(path: str | Path) -> TokenStore:

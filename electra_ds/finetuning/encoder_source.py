@@ -32,10 +32,10 @@ from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.files import is_hub_model
 from electra_ds.data.given_tokenizer import read_folder
 from electra_ds.data.hub import explained, fetch_model
-from electra_ds.model.other_formats import refuse_other_frameworks
-from electra_ds.pretraining.trained import load_model
+from electra_ds.pretraining.convert import refuse_other_frameworks
+from electra_ds.pretraining.evaluation import load_model
 from electra_ds.training.checkpoint import Checkpoint
-from electra_ds.training.recorded import kept_checkpoint, newest_checkpoint
+from electra_ds.training.checkpoints import kept_checkpoint, newest_checkpoint
 
 _MISSING, _UNKNOWN = "missing are", "unknown are"
 _POOLER = "pooler."

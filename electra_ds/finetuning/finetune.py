@@ -38,7 +38,7 @@ from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint, re
 from electra_ds.training.engine import Engine
 from electra_ds.training.loop import TrainingLoop, train
 from electra_ds.training.saver import CheckpointSaver
-from electra_ds.training.throughput import Throughput
+from electra_ds.training.step_log import Throughput
 from electra_ds.training.tracking import read_metrics
 
 _log = logging.getLogger(__name__)

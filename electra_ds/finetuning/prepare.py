@@ -37,7 +37,7 @@ from electra_ds.finetuning.tokenized_task import QuestionAnsweringTask, Sequence
 from electra_ds.pretraining.run_time import RunTime, finetuning_time
 from electra_ds.training import prepare
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
-from electra_ds.training.recorded import kept_checkpoint
+from electra_ds.training.checkpoints import kept_checkpoint
 
 _log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from electra_ds.core.errors import CheckpointError
-from electra_ds.model.other_formats import refuse_other_frameworks
+from electra_ds.pretraining.convert import refuse_other_frameworks
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt")

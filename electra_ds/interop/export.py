@@ -19,9 +19,9 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.files import is_hub_model
+from electra_ds.pretraining.evaluation import load_model
 from electra_ds.pretraining.objectives.base import Export
-from electra_ds.pretraining.trained import load_model
-from electra_ds.training.recorded import beside, newest_checkpoint
+from electra_ds.training.checkpoints import beside, newest_checkpoint
 from electra_ds.training.tracking import read_metrics
 
 _LONGEST_NAME = 200

@@ -36,11 +36,10 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.interop.export import cannot_write, check_out, unfinished
 from electra_ds.pretraining.electra import Electra
 from electra_ds.training.checkpoint import Checkpoint
+from electra_ds.training.checkpoints import beside, newest_checkpoint, recorded_recipe
 from electra_ds.training.engine import check_plan, close_deepspeed
-from electra_ds.training.optimizer import MOMENTS, adamw_state
+from electra_ds.training.optimizer import MOMENTS, adamw_state, learning_rate_at
 from electra_ds.training.prepare import plan_of_run
-from electra_ds.training.recorded import beside, newest_checkpoint, recorded_recipe
-from electra_ds.training.schedule import learning_rate_at
 from electra_ds.training.zero import ZeroAdamW, torch_adamw
 
 _CONVERTED = (1, 2)

@@ -43,7 +43,7 @@ from electra_ds.finetuning.tasks import TaskData
 from electra_ds.interop.export import check_out, new_folder
 from electra_ds.interop.finetuned_card import Exported, finetuned_card
 from electra_ds.training.checkpoint import Checkpoint
-from electra_ds.training.recorded import beside, kept_checkpoint, recorded_recipe
+from electra_ds.training.checkpoints import beside, kept_checkpoint, recorded_recipe
 
 _TOLERANCE = 1e-4
 """How far the scores of the folder may be from those of the run, as a share of the largest score, at least 1; rounding
@@ -119,7 +119,7 @@ def _trained_model(checkpoint: Checkpoint, recipe: FinetuneRecipe, config: Pretr
     head = make_head(recipe, int(config.hidden_size), num_outputs, num_outputs == 1)
     model = TaskModel(make_encoder(config, recipe.seed), head)
     parameters = dict(model.named_parameters())
-    checkpoint.check_weights({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    checkpoint.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
     _fill(model, {name: checkpoint.tensors[f"master/{name}"] for name in parameters})
     return model
 

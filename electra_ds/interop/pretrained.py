@@ -17,8 +17,7 @@ from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.hub import explained
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.encoder_source import check_complete, load_weights, silent_transformers
-from electra_ds.model.other_formats import refuse_other_frameworks
-from electra_ds.pretraining.convert import from_discriminator_tensors, from_generator_tensors
+from electra_ds.pretraining.convert import from_discriminator_tensors, from_generator_tensors, refuse_other_frameworks
 
 Kind = Literal["generator", "discriminator"]
 SIZES = (

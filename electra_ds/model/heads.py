@@ -1,16 +1,160 @@
-"""The two pretraining heads, the same functions as in transformers' ELECTRA.
+"""The two pretraining heads, the same functions as in transformers' ELECTRA, and the generator's loss.
 
-Shape suffixes: M masked positions, B sequences, T positions, H hidden size, E embedding size, V vocabulary.
+The generator's loss and samples come from one pass over the logits, which never exist all at once. Rows are processed
+in pieces: logits, softmax, loss, sample, and immediately the gradients of the head's inputs, so that nothing of size
+rows x vocabulary outlives its piece. The gradients are those of the sum of losses, which backward scales. So they do
+not vanish in fp16, as they would with a division by the number of rows before the product.
+
+Shape suffixes: M selected positions, B sequences, T positions, H hidden size, E embedding size, V vocabulary.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from electra_ds.core.keyed_random import exponential_noise
 from electra_ds.model.encoder import EncoderConfig
-from electra_ds.model.prediction import Prediction, predict_tokens
+
+# Bytes of fp32 logits in a piece. More pieces cost nothing on a CPU, and some kernel launches each on a GPU.
+CPU_PIECE_BYTES = 8 << 20
+GPU_PIECE_BYTES = 128 << 20
+CPU_NOISE_BYTES = 1 << 20  # on a CPU samples are drawn in pieces whose noise stays in a core's cache
+
+
+class Prediction(NamedTuple):
+    """The generator's output at the selected positions."""
+
+    loss_sum: torch.Tensor
+    """fp32 scalar, sum of the cross-entropies in nats (ELECTRA paper, eq. 2); the only field with a gradient."""
+    losses_M: torch.Tensor
+    """fp32, the terms of the sum."""
+    best_M: torch.Tensor
+    """int64, the most probable token."""
+    samples_M: torch.Tensor
+    """int64, one token drawn by `sample_tokens`."""
+
+
+def predict_tokens(
+    hidden_ME: torch.Tensor,
+    weight_VE: torch.Tensor,
+    bias_V: torch.Tensor,
+    targets_M: torch.Tensor,
+    noise_keys_M: torch.Tensor,
+    column_keys_V: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    counts_M: torch.Tensor | None = None,
+) -> Prediction:
+    """Compute loss and samples for logits hidden @ weight.T + bias, which have hidden's dtype (or autocast's).
+
+    Samples are drawn from softmax(logits / temperature). Everything but the logits is fp32. temperature: fp32 scalar,
+    None for 1. counts_M: bool, False at rows whose loss counts as 0; None if all count.
+    """
+    device_type = hidden_ME.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden_ME = hidden_ME.to(torch.get_autocast_dtype(device_type))
+    found = _Prediction.apply(
+        hidden_ME,
+        weight_VE,
+        bias_V,
+        targets_M,
+        noise_keys_M,
+        column_keys_V,
+        temperature,
+        counts_M,
+        torch.is_grad_enabled(),
+    )
+    return Prediction(*found)
+
+
+class _Prediction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ME: torch.Tensor,
+        weight_VE: torch.Tensor,
+        bias_V: torch.Tensor,
+        targets_M: torch.Tensor,
+        noise_keys_M: torch.Tensor,
+        column_keys_V: torch.Tensor,
+        temperature: torch.Tensor | None,
+        counts_M: torch.Tensor | None,
+        with_gradient: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        dtype = hidden_ME.dtype
+        weight, bias = weight_VE.to(dtype), bias_V.to(dtype)
+        grad_hidden = torch.empty_like(hidden_ME) if with_gradient else None
+        grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32) if with_gradient else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if with_gradient else None
+        parts = []
+        for rows in _pieces(hidden_ME, len(weight_VE)):
+            hidden, targets = hidden_ME[rows], targets_M[rows, None]
+            logits = functional.linear(hidden, weight, bias).float()
+            highest, best = logits.max(dim=-1)
+            probabilities = torch.softmax(logits, dim=-1)
+            # The highest probability is 1 / sum(exp(logit - highest)).
+            normaliser = highest - probabilities.gather(1, best[:, None]).squeeze(1).log()
+            losses = normaliser - logits.gather(1, targets).squeeze(1)
+            if counts_M is not None:
+                losses = torch.where(counts_M[rows], losses, 0.0)
+            weights = probabilities if temperature is None else torch.softmax(logits / temperature, dim=-1)
+            parts.append((losses, best, sample_tokens(weights, noise_keys_M[rows], column_keys_V)))
+            if grad_hidden is not None and grad_weight is not None and grad_bias is not None:
+                ones = torch.ones_like(targets, dtype=torch.float32)
+                grad_logits = probabilities.scatter_add_(1, targets, -ones)
+                if counts_M is not None:
+                    grad_logits = torch.where(counts_M[rows, None], grad_logits, 0.0)
+                grad_bias += grad_logits.sum(0)
+                grad_logits = grad_logits.to(dtype)
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                if dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits.t(), hidden)
+                else:
+                    grad_weight += grad_logits.t() @ hidden
+        losses_M, best_M, samples_M = (torch.cat(column) for column in zip(*parts, strict=True))
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.dtypes = weight_VE.dtype, bias_V.dtype
+        ctx.mark_non_differentiable(losses_M, best_M, samples_M)
+        return losses_M.sum(), losses_M, best_M, samples_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        scale = grads[0]
+        return (
+            (grad_hidden.float() * scale).to(grad_hidden.dtype),  # in half precision the scale would be rounded too
+            (grad_weight * scale).to(weight_dtype),
+            (grad_bias * scale).to(bias_dtype),
+            *[None] * 6,
+        )
+
+
+def _pieces(hidden_ME: torch.Tensor, vocab_size: int) -> list[slice]:
+    piece_bytes = CPU_PIECE_BYTES if hidden_ME.device.type == "cpu" else GPU_PIECE_BYTES
+    size = max(1, piece_bytes // (4 * vocab_size))
+    return [slice(first, first + size) for first in range(0, max(1, len(hidden_ME)), size)]
+
+
+def sample_tokens(weights_MV: torch.Tensor, noise_keys_M: torch.Tensor, column_keys_V: torch.Tensor) -> torch.Tensor:
+    """Return int64 [M], one token per row, drawn with probability proportional to its weight (fp32, such as a softmax).
+
+    An exponential race: with Exp(1) variates E keyed by `noise_keys_M` (int32) the largest weight / E wins. This is
+    Gumbel-argmax, log(weight) - log(E), without its logarithm. A draw does not depend on how the batch is divided, and
+    rounding almost never changes it. ELECTRA paper, section 2; google-research/electra samples by Gumbel-argmax.
+    """
+    rows = len(weights_MV)
+    if weights_MV.device.type == "cpu":
+        rows = max(1, CPU_NOISE_BYTES // (4 * weights_MV.shape[1]))
+    samples = []
+    for weights, noise_keys in zip(weights_MV.split(rows or 1), noise_keys_M.split(rows or 1), strict=True):
+        noise = exponential_noise(noise_keys, column_keys_V)
+        samples.append(torch.div(weights, noise, out=noise).max(dim=-1).indices)  # faster than argmax on a CPU
+    return torch.cat(samples)
 
 
 class GeneratorHead(nn.Module):
@@ -24,14 +168,25 @@ class GeneratorHead(nn.Module):
         self.decoder.weight = word_embeddings.weight
 
     def forward(
-        self, hidden_MH: torch.Tensor, targets_M: torch.Tensor, noise_keys_M: torch.Tensor,
-        column_keys_V: torch.Tensor, temperature: torch.Tensor | None, counts_M: torch.Tensor | None = None,
-    ) -> Prediction:  # fmt: skip
+        self,
+        hidden_MH: torch.Tensor,
+        targets_M: torch.Tensor,
+        noise_keys_M: torch.Tensor,
+        column_keys_V: torch.Tensor,
+        temperature: torch.Tensor | None,
+        counts_M: torch.Tensor | None = None,
+    ) -> Prediction:
         """Return loss and samples for the hidden states at the masked positions."""
         return predict_tokens(
-            self.transform(hidden_MH), self.decoder.weight, self.decoder.bias, targets_M, noise_keys_M, column_keys_V,
-            temperature, counts_M,
-        )  # fmt: skip
+            self.transform(hidden_MH),
+            self.decoder.weight,
+            self.decoder.bias,
+            targets_M,
+            noise_keys_M,
+            column_keys_V,
+            temperature,
+            counts_M,
+        )
 
     def transform(self, hidden_MH: torch.Tensor) -> torch.Tensor:
         """Return the vectors that the token table is multiplied with, [M, H] -> [M, E]."""

@@ -167,9 +167,13 @@ def _product(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Te
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight_FH: torch.Tensor, bias_F: torch.Tensor, out_HF: torch.Tensor,
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight_FH: torch.Tensor,
+        bias_F: torch.Tensor,
+        out_HF: torch.Tensor,
         out_bias_H: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         inner = functional.linear(hidden, weight_FH.to(hidden.dtype), bias_F.to(hidden.dtype))
         ctx.save_for_backward(hidden, inner, weight_FH, out_HF)
         return functional.linear(functional.gelu(inner), out_HF.to(hidden.dtype), out_bias_H.to(hidden.dtype))

@@ -43,7 +43,7 @@ class BatchBuilder:
         self._special = np.flatnonzero(store.tokenizer.is_special).tolist()
 
     def build(self, step: int, batch_size: int | None = None) -> PretrainingBatch:
-        """The batch of optimiser step `step`. Raises DataError if the store holds ids outside its vocabulary."""
+        """Return the batch of optimiser step `step`. Raises DataError if the store holds ids outside its vocabulary."""
         batch_size = batch_size or self.recipe.global_batch_size
         tokenizer = self.store.tokenizer
         rows = self.sampler.rows(step, batch_size)
@@ -66,7 +66,7 @@ class BatchBuilder:
         return self._tokens.take(positions, mode="clip")
 
     def _laid_out(self, rows: Rows, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids [B, T], lengths [B], where tokens may be masked [B, T]).
+        """Return ids [B, T], lengths [B], and where tokens may be masked [B, T].
 
         A row is [CLS] first [SEP], or [CLS] first [SEP] second [SEP], and padding.
         """

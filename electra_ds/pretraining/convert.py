@@ -1,35 +1,45 @@
-"""Our tensors under transformers' names and back: what parity tests compare, exports write and a run may begin with."""
+"""Our tensors under transformers' names and back, and how to convert the weights of other frameworks.
+
+The names are what parity tests compare, exports write and a run may begin with. Weights of other frameworks are
+recognised by their file names, without reading them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
+from electra_ds.core.errors import DataError
+from electra_ds.core.files import is_hub_model
+from electra_ds.core.program import command
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import Electra
 
-_LAYER_NAMES = {
+_LAYERS = {
     "attention_output": "attention.output.dense",
     "attention_norm": "attention.output.LayerNorm",
     "intermediate": "intermediate.dense",
     "output": "output.dense",
     "output_norm": "output.LayerNorm",
 }
-_GENERATOR_HEAD_NAMES = {
-    "dense": "generator_predictions.dense",
-    "LayerNorm": "generator_predictions.LayerNorm",
-    "decoder": "generator_lm_head",
+_HEADS = {
+    "generator_head.dense": "generator_predictions.dense",
+    "generator_head.LayerNorm": "generator_predictions.LayerNorm",
+    "generator_head.decoder": "generator_lm_head",
+    "discriminator_head.dense": "discriminator_predictions.dense",
+    "discriminator_head.dense_prediction": "discriminator_predictions.dense_prediction",
 }
-_OUR_LAYER_NAMES = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
-_OUR_GENERATOR_HEAD_NAMES = {theirs: ours for ours, theirs in _GENERATOR_HEAD_NAMES.items()}
+_OUR_LAYERS = {theirs: ours for ours, theirs in _LAYERS.items()}
+_OUR_HEADS = {theirs: ours for ours, theirs in _HEADS.items()}
 _ATTENTION_PARTS = ("query", "key", "value")
 _TIED = "generator_lm_head.weight"
 
 
 def transformers_config(config: EncoderConfig) -> ElectraConfig:
-    """The `ElectraConfig` of one of our encoders."""
+    """Return the `ElectraConfig` of one of our encoders."""
     return ElectraConfig(
         vocab_size=config.vocab_size,
         embedding_size=config.embedding_size,
@@ -48,82 +58,139 @@ def transformers_config(config: EncoderConfig) -> ElectraConfig:
 
 
 def generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of `Electra.state_dict` (or gradients by the same names) under `ElectraForMaskedLM`'s names."""
-    renamed = dict(_encoder_tensors(tensors, "generator."))
-    for name, tensor in _under(tensors, "generator_head."):
-        module, _, kind = name.rpartition(".")
-        renamed[f"{_GENERATOR_HEAD_NAMES[module]}.{kind}"] = tensor
-    return renamed
+    """Return tensors of `Electra.state_dict` (or gradients by the same names) under `ElectraForMaskedLM`'s names."""
+    return dict(_under_their_names(tensors, "generator"))
 
 
 def discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same for `ElectraForPreTraining`."""
-    renamed = dict(_encoder_tensors(tensors, "discriminator."))
-    for name, tensor in _under(tensors, "discriminator_head."):
-        renamed[f"discriminator_predictions.{name}"] = tensor
-    return renamed
+    """Return the same for `ElectraForPreTraining`."""
+    return dict(_under_their_names(tensors, "discriminator"))
 
 
-def _under(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items() if name.startswith(prefix))
-
-
-def _encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in _under(tensors, prefix):
-        if not name.startswith("layers."):
-            yield f"electra.{name}", tensor
-            continue
-        _, index, module, kind = name.split(".")
-        layer = f"electra.encoder.layer.{index}"
-        if module == "query_key_value":
-            for part, piece in zip(_ATTENTION_PARTS, tensor.chunk(3), strict=True):
-                yield f"{layer}.attention.self.{part}.{kind}", piece
-        else:
-            yield f"{layer}.{_LAYER_NAMES[module]}.{kind}", tensor
+def _under_their_names(tensors: Mapping[str, torch.Tensor], network: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if module.startswith(f"{network}_head."):
+            yield f"{_HEADS[module]}.{kind}", tensor
+        elif module.startswith(f"{network}.layers."):
+            _, _, index, part = module.split(".")
+            layer = f"electra.encoder.layer.{index}"
+            if part == "query_key_value":
+                for each, piece in zip(_ATTENTION_PARTS, tensor.chunk(3), strict=True):
+                    yield f"{layer}.attention.self.{each}.{kind}", piece
+            else:
+                yield f"{layer}.{_LAYERS[part]}.{kind}", tensor
+        elif module.startswith(f"{network}."):
+            yield f"electra.{name.removeprefix(f'{network}.')}", tensor
 
 
 def from_generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of `ElectraForMaskedLM` under the names of `Electra.state_dict`: the inverse of `generator_tensors`, but
-    for the decoder's weight, which is the token table's and has no name of its own.
-
-    Raises KeyError for a name that is none of transformers'.
-    """
-    renamed = dict(_our_encoder_tensors(tensors, "generator."))
-    for name, tensor in tensors.items():
-        if not name.startswith("electra.") and name != _TIED:
-            module, _, kind = name.rpartition(".")
-            renamed[f"generator_head.{_OUR_GENERATOR_HEAD_NAMES[module]}.{kind}"] = tensor
-    return renamed
+    """Return tensors of `ElectraForMaskedLM` under our names, without the decoder's weight, which is the token table's
+    and has no name of its own. Raises KeyError for a name that is none of transformers'."""
+    return dict(_under_our_names(tensors, "generator"))
 
 
 def from_discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same for `ElectraForPreTraining`, in full, or for its encoder alone."""
-    renamed = dict(_our_encoder_tensors(tensors, "discriminator."))
-    for name, tensor in _under(tensors, "discriminator_predictions."):
-        renamed[f"discriminator_head.{name}"] = tensor
-    return renamed
+    """Return the same for `ElectraForPreTraining`, in full, or for its encoder alone. Other heads are left out."""
+    return dict(_under_our_names(tensors, "discriminator"))
 
 
-def _our_encoder_tensors(tensors: Mapping[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in _under(tensors, "electra."):
-        if not name.startswith("encoder.layer."):
-            yield f"{prefix}{name}", tensor
-            continue
-        _, _, index, rest = name.split(".", 3)
-        module, _, kind = rest.rpartition(".")
-        layer = f"{prefix}layers.{index}"
-        if module == "attention.self.query":  # which stands for all three
-            parts = [tensors[f"electra.{name}".replace(".query.", f".{part}.")] for part in _ATTENTION_PARTS]
-            yield f"{layer}.query_key_value.{kind}", torch.cat(parts)
-        elif not module.startswith("attention.self."):
-            yield f"{layer}.{_OUR_LAYER_NAMES[module]}.{kind}", tensor
+def _under_our_names(tensors: Mapping[str, torch.Tensor], network: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if module.startswith("electra.encoder.layer."):
+            _, _, _, index, part = module.split(".", 4)
+            layer = f"{network}.layers.{index}"
+            if part == "attention.self.query":  # which stands for all three
+                parts = [tensors[name.replace(".query.", f".{each}.")] for each in _ATTENTION_PARTS]
+                yield f"{layer}.query_key_value.{kind}", torch.cat(parts)
+            elif not part.startswith("attention.self."):
+                yield f"{layer}.{_OUR_LAYERS[part]}.{kind}", tensor
+        elif module.startswith("electra."):
+            yield f"{network}.{name.removeprefix('electra.')}", tensor
+        elif name != _TIED and (network == "generator" or module in _OUR_HEADS):
+            yield f"{_OUR_HEADS[module]}.{kind}", tensor
 
 
 def to_transformers(model: Electra) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:
-    """(generator, discriminator) with copies of the model's weights."""
+    """Return generator and discriminator with copies of the model's weights."""
     tensors = {name: tensor.detach().float().clone() for name, tensor in model.state_dict().items()}
     generator = ElectraForMaskedLM(transformers_config(model.generator.config))
     discriminator = ElectraForPreTraining(transformers_config(model.discriminator.config))
     generator.load_state_dict(generator_tensors(tensors), strict=True)
     discriminator.load_state_dict(discriminator_tensors(tensors), strict=True)
     return generator.eval(), discriminator.eval()
+
+
+_OURS = ("*.safetensors", "pytorch_model*.bin")
+_BY_TRANSFORMERS = {
+    "tf_model*.h5": ("TensorFlow", "tensorflow", "from_tf"),
+    "flax_model*.msgpack": ("Flax", "flax", "from_flax"),
+}
+_GRAPHS = {"saved_model.pb": "a TensorFlow SavedModel", "*.onnx": "an ONNX model", "*.gguf": "a GGUF model"}
+
+
+def refuse_other_frameworks(path: Path, name: str) -> None:
+    """Raise DataError if the file or folder called `name` holds weights of another framework and none of PyTorch. The
+    message says how to convert it."""
+    found = _other_framework(path, name)
+    if found is not None:
+        raise DataError(
+            f"{name} is {found} Give the converted folder NEW to {command('pretrain')} --init-from or "
+            f"{command('finetune')} --model."
+        )
+
+
+def _other_framework(path: Path, name: str) -> str | None:
+    """Return the kind of weights and how to convert them, or None for anything else."""
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError:  # the error is reported when the file is read
+        return None
+    if any(file.match(pattern) for file in files for pattern in _OURS):
+        return None
+    if prefix := _tensorflow_prefix(path):
+        return (
+            f"a TensorFlow checkpoint, as google-research/electra writes it; PyTorch weights are needed. In another "
+            f"environment: pip install 'transformers<5' torch tensorflow, then\n"
+            f"  python -m transformers.models.electra.convert_electra_original_tf_checkpoint_to_pytorch \\\n"
+            f"    --tf_checkpoint_path {prefix} --config_file NEW/config.json \\\n"
+            f"    --pytorch_dump_path NEW/pytorch_model.bin --discriminator_or_generator discriminator\n"
+            f"Write NEW/config.json first: take that of google/electra-small-discriminator on the Hub, with this "
+            f"model's sizes. Put the model's vocab.txt into NEW too."
+        )
+    for pattern, kind in _GRAPHS.items():
+        if any(file.match(pattern) for file in files):
+            return f"{kind}, which is a graph and not only weights. Convert the checkpoint that it was made from."
+    for pattern, (framework, package, switch) in _BY_TRANSFORMERS.items():
+        if any(file.match(pattern) and file.is_file() for file in files):
+            source = path if path.is_dir() else path.parent
+            return f"a model with {framework} weights only. {_by_older_transformers(str(source), package, switch)}"
+    if is_hub_model(name) and any(file.name == "config.json" for file in files):  # such weights are never downloaded
+        advice = _by_older_transformers(name, "tensorflow", "from_tf")
+        return f"a model without PyTorch weights. If its page lists tf_model.h5, convert that: {advice}"
+    return None
+
+
+def _tensorflow_prefix(path: Path) -> Path | None:
+    """Return the prefix of a TensorFlow checkpoint, PREFIX.index and PREFIX.data-00000-of-00001, which is given, or one
+    of whose files is; in a folder, that of the newest one."""
+    if path.is_dir():
+        indices = sorted(path.glob("*.index"), key=lambda file: file.stat().st_mtime, reverse=True)
+        prefixes = [index.with_suffix("") for index in indices]
+    else:
+        prefixes = [path, path.with_suffix("")]
+    for prefix in prefixes:
+        if prefix.with_name(f"{prefix.name}.index").is_file() and any(prefix.parent.glob(f"{prefix.name}.data-*")):
+            return prefix
+    return None
+
+
+def _by_older_transformers(source: str, package: str, switch: str) -> str:
+    return (
+        f"transformers 5 reads only PyTorch weights. In another environment: pip install 'transformers<5' torch "
+        f"{package}, then\n"
+        f'  python -c "from transformers import AutoModelForPreTraining as M; '
+        f"M.from_pretrained('{source}', {switch}=True).save_pretrained('NEW')\"\n"
+        f"(AutoModelForMaskedLM for a generator), and copy the tokenizer's files to NEW."
+    )

@@ -127,18 +127,16 @@ def _check_steps(hardware: Hardware) -> list[Finding]:
         return []  # every step would fail, and the reason is in the report already
     try:  # torch or DeepSpeed may be missing or broken
         with contextlib.redirect_stdout(io.StringIO()):  # progress bars, which --json must not contain
-            steps = importlib.import_module("electra_ds.pretraining.self_test").try_precisions()
+            return importlib.import_module("electra_ds.pretraining.self_test").try_precisions()
     except Exception as error:
-        return [Finding("a step in fp32", "fails", "wrong", f"{type(error).__name__}: {error}".splitlines()[0])]
-    return [check_step(step.precision, step.result, step.reason) for step in steps]
+        return [failed_step("fp32", error)]
 
 
-def check_step(precision: str, result: str, reason: str) -> Finding:
-    """Return the finding for one step that was tried. Pretraining cannot run if fp32 fails."""
-    state: Literal["fine", "note", "wrong"] = "fine" if result == "works" else "note"
-    if result == "fails" and precision == "fp32":
-        state = "wrong"
-    return Finding(f"a step in {precision}", result, state, reason)
+def failed_step(precision: str, error: object) -> Finding:
+    """Return the finding for a step that failed. Pretraining cannot run if fp32 fails."""
+    state: Literal["note", "wrong"] = "wrong" if precision == "fp32" else "note"
+    what = f"{type(error).__name__}: {error}".strip() if isinstance(error, Exception) else str(error)
+    return Finding(f"a step in {precision}", "fails", state, what.splitlines()[0])
 
 
 def _print(findings: list[Finding], can_pretrain: bool, console: Console) -> None:

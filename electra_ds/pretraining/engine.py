@@ -1,18 +1,96 @@
-"""Pretraining's DeepSpeed engine, which compiles the forward pass where that pays."""
+"""Pretraining's DeepSpeed engine, which compiles the forward pass where that pays.
+
+A compiled forward has one shape with padding and one without, in which an objective's batch gives its full or nearly
+full rows (`PretrainingBatch.static_micro_batch`). Whatever has another shape (short sequences laid side by side,
+evaluation, replayed draws) runs as it is written.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from electra_ds.config.cards import TRITON_CAPABILITY
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_record import Compile
-from electra_ds.pretraining.compiled import CompiledForward, check_compile
+from electra_ds.core import devices
+from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.objectives.base import PretrainingBatch
 from electra_ds.training.engine import Engine
-from electra_ds.training.model import AutocastModel
+from electra_ds.training.step import AutocastModel
+
+_GRAPH_MEMORY_BYTES = 15 * 10**9  # cards of 16 GB and more
+_log = logging.getLogger(__name__)
+
+
+def check_compile(wanted: Compile, device: torch.device, plan: DeepSpeedPlan) -> bool:
+    """Return whether to compile. Raises ConfigError if that was asked for and cannot be."""
+    if wanted == "off":
+        return False
+    obstacle = _obstacle(device, plan)
+    if wanted == "on" and obstacle is not None:
+        raise ConfigError(f"--compile on cannot be done: {obstacle}. Leave it at auto.")
+    return obstacle is None and (wanted == "on" or device.type == "cuda")  # no faster on a CPU (docs/experiments.md)
+
+
+def _obstacle(device: torch.device, plan: DeepSpeedPlan) -> str | None:
+    """Return why a plan cannot be compiled for a device; None if it can."""
+    if plan.stage == 3:
+        return "ZeRO stage 3 gathers weights in hooks, which a compiled forward does not call"
+    if plan.checkpointed_layers:
+        return "the layers that are computed again (activation_checkpointing) are run as they are written"
+    if device.type == "cpu":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < TRITON_CAPABILITY:
+        return f"Triton needs compute capability 7.0, and this card has {capability[0]}.{capability[1]}"
+    return "Triton is not installed" if importlib.util.find_spec("triton") is None else None
+
+
+class CompiledForward:
+    """Takes the place of a model's `run` where a micro-batch has the shape that was compiled."""
+
+    def __init__(self, model: AutocastModel, plan: DeepSpeedPlan, device: torch.device, wanted: Compile):
+        self._eager = model.run
+        mode = "reduce-overhead" if _has_graphs(device, plan) else "default"
+        self._compiled: Callable[..., Any] | None = torch.compile(model.run, dynamic=False, fullgraph=True, mode=mode)
+        self._must = wanted == "on"
+        model.run = self  # type: ignore[method-assign]
+
+    def micro_batch(self, batch: PretrainingBatch, first: int, size: int) -> Any:
+        """Return sequences `first` to `first + size`, in the compiled shape if the batch has it."""
+        static = None if self._compiled is None else batch.static_micro_batch(first, size)
+        return batch.micro_batch(first, size) if static is None else static
+
+    def __call__(self, batch: Any, replayed: Any) -> Any:
+        is_static = getattr(batch, "is_static", False)
+        if self._compiled is None or not is_static or replayed is not None or not torch.is_grad_enabled():
+            return self._eager(batch, replayed)
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            return self._compiled(batch, None)
+        except torch._dynamo.exc.TorchDynamoException as error:  # inductor's, Triton's and the C++ compiler's too
+            inner = getattr(error, "inner_exception", None)
+            if inner is not None and devices.is_out_of_memory(inner):
+                raise inner from error
+            if self._must:
+                raise ConfigError(f"torch.compile failed; leave out --compile on. It says: {error}") from error
+            _log.warning("torch.compile failed, so the run continues without it: %s", error)
+            self._compiled = None
+            return self._eager(batch, None)
+
+
+def _has_graphs(device: torch.device, plan: DeepSpeedPlan) -> bool:
+    """Return whether CUDA graphs are used: with one micro-batch a step and our own optimizer, since gradients live in
+    memory that the next replay writes to, and if there is room for a micro-batch of another shape next to the graph."""
+    if device.type != "cuda" or plan.stage > 0 or plan.batch.gradient_accumulation_steps > 1:
+        return False
+    return torch.cuda.get_device_properties(device).total_memory >= _GRAPH_MEMORY_BYTES
 
 
 class PretrainingEngine(Engine):

@@ -1,9 +1,10 @@
-"""Evaluation on held-out text, the same at every call and for every number of ranks."""
+"""A trained model, and evaluation on held-out text, the same at every call and for every number of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,44 @@ from electra_ds.core.keyed_random import hash64
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.segments import Split
 from electra_ds.data.token_store import TokenStore
+from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.pretraining.batches import BatchBuilder, objective_of
-from electra_ds.pretraining.objectives.base import PretrainingBatch
+from electra_ds.pretraining.objectives.base import Objective, PretrainingBatch
+from electra_ds.training.checkpoint import Checkpoint
+from electra_ds.training.checkpoints import newest_checkpoint, recorded_recipe
+from electra_ds.training.step import AutocastModel
+
+
+class TrainedModel(NamedTuple):
+    """A model as a checkpoint holds it."""
+
+    model: AutocastModel
+    """fp32, in evaluation mode."""
+    objective: Objective[Any]
+    tokenizer: Tokenizer
+    recipe: Recipe
+
+
+def load_trained(run_or_checkpoint: Path) -> TrainedModel:
+    """Return the model of a run's newest checkpoint, or of a given checkpoint.
+
+    Needs nothing but the folder itself. Raises CheckpointError if there is no complete checkpoint.
+    """
+    return load_model(newest_checkpoint(run_or_checkpoint))
+
+
+def load_model(checkpoint: Checkpoint) -> TrainedModel:
+    """Return the model of a checkpoint. Raises CheckpointError if its weights are not those of its recipe."""
+    recipe = recorded_recipe(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
+    objective = objective_of(recipe, tokenizer)
+    model = objective.build_model()
+    checkpoint.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(checkpoint.tensors[f"master/{name}"])
+    return TrainedModel(model.eval(), objective, tokenizer, recipe)
+
 
 _EVALUATION = 0xE7
 _UNIGRAM_TOKENS = 100_000_000  # counting more changes nothing that is printed
@@ -62,7 +99,7 @@ class Evaluator:
 
 
 def unigram_nats(store: TokenStore, split: Split) -> np.ndarray:
-    """float64 [vocab]: -log of each token's share of the training text, counts plus one."""
+    """Return float64 [vocab], -log of each token's share of the training text, counts plus one."""
     size = store.tokenizer.vocab_size
     stop = min(len(store.tokens), _UNIGRAM_TOKENS)
     counts = np.ones(size)

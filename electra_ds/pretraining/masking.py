@@ -7,10 +7,11 @@ p * 2^32. Shape suffixes: B sequences of the global batch, T positions.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from electra_ds.config.recipe import MaskingSection
 from electra_ds.core.keyed_random import random_bits
 
 
@@ -32,13 +33,9 @@ def choose_masks(
     maskable_BT: np.ndarray,
     lengths_B: np.ndarray,
     rng: np.random.Generator,
-    *,
-    mlm_probability: float,
-    mask_token_share: float,
-    count: Literal["bernoulli", "fixed"],
-    replace_at: Literal["selected", "masked"],
+    masking: MaskingSection,
 ) -> Masks:
-    """Masks for a global batch.
+    """Choose the masks of a global batch.
 
     maskable_BT: True where a token may be selected (no padding, no special token). lengths_B: tokens per
     sequence, [CLS] and [SEP] included. `fixed` selects min(round(p * length), floor((p + 0.005) * T)) and at
@@ -47,43 +44,42 @@ def choose_masks(
     """
     batch, length = maskable_BT.shape
     noise_BT = random_bits(rng, batch, length)
-    if count == "bernoulli":
-        selected = (noise_BT <= _highest(mlm_probability)) & maskable_BT
-        masked = (noise_BT <= _highest(mlm_probability * mask_token_share)) & maskable_BT  # one draw serves both
+    if masking.count == "bernoulli":  # one draw serves both
+        selected = (noise_BT <= _highest(masking.mlm_probability)) & maskable_BT
+        masked = (noise_BT <= _highest(masking.mlm_probability * masking.mask_token_share)) & maskable_BT
     else:
-        wanted = _fixed_counts(lengths_B, length, mlm_probability)
+        wanted = _fixed_counts(lengths_B, length, masking.mlm_probability)
         _make_distinct(noise_BT)
         np.putmask(noise_BT, ~maskable_BT, np.uint32(0xFFFFFFFF))
         last = np.take_along_axis(np.sort(noise_BT, axis=1), wanted[:, None] - 1, axis=1)
         selected = (noise_BT <= last) & maskable_BT
-        masked = (random_bits(rng, batch, length) <= _highest(mask_token_share)) & selected
-    return Masks(selected, masked, selected if replace_at == "selected" else masked)
+        masked = (random_bits(rng, batch, length) <= _highest(masking.mask_token_share)) & selected
+    return Masks(selected, masked, selected if masking.replace_at == "selected" else masked)
 
 
-def usual_most_selected(
-    num_sequences: int, length: int, *, mlm_probability: float, count: Literal["bernoulli", "fixed"]
-) -> int:
-    """A number of selected positions that fewer than one in 1e9 batches of full sequences exceed; none does if `fixed`.
+def usual_most_selected(masking: MaskingSection, num_sequences: int, length: int) -> int:
+    """Return a number of selected positions that fewer than one in 1e9 batches of full sequences exceed; none does if
+    `fixed`.
 
     Bernoulli: mean and six standard deviations, rounded up to a multiple of 64, which suits matrix products.
     """
     maskable = num_sequences * (length - 2)
-    if count == "fixed":
-        [of_one] = _fixed_counts(np.array([length]), length, mlm_probability).tolist()
+    if masking.count == "fixed":
+        [of_one] = _fixed_counts(np.array([length]), length, masking.mlm_probability).tolist()
         return min(maskable, num_sequences * of_one)
-    mean = maskable * mlm_probability
-    most = math.ceil(mean + 6 * math.sqrt(mean * (1 - mlm_probability)))
+    mean = maskable * masking.mlm_probability
+    most = math.ceil(mean + 6 * math.sqrt(mean * (1 - masking.mlm_probability)))
     return min(maskable, -(-most // 64) * 64)
 
 
 def _fixed_counts(lengths_B: np.ndarray, length: int, mlm_probability: float) -> np.ndarray:
-    """int64 [B], how many tokens of each sequence `fixed` selects in rows of `length` positions."""
+    """Return int64 [B], how many tokens of each sequence `fixed` selects in rows of `length` positions."""
     counts = np.minimum(np.round(mlm_probability * lengths_B), np.floor((mlm_probability + 0.005) * length))
     return np.maximum(counts, 1).astype(np.int64)
 
 
 def _highest(probability: float) -> np.uint32:
-    """The highest number among the lowest share `probability` of all 2^32."""
+    """Return the highest number among the lowest share `probability` of all 2^32."""
     return np.uint32(max(1, round(probability * 2.0**32)) - 1)
 
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
 from electra_ds.model.encoder import EncoderConfig
-from electra_ds.model.prediction import CPU_NOISE_BYTES, CPU_PIECE_BYTES, GPU_PIECE_BYTES
+from electra_ds.model.heads import CPU_NOISE_BYTES, CPU_PIECE_BYTES, GPU_PIECE_BYTES
 from electra_ds.pretraining.electra import encoder_configs
 from electra_ds.pretraining.masking import usual_most_selected
 
@@ -29,7 +29,7 @@ CONTEXT_BYTES = 400 * 2**20
 FRAGMENTATION = 0.05
 """Assumed: what torch's allocator holds beyond what is in use, being cut into blocks that do not fit."""
 CPU_SHARE = 0.8
-"""Assumed: of the free memory of a machine without a GPU, what a run may take beside everything else."""
+"""Assumed: of the free memory of a machine without a GPU, what a run may take next to everything else."""
 _MASK = 1  # bytes of an element that dropout keeps or not
 _FP32, _HALF, _INT64 = 4, 2, 8
 # torch's default on Hopper, 8 MiB elsewhere (aten/src/ATen/cuda/CUDABlas.cpp); one for the forward and one for the
@@ -37,20 +37,15 @@ _FP32, _HALF, _INT64 = 4, 2, 8
 _CUBLAS_WORKSPACE = 2 * 32 * 2**20
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
+class ParameterCounts(NamedTuple):
     """Elements of the parts; what is shared counts for the discriminator."""
 
     discriminator: int
     generator: int
 
-    @property
-    def all(self) -> int:
-        return self.discriminator + self.generator
-
 
 class SavedBytes(NamedTuple):
-    """What autograd keeps for the backward pass of one micro-batch, parameters apart."""
+    """Bytes that autograd keeps for the backward pass of one micro-batch, parameters apart."""
 
     generator: int
     head: int
@@ -61,7 +56,7 @@ class SavedBytes(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """What is on the device at one moment, in bytes."""
+    """The content of a device at one moment, in bytes."""
 
     weights: int
     gradients: int
@@ -101,11 +96,11 @@ class PeakMemory:
 
     @property
     def card_bytes(self) -> int:
-        """What a GPU must have free, with the CUDA context and what the allocator cannot use."""
+        """The bytes that a GPU must have free, with the CUDA context and what the allocator cannot use."""
         return round(self.allocated_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
     def needed_bytes(self, kernels: Kernels) -> int:
-        """What must be free for it on a GPU, or of a CPU's memory, where offloading moves nothing away."""
+        """Return what must be free on a GPU, or of a CPU's memory, where offloading moves nothing away."""
         return self.card_bytes if kernels == "cuda" else self.allocated_bytes + self.host_bytes
 
 
@@ -128,7 +123,7 @@ def count_parameters(recipe: Recipe, vocab_size: int) -> ParameterCounts:
 
 
 def _encoder_parameters(config: EncoderConfig) -> int:
-    """Of the projection and the layers."""
+    """Return the number of weights of the projection and the layers."""
     hidden, inner = config.hidden_size, config.intermediate_size
     projection = (config.embedding_size + 1) * hidden if config.embedding_size != hidden else 0
     attention = 4 * (hidden + 1) * hidden
@@ -144,7 +139,7 @@ def saved_bytes(
     kernels: Kernels,
     checkpointed_layers: int = 0,
 ) -> SavedBytes:
-    """For a micro-batch of full rows with as many selected positions as are usual at the most.
+    """Return the bytes for a micro-batch of full rows with as many selected positions as are usual at the most.
 
     precision: one of `config.precision.Precision`'s names.
     """
@@ -167,9 +162,7 @@ class _Sizes:
         self.has_one_encoder = recipe.generator.sharing == "all"
         self.rows, self.length = micro_batch_size, recipe.data.sequence_length
         self.tokens = self.rows * self.length
-        self.selected = usual_most_selected(
-            self.rows, self.length, mlm_probability=recipe.masking.mlm_probability, count=recipe.masking.count
-        )
+        self.selected = usual_most_selected(recipe.masking, self.rows, self.length)
         self.element = _FP32 if precision == "fp32" else _HALF  # of what matrix products see
         self.is_autocast = precision.startswith("autocast")
         # Mean and reciprocal deviation of a LayerNorm's row: in half precision only where a CPU has half weights.
@@ -192,7 +185,7 @@ class _Sizes:
         )
 
     def _weight_copies(self) -> int:
-        """Of the matrices that autocast casts."""
+        """Return the bytes of the matrices that autocast casts."""
         generator, discriminator = self.generator_config, self.discriminator_config
         elements = generator.hidden_size * generator.embedding_size + discriminator.hidden_size**2
         for config in (discriminator,) if self.has_one_encoder else (generator, discriminator):
@@ -246,7 +239,7 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
     batch, precision = plan.batch, plan.precision.name
     sizes = _Sizes(recipe, vocab_size, batch.micro_batch_size, precision, kernels, plan.checkpointed_layers)
     saved, discriminator = sizes.saved(), sizes.discriminator_config
-    state = training_state(count_parameters(recipe, vocab_size).all, plan)
+    state = training_state(sum(count_parameters(recipe, vocab_size)), plan)
     accumulates = batch.gradient_accumulation_steps > 1 or plan.stage > 0
     early_gradients = state.gradients if accumulates else 0
     cublas = _CUBLAS_WORKSPACE if kernels == "cuda" else 0
@@ -256,20 +249,18 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
     again = sizes.layer(discriminator) if plan.checkpointed_layers >= discriminator.num_hidden_layers else 0
     # The head adds up its half-precision gradient by the token table in fp32, so there is one of each.
     product = vocab_size * discriminator.embedding_size * _HALF if sizes.element == _HALF else 0
+
+    def phase(gradients: int, activations: int = 0, logits: int = 0, workspace: int = 0) -> Phase:
+        return Phase(state.weights, gradients, state.optimizer, activations, logits, cublas + workspace, state.buffers)
+
     return PeakMemory(
-        head=Phase(
-            state.weights, early_gradients, state.optimizer, during_head,
-            _logits(recipe, vocab_size, sizes.selected, kernels), cublas + product, state.buffers,
+        head=phase(
+            early_gradients, during_head, _logits(recipe, vocab_size, sizes.selected, kernels), workspace=product
         ),
-        backward=Phase(
-            state.weights, early_gradients, state.optimizer, sum(saved), 0, cublas + max(0, inner) + again,
-            state.buffers,
-        ),
-        update=Phase(
-            state.weights, state.gradients, state.optimizer, 0, 0, cublas + state.update, state.buffers
-        ),
+        backward=phase(early_gradients, sum(saved), workspace=max(0, inner) + again),
+        update=phase(state.gradients, workspace=state.update),
         host_bytes=state.host,
-    )  # fmt: skip
+    )
 
 
 def _logits(recipe: ElectraRecipe, vocab_size: int, selected: int, kernels: Kernels) -> int:
@@ -302,7 +293,7 @@ class TrainingState(NamedTuple):
 
 
 def training_state(parameters: int, plan: DeepSpeedPlan) -> TrainingState:
-    """Of a model of any kind with so many parameters."""
+    """Return the state of a model of any kind with so many parameters."""
     width = _HALF if plan.precision.name in ("fp16", "bf16") else _FP32
     ranks, zero = plan.batch.world_size, plan.document["zero_optimization"]
     masters = parameters * _FP32 if width == _HALF else 0

@@ -13,10 +13,8 @@ import torch
 from electra_ds.config.recipe import Recipe
 from electra_ds.core import devices
 from electra_ds.pretraining.objectives.base import PretrainingBatch
-from electra_ds.training.model import AutocastModel
-from electra_ds.training.optimizer import adamw_state, parameter_groups
-from electra_ds.training.schedule import learning_rate_at
-from electra_ds.training.step import StepLosses
+from electra_ds.training.optimizer import adamw_state, learning_rate_at, parameter_groups
+from electra_ds.training.step import AutocastModel, StepLosses
 
 
 class PlainEngine:

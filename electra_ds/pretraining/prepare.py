@@ -1,11 +1,17 @@
-"""From the options of a pretraining to a checked job; what every run needs is in `training/prepare.py`."""
+"""From the options of a pretraining to a checked job, with a micro-batch that fits the device's memory.
+
+What every run needs is in `training/prepare.py`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import psutil
+import torch
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.options import PretrainOptions
@@ -13,6 +19,7 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import RunRecord, RunSettings
 from electra_ds.core import devices
+from electra_ds.core.errors import ConfigError
 from electra_ds.core.log import log_command
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
@@ -20,10 +27,16 @@ from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore, recorded_store
 from electra_ds.pretraining.batches import objective_of
+from electra_ds.pretraining.memory import (
+    CONTEXT_BYTES,
+    CPU_SHARE,
+    FRAGMENTATION,
+    Kernels,
+)
 from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.pretrain import PretrainJob
-from electra_ds.pretraining.probe import fitting_plan, free_bytes, kernels_of
 from electra_ds.training import prepare
+from electra_ds.training.step import set_up_model
 
 _log = logging.getLogger(__name__)
 
@@ -98,10 +111,7 @@ def fitted(
             note = f"micro-batch {fitting.batch.micro_batch_size} is {share}, of {free / 2**30:.1f} GiB that are free"
         plan = fitting
     else:
-        kernels = kernels_of(device)
-        objective: Objective[Any] = Objective.of(recipe, vocab_size)
-        peak = objective.peak_memory(plan, kernels)
-        needed = 0 if peak is None else peak.needed_bytes(kernels)
+        needed = needed_bytes(Objective.of(recipe, vocab_size), plan, device)
         if needed > free:
             note = (
                 f"a step is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
@@ -147,3 +157,92 @@ def say_finished(run: RunDirectory) -> None:
     _log.info(f"The run {run.path} is finished, at step {step}: nothing is left to train.")
     log_command(_log, "Its report:", f"{command('report')} {run.path}")
     log_command(_log, "As transformers models:", f"{command('export')} {run.path}")
+
+
+def kernels_of(device: torch.device) -> Kernels:
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def free_bytes(device: torch.device, ranks: Ranks) -> int:
+    """Return what a run may take: of a GPU what is free, of the CPU's memory this rank's share of that."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # which is there already, and needed
+    return int(CPU_SHARE * psutil.virtual_memory().available / ranks.launch.local_size)
+
+
+def fitting_plan(
+    recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
+) -> DeepSpeedPlan:
+    """Return the plan with the largest micro-batch that every rank has memory for. To be called by all ranks.
+
+    A GPU is tried. The CPU, where running out of memory kills, and ZeRO stage 3, whose ranks must run a model together,
+    are computed. An objective that does not say what it needs keeps the plan's micro-batch. Raises ConfigError if not
+    even one sequence fits.
+    """
+    objective: Objective[Any] = Objective.of(recipe, vocab_size)
+    if objective.peak_memory(plan, kernels_of(device)) is None:
+        return plan
+    is_tried, budget = device.type == "cuda" and plan.stage < 3, free_bytes(device, ranks)
+
+    def fits(candidate: DeepSpeedPlan) -> bool:
+        if is_tried:
+            return has_room(objective, candidate, device)
+        return needed_bytes(objective, candidate, device) <= budget
+
+    fitting = largest_fitting(plan, fits, ranks)
+    if fitting is None:
+        raise ConfigError(
+            "Not even one sequence fits into the memory that is free. Close what else uses it, shard over more cards "
+            "(--ds-config zero3-offload), or add an activation_checkpointing section to the DeepSpeed JSON. "
+            f"{command('plan')} shows which part takes how much."
+        )
+    return fitting
+
+
+def largest_fitting(plan: DeepSpeedPlan, fits: Callable[[DeepSpeedPlan], bool], ranks: Ranks) -> DeepSpeedPlan | None:
+    """Return the plan with the largest micro-batch that fits on every rank; None if none does."""
+    for cut in plan.batch.others():
+        candidate = plan.with_micro_batch(cut.micro_batch_size)
+        if all(ranks.gather(fits(candidate))):
+            return candidate
+    return None
+
+
+def needed_bytes(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> int:
+    """Return the memory that a step is predicted to take; 0 if the objective does not say."""
+    peak = objective.peak_memory(plan, kernels_of(device))
+    return 0 if peak is None else peak.needed_bytes(kernels_of(device))
+
+
+def has_room(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> bool:
+    """Return whether a forward and backward pass over the plan's longest micro-batch fits next to everything else of a
+    step.
+
+    The optimizer's state, buffers and the allocator's waste are stood in for by empty tensors of their size.
+    """
+    try:
+        _pass(objective, plan, device)
+    except RuntimeError as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        devices.release_memory(device)
+    return True
+
+
+def _pass(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> None:
+    peak = objective.peak_memory(plan, "cuda")
+    micro_batch = objective.longest_micro_batch(plan.batch.micro_batch_size)
+    assert peak is not None
+    assert micro_batch is not None
+    model = objective.build_model()
+    model.to(device, set_up_model(model, plan)).train()
+    elsewhere = peak.update.optimizer + peak.update.buffers + round(peak.allocated_bytes * FRAGMENTATION)
+    stand_in = torch.empty(elsewhere, dtype=torch.uint8, device=device)
+    for _ in range(min(2, plan.batch.gradient_accumulation_steps)):  # the second meets the gradients of the first
+        output = model(micro_batch.to(device))
+        torch.stack([*output.losses.values()]).sum().backward()
+        del output
+    torch.empty(peak.update.workspace, dtype=torch.uint8, device=device)
+    del stand_in

@@ -22,7 +22,7 @@ from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.loop import TrainingLoop, train
-from electra_ds.training.throughput import Throughput, joint_peak_flops
+from electra_ds.training.step_log import Throughput, joint_peak_flops
 from electra_ds.training.tracking import read_metrics
 
 _log = logging.getLogger(__name__)
@@ -72,15 +72,16 @@ class PretrainLoop(TrainingLoop):
         self.objective = objective_of(recipe, store.tokenizer)
         peak = joint_peak_flops(device, plan.precision.name, plan.batch.world_size)
         super().__init__(job, ranks, builder, Throughput(device, peak, self.objective.flops), callbacks)
-        self._evaluations: list[Mapping[str, Any]] | None = None
-        """Of the whole run, on the main rank."""
+        self._evaluations: list[Mapping[str, Any]] = []
+        """All evaluations of the run, on the main rank, which decides whether training has collapsed."""
         self._collapsed_at: int | None = None
 
     def start(self, stack: contextlib.ExitStack) -> None:
         super().start(stack)
-        self._collapsed_at = self.ranks.broadcast(self._look_for_collapse(()))
-        if self._collapsed_at is not None and self.job.record.settings.stop_on_collapse:
-            self.ends_early = "collapsed"
+        if self.ranks.is_main:
+            lines = read_metrics(self.job.run.metrics)
+            self._evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] <= self.step]
+        self._look_for_collapse()
         if isinstance(self.engine, PretrainingEngine) and self.engine.is_compiled:
             _log.info("The forward pass is compiled at the first step; that takes a minute.")
 
@@ -99,8 +100,7 @@ class PretrainLoop(TrainingLoop):
                 f"The run {self.job.run.path} began with the weights of {' and '.join(sources)}, but its checkpoints "
                 f"are gone. Put them back into {self.checkpoints.folder}, or start a new run."
             )
-        metrics = self.job.run.metrics
-        reached = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
+        reached = max((line["step"] for line in read_metrics(self.job.run.metrics)), default=0)
         # Those of the starts before, which this one may change.
         settings = self.job.run.read_record().settings if self.job.run.exists() else self.job.record.settings
         # The first one stands before the second is begun, and before a run is said to have stopped.
@@ -114,10 +114,20 @@ class PretrainLoop(TrainingLoop):
         metrics = self.evaluator(self._engine.evaluate, self.device, self.evaluation_rows)
         _log.info(f"held out at step {self.step}: {self.objective.describe(metrics)}")
         if self._collapsed_at is None:
-            self._collapsed_at = self.ranks.broadcast(self._look_for_collapse([metrics | {"step": self.step}]))
-            if self._collapsed_at is not None:
-                self._say_collapsed(self._collapsed_at)
+            self._evaluations.append(metrics | {"step": self.step})
+            collapsed_at = self._look_for_collapse()
+            if collapsed_at is not None:
+                hint = "" if self.ends_early else ", and --stop-on-collapse would end the run"
+                _log.info(f"{self.objective.describe_collapse(collapsed_at)}{hint}.")
         return metrics
+
+    def _look_for_collapse(self) -> int | None:
+        """Return the step since which training has collapsed, the same on all ranks."""
+        found = self.objective.collapsed_at(self._evaluations) if self.ranks.is_main else None
+        self._collapsed_at = self.ranks.broadcast(found)
+        if self._collapsed_at is not None and self.job.record.settings.stop_on_collapse:
+            self.ends_early = "collapsed"
+        return self._collapsed_at
 
     @property
     def keep_at(self) -> Collection[int]:
@@ -125,21 +135,3 @@ class PretrainLoop(TrainingLoop):
 
     def about_the_end(self) -> dict[str, Any]:
         return {} if self._collapsed_at is None else {"collapsed_at": self._collapsed_at}
-
-    def _look_for_collapse(self, newest: Sequence[Mapping[str, Any]]) -> int | None:
-        """On the main rank, which has the evaluations before."""
-        if not self.ranks.is_main:
-            return None
-        if self._evaluations is None:
-            path = self.job.run.metrics
-            lines = read_metrics(path) if path.exists() else []
-            self._evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] <= self.step]
-        self._evaluations += newest
-        return self.objective.collapsed_at(self._evaluations)
-
-    def _say_collapsed(self, step: int) -> None:
-        ends = self.job.record.settings.stop_on_collapse
-        hint = "" if ends else ", and --stop-on-collapse would end the run"
-        _log.info(f"{self.objective.describe_collapse(step)}{hint}.")
-        if ends:
-            self.ends_early = "collapsed"

@@ -1,22 +1,164 @@
-"""How long a run will take on this machine, before it starts.
+"""What a step computes, and how long a run will take before it starts: from the fastest to the slowest that is likely.
 
-A known card's step is a roofline (`step_time.py`). A CPU's is the model's FLOPs at the rate of one large product, which
-is measured here in a fifth of a second. Both are ranges.
+FLOPs are 2 m n k for each product of an m x k and a k x n matrix, and nothing else. What is recomputed (activation
+checkpointing, the backward pass of fused attention) is not counted, so that the number says how much is learned from
+and not how it is run. Look-ups, norms, GELU and dropout are left out: below 2 % in ELECTRA-Small. The figures of
+google-research/electra are others: its flops_computation.py counts look-ups as products with one-hot matrices, and a
+backward pass as one forward pass.
+
+Time on a known card is a roofline: a step's matrix products run at a share of the card's peak, everything else at a
+share of its memory's bandwidth, and no step is faster than the host starts operations. Published runs took longer than
+the roofline of our step, each by another factor, so the prediction is the range that contains all of them. Time on this
+machine's CPU is the model's FLOPs at the rate of one large product, which is measured in a fifth of a second.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from electra_ds.config.cards import find_card, peak_flops
+from electra_ds.config.cards import Card, find_card, peak_flops
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import ElectraRecipe, Recipe
+from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
 from electra_ds.core import devices
+from electra_ds.model.encoder import EncoderConfig
+from electra_ds.pretraining.electra import encoder_configs
+from electra_ds.pretraining.masking import usual_most_selected
+from electra_ds.pretraining.memory import count_parameters, head_pieces, saved_bytes
 from electra_ds.pretraining.objectives.base import Objective
-from electra_ds.pretraining.step_time import LAUNCH_S, OPERATIONS, PRODUCT_EFFICIENCY, StepTime, step_time
+
+# The backward pass of a product is two: one for each factor's gradient. Neither can be left out anywhere, since even
+# the first product's input, the embeddings, is trained.
+_PASSES = 3
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of the forward pass, by part."""
+
+    generator_encoder: int
+    """The products with the layers' weights."""
+    generator_attention: int
+    """Queries with keys, and weights with values."""
+    generator_head: int
+    discriminator_encoder: int
+    discriminator_attention: int
+    discriminator_head: int
+    embedding_projections: int
+    """From the embedding size to the hidden size, in both networks; 0 where they are equal."""
+
+    @property
+    def forward(self) -> int:
+        return sum(self)
+
+    @property
+    def forward_and_backward(self) -> int:
+        return _PASSES * self.forward
+
+
+def step_flops(
+    generator: EncoderConfig, discriminator: EncoderConfig, lengths_B: Sequence[int] | np.ndarray, selected: int
+) -> StepFlops:
+    """Return the FLOPs of a step over B sequences of so many tokens, `selected` of which the generator predicts.
+
+    Padding is not in it, computed or not. transformers' classes compute vocabulary logits at every position, so for
+    them `selected` is the number of tokens.
+    """
+    tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
+    embedding, hidden = generator.embedding_size, generator.hidden_size
+    return StepFlops(
+        generator_encoder=_encoder(generator, tokens),
+        generator_attention=_attention(generator, pairs),
+        generator_head=2 * selected * embedding * (hidden + generator.vocab_size),
+        discriminator_encoder=_encoder(discriminator, tokens),
+        discriminator_attention=_attention(discriminator, pairs),
+        discriminator_head=2 * tokens * discriminator.hidden_size * (discriminator.hidden_size + 1),
+        embedding_projections=_projection(generator, tokens) + _projection(discriminator, tokens),
+    )
+
+
+def encoder_flops(config: EncoderConfig, lengths_B: Sequence[int] | np.ndarray) -> int:
+    """Return the FLOPs of an encoder's forward and backward pass, as finetuning has it."""
+    tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
+    return _PASSES * (_encoder(config, tokens) + _attention(config, pairs) + _projection(config, tokens))
+
+
+def _encoder(config: EncoderConfig, tokens: int) -> int:
+    """Query, key, value and output, then the feed-forward's two."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers * 2 * tokens * (4 * hidden * hidden + 2 * hidden * inner)
+
+
+def _attention(config: EncoderConfig, pairs: int) -> int:
+    """Over all heads a product is as wide as the hidden size. `pairs` are of a query and a key."""
+    return config.num_hidden_layers * 2 * (2 * pairs * config.hidden_size)
+
+
+def _projection(config: EncoderConfig, tokens: int) -> int:
+    if config.embedding_size == config.hidden_size:
+        return 0
+    return 2 * tokens * config.embedding_size * config.hidden_size
+
+
+PRODUCT_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.7, 0.75
+"""Assumed shares of what makers print."""
+LAUNCH_S = 5e-6
+"""Assumed: the host's time for one operation."""
+SLOWER = (0.9, 7.0)
+"""The fastest and the slowest published run over the roofline of our step. A test compares both with all runs in
+tests/report/published/, and docs/performance.md lists them."""
+# Counted over an eager step, inputs and outputs of every operation that is not a matrix product or attention, as
+# multiples of what is saved for the backward pass, and of the logits in fp32 for the head and its noise.
+TRAFFIC_OF_SAVED, TRAFFIC_OF_LOGITS = 7, 41
+_TRAFFIC_OF_PARAMETER = 36  # bytes: weights and gradients read and written, masters and moments too
+# Operations of a micro-batch, counted the same way: of a layer, of a piece of the head, and of the rest.
+OPERATIONS = (36, 22, 130)
+_COMPUTED_AGAIN = 0.37  # of a step's time, for all layers; measured on a CPU, docs/launching.md
+
+
+class StepTime(NamedTuple):
+    """Seconds of one optimiser step by roofline."""
+
+    products_s: float
+    traffic_s: float
+    host_s: float
+
+    @property
+    def roofline_s(self) -> float:
+        return max(self.products_s + self.traffic_s, self.host_s)
+
+
+def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
+    """Return the time of a step of full rows on cards like this one; None if the card lacks the precision.
+
+    It does not include torch.compile, which fuses operations, offloading, and communication between ranks.
+    """
+    peak = peak_flops(card, plan.precision.name)
+    if peak is None:
+        return None
+    batch, recipe = plan.batch, electra_recipe(recipe)
+    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
+    of_rank = recipe.global_batch_size // batch.world_size
+    length = recipe.data.sequence_length
+    selected = usual_most_selected(recipe.masking, of_rank, length)
+    flops = step_flops(generator, discriminator, [length] * of_rank, selected).forward_and_backward
+    saved = saved_bytes(recipe, vocab_size, of_rank, plan.precision.name, "cuda")
+    traffic = TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
+    traffic += TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
+    traffic += _TRAFFIC_OF_PARAMETER * sum(count_parameters(recipe, vocab_size))
+    of_layer, of_piece, of_rest = OPERATIONS
+    operations = of_layer * (generator.num_hidden_layers + discriminator.num_hidden_layers)
+    operations += of_piece * head_pieces(vocab_size, selected // batch.gradient_accumulation_steps) + of_rest
+    again = 1 + _COMPUTED_AGAIN * plan.checkpointed_layers / discriminator.num_hidden_layers
+    return StepTime(
+        products_s=again * flops / (peak * PRODUCT_EFFICIENCY),
+        traffic_s=again * traffic / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY),
+        host_s=again * operations * batch.gradient_accumulation_steps * LAUNCH_S,
+    )
+
 
 CPU_SLOWER = (1.5, 6.0)
 """A step on a CPU over its products alone at the rate of one large product."""
@@ -35,12 +177,12 @@ class RunTime(NamedTuple):
 
     @property
     def may_take_years(self) -> bool:
-        """Whether nobody starts such a run without having thought about it; weeks and months on a GPU are normal."""
+        """True for a run that nobody starts by accident; weeks and months on a GPU are normal."""
         return self.high_s > YEAR_S
 
 
 def cpu_rate(threads: int) -> float:
-    """FLOPs a second of a large product in fp32 on so many threads."""
+    """Return the FLOPs a second of a large product in fp32 on so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -110,14 +252,11 @@ def finetuning_time(
 
 def time_of_steps(step: StepTime | None, steps: int) -> RunTime | None:
     """Return the time of so many steps on a card."""
-    if step is None:
-        return None
-    low, high = step.days(steps)
-    return RunTime(low * 86_400, high * 86_400)
+    return None if step is None else RunTime(*(step.roofline_s * steps * factor for factor in SLOWER))
 
 
 def span(low_s: float, high_s: float) -> str:
-    """Both in the unit that suits them, such as 2–8 min."""
+    """Return both in the unit that suits them, such as 2–8 min."""
     units = (("years", YEAR_S), ("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
     unit, size = next((each for each in units if high_s >= 1.5 * each[1]), units[-1])
     first, last = (f"{value / size:.2g}" if value / size < 10 else f"{value / size:.0f}" for value in (low_s, high_s))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from electra_ds.data.corpus import open_corpus
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder, objective_of
+from electra_ds.pretraining.doctor import Finding, failed_step
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.training.engine import wants_fp16
 
@@ -33,16 +34,7 @@ _STEP = 1  # the learning rate of step 0 is 0
 _TEXT = "The miller's geese walk down to the river before the sun is up, and nobody speaks of the weather. "
 
 
-class Trial(NamedTuple):
-    """The result of a step in one precision."""
-
-    precision: str
-    result: Literal["works", "fails", "not on this device"]
-    reason: str = ""
-    """One line; empty if the step works."""
-
-
-def try_precisions() -> list[Trial]:
+def try_precisions() -> list[Finding]:
     """Try one step in each precision on the device that pretraining would use. No failure of a step is raised."""
     with tempfile.TemporaryDirectory() as folder, join_ranks() as ranks:
         device = devices.device(ranks.launch)
@@ -54,7 +46,7 @@ def try_precisions() -> list[Trial]:
         return [_try(precision, recipe, store, device) for precision in ("fp32", "bf16", "fp16")]
 
 
-def _try(precision: str, recipe: Recipe, store: TokenStore, device: torch.device) -> Trial:
+def _try(precision: str, recipe: Recipe, store: TokenStore, device: torch.device) -> Finding:
     values: dict[str, Any] = precision_section(precision)
     if precision == "fp16":  # one step must suffice, and a scale that overflows skips it
         values["fp16"]["initial_scale_power"] = 8
@@ -71,9 +63,9 @@ def _try(precision: str, recipe: Recipe, store: TokenStore, device: torch.device
         finally:
             engine.close()
     except ConfigError as error:  # the engine refuses a precision that the device does not have
-        return Trial(precision, "not on this device", str(error))
+        return Finding(f"a step in {precision}", "not on this device", "note", str(error))
     except Exception as error:  # CUDA, DeepSpeed, a library that cannot be loaded
-        return Trial(precision, "fails", f"{type(error).__name__}: {error}".strip().splitlines()[0])
+        return failed_step(precision, error)
     if not math.isfinite(loss) or not moved:
-        return Trial(precision, "fails", f"the loss is {loss}, and the weights {'moved' if moved else 'did not move'}")
-    return Trial(precision, "works")
+        return failed_step(precision, f"the loss is {loss}, and the weights {'moved' if moved else 'did not move'}")
+    return Finding(f"a step in {precision}", "works")

@@ -26,14 +26,17 @@ from electra_ds.pretraining.memory import (
     largest_micro_batch,
     peak_memory,
 )
-from electra_ds.pretraining.run_time import CPU_SLOWER, RunTime, pretraining_time, time_of_steps
-from electra_ds.pretraining.step_time import (
+from electra_ds.pretraining.run_time import (
     BANDWIDTH_EFFICIENCY,
+    CPU_SLOWER,
     LAUNCH_S,
     PRODUCT_EFFICIENCY,
     SLOWER,
+    RunTime,
     StepTime,
+    pretraining_time,
     step_time,
+    time_of_steps,
 )
 from electra_ds.report.tables import Table
 

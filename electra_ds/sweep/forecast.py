@@ -26,7 +26,6 @@ from electra_ds.core.errors import ConfigError, ElectraError
 from electra_ds.core.terminal import say
 from electra_ds.finetuning.glue import OFFICIAL_ROWS
 from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.flops import encoder_flops
 from electra_ds.pretraining.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
@@ -35,14 +34,19 @@ from electra_ds.pretraining.memory import (
     saved_bytes,
     training_state,
 )
-from electra_ds.pretraining.run_time import CPU_SLOWER, RunTime, cpu_rate, pretraining_flops, time_of_steps
-from electra_ds.pretraining.step_time import (
+from electra_ds.pretraining.run_time import (
     BANDWIDTH_EFFICIENCY,
+    CPU_SLOWER,
     LAUNCH_S,
     OPERATIONS,
     PRODUCT_EFFICIENCY,
     TRAFFIC_OF_SAVED,
+    RunTime,
     StepTime,
+    cpu_rate,
+    encoder_flops,
+    pretraining_flops,
+    time_of_steps,
 )  # fmt: skip
 from electra_ds.report.forecast import GIB, device_budget, forecast
 from electra_ds.report.tables import Table, print_table

@@ -1,16 +1,20 @@
 """What a run calls while it trains, so that others can read, log and stop it.
 
 class StopAtLoss(Callback):
-    def on_step(self, progress, metrics):
+    def on_step(self, progress, step, metrics):
         if metrics["loss"] is not None and metrics["loss"] < 1:
             progress.stop("the loss is below 1")
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from electra_ds.core.errors import ElectraError, TrainingError
+from electra_ds.core.ranks import Ranks
 
 Metrics = Mapping[str, float | None]
 """Numbers by name, as in metrics.jsonl; None for one that is not finite."""
@@ -18,7 +22,7 @@ Metrics = Mapping[str, float | None]
 
 @dataclass
 class Progress:
-    """Where a run is."""
+    """The place that a run has reached."""
 
     run: Path
     """The run's folder."""
@@ -38,7 +42,7 @@ class Progress:
 class Callback:
     """Called by a run on its main rank. Override what you need; none of these does anything by itself.
 
-    An exception ends the run, which then has failed; its checkpoints stay.
+    An exception ends the run on all ranks, which then has failed; its checkpoints stay.
     """
 
     def on_start(self, progress: Progress) -> None:
@@ -54,7 +58,29 @@ class Callback:
         """An evaluation on held-out text, or on a task's development sets, is done."""
 
     def on_checkpoint(self, progress: Progress, path: Path) -> None:
-        """A checkpoint is complete. Checkpoints are written in the background, so training may be further already."""
+        """A checkpoint is complete. It was written in the background, so training may be further already."""
 
     def on_end(self, progress: Progress, status: str) -> None:
         """Training has ended, with the status that is in status.json."""
+
+
+class Callbacks:
+    """The callbacks of a run, which are called on its main rank."""
+
+    def __init__(self, callbacks: Sequence[Callback], ranks: Ranks) -> None:
+        self._callbacks = callbacks if ranks.is_main else ()
+        self._is_alone = ranks.world_size == 1
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """Call a method of each. Use it inside `fail_together`, so that no rank waits for one whose callback failed.
+
+        Raises what a callback raised; with several ranks it is the cause of a TrainingError.
+        """
+        for callback in self._callbacks:
+            try:
+                getattr(callback, method)(*arguments)
+            except Exception as error:
+                if self._is_alone or isinstance(error, ElectraError):
+                    raise
+                name = type(callback).__name__
+                raise TrainingError(f"{name}.{method}, a callback of this run, failed: {error!r}") from error

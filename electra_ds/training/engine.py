@@ -19,10 +19,8 @@ from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import TrainingRecipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
-from electra_ds.training.model import TrainableModel, set_up_model
-from electra_ds.training.optimizer import MasterAdamW, Rates, pretraining_rates
-from electra_ds.training.schedule import learning_rate_at
-from electra_ds.training.step import StepBatch, StepLosses
+from electra_ds.training.optimizer import MasterAdamW, Rates, learning_rate_at, pretraining_rates
+from electra_ds.training.step import StepBatch, StepLosses, TrainableModel, set_up_model
 from electra_ds.training.zero import ZeroAdamW, forget_models, torch_adamw
 
 # On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at every first start.
@@ -75,7 +73,7 @@ class Engine:
         self._loss_factor = plan.batch.world_size if plan.stage == 3 else 1
 
     def learning_rate(self, step: int) -> float:
-        """Of optimiser step `step`, 0 for the first one, before any parameter's own scale."""
+        """Return the rate of a step, 0 for the first one, before any parameter's own scale."""
         peak = self.recipe.optimizer.learning_rate
         return learning_rate_at(step, learning_rate=peak, **self.recipe.schedule.model_dump())
 
@@ -113,29 +111,29 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batch: Any) -> Any:
-        """The model's output without dropout and gradients. At stage 3 all ranks must call it together."""
+        """Return the model's output without dropout and gradients. At stage 3 all ranks must call it together."""
         self._engine.eval()
         return self._engine(micro_batch.to(self.device))
 
     def close(self) -> None:
-        """Frees what DeepSpeed holds, so that the process ends quietly or goes on."""
+        """Free what DeepSpeed holds, so that the process ends quietly or continues."""
         close_deepspeed(self._engine)
 
 
 def close_deepspeed(engine: Any) -> None:
-    """Frees what a `PretrainingEngine` of deepspeed holds, and takes back what stage 3 did to the process."""
+    """Free what a `DeepSpeedEngine` holds, and take back what stage 3 did to the process."""
     engine.destroy()
     functional.linear = _TORCH_LINEAR
     forget_models()
 
 
 def wants_fp16(device: torch.device) -> bool:
-    """Whether fp16 is taken where a DeepSpeed JSON leaves that to us: on every GPU but those that it slows down."""
+    """Return whether a JSON that leaves the precision open gets fp16: on every GPU but those that it slows down."""
     return device.type == "cuda" and not has_slow_fp16(devices.device_name(device))
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 matrices; elsewhere it is emulated, where it works at all."""
+    """Return whether the hardware multiplies bf16 matrices; elsewhere it is emulated, if it works at all."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -30,18 +30,15 @@ from electra_ds.core.log import NOTE, log_command
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks, is_lost_connection
 from electra_ds.core.terminal import with_command
-from electra_ds.training.callbacks import Callback, Metrics, Progress
+from electra_ds.training.callbacks import Callback, Callbacks, Metrics, Progress
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.training.checkpoints import check_same_recipe
 from electra_ds.training.engine import Engine
 from electra_ds.training.preemption import Preemption, StopRequest
-from electra_ds.training.prefetch import Builder, prefetched
-from electra_ds.training.recorded import check_same_recipe
 from electra_ds.training.saver import CheckpointSaver
-from electra_ds.training.step import StepBatch
-from electra_ds.training.step_log import StepLog, check_progress, finite_values
-from electra_ds.training.throughput import Throughput
-from electra_ds.training.trackers import RunLog, open_trackers
-from electra_ds.training.tracking import MetricsFile
+from electra_ds.training.step import Builder, StepBatch, prefetched
+from electra_ds.training.step_log import StepLog, Throughput, allowed_skips, finite_values
+from electra_ds.training.tracking import RunLog
 
 _log = logging.getLogger(__name__)
 _Evaluated = TypeVar("_Evaluated")
@@ -69,14 +66,14 @@ class Job(Protocol):
 
     @property
     def total_steps(self) -> int:
-        """Of the schedule."""
+        """The steps of the schedule."""
 
     @property
     def stop_at(self) -> int:
         """Step at which to save and leave; the schedule stays that of the recipe."""
 
     def record_files(self, plan: DeepSpeedPlan) -> dict[str, str]:
-        """What travels in each checkpoint, whose run has this plan by now: whoever has one needs nothing else."""
+        """Return the files that travel in each checkpoint, which is all that it needs. plan: the one in use by now."""
 
 
 def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_limit_s: float | None = None) -> bool:
@@ -98,7 +95,7 @@ def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_li
                 job.run.clear_status()
             return loop.run(preemption)
     except (InterruptedBySignalError, ConfigError, FailedElsewhereError):
-        raise  # stopped as asked; refused, with the run as it was; told by the rank that failed
+        raise  # stopped as asked; refused, with the run as it was; reported by the rank that failed
     except Exception as error:
         if devices.is_out_of_memory(error):  # outside of a step
             error = TrainingError(
@@ -126,7 +123,7 @@ class TrainingLoop(ABC):
         """builder: of the batch of any step. callbacks: called on the main rank."""
         self.job, self.ranks = job, ranks
         self.builder, self.throughput = builder, throughput
-        self.callbacks = tuple(callbacks) if ranks.is_main else ()
+        self.callbacks = Callbacks(callbacks, ranks)
         self.plan = job.plan
         """The job's, or with smaller micro-batches once memory has run out."""
         self.evaluation_rows = job.plan.batch.micro_batch_size
@@ -142,7 +139,7 @@ class TrainingLoop(ABC):
         self._evaluated = 0
         """The last step of an evaluation, as far as this rank knows; the main rank does."""
         self._announced: Path | None = None
-        """The last checkpoint that callbacks were told of."""
+        """The last checkpoint that callbacks have heard of."""
 
     @property
     def step(self) -> int:
@@ -190,28 +187,27 @@ class TrainingLoop(ABC):
             self.engine = self._make_engine()
         self.record_files = self.job.record_files(self.plan)
         self._resume(self.engine)
-        log = None
         with self.ranks.fail_together():
-            if self.ranks.is_main:
-                log = self._open_log()
-                stack.push(log.finish)
-                stack.callback(self.close)  # before the log
-        self.log = log
-        self.steps = StepLog(self.ranks, self.device, self.throughput, log, self.progress, self.callbacks, self.shown)
+            self.log = self._open_log(stack) if self.ranks.is_main else None
+        self.steps = StepLog(
+            self.ranks, self.device, self.throughput, self.log, self.progress, self.callbacks, self.shown
+        )
 
     def _make_engine(self) -> Engine:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # what was tried before does not count
         return self.make_engine()
 
-    def _open_log(self) -> RunLog:
+    def _open_log(self, stack: contextlib.ExitStack) -> RunLog:
         job = self.job
         config = {"recipe": job.recipe.model_dump(mode="json"), "deepspeed": job.plan.document}
-        metrics = MetricsFile(job.run.metrics, self.step)
-        self._evaluated = metrics.evaluated
-        if metrics.reached > self.step:
-            _log.info("The %s steps after that are repeated.", f"{metrics.reached - self.step:,}")
-        return RunLog(metrics, open_trackers(job.record.tracking, job.run, config, self.step, metrics.reached))
+        log = RunLog(job.run, job.record.tracking, config, self.step)
+        stack.push(lambda kind, error, traceback: log.finish(error))
+        stack.callback(self.close)  # before the log
+        self._evaluated = log.evaluated
+        if log.reached > self.step:
+            _log.info("The %s steps after that are repeated.", f"{log.reached - self.step:,}")
+        return log
 
     def _resume(self, engine: Engine) -> None:
         """Resume from the newest complete checkpoint, which all ranks verify together, each a share of its files."""
@@ -244,8 +240,8 @@ class TrainingLoop(ABC):
     def run(self, preemption: Preemption) -> bool:
         """Train; return False if the time limit or a callback stopped it before `stop_at`."""
         job, settings = self.job, self.job.record.settings
-        for callback in self.callbacks:
-            callback.on_start(self.progress)
+        with self.ranks.fail_together():
+            self.callbacks.call("on_start", self.progress)
         # A run that died between its early end and its status has nothing more to train for.
         stop_at = self.step if self.ends_early is not None else job.stop_at
         for step, batch in prefetched(self.builder, self.step, stop_at):
@@ -261,10 +257,10 @@ class TrainingLoop(ABC):
                 self._evaluate()
                 if self.ends_early is not None:
                     break
-            if self._is_to_be_saved() and self.step < job.stop_at:
+            is_to_be_saved = self.step % settings.save_every == 0 or self.step in self.keep_at
+            if is_to_be_saved and self.step < job.stop_at:
                 with self.throughput.paused():
                     self._save()
-            self._announce_checkpoint()
             if self.progress.stop_reason is not None:
                 preemption.ask(self.progress.stop_reason)
             request = preemption.decide(save_failed=self.saver.has_failed)
@@ -296,8 +292,28 @@ class TrainingLoop(ABC):
             except RuntimeError as error:
                 if not devices.is_out_of_memory(error):
                     raise
-                smaller = smaller_plan(self.plan, step, self._engine.optimizer.is_whole, self._how_to_resume, error)
+                smaller = self._smaller_plan(step, error)
             self._continue_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
+
+    def _smaller_plan(self, step: int, error: RuntimeError) -> DeepSpeedPlan:
+        """Return the plan with half the micro-batch, or the next smaller one that divides the batch.
+
+        Raises TrainingError if the step cannot be done again.
+        """
+        batch = self.plan.batch
+        sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
+        ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
+        if not sizes:
+            raise TrainingError(
+                f"{ran_out}, and there is no smaller one. Close what else uses the memory, or add an "
+                f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_resume('auto')}"
+            ) from error
+        if batch.world_size > 1 or not self._engine.optimizer.is_whole:
+            why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "its update had begun"
+            raise TrainingError(
+                f"{ran_out}, and the step cannot be done again, since {why}. {self._how_to_resume(sizes[0])}"
+            ) from error
+        return self.plan.with_micro_batch(sizes[0])
 
     def _continue_with(self, plan: DeepSpeedPlan) -> None:
         """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
@@ -336,14 +352,20 @@ class TrainingLoop(ABC):
 
     def _report(self) -> None:
         """Read back the steps since the last call, write them down, and see whether training still moves."""
-        consecutive_skips = self.steps.report(self._engine.optimizer)
-
-        def last_checkpoint() -> str:
-            saved = self._saved()
-            return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
-
+        optimizer = self._engine.optimizer
+        summary, skips = self.steps.report(optimizer), int(optimizer.consecutive_skips.item())
         with self.ranks.fail_together():
-            check_progress(consecutive_skips, self.job.plan.precision.loss_scaling, self.step, last_checkpoint)
+            if summary is not None:
+                self.callbacks.call("on_report", self.progress, summary)
+            self._announce_checkpoint()
+            if skips >= allowed_skips(self.plan.precision.loss_scaling):
+                saved = self._saved()
+                last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+                raise TrainingError(
+                    f"The gradients have not been finite for {skips} steps (now at step {self.step}); the weights were "
+                    f"left as they were, and {last}. Lower optimizer.learning_rate, or use bf16 or fp32 in place of "
+                    f"fp16."
+                )
 
     # Evaluating.
 
@@ -353,8 +375,7 @@ class TrainingLoop(ABC):
             with self.ranks.fail_together():
                 if self.log is not None:
                     self.log.write("eval", self.step, metrics)
-                for callback in self.callbacks:
-                    callback.on_evaluate(self.progress, metrics)
+                self.callbacks.call("on_evaluate", self.progress, metrics)
         self._evaluated = self.step
 
     def in_memory(self, evaluate: Callable[[], _Evaluated]) -> _Evaluated:
@@ -374,25 +395,22 @@ class TrainingLoop(ABC):
 
     # Saving and stopping.
 
-    def _is_to_be_saved(self) -> bool:
-        return self.step % self.job.record.settings.save_every == 0 or self.step in self.keep_at
-
     def _save(self) -> None:
         """Begin to save a checkpoint at the step that is done."""
+        self._finish_saving()  # before the copy: two of them may not fit
         self.saver.save(self._engine.optimizer, self._state(), self.record_files)
 
     def _finish_saving(self) -> None:
         self.saver.finish()
-        self._announce_checkpoint()
+        with self.ranks.fail_together():
+            self._announce_checkpoint()
 
     def _announce_checkpoint(self) -> None:
-        """Tell callbacks of a checkpoint that is complete by now."""
+        """Tell callbacks of a checkpoint that has become complete."""
         path = self.saver.published
-        if path is None or path == self._announced:
-            return
-        self._announced = path
-        for callback in self.callbacks:
-            callback.on_checkpoint(self.progress, path)
+        if path is not None and path != self._announced:
+            self._announced = path
+            self.callbacks.call("on_checkpoint", self.progress, path)
 
     def _saved(self) -> list[Path]:
         """Return the checkpoints there are, with the one that is being written."""
@@ -406,10 +424,10 @@ class TrainingLoop(ABC):
             self.log.flush()
         return {"step": self.step, "tokens": self.tokens, "precision": self.job.plan.precision.name}
 
-    def _how_to_resume(self, arguments: str = "") -> str:
+    def _how_to_resume(self, micro_batch: int | str) -> str:
         saved = self._saved()
         begin = f"From {saved[-1].name} on" if saved else "No checkpoint was saved yet, so from the start"
-        return f"{begin}: {command(self.job.command)} --resume {self.job.run.path}{arguments}"
+        return f"{begin}: {command(self.job.command)} --resume {self.job.run.path} --micro-batch {micro_batch}"
 
     def _stopped(self, request: StopRequest) -> bool:
         """Save and leave: return False, or raise InterruptedBySignalError after a signal."""
@@ -430,8 +448,7 @@ class TrainingLoop(ABC):
 
     def end(self) -> None:
         """Tell callbacks that training has ended, whatever ended it."""
-        for callback in self.callbacks:
-            callback.on_end(self.progress, self.job.run.status() or "stopped")
+        self.callbacks.call("on_end", self.progress, self.job.run.status() or "stopped")
 
     def close(self) -> None:
         """Wait for what is being written, and free the engine."""
@@ -439,26 +456,3 @@ class TrainingLoop(ABC):
         if self.engine is not None:
             self.engine.close()
             self.engine = None
-
-
-def smaller_plan(
-    plan: DeepSpeedPlan, step: int, can_repeat: bool, how_to_resume: Callable[[str], str], error: RuntimeError
-) -> DeepSpeedPlan:
-    """Return the plan with half the micro-batch, or the next smaller one that divides the batch.
-
-    can_repeat: whether the step's update has not begun. Raises TrainingError if the step cannot be done again.
-    """
-    batch = plan.batch
-    sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
-    ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
-    if not sizes:
-        raise TrainingError(
-            f"{ran_out}, and there is no smaller one. Close what else uses the memory, or add an "
-            f"activation_checkpointing section to the DeepSpeed JSON. {how_to_resume(' --micro-batch auto')}"
-        ) from error
-    if batch.world_size > 1 or not can_repeat:
-        why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "its update had begun"
-        raise TrainingError(
-            f"{ran_out}, and the step cannot be done again, since {why}. {how_to_resume(f' --micro-batch {sizes[0]}')}"
-        ) from error
-    return plan.with_micro_batch(sizes[0])

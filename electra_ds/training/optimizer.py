@@ -8,7 +8,7 @@ reads nothing back: overflow is a tensor that torch's fused AdamW takes as `foun
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ FRESH_COUNTERS = {
 
 
 class ParameterRates(NamedTuple):
-    """How one parameter is treated apart from the others."""
+    """One parameter's own learning rate and weight decay."""
 
     lr_scale: float = 1.0
     """Its learning rate over the schedule's."""
@@ -71,7 +71,7 @@ def put_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) ->
 
 
 def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: float = 0.0) -> dict[str, torch.Tensor]:
-    """State of torch's AdamW for one parameter, with zero moments.
+    """Return the state of torch's AdamW for one parameter, with zero moments.
 
     Without bias correction the step count stands so high that the correction is 1: the update is the original's,
     through torch's own kernels. `taken_steps` then has no say.
@@ -261,3 +261,21 @@ class MasterAdamW(torch.optim.Optimizer):
             self.loss_scale.fill_(counters["loss_scale"])
             self._good_steps.fill_(counters["good_steps"])
             self._hysteresis_left.fill_(counters["hysteresis_left"])
+
+
+def learning_rate_at(
+    step: int, *, learning_rate: float, kind: Literal["linear", "product"], warmup_steps: int, total_steps: int
+) -> float:
+    """Return the learning rate of optimiser step `step` (0 for the first one).
+
+    `linear`: rises linearly from 0 over `warmup_steps`, then falls linearly to 0 at `total_steps`
+    (transformers' `get_linear_schedule_with_warmup`, which the reproduction study used). `product`: the rise
+    times a linear decay that begins at step 0, so that the peak lies below `learning_rate`
+    (google-research/electra, model/optimization.py).
+    """
+    rise = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    if kind == "product":
+        return learning_rate * rise * max(0.0, 1.0 - step / total_steps)
+    if step < warmup_steps:
+        return learning_rate * rise
+    return learning_rate * max(0.0, (total_steps - step) / (total_steps - warmup_steps))

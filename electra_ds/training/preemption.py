@@ -23,7 +23,12 @@ class StopRequest(NamedTuple):
     """Whether a job script is to start the run again."""
 
 
-_TIME_LIMIT, _LAUNCHER_DIED, _SAVE_FAILED, _CALLBACK = 1000, 1001, 1002, 1003
+_TIME_LIMIT, _LAUNCHER_DIED, _SAVE_FAILED, _CALLBACK = 1000, 1001, 1002, 1003  # above the numbers of signals
+_REQUESTS = {
+    _TIME_LIMIT: StopRequest("time limit", None),
+    _LAUNCHER_DIED: StopRequest("the launcher died", signal.SIGTERM),
+    _SAVE_FAILED: StopRequest("a checkpoint could not be written", None),
+}
 
 
 class Preemption:
@@ -90,15 +95,9 @@ class Preemption:
             wish = 0 if before is None else self._ranks.finish_maximum(before)
         if not wish:
             return None
-        if wish == _TIME_LIMIT:
-            return StopRequest("time limit", None)
-        if wish == _LAUNCHER_DIED:
-            return StopRequest("the launcher died", signal.SIGTERM)
         if wish == _CALLBACK:
-            return StopRequest(self._ranks.broadcast(self._reason) or "a callback", None, is_to_be_resumed=False)
-        if wish == _SAVE_FAILED:
-            return StopRequest("a checkpoint could not be written", None)
-        return StopRequest(signal.Signals(wish).name, wish)
+            return StopRequest(self._ranks.broadcast(self._reason), None, is_to_be_resumed=False)
+        return _REQUESTS.get(wish) or StopRequest(signal.Signals(wish).name, wish)
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is None and self._asked is not None:

@@ -31,10 +31,11 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.log import NOTE
 from electra_ds.core.ranks import Ranks
 from electra_ds.training.engine import check_plan, wants_fp16
-from electra_ds.training.trackers import check_tracking
+from electra_ds.training.tracking import check_tracking
 
 _log = logging.getLogger(__name__)
 
+_WANDB = ("wandb", "wandb_project", "wandb_entity", "wandb_group")
 RecordT = TypeVar("RecordT", bound=Record)
 
 
@@ -172,25 +173,20 @@ def tracking_settings(
     WANDB_MODE decides the mode where only the JSON asks for wandb, as it does in DeepSpeed.
     Raises ConfigError if a value would have no effect.
     """
-    new: dict[str, Any] = {}
+    wandb: dict[str, Any] = {}
     if monitors.wandb is not None:
-        section = monitors.wandb
-        given = {"wandb_project": section.project, "wandb_entity": section.team, "wandb_group": section.group}
-        new = {"wandb": wandb_mode_of_environment() or "online"} | {
-            name: value for name, value in given.items() if value is not None
-        }
+        section, mode = monitors.wandb, wandb_mode_of_environment() or "online"
+        wandb = dict(zip(_WANDB, (mode, section.project, section.team, section.group), strict=True))
+    given = {name: getattr(options, name) for name in _WANDB if getattr(options, name) is not None}
+    new = {name: value for name, value in (wandb | given).items() if value is not None}
     if options.tensorboard is not None:
         new["tensorboard"] = "tensorboard" if options.tensorboard else None
     if monitors.tensorboard is not None and options.tensorboard is not False:
         new["tensorboard"] = _folder(monitors.tensorboard, "tensorboard", run)
     if monitors.csv_monitor is not None:
         new["csv"] = _folder(monitors.csv_monitor, "csv_monitor", run)
-    places = {name: getattr(options, name) for name in ("wandb_project", "wandb_entity", "wandb_group")}
-    for name, value in ({"wandb": options.wandb} | places).items():
-        if value is not None:
-            new[name] = value
     settings = replace(before, **new)
-    if settings.wandb == "off" and any(places.values()):
+    if settings.wandb == "off" and given.keys() - {"wandb"}:
         raise ConfigError(
             "--wandb-project, --wandb-entity and --wandb-group say where wandb puts the run, but wandb is off. "
             "Add --wandb online or --wandb offline."

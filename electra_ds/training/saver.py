@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from electra_ds.core.errors import CheckpointError
 from electra_ds.core.ranks import Ranks
-from electra_ds.training.checkpoint import CheckpointFolder, PendingCheckpoint, share_of
+from electra_ds.training.checkpoint import CheckpointFolder, FileEntry, PendingCheckpoint, share_of
 from electra_ds.training.optimizer import MasterAdamW
-from electra_ds.training.tensor_file import FileEntry
 from electra_ds.training.zero import ZeroAdamW
 
 
@@ -32,26 +30,20 @@ class CheckpointSaver:
     def save(self, optimizer: MasterAdamW | ZeroAdamW, state: dict[str, Any], record: Mapping[str, str]) -> None:
         """Copy what the optimizer holds and begin to write it, each rank its share; `finish` waits for the end.
 
-        state: what goes into state.json beside the optimizer's counters. Raises CheckpointError if the save before
+        state: what goes into state.json besides the optimizer's counters. Raises CheckpointError if the save before
         this one failed.
         """
         self.finish()  # before the copy: two of them may not fit
         is_there, token = self._ranks.broadcast((self._folder.path(state["step"]).exists(), secrets.token_hex(4)))
         if is_there:
-            return  # published whole by this very step; damaged ones are set aside before training goes on
+            return  # published by this very step; damaged ones are set aside before training continues
         tensors = optimizer.snapshot(share_of(optimizer.shapes(), self._ranks.rank, self._ranks.world_size))
         state = state | {"optimizer": optimizer.counters()}
         pending = PendingCheckpoint(self._folder, state["step"], token)
         self._thread = threading.Thread(
-            target=self._run, args=(pending, tensors, state, record), name="checkpoint", daemon=True
+            target=self._write, args=(pending, tensors, state, record), name="checkpoint", daemon=True
         )
         self._thread.start()
-
-    def _run(self, pending: PendingCheckpoint, *arguments: Any) -> None:
-        try:
-            self._write(pending, *arguments)
-        except Exception as error:  # to be raised where the training thread next looks
-            self._error = error
 
     def _write(
         self,
@@ -60,28 +52,27 @@ class CheckpointSaver:
         state: dict[str, Any],
         record: Mapping[str, str],
     ) -> None:
+        """Write this rank's share, and on the main rank publish the checkpoint if every rank has written its own."""
         own: dict[str, FileEntry] | None = None
-        error = None
+        shards: list[dict[str, FileEntry] | None] = []
         try:
-            own = pending.write_shard(tensors, self._ranks.rank, self._ranks.world_size)
-        except CheckpointError as caught:
-            error = caught
-        shards = self._ranks.gather_in_background(own)
-        if None in shards:
-            pending.discard()  # on every rank: one may have a disk of its own
-        if error is not None:
-            raise error  # the others leave it to this rank to say why
-        if self._ranks.is_main and None not in shards:
             try:
-                pending.publish({name: entry for shard in shards for name, entry in shard.items()}, state, record)
-            except CheckpointError:
-                pending.discard()
-                raise
-            self.published = pending.final
+                own = pending.write_shard(tensors, self._ranks.rank, self._ranks.world_size)
+            finally:
+                shards = self._ranks.gather_in_background(own)
+            if self._ranks.is_main and None not in shards:
+                pending.publish(
+                    {name: entry for shard in shards for name, entry in (shard or {}).items()}, state, record
+                )
+                self.published = pending.final
+        except Exception as error:  # to be raised where the training thread next looks
+            self._error = error
+        if self._error is not None or None in shards:
+            pending.discard()  # on every rank: one may have a disk of its own
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank knows that the last save failed; `finish` says why."""
+        """True if this rank knows that the last save failed; `finish` says why."""
         return self._error is not None
 
     def finish(self) -> None:

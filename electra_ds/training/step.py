@@ -1,4 +1,4 @@
-"""What a training step needs of any model: batches that can be cut, and losses as named sums.
+"""What a training step needs of any model: a forward pass, batches that can be cut, and losses as named sums.
 
 A loss is a sum over a micro-batch, which is divided by a count over the whole global batch. So a batch may be cut into
 any micro-batches, accumulation steps and ranks, and its losses stay the same.
@@ -6,10 +6,16 @@ any micro-batches, accumulation steps and ranks, and its losses stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
+
+from electra_ds.config.deepspeed import DeepSpeedPlan
 
 
 class LossTerm(NamedTuple):
@@ -25,19 +31,22 @@ class StepBatch(Protocol):
     """The global batch of one step, of whatever a model is trained on."""
 
     @property
+    @abstractmethod
     def loss_terms(self) -> Mapping[str, LossTerm]:
         """The step's losses by name, in the order in which they are reported."""
 
     @property
+    @abstractmethod
     def num_tokens(self) -> int:
         """The number of tokens without padding."""
 
+    @abstractmethod
     def micro_batch(self, first: int, size: int) -> Any:
         """Return examples `first` to `first + size` as something with `to(device)` that the model takes."""
 
 
 class StepOutput(Protocol):
-    """What a model returns for a micro-batch."""
+    """The output of a model for a micro-batch."""
 
     @property
     def losses(self) -> Mapping[str, torch.Tensor]:
@@ -77,3 +86,71 @@ class StepLosses:
             total = weighted if total is None else total + weighted
         assert total is not None
         return {"loss": total} | means | {"grad_norm": grad_norm}
+
+
+_WEIGHTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_AUTOCAST = {"autocast-fp16": torch.float16, "autocast-bf16": torch.bfloat16}
+
+
+class TrainableModel(Protocol):
+    """A `torch.nn.Module` that any engine can train, since it lets itself be set up."""
+
+    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
+        """autocast_dtype: for its forward pass, None for none. checkpointed_layers: how many of each encoder, from the
+        first, keep their input alone for the backward pass."""
+
+    def named_parameters(self) -> Any: ...
+
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class AutocastModel(nn.Module, ABC):
+    """A model that runs its own forward pass under torch.autocast, since DeepSpeed's engine switches off an autocast
+    that it was called under."""
+
+    autocast_dtype: torch.dtype | None = None
+    """The dtype of the forward pass; None for that of the weights."""
+    checkpointed_layers: int = 0
+    """Layers of each encoder, from the first, that keep only their input for the backward pass."""
+
+    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
+        """Take what an engine's plan says of the model itself."""
+        self.autocast_dtype, self.checkpointed_layers = autocast_dtype, checkpointed_layers
+
+    def forward(self, batch: Any, replayed: Any = None) -> Any:
+        """Return the losses of one micro-batch, as a `training.step.StepOutput`.
+
+        replayed: what another run drew at random, to be taken in place of own draws; None to draw.
+        """
+        with torch.autocast(batch.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.run(batch, replayed)
+
+    @abstractmethod
+    def run(self, batch: Any, replayed: Any) -> Any:
+        """Do what `forward` says, under its autocast. An engine may put a compiled form in the place of this method."""
+
+
+def set_up_model(model: TrainableModel, plan: DeepSpeedPlan) -> torch.dtype:
+    """Set up autocast and activation checkpointing as planned; return the dtype of the weights in a step."""
+    model.set_up(_AUTOCAST.get(plan.precision.name), plan.checkpointed_layers)
+    return _WEIGHTS.get(plan.precision.name, torch.float32)
+
+
+class Builder(Protocol):
+    """Builds the batch of any step, of whatever kind."""
+
+    def build(self, step: int) -> Any: ...
+
+
+def prefetched(builder: Builder, first_step: int, stop_step: int) -> Iterator[tuple[int, Any]]:
+    """Yield (step, batch) in order, built up to two steps ahead in a thread."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+    try:
+        ahead = deque(thread.submit(builder.build, step) for step in range(first_step, min(first_step + 2, stop_step)))
+        for step in range(first_step, stop_step):
+            batch = ahead.popleft().result()
+            if step + 2 < stop_step:
+                ahead.append(thread.submit(builder.build, step + 2))
+            yield step, batch
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -1,60 +1,292 @@
-"""metrics.jsonl, where all of a run's numbers go."""
+"""Where a run's numbers go: metrics.jsonl, and Weights & Biases, TensorBoard and CSV for those who watch them there.
+
+Trackers name them KIND/NAME, such as `train/loss` and `eval/accuracy`. A tracker that fails in the middle of a run is
+dropped with one warning; metrics.jsonl has every number in any case.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from electra_ds.core.errors import CheckpointError
+from electra_ds.config.monitors import overruled_wandb_mode, wandb_login, wandb_module
+from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import TrackingSettings
+from electra_ds.core.errors import CheckpointError, ConfigError, ElectraError, InterruptedBySignalError
+from electra_ds.core.log import NOTE, log_command
 
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, with `step` and `kind` ("train" or "eval")."""
-
-    def __init__(self, path: Path, resume_step: int) -> None:
-        """Lines after `resume_step`, which a killed run wrote beyond its last checkpoint, are dropped.
-
-        `reached` is the last step that they told of, `evaluated` the last one that is kept of an evaluation.
-        """
-        try:
-            lines = read_metrics(path) if path.exists() else []
-            self.reached = max((line["step"] for line in lines), default=0)
-            kept = [line for line in lines if line["step"] <= resume_step]
-            self.evaluated = max((line["step"] for line in kept if line["kind"] == "eval"), default=0)
-            if path.exists():
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf8")
-                temporary.replace(path)
-            self._file = path.open("a", encoding="utf8", buffering=1)
-        except OSError as error:
-            raise CheckpointError(f"Cannot write {path}: {error.strerror}.") from error
-
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Raises CheckpointError if the disk is full."""
-        try:
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"Cannot write {self._file.name}: {error.strerror}.") from error
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # the line that did not fit was reported when it was written
-            self._file.close()
+_log = logging.getLogger(__name__)
+_FINISH_WITHIN_S = 60.0
+"""An upload that takes longer at the end is left to `wandb sync`: a job scheduler may be waiting to kill us."""
+_LOST_ROWS = 512
+"""More than a kill can lose: wandb writes its file in blocks of 32 KiB, and a row takes more than 64 bytes."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; one may have been cut by a kill."""
-    return metrics_lines(path.read_text("utf8", errors="replace"))
+    """Return the complete lines of a metrics.jsonl, the last of which a kill may have cut; none if there is no file."""
+    return metrics_lines(path.read_text("utf8", errors="replace")) if path.exists() else []
 
 
 def metrics_lines(text: str) -> list[dict[str, Any]]:
+    """Return the complete lines of the text of a metrics.jsonl."""
     lines = []
     for line in text.splitlines():
         try:
             values = json.loads(line)
             lines.append(values | {"step": int(values["step"]), "kind": str(values["kind"])})
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
     return lines
+
+
+def check_tracking(settings: TrackingSettings, run: RunDirectory, *, is_new: bool) -> None:
+    """Raises ConfigError if a tracker could not run: not installed, no account, another run's folder."""
+    if settings.tensorboard is not None:
+        _tensorboard_module()
+    if settings.wandb == "online" and not wandb_login():
+        raise ConfigError(
+            "wandb has no API key on this machine. Log in with: wandb login; or take --wandb offline, which needs no "
+            "account, and upload later; or --wandb off."
+        )
+    for folder, pattern in ((settings.tensorboard, "*tfevents*"), (settings.csv, "*.csv")):
+        if is_new and folder is not None and any((run.path / folder).glob(pattern)):
+            raise ConfigError(
+                f"{run.path / folder} holds the numbers of another run. Choose another --run-dir, or another "
+                f"job_name or output_path in the DeepSpeed JSON."
+            )
+
+
+class RunLog:
+    """metrics.jsonl, one JSON object a line with `step` and `kind` ("train", "eval" or "plan"), and the trackers.
+
+    `reached` is the last step that a killed run logged, and `evaluated` the last evaluation that is kept.
+    """
+
+    def __init__(
+        self, run: RunDirectory, settings: TrackingSettings, config: Mapping[str, Any], resume_step: int
+    ) -> None:
+        """Lines after `resume_step`, which a killed run wrote beyond its last checkpoint, are dropped.
+
+        config: shown next to wandb's curves. Raises CheckpointError if a file cannot be written and ConfigError if
+        wandb cannot start even offline.
+        """
+        if overruled := overruled_wandb_mode(settings.wandb):
+            _log.log(NOTE, overruled)
+        self._trackers: list[_Tracker] = []
+        try:
+            lines = read_metrics(run.metrics)
+            kept = [line for line in lines if line["step"] <= resume_step]
+            self.reached = max((line["step"] for line in lines), default=0)
+            self.evaluated = max((line["step"] for line in kept if line["kind"] == "eval"), default=0)
+            _replace(run.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = run.metrics.open("a", encoding="utf8", buffering=1)
+            if settings.csv is not None:
+                self._trackers.append(_CsvFolder(run.path / settings.csv, resume_step))
+            if settings.tensorboard is not None:
+                self._trackers.append(_TensorBoard(run.path / settings.tensorboard, resume_step))
+            if settings.wandb != "off":
+                self._trackers.append(_Wandb(settings, run, config, kept, resume_step, self.reached))
+        except OSError as error:
+            raise CheckpointError(f"Cannot write {error.filename or run.path}: {error.strerror}.") from error
+
+    def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
+        """Raises CheckpointError if the disk is full."""
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"Cannot write {self._file.name}: {error.strerror}.") from error
+        named = _named(kind, values)
+        self._each(lambda tracker: tracker.write(step, named))
+
+    def flush(self) -> None:
+        """Make what was written outlive a kill of this process; metrics.jsonl does anyway, line by line."""
+        self._each(lambda tracker: tracker.flush())
+
+    def finish(self, error: BaseException | None) -> None:
+        """Close everything. error: what ended the run, from which the process's exit status follows."""
+        status = 0 if error is None else 1
+        if isinstance(error, InterruptedBySignalError):
+            status = 128 + error.signum
+        elif isinstance(error, ElectraError):
+            status = 2
+        with contextlib.suppress(OSError):  # the line that did not fit was reported when it was written
+            self._file.close()
+        self._each(lambda tracker: tracker.close(status))
+
+    def _each(self, act: Callable[[_Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                act(tracker)
+            except Exception as error:  # whatever a tracker raises, it must not end the training
+                self._trackers.remove(tracker)
+                _log.warning(
+                    f"{tracker.name} failed and is left out from now on ({type(error).__name__}: {error}). Training "
+                    f"continues; metrics.jsonl has every number.",
+                )
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, "utf8")
+    temporary.replace(path)
+
+
+def _named(kind: str, values: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the numbers under trackers' names, without those that are None, for not finite."""
+    return {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+
+
+class _Tracker:
+    """One place that numbers go to."""
+
+    name: str
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Make what was written outlive a kill of this process, where that is possible."""
+
+    def close(self, status: int) -> None:
+        """status: the process's exit status."""
+        raise NotImplementedError
+
+
+class _CsvFolder(_Tracker):
+    """One file a metric, laid out as DeepSpeed's csv_monitor does: train_loss.csv with the columns step, loss."""
+
+    name = "csv_monitor"
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        self._folder = folder
+        self._files: dict[str, TextIO] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*.csv"):
+            rows = path.read_text("utf8").splitlines(keepends=True)
+            kept = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= resume_step]
+            _replace(path, "".join(rows[:1] + kept))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            file = self._files.get(name)
+            if file is None:
+                path = self._folder / f"{name.replace('/', '_')}.csv"
+                self._files[name] = file = path.open("a", encoding="utf8", buffering=1)
+                if file.tell() == 0:
+                    file.write(f"step,{name.split('/')[-1]}\n")
+            file.write(f"{step},{value}\n")
+
+    def close(self, status: int) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _tensorboard_module() -> Any:
+    try:
+        return importlib.import_module("torch.utils.tensorboard")  # a second's import, for those who asked for it
+    except ImportError as error:
+        raise ConfigError(
+            f"TensorBoard is not installed ({error}). Install it with: pip install tensorboard"
+        ) from error
+
+
+class _TensorBoard(_Tracker):
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        # TensorBoard hides what earlier files of the folder say about the steps from purge_step on.
+        self._writer = _tensorboard_module().SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self, status: int) -> None:
+        self._writer.close()
+
+
+class _Wandb(_Tracker):
+    """A wandb run that keeps its id over every resume.
+
+    wandb drops rows whose step is not above the last one, and offline it starts again at 0. A killed run repeats the
+    steps since its checkpoint, so wandb's own step is ours plus the number of steps repeated so far, which never
+    falls: nothing is dropped. `step`, a value of its own and the x axis of every chart, is the true one.
+
+    A kill takes wandb's service along, with what it had not written yet; at the next start those rows are written
+    again from metrics.jsonl.
+    """
+
+    name = "wandb"
+
+    def __init__(
+        self,
+        settings: TrackingSettings,
+        run: RunDirectory,
+        config: Mapping[str, Any],
+        kept: list[dict[str, Any]],
+        resume_step: int,
+        reached: int,
+    ) -> None:
+        """kept: the lines of metrics.jsonl up to `resume_step`."""
+        folder = run.path / "wandb"
+        folder.mkdir(exist_ok=True)  # where it is missing, wandb takes the system's temporary folder
+        self._state = folder / "rows.json"
+        first_step, self._repeated = resume_step + 1, 0
+        if self._state.exists():
+            before = json.loads(self._state.read_text("utf8"))
+            if not before["finished"]:
+                first_step = max(1, first_step - _LOST_ROWS)
+            self._repeated = before["repeated"] + max(0, reached + 1 - first_step)
+        self._write_state(finished=False)
+        self._start(settings, run, config)
+        for line in kept:
+            if line["step"] >= first_step:
+                values = {name: value for name, value in line.items() if name not in ("kind", "step")}
+                self.write(line["step"], _named(line["kind"], values))
+
+    def _start(self, settings: TrackingSettings, run: RunDirectory, config: Mapping[str, Any]) -> None:
+        self._module = wandb_module()
+        start = {
+            "project": settings.wandb_project, "entity": settings.wandb_entity, "group": settings.wandb_group,
+            "name": run.path.resolve().name, "id": settings.wandb_id, "resume": "allow", "dir": str(run.path),
+            "config": config,
+            "settings": {"silent": True, "console": "off", "finish_timeout": _FINISH_WITHIN_S},
+        }  # fmt: skip
+        mode = settings.wandb
+        if mode == "online":
+            try:
+                self._run = self._module.init(mode="online", **start)
+            except Exception as error:  # no network, a refused key: the numbers can be uploaded later
+                _log.warning(f"wandb cannot be reached ({error}). The run continues offline.")
+                self._module.teardown()  # or its service would say that the id is in use
+                mode = "offline"
+        if mode == "offline":
+            try:
+                self._run = self._module.init(mode="offline", **start)
+            except Exception as error:
+                raise ConfigError(f"wandb cannot start: {error}. Train without it by --wandb off.") from error
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        if mode == "online":
+            _log.info(f"wandb: {self._run.url}")
+        else:
+            log_command(_log, "wandb: offline; upload with:", f"wandb sync {Path(self._run.dir).parent}")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step}, step=step + self._repeated)
+
+    def close(self, status: int) -> None:
+        self._run.finish(exit_code=status)
+        self._module.teardown(exit_code=status)
+        self._write_state(finished=True)
+
+    def _write_state(self, *, finished: bool) -> None:
+        _replace(self._state, json.dumps({"repeated": self._repeated, "finished": finished}))

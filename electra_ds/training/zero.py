@@ -1,4 +1,4 @@
-"""ZeRO stages 1 to 3: DeepSpeed's optimizers, which shard state over ranks, seen as one whole.
+"""ZeRO stages 1 to 3: DeepSpeed's optimizers, which shard state over ranks, seen as one optimizer.
 
 DeepSpeed scales, clips and skips here itself. What is added is that the state goes out and comes in by parameter
 name, as at stage 0, so that a checkpoint fits every stage, and that the loss scale grows between steps: DeepSpeed
@@ -46,7 +46,7 @@ _NEVER = 2**62  # steps
 def torch_adamw(
     parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection, rates: Rates = pretraining_rates
 ) -> torch.optim.AdamW:
-    """What DeepSpeed shards: torch's own AdamW, since DeepSpeed's would be compiled at the first start."""
+    """Return what DeepSpeed shards: torch's own AdamW, since DeepSpeed's would be compiled at the first start."""
     return torch.optim.AdamW(
         parameter_groups(parameters, section.weight_decay, rates),
         lr=section.learning_rate,
@@ -57,7 +57,7 @@ def torch_adamw(
 
 
 def forget_models() -> None:
-    """Empties what stage 3 keeps for the whole process, and every model that it has run with it."""
+    """Empty what stage 3 keeps for the whole process, and every model that it has run with it."""
     FWD_MODULE_STACK.clear()
     releases = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     for cell in releases.__closure__:  # a cache, inside of what DeepSpeed puts around it
@@ -72,7 +72,7 @@ class ZeroAdamW:
     """
 
     def __init__(self, engine: Any, section: OptimizerSection, scaling: LossScaling | None) -> None:
-        """engine: a `PretrainingEngine` of deepspeed at stage 1, 2 or 3, around `torch_adamw`."""
+        """engine: a `DeepSpeedEngine` at stage 1, 2 or 3, around `torch_adamw`."""
         self._engine = engine
         self._zero = engine.optimizer
         self._stage = engine.zero_optimization_stage()
@@ -87,11 +87,7 @@ class ZeroAdamW:
         if isinstance(self._zero.loss_scaler, DynamicLossScaler):
             self._window = self._zero.loss_scaler.scale_window
             self._zero.loss_scaler.scale_window = _NEVER
-        self._make_state()
-
-    def _make_state(self) -> None:
-        """DeepSpeed makes the moments at the first step; loading needs them before."""
-        for flat in self._flat_partitions():
+        for flat in self._flat_partitions():  # DeepSpeed makes the moments at the first step; loading needs them before
             self._zero.optimizer.state[flat] = adamw_state(flat, bias_correction=self._bias_correction)
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
@@ -120,7 +116,7 @@ class ZeroAdamW:
 
     @property
     def grad_norm(self) -> torch.Tensor:
-        """Of the last step, unscaled, before clipping."""
+        """The gradients' norm in the last step, unscaled, before clipping."""
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=self._engine.device)
 
@@ -145,7 +141,7 @@ class ZeroAdamW:
         return {name for name, parameter in self.named_parameters if parameter.requires_grad}
 
     def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Masters and moments by name in the CPU's memory, of these parameters or of all, whole.
+        """Return masters and moments by name in the CPU's memory, complete, of these parameters or of all.
 
         All ranks must call it, each for the parameters that it wants.
         """

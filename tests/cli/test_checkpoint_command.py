@@ -149,14 +149,10 @@ def test_a_record_with_impossible_settings_is_not_followed(run: Path, capsys: py
     call("prune", run, "--dry-run")
 
 
-def test_hostile_words_in_a_checkpoint_are_shown_as_they_are(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = {"step": "[/red]", "tokens": "many", "saved": "[bold]soon", "precision": "[/x]", "optimizer": []}
-    (run / "checkpoints" / "step-00000020" / "state.json").write_text(json.dumps(state))
+def test_ls_says_how_many_were_set_aside(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "checkpoints" / "damaged-step-00000005").mkdir()
     call("ls", run)
-    out = capsys.readouterr().out
-    assert "[/x]" in out
-    assert "1 set aside as damaged" in out
+    assert "1 set aside as damaged" in capsys.readouterr().out
 
 
 def test_prune_keeps_the_newest_and_what_is_not_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +199,7 @@ def test_prune_leaves_a_run_alone_that_somebody_trains(run: Path, capsys: pytest
 @pytest.mark.parametrize("action", ["ls", "verify", "prune"])
 def test_what_is_no_run_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str) -> None:
     call(action, tmp_path / "nowhere", status=2)
-    assert "is not a run directory" in capsys.readouterr().err
+    assert "is neither a run directory nor a checkpoint" in capsys.readouterr().err
 
 
 def test_a_run_without_checkpoints_is_told_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from electra_ds.data.sampling import MIXTURE_ROUND, Rows, Sampler, Windows, shuf
 from electra_ds.data.segments import Ranges, split_holdout
 from electra_ds.data.token_store import TokenStore, token_dtype
 from electra_ds.data.tokenizer import train_tokenizer
-from electra_ds.training.prefetch import prefetched
+from electra_ds.training.step import prefetched
 from tests.helpers import REPOSITORY, builder_for, small_recipe, write_corpus
 
 # --- token store

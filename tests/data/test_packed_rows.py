@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from electra_ds.data.packing import packed_rows
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.electra import ElectraOutput
-from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.electra import ElectraOutput, MicroBatch
 from electra_ds.pretraining.objectives.electra import ElectraBatch
 from tests.helpers import builder_for, model_for, small_recipe
 

@@ -39,7 +39,7 @@ from electra_ds.finetuning.heads import (
 )
 from electra_ds.finetuning.inputs import TaskBatchBuilder, TaskInputs
 from electra_ds.training.engine import Engine
-from electra_ds.training.schedule import learning_rate_at
+from electra_ds.training.optimizer import learning_rate_at
 from tests.finetune_runs import NO_DROPOUT, SMALL, electra_config
 
 KINDS = ("original", "corrected", "study")

@@ -43,7 +43,7 @@ from electra_ds.data.tokenizer import train_tokenizer
 from electra_ds.finetuning.heads import SpanHead, TaskModel, make_encoder, make_head, why_not_exportable
 from electra_ds.interop import export_finetuned as module
 from electra_ds.interop.export_finetuned import _Scale, export_finetuned, one_layer_as_two
-from electra_ds.training.recorded import kept_checkpoint
+from electra_ds.training.checkpoints import kept_checkpoint
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,

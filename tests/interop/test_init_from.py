@@ -41,9 +41,9 @@ from electra_ds.pretraining.convert import (
     to_transformers,
 )
 from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.evaluation import load_trained
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.pretraining.pretrain import PretrainJob
-from electra_ds.pretraining.trained import load_trained
 from electra_ds.training.checkpoint import load_checkpoint
 from electra_ds.training.prepare import plan_new
 from tests.helpers import SMALL, builder_for, model_for, small_recipe

@@ -8,7 +8,7 @@ import pytest
 
 from electra_ds.cli import main
 from electra_ds.core.errors import DataError
-from electra_ds.model.other_formats import refuse_other_frameworks
+from electra_ds.pretraining.convert import refuse_other_frameworks
 
 CONFIG = '{"model_type": "electra"}'
 ORIGINAL = (
@@ -36,6 +36,7 @@ CASES = [
     (("config.json", "tf_model.h5"), "tf_model.h5", "TensorFlow weights", "from_pretrained('{path}', from_tf=True)"),
     (("config.json", "flax_model.msgpack"), "", "Flax weights only", "from_pretrained('{path}', from_flax=True)"),
     (("saved_model.pb",), "", "TensorFlow SavedModel", "Convert the checkpoint that it was made from"),
+    (("model.gguf",), "model.gguf", "GGUF model", "Convert the checkpoint that it was made from"),
 ]
 
 

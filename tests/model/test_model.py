@@ -12,8 +12,7 @@ from transformers import AutoModel, AutoTokenizer, ElectraForMaskedLM, ElectraFo
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.convert import discriminator_tensors, generator_tensors, to_transformers
-from electra_ds.pretraining.electra import Electra, encoder_configs
-from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.electra import Electra, MicroBatch, encoder_configs
 from tests.helpers import builder_for, model_for, small_recipe
 
 RELATIVE = 1e-5

@@ -21,8 +21,7 @@ from transformers import BertConfig, BertForMaskedLM
 from electra_ds.config.recipe import Recipe, Section
 from electra_ds.core.keyed_random import generator
 from electra_ds.pretraining.objectives.base import Export, Objective, PretrainingBatch, TextBatch
-from electra_ds.training.model import AutocastModel
-from electra_ds.training.step import LossTerm
+from electra_ds.training.step import AutocastModel, LossTerm
 
 _MASKS = 0x70
 _IGNORED = -100

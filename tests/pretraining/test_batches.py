@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from electra_ds.data.segments import Ranges, split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
-from electra_ds.training.prefetch import prefetched
+from electra_ds.training.step import prefetched
 from tests.helpers import builder_for, small_recipe
 
 

@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from electra_ds.config.hardware import Gpu, Hardware
 from electra_ds.pretraining import self_test
-from electra_ds.pretraining.doctor import check_gpus, check_package, check_packages, check_step
+from electra_ds.pretraining.doctor import check_gpus, check_package, check_packages, failed_step
 from electra_ds.pretraining.self_test import try_precisions
 from tests.helpers import REPOSITORY
 from tests.pretraining.test_pretrain import run
@@ -57,24 +57,25 @@ def test_the_packages_of_this_machine_are_those_that_users_need() -> None:
 
 
 def test_a_step_that_fails_matters_only_in_fp32() -> None:
-    tried = [("fp32", "works", ""), ("bf16", "fails", "x"), ("fp16", "not on this device", "")]
-    assert [check_step(*each).state for each in tried] == ["fine", "note", "note"]
-    assert check_step("fp32", "fails", "no kernel image").state == "wrong"
+    assert failed_step("bf16", "x").state == "note"
+    found = failed_step("fp32", RuntimeError("no kernel image\nand more"))
+    assert (found.state, found.meaning) == ("wrong", "RuntimeError: no kernel image")
 
 
 @pytest.mark.usefixtures("process_group", "half_on_cpu")
 def test_the_trial_is_a_real_step_in_each_precision() -> None:
-    assert [(item.precision, item.result) for item in try_precisions()] == [
-        ("fp32", "works"), ("bf16", "works"), ("fp16", "works"),
-    ]  # fmt: skip
+    steps = [f"a step in {precision}" for precision in ("fp32", "bf16", "fp16")]
+    assert [(item.what, item.found, item.state) for item in try_precisions()] == [
+        (what, "works", "fine") for what in steps
+    ]
 
 
 @pytest.mark.usefixtures("process_group", "half_on_cpu")
 def test_a_trial_whose_weights_do_not_move_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_test, "_STEP", 0)  # where the learning rate is 0
     for item in try_precisions():
-        assert item.result == "fails"
-        assert "the weights did not move" in item.reason
+        assert item.found == "fails"
+        assert "the weights did not move" in item.meaning
 
 
 @pytest.mark.usefixtures("process_group")
@@ -83,7 +84,7 @@ def test_what_a_device_cannot_do_is_told_from_what_fails(monkeypatch: pytest.Mon
         pytest.skip("a GPU has fp16")
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)  # some CPUs have it
     fp16 = try_precisions()[-1]
-    assert (fp16.result, fp16.reason.split(",")[0]) == ("not on this device", "fp16 needs a GPU")
+    assert (fp16.found, fp16.meaning.split(",")[0]) == ("not on this device", "fp16 needs a GPU")
 
 
 def test_the_command_prints_a_table_or_json_and_says_whether_pretraining_can_run(tmp_path: Path) -> None:

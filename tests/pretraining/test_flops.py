@@ -13,9 +13,8 @@ from electra_ds.config.cards import CARDS, find_card, peak_flops
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.pretraining.convert import transformers_config
-from electra_ds.pretraining.electra import Electra, encoder_configs
-from electra_ds.pretraining.flops import StepFlops, step_flops, transformers_step_flops
-from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.pretraining.electra import Electra, MicroBatch, encoder_configs
+from electra_ds.pretraining.run_time import StepFlops, step_flops
 from tests.helpers import small_recipe
 
 VOCABULARY = 403
@@ -96,7 +95,7 @@ def test_a_step_of_transformers_has_the_flops_that_torch_counts(
     batch = micro_batch(rows, length, selected, padded=False)
     labels_BT = torch.full_like(batch.ids_BT, -100)
     labels_BT.view(-1)[batch.selected_M] = batch.ids_BT.view(-1)[batch.selected_M]
-    expected = transformers_step_flops(generator_config, discriminator_config, [length] * rows)
+    expected = step_flops(generator_config, discriminator_config, [length] * rows, length * rows)
     with FlopCounterMode(display=False) as counter:
         generated = generator(batch.generator_ids_BT, labels=labels_BT)
         judged = discriminator(batch.ids_BT, labels=(labels_BT == -100).long())
@@ -117,7 +116,7 @@ def rc2020_small_flops() -> tuple[StepFlops, StepFlops]:
     rows, length = recipe.global_batch_size, recipe.data.sequence_length
     selected = round(recipe.masking.mlm_probability * rows * length)
     lengths_B = [length] * rows
-    return step_flops(*configs, lengths_B, selected), transformers_step_flops(*configs, lengths_B)
+    return step_flops(*configs, lengths_B, selected), step_flops(*configs, lengths_B, rows * length)
 
 
 def test_the_step_of_electra_small_is_of_the_size_that_a_count_by_hand_gives() -> None:

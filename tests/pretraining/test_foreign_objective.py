@@ -20,8 +20,8 @@ from electra_ds.config.overrides import load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.evaluation import load_trained
 from electra_ds.pretraining.objectives.base import TextBatch
-from electra_ds.pretraining.trained import load_trained
 from tests.helpers import SMALL
 from tests.launching import ENVIRONMENT
 from tests.pretraining.foreign import Cloze, ClozeRecipe

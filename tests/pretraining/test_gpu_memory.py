@@ -22,7 +22,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.memory import CONTEXT_BYTES, peak_memory
 from electra_ds.pretraining.objectives.electra import ElectraBatch
-from electra_ds.pretraining.probe import fitting_plan
+from electra_ds.pretraining.prepare import fitting_plan
 from electra_ds.training.engine import has_bf16
 from tests.helpers import small_recipe
 from tests.pretraining.test_pretrain import train_losses

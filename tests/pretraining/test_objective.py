@@ -13,6 +13,7 @@ from scipy import stats
 from torch.nn import functional
 
 from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import MaskingSection
 from electra_ds.core.keyed_random import (
     column_keys,
     exponential_noise,
@@ -21,11 +22,11 @@ from electra_ds.core.keyed_random import (
     permutation_at,
     random_bits,
 )
-from electra_ds.model import prediction
-from electra_ds.model.prediction import predict_tokens, sample_tokens
+from electra_ds.model import heads
+from electra_ds.model.heads import predict_tokens, sample_tokens
 from electra_ds.pretraining.electra import discriminator_loss_sum
 from electra_ds.pretraining.masking import Masks, choose_masks
-from electra_ds.training.schedule import learning_rate_at
+from electra_ds.training.optimizer import learning_rate_at
 
 LOWEST_P = 1e-4  # seeds are fixed, so a test that passes once passes always
 
@@ -153,7 +154,7 @@ def test_a_rare_token_is_drawn_as_often_as_it_should_be() -> None:
 def test_loss_gradients_and_samples_are_those_of_the_logits_however_they_are_cut(
     monkeypatch: pytest.MonkeyPatch, rows: int, embedding: int, classes: int, piece_rows: int, scale: float, seed: int
 ) -> None:
-    monkeypatch.setattr(prediction, "CPU_PIECE_BYTES", 4 * classes * piece_rows)
+    monkeypatch.setattr(heads, "CPU_PIECE_BYTES", 4 * classes * piece_rows)
     rng = torch.Generator().manual_seed(seed)
     inputs = [
         (scale * torch.randn(*shape, generator=rng)).requires_grad_()
@@ -239,8 +240,7 @@ def masks_for(seed: int, **changes: object) -> tuple[Masks, np.ndarray, np.ndarr
     lengths = rng.integers(6, 129, 400)
     positions = np.arange(128)
     maskable = (positions > 0) & (positions < lengths[:, None] - 1) & (rng.random((400, 128)) > 0.02)
-    options = {"mlm_probability": 0.15, "mask_token_share": 0.85, "count": "bernoulli", "replace_at": "selected"}
-    return choose_masks(maskable, lengths, rng, **(options | changes)), maskable, lengths  # type: ignore[arg-type]
+    return choose_masks(maskable, lengths, rng, MaskingSection(**changes)), maskable, lengths  # type: ignore[arg-type]
 
 
 def test_bernoulli_selects_each_token_with_the_given_probability_and_masks_85_percent_of_those() -> None:
@@ -258,19 +258,13 @@ def test_a_fixed_count_is_the_originals(length: int, count: int) -> None:
     """19 of 128 = min(round(0.15 * 128), floor(0.155 * 128)); 1 at least."""
     positions = np.arange(128)
     maskable = np.tile((positions > 0) & (positions < length - 1), (50, 1))
-    masks = choose_masks(
-        maskable, np.full(50, length), np.random.default_rng(1),
-        mlm_probability=0.15, mask_token_share=0.85, count="fixed", replace_at="selected",
-    )  # fmt: skip
+    masks = choose_masks(maskable, np.full(50, length), np.random.default_rng(1), MaskingSection(count="fixed"))
     assert (masks.selected.sum(1) == count).all()
 
 
 def test_a_fixed_count_favours_no_position() -> None:
     maskable = np.ones((20_000, 20), dtype=bool)
-    masks = choose_masks(
-        maskable, np.full(20_000, 20), np.random.default_rng(2),
-        mlm_probability=0.15, mask_token_share=0.85, count="fixed", replace_at="selected",
-    )  # fmt: skip
+    masks = choose_masks(maskable, np.full(20_000, 20), np.random.default_rng(2), MaskingSection(count="fixed"))
     assert (masks.selected.sum(1) == 3).all()
     assert chi_square_p(masks.selected.sum(0), np.full(20, 3000.0)) > LOWEST_P
 

@@ -23,19 +23,19 @@ from sklearn.metrics import roc_auc_score
 from electra_ds.cli import main
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import TrainingError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import prepare, pretrain
-from electra_ds.pretraining.evaluation import Evaluator, held_out_batch
-from electra_ds.pretraining.samples import sample_sentences
-from electra_ds.pretraining.trained import load_trained
+from electra_ds.pretraining.evaluation import Evaluator, held_out_batch, load_trained
+from electra_ds.pretraining.objectives.electra_evaluation import sample_sentences
 from electra_ds.training.checkpoint import CheckpointFolder
 from electra_ds.training.optimizer import MasterAdamW
 from electra_ds.training.preemption import Preemption
 from electra_ds.training.prepare import plan_new
-from electra_ds.training.tracking import MetricsFile, read_metrics
+from electra_ds.training.tracking import RunLog, read_metrics
 from tests.helpers import REPOSITORY, SMALL, model_for, small_recipe
 from tests.pretrain_runs import (
     CPU_JSON,
@@ -420,14 +420,14 @@ def test_evaluation_agrees_with_a_second_implementation(store: TokenStore, proce
 
 def test_metrics_beyond_the_resumed_step_and_a_cut_line_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, 0)
+    first = RunLog(RunDirectory(tmp_path), TrackingSettings(), {}, 0)
     for step in range(1, 6):
         first.write("train", step, {"loss": step / 3})
-    first.close()
+    first.finish(None)
     path.write_text(path.read_text() + '{"kind": "tra')
-    second = MetricsFile(path, 3)
+    second = RunLog(RunDirectory(tmp_path), TrackingSettings(), {}, 3)
     second.write("train", 4, {"loss": 4.0})
-    second.close()
+    second.finish(None)
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 4.0)]
 
 

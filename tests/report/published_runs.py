@@ -10,7 +10,7 @@ from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolv
 from electra_ds.config.deepspeed_sections import precision_section
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, Section, load_yaml
-from electra_ds.pretraining.step_time import StepTime, step_time
+from electra_ds.pretraining.run_time import StepTime, step_time
 
 
 class PublishedMemory(Section):

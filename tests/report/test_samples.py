@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from electra_ds.pretraining.samples import most_prose
+from electra_ds.pretraining.objectives.electra_evaluation import most_prose
 
 PROSE = "The lamp had gone out, and nobody in the house remembered who was to light it again."
 CODE = "def forward(self, x: torch.Tensor) -> torch.Tensor:\n    return self.weight[0] * x + self.bias"

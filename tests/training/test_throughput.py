@@ -11,11 +11,11 @@ from electra_ds.core import devices
 from electra_ds.data.token_store import TokenStore
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.flops import step_flops
 from electra_ds.pretraining.objectives.electra import ElectraBatch
+from electra_ds.pretraining.run_time import step_flops
 from electra_ds.report.run_report import speed_line
-from electra_ds.training import throughput
-from electra_ds.training.throughput import Throughput, joint_peak_flops
+from electra_ds.training import step_log
+from electra_ds.training.step_log import Throughput, joint_peak_flops
 from tests.helpers import builder_for, small_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -33,7 +33,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(throughput, "time", clock)
+    monkeypatch.setattr(step_log, "time", clock)
     return clock
 
 

@@ -29,8 +29,7 @@ from electra_ds.core.errors import ConfigError, InterruptedBySignalError, Traini
 from electra_ds.core.log import log_shown_on
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.prepare import tracking_settings
-from electra_ds.training.trackers import Trackers, check_tracking, open_trackers
-from electra_ds.training.tracking import read_metrics
+from electra_ds.training.tracking import RunLog, check_tracking, read_metrics
 from tests.helpers import REPOSITORY
 from tests.pretrain_runs import CPU_JSON, DROPOUT, command, run, start_arguments, train_losses
 
@@ -57,14 +56,12 @@ def _nothing_is_shown_any_more() -> Iterator[None]:
 
 
 def opened(
-    settings: TrackingSettings, run_dir: Path, *, resume_step: int = 0, reached: int = 0, console: Console | None = None
-) -> Trackers:
+    settings: TrackingSettings, run_dir: Path, *, resume_step: int = 0, console: Console | None = None
+) -> RunLog:
     run_dir.mkdir(exist_ok=True)
     SHOWN.enter_context(log_shown_on(console or Console(file=io.StringIO())))
-    return open_trackers(
-        settings, RunDirectory(run_dir), {"recipe": {"name": "tiny"}, "deepspeed": {"fp16": {"enabled": True}}},
-        resume_step=resume_step, reached=reached,
-    )  # fmt: skip
+    config = {"recipe": {"name": "tiny"}, "deepspeed": {"fp16": {"enabled": True}}}
+    return RunLog(RunDirectory(run_dir), settings, config, resume_step)
 
 
 # --- wandb
@@ -113,7 +110,8 @@ def test_wandb_drops_no_step_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     """Its own step never falls over three starts, and `step` is the x axis."""
     run_dir = tmp_path / "run"
     for resume_step, reached, stop in ((0, 0, 6), (3, 6, 5), (4, 5, 8)):
-        tracked = opened(OFFLINE, run_dir, resume_step=resume_step, reached=reached)
+        tracked = opened(OFFLINE, run_dir, resume_step=resume_step)
+        assert tracked.reached == reached
         for step in range(resume_step + 1, stop + 1):
             tracked.write("train", step, {"loss": 1 / step, "grad_norm": None})
         tracked.write("eval", stop, {"discriminator_auc": 0.5})
@@ -269,7 +267,7 @@ def test_a_resumed_run_has_each_step_once_in_csv_and_tensorboard(tmp_path: Path)
     with (tmp_path / "csv" / "train_loss.csv").open("a") as file:
         file.write("8")  # cut by the kill
     (tmp_path / "csv" / "train_other.csv").touch()  # killed before its first line
-    resumed = opened(settings, tmp_path, resume_step=4, reached=7)
+    resumed = opened(settings, tmp_path, resume_step=4)
     for step in range(5, 11):
         resumed.write("train", step, {"loss": step + 0.5, "other": 1.0})
     resumed.finish(None)

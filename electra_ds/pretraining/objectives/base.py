@@ -33,8 +33,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.masking import before
 from electra_ds.pretraining.memory import Kernels, PeakMemory
-from electra_ds.training.model import AutocastModel
-from electra_ds.training.step import LossTerm
+from electra_ds.training.step import AutocastModel, StepBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,27 +41,16 @@ if TYPE_CHECKING:
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
-class PretrainingBatch(ABC):
-    """The global batch of one optimiser step, as an objective makes it of text."""
+class PretrainingBatch(StepBatch, ABC):
+    """The global batch of one optimiser step, as an objective makes it of text.
 
-    @property
-    @abstractmethod
-    def loss_terms(self) -> Mapping[str, LossTerm]:
-        """The losses by name, in the order in which they are reported."""
-
-    @property
-    @abstractmethod
-    def num_tokens(self) -> int:
-        """The number of tokens without padding."""
+    Besides what `StepBatch` asks for, its micro-batches have `device`.
+    """
 
     @property
     @abstractmethod
     def num_sequences(self) -> int:
         """The number of sequences."""
-
-    @abstractmethod
-    def micro_batch(self, first: int, size: int) -> Any:
-        """Return sequences `first` to `first + size` as the model takes them, with `to(device)` and `device`."""
 
     def static_micro_batch(self, first: int, size: int) -> Any | None:
         """Return the same in a shape that all full micro-batches have, for a compiled forward; None if it has another.
@@ -87,8 +75,18 @@ class TextBatch:
     mask_token_id: int
 
     @property
+    def num_tokens(self) -> int:
+        """The number of tokens without padding."""
+        return int(self.lengths_B.sum())
+
+    @property
+    def num_sequences(self) -> int:
+        """The number of sequences."""
+        return len(self.ids_BT)
+
+    @property
     def is_token(self) -> np.ndarray:
-        """bool [B, T], True at tokens, special ones included, and False at padding."""
+        """Boolean [B, T], True at tokens, special ones included, and False at padding."""
         return before(self.lengths_B, self.ids_BT.shape[1])
 
 

@@ -8,7 +8,7 @@ Shape suffixes: B sequences of the global batch, T positions, M selected positio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,21 +20,20 @@ from electra_ds.config.recipe import ElectraRecipe
 from electra_ds.core.keyed_random import generator, random_bits
 from electra_ds.data.packing import packed_rows
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.pretraining.electra import Electra, ElectraOutput, encoder_configs
-from electra_ds.pretraining.flops import step_flops
+from electra_ds.pretraining.electra import Electra, ElectraOutput, MicroBatch, encoder_configs
 from electra_ds.pretraining.masking import Masks, before, choose_masks, usual_most_selected
 from electra_ds.pretraining.memory import Kernels, PeakMemory, count_parameters, peak_memory
-from electra_ds.pretraining.microbatch import MicroBatch
 from electra_ds.pretraining.objectives.base import Curve, Export, Objective, PretrainingBatch, TextBatch
 from electra_ds.pretraining.objectives.electra_evaluation import (
     ALWAYS_ORIGINAL,
+    LEGEND,
     Measured,
-    always_original_accuracy,
     collapsed_at,
     evaluation_of,
     measured,
+    sample_sentences,
 )
-from electra_ds.pretraining.samples import LEGEND, sample_sentences
+from electra_ds.pretraining.run_time import step_flops
 from electra_ds.training.step import LossTerm
 
 _MASKS_AND_NOISE = 0x50
@@ -42,27 +41,24 @@ GENERATOR_LOSS, DISCRIMINATOR_LOSS = "generator_loss", "discriminator_loss"
 
 
 @dataclass(frozen=True)
-class ElectraBatch(PretrainingBatch):
-    """numpy arrays of one optimiser step."""
+class ElectraBatch(TextBatch, PretrainingBatch):
+    """The text of one optimiser step with its masks and noise."""
 
-    ids_BT: np.ndarray
-    lengths_B: np.ndarray
-    second_segment_BT: np.ndarray | None
-    """bool, True in the second segment; None where rows have only one."""
     masks: Masks
     counted_BT: np.ndarray
+    """bool, True where the discriminator's loss counts."""
     noise_keys_BT: np.ndarray
-    mask_token_id: int
+    """int32."""
     recipe: ElectraRecipe
 
     @property
     def num_selected(self) -> int:
-        """What the generator's loss is divided by."""
+        """The divisor of the generator's loss."""
         return max(1, int(np.count_nonzero(self.masks.selected)))
 
     @property
     def num_counted(self) -> int:
-        """What the discriminator's loss is divided by."""
+        """The divisor of the discriminator's loss."""
         return max(1, int(np.count_nonzero(self.counted_BT)))
 
     @property
@@ -71,14 +67,6 @@ class ElectraBatch(PretrainingBatch):
             GENERATOR_LOSS: LossTerm(self.recipe.generator.loss_weight, self.num_selected),
             DISCRIMINATOR_LOSS: LossTerm(self.recipe.discriminator.loss_weight, self.num_counted),
         }
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.lengths_B.sum())
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.ids_BT)
 
     def micro_batch(self, first: int, size: int, *, packed: bool = True) -> MicroBatch:
         """Return sequences `first` to `first + size` as tensors in ordinary memory.
@@ -124,7 +112,7 @@ class ElectraBatch(PretrainingBatch):
         if self.lengths_B[first : first + size].mean() / self.ids_BT.shape[1] < _FULL_ENOUGH:
             return None
         micro_batch = self.micro_batch(first, size, packed=False)
-        most = _most_selected(self.recipe, size)
+        most = usual_most_selected(self.recipe.masking, size, self.ids_BT.shape[1])
         return micro_batch.filled(most) if len(micro_batch.selected_M) <= most else None
 
 
@@ -162,22 +150,11 @@ class ElectraObjective(Objective[ElectraRecipe]):
         return Electra(self.recipe, self.vocab_size, self.pad_token_id)
 
     def make_batch(self, text: TextBatch, seed: int, step: int) -> ElectraBatch:
-        masking = self.recipe.masking
         rng = generator(seed, _MASKS_AND_NOISE, step)
         noise = random_bits(rng, *text.ids_BT.shape).view(np.int32)
-        masks = choose_masks(
-            text.maskable_BT,
-            text.lengths_B,
-            rng,
-            mlm_probability=masking.mlm_probability,
-            mask_token_share=masking.mask_token_share,
-            count=masking.count,
-            replace_at=masking.replace_at,
-        )
+        masks = choose_masks(text.maskable_BT, text.lengths_B, rng, self.recipe.masking)
         counted = text.is_token if self.recipe.discriminator.loss_on_special else text.maskable_BT
-        return ElectraBatch(
-            text.ids_BT, text.lengths_B, text.second_segment_BT, masks, counted, noise, text.mask_token_id, self.recipe
-        )
+        return ElectraBatch(**vars(text), masks=masks, counted_BT=counted, noise_keys_BT=noise, recipe=self.recipe)
 
     def measure(self, micro_batch: MicroBatch, output: ElectraOutput) -> Measured:
         return measured(micro_batch, output)
@@ -191,10 +168,10 @@ class ElectraObjective(Objective[ElectraRecipe]):
     @classmethod
     def complete(cls, metrics: Mapping[str, Any]) -> dict[str, Any]:
         share = metrics.get("replaced_share")
-        return dict(metrics) if share is None else {**metrics, ALWAYS_ORIGINAL: always_original_accuracy(share)}
+        return dict(metrics) if share is None else {**metrics, ALWAYS_ORIGINAL: 1 - share}
 
     def describe(self, metrics: Mapping[str, float]) -> str:
-        original = always_original_accuracy(metrics["replaced_share"])
+        original = 1 - metrics["replaced_share"]
         return (
             f"generator loss {metrics['generator_loss']:.3f} ({metrics['generator_masked_loss']:.3f} at [MASK], a gain "
             f"of {metrics['generator_gain']:+.3f} nats over the unigram), discriminator loss "
@@ -246,14 +223,14 @@ class ElectraObjective(Objective[ElectraRecipe]):
         }
 
     def parameter_counts(self) -> dict[str, int]:
-        return asdict(count_parameters(self.recipe, self.vocab_size))
+        return count_parameters(self.recipe, self.vocab_size)._asdict()
 
     def flops(self, batch: ElectraBatch) -> float:
         return self._flops(batch.lengths_B, batch.num_selected)
 
     def usual_flops(self) -> float:
         rows, length = self.recipe.global_batch_size, self.recipe.data.sequence_length
-        return self._flops([length] * rows, _most_selected(self.recipe, rows))
+        return self._flops([length] * rows, usual_most_selected(self.recipe.masking, rows, length))
 
     def _flops(self, lengths_B: Sequence[int] | np.ndarray, selected: int) -> float:
         configs = encoder_configs(self.recipe, self.vocab_size, self.pad_token_id)
@@ -264,7 +241,8 @@ class ElectraObjective(Objective[ElectraRecipe]):
 
     def longest_micro_batch(self, size: int) -> MicroBatch:
         """Full rows, with as many selected positions as are usual at most."""
-        length, selected = self.recipe.data.sequence_length, _most_selected(self.recipe, size)
+        length = self.recipe.data.sequence_length
+        selected = usual_most_selected(self.recipe.masking, size, length)
         places = torch.arange(size * length)
         ids_BT = (places % self.vocab_size).view(size, length)
         return MicroBatch(
@@ -276,12 +254,3 @@ class ElectraObjective(Objective[ElectraRecipe]):
             counted_BT=torch.ones(size, length, dtype=torch.bool),
             sequences_BT=None,
         )
-
-
-def _most_selected(recipe: ElectraRecipe, rows: int) -> int:
-    return usual_most_selected(
-        rows,
-        recipe.data.sequence_length,
-        mlm_probability=recipe.masking.mlm_probability,
-        count=recipe.masking.count,
-    )

@@ -1,4 +1,4 @@
-"""What an ELECTRA model is worth on held-out text, and when its training has collapsed.
+"""What an ELECTRA model is worth on held-out text: metrics, when its training has collapsed, and sample sentences.
 
 Training has collapsed when a discriminator has stopped discriminating, or never began, while its generator still
 learns. The reproduction study saw it with generators of half the discriminator's width and more: the generator fools
@@ -10,15 +10,19 @@ Shape suffixes: M selected positions, V vocabulary, B sequences, T positions.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from rich.text import Text
 
-from electra_ds.pretraining.electra import ElectraOutput
-from electra_ds.pretraining.microbatch import MicroBatch
+from electra_ds.data.tokenizer import Tokenizer
+from electra_ds.pretraining.electra import Electra, ElectraOutput, MicroBatch
 
 ALWAYS_ORIGINAL = "always_original_accuracy"
+"""The accuracy of always answering "original", the baseline of `discriminator_accuracy`."""
 WINDOW = 4
 """Evaluations in a row that must all look alike."""
 LEAST_SHARE = 0.1
@@ -59,13 +63,8 @@ class Evaluation(NamedTuple):
     """Area under the ROC curve; nan where only one class occurred."""
 
 
-def always_original_accuracy(replaced_share: float) -> float:
-    """Return the accuracy of always answering "original", the baseline of `discriminator_accuracy`."""
-    return 1 - replaced_share
-
-
 class Measured(NamedTuple):
-    """What one micro-batch shows; the arrays are over its [MASK]ed and its counted positions."""
+    """Results of one micro-batch; the arrays are over its [MASK]ed and its counted positions."""
 
     generator_sum: float
     discriminator_sum: float
@@ -129,9 +128,9 @@ def _mean(parts: Iterable[np.ndarray]) -> float:
 
 
 def collapsed_at(evaluations: Sequence[Mapping[str, Any]], total_steps: int, warmup_steps: int) -> int | None:
-    """Since which step it is so, None where it is not.
+    """Return the step since which training has collapsed, None if it has not.
 
-    evaluations: in order, with `step` and the values of `Evaluation`. It is so where in all of WINDOW
+    evaluations: in order, with `step` and the values of `Evaluation`. Training has collapsed if in all of WINDOW
     evaluations that are judged AUC and recall are at chance, and the generator is better at the end than at the
     beginning. The step is that of the first evaluation from which on all were at chance, judged or not: a discriminator
     that never began has it at the first one of the run.
@@ -166,3 +165,75 @@ def _youden(evaluation: Mapping[str, Any]) -> float:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+LEGEND = Text.assemble(
+    "Replaced tokens are shown as {original→replacement}: ",
+    ("✓ caught", "bold green"), ", ", ("✗ missed", "bold red"), "; ", ("?token? falsely accused", "yellow"),
+    ". Accused are the tokens with the highest scores, as many as were replaced.",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: Any, count: int) -> list[Text]:
+    """Return the `count` sequences of a held-out `ElectraBatch` that read most like prose, marked up.
+
+    The threshold is set on the whole batch.
+    """
+    micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False)
+    output = model(micro_batch)
+    scores = output.discriminator_logits_BT.numpy()
+    replaced = output.is_replaced_BT.numpy()
+    counted = batch.counted_BT
+    threshold = np.quantile(scores[counted], 1 - replaced[counted].mean())
+    shown: np.ndarray = batch.ids_BT.copy().reshape(-1)
+    shown[micro_batch.selected_M.numpy()] = np.where(
+        micro_batch.replaced_M.numpy(), output.samples_M.numpy(), shown[micro_batch.selected_M.numpy()]
+    )
+    shown = shown.reshape(batch.ids_BT.shape)
+    texts = [tokenizer.backend.decode(row.tolist(), skip_special_tokens=True) for row in batch.ids_BT]
+    sentences = []
+    for row in most_prose(texts, count):
+        text = Text()
+        for place in range(1, batch.lengths_B[row] - 1):
+            accused = counted[row, place] and scores[row, place] > threshold
+            token = token_text(tokenizer, shown[row, place])
+            if not text.plain:
+                token = token.lstrip()
+            space = token[: len(token) - len(token.lstrip())]
+            if replaced[row, place]:
+                original = token_text(tokenizer, batch.ids_BT[row, place]).strip()
+                mark, style = ("✓", "bold green") if accused else ("✗", "bold red")
+                text.append(f"{space}{{{original}→{token.strip()}}}{mark}", style)
+            elif accused:
+                text.append(f"{space}?{token.strip()}?", "yellow")
+            else:
+                text.append(token)
+        sentences.append(text)
+    return sentences
+
+
+def most_prose(texts: Sequence[str], count: int) -> list[int]:
+    """Return the places of the `count` texts that have the most prose, in their order.
+
+    Prose, in any script, is letters and spaces; digits, brackets and operators are what code and tables are made of.
+    """
+    ranked = sorted(range(len(texts)), key=lambda place: _prose(texts[place]), reverse=True)
+    return sorted(ranked[:count])
+
+
+def _prose(text: str) -> int:
+    """Return the number of letters, marks and spaces in a text, less five for each other character."""
+    return sum(1 if unicodedata.category(each)[0] in "LMZ" else -5 for each in text)
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """Return a token as it reads in running text: with the space before it if it starts a word."""
+    token = tokenizer.backend.id_to_token(int(token_id)) or "�"
+    if type(tokenizer.backend.model).__name__ == "WordPiece":
+        return token.removeprefix("##") if token.startswith("##") else f" {token}"
+    if "▁" in token:  # SentencePiece's mark of a word's beginning, which its decoder drops from a first token
+        return token.replace("▁", " ")
+    if tokenizer.backend.decoder is None:
+        return token
+    return tokenizer.backend.decoder.decode([token])
