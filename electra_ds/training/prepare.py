@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from electra_ds.config.cards import find_card
+from electra_ds.config.cards import cannot_use, check_gpu, find_card, look, notes_at_start
 from electra_ds.config.deepspeed import (
     DeepSpeedPlan,
     cut_for,
@@ -20,7 +20,6 @@ from electra_ds.config.deepspeed import (
     resolve,
     with_micro_batch,
 )
-from electra_ds.config.hardware import cannot_use, check_gpu, look, notes_at_start
 from electra_ds.config.monitors import FolderMonitor, Monitors, wandb_mode_of_environment
 from electra_ds.config.options import RunOptions
 from electra_ds.config.recipe import TrainingRecipe
