@@ -275,7 +275,7 @@ def test_without_the_section_nothing_is_computed_again() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"number_checkpoints": -1}, "number_checkpoints: -1 is not a positive whole number; .* remove the section"),
+        ({"number_checkpoints": -1}, "number_checkpoints: -1 is not a positive whole number"),
         ({"number_checkpoints": 2.5}, "number_checkpoints: 2.5 is not a positive whole number"),
         ({"number_checkpoints": True}, "number_checkpoints: True is not a positive whole number"),
         ({"number_checkpoints": "2"}, "number_checkpoints: '2' is not a positive whole number"),
@@ -283,7 +283,7 @@ def test_without_the_section_nothing_is_computed_again() -> None:
         ({"cpu_checkpoints": False}, "cpu_checkpoints: unknown key; did you mean 'cpu_checkpointing'"),
         (True, r'activation_checkpointing: must be an object such as {"number_checkpoints": 3}'),
         (None, "activation_checkpointing: must be an object"),
-        ({"profile": "yes"}, "activation_checkpointing.profile: 'yes' is not true or false"),
+        ({"profile": "yes"}, "activation_checkpointing.profile: is not supported here; remove it"),
         *(
             ({name: True}, f"activation_checkpointing.{name}: is not supported here; remove it")
             for name in ("cpu_checkpointing", "synchronize_checkpoint_boundary", "profile")
