@@ -1,6 +1,6 @@
 """The parser behind every bin/ script and the `electra-ds` command.
 
-One module for a command, with a function that adds its parser and the handler that runs it.
+Each module has a function that adds the parsers of its commands, and the handlers that run them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from electra_ds import __version__
-from electra_ds.cli.build_data import add_build_data
 from electra_ds.cli.checkpoint import add_checkpoint
-from electra_ds.cli.doctor import add_doctor
-from electra_ds.cli.finetune import add_finetune
-from electra_ds.cli.plan import add_plan
-from electra_ds.cli.pretrain import add_pretrain
-from electra_ds.cli.recipes import add_recipes
-from electra_ds.cli.results import add_export, add_report
-from electra_ds.cli.sweep import add_sweep
+from electra_ds.cli.preparing import add_preparing
+from electra_ds.cli.results import add_results
+from electra_ds.cli.training import add_training
 from electra_ds.core.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
 from electra_ds.core.launcher import Launch, detect
 from electra_ds.core.program import as_called, command, missing_package
@@ -32,16 +27,12 @@ from electra_ds.core.program import as_called, command, missing_package
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
 
-
 Add = Callable[["Commands"], None]
-COMMANDS: tuple[Add, ...] = (
-    add_pretrain, add_finetune, add_sweep, add_build_data, add_plan, add_recipes, add_report, add_export,
-    add_checkpoint, add_doctor,
-)  # fmt: skip
+COMMANDS: tuple[Add, ...] = (add_training, add_results, add_preparing, add_checkpoint)
 
 
 def build_parser(adds: Sequence[Add] = COMMANDS) -> argparse.ArgumentParser:
-    """Return the parser of the whole command line. adds: each adds the parser of a command."""
+    """Return the parser of the whole command line. adds: each adds the parsers of some commands."""
     parser = argparse.ArgumentParser(prog="electra-ds", description="Pretrain ELECTRA text encoders with DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"electra_ds {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
