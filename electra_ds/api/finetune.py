@@ -166,9 +166,6 @@ class FinetuneStart(Launch[FinetuneOptions]):
     def stop_at(self) -> int:
         return self.job.stop_at
 
-    def build(self) -> None:
-        """Do nothing: the examples have been tokenised."""
-
     def train(self, time_limit_s: float | None) -> bool:
         announce(self.job)
         return train(self.job, self.ranks, time_limit_s, self.callbacks)

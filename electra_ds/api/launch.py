@@ -1,4 +1,4 @@
-"""The way from a command's options to a finished run, the same for pretraining and finetuning."""
+"""The way from a command's options to a finished run, the same for pretraining and finetuning, and its display."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from electra_ds.api.display import ConsoleDisplay
 from electra_ds.api.run import Run
 from electra_ds.config.option import Options
 from electra_ds.config.options import RunOptions
@@ -20,13 +20,14 @@ from electra_ds.config.overrides import as_overrides
 from electra_ds.config.recipe import Section
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.log import log_shown_on
 from electra_ds.core.ranks import Ranks, join_ranks
+from electra_ds.core.terminal import StatusProgress, flexible_bar, log_shown_on, say
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
-from electra_ds.training.callbacks import Callback
+from electra_ds.training.callbacks import Callback, Progress
 
 _log = logging.getLogger(__name__)
+_PLAIN_LINE_EVERY_S = 15.0
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 Confirm = Callable[[str], bool | None]
@@ -48,19 +49,19 @@ class Launch(ABC, Generic[OptionsT]):
     """One start of a run. Its methods are called in the order in which they stand here, by all ranks."""
 
     kind: Literal["pretrain", "finetune"]
+    run: RunDirectory
+    ranks: Ranks
+    console: Console
+    callbacks: Sequence[Callback]
 
     def __init__(self, options: OptionsT) -> None:
-        """Reads the recipe of a new run. Raises ConfigError."""
+        """Read the recipe of a new run. `launch` sets what else the methods need. Raises ConfigError."""
         self.options = options
         self.is_new = options.resume is None
 
     @abstractmethod
     def default_path(self) -> Path:
         """Return the directory of a new run for which none is given."""
-
-    def join(self, run: RunDirectory, ranks: Ranks, console: Console, callbacks: Sequence[Callback]) -> None:
-        """Take what the start needs from here on."""
-        self.run, self.ranks, self.console, self.callbacks = run, ranks, console, callbacks
 
     def is_finished(self) -> bool:
         """Return whether nothing of a resumed run is left to do."""
@@ -91,8 +92,7 @@ class Launch(ABC, Generic[OptionsT]):
     def stop_at(self) -> int:
         """The step at which the run ends."""
 
-    @abstractmethod
-    def build(self) -> None:
+    def build(self) -> None:  # a finetuning has read its examples by now
         """Build what the run reads."""
 
     @abstractmethod
@@ -121,7 +121,12 @@ def launch(
         console = Console(quiet=True) if not ranks.is_main else console or Console()
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
         held.enter_context(log_shown_on(console))
-        start.join(run, ranks, console, [ConsoleDisplay(console), *callbacks])
+        start.run, start.ranks, start.console, start.callbacks = (
+            run,
+            ranks,
+            console,
+            [ConsoleDisplay(console), *callbacks],
+        )
         if not start.is_new and start.is_finished():
             start.say_finished()
             return Run(run.path)
@@ -167,3 +172,34 @@ def _say_dry_run(time: RunTime | None, steps: int) -> None:
         _log.info("Such a run starts only with --yes, or after you confirm it on a terminal.")
     told = "not predicted for this GPU, whose rates are not known" if time is None else f"predicted to take {time}"
     _log.info(f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.")
+
+
+class ConsoleDisplay(Callback):
+    """A progress bar with ETA on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = StatusProgress(
+            TextColumn("step"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(), TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+
+    def on_start(self, progress: Progress) -> None:
+        self._started = self._last_line = time.monotonic()
+        self._first_step = progress.step
+        self._task = self._bar.add_task("", total=progress.stop_at, completed=progress.step, status="")
+        self._bar.start()
+
+    def on_report(self, progress: Progress, summary: str) -> None:
+        self._bar.update(self._task, completed=progress.step, status=summary)
+        now, is_last = time.monotonic(), progress.step == progress.stop_at
+        if not self.console.is_terminal and (now - self._last_line > _PLAIN_LINE_EVERY_S or is_last):
+            self._last_line = now
+            rate = (now - self._started) / max(1, progress.step - self._first_step)
+            eta = int(rate * (progress.stop_at - progress.step))
+            eta_text = f"ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
+            say(self.console, f"step {progress.step}/{progress.stop_at}  {summary}  {eta_text}")
+
+    def on_end(self, progress: Progress, status: str) -> None:
+        self._bar.stop()

@@ -16,10 +16,10 @@ from typing import Any, TypeVar, cast
 from rich.console import Console
 
 from electra_ds.api.launch import given_options
+from electra_ds.config.names import GPU_RECIPE
 from electra_ds.config.options import CorpusOptions, PretrainOptions
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection
-from electra_ds.config.shipped import GPU_RECIPE
 from electra_ds.config.tool_options import BuildDataOptions, ImportOptions
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.files import is_hub_model

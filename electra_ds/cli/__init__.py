@@ -112,7 +112,7 @@ def _log_on_terminal(speaks: bool) -> Iterator[None]:
     """Show what the package logs, which a first rank of a node does."""
     from rich.console import Console
 
-    from electra_ds.core.log import log_shown_on
+    from electra_ds.core.terminal import log_shown_on
 
     with log_shown_on(Console(quiet=not speaks)):
         yield

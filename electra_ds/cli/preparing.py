@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_handled, wide_console
-from electra_ds.config.shipped import (
+from electra_ds.config.names import (
     CPU_RECIPE,
     FINETUNE_RECIPE,
     FINETUNE_RECIPES,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_handled, confirm, from_start
+from electra_ds.config.names import TASKS
 from electra_ds.config.options import FinetuneOptions, PretrainOptions
-from electra_ds.config.shipped import TASKS
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands

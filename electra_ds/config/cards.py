@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from electra_ds.config.shipped import ds_config_names
+from electra_ds.config.names import ds_config_names
 from electra_ds.core.errors import ConfigError
 
 Capability = tuple[int, int]

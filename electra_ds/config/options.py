@@ -14,15 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from electra_ds.config.option import (
-    Options,
-    described,
-    duration_s,
-    option,
-    positive_or_auto,
-    seed,
-)
-from electra_ds.config.shipped import (
+from electra_ds.config.names import (
     DS_CONFIG_NOTE,
     FINETUNE_RECIPE,
     OWN_RECIPE,
@@ -31,6 +23,14 @@ from electra_ds.config.shipped import (
     ds_config_names,
     finetune_recipe_names,
     recipe_names,
+)
+from electra_ds.config.option import (
+    Options,
+    described,
+    duration_s,
+    option,
+    positive_or_auto,
+    seed,
 )
 from electra_ds.core.errors import ConfigError, did_you_mean
 

@@ -8,7 +8,7 @@ RUN/
   requeue           exists while a signal or the time limit has stopped the run, which is to be resumed
   checkpoints/      see `training/checkpoint.py`; each holds a copy of the record
 
-`RunDirectory` puts the three together. At the end of the module: finding the inputs of a run that has moved.
+At the end of the module: finding the inputs of a run that has moved.
 """
 
 from __future__ import annotations
@@ -42,10 +42,21 @@ _RecordT = TypeVar("_RecordT", bound=Record, default=RunRecord)
 Status = Literal["done", "stopped", "collapsed", "failed"]
 
 
-class _Lock:
-    """The lock of a run's folder, which one process holds at a time."""
+class RunDirectory:
+    """The folder of a run."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    # --- the lock, which one process holds at a time
 
     @contextmanager
     def locked(self, *, is_new: bool = False) -> Iterator[None]:
@@ -76,7 +87,7 @@ class _Lock:
 
     def exists(self) -> bool:
         """Return whether a run was started here. Checkpoints show that, too, if its record is missing."""
-        return (self.path / "run.json").is_file() or any((self.path / "checkpoints").glob(_CHECKPOINT))
+        return (self.path / "run.json").is_file() or any(self.checkpoints.glob(_CHECKPOINT))
 
     def check_free(self) -> None:
         """Raise ConfigError if a run was started here."""
@@ -113,11 +124,7 @@ class _Lock:
         except OSError:
             return ""
 
-
-class _Record:
-    """The files that a run can be rebuilt from. Each checkpoint holds a copy of them."""
-
-    path: Path
+    # --- the files that a run can be rebuilt from, of which each checkpoint holds a copy
 
     def write_record(self, recipe: Section, plan: DeepSpeedPlan, record: Record) -> None:
         """Write the files. Raises CheckpointError if the folder cannot be written."""
@@ -169,7 +176,7 @@ class _Record:
     def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
         """Return a file of the record; if it is missing or damaged, the copy in the newest checkpoint that has one."""
         problem = ""
-        for folder in (self.path, *sorted((self.path / "checkpoints").glob(_CHECKPOINT), reverse=True)):
+        for folder in (self.path, *sorted(self.checkpoints.glob(_CHECKPOINT), reverse=True)):
             try:
                 return parse((folder / name).read_text("utf8"))
             except FileNotFoundError:
@@ -178,11 +185,7 @@ class _Record:
                 problem = problem or f"{name} is damaged ({error})"
         raise CheckpointError(f"{self.path} is not a run directory that can be used: {problem}.")
 
-
-class _StatusFile:
-    """The status with which a run ended, and the mark that it is to be queued again."""
-
-    path: Path
+    # --- the status with which a run ended, and the mark that it is to be queued again
 
     def status(self) -> Status | None:
         """Return how the run ended; None if it has not ended, or if the file cannot be read."""
@@ -212,21 +215,6 @@ class _StatusFile:
             _remove(self.path / name)
 
 
-class RunDirectory(_Lock, _Record, _StatusFile):
-    """The folder of a run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -246,10 +234,7 @@ def _remove(path: Path) -> None:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
     return values

@@ -8,6 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from electra_ds.config.names import (
+    GPU_RECIPE,
+    RECIPE_NOTE,
+    SWEEPS,
+    finetune_recipe_names,
+    recipe_names,
+    shipped_names,
+)
 from electra_ds.config.option import Options, duration_s, gibibytes, option
 from electra_ds.config.options import (
     WHAT,
@@ -17,14 +25,6 @@ from electra_ds.config.options import (
     micro_batch_option,
     overrides_option,
     seed_option,
-)
-from electra_ds.config.shipped import (
-    GPU_RECIPE,
-    RECIPE_NOTE,
-    SWEEPS,
-    finetune_recipe_names,
-    recipe_names,
-    shipped_names,
 )
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command

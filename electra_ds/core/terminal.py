@@ -1,12 +1,18 @@
-"""Output on a terminal: progress bars that are readable in 60 columns, and text that breaks only between words."""
+"""Output on a terminal: progress bars that are readable in 60 columns, text that breaks between words only, the log.
+
+Nothing below the command line prints. The package says what it does through standard logging, under the logger
+`electra_ds`; from Python, `logging.basicConfig(level=logging.INFO)` shows everything.
+"""
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import (
@@ -174,3 +180,47 @@ class _Status:
                 break
             shown = longer
         yield Text(shown, no_wrap=True, overflow="ellipsis")
+
+
+# --- the log
+
+NOTE = 25
+"""Between INFO and WARNING: worth knowing, and nothing is wrong."""
+logging.addLevelName(NOTE, "NOTE")
+
+
+def log_command(log: logging.Logger, lead: str, command: str) -> None:
+    """Log a command to be copied, after some words."""
+    log.info("%s %s", lead, command, extra={"command": (lead, command)})
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows log messages as a command's output: notes and warnings with their label, commands unbroken."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        command = getattr(record, "command", None)
+        if command is not None:
+            say_command(self.console, *command)
+        elif record.levelno >= logging.WARNING:
+            warn(self.console, record.getMessage())
+        elif record.levelno >= NOTE:
+            note(self.console, record.getMessage())
+        else:
+            say(self.console, record.getMessage())
+
+
+@contextmanager
+def log_shown_on(console: Console) -> Iterator[None]:
+    """Show what the package logs on a console, for as long as the context lasts."""
+    log = logging.getLogger("electra_ds")
+    before = log.handlers[:], log.level, log.propagate
+    log.handlers, log.propagate = [ConsoleHandler(console)], False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers, log.level, log.propagate = before[0], before[1], before[2]

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from electra_ds.config.shipped import TASKS
+from electra_ds.config.names import TASKS
 from electra_ds.core.errors import DataError, did_you_mean
 from electra_ds.data.text_files import kind_of
 from electra_ds.finetuning.tasks import Examples, Kind, Table, Task, TaskData, read_jsonl, read_table, task_data

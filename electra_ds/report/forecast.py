@@ -12,9 +12,9 @@ import torch
 
 from electra_ds.config.cards import CARDS, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
 from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolve
+from electra_ds.config.names import recipe_names
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
-from electra_ds.config.shipped import recipe_names
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.memory import CPU_SHARE, Kernels, PeakMemory, largest_micro_batch, peak_memory
 from electra_ds.pretraining.run_time import RunTime, pretraining_time, time_of_steps

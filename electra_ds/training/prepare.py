@@ -27,8 +27,8 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import Record, Settings, TrackingSettings
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.log import NOTE
 from electra_ds.core.ranks import Ranks
+from electra_ds.core.terminal import NOTE
 from electra_ds.training.engine import check_plan, wants_fp16
 from electra_ds.training.trackers import check_tracking
 

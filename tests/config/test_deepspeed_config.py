@@ -22,7 +22,7 @@ from electra_ds.config.deepspeed_sections import (
     LossScaling,
 )
 from electra_ds.config.monitors import MONITOR_SECTIONS, FolderMonitor, Monitors, WandbMonitor
-from electra_ds.config.shipped import ds_config_names
+from electra_ds.config.names import ds_config_names
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import PretrainingEngine
@@ -155,7 +155,6 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
         ),
         ({"wall_clock_breakdown": None}, "wall_clock_breakdown: None is not of type boolean"),
         ({"zero_optimization": 2}, "zero_optimization: must be an object"),
-        ({"csv_monitor": {"enabled": True, "output_path": "a\0b"}}, "csv_monitor.output_path: .* holds a NUL"),
         (
             {"zero_optimization": {"stage": 1}, "torch_autocast": {"enabled": True, "dtype": "float16"}},
             "float16 has no working loss scale at stage 1",

@@ -19,12 +19,12 @@ from torch.torch_version import TorchVersion
 
 from electra_ds.config import cards
 from electra_ds.config.cards import CARDS, Gpu, abilities, has_code_for, lacks, look
+from electra_ds.config.names import ds_config_names
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
-from electra_ds.config.shipped import ds_config_names
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.log import log_shown_on
 from electra_ds.core.ranks import Ranks
+from electra_ds.core.terminal import log_shown_on
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import doctor, prepare
 from electra_ds.pretraining.doctor import Finding, check_gpus

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
-from electra_ds.api.display import ConsoleDisplay
+from electra_ds.api.launch import ConsoleDisplay
 from electra_ds.cli import main
 from electra_ds.config.finetune_recipe import Finetuning, load_finetune_recipe
 from electra_ds.config.run_directory import RunDirectory

@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from electra_ds.cli import main
-from electra_ds.config.objectives import find_objective, objective_names
+from electra_ds.config.names import find_objective, objective_names
 from electra_ds.config.overrides import load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from electra_ds.config.shipped import recipe_names
+from electra_ds.config.names import recipe_names
 from electra_ds.core.errors import ConfigError
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
