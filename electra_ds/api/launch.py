@@ -30,9 +30,6 @@ _log = logging.getLogger(__name__)
 _PLAIN_LINE_EVERY_S = 15.0
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 AnyOptions = TypeVar("AnyOptions", bound=Options)
-Confirm = Callable[[str], bool | None]
-"""Asks whether to start a run that may take a year or more, about which the text says how long; None if nobody can be
-asked."""
 
 
 def given_options(kind: type[AnyOptions], options: AnyOptions | None, given: Mapping[str, Any]) -> AnyOptions:
@@ -104,12 +101,7 @@ class Launch(ABC, Generic[OptionsT]):
         """Report what was learned, on the main rank."""
 
 
-def launch(
-    start: Launch[Any],
-    console: Console | None = None,
-    confirm: Confirm = lambda told: None,
-    callbacks: Sequence[Callback] = (),
-) -> Run:
+def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequence[Callback] = ()) -> Run:
     """Start or resume a run, and return it once it has ended or stopped. To be called by all ranks.
 
     console: shows progress and log; by default the terminal. callbacks: called besides its display.
@@ -136,7 +128,7 @@ def launch(
             _say_dry_run(start.run_time(), start.stop_at)
             return Run(run.path)
         if start.is_new:
-            ask_before_years(options, start.run_time, start.shorter(), ranks, confirm)
+            refuse_years(options, start.run_time, start.shorter(), ranks)
         start.build()
         prepare.hold(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
@@ -145,31 +137,25 @@ def launch(
     return Run(run.path)
 
 
-def ask_before_years(
-    options: RunOptions, predict: Callable[[], RunTime | None], shorter: str, ranks: Ranks, confirm: Confirm
-) -> None:
-    """Ask whether to start a run that may take a year or more, and refuse it with a ConfigError if nobody can be asked.
+def refuse_years(options: RunOptions, predict: Callable[[], RunTime | None], shorter: str, ranks: Ranks) -> None:
+    """Raise ConfigError for a run that may take a year or more, unless `yes` or a `time_limit` is given.
 
-    To be called by all ranks. `yes` and `time_limit`, after which a run ends anyway, answer it. predict: measures this
-    machine, so it is called only where its answer matters. shorter: how to make the run shorter.
+    To be called by all ranks. predict: measures this machine, so it is called only where its answer matters. shorter:
+    how to make the run shorter.
     """
     with ranks.fail_together():
         if not ranks.is_main or options.yes or options.time_limit is not None:
             return
         time = predict()
-        if time is None or not time.may_take_years:
-            return
-        found = f"This run is predicted to take {time} on this machine."
-        answer = confirm(found) if ranks.world_size == 1 else None
-        if answer is None:
-            raise ConfigError(f"{found} {shorter} To start it anyway, add --yes.")
-        if not answer:
-            raise ConfigError(f"The run was not started. {shorter}")
+        if time is not None and time.may_take_years:
+            raise ConfigError(
+                f"This run is predicted to take {time} on this machine. {shorter} To start it anyway, add --yes."
+            )
 
 
 def _say_dry_run(time: RunTime | None, steps: int) -> None:
     if time is not None and time.may_take_years:
-        _log.info("Such a run starts only with --yes, or after you confirm it on a terminal.")
+        _log.info("Such a run starts only with --yes.")
     told = "not predicted for this GPU, whose rates are not known" if time is None else f"predicted to take {time}"
     _log.info(f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,14 +70,3 @@ def from_start(options: RunOptionsT) -> RunOptionsT:
     if options.time_limit is None:
         return options
     return replace(options, time_limit=options.time_limit - (time.monotonic() - _STARTED))
-
-
-def confirm(told: str) -> bool | None:
-    """Ask on a terminal whether to start a run that may take years; return None where there is no terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return None
-    try:
-        answer = input(f"{told} Start it anyway? [y/N] ")
-    except EOFError:
-        return False
-    return answer.strip().lower() in ("y", "yes")

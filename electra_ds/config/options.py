@@ -144,7 +144,7 @@ class RunOptions(TrackingOptions):
         "check everything that can be checked without training, show what would run, and write nothing",
         instead="give the sweep itself --dry-run",
     )
-    yes: bool | None = _habit("start even a run that is predicted to take a year or more, without asking")
+    yes: bool | None = _habit("start even a run that is predicted to take a year or more")
     threads: int | None = _how("CPU threads (default: torch's choice)", metavar="N", instead="write resources.cpus")
     log_every: int | None = _habit("default: 10", metavar="STEPS")
     eval_every: int | None = None

@@ -128,7 +128,7 @@ class ModelSection(Section):
     hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     initializer: Literal["normal", "truncated-normal"] = "normal"
-    """Distribution of matrices and tables: cut at two standard deviations (the original's code), or not (transformers)."""
+    """Matrices and tables: truncated at two standard deviations (the original's code), or not (transformers)."""
     initializer_range: float = Field(default=0.02, gt=0)
     layer_norm_eps: float = Field(default=1e-12, gt=0)
 
