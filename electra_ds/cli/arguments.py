@@ -51,7 +51,7 @@ def add_handled(
         options.check()
         handler(options)
 
-    parser = add_command(commands, name, kind.SUMMARY, epilog)
+    parser = add_command(commands, name, kind.__doc__ or "", epilog)
     parser.set_defaults(handler=handle)
     add_options(parser, kind)
 

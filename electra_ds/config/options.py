@@ -152,7 +152,7 @@ class RunOptions(TrackingOptions):
     keep: int | None = None
 
     def settings(self, defaults: SettingsT) -> SettingsT:
-        """Return the settings to record: what was given, and for the rest the defaults or what was recorded before."""
+        """Return the settings to record: those that are given, else the defaults or those recorded before."""
         before: Any = defaults
         values = {each.name: getattr(self, each.name) for each in fields(before)}
         settings: SettingsT = replace(before, **{name: value for name, value in values.items() if value is not None})
@@ -163,7 +163,6 @@ class RunOptions(TrackingOptions):
         return with_seed(self.overrides, self.seed)
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
         self.recipe_overrides()
 
 
@@ -207,9 +206,8 @@ class CorpusOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(CorpusOptions, RunOptions):
-    """The options of `pretrain`."""
+    """Pretrain generator and discriminator."""
 
-    SUMMARY: ClassVar[str] = "Pretrain generator and discriminator."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "what to train", HOW: "how to run it", WHERE: _WATCH}
 
     recipe: str | Mapping[str, Any] | None = _what(
@@ -250,7 +248,6 @@ class PretrainOptions(CorpusOptions, RunOptions):
     eval_windows: int | None = _how("held-out sequences (default: 512)", metavar="N")
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
         if self.resume is not None:
             if flags := self.new_run_only():
                 raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
@@ -285,9 +282,8 @@ class TaskSource:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(RunOptions):
-    """The options of `finetune`."""
+    """Finetune an encoder on GLUE, SQuAD or a task of your own."""
 
-    SUMMARY: ClassVar[str] = "Finetune an encoder on GLUE, SQuAD or a task of your own."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {
         WHAT: "what to train",
         DATA: (
@@ -367,7 +363,6 @@ class FinetuneOptions(RunOptions):
         )  # fmt: skip
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
         if self.resume is not None:
             if flags := self.new_run_only():
                 raise ConfigError(f"--resume takes task, model and recipe from the run, so leave out {flags}.")

@@ -55,7 +55,7 @@ def reference_page() -> str:
 def _command(name: str, kind: type[Options]) -> str:
     trains = kind in _RECORDED
     recorded = {each.name for each in fields(_RECORDED[kind])} if trains else set()
-    text = f"\n## {name}\n\n{kind.SUMMARY}\n"
+    text = f"\n## {name}\n\n{kind.__doc__}\n"
     for group, titles in ({"": ""} | kind.GROUPS).items():
         rows = [(key, of) for key, of in described(kind).items() if of.group == group and of.help != argparse.SUPPRESS]
         if not rows:

@@ -35,9 +35,7 @@ _RAY, _SCORES, _UNKNOWN = "ray", "scores", "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(Options):
-    """The options of `plan`."""
-
-    SUMMARY: ClassVar[str] = "Predict what fits on a GPU or this CPU, and how long it takes."
+    """Predict what fits on a GPU or this CPU, and how long it takes."""
 
     recipe: str | Mapping[str, Any] | None = option(f"{_RECIPES}, or a YAML file ({RECIPE_NOTE})", metavar="NAME|FILE")
     overrides: list[str] | None = overrides_option("data.sequence_length=512")
@@ -60,7 +58,6 @@ class PlanOptions(Options):
     json: bool | None = option("print it as JSON")
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
         only_one = (self.ds_config, self.card, self.memory_gb, self.vocab_size, self.micro_batch)
         if self.all and (any(only_one) or self.ranks > 1):
             raise ConfigError(
@@ -72,9 +69,8 @@ class PlanOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildDataOptions(CorpusOptions):
-    """The options of `build-data`."""
+    """Tokenise a corpus into a token store."""
 
-    SUMMARY: ClassVar[str] = "Tokenise a corpus into a token store."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "the text and its tokenizer"}
 
     corpus: list[list[str]] | None = corpus_option("`builtin` for the built-in corpus", required=True)
@@ -88,9 +84,8 @@ class BuildDataOptions(CorpusOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(Options):
-    """The options of `sweep`."""
+    """Run a study: one command over seeds, tasks, hyperparameters."""
 
-    SUMMARY: ClassVar[str] = "Run a study: one command over seeds, tasks, hyperparameters."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {_RAY: "where to run it"}
 
     what: list[str] = option(
@@ -110,7 +105,6 @@ class SweepOptions(Options):
     time_limit: float | None = option("save and leave after this time", metavar="TIME", parse=duration_s, group=_RAY)
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
         if self.what[:1] == ["status"]:
             if len(self.what) != 2 or len(self.given()) > 1:
                 raise ConfigError(f"Say which sweep, and nothing else: {command('sweep')} status DIR")
@@ -127,9 +121,8 @@ class SweepOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    """The options of `report`."""
+    """Summarise a pretraining, a sweep, or the scores of finetunings over seeds and tasks."""
 
-    SUMMARY: ClassVar[str] = "Summarise a pretraining, a sweep, or the scores of finetunings over seeds and tasks."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {_SCORES: "for runs of bin/finetune"}
 
     run: list[Path] = option("run directories, finished or not, or a sweep's folder", flag="", nargs="+", metavar="RUN")
@@ -145,9 +138,7 @@ class ReportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """The options of `export`."""
-
-    SUMMARY: ClassVar[str] = "Write a model as transformers folders, or a run for DeepSpeed."
+    """Write a model as transformers folders, or a run for DeepSpeed."""
 
     run: Path = option("a run directory, or one of its checkpoints", flag="", metavar="RUN")
     to: Literal["transformers", "deepspeed"] = option(
@@ -164,9 +155,7 @@ class ExportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesOptions(Options):
-    """The options of `recipes`."""
-
-    SUMMARY: ClassVar[str] = "List the recipes that come with the program, or print one."
+    """List the recipes that come with the program, or print one."""
 
     name: str | None = option(
         ", ".join([*recipe_names(), *finetune_recipe_names()]), flag="", nargs="?", metavar="NAME"
@@ -175,18 +164,14 @@ class RecipesOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(Options):
-    """The options of `doctor`."""
-
-    SUMMARY: ClassVar[str] = "Report whether this machine can pretrain, and how to fix what is wrong."
+    """Report whether this machine can pretrain, and how to fix what is wrong."""
 
     json: bool | None = option("print the report as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions(Options):
-    """The options of `checkpoint ls`."""
-
-    SUMMARY: ClassVar[str] = "List a run's checkpoints."
+    """List a run's checkpoints."""
 
     run: Path = option("a run directory", flag="", metavar="RUN")
     json: bool | None = option("print JSON, sizes in bytes")
@@ -194,18 +179,14 @@ class ListOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(Options):
-    """The options of `checkpoint verify`."""
-
-    SUMMARY: ClassVar[str] = "Read every byte of checkpoints and compare hashes."
+    """Read every byte of checkpoints and compare hashes."""
 
     run: Path = option("a run directory, or one of its checkpoints", flag="", metavar="RUN|CHECKPOINT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(Options):
-    """The options of `checkpoint prune`."""
-
-    SUMMARY: ClassVar[str] = "Remove old checkpoints and what killed saves left behind."
+    """Remove old checkpoints and what killed saves left behind."""
 
     run: Path = option("a run directory that nobody trains in", flag="", metavar="RUN")
     keep: int | None = option("how many stay (default: as many as the run keeps)", metavar="N")
@@ -215,9 +196,8 @@ class PruneOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions(CorpusOptions):
-    """The options of `checkpoint import`."""
+    """Make a run of a native DeepSpeed checkpoint, to be resumed."""
 
-    SUMMARY: ClassVar[str] = "Make a run of a native DeepSpeed checkpoint, to be resumed."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {
         WHAT: "what was trained (default: what our own export says)",
         _UNKNOWN: (
@@ -250,5 +230,4 @@ class ImportOptions(CorpusOptions):
     )  # fmt: skip
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
         self.check_store(self.data)
