@@ -21,6 +21,7 @@ from electra_ds.config.deepspeed_keys import (
     KNOWN,
     NEVER,
     UNUSED,
+    Findings,
     check_recipe_owned,
     is_comment,
     normalize_spelling,
@@ -186,24 +187,23 @@ def resolve(
 
     auto_fp16: what `"fp16": {"enabled": "auto"}` means on the device, see `wants_fp16`.
     """
-    problems: list[str] = []
-    notes: list[str] = []
-    values = normalize_spelling(values, problems, notes)
-    inert: list[str] = []
-    for key in (key for key in values if key not in KNOWN):
-        UNUSED.check(key, key, values[key], KNOWN, problems, inert)
-    check_recipe_owned(values, recipe, problems, notes)
-    zero = parse_zero(values, problems, notes, inert)
-    precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes, inert)
-    if inert:
-        notes.append(f"left out, because it has no effect here: {', '.join(inert)}")
-    monitors = parse_monitors(values, problems)
-    checkpointed_layers = parse_activations(values, recipe.num_hidden_layers, problems, notes)
-    document = parse_passed_through(values, problems)
+    found = Findings()
+    values = normalize_spelling(values, found)
+    for key, value in values.items():
+        if key not in KNOWN:
+            UNUSED.check(key, key, value, KNOWN, found)
+    check_recipe_owned(values, recipe, found)
+    zero = parse_zero(values, found)
+    precision = parse_precision(values, zero["stage"], auto_fp16, found)
+    if found.inert:
+        found.notes.append(f"left out, because it has no effect here: {', '.join(found.inert)}")
+    monitors = parse_monitors(values, found.problems)
+    checkpointed_layers = parse_activations(values, recipe.num_hidden_layers, found)
+    document = parse_passed_through(values, found)
     document |= {key: values[key] for key in MONITOR_SECTIONS if key in values}
-    batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
-    if problems:
-        raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(problems))
+    batch = _batch_plan(values, recipe.global_batch_size, world_size, found)
+    if found.problems:
+        raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(found.problems))
     assert precision is not None
     assert batch is not None
     document = without_auto(document) | {
@@ -222,7 +222,7 @@ def resolve(
             document[name] = without_auto(known) | {"enabled": True}
     given = {key: values[key] for key in _CUT if values.get(key, "auto") != "auto"}
     return DeepSpeedPlan(
-        document, batch, precision, monitors, zero["stage"], checkpointed_layers, tuple(notes), not given, given
+        document, batch, precision, monitors, zero["stage"], checkpointed_layers, tuple(found.notes), not given, given
     )
 
 
@@ -232,7 +232,7 @@ def _divisors(number: int) -> list[int]:
     return sorted({*low, *(number // size for size in low)})
 
 
-def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, problems: list[str]) -> BatchPlan | None:
+def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, found: Findings) -> BatchPlan | None:
     """Solve micro-batch x accumulation x ranks = global batch. With neither given, accumulation is 1."""
 
     def given(key: str) -> int | None:
@@ -240,16 +240,16 @@ def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, prob
         if value == "auto":
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            problems.append(f"{key}: {value!r} is not a positive whole number")
+            found.problems.append(f"{key}: {value!r} is not a positive whole number")
         return value
 
-    before = len(problems)
+    before = len(found.problems)
     micro, accumulation = given("train_micro_batch_size_per_gpu"), given("gradient_accumulation_steps")
-    if len(problems) > before:
+    if len(found.problems) > before:
         return None
     per_rank, rest = divmod(global_batch, world_size)
     if rest:
-        problems.append(f"global_batch_size {global_batch} (recipe) cannot be split over {world_size} ranks")
+        found.problems.append(f"global_batch_size {global_batch} (recipe) cannot be split over {world_size} ranks")
         return None
     if micro is None and accumulation is None:
         micro, accumulation = per_rank, 1
@@ -262,7 +262,7 @@ def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, prob
     assert accumulation is not None
     if micro * accumulation != per_rank:
         nearest = min(_divisors(per_rank), key=lambda size: abs(size - micro))
-        problems.append(
+        found.problems.append(
             f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x {world_size} "
             f"rank(s) is {micro * accumulation * world_size}, but global_batch_size (recipe) is {global_batch}. "
             f'Give --micro-batch {nearest}, or write micro-batch {nearest} and accumulation "auto" in the JSON'

@@ -12,12 +12,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from electra_ds.config.monitors import MONITOR_SECTIONS
 from electra_ds.config.recipe import TrainingRecipe
 from electra_ds.core.errors import did_you_mean
+
+
+@dataclass
+class Findings:
+    """The faults and notes about a file, each found by one of the functions below."""
+
+    problems: list[str] = field(default_factory=list)
+    """Faults, for which the file is refused."""
+    notes: list[str] = field(default_factory=list)
+    """Decisions that were made here."""
+    inert: list[str] = field(default_factory=list)
+    """Keys that change nothing and are left out."""
+
 
 # Spelling: comments, whole numbers as floats, older names and unfilled templates. Afterwards each thing has one name
 # and one form.
@@ -37,12 +50,6 @@ ZERO_OLD_NAMES = {
     "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
 }
 """Switches that DeepSpeed calls deprecated and reads as the newer key."""
-ZERO_SHORT_NAMES = (
-    "gather_16bit_weights_on_model_save", "prefetch_bucket_size", "param_persistence_threshold",
-    "model_persistence_threshold", "max_live_parameters", "max_reuse_distance", "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params", "allgather_sequential",
-)  # fmt: skip
-"""Names that DeepSpeed also takes with `stage3_` in front of them."""
 
 
 def is_comment(key: str) -> bool:
@@ -50,12 +57,9 @@ def is_comment(key: str) -> bool:
     return key.startswith(("_", "//", "#"))
 
 
-def normalize_spelling(values: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
-    """Return the mapping without comments and with current names, as DeepSpeed reads it.
-
-    Values that cannot be read are left out and added to `problems`; older names are added to `notes`.
-    """
-    values = _plain(values, "", problems)
+def normalize_spelling(values: dict[str, Any], found: Findings) -> dict[str, Any]:
+    """Return the mapping without comments, unreadable values and older names, as DeepSpeed reads it."""
+    values = _plain(values, "", found)
     values = {key: value for key, value in values.items() if value is not None or key not in UNSET_BY_NULL}
     renamed = []
     if "bfloat16" in values:
@@ -65,21 +69,17 @@ def normalize_spelling(values: dict[str, Any], problems: list[str], notes: list[
     if isinstance(zero, bool):
         zero = values["zero_optimization"] = {"stage": int(zero)}
         renamed.append(f"zero_optimization as stage {zero['stage']}")
-    if isinstance(zero, dict):
-        for short in ZERO_SHORT_NAMES:
-            if short in zero:
-                zero.setdefault(f"stage3_{short}", zero.pop(short))
-        for old, new in ZERO_OLD_NAMES.items():
-            if zero.get(old) is True:
-                del zero[old]
-                zero.setdefault(new, {"device": "cpu"} if new.startswith("offload") else True)
-                renamed.append(f"zero_optimization.{old} as {new}")
+    for old, new in ZERO_OLD_NAMES.items():
+        if isinstance(zero, dict) and zero.get(old) is True:
+            del zero[old]
+            zero.setdefault(new, {"device": "cpu"} if new.startswith("offload") else True)
+            renamed.append(f"zero_optimization.{old} as {new}")
     if renamed:
-        notes.append(f"read as DeepSpeed reads older names: {', '.join(renamed)}")
+        found.notes.append(f"read as DeepSpeed reads older names: {', '.join(renamed)}")
     return values
 
 
-def _plain(value: Any, place: str, problems: list[str]) -> Any:
+def _plain(value: Any, place: str, found: Findings) -> Any:
     if isinstance(value, dict):
         result = {}
         for key, each in value.items():
@@ -87,12 +87,12 @@ def _plain(value: Any, place: str, problems: list[str]) -> Any:
             if is_comment(key):
                 continue
             if isinstance(each, str) and (problem := _text_problem(each, inner)):
-                problems.append(f"{inner}: {problem}")
+                found.problems.append(f"{inner}: {problem}")
             else:
-                result[key] = _plain(each, inner, problems)
+                result[key] = _plain(each, inner, found)
         return result
     if isinstance(value, list):
-        return [_plain(each, place, problems) for each in value]
+        return [_plain(each, place, found) for each in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -120,19 +120,17 @@ class Unused:
     removed: dict[str, Any]
     """Keys of older versions that DeepSpeed 0.19 refuses or ignores, with the values that switched them off."""
 
-    def check(
-        self, place: str, key: str, value: Any, known: Iterable[str], problems: list[str], inert: list[str]
-    ) -> None:
-        """Add the key to `inert` if it changes nothing, else to `problems`. known: the keys that are supported."""
+    def check(self, place: str, key: str, value: Any, known: Iterable[str], found: Findings) -> None:
+        """Check a key that is not one of the `known` ones, which are supported."""
         unsupported = self.defaults | self.removed
         if key in self.without_effect or (key in unsupported and is_default(value, unsupported[key])):
-            inert.append(place)
+            found.inert.append(place)
         elif key in self.removed:
-            problems.append(f"{place}: DeepSpeed 0.19 no longer has this feature; remove the key")
+            found.problems.append(f"{place}: DeepSpeed 0.19 no longer has this feature; remove the key")
         elif key in self.defaults:
-            problems.append(f"{place}: this DeepSpeed feature is not supported here; remove the key")
+            found.problems.append(f"{place}: this DeepSpeed feature is not supported here; remove the key")
         else:
-            problems.append(f"{place}: unknown key{did_you_mean(key, known)}")
+            found.problems.append(f"{place}: unknown key{did_you_mean(key, known)}")
 
 
 def is_default(value: Any, default: Any) -> bool:
@@ -220,10 +218,10 @@ NEVER = 2**31 - 1
 """The `steps_per_print` of a run whose file does not set it: the progress bar reports, not DeepSpeed."""
 
 
-def parse_passed_through(values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Return the keys that DeepSpeed gets unchanged. Errors are added to `problems`."""
+def parse_passed_through(values: dict[str, Any], found: Findings) -> dict[str, Any]:
+    """Return the keys that DeepSpeed gets unchanged."""
     given = {key: values[key] for key in PASSED_THROUGH if values.get(key, "auto") != "auto"}
-    problems += [
+    found.problems += [
         f"{key}: {value!r} is not of type {_JSON_TYPES[PASSED_THROUGH[key]]}"
         for key, value in given.items()
         if type(value) is not PASSED_THROUGH[key]
@@ -247,11 +245,8 @@ _OPEN_SCHEDULE: dict[str, Any] = {"warmup_min_lr": 0, "last_batch_iteration": -1
 """Values with which a scheduler still leaves its numbers to the recipe: DeepSpeed's defaults and "linear"."""
 
 
-def check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]) -> None:
-    """Check the keys that the recipe owns.
-
-    Contradictions are added to `problems`, each once, and settings that were left to the recipe to `notes`.
-    """
+def check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, found: Findings) -> None:
+    """Check that the keys that the recipe owns do not contradict it."""
     given: dict[str, Any] = {key: values[key] for key in ("train_batch_size", "gradient_clipping") if key in values}
     for name, is_ours in (("optimizer", _is_adamw), ("scheduler", _is_recipes_schedule)):
         section = values.get(name, "auto")
@@ -261,8 +256,8 @@ def check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, problems:
         if params == "auto":
             params = {}
         if not isinstance(params, dict):
-            problems.append(f"{name}: must be an object with type and params")
-        elif is_ours(section.get("type", "auto"), params, recipe, problems, notes):
+            found.problems.append(f"{name}: must be an object with type and params")
+        elif is_ours(section.get("type", "auto"), params, recipe, found):
             given |= {f"{name}.{key}": value for key, value in section.items() if key not in ("type", "params")}
             given |= {f"{name}.params.{key}": value for key, value in params.items() if key not in _IMPLEMENTATION}
     owners = _owners(recipe)
@@ -270,10 +265,10 @@ def check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, problems:
         place, _, name = key.rpartition(".")
         if key not in owners:
             known = [other.rpartition(".")[2] for other in owners if other.rpartition(".")[0] == place]
-            problems.append(f"{key}: unknown key{did_you_mean(name, known)}")
+            found.problems.append(f"{key}: unknown key{did_you_mean(name, known)}")
         elif value != "auto" and not _same(value, owners[key][0]):
             ours, owner = owners[key]
-            problems.append(
+            found.problems.append(
                 f'{key}: {value!r} contradicts the recipe ({owner} is {ours!r}); write "auto" or leave it out, '
                 f"and change the recipe instead"
             )
@@ -312,20 +307,18 @@ def _same(value: Any, ours: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value - ours) <= 1e-12 * abs(ours)
 
 
-def _is_adamw(kind: Any, params: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]) -> bool:
+def _is_adamw(kind: Any, params: dict[str, Any], recipe: TrainingRecipe, found: Findings) -> bool:
     """Return whether to check the parameters, too: those of another optimizer would only repeat the problem."""
     if str(kind).lower() in ("adam", "adamw", "auto"):  # for DeepSpeed both are AdamW, unless adam_w_mode is false
         return True
-    problems.append(
+    found.problems.append(
         f"optimizer.type: {kind!r} is not the recipe's optimizer (Adam or AdamW); remove the section, or write AdamW "
         f'with params "auto"'
     )
     return False
 
 
-def _is_recipes_schedule(
-    kind: Any, params: dict[str, Any], recipe: TrainingRecipe, problems: list[str], notes: list[str]
-) -> bool:
+def _is_recipes_schedule(kind: Any, params: dict[str, Any], recipe: TrainingRecipe, found: Findings) -> bool:
     """Return whether to check the parameters, too.
 
     A scheduler whose numbers are all "auto", as in transformers' files, stands for the recipe's schedule. One with
@@ -337,12 +330,12 @@ def _is_recipes_schedule(
         for key, value in params.items()
     )
     if is_open and kind in ("WarmupLR", "WarmupDecayLR"):
-        notes.append(f"scheduler {kind} leaves its numbers to the recipe, so {schedule} is used")
+        found.notes.append(f"scheduler {kind} leaves its numbers to the recipe, so {schedule} is used")
         return True
     is_linear = recipe.schedule.kind == params.get("warmup_type") == "linear"
     if (is_open and kind == "auto") or (kind == "WarmupDecayLR" and is_linear):
         return True
-    problems.append(
+    found.problems.append(
         f"scheduler: {kind} with these params contradicts {schedule}; remove the section, or write WarmupDecayLR with "
         f'params "auto"'
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from electra_ds.config.deepspeed_keys import UNUSED_IN_ZERO, Unused
+from electra_ds.config.deepspeed_keys import UNUSED_IN_ZERO, Findings, Unused
 from electra_ds.core.errors import did_you_mean
 
 # Precision
@@ -70,16 +70,11 @@ def precision_section(name: str) -> dict[str, Any]:
     return {} if name == "fp32" else {name: {"enabled": True}}
 
 
-def parse_precision(
-    values: dict[str, Any], stage: int, auto_fp16: bool, problems: list[str], notes: list[str], inert: list[str]
-) -> Precision | None:
-    """Return the enabled precision, and None after an error.
-
-    Errors are added to `problems`, decisions that were made here to `notes`, and keys that change nothing to `inert`.
-    """
-    before = len(problems)
+def parse_precision(values: dict[str, Any], stage: int, auto_fp16: bool, found: Findings) -> Precision | None:
+    """Return the enabled precision, and None after an error."""
+    before = len(found.problems)
     sections = {name: values.get(name, {}) for name in PRECISION_KEYS}
-    problems += [
+    found.problems += [
         f'{name}: must be an object such as {{"enabled": true}}'
         for name, section in sections.items()
         if not isinstance(section, dict)
@@ -94,18 +89,18 @@ def parse_precision(
         unused = Unused(UNUSED_IN_PRECISION, tuple(without_effect), {})
         for key in section if on is not False or "enabled" not in section else ():
             if key not in PRECISION_KEYS[name]:
-                unused.check(f"{name}.{key}", key, section[key], PRECISION_KEYS[name], problems, inert)
+                unused.check(f"{name}.{key}", key, section[key], PRECISION_KEYS[name], found)
         if on == "auto":
             on = name == "fp16" and auto_fp16 and not is_chosen
             meant = "on" if on else "off, since another precision is chosen" if is_chosen else "off"
-            notes.append(f'{name}.enabled is "auto", which here means {meant}')
+            found.notes.append(f'{name}.enabled is "auto", which here means {meant}')
         if not isinstance(on, bool):
-            problems.append(f'{name}.enabled: {on!r} is not true, false or "auto"')
+            found.problems.append(f'{name}.enabled: {on!r} is not true, false or "auto"')
         elif on:
             enabled.append(name)
     if len(enabled) > 1:
-        problems.append(f"{', '.join(enabled)}: only one precision can be enabled")
-    if len(problems) > before:
+        found.problems.append(f"{', '.join(enabled)}: only one precision can be enabled")
+    if len(found.problems) > before:
         return None
     if not enabled:
         return Precision("fp32")
@@ -113,29 +108,29 @@ def parse_precision(
     if enabled[0] == "bf16":
         return Precision("bf16")
     if enabled[0] == "torch_autocast":
-        return _autocast_precision(section, stage, problems)
-    return Precision("fp16", _loss_scaling(section, problems))
+        return _autocast_precision(section, stage, found)
+    return Precision("fp16", _loss_scaling(section, found))
 
 
-def _autocast_precision(section: dict[str, Any], stage: int, problems: list[str]) -> Precision | None:
+def _autocast_precision(section: dict[str, Any], stage: int, found: Findings) -> Precision | None:
     dtype = str(section.get("dtype", "bfloat16")).removeprefix("torch.")
     if dtype in ("bfloat16", "bf16"):
         return Precision("autocast-bf16")
     if dtype in ("float16", "fp16", "half"):
         if stage:
-            problems.append(
+            found.problems.append(
                 f"torch_autocast: float16 has no working loss scale at stage {stage}; take fp16 or bfloat16"
             )
         return Precision("autocast-fp16", LossScaling())
-    problems.append(f"torch_autocast.dtype: {section['dtype']!r} is not bfloat16 or float16")
+    found.problems.append(f"torch_autocast.dtype: {section['dtype']!r} is not bfloat16 or float16")
     return None
 
 
-def _loss_scaling(section: dict[str, Any], problems: list[str]) -> LossScaling | None:
+def _loss_scaling(section: dict[str, Any], found: Findings) -> LossScaling | None:
     try:
         given = _Fp16.model_validate(without_auto(section))
     except pydantic.ValidationError as error:
-        problems += [f"fp16.{each['loc'][0]}: {each['input']!r}: {each['msg']}" for each in error.errors()]
+        found.problems += [f"fp16.{each['loc'][0]}: {each['input']!r}: {each['msg']}" for each in error.errors()]
         return None
     return LossScaling(
         initial_scale=given.loss_scale or 2.0**given.initial_scale_power,
@@ -177,50 +172,53 @@ CPU_ADAM_DEFAULTS: dict[str, Any] = {"ratio": 1, "super_offload": False}
 """Keys of an offload section that work only with DeepSpeed's CPU Adam, with their defaults."""
 
 
-def parse_zero(values: dict[str, Any], problems: list[str], notes: list[str], inert: list[str]) -> dict[str, Any]:
-    """Return the zero_optimization section with every "auto" filled in and buffer sizes that suit small cards.
-
-    Keys that change nothing are left out and added to `inert`; keys that only other stages use are added to `notes`.
-    """
+def parse_zero(values: dict[str, Any], found: Findings) -> dict[str, Any]:
+    """Return the zero_optimization section with every "auto" filled in and buffer sizes that suit small cards."""
     section = values.get("zero_optimization", {})
     if not isinstance(section, dict):
-        problems.append("zero_optimization: must be an object")
+        found.problems.append("zero_optimization: must be an object")
         return {"stage": 0}
     stage = section.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        problems.append(f"zero_optimization.stage: {stage!r} is not one of 0, 1, 2, 3; write the stage")
+        found.problems.append(f"zero_optimization.stage: {stage!r} is not one of 0, 1, 2, 3; write the stage")
         return {"stage": 0}
     known = {0: {"stage"}, 1: ZERO_KEYS, 2: ZERO_KEYS, 3: ZERO_KEYS | ZERO_3_KEYS}[stage]
     result: dict[str, Any] = {"stage": stage} | _ZERO_DEFAULTS.get(stage, {})
     of_other_stages = []
     given = {}
     for key, value in section.items():
+        if f"stage3_{key}" in ZERO_3_KEYS:  # DeepSpeed takes these names without stage3_ too
+            key = f"stage3_{key}"
         name = f"zero_optimization.{key}"
         if key in OFFLOADS and not _is_offload(value):
             if key in known:
-                inert.append(name)
+                found.inert.append(name)
             else:
                 of_other_stages.append(key)
         elif key in OFFLOADS and key not in known:
-            problems.append(f"{name}: DeepSpeed does not offload at stage {stage}; remove it")
+            found.problems.append(f"{name}: DeepSpeed does not offload at stage {stage}; remove it")
         elif key in OFFLOADS:
             given[key] = value
             if not isinstance(value, dict) or value["device"] != "cpu" or not _is_without_cpu_adam(value):
-                problems.append(
+                found.problems.append(
                     f'{name}: {value!r} is not supported here; write {{"device": "cpu"}}, without keys of DeepSpeed\'s '
                     f"own Adam ({', '.join(CPU_ADAM_DEFAULTS)})"
                 )
         elif key not in ZERO_KEYS | ZERO_3_KEYS:
-            UNUSED_IN_ZERO.check(name, key, value, known, problems, inert)
+            UNUSED_IN_ZERO.check(name, key, value, known, found)
         elif key not in known:
             of_other_stages.append(key)
         elif value is not None:
             given[key] = value
             kind = int if key in {"stage", *_SIZES, *_STAGE_3_SIZES} else bool
             if value != "auto" and type(value) is not kind:
-                problems.append(f"{name}: {value!r} is not {'true or false' if kind is bool else 'a whole number'}")
+                found.problems.append(
+                    f"{name}: {value!r} is not {'true or false' if kind is bool else 'a whole number'}"
+                )
     if of_other_stages:
-        notes.append(f"at stage {stage} these keys of zero_optimization have no effect: {', '.join(of_other_stages)}")
+        found.notes.append(
+            f"at stage {stage} these keys of zero_optimization have no effect: {', '.join(of_other_stages)}"
+        )
     return result | without_auto(given)
 
 
@@ -255,37 +253,38 @@ _FOR_MODEL_PARALLELISM = ("partition_activations", "contiguous_memory_optimizati
 _SWITCHES = (*_FOR_MODEL_PARALLELISM, "cpu_checkpointing", "synchronize_checkpoint_boundary", "profile")
 
 
-def parse_activations(values: dict[str, Any], num_layers: int, problems: list[str], notes: list[str]) -> int:
+def parse_activations(values: dict[str, Any], num_layers: int, found: Findings) -> int:
     """Return how many layers of each encoder are computed again in the backward pass.
 
-    0 without the section or if everything in it is off; all layers if it has no number. Errors are added to
-    `problems`, and decisions that were made here to `notes`. num_layers: the discriminator's number of layers, which
-    is at least the generator's.
+    0 without the section or if everything in it is off; all layers if it has no number. num_layers: the discriminator's
+    number of layers, which is at least the generator's.
     """
     name = "activation_checkpointing"
     if name not in values:
         return 0
     section = {} if values[name] == "auto" else values[name]
     if not isinstance(section, dict):
-        problems.append(f'{name}: must be an object such as {{"{_LAYERS}": {num_layers}}}')
+        found.problems.append(f'{name}: must be an object such as {{"{_LAYERS}": {num_layers}}}')
         return 0
     for key, value in section.items():
         if key not in (_LAYERS, *_SWITCHES):
-            problems.append(f"{name}.{key}: unknown key{did_you_mean(key, (_LAYERS, *_SWITCHES))}")
+            found.problems.append(f"{name}.{key}: unknown key{did_you_mean(key, (_LAYERS, *_SWITCHES))}")
         elif key in _FOR_MODEL_PARALLELISM and value is True:
-            notes.append(f"{name}.{key} has no effect, since no model is split over ranks here")
+            found.notes.append(f"{name}.{key} has no effect, since no model is split over ranks here")
         elif key in _SWITCHES and value not in (False, None, "auto"):
-            problems.append(f"{name}.{key}: is not supported here; remove it")
+            found.problems.append(f"{name}.{key}: is not supported here; remove it")
     count = section.get(_LAYERS)
     if count == 0 or (section and all(value in (None, False) for value in section.values())):
-        notes.append(f"{name} is off, so no layer is computed again in the backward pass")
+        found.notes.append(f"{name} is off, so no layer is computed again in the backward pass")
         return 0
     if count in (None, "auto"):  # null is DeepSpeed's own default
-        notes.append(f"{name} names no number, so all {num_layers} layers are computed again in the backward pass")
+        found.notes.append(
+            f"{name} names no number, so all {num_layers} layers are computed again in the backward pass"
+        )
         return num_layers
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        problems.append(f"{name}.{_LAYERS}: {count!r} is not a positive whole number")
+        found.problems.append(f"{name}.{_LAYERS}: {count!r} is not a positive whole number")
         return 0
     if count > num_layers:
-        notes.append(f"{name}.{_LAYERS} is {count}, which means all of the recipe's {num_layers}")
+        found.notes.append(f"{name}.{_LAYERS} is {count}, which means all of the recipe's {num_layers}")
     return min(count, num_layers)

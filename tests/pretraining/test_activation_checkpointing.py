@@ -225,10 +225,10 @@ def test_a_number_is_taken_as_it_is_and_deepspeed_reads_the_same(section: dict[s
 @pytest.mark.parametrize(
     ("section", "note"),
     [
-        ("auto", "names no number, so all 3 layers"),
-        ({}, "names no number, so all 3 layers"),
-        ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "names no number, so all 3 layers"),
-        ({"number_checkpoints": None, "profile": "auto"}, "names no number, so all 3 layers"),
+        ("auto", "names no number: all 3 layers"),
+        ({}, "names no number: all 3 layers"),
+        ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "names no number: all 3 layers"),
+        ({"number_checkpoints": None, "profile": "auto"}, "names no number: all 3 layers"),
         ({"number_checkpoints": 100}, "is 100, which means all of the recipe's 3"),
     ],
 )  # fmt: skip
