@@ -269,13 +269,13 @@ def _driver_gpu(line: str) -> DriverGpu | None:
     return None if card is None else DriverGpu(name, card.capability)
 
 
-_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")
 
 
 def without_code(gpu: Gpu, hardware: Hardware) -> Problem | None:
     """Return the problem of a GPU that torch was not compiled for, on which every kernel would fail, else None."""
     architectures = hardware.architectures
-    if not any(map(_ARCHITECTURE.fullmatch, architectures)):
+    if not any(map(_ARCHITECTURE.match, architectures)):
         return None  # a build for GPUs of other makers
     if has_code_for(gpu.capability, architectures):
         return None
@@ -290,16 +290,11 @@ def without_code(gpu: Gpu, hardware: Hardware) -> Problem | None:
 def has_code_for(capability: Capability, architectures: Iterable[str]) -> bool:
     """Return whether a build of torch for these architectures runs on a GPU.
 
-    Machine code (sm_XY, sm_XYf) runs within its major version from its minor version on, PTX (compute_XY) on
-    everything newer, and sm_90a only on 9.0.
+    Machine code (sm_XY) runs within its major version from its minor version on, PTX (compute_XY) on everything newer.
     """
-    for match in filter(None, map(_ARCHITECTURE.fullmatch, architectures)):
-        kind, target = match[1], (int(match[2]), int(match[3]))
-        if match[4] == "a":
-            runs = capability == target
-        else:
-            runs = capability >= target and (kind == "compute" or capability[0] == target[0])
-        if runs:
+    for match in filter(None, map(_ARCHITECTURE.match, architectures)):
+        target = int(match[2]), int(match[3])
+        if capability >= target and (match[1] == "compute" or capability[0] == target[0]):
             return True
     return False
 

@@ -74,7 +74,7 @@ class RunDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                owner = self._owner() or "unknown"
+                owner = self.owner() or "unknown"
                 raise CheckpointError(
                     f"The run directory {self.path} is in use by process {owner}. Wait for it, or stop it."
                 ) from error
@@ -94,35 +94,26 @@ class RunDirectory:
         if self.exists():
             raise ConfigError(f"{self.path} already holds a run. Resume it with --resume, or choose another --run-dir.")
 
-    def mark(self) -> tuple[int, str]:
-        """Return what distinguishes this folder from one of the same name on another disk: the inode of the lock, and
-        the process number in it."""
-        try:
-            return (self.path / ".lock").stat().st_ino, self._owner()
-        except OSError:
-            return 0, ""
+    def owner(self) -> str:
+        """Return the number of the process that holds the folder, or held it last; empty if it is not known.
 
-    def check_shared(self, mark: tuple[int, str]) -> None:
-        """Raise CheckpointError if this rank does not see the folder with this mark, which the main rank holds."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while not (same := self._is_same(mark)) and time.monotonic() < deadline:
-            time.sleep(0.1)  # a network file system shows other machines a new file late
-        if not same:
-            raise CheckpointError(
-                f"The main rank's run directory {self.path.resolve()} is not what {platform.node()} sees there. "
-                f"Checkpoints are written by all ranks, so put --run-dir on a file system that all of them share."
-            )
-
-    def _is_same(self, mark: tuple[int, str]) -> bool:
-        # Some file systems number a file differently on each machine; on a full disk the process number is missing.
-        inode, owner = self.mark()
-        return inode == mark[0] or (owner != "" and owner == mark[1])
-
-    def _owner(self) -> str:
+        It also distinguishes the folder from one of the same name on another disk.
+        """
         try:
             return (self.path / ".lock").read_text("utf8").strip()
         except OSError:
             return ""
+
+    def check_shared(self, owner: str) -> None:
+        """Raise CheckpointError if this rank does not see the folder that the main rank holds. owner: as there."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while owner and self.owner() != owner:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"The main rank's run directory {self.path.resolve()} is not what {platform.node()} sees there. "
+                    f"Checkpoints are written by all ranks, so put --run-dir on a file system that all of them share."
+                )
+            time.sleep(0.1)  # a network file system shows other machines a new file late
 
     # --- the files that a run can be rebuilt from, of which each checkpoint holds a copy
 

@@ -222,9 +222,9 @@ def hold(run: RunDirectory, ranks: Ranks, held: contextlib.ExitStack, *, is_new:
     with ranks.fail_together():
         if ranks.is_main:
             held.enter_context(run.locked(is_new=is_new))
-    mark = ranks.broadcast(run.mark())
+    owner = ranks.broadcast(run.owner())
     with ranks.fail_together():
-        run.check_shared(mark)
+        run.check_shared(owner)
 
 
 def announce(what: str, device: str, threads: int, plan: DeepSpeedPlan, run: RunDirectory) -> None:

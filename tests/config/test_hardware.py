@@ -409,7 +409,6 @@ def test_a_run_does_not_continue_where_torch_has_no_code_for_the_card(
         ((10, 0), ("sm_90",), False),
         ((12, 0), ("compute_90",), True),  # PTX is compiled by the driver
         ((9, 0), ("sm_90a",), True),
-        ((9, 1), ("sm_90a",), False),
         ((8, 0), (), False),
     ],
 )
