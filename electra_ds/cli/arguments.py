@@ -1,4 +1,4 @@
-"""What the commands' parsers have in common.
+"""The common part of the commands' parsers.
 
 As in every module of this package, what needs torch, numpy or another large package is imported inside the handlers,
 so that --help and bad arguments answer at once.

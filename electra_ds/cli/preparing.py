@@ -1,4 +1,4 @@
-"""What comes before a run: `electra-ds build-data`, `plan`, `recipes` and `doctor`."""
+"""The commands before a run: `electra-ds build-data`, `plan`, `recipes` and `doctor`."""
 
 from __future__ import annotations
 

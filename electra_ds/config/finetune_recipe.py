@@ -37,7 +37,7 @@ class TaskDataSection(Section):
     """True if segment ids distinguish the two texts of a pair, if the model has a table of them. A model that was
     pretrained on single segments has not trained its second row."""
     double_unordered: bool = False
-    """Whether training pairs are given in both orders (the original: MRPC and STS-B)."""
+    """True if training pairs are given in both orders (the original: MRPC and STS-B)."""
     regression_scale: Literal["raw", "unit"] = "raw"
     """Regression targets as they are, or from the range of the scores to 0 to 1 (the original)."""
     doc_stride: int = Field(default=128, ge=1)
@@ -81,14 +81,14 @@ class FinetuneOptimizerSection(OptimizerSection):
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of a layer divided by that of the layer above it."""
     layer_decay_exponents: Literal["original", "corrected", "study"] = "corrected"
-    """How often the decay is applied, in an encoder of n layers. `corrected`: 0 at the head, 1 at the last layer, n at
+    """The exponent of the decay, in an encoder of n layers. `corrected`: 0 at the head, 1 at the last layer, n at
     the first, n + 1 at the embeddings. `original`: one more everywhere but at the head, as its code has it
     (google-research/electra issue 51). `study`: 0 at head and last layer, n - 1 at the first and the embeddings."""
     loss: Literal["mean", "sum"] = "mean"
     """Reduction over the examples of a batch. With `sum` (the original's code) gradients are as many times as large, so
     that nearly every step is clipped, and epsilon matters as many times less."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
-    """Whether biases and LayerNorm decay, too (the study's code)."""
+    """`all`: biases and LayerNorm decay, too (the study's code)."""
 
 
 class FinetuneScheduleSection(Section):

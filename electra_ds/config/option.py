@@ -21,13 +21,13 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 Names = Literal["", "name", "settings", "file", "folder", "model", "corpus"]
-"""What an option's text names: nothing; a name; a recipe or a DeepSpeed JSON; a file; a folder; a model of the Hub or
+"""The thing that an option's text names: nothing; a name; a recipe or a DeepSpeed JSON; a file; a folder; a model of the Hub or
 its folder; a source of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """How a field appears outside of Python."""
+    """The appearance of a field outside of Python."""
 
     help: str
     group: str = ""

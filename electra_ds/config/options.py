@@ -105,7 +105,7 @@ def run_dir_option(default: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingOptions(Options):
-    """Where a run's numbers go besides metrics.jsonl."""
+    """The places that a run's numbers go to besides metrics.jsonl."""
 
     wandb: WandbMode | None = _watch(
         "Weights & Biases; offline needs no account and is uploaded later by `wandb sync` (default: off)", on="offline"
@@ -118,7 +118,7 @@ class TrackingOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(TrackingOptions):
-    """How any training is run."""
+    """The options of any training."""
 
     LAUNCHED: ClassVar[bool] = True
 
@@ -168,7 +168,7 @@ class RunOptions(TrackingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusOptions(Options):
-    """Where text comes from."""
+    """The options that name a source of text and its tokenizer."""
 
     corpus: list[list[str]] | None = corpus_option("default: the built-in corpus")
     document_boundary: Literal["file", "blank-line"] | None = _what(

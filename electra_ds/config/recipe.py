@@ -180,7 +180,7 @@ class MaskingSection(Section):
     """`bernoulli`: every token is selected on its own. `fixed`: a fixed number per sequence, without
     replacement: round(p * length), at most floor((p + 0.005) * sequence_length), at least 1."""
     replace_at: Literal["selected", "masked"] = "selected"
-    """Where the discriminator's input gets the generator's samples: at every selected position (the
+    """The places of the discriminator's input that get the generator's samples: every selected position (the
     original), or only at those that became [MASK] (the reproduction study's code)."""
 
 

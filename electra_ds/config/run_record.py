@@ -23,7 +23,7 @@ _Count = Annotated[int, Field(gt=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """How often a run reports and saves: neither mathematics nor hardware."""
+    """The intervals at which a run reports and saves: neither mathematics nor hardware."""
 
     log_every: _Count
     eval_every: _Count
@@ -33,7 +33,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
-    """How often a pretraining reports and saves, and what decides when it ends."""
+    """The settings of a pretraining."""
 
     eval_windows: _Count
     compile: Compile = "auto"
@@ -62,7 +62,7 @@ class FinetuneSettings(Settings):
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """Where a run's numbers go besides metrics.jsonl. Folders are relative to the run's, None for none."""
+    """The places that a run's numbers go to besides metrics.jsonl. Folders are relative to the run's, None for none."""
 
     wandb: WandbMode = "off"
     wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))

@@ -13,8 +13,9 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -90,30 +91,31 @@ class StatusProgress(Progress):
     always there.
     """
 
-    def __init__(
-        self, *columns: ProgressColumn | str, console: Console | None = None, transient: bool = False,
-        disable: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(*columns, console=console, transient=transient, disable=disable, expand=True)
+    def __init__(self, *columns: ProgressColumn | str, **more: Any) -> None:
+        super().__init__(*columns, expand=True, **more)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:
             yield self.make_tasks_table([task])
             for line in str(task.fields.get("status", "")).splitlines():
-                yield _Status(line)
+                yield _fitting(line, self.console.width)
 
 
-class _Eta(ProgressColumn):
+def _fitting(status: str, width: int) -> Text:
+    """Return the first parts of a status that fit into the width; the first one is cut if it does not fit."""
+    shown, *rest = status.split("  ")
+    for part in rest:
+        if len(f"{shown}  {part}") > width:
+            break
+        shown = f"{shown}  {part}"
+    return Text(shown, no_wrap=True, overflow="ellipsis")
+
+
+class _Eta(TimeRemainingColumn):
     """The remaining time of a stage, or nothing if its total is unknown."""
 
     def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text()
-        return Text("ETA ").append_text(self._time.render(task))
-
-    def __init__(self) -> None:
-        self._time = TimeRemainingColumn()
-        super().__init__()
+        return Text() if task.total is None else Text("ETA ").append_text(super().render(task))
 
 
 class StageProgress(StatusProgress):
@@ -164,22 +166,6 @@ class StageProgress(StatusProgress):
             share = [] if task.total is None else [f"{task.percentage:.0f}%"]
             status = [task.fields["status"]] if task.fields["status"] else []
             say(self.console, f"{PREPARING}{', '.join([task.description, *share, *status])}")
-
-
-class _Status:
-    """The first parts of a status that fit into a line; the first one is cut if it does not fit."""
-
-    def __init__(self, status: str) -> None:
-        self.parts = status.split("  ")
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = self.parts[0]
-        for part in self.parts[1:]:
-            longer = f"{shown}  {part}"
-            if len(longer) > options.max_width:
-                break
-            shown = longer
-        yield Text(shown, no_wrap=True, overflow="ellipsis")
 
 
 # --- the log
