@@ -49,7 +49,7 @@ class Run:
 
     @property
     def status(self) -> Status | None:
-        """The status with which the run ended: `done`, `stopped`, `collapsed` or `failed`; None while it has not ended."""
+        """The status: `done`, `stopped`, `collapsed` or `failed`; None while the run has not ended."""
         return self._directory.status()
 
     @property

@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 Names = Literal["", "name", "settings", "file", "folder", "model", "corpus"]
-"""The thing that an option's text names: nothing; a name; a recipe or a DeepSpeed JSON; a file; a folder; a model of the Hub or
-its folder; a source of text."""
+"""The kind of thing that an option's text names: `settings` are a recipe or a DeepSpeed JSON, a `model` is one of the
+Hub or its folder, and a `corpus` is a source of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +155,6 @@ class Options:
             for name, each in described(type(self)).items()
             if (value := getattr(self, name)) is not None and value != [] and (value is not False or each.off)
         }
-
-    def new_run_only(self) -> str:
-        """Return the flags that were given and are refused with --resume, with commas between them."""
-        known = described(type(self))
-        return ", ".join(str(known[name].flag) for name in self.given() if known[name].new_run_only)
 
 
 def described(kind: type[Options]) -> dict[str, Option]:

@@ -163,7 +163,16 @@ class RunOptions(TrackingOptions):
         return with_seed(self.overrides, self.seed)
 
     def check(self) -> None:
-        self.recipe_overrides()
+        if self.resume is None:
+            self.recipe_overrides()
+            self.check_new_run()
+            return
+        known = described(type(self))
+        if flags := [str(known[name].flag) for name in self.given() if known[name].new_run_only]:
+            raise ConfigError(f"--resume takes recipe and data from the run, so {', '.join(flags)} cannot be given.")
+
+    def check_new_run(self) -> None:
+        """Raise ConfigError if options of a new run cannot go together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,12 +256,7 @@ class PretrainOptions(CorpusOptions, RunOptions):
     )
     eval_windows: int | None = _how("held-out sequences (default: 512)", metavar="N")
 
-    def check(self) -> None:
-        if self.resume is not None:
-            if flags := self.new_run_only():
-                raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
-            return
-        super().check()
+    def check_new_run(self) -> None:
         if self.init_from is not None and len(self.init_from) > 2:
             raise ConfigError(
                 f"--init-from takes a generator and a discriminator, and {len(self.init_from)} models are given."
@@ -362,33 +366,16 @@ class FinetuneOptions(RunOptions):
             label_kind=self.label_kind or "auto", **paths,
         )  # fmt: skip
 
-    def check(self) -> None:
-        if self.resume is not None:
-            if flags := self.new_run_only():
-                raise ConfigError(f"--resume takes task, model and recipe from the run, so leave out {flags}.")
-            return
+    def check_new_run(self) -> None:
         if self.model is None:
             raise ConfigError("Say what to finetune with --model: a run, a transformers folder, or a name on the Hub.")
-        super().check()
-        if self.task is None:
-            self._check_own()
-            return
-        own = ("train", "dev", "test", "text", "pair", "label", "label_kind")
-        if given := [name for name in own if getattr(self, name) is not None]:
-            raise ConfigError(
-                f"--{given[0].replace('_', '-')} is for examples of your own, and --task {self.task} has others. Leave "
-                f"--task out for your own; for official files there is --data-dir."
-            )
+        of_task = {name: getattr(self, name) for name in ("data_dir", "hub", "revision")}
+        own = {name: getattr(self, name) for name in ("train", "dev", "test", "text", "pair", "label", "label_kind")}
+        if self.task is None and (self.train is None or self.dev is None):
+            raise ConfigError("Say what to finetune on: --task TASK, or your own examples with --train and --dev.")
+        for name, value in (of_task if self.task is None else own).items():
+            if value is not None:
+                flag, whose = name.replace("_", "-"), "a --task" if self.task is None else "examples of your own"
+                raise ConfigError(f"--{flag} is for {whose}. Leave out --{flag}, or what belongs to the other.")
         if self.data_dir is not None and (self.hub is not None or self.revision is not None):
             raise ConfigError("--hub and --revision are for data sets of the Hub, and --data-dir is given.")
-
-    def _check_own(self) -> None:
-        if self.train is None and self.dev is None:
-            raise ConfigError("Say what to finetune on: --task TASK, or your own examples with --train and --dev.")
-        if self.train is None or self.dev is None:
-            lacking = "--dev FILE, the examples to score by," if self.dev is None else "--train FILE"
-            raise ConfigError(f"Your own examples need {lacking} too.")
-        if any(given is not None for given in (self.data_dir, self.hub, self.revision)):
-            raise ConfigError(
-                "--data-dir, --hub and --revision are for --task; your own examples are given with --train and --dev."
-            )

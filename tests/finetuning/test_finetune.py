@@ -1141,12 +1141,12 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 def test_missing_arguments_are_named(electra: Path, glue: Path, tmp_path: Path) -> None:
     assert "Say what to finetune with --model" in refused("--task", "rte", "--data-dir", glue)
     assert "--task TASK, or your own examples" in refused("--model", electra)
-    assert "need --dev FILE, the examples to score by, too" in refused("--model", electra, "--train", "x.csv")
-    assert "need --train FILE too" in refused("--model", electra, "--dev", "x.csv")
+    assert "with --train and --dev" in refused("--model", electra, "--train", "x.csv")
+    assert "with --train and --dev" in refused("--model", electra, "--dev", "x.csv")
     assert "there is no task 'ax'" in refused("--model", electra, "--task", "ax")
     assert "there is no task 'rtee'; did you mean 'rte'?" in refused("--model", electra, "--task", "rtee")
     said = refused("--model", electra, "--train", "x.csv", "--dev", "y.csv", "--data-dir", glue)
-    assert "--data-dir, --hub and --revision are for --task" in said
+    assert "--data-dir is for a --task" in said
 
 
 def test_a_run_directory_that_holds_a_run_is_left_alone(straight: Path, electra: Path, glue: Path) -> None:
