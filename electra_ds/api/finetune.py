@@ -159,9 +159,6 @@ class FinetuneStart(Launch[FinetuneOptions]):
     def run_time(self) -> RunTime | None:
         return run_time(self.job, self.ranks)
 
-    def shorter(self) -> str:
-        return "Choose a smaller --model, or fewer examples with --max-train-examples N."
-
     @property
     def stop_at(self) -> int:
         return self.job.stop_at

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from electra_ds.api.run import Run
+from electra_ds.config.names import CPU_RECIPE
 from electra_ds.config.option import Options
 from electra_ds.config.options import RunOptions
 from electra_ds.config.overrides import as_overrides
@@ -80,10 +81,6 @@ class Launch(ABC, Generic[OptionsT]):
     def run_time(self) -> RunTime | None:
         """Return how long the run is predicted to take; None for a GPU whose rates are not known."""
 
-    @abstractmethod
-    def shorter(self) -> str:
-        """Return how to make the run shorter."""
-
     @property
     @abstractmethod
     def stop_at(self) -> int:
@@ -128,7 +125,7 @@ def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequen
             _say_dry_run(start.run_time(), start.stop_at)
             return Run(run.path)
         if start.is_new:
-            refuse_years(options, start.run_time, start.shorter(), ranks)
+            refuse_years(options, start.run_time, ranks)
         start.build()
         prepare.hold(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
@@ -137,11 +134,10 @@ def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequen
     return Run(run.path)
 
 
-def refuse_years(options: RunOptions, predict: Callable[[], RunTime | None], shorter: str, ranks: Ranks) -> None:
+def refuse_years(options: RunOptions, predict: Callable[[], RunTime | None], ranks: Ranks) -> None:
     """Raise ConfigError for a run that may take a year or more, unless `yes` or a `time_limit` is given.
 
-    To be called by all ranks. predict: measures this machine, so it is called only where its answer matters. shorter:
-    how to make the run shorter.
+    To be called by all ranks. predict: measures this machine, so it is called only where its answer matters.
     """
     with ranks.fail_together():
         if not ranks.is_main or options.yes or options.time_limit is not None:
@@ -149,7 +145,8 @@ def refuse_years(options: RunOptions, predict: Callable[[], RunTime | None], sho
         time = predict()
         if time is not None and time.may_take_years:
             raise ConfigError(
-                f"This run is predicted to take {time} on this machine. {shorter} To start it anyway, add --yes."
+                f"This run is predicted to take {time} on this machine. Choose a smaller recipe or model, such as "
+                f"--recipe {CPU_RECIPE} of pretraining, or fewer steps. To start it anyway, add --yes."
             )
 
 

@@ -162,11 +162,6 @@ class PretrainStart(Launch[PretrainOptions]):
         device, threads = devices.device(self.ranks.launch), self.options.threads
         return pretraining_time(self.recipe, size, self.plan, device, steps=self.stop_at, threads=threads)
 
-    def shorter(self) -> str:
-        is_small = self.recipe.name == CPU_RECIPE
-        smaller = "smaller sizes" if is_small else f"a smaller recipe, such as --recipe {CPU_RECIPE},"
-        return f"Choose {smaller} or fewer steps with --set schedule.total_steps=N."
-
     @property
     def stop_at(self) -> int:
         return prepare.stop_at(self.options, self.recipe)
