@@ -221,11 +221,9 @@ NEVER = 2**31 - 1
 def parse_passed_through(values: dict[str, Any], found: Findings) -> dict[str, Any]:
     """Return the keys that DeepSpeed gets unchanged."""
     given = {key: values[key] for key in PASSED_THROUGH if values.get(key, "auto") != "auto"}
-    found.problems += [
-        f"{key}: {value!r} is not of type {_JSON_TYPES[PASSED_THROUGH[key]]}"
-        for key, value in given.items()
-        if type(value) is not PASSED_THROUGH[key]
-    ]
+    for key, value in given.items():
+        if type(value) is not PASSED_THROUGH[key]:
+            found.problems.append(f"{key}: {value!r} is not of type {_JSON_TYPES[PASSED_THROUGH[key]]}")
     return given
 
 
@@ -266,7 +264,7 @@ def check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, found: Fi
         if key not in owners:
             known = [other.rpartition(".")[2] for other in owners if other.rpartition(".")[0] == place]
             found.problems.append(f"{key}: unknown key{did_you_mean(name, known)}")
-        elif value != "auto" and not _same(value, owners[key][0]):
+        elif value != "auto" and value != owners[key][0]:
             ours, owner = owners[key]
             found.problems.append(
                 f'{key}: {value!r} contradicts the recipe ({owner} is {ours!r}); write "auto" or leave it out, '
@@ -299,14 +297,6 @@ def _owners(recipe: TrainingRecipe) -> dict[str, tuple[Any, str]]:
     }
 
 
-def _same(value: Any, ours: Any) -> bool:
-    if isinstance(ours, list):
-        return isinstance(value, list) and len(value) == len(ours) and all(map(_same, value, ours))
-    if isinstance(ours, (bool, str)) or isinstance(value, bool):
-        return bool(value == ours)
-    return isinstance(value, (int, float)) and abs(value - ours) <= 1e-12 * abs(ours)
-
-
 def _is_adamw(kind: Any, params: dict[str, Any], recipe: TrainingRecipe, found: Findings) -> bool:
     """Return whether to check the parameters, too: those of another optimizer would only repeat the problem."""
     if str(kind).lower() in ("adam", "adamw", "auto"):  # for DeepSpeed both are AdamW, unless adam_w_mode is false
@@ -325,10 +315,7 @@ def _is_recipes_schedule(kind: Any, params: dict[str, Any], recipe: TrainingReci
     numbers must match the recipe, as only WarmupDecayLR can: WarmupLR stays at its peak after the warm-up.
     """
     schedule = f"the recipe's {recipe.schedule.kind} schedule"
-    is_open = all(
-        value == "auto" or (key in _OPEN_SCHEDULE and _same(value, _OPEN_SCHEDULE[key]))
-        for key, value in params.items()
-    )
+    is_open = all(value in ("auto", _OPEN_SCHEDULE.get(key, "auto")) for key, value in params.items())
     if is_open and kind in ("WarmupLR", "WarmupDecayLR"):
         found.notes.append(f"scheduler {kind} leaves its numbers to the recipe, so {schedule} is used")
         return True
