@@ -73,23 +73,22 @@ def precision_section(name: str) -> dict[str, Any]:
 def parse_precision(values: dict[str, Any], stage: int, auto_fp16: bool, found: Findings) -> Precision | None:
     """Return the enabled precision, and None after an error."""
     before = len(found.problems)
-    sections = {name: values.get(name, {}) for name in PRECISION_KEYS}
-    found.problems += [
-        f'{name}: must be an object such as {{"enabled": true}}'
-        for name, section in sections.items()
-        if not isinstance(section, dict)
-    ]
-    sections = {name: section for name, section in sections.items() if isinstance(section, dict)}
+    sections = {}
+    for name in PRECISION_KEYS:
+        if isinstance(values.get(name, {}), dict):
+            sections[name] = values.get(name, {})
+        else:
+            found.problems.append(f'{name}: must be an object such as {{"enabled": true}}')
     # "auto" is transformers' "as the user says", so it gives way to a precision that is switched on.
     is_chosen = any(section.get("enabled") is True for section in sections.values())
     enabled: list[str] = []
     for name, section in sections.items():
         on = section.get("enabled", False)
-        without_effect = PRECISION_KEYS["fp16"] if name == "bf16" else ()
-        unused = Unused(UNUSED_IN_PRECISION, tuple(without_effect), {})
-        for key in section if on is not False or "enabled" not in section else ():
-            if key not in PRECISION_KEYS[name]:
-                unused.check(f"{name}.{key}", key, section[key], PRECISION_KEYS[name], found)
+        of_loss_scale = tuple(PRECISION_KEYS["fp16"]) if name == "bf16" else ()
+        unused = Unused(UNUSED_IN_PRECISION, without_effect=of_loss_scale, removed={})
+        for key, value in section.items():
+            if key not in PRECISION_KEYS[name] and section.get("enabled") is not False:
+                unused.check(f"{name}.{key}", key, value, PRECISION_KEYS[name], found)
         if on == "auto":
             on = name == "fp16" and auto_fp16 and not is_chosen
             meant = "on" if on else "off, since another precision is chosen" if is_chosen else "off"
