@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from electra_ds.config.option import Options, add_options
-from electra_ds.config.options import RunOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 OptionsT = TypeVar("OptionsT", bound=Options)
-RunOptionsT = TypeVar("RunOptionsT", bound=RunOptions)
-_STARTED = time.monotonic()
 _NARROWEST = 80
 _OF_A_FILE = 120
 
@@ -63,10 +58,3 @@ def wide_console() -> Console:
     console = Console()
     least = _NARROWEST if console.is_terminal or "COLUMNS" in os.environ else _OF_A_FILE
     return console if console.width >= least else Console(width=least)
-
-
-def from_start(options: RunOptionsT) -> RunOptionsT:
-    """Return the options of a training with its time limit counted from the start of this process."""
-    if options.time_limit is None:
-        return options
-    return replace(options, time_limit=options.time_limit - (time.monotonic() - _STARTED))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from electra_ds.cli.arguments import add_handled, from_start
+from electra_ds.cli.arguments import add_handled
 from electra_ds.config.names import TASKS
 from electra_ds.config.options import FinetuneOptions, PretrainOptions
 
@@ -80,7 +80,7 @@ def _pretrain(options: PretrainOptions) -> None:
     from electra_ds.api.launch import launch
     from electra_ds.api.pretrain import PretrainStart
 
-    launch(PretrainStart(from_start(options)))
+    launch(PretrainStart(options))
 
 
 def _finetune(options: FinetuneOptions) -> None:
@@ -93,4 +93,4 @@ def _finetune(options: FinetuneOptions) -> None:
     from electra_ds.api.finetune import FinetuneStart
     from electra_ds.api.launch import launch
 
-    launch(FinetuneStart(from_start(options)))
+    launch(FinetuneStart(options))
