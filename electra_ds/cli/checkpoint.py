@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command, add_handled, wide_console
-from electra_ds.config.tool_options import ImportOptions, ListOptions, PruneOptions, VerifyOptions
+from electra_ds.config.commands import ImportOptions, ListOptions, PruneOptions, VerifyOptions
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.program import command
 

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_handled, wide_console
+from electra_ds.config.commands import BuildDataOptions, DoctorOptions, PlanOptions, RecipesOptions
 from electra_ds.config.names import (
     CPU_RECIPE,
     FINETUNE_RECIPE,
@@ -18,7 +19,6 @@ from electra_ds.config.names import (
     shipped_names,
     shipped_text,
 )
-from electra_ds.config.tool_options import BuildDataOptions, DoctorOptions, PlanOptions, RecipesOptions
 from electra_ds.core.errors import ConfigError, did_you_mean
 from electra_ds.core.program import as_called, command
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_handled, wide_console
-from electra_ds.config.tool_options import ExportOptions, ReportOptions, SweepOptions
+from electra_ds.config.commands import ExportOptions, ReportOptions, SweepOptions
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 

@@ -1,4 +1,4 @@
-"""The options of `pretrain` and `finetune`, each declared once; those of the other commands are in `tool_options.py`.
+"""The options of `pretrain` and `finetune`, each declared once; those of the other commands are in `commands.py`.
 
 A command has one frozen dataclass. Command lines, the functions of the Python API, the keys of a sweep's stages and
 docs/reference/options.md all follow from it (`config/option.py` says how). An option that `RunSettings` or

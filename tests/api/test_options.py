@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from electra_ds.cli import build_parser
+from electra_ds.config.commands import COMMANDS, reference_page
 from electra_ds.config.option import add_options, described
 from electra_ds.config.options import FinetuneOptions, PretrainOptions
-from electra_ds.config.options_page import COMMANDS, reference_page
 from electra_ds.config.run_record import FinetuneSettings, RunSettings
 from electra_ds.core.errors import ConfigError
 from electra_ds.sweep.options import INSTEAD, KINDS, OPTIONS
@@ -43,7 +43,7 @@ def test_a_command_takes_its_options_and_no_others(name: str) -> None:
 
 def test_the_reference_page_is_that_of_the_options() -> None:
     page = (REPOSITORY / "docs" / "reference" / "options.md").read_text("utf8")
-    assert page == reference_page(), "run python -m electra_ds.config.options_page > docs/reference/options.md"
+    assert page == reference_page(), "run python -m electra_ds.config.commands > docs/reference/options.md"
 
 
 @pytest.mark.parametrize("kind", [PretrainOptions, FinetuneOptions])
