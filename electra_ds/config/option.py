@@ -184,7 +184,7 @@ def _from_python(value: Any, kind: Any, of: Option) -> Any:
         values = value if isinstance(value, list | tuple) else [value]
         inner = get_args(kind)[0]
         if get_origin(inner) is list and not any(isinstance(each, list | tuple) for each in values):
-            return [[_word(each)] for each in values] if len(values) == 1 else [[*map(_word, values)]]
+            return [[_word(each) for each in values]]
         return [_from_python(each, inner, of) for each in values]
     if kind is Path:
         return Path(value)
