@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from electra_ds.api.run import Run
-from electra_ds.config.names import CPU_RECIPE
 from electra_ds.config.option import Options
 from electra_ds.config.options import RunOptions
 from electra_ds.config.overrides import as_overrides
@@ -110,12 +109,8 @@ def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequen
         console = Console(quiet=True) if not ranks.is_main else console or Console()
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
         held.enter_context(log_shown_on(console))
-        start.run, start.ranks, start.console, start.callbacks = (
-            run,
-            ranks,
-            console,
-            [ConsoleDisplay(console), *callbacks],
-        )
+        start.run, start.ranks, start.console = run, ranks, console
+        start.callbacks = [ConsoleDisplay(console), *callbacks]
         if not start.is_new and start.is_finished():
             start.say_finished()
             return Run(run.path)
@@ -145,8 +140,8 @@ def refuse_years(options: RunOptions, predict: Callable[[], RunTime | None], ran
         time = predict()
         if time is not None and time.may_take_years:
             raise ConfigError(
-                f"This run is predicted to take {time} on this machine. Choose a smaller recipe or model, such as "
-                f"--recipe {CPU_RECIPE} of pretraining, or fewer steps. To start it anyway, add --yes."
+                f"This run is predicted to take {time} on this machine. Choose a smaller recipe or model, or "
+                f"fewer steps. To start it anyway, add --yes."
             )
 
 
