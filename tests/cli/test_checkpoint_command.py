@@ -74,7 +74,7 @@ def test_ls_tells_what_saved_each_and_what_its_size_gives_away(run: Path, capsys
 
 def test_verify_reads_every_byte_and_ends_with_status_2(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call("verify", run)
-    assert capsys.readouterr().out.count(": whole") == len(STEPS)
+    assert capsys.readouterr().out.count(": complete") == len(STEPS)
     file = run / "checkpoints" / "step-00000030" / "weights.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
