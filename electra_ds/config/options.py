@@ -252,7 +252,7 @@ class PretrainOptions(CorpusOptions, RunOptions):
     )
     stop_on_collapse: bool | None = _how(
         "end the run where the discriminator stays at chance while the generator gets better",
-        instead="write it beside seeds, the same for all trials",
+        instead="write it next to seeds, the same for all trials",
     )
     eval_windows: int | None = _how("held-out sequences (default: 512)", metavar="N")
 
