@@ -114,7 +114,7 @@ def test_options_of_a_new_run_are_refused_with_resume() -> None:
     with pytest.raises(ConfigError, match="--set, --seed cannot be given"):
         PretrainOptions.of({"resume": "runs/x", "seed": 1, "overrides": ["a=1"]}).check()
     PretrainOptions.of({"resume": "runs/x", "data": "s", "keep": 2, "ds_config": "cpu"}).check()
-    with pytest.raises(ConfigError, match="leave out --max-train-examples"):
+    with pytest.raises(ConfigError, match="--max-train-examples cannot be given"):
         FinetuneOptions.of({"resume": "runs/x", "max_train_examples": 5}).check()
     FinetuneOptions.of({"resume": "runs/x", "random_init": False, "train": "t.csv"}).check()
 
