@@ -169,7 +169,9 @@ class RunOptions(TrackingOptions):
             return
         known = described(type(self))
         if flags := [str(known[name].flag) for name in self.given() if known[name].new_run_only]:
-            raise ConfigError(f"--resume takes recipe and data from the run, so {', '.join(flags)} cannot be given.")
+            raise ConfigError(
+                f"--resume takes recipe and data from the run, so {', '.join(flags)} cannot be given with it."
+            )
 
     def check_new_run(self) -> None:
         """Raise ConfigError if options of a new run cannot go together."""
