@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from electra_ds import cli
 from electra_ds.cli.arguments import add_command, wide_console
+from electra_ds.config.names import GPU_RECIPE
 from electra_ds.config.option import positive
-from electra_ds.config.shipped import GPU_RECIPE
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.suite import Settings, Suite
-from electra_ds.config.hardware import check_gpu, look
+from electra_ds.config.cards import check_gpu, look
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.run_record import versions
 from electra_ds.core import devices

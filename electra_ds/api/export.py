@@ -11,11 +11,11 @@ from rich.console import Console
 from electra_ds.api.launch import given_options
 from electra_ds.api.run import Run
 from electra_ds.api.stores import open_store
+from electra_ds.config.commands import ExportOptions, ImportOptions
 from electra_ds.config.options import PretrainOptions, with_seed
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import RecipeSource
 from electra_ds.config.run_directory import RunDirectory
-from electra_ds.config.tool_options import ExportOptions, ImportOptions
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.program import command
 from electra_ds.core.ranks import join_ranks

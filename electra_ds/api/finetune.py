@@ -158,15 +158,9 @@ class FinetuneStart(Launch[FinetuneOptions]):
     def run_time(self) -> RunTime | None:
         return run_time(self.job, self.ranks)
 
-    def shorter(self) -> str:
-        return "Choose a smaller --model, or fewer examples with --max-train-examples N."
-
     @property
     def stop_at(self) -> int:
         return self.job.stop_at
-
-    def build(self) -> None:
-        """Do nothing: the examples have been tokenised."""
 
     def train(self, time_limit_s: float | None) -> bool:
         announce(self.job)

@@ -1,4 +1,4 @@
-"""The way from a command's options to a finished run, the same for pretraining and finetuning."""
+"""The way from a command's options to a finished run, the same for pretraining and finetuning, and its display."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from electra_ds.api.display import ConsoleDisplay
 from electra_ds.api.run import Run
 from electra_ds.config.option import Options
 from electra_ds.config.options import RunOptions
@@ -20,18 +20,16 @@ from electra_ds.config.overrides import as_overrides
 from electra_ds.config.recipe import Section
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.log import log_shown_on
 from electra_ds.core.ranks import Ranks, join_ranks
+from electra_ds.core.terminal import StatusProgress, flexible_bar, log_shown_on, say
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
-from electra_ds.training.callbacks import Callback
+from electra_ds.training.callbacks import Callback, Progress
 
 _log = logging.getLogger(__name__)
+_PLAIN_LINE_EVERY_S = 15.0
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 AnyOptions = TypeVar("AnyOptions", bound=Options)
-Confirm = Callable[[str], bool | None]
-"""Asks whether to start a run that may take a year or more, about which the text says how long; None if nobody can be
-asked."""
 
 
 def given_options(kind: type[AnyOptions], options: AnyOptions | None, given: Mapping[str, Any]) -> AnyOptions:
@@ -48,19 +46,19 @@ class Launch(ABC, Generic[OptionsT]):
     """One start of a run. Its methods are called in the order in which they stand here, by all ranks."""
 
     kind: Literal["pretrain", "finetune"]
+    run: RunDirectory
+    ranks: Ranks
+    console: Console
+    callbacks: Sequence[Callback]
 
     def __init__(self, options: OptionsT) -> None:
-        """Reads the recipe of a new run. Raises ConfigError."""
+        """Read the recipe of a new run. `launch` sets what else the methods need. Raises ConfigError."""
         self.options = options
         self.is_new = options.resume is None
 
     @abstractmethod
     def default_path(self) -> Path:
         """Return the directory of a new run for which none is given."""
-
-    def join(self, run: RunDirectory, ranks: Ranks, console: Console, callbacks: Sequence[Callback]) -> None:
-        """Take what the start needs from here on."""
-        self.run, self.ranks, self.console, self.callbacks = run, ranks, console, callbacks
 
     def is_finished(self) -> bool:
         """Return whether nothing of a resumed run is left to do."""
@@ -82,17 +80,12 @@ class Launch(ABC, Generic[OptionsT]):
     def run_time(self) -> RunTime | None:
         """Return how long the run is predicted to take; None for a GPU whose rates are not known."""
 
-    @abstractmethod
-    def shorter(self) -> str:
-        """Return how to make the run shorter."""
-
     @property
     @abstractmethod
     def stop_at(self) -> int:
         """The step at which the run ends."""
 
-    @abstractmethod
-    def build(self) -> None:
+    def build(self) -> None:  # a finetuning has read its examples by now
         """Build what the run reads."""
 
     @abstractmethod
@@ -104,12 +97,7 @@ class Launch(ABC, Generic[OptionsT]):
         """Report what was learned, on the main rank."""
 
 
-def launch(
-    start: Launch[Any],
-    console: Console | None = None,
-    confirm: Confirm = lambda told: None,
-    callbacks: Sequence[Callback] = (),
-) -> Run:
+def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequence[Callback] = ()) -> Run:
     """Start or resume a run, and return it once it has ended or stopped. To be called by all ranks.
 
     console: shows progress and log; by default the terminal. callbacks: called besides its display.
@@ -121,7 +109,8 @@ def launch(
         console = Console(quiet=True) if not ranks.is_main else console or Console()
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
         held.enter_context(log_shown_on(console))
-        start.join(run, ranks, console, [ConsoleDisplay(console), *callbacks])
+        start.run, start.ranks, start.console = run, ranks, console
+        start.callbacks = [ConsoleDisplay(console), *callbacks]
         if not start.is_new and start.is_finished():
             start.say_finished()
             return Run(run.path)
@@ -131,7 +120,7 @@ def launch(
             _say_dry_run(start.run_time(), start.stop_at)
             return Run(run.path)
         if start.is_new:
-            ask_before_years(options, start.run_time, start.shorter(), ranks, confirm)
+            refuse_years(options, start.run_time, ranks)
         start.build()
         prepare.hold(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
@@ -140,30 +129,55 @@ def launch(
     return Run(run.path)
 
 
-def ask_before_years(
-    options: RunOptions, predict: Callable[[], RunTime | None], shorter: str, ranks: Ranks, confirm: Confirm
-) -> None:
-    """Ask whether to start a run that may take a year or more, and refuse it with a ConfigError if nobody can be asked.
+def refuse_years(options: RunOptions, predict: Callable[[], RunTime | None], ranks: Ranks) -> None:
+    """Raise ConfigError for a run that may take a year or more, unless `yes` or a `time_limit` is given.
 
-    To be called by all ranks. `yes` and `time_limit`, after which a run ends anyway, answer it. predict: measures this
-    machine, so it is called only where its answer matters. shorter: how to make the run shorter.
+    To be called by all ranks. predict: measures this machine, so it is called only where its answer matters.
     """
     with ranks.fail_together():
         if not ranks.is_main or options.yes or options.time_limit is not None:
             return
         time = predict()
-        if time is None or not time.may_take_years:
-            return
-        found = f"This run is predicted to take {time} on this machine."
-        answer = confirm(found) if ranks.world_size == 1 else None
-        if answer is None:
-            raise ConfigError(f"{found} {shorter} To start it anyway, add --yes.")
-        if not answer:
-            raise ConfigError(f"The run was not started. {shorter}")
+        if time is not None and time.may_take_years:
+            raise ConfigError(
+                f"This run is predicted to take {time} on this machine. Choose a smaller recipe or model, or "
+                f"fewer steps. To start it anyway, add --yes."
+            )
 
 
 def _say_dry_run(time: RunTime | None, steps: int) -> None:
     if time is not None and time.may_take_years:
-        _log.info("Such a run starts only with --yes, or after you confirm it on a terminal.")
+        _log.info("Such a run starts only with --yes.")
     told = "not predicted for this GPU, whose rates are not known" if time is None else f"predicted to take {time}"
     _log.info(f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.")
+
+
+class ConsoleDisplay(Callback):
+    """A progress bar with ETA on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = StatusProgress(
+            TextColumn("step"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(), TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+
+    def on_start(self, progress: Progress) -> None:
+        self._started = self._last_line = time.monotonic()
+        self._first_step = progress.step
+        self._task = self._bar.add_task("", total=progress.stop_at, completed=progress.step, status="")
+        self._bar.start()
+
+    def on_report(self, progress: Progress, summary: str) -> None:
+        self._bar.update(self._task, completed=progress.step, status=summary)
+        now, is_last = time.monotonic(), progress.step == progress.stop_at
+        if not self.console.is_terminal and (now - self._last_line > _PLAIN_LINE_EVERY_S or is_last):
+            self._last_line = now
+            rate = (now - self._started) / max(1, progress.step - self._first_step)
+            eta = int(rate * (progress.stop_at - progress.step))
+            eta_text = f"ETA {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
+            say(self.console, f"step {progress.step}/{progress.stop_at}  {summary}  {eta_text}")
+
+    def on_end(self, progress: Progress, status: str) -> None:
+        self._bar.stop()

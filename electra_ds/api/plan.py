@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from electra_ds.api.launch import given_options
 from electra_ds.config.cards import Card, cards_like, find_card
+from electra_ds.config.commands import PlanOptions
 from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json, with_micro_batch
+from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import RecipeSource
-from electra_ds.config.shipped import CPU_RECIPE, GPU_RECIPE
-from electra_ds.config.tool_options import PlanOptions
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.launcher import detect
@@ -83,37 +83,21 @@ def planned(options: PlanOptions) -> Forecast:
 
 def _card(options: PlanOptions) -> Card | None:
     """Return the card to plan for; None for a CPU, or if only its memory is given."""
-    if options.memory_gb is not None or (options.card or "").lower() == "cpu":
+    if options.memory_gb is not None:
         return None
-    if options.card is None and options.ds_config is None:
-        return _card_here()
-    if options.card is None:
-        name = Path(str(options.ds_config)).stem
-        card = find_card(name)
-        if card is None and name != "cpu":
-            raise ConfigError(
-                f"{options.ds_config} is not named after a card; say which one with --card or --memory-gb."
-            )
-        return card
-    card = find_card(options.card)
-    if card is None:
-        near = ", ".join(f"'{card.name}'" for card in cards_like(options.card))
-        raise ConfigError(
-            f"No card '{options.card}' is known. {f'The nearest names are {near}. ' if near else ''}"
-            f"{command('plan')} --all lists every card; for another one, give its free memory with --memory-gb."
-        )
-    return card
-
-
-def _card_here() -> Card | None:
-    """Return this machine's GPU, or None if it has none."""
-    device = devices.device(detect(os.environ))
-    if device.type == "cpu":
+    name = options.card
+    if name is None and options.ds_config is not None:
+        name = Path(options.ds_config).stem
+    if name is None:
+        device = devices.device(detect(os.environ))
+        name = "cpu" if device.type == "cpu" else devices.device_name(device)
+    if name.lower() == "cpu":
         return None
-    card = find_card(devices.device_name(device))
+    card = find_card(name)
     if card is None:
+        near = ", ".join(f"'{card.name}'" for card in cards_like(name))
         raise ConfigError(
-            f"The rates of this machine's {devices.device_name(device)} are not known. Give its memory with "
-            f"--memory-gb, or another card with --card."
+            f"No card '{name}' is known. {f'The nearest names are {near}. ' if near else ''}Say which one with --card "
+            f"({command('plan')} --all lists them), or give its free memory with --memory-gb."
         )
     return card

@@ -15,10 +15,10 @@ from electra_ds.api.launch import Launch, given_options, launch
 from electra_ds.api.run import Run
 from electra_ds.api.stores import look_for_store, open_store
 from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, RecipeSource
-from electra_ds.config.shipped import CPU_RECIPE, GPU_RECIPE
 from electra_ds.core import devices
 from electra_ds.core.launcher import detect
 from electra_ds.core.program import command
@@ -142,10 +142,8 @@ class PretrainStart(Launch[PretrainOptions]):
             if self.is_new:
                 check = self._read_weights()
                 found = look_for_store(self.options, self.recipe, self.console, check)
-            if not isinstance(found, tuple):
-                self._prepare(found, self._sources())
         if not isinstance(found, tuple):
-            self._fit()
+            self._prepare(found, self._sources())
             announce(self._with_notes_on_weights())
             return
         path, self.vocab_size = found
@@ -162,11 +160,6 @@ class PretrainStart(Launch[PretrainOptions]):
         device, threads = devices.device(self.ranks.launch), self.options.threads
         return pretraining_time(self.recipe, size, self.plan, device, steps=self.stop_at, threads=threads)
 
-    def shorter(self) -> str:
-        is_small = self.recipe.name == CPU_RECIPE
-        smaller = "smaller sizes" if is_small else f"a smaller recipe, such as --recipe {CPU_RECIPE},"
-        return f"Choose {smaller} or fewer steps with --set schedule.total_steps=N."
-
     @property
     def stop_at(self) -> int:
         return prepare.stop_at(self.options, self.recipe)
@@ -180,8 +173,9 @@ class PretrainStart(Launch[PretrainOptions]):
         path = ranks.broadcast(store and store.path.resolve())
         sources = ranks.broadcast(self._sources())
         with ranks.fail_together():
-            self._prepare(store or (TokenStore(path) if self.is_new else None), sources)
-        self._fit()
+            if store is None and self.is_new:
+                store = TokenStore(path)
+        self._prepare(store, sources)
 
     def train(self, time_limit_s: float | None) -> bool:
         with self.ranks.fail_together():
@@ -200,13 +194,12 @@ class PretrainStart(Launch[PretrainOptions]):
         report_run(self.run, self.console)
 
     def _prepare(self, store: TokenStore | None, sources: Sequence[str]) -> None:
-        """Make the job. store: of a new run; sources: of its first weights."""
-        if store is None:
-            self.job = prepare_resume(self.options, self.plan, self.run, self.ranks)
-        else:
-            self.job = prepare_new(self.options, self.recipe, self.plan, store, self.run, self.ranks, sources)
-
-    def _fit(self) -> None:
+        """Make the job, with a micro-batch that fits. store: of a new run; sources: of its first weights."""
+        with self.ranks.fail_together():
+            if store is None:
+                self.job = prepare_resume(self.options, self.plan, self.run, self.ranks)
+            else:
+                self.job = prepare_new(self.options, self.recipe, self.plan, store, self.run, self.ranks, sources)
         self.job = with_fitting_micro_batch(self.job, self.options, self.ranks)
         self.plan, self.vocab_size = self.job.plan, self.job.store.tokenizer.vocab_size
 

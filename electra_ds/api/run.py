@@ -39,7 +39,7 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was started here; not so after a dry run."""
+        """True if a run was started here, which a dry run does not do."""
         return self._directory.exists()
 
     @property
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def status(self) -> Status | None:
-        """How the run ended: `done`, `stopped`, `collapsed` or `failed`; None while it has not ended."""
+        """The status: `done`, `stopped`, `collapsed` or `failed`; None while the run has not ended."""
         return self._directory.status()
 
     @property
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def record(self) -> RunRecord | FinetuneRecord:
-        """What run.json says: settings, hardware, data and versions."""
+        """The content of run.json: settings, hardware, data and versions."""
         if self.kind == "finetune":
             return self._directory.read_record(FinetuneRecord)
         return self._directory.read_record()
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def scores(self) -> dict[str, Any]:
-        """What scores.json of a finished finetuning says: `scores["sets"]` has each set's metrics."""
+        """The content of a finished finetuning's scores.json: `scores["sets"]` has each set's metrics."""
         try:
             found: dict[str, Any] = json.loads((self.path / "scores.json").read_text("utf8"))
         except (OSError, ValueError) as error:

@@ -9,18 +9,17 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from rich.console import Console
 
 from electra_ds.api.launch import given_options
+from electra_ds.config.commands import BuildDataOptions, ImportOptions
+from electra_ds.config.names import GPU_RECIPE
 from electra_ds.config.options import CorpusOptions, PretrainOptions
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection
-from electra_ds.config.shipped import GPU_RECIPE
-from electra_ds.config.tool_options import BuildDataOptions, ImportOptions
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.files import is_hub_model
 from electra_ds.core.terminal import say, warn
@@ -30,8 +29,8 @@ from electra_ds.data.token_store import StoreInfo, TokenStore
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.data.unknown import problem, report
 
-CorpusT = TypeVar("CorpusT", bound=CorpusOptions)
 _BUILTIN, _HUB = "builtin", "hub:"
+_DEFAULT_CORPUS = [[_BUILTIN]]
 Check = Callable[[Tokenizer], None]
 """Raises an error for a given tokenizer that will not do, before anything is tokenised."""
 
@@ -89,7 +88,6 @@ def open_store(
             check(store.tokenizer)
         _say_unknown(store.info, console)
         return store
-    options = _with_corpus(options)
     return make_store(options, recipe, Path("stores") / store_name(options, recipe), console, check=check)
 
 
@@ -101,7 +99,6 @@ def look_for_store(
     Everything but the text is checked, and nothing is written.
     """
     if options.data is None:
-        options = _with_corpus(options)
         out = Path("stores") / store_name(options, recipe)
         if not out.exists():
             _, tokenizer = _asked_for(options, recipe, console, check)
@@ -109,14 +106,10 @@ def look_for_store(
     return open_store(options, recipe, console, check)
 
 
-def _with_corpus(options: CorpusT) -> CorpusT:
-    return options if options.corpus else replace(options, corpus=[[_BUILTIN]])
-
-
 def store_name(options: CorpusOptions, recipe: Recipe) -> str:
     """Return a name for people, after the first source and the tokenizer, and a hash of all that was asked for."""
-    assert options.corpus is not None
-    first = options.corpus[0][0]
+    sources = options.corpus or _DEFAULT_CORPUS
+    first = sources[0][0]
     if first.startswith(_HUB):
         dataset, *config_and_split = re.split("[#@]", first.removeprefix(_HUB))
         name = re.sub(r"[^\w.-]+", "_", "-".join([Path(dataset).resolve().name, *config_and_split])).strip("_")
@@ -126,11 +119,9 @@ def store_name(options: CorpusOptions, recipe: Recipe) -> str:
         Path(options.tokenizer).stem if options.tokenizer else f"{recipe.tokenizer.kind}-{recipe.tokenizer.vocab_size}"
     )
     has_telling_name = not options.tokenizer or is_hub_model(options.tokenizer)  # many folders are `discriminator`
-    if options.corpus == [[_BUILTIN]] and has_telling_name:
+    if sources == _DEFAULT_CORPUS and has_telling_name:
         return f"{name}-{kind}"
-    corpus = [
-        [word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in options.corpus
-    ]
+    corpus = [[word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in sources]
     given = (
         corpus, options.document_boundary, options.text_key, options.revision, options.tokenizer, options.cased,
         None if options.tokenizer else recipe.tokenizer.lowercase,
@@ -178,16 +169,15 @@ def _asked_for(
     options: CorpusOptions, recipe: Recipe, console: Console, check: Check | None
 ) -> tuple[Corpus, Tokenizer | TokenizerSection]:
     """Return the corpus and the tokenizer to build a store from, after checking them."""
-    assert options.corpus is not None
-    if (options.streaming or options.revision) and not any(
-        word.startswith(_HUB) for words in options.corpus for word in words
-    ):
+    sources = options.corpus or _DEFAULT_CORPUS
+    uses_hub = any(word.startswith(_HUB) for words in sources for word in words)
+    if (options.streaming or options.revision) and not uses_hub:
         raise ConfigError("--streaming and --revision are for datasets of the Hub; give one as --corpus hub:NAME.")
     tokenizer = _tokenizer(options, recipe, console)
     if check is not None:
         assert options.tokenizer is not None
         check(cast("Tokenizer", tokenizer))
-    return Corpus(tuple(_source(options, words) for words in options.corpus)), tokenizer
+    return Corpus(tuple(_source(options, words) for words in sources)), tokenizer
 
 
 def _say_unknown(info: StoreInfo, console: Console, always: bool = False) -> None:

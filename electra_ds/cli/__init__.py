@@ -1,6 +1,6 @@
 """The parser behind every bin/ script and the `electra-ds` command.
 
-One module for a command, with a function that adds its parser and the handler that runs it.
+Each module has a function that adds the parsers of its commands, and the handlers that run them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from electra_ds import __version__
-from electra_ds.cli.build_data import add_build_data
 from electra_ds.cli.checkpoint import add_checkpoint
-from electra_ds.cli.doctor import add_doctor
-from electra_ds.cli.finetune import add_finetune
-from electra_ds.cli.plan import add_plan
-from electra_ds.cli.pretrain import add_pretrain
-from electra_ds.cli.recipes import add_recipes
-from electra_ds.cli.results import add_export, add_report
-from electra_ds.cli.sweep import add_sweep
+from electra_ds.cli.preparing import add_preparing
+from electra_ds.cli.results import add_results
+from electra_ds.cli.training import add_training
 from electra_ds.core.errors import ConfigError, ElectraError, FailedElsewhereError, InterruptedBySignalError
 from electra_ds.core.launcher import Launch, detect
 from electra_ds.core.program import as_called, command, missing_package
@@ -32,16 +27,12 @@ from electra_ds.core.program import as_called, command, missing_package
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
 
-
 Add = Callable[["Commands"], None]
-COMMANDS: tuple[Add, ...] = (
-    add_pretrain, add_finetune, add_sweep, add_build_data, add_plan, add_recipes, add_report, add_export,
-    add_checkpoint, add_doctor,
-)  # fmt: skip
+COMMANDS: tuple[Add, ...] = (add_training, add_results, add_preparing, add_checkpoint)
 
 
 def build_parser(adds: Sequence[Add] = COMMANDS) -> argparse.ArgumentParser:
-    """Return the parser of the whole command line. adds: each adds the parser of a command."""
+    """Return the parser of the whole command line. adds: each adds the parsers of some commands."""
     parser = argparse.ArgumentParser(prog="electra-ds", description="Pretrain ELECTRA text encoders with DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"electra_ds {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -67,12 +58,9 @@ def _name_as_called(parser: argparse.ArgumentParser, name: str = "") -> None:
 
 
 def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS) -> None:
-    """Parse, run, and turn our errors into one message and an exit status (2; 128 + N after signal N).
+    """Run a command line, and turn our errors into one message and an exit status (2; 128 + N after signal N).
 
-    What every rank of a node meets alike is said by its first one; what one rank meets, by that rank.
-
-    A process without a launcher ends after Ctrl-C as one that the signal itself has ended, which shells show as 130
-    too: a loop in a script goes on after a program that leaves with a status, whatever it is.
+    An error that every rank of a node meets is shown by its first rank; one that a single rank meets, by that rank.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -85,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
         sys.exit(2)
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
         options, unknown = build_parser(adds).parse_known_args(arguments)
-        if unknown:  # said by the command's own parser, with its usage and its name
+        if unknown:  # shown by the command's own parser, with its usage and its name
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         with _log_on_terminal(speaks):
@@ -118,20 +106,23 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
 
 @contextlib.contextmanager
 def _log_on_terminal(speaks: bool) -> Iterator[None]:
-    """Show what the package logs, which a first rank of a node does."""
+    """Show the log of the package, on the first rank of a node."""
     from rich.console import Console
 
-    from electra_ds.core.log import log_shown_on
+    from electra_ds.core.terminal import log_shown_on
 
     with log_shown_on(Console(quiet=not speaks)):
         yield
 
 
 def _end_by(signum: int, launch: Launch) -> NoReturn:
-    """After Ctrl-C without a launcher Python sends itself the signal, once it has closed everything, where nobody
-    catches what is raised here."""
+    """End after a signal.
+
+    After Ctrl-C without a launcher Python ends itself by the signal, since a loop in a shell script continues after a
+    program that exits with a status.
+    """
     if signum == signal.SIGINT and launch.launcher == "none":
-        sys.excepthook = lambda *error: None  # everything has been said
+        sys.excepthook = lambda *error: None  # the message has been shown
         raise KeyboardInterrupt
     _leave(128 + signum, launch)
 
@@ -139,8 +130,8 @@ def _end_by(signum: int, launch: Launch) -> NoReturn:
 def _leave(status: int, launch: Launch) -> NoReturn:
     """Exit after an error, where other ranks may be gone or never come.
 
-    A process group that was not closed has threads of its own, and Python's end with one of them at work is an abort
-    now and then (2 of 300 ends of two ranks on busy cores): what the process owes at its end is done, and no more.
+    A process group that was not closed has threads of its own. If Python ends while one of them is at work, it may
+    abort (2 of 300 ends of two ranks on busy cores), so only the exit functions run.
     """
     if launch.world_size > 1:
         atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-"""What the commands' parsers have in common.
+"""The common part of the commands' parsers.
 
 As in every module of this package, what needs torch, numpy or another large package is imported inside the handlers,
 so that --help and bad arguments answer at once.
@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from electra_ds.config.option import Options, add_options
-from electra_ds.config.options import RunOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,8 +19,6 @@ if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 OptionsT = TypeVar("OptionsT", bound=Options)
-RunOptionsT = TypeVar("RunOptionsT", bound=RunOptions)
-_STARTED = time.monotonic()
 _NARROWEST = 80
 _OF_A_FILE = 120
 
@@ -52,7 +46,7 @@ def add_handled(
         options.check()
         handler(options)
 
-    parser = add_command(commands, name, kind.SUMMARY, epilog)
+    parser = add_command(commands, name, kind.__doc__ or "", epilog)
     parser.set_defaults(handler=handle)
     add_options(parser, kind)
 
@@ -64,21 +58,3 @@ def wide_console() -> Console:
     console = Console()
     least = _NARROWEST if console.is_terminal or "COLUMNS" in os.environ else _OF_A_FILE
     return console if console.width >= least else Console(width=least)
-
-
-def from_start(options: RunOptionsT) -> RunOptionsT:
-    """Return the options of a training with its time limit counted from the start of this process."""
-    if options.time_limit is None:
-        return options
-    return replace(options, time_limit=options.time_limit - (time.monotonic() - _STARTED))
-
-
-def confirm(told: str) -> bool | None:
-    """Ask on a terminal whether to start a run that may take years; return None where there is no terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return None
-    try:
-        answer = input(f"{told} Start it anyway? [y/N] ")
-    except EOFError:
-        return False
-    return answer.strip().lower() in ("y", "yes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_command, add_handled, wide_console
-from electra_ds.config.tool_options import ImportOptions, ListOptions, PruneOptions, VerifyOptions
+from electra_ds.config.commands import ImportOptions, ListOptions, PruneOptions, VerifyOptions
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.program import command
 
@@ -47,14 +47,14 @@ examples:
   bin/checkpoint verify runs/tiny-20260101-120000
   bin/checkpoint verify runs/tiny-20260101-120000/checkpoints/latest
 
-The exit status is 0 where all of them are whole, and 2 where one is not.
+The exit status is 0 if all of them are complete, and 2 if one is not.
 """
 _PRUNE_EPILOG = """\
 examples:
   bin/checkpoint prune runs/tiny-20260101-120000 --keep 1 --dry-run
   bin/checkpoint prune runs/tiny-20260101-120000 --keep 1 --damaged
 
-The newest whole checkpoint always stays. A copy that you keep under a name of your own is never touched.
+The newest complete checkpoint always stays. A copy that you keep under a name of your own is never touched.
 """
 
 
@@ -124,7 +124,7 @@ def _verify(options: VerifyOptions) -> None:
             console.print(f"{path.name}: pruned meanwhile", highlight=False, markup=False)
             continue
         if problem is None:
-            console.print(f"{path.name}: whole", highlight=False, markup=False)
+            console.print(f"{path.name}: complete", highlight=False, markup=False)
         else:
             wrong.append(problem)
             console.print(f"[red]{escape(path.name)}: damaged[/]", highlight=False)

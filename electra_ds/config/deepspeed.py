@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +18,13 @@ import hjson
 
 from electra_ds.config.cards import Card
 from electra_ds.config.deepspeed_keys import (
+    KNOWN,
     NEVER,
-    check_keys,
+    UNUSED,
+    Findings,
     check_recipe_owned,
-    is_off,
+    is_comment,
+    normalize_spelling,
     parse_passed_through,
 )
 from electra_ds.config.deepspeed_sections import (
@@ -34,8 +36,8 @@ from electra_ds.config.deepspeed_sections import (
     without_auto,
 )
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
+from electra_ds.config.names import DS_CONFIGS, ds_config_names, shipped_text
 from electra_ds.config.recipe import TrainingRecipe
-from electra_ds.config.shipped import DS_CONFIGS, ds_config_names, shipped_text
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 _ANY_GPU = {"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 0}}
@@ -80,7 +82,7 @@ class DeepSpeedPlan:
     notes: tuple[str, ...] = ()
     """Notes for the user on how the file was interpreted."""
     is_micro_batch_open: bool = field(default=False, compare=False)
-    """Whether the file leaves the micro-batch open; until it is chosen, each rank's share is one micro-batch."""
+    """True if the file leaves the micro-batch open; until it is chosen, each rank's share is one micro-batch."""
     given_batch: dict[str, int] | None = field(default=None, compare=False)
     """Micro-batch and accumulation as far as the user gave them, by their keys in the JSON. They are kept on any number
     of ranks, and the others are chosen again. None if it is not known who chose them."""
@@ -185,22 +187,23 @@ def resolve(
 
     auto_fp16: what `"fp16": {"enabled": "auto"}` means on the device, see `wants_fp16`.
     """
-    problems: list[str] = []
-    notes: list[str] = []
-    values = normalize_spelling(values, problems, notes)
-    inert = check_keys(values, problems)
-    check_recipe_owned(values, recipe, problems, notes)
-    zero = parse_zero(values, problems, notes, inert)
-    precision = parse_precision(values, zero["stage"], auto_fp16, problems, notes)
-    if inert:
-        notes.append(f"left out, because it has no effect here: {', '.join(inert)}")
-    monitors = parse_monitors(values, problems)
-    checkpointed_layers = parse_activations(values, recipe.num_hidden_layers, problems, notes)
-    document = parse_passed_through(values, problems, notes)
+    found = Findings()
+    values = normalize_spelling(values, found)
+    for key, value in values.items():
+        if key not in KNOWN:
+            UNUSED.check(key, key, value, KNOWN, found)
+    check_recipe_owned(values, recipe, found)
+    zero = parse_zero(values, found)
+    precision = parse_precision(values, zero["stage"], auto_fp16, found)
+    if found.inert:
+        found.notes.append(f"left out, because it has no effect here: {', '.join(found.inert)}")
+    monitors = parse_monitors(values, found.problems)
+    checkpointed_layers = parse_activations(values, recipe.num_hidden_layers, found)
+    document = parse_passed_through(values, found)
     document |= {key: values[key] for key in MONITOR_SECTIONS if key in values}
-    batch = _batch_plan(values, recipe.global_batch_size, world_size, problems)
-    if problems:
-        raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(problems))
+    batch = _batch_plan(values, recipe.global_batch_size, world_size, found)
+    if found.problems:
+        raise ConfigError(f"{source} cannot be used with recipe {recipe.name}:\n  " + "\n  ".join(found.problems))
     assert precision is not None
     assert batch is not None
     document = without_auto(document) | {
@@ -219,7 +222,7 @@ def resolve(
             document[name] = without_auto(known) | {"enabled": True}
     given = {key: values[key] for key in _CUT if values.get(key, "auto") != "auto"}
     return DeepSpeedPlan(
-        document, batch, precision, monitors, zero["stage"], checkpointed_layers, tuple(notes), not given, given
+        document, batch, precision, monitors, zero["stage"], checkpointed_layers, tuple(found.notes), not given, given
     )
 
 
@@ -229,7 +232,7 @@ def _divisors(number: int) -> list[int]:
     return sorted({*low, *(number // size for size in low)})
 
 
-def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, problems: list[str]) -> BatchPlan | None:
+def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, found: Findings) -> BatchPlan | None:
     """Solve micro-batch x accumulation x ranks = global batch. With neither given, accumulation is 1."""
 
     def given(key: str) -> int | None:
@@ -237,16 +240,16 @@ def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, prob
         if value == "auto":
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            problems.append(f"{key}: {value!r} is not a positive whole number")
+            found.problems.append(f"{key}: {value!r} is not a positive whole number")
         return value
 
-    before = len(problems)
+    before = len(found.problems)
     micro, accumulation = given("train_micro_batch_size_per_gpu"), given("gradient_accumulation_steps")
-    if len(problems) > before:
+    if len(found.problems) > before:
         return None
     per_rank, rest = divmod(global_batch, world_size)
     if rest:
-        problems.append(f"global_batch_size {global_batch} (recipe) cannot be split over {world_size} ranks")
+        found.problems.append(f"global_batch_size {global_batch} (recipe) cannot be split over {world_size} ranks")
         return None
     if micro is None and accumulation is None:
         micro, accumulation = per_rank, 1
@@ -259,119 +262,10 @@ def _batch_plan(values: dict[str, Any], global_batch: int, world_size: int, prob
     assert accumulation is not None
     if micro * accumulation != per_rank:
         nearest = min(_divisors(per_rank), key=lambda size: abs(size - micro))
-        problems.append(
+        found.problems.append(
             f"train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps {accumulation} x {world_size} "
             f"rank(s) is {micro * accumulation * world_size}, but global_batch_size (recipe) is {global_batch}. "
             f'Give --micro-batch {nearest}, or write micro-batch {nearest} and accumulation "auto" in the JSON'
         )
         return None
     return BatchPlan(micro, accumulation, world_size)
-
-
-# Spelling: comments, whole numbers as floats, older names and unfilled templates. Afterwards each thing has one name
-# and one form.
-
-_COMMENTS = ("_", "//", "#")
-"""Prefixes of keys that are meant as comments. DeepSpeed ignores such keys at the top level."""
-_PYTHON = re.compile("(True|False|None),?")
-"""HJSON, which DeepSpeed reads, takes a bare word as text up to the end of its line, comma included."""
-_PLACEHOLDER = re.compile("[A-Z][A-Z0-9]*(_[A-Z0-9]+)+,?")
-"""Placeholders such as CONFIG_BATCH_SIZE in Megatron-DeepSpeed's templates, which its scripts fill in."""
-UNSET_BY_NULL = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "log_level",
-    "bf16",
-)  # fmt: skip
-"""Keys that DeepSpeed treats as absent if they are null."""
-_FREE_TEXT = (*MONITOR_SECTIONS, "flops_profiler")
-ZERO_OLD_NAMES = {
-    "cpu_offload": "offload_optimizer",
-    "cpu_offload_param": "offload_param",
-    "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
-}
-"""Switches that DeepSpeed calls deprecated and reads as the newer key."""
-ZERO_SHORT_NAMES = (
-    "gather_16bit_weights_on_model_save", "prefetch_bucket_size", "param_persistence_threshold",
-    "model_persistence_threshold", "max_live_parameters", "max_reuse_distance", "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params", "allgather_sequential",
-)  # fmt: skip
-"""Names that DeepSpeed also takes with `stage3_` in front of them."""
-
-
-def is_comment(key: str) -> bool:
-    """Return whether a key is a comment, meant only for readers."""
-    return key.startswith(_COMMENTS)
-
-
-def normalize_spelling(values: dict[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
-    """Return the mapping without comments and with current names, as DeepSpeed reads it.
-
-    Values that cannot be read are left out and added to `problems`; older names are added to `notes`.
-    """
-    values = _plain(values, "", problems)
-    values = {key: value for key, value in values.items() if value is not None or key not in UNSET_BY_NULL}
-    renamed: list[str] = []
-    _rename_bf16(values, problems, renamed)
-    _rename_zero(values, problems, renamed)
-    if renamed:
-        notes.append(f"read as DeepSpeed reads older names: {', '.join(renamed)}")
-    return values
-
-
-def _plain(value: Any, place: str, problems: list[str]) -> Any:
-    if isinstance(value, dict):
-        result = {}
-        for key, each in value.items():
-            inner = f"{place}.{key}" if place else key
-            if is_comment(key):
-                continue
-            if isinstance(each, str) and (problem := _text_problem(each, inner)):
-                problems.append(f"{inner}: {problem}")
-            else:
-                result[key] = _plain(each, inner, problems)
-        return result
-    if isinstance(value, list):
-        return [_plain(each, place, problems) for each in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _text_problem(text: str, place: str) -> str | None:
-    if _PYTHON.fullmatch(text):
-        return f"{text!r} is text to a JSON parser; write true, false or null, in lower case and without quotes"
-    if _PLACEHOLDER.fullmatch(text) and place.partition(".")[0] not in _FREE_TEXT:
-        return f"{text!r} is a placeholder of a template; put a value in its place"
-    return None
-
-
-def _rename_bf16(values: dict[str, Any], problems: list[str], renamed: list[str]) -> None:
-    if "bfloat16" not in values:
-        return
-    section = values.pop("bfloat16")
-    if "bf16" not in values:
-        values["bf16"] = section
-        renamed.append("bfloat16 as bf16")
-    elif not is_off(section) and section != values["bf16"]:
-        problems.append("bfloat16: is the old name of bf16, which is given too; keep only bf16")
-
-
-def _rename_zero(values: dict[str, Any], problems: list[str], renamed: list[str]) -> None:
-    name = "zero_optimization"
-    section = values.get(name)
-    if isinstance(section, bool):
-        section = values[name] = {"stage": int(section)}
-        renamed.append(f"{name}: {str(bool(section['stage'])).lower()} as stage {section['stage']}")
-        if section["stage"] and "allgather_size" in values:
-            section["allgather_bucket_size"] = values.pop("allgather_size")
-    if not isinstance(section, dict):
-        return
-    for short in ZERO_SHORT_NAMES:
-        if short in section:
-            section.setdefault(f"stage3_{short}", section.pop(short))
-    for old, new in ZERO_OLD_NAMES.items():
-        if section.get(old) is not True:  # off, or not a boolean
-            continue
-        del section[old]
-        if section.get(new) is not None:
-            problems.append(f"{name}.{old}: is the old name of {new}, which is given too; keep only {new}")
-            continue
-        section[new] = {"device": "cpu"} if new.startswith("offload") else True
-        renamed.append(f"{name}.{old} as {new}")

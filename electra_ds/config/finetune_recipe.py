@@ -12,10 +12,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from electra_ds.config.names import FINETUNE_RECIPES, TASKS, shipped_names
 from electra_ds.config.overrides import apply_overrides, put_value
 from electra_ds.config.recipe import (
     OptimizerSection,
@@ -26,7 +27,6 @@ from electra_ds.config.recipe import (
     shown_source,
     validate_recipe,
 )
-from electra_ds.config.shipped import FINETUNE_RECIPES, TASKS, shipped_names
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 
@@ -34,10 +34,10 @@ class TaskDataSection(Section):
     max_length: int = Field(default=128, ge=8)
     """Tokens of one input, special tokens included. In a pair that is too long, the longer text is cut first."""
     segment_ids: bool = True
-    """Whether segment ids distinguish the two texts of a pair, if the model has a table of them. A model that was
+    """True if segment ids distinguish the two texts of a pair, if the model has a table of them. A model that was
     pretrained on single segments has not trained its second row."""
     double_unordered: bool = False
-    """Whether training pairs are given in both orders (the original: MRPC and STS-B)."""
+    """True if training pairs are given in both orders (the original: MRPC and STS-B)."""
     regression_scale: Literal["raw", "unit"] = "raw"
     """Regression targets as they are, or from the range of the scores to 0 to 1 (the original)."""
     doc_stride: int = Field(default=128, ge=1)
@@ -81,14 +81,14 @@ class FinetuneOptimizerSection(OptimizerSection):
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of a layer divided by that of the layer above it."""
     layer_decay_exponents: Literal["original", "corrected", "study"] = "corrected"
-    """How often the decay is applied, in an encoder of n layers. `corrected`: 0 at the head, 1 at the last layer, n at
+    """The exponent of the decay, in an encoder of n layers. `corrected`: 0 at the head, 1 at the last layer, n at
     the first, n + 1 at the embeddings. `original`: one more everywhere but at the head, as its code has it
     (google-research/electra issue 51). `study`: 0 at head and last layer, n - 1 at the first and the embeddings."""
     loss: Literal["mean", "sum"] = "mean"
     """Reduction over the examples of a batch. With `sum` (the original's code) gradients are as many times as large, so
     that nearly every step is clipped, and epsilon matters as many times less."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
-    """Whether biases and LayerNorm decay, too (the study's code)."""
+    """`all`: biases and LayerNorm decay, too (the study's code)."""
 
 
 class FinetuneScheduleSection(Section):
@@ -157,8 +157,18 @@ class Finetuning:
 def load_finetune_recipe(source: RecipeSource, task: str, overrides: Sequence[str] = ()) -> FinetuneRecipe:
     """Return a recipe of finetuning with its `by_task` for the task, then the overrides, applied, and validated."""
     values = named_values(source, FINETUNE_RECIPES)
-    for key, value in _of_task(values.pop("by_task", None) or {}, task, shown_source(source)).items():
-        put_value(values, key, value)
+    by_task = values.pop("by_task", None) or {}
+    if not isinstance(by_task, dict) or not all(isinstance(inner, dict) for inner in by_task.values()):
+        raise ConfigError(
+            f"Recipe {shown_source(source)}: by_task must be a mapping of tasks to dotted keys, such as "
+            f"rte: {{schedule.epochs: 10}}."
+        )
+    for name in map(str, by_task):
+        if name not in TASKS:
+            hint = did_you_mean(name.lower(), TASKS)
+            raise ConfigError(f"Recipe {shown_source(source)}: by_task.{name}: there is no such task{hint}")
+    for key, value in by_task.get(task, {}).items():
+        put_value(values, str(key), value)
     values = apply_overrides(values, overrides, FinetuneRecipe.dotted_keys())
     return validate_recipe(values, shown_source(source), FinetuneRecipe)
 
@@ -169,25 +179,3 @@ def recipe_source(source: RecipeSource) -> str:
         return "shipped"
     values = named_values(source, FINETUNE_RECIPES)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _of_task(by_task: Any, task: str, source: str) -> dict[str, Any]:
-    """Return the overrides of `by_task` for a task. Raises ConfigError if `by_task` is not valid for every task."""
-    if not isinstance(by_task, dict) or not all(isinstance(inner, dict) for inner in by_task.values()):
-        raise ConfigError(
-            f"Recipe {source}: by_task must be a mapping of tasks to dotted keys, such as rte: {{schedule.epochs: 10}}."
-        )
-    known = FinetuneRecipe.dotted_keys()
-    unknown = [
-        f"  by_task.{name}: there is no such task{suggestion}"
-        for name in map(str, by_task)
-        if name not in TASKS and (suggestion := did_you_mean(name.lower(), TASKS))
-    ] + [
-        f"  by_task.{name}: unknown key {key}{did_you_mean(str(key), known)}"
-        for name, inner in by_task.items()
-        for key in inner
-        if key not in known
-    ]
-    if unknown:
-        raise ConfigError(f"Recipe {source} is not valid:\n" + "\n".join(unknown))
-    return dict(by_task.get(task, {}))

@@ -108,6 +108,4 @@ def _section(name: str, kind: type, values: dict[str, Any], problems: list[str])
             problems.append(f"{name}.{key}: unknown key{did_you_mean(key, ('enabled', *known))}")
         elif not isinstance(value, str) and not (value is None and key in ("team", "group")):
             problems.append(f"{name}.{key}: {value!r} is not of type string")
-        elif isinstance(value, str) and "\0" in value:
-            problems.append(f"{name}.{key}: {value!r} holds a NUL")
     return kind(**{key: given[key] for key in known if key in given}) if enabled is True else None

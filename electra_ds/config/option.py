@@ -21,13 +21,13 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 Names = Literal["", "name", "settings", "file", "folder", "model", "corpus"]
-"""What an option's text names: nothing; a name; a recipe or a DeepSpeed JSON; a file; a folder; a model of the Hub or
-its folder; a source of text."""
+"""The kind of thing that an option's text names: `settings` are a recipe or a DeepSpeed JSON, a `model` is one of the
+Hub or its folder, and a `corpus` is a source of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """How a field appears outside of Python."""
+    """The appearance of a field outside of Python."""
 
     help: str
     group: str = ""
@@ -47,11 +47,11 @@ class Option:
     required: bool = False
     names: Names = ""
     new_run_only: bool = False
-    """Whether it is refused with --resume."""
+    """True if it is refused with --resume."""
     is_how: bool = False
-    """Whether the outcome of a run does not depend on it."""
+    """True if the outcome of a run does not depend on it."""
     instead: str = ""
-    """What a sweep's file has in its place; empty if a stage of a sweep takes it."""
+    """The key that a sweep's file has in its place; empty if a stage of a sweep takes it."""
     on: str = ""
     """The text that `true` stands for in a sweep's file, which is also how YAML reads the word on; `false` is off."""
 
@@ -111,14 +111,12 @@ def gibibytes(text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a command. A value of None was not given."""
+    """The options of a command, whose docstring is its summary in --help. A value of None was not given."""
 
-    SUMMARY: ClassVar[str] = ""
-    """What the command does, in a line."""
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {}
     """The titles of the groups in --help, in their order, some with a description. The group "" has no title."""
     LAUNCHED: ClassVar[bool] = False
-    """Whether the command takes the arguments that DeepSpeed's launcher and scripts add."""
+    """True if the command takes the arguments that DeepSpeed's launcher and scripts add."""
 
     def check(self) -> None:
         """Raise ConfigError if options cannot go together."""
@@ -158,32 +156,20 @@ class Options:
             if (value := getattr(self, name)) is not None and value != [] and (value is not False or each.off)
         }
 
-    def new_run_only(self) -> str:
-        """Return the flags that were given and are refused with --resume, with commas between them."""
-        known = described(type(self))
-        return ", ".join(str(known[name].flag) for name in self.given() if known[name].new_run_only)
-
 
 def described(kind: type[Options]) -> dict[str, Option]:
     """Return the options of a command by name, in the order of their declaration."""
-    return _described(kind)  # type: ignore[arg-type]  # for mypy, the class has the __hash__ of its objects
-
-
-@cache
-def _described(kind: Any) -> dict[str, Option]:
     found = {each.name: each.metadata["option"] for each in fields(kind)}
     by_name = {name: "--" + name.replace("_", "-") for name in found}
     return {name: replace(of, flag=by_name[name]) if of.flag is None else of for name, of in found.items()}
 
 
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+_type_hints = cache(get_type_hints)
 
 
 def value_type(kind: type[Options], name: str) -> Any:
     """Return the type of an option's value where it is given: `int` for a field `int | None`."""
-    hint = _hints(kind)[name]  # type: ignore[arg-type]  # as above
+    hint = _type_hints(kind)[name]  # type: ignore[arg-type]  # for mypy, the class has the __hash__ of its objects
     if get_origin(hint) in (Union, UnionType):
         types = tuple(each for each in get_args(hint) if each is not NoneType)
         return types[0] if len(types) == 1 else Union[types]  # noqa: UP007  # made at run time
@@ -198,7 +184,7 @@ def _from_python(value: Any, kind: Any, of: Option) -> Any:
         values = value if isinstance(value, list | tuple) else [value]
         inner = get_args(kind)[0]
         if get_origin(inner) is list and not any(isinstance(each, list | tuple) for each in values):
-            return [[_word(each)] for each in values] if len(values) == 1 else [[*map(_word, values)]]
+            return [[_word(each) for each in values]]
         return [_from_python(each, inner, of) for each in values]
     if kind is Path:
         return Path(value)

@@ -1,4 +1,4 @@
-"""The options of `pretrain` and `finetune`, each declared once; those of the other commands are in `tool_options.py`.
+"""The options of `pretrain` and `finetune`, each declared once; those of the other commands are in `commands.py`.
 
 A command has one frozen dataclass. Command lines, the functions of the Python API, the keys of a sweep's stages and
 docs/reference/options.md all follow from it (`config/option.py` says how). An option that `RunSettings` or
@@ -14,15 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from electra_ds.config.option import (
-    Options,
-    described,
-    duration_s,
-    option,
-    positive_or_auto,
-    seed,
-)
-from electra_ds.config.shipped import (
+from electra_ds.config.names import (
     DS_CONFIG_NOTE,
     FINETUNE_RECIPE,
     OWN_RECIPE,
@@ -31,6 +23,14 @@ from electra_ds.config.shipped import (
     ds_config_names,
     finetune_recipe_names,
     recipe_names,
+)
+from electra_ds.config.option import (
+    Options,
+    described,
+    duration_s,
+    option,
+    positive_or_auto,
+    seed,
 )
 from electra_ds.core.errors import ConfigError, did_you_mean
 
@@ -105,7 +105,7 @@ def run_dir_option(default: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingOptions(Options):
-    """Where a run's numbers go besides metrics.jsonl."""
+    """The places that a run's numbers go to besides metrics.jsonl."""
 
     wandb: WandbMode | None = _watch(
         "Weights & Biases; offline needs no account and is uploaded later by `wandb sync` (default: off)", on="offline"
@@ -118,7 +118,7 @@ class TrackingOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(TrackingOptions):
-    """How any training is run."""
+    """The options of any training."""
 
     LAUNCHED: ClassVar[bool] = True
 
@@ -144,7 +144,7 @@ class RunOptions(TrackingOptions):
         "check everything that can be checked without training, show what would run, and write nothing",
         instead="give the sweep itself --dry-run",
     )
-    yes: bool | None = _habit("start even a run that is predicted to take a year or more, without asking")
+    yes: bool | None = _habit("start even a run that is predicted to take a year or more")
     threads: int | None = _how("CPU threads (default: torch's choice)", metavar="N", instead="write resources.cpus")
     log_every: int | None = _habit("default: 10", metavar="STEPS")
     eval_every: int | None = None
@@ -152,7 +152,7 @@ class RunOptions(TrackingOptions):
     keep: int | None = None
 
     def settings(self, defaults: SettingsT) -> SettingsT:
-        """Return the settings to record: what was given, and for the rest the defaults or what was recorded before."""
+        """Return the settings to record: those that are given, else the defaults or those recorded before."""
         before: Any = defaults
         values = {each.name: getattr(self, each.name) for each in fields(before)}
         settings: SettingsT = replace(before, **{name: value for name, value in values.items() if value is not None})
@@ -163,13 +163,23 @@ class RunOptions(TrackingOptions):
         return with_seed(self.overrides, self.seed)
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
-        self.recipe_overrides()
+        if self.resume is None:
+            self.recipe_overrides()
+            self.check_new_run()
+            return
+        known = described(type(self))
+        if flags := [str(known[name].flag) for name in self.given() if known[name].new_run_only]:
+            raise ConfigError(
+                f"--resume takes recipe and data from the run, so {', '.join(flags)} cannot be given with it."
+            )
+
+    def check_new_run(self) -> None:
+        """Raise ConfigError if options of a new run cannot go together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusOptions(Options):
-    """Where text comes from."""
+    """The options that name a source of text and its tokenizer."""
 
     corpus: list[list[str]] | None = corpus_option("default: the built-in corpus")
     document_boundary: Literal["file", "blank-line"] | None = _what(
@@ -207,9 +217,8 @@ class CorpusOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(CorpusOptions, RunOptions):
-    """The options of `pretrain`."""
+    """Pretrain generator and discriminator."""
 
-    SUMMARY: ClassVar[str] = "Pretrain generator and discriminator."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "what to train", HOW: "how to run it", WHERE: _WATCH}
 
     recipe: str | Mapping[str, Any] | None = _what(
@@ -245,17 +254,11 @@ class PretrainOptions(CorpusOptions, RunOptions):
     )
     stop_on_collapse: bool | None = _how(
         "end the run where the discriminator stays at chance while the generator gets better",
-        instead="write it beside seeds, the same for all trials",
+        instead="write it next to seeds, the same for all trials",
     )
     eval_windows: int | None = _how("held-out sequences (default: 512)", metavar="N")
 
-    def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
-        if self.resume is not None:
-            if flags := self.new_run_only():
-                raise ConfigError(f"--resume takes recipe and data from the run, so {flags} cannot be given with it.")
-            return
-        super().check()
+    def check_new_run(self) -> None:
         if self.init_from is not None and len(self.init_from) > 2:
             raise ConfigError(
                 f"--init-from takes a generator and a discriminator, and {len(self.init_from)} models are given."
@@ -285,9 +288,8 @@ class TaskSource:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(RunOptions):
-    """The options of `finetune`."""
+    """Finetune an encoder on GLUE, SQuAD or a task of your own."""
 
-    SUMMARY: ClassVar[str] = "Finetune an encoder on GLUE, SQuAD or a task of your own."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {
         WHAT: "what to train",
         DATA: (
@@ -366,34 +368,16 @@ class FinetuneOptions(RunOptions):
             label_kind=self.label_kind or "auto", **paths,
         )  # fmt: skip
 
-    def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
-        if self.resume is not None:
-            if flags := self.new_run_only():
-                raise ConfigError(f"--resume takes task, model and recipe from the run, so leave out {flags}.")
-            return
+    def check_new_run(self) -> None:
         if self.model is None:
             raise ConfigError("Say what to finetune with --model: a run, a transformers folder, or a name on the Hub.")
-        super().check()
-        if self.task is None:
-            self._check_own()
-            return
-        own = ("train", "dev", "test", "text", "pair", "label", "label_kind")
-        if given := [name for name in own if getattr(self, name) is not None]:
-            raise ConfigError(
-                f"--{given[0].replace('_', '-')} is for examples of your own, and --task {self.task} has others. Leave "
-                f"--task out for your own; for official files there is --data-dir."
-            )
+        of_task = {name: getattr(self, name) for name in ("data_dir", "hub", "revision")}
+        own = {name: getattr(self, name) for name in ("train", "dev", "test", "text", "pair", "label", "label_kind")}
+        if self.task is None and (self.train is None or self.dev is None):
+            raise ConfigError("Say what to finetune on: --task TASK, or your own examples with --train and --dev.")
+        for name, value in (of_task if self.task is None else own).items():
+            if value is not None:
+                flag, whose = name.replace("_", "-"), "a --task" if self.task is None else "examples of your own"
+                raise ConfigError(f"--{flag} is for {whose}. Leave out --{flag}, or what belongs to the other.")
         if self.data_dir is not None and (self.hub is not None or self.revision is not None):
             raise ConfigError("--hub and --revision are for data sets of the Hub, and --data-dir is given.")
-
-    def _check_own(self) -> None:
-        if self.train is None and self.dev is None:
-            raise ConfigError("Say what to finetune on: --task TASK, or your own examples with --train and --dev.")
-        if self.train is None or self.dev is None:
-            lacking = "--dev FILE, the examples to score by," if self.dev is None else "--train FILE"
-            raise ConfigError(f"Your own examples need {lacking} too.")
-        if any(given is not None for given in (self.data_dir, self.hub, self.revision)):
-            raise ConfigError(
-                "--data-dir, --hub and --revision are for --task; your own examples are given with --train and --dev."
-            )

@@ -25,12 +25,12 @@ _SHORT = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_bat
 
 
 def parse_value(text: str) -> Any:
-    """A scalar as a recipe file would read it. Raises ConfigError."""
+    """Return a value as a recipe file would read it. Raises ConfigError."""
     return load_yaml(text, f"The value {text!r}")
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
-    """A copy of a recipe's raw mapping with `key=value` overrides applied. Raises ConfigError for a key not known."""
+    """Return a recipe's raw mapping with `key=value` overrides applied. Raises ConfigError for an unknown key."""
     given: dict[str, Any] = {}
     problems = []
     for override in overrides:
@@ -55,7 +55,7 @@ def put_value(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def dotted_values(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) of everything in a nested mapping."""
+    """Return (dotted key, value) of everything in a nested mapping."""
     result = []
     for key, value in values.items():
         if isinstance(value, dict):

@@ -6,6 +6,7 @@ see `config/deepspeed.py`. Recipes are YAML files; those in `electra_ds/recipes/
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from typing_extensions import TypeVar
 
-from electra_ds.config.objectives import find_objective
-from electra_ds.config.shipped import RECIPES, shipped_names, shipped_text
+from electra_ds.config.names import RECIPES, find_objective, shipped_names, shipped_text
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 
@@ -41,7 +41,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str, what: str) -> Any:
-    """Parse YAML; ConfigError names `what` cannot be read."""
+    """Return the values in a YAML text. ConfigError names `what` cannot be read."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -64,7 +64,7 @@ class Section(BaseModel):
 
     @classmethod
     def dotted_keys(cls) -> list[str]:
-        """Every key, those of sections such as `model.hidden_size`."""
+        """Return every key, those of sections such as `model.hidden_size`."""
         keys = []
         for name, field in cls.model_fields.items():
             section = field.annotation
@@ -108,7 +108,7 @@ class DataSection(Section):
     """Proportions in which training sequences come from the token store's corpora, one number for each; null takes
     all their text alike. Proportions are kept to 1/1024."""
     holdout_by: Literal["auto", "document", "span"] = "auto"
-    """What is held out for evaluation: whole documents, or one contiguous span of each long document.
+    """The held-out part for evaluation: complete documents, or one contiguous span of each long document.
     `auto`: `span` where there are fewer than 1,000 documents."""
     holdout_fraction: float = Field(default=0.02, gt=0, lt=0.5)
     """Share of the corpus's tokens that is held out."""
@@ -128,7 +128,7 @@ class ModelSection(Section):
     hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     initializer: Literal["normal", "truncated-normal"] = "normal"
-    """Of matrices and tables; truncated at two standard deviations (the original's code), or not (transformers)."""
+    """Matrices and tables: truncated at two standard deviations (the original's code), or not (transformers)."""
     initializer_range: float = Field(default=0.02, gt=0)
     layer_norm_eps: float = Field(default=1e-12, gt=0)
 
@@ -168,7 +168,7 @@ class DiscriminatorSection(Section):
     loss_weight: float = Field(default=50.0, ge=0)
     """Lambda of the ELECTRA paper, eq. 4."""
     loss_on_special: bool = False
-    """Whether [CLS] and [SEP] count in the discriminator's loss (the original's code: yes)."""
+    """True if [CLS] and [SEP] count in the discriminator's loss (the original's code: yes)."""
 
 
 class MaskingSection(Section):
@@ -180,7 +180,7 @@ class MaskingSection(Section):
     """`bernoulli`: every token is selected on its own. `fixed`: a fixed number per sequence, without
     replacement: round(p * length), at most floor((p + 0.005) * sequence_length), at least 1."""
     replace_at: Literal["selected", "masked"] = "selected"
-    """Where the discriminator's input gets the generator's samples: at every selected position (the
+    """The places of the discriminator's input that get the generator's samples: every selected position (the
     original), or only at those that became [MASK] (the reproduction study's code)."""
 
 
@@ -193,7 +193,7 @@ class OptimizerSection(Section):
     epsilon: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     bias_correction: bool = True
-    """Whether Adam makes up for moments that start at 0 (the original's code: no)."""
+    """True if Adam makes up for moments that start at 0 (the original's code: no)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down."""
 
@@ -225,7 +225,7 @@ class ScheduleSection(Section):
 
 
 class TrainingRecipe(Protocol):
-    """What an engine and a DeepSpeed JSON need to know of any recipe."""
+    """The part of any recipe that an engine and a DeepSpeed JSON need."""
 
     @property
     def name(self) -> str: ...
@@ -247,7 +247,7 @@ class TrainingRecipe(Protocol):
 
 
 class Recipe(Section):
-    """What a pretraining by any objective has. An objective's own recipe adds the sections that it needs."""
+    """The recipe of a pretraining by any objective. An objective's own recipe adds the sections that it needs."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     """Names the run directory."""
@@ -255,7 +255,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides weights, data order, masks, samples and dropout."""
     objective: str = "electra"
-    """What is trained: the name of a registered objective, or `module:Class` for one that is not registered."""
+    """The name of a registered objective, or `module:Class` for one that is not registered."""
     global_batch_size: int = Field(ge=1, le=1_000_000_000)
     """Sequences in one optimiser step, over all ranks and accumulation steps."""
     tokenizer: TokenizerSection
@@ -328,7 +328,7 @@ that are given are not raised."""
 
 
 def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's raw mapping over the one that it extends: sections key by key, everything else replaced."""
+    """Return a recipe's raw mapping over the one that it extends: sections key by key, everything else replaced."""
     result = {key: value for key, value in base.items() if _INSTEAD.get(key) not in own}
     for key, value in own.items():
         below = result.get(key)
@@ -343,57 +343,37 @@ RecipeSource = str | Path | Mapping[str, Any] | Section
 """A recipe's name, its file, or its values, which may say what recipe they extend; a recipe itself."""
 
 
-def named_values(source: RecipeSource, folder: str = RECIPES) -> dict[str, Any]:
+def named_values(source: RecipeSource, folder: str = RECIPES, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the raw mapping of a YAML file, of the name of one that is shipped in `folder`, or of given values, merged
     over the recipe that it `extends`. Raises ConfigError.
 
     A recipe that extends another is called what its file is called, unless it says its name; it does not inherit
-    name and description.
+    name and description. above: the recipes that extend this one, the nearest last.
     """
     if isinstance(source, Section):
         return source.model_dump()
     if isinstance(source, Mapping):
-        return _over_base(dict(source), _GIVEN, folder, ())
-    return _extended(str(source), folder, ())
-
-
-def shown_source(source: RecipeSource) -> str:
-    """Return how a message calls a recipe."""
-    if isinstance(source, Section):
-        return f"'{getattr(source, 'name', _GIVEN)}'"
-    return f"'{source.get('name', _GIVEN)}'" if isinstance(source, Mapping) else str(source)
-
-
-def _extended(name_or_path: str, folder: str, above: tuple[str, ...]) -> dict[str, Any]:
-    """above: the recipes that extend this one, the nearest last."""
-    is_file = name_or_path not in shipped_names(folder)
-    identity = str(Path(name_or_path).resolve()) if is_file else name_or_path
-    if identity in above:
-        raise ConfigError(f"Recipe {above[0]} extends itself: {' extends '.join((*above, identity))}.")
-    try:
-        values = _raw_values(name_or_path, folder)
-    except ConfigError as error:
-        raise ConfigError(f"Recipe {above[-1]} extends {name_or_path}. {error}" if above else str(error)) from error
-    return _over_base(values, name_or_path, folder, (*above, identity))
-
-
-def _over_base(values: dict[str, Any], source: str, folder: str, above: tuple[str, ...]) -> dict[str, Any]:
-    """Return a recipe's raw mapping over the one that it extends, if it extends one."""
+        name, values = _GIVEN, dict(source)
+    else:
+        name, values = str(source), _raw_values(str(source), folder, above)
     base = values.pop("extends", None)
     if base is None:
         return values
     if not isinstance(base, str):
-        raise ConfigError(f"Recipe {source}: extends takes the name or the path of one recipe, not {base!r}.")
+        raise ConfigError(f"Recipe {name}: extends takes the name or the path of one recipe, not {base!r}.")
     if base not in shipped_names(folder):
-        base = str(Path(source).parent / base)
-    inherited = _extended(base, folder, above)
+        base = os.path.normpath(Path(name).parent / base)
+    above = (*above, name)
+    if base in above:
+        raise ConfigError(f"Recipe {above[0]} extends itself: {' extends '.join((*above, base))}.")
+    inherited = named_values(base, folder, above)
     if "objective" in values:
         inherited = for_objective(inherited, values["objective"])
-    named = {"name": Path(source).stem}
-    return named | merge({key: value for key, value in inherited.items() if key not in ("name", "description")}, values)
+    inherited = {key: value for key, value in inherited.items() if key not in ("name", "description")}
+    return {"name": Path(name).stem} | merge(inherited, values)
 
 
-def _raw_values(name_or_path: str, folder: str) -> dict[str, Any]:
+def _raw_values(name_or_path: str, folder: str, above: tuple[str, ...]) -> dict[str, Any]:
     names = shipped_names(folder)
     if name_or_path in names:
         text = shipped_text(folder, name_or_path)
@@ -403,14 +383,22 @@ def _raw_values(name_or_path: str, folder: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"Cannot read the recipe {name_or_path}: {error}") from error
     else:
+        extended = f", which {above[-1]} extends" if above else ""
         raise ConfigError(
-            f"There is no recipe '{name_or_path}': neither a file nor one of {', '.join(names)}"
+            f"There is no recipe '{name_or_path}'{extended}: neither a file nor one of {', '.join(names)}"
             f"{did_you_mean(name_or_path, names)}"
         )
     values = load_yaml(text, f"Recipe {name_or_path}")
     if not isinstance(values, dict):
         raise ConfigError(f"Recipe {name_or_path} must be a mapping of sections, not {type(values).__name__}.")
     return values
+
+
+def shown_source(source: RecipeSource) -> str:
+    """Return how a message calls a recipe."""
+    if isinstance(source, Section):
+        return f"'{getattr(source, 'name', _GIVEN)}'"
+    return f"'{source.get('name', _GIVEN)}'" if isinstance(source, Mapping) else str(source)
 
 
 def validate_recipe(values: dict[str, Any], source: str, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
@@ -427,7 +415,7 @@ def validate_recipe(values: dict[str, Any], source: str, kind: type[RecipeT] = R
 
 
 def _problems(error: pydantic.ValidationError, kind: type[Section]) -> list[str]:
-    """A line for each, with its dotted key."""
+    """Return a line for each problem, with its dotted key."""
     known = [*kind.model_fields, *kind.dotted_keys()]
     lines = []
     for problem in error.errors():
@@ -442,10 +430,10 @@ def _problems(error: pydantic.ValidationError, kind: type[Section]) -> list[str]
 
 
 def recipe_yaml(recipe: Section) -> str:
-    """The recipe in full, defaults included, as YAML that its validation accepts."""
+    """Return the recipe in full, defaults included, as YAML that its validation accepts."""
     return values_yaml(recipe.model_dump())
 
 
 def values_yaml(values: dict[str, Any]) -> str:
-    """A recipe's raw mapping as YAML."""
+    """Return a recipe's raw mapping as YAML."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -8,7 +8,7 @@ RUN/
   requeue           exists while a signal or the time limit has stopped the run, which is to be resumed
   checkpoints/      see `training/checkpoint.py`; each holds a copy of the record
 
-`RunDirectory` puts the three together. At the end of the module: finding the inputs of a run that has moved.
+At the end of the module: finding the inputs of a run that has moved.
 """
 
 from __future__ import annotations
@@ -42,10 +42,21 @@ _RecordT = TypeVar("_RecordT", bound=Record, default=RunRecord)
 Status = Literal["done", "stopped", "collapsed", "failed"]
 
 
-class _Lock:
-    """The lock of a run's folder, which one process holds at a time."""
+class RunDirectory:
+    """The folder of a run."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    # --- the lock, which one process holds at a time
 
     @contextmanager
     def locked(self, *, is_new: bool = False) -> Iterator[None]:
@@ -63,7 +74,7 @@ class _Lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                owner = self._owner() or "unknown"
+                owner = self.owner() or "unknown"
                 raise CheckpointError(
                     f"The run directory {self.path} is in use by process {owner}. Wait for it, or stop it."
                 ) from error
@@ -76,48 +87,35 @@ class _Lock:
 
     def exists(self) -> bool:
         """Return whether a run was started here. Checkpoints show that, too, if its record is missing."""
-        return (self.path / "run.json").is_file() or any((self.path / "checkpoints").glob(_CHECKPOINT))
+        return (self.path / "run.json").is_file() or any(self.checkpoints.glob(_CHECKPOINT))
 
     def check_free(self) -> None:
         """Raise ConfigError if a run was started here."""
         if self.exists():
             raise ConfigError(f"{self.path} already holds a run. Resume it with --resume, or choose another --run-dir.")
 
-    def mark(self) -> tuple[int, str]:
-        """Return what distinguishes this folder from one of the same name on another disk: the inode of the lock, and
-        the process number in it."""
-        try:
-            return (self.path / ".lock").stat().st_ino, self._owner()
-        except OSError:
-            return 0, ""
+    def owner(self) -> str:
+        """Return the number of the process that holds the folder, or held it last; empty if it is not known.
 
-    def check_shared(self, mark: tuple[int, str]) -> None:
-        """Raise CheckpointError if this rank does not see the folder with this mark, which the main rank holds."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while not (same := self._is_same(mark)) and time.monotonic() < deadline:
-            time.sleep(0.1)  # a network file system shows other machines a new file late
-        if not same:
-            raise CheckpointError(
-                f"The main rank's run directory {self.path.resolve()} is not what {platform.node()} sees there. "
-                f"Checkpoints are written by all ranks, so put --run-dir on a file system that all of them share."
-            )
-
-    def _is_same(self, mark: tuple[int, str]) -> bool:
-        # Some file systems number a file differently on each machine; on a full disk the process number is missing.
-        inode, owner = self.mark()
-        return inode == mark[0] or (owner != "" and owner == mark[1])
-
-    def _owner(self) -> str:
+        It also distinguishes the folder from one of the same name on another disk.
+        """
         try:
             return (self.path / ".lock").read_text("utf8").strip()
         except OSError:
             return ""
 
+    def check_shared(self, owner: str) -> None:
+        """Raise CheckpointError if this rank does not see the folder that the main rank holds. owner: as there."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while owner and self.owner() != owner:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"The main rank's run directory {self.path.resolve()} is not what {platform.node()} sees there. "
+                    f"Checkpoints are written by all ranks, so put --run-dir on a file system that all of them share."
+                )
+            time.sleep(0.1)  # a network file system shows other machines a new file late
 
-class _Record:
-    """The files that a run can be rebuilt from. Each checkpoint holds a copy of them."""
-
-    path: Path
+    # --- the files that a run can be rebuilt from, of which each checkpoint holds a copy
 
     def write_record(self, recipe: Section, plan: DeepSpeedPlan, record: Record) -> None:
         """Write the files. Raises CheckpointError if the folder cannot be written."""
@@ -169,7 +167,7 @@ class _Record:
     def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
         """Return a file of the record; if it is missing or damaged, the copy in the newest checkpoint that has one."""
         problem = ""
-        for folder in (self.path, *sorted((self.path / "checkpoints").glob(_CHECKPOINT), reverse=True)):
+        for folder in (self.path, *sorted(self.checkpoints.glob(_CHECKPOINT), reverse=True)):
             try:
                 return parse((folder / name).read_text("utf8"))
             except FileNotFoundError:
@@ -178,11 +176,7 @@ class _Record:
                 problem = problem or f"{name} is damaged ({error})"
         raise CheckpointError(f"{self.path} is not a run directory that can be used: {problem}.")
 
-
-class _StatusFile:
-    """The status with which a run ended, and the mark that it is to be queued again."""
-
-    path: Path
+    # --- the status with which a run ended, and the mark that it is to be queued again
 
     def status(self) -> Status | None:
         """Return how the run ended; None if it has not ended, or if the file cannot be read."""
@@ -212,21 +206,6 @@ class _StatusFile:
             _remove(self.path / name)
 
 
-class RunDirectory(_Lock, _Record, _StatusFile):
-    """The folder of a run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -246,10 +225,7 @@ def _remove(path: Path) -> None:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
     return values

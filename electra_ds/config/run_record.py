@@ -1,4 +1,4 @@
-"""What run.json says: the settings, the hardware and the data of a run."""
+"""The content of run.json: the settings, the hardware and the data of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Count = Annotated[int, Field(gt=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """How often a run reports and saves: neither mathematics nor hardware."""
+    """The intervals at which a run reports and saves: neither mathematics nor hardware."""
 
     log_every: _Count
     eval_every: _Count
@@ -33,35 +33,36 @@ class Settings:
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
-    """Of a pretraining."""
+    """The settings of a pretraining."""
 
     eval_windows: _Count
     compile: Compile = "auto"
     keep_at: list[_Count] = field(default_factory=list)
     """Steps whose checkpoints stay, whatever `keep` says."""
     stop_on_collapse: bool = False
-    """Whether the run ends where its discriminator has collapsed (pretraining/collapse.py)."""
+    """True if the run ends where its discriminator has collapsed (pretraining/collapse.py)."""
 
 
 @dataclass(frozen=True)
 class FinetuneSettings(Settings):
-    """Of a finetuning. early_stopping and best choose by the development set, whose scores are no test then."""
+    """The settings of a finetuning. early_stopping and best choose by the development set, whose scores are then no
+    test."""
 
     predict_test: bool = False
-    """Whether the test sets are predicted at the end."""
+    """True if the test sets are predicted at the end."""
     early_stopping: _Count | None = None
     """Evaluations without a better score after which training ends."""
     best: bool = False
-    """Whether the best evaluation's weights and scores are kept, in place of the last one's."""
+    """True if the best evaluation's weights and scores are kept, in place of the last one's."""
     discard_weights: bool = False
-    """Whether the checkpoints go once the run is done: scores and predictions stay."""
+    """True if the checkpoints are removed once the run is done: scores and predictions stay."""
     max_train_examples: _Count | None = None
     """Train on so many examples, which the seed chooses."""
 
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """Where a run's numbers go besides metrics.jsonl. Folders are relative to the run's, None for none."""
+    """The places that a run's numbers go to besides metrics.jsonl. Folders are relative to the run's, None for none."""
 
     wandb: WandbMode = "off"
     wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))
@@ -75,7 +76,7 @@ class TrackingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What run.json says of any run."""
+    """The content of run.json that any run has."""
 
     parameters: dict[str, int]
     """Sizes of the model's parts."""
@@ -88,7 +89,7 @@ class Record:
     given_batch: dict[str, int] | None = None
     """`DeepSpeedPlan.given_batch` of the plan that is written with it. Records of earlier versions have none."""
     threads_given: bool | None = None
-    """Whether the user gave `threads`, which are else chosen again on other ranks or another device. Those of earlier
+    """True if the user gave `threads`, which are else chosen again on other ranks or another device. Records of earlier
     versions do not say, and theirs stay."""
     format: int = FORMAT
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -100,7 +101,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
-    """Of a pretraining."""
+    """The content of a pretraining's run.json."""
 
     store: str
     """Path of the token store."""
@@ -113,7 +114,7 @@ class RunRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneRecord(Record):
-    """Of a finetuning."""
+    """The content of a finetuning's run.json."""
 
     task: str
     source: TaskSource
@@ -121,14 +122,14 @@ class FinetuneRecord(Record):
     num_examples: _Count
     """Training examples, those in both orders counted twice; windows, of question answering."""
     model: str
-    """What --model named."""
+    """The value of --model."""
     model_fingerprint: str
     """SHA-256 of the encoder's tensors; of random ones, what it is random from."""
     has_random_weights: bool
     recipe_source: str
     """`shipped`, or of a file of the user's own what tells it from others of its name."""
     changes: list[str]
-    """What is otherwise than in that recipe: overrides but for the seed, and fewer examples."""
+    """The differences from that recipe: overrides but for the seed, and fewer examples."""
     settings: FinetuneSettings
     kind: Literal["finetune"] = "finetune"
 

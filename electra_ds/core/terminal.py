@@ -1,14 +1,21 @@
-"""Output on a terminal: progress bars that are readable in 60 columns, and text that breaks only between words."""
+"""Output on a terminal: progress bars that are readable in 60 columns, text that breaks between words only, the log.
+
+Nothing below the command line prints. The package says what it does through standard logging, under the logger
+`electra_ds`; from Python, `logging.basicConfig(level=logging.INFO)` shows everything.
+"""
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -84,30 +91,31 @@ class StatusProgress(Progress):
     always there.
     """
 
-    def __init__(
-        self, *columns: ProgressColumn | str, console: Console | None = None, transient: bool = False,
-        disable: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(*columns, console=console, transient=transient, disable=disable, expand=True)
+    def __init__(self, *columns: ProgressColumn | str, **more: Any) -> None:
+        super().__init__(*columns, expand=True, **more)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:
             yield self.make_tasks_table([task])
             for line in str(task.fields.get("status", "")).splitlines():
-                yield _Status(line)
+                yield _fitting(line, self.console.width)
 
 
-class _Eta(ProgressColumn):
+def _fitting(status: str, width: int) -> Text:
+    """Return the first parts of a status that fit into the width; the first one is cut if it does not fit."""
+    shown, *rest = status.split("  ")
+    for part in rest:
+        if len(f"{shown}  {part}") > width:
+            break
+        shown = f"{shown}  {part}"
+    return Text(shown, no_wrap=True, overflow="ellipsis")
+
+
+class _Eta(TimeRemainingColumn):
     """The remaining time of a stage, or nothing if its total is unknown."""
 
     def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text()
-        return Text("ETA ").append_text(self._time.render(task))
-
-    def __init__(self) -> None:
-        self._time = TimeRemainingColumn()
-        super().__init__()
+        return Text() if task.total is None else Text("ETA ").append_text(super().render(task))
 
 
 class StageProgress(StatusProgress):
@@ -160,17 +168,45 @@ class StageProgress(StatusProgress):
             say(self.console, f"{PREPARING}{', '.join([task.description, *share, *status])}")
 
 
-class _Status:
-    """The first parts of a status that fit into a line; the first one is cut if it does not fit."""
+# --- the log
 
-    def __init__(self, status: str) -> None:
-        self.parts = status.split("  ")
+NOTE = 25
+"""Between INFO and WARNING: worth knowing, and nothing is wrong."""
+logging.addLevelName(NOTE, "NOTE")
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown = self.parts[0]
-        for part in self.parts[1:]:
-            longer = f"{shown}  {part}"
-            if len(longer) > options.max_width:
-                break
-            shown = longer
-        yield Text(shown, no_wrap=True, overflow="ellipsis")
+
+def log_command(log: logging.Logger, lead: str, command: str) -> None:
+    """Log a command to be copied, after some words."""
+    log.info("%s %s", lead, command, extra={"command": (lead, command)})
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows log messages as a command's output: notes and warnings with their label, commands unbroken."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        command = getattr(record, "command", None)
+        if command is not None:
+            say_command(self.console, *command)
+        elif record.levelno >= logging.WARNING:
+            warn(self.console, record.getMessage())
+        elif record.levelno >= NOTE:
+            note(self.console, record.getMessage())
+        else:
+            say(self.console, record.getMessage())
+
+
+@contextmanager
+def log_shown_on(console: Console) -> Iterator[None]:
+    """Show what the package logs on a console, for as long as the context lasts."""
+    log = logging.getLogger("electra_ds")
+    before = log.handlers[:], log.level, log.propagate
+    log.handlers, log.propagate = [ConsoleHandler(console)], False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.handlers, log.level, log.propagate = before[0], before[1], before[2]

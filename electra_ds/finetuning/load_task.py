@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import datasets  # type: ignore[import-untyped]
 import numpy as np
 
+from electra_ds.config.names import TASKS
 from electra_ds.config.run_directory import places_of
 from electra_ds.config.run_record import FinetuneRecord, TaskSource
-from electra_ds.config.shipped import TASKS
 from electra_ds.core.errors import DataError, did_you_mean
 from electra_ds.data.hub import HUB, dataset_path, explained
 from electra_ds.finetuning.glue import (

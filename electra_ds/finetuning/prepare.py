@@ -21,10 +21,9 @@ from electra_ds.config.run_directory import RunDirectory, read_where_it_is
 from electra_ds.config.run_record import FinetuneRecord, FinetuneSettings
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError
-from electra_ds.core.log import log_command
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
-from electra_ds.core.terminal import StageProgress
+from electra_ds.core.terminal import StageProgress, log_command
 from electra_ds.finetuning.advice import advice
 from electra_ds.finetuning.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.finetuning.finetune import SCORES, FinetuneJob

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from electra_ds.config.hardware import Hardware, abilities, look, unused, without_code
+from electra_ds.config.cards import Hardware, abilities, look, unused, without_code
 from electra_ds.config.monitors import wandb_login
 from electra_ds.core.errors import ElectraError
 from electra_ds.core.terminal import say_command

@@ -20,9 +20,9 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import RunRecord, RunSettings
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.log import log_command
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
+from electra_ds.core.terminal import log_command
 from electra_ds.data.build import trained_from
 from electra_ds.data.segments import split_holdout
 from electra_ds.data.token_store import TokenStore, recorded_store

@@ -14,11 +14,10 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoConfig
 
-from electra_ds.config.cards import Card, find_card, has_slow_fp16, peak_flops
+from electra_ds.config.cards import Card, driver_gpus, find_card, has_slow_fp16, peak_flops
 from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, read_deepspeed_json, resolve
 from electra_ds.config.deepspeed_sections import precision_section
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
-from electra_ds.config.hardware import driver_gpus
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory

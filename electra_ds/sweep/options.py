@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
-from electra_ds.config.objectives import find_objective
+from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, find_objective, shipped_names
 from electra_ds.config.option import add_options, described, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
 from electra_ds.config.recipe import ElectraRecipe, named_values, recipe_type, values_yaml
-from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, shipped_names
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE

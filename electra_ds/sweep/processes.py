@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 import electra_ds
-from electra_ds.config.hardware import driver_gpus
+from electra_ds.config.cards import driver_gpus
 from electra_ds.core.errors import ConfigError, ElectraError, InterruptedBySignalError
 from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.core.program import command

@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from electra_ds.config.objectives import find_objective
+from electra_ds.config.names import find_objective
 from electra_ds.config.overrides import dotted_values
 from electra_ds.config.run_record import Record
 from electra_ds.core.errors import CheckpointError

@@ -24,9 +24,9 @@ import pydantic
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from electra_ds.config.names import SWEEPS, shipped_names, shipped_text
 from electra_ds.config.overrides import parse_value
 from electra_ds.config.recipe import Section, load_yaml
-from electra_ds.config.shipped import SWEEPS, shipped_names, shipped_text
 from electra_ds.core.errors import ConfigError, did_you_mean
 from electra_ds.sweep.domains import Domain
 from electra_ds.sweep.options import (

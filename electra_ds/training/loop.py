@@ -26,10 +26,9 @@ from electra_ds.core.errors import (
     InterruptedBySignalError,
     TrainingError,
 )
-from electra_ds.core.log import NOTE, log_command
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks, is_lost_connection
-from electra_ds.core.terminal import with_command
+from electra_ds.core.terminal import NOTE, log_command, with_command
 from electra_ds.training.callbacks import Callback, Callbacks, Metrics, Progress
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.checkpoints import check_same_recipe

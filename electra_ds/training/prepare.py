@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from electra_ds.config.cards import find_card
+from electra_ds.config.cards import cannot_use, check_gpu, find_card, look, notes_at_start
 from electra_ds.config.deepspeed import (
     DeepSpeedPlan,
     cut_for,
@@ -20,7 +20,6 @@ from electra_ds.config.deepspeed import (
     resolve,
     with_micro_batch,
 )
-from electra_ds.config.hardware import cannot_use, check_gpu, look, notes_at_start
 from electra_ds.config.monitors import FolderMonitor, Monitors, wandb_mode_of_environment
 from electra_ds.config.options import RunOptions
 from electra_ds.config.recipe import TrainingRecipe
@@ -28,8 +27,8 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import Record, Settings, TrackingSettings
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.log import NOTE
 from electra_ds.core.ranks import Ranks
+from electra_ds.core.terminal import NOTE
 from electra_ds.training.engine import check_plan, wants_fp16
 from electra_ds.training.tracking import check_tracking
 
@@ -219,9 +218,9 @@ def hold(run: RunDirectory, ranks: Ranks, held: contextlib.ExitStack, *, is_new:
     with ranks.fail_together():
         if ranks.is_main:
             held.enter_context(run.locked(is_new=is_new))
-    mark = ranks.broadcast(run.mark())
+    owner = ranks.broadcast(run.owner())
     with ranks.fail_together():
-        run.check_shared(mark)
+        run.check_shared(owner)
 
 
 def announce(what: str, device: str, threads: int, plan: DeepSpeedPlan, run: RunDirectory) -> None:

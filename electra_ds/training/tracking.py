@@ -18,7 +18,7 @@ from electra_ds.config.monitors import overruled_wandb_mode, wandb_login, wandb_
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import CheckpointError, ConfigError, ElectraError, InterruptedBySignalError
-from electra_ds.core.log import NOTE, log_command
+from electra_ds.core.terminal import NOTE, log_command
 
 _log = logging.getLogger(__name__)
 _FINISH_WITHIN_S = 60.0

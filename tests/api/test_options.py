@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from electra_ds.cli import build_parser
+from electra_ds.config.commands import COMMANDS, reference_page
 from electra_ds.config.option import add_options, described
 from electra_ds.config.options import FinetuneOptions, PretrainOptions
-from electra_ds.config.options_page import COMMANDS, reference_page
 from electra_ds.config.run_record import FinetuneSettings, RunSettings
 from electra_ds.core.errors import ConfigError
 from electra_ds.sweep.options import INSTEAD, KINDS, OPTIONS
@@ -43,7 +43,7 @@ def test_a_command_takes_its_options_and_no_others(name: str) -> None:
 
 def test_the_reference_page_is_that_of_the_options() -> None:
     page = (REPOSITORY / "docs" / "reference" / "options.md").read_text("utf8")
-    assert page == reference_page(), "run python -m electra_ds.config.options_page > docs/reference/options.md"
+    assert page == reference_page(), "run python -m electra_ds.config.commands > docs/reference/options.md"
 
 
 @pytest.mark.parametrize("kind", [PretrainOptions, FinetuneOptions])
@@ -114,7 +114,7 @@ def test_options_of_a_new_run_are_refused_with_resume() -> None:
     with pytest.raises(ConfigError, match="--set, --seed cannot be given"):
         PretrainOptions.of({"resume": "runs/x", "seed": 1, "overrides": ["a=1"]}).check()
     PretrainOptions.of({"resume": "runs/x", "data": "s", "keep": 2, "ds_config": "cpu"}).check()
-    with pytest.raises(ConfigError, match="leave out --max-train-examples"):
+    with pytest.raises(ConfigError, match="--max-train-examples cannot be given"):
         FinetuneOptions.of({"resume": "runs/x", "max_train_examples": 5}).check()
     FinetuneOptions.of({"resume": "runs/x", "random_init": False, "train": "t.csv"}).check()
 

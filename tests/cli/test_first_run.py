@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from electra_ds.api.launch import ask_before_years
+from electra_ds.api.launch import refuse_years
 from electra_ds.api.pretrain import default_recipe
 from electra_ds.cli import build_parser, main
-from electra_ds.cli.arguments import confirm
 from electra_ds.config.cards import CARDS
 from electra_ds.config.deepspeed import default_ds_config, resolve
+from electra_ds.config.names import ds_config_names
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.overrides import load_recipe
-from electra_ds.config.shipped import ds_config_names
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
@@ -207,54 +204,36 @@ def test_a_dry_run_of_a_finetuning_reads_its_examples_and_writes_nothing(
 LONG, SHORT = RunTime(0.4 * YEAR_S, 1.6 * YEAR_S), RunTime(20 * 86_400, 60 * 86_400)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def test_a_run_that_may_take_years_is_refused(process_group: Ranks) -> None:
+    with pytest.raises(ConfigError, match=r"predicted to take 0.4–1.6 years .* add --yes"):
+        refuse_years(PretrainOptions(), lambda: LONG, process_group)
 
 
-def test_a_run_that_may_take_years_is_asked_about_on_a_terminal_and_refused_elsewhere(
-    process_group: Ranks, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("given", "time"), [({}, SHORT), ({}, None), ({"yes": True}, LONG), ({"time_limit": 60.0}, LONG)]
+)
+def test_weeks_are_not_refused_nor_is_a_run_that_ends_or_was_confirmed(
+    process_group: Ranks, given: dict[str, Any], time: RunTime | None
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    with pytest.raises(ConfigError, match=r"predicted to take 0.4–1.6 years .* Do less. To start it anyway, add --yes"):
-        ask_before_years(PretrainOptions(), lambda: LONG, "Do less.", process_group, confirm)
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    for typed, starts in (("y\n", True), ("Yes\n", True), ("n\n", False), ("\n", False), ("", False)):
-        monkeypatch.setattr(sys, "stdin", Terminal(typed))
-        if starts:
-            ask_before_years(PretrainOptions(), lambda: LONG, "Do less.", process_group, confirm)
-        else:
-            with pytest.raises(ConfigError, match=r"was not started. Do less."):
-                ask_before_years(PretrainOptions(), lambda: LONG, "Do less.", process_group, confirm)
-
-
-def test_weeks_are_not_asked_about_nor_is_a_run_that_ends_or_was_confirmed(
-    process_group: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    for given, time in (
-        ({}, SHORT), ({}, None), ({"yes": True}, LONG), ({"time_limit": 60.0}, LONG),
-    ):  # fmt: skip
-        ask_before_years(PretrainOptions(**given), lambda time=time: time, "", process_group, confirm)
+    refuse_years(PretrainOptions(**given), lambda: time, process_group)
 
 
 def test_a_million_steps_on_a_slow_cpu_are_refused_before_anything_is_built(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """A thousand times the study's steps, which is years on any CPU."""
     write_corpus(tmp_path / "corpus", documents=5)
     before = files()
     given = ("pretrain", "--recipe", "rc2020-small", "--corpus", "corpus", "--set", "schedule.total_steps=1e9")
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
     refused = answer(capsys, *given, status=2)
-    assert "years on this machine. Choose a smaller recipe, such as --recipe tiny, or fewer steps" in refused
+    assert "years on this machine. Choose a smaller recipe or model, or fewer steps" in refused
     assert "--yes" in refused
     assert files() == before
     assert "starts only with --yes" in answer(capsys, *given, "--dry-run")
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_the_studys_recipe_is_not_asked_about_on_any_known_card(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_studys_recipe_is_not_refused_on_any_known_card(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "device_name", lambda device: card.name)
     recipe = load_recipe("rc2020-small")
     values, name = default_ds_config(True, card)

@@ -23,21 +23,20 @@ FOLDER = REPOSITORY / "tests" / "deepspeed_files"
 SCHEDULER = "leaves its numbers to the recipe"
 FP16_ON, BF16_OFF = 'fp16.enabled is "auto", which here means on', 'bf16.enabled is "auto", which here means off'
 FP16_OFF = "another precision is chosen"
-QUIET = "steps_per_print: DeepSpeed prints this only with"
 NO_EFFECT = "these keys of zero_optimization have no effect"
 LEFT_OUT = "left out, because it has no effect here: "
 
 LOADS: dict[str, tuple[int, str, list[str]]] = {
     "accelerate-auto-offload": (3, "fp32", [BF16_OFF, f"{LEFT_OUT}zero_optimization.offload_optimizer"]),
-    "accelerate-zero1": (1, "fp16", [SCHEDULER, QUIET]),
-    "accelerate-zero2": (2, "fp16", [SCHEDULER, QUIET]),
-    "accelerate-zero2-offload": (2, "fp16", [SCHEDULER, QUIET]),
-    "accelerate-zero3": (3, "fp16", [SCHEDULER, QUIET]),
-    "accelerate-zero3-offload": (3, "fp16", [SCHEDULER, QUIET]),
+    "accelerate-zero1": (1, "fp16", [SCHEDULER]),
+    "accelerate-zero2": (2, "fp16", [SCHEDULER]),
+    "accelerate-zero2-offload": (2, "fp16", [SCHEDULER]),
+    "accelerate-zero3": (3, "fp16", [SCHEDULER]),
+    "accelerate-zero3-offload": (3, "fp16", [SCHEDULER]),
     "autotuning-off": (0, "fp16", [FP16_ON, f"{LEFT_OUT}autotuning"]),
     "commented": (1, "fp16", [FP16_ON]),
-    "deepspeed-chat-bf16": (3, "bf16", [f"{LEFT_OUT}prescale_gradients, zero_optimization.offload_optimizer", QUIET]),
-    "flops-profiler": (0, "fp32", ["dump_state: DeepSpeed prints this only with"]),
+    "deepspeed-chat-bf16": (3, "bf16", [f"{LEFT_OUT}prescale_gradients, zero_optimization.offload_optimizer"]),
+    "flops-profiler": (0, "fp32", []),
     "llama-factory-z0": (0, "fp16", [f"at stage 0 {NO_EFFECT}: allgather_partitions", FP16_ON, BF16_OFF]),
     "llama-factory-z2": (2, "fp16", [FP16_ON, BF16_OFF]),
     "llama-factory-z2-offload": (2, "fp16", [FP16_ON, BF16_OFF]),
@@ -52,26 +51,26 @@ LOADS: dict[str, tuple[int, str, list[str]]] = {
     ),
     "llava-zero2": (2, "fp16", [f"at stage 2 {NO_EFFECT}: sub_group_size", FP16_ON, BF16_OFF]),
     "llava-zero3": (3, "fp16", [FP16_ON, BF16_OFF]),
-    "llava-zero3-offload": (3, "bf16", [SCHEDULER, FP16_OFF, QUIET]),
+    "llava-zero3-offload": (3, "bf16", [SCHEDULER, FP16_OFF]),
     "megatron-filled": (
         1, "bf16",
-        [f"{LEFT_OUT}prescale_gradients, curriculum_learning, zero_optimization.elastic_checkpoint", QUIET],
+        [f"{LEFT_OUT}prescale_gradients, curriculum_learning, zero_optimization.elastic_checkpoint"],
     ),
     "megatron-zero2-cpu-offload": (
         2, "fp16",
         [
             "zero_optimization.cpu_offload as offload_optimizer",
-            f"{LEFT_OUT}zero_optimization.load_from_fp32_weights, zero_optimization.elastic_checkpoint", QUIET,
+            f"{LEFT_OUT}zero_optimization.load_from_fp32_weights, zero_optimization.elastic_checkpoint",
         ],
     ),
     "monitors": (0, "fp32", []),
     "opt-bfloat16": (3, "bf16", ["bfloat16 as bf16", f"{LEFT_OUT}zero_optimization.cpu_offload"]),
     "pipeline-defaults": (1, "fp32", [f"{LEFT_OUT}pipeline, data_types, zero_optimization.pipeline_loading"]),
-    "torch-autocast": (1, "autocast-bf16", []),
+    "torch-autocast": (1, "autocast-bf16", [f"{LEFT_OUT}torch_autocast.lower_precision_safe_modules"]),
     "transformers-amp": (2, "fp16", [FP16_ON, f"{LEFT_OUT}amp, zero_optimization.offload_optimizer"]),
     "transformers-zero1-bf16": (1, "bf16", [SCHEDULER]),
-    "transformers-zero2": (2, "fp16", [SCHEDULER, FP16_ON, BF16_OFF, QUIET]),
-    "transformers-zero3": (3, "fp16", [SCHEDULER, FP16_ON, BF16_OFF, QUIET]),
+    "transformers-zero2": (2, "fp16", [SCHEDULER, FP16_ON, BF16_OFF]),
+    "transformers-zero3": (3, "fp16", [SCHEDULER, FP16_ON, BF16_OFF]),
 }  # fmt: skip
 """Stage, precision where "auto" means fp16, and a part of each note, in their order."""
 
@@ -81,28 +80,28 @@ WITH_ITS_RECIPE: dict[str, tuple[list[str], int, list[str]]] = {
             "global_batch_size=32", "optimizer.learning_rate=3e-5", "optimizer.weight_decay=0",
             "optimizer.bias_correction=false",
         ],
-        0, [QUIET],
+        0, [],
     ),
-    "bloom": (["global_batch_size=2048"], 0, [QUIET]),
+    "bloom": (["global_batch_size=2048"], 0, []),
     "deepspeed-chat": (
         ["global_batch_size=32"], 2,
         [
             f"at stage 2 {NO_EFFECT}: offload_param, stage3_param_persistence_threshold, stage3_max_live_parameters, "
             "stage3_prefetch_bucket_size, memory_efficient_linear",
-            f"{LEFT_OUT}prescale_gradients, hybrid_engine, zero_optimization.offload_optimizer", QUIET,
+            f"{LEFT_OUT}prescale_gradients, hybrid_engine, zero_optimization.offload_optimizer",
         ],
     ),
     "deepspeed-chat-zero3": (
-        ["global_batch_size=32"], 3, [f"{LEFT_OUT}prescale_gradients, zero_optimization.offload_optimizer", QUIET],
+        ["global_batch_size=32"], 3, [f"{LEFT_OUT}prescale_gradients, zero_optimization.offload_optimizer"],
     ),
     "hello-deepspeed": (["optimizer.learning_rate=1e-4"], 1, []),
     "megatron-first-zero": (
         ["global_batch_size=16", "optimizer.learning_rate=0.00015"], 1,
-        ["zero_optimization: true as stage 1", f"{LEFT_OUT}disable_allgather, vocabulary_size", QUIET],
+        ["zero_optimization as stage 1", f"{LEFT_OUT}disable_allgather, vocabulary_size"],
     ),
     "megatron-zero2": (
         ["global_batch_size=16", "optimizer.learning_rate=0.00015"], 2,
-        ["partition_activations has no effect", "all 2 layers", QUIET],
+        ["partition_activations has no effect", "all 2 layers"],
     ),
 }  # fmt: skip
 """Files with numbers of their own: the recipe that has them, the stage, and the notes."""
@@ -127,16 +126,16 @@ REFUSED: dict[str, list[str]] = {
         f"sparse_attention: {GONE}", f"train_batch_size: 16384 {CONTRADICTS}",
         "optimizer.type: 'Lamb' is not the recipe's optimizer (Adam or AdamW)",
     ],
-    "bing-bert-onebit-adam": [f"train_batch_size: 4096 {CONTRADICTS}", f"optimizer.type: {GONE} OneBitAdam"],
-    "bing-bert-onebit-lamb": [f"train_batch_size: 65536 {CONTRADICTS}", f"optimizer.type: {GONE} OneBitLamb"],
-    "bing-bert-zero-one-adam": [f"train_batch_size: 4096 {CONTRADICTS}", f"optimizer.type: {GONE} ZeroOneAdam"],
+    "bing-bert-onebit-adam": [f"train_batch_size: 4096 {CONTRADICTS}", "optimizer.type: 'OneBitAdam' is not"],
+    "bing-bert-onebit-lamb": [f"train_batch_size: 65536 {CONTRADICTS}", "optimizer.type: 'OneBitLamb' is not"],
+    "bing-bert-zero-one-adam": [f"train_batch_size: 4096 {CONTRADICTS}", "optimizer.type: 'ZeroOneAdam' is not"],
     "bloom": [f"train_batch_size: 2048 {CONTRADICTS}"],
     "cifar": [
         f"train_batch_size: 4 {CONTRADICTS}", f"optimizer.params.betas: [0.8, 0.999] {CONTRADICTS}",
         f"optimizer.params.eps: 1e-08 {CONTRADICTS}", f"optimizer.params.weight_decay: 3e-07 {CONTRADICTS}",
-        "scheduler.type: WarmupLR stays at its peak after the warm-up",
+        "scheduler: WarmupLR with these params contradicts",
     ],
-    "comms-logger": ["comms_logger: it is not supported here, where nothing prints its summary"],
+    "comms-logger": [f"comms_logger: {NOT_HERE}"],
     "compression": [f"compression_training: {GONE}"],
     "deepspeed-chat": [f"train_batch_size: 32 {CONTRADICTS}"],
     "deepspeed-chat-hybrid": [f"hybrid_engine: {NOT_HERE}", f"train_batch_size: 32 {CONTRADICTS}"],
@@ -145,18 +144,18 @@ REFUSED: dict[str, list[str]] = {
     "hello-deepspeed": [f"optimizer.params.lr: 0.0001 {CONTRADICTS}"],
     "llama-factory-z2-autotp": [f"tensor_parallel: {NOT_HERE}"],
     "llama-factory-z3-fp8": [
-        "fp8: unknown key, which DeepSpeed would ignore", f"gradient_clipping: 0.001 {CONTRADICTS}",
+        "fp8: unknown key", f"gradient_clipping: 0.001 {CONTRADICTS}",
     ],
     "llama-factory-z3-partial-offload": [
-        "zero_optimization.offload_optimizer.ratio: needs DeepSpeed's own Adam, and torch's AdamW runs here",
+        "zero_optimization.offload_optimizer: {'device': 'cpu', 'pin_memory': True, 'ratio'",
     ],
     "megatron-curriculum": [f"curriculum_learning: {GONE}"],
     "megatron-data-efficiency": [f"data_efficiency: {NOT_HERE}"],
     "megatron-first-zero": [f"train_batch_size: 16 {CONTRADICTS}", f"optimizer.params.lr: 0.00015 {CONTRADICTS}"],
     "megatron-infinity": [
-        "zero_optimization.stage3_param_persitance_threshold: not supported here; did you mean "
+        "zero_optimization.stage3_param_persitance_threshold: unknown key; did you mean "
         "'stage3_param_persistence_threshold'?",
-        "zero_optimization.offload_optimizer.device: 'nvme' is not supported here",
+        "zero_optimization.offload_optimizer: {'device': 'nvme'",
         "train_micro_batch_size_per_gpu 4 x gradient_accumulation_steps 1 x 1 rank(s) is 4",
     ],
     "megatron-moe": [f"prescale_gradients: {NOT_HERE}", f"train_batch_size: 256 {CONTRADICTS}"],
@@ -178,20 +177,20 @@ REFUSED: dict[str, list[str]] = {
         f"zero_optimization.contiguous_gradients: 'True,' {PYTHON}",
         f"zero_optimization.offload_optimizer: 'None' {PYTHON}", f"wall_clock_breakdown: 'False' {PYTHON}",
     ],
-    "qanet-one-cycle": [f"train_batch_size: 512 {CONTRADICTS}", "scheduler.type: 'OneCycle' is not the recipe's"],
+    "qanet-one-cycle": [f"train_batch_size: 512 {CONTRADICTS}", "scheduler: OneCycle with these params contradicts"],
     "transformers-fp32-reduction": [f"communication_data_type: {NOT_HERE}"],
     "transformers-zero3-nvme": [
-        "zero_optimization.offload_optimizer.device: 'nvme' is not supported here",
-        "zero_optimization.offload_param.device: 'nvme' is not supported here",
+        "zero_optimization.offload_optimizer: {'device': 'nvme'",
+        "zero_optimization.offload_param: {'device': 'nvme'",
     ],
     "universal-checkpoint": [f"checkpoint: {NOT_HERE}"],
     "zero-plus-plus": [
-        "zero_optimization.zero_quantized_weights: not supported here; remove",
-        "zero_optimization.zero_hpz_partition_size: not supported here; remove",
-        "zero_optimization.zero_quantized_gradients: not supported here; remove",
+        f"zero_optimization.zero_quantized_weights: {NOT_HERE}",
+        f"zero_optimization.zero_hpz_partition_size: {NOT_HERE}",
+        f"zero_optimization.zero_quantized_gradients: {NOT_HERE}",
     ],
 }  # fmt: skip
-"""The beginning of each fault, in their order, with the recipe of the tests; there are no others."""
+"""The beginning of each fault with the recipe of the tests; there are no others."""
 
 
 def plan_of(name: str, *overrides: str) -> DeepSpeedPlan:
@@ -243,8 +242,8 @@ def test_a_file_is_refused_for_these_reasons_and_no_others(name: str) -> None:
     first, *faults = str(error.value).splitlines()
     assert first == f"{name} cannot be used with recipe tiny:"
     assert len(faults) == len(REFUSED[name]), faults
-    for expected, fault in zip(REFUSED[name], faults, strict=True):
-        assert fault.strip().startswith(expected)
+    for expected in REFUSED[name]:
+        assert any(fault.strip().startswith(expected) for fault in faults), faults
 
 
 @pytest.mark.parametrize(

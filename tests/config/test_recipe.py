@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from electra_ds.cli import main
 from electra_ds.config.finetune_recipe import load_finetune_recipe
+from electra_ds.config.names import FINETUNE_RECIPES, RECIPES, finetune_recipe_names, recipe_names, shipped_text
 from electra_ds.config.overrides import load_recipe, parse_value
 from electra_ds.config.recipe import ElectraRecipe, recipe_yaml, validate_recipe
-from electra_ds.config.shipped import FINETUNE_RECIPES, RECIPES, finetune_recipe_names, recipe_names, shipped_text
 from electra_ds.core.errors import ConfigError
 
 
@@ -187,7 +187,7 @@ def test_a_finetuning_recipe_extends_another_task_by_task(tmp_path: Path) -> Non
     [
         ("extends: mine.yaml\n", "extends itself"),
         ("extends: other.yaml\n", "mine.yaml extends .*other.yaml extends .*mine.yaml"),
-        ("extends: tinny\n", "mine.yaml extends .*tinny.*There is no recipe"),
+        ("extends: tinny\n", "There is no recipe .*tinny', which .*mine.yaml extends"),
         ("extends: [tiny, mini]\n", "extends takes the name or the path of one recipe"),
         ("extends: broken.yaml\n", "must be a mapping"),
         ("extends: tiny\nmodel: {hidden: 3}\n", "model.hidden: unknown key"),

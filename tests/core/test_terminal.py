@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from electra_ds.api.display import ConsoleDisplay
+from electra_ds.api.launch import ConsoleDisplay
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.terminal import StageProgress, note, say, say_command
 from electra_ds.data.build import build_store

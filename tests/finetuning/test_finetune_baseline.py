@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, load_finetune_recipe
-from electra_ds.config.shipped import finetune_recipe_names
+from electra_ds.config.names import finetune_recipe_names
 from electra_ds.core.errors import ConfigError
 from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.report.score_files import read_run

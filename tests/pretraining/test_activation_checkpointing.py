@@ -224,10 +224,10 @@ def test_a_number_is_taken_as_it_is_and_deepspeed_reads_the_same(section: dict[s
 @pytest.mark.parametrize(
     ("section", "note"),
     [
-        ("auto", "names no number, so all 3 layers"),
-        ({}, "names no number, so all 3 layers"),
-        ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "names no number, so all 3 layers"),
-        ({"number_checkpoints": None, "profile": "auto"}, "names no number, so all 3 layers"),
+        ("auto", "names no number: all 3 layers"),
+        ({}, "names no number: all 3 layers"),
+        ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "names no number: all 3 layers"),
+        ({"number_checkpoints": None, "profile": "auto"}, "names no number: all 3 layers"),
         ({"number_checkpoints": 100}, "is 100, which means all of the recipe's 3"),
     ],
 )  # fmt: skip
@@ -274,7 +274,7 @@ def test_without_the_section_nothing_is_computed_again() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"number_checkpoints": -1}, "number_checkpoints: -1 is not a positive whole number; .* remove the section"),
+        ({"number_checkpoints": -1}, "number_checkpoints: -1 is not a positive whole number"),
         ({"number_checkpoints": 2.5}, "number_checkpoints: 2.5 is not a positive whole number"),
         ({"number_checkpoints": True}, "number_checkpoints: True is not a positive whole number"),
         ({"number_checkpoints": "2"}, "number_checkpoints: '2' is not a positive whole number"),
@@ -282,7 +282,7 @@ def test_without_the_section_nothing_is_computed_again() -> None:
         ({"cpu_checkpoints": False}, "cpu_checkpoints: unknown key; did you mean 'cpu_checkpointing'"),
         (True, r'activation_checkpointing: must be an object such as {"number_checkpoints": 3}'),
         (None, "activation_checkpointing: must be an object"),
-        ({"profile": "yes"}, "activation_checkpointing.profile: 'yes' is not true or false"),
+        ({"profile": "yes"}, "activation_checkpointing.profile: is not supported here; remove it"),
         *(
             ({name: True}, f"activation_checkpointing.{name}: is not supported here; remove it")
             for name in ("cpu_checkpointing", "synchronize_checkpoint_boundary", "profile")

@@ -13,7 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from packaging.specifiers import SpecifierSet
 
-from electra_ds.config.hardware import Gpu, Hardware
+from electra_ds.config.cards import Gpu, Hardware
 from electra_ds.pretraining import self_test
 from electra_ds.pretraining.doctor import check_gpus, check_package, check_packages, failed_step
 from electra_ds.pretraining.self_test import try_precisions

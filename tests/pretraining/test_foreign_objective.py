@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from electra_ds.cli import main
-from electra_ds.config.objectives import find_objective, objective_names
+from electra_ds.config.names import find_objective, objective_names
 from electra_ds.config.overrides import load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
@@ -76,7 +76,7 @@ def test_a_recipe_that_extends_ours_leaves_out_the_sections_of_our_objective(tmp
 
 
 def test_an_unknown_objective_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no objective 'elektra'. Did you mean 'electra'\? Registered are .*electra"):
+    with pytest.raises(ConfigError, match=r"no objective 'elektra'; did you mean 'electra'\? Registered are .*electra"):
         load_recipe("tiny", ["objective=elektra"])
     with pytest.raises(ConfigError, match=r"cannot be loaded from nowhere\.at_all:Thing: No module named 'nowhere'"):
         load_recipe("tiny", ["objective=nowhere.at_all:Thing"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from electra_ds.cli import main
-from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, shipped_text
+from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, shipped_text
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep
 from electra_ds.sweep.trials import expand, recorded, suggested

@@ -16,8 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from electra_ds.cli import build_parser
+from electra_ds.config.names import SWEEPS, shipped_names, shipped_text
 from electra_ds.config.recipe import load_yaml
-from electra_ds.config.shipped import SWEEPS, shipped_names, shipped_text
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.objectives.electra_evaluation import ALWAYS_ORIGINAL

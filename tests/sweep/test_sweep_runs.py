@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from electra_ds.config.shipped import RECIPES, shipped_text
+from electra_ds.config.names import RECIPES, shipped_text
 from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S
 from electra_ds.data.token_store import TokenStore
 from electra_ds.sweep.run import run_sweep as run_sweep_here

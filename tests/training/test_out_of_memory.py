@@ -25,8 +25,8 @@ from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.devices import is_out_of_memory
 from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError
-from electra_ds.core.log import log_shown_on
 from electra_ds.core.ranks import Ranks
+from electra_ds.core.terminal import log_shown_on
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import prepare
 from electra_ds.pretraining.electra import Electra, MicroBatch

@@ -26,7 +26,7 @@ from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import ConfigError, InterruptedBySignalError, TrainingError
-from electra_ds.core.log import log_shown_on
+from electra_ds.core.terminal import log_shown_on
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.prepare import tracking_settings
 from electra_ds.training.tracking import RunLog, check_tracking, read_metrics

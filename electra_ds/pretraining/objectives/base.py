@@ -1,7 +1,7 @@
 """The interface of an objective: everything in which one way of pretraining differs from another.
 
 The loop, the engine, checkpoints, trackers, reports and sweeps read names from it and know none themselves. A new
-objective is a subclass of `Objective` in one file, and an entry point (`config/objectives.py`). It must say how to
+objective is a subclass of `Objective` in one file, and an entry point (`config/names.py`). It must say how to
 
     build_model      make the networks, initialised from the recipe's seed
     make_batch       turn the text of a step into the global batch: masks, noise keys, and whatever depends on the step
@@ -27,7 +27,7 @@ import torch
 from rich.text import Text
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.objectives import find_objective
+from electra_ds.config.names import find_objective
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.tokenizer import Tokenizer

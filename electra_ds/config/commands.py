@@ -1,24 +1,18 @@
-"""The options of the commands that do not train, each declared once, as in `options.py`."""
+"""Every command by name: the options of those that do not train, each declared once, as in `options.py`, and
+docs/reference/options.md, which is written from the options of all:
+
+python -m electra_ds.config.commands > docs/reference/options.md
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from electra_ds.config.option import Options, duration_s, gibibytes, option
-from electra_ds.config.options import (
-    WHAT,
-    CorpusOptions,
-    corpus_option,
-    ds_config_option,
-    micro_batch_option,
-    overrides_option,
-    seed_option,
-)
-from electra_ds.config.shipped import (
+from electra_ds.config.names import (
     GPU_RECIPE,
     RECIPE_NOTE,
     SWEEPS,
@@ -26,6 +20,19 @@ from electra_ds.config.shipped import (
     recipe_names,
     shipped_names,
 )
+from electra_ds.config.option import Option, Options, described, duration_s, gibibytes, option, value_type
+from electra_ds.config.options import (
+    WHAT,
+    CorpusOptions,
+    FinetuneOptions,
+    PretrainOptions,
+    corpus_option,
+    ds_config_option,
+    micro_batch_option,
+    overrides_option,
+    seed_option,
+)
+from electra_ds.config.run_record import FinetuneSettings, RunSettings
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 
@@ -35,9 +42,7 @@ _RAY, _SCORES, _UNKNOWN = "ray", "scores", "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(Options):
-    """The options of `plan`."""
-
-    SUMMARY: ClassVar[str] = "Predict what fits on a GPU or this CPU, and how long it takes."
+    """Predict what fits on a GPU or this CPU, and how long it takes."""
 
     recipe: str | Mapping[str, Any] | None = option(f"{_RECIPES}, or a YAML file ({RECIPE_NOTE})", metavar="NAME|FILE")
     overrides: list[str] | None = overrides_option("data.sequence_length=512")
@@ -60,7 +65,6 @@ class PlanOptions(Options):
     json: bool | None = option("print it as JSON")
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
         only_one = (self.ds_config, self.card, self.memory_gb, self.vocab_size, self.micro_batch)
         if self.all and (any(only_one) or self.ranks > 1):
             raise ConfigError(
@@ -72,9 +76,8 @@ class PlanOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildDataOptions(CorpusOptions):
-    """The options of `build-data`."""
+    """Tokenise a corpus into a token store."""
 
-    SUMMARY: ClassVar[str] = "Tokenise a corpus into a token store."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "the text and its tokenizer"}
 
     corpus: list[list[str]] | None = corpus_option("`builtin` for the built-in corpus", required=True)
@@ -88,9 +91,8 @@ class BuildDataOptions(CorpusOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(Options):
-    """The options of `sweep`."""
+    """Run a study: one command over seeds, tasks, hyperparameters."""
 
-    SUMMARY: ClassVar[str] = "Run a study: one command over seeds, tasks, hyperparameters."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {_RAY: "where to run it"}
 
     what: list[str] = option(
@@ -110,7 +112,6 @@ class SweepOptions(Options):
     time_limit: float | None = option("save and leave after this time", metavar="TIME", parse=duration_s, group=_RAY)
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
         if self.what[:1] == ["status"]:
             if len(self.what) != 2 or len(self.given()) > 1:
                 raise ConfigError(f"Say which sweep, and nothing else: {command('sweep')} status DIR")
@@ -127,9 +128,8 @@ class SweepOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Options):
-    """The options of `report`."""
+    """Summarise a pretraining, a sweep, or the scores of finetunings over seeds and tasks."""
 
-    SUMMARY: ClassVar[str] = "Summarise a pretraining, a sweep, or the scores of finetunings over seeds and tasks."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {_SCORES: "for runs of bin/finetune"}
 
     run: list[Path] = option("run directories, finished or not, or a sweep's folder", flag="", nargs="+", metavar="RUN")
@@ -145,9 +145,7 @@ class ReportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """The options of `export`."""
-
-    SUMMARY: ClassVar[str] = "Write a model as transformers folders, or a run for DeepSpeed."
+    """Write a model as transformers folders, or a run for DeepSpeed."""
 
     run: Path = option("a run directory, or one of its checkpoints", flag="", metavar="RUN")
     to: Literal["transformers", "deepspeed"] = option(
@@ -164,9 +162,7 @@ class ExportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesOptions(Options):
-    """The options of `recipes`."""
-
-    SUMMARY: ClassVar[str] = "List the recipes that come with the program, or print one."
+    """List the recipes that come with the program, or print one."""
 
     name: str | None = option(
         ", ".join([*recipe_names(), *finetune_recipe_names()]), flag="", nargs="?", metavar="NAME"
@@ -175,18 +171,14 @@ class RecipesOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(Options):
-    """The options of `doctor`."""
-
-    SUMMARY: ClassVar[str] = "Report whether this machine can pretrain, and how to fix what is wrong."
+    """Report whether this machine can pretrain, and how to fix what is wrong."""
 
     json: bool | None = option("print the report as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListOptions(Options):
-    """The options of `checkpoint ls`."""
-
-    SUMMARY: ClassVar[str] = "List a run's checkpoints."
+    """List a run's checkpoints."""
 
     run: Path = option("a run directory", flag="", metavar="RUN")
     json: bool | None = option("print JSON, sizes in bytes")
@@ -194,18 +186,14 @@ class ListOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(Options):
-    """The options of `checkpoint verify`."""
-
-    SUMMARY: ClassVar[str] = "Read every byte of checkpoints and compare hashes."
+    """Read every byte of checkpoints and compare hashes."""
 
     run: Path = option("a run directory, or one of its checkpoints", flag="", metavar="RUN|CHECKPOINT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(Options):
-    """The options of `checkpoint prune`."""
-
-    SUMMARY: ClassVar[str] = "Remove old checkpoints and what killed saves left behind."
+    """Remove old checkpoints and what killed saves left behind."""
 
     run: Path = option("a run directory that nobody trains in", flag="", metavar="RUN")
     keep: int | None = option("how many stay (default: as many as the run keeps)", metavar="N")
@@ -215,9 +203,8 @@ class PruneOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions(CorpusOptions):
-    """The options of `checkpoint import`."""
+    """Make a run of a native DeepSpeed checkpoint, to be resumed."""
 
-    SUMMARY: ClassVar[str] = "Make a run of a native DeepSpeed checkpoint, to be resumed."
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {
         WHAT: "what was trained (default: what our own export says)",
         _UNKNOWN: (
@@ -250,5 +237,67 @@ class ImportOptions(CorpusOptions):
     )  # fmt: skip
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
         self.check_store(self.data)
+
+
+COMMANDS: dict[str, type[Options]] = {
+    "pretrain": PretrainOptions, "finetune": FinetuneOptions, "sweep": SweepOptions, "build-data": BuildDataOptions,
+    "plan": PlanOptions, "recipes": RecipesOptions, "report": ReportOptions, "export": ExportOptions,
+    "checkpoint ls": ListOptions, "checkpoint verify": VerifyOptions, "checkpoint prune": PruneOptions,
+    "checkpoint import": ImportOptions, "doctor": DoctorOptions,
+}  # fmt: skip
+_RECORDED = {PretrainOptions: RunSettings, FinetuneOptions: FinetuneSettings}
+_BEGIN = """\
+# Options
+
+Every option of every command. This page is written by `python -m electra_ds.config.commands`.
+
+From Python the same options are arguments of `electra_ds.pretrain`, `electra_ds.finetune` and the other functions,
+under the names in the last column. The keys of a sweep's stages have these names too.
+
+- **recorded**: written into the run's `run.json`; a resumed run keeps it until you give another value.
+- **new runs only**: refused with `--resume`, which takes it from the run.
+- **in a sweep**: not an option of a sweep's stage; what to do in its place.
+"""
+
+
+def reference_page() -> str:
+    """Return docs/reference/options.md."""
+    return _BEGIN + "".join(_command(name, kind) for name, kind in COMMANDS.items())
+
+
+def _command(name: str, kind: type[Options]) -> str:
+    trains = kind in _RECORDED
+    recorded = {each.name for each in fields(_RECORDED[kind])} if trains else set()
+    text = f"\n## {name}\n\n{kind.__doc__}\n"
+    for group, titles in ({"": ""} | kind.GROUPS).items():
+        rows = [(key, of) for key, of in described(kind).items() if of.group == group and of.help != argparse.SUPPRESS]
+        if not rows:
+            continue
+        title, *more = [titles] if isinstance(titles, str) else titles
+        text += f"\n### {name}: {title}\n" if title else ""
+        text += "".join(f"\n{line}\n" for line in more)
+        text += "\n| option | what it does | Python |\n| --- | --- | --- |\n"
+        for key, of in rows:
+            notes = [
+                *(["recorded"] if key in recorded else []),
+                *(["new runs only"] if trains and of.new_run_only else []),
+                *([f"in a sweep: {of.instead}"] if trains and of.instead else []),
+            ]
+            help = of.help + (f" **{'; '.join(notes)}**" if notes else "")
+            text += f"| {_escaped(_flag(of, value_type(kind, key)))} | {_escaped(help)} | `{key}` |\n"
+    return text
+
+
+def _flag(of: Option, kind: Any) -> str:
+    flags = "`, `".join(filter(None, [of.flag or of.metavar, of.off]))
+    value = "|".join(get_args(kind)) if get_origin(kind) is Literal else of.metavar if of.flag else None
+    return f"`{flags}`" + (f" {value}" if value else "")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

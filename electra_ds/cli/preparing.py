@@ -1,0 +1,189 @@
+"""The commands before a run: `electra-ds build-data`, `plan`, `recipes` and `doctor`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from electra_ds.cli.arguments import add_handled, wide_console
+from electra_ds.config.commands import BuildDataOptions, DoctorOptions, PlanOptions, RecipesOptions
+from electra_ds.config.names import (
+    CPU_RECIPE,
+    FINETUNE_RECIPE,
+    FINETUNE_RECIPES,
+    GPU_RECIPE,
+    OWN_RECIPE,
+    RECIPES,
+    finetune_recipe_names,
+    recipe_names,
+    shipped_names,
+    shipped_text,
+)
+from electra_ds.core.errors import ConfigError, did_you_mean
+from electra_ds.core.program import as_called, command
+
+if TYPE_CHECKING:
+    from electra_ds.cli.arguments import Commands
+
+_BUILD_DATA_HELP = """\
+examples:
+  bin/build-data --corpus my_texts/ --recipe rc2020-small --out stores/mine
+      trains the recipe's tokenizer on the text and tokenises it
+  bin/build-data --corpus dump.jsonl.zst --text-key body --tokenizer vocab.txt --out stores/dump
+  bin/build-data --corpus 'hub:wikimedia/wikipedia#20231101.en' --streaming --corpus books/ --out stores/both \\
+      --tokenizer google-bert/bert-base-multilingual-cased
+
+Each --corpus is one source of text, and data.corpus_weights has one number for each. A source is files and folders
+(read recursively), `builtin`, or hub:NAME#CONFIG@SPLIT, a dataset of the Hugging Face Hub (the split is `train` where
+none is given; a local folder in the Hub's layout is hub:./FOLDER). Files are text (one document each, or
+--document-boundary blank-line), JSON lines, WikiExtractor's <doc> files, each also as .gz, .bz2, .xz or .zst, and
+Parquet; a folder may also be a dataset that save_to_disk wrote. An interrupted build resumes when run again.
+"""
+_PLAN_HELP = """\
+examples:
+  bin/plan                                                what bin/pretrain would run on this machine
+  bin/plan --recipe rc2020-small --ds-config gtx1060-6gb
+      memory by part, the micro-batch that fits a GTX 1060, days, and what the card cannot do
+  bin/plan --card "RTX 4090"                              the default recipe and JSON of bin/pretrain on such a card
+  bin/plan --card cpu --recipe mini                       time and memory on this machine's CPU
+  bin/plan --ds-config gtx1060-6gb --card "RTX 2060"      the same JSON on another card
+  bin/plan --ds-config zero1 --card "RTX 3090" --ranks 4  each of four cards
+  bin/plan --ds-config gtx1060-6gb --memory-gb 3.5        a card of which so much is free
+  bin/plan --all --recipe rc2020-small                    every card; without --recipe, every recipe too
+
+Nothing is trained and no GPU is needed. Memory is computed from the sizes of tensors. Time is a range: on a card, the
+roofline of a step times the factors by which published runs differ from such rooflines; on this machine's CPU, the time
+of the recipe's FLOPs at a rate that is measured in a fifth of a second. The exit status is 1 if the plan does not fit.
+"""
+_RECIPES_HELP = """\
+examples:
+  bin/recipes
+      all of them, a line each
+  bin/recipes tiny > mine.yaml
+      a copy to change; then: bin/pretrain --recipe mine.yaml
+
+A file may also say what it changes in another recipe, by name or by path, and no more:
+  extends: rc2020-small
+  schedule: {total_steps: 100000, warmup_share: 0.01}
+"""
+_DOCTOR_HELP = """\
+example:
+  bin/doctor
+      versions, memory, GPUs, and one real training step in each precision; exit status 0 if pretraining can run
+"""
+
+
+def add_preparing(commands: Commands) -> None:
+    """Add the parsers of `build-data`, `plan`, `recipes` and `doctor`."""
+    add_handled(commands, "build-data", BuildDataOptions, _BUILD_DATA_HELP, _build_data)
+    add_handled(commands, "plan", PlanOptions, _PLAN_HELP, _plan)
+    add_handled(commands, "recipes", RecipesOptions, _RECIPES_HELP, _recipes)
+    add_handled(commands, "doctor", DoctorOptions, _DOCTOR_HELP, _doctor)
+
+
+def _build_data(options: BuildDataOptions) -> None:
+    from rich.console import Console
+
+    from electra_ds.api.stores import make_store
+    from electra_ds.config.overrides import load_recipe
+    from electra_ds.core.terminal import note, say, say_command
+
+    recipe = load_recipe(options.recipe or GPU_RECIPE, options.overrides or ())
+    console = Console()
+    try:
+        store = make_store(options, recipe, options.out, console, workers=options.workers)
+    except KeyboardInterrupt:
+        print("What is done so far is kept. To resume, run the same command again.", file=sys.stderr)
+        raise
+    info = store.info
+    say(
+        console,
+        f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,} kinds "
+        f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB).",
+    )
+    wanted = recipe.tokenizer.vocab_size
+    if options.tokenizer is None and info.vocab_size < wanted:
+        note(console, f"the text was enough for {info.vocab_size:,} of the recipe's {wanted:,} pieces")
+    recipe_argument = f" --recipe {options.recipe}" if options.recipe else ""
+    say_command(console, "Train on it with:", f"{command('pretrain')} --data {store.path}{recipe_argument}")
+
+
+def _plan(options: PlanOptions) -> None:
+    from electra_ds.api.plan import planned
+    from electra_ds.config.overrides import load_recipe
+    from electra_ds.report.forecast import as_json, forecast_all, forecast_report, forecasts_table
+
+    console = wide_console()
+    if options.all:
+        names = recipe_names() if options.recipe is None else [options.recipe]
+        forecasts = forecast_all([load_recipe(name, options.overrides or ()) for name in names])
+        if options.json:
+            console.print_json(data=[as_json(found) for found in forecasts])
+        else:
+            console.print(forecasts_table(forecasts))
+        return
+    found = planned(options)
+    if options.json:
+        console.print_json(data=as_json(found))
+    else:
+        for part in forecast_report(found):
+            console.print(part, highlight=False)
+    if not found.fits:
+        raise SystemExit(1)
+
+
+_KINDS = {
+    RECIPES: "pretraining, bin/pretrain --recipe NAME",
+    FINETUNE_RECIPES: "finetuning, bin/finetune --recipe NAME",
+}
+_DEFAULTS = {
+    GPU_RECIPE: " (default with a GPU)", CPU_RECIPE: " (default without a GPU)",
+    FINETUNE_RECIPE: " (default with --task)", OWN_RECIPE: " (default with --train)",
+}  # fmt: skip
+
+
+def _recipes(options: RecipesOptions) -> None:
+    if options.name is not None:
+        print(full_text(options.name), end="")
+        return
+
+    from rich.console import Console
+
+    from electra_ds.config.recipe import named_values
+    from electra_ds.core.terminal import say
+
+    console = Console()
+    for folder, kind in _KINDS.items():
+        say(console, as_called(f"{kind}:"))
+        for name in shipped_names(folder):
+            say(console, f"  {name:14}{named_values(name, folder)['description']}{_DEFAULTS.get(name, '')}")
+
+
+def full_text(name: str) -> str:
+    """A shipped recipe's file, with its comments, and as comments the values that it leaves at their defaults."""
+    folder = next((folder for folder in _KINDS if name in shipped_names(folder)), None)
+    if folder is None:
+        known = [*recipe_names(), *finetune_recipe_names()]
+        raise ConfigError(f"There is no recipe '{name}'{did_you_mean(name, known) or '.'} They are {', '.join(known)}.")
+
+    from electra_ds.config.finetune_recipe import FinetuneRecipe
+    from electra_ds.config.overrides import dotted_values
+    from electra_ds.config.recipe import Recipe, named_values, validate_recipe, values_yaml
+
+    values = named_values(name, folder)
+    values.pop("by_task", None)
+    kind = Recipe if folder == RECIPES else FinetuneRecipe
+    given = {key for key, _ in dotted_values(values)}
+    if "schedule.warmup_share" in given:
+        given.add("schedule.warmup_steps")  # which are computed from it
+    complete = dotted_values(validate_recipe(values, name, kind).model_dump())
+    rest = ["#   " + values_yaml({key: value}).strip() for key, value in complete if key not in given]
+    return shipped_text(folder, name).rstrip() + "\n" + "\n".join(["# Left at their defaults:", *rest]) + "\n"
+
+
+def _doctor(options: DoctorOptions) -> None:
+    from rich.console import Console
+
+    from electra_ds.pretraining.doctor import doctor
+
+    sys.exit(doctor(Console(), as_json=bool(options.json)))
