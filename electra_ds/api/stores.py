@@ -27,8 +27,7 @@ from electra_ds.core.terminal import say, warn
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, Source, open_source
 from electra_ds.data.token_store import StoreInfo, TokenStore
-from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.data.unknown import problem, report
+from electra_ds.data.tokenizer import Tokenizer, problem, report
 
 CorpusT = TypeVar("CorpusT", bound=CorpusOptions)
 _BUILTIN, _HUB = "builtin", "hub:"

@@ -28,8 +28,15 @@ from electra_ds.core.launcher import worker_pool
 from electra_ds.core.terminal import PREPARING, StageProgress, warn
 from electra_ds.data.corpus import Corpus
 from electra_ds.data.token_store import FORMAT, SourceInfo, StoreInfo, TokenStore, token_dtype
-from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, unknown_in
+from electra_ds.data.tokenizer import (
+    REFUSED_SHARE,
+    Tokenizer,
+    UnknownText,
+    load_tokenizer,
+    problem,
+    train_tokenizer,
+    unknown_in,
+)
 
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"

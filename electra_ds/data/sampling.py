@@ -15,8 +15,7 @@ from electra_ds.config.recipe import DataSection
 from electra_ds.core.errors import DataError
 from electra_ds.core.keyed_random import generator, permutation_at
 from electra_ds.data.packing import PackedExamples
-from electra_ds.data.segments import Ranges
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import Ranges, TokenStore
 
 # Keys of the random draws, so that no two draws of a run share one.
 _EPOCH, _WINDOW, _MIXTURE = 0x41, 0x42, 0x43

@@ -17,8 +17,7 @@ from electra_ds.core.log import log_command
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.build import trained_from
-from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import TokenStore, recorded_store
+from electra_ds.data.token_store import TokenStore, recorded_store, split_holdout
 from electra_ds.pretraining.batches import objective_of
 from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.pretrain import PretrainJob

@@ -27,10 +27,9 @@ from electra_ds.api.stores import store_name
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.errors import ConfigError, DataError
-from electra_ds.data import builtin, tokenizer
+from electra_ds.data import tokenizer
 from electra_ds.data.build import build_store
-from electra_ds.data.builtin import builtin_documents
-from electra_ds.data.corpus import Boundary, Corpus, open_corpus, open_source
+from electra_ds.data.corpus import Boundary, Corpus, builtin_documents, open_corpus, open_source
 from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.hub import HubSource, parse_hub_name
 from electra_ds.data.token_store import TokenStore
@@ -161,7 +160,7 @@ def test_a_folder_says_which_of_its_files_are_not_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_builtin_corpus_is_text_and_the_same_at_every_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the standard library and numpy; the test of learning reads the rest of it."""
-    monkeypatch.setattr(builtin, "PACKAGES", ("numpy",))
+    monkeypatch.setattr("electra_ds.data.corpus.PACKAGES", ("numpy",))
     builtin_documents.cache_clear()
     documents = builtin_documents()
     assert sum(len(line) for document in documents for line in document) > 3_000_000

@@ -21,8 +21,15 @@ from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.token_store import StoreInfo, TokenStore
-from electra_ds.data.tokenizer import Tokenizer, train_tokenizer
-from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, report, unknown_in
+from electra_ds.data.tokenizer import (
+    REFUSED_SHARE,
+    Tokenizer,
+    UnknownText,
+    problem,
+    report,
+    train_tokenizer,
+    unknown_in,
+)
 from tests.finetune_runs import arguments_of, finetune, tiny_electra, write_csv
 from tests.helpers import SHARED_DATA, small_recipe
 

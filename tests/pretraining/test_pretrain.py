@@ -26,8 +26,7 @@ from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import TrainingError
 from electra_ds.core.ranks import Ranks
-from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining import prepare, pretrain
 from electra_ds.pretraining.evaluation import Evaluator, held_out_batch
 from electra_ds.pretraining.samples import sample_sentences
