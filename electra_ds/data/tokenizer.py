@@ -69,7 +69,8 @@ class Tokenizer:
         # Not tokens that are special already: adding one again would undo its settings, such as the lstrip of <mask>.
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         backend.add_special_tokens([token for token in self.special_tokens.values() if token not in special])
-        ids = [_id_of(backend, token) for token in self.special_tokens.values()]
+        pieces = backend.get_vocab(with_added_tokens=True)
+        ids = [pieces[token] for token in self.special_tokens.values()]
         if len({*before.values(), *ids}) != len(before) + len(self.added):
             raise DataError(f"The tokenizer {source} has gaps in its ids, so no token can be added. Number it anew.")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
@@ -141,12 +142,6 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf8")
 
 
-def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
-    token_id = backend.token_to_id(token)
-    assert token_id is not None
-    return token_id
-
-
 def _canonical(backend: tokenizers.Tokenizer) -> str:
     return json.dumps(json.loads(backend.to_str()), sort_keys=True)
 
@@ -174,7 +169,7 @@ def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Ma
     No token has two roles. A token that both begins and ends texts is neither [CLS] nor [SEP].
     """
     configured = {
-        role: next((text for key in keys if (text := _text_of(settings.get(key)))), None)
+        role: next((text for key in keys if (text := text_of_token(settings.get(key)))), None)
         for role, keys in _CONFIG_KEYS.items()
     }
     if configured["[CLS]"] == configured["[SEP]"]:
@@ -195,7 +190,7 @@ def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Ma
     return found
 
 
-def _text_of(value: Any) -> str | None:
+def text_of_token(value: Any) -> str | None:
     """Return a token of transformers' files, which is a string or an object with the content."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
