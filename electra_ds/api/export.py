@@ -156,7 +156,7 @@ def imported(options: ImportOptions) -> str:
     overrides = with_seed(options.overrides, options.seed)
     recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), overrides)
     given = {"generator": options.generator_config, "discriminator": options.discriminator_config}
-    known = find_sizes(files.folder, given, export, recipe)
+    known = find_sizes(given, export, recipe)
     run = RunDirectory(options.run_dir)
     wanted = PretrainOptions(ds_config=options.ds_config, micro_batch=options.micro_batch)
     with join_ranks() as ranks:

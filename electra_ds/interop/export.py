@@ -104,17 +104,10 @@ model = {exported.loaded_by}.from_pretrained("PATH")
 
 def check_out(out: Path) -> None:
     """Raise CheckpointError unless a folder can be made there, or an empty one be replaced."""
-    try:
-        if out.is_symlink():
-            raise CheckpointError(
-                f"{out} is a symbolic link, which would be replaced. Give the folder itself as --out."
-            )
-        if out.exists() and not out.is_dir():
-            raise CheckpointError(f"{out} is a file, and an export is a folder. Give another --out.")
-        if out.is_dir() and any(out.iterdir()):
-            raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
-    except OSError as error:
-        raise cannot_write(out, error) from error
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out} is a link or a file, and an export is a folder. Give another --out.")
+    if out.is_dir() and any(out.iterdir()):
+        raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
 
 
 @contextmanager

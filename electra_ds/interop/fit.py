@@ -2,13 +2,12 @@
 
 The number of heads, the layer-norm epsilon, the activation and the position type do not change the shape of any tensor.
 With values other than those of its training a network computes something else, and nothing else shows it. So they come
-from a config.json or a recipe, which `find_sizes` looks for next to a checkpoint.
+from a config.json or a recipe.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,6 @@ PARTS = ("generator", "discriminator")
 SHARINGS = ("none", "tokens", "embeddings", "all")
 """Values of generator.sharing; each shares what those before it do."""
 _SHARED = {"all": "", "embeddings": "embeddings.", "tokens": "embeddings.word_embeddings."}
-_INVISIBLE = ("num_attention_heads", "layer_norm_eps", "hidden_act")
 _MOST_DECIMALS = 9
 
 
@@ -82,25 +80,16 @@ def check_fit(recipe: Recipe, known: KnownSizes, sharing: str, *, takes_one: boo
         advice = f"Add: {_as_argument(changes)}"
         if left:
             advice = "No recipe can have" + "".join(f"\n  {problem}" for problem in left)
-            advice += _alone(recipe, discriminator) if discriminator is not None and takes_one else ""
+            if generator is not None and discriminator is not None and takes_one:
+                advice += (
+                    f"\nA recipe's generator has at most the discriminator's columns and layers, a feed-forward of 4 "
+                    f"times the columns, and everything else as the discriminator. Otherwise give {discriminator.name} "
+                    f"alone."
+                )
     except ConfigError as error:
         advice = str(error)
     lines = "".join(f"\n  {problem}" for problem in problems)
     raise ConfigError(f"The recipe {recipe.name} does not fit the weights:{lines}\n{advice}")
-
-
-def _alone(recipe: Recipe, discriminator: NetworkSizes) -> str:
-    """Return how to give the discriminator alone if no override makes the generator fit; empty if it does not fit
-    either."""
-    alone = KnownSizes(discriminator=discriminator)
-    changes = _changes(recipe, alone)
-    if _mismatches(_changed(recipe, changes), alone):
-        return ""
-    with_them = f", with {_as_argument(changes)}" if changes else ""
-    return (
-        f"\nA recipe's generator has at most the discriminator's columns and layers, a feed-forward of 4 times the "
-        f"columns, and everything else as the discriminator.\nGive {discriminator.name} alone{with_them}."
-    )
 
 
 def _mismatches(recipe: Recipe, known: KnownSizes) -> list[str]:
@@ -127,31 +116,26 @@ def _changes(recipe: Recipe, known: KnownSizes) -> dict[str, Any]:
         changes["data.sequence_length"] = positions
     if generator is None:
         return changes
-    depth = _multiplier(generator.sizes["num_hidden_layers"], full["num_hidden_layers"])
     before = electra_recipe(recipe).generator
     for heads in (before.num_attention_heads, generator.sizes["num_attention_heads"]):
-        for columns in _columns_before_rounding(generator):
-            width = _multiplier(columns, full["hidden_size"])
-            wanted = {"width_multiplier": width, "depth_multiplier": depth, "num_attention_heads": heads}
-            needed: dict[str, Any] = {
-                f"generator.{key}": value
-                for key, value in wanted.items()
-                if value is not None and value != getattr(before, key)
-            }
-            if needed and before.sharing == "all":
-                needed["generator.sharing"] = "embeddings"
-            try:
-                if not _mismatches(_changed(recipe, changes | needed), known):
-                    return changes | needed
-            except ConfigError:
-                continue
+        wanted = {
+            "width_multiplier": _multiplier(generator.sizes["hidden_size"], full["hidden_size"]),
+            "depth_multiplier": _multiplier(generator.sizes["num_hidden_layers"], full["num_hidden_layers"]),
+            "num_attention_heads": heads,
+        }
+        needed: dict[str, Any] = {
+            f"generator.{key}": value
+            for key, value in wanted.items()
+            if value is not None and value != getattr(before, key)
+        }
+        if needed and before.sharing == "all":
+            needed["generator.sharing"] = "embeddings"
+        try:
+            if not _mismatches(_changed(recipe, changes | needed), known):
+                return changes | needed
+        except ConfigError:
+            continue
     return changes
-
-
-def _columns_before_rounding(generator: NetworkSizes) -> range:
-    """width_multiplier * hidden_size is rounded up to a multiple of the heads, so several give the same."""
-    columns, heads = generator.sizes["hidden_size"], generator.sizes["num_attention_heads"]
-    return range(columns, max(0, columns - heads), -1)
 
 
 def _multiplier(part: int, total: int) -> float | None:
@@ -180,20 +164,18 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 # --- sizes that are known of a checkpoint
 
 
-def find_sizes(folder: Path, given: Mapping[str, Path | None], export: Path | None, recipe: Recipe) -> KnownSizes:
-    """Return what is known about the networks of the checkpoint in `folder`, and check the recipe against it.
+def find_sizes(given: Mapping[str, Path | None], export: Path | None, recipe: Recipe) -> KnownSizes:
+    """Return what is known about the networks of a checkpoint, and check the recipe against it.
 
     given: a config.json, or the folder that it is in, for `generator` and `discriminator`; it comes before the recipe
-    that our own export has next to the checkpoint, and that before config.json files of transformers next to and above
-    it whose visible sizes are the recipe's. Raises ConfigError if the recipe differs, DataError for a bad config.
+    that our own export has next to the checkpoint. Raises ConfigError if the recipe differs, DataError for a bad
+    config.
     """
     found = {part: _given(part, path) for part, path in given.items() if path is not None}
     if export is not None:
         file = export / "recipe.yaml"
         for part, sizes in recipe_sizes(load_recipe(str(file), [])).items():
             found.setdefault(part, NetworkSizes(str(file), {name: sizes[name] for name in (*SIZES, "hidden_act")}))
-    for part, network in _around(folder, recipe) if len(found) < len(PARTS) else ():
-        found.setdefault(part, network)
     known = KnownSizes(**found)
     check_fit(recipe, known, electra_recipe(recipe).generator.sharing, takes_one=False)
     return known
@@ -207,29 +189,6 @@ def _given(part: str, path: Path) -> NetworkSizes:
     if kind not in (None, part):
         raise ConfigError(f"{file} is a {kind}'s by its architectures, but it is given as --{part}-config.")
     return NetworkSizes(str(file), sizes)
-
-
-def _around(folder: Path, recipe: Recipe) -> Iterator[tuple[str, NetworkSizes]]:
-    """Yield configs next to and above the checkpoint that are an ELECTRA's and have the recipe's visible sizes."""
-    ours = recipe_sizes(recipe)
-    for place in (folder, *folder.resolve().parents[:2]):
-        named = [(part, place / part / "config.json") for part in PARTS]
-        named += [(part, place / f"{part}_config.json") for part in PARTS]
-        for part, file in (*named, (None, place / "config.json")):
-            if not _is_electra(file):
-                continue
-            kind, sizes = read_sizes(file)
-            for one in PARTS if kind is None and part is None else (kind or str(part),):
-                if all(sizes[name] == ours[one][name] for name in sizes if name not in _INVISIBLE):
-                    yield one, NetworkSizes(str(file), sizes)
-
-
-def _is_electra(file: Path) -> bool:
-    try:
-        values = json.loads(file.read_text("utf8"))
-    except (OSError, ValueError, RecursionError):  # somebody else's file, or none
-        return False
-    return isinstance(values, dict) and values.get("model_type") == "electra"
 
 
 def summary_of_sizes(recipe: Recipe, known: KnownSizes) -> list[str]:

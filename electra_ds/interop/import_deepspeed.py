@@ -83,7 +83,11 @@ def import_deepspeed(
     names = list(model.named_parameters())
     skipped = f", {int(counters['skipped_steps'])} of them skipped" if counters["skipped_steps"] else ""
     scale = f", loss scale {counters['loss_scale']:g}" if counters["is_scaled"] else ""
-    notes = (*checkpoint.notes, *_frozen_note(checkpoint.frozen), *_differences(checkpoint, job.recipe.optimizer))
+    frozen = []
+    if checkpoint.frozen:
+        tensors_frozen = f"{len(checkpoint.frozen)} of its tensors were not trained and are trained from here on"
+        frozen = [f"{tensors_frozen}: {_listed(checkpoint.frozen)}"]
+    notes = (*checkpoint.notes, *frozen, *_differences(checkpoint, job.recipe.optimizer))
     lines = [  # made before anything is written: nothing may fail once the run is there
         f"read {folder}: {'universal, from ' if checkpoint.files.universal else ''}ZeRO stage {checkpoint.stage}, "
         f"{checkpoint.precision}, {checkpoint.ranks} rank(s)",
@@ -104,14 +108,7 @@ def _moments(found: int, total: int) -> str:
         return "none, so AdamW's begin at zero"
     if found == total:
         return "both of AdamW's, complete"
-    why = "because they were frozen or no gradient had reached them"
-    return f"of {found} tensors; those of the other {total - found} begin at zero, {why}"
-
-
-def _frozen_note(frozen: tuple[str, ...]) -> list[str]:
-    if not frozen:
-        return []
-    return [f"{len(frozen)} of its tensors were not trained and are trained from here on: {_listed(frozen)}"]
+    return f"of {found} tensors; the other {total - found} were frozen or had no gradient yet, and begin at zero"
 
 
 def _differences(checkpoint: DeepSpeedCheckpoint, section: OptimizerSection) -> list[str]:
@@ -139,9 +136,7 @@ def _state_of_export(folder: Path | None, step: int) -> dict[str, Any] | None:
     try:
         state = json.loads((folder / "state.json").read_text("utf8"))
         counters = {name: float(state["optimizer"][name]) for name in FRESH_COUNTERS}
-        if not all(0 <= value < math.inf for value in (int(state["tokens"]), *counters.values())):
-            raise ValueError("a count is negative or not finite")
-        return state | {"optimizer": counters} if state["step"] == step else None
+        return state | {"tokens": int(state["tokens"]), "optimizer": counters} if state["step"] == step else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / 'state.json'} is not what our export wrote ({type(error).__name__}: {error}). Delete it to do "

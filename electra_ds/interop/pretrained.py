@@ -62,7 +62,7 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
     refuse_other_frameworks(folder, name)
     values = _read_config(name, folder)
     config = _config_of(values, name)
-    is_generator = "ElectraForMaskedLM" in (values.get("architectures") or ())
+    is_generator = _kind_of(values) == "generator"
     kind: Kind = "generator" if is_generator else "discriminator"
     other: Kind = "discriminator" if is_generator else "generator"
     model, problems = load_weights(_CLASSES[kind], folder, config, name)
@@ -96,9 +96,12 @@ def read_sizes(file: Path) -> tuple[Kind | None, dict[str, Any]]:
     """Return (which of the two models it is, or None if its architecture does not say; the values of SIZES and
     `hidden_act`) from a config.json. Raises DataError if it is not an ELECTRA's."""
     values = _parsed(file, str(file))
-    architectures = values.get("architectures") or ()
-    kind = next((kind for kind, own in _CLASSES.items() if own.__name__ in architectures), None)
-    return kind, _sizes(_config_of(values, str(file)))
+    return _kind_of(values), _sizes(_config_of(values, str(file)))
+
+
+def _kind_of(values: Mapping[str, Any]) -> Kind | None:
+    architectures = str(values.get("architectures"))
+    return next((kind for kind, own in _CLASSES.items() if own.__name__ in architectures), None)
 
 
 def _config_of(values: Mapping[str, Any], name: str) -> ElectraConfig:
@@ -129,7 +132,7 @@ def _parsed(file: Path, name: str) -> dict[str, Any]:
     """Return the values of an ELECTRA's config.json."""
     try:
         values = json.loads(file.read_text("utf8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {file}: {error}. Fetch the model again.") from error
     found = values.get("model_type") if isinstance(values, dict) else None
     if found != "electra":
@@ -138,9 +141,6 @@ def _parsed(file: Path, name: str) -> dict[str, Any]:
         raise DataError(
             f"{name} has {values['position_embedding_type']} positions; the model here has absolute ones only."
         )
-    architectures = values.get("architectures")
-    if architectures is not None and not isinstance(architectures, list):
-        raise DataError(f"{file}: architectures is {repr(architectures)[:40]}, not a list. Fetch the model again.")
     return dict(values)
 
 
