@@ -41,7 +41,7 @@ from electra_ds.finetuning.inputs import TaskMicroBatch
 from electra_ds.finetuning.loaded_task import recorded_task
 from electra_ds.finetuning.tasks import TaskData
 from electra_ds.interop.export import check_out, new_folder
-from electra_ds.interop.finetuned_card import Exported, finetuned_card
+from electra_ds.interop.model_cards import Exported, finetuned_card
 from electra_ds.training.checkpoint import Checkpoint
 from electra_ds.training.recorded import beside, kept_checkpoint, recorded_recipe
 
@@ -91,7 +91,8 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
         _save_tokenizer(checkpoint.path, partial, recipe, has_segments)
         _check_same(trained, partial, exported, scale, has_segments)
         (partial / "README.md").write_text(finetuned_card(what, exported), "utf8")
-    return f"{out}: {what.described(exported)}\n{what.usage(exported, str(out))}"
+    kind, step = type(exported).__name__, checkpoint.state["step"]
+    return f"{out}: {kind}, {record.task}, seed {recipe.seed}, step {step:,}\n{what.usage(exported, str(out))}"
 
 
 # --- what was trained
@@ -137,23 +138,19 @@ def _labels_and_scale(
         is_regression = checkpoint.tensors.shape("master/head.out_proj.weight")[0] == 1
         if labels is not None or (is_regression and not is_unit):
             return tuple(labels or ()), _Scale()
-        task = _own_data(record, checkpoint).task
+        try:
+            loaded, _ = recorded_task(record, checkpoint.path, record.source, f"put them back, {ENCODER_ONLY}")
+        except DataError as error:
+            raise DataError(
+                f"The names and the scale of the scores are not in {checkpoint.path} but in the examples, which cannot "
+                f"be read again: {error}"
+            ) from error
+        assert isinstance(loaded.data, TaskData)
+        task = loaded.data.task
     if task.score_range is None or not is_unit:
         return task.labels, _Scale()
     low, high = task.score_range
     return (), _Scale(low, high - low)
-
-
-def _own_data(record: FinetuneRecord, checkpoint: Checkpoint) -> TaskData:
-    try:
-        loaded, _ = recorded_task(record, checkpoint.path, record.source, f"put them back, {ENCODER_ONLY}")
-    except DataError as error:
-        raise DataError(
-            f"The names and the scale of the scores are not in {checkpoint.path} but in the examples, which cannot be "
-            f"read again: {error}"
-        ) from error
-    assert isinstance(loaded.data, TaskData)
-    return loaded.data
 
 
 # --- transformers' classes with such a head
@@ -164,21 +161,21 @@ def _for_question_answering(trained: TaskModel, config: PretrainedConfig) -> Pre
     assert isinstance(trained.head, SpanHead)
     config = copy.deepcopy(config)
     config.num_labels, config.problem_type = 2, None
-    kind = "no class for question answering"
-    try:
-        model: PreTrainedModel = AutoModelForQuestionAnswering.from_config(config, dtype=torch.float32)
-    except ValueError:
-        model = trained.encoder
-    else:
-        kind = f"{type(model).__name__}, which has another head"
-    tensors = _prefixed(trained.encoder, model) | {
+    tensors: dict[str, torch.Tensor] = {
         f"qa_outputs.{name}": parameter for name, parameter in trained.head.qa_outputs.named_parameters()
     }
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
+    try:
+        model: PreTrainedModel = AutoModelForQuestionAnswering.from_config(config, dtype=torch.float32)
+        tensors |= _prefixed(trained.encoder, model)
+        fits = {name: parameter.shape for name, parameter in model.named_parameters()} == {
+            name: tensor.shape for name, tensor in tensors.items()
+        }
+    except ValueError:  # there is no class for this kind of encoder
+        fits = False
+    if not fits:
         raise ConfigError(
             f"This head scores start and end by one matrix on the encoder's output; for {config.model_type} "
-            f"transformers has {kind}. Export the finetuned encoder without its head: add --encoder-only"
+            f"transformers has no class with such a head. Export the finetuned encoder without it: add --encoder-only"
         )
     _fill(model, tensors)
     return model
