@@ -164,8 +164,6 @@ def _weighted(store: TokenStore, ranges: Ranges, data: DataSection) -> list[tupl
             f"data.corpus_weights has {len(data.corpus_weights)} numbers, but the token store {store.path} holds "
             f"{len(corpora)} corpora: {', '.join(corpus.description for corpus in corpora)}. Give one for each."
         )
-    if len(corpora) > MIXTURE_ROUND:
-        raise DataError(f"At most {MIXTURE_ROUND} corpora can be weighted; {store.path} holds {len(corpora)}.")
     documents = np.cumsum([0, *(corpus.num_documents for corpus in corpora)])
     bounds = np.searchsorted(ranges.starts, store.documents[documents])
     return [

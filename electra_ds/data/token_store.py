@@ -93,14 +93,9 @@ class TokenStore:
                 f"The tokenizer in {path / 'tokenizer'} is not the one that made this token store. "
                 f"Put the original back, or build the store again with {command('build-data')}."
             )
-        try:
-            self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
-            self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
-            self.lines: np.ndarray = np.load(path / "lines.npy", mmap_mode="r")
-        except (ValueError, OSError) as error:
-            raise DataError(
-                f"The token store {path} is damaged ({error}). Delete the folder and build it again."
-            ) from error
+        self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
+        self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
+        self.lines: np.ndarray = np.load(path / "lines.npy", mmap_mode="r")
 
 
 def _read_info(path: Path) -> StoreInfo:

@@ -53,11 +53,6 @@ class Tokenizer:
         numbering, and if unknown text cannot be encoded.
         """
         before = backend.get_vocab(with_added_tokens=True)
-        if not before or max(before.values()) > 2 * len(before) + 1000:
-            raise DataError(
-                f"The tokenizer {source} has {len(before)} pieces but ids up to {max(before.values(), default=0)}, "
-                f"each of which would need a row in the model. Number its pieces without such gaps."
-            )
         document = json.loads(backend.to_str())
         found = _roles(backend, document, settings or {})
         if "[UNK]" not in found and not _is_byte_level(document):
@@ -71,8 +66,12 @@ class Tokenizer:
         backend.add_special_tokens([token for token in self.special_tokens.values() if token not in special])
         pieces = backend.get_vocab(with_added_tokens=True)
         ids = [pieces[token] for token in self.special_tokens.values()]
-        if len({*before.values(), *ids}) != len(before) + len(self.added):
-            raise DataError(f"The tokenizer {source} has gaps in its ids, so no token can be added. Number it anew.")
+        is_taken = len({*before.values(), *ids}) != len(before) + len(self.added)
+        if is_taken or max(pieces.values()) > 2 * len(pieces) + 1000:
+            raise DataError(
+                f"The tokenizer {source} has gaps in its ids: {len(before)} pieces have ids up to "
+                f"{max(before.values(), default=0)}. Number its pieces without gaps."
+            )
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         backend.no_padding()
         backend.no_truncation()
@@ -85,7 +84,11 @@ class Tokenizer:
                 for (role, token), token_id in zip(self.special_tokens.items(), ids, strict=True)
             ],
         )
-        self.backend = _settled(backend)
+        if isinstance(backend.model, models.Unigram):
+            # `tokenizers` reads one in seven scores of a Unigram model with another last digit than it wrote. After
+            # that it writes and reads the same log-probabilities.
+            backend = tokenizers.Tokenizer.from_str(backend.to_str())
+        self.backend = backend
 
     @cached_property
     def vocab_size(self) -> int:
@@ -118,7 +121,8 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's normalised tokenizer.json."""
-        return hashlib.sha256(_canonical(self.backend).encode("utf8")).hexdigest()
+        document = json.dumps(json.loads(self.backend.to_str()), sort_keys=True)
+        return hashlib.sha256(document.encode("utf8")).hexdigest()
 
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
         """Return the ids of each line, without [CLS] and [SEP]."""
@@ -140,26 +144,6 @@ class Tokenizer:
             **({"model_max_length": model_max_length} if model_max_length else {}),
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf8")
-
-
-def _canonical(backend: tokenizers.Tokenizer) -> str:
-    return json.dumps(json.loads(backend.to_str()), sort_keys=True)
-
-
-def _settled(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return the tokenizer as it is read from its own file.
-
-    `tokenizers` reads one in seven scores of a Unigram model with another last digit than it wrote. After that it
-    writes and reads the same scores.
-    """
-    if not isinstance(backend.model, models.Unigram):
-        return backend
-    for _ in range(5):
-        again = tokenizers.Tokenizer.from_str(backend.to_str())
-        if _canonical(again) == _canonical(backend):
-            return again
-        backend = again
-    raise DataError("The scores of this Unigram tokenizer change whenever it is written and read. Choose another.")
 
 
 def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
@@ -227,7 +211,10 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
             show_progress=False,
         )
     else:
-        backend = _wordpiece(models.WordPiece(unk_token="[UNK]"), section.lowercase)
+        backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=section.lowercase)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(
             vocab_size=section.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
         )
@@ -249,15 +236,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # tokenizers raises bare Exception
         raise DataError(f"Cannot read the tokenizer {file}: {error}") from error
     return Tokenizer(backend, str(path))
-
-
-def _wordpiece(model: models.WordPiece, lowercase: bool) -> tokenizers.Tokenizer:
-    """Return a WordPiece tokenizer with BERT's normaliser and pre-tokeniser."""
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    return backend
 
 
 # --- text that a tokenizer turns into [UNK] or leaves out

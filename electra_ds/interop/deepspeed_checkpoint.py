@@ -225,7 +225,7 @@ def _add_tied(tensors: Tensors, first_names: Mapping[str, str]) -> None:
 #
 # A stage 0 checkpoint of DeepSpeed has the weights by name and the optimizer's tensors by number, group after group.
 # The parameter of each tensor is found by trying the usual ways to group parameters: one group, or matrices apart from
-# biases and norms in either order, for the model or for each of the two networks. Within a group parameters are in the
+# biases and norms, for the model or for each of the two networks. Within a group parameters are in the
 # model's order. A way is taken if it is the only one that fits: as many tensors, the same shapes and, if the optimizer
 # holds fp32 masters, masters that round to the weights.
 
@@ -313,13 +313,12 @@ def _usual_groups(names: Sequence[str]) -> Iterator[list[tuple[str, ...]]]:
     discriminator = [name for name in names if not _GENERATOR.search(name)]
     for networks in ([names], [generator, discriminator], [discriminator, generator]):
         for is_exempt in _EXEMPT_FROM_DECAY:
-            for exempt_first in (False, True):
-                groups = [
-                    tuple(name for name in network if is_exempt(name) is wanted)
-                    for network in networks
-                    for wanted in (exempt_first, not exempt_first)
-                ]
-                yield [group for group in groups if group]
+            groups = [
+                tuple(name for name in network if is_exempt(name) is wanted)
+                for network in networks
+                for wanted in (False, True)
+            ]
+            yield [group for group in groups if group]
 
 
 def why_no_moments(own: Any, has_moments: bool) -> list[str]:

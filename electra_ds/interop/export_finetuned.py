@@ -161,9 +161,8 @@ def _for_question_answering(trained: TaskModel, config: PretrainedConfig) -> Pre
     assert isinstance(trained.head, SpanHead)
     config = copy.deepcopy(config)
     config.num_labels, config.problem_type = 2, None
-    tensors: dict[str, torch.Tensor] = {
-        f"qa_outputs.{name}": parameter for name, parameter in trained.head.qa_outputs.named_parameters()
-    }
+    head = trained.head.qa_outputs.named_parameters()
+    tensors: dict[str, torch.Tensor] = {f"qa_outputs.{name}": parameter for name, parameter in head}
     try:
         model: PreTrainedModel = AutoModelForQuestionAnswering.from_config(config, dtype=torch.float32)
         tensors |= _prefixed(trained.encoder, model)

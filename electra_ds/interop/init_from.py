@@ -18,8 +18,15 @@ from electra_ds.core.files import is_hub_model
 from electra_ds.core.program import command
 from electra_ds.data.hub import fetch_model
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.interop.fit import PARTS, KnownSizes, NetworkSizes, check_fit, most_shared
-from electra_ds.interop.pretrained import Pretrained, read_pretrained
+from electra_ds.interop.pretrained import (
+    PARTS,
+    KnownSizes,
+    NetworkSizes,
+    Pretrained,
+    check_fit,
+    most_shared,
+    read_pretrained,
+)
 from electra_ds.model.other_formats import refuse_other_frameworks
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.pretrain import PretrainJob

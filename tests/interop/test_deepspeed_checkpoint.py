@@ -555,8 +555,8 @@ def test_an_import_that_is_refused_leaves_no_run(
         for name, adam in (("same", same), ("other", other))
     ]
     assert "its optimizer had" not in told[0]
-    assert "had betas (0.5, 0.25), and the recipe" in told[1]
-    assert f"had eps 0.5, and the recipe has {ours.epsilon}" in told[1]
+    assert "had beta1 0.5, and the recipe" in told[1]
+    assert f"had eps 0.5, and the recipe has {ours.epsilon:g}" in told[1]
 
 
 def test_a_run_that_could_not_be_written_is_no_run(

@@ -146,7 +146,6 @@ def flat_group(size: int) -> OptimizerGroup:
 def test_a_usual_way_to_group_parameters_is_taken_only_if_no_other_fits() -> None:
     weights = {name: torch.zeros(3) for name in ("a.weight", "a.bias", "b.weight", "b.bias")}
     assert names_of_groups(weights, [group(3, 3, 3, 3)]) == [tuple(weights)]
-    assert names_of_groups(weights, [group(3, 3)] * 2) is None  # decaying first, or exempt first?
     assert names_of_groups(weights, [group(3, 3, 3), group(3)]) is None
     norms = {"a.weight": torch.zeros(2), "LayerNorm.weight": torch.zeros(3), "a.bias": torch.zeros(3)}
     assert names_of_groups(norms, [group(2), group(3, 3)]) == [("a.weight",), ("LayerNorm.weight", "a.bias")]

@@ -8,7 +8,7 @@ import pytest
 
 from electra_ds.config.overrides import load_recipe
 from electra_ds.core.errors import ConfigError
-from electra_ds.interop.fit import KnownSizes, NetworkSizes, check_fit
+from electra_ds.interop.pretrained import KnownSizes, NetworkSizes, check_fit
 
 SMALL_GOOGLE = {
     "embedding_size": 128, "hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4,

@@ -15,7 +15,7 @@ from electra_ds.core.errors import ConfigError, DataError, ElectraError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.interop.export_deepspeed import export_deepspeed
-from electra_ds.interop.fit import find_sizes
+from electra_ds.interop.pretrained import find_sizes
 from electra_ds.pretraining.convert import to_transformers, transformers_config
 from electra_ds.pretraining.trained import load_model
 from tests.helpers import SMALL, model_for, small_recipe
@@ -130,7 +130,7 @@ def test_everything_that_tensors_do_not_show_is_checked(
 
 
 def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"There is no config\.json .*--generator-config takes one"):
+    with pytest.raises(DataError, match=r"Cannot read .*nowhere"):
         find_sizes({"generator": tmp_path / "nowhere"}, None, small_recipe())
 
 
