@@ -54,9 +54,6 @@ class StageProgress(Protocol):
     def add(self, done: float) -> None:
         """Add to the amount of work that is done."""
 
-    def reach(self, completed: float) -> None:
-        """Set the amount of work that is done."""
-
     def tell(self, status: str) -> None:
         """Set the status of the stage."""
 
@@ -65,7 +62,7 @@ class StageProgress(Protocol):
 
 
 class _NoProgress:
-    begin = add = reach = tell = end = staticmethod(lambda *_, **__: None)
+    begin = add = tell = end = staticmethod(lambda *_, **__: None)
 
 
 def build_store(
@@ -198,12 +195,9 @@ def _trained(
 
 
 def _first_lines(corpus: Corpus, section: TokenizerSection, progress: StageProgress) -> Iterator[str]:
-    """Yield lines to train a tokenizer on: the first of each source, in equal shares of `max_training_characters`.
-
-    Training begins when the last line was read, which the progress display shows.
-    """
-    progress.begin("reading text", total=len(corpus.sources) if corpus.num_bytes else None)
-    yield from corpus.first_lines(section.max_training_characters, progress.reach)
+    """Yield lines to train a tokenizer on. Training begins when the last line was read, which the progress shows."""
+    progress.begin("reading text")
+    yield from corpus.first_lines(section.max_training_characters)
     progress.end()
     progress.begin("training the tokenizer", status=section.kind)
 

@@ -14,7 +14,7 @@ import sysconfig
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,36 +151,20 @@ class Corpus:
             if is_empty:
                 raise DataError(f"The corpus {source.description} holds no text.")
 
-    def first_lines(self, max_characters: int, reach: Callable[[float], None]) -> Iterator[str]:
-        """Yield the first lines of each source, up to an equal share of `max_characters`.
-
-        reach: called with the number of sources that are done, in fractions.
-        """
+    def first_lines(self, max_characters: int) -> Iterator[str]:
+        """Yield the first lines of each source, up to an equal share of `max_characters`."""
         share = -(-max_characters // len(self.sources))
-        for index, source in enumerate(self.sources):
-            yield from _share_of(source, share, lambda done, index=index: reach(index + done))  # type: ignore[misc]
+        for source in self.sources:
+            rest = share
+            for line in itertools.chain.from_iterable(Corpus((source,)).documents()):
+                yield line[:rest]
+                rest -= len(line)
+                if rest <= 0:
+                    break
 
     def notes(self) -> list[str]:
         """Return notes for the user on what the last reading found."""
         return [note for source in self.sources for note in source.notes()]
-
-
-def _share_of(source: Source, share: int, advance: Callable[[float], None]) -> Iterator[str]:
-    """Yield the first `share` characters of a source; `advance` is called with the fraction that is done."""
-    total_bytes = source.num_bytes  # looks up the size of every file
-    num_bytes = num_chars = 0
-
-    def read(more_bytes: int) -> None:
-        nonlocal num_bytes
-        num_bytes += more_bytes
-        if total_bytes:
-            advance(min(1.0, max(num_bytes / total_bytes, num_chars / share)))
-
-    for line in itertools.chain.from_iterable(Corpus((source,)).documents(read)):
-        yield line[: share - num_chars]
-        num_chars += len(line)
-        if num_chars >= share:
-            return
 
 
 def open_corpus(sources: Iterable[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Corpus:
@@ -227,7 +211,7 @@ def _files_in(folder: Path, unread_files: Counter[str]) -> list[Path]:
                 unread_files[entry.suffix.lower()] += 1
     if not found:
         raise DataError(f"The folder {folder} holds no text files ({FORMATS}).")
-    saved = next((file.parent for file in found if is_saved_dataset(file.parent)), None)
+    saved = next(filter(is_saved_dataset, sorted({file.parent for file in found})), None)
     if saved is not None:
         raise DataError(
             f"{saved} is a dataset that save_to_disk wrote. Give it a --corpus of its own: --corpus {saved}"

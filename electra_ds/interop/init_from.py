@@ -194,16 +194,12 @@ def _difference(expected: Tokenizer, found: Tokenizer) -> str:
     """Return in which pieces two tokenizers differ; empty if they do not."""
     theirs = expected.backend.get_vocab(with_added_tokens=True)
     ours = found.backend.get_vocab(with_added_tokens=True)
-    differing = sorted(
-        (min(theirs.get(piece, len(theirs)), ours.get(piece, len(ours))), piece)
-        for piece in theirs.keys() | ours.keys()
-        if theirs.get(piece) != ours.get(piece)
-    )
+    differing = dict(theirs.items() ^ ours.items())
     if not differing:
         return ""
-    piece = differing[0][1]
-    ids = [f"id {vocabulary[piece]}" if piece in vocabulary else "no id" for vocabulary in (theirs, ours)]
-    return f"{len(differing):,} pieces have other ids, such as {piece!r} with {ids[0]} there and {ids[1]} here"
+    piece = min(differing, key=lambda each: (differing[each], each))
+    ids = [vocabulary.get(piece, "none") for vocabulary in (theirs, ours)]
+    return f"{len(differing):,} pieces have other ids, such as {piece!r} with id {ids[0]} there and {ids[1]} here"
 
 
 def write_first_checkpoint(
