@@ -56,10 +56,13 @@ def load_given_tokenizer(name: str, casing: Casing = _NO_OPTIONS) -> tuple[Token
     """
     fast, notes = _read(name, casing)
     tokenizer = Tokenizer(fast.backend_tokenizer, name, {key: getattr(fast, key) for key in _TOKEN_KEYS})
-    if tokenizer.added:
+    # The special tokens of a WordPiece are in its vocabulary; transformers adds those that are not.
+    is_wordpiece = isinstance(fast.backend_tokenizer.model, models.WordPiece)
+    own = fast.backend_tokenizer.get_vocab(with_added_tokens=not is_wordpiece)
+    lacking = [token for token in tokenizer.special_tokens.values() if token in tokenizer.added or token not in own]
+    if lacking:
         notes.append(
-            f"The tokenizer {name} lacked {', '.join(tokenizer.added)}; new pieces at the end of its vocabulary serve "
-            f"as them."
+            f"The tokenizer {name} lacked {', '.join(lacking)}; new pieces at the end of its vocabulary serve as them."
         )
     return tokenizer, notes
 

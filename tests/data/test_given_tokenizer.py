@@ -206,7 +206,8 @@ def test_a_tokenizer_file_that_is_not_what_its_name_says_is_recognised(kind: str
 def test_a_vocabulary_without_unk_is_refused_and_other_roles_are_added(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"lacks \[UNK\]"):
         load_given_tokenizer(str(folder_of(tmp_path / "a", pieces=["[PAD]", "[CLS]", "[SEP]", "[MASK]", "a"])))
-    tokenizer, _ = load_given_tokenizer(str(folder_of(tmp_path / "b", pieces=["[UNK]", "[CLS]", "[SEP]", "a"])))
+    tokenizer, notes = load_given_tokenizer(str(folder_of(tmp_path / "b", pieces=["[UNK]", "[CLS]", "[SEP]", "a"])))
+    assert "lacked [PAD], [MASK]; new pieces" in notes[-1]
     assert tokenizer.encode_lines(["a b"]) == [[3, 0]]
 
 
