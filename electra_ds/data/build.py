@@ -45,7 +45,7 @@ _SHARD_FORMAT = 2
 _ARRAYS = ("tokens.bin", "documents.npy", "lines.npy")
 
 
-class StageProgress(Protocol):
+class BuildProgress(Protocol):
     """Is told how far a build is, stage by stage."""
 
     def begin(self, stage: str, total: float | None = None, status: str = "") -> None:
@@ -72,7 +72,7 @@ def build_store(
     *,
     workers: int | None = None,
     allow_unknown: bool = False,
-    show_progress: Callable[[], AbstractContextManager[StageProgress]] = lambda: nullcontext(_NoProgress()),
+    show_progress: Callable[[], AbstractContextManager[BuildProgress]] = lambda: nullcontext(_NoProgress()),
 ) -> TokenStore:
     """Build the store at `out`, or open it if it exists and was built from the same text and tokenizer.
 
@@ -176,7 +176,7 @@ def _locked(partial: Path) -> Iterator[bool]:
 
 
 def _trained(
-    corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: Path, progress: StageProgress
+    corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: Path, progress: BuildProgress
 ) -> Tokenizer:
     """Return the given tokenizer, the one that an interrupted build had finished, or a new one."""
     folder = partial / "tokenizer"
@@ -194,7 +194,7 @@ def _trained(
     return load_tokenizer(folder)
 
 
-def _first_lines(corpus: Corpus, section: TokenizerSection, progress: StageProgress) -> Iterator[str]:
+def _first_lines(corpus: Corpus, section: TokenizerSection, progress: BuildProgress) -> Iterator[str]:
     """Yield lines to train a tokenizer on. Training begins when the last line was read, which the progress shows."""
     progress.begin("reading text")
     yield from corpus.first_lines(section.max_training_characters)
@@ -263,7 +263,7 @@ def _update(digest: hashlib._Hash, document: list[str]) -> None:
 
 
 def _tokenise(
-    corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: StageProgress
+    corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: BuildProgress
 ) -> tuple[list[tuple[int, Path]], _TextHash]:
     """Write all shards. Return the source and path of each, in order, and the text that was read."""
     workers = workers or os.cpu_count() or 1
