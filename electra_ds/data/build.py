@@ -26,6 +26,7 @@ import numpy as np
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.errors import DataError
 from electra_ds.core.launcher import worker_pool
+from electra_ds.core.terminal import PREPARING
 from electra_ds.data.corpus import Corpus
 from electra_ds.data.token_store import FORMAT, SourceInfo, StoreInfo, TokenStore, token_dtype
 from electra_ds.data.tokenizer import (
@@ -164,7 +165,7 @@ def _locked(partial: Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _log.info("Waiting for another process that builds %s.", partial.with_suffix(""))
+            _log.info("%swaiting for another process that builds %s", PREPARING, partial.with_suffix(""))
             fcntl.flock(file, fcntl.LOCK_EX)
             yield False
             return
