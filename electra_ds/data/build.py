@@ -47,7 +47,7 @@ _ARRAYS = ("tokens.bin", "documents.npy", "lines.npy")
 
 
 class BuildProgress(Protocol):
-    """Is told how far a build is, stage by stage."""
+    """The display of a build's progress, stage by stage."""
 
     def begin(self, stage: str, total: float | None = None, status: str = "") -> None:
         """Begin a stage. total: its amount of work, None if that is unknown."""

@@ -225,9 +225,9 @@ def _add_tied(tensors: Tensors, first_names: Mapping[str, str]) -> None:
 #
 # A stage 0 checkpoint of DeepSpeed has the weights by name and the optimizer's tensors by number, group after group.
 # The parameter of each tensor is found by trying the usual ways to group parameters: one group, or matrices apart from
-# biases and norms, for the model or for each of the two networks. Within a group parameters are in the
-# model's order. A way is taken if it is the only one that fits: as many tensors, the same shapes and, if the optimizer
-# holds fp32 masters, masters that round to the weights.
+# biases and norms, for the model or for each of the two networks. Within a group parameters are in the model's order. A
+# way is taken if it is the only one that fits: as many tensors, the same shapes and, if the optimizer holds fp32
+# masters, masters that round to the weights.
 
 _EXEMPT_FROM_DECAY: tuple[Callable[[str], bool], ...] = (
     lambda name: False,  # one group

@@ -106,7 +106,7 @@ def test_frozen_parameters_that_are_in_the_optimizers_groups_do_no_harm(
 ) -> None:
     model = model_for(store, small_recipe())
     frozen = {name: dict(model.named_parameters())[name].detach().clone() for name in freeze(model, EMBEDDINGS)}
-    with plain_engine(model, config(stage, "fp32")) as engine:
+    with plain_engine(model, config(stage, "fp32"), [{"params": list(model.parameters())}]) as engine:
         train(engine, store)
         engine.save_checkpoint(str(tmp_path / "native"))
         expected = held_trainable(engine)
