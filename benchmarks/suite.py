@@ -34,8 +34,7 @@ from electra_ds.config.deepspeed_sections import precision_section
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.keyed_random import column_keys
-from electra_ds.data.segments import Ranges
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import Ranges, TokenStore
 from electra_ds.model.heads import sample_tokens
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra, encoder_configs

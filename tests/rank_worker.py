@@ -14,8 +14,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from electra_ds.core.ranks import Ranks, join_ranks
-from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.pretraining.objectives.electra import ElectraBatch

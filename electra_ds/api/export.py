@@ -139,8 +139,8 @@ def imported(options: ImportOptions) -> str:
     """Do what `import_checkpoint` does, and return how to resume the run."""
     from electra_ds.interop.deepspeed_checkpoint import read_deepspeed_checkpoint
     from electra_ds.interop.deepspeed_files import find_files
-    from electra_ds.interop.fit import find_sizes
     from electra_ds.interop.import_deepspeed import folder_of_export, import_deepspeed, store_of_export
+    from electra_ds.interop.pretrained import find_sizes
     from electra_ds.pretraining.prepare import prepare_new, with_fitting_micro_batch
     from electra_ds.training.prepare import plan_new
 
@@ -156,7 +156,7 @@ def imported(options: ImportOptions) -> str:
     overrides = with_seed(options.overrides, options.seed)
     recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), overrides)
     given = {"generator": options.generator_config, "discriminator": options.discriminator_config}
-    known = find_sizes(files.folder, given, export, recipe)
+    known = find_sizes(given, export, recipe)
     run = RunDirectory(options.run_dir)
     wanted = PretrainOptions(ds_config=options.ds_config, micro_batch=options.micro_batch)
     with join_ranks() as ranks:

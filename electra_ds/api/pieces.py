@@ -19,8 +19,7 @@ from electra_ds.config.options import Compile, PretrainOptions
 from electra_ds.config.recipe import Recipe
 from electra_ds.core import devices
 from electra_ds.core.ranks import join_ranks
-from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.batches import BatchBuilder, objective_of
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.evaluation import Evaluator

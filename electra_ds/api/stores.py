@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +20,11 @@ from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.files import is_hub_model
-from electra_ds.core.terminal import say, warn
+from electra_ds.core.terminal import StageProgress, say, warn
 from electra_ds.data.build import build_store
-from electra_ds.data.corpus import Corpus, Source, open_source
+from electra_ds.data.corpus import Corpus, Source, is_saved_dataset, open_source
 from electra_ds.data.token_store import StoreInfo, TokenStore
-from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.data.unknown import problem, report
+from electra_ds.data.tokenizer import Tokenizer, problem, report
 
 _BUILTIN, _HUB = "builtin", "hub:"
 _DEFAULT_CORPUS = [[_BUILTIN]]
@@ -141,10 +138,11 @@ def make_store(
 ) -> TokenStore:
     """Build, or finish, the store in `out` from what --corpus and --tokenizer say."""
     corpus, tokenizer = _asked_for(options, recipe, console, check)
-    # The build shows its progress on a console of its own.
-    hidden = contextlib.redirect_stdout(io.StringIO()) if console.quiet else contextlib.nullcontext()
-    with _without_main(), hidden:
-        store = build_store(corpus, tokenizer, out, workers=workers, allow_unknown=bool(options.allow_unknown))
+    with _without_main():
+        store = build_store(
+            corpus, tokenizer, out, workers=workers, allow_unknown=bool(options.allow_unknown),
+            show_progress=lambda: StageProgress(console),
+        )  # fmt: skip
     for line in corpus.notes():
         say(console, line)
     _say_unknown(store.info, console, always=True)
@@ -197,6 +195,10 @@ def _source(options: CorpusOptions, words: list[str]) -> Source:
     if not any(word.startswith(_HUB) for word in words):
         if len(words) > 1 and _BUILTIN in words:
             raise ConfigError(f"Give `{_BUILTIN}` a --corpus of its own.")
+        if len(words) == 1 and is_saved_dataset(Path(words[0])):
+            from electra_ds.data.hub import SavedSource
+
+            return SavedSource(Path(words[0]), text_key)
         return open_source(words, options.document_boundary or "file", text_key)
     if len(words) > 1:
         raise ConfigError(f"Give each Hub dataset a --corpus of its own, not {' '.join(words)}.")

@@ -12,29 +12,58 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.errors import DataError
 from electra_ds.core.launcher import worker_pool
-from electra_ds.core.terminal import PREPARING, StageProgress, warn
+from electra_ds.core.terminal import PREPARING
 from electra_ds.data.corpus import Corpus
 from electra_ds.data.token_store import FORMAT, SourceInfo, StoreInfo, TokenStore, token_dtype
-from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, unknown_in
+from electra_ds.data.tokenizer import (
+    REFUSED_SHARE,
+    Tokenizer,
+    UnknownText,
+    load_tokenizer,
+    problem,
+    train_tokenizer,
+    unknown_in,
+)
 
+_log = logging.getLogger(__name__)
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"
 _SHARD_FORMAT = 2
 _ARRAYS = ("tokens.bin", "documents.npy", "lines.npy")
+
+
+class BuildProgress(Protocol):
+    """The display of a build's progress, stage by stage."""
+
+    def begin(self, stage: str, total: float | None = None, status: str = "") -> None:
+        """Begin a stage. total: its amount of work, None if that is unknown."""
+
+    def add(self, done: float) -> None:
+        """Add to the amount of work that is done."""
+
+    def tell(self, status: str) -> None:
+        """Set the status of the stage."""
+
+    def end(self, status: str = "") -> None:
+        """End the stage. status: its result."""
+
+
+class _NoProgress:
+    begin = add = tell = end = staticmethod(lambda *_, **__: None)
 
 
 def build_store(
@@ -44,35 +73,33 @@ def build_store(
     *,
     workers: int | None = None,
     allow_unknown: bool = False,
+    show_progress: Callable[[], AbstractContextManager[BuildProgress]] = lambda: nullcontext(_NoProgress()),
 ) -> TokenStore:
     """Build the store at `out`, or open it if it exists and was built from the same text and tokenizer.
 
     tokenizer: a finished one, or the recipe's section with which to train one on this corpus. allow_unknown: build the
-    store even if nearly all of a source becomes [UNK]. Raises DataError for a corpus that cannot be read, for such a
-    source unless it is allowed, for another store at `out`, and for a full disk; finished shards are kept.
+    store even if nearly all of a source becomes [UNK]. show_progress: is called after downloads, which have a display
+    of their own. Raises DataError for a corpus that cannot be read, for such a source unless it is allowed, for another
+    store at `out`, and for a full disk; finished shards are kept.
     """
     if out.name in ("", ".."):
         out = Path(os.path.abspath(out))  # which gives "." a name
-    if not out.name:
-        raise DataError(f"{out} cannot be a token store. Give a new folder.")
     partial = out.with_name(out.name + ".partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         while not out.exists():
             partial.mkdir(exist_ok=True)
-            with _locked(partial) as is_ours, _no_empty_folder_after_an_error(partial):
-                if not is_ours or out.exists():  # another process has just finished it
-                    partial_is_empty = is_ours and {entry.name for entry in partial.iterdir()} <= {".lock"}
-                    if partial_is_empty:
-                        shutil.rmtree(partial)
-                    continue
-                corpus.prepare()  # before the progress display, because a download has its own
-                with StageProgress() as progress:
-                    trained = _trained(corpus, tokenizer, partial, progress)
-                    shards, read = _tokenise(corpus, trained, partial, workers, progress)
-                    _join(shards, trained, corpus, read, partial, allow_unknown)
-                partial.rename(out)
-                return TokenStore(out)
+            with _locked(partial) as is_ours:
+                if is_ours and out.exists():  # another process has just finished it
+                    shutil.rmtree(partial)
+                elif is_ours:
+                    corpus.prepare()
+                    with show_progress() as progress:
+                        trained = _trained(corpus, tokenizer, partial, progress)
+                        shards, read = _tokenise(corpus, trained, partial, workers, progress)
+                        _join(shards, trained, corpus, read, partial, allow_unknown)
+                    partial.rename(out)
+                    return TokenStore(out)
         return _reopen(corpus, tokenizer, out)
     except concurrent.futures.process.BrokenProcessPool as error:
         raise DataError(
@@ -124,16 +151,6 @@ def trained_from(folder: Path, corpus: Corpus | None = None) -> TokenizerSection
 
 
 @contextmanager
-def _no_empty_folder_after_an_error(partial: Path) -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        if {entry.name for entry in partial.iterdir()} <= {".lock"}:
-            shutil.rmtree(partial)
-        raise
-
-
-@contextmanager
 def _locked(partial: Path) -> Iterator[bool]:
     """Yield whether this process holds the folder.
 
@@ -148,7 +165,7 @@ def _locked(partial: Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{PREPARING}waiting for another process that builds {partial.with_suffix('')}", flush=True)
+            _log.info("%swaiting for another process that builds %s", PREPARING, partial.with_suffix(""))
             fcntl.flock(file, fcntl.LOCK_EX)
             yield False
             return
@@ -160,32 +177,28 @@ def _locked(partial: Path) -> Iterator[bool]:
 
 
 def _trained(
-    corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: Path, progress: StageProgress
+    corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: Path, progress: BuildProgress
 ) -> Tokenizer:
     """Return the given tokenizer, the one that an interrupted build had finished, or a new one."""
     folder = partial / "tokenizer"
-    if isinstance(tokenizer, TokenizerSection):
-        if trained_from(partial, corpus) == tokenizer:
-            return load_tokenizer(folder)
+    if isinstance(tokenizer, Tokenizer):
+        (folder / _TRAINED_FROM).unlink(missing_ok=True)
+        tokenizer.save(folder)
+        return tokenizer
+    if trained_from(partial, corpus) != tokenizer:
         trained = train_tokenizer(_first_lines(corpus, tokenizer, progress), tokenizer)
         progress.end(f"{tokenizer.kind}, {trained.vocab_size:,} pieces")
         (folder / _TRAINED_FROM).unlink(missing_ok=True)
         trained.save(folder)
         marker = {"section": tokenizer.model_dump(), "corpus_signature": corpus.signature()}
         (folder / _TRAINED_FROM).write_text(json.dumps(marker), "utf8")
-        return load_tokenizer(folder)
-    (folder / _TRAINED_FROM).unlink(missing_ok=True)
-    tokenizer.save(folder)
-    return tokenizer
+    return load_tokenizer(folder)
 
 
-def _first_lines(corpus: Corpus, section: TokenizerSection, progress: StageProgress) -> Iterator[str]:
-    """Yield lines to train a tokenizer on: the first of each source, in equal shares of `max_training_characters`.
-
-    Training begins when the last line was read, which the progress display shows.
-    """
-    progress.begin("reading text", total=len(corpus.sources) if corpus.num_bytes else None)
-    yield from corpus.first_lines(section.max_training_characters, progress.reach)
+def _first_lines(corpus: Corpus, section: TokenizerSection, progress: BuildProgress) -> Iterator[str]:
+    """Yield lines to train a tokenizer on. Training begins when the last line was read, which the progress shows."""
+    progress.begin("reading text")
+    yield from corpus.first_lines(section.max_training_characters)
     progress.end()
     progress.begin("training the tokenizer", status=section.kind)
 
@@ -251,7 +264,7 @@ def _update(digest: hashlib._Hash, document: list[str]) -> None:
 
 
 def _tokenise(
-    corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: StageProgress
+    corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: BuildProgress
 ) -> tuple[list[tuple[int, Path]], _TextHash]:
     """Write all shards. Return the source and path of each, in order, and the text that was read."""
     workers = workers or os.cpu_count() or 1
@@ -271,7 +284,7 @@ def _tokenise(
                 while len(running) >= 2 * workers:
                     done, running = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
                     for future in done:
-                        _warn_early(corpus, future.result(), is_checked, progress)
+                        _warn_early(corpus, future.result(), is_checked)
                 running.add(pool.submit(_write_shard, chunk))
             for future in running:
                 future.result()
@@ -282,15 +295,12 @@ def _tokenise(
     return shards, read
 
 
-def _warn_early(corpus: Corpus, counts: _Counts, is_checked: list[bool], progress: StageProgress) -> None:
+def _warn_early(corpus: Corpus, counts: _Counts, is_checked: list[bool]) -> None:
     """Warn at the beginning of a source if most of it becomes [UNK]. The decision is made at the end."""
     source, num_tokens, unknown = counts
-    if is_checked[source]:
-        return
+    if not is_checked[source] and unknown.share(num_tokens) >= REFUSED_SHARE:
+        _log.warning(problem(f"the beginning of {corpus.sources[source].description}", unknown, num_tokens))
     is_checked[source] = True
-    warning = problem(f"the beginning of {corpus.sources[source].description}", unknown, num_tokens)
-    if warning and unknown.share(num_tokens) >= REFUSED_SHARE:
-        warn(progress.console, warning)
 
 
 _worker_tokenizer: Tokenizer

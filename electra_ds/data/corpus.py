@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
+import importlib.util
+import inspect
 import itertools
-import json
+import os
+import re
+import sysconfig
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from electra_ds.core.errors import DataError
-from electra_ds.data.builtin import builtin_documents, builtin_sources
+from electra_ds.core.launcher import worker_pool
 from electra_ds.data.text_files import FORMATS, Boundary, Progress, file_documents, is_corpus_file
 
 BUILTIN = "builtin"
-_SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
-"""Files of a dataset that `save_to_disk` wrote."""
 
 
 class Source(ABC):
@@ -59,8 +64,6 @@ class FileSource(Source):
     text_key: str = "text"
     name: str = ""
     """The folder of the files, if one was given."""
-    cut_articles: Counter[str] = field(default_factory=Counter, compare=False)
-    """The number of incomplete WikiExtractor articles that the last reading found, of each kind."""
     unread_files: Counter[str] = field(default_factory=Counter, compare=False)
     """The number of files in the given folders that are not read, by suffix."""
 
@@ -72,33 +75,24 @@ class FileSource(Source):
 
     @property
     def num_bytes(self) -> int | None:
-        return sum(size for _, size, _ in _listing(self.files))
+        return sum(size for _, size, _ in file_listing(self.files))
 
     def signature(self) -> str:
-        listing = _listing(self.files)
-        return hashlib.sha256(repr((self.boundary, self.text_key, listing)).encode()).hexdigest()
+        return hash_of((self.boundary, self.text_key, file_listing(self.files)))
 
     def documents(self, progress: Progress) -> Iterator[list[str]]:
-        self.cut_articles.clear()
         for path in self.files:
-            yield from file_documents(path, self.boundary, self.text_key, progress, self.cut_articles)
+            yield from file_documents(path, self.boundary, self.text_key, progress)
 
     def notes(self) -> list[str]:
-        found = []
-        if total := self.unread_files.total():
-            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.unread_files.items()))
-            found.append(
-                f"{self.description}: {total:,} other {'file is' if total == 1 else 'files are'} not read ({kinds}), "
-                f"since only these are read in a folder: {FORMATS}."
-            )
-        if total := self.cut_articles.total():
-            parts = ", ".join(f"{count:,} {what}" for what, count in sorted(self.cut_articles.items()))
-            found.append(
-                f"{self.description}: {total:,} of WikiExtractor's articles {'is' if total == 1 else 'are'} cut off "
-                f"({parts}). The rest of each is kept as a document. If a complete extract was split, join its "
-                f"parts first: cat PART… > FILE"
-            )
-        return found
+        total = self.unread_files.total()
+        if not total:
+            return []
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.unread_files.items()))
+        return [
+            f"{self.description}: {total:,} other {'file is' if total == 1 else 'files are'} not read ({kinds}), "
+            f"since only these are read in a folder: {FORMATS}."
+        ]
 
 
 class BuiltinSource(Source):
@@ -107,7 +101,7 @@ class BuiltinSource(Source):
     description = "built-in documentation text"
 
     def signature(self) -> str:
-        return hashlib.sha256(repr(_listing(builtin_sources())).encode()).hexdigest()
+        return hash_of(file_listing(builtin_sources()))
 
     def documents(self, progress: Progress) -> Iterator[list[str]]:
         yield from builtin_documents()
@@ -131,7 +125,7 @@ class Corpus:
 
     def signature(self) -> str:
         """Return a value that changes when a source is added, removed or written: a cheap check that a store fits."""
-        return hashlib.sha256(repr([source.signature() for source in self.sources]).encode()).hexdigest()
+        return hash_of([source.signature() for source in self.sources])
 
     def prepare(self) -> None:
         """Download the sources that are not local."""
@@ -157,36 +151,20 @@ class Corpus:
             if is_empty:
                 raise DataError(f"The corpus {source.description} holds no text.")
 
-    def first_lines(self, max_characters: int, reach: Callable[[float], None]) -> Iterator[str]:
-        """Yield the first lines of each source, up to an equal share of `max_characters`.
-
-        reach: called with the number of sources that are done, in fractions.
-        """
+    def first_lines(self, max_characters: int) -> Iterator[str]:
+        """Yield the first lines of each source, up to an equal share of `max_characters`."""
         share = -(-max_characters // len(self.sources))
-        for index, source in enumerate(self.sources):
-            yield from _share_of(source, share, lambda done, index=index: reach(index + done))  # type: ignore[misc]
+        for source in self.sources:
+            rest = share
+            for line in itertools.chain.from_iterable(Corpus((source,)).documents()):
+                yield line[:rest]
+                rest -= len(line)
+                if rest <= 0:
+                    break
 
     def notes(self) -> list[str]:
         """Return notes for the user on what the last reading found."""
         return [note for source in self.sources for note in source.notes()]
-
-
-def _share_of(source: Source, share: int, advance: Callable[[float], None]) -> Iterator[str]:
-    """Yield the first `share` characters of a source; `advance` is called with the fraction that is done."""
-    total_bytes = source.num_bytes  # looks up the size of every file
-    num_bytes = num_chars = 0
-
-    def read(more_bytes: int) -> None:
-        nonlocal num_bytes
-        num_bytes += more_bytes
-        if total_bytes:
-            advance(min(1.0, max(num_bytes / total_bytes, num_chars / share)))
-
-    for line in itertools.chain.from_iterable(Corpus((source,)).documents(read)):
-        yield line[: share - num_chars]
-        num_chars += len(line)
-        if num_chars >= share:
-            return
 
 
 def open_corpus(sources: Iterable[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Corpus:
@@ -203,17 +181,14 @@ def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_k
         return BuiltinSource()
     files: list[Path] = []
     unread_files: Counter[str] = Counter()
-    name = str(paths[0])
     for path in map(Path, paths):
         if path.is_file():
             files.append(path)
         elif path.is_dir():
-            saved = _saved_dataset(path)
-            name = str(saved[0].parent) if saved else name
-            files += saved or _files_in(path, unread_files)
+            files += _files_in(path, unread_files)
         else:
             raise DataError(f"The corpus {path} does not exist.")
-    source = FileSource(tuple(files), boundary, text_key, name if len(paths) == 1 else "", unread_files=unread_files)
+    source = FileSource(tuple(files), boundary, text_key, str(paths[0]) if len(paths) == 1 else "", unread_files)
     if not source.num_bytes:
         raise DataError(f"The corpus is empty: {source.description}.")
     return source
@@ -236,54 +211,111 @@ def _files_in(folder: Path, unread_files: Counter[str]) -> list[Path]:
                 unread_files[entry.suffix.lower()] += 1
     if not found:
         raise DataError(f"The folder {folder} holds no text files ({FORMATS}).")
-    saved = sorted({file.parent for file in found if file.name == _STATE and (file.parent / _INFO).is_file()})
-    if saved:
+    saved = next(filter(is_saved_dataset, sorted({file.parent for file in found})), None)
+    if saved is not None:
         raise DataError(
-            f"The folder {folder} holds datasets that save_to_disk wrote ({len(saved)}). Give each its own --corpus, "
-            f"such as --corpus {saved[0]}"
+            f"{saved} is a dataset that save_to_disk wrote. Give it a --corpus of its own: --corpus {saved}"
         )
     return found
 
 
-def _saved_dataset(folder: Path) -> list[Path]:
-    """Return the files of a dataset that `save_to_disk` of `datasets` wrote into this folder, or none.
-
-    Of several splits, `train` is taken.
-    """
-    if (folder / _SPLITS).is_file():
-        splits = _json_of(folder / _SPLITS).get("splits") or []
-        if "train" not in splits and len(splits) != 1:
-            raise DataError(
-                f"{folder} holds the splits {', '.join(splits)}. Give the folder of one split: --corpus {folder}/SPLIT"
-            )
-        folder = folder / ("train" if "train" in splits else splits[0])
-    if not ((folder / _STATE).is_file() and (folder / _INFO).is_file()):
-        return []
-    state = _json_of(folder / _STATE)
-    if state.get("_indices_data_files") or state.get("_indices_files"):
-        raise DataError(
-            f"{folder} is a selection of rows that an old version of datasets saved. Save it again: "
-            f"load_from_disk(...).flatten_indices().save_to_disk(...)"
-        )
-    files = [folder / entry["filename"] for entry in state.get("_data_files") or ()]
-    missing = [file for file in files if not file.is_file()]
-    if missing or not files:
-        raise DataError(f"The dataset in {folder} lacks {missing[0].name if missing else 'its files'}. Save it again.")
-    return files
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether `save_to_disk` of `datasets` wrote this folder."""
+    return (folder / "dataset_dict.json").is_file() or all(
+        (folder / name).is_file() for name in ("state.json", "dataset_info.json")
+    )
 
 
-def _json_of(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text("utf8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {file}: {error}. Save the dataset again.") from error
-    return values if isinstance(values, dict) else {}
-
-
-def _listing(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+def file_listing(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Return the names, sizes and times of files."""
     try:
         stats = [(str(path.resolve()), path.stat()) for path in files]
     except OSError as error:
         raise DataError(f"Cannot read {error.filename}: {error.strerror}.") from error
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def hash_of(identity: Any) -> str:
+    """Return the SHA-256 of a value's representation."""
+    return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+# --- the built-in corpus: the documentation text that comes with Python and the installed packages
+#
+# Every machine that can run electra_ds has some megabytes of English on its disk: `pydoc_data` and the docstrings of
+# the standard library and of a few packages. They are read with `ast`, without importing anything, one document per
+# module, in sorted order. Repeated paragraphs are left out, because held-out text must not occur in the training text.
+
+PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn", "torch", "transformers")
+_SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+_PARAGRAPHS = re.compile(r"\n\s*\n")
+_SHORTEST_DOCSTRING_CHARS = 80
+
+
+@functools.cache
+def builtin_documents() -> list[list[str]]:
+    """Return the documents, always in the same order; about 25 MB, which are read once per process.
+
+    Raises DataError if no installed package has documentation.
+    """
+    paths = builtin_sources()
+    seen: set[bytes] = set()
+    documents = []
+    with worker_pool(min(os.cpu_count() or 1, 8)) as pool:
+        for texts in pool.map(_documentation_of, paths, chunksize=64):
+            new = [paragraph for text in texts for paragraph in _PARAGRAPHS.split(text) if _is_new(paragraph, seen)]
+            if lines := [line.strip() for paragraph in new for line in paragraph.splitlines() if line.strip()]:
+                documents.append(lines)
+    if not documents:
+        raise DataError("This Python has no documentation text to train on. Give a corpus with --corpus PATH.")
+    return documents
+
+
+def _is_new(text: str, seen: set[bytes]) -> bool:
+    digest = hashlib.blake2b(" ".join(text.split()).encode("utf8"), digest_size=16).digest()
+    is_new = digest not in seen
+    seen.add(digest)
+    return is_new
+
+
+def builtin_sources() -> list[Path]:
+    """Return the Python files that are read."""
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            roots.append(Path(spec.submodule_search_locations[0]))
+    paths = []
+    for root in roots:
+        for folder, subfolders, files in os.walk(root):
+            subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
+            paths += [Path(folder) / name for name in sorted(files) if name.endswith(".py")]
+    return paths
+
+
+def _documentation_of(path: Path) -> list[str]:
+    """Return the cleaned docstrings of one module in source order; for `pydoc_data/topics.py`, its texts."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    if path.parent.name == "pydoc_data":
+        return [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_prose(node.value)
+        ]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [
+        (getattr(node, "lineno", 0), inspect.cleandoc(text))
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and (text := ast.get_docstring(node, clean=False)) and _is_prose(text)
+    ]
+    # A docstring may contain lone surrogates, which cannot be encoded.
+    return [text.encode("utf8", "replace").decode("utf8") for _, text in sorted(found)]
+
+
+def _is_prose(text: str) -> bool:
+    return len(text) >= _SHORTEST_DOCSTRING_CHARS

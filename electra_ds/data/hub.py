@@ -5,7 +5,6 @@ This module is only imported when it is needed, because `datasets` takes seconds
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +19,8 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from huggingface_hub.utils import logging as hub_logging
 
 from electra_ds.core.errors import DataError
-from electra_ds.data.corpus import Source
-from electra_ds.data.text_files import Progress, is_text_type, lines_of
+from electra_ds.data.corpus import Source, file_listing, hash_of
+from electra_ds.data.text_files import Progress, check_column, lines_of
 
 HUB = "hub:"
 _SPELLING = re.compile(r"(?P<name>[^#@]+)(#(?P<config>[^@]+))?(@(?P<split>.+))?")
@@ -71,14 +70,16 @@ def dataset_path(name: str, revision: str | None) -> str:
 class HubSource(Source):
     """One split of a dataset. Each row is a document; rows without a text are left out."""
 
+    description = ""
+
     def __init__(self, text: str, text_key: str = "text", *, streaming: bool = False, revision: str | None = None):
         """Find the dataset without downloading its data. Raises DataError if it does not exist as specified."""
-        self.parts = parse_hub_name(text)
-        self._description = f"{self.parts}{f', revision {revision}' if revision else ''}"
+        self._parts = parse_hub_name(text)
+        self.description = f"{self._parts}{f', revision {revision}' if revision else ''}"
         self._text_key = text_key
         self._streaming = streaming
         self._rows: Any = None
-        name, config, split = self.parts
+        name, config, split = self._parts
         path = dataset_path(name, revision)
         with explained(self.description):
             try:
@@ -87,34 +88,19 @@ class HubSource(Source):
                 configs = datasets.get_dataset_config_names(path, revision=revision)
                 if config in configs or configs == ["default"]:
                     raise
-                problem = f"There is no '{config}' among" if config else "Choose one of"
-                there = ", ".join(configs)
                 raise DataError(
-                    f"{problem} the configurations of {name}: {there}. Give it as {HUB}{name}#{configs[0]}."
+                    f"{name} has the configurations {', '.join(configs)}. Give one as {HUB}{name}#{configs[0]}."
                 ) from error
-        self._check_split(split)
-
-    def _check_split(self, split: str) -> None:
-        there = sorted(map(str, self._builder.config.data_files or self._builder.info.splits or ()))
-        if there and not {part.partition("[")[0] for part in split.split("+")} <= set(there):
-            raise DataError(f"{self.description} has no split '{split}'; its splits are {', '.join(there)}.")
-        if self._streaming and "[" in split:
-            raise DataError(f"{self.description}: a slice of a split cannot be streamed. Leave --streaming out.")
-        try:
-            datasets.ReadInstruction.from_spec(split)
-        except (AssertionError, ValueError) as error:
-            raise DataError(f"{self.description}: '{split}' is not a slice such as train[:10%]. {error}") from error
-
-    @property
-    def description(self) -> str:
-        return self._description
+            datasets.ReadInstruction.from_spec(split)  # a mistake in a slice is found before the download
+        splits = sorted(map(str, self._builder.config.data_files or self._builder.info.splits or ()))
+        if splits and not {part.partition("[")[0] for part in split.split("+")} <= set(splits):
+            raise DataError(f"{self.description} has no split '{split}'; its splits are {', '.join(splits)}.")
 
     @property
     def num_bytes(self) -> int | None:
         """The size of the text once it is downloaded; for a streamed dataset, the size on its card."""
         if self._streaming:
-            split = self._split_info()
-            return split.num_bytes if split else None
+            return getattr(self._split_info(), "num_bytes", None)
         return None if self._rows is None else self._rows.data.nbytes
 
     def signature(self) -> str:
@@ -125,8 +111,7 @@ class HubSource(Source):
             for split, names in files.items()
             for name in map(str, names)
         ]
-        identity = (*self.parts, self._text_key, self._builder.config_id, str(self._builder.hash), listing)
-        return hashlib.sha256(repr(identity).encode()).hexdigest()
+        return hash_of((*self._parts, self._text_key, self._builder.config_id, str(self._builder.hash), listing))
 
     def prepare(self) -> None:
         """Download the dataset, unless it is streamed or was downloaded before.
@@ -135,15 +120,12 @@ class HubSource(Source):
         """
         if self._rows is not None:
             return
-        split = self.parts.split
         with explained(self.description):
             if self._streaming:
-                self._rows = self._builder.as_streaming_dataset(split=split)
+                self._rows = self._builder.as_streaming_dataset(split=self._parts.split)
             else:
                 self._builder.download_and_prepare()
-                self._rows = self._builder.as_dataset(split=split)
-                self._check_column(self._rows.column_names)
-                self._rows = self._rows.select_columns([self._text_key])
+                self._rows = self._text_column(self._builder.as_dataset(split=self._parts.split))
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity_error()
         disable_progress_bars()
@@ -160,37 +142,48 @@ class HubSource(Source):
                 table = next(tables, None)
             if table is None:
                 return
-            self._check_column(table.column_names)
-            column = table[self._text_key]
-            # A batch without any text may be a column of nulls.
-            if not is_text_type(column.type) and column.null_count != len(column):
-                raise DataError(
-                    f"{self.description}: the column '{self._text_key}' is of type {column.type}, not text. "
-                    f"See --text-key."
-                )
-            yield from (lines_of(text) for text in column.to_pylist() if text is not None)
+            check_column(self.description, table.schema, self._text_key)
+            yield from (lines_of(text) for text in table[self._text_key].to_pylist() if text is not None)
             if total_rows:
                 done = min(read + len(table), total_rows)
                 progress(total_bytes * done // total_rows - total_bytes * min(read, total_rows) // total_rows)
             read += len(table)
 
+    def _text_column(self, rows: datasets.Dataset) -> datasets.Dataset:
+        check_column(self.description, rows.features.arrow_schema, self._text_key)
+        return rows.select_columns([self._text_key])
+
     def _num_rows(self) -> int | None:
-        if not self._streaming:
-            return len(self._rows)
-        split = self._split_info()
-        return split.num_examples if split else None
+        return getattr(self._split_info(), "num_examples", None) if self._streaming else len(self._rows)
 
     def _split_info(self) -> Any:
         """Return the information about the split on the dataset's card, or None."""
-        splits = self._builder.info.splits or {}
-        return splits.get(self.parts.split)
+        return (self._builder.info.splits or {}).get(self._parts.split)
 
-    def _check_column(self, names: list[str]) -> None:
-        if self._text_key not in names:
-            raise DataError(
-                f"{self.description}: no column '{self._text_key}'; its columns are {', '.join(names)}. "
-                f"Name it with --text-key."
-            )
+
+class SavedSource(HubSource):
+    """A dataset in a folder that `save_to_disk` wrote; of several splits, `train`."""
+
+    def __init__(self, folder: Path, text_key: str = "text") -> None:
+        """Open the dataset. Raises DataError if it is damaged, or has several splits and none is `train`."""
+        self.description = str(folder)
+        self._text_key = text_key
+        self._streaming = False
+        with explained(self.description, "Save the dataset again."):
+            saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.DatasetDict):
+            if "train" not in saved and len(saved) != 1:
+                raise DataError(
+                    f"{folder} holds the splits {', '.join(saved)}. Give the folder of one split: --corpus "
+                    f"{folder}/SPLIT"
+                )
+            split = "train" if "train" in saved else next(iter(saved))
+            saved, self.description = saved[split], str(folder / split)
+        self._rows = self._text_column(saved)
+
+    def signature(self) -> str:
+        files = (Path(entry["filename"]) for entry in self._rows.cache_files)
+        return hash_of((self._text_key, file_listing(files)))
 
 
 def fetch_tokenizer(name: str) -> Path:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from electra_ds.core.keyed_random import hash64
-from electra_ds.data.segments import Ranges
+from electra_ds.data.token_store import Ranges
 
 _TARGET = 0x44
 SINGLE_SEGMENT_SHARE = 0.1

@@ -15,8 +15,7 @@ from electra_ds.config.recipe import DataSection
 from electra_ds.core.errors import DataError
 from electra_ds.core.keyed_random import generator, permutation_at
 from electra_ds.data.packing import PackedExamples
-from electra_ds.data.segments import Ranges
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import Ranges, TokenStore
 
 # Keys of the random draws, so that no two draws of a run share one.
 _EPOCH, _WINDOW, _MIXTURE = 0x41, 0x42, 0x43
@@ -165,8 +164,6 @@ def _weighted(store: TokenStore, ranges: Ranges, data: DataSection) -> list[tupl
             f"data.corpus_weights has {len(data.corpus_weights)} numbers, but the token store {store.path} holds "
             f"{len(corpora)} corpora: {', '.join(corpus.description for corpus in corpora)}. Give one for each."
         )
-    if len(corpora) > MIXTURE_ROUND:
-        raise DataError(f"At most {MIXTURE_ROUND} corpora can be weighted; {store.path} holds {len(corpora)}.")
     documents = np.cumsum([0, *(corpus.num_documents for corpus in corpora)])
     bounds = np.searchsorted(ranges.starts, store.documents[documents])
     return [

@@ -1,8 +1,7 @@
-"""The documents of one file: plain text, WikiExtractor's output and JSON lines, also compressed, Parquet and Arrow.
+"""The documents of one file: plain text, WikiExtractor's output and JSON lines, each also compressed, and Parquet.
 
 A document is a list of non-empty, stripped lines. The module reads, in this order: bytes and lines of a file, plain
-text with the tags of WikiExtractor, JSON lines, Parquet and Arrow. At its end it recognises files that are not what
-their names say.
+text, JSON lines, and Parquet. At its end it recognises files that are not what their names say.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import bz2
 import itertools
 import json
 import lzma
-import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,18 +28,17 @@ _BLOCK_BYTES = 1 << 18
 _TEXT_SUFFIXES = {"", ".txt", ".text", ".md", ".rst"}
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _PARQUET_SUFFIX = ".parquet"
-_TABLE_ADVICE = (
-    "Write the column with the text as JSON lines: "
-    """python -c "import pandas; pandas.read_csv('{path}'SEP)[['text']].to_json('text.jsonl', orient='records', """
-    """lines=True, force_ascii=False)\""""
-)
-_OTHER_SUFFIXES = {
-    ".csv": ("a table", _TABLE_ADVICE.replace("SEP", "")),
-    ".tsv": ("a table", _TABLE_ADVICE.replace("SEP", r", sep='\t', quoting=3")),
-    ".html": ("HTML", "Take the text out of its markup first, and give that."),
-    ".htm": ("HTML", "Take the text out of its markup first, and give that."),
+_NO_TEXT_SUFFIXES = {
+    **dict.fromkeys(
+        (".csv", ".tsv"),
+        "a table. Write the column with the text as JSON lines, such as with pandas' to_json(orient='records', "
+        "lines=True).",
+    ),
+    **dict.fromkeys((".html", ".htm"), "HTML. Take the text out of its markup first, and give that."),
+    **dict.fromkeys((".tar", ".tgz", ".tbz2", ".txz"), "a tar archive. Unpack it first, with tar xf."),
+    ".arrow": "an Arrow file. Give the folder of the dataset that save_to_disk wrote.",
 }
-"""Text files that contain more than the text to train on: (what they are, what to do)."""
+"""What files with these names are, and what to do."""
 _UNPACKERS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".bz2": bz2.BZ2Decompressor,
@@ -51,19 +47,11 @@ _UNPACKERS: dict[str, Callable[[], Any]] = {
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
 }
 _UNPACKING_ERRORS = (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError)
-_ARROW_SUFFIX = ".arrow"
-_TAR_SUFFIXES = {".tar", ".tgz", ".tbz2", ".txz"}
-_ARROW_FILE = b"ARROW1"
-_END_OF_ARROW_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _CLOSING_TAG = "</doc>"
-_OPENING_TAG_AND_TEXT = re.compile(r'(<doc [^<]*?">)(.+)')
-_END_OF_OPENING_TAG = re.compile(r'[^<]*">')
-_END_OF_CLOSING_TAG = re.compile(r"/?(doc|oc|c)?>")
-_BEGINNING_OF_TAG = re.compile(r"<(doc .*|/?(d|do|doc)?)")
-_LONGEST_HEAD_CHARS = 8_000_000
-"""Longer than any article."""
-WITHOUT_END, WITHOUT_BEGINNING = "without the end", "without the beginning"
-"""Parts of an article that may be missing."""
+_JSON_ADVICE = (
+    "JSON lines hold one object per line. A list is converted with: jq -c '.[]' FILE.json > FILE.jsonl; plain text has "
+    "a name that ends in .txt."
+)
 FORMATS = (
     f"{', '.join(sorted((_TEXT_SUFFIXES | _JSON_SUFFIXES) - {''}))}, names without a suffix, each also with "
     f"{', '.join(_UNPACKERS)} after it, or {_PARQUET_SUFFIX}"
@@ -77,54 +65,41 @@ def is_corpus_file(path: Path) -> bool:
     return content in _TEXT_SUFFIXES | _JSON_SUFFIXES or (content == _PARQUET_SUFFIX and not packing)
 
 
-def file_documents(
-    path: Path, boundary: Boundary, text_key: str, progress: Progress, cut_articles: Counter[str]
-) -> Iterator[list[str]]:
+def file_documents(path: Path, boundary: Boundary, text_key: str, progress: Progress) -> Iterator[list[str]]:
     """Yield every document; some may have no lines.
 
-    progress: is called with the number of bytes that were read. cut_articles: counts incomplete articles of
-    WikiExtractor, as WITHOUT_END and WITHOUT_BEGINNING. Raises DataError for a file that cannot be read, is damaged,
-    cut off or not UTF-8, lacks the text field, or is not what its name says.
+    progress: is called with the number of bytes that were read. Raises DataError for a file that cannot be read, is
+    damaged, cut off or not UTF-8, lacks the text field, or is not what its name says.
     """
     content, packing = _suffixes(path)
-    if content in _OTHER_SUFFIXES:
-        what, advice = _OTHER_SUFFIXES[content]
-        raise DataError(f"{path} is {what}, not plain text. {advice.format(path=path)}")
-    if content in _TAR_SUFFIXES:
-        raise DataError(f"{path} is a tar archive. Unpack it first: tar xf {path}")
-    if packing and content in (_PARQUET_SUFFIX, _ARROW_SUFFIX):
-        raise DataError(f"{path} is not compressed text. Unpack it first.")
+    if content in _NO_TEXT_SUFFIXES:
+        raise DataError(f"{path} is no plain text but {_NO_TEXT_SUFFIXES[content]}")
     if content == _PARQUET_SUFFIX:
         return _parquet_documents(path, text_key, progress)
-    if content == _ARROW_SUFFIX:
-        return _arrow_documents(path, text_key, progress)
     lines = _lines(path, content in _JSON_SUFFIXES, _UNPACKERS.get(packing), progress)
     if content in _JSON_SUFFIXES:
         return _json_documents(path, lines, text_key)
-    lines = _tags_on_lines_of_their_own(_not_json(path, lines, text_key))
-    if boundary == "blank-line":
-        lines = _with_head_in_one(lines)
-    return _text_documents(lines, boundary, cut_articles)
+    return _text_documents(_not_json(path, lines, text_key), boundary)
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the text of a JSON object or a row as a document.
-
-    If the text is exactly one of WikiExtractor's articles, its tags are removed. All other tags in a record are text.
-    """
-    lines = [stripped for line in text.splitlines() if (stripped := line.strip())]
-    if lines and lines[0].startswith("<doc ") and lines[-1].endswith(_CLOSING_TAG) and text.count("<doc ") == 1:
-        apart = [line for line in _tags_on_lines_of_their_own(lines) if line]
-        if _is_opening_tag(apart[0]) and apart[-1] == _CLOSING_TAG:
-            return apart[1:-1]
-    return lines
+    """Return the text of a JSON object or a row as a document."""
+    return [stripped for line in text.splitlines() if (stripped := line.strip())]
 
 
-def is_text_type(kind: Any) -> bool:
-    """Return whether an Arrow column of this type holds text."""
+def check_column(description: str, schema: Any, text_key: str) -> None:
+    """Raise DataError unless an Arrow schema has a column of text with this name."""
+    if text_key not in schema.names:
+        raise DataError(
+            f"{description}: no column '{text_key}'; its columns are {', '.join(schema.names)}. Name it with "
+            f"--text-key."
+        )
+    kind = schema.field(text_key).type
     if pa.types.is_dictionary(kind):
-        return is_text_type(kind.value_type)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+        kind = kind.value_type
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    if not any(is_kind(kind) for is_kind in kinds):
+        raise DataError(f"{description}: the column '{text_key}' is of type {kind}, not text. See --text-key.")
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
@@ -187,14 +162,14 @@ def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progre
     for number, raw in enumerate(_raw_lines(blocks), 1):
         if number == 1 and (kind := kind_of(raw)):
             raise DataError(f"{path} is {kind.what}, not plain text in UTF-8. {kind.advice}")
-        if b"\0" in raw:
-            raise DataError(f"{path}, line {number}: NUL bytes, so it is UTF-16 or no text. Convert it to UTF-8 first.")
         try:
+            if b"\0" in raw:
+                raise ValueError("it has NUL bytes")
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
+        except ValueError as error:  # UnicodeDecodeError is one
             raise DataError(
-                f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}). "
-                f"Convert it from the encoding that it has: iconv -f ENCODING -t utf-8"
+                f"{path}, line {number}: not UTF-8 ({error}). If it is text, convert it from the encoding that it has: "
+                f"iconv -f ENCODING -t utf-8"
             ) from error
         for line in [text] if is_json else text.splitlines() or [""]:
             yield line.strip()
@@ -213,69 +188,20 @@ def _not_json(path: Path, lines: Iterator[str], text_key: str) -> Iterator[str]:
     return itertools.chain([first], lines)
 
 
-def _tags_on_lines_of_their_own(lines: Iterable[str]) -> Iterator[str]:
-    """Yield lines with WikiExtractor's tags separated from text on the same line, as some tools write them."""
-    for line in lines:
-        text = line
-        if line.startswith("<doc ") and (match := _OPENING_TAG_AND_TEXT.fullmatch(line)):
-            yield match[1]
-            text = match[2].strip()
-        if text.endswith(_CLOSING_TAG) and text != _CLOSING_TAG:
-            yield text.removesuffix(_CLOSING_TAG).rstrip()
-            text = _CLOSING_TAG
-        yield text
-
-
-def _is_opening_tag(line: str) -> bool:
-    return line.startswith("<doc ") and line.endswith(">")
-
-
-def _with_head_in_one(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the lines, but without blank lines before a closing tag that comes first: they belong to one article."""
-    head: list[str] = []
-    num_chars = 0
-    for line in lines:
-        head.append(line)
-        num_chars += len(line) + 1
-        if line == _CLOSING_TAG:
-            head = [line for line in head if line]
-        if line == _CLOSING_TAG or _is_opening_tag(line) or num_chars > _LONGEST_HEAD_CHARS:
-            break
-    yield from head
-    yield from lines
-
-
-def _text_documents(lines: Iterable[str], boundary: Boundary, cut_articles: Counter[str]) -> Iterator[list[str]]:
-    """Yield documents as divided by `boundary`; text between WikiExtractor's tags `<doc id=…>` and `</doc>` is one.
-
-    A file may begin or end within an article or a tag, like the parts of an extract that was split or cut off. The rest
-    of such an article is a document, too.
-    """
+def _text_documents(lines: Iterable[str], boundary: Boundary) -> Iterator[list[str]]:
+    """Yield documents as divided by `boundary`; text between WikiExtractor's tags `<doc id=…>` and `</doc>` is one."""
     document: list[str] = []
-    is_open = has_tags = False
+    in_article = False
     for line in lines:
-        opens, closes = _is_opening_tag(line), line == _CLOSING_TAG
-        if opens or closes:
-            if document and not has_tags:
-                is_open = bool(_END_OF_OPENING_TAG.fullmatch(document[0]))
-                if is_open or _END_OF_CLOSING_TAG.fullmatch(document[0]):
-                    del document[0]
-            if opens and is_open:
-                cut_articles[WITHOUT_END] += 1
-            if document and closes and not is_open:
-                cut_articles[WITHOUT_BEGINNING] += 1
+        opens = line.startswith("<doc ") and line.endswith(">")
+        if opens or line == _CLOSING_TAG:
             yield document
-            document, is_open, has_tags = [], opens, True
+            document, in_article = [], opens
         elif line:
             document.append(line)
-        elif boundary == "blank-line" and document and not is_open:
+        elif boundary == "blank-line" and not in_article:
             yield document
             document = []
-    if has_tags and document and _BEGINNING_OF_TAG.fullmatch(document[-1]):
-        del document[-1]
-        is_open = False  # where an article was open, this was its end
-    if is_open:
-        cut_articles[WITHOUT_END] += 1
     yield document
 
 
@@ -286,77 +212,31 @@ def _json_documents(path: Path, lines: Iterator[str], text_key: str) -> Iterator
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}). {_advice_on_json(number, line)}") from error
-        text = record.get(text_key) if isinstance(record, dict) else None
+            raise DataError(f"{path}, line {number}: not JSON ({error}). {_JSON_ADVICE}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: a {type(record).__name__}, not an object. {_JSON_ADVICE}")
+        text = record.get(text_key)
         if not isinstance(text, str):
-            raise DataError(f"{path}, line {number}: {_problem_of_record(record, text_key, number, line)}")
+            raise DataError(
+                f"{path}, line {number}: no text in a field '{text_key}'; its keys are {', '.join(record)}. Name the "
+                f"field with --text-key."
+            )
         yield lines_of(text.encode("utf8", "replace").decode("utf8"))  # a lone surrogate is not text
-
-
-def _problem_of_record(record: Any, text_key: str, number: int, line: str) -> str:
-    if isinstance(record, list) and any(isinstance(each, dict) for each in record):
-        return f"a list of objects. {_advice_on_json(number, line)}"
-    if not isinstance(record, dict):
-        return f"no text field '{text_key}'; it is not an object. Name it with --text-key."
-    if text_key in record:
-        return f"the field '{text_key}' holds a {type(record[text_key]).__name__}, not text."
-    return f"no text field '{text_key}'; its keys are {', '.join(record)}. Name it with --text-key."
-
-
-def _advice_on_json(number: int, line: str) -> str:
-    if number == 1 and line.startswith("["):
-        return "JSON lines hold one object per line; convert a list with: jq -c '.[]' FILE.json > FILE.jsonl"
-    if number == 1 and not line.startswith("{"):
-        return "JSON lines hold one object per line. If this is plain text, rename it to end in .txt."
-    return "JSON lines hold one object per line."
-
-
-def _check_column(path: Path, schema: Any, text_key: str) -> None:
-    if text_key not in schema.names:
-        columns = f"its columns are {', '.join(schema.names)}"
-        raise DataError(f"{path}: no column '{text_key}'; {columns}. Name it with --text-key.")
-    if not is_text_type(kind := schema.field(text_key).type):
-        raise DataError(f"{path}: the column '{text_key}' is of type {kind}, not text. See --text-key.")
 
 
 def _parquet_documents(path: Path, text_key: str, progress: Progress) -> Iterator[list[str]]:
     """Yield one document per row; rows without a text are left out. Progress is counted in rows."""
     try:
         size, read = path.stat().st_size, 0
-        with path.open("rb") as head:
-            kind = kind_of(head.read(32))
-        if kind and kind.what != "Parquet":
-            raise DataError(f"{path} is {kind.what}, although its name says Parquet. {kind.advice}")
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             num_rows = file.metadata.num_rows
-            _check_column(path, file.schema_arrow, text_key)
+            check_column(str(path), file.schema_arrow, text_key)
             for batch in file.iter_batches(1000, columns=[text_key]):
                 yield from (lines_of(text) for text in batch.column(0).to_pylist() if text is not None)
                 progress(size * (read + len(batch)) // num_rows - size * read // num_rows)
                 read += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the Parquet file {path}; it may be damaged or cut off: {error}") from error
-
-
-def _arrow_documents(path: Path, text_key: str, progress: Progress) -> Iterator[list[str]]:
-    """Yield one document per row of the streams that `save_to_disk` of `datasets` writes, and of Arrow's own files."""
-    try:
-        size = path.stat().st_size
-        with pa.memory_map(str(path)) as source:
-            is_stream = source.read_at(len(_ARROW_FILE), 0) != _ARROW_FILE
-            if is_stream and source.read_at(len(_END_OF_ARROW_STREAM), max(size - 8, 0)) != _END_OF_ARROW_STREAM:
-                raise DataError(f"{path} is cut off, or is not an Arrow file as its name says. Save the dataset again.")
-            file = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
-            _check_column(path, file.schema, text_key)
-            read = 0
-            for batch in file if is_stream else map(file.get_batch, range(file.num_record_batches)):
-                yield from (lines_of(text) for text in batch.column(text_key).to_pylist() if text is not None)
-                done = min(batch.nbytes, size - read)  # the file's other columns and its headers are not counted
-                progress(done)
-                read += done
-            progress(size - read)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the Arrow file {path}; it may be damaged or cut off: {error}") from error
 
 
 # Recognising what a file holds by its first bytes
@@ -374,19 +254,10 @@ _BY_FIRST_BYTES = {
     b"BZh": FileKind("compressed with bzip2", "Add .bz2 to its name, or unpack it."),
     b"\xfd7zXZ": FileKind("compressed with xz", "Add .xz to its name, or unpack it."),
     b"\x28\xb5\x2f\xfd": FileKind("compressed with zstd", "Add .zst to its name, or unpack it."),
-    b"\x04\x22\x4d\x18": FileKind("compressed with lz4", "Unpack it: lz4 -d FILE"),
-    b"7z\xbc\xaf\x27\x1c": FileKind("a 7z archive", "Unpack it: 7z x FILE"),
-    b"Rar!\x1a\x07": FileKind("a RAR archive", "Unpack it: unrar x FILE"),
     b"PK\x03\x04": FileKind("a ZIP archive, as .docx and .xlsx files are", "Unpack it, or save it as plain text."),
     b"\xff\xfe": FileKind("UTF-16 text", "Convert it: iconv -f utf-16 -t utf-8"),
     b"\xfe\xff": FileKind("UTF-16 text", "Convert it: iconv -f utf-16 -t utf-8"),
     b"PAR1": FileKind("Parquet", "Rename it to end in .parquet."),
-    b"ARROW1": FileKind("an Arrow file", "Convert it to Parquet, or give the save_to_disk folder that it is from."),
-    b"\xff\xff\xff\xff": FileKind("an Arrow file", "Give the save_to_disk folder that it is from."),
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": FileKind("an old Office file, such as .doc", "Save it as plain text."),
-    b"\x89HDF": FileKind("an HDF5 file", "Write its text as JSON lines."),
-    b"\x93NUMPY": FileKind("a NumPy array", "Give the text that it was made from."),
-    b"SQLite format 3\0": FileKind("an SQLite database", "Write its text as JSON lines."),
     b"<mediawiki ": FileKind("a MediaWiki dump in XML", "Take the text out of it with WikiExtractor, and give that."),
     b"%PDF": FileKind("a PDF", "Extract its text first: pdftotext FILE.pdf"),
     b"version https://git-lfs": FileKind("a Git LFS pointer, not the file itself", "Fetch the file: git lfs pull"),

@@ -1,10 +1,11 @@
-"""Tokenizers, trained here or loaded, with the five special tokens that ELECTRA needs and with segment ids."""
+"""Tokenizers with the five special tokens that ELECTRA needs, trained here or loaded; and the text they do not know."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,6 @@ class Tokenizer:
         numbering, and if unknown text cannot be encoded.
         """
         before = backend.get_vocab(with_added_tokens=True)
-        if not before or max(before.values()) > 2 * len(before) + 1000:
-            raise DataError(
-                f"The tokenizer {source} has {len(before)} pieces but ids up to {max(before.values(), default=0)}, "
-                f"each of which would need a row in the model. Number its pieces without such gaps."
-            )
         document = json.loads(backend.to_str())
         found = _roles(backend, document, settings or {})
         if "[UNK]" not in found and not _is_byte_level(document):
@@ -68,9 +64,14 @@ class Tokenizer:
         # Not tokens that are special already: adding one again would undo its settings, such as the lstrip of <mask>.
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         backend.add_special_tokens([token for token in self.special_tokens.values() if token not in special])
-        ids = [_id_of(backend, token) for token in self.special_tokens.values()]
-        if len({*before.values(), *ids}) != len(before) + len(self.added):
-            raise DataError(f"The tokenizer {source} has gaps in its ids, so no token can be added. Number it anew.")
+        pieces = backend.get_vocab(with_added_tokens=True)
+        ids = [pieces[token] for token in self.special_tokens.values()]
+        is_taken = len({*before.values(), *ids}) != len(before) + len(self.added)
+        if is_taken or max(pieces.values()) > 2 * len(pieces) + 1000:
+            raise DataError(
+                f"The tokenizer {source} has gaps in its ids: {len(before)} pieces have ids up to "
+                f"{max(before.values(), default=0)}. Number its pieces without gaps."
+            )
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         backend.no_padding()
         backend.no_truncation()
@@ -83,7 +84,11 @@ class Tokenizer:
                 for (role, token), token_id in zip(self.special_tokens.items(), ids, strict=True)
             ],
         )
-        self.backend = _settled(backend)
+        if isinstance(backend.model, models.Unigram):
+            # `tokenizers` reads one in seven scores of a Unigram model with another last digit than it wrote. After
+            # that it writes and reads the same log-probabilities.
+            backend = tokenizers.Tokenizer.from_str(backend.to_str())
+        self.backend = backend
 
     @cached_property
     def vocab_size(self) -> int:
@@ -116,7 +121,8 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's normalised tokenizer.json."""
-        return hashlib.sha256(_canonical(self.backend).encode("utf8")).hexdigest()
+        document = json.dumps(json.loads(self.backend.to_str()), sort_keys=True)
+        return hashlib.sha256(document.encode("utf8")).hexdigest()
 
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
         """Return the ids of each line, without [CLS] and [SEP]."""
@@ -140,32 +146,6 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf8")
 
 
-def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
-    token_id = backend.token_to_id(token)
-    assert token_id is not None
-    return token_id
-
-
-def _canonical(backend: tokenizers.Tokenizer) -> str:
-    return json.dumps(json.loads(backend.to_str()), sort_keys=True)
-
-
-def _settled(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return the tokenizer as it is read from its own file.
-
-    `tokenizers` reads one in seven scores of a Unigram model with another last digit than it wrote. After that it
-    writes and reads the same scores.
-    """
-    if not isinstance(backend.model, models.Unigram):
-        return backend
-    for _ in range(5):
-        again = tokenizers.Tokenizer.from_str(backend.to_str())
-        if _canonical(again) == _canonical(backend):
-            return again
-        backend = again
-    raise DataError("The scores of this Unigram tokenizer change whenever it is written and read. Choose another.")
-
-
 def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the token of each role for which one is found: by the settings, by the labels that this module writes into
     the post-processor, by the model's own token for unknown text, or by a well-known spelling.
@@ -173,7 +153,7 @@ def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Ma
     No token has two roles. A token that both begins and ends texts is neither [CLS] nor [SEP].
     """
     configured = {
-        role: next((text for key in keys if (text := _text_of(settings.get(key)))), None)
+        role: next((text for key in keys if (text := text_of_token(settings.get(key)))), None)
         for role, keys in _CONFIG_KEYS.items()
     }
     if configured["[CLS]"] == configured["[SEP]"]:
@@ -194,7 +174,7 @@ def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Ma
     return found
 
 
-def _text_of(value: Any) -> str | None:
+def text_of_token(value: Any) -> str | None:
     """Return a token of transformers' files, which is a string or an object with the content."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
@@ -231,7 +211,10 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
             show_progress=False,
         )
     else:
-        backend = _wordpiece(models.WordPiece(unk_token="[UNK]"), section.lowercase)
+        backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=section.lowercase)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
         trainer = trainers.WordPieceTrainer(
             vocab_size=section.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
         )
@@ -255,10 +238,110 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(backend, str(path))
 
 
-def _wordpiece(model: models.WordPiece, lowercase: bool) -> tokenizers.Tokenizer:
-    """Return a WordPiece tokenizer with BERT's normaliser and pre-tokeniser."""
-    backend = tokenizers.Tokenizer(model)
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    return backend
+# --- text that a tokenizer turns into [UNK] or leaves out
+
+NOTED_SHARE = 0.03
+"""Assumed, since less than 1 % of a text is unknown to a WordPiece that was made for it."""
+REFUSED_SHARE = 0.9
+_EXAMPLES = 3
+_EXAMPLE_CHARS = 24
+
+
+@dataclass
+class UnknownText:
+    """The amount of text that is [UNK], in tokens and characters: without spaces, one [UNK] may be a complete line."""
+
+    num_tokens: int = 0
+    num_chars: int = 0
+    """Characters that those tokens replace."""
+    num_long_chars: int = 0
+    """The number of those characters in words that are too long for a WordPiece."""
+    text_chars: int = 0
+    """Characters of the complete text, with spaces."""
+    examples: list[str] = field(default_factory=list)
+    num_left_out: int = 0
+    """The number of words without any token, not even [UNK]; num_chars includes their characters."""
+
+    def add(self, other: UnknownText) -> None:
+        """Add the counts of another text."""
+        self.num_tokens += other.num_tokens
+        self.num_chars += other.num_chars
+        self.num_long_chars += other.num_long_chars
+        self.text_chars += other.text_chars
+        self.num_left_out += other.num_left_out
+        self.examples = list(dict.fromkeys([*self.examples, *other.examples]))[:_EXAMPLES]
+
+    def share(self, all_tokens: int) -> float:
+        """Return the larger of the shares of tokens and of characters; a word that is left out counts as a token."""
+        of_tokens = (self.num_tokens + self.num_left_out) / max(all_tokens + self.num_left_out, 1)
+        return max(of_tokens, self.num_chars / max(self.text_chars, 1))
+
+
+def unknown_in(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> UnknownText:
+    """Return the unknown text in lines, whose ids are given."""
+    found = UnknownText(text_chars=sum(map(len, lines)))
+    longest_word = getattr(tokenizer.backend.model, "max_input_chars_per_word", None)
+    for unknown, is_left_out in _unknown_words(lines, ids, tokenizer):
+        found.num_tokens += not is_left_out
+        found.num_left_out += is_left_out
+        found.num_chars += len(unknown)
+        if longest_word is not None and len(unknown) > longest_word:
+            found.num_long_chars += len(unknown)
+        if len(found.examples) < _EXAMPLES and (example := unknown[:_EXAMPLE_CHARS]) not in found.examples:
+            found.examples.append(example)
+    return found
+
+
+def _unknown_words(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """Yield each piece of text that becomes [UNK] or is left out, and whether it is left out."""
+    leaves_out = tokenizer.leaves_text_out
+    checked = [
+        line for line, ids_of_line in zip(lines, ids, strict=True) if leaves_out or tokenizer.unk_id in ids_of_line
+    ]
+    for line, encoding in zip(checked, tokenizer.backend.encode_batch(checked, add_special_tokens=False), strict=True):
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id == tokenizer.unk_id:
+                yield line[start:stop], False
+        if leaves_out:
+            rest = list(line)
+            for start, stop in encoding.offsets:
+                rest[start:stop] = " " * (stop - start)
+            yield from ((word, True) for word in "".join(rest).split())
+
+
+def report(unknown: UnknownText, all_tokens: int) -> str:
+    """Return part of a sentence with the amount of text that is [UNK] or left out."""
+    of_chars = unknown.num_chars / max(unknown.text_chars, 1)
+    if unknown.num_left_out:
+        return (
+            f"{unknown.num_tokens:,} of {all_tokens:,} tokens are [UNK], and {unknown.num_left_out:,} stretches of "
+            f"text are left out, for which it has no token, not even [UNK]: together {of_chars:.2%} of the characters"
+        )
+    if not unknown.num_tokens:
+        return f"none of {all_tokens:,} tokens is [UNK]"
+    of_tokens = unknown.num_tokens / all_tokens
+    return (
+        f"{unknown.num_tokens:,} of {all_tokens:,} tokens are [UNK] ({of_tokens:.2%}), which replace {of_chars:.2%} of "
+        f"the characters"
+    )
+
+
+def problem(description: str, unknown: UnknownText, all_tokens: int) -> str | None:
+    """Return a warning if too much of a source is [UNK], with the reason and what to do, else None."""
+    if unknown.share(all_tokens) < NOTED_SHARE:
+        return None
+    examples = ", ".join(f"'{example}'" for example in unknown.examples)
+    if unknown.num_long_chars > unknown.num_chars / 2:
+        reason = (
+            f"It has no spaces between words ({examples} …), and a WordPiece does not look up words of more than 100 "
+            f"characters. Put spaces between the words first, with a word segmenter for the language, or"
+        )
+    else:
+        reason = (
+            f"The vocabulary lacks characters or forms of the text, such as {examples}. Use a tokenizer that was made "
+            f"for this language, in the right case (--cased and --strip-accents say how a vocab.txt was made), or"
+        )
+    return (
+        f"The tokenizer does not know much of {description}: {report(unknown, all_tokens)}. {reason} train a "
+        f"byte-level BPE, which knows all text: give --set tokenizer.kind=byte-level-bpe and no --tokenizer."
+    )

@@ -8,7 +8,7 @@ import numpy as np
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.core.program import command
-from electra_ds.data.unknown import NOTED_SHARE
+from electra_ds.data.tokenizer import NOTED_SHARE
 from electra_ds.finetuning.encoder_source import EncoderSource
 from electra_ds.finetuning.heads import why_not_exportable
 from electra_ds.finetuning.tokenized_task import EvaluationResult, TokenizedTask

@@ -1,27 +1,26 @@
 """Read a checkpoint that DeepSpeed's `save_checkpoint` or its script ds_to_universal wrote, at every stage, precision
-and number of ranks: tensors by name, counters, and notes on what could not be read."""
+and number of ranks: tensors by name, counters, and notes on what could not be read.
+
+The second half of the module is about the state of a foreign optimizer: its groups, what it kept, its count of steps
+and its loss scale.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from electra_ds.core.errors import CheckpointError
-from electra_ds.interop.deepspeed_files import DeepSpeedFiles, StandIn, load_dictionary
-from electra_ds.interop.deepspeed_optimizer import (
-    adam_step,
-    loss_scale,
-    names_of_groups,
-    other_than_adam,
-    param_groups,
-    stage_0_groups,
-    why_no_moments,
-)
-from electra_ds.interop.deepspeed_zero import (
+from electra_ds.interop.deepspeed_files import (
+    DeepSpeedFiles,
+    StandIn,
     Tensors,
     frozen_tensor,
+    load_file,
+    moments,
     partitioned_tensors,
     sliced_tensors,
     universal_tensors,
@@ -87,7 +86,7 @@ def read_deepspeed_checkpoint(files: DeepSpeedFiles, frozen: Sequence[str] = ())
 
 def _read(files: DeepSpeedFiles, frozen: Sequence[str]) -> DeepSpeedCheckpoint:
     file = files.model[min(files.model)]
-    state = load_dictionary(file)
+    state = load_file(file)
     if not isinstance(state.get("module"), dict):
         raise CheckpointError(f"{file} has no `module`: DeepSpeed's engine did not write it.")
     ranks, step, skipped = (int(state[key]) for key in ("dp_world_size", "global_steps", "skipped_steps"))
@@ -106,7 +105,8 @@ def _read(files: DeepSpeedFiles, frozen: Sequence[str]) -> DeepSpeedCheckpoint:
         "taken_steps": taken if taken is not None and corrects else float(max(0, step - skipped)),
         "skipped_steps": float(skipped),
     }
-    group = {} if other_than_adam(content.own) else next(iter(param_groups(content.own)), {})
+    has_moments = any(name.startswith("exp_avg/") for name in content.tensors)
+    group = next(iter(param_groups(content.own)), {}) if has_moments else {}
     return DeepSpeedCheckpoint(
         files, content.stage, precision, ranks, step, content.tensors, counters, group, corrects,
         tuple(content.notes), tuple(content.frozen),
@@ -122,7 +122,7 @@ def _read_zero(files: DeepSpeedFiles, state: Mapping[str, Any]) -> _Content:
         common, tensors, own = universal_tensors(files.universal, state)
         stage = _stage(common)
     else:
-        parts = [load_dictionary(path)["optimizer_state_dict"] for _, path in sorted(files.optimizer.items())]
+        parts = [load_file(path)["optimizer_state_dict"] for _, path in sorted(files.optimizer.items())]
         common, stage = parts[0], _stage(parts[0])
         read = sliced_tensors if stage == 3 else partitioned_tensors
         tensors = read(files.folder, state, parts)
@@ -163,7 +163,7 @@ def _add_frozen_slices(tensors: Tensors, files: DeepSpeedFiles, state: Mapping[s
     """Add the frozen parameters of stage 3, of which every rank's model file has a slice; return their names."""
     shapes = state.get("frozen_param_shapes") or {}
     if shapes:
-        ranks = [load_dictionary(path)["frozen_param_fragments"] for _, path in sorted(files.model.items())]
+        ranks = [load_file(path)["frozen_param_fragments"] for _, path in sorted(files.model.items())]
         for name, shape in shapes.items():
             tensors[f"master/{name}"] = frozen_tensor(files.folder, name, shape, [own[name] for own in ranks])
     return list(shapes)
@@ -191,8 +191,6 @@ def _read_stage_0(state: Mapping[str, Any], frozen: Sequence[str]) -> _Content:
             for group, own_names in zip(groups, names, strict=True):
                 tensors |= group.by_name({name: weights[name] for name in own_names})
             left_out = [name for name in weights if not any(name in own_names for own_names in names)]
-            if len(in_groups) > sum(map(len, names)):
-                notes.append("which parameters were frozen is inferred from what fits; to be certain, give --frozen")
     _add_tied(tensors, aliases)
     return _Content(0, tensors, own, optimizer, notes, left_out)
 
@@ -221,3 +219,139 @@ def _add_tied(tensors: Tensors, first_names: Mapping[str, str]) -> None:
         for key in ("master", *MOMENTS):
             if f"{key}/{name}" in tensors:
                 tensors[f"{key}/{alias}"] = tensors[f"{key}/{name}"]
+
+
+# --- the state of the optimizer
+#
+# A stage 0 checkpoint of DeepSpeed has the weights by name and the optimizer's tensors by number, group after group.
+# The parameter of each tensor is found by trying the usual ways to group parameters: one group, or matrices apart from
+# biases and norms, for the model or for each of the two networks. Within a group parameters are in the model's order. A
+# way is taken if it is the only one that fits: as many tensors, the same shapes and, if the optimizer holds fp32
+# masters, masters that round to the weights.
+
+_EXEMPT_FROM_DECAY: tuple[Callable[[str], bool], ...] = (
+    lambda name: False,  # one group
+    lambda name: name.endswith("bias") or "norm" in name.lower(),  # `parameter_groups`
+    lambda name: any(part in name for part in ("bias", "LayerNorm.weight")),  # transformers' examples
+)
+_GENERATOR = re.compile(r"(^|\.)gen")
+
+
+class OptimizerGroup(NamedTuple):
+    """One group of a stage 0 optimizer."""
+
+    slots: list[Tensors]
+    """Master and moments of each parameter by kind, as far as the optimizer holds them."""
+    is_flat: bool = False
+    """True if one slot holds all parameters of the group, one after the other."""
+    names: tuple[str, ...] = ()
+    """The names of its parameters, if it has them."""
+
+    def fits(self, weights: Sequence[torch.Tensor]) -> bool:
+        if self.is_flat:
+            weights = [torch.cat([weight.flatten() for weight in weights])]
+        return len(weights) == len(self.slots) and all(map(_fits, self.slots, weights))
+
+    def by_name(self, weights: Mapping[str, torch.Tensor]) -> Tensors:
+        """Return what the group holds as `KIND/NAME`, in fp32 and in the shapes of its parameters."""
+        if self.is_flat:
+            sizes = [weight.numel() for weight in weights.values()]
+            split = {kind: flat.split(sizes) for kind, flat in self.slots[0].items()}
+            slots = [{kind: parts[place] for kind, parts in split.items()} for place in range(len(sizes))]
+        else:
+            slots = self.slots
+        return {
+            f"{kind}/{name}": tensor.detach().float().view(weights[name].shape)
+            for name, slot in zip(weights, slots, strict=True)
+            for kind, tensor in slot.items()
+        }
+
+
+def _fits(slot: Tensors, weight: torch.Tensor) -> bool:
+    held = slot.get("master", slot.get("exp_avg"))
+    if held is None:  # the parameter never got a gradient
+        return True
+    return held.shape == weight.shape and ("master" not in slot or torch.equal(held.to(weight.dtype), weight))
+
+
+def stage_0_groups(wrapper: Mapping[str, Any], own: Any) -> list[OptimizerGroup]:
+    """Return the groups of a stage 0 optimizer. wrapper: what DeepSpeed put around it in half precision, or the
+    optimizer itself; own: the state of the optimizer."""
+    flat, apart = wrapper.get("fp32_groups_flat"), wrapper.get("fp32_groups")
+    groups = []
+    for index, group in enumerate(param_groups(own)):
+        slots = [moments(own["state"].get(number, {})) for number in group["params"]]
+        if flat is not None:
+            slots = [{"master": flat[index]} | slots[0]]
+        elif apart is not None:
+            slots = [{"master": master} | slot for master, slot in zip(apart[index], slots, strict=True)]
+        groups.append(OptimizerGroup(slots, flat is not None, tuple(group.get("param_names") or ())))
+    return groups
+
+
+def names_of_groups(
+    weights: Mapping[str, torch.Tensor], groups: Sequence[OptimizerGroup]
+) -> list[tuple[str, ...]] | None:
+    """Return the names of each group's parameters in order, or None if no way or several ways to group them fit.
+
+    weights: the model's parameters in its order, each once.
+    """
+    if all(group.names and all(name in weights for name in group.names) for group in groups):
+        return [group.names for group in groups]
+    found = []
+    for names in _usual_groups(list(weights)):
+        pairs = list(zip(groups, names, strict=False))
+        fits = len(names) == len(groups) and all(group.fits([weights[name] for name in own]) for group, own in pairs)
+        if fits and names not in found:
+            found.append(names)
+    return found[0] if len(found) == 1 else None
+
+
+def _usual_groups(names: Sequence[str]) -> Iterator[list[tuple[str, ...]]]:
+    """Yield groups of names, empty ones left out as DeepSpeed does."""
+    generator = [name for name in names if _GENERATOR.search(name)]
+    discriminator = [name for name in names if not _GENERATOR.search(name)]
+    for networks in ([names], [generator, discriminator], [discriminator, generator]):
+        for is_exempt in _EXEMPT_FROM_DECAY:
+            groups = [
+                tuple(name for name in network if is_exempt(name) is wanted)
+                for network in networks
+                for wanted in (False, True)
+            ]
+            yield [group for group in groups if group]
+
+
+def why_no_moments(own: Any, has_moments: bool) -> list[str]:
+    """Return a note on why AdamW cannot take moments from the state, if it cannot."""
+    if has_moments:
+        return []
+    if not own:
+        return ["it holds no optimizer"]
+    kept = {str(key) for state in own["state"].values() for key, value in state.items() if torch.is_tensor(value)}
+    return [f"its optimizer kept {', '.join(sorted(kept - {'step'})) or 'nothing'}, not Adam's exp_avg and exp_avg_sq"]
+
+
+def param_groups(own: Any) -> list[dict[str, Any]]:
+    return list(own.get("param_groups") or ()) if isinstance(own, dict) else []
+
+
+def adam_step(own: Any) -> float | None:
+    """Return Adam's own count of updates, the largest of those in its state and groups."""
+    states = own["state"].values() if own else ()
+    found = [state.get("step") for state in (*states, *param_groups(own))]
+    return max((float(step) for step in found if isinstance(step, (int, float, torch.Tensor))), default=None)
+
+
+def loss_scale(scaling: Mapping[str, Any], is_scaled: bool) -> dict[str, float]:
+    """Return the counters of the loss scale from a loss scaler's attributes, or what stage 0 has of them.
+
+    DeepSpeed counts iterations from 0; -1 means that there was no overflow.
+    """
+    good = float(scaling.get("cur_iter", 0) - scaling.get("last_overflow_iter", -1) - 1)
+    return {
+        "consecutive_skips": 0.0,
+        "is_scaled": float(is_scaled),
+        "loss_scale": float(scaling.get("cur_scale", 1.0)) if is_scaled else 1.0,
+        "good_steps": max(0.0, good) if is_scaled else 0.0,
+        "hysteresis_left": max(1.0, float(scaling.get("cur_hysteresis", 1.0))),
+    }

@@ -1,4 +1,5 @@
-"""The files of a DeepSpeed checkpoint: finding them in a folder, and reading one without running anything in it.
+"""The files of a DeepSpeed checkpoint: finding them in a folder, reading one without running anything in it, and the
+tensors by name in those of ZeRO's optimizers.
 
 What DeepSpeed's `save_checkpoint` writes:
 
@@ -22,8 +23,11 @@ runtime/bf16_optimizer.py).
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +35,17 @@ import torch
 
 from electra_ds.core.errors import CheckpointError
 from electra_ds.pretraining.convert import refuse_other_frameworks
+from electra_ds.training.optimizer import MOMENTS
 
-_MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt")
-_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt")
-_OTHER_LAYOUTS = re.compile(r"layer_.*|.*expert_.*|expp_rank_.*")
-_MOST_SHOWN = 5
+_MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_00_model_states\.pt")
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_00_optim_states\.pt")
+_OTHER_LAYOUTS = re.compile(r"layer_.*|.*expert_.*|expp_rank_.*|.*mp_rank_(?!00_).*_states\.pt")
+
+Tensors = dict[str, torch.Tensor]
+"""fp32 tensors on the CPU, by `KIND/NAME`, where a kind is `master` or one of Adam's moments, `exp_avg` and
+`exp_avg_sq`."""
+_Shapes = dict[str, tuple[int, ...]]
+_FILES = {"master": "fp32.pt"} | {kind: f"{kind}.pt" for kind in MOMENTS}
 
 
 class DeepSpeedFiles(NamedTuple):
@@ -51,21 +61,12 @@ class DeepSpeedFiles(NamedTuple):
 
     def check_ranks(self, kind: str, ranks: int) -> None:
         """Raise CheckpointError unless there is one file for each of so many ranks. kind: `model` or `optim`."""
-        found = self.model if kind == "model" else self.optimizer
-        missing = ranks - sum(rank < ranks for rank in found)
-        if missing:
-            gone = [rank for rank in range(len(found) + _MOST_SHOWN) if rank not in found and rank < ranks]
-            more = f" and {missing - _MOST_SHOWN} more" if missing > _MOST_SHOWN else ""
+        found = sorted(self.model if kind == "model" else self.optimizer)
+        if len(found) != ranks or found != list(range(ranks)):
+            ranks_found = ", ".join(map(str, found)) or "none"
             raise CheckpointError(
-                f"{self.folder} was saved by {ranks} rank(s), and the *_{kind}_states.pt of rank "
-                f"{', '.join(map(str, gone[:_MOST_SHOWN]))}{more} is missing. Copy the files of all ranks into the "
-                f"folder."
-            )
-        surplus = sorted(rank for rank in found if rank >= ranks)
-        if surplus:
-            raise CheckpointError(
-                f"{self.folder} was saved by {ranks or 'no'} rank(s) with ZeRO, and {found[surplus[0]].name} is from "
-                f"another save. Move such files away."
+                f"{self.folder} was saved by {ranks} rank(s), and it has a *_{kind}_states.pt of these ranks: "
+                f"{ranks_found}. Copy the files of all ranks of this save into the folder, and move others away."
             )
 
 
@@ -74,22 +75,19 @@ def find_files(path: Path) -> DeepSpeedFiles:
 
     Raises CheckpointError if there is no such checkpoint, or it is one of model or pipeline parallelism or experts.
     """
-    try:
-        return _find(_tag_folder(path))
-    except OSError as error:
-        raise CheckpointError(f"Cannot look for a checkpoint in {path}: {error}.") from error
-
-
-def _find(folder: Path) -> DeepSpeedFiles:
+    folder = _tag_folder(path)
+    if not folder.is_dir():
+        refuse_other_frameworks(folder, str(folder))
+        raise CheckpointError(f"There is no folder {folder}. Give the folder with `latest`, or a tag's folder itself.")
     model: dict[int, Path] = {}
     optimizer: dict[int, Path] = {}
     for file in sorted(folder.iterdir()):
         if _OTHER_LAYOUTS.fullmatch(file.name):
-            raise CheckpointError(f"{file} belongs to pipeline parallelism or experts, which ELECTRA here never has.")
+            raise CheckpointError(
+                f"{file} belongs to tensor or pipeline parallelism or to experts, which ELECTRA here never has."
+            )
         for pattern, found in ((_MODEL, model), (_OPTIMIZER, optimizer)):
             if match := pattern.fullmatch(file.name):
-                if int(match["model"]):
-                    raise CheckpointError(f"{file} belongs to tensor parallelism, which ELECTRA here never has.")
                 rank = int(match["rank"] or 0)
                 if rank in found:
                     raise CheckpointError(
@@ -107,19 +105,13 @@ def _find(folder: Path) -> DeepSpeedFiles:
 
 
 def _tag_folder(path: Path) -> Path:
-    latest = next((path / name for name in ("latest", "latest_universal") if (path / name).is_file()), None)
-    if latest is not None:
-        tag = latest.read_text("utf8", errors="replace").strip()
-        if tag in ("", "..") or Path(tag).name != tag or not (path / tag).is_dir():
-            raise CheckpointError(
-                f"{latest} names the tag {tag[:40]!r}, and there is no such folder next to it. Give the tag's folder "
-                f"itself."
-            )
-        return path / tag
-    if not path.is_dir():
-        refuse_other_frameworks(path, str(path))
-        raise CheckpointError(f"There is no folder {path}.")
+    for name in ("latest", "latest_universal"):
+        if (path / name).is_file():
+            return path / Path((path / name).read_text("utf8", errors="replace").strip()).name
     return path
+
+
+# --- reading a file
 
 
 class StandIn:
@@ -143,15 +135,7 @@ class StandIn:
             self.attributes = state
 
 
-def _dictionary(*arguments: Any) -> dict[Any, Any]:
-    return {}
-
-
-def _list(*arguments: Any) -> list[Any]:
-    return []
-
-
-_FILLED: dict[str, Any] = {"collections.defaultdict": _dictionary, "collections.deque": _list}
+_FILLED: dict[str, Any] = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}
 """Containers that torch's unpickler does not know, and the known ones that it fills in their place."""
 
 
@@ -164,50 +148,151 @@ def load_file(path: Path) -> Any:
     objects that a script saved with its state (argparse.Namespace, NumPy scalars, paths) do no harm. Raises
     CheckpointError if the file is damaged, or names functions of os or sys, which torch never takes.
     """
-    _check_intact(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (changed := archive.testzip()) is not None:  # a checksum that torch does not check
+                raise zipfile.BadZipFile(f"{changed} in it has changed since it was saved")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # A class of its own for each name: torch's unpickler looks objects up by their class.
         stand_ins: list[Any] = [(_FILLED.get(name) or type("StandIn", (StandIn,), {}), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a pickle can fail in every way there is
+        reason = str(error)
+        if reason.startswith("Weights only load failed"):  # then comes advice to load the file without restriction
+            reason = reason.partition("\n\n")[2].strip()
         raise CheckpointError(
-            f"{path} cannot be read: {_without_advice(error)} It is damaged, or was not written by DeepSpeed alone."
+            f"{path} cannot be read: {(reason.splitlines() or [type(error).__name__])[0]} It is damaged, or was not "
+            f"written by DeepSpeed 0.19.8 alone. Copy it again from where it was saved."
         ) from error
 
 
-def load_dictionary(path: Path) -> dict[str, Any]:
-    """Return the dictionary in the file, see `load_file`. Raises CheckpointError also if it holds something else."""
-    content = load_file(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, which is not what DeepSpeed saves.")
-    return content
+# --- the tensors of ZeRO's optimizers
+#
+# Functions raise CheckpointError if the ranks' files do not hold as many elements as the shapes need.
 
 
-def _check_intact(path: Path) -> None:
-    """Raise CheckpointError unless every part of the zip has its checksum, which torch does not check."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing. Copy all files of the checkpoint.")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(
-                f"{path} is cut short, or not a file of DeepSpeed: DeepSpeed 0.19.8 saves zip files, and this is none. "
-                f"Copy it again from where it was saved."
-            )
-        with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Copy it again from where it was saved.") from error
-    if changed is not None:
+def partitioned_tensors(folder: Path, state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> Tensors:
+    """Return the tensors of stages 1 and 2; moments of those groups that have both of Adam's.
+
+    A group is one flat tensor, cut into a part for each rank. A rank's `param_slice_mappings` say which piece of its
+    part belongs to which parameter, and pieces follow each other in the order of the ranks.
+
+    state: the content of the model's file. parts: the optimizer of each rank.
+    """
+    ranks = [_flat_groups(part, "single_partition_of_fp32_groups", "base_optimizer_state") for part in parts]
+    pieces: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for part, groups in zip(parts, ranks, strict=True):
+        for group, mapping in zip(groups, part["param_slice_mappings"], strict=True):
+            for name, address in mapping.items():
+                start, size = address.attributes["start"], address.attributes["numel"]
+                for kind, flat in group.items():
+                    pieces[f"{kind}/{name}"].append(flat[start : start + size])
+    return _in_shape(folder, _shapes(state), {key: torch.cat(own) for key, own in pieces.items()})
+
+
+def sliced_tensors(folder: Path, state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> Tensors:
+    """Return the tensors of stage 3, at which every parameter is cut into equal slices, one for each rank, the last
+    padded.
+
+    The slices of a rank lie one after the other in the order of `param_shapes`, through all of its groups; moments lie
+    as masters do.
+    """
+    ranks = []
+    for part in parts:
+        groups = _flat_groups(part, "fp32_flat_groups", "optimizer_state_dict")
+        kinds = set.intersection(*map(set, groups)) if groups else set()
+        ranks.append({kind: torch.cat([group[kind] for group in groups]) for kind in kinds})
+    shapes = _shapes(state)
+    found: Tensors = {}
+    offset = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        slice_size = -(-size // len(ranks))
+        for kind in ranks[0]:
+            slices = [own[kind][offset : offset + slice_size] for own in ranks]
+            found[f"{kind}/{name}"] = torch.cat(slices)[:size]
+        offset += slice_size
+    if any(own["master"].numel() != offset for own in ranks):
         raise CheckpointError(
-            f"{path} is damaged: {changed} in it has changed since it was saved. Copy it again from where it was saved."
+            f"{folder}: the shapes need {offset} elements on each rank, and the ranks hold "
+            f"{', '.join(str(own['master'].numel()) for own in ranks)}. Are all files of one save?"
         )
+    return _in_shape(folder, shapes, found)
 
 
-def _without_advice(error: Exception) -> str:
-    """Return what is wrong, without torch's advice to load the file without restriction."""
-    text = str(error)
-    if text.startswith("Weights only load failed"):
-        text = text.partition("\n\n")[2].strip()
-    return (text.splitlines() or [type(error).__name__])[0]
+def frozen_tensor(folder: Path, name: str, shape: Sequence[int], slices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a parameter of which the model's file of every rank has a slice at stage 3, the last padded."""
+    flat = torch.cat([part.detach().float().flatten() for part in slices])[: math.prod(shape)]
+    return _in_shape(folder, {name: tuple(shape)}, {f"master/{name}": flat})[f"master/{name}"]
+
+
+def _flat_groups(part: Mapping[str, Any], masters_key: str, state_key: str) -> list[Tensors]:
+    """Return one rank's part of each group, by kind."""
+    masters = [part[masters_key]] if torch.is_tensor(part[masters_key]) else part[masters_key]
+    states = part[state_key]["state"]
+    groups = []
+    for index, master in enumerate(masters):
+        size = master.numel()
+        group = {"master": master} | moments(states.get(index, {}))
+        groups.append({kind: tensor.detach().float().flatten()[:size] for kind, tensor in group.items()})
+    return groups
+
+
+def moments(state: Mapping[str, Any]) -> Tensors:
+    """Return both of Adam's moments or none: other optimizers use one of the names for something else."""
+    return {key: state[key] for key in MOMENTS} if all(torch.is_tensor(state.get(key)) for key in MOMENTS) else {}
+
+
+def _shapes(state: Mapping[str, Any]) -> _Shapes:
+    return {name: tuple(shape) for group in state["param_shapes"] for name, shape in group.items()}
+
+
+def _in_shape(folder: Path, shapes: _Shapes, found: Tensors) -> Tensors:
+    tensors: Tensors = {}
+    for name, shape in shapes.items():
+        for key in (f"master/{name}", *(f"{kind}/{name}" for kind in MOMENTS)):
+            if key not in found and not key.startswith("master/"):
+                continue
+            size = found[key].numel() if key in found else 0
+            if size != math.prod(shape):
+                raise CheckpointError(
+                    f"{folder}: {key} has {math.prod(shape)} elements, and the ranks' files hold {size} of them. Are "
+                    f"all files of one save?"
+                )
+            tensors[key] = found[key].view(shape)
+    return tensors
+
+
+def universal_tensors(zero: Path, state: Mapping[str, Any]) -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
+    """Return (what all parameters have in common, the tensors, the optimizer's state without its tensors) of a
+    universal checkpoint.
+
+    Parameters that were frozen, buffers and second names of tied parameters are there in the precision of the weights
+    and without moments. `param_shapes` in the model's file say which those are, as in the original.
+
+    state: the content of the model's file. Raises CheckpointError if a parameter's file is missing or of another size.
+    """
+    common = load_file(zero / "optimizer_state.pt")
+    tensors: Tensors = {}
+    states: dict[str, dict[str, Any]] = {}
+    for name, shape in _shapes(state).items():
+        folder = zero / name
+        has_moments = all((folder / _FILES[kind]).is_file() for kind in MOMENTS)
+        for kind in ("master", *(MOMENTS if has_moments else ())):
+            tensors[f"{kind}/{name}"] = _complete_tensor(folder / _FILES[kind], name, shape)
+        states[name] = {kind: tensors[f"{kind}/{name}"] for kind in MOMENTS if has_moments}
+        if (folder / "step.pt").is_file():
+            states[name]["step"] = load_file(folder / "step.pt")
+    own = common.get("optimizer_state_dict")  # at stage 3 it has the count of steps
+    if isinstance(own, dict):
+        states |= {f"group {number}": {"step": one.get("step")} for number, one in own["state"].items()}
+    return common, tensors, {"state": states, "param_groups": common.get("param_groups")}
+
+
+def _complete_tensor(path: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    content = load_file(path)
+    tensor = content.get("param") if isinstance(content, dict) else content
+    if not torch.is_tensor(tensor) or tensor.numel() != math.prod(shape):
+        raise CheckpointError(f"{path} does not hold {name} of shape {list(shape)}. Convert the checkpoint again.")
+    return tensor.detach().float().view(shape)

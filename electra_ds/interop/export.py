@@ -3,26 +3,21 @@ complete or not at all."""
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError
-from electra_ds.core.files import is_hub_model
+from electra_ds.interop.model_cards import pretrained_card
 from electra_ds.pretraining.evaluation import load_model
-from electra_ds.pretraining.objectives.base import Export
 from electra_ds.training.checkpoints import beside, newest_checkpoint
-from electra_ds.training.tracking import read_metrics
 
 _LONGEST_NAME = 200
 
@@ -37,7 +32,6 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     check_out(out)
     model, objective, tokenizer, recipe = load_model(checkpoint)
     sources = RunDirectory(checkpoint.path).read_record().initialised_from
-    run, state = checkpoint.path.parent.parent, checkpoint.state
     exports = objective.exports(model)
     logging.disable_progress_bar()  # which would count one shard
     with new_folder(out) as partial:
@@ -45,58 +39,11 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
             exported.model.save_pretrained(partial / name)
             tokenizer.save(partial / name, recipe.model.max_position_embeddings)
             (partial / name / "README.md").write_text(
-                _model_card(name, exported, recipe, tokenizer.vocab_size, state, run, sources), "utf8"
+                pretrained_card(name, exported, recipe, tokenizer.vocab_size, checkpoint, sources), "utf8"
             )
     return "\n".join(
         f"{out / name}: {exported.loaded_by}, which {exported.purpose}" for name, exported in exports.items()
     )
-
-
-def _model_card(
-    part: str, exported: Export, recipe: Recipe, vocab_size: int, state: dict[str, Any], run: Path, sources: list[str]
-) -> str:
-    metrics_file = run / "metrics.jsonl"
-    evaluations = [
-        line
-        for line in (read_metrics(metrics_file) if metrics_file.is_file() else [])
-        if line["kind"] == "eval" and line["step"] == state["step"]
-    ]
-    began = ""
-    if sources:
-        began = f" It began with the weights of {' and '.join(map(published_name, sources))}."
-    results = ""
-    if evaluations:
-        rows = "\n".join(
-            f"| {name} | {value:.4f} |" for name, value in evaluations[-1].items() if isinstance(value, float)
-        )
-        results = f"\n## On held-out text\n\n| metric | value |\n| --- | --- |\n{rows}\n"
-    return f"""---
-library_name: transformers
-tags:
-- {recipe.objective}
----
-
-# {recipe.objective.upper()} {part}, recipe {recipe.name}
-
-This model {exported.purpose}.
-
-It was pretrained with electra_ds for {state["step"]:,} of {recipe.schedule.total_steps:,} steps on
-{state["tokens"]:,} tokens, in sequences of {recipe.data.sequence_length} tokens: positions beyond that were never
-trained. Its vocabulary has {vocab_size:,} pieces.{began}
-
-```python
-from transformers import AutoTokenizer, {exported.loaded_by}
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = {exported.loaded_by}.from_pretrained("PATH")
-```
-{results}
-## Recipe
-
-```json
-{json.dumps(recipe.model_dump(), indent=2)}
-```
-"""
 
 
 # --- the folder of an export
@@ -104,17 +51,10 @@ model = {exported.loaded_by}.from_pretrained("PATH")
 
 def check_out(out: Path) -> None:
     """Raise CheckpointError unless a folder can be made there, or an empty one be replaced."""
-    try:
-        if out.is_symlink():
-            raise CheckpointError(
-                f"{out} is a symbolic link, which would be replaced. Give the folder itself as --out."
-            )
-        if out.exists() and not out.is_dir():
-            raise CheckpointError(f"{out} is a file, and an export is a folder. Give another --out.")
-        if out.is_dir() and any(out.iterdir()):
-            raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
-    except OSError as error:
-        raise cannot_write(out, error) from error
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out} is a link or a file, and an export is a folder. Give another --out.")
+    if out.is_dir() and any(out.iterdir()):
+        raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
 
 
 @contextmanager
@@ -154,11 +94,3 @@ def cannot_write(out: Path, error: Exception) -> CheckpointError:
     """Return the error of an export that could not be written."""
     advice = " Make room, then start it again." if devices.is_disk_full(error) else ""
     return CheckpointError(f"Cannot write the export {out}: {error}.{advice}")
-
-
-def published_name(source: str) -> str:
-    """Return the name for a published model card: a Hub name, or a folder's own without its path on this machine."""
-    path = Path(source)
-    if is_hub_model(source):
-        return source
-    return f"{path.parent.name}/{path.name}" if path.name in ("generator", "discriminator") else path.name

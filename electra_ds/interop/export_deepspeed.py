@@ -66,13 +66,18 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         checkpoint.check(shapes, shapes)
+    tag = f"global_step{checkpoint.state['step']}"
     partial = unfinished(out, ranks.broadcast(secrets.token_hex(4)))
     try:
         with ranks.fail_together(), _writing(out):
             if ranks.is_main:
                 partial.mkdir(parents=True)
-        with _writing(out):
-            tag = _write_native(checkpoint, model, recipe, plan, devices.device(ranks.launch), partial)
+        # What ds_to_universal needs at stages 1 and 2 and DeepSpeed leaves to the caller.
+        version = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        client_state = {UNIVERSAL_CHECKPOINT_INFO: version} if plan.stage in _CONVERTED else {}
+        device = devices.device(ranks.launch)
+        with _writing(out), native_engine(checkpoint, model, recipe, plan, device) as engine:
+            engine.save_checkpoint(str(partial), tag=tag, client_state=client_state)
         with ranks.fail_together(), _writing(out):
             if ranks.is_main:
                 _write_record(checkpoint, recipe, plan, partial)
@@ -166,9 +171,13 @@ if torch.distributed.get_rank() == 0:
 
 def _readme(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan) -> str:
     state = checkpoint.state
-    universal = ""
+    notes = ""
+    if not recipe.optimizer.bias_correction:
+        notes += """
+Its AdamW makes no bias correction: torch's own does none at the step count of 2^24 that its state holds.
+"""
     if plan.stage in _CONVERTED:
-        universal = f"""
+        notes += f"""
 For another number of ranks, make a universal checkpoint of it, and add `"checkpoint": {{"load_universal": true}}` to
 deepspeed.json:
 
@@ -176,9 +185,6 @@ deepspeed.json:
 {_conversion(f"global_step{state['step']}")}
 ```
 """
-    corrected = "" if recipe.optimizer.bias_correction else (
-        "\nIts AdamW makes no bias correction: torch's own does none at the step count of 2^24 that its state holds.\n"
-    )  # fmt: skip
     return f"""# {recipe.name}, step {state["step"]:,}, as DeepSpeed's own checkpoint
 
 {_layout(plan)}, after {state["tokens"]:,} tokens. DeepSpeed loads it with as many ranks, the same stage and the same
@@ -188,12 +194,10 @@ precision. Where electra_ds is installed:
 torchrun --nproc_per_node {plan.batch.world_size} resume.py
 ```
 
-`resume.py` makes model, optimizer and engine and loads this folder; the training is yours to add. (The line is for one
-machine; on several, their `--nproc_per_node` times `--nnodes` is {plan.batch.world_size}.)
-{corrected}{universal}
-`engine(batch)` gives sums of losses over the batch, see `ElectraOutput`; the learning rate and its schedule are the
-script's to set. Back into a run of electra_ds: `electra-ds checkpoint import THIS_FOLDER --run-dir RUN --ds-config
-JSON`.
+`resume.py` makes model, optimizer and engine and loads this folder; the training, the learning rate and its schedule
+are yours to add. On several machines, `--nproc_per_node` times `--nnodes` is {plan.batch.world_size}.
+{notes}
+Back into a run of electra_ds: `electra-ds checkpoint import THIS_FOLDER --run-dir RUN --ds-config JSON`.
 """
 
 
@@ -213,31 +217,11 @@ def native_config(plan: DeepSpeedPlan) -> dict[str, Any]:
     return config
 
 
-def _write_native(
-    checkpoint: Checkpoint, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, folder: Path
-) -> str:
-    """Write `folder/TAG/…` and `folder/latest`, each rank its part; return the tag.
-
-    To be called by all ranks, as `native_engine` is.
-    """
-    tag = f"global_step{checkpoint.state['step']}"
-    with native_engine(checkpoint, model, recipe, plan, device) as engine:
-        engine.save_checkpoint(str(folder), tag=tag, client_state=_for_ds_to_universal(plan.stage))
-    return tag
-
-
-def _for_ds_to_universal(stage: int) -> dict[str, Any]:
-    """Return what ds_to_universal needs at stages 1 and 2 and DeepSpeed leaves to the caller; it takes no stage 0."""
-    if stage not in (1, 2):
-        return {}
-    return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
-
-
 @contextmanager
 def native_engine(
     checkpoint: Checkpoint, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device
 ) -> Iterator[Any]:
-    """Yield DeepSpeed's engine with a checkpoint's state in it, and close it at the end.
+    """Yield DeepSpeed's engine with a checkpoint's state in it, and close it at the end. To be called by all ranks.
 
     model: its weights are replaced. Raises ConfigError if the device cannot run the plan's precision.
     """

@@ -22,8 +22,8 @@ from electra_ds.core.program import command
 from electra_ds.data.token_store import TokenStore, recorded_store
 from electra_ds.interop.deepspeed_checkpoint import DeepSpeedCheckpoint
 from electra_ds.interop.deepspeed_files import DeepSpeedFiles
-from electra_ds.interop.fit import KnownSizes, summary_of_sizes
 from electra_ds.interop.init_from import write_first_checkpoint
+from electra_ds.interop.pretrained import KnownSizes, summary_of_sizes
 from electra_ds.pretraining.convert import (
     discriminator_tensors,
     from_discriminator_tensors,
@@ -83,7 +83,10 @@ def import_deepspeed(
     names = list(model.named_parameters())
     skipped = f", {int(counters['skipped_steps'])} of them skipped" if counters["skipped_steps"] else ""
     scale = f", loss scale {counters['loss_scale']:g}" if counters["is_scaled"] else ""
-    notes = (*checkpoint.notes, *_frozen_note(checkpoint.frozen), *_differences(checkpoint, job.recipe.optimizer))
+    notes = [*checkpoint.notes, *_differences(checkpoint, job.recipe.optimizer)]
+    if checkpoint.frozen:
+        frozen = f"{len(checkpoint.frozen)} of its tensors were not trained and are trained from here on"
+        notes.append(f"{frozen}: {_listed(checkpoint.frozen)}")
     lines = [  # made before anything is written: nothing may fail once the run is there
         f"read {folder}: {'universal, from ' if checkpoint.files.universal else ''}ZeRO stage {checkpoint.stage}, "
         f"{checkpoint.precision}, {checkpoint.ranks} rank(s)",
@@ -104,29 +107,25 @@ def _moments(found: int, total: int) -> str:
         return "none, so AdamW's begin at zero"
     if found == total:
         return "both of AdamW's, complete"
-    why = "because they were frozen or no gradient had reached them"
-    return f"of {found} tensors; those of the other {total - found} begin at zero, {why}"
-
-
-def _frozen_note(frozen: tuple[str, ...]) -> list[str]:
-    if not frozen:
-        return []
-    return [f"{len(frozen)} of its tensors were not trained and are trained from here on: {_listed(frozen)}"]
+    return f"of {found} tensors; the other {total - found} were frozen or had no gradient yet, and begin at zero"
 
 
 def _differences(checkpoint: DeepSpeedCheckpoint, section: OptimizerSection) -> list[str]:
     """Return notes on how the run continues differently from the checkpoint's optimizer."""
-    notes = []
-    for key, ours in (("betas", (section.beta1, section.beta2)), ("eps", (section.epsilon,))):
-        theirs = checkpoint.adam.get(key)
-        if theirs is None:
-            continue
-        theirs = tuple(float(value) for value in (theirs if isinstance(theirs, (list, tuple)) else [theirs]))
-        pairs = zip(theirs, ours, strict=False)
-        if len(theirs) != len(ours) or not all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs):  # in fp32
-            shown = [values if len(values) > 1 else values[0] for values in (theirs, ours)]
-            notes.append(f"its optimizer had {key} {shown[0]}, and the recipe has {shown[1]}")
-    if checkpoint.adam and checkpoint.corrects_bias != section.bias_correction:
+    adam = checkpoint.adam
+    if not {"betas", "eps"} <= adam.keys():
+        return []
+    pairs = {
+        "beta1": (float(adam["betas"][0]), section.beta1),
+        "beta2": (float(adam["betas"][1]), section.beta2),
+        "eps": (float(adam["eps"]), section.epsilon),
+    }
+    notes = [
+        f"its optimizer had {name} {theirs:g}, and the recipe has {ours:g}"
+        for name, (theirs, ours) in pairs.items()
+        if not math.isclose(theirs, ours, rel_tol=1e-6)  # in fp32
+    ]
+    if checkpoint.corrects_bias != section.bias_correction:
         did, does = ("did", "does not") if checkpoint.corrects_bias else ("did not", "does")
         notes.append(f"its optimizer {did} correct Adam's bias, and the recipe's {does}")
     return notes
@@ -139,9 +138,7 @@ def _state_of_export(folder: Path | None, step: int) -> dict[str, Any] | None:
     try:
         state = json.loads((folder / "state.json").read_text("utf8"))
         counters = {name: float(state["optimizer"][name]) for name in FRESH_COUNTERS}
-        if not all(0 <= value < math.inf for value in (int(state["tokens"]), *counters.values())):
-            raise ValueError("a count is negative or not finite")
-        return state | {"optimizer": counters} if state["step"] == step else None
+        return state | {"tokens": int(state["tokens"]), "optimizer": counters} if state["step"] == step else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / 'state.json'} is not what our export wrote ({type(error).__name__}: {error}). Delete it to do "

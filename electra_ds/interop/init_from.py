@@ -1,4 +1,4 @@
-"""A run that begins with published weights: what its sources hold, whether they fit, and the first checkpoint.
+"""A run that begins with published weights: whether its sources fit, and the first checkpoint.
 
 Imported only by runs that begin so, since transformers takes seconds to import.
 """
@@ -18,13 +18,20 @@ from electra_ds.core.files import is_hub_model
 from electra_ds.core.program import command
 from electra_ds.data.hub import fetch_model
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.interop.fit import PARTS, KnownSizes, NetworkSizes, check_fit, most_shared
-from electra_ds.interop.pretrained import Pretrained, read_pretrained
+from electra_ds.interop.pretrained import (
+    PARTS,
+    KnownSizes,
+    NetworkSizes,
+    Pretrained,
+    check_fit,
+    most_shared,
+    read_pretrained,
+)
 from electra_ds.pretraining.convert import refuse_other_frameworks
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.training.checkpoint import CheckpointFolder
-from electra_ds.training.optimizer import FRESH_COUNTERS
+from electra_ds.training.optimizer import FRESH_COUNTERS, MOMENTS
 
 _SHARED_PARTS = {
     "none": "",
@@ -72,17 +79,16 @@ class InitialWeights:
         known = self._own_tokenizer()
         if known is not None:
             problem = _difference(known, tokenizer)
+            advice = (
+                f"Leave --tokenizer out to take the weights' own; a store for --data is made with it by "
+                f"{command('build-data')} --tokenizer {self.own_tokenizer()}."
+            )
         else:
             problem = "" if size == rows else f"it has {size:,} pieces"
+            advice = "Give the tokenizer that they were trained with."
         if not problem and size > rows:
             problem = f"it has {size:,} pieces with those that ELECTRA needs"
         if problem:
-            advice = "Give the tokenizer that they were trained with."
-            if known is not None:
-                advice = (
-                    f"Leave --tokenizer out to take the weights' own; a store for --data is made with it by "
-                    f"{command('build-data')} --tokenizer {self.own_tokenizer()}."
-                )
             raise DataError(
                 f"The tokenizer does not fit the weights of {self.discriminator.name}, whose token table has {rows:,} "
                 f"rows: {problem}. Rows would stand for other pieces than they were trained for. {advice}"
@@ -101,8 +107,8 @@ class InitialWeights:
         own = self._own_tokenizer()
         if own is not None and (differing := _differing_steps(own, tokenizer)):
             notes.append(
-                f"the tokenizer has the weights' pieces but splits text differently from theirs: {differing}. Unless "
-                f"you intend that, use theirs: leave out --tokenizer and --data, or build the store with "
+                f"the tokenizer has the weights' pieces and another {differing}, which changes how text is split. "
+                f"Unless you intend that, use theirs: leave out --tokenizer and --data, or build the store with "
                 f"{command('build-data')} --tokenizer {self.own_tokenizer()}"
             )
         spare = self.discriminator.vocab_size - tokenizer.vocab_size
@@ -118,12 +124,11 @@ class InitialWeights:
         given = {name: tensor for part in self._parts() for name, tensor in part.tensors.items()}
         spare_rows_left_out = {name: tensor[: len(own[name])] for name, tensor in given.items()}
         model.load_state_dict(spare_rows_left_out, strict=False)
-        result = {}
+        tensors = {}
         for name, parameter in model.named_parameters():
-            result[f"master/{name}"] = parameter.detach()
-            result[f"exp_avg/{name}"] = torch.zeros_like(parameter)
-            result[f"exp_avg_sq/{name}"] = torch.zeros_like(parameter)
-        return result
+            tensors[f"master/{name}"] = parameter.detach()
+            tensors |= {f"{moment}/{name}": torch.zeros_like(parameter) for moment in MOMENTS}
+        return tensors
 
 
 def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeights:
@@ -133,7 +138,7 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
     they are not a discriminator with or without a generator, or do not fit the recipe.
     """
     for source in sources:
-        _check_word(source)
+        refuse_other_frameworks(Path(source), source)
     parts = [
         read_pretrained(name, fetch_model(name) if is_hub_model(name) else Path(name))
         for source in sources
@@ -155,17 +160,6 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
     known = KnownSizes(**{part.kind: NetworkSizes(part.name, part.sizes) for part in parts})
     check_fit(recipe, known, most_shared({name: tensor for part in parts for name, tensor in part.tensors.items()}))
     return found_weights
-
-
-def _check_word(source: str) -> None:
-    """Raise ConfigError for what can name neither a folder nor a model, DataError for another framework's weights."""
-    if not source.strip():
-        raise ConfigError("--init-from is given an empty name. Give a folder, or OWNER/NAME of a model on the Hub.")
-    try:
-        (Path(source) / "config.json").exists()
-    except OSError as error:  # too long a name, above all
-        raise ConfigError(f"--init-from {source[:40]}… cannot be looked up: {error.strerror}.") from error
-    refuse_other_frameworks(Path(source), source)
 
 
 def _expanded(source: str) -> list[str]:
@@ -191,31 +185,21 @@ def _check_one_vocabulary(generator: Pretrained, discriminator: Pretrained) -> N
 
 
 def _differing_steps(theirs: Tokenizer, ours: Tokenizer) -> str:
-    """Return how two tokenizers differ in what they do to text before they look up pieces; empty if they do not."""
-    found = []
-    for step in ("normalizer", "pre_tokenizer"):
-        one, other = (json.loads(tokenizer.backend.to_str())[step] for tokenizer in (theirs, ours))
-        if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-            found += [f"{key} {one[key]} there and {other[key]} here" for key in one if one[key] != other[key]]
-        elif one != other:
-            found.append(f"a different {step}")
-    return ", ".join(found)
+    """Return the steps before the look-up of pieces in which two tokenizers differ; empty if there are none."""
+    one, other = (json.loads(tokenizer.backend.to_str()) for tokenizer in (theirs, ours))
+    return " and ".join(step for step in ("normalizer", "pre_tokenizer") if one[step] != other[step])
 
 
 def _difference(expected: Tokenizer, found: Tokenizer) -> str:
     """Return in which pieces two tokenizers differ; empty if they do not."""
     theirs = expected.backend.get_vocab(with_added_tokens=True)
     ours = found.backend.get_vocab(with_added_tokens=True)
-    differing = sorted(
-        (min(theirs.get(piece, len(theirs)), ours.get(piece, len(ours))), piece)
-        for piece in theirs.keys() | ours.keys()
-        if theirs.get(piece) != ours.get(piece)
-    )
+    differing = dict(theirs.items() ^ ours.items())
     if not differing:
         return ""
-    piece = differing[0][1]
-    ids = [f"id {vocabulary[piece]}" if piece in vocabulary else "no id" for vocabulary in (theirs, ours)]
-    return f"{len(differing):,} pieces have other ids, such as {piece!r} with {ids[0]} there and {ids[1]} here"
+    piece = min(differing, key=lambda each: (differing[each], each))
+    ids = [vocabulary.get(piece, "none") for vocabulary in (theirs, ours)]
+    return f"{len(differing):,} pieces have other ids, such as {piece!r} with id {ids[0]} there and {ids[1]} here"
 
 
 def write_first_checkpoint(

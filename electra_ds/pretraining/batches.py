@@ -15,8 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import DataError
 from electra_ds.data.sampling import Rows, Sampler
-from electra_ds.data.segments import Ranges
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import Ranges, TokenStore
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.masking import before
 from electra_ds.pretraining.objectives.base import Objective, PretrainingBatch, TextBatch

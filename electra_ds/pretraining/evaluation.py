@@ -13,8 +13,7 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import DataError
 from electra_ds.core.keyed_random import hash64
 from electra_ds.core.ranks import Ranks
-from electra_ds.data.segments import Split
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import Split, TokenStore
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer
 from electra_ds.pretraining.batches import BatchBuilder, objective_of
 from electra_ds.pretraining.objectives.base import Objective, PretrainingBatch

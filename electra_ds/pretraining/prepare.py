@@ -24,8 +24,7 @@ from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
 from electra_ds.core.terminal import log_command
 from electra_ds.data.build import trained_from
-from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import TokenStore, recorded_store
+from electra_ds.data.token_store import TokenStore, recorded_store, split_holdout
 from electra_ds.pretraining.batches import objective_of
 from electra_ds.pretraining.memory import (
     CONTEXT_BYTES,

@@ -15,8 +15,7 @@ from electra_ds.config.run_record import RunRecord
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.ranks import Ranks
-from electra_ds.data.segments import Split
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import Split, TokenStore
 from electra_ds.pretraining.batches import BatchBuilder, objective_of
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.evaluation import Evaluator

@@ -18,8 +18,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import join_ranks
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
-from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.batches import BatchBuilder, objective_of
 from electra_ds.pretraining.doctor import Finding, failed_step
 from electra_ds.pretraining.engine import PretrainingEngine

@@ -17,8 +17,7 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.program import command
 from electra_ds.core.terminal import say, say_command
-from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import recorded_store
+from electra_ds.data.token_store import recorded_store, split_holdout
 from electra_ds.pretraining.evaluation import held_out_batch, load_trained
 from electra_ds.pretraining.objectives.base import Curve, Objective
 from electra_ds.training.tracking import read_metrics

@@ -118,7 +118,8 @@ def test_without_a_terminal_the_stages_of_building_a_store_are_lines(
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the {n} lamps of the house had gone out" for n in range(200)))
     section = TokenizerSection(kind="wordpiece", vocab_size=400, lowercase=True)
-    build_store(Corpus((open_source([str(text)], "file", "text"),)), section, tmp_path / "store", workers=1)
+    corpus = Corpus((open_source([str(text)], "file", "text"),))
+    build_store(corpus, section, tmp_path / "store", workers=1, show_progress=StageProgress)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert all(line.startswith("preparing: ") for line in lines), lines
     stages = list(dict.fromkeys(line.removeprefix("preparing: ").split(",")[0] for line in lines))

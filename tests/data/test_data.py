@@ -21,8 +21,7 @@ from electra_ds.core.keyed_random import generator
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_corpus, open_source
 from electra_ds.data.sampling import MIXTURE_ROUND, Rows, Sampler, Windows, shuffled
-from electra_ds.data.segments import Ranges, split_holdout
-from electra_ds.data.token_store import TokenStore, token_dtype
+from electra_ds.data.token_store import Ranges, TokenStore, split_holdout, token_dtype
 from electra_ds.data.tokenizer import train_tokenizer
 from electra_ds.training.step import prefetched
 from tests.helpers import REPOSITORY, builder_for, small_recipe, write_corpus

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from electra_ds.data.packing import PackedExamples
-from electra_ds.data.segments import Ranges
+from electra_ds.data.token_store import Ranges
 
 LENGTH = 128
 

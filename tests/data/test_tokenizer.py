@@ -82,7 +82,7 @@ def test_a_vocabulary_folder_says_itself_whether_it_is_cased(tmp_path: Path) -> 
     ("name", "text", "message"),
     [
         ("vocab.txt", "[PAD]\n[CLS]\n[SEP]\n[MASK]\nfox", r"lacks \[UNK\]"),
-        ("tokenizer.json", "{}", "is some other JSON, not a tokenizer.json"),
+        ("tokenizer.json", "{}", r"Cannot read .*Give its tokenizer\.json"),
     ],
 )
 def test_a_tokenizer_that_cannot_serve_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -21,8 +21,15 @@ from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.token_store import StoreInfo, TokenStore
-from electra_ds.data.tokenizer import Tokenizer, train_tokenizer
-from electra_ds.data.unknown import REFUSED_SHARE, UnknownText, problem, report, unknown_in
+from electra_ds.data.tokenizer import (
+    REFUSED_SHARE,
+    Tokenizer,
+    UnknownText,
+    problem,
+    report,
+    train_tokenizer,
+    unknown_in,
+)
 from tests.finetune_runs import arguments_of, finetune, tiny_electra, write_csv
 from tests.helpers import SHARED_DATA, small_recipe
 
@@ -155,7 +162,7 @@ def test_every_command_that_builds_a_store_says_the_share_and_a_given_store_only
 
 
 def test_a_long_build_says_early_that_its_text_is_unknown(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(build, "_CHUNK_CHARS", 10)
     documents = "\n\n".join([FOREIGN] * 5 + [KNOWN] * 20)
@@ -163,8 +170,7 @@ def test_a_long_build_says_early_that_its_text_is_unknown(
     info = build_store(corpus, tokenizer, tmp_path / "store", workers=1).info
     assert info.unknown_share is not None
     assert info.unknown_share < 0.9
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.count("Warning: The tokenizer does not know much of the beginning of") == 1
+    assert caplog.text.count("The tokenizer does not know much of the beginning of") == 1
 
 
 @pytest.mark.parametrize("is_byte_level", [True, False])

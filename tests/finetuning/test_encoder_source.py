@@ -250,8 +250,8 @@ def _misnamed(model: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (_without_tokenizer, "No tokenizer at"),
     "tokenizer larger than the table": (_larger_tokenizer, "and its token table"),
-    "tokenizer cut": (_cut("tokenizer.json"), "is not JSON: it is damaged, cut off"),
-    "tokenizer misnamed": (_misnamed, "vocab.txt is a tokenizer.json, not a vocabulary of one piece per line. Rename"),
+    "tokenizer cut": (_cut("tokenizer.json"), "Its files may be damaged, or its class"),
+    "tokenizer misnamed": (_misnamed, "Its files may be damaged, or its class"),
     "no [CLS]": (_edited("tokenizer_config.json", cls_token=None), "does not begin a text with a token such as [CLS]"),
     "weight lost": (_weights(_lost), "missing are encoder.layer.1.output.dense.weight. Fetch or export it again."),
     "layer lost": (_weights(_many_lost), "more. Fetch or export it again."),

@@ -21,7 +21,7 @@ import torch
 from transformers.trainer_utils import IntervalStrategy
 
 from electra_ds.core.errors import CheckpointError
-from electra_ds.interop.deepspeed_files import StandIn, load_dictionary
+from electra_ds.interop.deepspeed_files import StandIn, load_file
 
 DATA: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace(lr=1, out=Path("x")), "numpy array": np.arange(3.0),
@@ -39,12 +39,12 @@ DATA: dict[str, Any] = {
 @pytest.mark.parametrize("name", DATA)
 def test_objects_that_a_script_saved_with_its_state_do_not_get_in_the_way(tmp_path: Path, name: str) -> None:
     torch.save({"client": DATA[name], "weight": torch.ones(2)}, tmp_path / "file.pt")
-    assert torch.equal(load_dictionary(tmp_path / "file.pt")["weight"], torch.ones(2))
+    assert torch.equal(load_file(tmp_path / "file.pt")["weight"], torch.ones(2))
 
 
 def test_a_stand_in_holds_the_attributes_of_an_object_and_the_arguments_of_a_call(tmp_path: Path) -> None:
     torch.save({"object": argparse.Namespace(lr=1), "enum": IntervalStrategy.STEPS}, tmp_path / "file.pt")
-    content = load_dictionary(tmp_path / "file.pt")
+    content = load_file(tmp_path / "file.pt")
     assert isinstance(content["object"], StandIn)
     assert content["object"].attributes == {"lr": 1}
     assert content["enum"].arguments == ("steps",)
@@ -68,31 +68,28 @@ class AttackByFunction(Attack):
 def test_a_pickle_that_would_run_a_program_does_not(tmp_path: Path) -> None:
     target, file = tmp_path / "executed", tmp_path / "file.pt"
     torch.save({"note": AttackByFunction(target), "weight": torch.ones(2)}, file)
-    assert torch.equal(load_dictionary(file)["weight"], torch.ones(2))  # the call is a stand-in
+    assert torch.equal(load_file(file)["weight"], torch.ones(2))  # the call is a stand-in
     torch.save({"note": Attack(target)}, file)
     with pytest.raises(CheckpointError, match=r"posix\.system whose module"):  # torch never takes anything of os
-        load_dictionary(file)
+        load_file(file)
     assert not target.exists()
 
 
 def test_a_file_that_is_not_as_torch_saved_it_is_damaged(tmp_path: Path) -> None:
     whole, file = tmp_path / "whole.pt", tmp_path / "other.pt"
     torch.save({"a": torch.arange(1000.0)}, whole)
-    assert torch.equal(load_dictionary(whole)["a"], torch.arange(1000.0))
+    assert torch.equal(load_file(whole)["a"], torch.arange(1000.0))
     content = bytearray(whole.read_bytes())
     content[content.index(torch.arange(1000.0).numpy().tobytes()) + 2001] ^= 1  # a weight's, which torch would take
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"other\.pt is damaged: whole/data/0 in it has changed"):
-        load_dictionary(file)
+    with pytest.raises(CheckpointError, match=r"other\.pt cannot be read: whole/data/0 in it has changed"):
+        load_file(file)
     torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"DeepSpeed 0\.19\.8 saves zip files, and this is none"):
-        load_dictionary(file)
+    with pytest.raises(CheckpointError, match=r"cannot be read: File is not a zip file"):
+        load_file(file)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("other/data.pkl", b"nothing")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_dictionary(file)
-    with pytest.raises(CheckpointError, match=r"none\.pt is missing"):
-        load_dictionary(tmp_path / "none.pt")
-    torch.save([1], file)
-    with pytest.raises(CheckpointError, match="holds a list, which is not what DeepSpeed saves"):
-        load_dictionary(file)
+        load_file(file)
+    with pytest.raises(CheckpointError, match=r"none\.pt cannot be read"):
+        load_file(tmp_path / "none.pt")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
+from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.cli import main
 from electra_ds.core.errors import ConfigError, DataError, ElectraError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.interop.export_deepspeed import export_deepspeed
-from electra_ds.interop.fit import find_sizes
+from electra_ds.interop.pretrained import find_sizes
 from electra_ds.pretraining.convert import to_transformers, transformers_config
 from electra_ds.pretraining.evaluation import load_model
 from tests.helpers import SMALL, model_for, small_recipe
@@ -84,39 +83,22 @@ def test_with_the_right_heads_the_generator_has_the_logits_that_it_was_trained_w
     assert ours.config.num_attention_heads == HEADS
 
 
-@pytest.mark.parametrize(
-    "place",
-    ["given", "folder", "beside", "tag/config.json", "config.json", "generator/config.json", "generator_config.json"],
-)
-def test_a_config_at_hand_is_checked_wherever_it_lies(
-    store: TokenStore, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_given_config_is_checked(
+    store: TokenStore, foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_folder: bool
 ) -> None:
-    native = tmp_path / "out" / "native"
-    native.parent.mkdir()
-    native.symlink_to(foreign) if place in ("given", "folder") else native.mkdir()
-    if not native.is_symlink():
-        (native / "latest").write_text("tag")
-        (native / "tag").mkdir()
-        for file in foreign.glob("global_step*/*"):
-            (native / "tag" / file.name).symlink_to(file)
     generator, _ = foreign_models(store)
     generator.config.architectures = ["ElectraForMaskedLM"]
-    files = {
-        "given": tmp_path / "theirs.json",
-        "folder": tmp_path / "config.json",
-        "beside": native.parent / "config.json",
-    }
-    file = files.get(place, native / place)
-    file.parent.mkdir(exist_ok=True)
+    file = tmp_path / "config.json"
     file.write_text(generator.config.to_json_string())
-    given = {"given": ["--generator-config", str(file)], "folder": ["--generator-config", str(tmp_path)]}.get(place, [])
+    given = ["--generator-config", str(tmp_path if is_folder else file)]
     with pytest.raises(SystemExit):
-        main(arguments(native, store, tmp_path / "run") + given)
+        main(arguments(foreign, store, tmp_path / "run") + given)
     told = capsys.readouterr().err
     assert f"num_attention_heads 4 as in {file}; the recipe's generator has 2" in told
     assert "Add: --set generator.num_attention_heads=4" in told
     assert not (tmp_path / "run" / "run.json").exists()
-    main(arguments(native, store, tmp_path / "run", "generator.num_attention_heads=4") + given)
+    main(arguments(foreign, store, tmp_path / "run", "generator.num_attention_heads=4") + given)
     told = capsys.readouterr().out
     assert f"checked  generator: 4 head(s) of 4, layer_norm_eps 1e-12, gelu, absolute positions, as in {file}" in told
     assert "assumed  discriminator: 4 head(s) of 8" in told
@@ -143,29 +125,13 @@ def test_everything_that_tensors_do_not_show_is_checked(
     values = transformers_config(model_for(store, small_recipe()).discriminator.config).to_dict() | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ElectraError, match=f"(?s){message}") as refused:
-        find_sizes(tmp_path / "none", {"discriminator": tmp_path}, None, small_recipe())
+        find_sizes({"discriminator": tmp_path}, None, small_recipe())
     assert "alone, with --set" not in str(refused.value)
 
 
-def _bert(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {"model_type": "bert", "num_attention_heads": 1}
-
-
-def _larger(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {"hidden_size": 64, "num_attention_heads": 1}
-
-
-@pytest.mark.parametrize("change", [_bert, _larger])
-def test_a_config_of_something_else_that_happens_to_lie_there_is_ignored(
-    store: TokenStore, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
-) -> None:
-    values = transformers_config(model_for(store, small_recipe()).discriminator.config).to_dict()
-    (tmp_path / "config.json").write_text(json.dumps(change(values)))
-    assert find_sizes(tmp_path / "tag", {}, None, small_recipe()) == (None, None)
-    (tmp_path / "config.json").write_text(ElectraConfig().to_json_string()[:40])
-    assert find_sizes(tmp_path / "tag", {}, None, small_recipe()) == (None, None)
-    with pytest.raises(DataError, match=r"There is no config\.json .*--generator-config takes one"):
-        find_sizes(tmp_path / "tag", {"generator": tmp_path / "nowhere"}, None, small_recipe())
+def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Cannot read .*nowhere"):
+        find_sizes({"generator": tmp_path / "nowhere"}, None, small_recipe())
 
 
 def test_the_recipe_of_our_own_export_is_checked_too(
@@ -177,7 +143,6 @@ def test_the_recipe_of_our_own_export_is_checked_too(
     export_deepspeed(portable, tmp_path / "native", "cpu", process_group)
     with pytest.raises(ConfigError, match=r"num_attention_heads 2 as in .*recipe\.yaml; the recipe's generator has 8"):
         find_sizes(
-            tmp_path / "native" / "global_step40",
             {},
             tmp_path / "native",
             small_recipe("generator.num_attention_heads=8"),

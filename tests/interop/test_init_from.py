@@ -368,10 +368,6 @@ REFUSED: list[tuple[str, Sources, str]] = [
     ("config of another", lambda at, tmp: [changed(at / "bare", tmp / "x", hidden_size=40)],
      "of other sizes than config.json says are electra.embeddings_project.bias"),
     ("config with words", lambda at, tmp: [changed(at / "bare", tmp / "x", hidden_size="wide")], "Cannot read the"),
-    ("one architecture", lambda at, tmp: [changed(at / "bare", tmp / "x", architectures=5)],
-     "architectures is 5, not a list"),
-    ("long name", lambda at, _: [Path("x" * 300)], "cannot be looked up: File name too long"),
-    ("long Hub name", lambda at, _: [Path("own/" + "x" * 300)], "Cannot read the model own/xxx"),
     ("other shares", lambda at, _: [at / "none"],
      "differ in what generator.sharing: embeddings makes one Add: --set generator.sharing=none"),
     ("tokens alone", lambda at, _: [at / "tokens"], "Add: --set generator.sharing=tokens"),
@@ -391,13 +387,9 @@ def test_sources_that_cannot_serve_are_refused(
     assert {*tmp_path.iterdir()} == before  # no run, no store
 
 
-def test_words_and_configs_that_are_nothing_are_refused(
-    folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ConfigError, match="an empty name"):
-        read_initial_weights([""], small_recipe())
-    folder = changed(folders / "bare", tmp_path / "deep")
-    (folder / "config.json").write_text('{"model_type": ' + "[" * 100_000)
+def test_configs_that_are_nothing_are_refused(folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = changed(folders / "bare", tmp_path / "cut")
+    (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises(DataError, match="Fetch the model again"):
         beginning_of(folder)
     with pytest.raises(DataError, match="Padding_idx"):

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from electra_ds.data.segments import Ranges, split_holdout
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import Ranges, TokenStore, split_holdout
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.training.step import prefetched
 from tests.helpers import builder_for, small_recipe

@@ -17,8 +17,7 @@ from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.ranks import Ranks
-from electra_ds.data.segments import Ranges
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import Ranges, TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.memory import CONTEXT_BYTES, peak_memory
 from electra_ds.pretraining.objectives.electra import ElectraBatch

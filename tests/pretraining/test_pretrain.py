@@ -26,8 +26,7 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import TrainingError
 from electra_ds.core.ranks import Ranks
-from electra_ds.data.segments import split_holdout
-from electra_ds.data.token_store import TokenStore
+from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining import prepare, pretrain
 from electra_ds.pretraining.evaluation import Evaluator, held_out_batch, load_trained
 from electra_ds.pretraining.objectives.electra_evaluation import sample_sentences

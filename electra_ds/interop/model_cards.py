@@ -1,19 +1,29 @@
-"""The model card of an exported finetuned model, and a line of Python that uses it."""
+"""The model cards, README.md, of exported models: pretrained ones and finetuned ones."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
+from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
-from electra_ds.interop.export import published_name
+from electra_ds.pretraining.objectives.base import Export
+from electra_ds.training.checkpoint import Checkpoint
+from electra_ds.training.tracking import read_metrics
 
+_OPENING = """\
+from transformers import AUTO, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AUTO.from_pretrained("PATH")
+"""
 _ANSWER = """\
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
@@ -42,12 +52,6 @@ _NULL = """\
     if output.start_logits[0, 0] + output.end_logits[0, 0] - best.max() > THRESHOLD:
         return ""  # the context has no answer
 """
-_ENCODE = """\
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModel.from_pretrained("PATH")
-"""
 _HEAD = """
 ## The head
 
@@ -56,6 +60,66 @@ and `out_proj` subtracts the one's GELU from the other's, which is W x, since GE
 this is as precise as W x itself.
 """
 _COLUMNS = "| set | rows | metric | value | the same prediction for every row |\n| --- | --- | --- | --- | --- |"
+
+
+def pretrained_card(
+    part: str, exported: Export, recipe: Recipe, vocab_size: int, checkpoint: Checkpoint, sources: list[str]
+) -> str:
+    """Return the card of one of a pretraining's networks. sources: the weights that the run began with."""
+    run, state = checkpoint.path.parent.parent, checkpoint.state
+    metrics_file = run / "metrics.jsonl"
+    evaluations = [
+        line
+        for line in (read_metrics(metrics_file) if metrics_file.is_file() else [])
+        if line["kind"] == "eval" and line["step"] == state["step"]
+    ]
+    results = ""
+    if evaluations:
+        rows = "\n".join(
+            f"| {name} | {value:.4f} |" for name, value in evaluations[-1].items() if isinstance(value, float)
+        )
+        results = f"\n## On held-out text\n\n| metric | value |\n| --- | --- |\n{rows}\n"
+    began = f" It began with the weights of {' and '.join(map(published_name, sources))}." if sources else ""
+    text = f"""This model {exported.purpose}.
+
+It was pretrained with electra_ds for {state["step"]:,} of {recipe.schedule.total_steps:,} steps on
+{state["tokens"]:,} tokens, in sequences of {recipe.data.sequence_length} tokens: positions beyond that were never
+trained. Its vocabulary has {vocab_size:,} pieces.{began}"""
+    title = f"{recipe.objective.upper()} {part}, recipe {recipe.name}"
+    code = _OPENING.replace("AUTO", exported.loaded_by)
+    return _card(f"tags:\n- {recipe.objective}", title, text, code, results, recipe)
+
+
+def published_name(source: str) -> str:
+    """Return the name for a published model card: a Hub name, or a folder's own without its path on this machine."""
+    path = Path(source)
+    if is_hub_model(source):
+        return source
+    return f"{path.parent.name}/{path.name}" if path.name in ("generator", "discriminator") else path.name
+
+
+def _card(front_matter: str, title: str, text: str, code: str, sections: str, recipe: Recipe | FinetuneRecipe) -> str:
+    return f"""---
+library_name: transformers
+{front_matter}
+---
+
+# {title}
+
+{text}
+
+```python
+{code}```
+{sections}
+## Recipe
+
+```json
+{json.dumps(recipe.model_dump(), indent=2)}
+```
+"""
+
+
+# --- finetuned models
 
 
 @dataclass(frozen=True)
@@ -71,19 +135,13 @@ class Exported:
     labels: tuple[str, ...]
     has_segments: bool
 
-    def described(self, model: PreTrainedModel) -> str:
-        """Return the model in a few words."""
-        kind = type(model).__name__
-        return f"{kind}, {self.record.task}, seed {self.recipe.seed}, step {self.state['step']:,}"
-
     def usage(self, model: PreTrainedModel, path: str) -> str:
         """Return a line of Python that opens the model at this path."""
         kind = _pipeline(model)
         if kind == "text-classification":
             return f"from transformers import pipeline; pipeline({kind!r}, model={path!r})({self.example()})"
         auto = "AutoModelForQuestionAnswering" if kind == "question-answering" else "AutoModel"
-        shown = f"   # {path}/README.md shows how to get answers" * (kind == "question-answering")
-        return f"from transformers import {auto}; {auto}.from_pretrained({path!r}){shown}"
+        return f"from transformers import {auto}; {auto}.from_pretrained({path!r})   # see also {path}/README.md"
 
     def example(self) -> str:
         """Return an argument of the pipeline."""
@@ -100,7 +158,7 @@ def _pipeline(model: PreTrainedModel) -> str:
 
 
 def finetuned_card(what: Exported, model: PreTrainedModel) -> str:
-    """Return the README.md of the folder."""
+    """Return the card of a finetuned model."""
     record, recipe, kind = what.record, what.recipe, _pipeline(model)
     base = published_name(record.model)
     began = f"random weights of the shape of {base}" if record.has_random_weights else base
@@ -111,36 +169,26 @@ def finetuned_card(what: Exported, model: PreTrainedModel) -> str:
         examples += ", pairs in both orders counted twice"
     segments = "gives segment ids, as in training" if what.has_segments else "gives no segment ids, as in training"
     code, remark = _code_and_remark(what, kind)
-    return f"""---
-library_name: transformers
-pipeline_tag: {kind}
-{base_model}tags:
-- {model.config.model_type}
----
-
-# {type(model).__name__} on {record.task}, recipe {recipe.name}, seed {recipe.seed}
-
-It began with {began} and was finetuned with electra_ds on {record.num_examples:,} {examples},
+    text = f"""It began with {began} and was finetuned with electra_ds on {record.num_examples:,} {examples},
 for {what.state["step"]:,} steps of {recipe.global_batch_size}. Inputs were cut at {recipe.data.max_length} tokens,
 which is where `truncation=True` cuts them. The tokenizer {segments}.
 
-{remark}
-
-```python
-{code}```
-{_scores(what, kind)}{_HEAD if kind == "text-classification" and recipe.head.num_layers == 1 else ""}
-## Recipe
-
-```json
-{json.dumps(recipe.model_dump(), indent=2)}
-```
-"""
+{remark}"""
+    return _card(
+        f"pipeline_tag: {kind}\n{base_model}tags:\n- {model.config.model_type}",
+        f"{type(model).__name__} on {record.task}, recipe {recipe.name}, seed {recipe.seed}",
+        text,
+        code,
+        _scores(what, kind) + (_HEAD if kind == "text-classification" and recipe.head.num_layers == 1 else ""),
+        recipe,
+    )
 
 
 def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
     """Return code that uses the model, and what its outputs are."""
     if kind == "feature-extraction":
-        return _ENCODE, "This is the finetuned encoder, without the head that scored the task."
+        remark = "This is the finetuned encoder, without the head that scored the task."
+        return _OPENING.replace("AUTO", "AutoModel"), remark
     if kind == "question-answering":
         null = _NULL.replace("THRESHOLD", f"{what.recipe.head.null_threshold:g}")
         code = _ANSWER.replace("NULL", null if what.record.task == "squad2" else "")
