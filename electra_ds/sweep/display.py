@@ -12,8 +12,7 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.terminal import PREPARING, StatusProgress, flexible_bar, say
-from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.records import STOPPED_AT, MetricsTail, State, TrialFiles
+from electra_ds.sweep.folder import STOPPED_AT, MetricsTail, State, SweepFolder, TrialFiles
 from electra_ds.sweep.trials import Trial
 
 _LOOK_EVERY_S = 2.0

@@ -46,10 +46,9 @@ from electra_ds.pretraining.step_time import (
 )  # fmt: skip
 from electra_ds.report.forecast import GIB, device_budget, forecast
 from electra_ds.report.tables import Table, print_table
-from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.folder import ENDED, SweepFolder
 from electra_ds.sweep.options import check_arguments
 from electra_ds.sweep.processes import this_machine, trials_at_once
-from electra_ds.sweep.records import ENDED
 from electra_ds.sweep.run import Sweep, corpus_note, open_sweep
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import CheckArguments, Trial, counted, ends, expand, value_text

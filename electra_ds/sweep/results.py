@@ -25,9 +25,8 @@ from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
 from electra_ds.report.score_files import BOUNDED, Scores, read_run
 from electra_ds.report.scores import BASELINE, PLUS_MINUS, spread
 from electra_ds.report.tables import Table, print_table
-from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.folder import ENDED_EARLY, STOPPED_AT, SUCCEEDED, MetricsTail, State, SweepFolder, as_result
 from electra_ds.sweep.options import SCORE
-from electra_ds.sweep.records import ENDED_EARLY, STOPPED_AT, SUCCEEDED, MetricsTail, State, as_result
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import Trial, counted, value_text
 from electra_ds.training.tracking import read_metrics

@@ -14,10 +14,9 @@ from electra_ds.config.overrides import as_overrides
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.terminal import say
 from electra_ds.sweep.display import SweepDisplay
-from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.folder import AS_PLANNED, ENDED, SweepFolder
 from electra_ds.sweep.options import check_arguments
 from electra_ds.sweep.processes import run_locally, this_machine, trials_at_once
-from electra_ds.sweep.records import AS_PLANNED, ENDED
 from electra_ds.sweep.results import report_sweep
 from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep
 from electra_ds.sweep.trials import CheckArguments, Trial, counted, expand, suggested

@@ -22,9 +22,8 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_reci
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
-from electra_ds.sweep.domains import Domain, Value
 from electra_ds.sweep.options import HOW, OPTIONS, key_problem, metrics_of, missing_path, recipe_keys, words
-from electra_ds.sweep.spec import PretrainStage, Stage, SweepSpec, YamlDumper, listed
+from electra_ds.sweep.spec import Domain, PretrainStage, Stage, SweepSpec, Value, YamlDumper, listed
 
 _LONGEST_LABEL = 80
 _MOST_TRIALS = 20_000

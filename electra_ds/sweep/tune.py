@@ -41,8 +41,11 @@ from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError  
 from electra_ds.core.program import command  # noqa: E402
 from electra_ds.sweep import processes, tune_trial  # noqa: E402
 from electra_ds.sweep.display import SweepDisplay  # noqa: E402
-from electra_ds.sweep.folder import SweepFolder  # noqa: E402
-from electra_ds.sweep.records import MetricsTail, as_result  # noqa: E402
+from electra_ds.sweep.folder import (  # noqa: E402
+    MetricsTail,
+    SweepFolder,
+    as_result,
+)
 from electra_ds.sweep.spec import SweepSpec  # noqa: E402
 from electra_ds.sweep.trials import Trial  # noqa: E402
 

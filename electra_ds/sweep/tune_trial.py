@@ -27,8 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from electra_ds.core.errors import ConfigError, TrainingError
 from electra_ds.sweep import processes
-from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.records import MetricsTail, as_result
+from electra_ds.sweep.folder import MetricsTail, SweepFolder, as_result
 from electra_ds.sweep.spec import Resources, SweepSpec, load_sweep, parse_sweep
 from electra_ds.sweep.trials import Trial, suggested
 

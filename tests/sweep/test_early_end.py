@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from electra_ds.data.token_store import TokenStore
-from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.records import ENDED_AT_START
+from electra_ds.sweep.folder import ENDED_AT_START, SweepFolder
 from electra_ds.sweep.spec import parse_sweep
 from electra_ds.sweep.trials import expand
 from tests.helpers import REPOSITORY

@@ -21,9 +21,8 @@ from electra_ds.config.shipped import SWEEPS, shipped_names, shipped_text
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.objectives.electra_evaluation import ALWAYS_ORIGINAL
-from electra_ds.sweep.domains import Domain
 from electra_ds.sweep.options import ELECTRA_METRICS, INSTEAD, OPTIONS, check_arguments
-from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep, sweep_yaml
+from electra_ds.sweep.spec import Domain, SweepSpec, load_sweep, parse_sweep, sweep_yaml
 from electra_ds.sweep.trials import Trial, expand
 
 REPOSITORY = Path(__file__).resolve().parents[2]

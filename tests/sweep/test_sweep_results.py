@@ -23,10 +23,9 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.finetuning.glue import GLUE
-from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.folder import MetricsTail, SweepFolder, as_result
 from electra_ds.sweep.forecast import SweepForecast, plan_sweep
 from electra_ds.sweep.processes import Node, arguments_of, status_of, trials_at_once
-from electra_ds.sweep.records import MetricsTail, as_result
 from electra_ds.sweep.results import cells, report_sweep, results
 from electra_ds.sweep.run import run_sweep
 from electra_ds.sweep.spec import Resources, SweepSpec, parse_sweep
