@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_handled, wide_console
-from electra_ds.cli.sweep import status_of_sweep
 from electra_ds.config.tool_options import ExportOptions, ReportOptions
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
@@ -49,27 +48,20 @@ def add_export(commands: Commands) -> None:
 
 
 def _report(options: ReportOptions) -> None:
+    from electra_ds.api.reports import report
     from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.report.tables import print_report
 
     given = [name for name in ("compare", "csv", "submission") if getattr(options, name)]
-    if len(options.run) == 1 and (options.run[0] / "sweep.yaml").is_file() and not given and options.data is None:
-        status_of_sweep(options.run[0], wide_console())
-        return
-    runs = [RunDirectory(path) for path in options.run]
-    of_finetuning = [run for run in runs if run.kind() == "finetune"]
-    if of_finetuning:
+    is_sweep = len(options.run) == 1 and (options.run[0] / "sweep.yaml").is_file()
+    runs = [] if is_sweep else [RunDirectory(path) for path in options.run]
+    if is_sweep or any(run.kind() == "finetune" for run in runs):
         if options.data is not None:
             raise ConfigError(
                 f"--data is for a run of {command('pretrain')}, whose report draws samples from its store."
             )
-        for run in runs:
-            run.check_kind("finetune")
-
-        from electra_ds.report.scores import report_scores
-
-        report_scores(
-            options.run, wide_console(), compare=options.compare or (), csv=options.csv, submission=options.submission
-        )
+        found = report(options.run, compare=options.compare or (), csv=options.csv, submission=options.submission)
+        print_report(found.parts, wide_console())
         return
     if len(runs) > 1 or given:
         what = f"--{given[0]} is" if given else "several runs at a time are"

@@ -9,8 +9,6 @@ from electra_ds.cli.arguments import add_handled, wide_console
 from electra_ds.config.tool_options import SweepOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from electra_ds.cli.arguments import Commands
 
 _EPILOG = """\
@@ -40,37 +38,28 @@ def add_sweep(commands: Commands) -> None:
 
 
 def _sweep(options: SweepOptions) -> None:
+    from electra_ds.report.tables import print_report
+
     console = wide_console()
     if options.what[:1] == ["status"]:
-        status_of_sweep(Path(options.what[1]), console)
+        from electra_ds.api.reports import report_of_sweep
+
+        print_report(report_of_sweep(Path(options.what[1])).parts, console)
         return
     sweep, folder = (options.what[0], options.out) if options.resume is None else (None, options.resume)
     overrides = options.overrides or ()
     if options.dry_run:
-        from electra_ds.sweep.forecast import plan_sweep
+        from electra_ds.api.reports import plan_sweep
 
-        plan_sweep(
-            sweep, folder, overrides=overrides, local=bool(options.local), address=options.address, console=console
-        )
+        planned = plan_sweep(sweep, folder, overrides=overrides, local=bool(options.local), address=options.address)
+        print_report(planned, console)
         return
 
-    from electra_ds.sweep.run import run_sweep
+    from electra_ds.api.reports import run_sweep
 
     outcome = run_sweep(
         sweep, folder, overrides=overrides, retry_failed=bool(options.retry_failed), local=bool(options.local),
-        address=options.address, storage=options.storage, time_limit_s=options.time_limit, console=console,
+        address=options.address, time_limit_s=options.time_limit, console=console,
     )  # fmt: skip
     if not outcome.is_complete:
         raise SystemExit(1)
-
-
-def status_of_sweep(path: Path, console: Console) -> None:
-    """Print what a sweep has come to so far, and write its tables and pictures; its inputs may be gone by now."""
-    from electra_ds.sweep.folder import SweepFolder
-    from electra_ds.sweep.results import report_sweep
-    from electra_ds.sweep.trials import expand
-
-    folder = SweepFolder(path)
-    spec = folder.read()
-    trials = [*expand(spec, None), *folder.suggested_before(spec)]
-    report_sweep(folder, trials, spec, console, is_running=folder.is_being_run())

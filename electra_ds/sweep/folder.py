@@ -42,7 +42,8 @@ from electra_ds.sweep.options import (
     with_folder,
     without_folder,
 )
-from electra_ds.sweep.spec import Resources, SweepSpec, load_sweep, sweep_yaml
+from electra_ds.sweep.spec import Resources, SweepSpec
+from electra_ds.sweep.sweep_file import load_sweep, sweep_yaml, with_options
 from electra_ds.sweep.trials import Trial, recorded
 from electra_ds.training.tracking import metrics_lines
 
@@ -144,18 +145,8 @@ class TrialFiles:
         if before is not None and before.attempts[-1].status is None:
             before = before.with_last(status=-signal.SIGKILL, reason="killed with what had started it")
         attempts = (*(before.attempts if before else ()), Attempt(time.time(), 0.0, None, "", os.uname().nodename))
-        self._write(
-            TrialRecord(
-                self.key,
-                trial.stage,
-                trial.values,
-                command,
-                resources.workers,
-                resources.cpus,
-                resources.gpus,
-                attempts,
-            )
-        )
+        given = (resources.workers, resources.cpus, resources.gpus)
+        self._write(TrialRecord(self.key, trial.stage, trial.values, command, *given, attempts))
 
     def end(self, status: int, reason: str | None = None) -> None:
         """Record how the attempt ended. What other ranks made of the death of one is not the trial's status."""
@@ -173,10 +164,8 @@ class TrialFiles:
 
     def _reason(self, status: int) -> str:
         """Return the last line that its processes printed, or the signal that killed them."""
-        if status == 0:
-            return ""
-        if status < 0:
-            return f"killed by signal {-status}"
+        if status <= 0:
+            return f"killed by signal {-status}" if status else ""
         lines = self.last_lines()
         ours = [line for line in lines if line.startswith("electra-ds ")]
         return (ours or lines or [f"exit status {status}"])[-1]
@@ -320,7 +309,6 @@ class SweepFolder:
         self.path = path.absolute()
         self.start_in = Path.cwd()
         """The folder in which trials are started, as a user would by hand: token stores are made there."""
-        self._copied: list[Path] = []
 
     def make(self) -> None:
         for name in ("runs", "trials"):
@@ -344,7 +332,7 @@ class SweepFolder:
         self.make()
         if not (self.path / "home").exists():
             _write(self.path / "home", f"{self.home}\n")
-        _write(self.path / "sweep.yaml", sweep_yaml(spec.with_options(partial(without_folder, self.path))))
+        _write(self.path / "sweep.yaml", sweep_yaml(with_options(spec, partial(without_folder, self.path))))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -357,19 +345,7 @@ class SweepFolder:
         with lock:
             if not _locked_within(lock, _LOOKS_AT_MOST_S):
                 raise ConfigError(f"The sweep in {self.path} is being run by another process.")
-            try:
-                yield
-            finally:
-                if not self.exists():  # it was refused, and there is nothing to resume
-                    self._remove_what_is_empty()
-
-    def _remove_what_is_empty(self) -> None:
-        for file in (self.path / ".lock", *self._copied):
-            with contextlib.suppress(OSError):
-                file.unlink()
-        for folder in (*{copy.parent for copy in self._copied}, self.path / INPUTS, self.path):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+            yield
 
     def is_being_run(self) -> bool:
         """Return whether a process of this machine has it locked."""
@@ -396,13 +372,11 @@ class SweepFolder:
 
     @cached_property
     def home(self) -> Path:
-        """The place of the folder when the sweep began; if that was not recorded, where its oldest trial ran."""
+        """The place of the folder when the sweep began."""
         try:
             return Path((self.path / "home").read_text("utf8").rstrip("\n"))
         except OSError:
-            words = [word for record in self.records()[:1] for word in record.command]
-        given = next((words[place + 1] for place, word in enumerate(words) if word in ("--run-dir", "--resume")), None)
-        return self.path if given is None else Path(given).parent.parent
+            return self.path
 
     def now(self, stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return a trial's options with its inputs where they are now. Its key depends on where they were, so a sweep
@@ -414,7 +388,7 @@ class SweepFolder:
     def with_own_inputs(self, spec: SweepSpec) -> SweepSpec:
         """Return the sweep with copies of its recipes and DeepSpeed JSON files, so that editing or removing them while
         it runs, or before it is resumed, changes nothing. Raises ConfigError if one cannot be read."""
-        return spec.with_options(self._owned)
+        return with_options(spec, self._owned)
 
     def _owned(self, stage: str, name: str, value: Any) -> Any:
         if not is_small_file(stage, name, value) or value.startswith(f"{self.path}/{INPUTS}/"):
@@ -423,7 +397,6 @@ class SweepFolder:
         copy = self.path / INPUTS / hashlib.sha256(content).hexdigest()[:12] / Path(value).name
         if not copy.exists():
             make_folder(copy.parent)
-            self._copied.append(copy)
             with complete_file(copy) as temporary:
                 temporary.write_bytes(content)
         return str(copy)

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from electra_ds.config.objectives import find_objective
 from electra_ds.config.overrides import dotted_values
@@ -20,11 +19,10 @@ from electra_ds.config.run_record import Record
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.files import complete_file
 from electra_ds.core.program import command
-from electra_ds.core.terminal import say, say_command, warn
 from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
 from electra_ds.report.score_files import BOUNDED, Scores, read_run
-from electra_ds.report.scores import BASELINE, PLUS_MINUS, spread
-from electra_ds.report.tables import Table, print_table
+from electra_ds.report.scores import BASELINE, PLUS_MINUS, Report, spread
+from electra_ds.report.tables import Line, Table
 from electra_ds.sweep.folder import ENDED_EARLY, STOPPED_AT, SUCCEEDED, MetricsTail, State, SweepFolder, as_result
 from electra_ds.sweep.options import SCORE
 from electra_ds.sweep.spec import SweepSpec
@@ -38,8 +36,6 @@ _NESTED = (
 )
 _LONG_NAME = 12
 """Characters beyond which the name of a column is broken at its underscores."""
-_WIDE = 100
-"""The width of a terminal from which on medians are shown too; cells.csv has all of it."""
 
 
 # --- a row for each trial
@@ -190,73 +186,79 @@ def _unmixed(table: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
             yield name, pd.Series(texts, table.index, object)
 
 
-# --- printed
+# --- the report
 
 
 def report_sweep(
-    folder: SweepFolder, trials: Sequence[Trial], spec: SweepSpec, console: Console, *,
-    is_running: bool = False, has_more: bool = False,
-) -> pd.DataFrame:  # fmt: skip
-    """Print the tables and how to resume, write results.csv, results.parquet, cells.csv and the pictures, and return
-    the results. has_more: whether there is more to be run than the trials."""
+    folder: SweepFolder, trials: Sequence[Trial], spec: SweepSpec, *, is_running: bool = False, has_more: bool = False
+) -> Report:
+    """Write results.csv, results.parquet, cells.csv and the pictures, and return the tables and how to resume.
+
+    has_more: whether there is more to be run than the trials.
+    """
     table = results(folder, trials)
-    _print_states(table, console)
+    parts: list[Table | Line] = list(_states(table))
     found = {}
     for stage in spec.stages:
         found[stage] = _ordered(cells(table, stage, _shown_metrics(table, stage, spec)), table, stage, spec)
-        if found[stage].empty:
-            continue
-        shown = found[stage][found[stage]["metric"] != SCORE]  # which is the first of the others
-        axes, title = axes_of(table, stage), _title(stage, spec)
-        if stage == "finetune" and "task" in axes:
-            axes = [axis for axis in axes if axis != "task"]
-            print_table(task_table(shown, table, axes, title), console)
-        else:
-            print_table(cell_table(shown, axes, title, is_wide=console.width >= _WIDE), console)
-        if shown["std"].notna().any():
-            of_finetuning = _NESTED if "std_finetuning" in shown else PLUS_MINUS
-            say(console, f"{of_finetuning if stage == 'finetune' else '±: sample standard deviation over seeds'}.")
-        if "baseline" in shown:
-            say(console, f"{BASELINE}.")
+        parts += _of_stage(found[stage], table, stage, spec)
     write_results(table, pd.concat([each.assign(stage=stage) for stage, each in found.items()]), folder.path)
+    pictures = ""
     if spec.pretrain is not None:
+        pictures = ", curves.png"
         draw_capacity(table, folder.path / "curves.png")
     if others := {record.key for record in folder.records()} - {trial.key for trial in trials}:
-        say(console, f"{len(others)} more trials in this folder are of other settings, and not in these tables.")
-    pictures = ", curves.png" if spec.pretrain is not None else ""
-    say(console, f"{folder.path}: results.csv, results.parquet, cells.csv{pictures}.")
+        parts.append(Line(f"{len(others)} more trials in this folder are of other settings, and not in these tables."))
+    parts.append(Line(f"{folder.path}: results.csv, results.parquet, cells.csv{pictures}."))
     if is_running:
-        for trial, state in zip(trials, table["state"], strict=True):
-            if state == "unfinished":
+        for trial in trials:
+            if folder.state_of(trial)[0] == "unfinished":
                 lines = MetricsTail(folder.trial(trial.key).run.metrics).lines()
                 step = f", at step {lines[-1]['step']:,}" if lines else ""
-                say(console, f"begun: {trial.label}{step}.")
-        say(console, "The sweep is being run.")
+                parts.append(Line(f"begun: {trial.label}{step}."))
+        parts.append(Line("The sweep is being run."))
     else:
-        _say_how_to_resume(folder, table, console, has_more=has_more)
-    return table
+        parts += _how_to_resume(folder, table, has_more=has_more)
+    return Report(parts, table)
 
 
-def _print_states(table: pd.DataFrame, console: Console) -> None:
-    """Print how many trials are in which state, and why each that failed did."""
+def _of_stage(found: pd.DataFrame, table: pd.DataFrame, stage: str, spec: SweepSpec) -> Iterator[Table | Line]:
+    """Yield a stage's table, and what its columns are."""
+    if found.empty:
+        return
+    shown = found[found["metric"] != SCORE]  # which is the first of the others
+    axes, title = axes_of(table, stage), _title(stage, spec)
+    if stage == "finetune" and "task" in axes:
+        yield task_table(shown, table, [axis for axis in axes if axis != "task"], title)
+    else:
+        yield cell_table(shown, axes, title)
+    if shown["std"].notna().any():
+        of_finetuning = _NESTED if "std_finetuning" in shown else PLUS_MINUS
+        yield Line(f"{of_finetuning if stage == 'finetune' else '±: sample standard deviation over seeds'}.")
+    if "baseline" in shown:
+        yield Line(f"{BASELINE}.")
+
+
+def _states(table: pd.DataFrame) -> Iterator[Line]:
+    """Yield how many trials are in which state, and why each that failed did."""
     named = table["state"].mask(table["reason"].str.startswith(STOPPED_AT, na=False), "stopped as planned")
     named = named.mask(table["reason"] == ENDED_EARLY, ENDED_EARLY)
     counts = [f"{count} {state}" for state, count in named.value_counts().items()]
-    say(console, f"{', '.join(counts)} of {counted(len(table))}." if counts else "0 trials.")
+    yield Line(f"{', '.join(counts)} of {counted(len(table))}." if counts else "0 trials.")
     for _, row in table[table["state"].isin(["failed", "collapsed", "done"]) & (table["reason"] != "")].iterrows():
-        say(console, f"{row['trial']} {row['state']}: {row['reason'].rstrip('.')}.")
+        yield Line(f"{row['trial']} {row['state']}: {row['reason'].rstrip('.')}.")
     for _, row in (table.dropna(subset="warning") if "warning" in table else table[:0]).iterrows():
-        warn(console, f"{row['trial']}: {row['warning']}")
+        yield Line(f"{row['trial']}: {row['warning']}", is_warning=True)
 
 
-def _say_how_to_resume(folder: SweepFolder, table: pd.DataFrame, console: Console, *, has_more: bool) -> None:
-    """Print commands, which no full stop follows."""
+def _how_to_resume(folder: SweepFolder, table: pd.DataFrame, *, has_more: bool) -> Iterator[Line]:
     is_waiting, has_failed = table["state"] == "waiting", (table["state"] == "failed").any()
     can_begin = (table["state"] == "unfinished") | (is_waiting & (table["reason"] == ""))
+    resume = f"{command('sweep')} --resume {folder.path}"
     if has_more or can_begin.any() or (is_waiting.any() and not has_failed):
-        say_command(console, "Resume it with:", f"{command('sweep')} --resume {folder.path}")
+        yield Line("Resume it with:", command=resume)
     if has_failed:
-        say_command(console, "Run what failed again:", f"{command('sweep')} --resume {folder.path} --retry-failed")
+        yield Line("Run what failed again:", command=f"{resume} --retry-failed")
 
 
 def _shown_metrics(table: pd.DataFrame, stage: str, spec: SweepSpec) -> list[str]:
@@ -298,17 +300,16 @@ def _title(stage: str, spec: SweepSpec) -> str:
     return ", ".join(filter(None, [*parts, f"{most} training examples" if most is not None else ""]))
 
 
-def cell_table(found: pd.DataFrame, axes: Sequence[str], title: str, *, is_wide: bool) -> Table:
+def cell_table(found: pd.DataFrame, axes: Sequence[str], title: str) -> Table:
     """Return a table with a row for each metric of each cell."""
-    optional = {"within": "std_finetuning" in found, "baseline": "baseline" in found, "median": is_wide}
-    columns = ["mean ± std", "within", "baseline", "n", "median", "min–max"]
-    columns = [column for column in columns if optional.get(column, True)]
+    optional = {"within": "std_finetuning", "baseline": "baseline"}
+    columns = ["mean ± std", "within", "baseline", "n", "min–max"]
+    columns = [column for column in columns if optional.get(column, "mean") in found]
     shown = Table(title, [*map(_header, axes), "metric", *columns], text_columns=len(axes) + 1)
     for _, row in found.iterrows():
         values = {
             "mean ± std": _mean(row), "within": _number(row, "std_finetuning"), "n": str(row["n"]),
-            "median": _number(row, "median"), "baseline": _number(row, "baseline"),
-            "min–max": f"{_number(row, 'low')}–{_number(row, 'high')}",
+            "baseline": _number(row, "baseline"), "min–max": f"{_number(row, 'low')}–{_number(row, 'high')}",
         }  # fmt: skip
         shown.rows.append([*(_text(row[axis]) for axis in axes), row["metric"], *(values[name] for name in columns)])
     return shown

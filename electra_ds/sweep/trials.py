@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,23 +14,27 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
-from electra_ds.config.overrides import load_recipe
+from electra_ds.config.overrides import as_overrides, load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
-from electra_ds.sweep.options import HOW, OPTIONS, key_problem, metrics_of, missing_path, recipe_keys, words
-from electra_ds.sweep.spec import Domain, PretrainStage, Stage, SweepSpec, Value, YamlDumper, listed
+from electra_ds.sweep.options import (
+    HOW,
+    OPTIONS,
+    check_options,
+    key_problem,
+    metrics_of,
+    missing_path,
+    recipe_keys,
+    words,
+)
+from electra_ds.sweep.spec import Domain, PretrainStage, Stage, SweepSpec, Value
+from electra_ds.sweep.sweep_file import listed
 
 _LONGEST_LABEL = 80
 _MOST_TRIALS = 20_000
 _EXAMPLE = {"pretrain": "rc2020-small", "finetune": "rc2020"}
-CheckArguments = Callable[[str, Sequence[str]], None]
-"""A function that raises ConfigError if a command, `pretrain` or `finetune`, does not take these arguments, and
-DataError if its examples will not do. None in its place: nothing is to be run, and neither arguments nor inputs are
-looked at."""
 Now = Callable[[str, Mapping[str, Value]], dict[str, Value]]
 """A function that gives a stage's options with their inputs where they are now. None: no input has moved."""
 
@@ -92,8 +95,8 @@ class Trial:
         """Return the command's arguments for a new run, without its directory and a model that is pretrained first."""
         given = [word for name, value in self.options.items() for word in words(name, value)]
         given += ["--seed", str(self.seed)]
-        if changes := _overrides(self.settings):
-            given += ["--set", *changes]
+        if self.settings:
+            given += ["--set", *as_overrides(self.settings)]
         collapse = ["--stop-on-collapse"] if self.stop_on_collapse else []
         return [*given, *self.ending(), *collapse, "--threads", str(threads)]
 
@@ -124,21 +127,13 @@ def counted(trials: int) -> str:
     return f"{trials:,} trial{'' if trials == 1 else 's'}"
 
 
-def _overrides(settings: Mapping[str, Value]) -> list[str]:
-    """Return `KEY=VALUE` of each setting, as `parse_value` reads it."""
-    texts = {
-        key: yaml.dump(value, Dumper=YamlDumper, default_flow_style=True, width=math.inf).strip()
-        for key, value in settings.items()
-    }
-    return [f"{key}={text.removesuffix('...').rstrip()}" for key, text in texts.items()]
-
-
-def expand(spec: SweepSpec, check: CheckArguments | None, now: Now | None = None) -> list[Trial]:
+def expand(spec: SweepSpec, now: Now | None = None, *, check: bool = True) -> list[Trial]:
     """Return every trial of a sweep, pretrainings first; without those that Optuna suggests.
 
     Random values are drawn by the search's seed, the key and the number of the sample, so every seed and every cell of
     the grid has the same ones, and more samples leave the earlier ones as they were. Raises ConfigError, before
-    anything is run, with every recipe, option, path and metric that will not do.
+    anything is run, with every recipe, option, path and metric that cannot be used. check: whether it is to be run, so
+    that its inputs are looked at.
     """
     trials: list[Trial] = []
     problems: dict[str, None] = {}
@@ -155,7 +150,7 @@ def expand(spec: SweepSpec, check: CheckArguments | None, now: Now | None = None
                 f"checkpoints multiply. Shorten one of them."
             )
         for picked in cells:
-            trial, found = _Cell(spec, name, picked).trial(check, now)
+            trial, found = _Cell(spec, name, picked).trial(now, check=check)
             problems |= dict.fromkeys(found)
             if trial is not None and not spec.is_suggested:
                 trials += [_with_seed(trial, seed, *encoder) for seed in stage.seeds for encoder in encoders]
@@ -167,25 +162,17 @@ def expand(spec: SweepSpec, check: CheckArguments | None, now: Now | None = None
     return trials
 
 
-def suggested(
-    spec: SweepSpec, values: Mapping[str, Value], check: CheckArguments | None, now: Now | None = None
-) -> Trial:
+def suggested(spec: SweepSpec, values: Mapping[str, Value], now: Now | None = None, *, check: bool = True) -> Trial:
     """Return the trial of a suggestion for a sweep of one stage; without a `seed` it has the stage's first one. Raises
     ConfigError if it is none."""
     ((name, stage),) = spec.stages.items()
     varying = {key: value for key, value in values.items() if key != "seed"}
     keys = recipe_keys(name, stage.options, stage.set)
     problems = [f"{name}.{key}: {problem}" for key in varying if (problem := key_problem(name, key, keys))]
-    trial, found = (None, []) if problems else _Cell(spec, name, varying).trial(check, now)
+    trial, found = (None, []) if problems else _Cell(spec, name, varying).trial(now, check=check)
     _raise(spec, [*problems, *found])
     assert trial is not None
     return _with_seed(trial, values.get("seed", stage.seeds[0]), None, None)
-
-
-def ends(spec: SweepSpec) -> list[Trial]:
-    """Return trials at the ends of what Optuna may suggest; none where it suggests nothing."""
-    (stage,) = spec.stages.values() if spec.is_suggested else (None,)
-    return [] if stage is None else [suggested(spec, corner, None) for corner in _corners(stage)]
 
 
 def recorded(spec: SweepSpec, values: Sequence[Mapping[str, Value]]) -> list[Trial]:
@@ -193,7 +180,7 @@ def recorded(spec: SweepSpec, values: Sequence[Mapping[str, Value]]) -> list[Tri
     found = {}
     for each in values if spec.is_suggested else ():
         with contextlib.suppress(ConfigError):
-            trial = suggested(spec, each, None)
+            trial = suggested(spec, each, check=False)
             found[trial.key] = trial
     return list(found.values())
 
@@ -276,14 +263,14 @@ class _Cell:
             return f"{self._name}.variants.{self._picked['variant']}.{key}"
         return f"{self._name}.set.{key}" if key in self._stage.set else f"{self._name}.{key}"
 
-    def trial(self, check: CheckArguments | None, now: Now | None) -> tuple[Trial | None, list[str]]:
+    def trial(self, now: Now | None, *, check: bool) -> tuple[Trial | None, list[str]]:
         """Return the trial of the stage's first seed, without an encoder; else None and what is wrong with it, each
         problem with its key."""
         options, stage, seed = self._options, self._stage, self._stage.seeds[0]
         here = options if now is None else now(self._name, options)
-        missing = list(self._missing())
-        lost = [] if check is None else list(self._lost(here, has_moved=now is not None))
-        problems = [*missing, *lost, *self._metric_problems()]
+        problems = [*self._missing(), *self._metric_problems()]
+        if check:
+            problems += self._lost(here, has_moved=now is not None) or ([] if problems else self._unfit(here))
         try:
             recipe = None if options.get("recipe") is None else self._recipe(seed)
         except ConfigError as error:
@@ -294,15 +281,6 @@ class _Cell:
         if isinstance(stage, PretrainStage) and isinstance(recipe, Recipe):
             trial, found = _with_end(trial, stage, recipe.schedule.total_steps)
             problems += found
-        if check is not None and not missing:
-            arguments = replace(trial, options=here).arguments(self._spec.resources.cpus)
-            try:
-                check(self._name, ["--model", "RUN", *arguments] if self._is_pretrained_first else arguments)
-            except ConfigError as error:
-                problems.append(self._argument_problem(str(error)))
-            except DataError as error:
-                if not lost:
-                    problems.append(f"{self._place('task' if options.get('task') else 'train')}: {error}")
         return (None if problems else trial), problems
 
     @property
@@ -323,17 +301,25 @@ class _Cell:
         if options.get("task") is None and (options.get("train") is None or options.get("dev") is None):
             yield "finetune.task: is missing; write one, or train and dev with examples of your own"
 
-    def _lost(self, options: Mapping[str, Value], *, has_moved: bool) -> Iterator[str]:
-        """Yield the files and folders that are not there; loading a recipe reports its own."""
+    def _lost(self, options: Mapping[str, Value], *, has_moved: bool) -> list[str]:
+        """Return the files and folders that are not there; loading a recipe reports its own."""
         remedy = ", nor at the same place relative to the sweep; put it back there, or make a link" if has_moved else ""
-        for key, value in options.items():
-            if key != "recipe" and (problem := missing_path(self._name, key, value)):
-                yield f"{self._place(key)}: {problem}{remedy}"
+        lost = {key: missing_path(self._name, key, value) for key, value in options.items() if key != "recipe"}
+        return [f"{self._place(key)}: {problem}{remedy}" for key, problem in lost.items() if problem]
+
+    def _unfit(self, options: Mapping[str, Value]) -> list[str]:
+        """Return what keeps options from being used together, and what is wrong in the files that they name."""
+        place = self._name
         try:
-            if self._options.get("ds_config") is not None:
-                _check_ds_config(self._options["ds_config"])
+            check_options(self._name, {"model": "RUN", **options} if self._is_pretrained_first else options)
+            if options.get("ds_config") is not None:
+                place = self._place("ds_config")
+                _check_ds_config(options["ds_config"])
+        except DataError as error:
+            return [f"{self._place('task' if options.get('task') else 'train')}: {error}"]
         except ConfigError as error:
-            yield f"{self._place('ds_config')}: {error}"
+            return [f"{place}: {error}"]
+        return []
 
     def _metric_problems(self) -> Iterator[str]:
         there, metric = metrics_of(self._name, self._options, self._settings), self._spec.metric
@@ -342,7 +328,7 @@ class _Cell:
             yield f"metric.name: {metric.name} is not reported by {self._options.get('task') or self._name}{known}"
 
     def _recipe(self, seed: int) -> Recipe | FinetuneRecipe:
-        overrides = [*_overrides(self._settings), f"seed={seed}"]
+        overrides = [*as_overrides(self._settings), f"seed={seed}"]
         if self._name == "pretrain":
             return load_recipe(self._options["recipe"], overrides)
         return load_finetune_recipe(self._options["recipe"], self._options.get("task") or "", overrides)
@@ -356,12 +342,6 @@ class _Cell:
             given = f", and is {self._settings[key]!r}" if key in self._settings else ""
             problems.append(f"{self._place(key)}: {problem}{given}")
         return problems or [f"{self._place('recipe')}: {first}"]
-
-    def _argument_problem(self, message: str) -> str:
-        """Return an argparse message under the sweep's key."""
-        if found := re.fullmatch(r"argument --([\w-]+)[^:]*: (.*)", message, re.DOTALL):
-            return f"{self._place(found[1].replace('-', '_'))}: {found[2]}"
-        return f"{self._name}: {message}"
 
 
 @cache

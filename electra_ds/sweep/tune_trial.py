@@ -28,7 +28,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from electra_ds.core.errors import ConfigError, TrainingError
 from electra_ds.sweep import processes
 from electra_ds.sweep.folder import MetricsTail, SweepFolder, as_result
-from electra_ds.sweep.spec import Resources, SweepSpec, load_sweep, parse_sweep
+from electra_ds.sweep.spec import Resources, SweepSpec
+from electra_ds.sweep.sweep_file import load_sweep, parse_sweep
 from electra_ds.sweep.trials import Trial, suggested
 
 Resolve = Callable[[Mapping[str, Any]], Trial]
@@ -53,12 +54,12 @@ def trainable(sweep: SweepSpec | Mapping[str, Any] | str, out: str | os.PathLike
     if isinstance(sweep, str):
         spec = load_sweep(sweep)
     else:
-        spec = sweep if isinstance(sweep, SweepSpec) else parse_sweep(dict(sweep), "given")
+        spec = sweep if isinstance(sweep, SweepSpec) else parse_sweep(sweep)
     if len(spec.stages) > 1:
         raise ConfigError("A trial is one run, and the sweep has two stages; leave one of them out.")
     folder = SweepFolder(Path(out).absolute())
     folder.make()
-    return trial_class(lambda config: suggested(spec, config, lambda stage, arguments: None), folder, spec, raises=True)
+    return trial_class(lambda config: suggested(spec, config), folder, spec, raises=True)
 
 
 def trial_class(resolve: Resolve, folder: SweepFolder, spec: SweepSpec, *, raises: bool) -> Any:

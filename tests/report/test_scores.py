@@ -19,6 +19,7 @@ from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.report.glue_score import AVERAGE_METRICS, GLUE_METRICS
 from electra_ds.report.score_files import group_runs, read_run, read_scores
 from electra_ds.report.scores import means, report_scores
+from electra_ds.report.tables import print_report
 
 
 def document(task: str, seed: int, sets: dict[str, dict[str, float]], **changes: Any) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def write_glue(folder: Path, values: dict[str, dict[int, float]], **changes: Any
 
 def told(runs: list[Path], **options: Any) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    report_scores(runs, console, **options)
+    print_report(report_scores(runs, **options).parts, console)
     return console.export_text()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from electra_ds.data.token_store import TokenStore
 from electra_ds.sweep.folder import ENDED_AT_START, SweepFolder
-from electra_ds.sweep.spec import parse_sweep
+from electra_ds.sweep.sweep_file import parse_sweep
 from electra_ds.sweep.trials import expand
 from tests.helpers import REPOSITORY
 from tests.launching import ENVIRONMENT
@@ -51,7 +51,7 @@ tune.Tuner(
 def begun(tmp_path: Path) -> tuple[SweepFolder, str]:
     """A sweep's folder and the key of a trial whose processes have been started."""
     spec = parse_sweep(small_sweep(tmp_path), "test")
-    folder, trial = SweepFolder(tmp_path / "sweep"), expand(spec, None)[0]
+    folder, trial = SweepFolder(tmp_path / "sweep"), expand(spec, check=False)[0]
     folder.make()
     folder.trial(trial.key).begin(trial, ["electra-ds", "pretrain"], spec.resources)
     return folder, trial.key

@@ -18,10 +18,10 @@ import psutil
 import pytest
 import yaml
 
+import electra_ds
 from electra_ds.config.shipped import RECIPES, shipped_text
 from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S
 from electra_ds.data.token_store import TokenStore
-from electra_ds.sweep.run import run_sweep as run_sweep_here
 from electra_ds.training.tracking import read_metrics
 from tests.finetune_runs import reviews, write_csv
 from tests.helpers import REPOSITORY
@@ -99,7 +99,7 @@ def test_ray_runs_two_side_by_side_and_gives_the_numbers_of_the_bare_command(und
 def test_a_sweep_runs_from_python(store: TokenStore, undisturbed: Path, tmp_path: Path) -> None:
     values = small_sweep(store.path)
     values["pretrain"] |= {"space": {"generator.width_multiplier": {"grid": [0.5]}}, "seeds": [1]}
-    outcome = run_sweep_here(values, tmp_path / "sweep", local=True)
+    outcome = electra_ds.run_sweep(values, tmp_path / "sweep", local=True)
     assert outcome.is_complete
     (key,) = outcome.results["trial"]
     pd.testing.assert_frame_equal(table_of(tmp_path / "sweep"), table_of(undisturbed).loc[[key]])
