@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import time
@@ -44,7 +45,7 @@ from electra_ds.sweep.options import (
 )
 from electra_ds.sweep.spec import Resources, SweepSpec
 from electra_ds.sweep.sweep_file import load_sweep, sweep_yaml, with_options
-from electra_ds.sweep.trials import Trial, recorded
+from electra_ds.sweep.trials import Trial, suggested
 from electra_ds.training.tracking import metrics_lines
 
 State = Literal["done", "collapsed", "stopped", "skipped", "failed", "unfinished", "waiting"]
@@ -124,20 +125,10 @@ class TrialFiles:
         if last.status is None:
             with contextlib.suppress(OSError):
                 record = record.with_last(seconds=max(0.0, round(self.log.stat().st_mtime - last.began, 3)))
-        return self._with_values(record, with_folder)
-
-    def _with_values(self, record: TrialRecord, change: Callable[[Path, str, str, Any], Any]) -> TrialRecord:
-        """Name the copies of inputs that the folder keeps with or without the folder's place."""
-        values = {
-            key: change(self._sweep, record.stage, key.removeprefix("pretrain."), value)
-            for key, value in record.values.items()
-        }
-        return replace(record, values=values)
+        return record
 
     def _write(self, record: TrialRecord) -> None:
-        text = json.dumps(asdict(self._with_values(record, without_folder)), indent=1, default=str)
-        with complete_file(self._record) as temporary:
-            temporary.write_text(text + "\n", "utf8")
+        _write(self._record, json.dumps(asdict(record), indent=1, default=str) + "\n")
 
     def begin(self, trial: Trial, command: list[str], resources: Resources) -> None:
         """Record a new attempt."""
@@ -146,7 +137,8 @@ class TrialFiles:
             before = before.with_last(status=-signal.SIGKILL, reason="killed with what had started it")
         attempts = (*(before.attempts if before else ()), Attempt(time.time(), 0.0, None, "", os.uname().nodename))
         given = (resources.workers, resources.cpus, resources.gpus)
-        self._write(TrialRecord(self.key, trial.stage, trial.values, command, *given, attempts))
+        values = _by_option(trial.values, partial(without_folder, self._sweep, trial.stage))
+        self._write(TrialRecord(self.key, trial.stage, values, command, *given, attempts))
 
     def end(self, status: int, reason: str | None = None) -> None:
         """Record how the attempt ended. What other ranks made of the death of one is not the trial's status."""
@@ -243,12 +235,7 @@ class TrialFiles:
     def held(self) -> Iterator[bool]:
         """Yield whether no other process works on this trial, and keep it so: a searcher may suggest one twice."""
         with (self._trials / f".{self.key}.lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+            yield _could_lock(lock)
 
 
 def make_folder(folder: Path) -> None:
@@ -285,6 +272,15 @@ class MetricsTail:
         return metrics_lines(complete.decode("utf8", "replace"))
 
 
+def evaluations_of(metrics: Path) -> list[dict[str, float]]:
+    """Return the numbers of a run's evaluations, each with its step, as far as its metrics.jsonl can be read."""
+    return [
+        {name: float(value) for name, value in line.items() if type(value) in (int, float) and math.isfinite(value)}
+        for line in MetricsTail(metrics).lines()
+        if line["kind"] == "eval"
+    ]
+
+
 def as_result(stage: str, line: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluation in a line of metrics.jsonl under the names of the results table."""
     numbers = {}
@@ -317,10 +313,7 @@ class SweepFolder:
     # --- the sweep itself
 
     def exists(self) -> bool:
-        try:
-            return (self.path / "sweep.yaml").is_file()
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be a sweep's folder: {error.strerror}.") from error
+        return (self.path / "sweep.yaml").is_file()
 
     def read(self, overrides: Sequence[str] = ()) -> SweepSpec:
         """Raises CheckpointError if there is no sweep, ConfigError if its file is damaged."""
@@ -343,20 +336,19 @@ class SweepFolder:
         except OSError as error:
             raise CheckpointError(f"Cannot write into {self.path}: {error.strerror}.") from error
         with lock:
-            if not _locked_within(lock, _LOOKS_AT_MOST_S):
-                raise ConfigError(f"The sweep in {self.path} is being run by another process.")
+            deadline = time.monotonic() + _LOOKS_AT_MOST_S
+            while not _could_lock(lock):
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"The sweep in {self.path} is being run by another process.")
+                time.sleep(0.05)
             yield
 
     def is_being_run(self) -> bool:
         """Return whether a process of this machine has it locked."""
-        try:
-            with (self.path / ".lock").open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
+        if not (self.path / ".lock").exists():
+            return False
+        with (self.path / ".lock").open() as lock:
+            return not _could_lock(lock, fcntl.LOCK_SH)
 
     def ask_to_stop(self) -> None:
         """Let the trials that run save and leave, and no other begin."""
@@ -414,7 +406,13 @@ class SweepFolder:
 
     def suggested_before(self, spec: SweepSpec) -> list[Trial]:
         """Return the trials that Optuna has suggested so far."""
-        return recorded(spec, [record.values for record in self.records()])
+        found = {}
+        for record in self.records() if spec.is_suggested else ():
+            with contextlib.suppress(ConfigError):  # the sweep has been changed since
+                values = _by_option(record.values, partial(with_folder, self.path, record.stage))
+                trial = suggested(spec, values, check=False)
+                found[trial.key] = trial
+        return list(found.values())
 
     def state_of(self, trial: Trial) -> tuple[State, str]:
         """Return how far a trial is and why, also if it cannot be begun."""
@@ -449,17 +447,18 @@ class SweepFolder:
         return path
 
 
-def _locked_within(lock: IO[str], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        else:
-            return True
+def _could_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
+    """Lock a file until it is closed; return whether nobody else holds its lock."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _by_option(values: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """Return a trial's values, changed; those of its pretraining come after `pretrain.`."""
+    return {key: change(key.removeprefix("pretrain."), value) for key, value in values.items()}
 
 
 def _write(path: Path, text: str) -> None:

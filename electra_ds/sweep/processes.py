@@ -28,6 +28,7 @@ from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_
 from electra_ds.core.program import command
 from electra_ds.core.terminal import with_command
 from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.options import words
 from electra_ds.sweep.progress import SweepMonitor
 from electra_ds.sweep.spec import Resources, SweepSpec
 from electra_ds.sweep.trials import Trial
@@ -75,15 +76,14 @@ def trials_at_once(resources: Resources, nodes: Sequence[Node]) -> int:
     slots = sum(node.slots(resources) for node in nodes)
     if slots >= resources.workers:
         return slots // resources.workers
-    wanted = f"{resources.cpus} CPU{'s' if resources.cpus > 1 else ''}"
-    wanted += f" and {resources.gpus:g} GPU" if resources.gpus else ""
-    wanted = f"{resources.workers} workers of {wanted} each" if resources.workers > 1 else wanted
     cpus, gpus = max(node.cpus for node in nodes), max(node.gpus for node in nodes)
-    where = "this machine has" if len(nodes) == 1 else f"the {len(nodes)} nodes have at most"
-    change = "resources.cpus=1" if resources.cpus > 1 else "resources.workers=1"
+    change = "cpus=1" if resources.cpus > 1 else "workers=1"
     if resources.gpus and not gpus:
-        change = "resources.gpus=0, to train on CPUs"
-    raise ConfigError(f"A trial takes {wanted}, and {where} {cpus} CPUs and {gpus} GPUs. Lower it: --set {change}")
+        change = "gpus=0, to train on CPUs"
+    raise ConfigError(
+        f"A trial takes {resources.workers} x {resources.cpus} CPUs and {resources.gpus:g} GPUs, and there are "
+        f"{len(nodes)} x {cpus} CPUs and {gpus} GPUs. Lower it: --set resources.{change}"
+    )
 
 
 def check_reachable(address: str) -> None:
@@ -116,8 +116,7 @@ def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str
     """
     run, threads = folder.trial(trial.key).run, spec.resources.cpus
     if run.exists():
-        how = {name: trial.options[name] for name in _RESUMED if trial.options.get(name) is not None}
-        flags = [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        flags = [word for name in _RESUMED for word in words(name, trial.options.get(name))]
         return ["--resume", str(run.path), *flags, *trial.ending(), "--threads", str(threads)]
     arguments = replace(trial, options=folder.now(trial.stage, trial.options)).arguments(threads)
     if trial.options.get("wandb") not in (None, False, "off") and trial.options.get("wandb_group") is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,19 @@ from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
 from electra_ds.report.score_files import BOUNDED, Scores, read_run
 from electra_ds.report.scores import BASELINE, PLUS_MINUS, Report, spread
 from electra_ds.report.tables import Line, Table
-from electra_ds.sweep.folder import ENDED_EARLY, STOPPED_AT, SUCCEEDED, MetricsTail, State, SweepFolder, as_result
+from electra_ds.sweep.folder import (
+    ENDED_EARLY,
+    STOPPED_AT,
+    SUCCEEDED,
+    MetricsTail,
+    State,
+    SweepFolder,
+    as_result,
+    evaluations_of,
+)
 from electra_ds.sweep.options import SCORE
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import Trial, counted, value_text
-from electra_ds.training.tracking import read_metrics
 
 SEEDS = ("seed", "pretrain.seed")
 _NESTED = (
@@ -57,7 +65,9 @@ def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
     run, record = files.run, files.record()
     row: dict[str, Any] = {"trial": trial.key, "stage": trial.stage}
     row |= {name: _plain(value) for name, value in trial.values.items()} | {"state": state, "reason": reason}
-    scores = _scores(run.path) if trial.stage == "finetune" and state != "stopped" else None
+    scores: Scores | None = None
+    with contextlib.suppress(CheckpointError):
+        scores = read_run(run.path).scores if trial.stage == "finetune" and state != "stopped" else None
     metrics = _metrics(run.path, trial, state, scores)
     row |= {f"metric.{name}": value for name, value in metrics.items()}
     if scores is not None:
@@ -72,13 +82,10 @@ def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
             "cpu_hours": round(worker_hours * record.cpus, 4), "gpu_hours": round(worker_hours * record.gpus, 4),
             "command": " ".join(record.command),
         }  # fmt: skip
-    if (collapsed_at := run.status_details().get("collapsed_at")) is not None:
-        row["collapsed_at"] = collapsed_at
-    try:
+    row |= {name: value for name, value in run.status_details().items() if name == "collapsed_at"}
+    with contextlib.suppress(CheckpointError):
         own = run.read_record(Record)
         row |= {"device": own.device, "world_size": own.world_size, "threads": own.threads}
-    except CheckpointError:
-        pass
     row |= {f"option.{key}": _plain(value) for key, value in trial.options.items() if value is not None}
     row |= {f"recipe.{key}": _plain(value) for key, value in dotted_values(trial.recipe.model_dump(mode="json"))}
     return row | {"run": str(run.path)}
@@ -88,35 +95,16 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _scores(path: Path) -> Scores | None:
-    try:
-        return read_run(path).scores
-    except CheckpointError:
-        return None
-
-
 def _metrics(path: Path, trial: Trial, state: State, scores: Scores | None) -> dict[str, float]:
     """Return a finetuning's scores on the development sets and `score`, its first; of a pretraining, and of a
     finetuning that a scheduler has ended, the last evaluation."""
     if trial.stage == "pretrain" or state == "stopped":
-        evaluations = evaluations_of(path)
+        evaluations = evaluations_of(path / "metrics.jsonl")
         last = as_result(trial.stage, evaluations[-1]) if evaluations else {}
         objective = getattr(trial.recipe, "objective", None)  # a finetuning has none
         return last if objective is None else dict(find_objective(objective).complete(last))
     found = {} if scores is None else scores.dev_metrics()
     return {"step": scores.step, SCORE: next(iter(found.values()))} | found if scores is not None and found else {}
-
-
-def evaluations_of(run: Path) -> list[dict[str, float]]:
-    """Return the numbers of a run's evaluations, each with its step, as far as its metrics.jsonl can be read."""
-    try:
-        lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "eval"]
-    except OSError:
-        return []
-    return [
-        {name: float(value) for name, value in line.items() if type(value) in (int, float) and math.isfinite(value)}
-        for line in lines
-    ]
 
 
 # --- cells over their seeds
@@ -421,7 +409,7 @@ def draw_capacity(table: pd.DataFrame, path: Path) -> None:
     }
     panels = figure.subplots(1, max(1, len(titles)), squeeze=False)[0]  # one that stays empty before anything began
     for label, (_, row) in zip(labels, pretrained.iterrows(), strict=True):
-        lines = evaluations_of(Path(row["run"]))
+        lines = evaluations_of(Path(row["run"]) / "metrics.jsonl")
         for panel, name in zip(panels, titles, strict=False):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:

@@ -3,14 +3,13 @@ here."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from electra_ds.sweep.options import (
     recipe_keys,
     words,
 )
-from electra_ds.sweep.spec import Domain, PretrainStage, Stage, SweepSpec, Value
+from electra_ds.sweep.spec import PretrainStage, Stage, SweepSpec, Value
 from electra_ds.sweep.sweep_file import listed
 
 _LONGEST_LABEL = 80
@@ -175,16 +174,6 @@ def suggested(spec: SweepSpec, values: Mapping[str, Value], now: Now | None = No
     return _with_seed(trial, values.get("seed", stage.seeds[0]), None, None)
 
 
-def recorded(spec: SweepSpec, values: Sequence[Mapping[str, Value]]) -> list[Trial]:
-    """Return the trials of what Optuna has suggested before, in that order, without those that no longer are one."""
-    found = {}
-    for each in values if spec.is_suggested else ():
-        with contextlib.suppress(ConfigError):
-            trial = suggested(spec, each, check=False)
-            found[trial.key] = trial
-    return list(found.values())
-
-
 def _raise(spec: SweepSpec, problems: Sequence[str]) -> None:
     if problems:
         raise ConfigError(listed(f"The sweep {spec.name} cannot be run:", problems))
@@ -195,25 +184,16 @@ def _raise(spec: SweepSpec, problems: Sequence[str]) -> None:
 
 def _cells(stage: Stage, spec: SweepSpec) -> Iterator[dict[str, Value]]:
     """Yield what each trial but for its seed is given; samples that are drawn alike come once."""
-    grids = {key: domain.values for key, domain in stage.space.items() if not domain.is_random}
-    drawn = list(_samples(stage.space, spec))
-    for variant in stage.variants or [None]:
-        for values in itertools.product(*grids.values()):
-            for sample in drawn:
-                found = dict(zip(grids, values, strict=True)) | sample
-                named = {} if variant is None else {"variant": variant}
-                yield named | {key: found[key] for key in stage.space}
-
-
-def _samples(space: Mapping[str, Domain], spec: SweepSpec) -> Iterator[dict[str, Value]]:
-    random = {key: domain for key, domain in space.items() if domain.is_random}
-    seen = set()
+    grids = [[(key, value) for value in each.values] for key, each in stage.space.items() if not each.is_random]
+    random = {key: domain for key, domain in stage.space.items() if domain.is_random}
+    drawn = {}
     for number in range(spec.search.samples if random else 1):
         sample = {key: domain.at(_share(key, spec.search.seed, number)) for key, domain in random.items()}
-        text = json.dumps(sample, default=str)
-        if text not in seen:
-            seen.add(text)
-            yield sample
+        drawn[json.dumps(sample)] = sample
+    variants = [{"variant": name} for name in stage.variants] or [{}]
+    for variant, values, sample in itertools.product(variants, itertools.product(*grids), drawn.values()):
+        found = dict(values) | sample
+        yield variant | {key: found[key] for key in stage.space}
 
 
 def _share(key: str, seed: int, sample: int) -> float:
@@ -267,21 +247,27 @@ class _Cell:
         """Return the trial of the stage's first seed, without an encoder; else None and what is wrong with it, each
         problem with its key."""
         options, stage, seed = self._options, self._stage, self._stage.seeds[0]
-        here = options if now is None else now(self._name, options)
         problems = [*self._missing(), *self._metric_problems()]
         if check:
+            here = options if now is None else now(self._name, options)
             problems += self._lost(here, has_moved=now is not None) or ([] if problems else self._unfit(here))
         try:
-            recipe = None if options.get("recipe") is None else self._recipe(seed)
+            recipe = self._recipe(seed)
         except ConfigError as error:
             return None, problems + self._recipe_problems(error)
-        if recipe is None:
+        if recipe is None or problems:
             return None, problems
         trial = Trial(self._name, self._picked, options, self._settings, seed, recipe)
         if isinstance(stage, PretrainStage) and isinstance(recipe, Recipe):
-            trial, found = _with_end(trial, stage, recipe.schedule.total_steps)
-            problems += found
-        return (None if problems else trial), problems
+            total = recipe.schedule.total_steps
+            stop_at, *keep_at = [
+                max(1, round(share * total)) for share in (stage.stop_at_share or 1, *stage.checkpoints)
+            ]
+            trial = replace(
+                trial, stop_at=stop_at if stop_at < total else None, keep_at=tuple(sorted({*keep_at})),
+                stop_on_collapse=stage.stop_on_collapse,
+            )  # fmt: skip
+        return trial, []
 
     @property
     def _is_pretrained_first(self) -> bool:
@@ -314,7 +300,7 @@ class _Cell:
             check_options(self._name, {"model": "RUN", **options} if self._is_pretrained_first else options)
             if options.get("ds_config") is not None:
                 place = self._place("ds_config")
-                _check_ds_config(options["ds_config"])
+                read_deepspeed_json(options["ds_config"])
         except DataError as error:
             return [f"{self._place('task' if options.get('task') else 'train')}: {error}"]
         except ConfigError as error:
@@ -327,11 +313,13 @@ class _Cell:
             known = did_you_mean(metric.name, there) or ", which reports " + ", ".join(there)
             yield f"metric.name: {metric.name} is not reported by {self._options.get('task') or self._name}{known}"
 
-    def _recipe(self, seed: int) -> Recipe | FinetuneRecipe:
-        overrides = [*as_overrides(self._settings), f"seed={seed}"]
+    def _recipe(self, seed: int) -> Recipe | FinetuneRecipe | None:
+        overrides, given = [*as_overrides(self._settings), f"seed={seed}"], self._options.get("recipe")
+        if given is None:
+            return None
         if self._name == "pretrain":
-            return load_recipe(self._options["recipe"], overrides)
-        return load_finetune_recipe(self._options["recipe"], self._options.get("task") or "", overrides)
+            return load_recipe(given, overrides)
+        return load_finetune_recipe(given, self._options.get("task") or "", overrides)
 
     def _recipe_problems(self, error: ConfigError) -> list[str]:
         """Return a recipe's problems, under the sweep's keys where they are about those."""
@@ -342,21 +330,3 @@ class _Cell:
             given = f", and is {self._settings[key]!r}" if key in self._settings else ""
             problems.append(f"{self._place(key)}: {problem}{given}")
         return problems or [f"{self._place('recipe')}: {first}"]
-
-
-@cache
-def _check_ds_config(name_or_path: str) -> None:
-    read_deepspeed_json(name_or_path)
-
-
-def _with_end(trial: Trial, stage: PretrainStage, total_steps: int) -> tuple[Trial, list[str]]:
-    """Return a pretraining with the steps at which it ends and keeps checkpoints, and what is wrong with them."""
-    stop_at, *keep_at = [max(1, round(share * total_steps)) for share in (stage.stop_at_share or 1, *stage.checkpoints)]
-    problems = []
-    if len({*keep_at}) < len(keep_at):
-        problems.append(f"pretrain.checkpoints: of {total_steps:,} steps some are the same, {keep_at}; leave some out")
-    placed = replace(
-        trial, stop_at=stop_at if stop_at < total_steps else None, keep_at=tuple(sorted(keep_at)),
-        stop_on_collapse=stage.stop_on_collapse,
-    )  # fmt: skip
-    return placed, problems

@@ -1,5 +1,7 @@
 """A sweep's trials by Ray Tune, as many at once as fit, on this machine or on a cluster."""
 
+# ruff: noqa: E402  # Ray reads the variables below when it is imported
+
 from __future__ import annotations
 
 import contextlib
@@ -29,23 +31,19 @@ _SETTINGS = {
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
-import pyarrow  # type: ignore[import-untyped]  # noqa: E402
-import ray  # noqa: E402
-from ray import tune  # noqa: E402
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler  # noqa: E402
-from ray.tune.search import Searcher  # noqa: E402
+import pyarrow  # type: ignore[import-untyped]
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
 
-from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
-from electra_ds.core.program import command  # noqa: E402
-from electra_ds.sweep import processes, tune_trial  # noqa: E402
-from electra_ds.sweep.folder import (  # noqa: E402
-    MetricsTail,
-    SweepFolder,
-    as_result,
-)
-from electra_ds.sweep.progress import SweepMonitor  # noqa: E402
-from electra_ds.sweep.spec import SweepSpec  # noqa: E402
-from electra_ds.sweep.trials import Trial  # noqa: E402
+from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError
+from electra_ds.core.program import command
+from electra_ds.sweep import processes, tune_trial
+from electra_ds.sweep.folder import SweepFolder, as_result, evaluations_of
+from electra_ds.sweep.progress import SweepMonitor
+from electra_ds.sweep.spec import SweepSpec
+from electra_ds.sweep.trials import Trial
 
 _log = logging.getLogger(__name__)
 _IDLE_S = 60.0
@@ -92,11 +90,11 @@ class RayRunner:
         found = []
         for trial in before:
             files = self._folder.trial(trial.key)
-            evaluations = [line for line in MetricsTail(files.run.metrics).lines() if line["kind"] == "eval"]
+            evaluations = evaluations_of(files.run.metrics)
             reward = as_result(trial.stage, evaluations[-1]).get(self._spec.metric.name) if evaluations else None
             is_of_space = all(_is_in(trial.values, key, space[key]) for key in space)  # which may have changed
             if reward is not None and is_of_space and files.has_succeeded:
-                found.append(({key: trial.values[key] for key in space}, float(reward)))
+                found.append(({key: trial.values[key] for key in space}, reward))
         return found
 
     def _fit(self, resolve: tune_trial.Resolve, space: Mapping[str, Any], config: tune.TuneConfig) -> None:

@@ -12,7 +12,7 @@ from electra_ds.config.shipped import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, shi
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.sweep_file import load_sweep, parse_sweep
-from electra_ds.sweep.trials import expand, recorded, suggested
+from electra_ds.sweep.trials import expand, suggested
 from tests.sweep.test_spec import pretraining
 from tests.sweeping import write_sweep
 
@@ -128,7 +128,7 @@ def test_what_optuna_suggested_is_known_after_the_folder_has_moved(own: Path, tm
     folder.trial(trial.key).begin(trial, [], spec.resources)
     folder.trial(trial.key).end(0)
     moved = SweepFolder((tmp_path / "sweep").rename(tmp_path / "moved"))
-    (again,) = recorded(moved.read(), [record.values for record in moved.records()])
+    (again,) = moved.suggested_before(moved.read())
     assert again.key == trial.key
     assert again.values["recipe"] in moved.read().finetune.space["recipe"].values  # type: ignore[union-attr]
 

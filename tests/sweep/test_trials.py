@@ -327,10 +327,6 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
         ["pretrain: a-s0 and b-s0 are the same run, which would count twice"],
     ),
     (
-        "steps", pretraining(checkpoints=[0.5, 0.51], set={"schedule.total_steps": 3, "schedule.warmup_steps": 1}),
-        ["pretrain.checkpoints: of 3 steps some are the same, [2, 2]; leave some out"],
-    ),
-    (
         "all at once",
         finetuning(model="/nowhere/run", set={"head.dropout": 2}, data_dir="/nowhere") | {"metric": {"name": "bleu"}},
         ["finetune.model: there is no /nowhere/run", "finetune.data_dir: there is no folder /nowhere",
