@@ -86,7 +86,7 @@ def plan_sweep(sweep: Sweep | None, folder: str | Path | None = None, **how: Any
     return forecast.plan_sweep(sweep, folder, **how)
 
 
-def report(
+def report_runs(
     paths: str | Path | Sequence[str | Path], *, compare: Sequence[str] = (), csv: Path | None = None,
     submission: Path | None = None,
 ) -> Report:  # fmt: skip
@@ -101,12 +101,6 @@ def report(
     Raises:
         ConfigError: the runs do not fit together, or one is a pretraining, which `Run.report` shows.
         CheckpointError: there is no such run, it has no scores yet, or a file cannot be written.
-
-    Example:
-        >>> import electra_ds
-        >>> scores = electra_ds.report(["runs/mrpc-s0", "runs/mrpc-s1"])  # doctest: +SKIP
-        >>> scores.results.groupby(["task", "metric"])["value"].mean()  # doctest: +SKIP
-        >>> print(scores)  # doctest: +SKIP
     """
     given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if len(given) == 1 and (given[0] / "sweep.yaml").is_file():

@@ -48,7 +48,7 @@ def add_export(commands: Commands) -> None:
 
 
 def _report(options: ReportOptions) -> None:
-    from electra_ds.api.reports import report
+    from electra_ds.api.reports import report_runs
     from electra_ds.config.run_directory import RunDirectory
     from electra_ds.report.tables import print_report
 
@@ -60,7 +60,7 @@ def _report(options: ReportOptions) -> None:
             raise ConfigError(
                 f"--data is for a run of {command('pretrain')}, whose report draws samples from its store."
             )
-        found = report(options.run, compare=options.compare or (), csv=options.csv, submission=options.submission)
+        found = report_runs(options.run, compare=options.compare or (), csv=options.csv, submission=options.submission)
         print_report(found.parts, wide_console())
         return
     if len(runs) > 1 or given:

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import electra_ds
 from electra_ds.api.reports import run_sweep
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.build import build_store
@@ -536,6 +537,18 @@ def test_a_finished_sweep_is_not_run_again_from_python_and_gives_its_results(fol
     assert set(outcome.results["trial"]) == {trial.key for trial in trials}
     text = console.export_text()
     assert f"x: 5 trials, 5 done before; in {folder.path}. The sweep is finished: nothing is left to run." in text
+    assert str(electra_ds.report_runs(folder.path)) == str(outcome.report)
+    assert str(outcome.report.tables[0].columns[0]) in text
+
+
+def test_what_there_is_no_room_for_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for change, remedy in (("cpus=1000", "cpus=1"), ("workers=1000", "workers=1"), ("gpus=1", "gpus=0, to train on")):
+        with pytest.raises(ConfigError, match=f"Lower it: --set resources.{remedy}"):
+            run_sweep(pretraining(ds_config="cpu") | {"resources": dict([change.split("=")])}, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_sweep_from_python_is_refused_before_anything_is_written(folder: SweepFolder, tmp_path: Path) -> None:
