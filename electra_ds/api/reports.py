@@ -19,7 +19,8 @@ from electra_ds.sweep import run as sweeps
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.progress import SweepProgress
 from electra_ds.sweep.results import report_sweep
-from electra_ds.sweep.run import Sweep, SweepOutcome
+from electra_ds.sweep.run import SweepOutcome
+from electra_ds.sweep.sweep_file import Sweep
 from electra_ds.sweep.trials import expand
 
 

@@ -21,8 +21,9 @@ from electra_ds.report.forecast import GIB, forecast
 from electra_ds.report.tables import Line, Table
 from electra_ds.sweep.folder import ENDED, SweepFolder
 from electra_ds.sweep.processes import this_machine, trials_at_once
-from electra_ds.sweep.run import Sweep, corpus_note, open_sweep
+from electra_ds.sweep.run import corpus_note, open_sweep
 from electra_ds.sweep.spec import Resources
+from electra_ds.sweep.sweep_file import Sweep
 from electra_ds.sweep.trials import Trial, counted, expand
 
 

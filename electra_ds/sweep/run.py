@@ -19,11 +19,9 @@ from electra_ds.sweep.processes import check_reachable, run_locally, this_machin
 from electra_ds.sweep.progress import SweepMonitor, SweepProgress
 from electra_ds.sweep.results import report_sweep
 from electra_ds.sweep.spec import SweepSpec
-from electra_ds.sweep.sweep_file import load_sweep, parse_sweep
+from electra_ds.sweep.sweep_file import Sweep, as_spec
 from electra_ds.sweep.trials import Trial, counted, expand, suggested
 
-Sweep = SweepSpec | Mapping[str, Any] | str | Path
-"""A sweep, the content of its file, its path, or the name of a shipped one."""
 _log = logging.getLogger(__name__)
 
 
@@ -50,10 +48,7 @@ def open_sweep(
             raise ConfigError("Give a sweep to run, or the folder of one to resume.")
         found = SweepFolder(Path(folder))
         return found.read(overrides), found
-    if isinstance(sweep, str | Path):
-        spec = load_sweep(str(sweep), overrides)
-    else:
-        spec = sweep if isinstance(sweep, SweepSpec) else parse_sweep(sweep)
+    spec = as_spec(sweep, overrides)
     return spec, SweepFolder(Path(folder) if folder is not None else Path("runs") / f"sweep-{spec.name}")
 
 
@@ -95,9 +90,9 @@ def run_sweep(
         trials_at_once(spec.resources, [this_machine()])
     else:
         check_reachable(address)
-    if sweep is not None and found.exists():
-        raise ConfigError(f"{found.path} holds a sweep already. Resume it with --resume, or choose another --out.")
     with found.locked():
+        if sweep is not None and found.exists():
+            raise ConfigError(f"{found.path} holds a sweep already. Resume it with --resume, or choose another --out.")
         own = found.with_own_inputs(spec)
         if own != spec:
             spec, trials = own, expand(own, check=False)

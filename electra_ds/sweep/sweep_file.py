@@ -45,8 +45,17 @@ _PLAINLY = {"missing": "is missing", "too_short": "is empty", "list_type": "must
 _STAGE_KEYS = {"pretrain": PretrainStage.model_fields, "finetune": Stage.model_fields}
 _KEYS = [key for section in (SweepSpec, Search, Metric, Scheduler, Resources) for key in section.model_fields]
 
+Sweep = SweepSpec | Mapping[str, Any] | str | Path
+"""A sweep, the content of its file, its path, or the name of a shipped one."""
 Change = Callable[[str, str, Any], Any]
 """A function from (stage, option, its value) to another value."""
+
+
+def as_spec(sweep: Sweep, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Return a sweep, however it is given. overrides: changes of one that is given by its name or path."""
+    if isinstance(sweep, str | Path):
+        return load_sweep(str(sweep), overrides)
+    return sweep if isinstance(sweep, SweepSpec) else parse_sweep(sweep)
 
 
 def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepSpec:

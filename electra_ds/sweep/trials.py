@@ -205,8 +205,8 @@ def _share(key: str, seed: int, sample: int) -> float:
 def _corners(stage: Stage) -> list[dict[str, Value]]:
     """Return the ends of what a searcher may suggest, so that bounds are checked before anything runs."""
     ends = {key: domain.ends() for key, domain in stage.space.items()}
-    count = max(map(len, ends.values()))
-    return [{key: values[min(index, len(values) - 1)] for key, values in ends.items()} for index in range(count)]
+    longest = max(map(len, ends.values()))
+    return [{key: values[min(index, len(values) - 1)] for key, values in ends.items()} for index in range(longest)]
 
 
 def _with_seed(trial: Trial, seed: int, pretraining: Trial | None, checkpoint: int | None) -> Trial:

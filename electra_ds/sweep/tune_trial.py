@@ -29,7 +29,7 @@ from electra_ds.core.errors import ConfigError, TrainingError
 from electra_ds.sweep import processes
 from electra_ds.sweep.folder import MetricsTail, SweepFolder, as_result
 from electra_ds.sweep.spec import Resources, SweepSpec
-from electra_ds.sweep.sweep_file import load_sweep, parse_sweep
+from electra_ds.sweep.sweep_file import Sweep, as_spec
 from electra_ds.sweep.trials import Trial, suggested
 
 Resolve = Callable[[Mapping[str, Any]], Trial]
@@ -41,7 +41,7 @@ class KilledError(TrainingError):
     """A trial's process was killed: the one kind of failure that is tried again."""
 
 
-def trainable(sweep: SweepSpec | Mapping[str, Any] | str, out: str | os.PathLike[str]) -> Any:
+def trainable(sweep: Sweep, out: str | os.PathLike[str]) -> Any:
     """Return a trainable for your own `tune.Tuner`: it runs a sweep's one stage at the values in Tune's configuration.
 
     sweep: a file's content, its path, or the name of one that is shipped; what it says of the search, the space and
@@ -51,10 +51,7 @@ def trainable(sweep: SweepSpec | Mapping[str, Any] | str, out: str | os.PathLike
     finetuning `score`, its first metric. Raises ConfigError if the sweep is not valid or has two stages; a
     configuration that is not valid, and a run that fails, make their trial fail.
     """
-    if isinstance(sweep, str):
-        spec = load_sweep(sweep)
-    else:
-        spec = sweep if isinstance(sweep, SweepSpec) else parse_sweep(sweep)
+    spec = as_spec(sweep)
     if len(spec.stages) > 1:
         raise ConfigError("A trial is one run, and the sweep has two stages; leave one of them out.")
     folder = SweepFolder(Path(out).absolute())
@@ -66,13 +63,9 @@ def trial_class(resolve: Resolve, folder: SweepFolder, spec: SweepSpec, *, raise
     """Return what Tune is to run, with the resources that a trial takes. raises: whether a run that fails is an error
     to Tune, or has ended, as its folder says."""
     bound = tune.with_parameters(_TuneTrial, resolve=resolve, folder=folder, spec=spec, raises=raises)
-    return tune.with_resources(bound, placement(spec.resources))
-
-
-def placement(resources: Resources) -> tune.PlacementGroupFactory:
-    """Return a trial's bundles; the empty one is for the trial itself, which would take a worker's place otherwise."""
-    bundle = {"CPU": float(resources.cpus)} | ({"GPU": float(resources.gpus)} if resources.gpus else {})
-    return tune.PlacementGroupFactory([{}, *([bundle] * resources.workers)], strategy="PACK")
+    bundle = {"CPU": float(spec.resources.cpus)} | ({"GPU": spec.resources.gpus} if spec.resources.gpus else {})
+    bundles = [{}, *([bundle] * spec.resources.workers)]  # the trial itself would take a worker's place otherwise
+    return tune.with_resources(bound, tune.PlacementGroupFactory(bundles, strategy="PACK"))
 
 
 class _TuneTrial(tune.Trainable):
@@ -223,7 +216,7 @@ class _Ranks:
 
     def __init__(self, trial: Trial, arguments: list[str], folder: SweepFolder, resources: Resources) -> None:
         group = get_current_placement_group()
-        assert group is not None  # Tune has made it, see `placement`
+        assert group is not None  # Tune has made it, see `trial_class`
         self._actors = [
             _Rank.options(  # type: ignore[attr-defined]
                 num_cpus=resources.cpus,
