@@ -156,11 +156,11 @@ class TrialFiles:
 
     def _reason(self, status: int) -> str:
         """Return the last line that its processes printed, or the signal that killed them."""
-        if status <= 0:
-            return f"killed by signal {-status}" if status else ""
-        lines = self.last_lines()
+        if status == 0:
+            return ""
+        lines = self.last_lines() if status > 0 else []
         ours = [line for line in lines if line.startswith("electra-ds ")]
-        return (ours or lines or [f"exit status {status}"])[-1]
+        return (ours or lines or [ending(status)])[-1]
 
     def last_lines(self) -> list[str]:
         """Return the last lines that the trial's processes printed, without empty ones."""
@@ -236,6 +236,11 @@ class TrialFiles:
         """Yield whether no other process works on this trial, and keep it so: a searcher may suggest one twice."""
         with (self._trials / f".{self.key}.lock").open("a") as lock:
             yield _could_lock(lock)
+
+
+def ending(status: int) -> str:
+    """Return how a process with this status ended."""
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
 
 
 def make_folder(folder: Path) -> None:

@@ -27,7 +27,7 @@ from electra_ds.core.errors import ConfigError, ElectraError, InterruptedBySigna
 from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.core.program import command
 from electra_ds.core.terminal import with_command
-from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.folder import SweepFolder, ending
 from electra_ds.sweep.options import words
 from electra_ds.sweep.progress import SweepMonitor
 from electra_ds.sweep.spec import Resources, SweepSpec
@@ -81,8 +81,9 @@ def trials_at_once(resources: Resources, nodes: Sequence[Node]) -> int:
     if resources.gpus and not gpus:
         change = "gpus=0, to train on CPUs"
     raise ConfigError(
-        f"A trial takes {resources.workers} x {resources.cpus} CPUs and {resources.gpus:g} GPUs, and there are "
-        f"{len(nodes)} x {cpus} CPUs and {gpus} GPUs. Lower it: --set resources.{change}"
+        f"A trial takes {resources.workers} worker(s) of {resources.cpus} CPU(s) and {resources.gpus:g} GPU(s) each, "
+        f"and the largest of {len(nodes)} node(s) has {cpus} CPU(s) and {gpus} GPU(s). Lower it: --set "
+        f"resources.{change}"
     )
 
 
@@ -279,8 +280,7 @@ def _run(trial: Trial, folder: SweepFolder, spec: SweepSpec, monitor: SweepMonit
         status = 2 if arguments is None else _attempt(trial, arguments, folder, spec, monitor)
         if files.has_ended or folder.wants_to_stop():
             return
-    how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-    files.give_up(f"after {1 + spec.retries} attempts: {how}")
+    files.give_up(f"after {1 + spec.retries} attempts: {ending(status)}")
 
 
 def _attempt(trial: Trial, arguments: list[str], folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor) -> int:

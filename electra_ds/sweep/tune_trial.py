@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from electra_ds.core.errors import ConfigError, TrainingError
 from electra_ds.sweep import processes
-from electra_ds.sweep.folder import MetricsTail, SweepFolder, as_result
+from electra_ds.sweep.folder import MetricsTail, SweepFolder, as_result, ending
 from electra_ds.sweep.spec import Resources, SweepSpec
 from electra_ds.sweep.sweep_file import Sweep, as_spec
 from electra_ds.sweep.trials import Trial, suggested
@@ -98,22 +98,20 @@ class _TuneTrial(tune.Trainable):
             if self._is_ours:
                 self._stack = stack.pop_all()
         if self._is_ours and not self._is_over():
-            self._start()
+            arguments = processes.begin(self._trial, self._folder, self._spec)
+            if arguments is not None:
+                self._ranks = _Ranks(self._trial, arguments, self._folder, self._spec.resources)
 
     def _is_over(self) -> bool:
         """Return whether there is nothing left to run."""
         step = self._last.get("step", 0)
         return self._folder.wants_to_stop() or self._files.has_succeeded or self._files.ended_early(step)
 
-    def _start(self) -> None:
-        if (arguments := processes.begin(self._trial, self._folder, self._spec)) is not None:
-            self._ranks = _Ranks(self._trial, arguments, self._folder, self._spec.resources)
-
     def step(self) -> dict[str, Any]:
         """Return the next evaluation. Raises KilledError if a process was killed; any other failure is the trial's
         outcome, and read from its folder."""
         try:
-            while not self._look():
+            while (found := self._next()) is None:
                 if self._ranks is None:
                     if self._is_ours or self._is_over() or self._files.has_ended:
                         return self._outcome()
@@ -128,7 +126,7 @@ class _TuneTrial(tune.Trainable):
         except ray.exceptions.RayError:
             self._end(-signal.SIGKILL)
             raise
-        return self._next() | {tune.result.DONE: False}
+        return found | {tune.result.DONE: False}
 
     def _outcome(self) -> dict[str, Any]:
         state, reason = self._files.state()
@@ -136,18 +134,17 @@ class _TuneTrial(tune.Trainable):
             raise TrainingError(f"{self._trial.label}: {reason}")
         return self._last | {tune.result.DONE: True}
 
-    def _look(self) -> bool:
-        """Return whether there is an evaluation to report."""
+    def _next(self) -> dict[str, Any] | None:
+        """Return the next evaluation, if there is one. A metric that is not finite is the worst, for schedulers and
+        searchers."""
         for line in self._tail.lines():
             if line["kind"] == "eval" and line["step"] > self._reported:
                 self._reported = line["step"]
                 self._found.append(as_result(self._trial.stage, line))
-        return bool(self._found)
-
-    def _next(self) -> dict[str, Any]:
-        """Return the next evaluation; a metric that is not finite is the worst, for schedulers and searchers."""
+        if not self._found:
+            return None
         self._last, wanted = self._found.popleft(), self._spec.metric
-        if wanted is not None and wanted.name in self._last and self._last[wanted.name] is None:
+        if wanted is not None and self._last.get(wanted.name, 0) is None:
             self._last[wanted.name] = math.inf if wanted.mode == "min" else -math.inf
         return dict(self._last)
 
@@ -157,8 +154,7 @@ class _TuneTrial(tune.Trainable):
         status = self._ranks.status()
         self._end(status)
         if not self._is_over() and not self._files.has_ended:
-            how = f"was killed by signal {-status}" if status < 0 else f"left with exit status {status}"
-            raise KilledError(f"{self._trial.label} {how}.")
+            raise KilledError(f"{self._trial.label}: {ending(status)}.")
 
     def _end(self, status: int) -> None:
         if self._ranks is not None:
@@ -227,10 +223,12 @@ class _Ranks:
             for rank in range(resources.workers)  # Tune strips the empty bundle
         ]
         address, port = ray.get(self._actors[0].where.remote())
-        environments = [processes.rank_environment(rank, address, port, resources) for rank in range(resources.workers)]
+        log = folder.trial(trial.key).log
         self._running = [
-            actor.run.remote(trial.stage, arguments, folder.trial(trial.key).log, environment, folder.start_in)
-            for actor, environment in zip(self._actors, environments, strict=True)
+            actor.run.remote(
+                trial.stage, arguments, log, processes.rank_environment(rank, address, port, resources), folder.start_in
+            )
+            for rank, actor in enumerate(self._actors)
         ]
         self._statuses: list[int] = []
         self._deadline: float | None = None
