@@ -88,8 +88,8 @@ def plan_sweep(sweep: Sweep | None, folder: str | Path | None = None, **how: Any
 
 
 def report_runs(
-    paths: str | Path | Sequence[str | Path], *, compare: Sequence[str] = (), csv: Path | None = None,
-    submission: Path | None = None,
+    paths: str | Path | Sequence[str | Path], *, compare: Sequence[str] = (), csv: str | Path | None = None,
+    submission: str | Path | None = None,
 ) -> Report:  # fmt: skip
     """Return the scores of finetunings over their seeds and tasks, or the tables of a sweep. Nothing is printed.
 
@@ -100,8 +100,9 @@ def report_runs(
         submission: a zip that gets the predictions of GLUE's test sets.
 
     Raises:
-        ConfigError: the runs do not fit together, or one is a pretraining, which `Run.report` shows.
-        CheckpointError: there is no such run, it has no scores yet, or a file cannot be written.
+        ConfigError: the runs do not fit together.
+        CheckpointError: there is no such run, it has no scores yet, it is a pretraining, which `Run.report` shows, or a
+            file cannot be written.
     """
     given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if len(given) == 1 and (given[0] / "sweep.yaml").is_file():
@@ -110,7 +111,10 @@ def report_runs(
         return report_of_sweep(given[0])
     for path in given:
         RunDirectory(path).check_kind("finetune")
-    return report_scores(given, compare=compare, csv=csv, submission=submission)
+    return report_scores(
+        given, compare=compare, csv=None if csv is None else Path(csv),
+        submission=None if submission is None else Path(submission),
+    )  # fmt: skip
 
 
 def report_of_sweep(path: Path) -> Report:

@@ -419,7 +419,7 @@ class Impatient(FIFOScheduler):
         return super().choose_trial_to_run(controller)
 
 
-ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=3)  # all at once
 rates = tune.grid_search([IMPATIENT, GOOD, DIVERGING])
 grid = tune.Tuner(
     trainable(yaml.safe_load(open(given)), out),
