@@ -262,7 +262,7 @@ def test_trials_that_fail_or_are_killed_each_time_are_reported_and_do_not_spoil_
     for variant, width in (("good", "1"), ("killed", "0.5")):
         (here,) = (key for key in found.index if key.startswith(variant))
         (there,) = (key for key in same.index if key.startswith(f"width_multiplier={width}-s0"))
-        assert found.loc[here].equals(same.loc[there])
+        assert found.loc[here].to_dict() == same.loc[there].to_dict()
 
 
 @pytest.mark.nightly
@@ -419,7 +419,7 @@ class Impatient(FIFOScheduler):
         return super().choose_trial_to_run(controller)
 
 
-ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=3)  # all at once
+ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=3)  # all three at once
 rates = tune.grid_search([IMPATIENT, GOOD, DIVERGING])
 grid = tune.Tuner(
     trainable(yaml.safe_load(open(given)), out),
