@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ import psutil
 import yaml
 
 from electra_ds.config.overrides import parse_value
-from electra_ds.data.token_store import TokenStore
 from tests.helpers import REPOSITORY, SMALL
 from tests.launching import ENVIRONMENT
 
@@ -77,26 +75,6 @@ def table_of(folder: Path) -> pd.DataFrame:
     """What the trials came to, by their key; without what differs from time to time."""
     table = pd.read_csv(folder / "results.csv").set_index("trial").sort_index()
     return table[[name for name in table if name == "state" or name.startswith(("metric.", "recipe.", "pretrain."))]]
-
-
-def two_workers_of_which_one_dies(store: TokenStore, folder: Path, *how: str, cpus: int = 1) -> None:
-    """Run a trial of two ranks, one of which is killed once, and compare it with one that nobody disturbs. What the
-    other rank makes of the death is not the trial's status."""
-    values = small_sweep(store.path, resources={"workers": 2, "cpus": cpus})
-    values["pretrain"] |= {"space": {}, "seeds": [0]}
-    spec = write_sweep(folder, values)
-    is_first = "os.environ['RANK'] == '1' and step == 12 and not Path(os.environ['KILLED']).exists()"
-    fatal = before_each_batch(
-        folder, f"if {is_first}: Path(os.environ['KILLED']).touch(); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    # The second one finds that it has been killed already.
-    for name, statuses in (("disturbed", [-9, 0]), ("undisturbed", [0])):
-        result = run_sweep(spec, "--out", folder / name, *how, environment=fatal | {"KILLED": str(folder / "killed")})
-        assert result.returncode == 0, result.stdout + result.stderr
-        (record,) = (json.loads(path.read_text()) for path in (folder / name / "trials").glob("*.json"))
-        assert [each["status"] for each in record["attempts"]] == statuses
-    pd.testing.assert_frame_equal(table_of(folder / "disturbed"), table_of(folder / "undisturbed"))
-    assert set(pd.read_csv(folder / "disturbed" / "results.csv")["world_size"]) == {2}
 
 
 def ours(folder: Path, words: str = "") -> list[psutil.Process]:

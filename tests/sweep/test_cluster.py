@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
@@ -16,7 +15,7 @@ from ray.util import placement_group_table
 
 from electra_ds.data.token_store import TokenStore
 from tests.helpers import REPOSITORY
-from tests.sweeping import ours, small_sweep, start_sweep, two_workers_of_which_one_dies, wait_until, write_sweep
+from tests.sweeping import ours, small_sweep, start_sweep, wait_until, write_sweep
 
 
 @pytest.fixture
@@ -68,20 +67,18 @@ def test_shares_of_gpus_are_packed_and_a_lost_nodes_trials_continue(
 
 
 @pytest.mark.slow
-def test_a_trial_of_two_workers_spans_two_nodes_and_survives_the_death_of_one(
-    cluster: Cluster, store: TokenStore, tmp_path: Path
-) -> None:
-    seen, is_over = set(), Event()
-
-    def watch() -> None:
-        while not is_over.wait(0.2):
-            seen.update(*map(nodes_of, groups()))
-
-    with ThreadPoolExecutor(1) as pool:
-        watching = pool.submit(watch)
-        try:
-            two_workers_of_which_one_dies(store, tmp_path, "--address", cluster.address, cpus=2)
-        finally:
-            is_over.set()
-        watching.result()
+def test_a_trial_of_two_workers_spans_two_nodes(cluster: Cluster, store: TokenStore, tmp_path: Path) -> None:
+    values = small_sweep(store.path, resources={"workers": 2, "cpus": 1, "gpus": 1})
+    values["pretrain"] |= {"space": {}, "seeds": [0]}
+    out, log = tmp_path / "sweep", tmp_path / "log"
+    spec = write_sweep(tmp_path, values)
+    driver = start_sweep(spec, "--out", out, "--address", cluster.address, log=log)
+    seen: set[str] = set()
+    while driver.poll() is None:
+        for group in groups():
+            seen |= nodes_of(group)
+        time.sleep(0.2)
+    assert driver.returncode == 0, log.read_text()
     assert len(seen) == 2
+    assert set(pd.read_csv(out / "results.csv")["world_size"]) == {2}
+    assert "1 stopped as planned of 1 trial" in log.read_text()

@@ -36,7 +36,6 @@ from tests.sweeping import (
     small_sweep,
     start_sweep,
     table_of,
-    two_workers_of_which_one_dies,
     wait_until,
     write_sweep,
 )
@@ -315,9 +314,28 @@ def test_each_checkpoint_of_what_has_not_collapsed_is_finetuned(store: TokenStor
     assert "6 trials, 6 done before" in again.stdout
 
 
-@pytest.mark.nightly
-def test_a_trial_of_two_workers_survives_the_death_of_one_without_ray(store: TokenStore, tmp_path: Path) -> None:
-    two_workers_of_which_one_dies(store, tmp_path, "--local")
+@pytest.mark.parametrize("how", [[], pytest.param(["--local"], marks=pytest.mark.nightly)])
+def test_a_trial_of_two_workers_gets_its_place_and_survives_the_death_of_one(
+    store: TokenStore, tmp_path: Path, how: list[str]
+) -> None:
+    """What the other made of it is no status."""
+    values = small_sweep(store.path, resources={"workers": 2, "cpus": 1})
+    values["pretrain"] |= {"space": {}, "seeds": [0]}
+    spec = write_sweep(tmp_path, values)
+    is_first = "os.environ['RANK'] == '1' and step == 12 and not Path(os.environ['KILLED']).exists()"
+    fatal = before_each_batch(
+        tmp_path, f"if {is_first}: Path(os.environ['KILLED']).touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # The second one finds that it has been killed already.
+    for name, way, statuses in (("disturbed", how, [-9, 0]), ("undisturbed", ["--local"], [0])):
+        result = run_sweep(
+            spec, "--out", tmp_path / name, *way, environment=fatal | {"KILLED": str(tmp_path / "killed")}
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        ((_, record),) = records(tmp_path / name).items()
+        assert [each["status"] for each in record["attempts"]] == statuses
+    pd.testing.assert_frame_equal(table_of(tmp_path / "disturbed"), table_of(tmp_path / "undisturbed"))
+    assert set(pd.read_csv(tmp_path / "disturbed" / "results.csv")["world_size"]) == {2}
 
 
 def test_asha_ends_trials_which_is_their_verdict(store: TokenStore, tmp_path: Path) -> None:
