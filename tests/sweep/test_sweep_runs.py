@@ -424,7 +424,7 @@ IMPATIENT, GOOD, DIVERGING = 1e-4, 1e-3, 1e30
 
 
 class Impatient(FIFOScheduler):
-    \"\"\"Ends one of the trials while it starts.\"\"\"
+    \"\"\"Ends one of the trials once Tune has started it.\"\"\"
 
     ended = set()
 
@@ -452,7 +452,7 @@ assert len(best.metrics_dataframe) >= 3
 """
 
 
-def test_the_trainable_drops_into_a_tuner_of_ones_own_whose_scheduler_may_end_a_trial_while_it_starts(
+def test_the_trainable_drops_into_a_tuner_of_ones_own_whose_scheduler_may_end_a_trial(
     store: TokenStore, tmp_path: Path
 ) -> None:
     values = small_sweep(store.path)
