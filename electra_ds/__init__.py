@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from electra_ds.api.pieces import open_store as open_store
     from electra_ds.api.plan import plan as plan
     from electra_ds.api.pretrain import pretrain as pretrain
+    from electra_ds.api.reports import report_runs as report_runs
+    from electra_ds.api.reports import run_sweep as run_sweep
     from electra_ds.api.run import Run as Run
     from electra_ds.api.stores import build_data as build_data
     from electra_ds.config.finetune_recipe import FinetuneRecipe as FinetuneRecipe
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from electra_ds.config.recipe import Recipe as Recipe
     from electra_ds.data.token_store import TokenStore as TokenStore
     from electra_ds.pretraining.objectives.base import Objective as Objective
-    from electra_ds.sweep.run import run_sweep as run_sweep
     from electra_ds.training.callbacks import Callback as Callback
 
 __version__ = "0.1.0"
@@ -39,7 +40,8 @@ _HOMES = {
     "Recipe": "config.recipe", "FinetuneRecipe": "config.finetune_recipe", "PretrainOptions": "config.options",
     "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",
     "build_model": "api.pieces", "open_engine": "api.pieces", "open_store": "api.pieces", "evaluate": "api.pieces",
-    "run_sweep": "sweep.run", "Callback": "training.callbacks", "Objective": "pretraining.objectives.base",
+    "report_runs": "api.reports", "run_sweep": "api.reports", "Callback": "training.callbacks",
+    "Objective": "pretraining.objectives.base",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]
 

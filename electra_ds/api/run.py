@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from electra_ds.config.run_directory import RunDirectory, Status
 from electra_ds.config.run_record import FinetuneRecord, RunRecord
 from electra_ds.core.errors import CheckpointError
 from electra_ds.training.checkpoint import CheckpointFolder
+from electra_ds.training.checkpoints import Listed, listed, prune, to_verify, verify
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -90,13 +92,35 @@ class Run:
         """The complete checkpoints, oldest first."""
         return CheckpointFolder(self._directory.checkpoints, keep=1).paths()
 
+    def list_checkpoints(self) -> list[Listed]:
+        """Return what each checkpoint holds, oldest first: step, tokens, size, precision, and what is wrong with it, as
+        far as sizes tell."""
+        return listed(self.path)
+
+    def verify_checkpoints(self) -> dict[Path, str | None]:
+        """Read every byte of every checkpoint; return what is wrong with each, None if it is complete."""
+        found = {}
+        for path in to_verify(self.path):
+            with contextlib.suppress(FileNotFoundError):  # the run has pruned it in the meantime
+                found[path] = verify(path)
+        return found
+
+    def prune_checkpoints(self, keep: int | None = None, *, damaged: bool = False, dry_run: bool = False) -> list[Path]:
+        """Remove old checkpoints and what killed saves left behind; return the paths.
+
+        keep: how many stay. By default as many as the run keeps. damaged: whether those that were set aside as damaged
+        are removed too. dry_run: whether nothing is removed.
+        """
+        return [path for path, _ in prune(self.path, keep, damaged=damaged, dry=dry_run)]
+
     def report(self, *, quiet: bool = False) -> None:
         """Print what was learned. For a pretraining, summary.txt, curves.png and samples.txt are written too."""
         console = Console(quiet=quiet)
         if self.kind == "finetune":
             from electra_ds.report.scores import report_scores
+            from electra_ds.report.tables import print_report
 
-            report_scores([self.path], console)
+            print_report(report_scores([self.path]).parts, console)
         else:
             from electra_ds.report.run_report import report_run
 

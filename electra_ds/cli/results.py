@@ -11,8 +11,6 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from electra_ds.cli.arguments import Commands
 
 _SWEEP_HELP = """\
@@ -67,64 +65,48 @@ def add_results(commands: Commands) -> None:
 
 
 def _sweep(options: SweepOptions) -> None:
+    from electra_ds.report.tables import print_report
+
     console = wide_console()
     if options.what[:1] == ["status"]:
-        _print_status(Path(options.what[1]), console)
+        from electra_ds.api.reports import report_of_sweep
+
+        print_report(report_of_sweep(Path(options.what[1])).parts, console)
         return
     sweep, folder = (options.what[0], options.out) if options.resume is None else (None, options.resume)
     overrides = options.overrides or ()
     if options.dry_run:
-        from electra_ds.sweep.forecast import plan_sweep
+        from electra_ds.api.reports import plan_sweep
 
-        plan_sweep(
-            sweep, folder, overrides=overrides, local=bool(options.local), address=options.address, console=console
-        )
+        planned = plan_sweep(sweep, folder, overrides=overrides, local=bool(options.local), address=options.address)
+        print_report(planned, console)
         return
 
-    from electra_ds.sweep.run import run_sweep
+    from electra_ds.api.reports import run_sweep
 
     outcome = run_sweep(
         sweep, folder, overrides=overrides, retry_failed=bool(options.retry_failed), local=bool(options.local),
-        address=options.address, storage=options.storage, time_limit_s=options.time_limit, console=console,
+        address=options.address, time_limit_s=options.time_limit, console=console,
     )  # fmt: skip
     if not outcome.is_complete:
         raise SystemExit(1)
 
 
-def _print_status(path: Path, console: Console) -> None:
-    """Print what a sweep has come to so far, and write its tables and pictures; its inputs may be gone by now."""
-    from electra_ds.sweep.folder import SweepFolder
-    from electra_ds.sweep.results import report_sweep
-    from electra_ds.sweep.trials import expand
-
-    folder = SweepFolder(path)
-    spec = folder.read()
-    trials = [*expand(spec, None), *folder.suggested_before(spec)]
-    report_sweep(folder, trials, spec, console, is_running=folder.is_being_run())
-
-
 def _report(options: ReportOptions) -> None:
+    from electra_ds.api.reports import report_runs
     from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.report.tables import print_report
 
     given = [name for name in ("compare", "csv", "submission") if getattr(options, name)]
-    if len(options.run) == 1 and (options.run[0] / "sweep.yaml").is_file() and not given and options.data is None:
-        _print_status(options.run[0], wide_console())
-        return
-    runs = [RunDirectory(path) for path in options.run]
-    of_finetuning = [run for run in runs if run.kind() == "finetune"]
-    if of_finetuning:
+    is_sweep = len(options.run) == 1 and (options.run[0] / "sweep.yaml").is_file()
+    runs = [] if is_sweep else [RunDirectory(path) for path in options.run]
+    if is_sweep or any(run.kind() == "finetune" for run in runs):
         if options.data is not None:
             raise ConfigError(
                 f"--data is for a run of {command('pretrain')}, whose report draws samples from its store."
             )
-        for run in runs:
-            run.check_kind("finetune")
-
-        from electra_ds.report.scores import report_scores
-
-        report_scores(
-            options.run, wide_console(), compare=options.compare or (), csv=options.csv, submission=options.submission
-        )
+        found = report_runs(options.run, compare=options.compare or (), csv=options.csv, submission=options.submission)
+        print_report(found.parts, wide_console())
         return
     if len(runs) > 1 or given:
         what = f"--{given[0]} is" if given else "several runs at a time are"

@@ -108,7 +108,6 @@ class SweepOptions(Options):
     dry_run: bool | None = option("list the trials and what they cost, and run nothing")
     local: bool | None = option("one trial after the other, without Ray", group=_RAY)
     address: str | None = option("a Ray cluster: auto, or HOST:6379", metavar="ADDRESS", group=_RAY)
-    storage: str | None = option("where Tune keeps its records (default: DIR/tune)", metavar="DIR|URI", group=_RAY)
     time_limit: float | None = option("save and leave after this time", metavar="TIME", parse=duration_s, group=_RAY)
 
     def check(self) -> None:
@@ -122,8 +121,8 @@ class SweepOptions(Options):
             raise ConfigError("Give one sweep to run, by name or file, or --resume DIR to continue one.")
         if self.resume is not None and self.out is not None:
             raise ConfigError("--resume names the sweep's folder, so leave out --out.")
-        if self.local and (self.address or self.storage):
-            raise ConfigError("--local runs without Ray, so leave out --address and --storage.")
+        if self.local and self.address:
+            raise ConfigError("--local runs without Ray, so leave out --address.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@ unit of what it is made from."""
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from rich.console import Console
 from scipy import stats  # type: ignore[import-untyped]
 
 from electra_ds.core.files import complete_file
-from electra_ds.core.terminal import say, warn
 from electra_ds.report.glue_score import (
     AVERAGE_METRICS,
     GLUE_METRICS,
@@ -31,7 +31,7 @@ from electra_ds.report.glue_score import (
     zip_submission,
 )
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
-from electra_ds.report.tables import Table
+from electra_ds.report.tables import Line, Table, print_report
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
 BASELINE = (
@@ -43,6 +43,8 @@ _COLUMNS = (
     "run", "model", "model_fingerprint", "recipe", "recipe_source", "changes", "task", "data_fingerprint", "seed",
     "step", "chosen", "set", "rows", "metric", "value", "baseline",
 )  # fmt: skip
+_WIDTH = 120
+"""The columns of a report as text."""
 _ROUNDING = 1e-12
 """Metrics that differ by less are equal."""
 
@@ -82,6 +84,28 @@ def difference_interval(
 
 
 @dataclass(frozen=True)
+class Report:
+    """What runs have come to. `print(report)` shows its tables and the lines between them."""
+
+    parts: list[Table | Line]
+    """The tables and lines, in the order in which they are shown."""
+    results: pd.DataFrame
+    """The numbers that the tables are made from: of a sweep a row for each trial, as in its results.csv; of finetunings
+    a row for each metric of each run, as `bin/report --csv` writes it."""
+
+    @property
+    def tables(self) -> list[pd.DataFrame]:
+        """The tables as they are shown, numbers and their ± as texts."""
+        tables = [part for part in self.parts if isinstance(part, Table)]
+        return [pd.DataFrame(list(filter(None, each.rows)), columns=each.columns) for each in tables]
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=_WIDTH)
+        print_report(self.parts, console)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
 class Mean:
     """AVG or GLUE of a group, as a share."""
 
@@ -96,14 +120,9 @@ class Mean:
 
 
 def report_scores(
-    runs: Sequence[Path],
-    console: Console,
-    *,
-    compare: Sequence[str] = (),
-    csv: Path | None = None,
-    submission: Path | None = None,
-) -> None:
-    """Print the tables of finetuning runs' scores.json, a table for each model and recipe in the order of the runs;
+    runs: Sequence[Path], *, compare: Sequence[str] = (), csv: Path | None = None, submission: Path | None = None
+) -> Report:
+    """Return the tables of finetuning runs' scores.json, a table for each model and recipe in the order of the runs;
     `compare` names published scores to show next to them.
 
     `csv` is a file that gets every run's metrics, `submission` a zip that gets their predictions of GLUE's test sets.
@@ -113,22 +132,25 @@ def report_scores(
     published = [find_published(name) for name in compare]
     scored, notes = read_scores(runs)
     groups = group_runs(scored)
+    parts: list[Table | Line] = []
     for group in groups:
-        console.print(group_table(group, [row for _, row in published]))
-        _say(console, [note for mean in _glue_means(group) for note in mean.notes] + _group_notes(group))
-        for text in _warnings(group):
-            warn(console, text)
+        parts.append(group_table(group, [row for _, row in published]))
+        parts += _lines([note for mean in _glue_means(group) for note in mean.notes] + _group_notes(group))
+        parts += [Line(text, is_warning=True) for text in _warnings(group)]
     if len(groups) == 2 and (differences := difference_table(*groups)).rows:
-        console.print(differences)
+        parts.append(differences)
     elif len(groups) > 2:
         notes = [*notes, "Differences are of two tables: give the runs of two models or recipes alone"]
     legend = [PLUS_MINUS, BASELINE] if any(row.baselines for group in groups for row in _rows(group)) else [PLUS_MINUS]
-    _say(console, [*notes, *legend, *(note for found in published for note in _published_notes(*found))])
+    parts += _lines([*notes, *legend, *(note for found in published for note in _published_notes(*found))])
+    results = _every_metric(scored)
     if csv is not None:
-        write_csv(csv, scored)
-        _say(console, [f"{csv}: every metric of every run"])
+        with complete_file(csv) as temporary:
+            results.to_csv(temporary, index=False, lineterminator="\n")
+        parts += _lines([f"{csv}: every metric of every run"])
     if submission is not None:
-        _say(console, zip_submission([run.path for run in scored], submission))
+        parts += _lines(zip_submission([run.path for run in scored], submission))
+    return Report(parts, results)
 
 
 def means(group: Group) -> list[Mean]:
@@ -323,8 +345,8 @@ def _compared(group: Group) -> dict[str, list[float]]:
     return found | {mean.name: list(mean.by_seed.values()) for mean in means(group)[:2]}
 
 
-def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
-    """Write a row for each metric, values as in scores.json. Raises CheckpointError if that fails."""
+def _every_metric(runs: Sequence[ScoredRun]) -> pd.DataFrame:
+    """Return a row for each metric of each run, values as in scores.json."""
     records = [
         {"run": run.path, "set": name, "rows": part.rows, "metric": metric, "value": value}
         | {"baseline": part.baseline.get(metric), "changes": ", ".join(run.scores.changes)}
@@ -333,10 +355,8 @@ def write_csv(path: Path, runs: Sequence[ScoredRun]) -> None:
         for name, part in run.scores.sets.items()
         for metric, value in part.metrics.items()
     ]
-    with complete_file(path) as temporary:
-        pd.DataFrame(records, columns=_COLUMNS).to_csv(temporary, index=False, lineterminator="\n")
+    return pd.DataFrame(records, columns=_COLUMNS)
 
 
-def _say(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        say(console, f"{line}.")
+def _lines(texts: Sequence[str]) -> list[Line]:
+    return [Line(f"{text}.") for text in texts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import rich.table
@@ -10,6 +10,8 @@ from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+
+from electra_ds.core.terminal import say, say_command, warn
 
 _NARROWEST = 8
 """The width to which text is folded at most."""
@@ -48,5 +50,24 @@ class Table:
         yield shown
 
 
-def print_table(table: Table, console: Console) -> None:
-    console.print(table)
+@dataclass(frozen=True)
+class Line:
+    """A line of a report."""
+
+    text: str
+    is_warning: bool = False
+    command: str = ""
+    """A command to be copied, which comes after the text."""
+
+
+def print_report(parts: Iterable[Table | Line], console: Console) -> None:
+    """Print tables and lines in their order."""
+    for part in parts:
+        if isinstance(part, Table):
+            console.print(part)
+        elif part.command:
+            say_command(console, part.text, part.command)
+        elif part.is_warning:
+            warn(console, part.text)
+        else:
+            say(console, part.text)

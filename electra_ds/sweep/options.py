@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, get_origin
+from typing import Any, get_origin
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, find_objective, shipped_names
-from electra_ds.config.option import add_options, described, value_type
+from electra_ds.config.option import described, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
 from electra_ds.config.recipe import ElectraRecipe, named_values, recipe_type, values_yaml
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
@@ -29,6 +29,8 @@ OPTIONS = {
 """The options that a stage may give."""
 INSTEAD = {name: of.instead for name, of in _KNOWN.items() if of.instead}
 """What to write for those that the sweep sets itself."""
+NAMED = frozenset(name for name, of in _KNOWN.items() if of.names)
+"""The options whose value is a name or a path, or a list of them."""
 ELECTRA_METRICS = (
     "generator_loss", "discriminator_loss", "generator_masked_loss", "unigram_loss", "generator_gain",
     "generator_accuracy", "generator_sampled_accuracy", "replaced_share", "discriminator_accuracy",
@@ -37,75 +39,20 @@ ELECTRA_METRICS = (
 """The metrics of the objective electra, whose own module needs torch; a test compares them."""
 SCORE = "score"
 """A finetuning's first metric, on the first development set."""
-
-_TYPES: dict[str, Any] = {name: value_type(kind, name) for kind in KINDS.values() for name in described(kind)}
-NAMED = frozenset(name for name, of in _KNOWN.items() if of.names)
-"""The options whose value is a name or a path, or a list of them."""
 INPUTS = "inputs"
 """Where a sweep's folder keeps copies of recipes and DeepSpeed JSON files."""
 _CORPUS = ("builtin", "hub:")
 _SHIPPED = {("pretrain", "recipe"): RECIPES, ("finetune", "recipe"): FINETUNE_RECIPES}
 
 
-def words(name: str, value: Any) -> list[str]:
-    """An option as it stands on the command line; nothing for null and for a flag that is not set."""
-    of = _KNOWN[name]
-    assert of.flag is not None
-    if of.on and isinstance(value, bool):
-        return [of.flag, of.on if value else "off"]
-    if value is None or (value is False and not of.off):
-        return []
-    if isinstance(value, bool):
-        return [of.flag if value else of.off]
-    if isinstance(value, list) and any(isinstance(each, list) for each in value):
-        return [word for each in value for word in words(name, each)]  # several corpora
-    return [of.flag, *map(_word, value if isinstance(value, list) else [value])]
-
-
-def _word(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def value_problem(name: str, value: Any) -> str:
-    """What is wrong with an option's value, but for what its parser says; empty where nothing is."""
-    if value is None:
-        return ""
-    if isinstance(value, Mapping):
-        return f"{dict(value)} is no value; what varies stands under space"
-    if isinstance(value, list) and get_origin(_TYPES[name]) is not list:
-        return f"takes one value, and not {value}; to try several write space: {{{name}: {{grid: {value}}}}}"
-    if isinstance(value, bool) and _TYPES[name] is not bool and not _KNOWN[name].on:
-        return f"takes no {str(value).lower()}"
-    if not isinstance(value, bool) and _TYPES[name] is bool:
-        return f"is either true or false, and not {value!r}"
-    if name in NAMED:
-        for each in _flattened(value):
-            if not isinstance(each, str) or not each.strip():
-                return f"is a name or a path, and not {each!r}"
-    if any("\0" in each or not _is_encodable(each) for each in _flattened(value) if isinstance(each, str)):
-        return f"holds what no text can: {value!r}"
-    return ""
-
-
-def _flattened(value: Any) -> list[Any]:
-    return [inner for each in value for inner in _flattened(each)] if isinstance(value, list) else [value]
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+# --- keys and values
 
 
 def objective_name(options: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Return the objective of a pretraining's recipe and settings; that of ELECTRA if the recipe cannot be read."""
-    recipe = options.get("recipe")
-    try:
+    recipe, values = options.get("recipe"), {}
+    with contextlib.suppress(ConfigError):  # which is reported where the recipe is loaded
         values = named_values(recipe) if isinstance(recipe, str) else {}
-    except ConfigError:  # which is reported where the recipe is loaded
-        values = {}
     return str(settings.get("objective", values.get("objective", "electra")))
 
 
@@ -131,28 +78,90 @@ def key_problem(stage: str, key: str, keys: Sequence[str]) -> str:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown key, which may lack its section."""
+    """Return the end of a message about an unknown key, which may lack its section."""
     names = sorted(known)
     same_end = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
     return did_you_mean(same_end[0], same_end) if same_end else did_you_mean(key, names)
 
 
-def full_path(stage: str, name: str, value: Any) -> Any:
-    """What an option names, as it is from everywhere: paths in full; names of the Hub and of what is shipped as they
-    are, and what cannot be a path."""
+def value_problem(stage: str, name: str, value: Any) -> str:
+    """Return what is wrong with an option's value; empty if nothing is."""
+    if isinstance(value, Mapping) or (
+        isinstance(value, list) and get_origin(value_type(KINDS[stage], name)) is not list
+    ):
+        return f"takes one value, and not {value}; what varies is written under space, as {name}: {{grid: [...]}}"
+    named = _flattened(value) if name in NAMED and value is not None else []
+    if wrong := [each for each in named if not isinstance(each, str) or not each.strip()]:
+        return f"is a name or a path, and not {wrong[0]!r}"
     try:
+        KINDS[stage].of({name: _switch_text(name, value)})
+    except ConfigError as error:
+        return str(error).splitlines()[1].strip().removeprefix(f"{name}: ")
+    return ""
+
+
+def check_options(stage: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError if options cannot go together, and DataError if their examples on this machine are wrong."""
+    found = KINDS[stage].of({name: _switch_text(name, value) for name, value in options.items()})
+    found.check()
+    if isinstance(found, FinetuneOptions) and (problem := _examples_problem(found.task, found.source())):
+        raise DataError(problem)
+
+
+@cache
+def _examples_problem(task: str | None, source: TaskSource) -> str:
+    """Return what is wrong with examples on this machine, which would otherwise show hours into a sweep."""
+    from electra_ds.finetuning.load_task import load_task
+
+    if source.folder is None and source.train is None:
+        return ""
+    try:
+        load_task(task, source)
+    except (ConfigError, DataError) as error:
+        return str(error)
+    return ""
+
+
+def words(name: str, value: Any) -> list[str]:
+    """Return an option as it stands on the command line; nothing for null and for a flag that is not set."""
+    of, value = _KNOWN[name], _switch_text(name, value)
+    assert of.flag is not None
+    if value is None or (value is False and not of.off):
+        return []
+    if isinstance(value, bool):
+        return [of.flag if value else of.off]
+    if isinstance(value, list) and any(isinstance(each, list) for each in value):
+        return [word for each in value for word in words(name, each)]  # several corpora
+    return [of.flag, *map(str, value if isinstance(value, list) else [value])]
+
+
+def _switch_text(name: str, value: Any) -> Any:
+    """Return the text that true or false stands for in some options, and any other value as it is."""
+    on = _KNOWN[name].on
+    return (on if value else "off") if on and isinstance(value, bool) else value
+
+
+def _flattened(value: Any) -> list[Any]:
+    return [inner for each in value for inner in _flattened(each)] if isinstance(value, list) else [value]
+
+
+# --- paths
+
+
+def full_path(stage: str, name: str, value: Any) -> Any:
+    """Return an option's path in full, and any other value as it is, such as a name on the Hub or a shipped one."""
+    with contextlib.suppress(RuntimeError):  # somebody's home that is not there
         return str(Path(value).expanduser().absolute()) if _is_path(stage, name, value) else value
-    except (OSError, RuntimeError, ValueError):
-        return value
+    return value
 
 
 def is_small_file(stage: str, name: str, value: Any) -> bool:
-    """Whether it is a recipe or a DeepSpeed JSON of the user's own, which a sweep keeps a copy of."""
+    """Return whether it is a recipe or a DeepSpeed JSON of the user's own, which a sweep keeps a copy of."""
     return _is_settings(name) and _is_path(stage, name, value)
 
 
 def own_content(stage: str, name: str, value: str) -> bytes:
-    """What a sweep keeps of such a file: a recipe that extends another, complete. Raises ConfigError."""
+    """Return what a sweep keeps of such a file: a recipe that extends another, complete. Raises ConfigError."""
     try:
         content = Path(value).read_bytes()
     except OSError as error:
@@ -163,15 +172,15 @@ def own_content(stage: str, name: str, value: str) -> bytes:
 
 
 def without_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
-    """A copy that a sweep keeps, by its place in the sweep's folder, which may be moved."""
-    is_kept = _is_settings(name) and isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
+    """Return the place of a copy that a sweep keeps relative to the sweep's folder, which may be moved."""
+    is_kept = isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
     return value.removeprefix(f"{folder}/") if is_kept else value
 
 
 def with_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
-    """The reverse of `without_folder`; what is no copy stays as it is."""
-    is_kept = _is_settings(name) and isinstance(value, str) and value.startswith(f"{INPUTS}/")
-    return str(folder.absolute() / value) if is_kept and (folder / value).is_file() else value
+    """Return the reverse of `without_folder`; what is no copy stays as it is."""
+    is_kept = isinstance(value, str) and value.startswith(f"{INPUTS}/") and (folder / value).exists()
+    return str(folder.absolute() / value) if is_kept else value
 
 
 def moved_along(home: Path, folder: Path, stage: str, name: str, value: Any) -> Any:
@@ -182,25 +191,20 @@ def moved_along(home: Path, folder: Path, stage: str, name: str, value: Any) -> 
     if _is_settings(name) or not _is_path(stage, name, value) or not Path(value).is_absolute():
         return value
     place = Path(os.path.normpath(folder / os.path.relpath(value, home)))
-    return str(place) if os.path.exists(place) else value
+    return str(place) if place.exists() else value
 
 
 def missing_path(stage: str, name: str, value: Any) -> str:
-    """What an option names that is not there; empty where it is, or is no path."""
+    """Return a message if an option names a path that is not there, else an empty text."""
     if isinstance(value, list):
         return next((missing for each in value if (missing := missing_path(stage, name, each))), "")
-    try:
-        if not _is_path(stage, name, value):
-            return ""
-        path, names = Path(value).expanduser(), _KNOWN[name].names
-        if names == "file":
-            return "" if path.is_file() else f"there is no file {path}"
-        if names == "folder":
-            return "" if path.is_dir() else f"there is no folder {path}"
-        hint = "; a model of the Hub is written OWNER/NAME" if names == "model" else ""
-        return "" if path.exists() else f"there is no {path}{hint}"
-    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, somebody's home that is not there
-        return f"{value[:80]!r} cannot be a path: {error}"
+    if not _is_path(stage, name, value):
+        return ""
+    path, names = Path(value), _KNOWN[name].names
+    if path.is_file() if names == "file" else path.is_dir() if names == "folder" else path.exists():
+        return ""
+    kind = f"{names} " if names in ("file", "folder") else ""
+    return f"there is no {kind}{path}{'; a model of the Hub is written OWNER/NAME' if names == 'model' else ''}"
 
 
 def _is_path(stage: str, name: str, value: Any) -> bool:
@@ -221,6 +225,9 @@ def _is_settings(name: str) -> bool:
     return name in _KNOWN and _KNOWN[name].names == "settings"
 
 
+# --- metrics
+
+
 def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what every evaluation of such a trial reports; of the user's own examples, what it may report."""
     if stage == "pretrain":
@@ -239,39 +246,3 @@ def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, An
     }
     wanted = options.get("label_kind")
     return (SCORE, *(name for kind, names in by_kind.items() if wanted in (None, kind) for name in names))
-
-
-class _StrictParser(argparse.ArgumentParser):
-    """A parser that raises instead of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-@cache
-def _parser(stage: str) -> argparse.ArgumentParser:
-    parser = _StrictParser(prog=f"electra-ds {stage}")
-    add_options(parser, KINDS[stage])
-    return parser
-
-
-def check_arguments(stage: str, arguments: Sequence[str]) -> None:
-    """Raise ConfigError if a command does not take these arguments, and DataError if it does not find its examples."""
-    options = KINDS[stage].parsed(_parser(stage).parse_args(arguments))
-    options.check()
-    if isinstance(options, FinetuneOptions) and (problem := _examples_problem(options.task, options.source())):
-        raise DataError(problem)
-
-
-@cache
-def _examples_problem(task: str | None, source: TaskSource) -> str:
-    """Return what is wrong with examples on this machine, which would otherwise show hours into a sweep."""
-    from electra_ds.finetuning.load_task import load_task
-
-    if source.folder is None and source.train is None:
-        return ""
-    try:
-        load_task(task, source)
-    except (ConfigError, DataError) as error:
-        return str(error)
-    return ""

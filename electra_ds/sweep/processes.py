@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,9 @@ from electra_ds.core.errors import ConfigError, ElectraError, InterruptedBySigna
 from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
 from electra_ds.core.program import command
 from electra_ds.core.terminal import with_command
-from electra_ds.sweep.display import SweepDisplay
-from electra_ds.sweep.folder import SweepFolder
+from electra_ds.sweep.folder import SweepFolder, ending
+from electra_ds.sweep.options import words
+from electra_ds.sweep.progress import SweepMonitor
 from electra_ds.sweep.spec import Resources, SweepSpec
 from electra_ds.sweep.trials import Trial
 
@@ -36,6 +38,7 @@ TO_SAVE_S = 120.0
 TO_NOTICE_S = 30.0
 """The time in which the ranks of a trial that has lost one leave by themselves."""
 _LOOK_EVERY_S = 0.2
+_ANSWERS_WITHIN_S = 5.0
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
@@ -73,15 +76,35 @@ def trials_at_once(resources: Resources, nodes: Sequence[Node]) -> int:
     slots = sum(node.slots(resources) for node in nodes)
     if slots >= resources.workers:
         return slots // resources.workers
-    wanted = f"{resources.cpus} CPU{'s' if resources.cpus > 1 else ''}"
-    wanted += f" and {resources.gpus:g} GPU" if resources.gpus else ""
-    wanted = f"{resources.workers} workers of {wanted} each" if resources.workers > 1 else wanted
     cpus, gpus = max(node.cpus for node in nodes), max(node.gpus for node in nodes)
-    where = "this machine has" if len(nodes) == 1 else f"the {len(nodes)} nodes have at most"
-    change = "resources.cpus=1" if resources.cpus > 1 else "resources.workers=1"
+    change = "cpus=1" if resources.cpus > 1 else "workers=1"
     if resources.gpus and not gpus:
-        change = "resources.gpus=0, to train on CPUs"
-    raise ConfigError(f"A trial takes {wanted}, and {where} {cpus} CPUs and {gpus} GPUs. Lower it: --set {change}")
+        change = "gpus=0, to train on CPUs"
+    raise ConfigError(
+        f"A trial takes {resources.workers} worker(s) of {resources.cpus} CPU(s) and {resources.gpus:g} GPU(s) each, "
+        f"and the largest of {len(nodes)} node(s) has {cpus} CPU(s) and {gpus} GPU(s). Lower it: --set "
+        f"resources.{change}"
+    )
+
+
+def check_reachable(address: str) -> None:
+    """Raise ConfigError if an address is not one of a Ray cluster, or nobody answers there."""
+    if address == "auto":
+        noted = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"  # by `ray start`
+        try:
+            address = os.environ.get("RAY_ADDRESS") or noted.read_text("utf8").strip()
+        except OSError:
+            raise ConfigError("No Ray cluster runs on this machine. Start one: ray start --head") from None
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise ConfigError(
+            f"--address {address} is not a valid Ray address. Write auto or HOST:6379; from outside the cluster, use "
+            f"ray job submit --address http://HOST:8265 -- electra-ds sweep NAME --out DIR --address auto"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"Nobody answers at {address}: {error}. Is a Ray cluster running there?") from error
 
 
 # --- one trial's processes
@@ -94,8 +117,7 @@ def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str
     """
     run, threads = folder.trial(trial.key).run, spec.resources.cpus
     if run.exists():
-        how = {name: trial.options[name] for name in _RESUMED if trial.options.get(name) is not None}
-        flags = [part for name, value in how.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        flags = [word for name in _RESUMED for word in words(name, trial.options.get(name))]
         return ["--resume", str(run.path), *flags, *trial.ending(), "--threads", str(threads)]
     arguments = replace(trial, options=folder.now(trial.stage, trial.options)).arguments(threads)
     if trial.options.get("wandb") not in (None, False, "off") and trial.options.get("wandb_group") is None:
@@ -235,7 +257,7 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
 
 
 def run_locally(
-    trials: Sequence[Trial], folder: SweepFolder, spec: SweepSpec, display: SweepDisplay, time_limit_s: float | None
+    trials: Sequence[Trial], folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor, time_limit_s: float | None
 ) -> None:
     """Run the trials in order, until the folder's `stop` file is there; a trial that runs then saves and leaves.
 
@@ -246,23 +268,22 @@ def run_locally(
             if folder.wants_to_stop():
                 return
             if folder.can_begin(trial):
-                _run(trial, folder, spec, display)
-            display.end(trial, *folder.state_of(trial))
+                _run(trial, folder, spec, monitor)
+            monitor.end(trial, *folder.state_of(trial))
 
 
-def _run(trial: Trial, folder: SweepFolder, spec: SweepSpec, display: SweepDisplay) -> None:
+def _run(trial: Trial, folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor) -> None:
     files = folder.trial(trial.key)
-    display.begin(trial)
+    monitor.begin(trial)
     for _ in range(1 + spec.retries):
         arguments = begin(trial, folder, spec)
-        status = 2 if arguments is None else _attempt(trial, arguments, folder, spec, display)
+        status = 2 if arguments is None else _attempt(trial, arguments, folder, spec, monitor)
         if files.has_ended or folder.wants_to_stop():
             return
-    how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-    files.give_up(f"after {1 + spec.retries} attempts: {how}")
+    files.give_up(f"after {1 + spec.retries} attempts: {ending(status)}")
 
 
-def _attempt(trial: Trial, arguments: list[str], folder: SweepFolder, spec: SweepSpec, display: SweepDisplay) -> int:
+def _attempt(trial: Trial, arguments: list[str], folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor) -> int:
     """Start the trial's processes and wait for them; returns what `status_of` makes of them."""
     workers, port, files = spec.resources.workers, free_port(), folder.trial(trial.key)
     cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(workers)))).split(",")
@@ -279,7 +300,7 @@ def _attempt(trial: Trial, arguments: list[str], folder: SweepFolder, spec: Swee
             elif any(each.returncode for each in processes):
                 wait(processes, TO_NOTICE_S)
                 break
-            display.look()
+            monitor.look()
             time.sleep(_LOOK_EVERY_S)
     finally:
         end(processes)

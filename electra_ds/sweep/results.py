@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from electra_ds.config.names import find_objective
 from electra_ds.config.overrides import dotted_values
@@ -20,17 +19,23 @@ from electra_ds.config.run_record import Record
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.files import complete_file
 from electra_ds.core.program import command
-from electra_ds.core.terminal import say, say_command, warn
 from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
 from electra_ds.report.score_files import BOUNDED, Scores, read_run
-from electra_ds.report.scores import BASELINE, PLUS_MINUS, spread
-from electra_ds.report.tables import Table, print_table
-from electra_ds.sweep.folder import SweepFolder
+from electra_ds.report.scores import BASELINE, PLUS_MINUS, Report, spread
+from electra_ds.report.tables import Line, Table
+from electra_ds.sweep.folder import (
+    ENDED_EARLY,
+    STOPPED_AT,
+    SUCCEEDED,
+    MetricsTail,
+    State,
+    SweepFolder,
+    as_result,
+    evaluations_of,
+)
 from electra_ds.sweep.options import SCORE
-from electra_ds.sweep.records import ENDED_EARLY, STOPPED_AT, SUCCEEDED, MetricsTail, State, as_result
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.trials import Trial, counted, value_text
-from electra_ds.training.tracking import read_metrics
 
 SEEDS = ("seed", "pretrain.seed")
 _NESTED = (
@@ -39,8 +44,6 @@ _NESTED = (
 )
 _LONG_NAME = 12
 """Characters beyond which the name of a column is broken at its underscores."""
-_WIDE = 100
-"""The width of a terminal from which on medians are shown too; cells.csv has all of it."""
 
 
 # --- a row for each trial
@@ -62,7 +65,9 @@ def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
     run, record = files.run, files.record()
     row: dict[str, Any] = {"trial": trial.key, "stage": trial.stage}
     row |= {name: _plain(value) for name, value in trial.values.items()} | {"state": state, "reason": reason}
-    scores = _scores(run.path) if trial.stage == "finetune" and state != "stopped" else None
+    scores: Scores | None = None
+    with contextlib.suppress(CheckpointError):
+        scores = read_run(run.path).scores if trial.stage == "finetune" and state != "stopped" else None
     metrics = _metrics(run.path, trial, state, scores)
     row |= {f"metric.{name}": value for name, value in metrics.items()}
     if scores is not None:
@@ -77,13 +82,10 @@ def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
             "cpu_hours": round(worker_hours * record.cpus, 4), "gpu_hours": round(worker_hours * record.gpus, 4),
             "command": " ".join(record.command),
         }  # fmt: skip
-    if (collapsed_at := run.status_details().get("collapsed_at")) is not None:
-        row["collapsed_at"] = collapsed_at
-    try:
+    row |= {name: value for name, value in run.status_details().items() if name == "collapsed_at"}
+    with contextlib.suppress(CheckpointError):
         own = run.read_record(Record)
         row |= {"device": own.device, "world_size": own.world_size, "threads": own.threads}
-    except CheckpointError:
-        pass
     row |= {f"option.{key}": _plain(value) for key, value in trial.options.items() if value is not None}
     row |= {f"recipe.{key}": _plain(value) for key, value in dotted_values(trial.recipe.model_dump(mode="json"))}
     return row | {"run": str(run.path)}
@@ -93,35 +95,16 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _scores(path: Path) -> Scores | None:
-    try:
-        return read_run(path).scores
-    except CheckpointError:
-        return None
-
-
 def _metrics(path: Path, trial: Trial, state: State, scores: Scores | None) -> dict[str, float]:
     """Return a finetuning's scores on the development sets and `score`, its first; of a pretraining, and of a
     finetuning that a scheduler has ended, the last evaluation."""
     if trial.stage == "pretrain" or state == "stopped":
-        evaluations = evaluations_of(path)
+        evaluations = evaluations_of(path / "metrics.jsonl")
         last = as_result(trial.stage, evaluations[-1]) if evaluations else {}
         objective = getattr(trial.recipe, "objective", None)  # a finetuning has none
         return last if objective is None else dict(find_objective(objective).complete(last))
     found = {} if scores is None else scores.dev_metrics()
     return {"step": scores.step, SCORE: next(iter(found.values()))} | found if scores is not None and found else {}
-
-
-def evaluations_of(run: Path) -> list[dict[str, float]]:
-    """Return the numbers of a run's evaluations, each with its step, as far as its metrics.jsonl can be read."""
-    try:
-        lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "eval"]
-    except OSError:
-        return []
-    return [
-        {name: float(value) for name, value in line.items() if type(value) in (int, float) and math.isfinite(value)}
-        for line in lines
-    ]
 
 
 # --- cells over their seeds
@@ -191,73 +174,79 @@ def _unmixed(table: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
             yield name, pd.Series(texts, table.index, object)
 
 
-# --- printed
+# --- the report
 
 
 def report_sweep(
-    folder: SweepFolder, trials: Sequence[Trial], spec: SweepSpec, console: Console, *,
-    is_running: bool = False, has_more: bool = False,
-) -> pd.DataFrame:  # fmt: skip
-    """Print the tables and how to resume, write results.csv, results.parquet, cells.csv and the pictures, and return
-    the results. has_more: whether there is more to be run than the trials."""
+    folder: SweepFolder, trials: Sequence[Trial], spec: SweepSpec, *, is_running: bool = False, has_more: bool = False
+) -> Report:
+    """Write results.csv, results.parquet, cells.csv and the pictures, and return the tables and how to resume.
+
+    has_more: whether there is more to be run than the trials.
+    """
     table = results(folder, trials)
-    _print_states(table, console)
+    parts: list[Table | Line] = list(_states(table))
     found = {}
     for stage in spec.stages:
         found[stage] = _ordered(cells(table, stage, _shown_metrics(table, stage, spec)), table, stage, spec)
-        if found[stage].empty:
-            continue
-        shown = found[stage][found[stage]["metric"] != SCORE]  # which is the first of the others
-        axes, title = axes_of(table, stage), _title(stage, spec)
-        if stage == "finetune" and "task" in axes:
-            axes = [axis for axis in axes if axis != "task"]
-            print_table(task_table(shown, table, axes, title), console)
-        else:
-            print_table(cell_table(shown, axes, title, is_wide=console.width >= _WIDE), console)
-        if shown["std"].notna().any():
-            of_finetuning = _NESTED if "std_finetuning" in shown else PLUS_MINUS
-            say(console, f"{of_finetuning if stage == 'finetune' else '±: sample standard deviation over seeds'}.")
-        if "baseline" in shown:
-            say(console, f"{BASELINE}.")
+        parts += _of_stage(found[stage], table, stage, spec)
     write_results(table, pd.concat([each.assign(stage=stage) for stage, each in found.items()]), folder.path)
+    pictures = ""
     if spec.pretrain is not None:
+        pictures = ", curves.png"
         draw_capacity(table, folder.path / "curves.png")
     if others := {record.key for record in folder.records()} - {trial.key for trial in trials}:
-        say(console, f"{len(others)} more trials in this folder are of other settings, and not in these tables.")
-    pictures = ", curves.png" if spec.pretrain is not None else ""
-    say(console, f"{folder.path}: results.csv, results.parquet, cells.csv{pictures}.")
+        parts.append(Line(f"{len(others)} more trials in this folder are of other settings, and not in these tables."))
+    parts.append(Line(f"{folder.path}: results.csv, results.parquet, cells.csv{pictures}."))
     if is_running:
-        for trial, state in zip(trials, table["state"], strict=True):
-            if state == "unfinished":
+        for trial in trials:
+            if folder.state_of(trial)[0] == "unfinished":
                 lines = MetricsTail(folder.trial(trial.key).run.metrics).lines()
                 step = f", at step {lines[-1]['step']:,}" if lines else ""
-                say(console, f"begun: {trial.label}{step}.")
-        say(console, "The sweep is being run.")
+                parts.append(Line(f"begun: {trial.label}{step}."))
+        parts.append(Line("The sweep is being run."))
     else:
-        _say_how_to_resume(folder, table, console, has_more=has_more)
-    return table
+        parts += _how_to_resume(folder, table, has_more=has_more)
+    return Report(parts, table)
 
 
-def _print_states(table: pd.DataFrame, console: Console) -> None:
-    """Print how many trials are in which state, and why each that failed did."""
+def _of_stage(found: pd.DataFrame, table: pd.DataFrame, stage: str, spec: SweepSpec) -> Iterator[Table | Line]:
+    """Yield a stage's table, and what its columns are."""
+    if found.empty:
+        return
+    shown = found[found["metric"] != SCORE]  # which is the first of the others
+    axes, title = axes_of(table, stage), _title(stage, spec)
+    if stage == "finetune" and "task" in axes:
+        yield task_table(shown, table, [axis for axis in axes if axis != "task"], title)
+    else:
+        yield cell_table(shown, axes, title)
+    if shown["std"].notna().any():
+        of_finetuning = _NESTED if "std_finetuning" in shown else PLUS_MINUS
+        yield Line(f"{of_finetuning if stage == 'finetune' else '±: sample standard deviation over seeds'}.")
+    if "baseline" in shown:
+        yield Line(f"{BASELINE}.")
+
+
+def _states(table: pd.DataFrame) -> Iterator[Line]:
+    """Yield how many trials are in which state, and why each that failed did."""
     named = table["state"].mask(table["reason"].str.startswith(STOPPED_AT, na=False), "stopped as planned")
     named = named.mask(table["reason"] == ENDED_EARLY, ENDED_EARLY)
     counts = [f"{count} {state}" for state, count in named.value_counts().items()]
-    say(console, f"{', '.join(counts)} of {counted(len(table))}." if counts else "0 trials.")
+    yield Line(f"{', '.join(counts)} of {counted(len(table))}." if counts else "0 trials.")
     for _, row in table[table["state"].isin(["failed", "collapsed", "done"]) & (table["reason"] != "")].iterrows():
-        say(console, f"{row['trial']} {row['state']}: {row['reason'].rstrip('.')}.")
+        yield Line(f"{row['trial']} {row['state']}: {row['reason'].rstrip('.')}.")
     for _, row in (table.dropna(subset="warning") if "warning" in table else table[:0]).iterrows():
-        warn(console, f"{row['trial']}: {row['warning']}")
+        yield Line(f"{row['trial']}: {row['warning']}", is_warning=True)
 
 
-def _say_how_to_resume(folder: SweepFolder, table: pd.DataFrame, console: Console, *, has_more: bool) -> None:
-    """Print commands, which no full stop follows."""
+def _how_to_resume(folder: SweepFolder, table: pd.DataFrame, *, has_more: bool) -> Iterator[Line]:
     is_waiting, has_failed = table["state"] == "waiting", (table["state"] == "failed").any()
     can_begin = (table["state"] == "unfinished") | (is_waiting & (table["reason"] == ""))
+    resume = f"{command('sweep')} --resume {folder.path}"
     if has_more or can_begin.any() or (is_waiting.any() and not has_failed):
-        say_command(console, "Resume it with:", f"{command('sweep')} --resume {folder.path}")
+        yield Line("Resume it with:", command=resume)
     if has_failed:
-        say_command(console, "Run what failed again:", f"{command('sweep')} --resume {folder.path} --retry-failed")
+        yield Line("Run what failed again:", command=f"{resume} --retry-failed")
 
 
 def _shown_metrics(table: pd.DataFrame, stage: str, spec: SweepSpec) -> list[str]:
@@ -299,17 +288,16 @@ def _title(stage: str, spec: SweepSpec) -> str:
     return ", ".join(filter(None, [*parts, f"{most} training examples" if most is not None else ""]))
 
 
-def cell_table(found: pd.DataFrame, axes: Sequence[str], title: str, *, is_wide: bool) -> Table:
+def cell_table(found: pd.DataFrame, axes: Sequence[str], title: str) -> Table:
     """Return a table with a row for each metric of each cell."""
-    optional = {"within": "std_finetuning" in found, "baseline": "baseline" in found, "median": is_wide}
-    columns = ["mean ± std", "within", "baseline", "n", "median", "min–max"]
-    columns = [column for column in columns if optional.get(column, True)]
+    optional = {"within": "std_finetuning", "baseline": "baseline"}
+    columns = ["mean ± std", "within", "baseline", "n", "min–max"]
+    columns = [column for column in columns if optional.get(column, "mean") in found]
     shown = Table(title, [*map(_header, axes), "metric", *columns], text_columns=len(axes) + 1)
     for _, row in found.iterrows():
         values = {
             "mean ± std": _mean(row), "within": _number(row, "std_finetuning"), "n": str(row["n"]),
-            "median": _number(row, "median"), "baseline": _number(row, "baseline"),
-            "min–max": f"{_number(row, 'low')}–{_number(row, 'high')}",
+            "baseline": _number(row, "baseline"), "min–max": f"{_number(row, 'low')}–{_number(row, 'high')}",
         }  # fmt: skip
         shown.rows.append([*(_text(row[axis]) for axis in axes), row["metric"], *(values[name] for name in columns)])
     return shown
@@ -421,7 +409,7 @@ def draw_capacity(table: pd.DataFrame, path: Path) -> None:
     }
     panels = figure.subplots(1, max(1, len(titles)), squeeze=False)[0]  # one that stays empty before anything began
     for label, (_, row) in zip(labels, pretrained.iterrows(), strict=True):
-        lines = evaluations_of(Path(row["run"]))
+        lines = evaluations_of(Path(row["run"]) / "metrics.jsonl")
         for panel, name in zip(panels, titles, strict=False):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:

@@ -1,29 +1,28 @@
-"""Run a sweep from beginning to end, or what is missing of it, for the command and for Python."""
+"""Run a sweep from beginning to end, or what is missing of it."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
-from rich.console import Console
 
 from electra_ds.config.overrides import as_overrides
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.terminal import say
-from electra_ds.sweep.display import SweepDisplay
-from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.options import check_arguments
-from electra_ds.sweep.processes import run_locally, this_machine, trials_at_once
-from electra_ds.sweep.records import AS_PLANNED, ENDED
+from electra_ds.report.scores import Report
+from electra_ds.sweep.folder import AS_PLANNED, ENDED, SweepFolder
+from electra_ds.sweep.processes import check_reachable, run_locally, this_machine, trials_at_once
+from electra_ds.sweep.progress import SweepMonitor, SweepProgress
 from electra_ds.sweep.results import report_sweep
-from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep
-from electra_ds.sweep.trials import CheckArguments, Trial, counted, expand, suggested
+from electra_ds.sweep.spec import SweepSpec
+from electra_ds.sweep.sweep_file import Sweep, as_spec
+from electra_ds.sweep.trials import Trial, counted, expand, suggested
 
-Sweep = SweepSpec | Mapping[str, Any] | str | Path
-"""A sweep, the content of its file, its path, or the name of a shipped one."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,12 @@ class SweepOutcome:
 
     is_complete: bool
     """True if every trial has ended as planned."""
-    results: pd.DataFrame
-    """A row for each trial, as in results.csv."""
+    report: Report
+
+    @property
+    def results(self) -> pd.DataFrame:
+        """A row for each trial, as in results.csv."""
+        return self.report.results
 
 
 def open_sweep(
@@ -45,20 +48,17 @@ def open_sweep(
             raise ConfigError("Give a sweep to run, or the folder of one to resume.")
         found = SweepFolder(Path(folder))
         return found.read(overrides), found
-    if isinstance(sweep, str | Path):
-        spec = load_sweep(str(sweep), overrides)
-    else:
-        spec = sweep if isinstance(sweep, SweepSpec) else parse_sweep(dict(sweep), "given")
+    spec = as_spec(sweep, overrides)
     return spec, SweepFolder(Path(folder) if folder is not None else Path("runs") / f"sweep-{spec.name}")
 
 
 def run_sweep(
     sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] | Mapping[str, Any] = (),
-    retry_failed: bool = False, local: bool = False, address: str | None = None, storage: str | None = None,
-    time_limit_s: float | None = None, check: CheckArguments = check_arguments, console: Console | None = None,
-    quiet: bool = False,
+    retry_failed: bool = False, local: bool = False, address: str | None = None, time_limit_s: float | None = None,
+    progress: SweepProgress | None = None,
 ) -> SweepOutcome:  # fmt: skip
-    """Run what is missing of a sweep, print and write its tables, and return its results.
+    """Run what is missing of a sweep, write its tables, and return its results. Nothing is printed; what happens is
+    logged.
 
     Args:
         sweep: a shipped name such as `smoke`, a path, or the content of a sweep's file. None resumes the sweep in
@@ -68,53 +68,45 @@ def run_sweep(
         retry_failed: whether trials that failed are run again.
         local: whether trials run one after the other, without Ray.
         address: a Ray cluster. By default Ray is started on this machine.
-        storage: the place of Tune's own records. By default they are in the sweep's folder.
         time_limit_s: the time after which trials save and leave.
-        check: refuses arguments of a trial's command.
-        console: where it is shown. By default the terminal.
-        quiet: whether nothing is printed.
+        progress: shows what the sweep is doing. By default a line a minute is logged.
 
     Raises:
         ConfigError: the sweep is not valid or cannot run here; nothing was run.
         InterruptedBySignalError: a signal came; what is done is kept.
     """
-    console = console or Console(quiet=quiet)
     overrides = as_overrides(overrides)
     spec, found = open_sweep(sweep, folder, overrides)
     if sweep is None and not overrides:
-        todo = _todo(expand(spec, None), spec, found, retry_failed=False)
+        todo = _todo(expand(spec, check=False), spec, found, retry_failed=False)
         if not (todo.missing or todo.more or todo.failed):
             finished = "The sweep is finished: nothing is left to run. Use --set to add seeds or values."
-            say(console, f"{todo.headline(spec, found)}. {finished}")
-            return SweepOutcome(True, report_sweep(found, todo.trials, spec, console))
-    elif sweep is not None:
-        _check_new(found)
+            _log.info("%s. %s", todo.headline(spec, found), finished)
+            return SweepOutcome(True, report_sweep(found, todo.trials, spec))
     if local and spec.is_suggested:
         raise ConfigError("Optuna's suggestions are run by Ray, so leave out --local.")
-    if address is not None and address.startswith("ray://"):
-        raise ConfigError(
-            f"--address {address} is for Ray's client, which sweeps no longer use. Run the command on a node of the "
-            f"cluster with --address auto, or submit it: ray job submit --address http://HOST:8265 -- electra-ds sweep "
-            f"NAME --out DIR --address auto"
-        )
-    trials = expand(spec, check, found.now if sweep is None else None)
+    trials = expand(spec, found.now if sweep is None else None)
     if address is None:
         trials_at_once(spec.resources, [this_machine()])
+    else:
+        check_reachable(address)
     with found.locked():
-        if sweep is not None:
-            _check_new(found)  # another process may have begun it since
+        if sweep is not None and found.exists():
+            raise ConfigError(f"{found.path} holds a sweep already. Resume it with --resume, or choose another --out.")
         own = found.with_own_inputs(spec)
         if own != spec:
-            spec, trials = own, expand(own, None)
+            spec, trials = own, expand(own, check=False)
         todo = _todo(trials, spec, found, retry_failed=retry_failed)
-        cut = _run(todo, spec, found, console, check, local, address=address, storage=storage, limit_s=time_limit_s)
-        table = report_sweep(found, [*trials, *found.suggested_before(spec)], spec, console, has_more=cut)
-        return SweepOutcome(not cut and bool(table["state"].isin(AS_PLANNED).all()), table)
-
-
-def _check_new(folder: SweepFolder) -> None:
-    if folder.exists():
-        raise ConfigError(f"{folder.path} holds a sweep already. Resume it with --resume, or choose another --out.")
+        _log.info("%s", todo.headline(spec, found))
+        if todo.missing or todo.more:
+            for line in filter(None, (spec.description, corpus_note(spec))):
+                _log.info("%s", line)
+        found.forget_stop()
+        stages = [trial.stage for trial in todo.missing] + [spec.last_stage] * todo.more
+        monitor = SweepMonitor(found, progress or SweepProgress(), stages)
+        cut = _run(todo, spec, found, monitor, local=local, address=address, limit_s=time_limit_s)
+        report = report_sweep(found, [*trials, *found.suggested_before(spec)], spec, has_more=cut)
+        return SweepOutcome(not cut and bool(report.results["state"].isin(AS_PLANNED).all()), report)
 
 
 @dataclass(frozen=True)
@@ -147,14 +139,10 @@ def _todo(trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder, *, retr
 
 
 def _run(
-    todo: _Todo, spec: SweepSpec, folder: SweepFolder, console: Console, check: CheckArguments, local: bool, *,
-    address: str | None, storage: str | None, limit_s: float | None,
+    todo: _Todo, spec: SweepSpec, folder: SweepFolder, monitor: SweepMonitor, *, local: bool, address: str | None,
+    limit_s: float | None,
 ) -> bool:  # fmt: skip
     """Run what is missing; return whether Optuna would have suggested more."""
-    say(console, todo.headline(spec, folder))
-    if todo.missing or todo.more:
-        for line in filter(None, (spec.description, corpus_note(spec))):
-            say(console, line)
 
     def begin() -> None:
         """Write the sweep, once nothing can refuse it any more."""
@@ -162,37 +150,28 @@ def _run(
         for trial in todo.missing:
             folder.trial(trial.key).forget_failure()
 
-    folder.forget_stop()
-    display = SweepDisplay(console, folder, len(todo.missing) + todo.more, at_once=1)
-    display.expect([trial.stage for trial in todo.missing] + list(spec.stages)[-1:] * todo.more)
-    if local:
-        if spec.scheduler is not None:
-            say(console, f"Without Ray there is no {spec.scheduler.kind}: every trial is run to its end.")
+    if local or not (todo.missing or todo.more):
+        if local and spec.scheduler is not None:
+            _log.info("Without Ray there is no %s: every trial is run to its end.", spec.scheduler.kind)
         begin()
-        with display:
-            run_locally(todo.missing, folder, spec, display, limit_s)
-    elif todo.missing or todo.more:
-        from electra_ds.sweep.tune import ray_runner
+        with monitor:
+            run_locally(todo.missing, folder, spec, monitor, limit_s)
+        return False
 
-        with (
-            ray_runner(folder, spec, display, address=address, storage=storage, time_limit_s=limit_s) as runner,
-            display,
-        ):
-            begin()
-            runner.run(todo.missing)
-            if todo.more:
-                runner.suggest(todo.suggested, lambda config: suggested(spec, config, check, folder.now))
-                return folder.wants_to_stop()
-    else:
+    from electra_ds.sweep.tune import ray_runner
+
+    with ray_runner(folder, spec, monitor, address=address, time_limit_s=limit_s) as runner, monitor:
         begin()
+        runner.run(todo.missing)
+        if todo.more:
+            runner.suggest(todo.suggested, lambda config: suggested(spec, config, folder.now))
+            return folder.wants_to_stop()
     return False
 
 
 def corpus_note(spec: SweepSpec) -> str:
     """Return a note if a pretraining reads the built-in corpus, so that nobody finds that out after a day."""
     stage, keys = spec.pretrain, {"corpus", "data"}
-    if stage is None or keys & (stage.options.keys() | stage.space.keys()):
-        return ""
-    if stage.variants and all(keys & settings.keys() for settings in stage.variants.values()):
+    if stage is None or keys & {*stage.options, *stage.space, *itertools.chain(*stage.variants.values())}:
         return ""
     return "The text is the built-in corpus of some 6 M tokens. For your own, set pretrain.corpus or pretrain.data."

@@ -3,36 +3,37 @@ here."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
-from electra_ds.config.overrides import load_recipe
+from electra_ds.config.overrides import as_overrides, load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
-from electra_ds.sweep.domains import Domain, Value
-from electra_ds.sweep.options import HOW, OPTIONS, key_problem, metrics_of, missing_path, recipe_keys, words
-from electra_ds.sweep.spec import PretrainStage, Stage, SweepSpec, YamlDumper, listed
+from electra_ds.sweep.options import (
+    HOW,
+    OPTIONS,
+    check_options,
+    key_problem,
+    metrics_of,
+    missing_path,
+    recipe_keys,
+    words,
+)
+from electra_ds.sweep.spec import PretrainStage, Stage, SweepSpec, Value
+from electra_ds.sweep.sweep_file import listed
 
 _LONGEST_LABEL = 80
 _MOST_TRIALS = 20_000
 _EXAMPLE = {"pretrain": "rc2020-small", "finetune": "rc2020"}
-CheckArguments = Callable[[str, Sequence[str]], None]
-"""A function that raises ConfigError if a command, `pretrain` or `finetune`, does not take these arguments, and
-DataError if its examples will not do. None in its place: nothing is to be run, and neither arguments nor inputs are
-looked at."""
 Now = Callable[[str, Mapping[str, Value]], dict[str, Value]]
 """A function that gives a stage's options with their inputs where they are now. None: no input has moved."""
 
@@ -93,8 +94,8 @@ class Trial:
         """Return the command's arguments for a new run, without its directory and a model that is pretrained first."""
         given = [word for name, value in self.options.items() for word in words(name, value)]
         given += ["--seed", str(self.seed)]
-        if changes := _overrides(self.settings):
-            given += ["--set", *changes]
+        if self.settings:
+            given += ["--set", *as_overrides(self.settings)]
         collapse = ["--stop-on-collapse"] if self.stop_on_collapse else []
         return [*given, *self.ending(), *collapse, "--threads", str(threads)]
 
@@ -125,21 +126,13 @@ def counted(trials: int) -> str:
     return f"{trials:,} trial{'' if trials == 1 else 's'}"
 
 
-def _overrides(settings: Mapping[str, Value]) -> list[str]:
-    """Return `KEY=VALUE` of each setting, as `parse_value` reads it."""
-    texts = {
-        key: yaml.dump(value, Dumper=YamlDumper, default_flow_style=True, width=math.inf).strip()
-        for key, value in settings.items()
-    }
-    return [f"{key}={text.removesuffix('...').rstrip()}" for key, text in texts.items()]
-
-
-def expand(spec: SweepSpec, check: CheckArguments | None, now: Now | None = None) -> list[Trial]:
+def expand(spec: SweepSpec, now: Now | None = None, *, check: bool = True) -> list[Trial]:
     """Return every trial of a sweep, pretrainings first; without those that Optuna suggests.
 
     Random values are drawn by the search's seed, the key and the number of the sample, so every seed and every cell of
     the grid has the same ones, and more samples leave the earlier ones as they were. Raises ConfigError, before
-    anything is run, with every recipe, option, path and metric that will not do.
+    anything is run, with every recipe, option, path and metric that cannot be used. check: whether it is to be run, so
+    that its inputs are looked at.
     """
     trials: list[Trial] = []
     problems: dict[str, None] = {}
@@ -156,7 +149,7 @@ def expand(spec: SweepSpec, check: CheckArguments | None, now: Now | None = None
                 f"checkpoints multiply. Shorten one of them."
             )
         for picked in cells:
-            trial, found = _Cell(spec, name, picked).trial(check, now)
+            trial, found = _Cell(spec, name, picked).trial(now, check=check)
             problems |= dict.fromkeys(found)
             if trial is not None and not spec.is_suggested:
                 trials += [_with_seed(trial, seed, *encoder) for seed in stage.seeds for encoder in encoders]
@@ -168,35 +161,17 @@ def expand(spec: SweepSpec, check: CheckArguments | None, now: Now | None = None
     return trials
 
 
-def suggested(
-    spec: SweepSpec, values: Mapping[str, Value], check: CheckArguments | None, now: Now | None = None
-) -> Trial:
+def suggested(spec: SweepSpec, values: Mapping[str, Value], now: Now | None = None, *, check: bool = True) -> Trial:
     """Return the trial of a suggestion for a sweep of one stage; without a `seed` it has the stage's first one. Raises
     ConfigError if it is none."""
     ((name, stage),) = spec.stages.items()
     varying = {key: value for key, value in values.items() if key != "seed"}
     keys = recipe_keys(name, stage.options, stage.set)
     problems = [f"{name}.{key}: {problem}" for key in varying if (problem := key_problem(name, key, keys))]
-    trial, found = (None, []) if problems else _Cell(spec, name, varying).trial(check, now)
+    trial, found = (None, []) if problems else _Cell(spec, name, varying).trial(now, check=check)
     _raise(spec, [*problems, *found])
     assert trial is not None
     return _with_seed(trial, values.get("seed", stage.seeds[0]), None, None)
-
-
-def ends(spec: SweepSpec) -> list[Trial]:
-    """Return trials at the ends of what Optuna may suggest; none where it suggests nothing."""
-    (stage,) = spec.stages.values() if spec.is_suggested else (None,)
-    return [] if stage is None else [suggested(spec, corner, None) for corner in _corners(stage)]
-
-
-def recorded(spec: SweepSpec, values: Sequence[Mapping[str, Value]]) -> list[Trial]:
-    """Return the trials of what Optuna has suggested before, in that order, without those that no longer are one."""
-    found = {}
-    for each in values if spec.is_suggested else ():
-        with contextlib.suppress(ConfigError):
-            trial = suggested(spec, each, None)
-            found[trial.key] = trial
-    return list(found.values())
 
 
 def _raise(spec: SweepSpec, problems: Sequence[str]) -> None:
@@ -209,25 +184,16 @@ def _raise(spec: SweepSpec, problems: Sequence[str]) -> None:
 
 def _cells(stage: Stage, spec: SweepSpec) -> Iterator[dict[str, Value]]:
     """Yield what each trial but for its seed is given; samples that are drawn alike come once."""
-    grids = {key: domain.values for key, domain in stage.space.items() if not domain.is_random}
-    drawn = list(_samples(stage.space, spec))
-    for variant in stage.variants or [None]:
-        for values in itertools.product(*grids.values()):
-            for sample in drawn:
-                found = dict(zip(grids, values, strict=True)) | sample
-                named = {} if variant is None else {"variant": variant}
-                yield named | {key: found[key] for key in stage.space}
-
-
-def _samples(space: Mapping[str, Domain], spec: SweepSpec) -> Iterator[dict[str, Value]]:
-    random = {key: domain for key, domain in space.items() if domain.is_random}
-    seen = set()
+    grids = [[(key, value) for value in each.values] for key, each in stage.space.items() if not each.is_random]
+    random = {key: domain for key, domain in stage.space.items() if domain.is_random}
+    drawn = {}
     for number in range(spec.search.samples if random else 1):
         sample = {key: domain.at(_share(key, spec.search.seed, number)) for key, domain in random.items()}
-        text = json.dumps(sample, default=str)
-        if text not in seen:
-            seen.add(text)
-            yield sample
+        drawn[json.dumps(sample)] = sample
+    variants = [{"variant": name} for name in stage.variants] or [{}]
+    for variant, values, sample in itertools.product(variants, itertools.product(*grids), drawn.values()):
+        found = dict(values) | sample
+        yield variant | {key: found[key] for key in stage.space}
 
 
 def _share(key: str, seed: int, sample: int) -> float:
@@ -239,8 +205,8 @@ def _share(key: str, seed: int, sample: int) -> float:
 def _corners(stage: Stage) -> list[dict[str, Value]]:
     """Return the ends of what a searcher may suggest, so that bounds are checked before anything runs."""
     ends = {key: domain.ends() for key, domain in stage.space.items()}
-    count = max(map(len, ends.values()))
-    return [{key: values[min(index, len(values) - 1)] for key, values in ends.items()} for index in range(count)]
+    longest = max(map(len, ends.values()))
+    return [{key: values[min(index, len(values) - 1)] for key, values in ends.items()} for index in range(longest)]
 
 
 def _with_seed(trial: Trial, seed: int, pretraining: Trial | None, checkpoint: int | None) -> Trial:
@@ -277,34 +243,31 @@ class _Cell:
             return f"{self._name}.variants.{self._picked['variant']}.{key}"
         return f"{self._name}.set.{key}" if key in self._stage.set else f"{self._name}.{key}"
 
-    def trial(self, check: CheckArguments | None, now: Now | None) -> tuple[Trial | None, list[str]]:
+    def trial(self, now: Now | None, *, check: bool) -> tuple[Trial | None, list[str]]:
         """Return the trial of the stage's first seed, without an encoder; else None and what is wrong with it, each
         problem with its key."""
         options, stage, seed = self._options, self._stage, self._stage.seeds[0]
-        here = options if now is None else now(self._name, options)
-        missing = list(self._missing())
-        lost = [] if check is None else list(self._lost(here, has_moved=now is not None))
-        problems = [*missing, *lost, *self._metric_problems()]
+        problems = [*self._missing(), *self._metric_problems()]
+        if check:
+            here = options if now is None else now(self._name, options)
+            problems += self._lost(here, has_moved=now is not None) or ([] if problems else self._unfit(here))
         try:
-            recipe = None if options.get("recipe") is None else self._recipe(seed)
+            recipe = self._recipe(seed)
         except ConfigError as error:
             return None, problems + self._recipe_problems(error)
-        if recipe is None:
+        if recipe is None or problems:
             return None, problems
         trial = Trial(self._name, self._picked, options, self._settings, seed, recipe)
         if isinstance(stage, PretrainStage) and isinstance(recipe, Recipe):
-            trial, found = _with_end(trial, stage, recipe.schedule.total_steps)
-            problems += found
-        if check is not None and not missing:
-            arguments = replace(trial, options=here).arguments(self._spec.resources.cpus)
-            try:
-                check(self._name, ["--model", "RUN", *arguments] if self._is_pretrained_first else arguments)
-            except ConfigError as error:
-                problems.append(self._argument_problem(str(error)))
-            except DataError as error:
-                if not lost:
-                    problems.append(f"{self._place('task' if options.get('task') else 'train')}: {error}")
-        return (None if problems else trial), problems
+            total = recipe.schedule.total_steps
+            stop_at, *keep_at = [
+                max(1, round(share * total)) for share in (stage.stop_at_share or 1, *stage.checkpoints)
+            ]
+            trial = replace(
+                trial, stop_at=stop_at if stop_at < total else None, keep_at=tuple(sorted({*keep_at})),
+                stop_on_collapse=stage.stop_on_collapse,
+            )  # fmt: skip
+        return trial, []
 
     @property
     def _is_pretrained_first(self) -> bool:
@@ -324,17 +287,25 @@ class _Cell:
         if options.get("task") is None and (options.get("train") is None or options.get("dev") is None):
             yield "finetune.task: is missing; write one, or train and dev with examples of your own"
 
-    def _lost(self, options: Mapping[str, Value], *, has_moved: bool) -> Iterator[str]:
-        """Yield the files and folders that are not there; loading a recipe reports its own."""
+    def _lost(self, options: Mapping[str, Value], *, has_moved: bool) -> list[str]:
+        """Return the files and folders that are not there; loading a recipe reports its own."""
         remedy = ", nor at the same place relative to the sweep; put it back there, or make a link" if has_moved else ""
-        for key, value in options.items():
-            if key != "recipe" and (problem := missing_path(self._name, key, value)):
-                yield f"{self._place(key)}: {problem}{remedy}"
+        lost = {key: missing_path(self._name, key, value) for key, value in options.items() if key != "recipe"}
+        return [f"{self._place(key)}: {problem}{remedy}" for key, problem in lost.items() if problem]
+
+    def _unfit(self, options: Mapping[str, Value]) -> list[str]:
+        """Return what keeps options from being used together, and what is wrong in the files that they name."""
+        place = self._name
         try:
-            if self._options.get("ds_config") is not None:
-                _check_ds_config(self._options["ds_config"])
+            check_options(self._name, {"model": "RUN", **options} if self._is_pretrained_first else options)
+            if options.get("ds_config") is not None:
+                place = self._place("ds_config")
+                read_deepspeed_json(options["ds_config"])
+        except DataError as error:
+            return [f"{self._place('task' if options.get('task') else 'train')}: {error}"]
         except ConfigError as error:
-            yield f"{self._place('ds_config')}: {error}"
+            return [f"{place}: {error}"]
+        return []
 
     def _metric_problems(self) -> Iterator[str]:
         there, metric = metrics_of(self._name, self._options, self._settings), self._spec.metric
@@ -342,11 +313,13 @@ class _Cell:
             known = did_you_mean(metric.name, there) or ", which reports " + ", ".join(there)
             yield f"metric.name: {metric.name} is not reported by {self._options.get('task') or self._name}{known}"
 
-    def _recipe(self, seed: int) -> Recipe | FinetuneRecipe:
-        overrides = [*_overrides(self._settings), f"seed={seed}"]
+    def _recipe(self, seed: int) -> Recipe | FinetuneRecipe | None:
+        overrides, given = [*as_overrides(self._settings), f"seed={seed}"], self._options.get("recipe")
+        if given is None:
+            return None
         if self._name == "pretrain":
-            return load_recipe(self._options["recipe"], overrides)
-        return load_finetune_recipe(self._options["recipe"], self._options.get("task") or "", overrides)
+            return load_recipe(given, overrides)
+        return load_finetune_recipe(given, self._options.get("task") or "", overrides)
 
     def _recipe_problems(self, error: ConfigError) -> list[str]:
         """Return a recipe's problems, under the sweep's keys where they are about those."""
@@ -357,27 +330,3 @@ class _Cell:
             given = f", and is {self._settings[key]!r}" if key in self._settings else ""
             problems.append(f"{self._place(key)}: {problem}{given}")
         return problems or [f"{self._place('recipe')}: {first}"]
-
-    def _argument_problem(self, message: str) -> str:
-        """Return an argparse message under the sweep's key."""
-        if found := re.fullmatch(r"argument --([\w-]+)[^:]*: (.*)", message, re.DOTALL):
-            return f"{self._place(found[1].replace('-', '_'))}: {found[2]}"
-        return f"{self._name}: {message}"
-
-
-@cache
-def _check_ds_config(name_or_path: str) -> None:
-    read_deepspeed_json(name_or_path)
-
-
-def _with_end(trial: Trial, stage: PretrainStage, total_steps: int) -> tuple[Trial, list[str]]:
-    """Return a pretraining with the steps at which it ends and keeps checkpoints, and what is wrong with them."""
-    stop_at, *keep_at = [max(1, round(share * total_steps)) for share in (stage.stop_at_share or 1, *stage.checkpoints)]
-    problems = []
-    if len({*keep_at}) < len(keep_at):
-        problems.append(f"pretrain.checkpoints: of {total_steps:,} steps some are the same, {keep_at}; leave some out")
-    placed = replace(
-        trial, stop_at=stop_at if stop_at < total_steps else None, keep_at=tuple(sorted(keep_at)),
-        stop_on_collapse=stage.stop_on_collapse,
-    )  # fmt: skip
-    return placed, problems

@@ -1,13 +1,13 @@
 """A sweep's trials by Ray Tune, as many at once as fit, on this machine or on a cluster."""
 
+# ruff: noqa: E402  # Ray reads the variables below when it is imported
+
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
 import shutil
-import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,44 +31,38 @@ _SETTINGS = {
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
-import pyarrow  # type: ignore[import-untyped]  # noqa: E402
-import ray  # noqa: E402
-from ray import tune  # noqa: E402
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler  # noqa: E402
-from ray.tune.search import Searcher  # noqa: E402
+import pyarrow  # type: ignore[import-untyped]
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
 
-from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
-from electra_ds.core.program import command  # noqa: E402
-from electra_ds.sweep import processes, tune_trial  # noqa: E402
-from electra_ds.sweep.display import SweepDisplay  # noqa: E402
-from electra_ds.sweep.folder import SweepFolder  # noqa: E402
-from electra_ds.sweep.records import MetricsTail, as_result  # noqa: E402
-from electra_ds.sweep.spec import SweepSpec  # noqa: E402
-from electra_ds.sweep.trials import Trial  # noqa: E402
+from electra_ds.core.errors import CheckpointError, ConfigError, TrainingError
+from electra_ds.core.program import command
+from electra_ds.sweep import processes, tune_trial
+from electra_ds.sweep.folder import SweepFolder, as_result, evaluations_of
+from electra_ds.sweep.progress import SweepMonitor
+from electra_ds.sweep.spec import SweepSpec
+from electra_ds.sweep.trials import Trial
 
+_log = logging.getLogger(__name__)
 _IDLE_S = 60.0
-"""The time after which the display says that no trial runs."""
-_ANSWERS_WITHIN_S = 5.0
+"""The time after which a line says that no trial runs."""
 _OBJECT_STORE_BYTES = 128 * 2**20  # next to nothing goes through it
 
 
 class RayRunner:
     """Runs trials of a sweep in a cluster, see `ray_runner`."""
 
-    def __init__(
-        self, folder: SweepFolder, spec: SweepSpec, display: SweepDisplay, *, at_once: int, storage: str | None
-    ) -> None:
-        self._folder, self._spec, self._display, self._at_once = folder, spec, display, at_once
-        if storage is not None and "://" not in storage:
-            storage = str(Path(storage).expanduser().absolute())
-        self._storage = storage
+    def __init__(self, folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor) -> None:
+        self._folder, self._spec, self._monitor = folder, spec, monitor
 
     def run(self, trials: Sequence[Trial]) -> None:
         """Run the trials in their order, so pretrainings first, and in the slots that they leave finetunings of those
         that have ended; until the folder's `stop` file is there: then those that run save and leave."""
         if not trials:
             return
-        order = InOrder(trials, self._folder, lambda trial: self._display.end(trial, *self._folder.state_of(trial)))
+        order = InOrder(trials, self._folder, lambda trial: self._monitor.end(trial, *self._folder.state_of(trial)))
         known = {trial.key: trial for trial in trials}
         config = tune.TuneConfig(search_alg=order, num_samples=len(trials))
         self._fit(lambda config: known[config["key"]], {}, config)
@@ -87,7 +81,7 @@ class RayRunner:
             for key, domain in stage.space.items()
         }
         searcher = _optuna(self._spec, self._learned(before, space))
-        config = tune.TuneConfig(search_alg=searcher, num_samples=left, max_concurrent_trials=self._at_once)
+        config = tune.TuneConfig(search_alg=searcher, num_samples=left, max_concurrent_trials=self._monitor.at_once)
         self._fit(resolve, space, config)
 
     def _learned(self, before: Sequence[Trial], space: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:
@@ -96,27 +90,27 @@ class RayRunner:
         found = []
         for trial in before:
             files = self._folder.trial(trial.key)
-            evaluations = [line for line in MetricsTail(files.run.metrics).lines() if line["kind"] == "eval"]
+            evaluations = evaluations_of(files.run.metrics)
             reward = as_result(trial.stage, evaluations[-1]).get(self._spec.metric.name) if evaluations else None
             is_of_space = all(_is_in(trial.values, key, space[key]) for key in space)  # which may have changed
             if reward is not None and is_of_space and files.has_succeeded:
-                found.append(({key: trial.values[key] for key in space}, float(reward)))
+                found.append(({key: trial.values[key] for key in space}, reward))
         return found
 
     def _fit(self, resolve: tune_trial.Resolve, space: Mapping[str, Any], config: tune.TuneConfig) -> None:
         records = self._folder.path / "tune"
         naming: Callable[[Any], str] = lambda trial: str(trial.config.get("key", trial.trial_id))  # noqa: E731
         config.trial_name_creator = config.trial_dirname_creator = naming
-        folder = self._folder  # which Tune can write down with the scheduler, as it cannot the display
+        folder = self._folder  # which Tune can write down with the scheduler, as it cannot the monitor
         config.scheduler = _scheduler(self._spec, lambda trial: folder.trial(resolve(trial.config).key).end_early())
-        watch = _Watch(resolve, self._folder, self._display)
+        watch = _Watch(resolve, self._folder, self._monitor)
         tuner = tune.Tuner(
             tune_trial.trial_class(resolve, self._folder, self._spec, raises=False),
             param_space=dict(space),
             tune_config=config,
             run_config=tune.RunConfig(
                 name=f"{self._spec.name}-{time.time_ns()}",
-                storage_path=self._storage or str(records),
+                storage_path=str(records),
                 failure_config=tune.FailureConfig(max_failures=self._spec.retries),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_frequency=1),
                 callbacks=[watch],
@@ -128,11 +122,10 @@ class RayRunner:
             with ThreadPoolExecutor(1) as pool:  # in the main thread Tune would take the signals for itself
                 pool.submit(tuner.fit).result()
         except (OSError, pyarrow.ArrowException) as error:
-            raise CheckpointError(f"Tune cannot write into {self._storage or records}: {error}") from error
+            raise CheckpointError(f"Tune cannot write into {records}: {error}") from error
         except tune.TuneError as error:
             raise TrainingError(f"Tune has ended the sweep: {error}. Resume it with --resume.") from error
-        if self._storage is None:
-            shutil.rmtree(records, ignore_errors=True)  # all of it is in the sweep's folder
+        shutil.rmtree(records, ignore_errors=True)  # all of it is in the sweep's folder
 
 
 def _is_in(values: Mapping[str, Any], key: str, domain: Any) -> bool:
@@ -242,8 +235,8 @@ class _Watch(tune.Callback, tune.Stopper):
     """Shows how trials go, gives a status to those that Tune has given up, and ends the experiment once the sweep is to
     stop and the last trial has saved."""
 
-    def __init__(self, resolve: tune_trial.Resolve, folder: SweepFolder, display: SweepDisplay) -> None:
-        self._resolve, self._folder, self._display = resolve, folder, display
+    def __init__(self, resolve: tune_trial.Resolve, folder: SweepFolder, monitor: SweepMonitor) -> None:
+        self._resolve, self._folder, self._monitor = resolve, folder, monitor
         self._running: set[str] = set()
         self._idle_since: float | None = None
 
@@ -260,26 +253,26 @@ class _Watch(tune.Callback, tune.Stopper):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running.add(trial.trial_id)
         try:
-            self._display.begin(self._resolve(trial.config))
+            self._monitor.begin(self._resolve(trial.config))
         except ConfigError:  # reported when it ends
             return
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._display.look()
+        self._monitor.look()
         if self._running or self._folder.wants_to_stop():
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = time.monotonic()
         elif time.monotonic() - self._idle_since > _IDLE_S:
             self._idle_since = time.monotonic()
-            self._display.say("No trial runs: no node has a free slot for one now. It waits; Ctrl-C leaves")
+            _log.info("No trial runs: no node has a free slot for one now. It waits; Ctrl-C leaves")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running.discard(trial.trial_id)
         ours = self._resolve(trial.config)
         state, reason = self._folder.trial(ours.key).state()
         if state != "waiting":  # Tune asks for such trials while the sweep is to stop
-            self._display.end(ours, state, reason)
+            self._monitor.end(ours, state, reason)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running.discard(trial.trial_id)
@@ -287,11 +280,11 @@ class _Watch(tune.Callback, tune.Stopper):
         try:
             ours = self._resolve(trial.config)
         except ConfigError as error:
-            self._display.refuse(str(error))
+            self._monitor.refuse(str(error))
             return
         if not self._folder.wants_to_stop():
             self._folder.trial(ours.key).give_up(f"after {trial.num_failures} attempts: {why}")
-        self._display.end(ours, *self._folder.trial(ours.key).state())
+        self._monitor.end(ours, *self._folder.trial(ours.key).state())
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running.discard(trial.trial_id)  # until there is a place for it again
@@ -307,41 +300,17 @@ def _last_words(trial: Any) -> str:
     return lines[-1].rpartition("Error: ")[2] if lines else "its process was killed"
 
 
-# --- clusters
-
-
-def _check_reachable(address: str) -> None:
-    """Raise ConfigError for what is no address, and if nobody answers there."""
-    if address == "auto":
-        noted = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"  # by `ray start`
-        try:
-            address = os.environ.get("RAY_ADDRESS") or noted.read_text("utf8").strip()
-        except OSError:
-            raise ConfigError("No Ray cluster runs on this machine. Start one: ray start --head") from None
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) >= 2**16:
-        raise ConfigError(f"--address {address} is not a valid Ray address. Write auto or HOST:6379.")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_WITHIN_S).close()
-    except OSError as error:
-        raise ConfigError(f"Nobody answers at {address}: {error}. Is a Ray cluster running there?") from error
-
-
 @contextmanager
 def ray_runner(
-    folder: SweepFolder, spec: SweepSpec, display: SweepDisplay, *, address: str | None, storage: str | None,
-    time_limit_s: float | None,
-) -> Iterator[RayRunner]:  # fmt: skip
+    folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor, *, address: str | None, time_limit_s: float | None
+) -> Iterator[RayRunner]:
     """Yield a runner in a cluster, or in one that is started on this machine and ends with it.
 
-    address: of a cluster; None starts Ray on this machine alone. storage: where Tune keeps its own records, which are
-    removed if it is None. Raises ConfigError if the cluster cannot be reached or has no slot for a single trial, and
-    InterruptedBySignalError at the end if a signal came.
+    address: of a cluster; None starts Ray on this machine alone. Raises ConfigError if the cluster cannot be reached or
+    has no slot for a single trial, and InterruptedBySignalError at the end if a signal came.
     """
     for name in ("ray", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the display says how trials go
-    if address is not None:
-        _check_reachable(address)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the monitor says how trials go
     local: dict[str, Any] = {}
     if address is None:
         here = processes.this_machine()
@@ -356,8 +325,8 @@ def ray_runner(
     try:
         there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         nodes = [processes.Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in there]
-        at_once = display.at_once = processes.trials_at_once(spec.resources, nodes)
+        monitor.at_once = processes.trials_at_once(spec.resources, nodes)
         with processes.stoppable(folder, time_limit_s):  # after Ray, which has handlers of its own
-            yield RayRunner(folder, spec, display, at_once=at_once, storage=storage)
+            yield RayRunner(folder, spec, monitor)
     finally:
         ray.shutdown()

@@ -27,9 +27,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from electra_ds.core.errors import ConfigError, TrainingError
 from electra_ds.sweep import processes
-from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.records import MetricsTail, as_result
-from electra_ds.sweep.spec import Resources, SweepSpec, load_sweep, parse_sweep
+from electra_ds.sweep.folder import MetricsTail, SweepFolder, as_result, ending
+from electra_ds.sweep.spec import Resources, SweepSpec
+from electra_ds.sweep.sweep_file import Sweep, as_spec
 from electra_ds.sweep.trials import Trial, suggested
 
 Resolve = Callable[[Mapping[str, Any]], Trial]
@@ -41,7 +41,7 @@ class KilledError(TrainingError):
     """A trial's process was killed: the one kind of failure that is tried again."""
 
 
-def trainable(sweep: SweepSpec | Mapping[str, Any] | str, out: str | os.PathLike[str]) -> Any:
+def trainable(sweep: Sweep, out: str | os.PathLike[str]) -> Any:
     """Return a trainable for your own `tune.Tuner`: it runs a sweep's one stage at the values in Tune's configuration.
 
     sweep: a file's content, its path, or the name of one that is shipped; what it says of the search, the space and
@@ -51,28 +51,21 @@ def trainable(sweep: SweepSpec | Mapping[str, Any] | str, out: str | os.PathLike
     finetuning `score`, its first metric. Raises ConfigError if the sweep is not valid or has two stages; a
     configuration that is not valid, and a run that fails, make their trial fail.
     """
-    if isinstance(sweep, str):
-        spec = load_sweep(sweep)
-    else:
-        spec = sweep if isinstance(sweep, SweepSpec) else parse_sweep(dict(sweep), "given")
+    spec = as_spec(sweep)
     if len(spec.stages) > 1:
         raise ConfigError("A trial is one run, and the sweep has two stages; leave one of them out.")
     folder = SweepFolder(Path(out).absolute())
     folder.make()
-    return trial_class(lambda config: suggested(spec, config, lambda stage, arguments: None), folder, spec, raises=True)
+    return trial_class(lambda config: suggested(spec, config), folder, spec, raises=True)
 
 
 def trial_class(resolve: Resolve, folder: SweepFolder, spec: SweepSpec, *, raises: bool) -> Any:
     """Return what Tune is to run, with the resources that a trial takes. raises: whether a run that fails is an error
     to Tune, or has ended, as its folder says."""
     bound = tune.with_parameters(_TuneTrial, resolve=resolve, folder=folder, spec=spec, raises=raises)
-    return tune.with_resources(bound, placement(spec.resources))
-
-
-def placement(resources: Resources) -> tune.PlacementGroupFactory:
-    """Return a trial's bundles; the empty one is for the trial itself, which would take a worker's place otherwise."""
-    bundle = {"CPU": float(resources.cpus)} | ({"GPU": float(resources.gpus)} if resources.gpus else {})
-    return tune.PlacementGroupFactory([{}, *([bundle] * resources.workers)], strategy="PACK")
+    bundle = {"CPU": float(spec.resources.cpus)} | ({"GPU": spec.resources.gpus} if spec.resources.gpus else {})
+    bundles = [{}, *([bundle] * spec.resources.workers)]  # the trial itself would take a worker's place otherwise
+    return tune.with_resources(bound, tune.PlacementGroupFactory(bundles, strategy="PACK"))
 
 
 class _TuneTrial(tune.Trainable):
@@ -105,22 +98,20 @@ class _TuneTrial(tune.Trainable):
             if self._is_ours:
                 self._stack = stack.pop_all()
         if self._is_ours and not self._is_over():
-            self._start()
+            arguments = processes.begin(self._trial, self._folder, self._spec)
+            if arguments is not None:
+                self._ranks = _Ranks(self._trial, arguments, self._folder, self._spec.resources)
 
     def _is_over(self) -> bool:
         """Return whether there is nothing left to run."""
         step = self._last.get("step", 0)
         return self._folder.wants_to_stop() or self._files.has_succeeded or self._files.ended_early(step)
 
-    def _start(self) -> None:
-        if (arguments := processes.begin(self._trial, self._folder, self._spec)) is not None:
-            self._ranks = _Ranks(self._trial, arguments, self._folder, self._spec.resources)
-
     def step(self) -> dict[str, Any]:
         """Return the next evaluation. Raises KilledError if a process was killed; any other failure is the trial's
         outcome, and read from its folder."""
         try:
-            while not self._look():
+            while (found := self._next()) is None:
                 if self._ranks is None:
                     if self._is_ours or self._is_over() or self._files.has_ended:
                         return self._outcome()
@@ -135,7 +126,7 @@ class _TuneTrial(tune.Trainable):
         except ray.exceptions.RayError:
             self._end(-signal.SIGKILL)
             raise
-        return self._next() | {tune.result.DONE: False}
+        return found | {tune.result.DONE: False}
 
     def _outcome(self) -> dict[str, Any]:
         state, reason = self._files.state()
@@ -143,18 +134,17 @@ class _TuneTrial(tune.Trainable):
             raise TrainingError(f"{self._trial.label}: {reason}")
         return self._last | {tune.result.DONE: True}
 
-    def _look(self) -> bool:
-        """Return whether there is an evaluation to report."""
+    def _next(self) -> dict[str, Any] | None:
+        """Return the next evaluation, if there is one. A metric that is not finite is the worst, for schedulers and
+        searchers."""
         for line in self._tail.lines():
             if line["kind"] == "eval" and line["step"] > self._reported:
                 self._reported = line["step"]
                 self._found.append(as_result(self._trial.stage, line))
-        return bool(self._found)
-
-    def _next(self) -> dict[str, Any]:
-        """Return the next evaluation; a metric that is not finite is the worst, for schedulers and searchers."""
+        if not self._found:
+            return None
         self._last, wanted = self._found.popleft(), self._spec.metric
-        if wanted is not None and wanted.name in self._last and self._last[wanted.name] is None:
+        if wanted is not None and self._last.get(wanted.name, 0) is None:
             self._last[wanted.name] = math.inf if wanted.mode == "min" else -math.inf
         return dict(self._last)
 
@@ -164,8 +154,7 @@ class _TuneTrial(tune.Trainable):
         status = self._ranks.status()
         self._end(status)
         if not self._is_over() and not self._files.has_ended:
-            how = f"was killed by signal {-status}" if status < 0 else f"left with exit status {status}"
-            raise KilledError(f"{self._trial.label} {how}.")
+            raise KilledError(f"{self._trial.label}: {ending(status)}.")
 
     def _end(self, status: int) -> None:
         if self._ranks is not None:
@@ -223,7 +212,7 @@ class _Ranks:
 
     def __init__(self, trial: Trial, arguments: list[str], folder: SweepFolder, resources: Resources) -> None:
         group = get_current_placement_group()
-        assert group is not None  # Tune has made it, see `placement`
+        assert group is not None  # Tune has made it, see `trial_class`
         self._actors = [
             _Rank.options(  # type: ignore[attr-defined]
                 num_cpus=resources.cpus,
@@ -234,10 +223,12 @@ class _Ranks:
             for rank in range(resources.workers)  # Tune strips the empty bundle
         ]
         address, port = ray.get(self._actors[0].where.remote())
-        environments = [processes.rank_environment(rank, address, port, resources) for rank in range(resources.workers)]
+        log = folder.trial(trial.key).log
         self._running = [
-            actor.run.remote(trial.stage, arguments, folder.trial(trial.key).log, environment, folder.start_in)
-            for actor, environment in zip(self._actors, environments, strict=True)
+            actor.run.remote(
+                trial.stage, arguments, log, processes.rank_environment(rank, address, port, resources), folder.start_in
+            )
+            for rank, actor in enumerate(self._actors)
         ]
         self._statuses: list[int] = []
         self._deadline: float | None = None

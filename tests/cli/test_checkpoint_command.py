@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from electra_ds.api.run import Run
 from electra_ds.cli import main
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
@@ -69,6 +70,7 @@ def test_ls_tells_what_saved_each_and_what_its_size_gives_away(run: Path, capsys
     assert [checkpoint["step"] for checkpoint in found] == [10, 20, None, 40]
     assert found[1]["problem"].startswith("optimizer.safetensors has 5 bytes, not ")
     assert found[2]["problem"] == "state.json is missing"
+    assert [checkpoint._asdict() for checkpoint in Run(run).list_checkpoints()] == found
     assert found[0]["bytes"] == sum(path.stat().st_size for path in (run / "checkpoints" / "step-00000010").iterdir())
 
 
@@ -84,6 +86,9 @@ def test_verify_reads_every_byte_and_ends_with_status_2(run: Path, capsys: pytes
     assert "step-00000030: damaged" in captured.out
     assert "1 of 4 checkpoint(s) damaged" in captured.err
     assert "the content of weights.safetensors has changed" in captured.err
+    problems = {path.name: problem for path, problem in Run(run).verify_checkpoints().items()}
+    assert problems.pop("step-00000030")
+    assert problems == {"step-00000040": None, "step-00000020": None, "step-00000010": None}
     call("verify", run / "checkpoints" / "latest")
     call("verify", run / "checkpoints" / "step-00000030", status=2)
 
@@ -164,6 +169,7 @@ def test_prune_keeps_the_newest_and_what_is_not_its_own(run: Path, capsys: pytes
     call("prune", run, "--dry-run", "--damaged")
     assert names(run) == before
     assert capsys.readouterr().out.count("would remove") == 6
+    assert len(Run(run).prune_checkpoints(damaged=True, dry_run=True)) == 6
     call("prune", run)  # as many as the run keeps
     assert names(run) == ["damaged-step-00000007", "latest", "step-00000030", "step-00000040", "step-backup"]
     call("prune", run, "--keep", "1", "--damaged")

@@ -10,12 +10,11 @@ import pytest
 from rich.console import Console
 
 from electra_ds.api.launch import ConsoleDisplay
+from electra_ds.api.reports import SweepBar
 from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.terminal import StageProgress, note, say, say_command
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_source
-from electra_ds.sweep.display import SweepDisplay
-from electra_ds.sweep.folder import SweepFolder
 from electra_ds.training.callbacks import Progress
 from tests.helpers import REPOSITORY
 
@@ -41,10 +40,11 @@ def training(console: Console) -> None:
 
 
 def sweep(console: Console) -> None:
-    display = SweepDisplay(console, SweepFolder(Path("nowhere")), 40, 2)
-    now = "mrpc, recipe rc2020, seed 3: step 1,234"
-    display._progress.update(display._task, completed=7, status=now, eta="ETA 1:02:03")
-    console.print(display._progress.get_renderable())
+    display = SweepBar(console)
+    display._bar.start = lambda: None  # type: ignore[method-assign]
+    display.start(40)
+    display.update(7, ["mrpc, recipe rc2020, seed 3: step 1,234"], "ETA 1:02:03")
+    console.print(display._bar.get_renderable())
 
 
 def building(console: Console) -> None:

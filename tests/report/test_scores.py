@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import electra_ds
+from electra_ds.cli import main
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.report.glue_score import AVERAGE_METRICS, GLUE_METRICS
 from electra_ds.report.score_files import group_runs, read_run, read_scores
 from electra_ds.report.scores import means, report_scores
+from electra_ds.report.tables import print_report
 
 
 def document(task: str, seed: int, sets: dict[str, dict[str, float]], **changes: Any) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def write_glue(folder: Path, values: dict[str, dict[int, float]], **changes: Any
 
 def told(runs: list[Path], **options: Any) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    report_scores(runs, console, **options)
+    print_report(report_scores(runs, **options).parts, console)
     return console.export_text()
 
 
@@ -79,6 +83,25 @@ def test_a_task_over_its_seeds(tmp_path: Path) -> None:
     assert row(text, "mrpc", "f1") == "mrpc f1 89.00 ± 3.61 3 88.00 86.00–93.00"  # sqrt((3^2 + 1^2 + 4^2) / 2) = 3.606
     assert "over finetuning seeds only" in text
     assert "AVG lacks cola matthews, sst-2 accuracy, sts-b spearman, qqp accuracy" in text
+
+
+def test_python_has_the_tables_and_numbers_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = write_glue(tmp_path, {"rte": {0: 0.5, 1: 0.75}, "cola": {0: 0.25}})
+    for run in runs:
+        (run / "run.json").write_text('{"kind": "finetune"}')
+    found = electra_ds.report_runs(runs, csv=tmp_path / "scores.csv")
+    assert capsys.readouterr().out == ""
+    assert found.results.groupby("task")["value"].mean().to_dict() == {"cola": 0.25, "rte": 0.625}
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "scores.csv")[["task", "value"]], found.results[["task", "value"]]
+    )
+    (table,) = found.tables
+    assert dict(zip(table["task"], table["mean ± std"], strict=True))["rte"] == "62.50 ± 17.68"
+    main(["report", *map(str, runs)])
+    assert row(capsys.readouterr().out, "rte", "accuracy") == row(str(found), "rte", "accuracy")
+    (runs[0] / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"was made by .*pretrain, but a run of .*finetune is needed"):
+        electra_ds.report_runs(runs)
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:

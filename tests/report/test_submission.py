@@ -14,6 +14,7 @@ from rich.console import Console
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.report.glue_score import SUBMISSION_ROWS, zip_submission
 from electra_ds.report.scores import report_scores
+from electra_ds.report.tables import print_report
 
 SMALL = ["AX.tsv", "CoLA.tsv", "MRPC.tsv", "RTE.tsv", "STS-B.tsv", "WNLI.tsv"]
 # How a row of each file looks at gluebenchmark.com.
@@ -173,7 +174,7 @@ def test_the_report_writes_it_too(tmp_path: Path) -> None:
         "sets": {"dev": {"rows": 277, "metrics": {"accuracy": 0.5}}},
     }), "utf8")  # fmt: skip
     console = Console(width=200, record=True)
-    report_scores([run], console, submission=out)
+    print_report(report_scores([run], submission=out).parts, console)
     text = console.export_text()
     assert "WNLI.tsv answers 0, the larger class, to all 146: no run predicted it." in text
     assert "out.zip has 2 of 11 files; the site refuses it without CoLA.tsv, SST-2.tsv" in text

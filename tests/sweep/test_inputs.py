@@ -10,8 +10,9 @@ import pytest
 from electra_ds.cli import main
 from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, shipped_text
 from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep
-from electra_ds.sweep.trials import expand, recorded, suggested
+from electra_ds.sweep.spec import SweepSpec
+from electra_ds.sweep.sweep_file import load_sweep, parse_sweep
+from electra_ds.sweep.trials import expand, suggested
 from tests.sweep.test_spec import pretraining
 from tests.sweeping import write_sweep
 
@@ -51,16 +52,16 @@ def started(folder: SweepFolder, spec: SweepSpec) -> SweepSpec:
 def test_a_sweep_is_the_same_one_after_its_files_are_gone_and_its_folder_has_moved(own: Path, tmp_path: Path) -> None:
     values = sweep_of(own)
     spec = parse_sweep(values, "test")
-    keys = [trial.key for trial in expand(spec, None)]
+    keys = [trial.key for trial in expand(spec, check=False)]
     assert len(keys) == 6
     started(SweepFolder(tmp_path / "sweep"), spec)
     for path in own.rglob("*.*"):
         path.unlink()
     moved = (tmp_path / "sweep").rename(tmp_path / "a folder: moved")
     again = SweepFolder(moved).read()
-    assert [trial.key for trial in expand(again, None)] == keys
+    assert [trial.key for trial in expand(again, check=False)] == keys
     assert SweepFolder(moved).with_own_inputs(again) == again
-    assert not any(str(own) in str(trial.options) for trial in expand(again, None))
+    assert not any(str(own) in str(trial.options) for trial in expand(again, check=False))
 
 
 def test_the_copy_of_a_recipe_that_extends_another_is_complete(own: Path, tmp_path: Path) -> None:
@@ -71,12 +72,12 @@ def test_the_copy_of_a_recipe_that_extends_another_is_complete(own: Path, tmp_pa
         "finetune": {"task": "rte", "recipe": str(own / "tuned2.yaml")}
     }
     spec = parse_sweep(values, "test")
-    keys = [trial.key for trial in expand(spec, None)]
+    keys = [trial.key for trial in expand(spec, check=False)]
     started(SweepFolder(tmp_path / "sweep"), spec)
     for path in own.rglob("*.*"):
         path.unlink()
     moved = (tmp_path / "sweep").rename(tmp_path / "moved")
-    again = expand(SweepFolder(moved).read(), None)
+    again = expand(SweepFolder(moved).read(), check=False)
     assert [trial.key for trial in again] == keys
     assert [trial.recipe.name for trial in again] == ["extends", "tuned2"]
 
@@ -90,30 +91,16 @@ def test_what_is_shipped_is_no_copy_and_what_is_given_anew_is_one_more(own: Path
     assert len(list((folder.path / "inputs").rglob("mine.yaml"))) == 2
     (own / "tuned.yaml").write_text(shipped_text(FINETUNE_RECIPES, "original"))
     changed = folder.read([f"finetune.variants.a.recipe={own / 'tuned.yaml'}"])
-    assert [t.digest for t in expand(changed, None)] != [t.digest for t in expand(folder.read(), None)]
+    assert [t.digest for t in expand(changed, check=False)] != [t.digest for t in expand(folder.read(), check=False)]
     started(folder, changed)
     assert len(list((folder.path / "inputs").rglob("tuned.yaml"))) == 2
-
-
-def test_a_sweep_that_is_refused_leaves_no_copies(own: Path, tmp_path: Path) -> None:
-    folder = SweepFolder(tmp_path / "sweep")
-    (own / "copy.yaml").write_bytes((own / "mine.yaml").read_bytes())
-    values = sweep_of(own)
-    values["pretrain"]["variants"] = {"a": {}, "b": {"recipe": str(own / "copy.yaml")}}
-    (tmp_path / "sweep" / "inputs" / "by hand").mkdir(parents=True)
-    with folder.locked():  # and never written
-        folder.with_own_inputs(parse_sweep(sweep_of(own), "test"))
-        assert list((tmp_path / "sweep").rglob("mine.yaml"))
-        folder.with_own_inputs(SweepSpec.model_validate({"name": "x", "pretrain": values["pretrain"]["variants"]["b"]}))
-        assert len({path.parent for path in (tmp_path / "sweep").rglob("*.yaml")}) == 3  # two of one content
-    assert [path.name for path in (tmp_path / "sweep").rglob("*")] == ["inputs", "by hand"]
 
 
 def test_the_file_that_a_sweep_leaves_can_be_run_again(own: Path, tmp_path: Path) -> None:
     spec = parse_sweep(sweep_of(own), "test")
     started(SweepFolder(tmp_path / "sweep"), spec)
     again = load_sweep(str(tmp_path / "sweep" / "sweep.yaml"))
-    assert [trial.key for trial in expand(again, None)] == [trial.key for trial in expand(spec, None)]
+    assert [trial.key for trial in expand(again, check=False)] == [trial.key for trial in expand(spec, check=False)]
 
 
 def test_what_lies_among_the_copies_and_is_none_stays_as_it_is(tmp_path: Path) -> None:
@@ -137,11 +124,11 @@ def test_what_optuna_suggested_is_known_after_the_folder_has_moved(own: Path, tm
     folder = SweepFolder(tmp_path / "sweep")
     spec = started(folder, parse_sweep(values, "test"))
     kept = spec.finetune.space["recipe"].values[0]  # type: ignore[union-attr]
-    trial = suggested(spec, {"recipe": kept, "optimizer.learning_rate": 0.25}, None)
+    trial = suggested(spec, {"recipe": kept, "optimizer.learning_rate": 0.25}, check=False)
     folder.trial(trial.key).begin(trial, [], spec.resources)
     folder.trial(trial.key).end(0)
     moved = SweepFolder((tmp_path / "sweep").rename(tmp_path / "moved"))
-    (again,) = recorded(moved.read(), [record.values for record in moved.records()])
+    (again,) = moved.suggested_before(moved.read())
     assert again.key == trial.key
     assert again.values["recipe"] in moved.read().finetune.space["recipe"].values  # type: ignore[union-attr]
 

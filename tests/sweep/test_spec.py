@@ -21,9 +21,9 @@ from electra_ds.config.recipe import load_yaml
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.objectives.electra_evaluation import ALWAYS_ORIGINAL
-from electra_ds.sweep.domains import Domain
-from electra_ds.sweep.options import ELECTRA_METRICS, INSTEAD, OPTIONS, check_arguments
-from electra_ds.sweep.spec import SweepSpec, load_sweep, parse_sweep, sweep_yaml
+from electra_ds.sweep.options import ELECTRA_METRICS, INSTEAD, OPTIONS
+from electra_ds.sweep.spec import Domain, SweepSpec
+from electra_ds.sweep.sweep_file import load_sweep, parse_sweep, sweep_yaml
 from electra_ds.sweep.trials import Trial, expand
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def pretraining(**changes: Any) -> dict[str, Any]:
 
 
 def trials_of(values: dict[str, Any]) -> list[Trial]:
-    return expand(parse_sweep(values, "x.yaml"), check_arguments)
+    return expand(parse_sweep(values, "x.yaml"))
 
 
 # --- what is shipped
@@ -62,20 +62,18 @@ def test_every_shipped_sweep_expands_and_says_what_it_lacks(name: str) -> None:
     spec = load_sweep(name, needs)
     assert spec.name == name.replace("_", "-")
     assert spec.description
-    assert expand(spec, check_arguments)
+    assert expand(spec)
     text = shipped_text(SWEEPS, name)
     for need in needs:
         key = need.partition("=")[0]
         assert f"--set {key}=" in text
         with pytest.raises(ConfigError, match=f"{key}: is missing"):
-            expand(load_sweep(name, [other for other in needs if other != need]), check_arguments)
+            expand(load_sweep(name, [other for other in needs if other != need]))
     assert needs or "Nothing must be given" in text
 
 
 def test_the_shipped_sweeps_have_the_studys_sizes() -> None:
-    count = {
-        name: len(expand(load_sweep(name, what_it_needs(name)), check_arguments)) for name in shipped_names(SWEEPS)
-    }
+    count = {name: len(expand(load_sweep(name, what_it_needs(name)))) for name in shipped_names(SWEEPS)}
     assert count["glue_seeds"] == 9 * 5
     assert count["glue_checkpoints"] == 1 + 6 * 9 * 5
     assert count["generator_size"] == 5 * (1 + 9 * 5)
@@ -84,9 +82,9 @@ def test_the_shipped_sweeps_have_the_studys_sizes() -> None:
 
 def test_a_whole_sweep_is_checked_without_torch_and_ray() -> None:
     code = (
-        "import sys; from electra_ds.sweep.options import check_arguments; "
-        "from electra_ds.sweep.spec import load_sweep; "
-        "from electra_ds.sweep.trials import expand; expand(load_sweep('smoke'), check_arguments); "
+        "import sys; "
+        "from electra_ds.sweep.sweep_file import load_sweep; "
+        "from electra_ds.sweep.trials import expand; expand(load_sweep('smoke')); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'transformers', 'pandas')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
@@ -210,7 +208,13 @@ def test_a_bad_override_is_told(override: str, message: str) -> None:
 
 # --- a file and back
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["C"]))
+)
 texts = st.sampled_from(["5e-4", "1E5", "-.5e+3", "null", "yes", "07", "2020-01-01", "a: b", "=", "~", "1_0", "0x1f"])
 
 
@@ -308,14 +312,17 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "set option", finetuning(set={"task": "rte"}),
         "finetune.set.task: is an option of the command; write it as finetune.task",
     ),
-    ("set domain", finetuning(set={"head.dropout": {"grid": [0]}}), "is no value; what varies stands under space"),
-    ("option domain", finetuning(task={"grid": ["rte"]}), "is no value; what varies stands under space"),
+    ("set domain", finetuning(set={"head.dropout": {"grid": [0]}}), "takes one value, and not {"),
+    ("option domain", finetuning(task={"grid": ["rte"]}), "takes one value, and not {"),
     (
         "option list", finetuning(task=["rte"]),
-        "finetune.task: takes one value, and not ['rte']; to try several write space",
+        "finetune.task: takes one value, and not ['rte']; what varies is written under space, as task: {grid",
     ),
-    ("flag", finetuning(best="no"), "finetune.best: is either true or false, and not 'no'"),
-    ("yes option", finetuning(keep=True), "finetune.keep: takes no true"),
+    ("task", finetuning(task="mrcp"), "finetune.task: there is no task 'mrcp'; did you mean 'mrpc'?"),
+    ("number", finetuning(max_train_examples=-3), "max_train_examples: '-3' is not a positive whole number"),
+    ("JSON", pretraining(micro_batch="many"), "pretrain.micro_batch: 'many' is not a positive whole number"),
+    ("flag", finetuning(best="no"), "finetune.best: 'no' is neither True nor False"),
+    ("yes option", finetuning(keep=True), "finetune.keep: 'True' is not a positive whole number"),
     ("name number", finetuning(model=3), "finetune.model: is a name or a path, and not 3"),
     ("space key", finetuning(space={"lr": {"grid": [1]}}), "finetune.space.lr: unknown key"),
     (
@@ -323,35 +330,34 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "finetune.space.head.dropout: 0.1 does not vary; write it under set",
     ),
     ("empty", finetuning(space={"head.dropout": {"grid": []}}), "finetune.space.head.dropout: the grid is empty"),
-    ("twice", finetuning(space={"head.dropout": {"grid": [0, 0.1, 0]}}), "0 is listed twice in the grid"),
+    ("twice", finetuning(space={"head.dropout": {"grid": [0, 0.1, 0]}}), "dropout: 0 is listed twice; leave one out"),
     ("no list", finetuning(space={"head.dropout": {"grid": 1}}), "grid takes a list, such as grid: [1, 2], and not 1"),
     ("mapping", finetuning(space={"head.dropout": {"grid": [{}]}}), "write settings that go together under variants"),
     ("kind", finetuning(space={"head.dropout": {"gird": [1]}}), "gird is no domain; did you mean 'grid'?"),
     ("kinds", finetuning(space={"head.dropout": {"grid": [1], "choice": [2]}}), "grid, choice is no domain"),
     ("none", finetuning(space={"head.dropout": {}}), "nothing is no domain"),
-    ("bounds", finetuning(space={"head.dropout": {"uniform": [1]}}), "uniform takes 2 numbers, such as uniform: [0.0"),
-    ("bound yes", finetuning(space={"head.dropout": {"uniform": [0, True]}}), "uniform takes 2 numbers"),
-    ("bound nan", finetuning(space={"head.dropout": {"uniform": [0, math.nan]}}), "uniform takes 2 numbers"),
+    ("bounds", finetuning(space={"head.dropout": {"uniform": [1]}}), "the second greater, such as uniform: [0.0, 0.3]"),
+    ("bound yes", finetuning(space={"head.dropout": {"uniform": [0, True]}}), "uniform takes two numbers"),
+    ("bound nan", finetuning(space={"head.dropout": {"uniform": [0, math.nan]}}), "uniform takes two numbers"),
     (
         "order", finetuning(space={"head.dropout": {"uniform": [1, 0]}}),
-        "goes from 1 to 0, and the second must be greater",
+        "uniform takes two numbers",
     ),
-    ("log", finetuning(space={"head.dropout": {"loguniform": [0, 1]}}), "only numbers above 0 have a logarithm"),
-    ("randint", finetuning(space={"head.dropout": {"randint": [0, 1.5]}}), "randint takes 2 whole numbers"),
-    ("steps", finetuning(space={"head.dropout": {"quniform": [0, 1, 2]}}), "do not lie between 0 and 1"),
+    ("log", finetuning(space={"head.dropout": {"loguniform": [0, 1]}}), "loguniform takes two numbers above 0"),
+    ("randint", finetuning(space={"head.dropout": {"randint": [0, 1.5]}}), "randint takes two whole numbers"),
+    ("steps", finetuning(space={"head.dropout": {"quniform": [0, 1, 2]}}), "takes two multiples of a third number"),
     (
         "multiples", finetuning(space={"head.dropout": {"quniform": [0.05, 1, 0.1]}}),
-        "are no multiples of its steps of 0.1",
+        "takes two multiples of a third number",
     ),
-    ("removed", finetuning(space={"head.dropout": {"sample": "2 * 0.1"}}), "was removed; write the combinations as"),
     ("both", finetuning(set={"head.dropout": 0}, space={"head.dropout": {"grid": [1]}}), "is listed under set too"),
     ("both option", finetuning(space={"task": {"grid": ["rte"]}}), "finetune.space.task: is listed next to space too"),
     ("variant key", finetuning(variants={"a": {"lr": 1}}), "finetune.variants.a.lr: unknown key"),
     (
         "variant domain", finetuning(variants={"a": {"head.dropout": {"grid": [1]}}}),
-        "variants.a.head.dropout: {'grid': [1]} is",
+        "variants.a.head.dropout: takes one value, and not {'grid': [1]}",
     ),
-    ("variant name", finetuning(variants={"a.b": {}}), "finetune.variants.a.b: a variant's name takes letters"),
+    ("variant name", finetuning(variants={"a.b": {}}), "finetune.variants.a.b.[key]: String should match"),
     ("no variant", finetuning(variants={"a": None}), "finetune.variants.a: Input should be a valid dictionary"),
     (
         "variant space", finetuning(variants={"a": {"head.dropout": 0}}, space={"head.dropout": {"grid": [1]}}),
@@ -365,9 +371,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("seed alone", finetuning(seeds=3), "finetune.seeds: must be a list, in brackets"),
     ("seed twice", finetuning(seeds=[1, 2, 1]), "finetune.seeds: 1 is listed twice; leave one out"),
     ("share", pretraining(stop_at_share=1.5), "pretrain.stop_at_share: Input should be less than or equal to 1"),
-    ("share yes", pretraining(stop_at_share=True), "pretrain.stop_at_share: must be a number, not True"),
-    ("shares yes", pretraining(checkpoints=[True]), "pretrain.checkpoints.0: must be a number, not True"),
-    ("shares twice", pretraining(checkpoints=[0.5, 0.5]), "pretrain.checkpoints: [0.5, 0.5] names a share twice"),
+    ("shares twice", pretraining(checkpoints=[0.5, 0.5]), "pretrain.checkpoints: 0.5 is listed twice"),
     (
         "late", pretraining(checkpoints=[0.5], stop_at_share=0.25),
         "pretrain.checkpoints: 0.5 comes after stop_at_share, 0.25",
@@ -382,13 +386,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "nothing suggested", finetuning() | {"search": {"kind": "optuna"}, "metric": {"name": "score"}},
-        "nothing that Optuna could",
+        "Optuna needs domains such as uniform or choice",
     ),
     (
         "optuna grid",
         pretraining(space=RANDOM, variants={"a": {}})
         | {"search": {"kind": "optuna"}, "metric": {"name": "generator_loss"}},
-        "pretrain: Optuna suggests values and knows neither grid nor variants; write choice",
+        "Optuna needs domains such as uniform or choice here, and knows no grid or variants",
     ),
     ("samples", finetuning() | {"search": {"samples": 3}}, "search.samples: 3, and no space has a random value"),
     ("samples yes", finetuning() | {"search": {"samples": True}}, "search: samples must be a number"),

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import electra_ds
+from electra_ds.api.reports import run_sweep
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.finetuning.glue import GLUE
-from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.forecast import SweepForecast, plan_sweep
+from electra_ds.report.tables import Line, Table, print_report
+from electra_ds.sweep.folder import MetricsTail, SweepFolder, as_result
+from electra_ds.sweep.forecast import plan_sweep
 from electra_ds.sweep.processes import Node, arguments_of, status_of, trials_at_once
-from electra_ds.sweep.records import MetricsTail, as_result
 from electra_ds.sweep.results import cells, report_sweep, results
-from electra_ds.sweep.run import run_sweep
-from electra_ds.sweep.spec import Resources, SweepSpec, parse_sweep
-from electra_ds.sweep.trials import Trial, ends, expand, suggested
+from electra_ds.sweep.spec import Resources, SweepSpec
+from electra_ds.sweep.sweep_file import parse_sweep
+from electra_ds.sweep.trials import Trial, expand, suggested
 from tests.helpers import small_recipe
 from tests.report.test_scores import document, sets_of
 from tests.sweep.test_spec import MODEL, pretraining
@@ -40,7 +42,7 @@ FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scop
 
 def made(values: dict[str, Any]) -> tuple[SweepSpec, list[Trial]]:
     spec = parse_sweep(values, "test")
-    return spec, expand(spec, None)
+    return spec, expand(spec, check=False)
 
 
 def both(pretraining_seeds: list[int], finetuning_seeds: list[int]) -> dict[str, Any]:
@@ -68,8 +70,12 @@ def pretend(folder: SweepFolder, trial: Trial, value: float | None, status: str 
 
 
 def told(folder: SweepFolder, trials: list[Trial], spec: SweepSpec, width: int = 160) -> str:
+    return shown(report_sweep(folder, trials, spec).parts, width)
+
+
+def shown(parts: Iterable[Table | Line], width: int = 160) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    report_sweep(folder, trials, spec, console)
+    print_report(parts, console)
     return console.export_text()
 
 
@@ -421,41 +427,29 @@ def test_as_many_trials_as_fit_and_an_error_where_none_does(
         assert trials_at_once(resources, there) == places // workers
 
 
-def test_a_dry_run_says_what_trials_cost_and_how_many_share_a_card(folder: SweepFolder) -> None:
+def test_a_dry_run_says_what_trials_cost_and_what_is_not_known(folder: SweepFolder) -> None:
     values = both([0], [0, 1]) | {"resources": {"gpus": 0.05}}
     values["pretrain"] |= {"recipe": "rc2020-small", "ds_config": "gtx1060-6gb", "stop_at_share": 0.25}
     spec, trials = made(values)
-    found = SweepForecast(spec, folder)
-    pretrained, finetuned = found.cost(trials[0]), found.cost(trials[-1])
-    assert pretrained.steps == (250_000, 250_000)
-    assert pretrained.on_a_card == 2  # 2.4 of 5.2 GiB each, as bin/plan says
-    assert finetuned.steps == (779, 779)  # ten epochs of RTE's 2,490 examples
-    assert pretrained.time is not None
-    assert finetuned.time is not None
-    assert pretrained.time.low_s > 100 * finetuned.time.high_s
-    console = Console(width=120, record=True, file=io.StringIO())
-    plan_sweep(spec, folder.path, local=True, console=console)
-    text = console.export_text()
-    assert "20 trials share a card, which has memory for 2: write resources.gpus=0.5" in text
-    pretend(folder, trials[0], 0.7)
-    console = Console(width=120, record=True, file=io.StringIO())
-    plan_sweep(spec, folder.path, local=True, console=console)
-    assert "measured in this folder" in console.export_text()
+    text = shown(plan_sweep(spec, folder.path, local=True))
+    assert re.search(r"pretrain .* 1 waiting +250,000 +[\d.]+–[\d.]+ d +2\.4 GiB", text)  # as bin/plan says
+    assert re.search(r"In all .* d with 1 at once, without those whose cost is unknown\.", text)
+    assert "Cost unknown for 4 trials: none like them has run in this folder yet." in text
+    for trial in (trials[0], trials[1]):
+        pretend(folder, trial, 0.7)
+    text = shown(plan_sweep(spec, folder.path, local=True))
+    assert re.search(r"pretrain .* 1 done +250,000 +0\S* s, measured +2\.4 GiB", text)
+    assert re.search(r"cola .* 1 done, 1 waiting +0\S* s, measured", text)
+    assert "Cost unknown for 2 trials" in text
 
 
-def test_what_optuna_may_suggest_is_priced_by_its_ends(folder: SweepFolder) -> None:
+def test_what_optuna_may_suggest_costs_nobody_knows_what(folder: SweepFolder) -> None:
     values = pretraining(space={"model.num_hidden_layers": {"randint": [1, 5]}})
     search = {"search": {"kind": "optuna", "samples": 2}, "metric": {"name": "discriminator_auc"}}
     spec, trials = made(values | search)
-    low, high = (SweepForecast(spec, folder).cost(trial) for trial in (*trials, *ends(spec)))
-    assert low.time is not None
-    assert high.time is not None
-    assert low.time < high.time
-    console = Console(width=120, record=True, file=io.StringIO())
-    plan_sweep(spec, folder.path, local=True, console=console)
-    text = console.export_text()
-    assert re.search(r"pretrain +what Optuna suggests +2 ", text)
-    assert "In all" in text
+    assert trials == []
+    text = shown(plan_sweep(spec, folder.path, local=True))
+    assert "Cost unknown for 2 trials" in text
     assert "0 trials" not in text
 
 
@@ -484,9 +478,7 @@ def test_a_long_name_over_a_column_is_broken_at_its_underscores(folder: SweepFol
 def test_a_cost_that_is_not_known_is_said_to_be_unknown_and_not_nothing(folder: SweepFolder) -> None:
     stage = {"recipe": "rc2020", "model": "nobody/none", "task": "rte", "seeds": [0, 1]}
     spec, _trials = made({"name": "x", "finetune": stage})
-    console = Console(width=120, record=True, file=io.StringIO())
-    plan_sweep(spec, folder.path, local=True, console=console)
-    text = console.export_text()
+    text = shown(plan_sweep(spec, folder.path, local=True))
     assert "Cost unknown for 2 trials" in text
     assert "In all" not in text
 
@@ -524,9 +516,7 @@ def test_how_to_resume_is_said_and_whether_it_is_being_run(folder: SweepFolder) 
     assert not folder.is_being_run()
     with folder.locked():
         assert folder.is_being_run()
-        console = Console(width=160, record=True, file=io.StringIO())
-        report_sweep(folder, trials, spec, console, is_running=True)
-    text = console.export_text()
+        text = shown(report_sweep(folder, trials, spec, is_running=True).parts)
     assert f"begun: {trials[2].label}, at step 9." in text
     assert f"begun: {trials[3].label}." in text
     assert "The sweep is being run." in text
@@ -547,6 +537,18 @@ def test_a_finished_sweep_is_not_run_again_from_python_and_gives_its_results(fol
     assert set(outcome.results["trial"]) == {trial.key for trial in trials}
     text = console.export_text()
     assert f"x: 5 trials, 5 done before; in {folder.path}. The sweep is finished: nothing is left to run." in text
+    assert str(electra_ds.report_runs(folder.path)) == str(outcome.report)
+    assert str(outcome.report.tables[0].columns[0]) in text
+
+
+def test_what_there_is_no_room_for_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for change, remedy in (("cpus=1000", "cpus=1"), ("workers=1000", "workers=1"), ("gpus=1", "gpus=0, to train on")):
+        with pytest.raises(ConfigError, match=f"Lower it: --set resources.{remedy}"):
+            run_sweep(pretraining(ds_config="cpu") | {"resources": dict([change.split("=")])}, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_sweep_from_python_is_refused_before_anything_is_written(folder: SweepFolder, tmp_path: Path) -> None:
@@ -594,6 +596,6 @@ def test_processes_that_need_one_store_wait_for_the_first(corpus_folder: Path, t
 
 def test_what_is_suggested_twice_is_one_trial() -> None:
     spec, _ = made(pretraining())
-    first, again = (suggested(spec, {"optimizer.learning_rate": 1e-3}, None) for _ in range(2))
+    first, again = (suggested(spec, {"optimizer.learning_rate": 1e-3}, check=False) for _ in range(2))
     assert first.key == again.key
     assert pd.notna(first.seed)

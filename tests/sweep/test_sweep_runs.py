@@ -18,10 +18,10 @@ import psutil
 import pytest
 import yaml
 
+import electra_ds
 from electra_ds.config.names import RECIPES, shipped_text
 from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S
 from electra_ds.data.token_store import TokenStore
-from electra_ds.sweep.run import run_sweep as run_sweep_here
 from electra_ds.training.tracking import read_metrics
 from tests.finetune_runs import reviews, write_csv
 from tests.helpers import REPOSITORY
@@ -71,9 +71,9 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_ray_runs_two_side_by_side_and_gives_the_numbers_of_the_bare_command(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "by-ray"
-    result = run_sweep(undisturbed / "sweep.yaml", "--out", out)
+    result = run_sweep(undisturbed / "sweep.yaml", "--out", out, "--set", TWO_TRIALS)
     assert result.returncode == 0, result.stdout + result.stderr
-    pd.testing.assert_frame_equal(table_of(out), table_of(undisturbed))
+    assert_same_trials(out, undisturbed)
     spans = sorted((a["began"], a["began"] + a["seconds"]) for r in records(out).values() for a in r["attempts"])
     assert any(later[0] < earlier[1] for earlier, later in itertools.pairwise(spans)), spans
     assert {len(record["attempts"]) for record in records(out).values()} == {1}
@@ -94,15 +94,6 @@ def test_ray_runs_two_side_by_side_and_gives_the_numbers_of_the_bare_command(und
     assert (table["cpu_hours"] > 0).all()
     assert len(pd.read_csv(out / "cells.csv")) == 2 * 4
     assert (out / "curves.png").stat().st_size > 10_000
-
-
-def test_a_sweep_runs_from_python(store: TokenStore, undisturbed: Path, tmp_path: Path) -> None:
-    values = small_sweep(store.path)
-    values["pretrain"] |= {"space": {"generator.width_multiplier": {"grid": [0.5]}}, "seeds": [1]}
-    outcome = run_sweep_here(values, tmp_path / "sweep", local=True)
-    assert outcome.is_complete
-    (key,) = outcome.results["trial"]
-    pd.testing.assert_frame_equal(table_of(tmp_path / "sweep"), table_of(undisturbed).loc[[key]])
 
 
 def test_the_shipped_smoke_sweep_runs_as_it_is(builtin_stores: Path, tmp_path: Path) -> None:
@@ -140,7 +131,7 @@ def test_a_finished_sweep_runs_nothing_again_and_new_seeds_alone(undisturbed: Pa
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
-def test_a_signal_saves_leaves_nobody_and_the_sweep_goes_on(
+def test_a_signal_saves_leaves_nobody_and_the_sweep_continues_from_python(
     undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out, log = tmp_path / "sweep", tmp_path / "log"
@@ -154,8 +145,7 @@ def test_a_signal_saves_leaves_nobody_and_the_sweep_goes_on(
     assert f"{number.name}: the trials that run save and leave." in log.read_text()
     assert "Resume it with: bin/sweep --resume" in log.read_text()
     assert not ours(out)
-    resumed = run_sweep("--resume", out, "--local")
-    assert resumed.returncode == 0, resumed.stdout
+    assert electra_ds.run_sweep(None, out, local=True, quiet=True).is_complete
     assert_same_trials(out, undisturbed)
 
 
@@ -232,58 +222,60 @@ def _last(metrics: Path) -> int:
     return int(lines[-1]["step"]) if lines else 0
 
 
-def test_trials_that_fail_are_told_and_do_not_spoil_the_rest(
+def test_trials_that_fail_or_are_killed_each_time_are_reported_and_do_not_spoil_the_rest(
     store: TokenStore, undisturbed: Path, tmp_path: Path
 ) -> None:
-    values = small_sweep(store.path)
+    """One is killed at its twelfth step, as the kernel would if memory ran out, until it is retried without that."""
+    values = small_sweep(store.path, retries=1)
     values["pretrain"] |= {
         "seeds": [0],
         "space": {},
         "variants": {
             "good": {"generator.width_multiplier": 1.0},
+            "killed": {"generator.width_multiplier": 0.5},
             "huge": {"model.hidden_size": 262_144, "model.num_attention_heads": 4096},  # no memory for its weights
             "diverging": {"optimizer.learning_rate": 1e30, "optimizer.max_grad_norm": 1e30},
         },
     }
+    is_fatal = "step >= 12 and size is None and 'runs/killed' in ' '.join(sys.orig_argv)"
+    fatal = before_each_batch(tmp_path, f"if {is_fatal}: os.kill(os.getpid(), signal.SIGKILL)")
     out = tmp_path / "sweep"
-    result = run_sweep(write_sweep(tmp_path, values), "--out", out, "--local")
+    result = run_sweep(write_sweep(tmp_path, values), "--out", out, "--local", environment=fatal)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "2 failed" in result.stdout
+    assert "3 failed" in result.stdout
     assert "1 stopped" in result.stdout
     table = pd.read_csv(out / "results.csv").set_index("variant")
     assert "memory" in table.loc["huge", "reason"]
     assert "finite" in table.loc["diverging", "reason"]
-    whole = pd.read_csv(undisturbed / "results.csv")
-    same = whole[(whole["seed"] == 0) & (whole["generator.width_multiplier"] == 1.0)].iloc[0]
-    assert table.loc["good", "metric.discriminator_auc"] == same["metric.discriminator_auc"]
+    assert table.loc["killed", "reason"] == "after 2 attempts: killed by signal 9"
     assert f"Run what failed again: bin/sweep --resume {out} --retry-failed" in result.stdout
     again = run_sweep("--resume", out, "--local")
     assert again.returncode == 1
-    assert all(len(record["attempts"]) == 1 for record in records(out).values())
+    attempts = {key.split("-")[0]: len(record["attempts"]) for key, record in records(out).items()}
+    assert attempts == {"good": 1, "killed": 2, "huge": 1, "diverging": 1}
     retried = run_sweep("--resume", out, "--local", "--retry-failed")
     assert retried.returncode == 1
     attempts = {key.split("-")[0]: len(record["attempts"]) for key, record in records(out).items()}
-    assert attempts == {"good": 1, "huge": 2, "diverging": 2}
+    assert attempts == {"good": 1, "killed": 3, "huge": 2, "diverging": 2}
+    found, same = table_of(out).filter(like="metric."), table_of(undisturbed).filter(like="metric.")
+    for variant, width in (("good", "1"), ("killed", "0.5")):
+        (here,) = (key for key in found.index if key.startswith(variant))
+        (there,) = (key for key in same.index if key.startswith(f"width_multiplier={width}-s0"))
+        assert found.loc[here].to_dict() == same.loc[there].to_dict()
 
 
-@pytest.mark.parametrize("how", ["--local", pytest.param("", marks=pytest.mark.nightly)])
-def test_a_trial_that_is_killed_each_time_is_given_up_and_goes_on_when_told_to(
-    undisturbed: Path, tmp_path: Path, how: str
-) -> None:
-    """What kills it is at its twelfth step, as the kernel would for want of memory."""
+@pytest.mark.nightly
+def test_ray_gives_a_trial_up_that_is_killed_each_time(undisturbed: Path, tmp_path: Path) -> None:
     fatal = before_each_batch(tmp_path, "if step >= 12 and size is None: os.kill(os.getpid(), signal.SIGKILL)")
     out = tmp_path / "sweep"
     one = ["--set", "pretrain.seeds=[1]", "pretrain.space={generator.width_multiplier: {grid: [0.5]}}", "retries=1"]
-    arguments = [undisturbed / "sweep.yaml", "--out", out, *one, *filter(None, [how])]
-    result = run_sweep(*arguments, environment=fatal)
+    result = run_sweep(undisturbed / "sweep.yaml", "--out", out, *one, environment=fatal)
     assert result.returncode == 1, result.stdout + result.stderr
-    ((key, record),) = records(out).items()
+    ((_, record),) = records(out).items()
     assert [attempt["status"] for attempt in record["attempts"]] == [-signal.SIGKILL] * 2
     (reason,) = pd.read_csv(out / "results.csv")["reason"]
     assert reason.startswith("after 2 attempts: ")
     assert "killed by signal 9" in reason
-    assert run_sweep("--resume", out, "--local", "--retry-failed").returncode == 0
-    pd.testing.assert_frame_equal(table_of(out), table_of(undisturbed).loc[[key]])
 
 
 def test_each_checkpoint_of_what_has_not_collapsed_is_finetuned(store: TokenStore, tmp_path: Path) -> None:
@@ -419,44 +411,66 @@ def test_a_time_limit_lets_trials_save(undisturbed: Path, tmp_path: Path) -> Non
     pd.testing.assert_frame_equal(table_of(out), table_of(undisturbed))
 
 
-def test_the_trainable_drops_into_a_tuner_of_ones_own(store: TokenStore, tmp_path: Path) -> None:
+OWN_TUNER = """
+import sys
+from pathlib import Path
+import ray, yaml
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from electra_ds.sweep import trainable
+
+given, out = sys.argv[1:]
+IMPATIENT, GOOD, DIVERGING = 1e-4, 1e-3, 1e30
+
+
+class Impatient(FIFOScheduler):
+    \"\"\"Ends one of the trials once Tune has started it.\"\"\"
+
+    ended = set()
+
+    def choose_trial_to_run(self, controller):
+        for trial in controller.get_trials():
+            is_one = trial.config["optimizer.learning_rate"] == IMPATIENT
+            if is_one and trial.status == "RUNNING" and trial.trial_id not in self.ended:
+                self.ended.add(trial.trial_id)
+                controller.stop_trial(trial)
+        return super().choose_trial_to_run(controller)
+
+
+ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=3)  # all three at once
+rates = tune.grid_search([IMPATIENT, GOOD, DIVERGING])
+grid = tune.Tuner(
+    trainable(yaml.safe_load(open(given)), out),
+    param_space={"optimizer.learning_rate": rates, "seed": 3, "optimizer.max_grad_norm": 1e30},
+    tune_config=tune.TuneConfig(scheduler=Impatient()),
+    run_config=tune.RunConfig(storage_path=str(Path(out).parent / "tune")),
+).fit()
+assert len(grid.errors) == 1 and "finite" in str(grid.errors[0]), grid.errors
+best = grid.get_best_result("discriminator_auc", "max")
+assert best.metrics["step"] == 30 and best.config["seed"] == 3, best.metrics
+assert len(best.metrics_dataframe) >= 3
+"""
+
+
+def test_the_trainable_drops_into_a_tuner_of_ones_own_whose_scheduler_may_end_a_trial(
+    store: TokenStore, tmp_path: Path
+) -> None:
     values = small_sweep(store.path)
     values["pretrain"] |= {"space": {}}
-    script = tmp_path / "mine.py"
-    script.write_text(
-        "import ray, yaml\n"
-        "from ray import tune\n"
-        "from electra_ds.sweep import trainable\n"
-        "ray.init(address='local', include_dashboard=False, log_to_driver=False, num_cpus=2)\n"
-        f"sweep = yaml.safe_load(open({str(write_sweep(tmp_path, values))!r}))\n"
-        f"tuner = tune.Tuner(trainable(sweep, {str(tmp_path / 'out')!r}),\n"
-        "    param_space={'optimizer.learning_rate': tune.grid_search([1e-3, 1e30]), 'seed': 3,\n"
-        "                 'optimizer.max_grad_norm': 1e30},\n"
-        f"    run_config=tune.RunConfig(storage_path={str(tmp_path / 'tune')!r}))\n"
-        "grid = tuner.fit()\n"
-        "assert len(grid.errors) == 1 and 'finite' in str(grid.errors[0]), grid.errors\n"
-        "best = grid.get_best_result('discriminator_auc', 'max')\n"
-        "assert best.metrics['step'] == 30 and best.config['seed'] == 3, best.metrics\n"
-        "assert len(best.metrics_dataframe) >= 3\n"
-    )
-    environment = ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          check=False, timeout=200)  # fmt: skip
+    (tmp_path / "mine.py").write_text(OWN_TUNER)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "mine.py"), str(write_sweep(tmp_path, values)), str(out)],
+        cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False,
+        timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
-
-
-def test_what_there_is_no_room_for_is_refused_before_ray_starts(store: TokenStore, tmp_path: Path) -> None:
-    spec = write_sweep(tmp_path, small_sweep(store.path))
-    for change, words in (
-        ("resources.cpus=1000", "resources.cpus=1"),
-        ("resources.workers=1000", "resources.workers=1"),
-        ("resources.gpus=1", "resources.gpus=0"),
-    ):
-        began = time.monotonic()
-        result = run_sweep(spec, "--out", tmp_path / "out", "--set", change, environment={"CUDA_VISIBLE_DEVICES": ""})
-        assert result.returncode == 2
-        assert words in result.stderr
-        assert "Traceback" not in result.stderr
-        assert time.monotonic() - began < 20
-    assert not list((tmp_path / "out").glob("runs/*"))
+    statuses = {
+        record["values"]["optimizer.learning_rate"]: json.loads((out / "runs" / key / "status.json").read_text())
+        for key, record in records(out).items()
+    }
+    assert {rate: status["status"] for rate, status in statuses.items()} == {
+        1e-4: "stopped", 1e-3: "stopped", 1e30: "failed",
+    }  # fmt: skip
+    assert statuses[1e-3]["reason"].startswith("--stop-at")  # as planned
+    assert not statuses[1e-4]["reason"].startswith("--stop-at")

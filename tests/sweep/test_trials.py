@@ -21,8 +21,8 @@ from electra_ds.config.names import SWEEPS, shipped_names
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError
-from electra_ds.sweep.options import KINDS, check_arguments
-from electra_ds.sweep.spec import load_sweep, parse_sweep
+from electra_ds.sweep.options import KINDS
+from electra_ds.sweep.sweep_file import load_sweep, parse_sweep
 from electra_ds.sweep.trials import Trial, expand, suggested
 from tests.finetune_runs import write_glue
 from tests.sweep.test_spec import (
@@ -61,7 +61,7 @@ def keys(trials: Sequence[Trial]) -> set[str]:
 
 @pytest.mark.parametrize("name", shipped_names(SWEEPS))
 def test_the_command_of_every_shipped_trial_gives_its_recipe(name: str) -> None:
-    trials = expand(load_sweep(name, what_it_needs(name)), check_arguments)
+    trials = expand(load_sweep(name, what_it_needs(name)))
     for trial in trials[:: 1 + len(trials) // 25]:
         options = parsed(trial)
         assert recipe_by_hand(trial) == trial.recipe
@@ -73,11 +73,12 @@ def test_the_command_of_every_shipped_trial_gives_its_recipe(name: str) -> None:
 
 
 rates = st.floats(1e-300, 1e300)
+printable = st.characters(exclude_categories=["C", "Z"])
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,8}", fullmatch=True)
 
 
 @FEW
-@given(rate=rates, name=names, text=st.text(max_size=20), yes=st.booleans(), seed=st.integers(0, 2**63 - 1))
+@given(rate=rates, name=names, text=st.text(printable, max_size=20), yes=st.booleans(), seed=st.integers(0, 2**63 - 1))
 def test_every_constant_arrives_in_the_recipe_of_the_command(
     rate: float, name: str, text: str, yes: bool, seed: int
 ) -> None:
@@ -94,7 +95,7 @@ def test_options_of_every_kind_become_arguments(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     given_options = {
         "corpus": [[str(tmp_path), str(tmp_path / "a")], ["hub:x/y"]], "init_from": ["a/b", "c/d"], "compile": False,
-        "wandb": False, "tensorboard": False, "streaming": True, "cased": False, "keep": 3.0, "micro_batch": "auto",
+        "wandb": False, "tensorboard": False, "streaming": True, "cased": False, "keep": 3, "micro_batch": "auto",
         "revision": None, "strip_accents": False, "allow_unknown": True,
     }  # fmt: skip
     (trial,) = trials_of(pretraining(**given_options))
@@ -131,9 +132,9 @@ def digest(**changes: Any) -> str:
 
 def test_a_key_is_the_same_in_every_process() -> None:
     code = (
-        "from electra_ds.sweep.options import check_arguments; from electra_ds.sweep.spec import load_sweep; "
+        "from electra_ds.sweep.sweep_file import load_sweep; "
         "from electra_ds.sweep.trials import expand; "
-        "print([trial.key for trial in expand(load_sweep('pretrain_lr'), check_arguments)])"
+        "print([trial.key for trial in expand(load_sweep('pretrain_lr'))])"
     )
     told = {
         subprocess.run(
@@ -142,7 +143,7 @@ def test_a_key_is_the_same_in_every_process() -> None:
         ).stdout
         for seed in ("1", "2")
     }  # fmt: skip
-    assert told == {f"{[trial.key for trial in expand(load_sweep('pretrain_lr'), check_arguments)]}\n"}
+    assert told == {f"{[trial.key for trial in expand(load_sweep('pretrain_lr'))]}\n"}
 
 
 def test_a_key_that_was_given_once_stays() -> None:
@@ -279,9 +280,6 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("no recipe", finetuning(recipe=None), ["finetune.recipe: is missing; write one such as recipe: rc2020"]),
     ("two models", pretraining() | {"finetune": FINETUNE}, ["finetune.model: is what pretrain makes; leave out one"]),
     ("recipe", finetuning(recipe="rc202"), ["finetune.recipe: There is no recipe 'rc202'", "did you mean 'rc2020'"]),
-    ("task", finetuning(task="mrcp"), ["finetune.task: there is no task 'mrcp'; did you mean 'mrpc'?"]),
-    ("number", finetuning(max_train_examples=-3), ["finetune.max_train_examples: '-3' is not a positive whole number"]),
-    ("JSON", pretraining(micro_batch="many"), ["pretrain.micro_batch: 'many' is not a positive whole number"]),
     ("hub", finetuning(hub="a/b", data_dir="/tmp"), ["finetune: --hub and --revision are for data sets of the Hub"]),
     ("own", finetuning(text="review"), ["finetune: --text is for examples of your own"]),
     (
@@ -329,18 +327,14 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
         ["pretrain: a-s0 and b-s0 are the same run, which would count twice"],
     ),
     (
-        "steps", pretraining(checkpoints=[0.5, 0.51], set={"schedule.total_steps": 3, "schedule.warmup_steps": 1}),
-        ["pretrain.checkpoints: of 3 steps some are the same, [2, 2]; leave some out"],
-    ),
-    (
         "all at once",
         finetuning(model="/nowhere/run", set={"head.dropout": 2}, data_dir="/nowhere") | {"metric": {"name": "bleu"}},
         ["finetune.model: there is no /nowhere/run", "finetune.data_dir: there is no folder /nowhere",
          "finetune.set.head.dropout: Input should be less than 1, and is 2", "metric.name: bleu is not reported by"],
     ),
     (
-        "both stages", pretraining(set={RATE: -1}) | {"finetune": {"recipe": "rc2020", "task": "x"}},
-        ["pretrain.set.optimizer.learning_rate: Input should be greater than 0", "finetune.task: there is no task 'x'"],
+        "both stages", pretraining(set={RATE: -1}) | {"finetune": BOTH["finetune"] | {"set": {"head.dropout": 2}}},
+        ["pretrain.set.optimizer.learning_rate: Input should be greater than 0", "finetune.set.head.dropout: Input"],
     ),
 ]  # fmt: skip
 
@@ -428,17 +422,17 @@ def test_what_optuna_suggests_is_checked_by_its_bounds_before_and_by_itself() ->
     values = finetuning(space=space, seeds=[7]) | SUGGESTED
     spec = parse_sweep(values, "x")
     assert trials_of(values) == []
-    trial = suggested(spec, {RATE: 1e-4, "head.dropout": 0.25}, check_arguments)
+    trial = suggested(spec, {RATE: 1e-4, "head.dropout": 0.25})
     assert recipe_by_hand(trial) == trial.recipe
     assert (trial.seed, trial.values) == (7, {RATE: 1e-4, "head.dropout": 0.25, "seed": 7})
     with pytest.raises(ConfigError, match=r"finetune.space.head.dropout: .* less than 1, and is 2"):
-        suggested(spec, {RATE: 1e-4, "head.dropout": 2}, check_arguments)
+        suggested(spec, {RATE: 1e-4, "head.dropout": 2})
     with pytest.raises(ConfigError, match=r"finetune.space.head.dropout: .* less than 1, and is 1.5"):
         trials_of(finetuning(space=space | {"head.dropout": {"uniform": [0, 1.5]}}) | SUGGESTED)
 
 
 def test_what_is_suggested_may_name_a_seed_and_no_unknown_key() -> None:
     spec = parse_sweep(finetuning(), "x")
-    assert suggested(spec, {"seed": 3}, check_arguments).seed == 3
+    assert suggested(spec, {"seed": 3}).seed == 3
     with pytest.raises(ConfigError, match=r"finetune.head.dropuot: unknown key; did you mean 'head.dropout'"):
-        suggested(spec, {"head.dropuot": 0.1}, check_arguments)
+        suggested(spec, {"head.dropuot": 0.1})

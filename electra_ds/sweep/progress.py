@@ -1,27 +1,45 @@
-"""The display of a running sweep: how many trials are done, what the running ones are doing, and when it will end."""
+"""The progress of a running sweep: how many trials are done, what the running ones are doing, and when it will end."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
 from electra_ds.config.recipe import Recipe
-from electra_ds.core.terminal import PREPARING, StatusProgress, flexible_bar, say
-from electra_ds.sweep.folder import SweepFolder
-from electra_ds.sweep.records import STOPPED_AT, MetricsTail, State, TrialFiles
+from electra_ds.core.terminal import PREPARING
+from electra_ds.sweep.folder import STOPPED_AT, MetricsTail, State, SweepFolder, TrialFiles
 from electra_ds.sweep.trials import Trial
 
 _LOOK_EVERY_S = 2.0
-_PLAIN_LINE_EVERY_S = 60.0
+_LOG_EVERY_S = 60.0
 _LEAST_S = 10.0
 """The time of steps before which their speed says little."""
 _SHOWN = 2
 """Running trials that have a line of their own."""
+_log = logging.getLogger(__name__)
+
+
+class SweepProgress:
+    """Called every few seconds while a sweep runs. This one logs a line a minute; override it to show a display."""
+
+    _logged: float
+
+    def start(self, trials: int) -> None:
+        """Trials begin. trials: how many are to be run."""
+        self._logged = time.monotonic()
+
+    def update(self, done: int, running: Sequence[str], eta: str) -> None:
+        """So many trials have ended. running: a line about each that runs, or about some of them; eta: `ETA H:MM:SS`,
+        or empty if it is not known."""
+        if running and time.monotonic() - self._logged >= _LOG_EVERY_S:
+            self._logged = time.monotonic()
+            _log.info("running: %s  %s", " | ".join(running), eta)
+
+    def stop(self) -> None:
+        """No trial runs any more."""
 
 
 @dataclass
@@ -46,13 +64,11 @@ class _Running:
             if self.first is None or lines[0]["step"] < self.step:  # a resumed run has cut its file back
                 self.first = time.monotonic(), lines[-1]["step"]
             self.step = lines[-1]["step"]
-        return f"{self.trial.label}: {f'step {self.step:,}' if self.step else self._preparation()}"
-
-    def _preparation(self) -> str:
-        """Return what a trial without a step is doing, by the last line of its log."""
-        last = self.files.last_lines()[-1:]
-        stages = [line.removeprefix(PREPARING) for line in last if line.startswith(PREPARING)]
-        return stages[0] if stages else "prepares data and model"
+        if self.step:
+            return f"{self.trial.label}: step {self.step:,}"
+        last = "".join(self.files.last_lines()[-1:])
+        stage = last.removeprefix(PREPARING) if last.startswith(PREPARING) else "prepares data and model"
+        return f"{self.trial.label}: {stage}"
 
     def by_steps(self) -> tuple[float, float] | None:
         """Return (seconds that are left, seconds that all steps take), or None if too few steps were made."""
@@ -64,36 +80,26 @@ class _Running:
         return None if seconds < _LEAST_S else (of_one * (last - self.step), of_one * last)
 
 
-class SweepDisplay:
-    """A progress bar with ETA on a terminal; elsewhere a line for each trial, and one a minute between them."""
+class SweepMonitor:
+    """Watches the running trials for a `SweepProgress`, and logs how each of them ended."""
 
-    def __init__(self, console: Console, folder: SweepFolder, trials: int, at_once: int) -> None:
-        """trials: how many are to be run; at_once: how many at a time."""
-        self._console, self._folder, self.at_once = console, folder, at_once
-        self._total, self._done = trials, 0
-        self._waiting: dict[str, int] = {}
+    def __init__(self, folder: SweepFolder, progress: SweepProgress, stages: Sequence[str], at_once: int = 1) -> None:
+        """stages: the stage of each trial that is to be run; at_once: how many are run at a time."""
+        self._folder, self._progress, self.at_once = folder, progress, at_once
+        self._total, self._done = len(stages), 0
+        self._waiting: Counter[str] = Counter(stages)
         """The number of trials of each stage that have not ended."""
         self._took: dict[str, list[float]] = {}
         self._running: dict[str, _Running] = {}
-        self._looked = self._said = time.monotonic()
-        self._progress = StatusProgress(
-            TextColumn("trials"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(),
-            TextColumn("{task.fields[eta]}"),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._progress.add_task("", total=trials, status="", eta="")
+        self._lines: list[str] = []
+        self._looked = time.monotonic()
 
-    def __enter__(self) -> SweepDisplay:
-        self._progress.start()
+    def __enter__(self) -> SweepMonitor:
+        self._progress.start(self._total)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.update(self._task, status="", eta="")
         self._progress.stop()
-
-    def expect(self, stages: Sequence[str]) -> None:
-        """Take note of the stage of each trial that is to be run."""
-        self._waiting = dict(Counter(stages))
 
     def begin(self, trial: Trial) -> None:
         files = self._folder.trial(trial.key)
@@ -102,44 +108,36 @@ class SweepDisplay:
         self._running.setdefault(trial.key, _Running(trial, files, metrics, time.monotonic(), is_resumed))
 
     def look(self) -> None:
-        """Show what the running trials are doing, every few seconds."""
-        now = time.monotonic()
-        if now - self._looked < _LOOK_EVERY_S:
-            return
-        self._looked = now
-        shown = [running.look() for running in self._running.values()]
-        lines = shown[:_SHOWN] + ([f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else [])
-        self._progress.update(self._task, status="\n".join(lines), eta=self._eta())
-        if not self._console.is_terminal and now - self._said >= _PLAIN_LINE_EVERY_S and shown:
-            self.say(f"running: {' | '.join(lines)}  {self._eta()}")
+        """Report what the running trials are doing, every few seconds."""
+        if time.monotonic() - self._looked >= _LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            lines = [running.look() for running in self._running.values()]
+            more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+            self._lines = lines[:_SHOWN] + more
+            self._progress.update(self._done, self._lines, self._eta())
 
     def end(self, trial: Trial, state: State, reason: str) -> None:
-        """Say how a trial ended, or that it has saved and left."""
+        """Log how a trial ended, or that it has saved and left."""
         running = self._running.pop(trial.key, None)
         seconds = 0.0 if running is None else running.seconds
         if state == "unfinished":
-            self.say(f"saved  {trial.label}, which is unfinished  {_time(seconds)}")
+            _log.info("saved  %s, which is unfinished  %s", trial.label, _time(seconds))
             return
         if running is not None and not running.is_resumed and state != "failed":
             self._took.setdefault(trial.stage, []).append(seconds)
-        self._waiting[trial.stage] = self._waiting.get(trial.stage, 1) - 1
-        self._done += 1
-        eta = self._eta()
-        self._progress.update(self._task, completed=self._done, eta=eta)
+        self._waiting[trial.stage] -= 1
         why = f": {reason}" if state in ("failed", "collapsed", "waiting", "skipped") and reason else ""
         how = "stopped as planned" if reason.startswith(STOPPED_AT) else state
-        self.say(f"{self._done}/{self._total}  {trial.label}  {how}{why}  {_time(seconds)}  {eta}".rstrip())
+        self._count(f"{trial.label}  {how}{why}  {_time(seconds)}  {self._eta()}")
 
     def refuse(self, message: str) -> None:
-        """Say why a suggestion is no trial."""
-        self._done += 1
-        self._progress.update(self._task, completed=self._done)
-        self.say(f"{self._done}/{self._total}  {message}")
+        """Log why a suggestion is no trial."""
+        self._count(message)
 
-    def say(self, line: str) -> None:
-        """Print a line among those of the trials."""
-        self._said = time.monotonic()
-        say(self._console, line)
+    def _count(self, ended: str) -> None:
+        self._done += 1
+        _log.info("%s", f"{self._done}/{self._total}  {ended}".rstrip())
+        self._progress.update(self._done, self._lines, self._eta())
 
     def _eta(self) -> str:
         """Estimate the time left from the steps of the running trials and from the time that others of a stage took."""
