@@ -140,11 +140,6 @@ class StageProgress(StatusProgress):
         self.advance(self._stage, done)
         self._say_now_and_then()
 
-    def reach(self, completed: float) -> None:
-        """Set the amount of work that is done."""
-        self.update(self._stage, completed=completed)
-        self._say_now_and_then()
-
     def tell(self, status: str) -> None:
         """Set the status of the stage."""
         self.update(self._stage, status=status)

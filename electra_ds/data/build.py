@@ -40,6 +40,7 @@ from electra_ds.data.tokenizer import (
 )
 
 _log = logging.getLogger(__name__)
+_CHARACTERS_SHOWN_AT_A_TIME = 100_000
 _CHUNK_CHARS = 4_000_000
 _TRAINED_FROM = "trained_from.json"
 _SHARD_FORMAT = 2
@@ -197,8 +198,15 @@ def _trained(
 
 def _first_lines(corpus: Corpus, section: TokenizerSection, progress: BuildProgress) -> Iterator[str]:
     """Yield lines to train a tokenizer on. Training begins when the last line was read, which the progress shows."""
-    progress.begin("reading text")
-    yield from corpus.first_lines(section.max_training_characters)
+    most = section.max_training_characters
+    progress.begin("reading text", total=min(most, corpus.num_bytes) if corpus.num_bytes else None)
+    new_characters = 0
+    for line in corpus.first_lines(most):
+        yield line
+        new_characters += len(line)
+        if new_characters >= _CHARACTERS_SHOWN_AT_A_TIME:
+            progress.add(new_characters)
+            new_characters = 0
     progress.end()
     progress.begin("training the tokenizer", status=section.kind)
 

@@ -50,7 +50,7 @@ def sweep(console: Console) -> None:
 def building(console: Console) -> None:
     progress = StageProgress(console)
     progress.begin(DESCRIPTION, total=100, status="1,234,000 documents")
-    progress.reach(40)
+    progress.add(40)
     console.print(progress.get_renderable())
 
 
