@@ -148,8 +148,11 @@ class FinetuneStart(Launch[FinetuneOptions]):
     def _read(self) -> tuple[TaskData | SquadData, EncoderSource]:
         self.run.check_free()
         data, encoder = load_task(self.options.task, self.options.source()), read_encoder(str(self.options.model))
-        # A JSON that cannot be used is refused before tokenising begins. It does not depend on the number of examples.
-        prepare.plan_for(self.options, Finetuning(self.recipe, 1, encoder.num_layers), self.ranks)
+        if isinstance(data, TaskData):  # a JSON that cannot be used is refused before tokenising begins
+            assert data.train is not None
+            orders = 2 if self.recipe.data.double_unordered and data.train.pairs is not None else 1
+            count = min(len(data.train), self.options.max_train_examples or len(data.train)) * orders
+            prepare.plan_for(self.options, Finetuning(self.recipe, count, encoder.num_layers), self.ranks)
         return data, encoder
 
     def show(self) -> None:

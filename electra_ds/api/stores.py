@@ -20,7 +20,7 @@ from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.files import is_hub_model
-from electra_ds.core.terminal import StageProgress, say, warn
+from electra_ds.core.terminal import StageProgress, log_shown_on, say, warn
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, Source, is_saved_dataset, open_source
 from electra_ds.data.token_store import StoreInfo, TokenStore
@@ -138,7 +138,7 @@ def make_store(
 ) -> TokenStore:
     """Build, or finish, the store in `out` from what --corpus and --tokenizer say."""
     corpus, tokenizer = _asked_for(options, recipe, console, check)
-    with _without_main():
+    with _without_main(), log_shown_on(console):
         store = build_store(
             corpus, tokenizer, out, workers=workers, allow_unknown=bool(options.allow_unknown),
             show_progress=lambda: StageProgress(console),

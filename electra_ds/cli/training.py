@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from electra_ds.cli.arguments import add_handled
 from electra_ds.config.names import TASKS
-from electra_ds.config.options import FinetuneOptions, PretrainOptions
+from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands
 
+_OptionsT = TypeVar("_OptionsT", bound=RunOptions)
+_STARTED = time.monotonic()
 _PRETRAIN_HELP = """\
 examples:
   bin/pretrain --recipe tiny
@@ -80,7 +84,7 @@ def _pretrain(options: PretrainOptions) -> None:
     from electra_ds.api.launch import launch
     from electra_ds.api.pretrain import PretrainStart
 
-    launch(PretrainStart(options))
+    launch(PretrainStart(_from_start(options)))
 
 
 def _finetune(options: FinetuneOptions) -> None:
@@ -93,4 +97,11 @@ def _finetune(options: FinetuneOptions) -> None:
     from electra_ds.api.finetune import FinetuneStart
     from electra_ds.api.launch import launch
 
-    launch(FinetuneStart(options))
+    launch(FinetuneStart(_from_start(options)))
+
+
+def _from_start(options: _OptionsT) -> _OptionsT:
+    """Return the options with the time limit counted from the start of this process, imports included."""
+    if options.time_limit is None:
+        return options
+    return replace(options, time_limit=options.time_limit - (time.monotonic() - _STARTED))

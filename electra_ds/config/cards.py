@@ -269,7 +269,7 @@ def _driver_gpu(line: str) -> DriverGpu | None:
     return None if card is None else DriverGpu(name, card.capability)
 
 
-_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)(a?)")
 
 
 def without_code(gpu: Gpu, hardware: Hardware) -> Problem | None:
@@ -290,11 +290,15 @@ def without_code(gpu: Gpu, hardware: Hardware) -> Problem | None:
 def has_code_for(capability: Capability, architectures: Iterable[str]) -> bool:
     """Return whether a build of torch for these architectures runs on a GPU.
 
-    Machine code (sm_XY) runs within its major version from its minor version on, PTX (compute_XY) on everything newer.
+    Machine code (sm_XY) runs within its major version from its minor version on, PTX (compute_XY) on everything newer,
+    and code for one architecture alone (sm_XYa) on that one.
     """
     for match in filter(None, map(_ARCHITECTURE.match, architectures)):
         target = int(match[2]), int(match[3])
-        if capability >= target and (match[1] == "compute" or capability[0] == target[0]):
+        if match[4]:
+            if capability == target:
+                return True
+        elif capability >= target and (match[1] == "compute" or capability[0] == target[0]):
             return True
     return False
 

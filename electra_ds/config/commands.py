@@ -210,7 +210,7 @@ class ImportOptions(CorpusOptions):
             "what the files may not say",
             "The tensors do not show the number of heads, layer_norm_eps, the activation and the position type. They "
             "are taken from the recipe (--set generator.num_attention_heads=4 model.layer_norm_eps=1e-6) and checked "
-            "against the config.json files that lie next to or above the checkpoint, or that you give.",
+            "against the config.json files that you give, or the recipe of our own export.",
         ),
     }
 

@@ -167,8 +167,9 @@ UNUSED = Unused(
         "compile": {"deepcompile": (), "enabled": ()}, "data_efficiency": None, "data_types": {"grad_accum_dtype": ()},
         "datastates_ckpt": None, "expert_parallel": None, "gradient_allreduce_op": "mean",
         "gradient_predivide_factor": 1.0, "hybrid_engine": {"enabled": ()}, "managed_gradient_accumulation": True,
-        "pipeline": {"stages": (1,)}, "prescale_gradients": False, "seq_parallel_communication_data_type": "fp32",
-        "sequence_parallel_size": 1, "tensor_parallel": {"autotp_size": (0, 1)},
+        "pipeline": {"stages": (1,), "activation_checkpoint_interval": (0,)}, "prescale_gradients": False,
+        "seq_parallel_communication_data_type": "fp32", "sequence_parallel_size": 1,
+        "tensor_parallel": {"autotp_size": (0, 1), "tp": ()},
         "use_data_before_expert_parallelism": False, "weight_quantization": None,
     },
     # Files on NVMe, a buffer of ZeRO's oldest form, the last batch of DeepSpeed's own loader (every batch is full
@@ -214,6 +215,7 @@ PASSED_THROUGH: dict[str, type[Any]] = {
     "steps_per_print": int, "timers": dict, "wall_clock_breakdown": bool, "zero_allow_untested_optimizer": bool,
 }  # fmt: skip
 _JSON_TYPES = {dict: "object", bool: "boolean", int: "whole number", str: "string"}
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 NEVER = 2**31 - 1
 """The `steps_per_print` of a run whose file does not set it: the progress bar reports, not DeepSpeed."""
 
@@ -224,6 +226,10 @@ def parse_passed_through(values: dict[str, Any], found: Findings) -> dict[str, A
     for key, value in given.items():
         if type(value) is not PASSED_THROUGH[key]:
             found.problems.append(f"{key}: {value!r} is not of type {_JSON_TYPES[PASSED_THROUGH[key]]}")
+        elif key == "steps_per_print" and value < 1:
+            found.problems.append(f"{key}: {value} is not a positive whole number")
+        elif key == "log_level" and value.lower() not in _LOG_LEVELS:
+            found.problems.append(f"{key}: {value!r} is not one of {', '.join(_LOG_LEVELS)}")
     return given
 
 

@@ -209,11 +209,10 @@ def parse_zero(values: dict[str, Any], found: Findings) -> dict[str, Any]:
             of_other_stages.append(key)
         elif value is not None:
             given[key] = value
-            kind = int if key in {"stage", *_SIZES, *_STAGE_3_SIZES} else bool
-            if value != "auto" and type(value) is not kind:
-                found.problems.append(
-                    f"{name}: {value!r} is not {'true or false' if kind is bool else 'a whole number'}"
-                )
+            is_size = key in {"stage", *_SIZES, *_STAGE_3_SIZES}
+            is_valid = type(value) is int if is_size else isinstance(value, int) and value in (0, 1)
+            if value != "auto" and not is_valid:
+                found.problems.append(f"{name}: {value!r} is not {'a whole number' if is_size else 'true or false'}")
     if of_other_stages:
         found.notes.append(
             f"at stage {stage} these keys of zero_optimization have no effect: {', '.join(of_other_stages)}"

@@ -163,13 +163,18 @@ def load_finetune_recipe(source: RecipeSource, task: str, overrides: Sequence[st
             f"Recipe {shown_source(source)}: by_task must be a mapping of tasks to dotted keys, such as "
             f"rte: {{schedule.epochs: 10}}."
         )
-    for name in map(str, by_task):
+    known = FinetuneRecipe.dotted_keys()
+    for name, inner in by_task.items():
         if name not in TASKS:
-            hint = did_you_mean(name.lower(), TASKS)
+            hint = did_you_mean(str(name).lower(), TASKS) or f"; tasks are {', '.join(TASKS)}."
             raise ConfigError(f"Recipe {shown_source(source)}: by_task.{name}: there is no such task{hint}")
+        for key in inner:
+            if key not in known:
+                hint = did_you_mean(str(key), known) or "."
+                raise ConfigError(f"Recipe {shown_source(source)}: by_task.{name}: unknown key {key}{hint}")
     for key, value in by_task.get(task, {}).items():
         put_value(values, str(key), value)
-    values = apply_overrides(values, overrides, FinetuneRecipe.dotted_keys())
+    values = apply_overrides(values, overrides, known)
     return validate_recipe(values, shown_source(source), FinetuneRecipe)
 
 

@@ -373,7 +373,9 @@ class FinetuneOptions(RunOptions):
             raise ConfigError("Say what to finetune with --model: a run, a transformers folder, or a name on the Hub.")
         of_task = {name: getattr(self, name) for name in ("data_dir", "hub", "revision")}
         own = {name: getattr(self, name) for name in ("train", "dev", "test", "text", "pair", "label", "label_kind")}
-        if self.task is None and (self.train is None or self.dev is None):
+        if self.task is None and (self.train is None) != (self.dev is None):
+            raise ConfigError(f"Your own examples need --{'dev' if self.dev is None else 'train'} FILE too.")
+        if self.task is None and self.train is None:
             raise ConfigError("Say what to finetune on: --task TASK, or your own examples with --train and --dev.")
         for name, value in (of_task if self.task is None else own).items():
             if value is not None:

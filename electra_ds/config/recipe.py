@@ -6,7 +6,6 @@ see `config/deepspeed.py`. Recipes are YAML files; those in `electra_ds/recipes/
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -362,9 +361,10 @@ def named_values(source: RecipeSource, folder: str = RECIPES, above: tuple[str, 
     if not isinstance(base, str):
         raise ConfigError(f"Recipe {name}: extends takes the name or the path of one recipe, not {base!r}.")
     if base not in shipped_names(folder):
-        base = os.path.normpath(Path(name).parent / base)
+        base = str(Path(name).parent / base)
     above = (*above, name)
-    if base in above:
+    files = {Path(each).resolve() for each in above if each not in shipped_names(folder)}
+    if base in above or Path(base).resolve() in files:
         raise ConfigError(f"Recipe {above[0]} extends itself: {' extends '.join((*above, base))}.")
     inherited = named_values(base, folder, above)
     if "objective" in values:

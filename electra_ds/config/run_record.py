@@ -40,7 +40,7 @@ class RunSettings(Settings):
     keep_at: list[_Count] = field(default_factory=list)
     """Steps whose checkpoints stay, whatever `keep` says."""
     stop_on_collapse: bool = False
-    """True if the run ends where its discriminator has collapsed (pretraining/collapse.py)."""
+    """True if the run ends where its discriminator has collapsed (pretraining/objectives/electra_evaluation.py)."""
 
 
 @dataclass(frozen=True)

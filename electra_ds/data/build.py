@@ -90,7 +90,7 @@ def build_store(
         partial.parent.mkdir(parents=True, exist_ok=True)
         while not out.exists():
             partial.mkdir(exist_ok=True)
-            with _locked(partial) as is_ours:
+            with _locked(partial) as is_ours, _no_empty_folder_after_an_error(partial):
                 if is_ours and out.exists():  # another process has just finished it
                     shutil.rmtree(partial)
                 elif is_ours:
@@ -149,6 +149,16 @@ def trained_from(folder: Path, corpus: Corpus | None = None) -> TokenizerSection
         return TokenizerSection(**marker["section"])
     except (OSError, ValueError, KeyError, TypeError):  # missing, or incomplete after a kill or a full disk
         return None
+
+
+@contextmanager
+def _no_empty_folder_after_an_error(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        if {entry.name for entry in partial.iterdir()} <= {".lock"}:
+            shutil.rmtree(partial)
+        raise
 
 
 @contextmanager

@@ -56,15 +56,19 @@ def load_given_tokenizer(name: str, casing: Casing = _NO_OPTIONS) -> tuple[Token
     """
     fast, notes = _read(name, casing)
     tokenizer = Tokenizer(fast.backend_tokenizer, name, {key: getattr(fast, key) for key in _TOKEN_KEYS})
-    # The special tokens of a WordPiece are in its vocabulary; transformers adds those that are not.
-    is_wordpiece = isinstance(fast.backend_tokenizer.model, models.WordPiece)
-    own = fast.backend_tokenizer.get_vocab(with_added_tokens=not is_wordpiece)
+    # transformers adds the special tokens that a vocab.txt lacks; a tokenizer.json holds its own as added tokens.
+    is_vocabulary = isinstance(fast.backend_tokenizer.model, models.WordPiece) and not _has_json(Path(name))
+    own = fast.backend_tokenizer.get_vocab(with_added_tokens=not is_vocabulary)
     lacking = [token for token in tokenizer.special_tokens.values() if token in tokenizer.added or token not in own]
     if lacking:
         notes.append(
             f"The tokenizer {name} lacked {', '.join(lacking)}; new pieces at the end of its vocabulary serve as them."
         )
     return tokenizer, notes
+
+
+def _has_json(path: Path) -> bool:
+    return path.suffix == ".json" or (path / _JSON).is_file()
 
 
 def _read(name: str, casing: Casing) -> tuple[PreTrainedTokenizerFast, list[str]]:

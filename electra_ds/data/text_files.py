@@ -217,9 +217,10 @@ def _json_documents(path: Path, lines: Iterator[str], text_key: str) -> Iterator
             raise DataError(f"{path}, line {number}: a {type(record).__name__}, not an object. {_JSON_ADVICE}")
         text = record.get(text_key)
         if not isinstance(text, str):
+            what = "no field" if text_key not in record else f"a {type(text).__name__}, not text, in the field"
             raise DataError(
-                f"{path}, line {number}: no text in a field '{text_key}'; its keys are {', '.join(record)}. Name the "
-                f"field with --text-key."
+                f"{path}, line {number}: {what} '{text_key}'; its keys are {', '.join(record)}. Name the field with "
+                f"the text with --text-key."
             )
         yield lines_of(text.encode("utf8", "replace").decode("utf8"))  # a lone surrogate is not text
 
@@ -227,6 +228,10 @@ def _json_documents(path: Path, lines: Iterator[str], text_key: str) -> Iterator
 def _parquet_documents(path: Path, text_key: str, progress: Progress) -> Iterator[list[str]]:
     """Yield one document per row; rows without a text are left out. Progress is counted in rows."""
     try:
+        with path.open("rb") as head:
+            kind = kind_of(head.read(512))
+        if kind and kind.what != "Parquet":
+            raise DataError(f"{path} is {kind.what}, although its name says Parquet. {kind.advice}")
         size, read = path.stat().st_size, 0
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             num_rows = file.metadata.num_rows

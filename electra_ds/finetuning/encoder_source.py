@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -201,10 +202,16 @@ def load_weights(
     """
     advice = "config.json or the weights may be damaged. Fetch or export it again, with weights in model.safetensors."
     with explained(f"the weights of {name}", advice), silent_transformers():
-        model, info = kind.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, weights_only=True,
-            trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+        try:
+            model, info = kind.from_pretrained(
+                folder, config=config, dtype=torch.float32, local_files_only=True, weights_only=True,
+                trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+        except pickle.UnpicklingError as error:  # whose text advises to run what is in it
+            raise DataError(
+                f"The weights of {name} are damaged, or their pickle holds more than tensors, and it is not opened. "
+                f"Fetch them again, or take a copy with model.safetensors."
+            ) from error
     return model, {
         _MISSING: set(info["missing_keys"]),
         _UNKNOWN: set(info["unexpected_keys"]),

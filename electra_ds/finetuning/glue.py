@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from electra_ds.core.errors import DataError, did_you_mean
-from electra_ds.finetuning.tasks import Examples, Table, Task, TaskData, kind_of_set, read_jsonl, read_table, task_data
+from electra_ds.finetuning.tasks import Examples, Table, Task, TaskData, kind_of_set, read_jsonl, read_tsv, task_data
 
 _NLI = ("entailment", "neutral", "contradiction")
 _ENTAILED = ("entailment", "not_entailment")
@@ -164,7 +164,7 @@ def _read_set(task: Task, set_name: str, path: Path, notes: list[str]) -> Exampl
         columns = _MNLI_JSON if "premise" in table.frame else columns
     else:
         header = _COLA_HEADER if task.name == "cola" and has_labels else None
-        table = read_table(path, "\t", is_quoted=False, header=header, wanted=columns)
+        table = read_tsv(path, header=header, wanted=columns)
     if has_labels and task.name in _UNLABELLED:
         has_label = [label != _UNLABELLED[task.name] for label in table.column(columns.label)]
         if missing := has_label.count(False):

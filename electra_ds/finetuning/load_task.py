@@ -32,8 +32,8 @@ from electra_ds.finetuning.tasks import (
     TaskData,
     kind_of_set,
     listed,
+    read_csv,
     read_jsonl,
-    read_table,
     task_data,
 )
 
@@ -221,7 +221,7 @@ class _Columns(NamedTuple):
 def _read_own(path: Path) -> Table:
     suffix = path.suffix.lower()
     if suffix in _DELIMITERS:
-        return read_table(path, _DELIMITERS[suffix], is_quoted=True)
+        return read_csv(path, _DELIMITERS[suffix])
     if suffix in _JSON_SUFFIXES:
         return read_jsonl(path)
     raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,21 +174,43 @@ class Table:
         return values
 
 
-def read_table(
-    path: Path,
-    delimiter: str,
-    *,
-    is_quoted: bool,
-    header: Sequence[str] | None = None,
-    wanted: Collection[str | None] | None = None,
-) -> Table:
-    """Read a file with one row on each line; fields that a row lacks at its end are empty.
+def read_csv(path: Path, delimiter: str) -> Table:
+    """Read a file whose first line names the columns, with fields quoted as spreadsheets and pandas write them.
 
-    is_quoted: fields are quoted as spreadsheets and pandas write them, and no row may have more fields than the header.
-    Otherwise, as in the loader of GLUE on the Hub, quotes are characters like any other, and further fields are
-    ignored. header: the columns' names if the file has no line of them. wanted: the columns to keep.
+    Raises DataError for a file that cannot be read, and for a row that is longer or shorter than the first line.
+    """
+    limit = csv.field_size_limit(sys.maxsize)  # which is 131,072 characters otherwise
+    line = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            rows = []
+            for row in filter(None, reader):  # blank lines
+                line = reader.line_num
+                rows.append(row)
+                if len(row) != len(rows[0]):
+                    raise csv.Error(f"{len(row)} fields, and the first line has {len(rows[0])}")
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path) from error
+    except csv.Error as error:
+        raise _not_a_table(path, f"line {line or 1}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    if not rows:
+        raise DataError(f"{path} is empty. Its first line must name the columns.")
+    if len(set(rows[0])) < len(rows[0]):
+        raise DataError(f"{path}: two columns have the same name in {', '.join(rows[0])}. Rename one.")
+    return Table(str(path), pd.DataFrame(rows[1:], columns=rows[0]))
 
-    Raises DataError for a file that cannot be read.
+
+def read_tsv(path: Path, *, header: Sequence[str] | None = None, wanted: Collection[str | None] | None = None) -> Table:
+    """Read a file with one row on each line, as the loader of GLUE on the Hub does: quotes are characters like any
+    other, fields that a row lacks at its end are empty, and further fields are ignored.
+
+    header: the columns' names if the file has no line of them. wanted: the columns to keep. Raises DataError for a file
+    that cannot be read.
     """
     columns: Any = None
     if header is not None:
@@ -196,9 +219,8 @@ def read_table(
         columns = lambda name: name in wanted  # noqa: E731  # a list would have to be complete
     try:
         frame = pd.read_csv(
-            path, sep=delimiter, dtype=str, keep_default_na=False, encoding="utf-8-sig", names=header,
-            quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE,
-            usecols=columns, index_col=None if columns is None else False,
+            path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig", names=header,
+            quoting=csv.QUOTE_NONE, usecols=columns, index_col=False,
         )  # fmt: skip
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
@@ -208,8 +230,6 @@ def read_table(
         raise DataError(f"{path} is empty. Its first line must name the columns.") from error
     except pd.errors.ParserError as error:
         raise _not_a_table(path, str(error)) from error
-    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first column as names of rows then
-        raise _not_a_table(path, "the first row has more fields than the header")
     return Table(str(path), frame)
 
 

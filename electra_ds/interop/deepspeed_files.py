@@ -161,8 +161,9 @@ def load_file(path: Path) -> Any:
         reason = str(error)
         if reason.startswith("Weights only load failed"):  # then comes advice to load the file without restriction
             reason = reason.partition("\n\n")[2].strip()
+        reason = (reason.splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
-            f"{path} cannot be read: {(reason.splitlines() or [type(error).__name__])[0]} It is damaged, or was not "
+            f"{path} cannot be read: {reason}. It is missing, damaged, or was not "
             f"written by DeepSpeed 0.19.8 alone. Copy it again from where it was saved."
         ) from error
 

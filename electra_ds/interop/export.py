@@ -51,9 +51,14 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
 
 def check_out(out: Path) -> None:
     """Raise CheckpointError unless a folder can be made there, or an empty one be replaced."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    try:
+        is_other = out.is_symlink() or (out.exists() and not out.is_dir())
+        is_full = out.is_dir() and any(out.iterdir())
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise CheckpointError(f"Cannot write to {out}: {error.strerror}. Give another --out.") from error
+    if is_other:
         raise CheckpointError(f"{out} is a link or a file, and an export is a folder. Give another --out.")
-    if out.is_dir() and any(out.iterdir()):
+    if is_full:
         raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
 
 

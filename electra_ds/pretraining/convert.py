@@ -86,7 +86,7 @@ def _under_their_names(tensors: Mapping[str, torch.Tensor], network: str) -> Ite
 
 def from_generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors of `ElectraForMaskedLM` under our names, without the decoder's weight, which is the token table's
-    and has no name of its own. Raises KeyError for a name that is none of transformers'."""
+    and has no name of its own. Other heads are left out."""
     return dict(_under_our_names(tensors, "generator"))
 
 
@@ -108,7 +108,7 @@ def _under_our_names(tensors: Mapping[str, torch.Tensor], network: str) -> Itera
                 yield f"{layer}.{_OUR_LAYERS[part]}.{kind}", tensor
         elif module.startswith("electra."):
             yield f"{network}.{name.removeprefix('electra.')}", tensor
-        elif name != _TIED and (network == "generator" or module in _OUR_HEADS):
+        elif name != _TIED and _OUR_HEADS.get(module, "").startswith(f"{network}_head"):
             yield f"{_OUR_HEADS[module]}.{kind}", tensor
 
 
@@ -145,11 +145,12 @@ def _other_framework(path: Path, name: str) -> str | None:
     """Return the kind of weights and how to convert them, or None for anything else."""
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
+        prefix = _tensorflow_prefix(path)
     except OSError:  # the error is reported when the file is read
         return None
     if any(file.match(pattern) for file in files for pattern in _OURS):
         return None
-    if prefix := _tensorflow_prefix(path):
+    if prefix:
         return (
             f"a TensorFlow checkpoint, as google-research/electra writes it; PyTorch weights are needed. In another "
             f"environment: pip install 'transformers<5' torch tensorflow, then\n"
@@ -159,13 +160,13 @@ def _other_framework(path: Path, name: str) -> str | None:
             f"Write NEW/config.json first: take that of google/electra-small-discriminator on the Hub, with this "
             f"model's sizes. Put the model's vocab.txt into NEW too."
         )
-    for pattern, kind in _GRAPHS.items():
-        if any(file.match(pattern) for file in files):
-            return f"{kind}, which is a graph and not only weights. Convert the checkpoint that it was made from."
     for pattern, (framework, package, switch) in _BY_TRANSFORMERS.items():
         if any(file.match(pattern) and file.is_file() for file in files):
             source = path if path.is_dir() else path.parent
             return f"a model with {framework} weights only. {_by_older_transformers(str(source), package, switch)}"
+    for pattern, kind in _GRAPHS.items():
+        if any(file.match(pattern) for file in files):
+            return f"{kind}, which is a graph and not only weights. Convert the checkpoint that it was made from."
     if is_hub_model(name) and any(file.name == "config.json" for file in files):  # such weights are never downloaded
         advice = _by_older_transformers(name, "tensorflow", "from_tf")
         return f"a model without PyTorch weights. If its page lists tf_model.h5, convert that: {advice}"

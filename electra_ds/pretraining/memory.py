@@ -141,7 +141,7 @@ def saved_bytes(
 ) -> SavedBytes:
     """Return the bytes for a micro-batch of full rows with as many selected positions as are usual at the most.
 
-    precision: one of `config.precision.Precision`'s names.
+    precision: one of `config.deepspeed_sections.Precision`'s names.
     """
     return _Sizes(electra_recipe(recipe), vocab_size, micro_batch_size, precision, kernels, checkpointed_layers).saved()
 

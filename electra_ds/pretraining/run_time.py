@@ -80,12 +80,6 @@ def step_flops(
     )
 
 
-def encoder_flops(config: EncoderConfig, lengths_B: Sequence[int] | np.ndarray) -> int:
-    """Return the FLOPs of an encoder's forward and backward pass, as finetuning has it."""
-    tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
-    return _PASSES * (_encoder(config, tokens) + _attention(config, pairs) + _projection(config, tokens))
-
-
 def _encoder(config: EncoderConfig, tokens: int) -> int:
     """Query, key, value and output, then the feed-forward's two."""
     hidden, inner = config.hidden_size, config.intermediate_size

@@ -129,6 +129,11 @@ def read_run(path: Path) -> ScoredRun:
         raise CheckpointError(f"Cannot read {file}: {error.strerror}.") from error
     except ValidationError as error:
         first = error.errors()[0]
+        if "metrics" in first["loc"] and first["input"] is None:
+            raise CheckpointError(
+                f"{file}: {first['loc'][-1]} is not a finite number. The finetuning has failed: repeat it, or leave "
+                f"the run out."
+            ) from error
         place = "".join(f"{each}: " for each in first["loc"])
         raise CheckpointError(
             f"{file} is damaged, or of another version: {place}{first['msg']}. Finetune it anew, or leave it out."
@@ -142,6 +147,8 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
     Raises CheckpointError if one cannot be read, or none has finished, and ConfigError if two runs of the same
     model, recipe, task and seed differ.
     """
+    if not paths:
+        raise ConfigError("There are no runs to report. Give the directories of finetuning runs.")
     runs: dict[tuple, ScoredRun] = {}
     given = list({path.resolve(): path for path in paths}.values())
     finished = [path for path in given if (path / "scores.json").exists()] or given  # if none has, reading says so

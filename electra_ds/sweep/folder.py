@@ -352,8 +352,11 @@ class SweepFolder:
         """Return whether a process of this machine has it locked."""
         if not (self.path / ".lock").exists():
             return False
-        with (self.path / ".lock").open() as lock:
-            return not _could_lock(lock, fcntl.LOCK_SH)
+        try:
+            with (self.path / ".lock").open() as lock:
+                return not _could_lock(lock, fcntl.LOCK_SH)
+        except OSError:  # a file system without locks
+            return False
 
     def ask_to_stop(self) -> None:
         """Let the trials that run save and leave, and no other begin."""

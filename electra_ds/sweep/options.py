@@ -94,7 +94,7 @@ def value_problem(stage: str, name: str, value: Any) -> str:
     if wrong := [each for each in named if not isinstance(each, str) or not each.strip()]:
         return f"is a name or a path, and not {wrong[0]!r}"
     try:
-        KINDS[stage].of({name: _switch_text(name, value)})
+        KINDS[stage].of({name: _as_given(stage, name, value)})
     except ConfigError as error:
         return str(error).splitlines()[1].strip().removeprefix(f"{name}: ")
     return ""
@@ -102,7 +102,7 @@ def value_problem(stage: str, name: str, value: Any) -> str:
 
 def check_options(stage: str, options: Mapping[str, Any]) -> None:
     """Raise ConfigError if options cannot go together, and DataError if their examples on this machine are wrong."""
-    found = KINDS[stage].of({name: _switch_text(name, value) for name, value in options.items()})
+    found = KINDS[stage].of({name: _as_given(stage, name, value) for name, value in options.items()})
     found.check()
     if isinstance(found, FinetuneOptions) and (problem := _examples_problem(found.task, found.source())):
         raise DataError(problem)
@@ -122,23 +122,28 @@ def _examples_problem(task: str | None, source: TaskSource) -> str:
     return ""
 
 
-def words(name: str, value: Any) -> list[str]:
+def words(stage: str, name: str, value: Any) -> list[str]:
     """Return an option as it stands on the command line; nothing for null and for a flag that is not set."""
-    of, value = _KNOWN[name], _switch_text(name, value)
+    of, value = _KNOWN[name], _as_given(stage, name, value)
     assert of.flag is not None
     if value is None or (value is False and not of.off):
         return []
     if isinstance(value, bool):
         return [of.flag if value else of.off]
     if isinstance(value, list) and any(isinstance(each, list) for each in value):
-        return [word for each in value for word in words(name, each)]  # several corpora
+        return [word for each in value for word in words(stage, name, each)]  # several corpora
     return [of.flag, *map(str, value if isinstance(value, list) else [value])]
 
 
-def _switch_text(name: str, value: Any) -> Any:
-    """Return the text that true or false stands for in some options, and any other value as it is."""
-    on = _KNOWN[name].on
-    return (on if value else "off") if on and isinstance(value, bool) else value
+def _as_given(stage: str, name: str, value: Any) -> Any:
+    """Return a value as the command takes it: 8 for 8.0, a number as text where an option is text, on or off."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool):
+        on = _KNOWN[name].on
+        return (on if value else "off") if on else value
+    is_text = isinstance(value, int | float) and value_type(KINDS[stage], name) is str
+    return str(value) if is_text else value
 
 
 def _flattened(value: Any) -> list[Any]:
@@ -179,8 +184,8 @@ def without_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
 
 def with_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
     """Return the reverse of `without_folder`; what is no copy stays as it is."""
-    is_kept = isinstance(value, str) and value.startswith(f"{INPUTS}/") and (folder / value).exists()
-    return str(folder.absolute() / value) if is_kept else value
+    is_kept = _is_settings(name) and isinstance(value, str) and value.startswith(f"{INPUTS}/")
+    return str(folder.absolute() / value) if is_kept and (folder / value).is_file() else value
 
 
 def moved_along(home: Path, folder: Path, stage: str, name: str, value: Any) -> Any:

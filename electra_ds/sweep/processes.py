@@ -117,7 +117,7 @@ def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str
     """
     run, threads = folder.trial(trial.key).run, spec.resources.cpus
     if run.exists():
-        flags = [word for name in _RESUMED for word in words(name, trial.options.get(name))]
+        flags = [word for name in _RESUMED for word in words(trial.stage, name, trial.options.get(name))]
         return ["--resume", str(run.path), *flags, *trial.ending(), "--threads", str(threads)]
     arguments = replace(trial, options=folder.now(trial.stage, trial.options)).arguments(threads)
     if trial.options.get("wandb") not in (None, False, "off") and trial.options.get("wandb_group") is None:

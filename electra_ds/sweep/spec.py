@@ -45,7 +45,7 @@ def _unique(values: list[Value]) -> list[Value]:
     return values
 
 
-_Share = Annotated[float, Field(gt=0, le=1)]
+_Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 _Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 _VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]*$")]
 

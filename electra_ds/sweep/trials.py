@@ -76,7 +76,9 @@ class Trial:
     @cached_property
     def digest(self) -> str:
         """The digest of all that the outcome depends on. How it is run and what things are called do not count."""
-        own = {name: words(name, value) for name, value in self.options.items() if name not in HOW | {"recipe"}}
+        own = {
+            name: words(self.stage, name, value) for name, value in self.options.items() if name not in HOW | {"recipe"}
+        }
         if self.stage == "finetune" and not (self.options.get("best") or self.options.get("early_stopping")):
             own.pop("eval_every", None)
         recipe = self.recipe.model_dump(mode="json", exclude={"name", "description"})
@@ -92,7 +94,7 @@ class Trial:
 
     def arguments(self, threads: int) -> list[str]:
         """Return the command's arguments for a new run, without its directory and a model that is pretrained first."""
-        given = [word for name, value in self.options.items() for word in words(name, value)]
+        given = [word for name, value in self.options.items() for word in words(self.stage, name, value)]
         given += ["--seed", str(self.seed)]
         if self.settings:
             given += ["--set", *as_overrides(self.settings)]

@@ -154,7 +154,7 @@ def _describe(path: Path) -> Listed:
             stage=plan.get("zero_optimization", {}).get("stage", 0),
             ranks=record["world_size"],
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged
         return found
 
 

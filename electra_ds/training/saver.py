@@ -67,8 +67,9 @@ class CheckpointSaver:
                 self.published = pending.final
         except Exception as error:  # to be raised where the training thread next looks
             self._error = error
-        if self._error is not None or None in shards:
-            pending.discard()  # on every rank: one may have a disk of its own
+        # On every rank, which may have a disk of its own. A rank that lost the others leaves the files to them.
+        if shards and (self._error is not None or None in shards):
+            pending.discard()
 
     @property
     def has_failed(self) -> bool:

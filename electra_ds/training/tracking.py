@@ -240,8 +240,10 @@ class _Wandb(_Tracker):
         folder.mkdir(exist_ok=True)  # where it is missing, wandb takes the system's temporary folder
         self._state = folder / "rows.json"
         first_step, self._repeated = resume_step + 1, 0
-        if self._state.exists():
+        before = None
+        with contextlib.suppress(OSError, ValueError):  # missing, or cut off by a kill
             before = json.loads(self._state.read_text("utf8"))
+        if before:
             if not before["finished"]:
                 first_step = max(1, first_step - _LOST_ROWS)
             self._repeated = before["repeated"] + max(0, reached + 1 - first_step)

@@ -22,7 +22,7 @@ from electra_ds.core.errors import DataError
 from electra_ds.finetuning.glue import GLUE, OFFICIAL_ROWS, load_glue
 from electra_ds.finetuning.load_task import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_glue_hub, load_own
 from electra_ds.finetuning.metrics import score
-from electra_ds.finetuning.tasks import Examples, Task, TaskData, read_table
+from electra_ds.finetuning.tasks import Examples, Task, TaskData, read_tsv
 from tests.helpers import SHARED_DATA
 
 REAL = SHARED_DATA / "glue"
@@ -335,7 +335,7 @@ def test_any_text_survives_a_tsv(
 ) -> None:
     path = tmp_path_factory.mktemp("tsv") / "a.tsv"
     write_tsv(path, (["a", "b"], [list(row) for row in rows]), end, bom)
-    table = read_table(path, "\t", is_quoted=False, wanted=["b", "a", "c"])
+    table = read_tsv(path, wanted=["b", "a", "c"])
     assert list(zip(table.column("a"), table.column("b"), strict=True)) == rows
 
 
