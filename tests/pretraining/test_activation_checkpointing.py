@@ -224,10 +224,10 @@ def test_a_number_is_taken_as_it_is_and_deepspeed_reads_the_same(section: dict[s
 @pytest.mark.parametrize(
     ("section", "note"),
     [
-        ("auto", "sets no number, so the backward pass recomputes all 3"),
-        ({}, "sets no number, so the backward pass recomputes all 3"),
-        ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "sets no number, so the backward pass recomputes all 3"),
-        ({"number_checkpoints": None, "profile": "auto"}, "sets no number, so the backward pass recomputes all 3"),
+        ("auto", "so the backward pass recomputes all 3"),
+        ({}, "so the backward pass recomputes all 3"),
+        ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "so the backward pass recomputes all 3"),
+        ({"number_checkpoints": None, "profile": "auto"}, "so the backward pass recomputes all 3"),
         ({"number_checkpoints": 100}, "is 100, which is treated as all of the recipe's 3"),
     ],
 )  # fmt: skip
