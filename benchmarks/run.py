@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.suite import Settings, Suite
-from electra_ds.config.cards import check_gpu, look
+from electra_ds.config.cards import check_gpu, detect_hardware
 from electra_ds.config.overrides import load_recipe
 from electra_ds.config.run_record import versions
 from electra_ds.core import devices
@@ -49,7 +49,7 @@ def measure(
         if ranks.world_size > 1:
             raise ConfigError(f"{command('bench')} measures one process; start it without a launcher.")
         device = devices.device(ranks.launch)
-        check_gpu(look(torch), device.index)
+        check_gpu(detect_hardware(torch), device.index)
         on_gpu = device.type == "cuda"
         threads = devices.set_threads(threads, ranks.launch)
         settings = Settings(

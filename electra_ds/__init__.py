@@ -1,7 +1,7 @@
-"""ELECTRA pretraining through DeepSpeed, with the sweeps that a study needs around it.
+"""ELECTRA pretraining with DeepSpeed, and the sweeps that a study needs.
 
-The functions below are the commands, for Python; docs/python.md shows them. Each is imported when it is first used, so
-that `import electra_ds` does not wait for torch.
+The functions below are the Python API, one per command; docs/python.md shows how to use them. Each is imported on first
+use, so that `import electra_ds` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from electra_ds.training.callbacks import Callback as Callback
 
 __version__ = "0.1.0"
-_HOMES = {
+_MODULES = {
     "pretrain": "api.pretrain", "finetune": "api.finetune", "build_data": "api.stores", "export": "api.export",
     "import_checkpoint": "api.export", "plan": "api.plan", "Run": "api.run", "load_recipe": "config.overrides",
     "Recipe": "config.recipe", "FinetuneRecipe": "config.finetune_recipe", "PretrainOptions": "config.options",
@@ -43,16 +43,16 @@ _HOMES = {
     "report_runs": "api.reports", "run_sweep": "api.reports", "Callback": "training.callbacks",
     "Objective": "pretraining.objectives.base",
 }  # fmt: skip
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

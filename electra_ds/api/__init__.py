@@ -1,4 +1,4 @@
-"""The Python API, which the commands call too. `import electra_ds` offers it lazily.
+"""The Python API, which the commands use too. `electra_ds` loads it lazily.
 
-This room and `cli/` import inside functions what takes seconds and is not needed by every call.
+This package and `cli/` import modules inside functions if they take seconds and not every call needs them.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints out and in: transformers folders, DeepSpeed's own checkpoints, and runs made of these."""
+"""Export checkpoints as transformers folders or native DeepSpeed checkpoints, and import the latter as runs."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def export(
     ds_config: str | Path | None = None,
     encoder_only: bool = False,
 ) -> Path:
-    """Write a trained model as transformers folders, or as DeepSpeed's own checkpoint, and return the folder.
+    """Write a trained model as transformers folders, or as a native DeepSpeed checkpoint, and return the folder.
 
-    A pretraining's folder has `discriminator/` and `generator/`; a finetuned model's is one for `from_pretrained`.
+    A pretraining's folder has `discriminator/` and `generator/`; load a finetuned model's with `from_pretrained`.
 
     Args:
         run: a `Run`, its directory, or one of its checkpoints.
-        out: the folder to make. By default RUN/export, or RUN/native for DeepSpeed.
-        to: `deepspeed` writes weights and optimizer of a pretraining for as many ranks as call this.
+        out: the folder to create. By default RUN/export, or RUN/native for DeepSpeed.
+        to: `deepspeed` writes a pretraining's weights and optimizer for the number of ranks that call this.
         ds_config: for `deepspeed`, the JSON with the ZeRO stage and precision. By default the run's.
-        encoder_only: whether a finetuned model is written without its head.
+        encoder_only: write a finetuned model without its head.
 
     Raises:
-        CheckpointError: there is nothing to export, or `out` already holds something.
-        ConfigError: no class of transformers computes what was trained, or the JSON cannot be used here.
+        CheckpointError: there is nothing to export, or `out` is not empty.
+        ConfigError: transformers has no class for the trained model, or the JSON cannot be used here.
 
     Example:
         >>> import electra_ds
@@ -63,7 +63,7 @@ _FOLDERS = {"transformers": "export", "deepspeed": "native"}
 
 
 def exported(options: ExportOptions) -> str:
-    """Do what `export` does, and return what to do with the folder."""
+    """Export as `export` does, and return a message on how to use the folder."""
     is_finetuned = _is_finetuned(options.run)
     if options.encoder_only and not is_finetuned:
         raise ConfigError(
@@ -73,7 +73,7 @@ def exported(options: ExportOptions) -> str:
     if options.to == "deepspeed":
         if is_finetuned:
             raise ConfigError(
-                f"--to deepspeed is for runs of {command('pretrain')}, and {options.run} is one of "
+                f"--to deepspeed is for runs of {command('pretrain')}, but {options.run} is a run of "
                 f"{command('finetune')}."
             )
 
@@ -83,7 +83,7 @@ def exported(options: ExportOptions) -> str:
             told = export_deepspeed(options.run, options.out, options.ds_config, ranks)
             return told if ranks.is_main else ""
     if options.ds_config is not None:
-        raise ConfigError("--ds-config is for --to deepspeed; transformers' folders know no DeepSpeed JSON.")
+        raise ConfigError("--ds-config works only with --to deepspeed; transformers folders have no DeepSpeed JSON.")
     if is_finetuned:
         from electra_ds.interop.export_finetuned import export_finetuned
 
@@ -97,7 +97,7 @@ def exported(options: ExportOptions) -> str:
 def _is_finetuned(run_or_checkpoint: Path) -> bool:
     try:
         return RunDirectory(run_or_checkpoint).kind() == "finetune"
-    except CheckpointError:  # the export says what is wrong with it
+    except CheckpointError:  # the export reports the problem
         return False
 
 
@@ -111,13 +111,13 @@ def import_checkpoint(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     **more: Any,
 ) -> Run:
-    """Make a run of a checkpoint that DeepSpeed wrote, to be resumed, and return it.
+    """Turn a native DeepSpeed checkpoint into a run that can be resumed, and return the run.
 
     Args:
         native: the checkpoint's folder.
-        run_dir: the directory of the run to make.
-        recipe: the recipe that it was trained by. By default that of our own export.
-        data: the token store that it was trained on. By default that of the exported run.
+        run_dir: the directory of the run to create.
+        recipe: the recipe that it was trained with. By default the one in our own export.
+        data: the token store that it was trained on. By default the exported run's.
         ds_config: the DeepSpeed JSON with which the run continues.
         overrides: changed values of the recipe by dotted key.
         more: any other field of `ImportOptions`, such as `frozen=[...]`.
@@ -136,7 +136,7 @@ def import_checkpoint(
 
 
 def imported(options: ImportOptions) -> str:
-    """Do what `import_checkpoint` does, and return how to resume the run."""
+    """Import as `import_checkpoint` does, and return a message on how to resume the run."""
     from electra_ds.interop.deepspeed_checkpoint import read_deepspeed_checkpoint
     from electra_ds.interop.deepspeed_files import find_files
     from electra_ds.interop.import_deepspeed import folder_of_export, import_deepspeed, store_of_export
@@ -150,8 +150,8 @@ def imported(options: ImportOptions) -> str:
     has_data = options.data is not None or options.gives_corpus()
     if export is None and (options.recipe is None or not has_data):
         raise ConfigError(
-            f"{files.folder} does not come with recipe and data, as an export of ours does. Say what it was trained "
-            f"by with --recipe, and on what text with --data or --corpus and --tokenizer."
+            f"{files.folder} has no recipe and data, which only our own exports include. Give the recipe that it was "
+            f"trained with as --recipe, and the text with --data, or with --corpus and --tokenizer."
         )
     overrides = with_seed(options.overrides, options.seed)
     recipe = load_recipe(options.recipe or str(export and export / "recipe.yaml"), overrides)
@@ -162,7 +162,7 @@ def imported(options: ImportOptions) -> str:
     with join_ranks() as ranks:
         if ranks.world_size > 1:
             raise ConfigError(
-                "One process imports a checkpoint, of however many ranks it is: start it without torchrun."
+                "A single process imports a checkpoint, whatever its number of ranks: start it without torchrun."
             )
         plan = plan_new(wanted, recipe, run, ranks)
         checkpoint = read_deepspeed_checkpoint(files, options.frozen or ())

@@ -1,4 +1,4 @@
-"""Finetune an encoder on a task: a run from its options to its scores."""
+"""Finetune an encoder on a task: a run, from its options to its scores."""
 
 from __future__ import annotations
 
@@ -54,28 +54,28 @@ def finetune(
     quiet: bool = False,
     **more: Any,
 ) -> Run:
-    """Finetune an encoder on a task, or resume such a run, and return the run, whose `scores` say what came of it.
+    """Finetune an encoder on a task, or resume a finetuning, and return the run, whose results are in `scores`.
 
     Args:
         model: a `Run` or its directory, a transformers folder, or a name on the Hub.
-        task: a task of GLUE or SQuAD such as `mrpc`. Without one, `train` and `dev` name examples of your own.
+        task: a task of GLUE or SQuAD such as `mrpc`. Without one, give your own examples as `train` and `dev`.
         recipe: a shipped name such as `rc2020`, a path, a mapping, or a `FinetuneRecipe`. By default rc2020 with a
             task and `own` without one.
         ds_config: a shipped DeepSpeed JSON such as `cpu`, or a path. By default the one for this hardware.
-        data_dir: official files of the task. By default it comes from the Hub.
+        data_dir: the folder with the task's official files. By default they come from the Hub.
         train: your own training examples: CSV, TSV or JSON lines.
-        dev: your own examples to score by.
+        dev: your own examples to evaluate on.
         run_dir: the directory of the new run. By default runs/TASK-RECIPE-sSEED-TIME.
         resume: the directory of a run to resume.
         overrides: changed values of the recipe by dotted key, `{"schedule.epochs": 5}`.
         seed: the seed of the head, the order of the examples and dropout.
-        options: any of the command's options; what is given by name takes precedence.
-        callbacks: called while the run trains; they can read, log and stop (`electra_ds.Callback`).
-        quiet: whether nothing is printed.
+        options: the command's options; keyword arguments take precedence.
+        callbacks: called while the run trains, to monitor, log or stop it (`electra_ds.Callback`).
+        quiet: print nothing.
         more: any other field of `FinetuneOptions`, such as `label="stars"`, `best=True` or `predict_test=True`.
 
     Raises:
-        ConfigError: options, recipe, task and model do not go together; the message names each problem.
+        ConfigError: options, recipe, task and model do not fit together; the message lists each problem.
         DataError: the examples or the model cannot be read.
         CheckpointError: the run cannot be resumed or written.
         TrainingError: training cannot continue.
@@ -138,7 +138,7 @@ class FinetuneStart(Launch[FinetuneOptions]):
         check_same_examples(self.job, self.ranks)
 
     def _read_in_turns(self) -> tuple[TaskData | SquadData, EncoderSource]:
-        """Read the task and the encoder, on the main rank first: what it downloads, the others find."""
+        """Read the task and the encoder, on the main rank first, so that the others find what it downloads."""
         for is_turn in (self.ranks.is_main, not self.ranks.is_main):
             with self.ranks.fail_together():
                 if is_turn:

@@ -1,4 +1,4 @@
-"""The way from a command's options to a finished run, the same for pretraining and finetuning, and its display."""
+"""Running a command's options to a finished run, the same way for pretraining and finetuning, and its display."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def given_options(kind: type[AnyOptions], options: AnyOptions | None, given: Mapping[str, Any]) -> AnyOptions:
-    """Return the options of a call: those given by name, over `options`. Raises ConfigError for one that is unknown."""
+    """Return a call's options: keyword arguments over `options`. Raises ConfigError for an unknown one."""
     values = {name: value for name, value in given.items() if value is not None}
     if overrides := values.pop("overrides", None):
         values["overrides"] = as_overrides(overrides)
@@ -43,7 +43,7 @@ def given_options(kind: type[AnyOptions], options: AnyOptions | None, given: Map
 
 
 class Launch(ABC, Generic[OptionsT]):
-    """One start of a run. Its methods are called in the order in which they stand here, by all ranks."""
+    """One start of a run. All ranks call its methods, in the order in which they are defined here."""
 
     kind: Literal["pretrain", "finetune"]
     run: RunDirectory
@@ -52,16 +52,16 @@ class Launch(ABC, Generic[OptionsT]):
     callbacks: Sequence[Callback]
 
     def __init__(self, options: OptionsT) -> None:
-        """Read the recipe of a new run. `launch` sets what else the methods need. Raises ConfigError."""
+        """Read the recipe of a new run. `launch` sets the attributes that the methods need. Raises ConfigError."""
         self.options = options
         self.is_new = options.resume is None
 
     @abstractmethod
     def default_path(self) -> Path:
-        """Return the directory of a new run for which none is given."""
+        """Return the default directory of a new run."""
 
     def is_finished(self) -> bool:
-        """Return whether nothing of a resumed run is left to do."""
+        """Return whether a resumed run has nothing left to do."""
         return prepare.is_finished(self.run, self.kind, self.ranks)
 
     @abstractmethod
@@ -74,11 +74,11 @@ class Launch(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def show(self) -> None:
-        """Print what a run would do, in place of everything below."""
+        """Print what a run would do, for a dry run, which calls none of the methods below except `run_time`."""
 
     @abstractmethod
     def run_time(self) -> RunTime | None:
-        """Return how long the run is predicted to take; None for a GPU whose rates are not known."""
+        """Return the predicted time of the run; None for a GPU whose rates are unknown."""
 
     @property
     @abstractmethod
@@ -86,23 +86,23 @@ class Launch(ABC, Generic[OptionsT]):
         """The step at which the run ends."""
 
     def build(self) -> None:  # a finetuning has read its examples by now
-        """Build what the run reads."""
+        """Build the data that the run reads."""
 
     @abstractmethod
     def train(self, time_limit_s: float | None) -> bool:
-        """Announce and do the training in the run directory, which is held; return False if time was up first."""
+        """Announce the run and train in the locked run directory; return False if it stopped before `stop_at`."""
 
     @abstractmethod
     def say_end(self) -> None:
-        """Report what was learned, on the main rank."""
+        """Report the results, on the main rank."""
 
 
 def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequence[Callback] = ()) -> Run:
-    """Start or resume a run, and return it once it has ended or stopped. To be called by all ranks.
+    """Start or resume a run, and return it once it has ended or stopped. All ranks must call it.
 
-    console: shows progress and log; by default the terminal. callbacks: called besides its display.
+    console: shows progress and log; by default the terminal. callbacks: called in addition to the display.
 
-    Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and other errors of the project.
+    Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and the package's other errors.
     """
     began, options = time.monotonic(), start.options
     with join_ranks() as ranks, contextlib.ExitStack() as held:
@@ -132,7 +132,7 @@ def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequen
 def refuse_years(options: RunOptions, predict: Callable[[], RunTime | None], ranks: Ranks) -> None:
     """Raise ConfigError for a run that may take a year or more, unless `yes` or a `time_limit` is given.
 
-    To be called by all ranks. predict: measures this machine, so it is called only where its answer matters.
+    All ranks must call it. predict: takes measurements on this machine, so it is called only if needed.
     """
     with ranks.fail_together():
         if not ranks.is_main or options.yes or options.time_limit is not None:
@@ -141,19 +141,19 @@ def refuse_years(options: RunOptions, predict: Callable[[], RunTime | None], ran
         if time is not None and time.may_take_years:
             raise ConfigError(
                 f"This run is predicted to take {time} on this machine. Choose a smaller recipe or model, or "
-                f"fewer steps. To start it anyway, add --yes."
+                f"fewer steps, or add --yes to start it anyway."
             )
 
 
 def _say_dry_run(time: RunTime | None, steps: int) -> None:
     if time is not None and time.may_take_years:
-        _log.info("Such a run starts only with --yes.")
-    told = "not predicted for this GPU, whose rates are not known" if time is None else f"predicted to take {time}"
-    _log.info(f"time: {steps:,} steps, {told}\nDry run: nothing was written and nothing was started.")
+        _log.info("A run this long starts only with --yes.")
+    shown = "no prediction for this GPU, whose rates are unknown" if time is None else f"predicted to take {time}"
+    _log.info(f"time: {steps:,} steps, {shown}\nDry run: nothing was written and nothing was started.")
 
 
 class ConsoleDisplay(Callback):
-    """A progress bar with ETA on a terminal, a line now and then elsewhere."""
+    """Shows a progress bar with ETA on a terminal, and a line from time to time elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -1,4 +1,4 @@
-"""The parts of a pretraining, for a loop of your own.
+"""The parts of a pretraining, for your own training loop.
 
 recipe = load_recipe("tiny", {"schedule.total_steps": 100})
 store = open_store("stores/mine")
@@ -34,10 +34,10 @@ def open_store(path: str | Path) -> TokenStore:
 
 
 def batches(recipe: Recipe, store: TokenStore, first_step: int = 0) -> Iterator[tuple[int, PretrainingBatch]]:
-    """Yield each step's number, 0 for the first, and its global batch, to the end of the recipe's schedule.
+    """Yield each step's number, counted from 0, and its global batch, to the end of the recipe's schedule.
 
-    A batch depends on recipe, store and step alone: a loop that begins at `first_step` has the batches that one from
-    the start has there. Raises DataError if the store has too little text to hold out from.
+    A batch depends only on recipe, store and step: a loop that begins at `first_step` gets the same batches as one from
+    the start. Raises DataError if the store has too little text for a held-out part.
     """
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     builder = BatchBuilder(store, split.train, recipe, recipe.seed)
@@ -45,7 +45,7 @@ def batches(recipe: Recipe, store: TokenStore, first_step: int = 0) -> Iterator[
 
 
 def build_model(recipe: Recipe, store: TokenStore) -> AutocastModel:
-    """Return the module that the recipe's objective trains, with the first weights of the recipe's seed."""
+    """Return the module that the recipe's objective trains, with initial weights from the recipe's seed."""
     return objective_of(recipe, store.tokenizer).build_model()
 
 
@@ -59,7 +59,7 @@ def open_engine(
     micro_batch: int | Literal["auto"] | None = None,
     compile: Compile = "off",
 ) -> Iterator[PretrainingEngine]:
-    """Open a DeepSpeed engine, and close it with the context. Under a launcher every rank opens one.
+    """Open a DeepSpeed engine, and close it at the end of the context. Under a launcher every rank opens one.
 
     `engine.train_step(batch, step)` does one optimizer step, with the learning rate of the recipe's schedule at that
     step, and returns its losses and the gradient norm by name, as scalars on the device. `engine.optimizer` has
@@ -67,11 +67,11 @@ def open_engine(
 
     Args:
         recipe: the recipe.
-        store: the token store, whose tokenizer the model has.
-        model: the module to train. By default that of `build_model`.
+        store: the token store, whose tokenizer the model uses.
+        model: the module to train. By default the result of `build_model`.
         ds_config: a shipped DeepSpeed JSON such as `cpu`, or a path. By default the one for this hardware.
-        micro_batch: sequences at a time, in place of the JSON's.
-        compile: whether the forward pass is compiled.
+        micro_batch: sequences at a time, instead of the JSON's value.
+        compile: `on`, `off` or `auto`: compile the forward pass.
 
     Raises:
         ConfigError: the DeepSpeed JSON cannot be used with this recipe or device.
@@ -89,7 +89,7 @@ def open_engine(
 
 
 def evaluate(engine: PretrainingEngine, recipe: Recipe, store: TokenStore, windows: int = 512) -> Mapping[str, float]:
-    """Return the metrics of the model on held-out text by name. To be called by all ranks.
+    """Return the model's metrics on held-out text by name. All ranks must call it.
 
     windows: the number of held-out sequences.
     """

@@ -32,19 +32,19 @@ def plan(
     ranks: int = 1,
     overrides: Sequence[str] | Mapping[str, Any] = (),
 ) -> Forecast:
-    """Return what a pretraining is predicted to need: memory by part, whether it fits, and its time as a range.
+    """Predict the memory that a pretraining needs, by part, whether it fits, and the time it takes, as a range.
 
-    Nothing is trained and no GPU is needed.
+    This trains nothing and needs no GPU.
 
     Args:
         recipe: as in `pretrain`.
-        ds_config: a shipped DeepSpeed JSON, or a path. By default the one of the card.
-        card: the name of a GPU, here or not, or `cpu`. By default the card that the JSON is named after, else this
-            machine.
-        memory_gb: the free memory of a GPU, in GiB, in place of a card.
-        vocab_size: the number of pieces of your tokenizer. By default the recipe's.
-        micro_batch: sequences at a time, in place of the JSON's.
-        ranks: the number of cards.
+        ds_config: a shipped DeepSpeed JSON, or a path. By default the card's.
+        card: the name of a GPU, installed here or not, or `cpu`. By default the card that the JSON is named after, or
+            this machine.
+        memory_gb: the free memory of a GPU, in GiB, instead of a card.
+        vocab_size: the vocabulary size of your tokenizer. By default the recipe's.
+        micro_batch: sequences at a time, instead of the JSON's value.
+        ranks: the number of GPUs.
         overrides: changed values of the recipe by dotted key.
 
     Raises:
@@ -63,7 +63,7 @@ def plan(
 
 
 def planned(options: PlanOptions) -> Forecast:
-    """Return the forecast for the options of the command."""
+    """Return the forecast for the command's options."""
     card = _card(options)
     has_gpu = card is not None or options.memory_gb is not None
     recipe = load_recipe(options.recipe or (GPU_RECIPE if has_gpu else CPU_RECIPE), options.overrides or ())
@@ -97,7 +97,7 @@ def _card(options: PlanOptions) -> Card | None:
     if card is None:
         near = ", ".join(f"'{card.name}'" for card in cards_like(name))
         raise ConfigError(
-            f"No card '{name}' is known. {f'The nearest names are {near}. ' if near else ''}Say which one with --card "
-            f"({command('plan')} --all lists them), or give its free memory with --memory-gb."
+            f"No card '{name}' is known. {f'The nearest names are {near}. ' if near else ''}Give a known one as --card "
+            f"({command('plan')} --all lists them), or its free memory as --memory-gb."
         )
     return card

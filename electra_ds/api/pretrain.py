@@ -1,4 +1,4 @@
-"""Pretrain: a run from its options to its report."""
+"""Pretrain a model: a run, from its options to its report."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def pretrain(
     quiet: bool = False,
     **more: Any,
 ) -> Run:
-    """Pretrain by the recipe's objective, or resume a run, and return the run once it has ended or stopped.
+    """Pretrain with the recipe's objective, or resume a run, and return the run once it has ended or stopped.
 
-    Under a launcher such as torchrun every rank calls it. Several calls in one process may follow each other.
+    Under a launcher such as torchrun every rank must call it. One process may call it several times in a row.
 
     Args:
         recipe: a shipped name such as `tiny`, a path, a mapping that may say `extends: tiny`, or a `Recipe`.
@@ -70,19 +70,19 @@ def pretrain(
         ds_config: a shipped DeepSpeed JSON such as `cpu`, or a path. By default the one for this hardware.
         corpus: text files or folders, `hub:NAME#CONFIG@SPLIT`, or a list of sources, each a list of these.
             By default the built-in corpus.
-        data: a finished token store, in place of a corpus; with `resume`, the place where the run's own store is now.
+        data: a finished token store, instead of a corpus; with `resume`, the new location of the run's own store.
         run_dir: the directory of the new run. By default runs/RECIPE-TIME.
         resume: the directory of a run to resume, with its own recipe and data.
         overrides: changed values of the recipe by dotted key, `{"schedule.total_steps": 400}`.
         seed: the seed of weights, data order, masks, samples and dropout.
-        options: any of the command's options; what is given by name takes precedence.
-        callbacks: called while the run trains; they can read, log and stop (`electra_ds.Callback`).
-        quiet: whether nothing is printed.
+        options: the command's options; keyword arguments take precedence.
+        callbacks: called while the run trains, to monitor, log or stop it (`electra_ds.Callback`).
+        quiet: print nothing.
         more: any other field of `PretrainOptions`, such as `stop_at=100`, `save_every=50` or `init_from=[...]`.
 
     Raises:
-        ConfigError: options, recipe or DeepSpeed JSON cannot be used; the message names each problem.
-        DataError: the text cannot be read or is too little.
+        ConfigError: options, recipe or DeepSpeed JSON cannot be used; the message lists each problem.
+        DataError: the text cannot be read, or there is too little of it.
         CheckpointError: the run cannot be resumed or written.
         TrainingError: training cannot continue.
         InterruptedBySignalError: a signal stopped the run, after a checkpoint was saved.
@@ -116,7 +116,7 @@ class PretrainStart(Launch[PretrainOptions]):
             self.recipe = load_recipe(options.recipe or default_recipe(), options.recipe_overrides())
         self.weights: InitialWeights | None = None
         self.vocab_size: int | None = None
-        """The size of the tokenizer's vocabulary, once it is known."""
+        """The tokenizer's vocabulary size, once known."""
 
     def default_path(self) -> Path:
         return Path("runs") / f"{self.recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -149,7 +149,7 @@ class PretrainStart(Launch[PretrainOptions]):
         path, self.vocab_size = found
         self.plan = fitted(self.plan, self.recipe, self.vocab_size, self.options, ranks)
         sizes = Objective.of(self.recipe, self.vocab_size).parameter_counts()
-        data = f"data: the token store {path} would be built first"
+        data = f"data: this would first build the token store {path}"
         device = devices.device_name(devices.device(ranks.launch))
         threads = devices.set_threads(self.options.threads, ranks.launch)
         what = described(self.recipe, sizes, data, self._sources())
@@ -184,7 +184,7 @@ class PretrainStart(Launch[PretrainOptions]):
 
                 write_first_checkpoint(self.job, self.weights.tensors(self.recipe, self.job.store.tokenizer))
                 self.job = self._with_notes_on_weights()
-                self.weights = None  # which holds them in memory
+                self.weights = None  # frees their memory
         announce(self.job)
         return train(self.job, self.ranks, time_limit_s, self.callbacks)
 
@@ -194,7 +194,7 @@ class PretrainStart(Launch[PretrainOptions]):
         report_run(self.run, self.console)
 
     def _prepare(self, store: TokenStore | None, sources: Sequence[str]) -> None:
-        """Make the job, with a micro-batch that fits. store: of a new run; sources: of its first weights."""
+        """Create the job, with a micro-batch that fits. store, sources: a new run's store and sources of weights."""
         with self.ranks.fail_together():
             if store is None:
                 self.job = prepare_resume(self.options, self.plan, self.run, self.ranks)
@@ -206,7 +206,7 @@ class PretrainStart(Launch[PretrainOptions]):
     # --- the weights of init_from
 
     def _read_weights(self) -> Callable[[Tokenizer], None] | None:
-        """Read the weights, whose tokenizer takes the place of one that is not given; return a check of tokenizers."""
+        """Read the initial weights, whose tokenizer is the default one; return a function that checks a tokenizer."""
         if not self.options.init_from:
             return None
 

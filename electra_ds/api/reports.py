@@ -1,4 +1,4 @@
-"""Sweeps, and what runs and sweeps have come to."""
+"""Sweeps, and the results of runs and sweeps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from electra_ds.sweep.trials import expand
 
 
 class SweepBar(SweepProgress):
-    """A progress bar of a sweep with ETA, and a line for each running trial below it."""
+    """A sweep's progress bar with ETA, and a line for each running trial below it."""
 
     def __init__(self, console: Console) -> None:
         self._bar = StatusProgress(
@@ -50,23 +50,23 @@ def run_sweep(
     retry_failed: bool = False, local: bool = False, address: str | None = None, time_limit_s: float | None = None,
     console: Console | None = None, quiet: bool = False,
 ) -> SweepOutcome:  # fmt: skip
-    """Run what is missing of a sweep, print and write its tables, and return its results.
+    """Run a sweep's missing trials, print and write its tables, and return its results.
 
     Args:
         sweep: a shipped name such as `smoke`, a path, or the content of a sweep's file. None resumes the sweep in
             `folder`.
         folder: the sweep's folder. By default runs/sweep-NAME.
-        overrides: changes of the file, `{"finetune.seeds": [0, 1]}`.
-        retry_failed: whether trials that failed are run again.
-        local: whether trials run one after the other, without Ray.
-        address: a Ray cluster. By default Ray is started on this machine.
-        time_limit_s: the time after which trials save and leave.
-        console: where it is shown. By default the terminal.
-        quiet: whether nothing is printed.
+        overrides: changes to the file, `{"finetune.seeds": [0, 1]}`.
+        retry_failed: run failed trials again.
+        local: run trials one after the other, without Ray.
+        address: the address of a Ray cluster. By default Ray is started on this machine.
+        time_limit_s: the time after which trials save and exit.
+        console: where to show output. By default the terminal.
+        quiet: print nothing.
 
     Raises:
         ConfigError: the sweep is not valid or cannot run here; nothing was run.
-        InterruptedBySignalError: a signal came; what is done is kept.
+        InterruptedBySignalError: a signal stopped the sweep; finished work is kept.
     """
     console = console or Console(quiet=quiet)
     with log_shown_on(console):
@@ -79,8 +79,8 @@ def run_sweep(
 
 
 def plan_sweep(sweep: Sweep | None, folder: str | Path | None = None, **how: Any) -> list[Table | Line]:
-    """Return a table of a sweep's trials and what they cost, and run nothing. The arguments are those of `run_sweep`
-    that say what is run and where: overrides, local and address."""
+    """Return a table of a sweep's trials and their cost, and run nothing. how: `overrides`, `local` and `address` as in
+    `run_sweep`."""
     from electra_ds.sweep import forecast  # imports torch
 
     return forecast.plan_sweep(sweep, folder, **how)
@@ -90,18 +90,18 @@ def report_runs(
     paths: str | Path | Sequence[str | Path], *, compare: Sequence[str] = (), csv: str | Path | None = None,
     submission: str | Path | None = None,
 ) -> Report:  # fmt: skip
-    """Return the scores of finetunings over their seeds and tasks, or the tables of a sweep. Nothing is printed.
+    """Return the scores of finetunings over seeds and tasks, or the tables of a sweep, without printing anything.
 
     Args:
-        paths: run directories of finetunings, or the folder of a sweep, whose tables and pictures are written too.
+        paths: run directories of finetunings, or a sweep's folder, whose tables and plots are written too.
         compare: names of published rows to show next to the scores, such as `mercier2021`.
-        csv: a file that gets every run's scores.
-        submission: a zip that gets the predictions of GLUE's test sets.
+        csv: the file to write every run's scores to.
+        submission: the zip to write the predictions for GLUE's test sets to.
 
     Raises:
         ConfigError: the runs do not fit together.
-        CheckpointError: there is no such run, it has no scores yet, it is a pretraining, which `Run.report` shows, or a
-            file cannot be written.
+        CheckpointError: there is no such run, it has no scores yet, it is a pretraining (see `Run.report`), or a file
+            cannot be written.
     """
     given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if len(given) == 1 and (given[0] / "sweep.yaml").is_file():
@@ -117,7 +117,7 @@ def report_runs(
 
 
 def report_of_sweep(path: Path) -> Report:
-    """Return what a sweep has come to so far; its inputs may be gone by now."""
+    """Return a sweep's results so far. Its inputs need not exist any more."""
     folder = SweepFolder(path)
     spec = folder.read()
     trials = [*expand(spec, check=False), *folder.suggested_before(spec)]

@@ -1,4 +1,4 @@
-"""A run as Python sees it: what was run, how far it came, and what was measured."""
+"""A run in Python: its configuration, its progress and its measurements."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from electra_ds.config.run_directory import RunDirectory, Status
 from electra_ds.config.run_record import FinetuneRecord, RunRecord
 from electra_ds.core.errors import CheckpointError
 from electra_ds.training.checkpoint import CheckpointFolder
-from electra_ds.training.checkpoints import Listed, listed, prune, to_verify, verify
+from electra_ds.training.checkpoints import CheckpointInfo, checkpoints_to_verify, list_checkpoints, prune, verify
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
 
 
 class Run:
-    """A run directory of a pretraining or a finetuning. Everything is read from it when it is asked for.
+    """The run directory of a pretraining or a finetuning. Every property reads the current files.
 
     >>> from electra_ds import Run
     >>> run = Run("runs/mine")
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """True if a run was started here, which a dry run does not do."""
+        """True if a run was started here; a dry run starts none."""
         return self._directory.exists()
 
     @property
@@ -51,12 +51,12 @@ class Run:
 
     @property
     def status(self) -> Status | None:
-        """The status: `done`, `stopped`, `collapsed` or `failed`; None while the run has not ended."""
+        """The status: `done`, `stopped`, `collapsed` or `failed`; None if the run has not ended."""
         return self._directory.status()
 
     @property
     def recipe(self) -> Recipe | FinetuneRecipe:
-        """The recipe, every value in full."""
+        """The complete recipe."""
         if self.kind == "finetune":
             return self._directory.read_recipe(FinetuneRecipe)
         return self._directory.read_recipe()
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """One row for each step that was logged and each evaluation, which the column `kind` tells apart."""
+        """One row for each logged step and each evaluation; the column `kind` distinguishes them."""
         import pandas as pd
 
         from electra_ds.training.tracking import read_metrics
@@ -84,37 +84,36 @@ class Run:
         try:
             found: dict[str, Any] = json.loads((self.path / "scores.json").read_text("utf8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path} has no scores; a finetuning has them once it is done.") from error
+            raise CheckpointError(f"{self.path} has no scores; only a finished finetuning has them.") from error
         return found
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
+        """The published checkpoints, oldest first."""
         return CheckpointFolder(self._directory.checkpoints, keep=1).paths()
 
-    def list_checkpoints(self) -> list[Listed]:
-        """Return what each checkpoint holds, oldest first: step, tokens, size, precision, and what is wrong with it, as
-        far as sizes tell."""
-        return listed(self.path)
+    def list_checkpoints(self) -> list[CheckpointInfo]:
+        """Describe each checkpoint, oldest first: step, tokens, size, precision, and problems that sizes reveal."""
+        return list_checkpoints(self.path)
 
     def verify_checkpoints(self) -> dict[Path, str | None]:
-        """Read every byte of every checkpoint; return what is wrong with each, None if it is complete."""
+        """Read every byte of every checkpoint; return each one's problem, or None if it is complete."""
         found = {}
-        for path in to_verify(self.path):
+        for path in checkpoints_to_verify(self.path):
             with contextlib.suppress(FileNotFoundError):  # the run has pruned it in the meantime
                 found[path] = verify(path)
         return found
 
     def prune_checkpoints(self, keep: int | None = None, *, damaged: bool = False, dry_run: bool = False) -> list[Path]:
-        """Remove old checkpoints and what killed saves left behind; return the paths.
+        """Remove old checkpoints and the leftovers of interrupted saves; return the removed paths.
 
-        keep: how many stay. By default as many as the run keeps. damaged: whether those that were set aside as damaged
-        are removed too. dry_run: whether nothing is removed.
+        keep: the number of newest checkpoints to keep; by default the run's setting. damaged: also remove checkpoints
+        that were set aside as damaged. dry_run: only return the paths.
         """
         return [path for path, _ in prune(self.path, keep, damaged=damaged, dry=dry_run)]
 
     def report(self, *, quiet: bool = False) -> None:
-        """Print what was learned. For a pretraining, summary.txt, curves.png and samples.txt are written too."""
+        """Print the results. For a pretraining, also write summary.txt, curves.png and samples.txt."""
         console = Console(quiet=quiet)
         if self.kind == "finetune":
             from electra_ds.report.scores import report_scores
@@ -127,7 +126,7 @@ class Run:
             report_run(self._directory, console)
 
     def resume(self, **options: Any) -> Run:
-        """Resume the run, with any option that `pretrain` or `finetune` takes together with `resume`."""
+        """Resume the run, with any option that `pretrain` or `finetune` accepts together with `resume`."""
         if self.kind == "finetune":
             from electra_ds.api.finetune import finetune
 

@@ -1,4 +1,4 @@
-"""The token store of a corpus: what names a source of text and a tokenizer, and the store made of them."""
+"""The token store of a corpus: reading the options for text and tokenizer, and building the store from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from electra_ds.data.tokenizer import Tokenizer, problem, report
 _BUILTIN, _HUB = "builtin", "hub:"
 _DEFAULT_CORPUS = [[_BUILTIN]]
 Check = Callable[[Tokenizer], None]
-"""Raises an error for a given tokenizer that will not do, before anything is tokenised."""
+"""Raises an error for an unsuitable tokenizer, before anything is tokenised."""
 
 
 def build_data(
@@ -44,22 +44,22 @@ def build_data(
     quiet: bool = False,
     **more: Any,
 ) -> TokenStore:
-    """Tokenise a corpus into a token store, or finish a build that was interrupted, and return the store.
+    """Tokenise a corpus into a token store, or finish an interrupted build, and return the store.
 
     Args:
         corpus: text files or folders, `builtin`, `hub:NAME#CONFIG@SPLIT`, or a list of sources, each a list of these.
         out: the folder of the store.
-        recipe: the recipe whose tokenizer is trained on the text, if none is given.
+        recipe: the recipe whose tokenizer to train on the text, if you give no tokenizer.
         tokenizer: a tokenizer.json or vocab.txt, a folder with one, or the name of a model on the Hub.
         overrides: changed values of the recipe by dotted key, `{"tokenizer.vocab_size": 16000}`.
         workers: the number of processes. By default one for each core.
-        options: any of the command's options; what is given by name takes precedence.
-        quiet: whether nothing is printed.
+        options: the command's options; keyword arguments take precedence.
+        quiet: print nothing.
         more: any other field of `BuildDataOptions`, such as `text_key="body"` or `streaming=True`.
 
     Raises:
         ConfigError: options, recipe or tokenizer cannot be used.
-        DataError: the text cannot be read or is too little.
+        DataError: the text cannot be read, or there is too little of it.
 
     Example:
         >>> import electra_ds
@@ -78,7 +78,7 @@ def build_data(
 def open_store(
     options: PretrainOptions | ImportOptions, recipe: Recipe, console: Console, check: Check | None = None
 ) -> TokenStore:
-    """Return the store that --data names, or one built in stores/ for --corpus or the built-in corpus."""
+    """Return the store given by --data, or build one in stores/ for --corpus or the built-in corpus."""
     if options.data is not None:
         store = TokenStore(options.data)
         if check is not None:
@@ -91,9 +91,9 @@ def open_store(
 def look_for_store(
     options: PretrainOptions, recipe: Recipe, console: Console, check: Check | None = None
 ) -> TokenStore | tuple[Path, int]:
-    """Return the store that `open_store` opens; where it would have to build one, that one's path and vocabulary size.
+    """Return the store that `open_store` would open or, if it would have to build one, its path and vocabulary size.
 
-    Everything but the text is checked, and nothing is written.
+    This checks everything except the text, and writes nothing.
     """
     if options.data is None:
         out = Path("stores") / store_name(options, recipe)
@@ -104,7 +104,7 @@ def look_for_store(
 
 
 def store_name(options: CorpusOptions, recipe: Recipe) -> str:
-    """Return a name for people, after the first source and the tokenizer, and a hash of all that was asked for."""
+    """Return a readable name, from the first source and the tokenizer, with a hash of all the options."""
     sources = options.corpus or _DEFAULT_CORPUS
     first = sources[0][0]
     if first.startswith(_HUB):
@@ -136,7 +136,7 @@ def make_store(
     workers: int | None = None,
     check: Check | None = None,
 ) -> TokenStore:
-    """Build, or finish, the store in `out` from what --corpus and --tokenizer say."""
+    """Build or finish the store in `out` from --corpus and --tokenizer."""
     corpus, tokenizer = _asked_for(options, recipe, console, check)
     with _without_main(), log_shown_on(console):
         store = build_store(
@@ -151,8 +151,10 @@ def make_store(
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Keep worker processes from running the caller's script again, as Python lets new processes do: a script of a few
-    lines has no `if __name__ == "__main__"`, and what the workers call is in this package."""
+    """Keep worker processes from running the caller's script again, as Python makes new processes do.
+
+    Short scripts have no `if __name__ == "__main__"`, and the workers only call functions of this package.
+    """
     main = vars(sys.modules["__main__"])
     before: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     main["__spec__"] = None
@@ -170,7 +172,7 @@ def _asked_for(
     sources = options.corpus or _DEFAULT_CORPUS
     uses_hub = any(word.startswith(_HUB) for words in sources for word in words)
     if (options.streaming or options.revision) and not uses_hub:
-        raise ConfigError("--streaming and --revision are for datasets of the Hub; give one as --corpus hub:NAME.")
+        raise ConfigError("--streaming and --revision are for datasets on the Hub; give one as --corpus hub:NAME.")
     tokenizer = _tokenizer(options, recipe, console)
     if check is not None:
         assert options.tokenizer is not None
@@ -179,7 +181,7 @@ def _asked_for(
 
 
 def _say_unknown(info: StoreInfo, console: Console, always: bool = False) -> None:
-    """Print how much of each source is [UNK], or only for the sources where it is too much."""
+    """Print the share of [UNK] in each source; without `always`, only for sources where it is too large."""
     for source in info.corpora:
         if source.unknown is None:
             continue
@@ -190,25 +192,25 @@ def _say_unknown(info: StoreInfo, console: Console, always: bool = False) -> Non
 
 
 def _source(options: CorpusOptions, words: list[str]) -> Source:
-    """Return the source that one --corpus names."""
+    """Return the source of one --corpus."""
     text_key = options.text_key or "text"
     if not any(word.startswith(_HUB) for word in words):
         if len(words) > 1 and _BUILTIN in words:
-            raise ConfigError(f"Give `{_BUILTIN}` a --corpus of its own.")
+            raise ConfigError(f"Give `{_BUILTIN}` its own --corpus.")
         if len(words) == 1 and is_saved_dataset(Path(words[0])):
             from electra_ds.data.hub import SavedSource
 
             return SavedSource(Path(words[0]), text_key)
         return open_source(words, options.document_boundary or "file", text_key)
     if len(words) > 1:
-        raise ConfigError(f"Give each Hub dataset a --corpus of its own, not {' '.join(words)}.")
+        raise ConfigError(f"Give each Hub dataset its own --corpus, not {' '.join(words)}.")
     from electra_ds.data.hub import HubSource
 
     return HubSource(words[0], text_key, streaming=bool(options.streaming), revision=options.revision)
 
 
 def _tokenizer(options: CorpusOptions, recipe: Recipe, console: Console) -> Tokenizer | TokenizerSection:
-    """Return the given tokenizer, from here or from the Hub, or the recipe's section to train one from."""
+    """Return the given tokenizer, local or from the Hub, or the recipe's section for training one."""
     if options.tokenizer is None:
         if options.cased is not None or options.strip_accents is not None:
             raise ConfigError(

@@ -32,7 +32,7 @@ COMMANDS: tuple[Add, ...] = (add_training, add_results, add_preparing, add_check
 
 
 def build_parser(adds: Sequence[Add] = COMMANDS) -> argparse.ArgumentParser:
-    """Return the parser of the whole command line. adds: each adds the parsers of some commands."""
+    """Return the parser of the complete command line. adds: functions that add the parsers of some commands."""
     parser = argparse.ArgumentParser(prog="electra-ds", description="Pretrain ELECTRA text encoders with DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"electra_ds {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -43,7 +43,7 @@ def build_parser(adds: Sequence[Add] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def _name_as_called(parser: argparse.ArgumentParser, name: str = "") -> None:
-    """Make usage, help and examples call every command as this process was called."""
+    """Make usage, help and examples show every command in the style in which this process was called."""
     for group in parser._action_groups:
         group.title = as_called(group.title or "")
     for action in parser._actions:
@@ -60,7 +60,7 @@ def _name_as_called(parser: argparse.ArgumentParser, name: str = "") -> None:
 def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS) -> None:
     """Run a command line, and turn our errors into one message and an exit status (2; 128 + N after signal N).
 
-    An error that every rank of a node meets is shown by its first rank; one that a single rank meets, by that rank.
+    The first rank of a node prints an error that all its ranks hit; a rank prints an error that only it hit.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
         sys.exit(2)
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
         options, unknown = build_parser(adds).parse_known_args(arguments)
-        if unknown:  # shown by the command's own parser, with its usage and its name
+        if unknown:  # the command's own parser shows its usage and its name
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         with _log_on_terminal(speaks):
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
         _end_by(signal.SIGINT, launch)
     except Exception as error:
         if launch.world_size == 1:
-            raise  # where only a package is missing, __main__ says so
+            raise  # __main__ reports a missing package
         if isinstance(error, ModuleNotFoundError) and (told := missing_package(error)) is not None:
             if speaks:
                 print(told, file=sys.stderr)
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
 
 @contextlib.contextmanager
 def _log_on_terminal(speaks: bool) -> Iterator[None]:
-    """Show the log of the package, on the first rank of a node."""
+    """Show the package's log messages on the first rank of a node."""
     from rich.console import Console
 
     from electra_ds.core.terminal import log_shown_on
@@ -116,10 +116,10 @@ def _log_on_terminal(speaks: bool) -> Iterator[None]:
 
 
 def _end_by(signum: int, launch: Launch) -> NoReturn:
-    """End after a signal.
+    """Exit after a signal.
 
-    After Ctrl-C without a launcher Python ends itself by the signal, since a loop in a shell script continues after a
-    program that exits with a status.
+    After Ctrl-C without a launcher Python terminates itself with the signal, since a loop in a shell script would
+    continue after a program that exits with a status.
     """
     if signum == signal.SIGINT and launch.launcher == "none":
         sys.excepthook = lambda *error: None  # the message has been shown
@@ -128,10 +128,10 @@ def _end_by(signum: int, launch: Launch) -> NoReturn:
 
 
 def _leave(status: int, launch: Launch) -> NoReturn:
-    """Exit after an error, where other ranks may be gone or never come.
+    """Exit after an error, when other ranks may be gone or may never have started.
 
-    A process group that was not closed has threads of its own. If Python ends while one of them is at work, it may
-    abort (2 of 300 ends of two ranks on busy cores), so only the exit functions run.
+    A process group that was not closed has its own threads. Python may abort if it exits while one of them is active
+    (2 of 300 exits of two ranks on busy cores), so only the exit functions run.
     """
     if launch.world_size > 1:
         atexit._run_exitfuncs()

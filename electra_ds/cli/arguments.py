@@ -1,7 +1,7 @@
 """The common part of the commands' parsers.
 
-As in every module of this package, what needs torch, numpy or another large package is imported inside the handlers,
-so that --help and bad arguments answer at once.
+As in every module of `cli`, code that needs torch, numpy or another large package is imported inside the handlers, so
+that --help and errors in arguments appear immediately.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OF_A_FILE = 120
 
 
 def add_command(commands: Commands, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
-    """Add and return a parser whose --help shows the epilog as it is written."""
+    """Add and return a parser whose --help shows the epilog unchanged."""
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
@@ -39,7 +39,7 @@ def add_command(commands: Commands, name: str, summary: str, epilog: str) -> arg
 def add_handled(
     commands: Commands, name: str, kind: type[OptionsT], epilog: str, handler: Callable[[OptionsT], None]
 ) -> None:
-    """Add the parser of a command. handler: runs it with its options, which go together."""
+    """Add the parser of a command. handler: runs the command with its checked options."""
 
     def handle(arguments: argparse.Namespace) -> None:
         options = kind.parsed(arguments)
@@ -52,7 +52,7 @@ def add_handled(
 
 
 def wide_console() -> Console:
-    """Return the terminal, taken to have at least the columns that our tables need; a file has more."""
+    """Return a console with at least the columns that our tables need, and more if the output is a file."""
     from rich.console import Console
 
     console = Console()

@@ -1,4 +1,4 @@
-"""`electra-ds checkpoint`: list, verify and prune a run's checkpoints, and bring in DeepSpeed's own."""
+"""`electra-ds checkpoint`: list, verify and prune a run's checkpoints, and import native DeepSpeed checkpoints."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ examples:
 _IMPORT_EPILOG = """\
 examples:
   bin/checkpoint import out/ --run-dir runs/back --ds-config ds_configs/rtx3090-24gb.json
-      our own export (bin/export --to deepspeed), perhaps trained further elsewhere: with the recipe and data of its run
+      one of our exports (bin/export --to deepspeed), perhaps trained further elsewhere, with its run's recipe and data
   bin/checkpoint import theirs/global_step40 --run-dir runs/theirs --ds-config cpu --recipe electra-small \\
       --set schedule.total_steps=100000 --data stores/theirs
-      a checkpoint of someone's own script; its ZeRO stage and number of ranks may differ from those here
+      a checkpoint of another script; its ZeRO stage and number of ranks may differ from those here
   bin/pretrain --resume runs/theirs
 
-NATIVE is what DeepSpeed's engine.save_checkpoint wrote, or what its ds_to_universal made of it: the folder that holds
-the file `latest` or `latest_universal`, or one of its tag folders. Its parameters are named as in electra_ds's joint
-module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. Such files are pickles;
-only tensors and numbers are loaded from them, and nothing that they call is run.
+NATIVE is a folder written by DeepSpeed's engine.save_checkpoint, or converted from one by its ds_to_universal: the
+folder with the file `latest` or `latest_universal`, or one of its tag folders. Its parameters must be named as in
+electra_ds's joint module, or as in a joint module of transformers' ElectraForMaskedLM and ElectraForPreTraining. These
+files are pickles; only tensors and numbers are loaded from them, and no code in them is run.
 """
 _LS_EPILOG = """\
 examples:
   bin/checkpoint ls runs/tiny-20260101-120000
   bin/checkpoint ls runs/tiny-20260101-120000 --json | jq '.[-1].step'
 
-Only sizes are looked at here; `verify` reads every byte.
+`ls` only checks sizes; `verify` reads every byte.
 """
 _VERIFY_EPILOG = """\
 examples:
   bin/checkpoint verify runs/tiny-20260101-120000
   bin/checkpoint verify runs/tiny-20260101-120000/checkpoints/latest
 
-The exit status is 0 if all of them are complete, and 2 if one is not.
+The exit status is 0 if all checkpoints are complete, and 2 otherwise.
 """
 _PRUNE_EPILOG = """\
 examples:
   bin/checkpoint prune runs/tiny-20260101-120000 --keep 1 --dry-run
   bin/checkpoint prune runs/tiny-20260101-120000 --keep 1 --damaged
 
-The newest complete checkpoint always stays. A copy that you keep under a name of your own is never touched.
+The newest complete checkpoint is always kept. Copies that you made under other names are never removed.
 """
 
 
 def add_checkpoint(commands: Commands) -> None:
     """Add the parser of `checkpoint` and its actions."""
     parser = add_command(
-        commands, "checkpoint", "List, verify and prune a run's checkpoints, or bring in DeepSpeed's own.", _EPILOG
+        commands, "checkpoint", "List, verify and prune a run's checkpoints, or import one from DeepSpeed.", _EPILOG
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_handled(actions, "ls", ListOptions, _LS_EPILOG, _ls)
@@ -83,9 +83,9 @@ def _ls(options: ListOptions) -> None:
     from rich.table import Table
 
     from electra_ds.core.terminal import say_command
-    from electra_ds.training.checkpoints import listed, set_aside
+    from electra_ds.training.checkpoints import damaged_checkpoints, list_checkpoints
 
-    found = listed(options.run)
+    found = list_checkpoints(options.run)
     console = wide_console()
     if options.json:
         console.print_json(data=[checkpoint._asdict() for checkpoint in found])
@@ -102,7 +102,7 @@ def _ls(options: ListOptions) -> None:
         cells = ("" if value is None else escape(str(value)) for value in known)
         table.add_row(checkpoint.name, tokens, saved, _size(checkpoint.bytes), *cells, state)
     console.print(table if found else "No checkpoint yet.")
-    aside = set_aside(options.run)
+    aside = damaged_checkpoints(options.run)
     if aside:
         remove = f"{command('checkpoint')} prune {options.run} --damaged"
         say_command(console, f"{len(aside)} set aside as damaged. To remove them:", remove)
@@ -111,17 +111,17 @@ def _ls(options: ListOptions) -> None:
 def _verify(options: VerifyOptions) -> None:
     from rich.markup import escape
 
-    from electra_ds.training.checkpoints import to_verify, verify
+    from electra_ds.training.checkpoints import checkpoints_to_verify, verify
 
     console = wide_console()
-    paths = to_verify(options.run)
+    paths = checkpoints_to_verify(options.run)
     wrong = []
     for path in paths:
         try:
             with console.status(f"reading {escape(path.name)} …"):
                 problem = verify(path)
         except FileNotFoundError:
-            console.print(f"{path.name}: pruned meanwhile", highlight=False, markup=False)
+            console.print(f"{path.name}: pruned in the meantime", highlight=False, markup=False)
             continue
         if problem is None:
             console.print(f"{path.name}: complete", highlight=False, markup=False)
@@ -130,7 +130,7 @@ def _verify(options: VerifyOptions) -> None:
             console.print(f"[red]{escape(path.name)}: damaged[/]", highlight=False)
     if wrong:
         told = "\n  ".join(wrong)
-        rest = "A resumed run takes the newest complete one and sets these aside." if len(wrong) < len(paths) else ""
+        rest = "A resumed run uses the newest complete one and sets these aside." if len(wrong) < len(paths) else ""
         raise CheckpointError(f"{len(wrong)} of {len(paths)} checkpoint(s) damaged:\n  {told}\n{rest}".rstrip())
 
 

@@ -1,4 +1,4 @@
-"""The commands before a run: `electra-ds build-data`, `plan`, `recipes` and `doctor`."""
+"""The commands that prepare a run: `electra-ds build-data`, `plan`, `recipes` and `doctor`."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ examples:
   bin/build-data --corpus 'hub:wikimedia/wikipedia#20231101.en' --streaming --corpus books/ --out stores/both \\
       --tokenizer google-bert/bert-base-multilingual-cased
 
-Each --corpus is one source of text, and data.corpus_weights has one number for each. A source is files and folders
-(read recursively), `builtin`, or hub:NAME#CONFIG@SPLIT, a dataset of the Hugging Face Hub (the split is `train` where
-none is given; a local folder in the Hub's layout is hub:./FOLDER). Files are text (one document each, or
---document-boundary blank-line), JSON lines, WikiExtractor's <doc> files, each also as .gz, .bz2, .xz or .zst, and
-Parquet; a folder may also be a dataset that save_to_disk wrote. An interrupted build resumes when run again.
+Each --corpus is one source of text, and data.corpus_weights has one number for each. A source is a list of files and
+folders (read recursively), `builtin`, or hub:NAME#CONFIG@SPLIT, a dataset on the Hugging Face Hub (the default split is
+`train`; a local folder in the Hub's layout is hub:./FOLDER). Files are text (one document each, or --document-boundary
+blank-line), JSON lines, WikiExtractor's <doc> files, each also as .gz, .bz2, .xz or .zst, and Parquet; a folder may
+also be a dataset that save_to_disk wrote. To resume an interrupted build, run the command again.
 """
 _PLAN_HELP = """\
 examples:
   bin/plan                                                what bin/pretrain would run on this machine
   bin/plan --recipe rc2020-small --ds-config gtx1060-6gb
-      memory by part, the micro-batch that fits a GTX 1060, days, and what the card cannot do
-  bin/plan --card "RTX 4090"                              the default recipe and JSON of bin/pretrain on such a card
+      memory by part, the micro-batch that fits a GTX 1060, days, and the features that the card lacks
+  bin/plan --card "RTX 4090"                              the default recipe and JSON of bin/pretrain on that card
   bin/plan --card cpu --recipe mini                       time and memory on this machine's CPU
   bin/plan --ds-config gtx1060-6gb --card "RTX 2060"      the same JSON on another card
   bin/plan --ds-config zero1 --card "RTX 3090" --ranks 4  each of four cards
-  bin/plan --ds-config gtx1060-6gb --memory-gb 3.5        a card of which so much is free
+  bin/plan --ds-config gtx1060-6gb --memory-gb 3.5        a card with 3.5 GiB of free memory
   bin/plan --all --recipe rc2020-small                    every card; without --recipe, every recipe too
 
-Nothing is trained and no GPU is needed. Memory is computed from the sizes of tensors. Time is a range: on a card, the
-roofline of a step times the factors by which published runs differ from such rooflines; on this machine's CPU, the time
-of the recipe's FLOPs at a rate that is measured in a fifth of a second. The exit status is 1 if the plan does not fit.
+The command trains nothing and needs no GPU. It computes memory from the sizes of tensors. Time is a range: on a card,
+the roofline of a step times the factors by which published runs differ from such rooflines; on this machine's CPU, the
+recipe's FLOPs at a rate measured in a fifth of a second. The exit status is 1 if the plan does not fit.
 """
 _RECIPES_HELP = """\
 examples:
   bin/recipes
-      all of them, a line each
+      all recipes, one per line
   bin/recipes tiny > mine.yaml
-      a copy to change; then: bin/pretrain --recipe mine.yaml
+      a copy to edit; then: bin/pretrain --recipe mine.yaml
 
-A file may also say what it changes in another recipe, by name or by path, and no more:
+A file may also contain only its changes to another recipe, which it names or gives by path:
   extends: rc2020-small
   schedule: {total_steps: 100000, warmup_share: 0.01}
 """
@@ -93,17 +93,20 @@ def _build_data(options: BuildDataOptions) -> None:
     try:
         store = make_store(options, recipe, options.out, console, workers=options.workers)
     except KeyboardInterrupt:
-        print("What is done so far is kept. To resume, run the same command again.", file=sys.stderr)
+        print("Interrupted. Finished work is kept; to resume, run the same command again.", file=sys.stderr)
         raise
     info = store.info
     say(
         console,
-        f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens of {info.vocab_size:,} kinds "
+        f"{store.path}: {info.num_documents:,} documents, {info.num_tokens:,} tokens, vocabulary {info.vocab_size:,} "
         f"({info.dtype}, {sum(info.file_bytes.values()) / 1e6:,.1f} MB).",
     )
     wanted = recipe.tokenizer.vocab_size
     if options.tokenizer is None and info.vocab_size < wanted:
-        note(console, f"the text was enough for {info.vocab_size:,} of the recipe's {wanted:,} pieces")
+        note(
+            console,
+            f"the text is too short for the recipe's {wanted:,} tokens, so the vocabulary has {info.vocab_size:,}",
+        )
     recipe_argument = f" --recipe {options.recipe}" if options.recipe else ""
     say_command(console, "Train on it with:", f"{command('pretrain')} --data {store.path}{recipe_argument}")
 
@@ -160,11 +163,12 @@ def _recipes(options: RecipesOptions) -> None:
 
 
 def full_text(name: str) -> str:
-    """A shipped recipe's file, with its comments, and as comments the values that it leaves at their defaults."""
+    """Return a shipped recipe's file, followed by comments that list the values it leaves at their defaults."""
     folder = next((folder for folder in _KINDS if name in shipped_names(folder)), None)
     if folder is None:
         known = [*recipe_names(), *finetune_recipe_names()]
-        raise ConfigError(f"There is no recipe '{name}'{did_you_mean(name, known) or '.'} They are {', '.join(known)}.")
+        hint = did_you_mean(name, known) or "."
+        raise ConfigError(f"There is no recipe '{name}'{hint} The recipes are {', '.join(known)}.")
 
     from electra_ds.config.finetune_recipe import FinetuneRecipe
     from electra_ds.config.overrides import dotted_values
@@ -175,7 +179,7 @@ def full_text(name: str) -> str:
     kind = Recipe if folder == RECIPES else FinetuneRecipe
     given = {key for key, _ in dotted_values(values)}
     if "schedule.warmup_share" in given:
-        given.add("schedule.warmup_steps")  # which are computed from it
+        given.add("schedule.warmup_steps")  # computed from warmup_share
     complete = dotted_values(validate_recipe(values, name, kind).model_dump())
     rest = ["#   " + values_yaml({key: value}).strip() for key, value in complete if key not in given]
     return shipped_text(folder, name).rstrip() + "\n" + "\n".join(["# Left at their defaults:", *rest]) + "\n"

@@ -1,4 +1,4 @@
-"""Studies and what has come of runs: `electra-ds sweep`, `report` and `export`."""
+"""Studies and the results of runs: `electra-ds sweep`, `report` and `export`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ examples:
   bin/sweep sweeps/glue_seeds.yaml --set finetune.model=runs/mini-20260101-120000 finetune.data_dir=glue/
       nine tasks, five seeds each, as many at once as fit on the machine
   bin/sweep glue_seeds --set finetune.model=google/electra-small-discriminator --dry-run
-      list what would run, and what it would cost
+      list the trials that would run, and their cost
   bin/sweep glue_seeds --set finetune.model=RUN resources.gpus=0.25 --local
       one after the other, without Ray
   bin/sweep --resume runs/sweep-glue-seeds
-      what is missing, after a kill or a failure
+      run the missing trials after a kill or a failure
   bin/sweep --resume runs/sweep-glue-seeds --set finetune.seeds=[0,1,2,3,4,5,6,7,8,9]
-      the new seeds alone
+      run only the new seeds
   bin/sweep status runs/sweep-glue-seeds
   bin/report runs/sweep-glue-seeds
 
-A sweep is a YAML file: what its trials run, what varies over them, and what one trial gets. docs/sweeps.md explains it.
+A sweep is a YAML file that says what its trials run, what varies between them, and which resources a trial gets. See
+docs/sweeps.md.
 """
 _EXPORT_HELP = """\
 examples:
@@ -39,11 +40,11 @@ examples:
   bin/export runs/mrpc-original-s0-20260101-120000 --out my-mrpc
       a run of bin/finetune; then: pipeline("text-classification", model="my-mrpc")
   bin/export runs/mrpc-rc2020-s0-20260101-120000 --encoder-only
-      without its head, which transformers cannot hold where it pools by the mean
+      without its head: transformers has no class for heads with mean pooling
   bin/export runs/tiny-20260101-120000 --to deepspeed --ds-config my_zero2.json --out native
-      then: engine.load_checkpoint("native") in a DeepSpeed script around our model; native/README.md shows one
+      then: engine.load_checkpoint("native") in a DeepSpeed script with our model; see native/README.md
   torchrun --nproc_per_node 4 bin/export runs/tiny-20260101-120000 --to deepspeed --ds-config my_zero2.json --out native
-      the same for 4 ranks, which DeepSpeed then needs to load it
+      the same for 4 ranks; DeepSpeed then needs 4 ranks to load it
 """
 _REPORT_HELP = """\
 examples:
@@ -53,7 +54,7 @@ examples:
       finetunings: mean and standard deviation of each task over its seeds, AVG and GLUE
   bin/report runs/*-rc2020-s0-* --submission glue.zip
   bin/report runs/sweep-glue-seeds
-      a sweep: its tables and pictures, as bin/sweep status shows them; its single runs are runs/sweep-glue-seeds/runs/*
+      a sweep: its tables and plots, as in bin/sweep status; its individual runs are in runs/sweep-glue-seeds/runs/
 """
 
 
@@ -111,7 +112,7 @@ def _report(options: ReportOptions) -> None:
     if len(runs) > 1 or given:
         what = f"--{given[0]} is" if given else "several runs at a time are"
         raise ConfigError(
-            f"{what} for runs of {command('finetune')}, and {runs[0].path} is one of {command('pretrain')}."
+            f"{what} for runs of {command('finetune')}, but {runs[0].path} is a run of {command('pretrain')}."
         )
 
     from rich.console import Console

@@ -20,28 +20,28 @@ examples:
   bin/pretrain --recipe tiny
       a first run, on documentation text that every machine has
   bin/pretrain --recipe rc2020-small --corpus my_texts/ --dry-run
-      what would run here, and how long it would take
+      show what would run here, and how long it would take
   bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus my_texts/
       the reproduction study's ELECTRA-Small on your own text, on a 6 GB card
   bin/pretrain --ds-config ds_configs/gtx1060-6gb.json --corpus 'hub:wikimedia/wikipedia#20231101.sw' --corpus news/
-      a dataset of the Hugging Face Hub, and a folder
+      a dataset on the Hugging Face Hub, and a folder
   bin/pretrain --ds-config gtx1060-6gb --recipe electra-small --set generator.width_multiplier=1 \\
       --init-from google/electra-small-generator google/electra-small-discriminator --corpus my_texts/
-continues from published weights, with their own vocabulary; that generator is as large as its discriminator
+      continue from published weights, with their vocabulary; that generator is as wide as its discriminator
   bin/pretrain --ds-config cpu --recipe tiny --wandb offline --tensorboard
-      with curves to watch; ds_configs/cpu.json is known by its name too
+      with curves to watch; `cpu` is short for ds_configs/cpu.json
   bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny --set optimizer.learning_rate=1e-3 --seed 3
   bin/pretrain --resume runs/tiny-20260101-120000
   bin/pretrain --resume runs/tiny-20260101-120000 --ds-config ds_configs/rtx3090-24gb.json
-the same run continues under another DeepSpeed JSON: same batch, schedule, data, masks and samples
+      continue the run with another DeepSpeed JSON, and the same batch, schedule, data, masks and samples
 
 several GPUs, several nodes:
   torchrun --nproc_per_node 4 bin/pretrain --ds-config ds_configs/zero1.json
   deepspeed --num_gpus 4 bin/pretrain --ds-config ds_configs/zero1.json
   srun --ntasks-per-node 4 --gpus-per-task 1 --kill-on-bad-exit=1 bin/pretrain --ds-config ds_configs/zero1.json
 
-Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint at the next step and leave; a second one, 5 s later or more, leaves at
-once.
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint after the current step and exit; a second signal, at least 5 s later,
+exits immediately.
 """
 _FINETUNE_HELP = f"""\
 examples:
@@ -60,12 +60,12 @@ examples:
 tasks: {", ".join(TASKS)}
 AX, GLUE's diagnostic set, has no training examples: mnli with --predict-test predicts it.
 
-recipes: own trains for at least 500 steps, however few the examples are. bin/export writes a transformers model with
-the head of own, and with that of original except for SQuAD. rc2020 averages over the tokens, which no class of
+recipes: own trains for at least 500 steps, however few examples there are. bin/export can write transformers models
+with the head of own, and with that of original except for SQuAD. rc2020 averages over the tokens, which no class of
 transformers does, so bin/export writes only the encoder of its models.
 
-The scores of a run are in RUN/scores.json, the predictions in RUN/predictions/, and with --predict-test those of the
-test sets in RUN/submission/, in the files that GLUE's site takes; bin/report --submission zips them.
+A run's scores are in RUN/scores.json, its predictions in RUN/predictions/, and with --predict-test those for the test
+sets in RUN/submission/, in the format that GLUE's site accepts; bin/report --submission zips them.
 """
 
 
@@ -79,7 +79,7 @@ def _pretrain(options: PretrainOptions) -> None:
     if options.recipe is not None:
         from electra_ds.config.overrides import load_recipe
 
-        load_recipe(options.recipe, options.recipe_overrides())  # one that cannot be used does not wait for torch
+        load_recipe(options.recipe, options.recipe_overrides())  # reject an invalid recipe before importing torch
 
     from electra_ds.api.launch import launch
     from electra_ds.api.pretrain import PretrainStart
@@ -91,7 +91,7 @@ def _finetune(options: FinetuneOptions) -> None:
     if options.resume is None:
         from electra_ds.config.finetune_recipe import load_finetune_recipe
 
-        # One that cannot be used does not wait for torch.
+        # Reject an invalid recipe before importing torch.
         load_finetune_recipe(options.recipe_or_default(), options.task or "", options.recipe_overrides())
 
     from electra_ds.api.finetune import FinetuneStart

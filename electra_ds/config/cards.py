@@ -1,4 +1,4 @@
-"""GPUs: their makers' figures (cards.csv), what each can run, those of this machine, and whether torch can use them.
+"""GPUs: manufacturers' figures (cards.csv), what each GPU can run, this machine's GPUs, and whether torch can use them.
 
 This module does not import torch: `electra-ds doctor` must also run where torch is missing.
 """
@@ -20,16 +20,16 @@ from electra_ds.core.errors import ConfigError
 
 Capability = tuple[int, int]
 TRITON_CAPABILITY = (7, 0)
-"""The oldest compute capability that Triton, and thus torch.compile, generates code for."""
+"""The lowest compute capability that Triton, and thus torch.compile, generates code for."""
 BF16_CAPABILITY = (8, 0)
-"""The oldest capability with bf16 products; torch emulates them on older ones, slower than fp32."""
+"""The lowest capability with bf16 products; torch emulates them on older GPUs, slower than fp32."""
 FLASH_CAPABILITY = (8, 0)
-"""The oldest capability for torch's flash attention (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+"""The lowest capability for torch's flash attention (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 TENSOR_CORE_CAPABILITY = (7, 0)
 DEFAULT_TORCH_CAPABILITY = (7, 5)
-"""The oldest capability that torch's default builds have code for; older ones need the build for CUDA 12.6."""
+"""The lowest capability that torch's default builds have code for; older GPUs need the build for CUDA 12.6."""
 _OLDEST = (5, 0)
-"""The oldest capability that any current build of torch has code for."""
+"""The lowest capability that any current build of torch has code for."""
 _DISPLAY_GIB = 0.8  # assumed, for a desktop, a browser and the driver
 SHOWN_SHARE = 0.91  # of the memory as sold: the smallest known share, a T4's with error correction (14.6 to 14.7 GiB)
 _IGNORED_WORDS = {"nvidia", "geforce", "tesla", "generation"}
@@ -37,16 +37,16 @@ _IGNORED_WORDS = {"nvidia", "geforce", "tesla", "generation"}
 
 @dataclass(frozen=True)
 class Card:
-    """A row of cards.csv, which has the sources."""
+    """A row of cards.csv, which gives the sources."""
 
     name: str
-    """The name that `torch.cuda.get_device_name` shows. If two sizes share a name, that of the larger one ends in its
-    size."""
+    """The name that `torch.cuda.get_device_name` returns. If two sizes share a name, the size is appended to the larger
+    one's."""
     memory_gib: float
-    """Memory as sold; a driver shows 1 to 9 % less."""
+    """Advertised memory; the driver shows 1 to 9 % less."""
     capability: Capability
     fp32_tflops: float
-    """Rate of the ordinary cores, without TF32, which torch does not use by default."""
+    """Rate of the CUDA cores, without TF32, which torch does not use by default."""
     fp16_tflops: float | None
     """Rate of the tensor cores; None if there are none, so that torch computes in fp32."""
     bandwidth_gb_s: float
@@ -54,11 +54,11 @@ class Card:
     has_display: bool
     """True if a monitor is usually connected, which takes some of the memory."""
     aliases: tuple[str, ...]
-    """Other names, including that of the DeepSpeed JSON made for the card."""
+    """Other names, including the name of the DeepSpeed JSON made for the card."""
 
     @property
     def bf16_tflops(self) -> float | None:
-        """The rate of the tensor cores in bf16, which is that of fp16; None if the card has no bf16."""
+        """The tensor cores' bf16 rate, which equals their fp16 rate; None if the card has no bf16."""
         return self.fp16_tflops if self.capability >= BF16_CAPABILITY else None
 
     @property
@@ -101,7 +101,7 @@ CARDS = _read_cards()
 def find_card(device_name: str) -> Card | None:
     """Return the card with this name, or None. Case, separators and words such as NVIDIA and GeForce are ignored.
 
-    Every other word must match, since a "Ti", "SUPER" or "3GB" is another card.
+    Every other word must match, since "Ti", "SUPER" or "3GB" denotes a different card.
     """
     wanted = _words(device_name)
     return next((card for card in CARDS if wanted in map(_words, (card.name, *card.aliases))), None)
@@ -128,10 +128,10 @@ def _squeezed(name: str) -> str:
 
 
 def peak_flops(card: Card, precision: str) -> float | None:
-    """Return the peak FLOP/s of matrix products in a precision, by its name in `Precision`; None if the card lacks it.
+    """Return the peak FLOP/s of matrix products in a precision, named as in `Precision`; None if the card lacks it.
 
-    Without tensor cores fp16 runs at the fp32 rate, because torch lets cuBLAS sum in fp32
-    (aten/src/ATen/cuda/CUDABlas.cpp), not at the doubled rate of a P100 or the 1/64 rate of a GTX 1080 Ti.
+    Without tensor cores fp16 runs at the fp32 rate, because torch makes cuBLAS accumulate in fp32
+    (aten/src/ATen/cuda/CUDABlas.cpp), and not at a P100's doubled rate or a GTX 1080 Ti's 1/64 rate.
     """
     tflops = {"fp32": card.fp32_tflops, "fp16": card.fp16_tflops or card.fp32_tflops, "bf16": card.bf16_tflops}
     rate = tflops[precision.removeprefix("autocast-")]
@@ -140,7 +140,7 @@ def peak_flops(card: Card, precision: str) -> float | None:
 
 def has_slow_fp16(name: str) -> bool:
     """Return whether fp16 products are slower than fp32 (pytorch#121957), as on Turing without tensor cores: GTX 16xx
-    and its relatives for workstations and laptops."""
+    and its workstation and laptop variants."""
     return re.search(r"\b(GTX 16\d\d|T[456][05]0|T1[02]00|MX[45]50)\b", name) is not None
 
 
@@ -162,15 +162,15 @@ def lacks(name: str, capability: Capability) -> list[Lack]:
     """Return the features that a card lacks."""
     found = []
     if has_slow_fp16(name):
-        found.append(Lack("tensor cores", 'fp16 is slower than fp32: take fp32, as in cpu.json, or "enabled": "auto"'))
+        found.append(Lack("tensor cores", 'fp16 is slower than fp32: use fp32, as in cpu.json, or "enabled": "auto"'))
     elif capability < TENSOR_CORE_CAPABILITY:
-        found.append(Lack("tensor cores", "fp16 saves memory, hardly time: its products are computed in fp32"))
+        found.append(Lack("tensor cores", "fp16 saves memory but little time: its products are computed in fp32"))
     if capability < BF16_CAPABILITY:
-        found.append(Lack("bf16", "take fp16, which needs a loss scale, or fp32"))
+        found.append(Lack("bf16", "use fp16, which needs loss scaling, or fp32"))
     if capability < FLASH_CAPABILITY:
-        found.append(Lack("flash attention", "the memory-efficient kernel takes its place: as small, but slower"))
+        found.append(Lack("flash attention", "the memory-efficient kernel replaces it: the same memory, but slower"))
     if capability < TRITON_CAPABILITY:
-        found.append(Lack("torch.compile", "Triton needs 7.0, so the step runs as it is written"))
+        found.append(Lack("torch.compile", "Triton needs 7.0, so the step runs uncompiled"))
     return found
 
 
@@ -209,9 +209,9 @@ class Hardware:
     """Architectures that torch has code for, such as sm_60."""
     gpus: tuple[Gpu, ...]
     driver_gpus: tuple[DriverGpu, ...] = ()
-    """Asked for only if torch sees no GPU."""
+    """Queried only if torch sees no GPU."""
     error: str = ""
-    """The message with which torch refuses the driver's GPUs, such as that their driver is too old."""
+    """torch's error message about the driver's GPUs, such as that the driver is too old."""
 
 
 class Problem(NamedTuple):
@@ -222,7 +222,7 @@ class Problem(NamedTuple):
     fix: str
 
 
-def look(torch: Any) -> Hardware:
+def detect_hardware(torch: Any) -> Hardware:
     """Return the hardware of this machine. torch: the module, or None if it is missing."""
     if torch is None:
         return Hardware(None, None, (), (), driver_gpus())
@@ -248,7 +248,7 @@ def _error_of(torch: Any) -> str:
 
 
 def driver_gpus() -> tuple[DriverGpu, ...]:
-    """Return the GPUs that nvidia-smi lists; none without it. GPUs of unknown compute capability are left out."""
+    """Return the GPUs that nvidia-smi lists, or none without it. GPUs of unknown compute capability are left out."""
     for fields in ("name,compute_cap", "name"):  # old drivers do not know compute_cap
         try:
             command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
@@ -276,13 +276,13 @@ def without_code(gpu: Gpu, hardware: Hardware) -> Problem | None:
     """Return the problem of a GPU that torch was not compiled for, on which every kernel would fail, else None."""
     architectures = hardware.architectures
     if not any(map(_ARCHITECTURE.match, architectures)):
-        return None  # a build for GPUs of other makers
+        return None  # a build for GPUs of other manufacturers
     if has_code_for(gpu.capability, architectures):
         return None
     compiled = ", ".join(architectures)
     meaning = f"torch {hardware.torch} has no code for it (only for {compiled}), so every step on it would fail"
     if gpu.capability < _OLDEST:
-        meaning += ", and so does every newer torch. Train on the CPU"
+        meaning += ", and no newer torch has any. Train on the CPU"
         return Problem(str(gpu), meaning, "export CUDA_VISIBLE_DEVICES=")
     return Problem(str(gpu), meaning, _install([gpu.capability]))
 
@@ -290,8 +290,8 @@ def without_code(gpu: Gpu, hardware: Hardware) -> Problem | None:
 def has_code_for(capability: Capability, architectures: Iterable[str]) -> bool:
     """Return whether a build of torch for these architectures runs on a GPU.
 
-    Machine code (sm_XY) runs within its major version from its minor version on, PTX (compute_XY) on everything newer,
-    and code for one architecture alone (sm_XYa) on that one.
+    Machine code (sm_XY) runs on the same major and an equal or higher minor version, PTX (compute_XY) also on
+    everything newer, and code for one architecture alone (sm_XYa) on that one.
     """
     for match in filter(None, map(_ARCHITECTURE.match, architectures)):
         target = int(match[2]), int(match[3])
@@ -304,7 +304,7 @@ def has_code_for(capability: Capability, architectures: Iterable[str]) -> bool:
 
 
 def unused(hardware: Hardware) -> Problem | None:
-    """Return why torch sees none of the GPUs that NVIDIA's driver lists; None if it lists none that torch could use."""
+    """Return why torch sees none of the GPUs that NVIDIA's driver lists; None if none of them is usable by torch."""
     gpus = [gpu for gpu in hardware.driver_gpus if gpu.capability >= _OLDEST]
     if hardware.gpus or not gpus:
         return None
@@ -325,8 +325,8 @@ def unused(hardware: Hardware) -> Problem | None:
 def _install(capabilities: Iterable[Capability]) -> str:
     """Return the command that installs a build of torch with code for GPUs of these compute capabilities.
 
-    It is forced, because pip takes an installed 2.13.0+cu130 for 2.13.0+cu126. Of torch's builds only those for CUDA
-    12.6 have code for Maxwell, Pascal and Volta.
+    It forces the reinstallation, because pip treats 2.13.0+cu130 as 2.13.0+cu126. Only torch's builds for CUDA 12.6
+    have code for Maxwell, Pascal and Volta.
     """
     needs_cuda_126 = min(capabilities) < DEFAULT_TORCH_CAPABILITY
     index = " --index-url https://download.pytorch.org/whl/cu126" if needs_cuda_126 else ""
@@ -334,20 +334,20 @@ def _install(capabilities: Iterable[Capability]) -> str:
 
 
 def check_gpu(hardware: Hardware, index: int | None) -> None:
-    """Raise ConfigError if torch has no code for a rank's GPU. index: among the visible GPUs, None on a CPU."""
+    """Raise ConfigError if torch has no code for a rank's GPU. index: among the visible GPUs; None on a CPU."""
     problem = None if index is None else without_code(hardware.gpus[index], hardware)
     if problem is not None:
         raise ConfigError(f"{problem.found}: {problem.meaning}. To fix it: {problem.fix}")
 
 
 def cannot_use(hardware: Hardware) -> str:
-    """Return the problem of `unused` as a sentence without its full stop; empty if there is none."""
+    """Return the result of `unused` as a sentence without a full stop; empty if there is no problem."""
     problem = unused(hardware)
     return "" if problem is None else f"{problem.found} {problem.meaning} (to fix it: {problem.fix})"
 
 
 def notes_at_start(hardware: Hardware, index: int | None, precision: str) -> list[str]:
-    """Return notes for the user on the device of a run. index: as in `check_gpu`."""
+    """Return notes for the user about the run's device. index: as in `check_gpu`."""
     if index is None:
         why = cannot_use(hardware)
         return [f"{why}. Training runs on the CPU"] if why else []
@@ -356,8 +356,8 @@ def notes_at_start(hardware: Hardware, index: int | None, precision: str) -> lis
 
 
 def abilities(gpu: Gpu) -> str:
-    """Return what a GPU lacks with the consequences, and the DeepSpeed JSON that is shipped for it."""
+    """Return the features that a GPU lacks, the consequences, and the DeepSpeed JSON shipped for it."""
     missing = [f"no {lack.what}: {lack.consequence}" for lack in lacks(gpu.name, gpu.capability)]
     card = find_card(gpu.name)
-    shipped = [f"take --ds-config {card.ds_config}"] if card is not None and card.ds_config is not None else []
+    shipped = [f"use --ds-config {card.ds_config}"] if card is not None and card.ds_config is not None else []
     return "; ".join((missing or ["bf16, tensor cores, flash attention, torch.compile"]) + shipped)

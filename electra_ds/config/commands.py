@@ -1,7 +1,8 @@
-"""Every command by name: the options of those that do not train, each declared once, as in `options.py`, and
-docs/reference/options.md, which is written from the options of all:
+"""All commands by name, and the options of those that do not train, each declared once, as in `options.py`.
 
-python -m electra_ds.config.commands > docs/reference/options.md
+This module also generates docs/reference/options.md:
+
+    python -m electra_ds.config.commands > docs/reference/options.md
 """
 
 from __future__ import annotations
@@ -48,30 +49,30 @@ class PlanOptions(Options):
     overrides: list[str] | None = overrides_option("data.sequence_length=512")
     ds_config: str | None = ds_config_option()
     card: str | None = option(
-        "a GPU, here or not, such as 'GTX 1060 6GB', RTX4090, 'RTX 5070 Ti', A6000, L4, L40S or A10; or cpu for this "
-        "machine's (default: the card that the JSON is named after, else this machine)",
+        "a GPU, installed here or not, such as 'GTX 1060 6GB', RTX4090, 'RTX 5070 Ti', A6000, L4, L40S or A10; or cpu "
+        "for this machine's CPU (default: the card that the JSON is named after, or this machine)",
         metavar="NAME", exclusive="where",
     )  # fmt: skip
     memory_gb: float | None = option(
-        "plan for a GPU with this much free memory, in GiB as nvidia-smi shows",
+        "plan for a GPU with this much free memory, in GiB",
         metavar="N", parse=gibibytes, exclusive="where",
     )  # fmt: skip
-    vocab_size: int | None = option("pieces of your tokenizer (default: the recipe's)", metavar="N")
+    vocab_size: int | None = option("vocabulary size of your tokenizer (default: the recipe's)", metavar="N")
     micro_batch: int | Literal["auto"] | None = micro_batch_option(
-        "in place of the JSON's; auto: the largest that fits", group=""
+        "instead of the JSON's; auto: the largest that fits", group=""
     )
-    ranks: int = option("cards (default: 1)", metavar="N", default=1)
-    all: bool | None = option("a table of every card and every recipe")
-    json: bool | None = option("print it as JSON")
+    ranks: int = option("number of GPUs (default: 1)", metavar="N", default=1)
+    all: bool | None = option("print a table of every card and every recipe")
+    json: bool | None = option("print the plan as JSON")
 
     def check(self) -> None:
         only_one = (self.ds_config, self.card, self.memory_gb, self.vocab_size, self.micro_batch)
         if self.all and (any(only_one) or self.ranks > 1):
             raise ConfigError(
-                "--all shows every card alone with its own JSON; with it only --recipe and --set may be given."
+                "--all shows each card alone with its own JSON, so it can only be combined with --recipe and --set."
             )
         if self.all and self.overrides and self.recipe is None:
-            raise ConfigError("--all shows every recipe as it is shipped; say which one --set changes with --recipe.")
+            raise ConfigError("--all shows every recipe unchanged; name the one that --set changes with --recipe.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +82,9 @@ class BuildDataOptions(CorpusOptions):
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "the text and its tokenizer"}
 
     corpus: list[list[str]] | None = corpus_option("`builtin` for the built-in corpus", required=True)
-    out: Path = option("folder to make", metavar="STORE", required=True)
+    out: Path = option("folder to create", metavar="STORE", required=True)
     recipe: str | Mapping[str, Any] | None = option(
-        f"whose tokenizer to train (default: {GPU_RECIPE})", metavar="NAME|FILE"
+        f"recipe whose tokenizer to train (default: {GPU_RECIPE})", metavar="NAME|FILE"
     )
     overrides: list[str] | None = overrides_option("tokenizer.vocab_size=16000")
     workers: int | None = option("processes (default: one per core)", metavar="N")
@@ -91,7 +92,7 @@ class BuildDataOptions(CorpusOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(Options):
-    """Run a study: one command over seeds, tasks, hyperparameters."""
+    """Run a study: one command over seeds, tasks and hyperparameters."""
 
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {_RAY: "where to run it"}
 
@@ -102,21 +103,21 @@ class SweepOptions(Options):
         "change the file, e.g. --set finetune.model=RUN finetune.seeds=[0,1] resources.gpus=0.5",
         flag="--set", metavar="KEY=VALUE",
     )  # fmt: skip
-    out: Path | None = option("where it lives (default: runs/sweep-NAME)", metavar="DIR", aliases=("--run-dir",))
+    out: Path | None = option("the sweep's folder (default: runs/sweep-NAME)", metavar="DIR", aliases=("--run-dir",))
     resume: Path | None = option("run what is missing in this sweep", metavar="DIR")
-    retry_failed: bool | None = option("with --resume: those that failed too")
+    retry_failed: bool | None = option("with --resume: also run the failed trials again")
     dry_run: bool | None = option("list the trials and what they cost, and run nothing")
-    local: bool | None = option("one trial after the other, without Ray", group=_RAY)
+    local: bool | None = option("run one trial after the other, without Ray", group=_RAY)
     address: str | None = option("a Ray cluster: auto, or HOST:6379", metavar="ADDRESS", group=_RAY)
-    time_limit: float | None = option("save and leave after this time", metavar="TIME", parse=duration_s, group=_RAY)
+    time_limit: float | None = option("save and exit after this time", metavar="TIME", parse=duration_s, group=_RAY)
 
     def check(self) -> None:
         if self.what[:1] == ["status"]:
             if len(self.what) != 2 or len(self.given()) > 1:
-                raise ConfigError(f"Say which sweep, and nothing else: {command('sweep')} status DIR")
+                raise ConfigError(f"Give a sweep's folder, and nothing else: {command('sweep')} status DIR")
             return
         if self.retry_failed and self.resume is None:
-            raise ConfigError("--retry-failed is for --resume.")
+            raise ConfigError("--retry-failed works only with --resume.")
         if (self.resume is None) == (not self.what) or len(self.what) > 1:
             raise ConfigError("Give one sweep to run, by name or file, or --resume DIR to continue one.")
         if self.resume is not None and self.out is not None:
@@ -132,14 +133,14 @@ class ReportOptions(Options):
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {_SCORES: "for runs of bin/finetune"}
 
     run: list[Path] = option("run directories, finished or not, or a sweep's folder", flag="", nargs="+", metavar="RUN")
-    data: Path | None = option("where a pretraining's token store is now, if it has moved", metavar="STORE")
+    data: Path | None = option("new location of the token store, if a pretraining's has moved", metavar="STORE")
     compare: list[str] | None = option(
         "published rows to show next to them, such as mercier2021 and clark2020-small-owt; docs/glue-scores.md has the "
         "others",
         metavar="NAME", group=_SCORES,
     )  # fmt: skip
-    csv: Path | None = option("write every run's scores there", metavar="FILE", group=_SCORES)
-    submission: Path | None = option("write the zip for gluebenchmark.com there", metavar="FILE", group=_SCORES)
+    csv: Path | None = option("write every run's scores to this file", metavar="FILE", group=_SCORES)
+    submission: Path | None = option("write the zip for gluebenchmark.com to this file", metavar="FILE", group=_SCORES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +155,9 @@ class ExportOptions(Options):
     )  # fmt: skip
     out: Path | None = option("default: RUN/export, or RUN/native for DeepSpeed", metavar="DIR")
     ds_config: str | None = option(
-        "whose ZeRO stage and precision DeepSpeed gets (default: the run's)", metavar="NAME|FILE"
+        "the JSON with the ZeRO stage and precision to write for (default: the run's)", metavar="NAME|FILE"
     )
-    encoder_only: bool | None = option("of a finetuned model the encoder, to load with AutoModel")
+    encoder_only: bool | None = option("write only the encoder of a finetuned model, to load with AutoModel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,22 +193,22 @@ class VerifyOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(Options):
-    """Remove old checkpoints and what killed saves left behind."""
+    """Remove old checkpoints and the leftovers of interrupted saves."""
 
-    run: Path = option("a run directory that nobody trains in", flag="", metavar="RUN")
-    keep: int | None = option("how many stay (default: as many as the run keeps)", metavar="N")
-    damaged: bool | None = option("also those that were set aside as damaged")
-    dry_run: bool | None = option("say what would be removed, and remove nothing")
+    run: Path = option("a run directory in which no training is running", flag="", metavar="RUN")
+    keep: int | None = option("number of checkpoints to keep (default: the run's --keep)", metavar="N")
+    damaged: bool | None = option("also remove checkpoints that were set aside as damaged")
+    dry_run: bool | None = option("list what would be removed, and remove nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions(CorpusOptions):
-    """Make a run of a native DeepSpeed checkpoint, to be resumed."""
+    """Turn a native DeepSpeed checkpoint into a run that can be resumed."""
 
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {
-        WHAT: "what was trained (default: what our own export says)",
+        WHAT: "what was trained (default: recorded in our own exports)",
         _UNKNOWN: (
-            "what the files may not say",
+            "what the files may not record",
             "The tensors do not show the number of heads, layer_norm_eps, the activation and the position type. They "
             "are taken from the recipe (--set generator.num_attention_heads=4 model.layer_norm_eps=1e-6) and checked "
             "against the config.json files that you give, or the recipe of our own export.",
@@ -217,9 +218,9 @@ class ImportOptions(CorpusOptions):
     corpus: list[list[str]] | None = corpus_option("default: the exported run's token store")
     native: Path = option("the checkpoint's folder", flag="", metavar="NATIVE")
     trusted: bool | None = option(argparse.SUPPRESS)  # once needed, now without effect
-    run_dir: Path = option("folder of the run to make", metavar="RUN", required=True)
+    run_dir: Path = option("folder of the run to create", metavar="RUN", required=True)
     ds_config: str | None = ds_config_option()
-    micro_batch: int | Literal["auto"] | None = micro_batch_option("in place of the JSON's", group="")
+    micro_batch: int | Literal["auto"] | None = micro_batch_option("instead of the JSON's", group="")
     recipe: str | Mapping[str, Any] | None = option(f"{_RECIPES}, or a YAML file", metavar="NAME|FILE", group=WHAT)
     overrides: list[str] | None = overrides_option("schedule.total_steps=5000 generator.sharing=none", group=WHAT)
     seed: int | None = seed_option("of data order, masks, samples and dropout from here on")
@@ -231,7 +232,7 @@ class ImportOptions(CorpusOptions):
         "the discriminator's config.json, or the folder it is in", metavar="FILE", group=_UNKNOWN
     )
     frozen: list[str] | None = option(
-        "how the names of parameters begin that were not trained, if a stage 0 checkpoint does not say which",
+        "prefixes of the names of frozen parameters, if a stage 0 checkpoint does not record them",
         metavar="NAME", group=_UNKNOWN,
     )  # fmt: skip
 
@@ -249,14 +250,14 @@ _RECORDED = {PretrainOptions: RunSettings, FinetuneOptions: FinetuneSettings}
 _BEGIN = """\
 # Options
 
-Every option of every command. This page is written by `python -m electra_ds.config.commands`.
+All options of all commands. `python -m electra_ds.config.commands` generates this page.
 
-From Python the same options are arguments of `electra_ds.pretrain`, `electra_ds.finetune` and the other functions,
-under the names in the last column. The keys of a sweep's stages have these names too.
+In Python the same options are arguments of `electra_ds.pretrain`, `electra_ds.finetune` and the other functions, under
+the names in the last column. The keys of a sweep's stages have these names too.
 
 - **recorded**: written into the run's `run.json`; a resumed run keeps it until you give another value.
-- **new runs only**: refused with `--resume`, which takes it from the run.
-- **in a sweep**: not an option of a sweep's stage; what to do in its place.
+- **new runs only**: not allowed with `--resume`, which takes the value from the run.
+- **in a sweep**: not an option of a sweep's stage; use this instead.
 """
 
 

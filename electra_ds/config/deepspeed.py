@@ -1,9 +1,9 @@
-"""The DeepSpeed JSON: how a recipe's mathematics is run.
+"""The DeepSpeed JSON, which decides how a recipe's mathematics is run.
 
 The file stays a real DeepSpeed config. Keys that the recipe owns (batch size, clipping, optimizer, schedule)
 may be absent or "auto" and are filled in; a concrete value that contradicts the recipe is an error.
 DeepSpeed itself ignores unknown top-level keys, reads `"stage": "auto"` as 0 and a missing clipping as 1.0,
-so every such case is caught here first, and all problems are reported together.
+so this module catches every such case first and reports all problems together.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BatchPlan:
         return BatchPlan(size, steps, self.world_size)
 
     def others(self) -> list[BatchPlan]:
-        """Return the plan with each possible micro-batch size, the largest first."""
+        """Return this plan with each possible micro-batch size, largest first."""
         sizes = _divisors(self.micro_batch_size * self.gradient_accumulation_steps)
         return [self.cut(size) for size in reversed(sizes)]
 
@@ -72,20 +72,20 @@ class DeepSpeedPlan:
     """A DeepSpeed JSON resolved against a recipe and a world size."""
 
     document: dict[str, Any]
-    """The resolved JSON, every value concrete."""
+    """The resolved JSON, in which every value is concrete."""
     batch: BatchPlan
     precision: Precision
     monitors: Monitors
     stage: Literal[0, 1, 2, 3] = 0
     checkpointed_layers: int = 0
-    """The number of layers of each encoder, from the first, that are computed again in the backward pass."""
+    """The number of layers of each encoder, from the first, that the backward pass recomputes."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how the file was interpreted."""
     is_micro_batch_open: bool = field(default=False, compare=False)
     """True if the file leaves the micro-batch open; until it is chosen, each rank's share is one micro-batch."""
     given_batch: dict[str, int] | None = field(default=None, compare=False)
-    """Micro-batch and accumulation as far as the user gave them, by their keys in the JSON. They are kept on any number
-    of ranks, and the others are chosen again. None if it is not known who chose them."""
+    """The micro-batch and accumulation that the user gave, by their keys in the JSON. They stay the same on any number
+    of ranks, and the missing ones are chosen again. None if it is unknown who chose them."""
 
     def with_micro_batch(self, size: int) -> DeepSpeedPlan:
         """Return the plan with micro-batches of another size, which must divide each rank's share."""
@@ -100,9 +100,9 @@ class DeepSpeedPlan:
     def engine_config(self) -> dict[str, Any]:
         """Return the configuration for `deepspeed.initialize`.
 
-        At stage 0 precision, loss scaling and clipping are left out: our optimizer does them, since DeepSpeed
+        At stage 0 precision, loss scaling and clipping are left out and done by our optimizer, since DeepSpeed
         0.19.8 divides by a loss scale that it never applied (deepspeedai/DeepSpeed#8393). Autocast is left out at
-        every stage: the model switches it on itself, and DeepSpeed's would leak into later engines.
+        every stage: the model enables it itself, and DeepSpeed's would leak into later engines.
         """
         config = copy.deepcopy(self.document)
         for key in ("torch_autocast", *MONITOR_SECTIONS):
@@ -114,22 +114,22 @@ class DeepSpeedPlan:
         if self.stage < 3:  # our losses are normalised over all ranks; stage 3 can only average
             config["gradient_allreduce_op"] = "sum"
         if self.stage:
-            config["zero_force_ds_cpu_optimizer"] = False  # offloading runs torch's AdamW, nothing is compiled
+            config["zero_force_ds_cpu_optimizer"] = False  # offloading uses torch's AdamW, so nothing is compiled
         return config
 
 
 def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
-    """Return the raw mapping of a shipped file, by its name, or of a JSON file.
+    """Return the raw mapping of a shipped file, given by name, or of a JSON file.
 
-    As in DeepSpeed itself the file may be HJSON: comments and trailing commas are allowed, and so is a byte-order
-    mark. Raises ConfigError if it cannot be read, with line and column, or holds a key twice.
+    As in DeepSpeed, the file may be HJSON: comments and trailing commas are allowed, and so is a byte-order mark.
+    Raises ConfigError if the file cannot be read, with line and column, or contains a key twice.
     """
     names = ds_config_names()
     path = Path(name_or_path)
     if name_or_path not in names and not path.is_file():
         raise ConfigError(
-            f"There is no DeepSpeed JSON at {path}: neither a file nor one of {', '.join(names)}, "
-            f"which are those in ds_configs/{did_you_mean(path.stem, names)}"
+            f"There is no DeepSpeed JSON {path}: it is neither a file nor one of the shipped {', '.join(names)} "
+            f"in ds_configs/{did_you_mean(path.stem, names)}"
         )
     try:
         if name_or_path in names:
@@ -147,7 +147,7 @@ def read_deepspeed_json(name_or_path: str) -> dict[str, Any]:
 
 
 def default_ds_config(has_gpu: bool, card: Card | None) -> tuple[dict[str, Any], str]:
-    """Return the DeepSpeed JSON of a run for which none is given, and its name. card: None for an unknown GPU."""
+    """Return the DeepSpeed JSON to use if the user gives none, and its name. card: None for an unknown GPU."""
     if not has_gpu:
         return read_deepspeed_json("cpu"), "cpu"
     if card is not None and card.ds_config is not None:
@@ -156,15 +156,15 @@ def default_ds_config(has_gpu: bool, card: Card | None) -> tuple[dict[str, Any],
 
 
 def with_micro_batch(values: dict[str, Any], size: int | Literal["auto"] | None) -> dict[str, Any]:
-    """Return the raw mapping with the micro-batch of the command line, if one is given, in place of the file's."""
+    """Return the raw mapping with the command line's micro-batch, if any, in place of the file's."""
     return values if size is None else values | {"train_micro_batch_size_per_gpu": size, _CUT[1]: "auto"}
 
 
 def cut_for(values: dict[str, Any], given: dict[str, int] | None, share: int) -> dict[str, Any]:
     """Return a run's resolved JSON with the batch left open, to be planned again for another number of ranks.
 
-    given: as `DeepSpeedPlan.given_batch`. If it is not known, the largest micro-batch is kept that divides `share`, the
-    sequences of a rank, and is no larger than before, so that it needs no more memory.
+    given: as `DeepSpeedPlan.given_batch`. If unknown, the micro-batch becomes the largest one that divides `share`, a
+    rank's sequences, and is no larger than before, so that it needs no more memory.
     """
     if given is None:
         before = values[_CUT[0]]
@@ -176,7 +176,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs if not is_comment(key)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise ValueError(f"the key {', '.join(twice)} stands twice")
+        raise ValueError(f"the key {', '.join(twice)} appears twice")
     return dict(pairs)
 
 
@@ -185,7 +185,7 @@ def resolve(
 ) -> DeepSpeedPlan:
     """Check a DeepSpeed JSON against a recipe and fill in what it leaves open. ConfigError lists every problem.
 
-    auto_fp16: what `"fp16": {"enabled": "auto"}` means on the device, see `wants_fp16`.
+    auto_fp16: the meaning of `"fp16": {"enabled": "auto"}` on the device, see `wants_fp16`.
     """
     found = Findings()
     values = normalize_spelling(values, found)

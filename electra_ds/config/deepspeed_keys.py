@@ -1,9 +1,9 @@
 """The keys of a DeepSpeed JSON: their spelling, which the recipe owns, which are passed through, which have no effect.
 
-- Keys of the recipe (batch, clipping, optimizer, schedule) may be absent or "auto"; a value must be the recipe's.
-- Keys about DeepSpeed's reports and process are passed through to it, which checks what is in them.
-- Keys that change nothing here are left out, and one note names them: defaults, off switches, keys of other ZeRO
-  stages. A key does change something if a user would expect an effect that it does not have.
+- Keys that the recipe owns (batch, clipping, optimizer, schedule) may be absent or "auto"; any other value must match.
+- Keys about DeepSpeed's reports and process are passed through to DeepSpeed, which checks their values.
+- Keys that change nothing here are left out, and one note lists them: defaults, off switches, keys of other ZeRO
+  stages. A key from which a user would expect an effect that it does not have is an error instead.
 
 The allow-list and the defaults are those of DeepSpeed 0.19.8; tests compare them with its source.
 """
@@ -22,38 +22,38 @@ from electra_ds.core.errors import did_you_mean
 
 @dataclass
 class Findings:
-    """The faults and notes about a file, each found by one of the functions below."""
+    """The problems and notes that the functions below collect about a file."""
 
     problems: list[str] = field(default_factory=list)
-    """Faults, for which the file is refused."""
+    """Errors, because of which the file is rejected."""
     notes: list[str] = field(default_factory=list)
-    """Decisions that were made here."""
+    """How the file was interpreted."""
     inert: list[str] = field(default_factory=list)
     """Keys that change nothing and are left out."""
 
 
-# Spelling: comments, whole numbers as floats, older names and unfilled templates. Afterwards each thing has one name
-# and one form.
+# Spelling: comments, whole numbers written as floats, older names and unfilled templates. Afterwards every key and
+# value has one spelling.
 
 _PYTHON = re.compile("(True|False|None),?")
-"""HJSON, which DeepSpeed reads, takes a bare word as text up to the end of its line, comma included."""
+"""HJSON, which DeepSpeed reads, treats a bare word as text up to the end of the line, including the comma."""
 _PLACEHOLDER = re.compile("[A-Z][A-Z0-9]*(_[A-Z0-9]+)+,?")
 """Placeholders such as CONFIG_BATCH_SIZE in Megatron-DeepSpeed's templates, which its scripts fill in."""
 UNSET_BY_NULL = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "log_level",
     "bf16",
 )  # fmt: skip
-"""Keys that DeepSpeed treats as absent if they are null."""
+"""Keys that DeepSpeed treats as absent when they are null."""
 ZERO_OLD_NAMES = {
     "cpu_offload": "offload_optimizer",
     "cpu_offload_param": "offload_param",
     "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
 }
-"""Switches that DeepSpeed calls deprecated and reads as the newer key."""
+"""Deprecated switches, which DeepSpeed reads as the newer keys."""
 
 
 def is_comment(key: str) -> bool:
-    """Return whether a key is a comment, meant only for readers. DeepSpeed ignores such keys at the top level."""
+    """Return whether a key is only a comment. DeepSpeed ignores such keys at the top level."""
     return key.startswith(("_", "//", "#"))
 
 
@@ -101,24 +101,24 @@ def _text_problem(text: str, place: str) -> str | None:
         return f"{text!r} is text to a JSON parser; write true, false or null, in lower case and without quotes"
     is_free_text = place.partition(".")[0] in (*MONITOR_SECTIONS, "flops_profiler")
     if _PLACEHOLDER.fullmatch(text) and not is_free_text:
-        return f"{text!r} is a placeholder of a template; put a value in its place"
+        return f"{text!r} is a template's placeholder; replace it with a value"
     return None
 
 
-# The keys that are not supported here, but may spell out a default or be off
+# Keys that are not supported here, but may be off or set to their defaults
 
 
 @dataclass(frozen=True)
 class Unused:
-    """Keys of DeepSpeed that are not supported here."""
+    """DeepSpeed keys that are not supported here."""
 
     defaults: dict[str, Any]
-    """Each key with DeepSpeed's default, which may be spelled out. A dict instead has the switches of a section, off by
-    default, with the values that are as good as off; other keys of the section have no effect without them."""
+    """Each key with DeepSpeed's default, which is accepted. For a section, a dict of its switches, which are off by
+    default, each with the values that also mean off; the section's other keys have no effect without them."""
     without_effect: tuple[str, ...]
     """Keys that have no effect here with any value."""
     removed: dict[str, Any]
-    """Keys of older versions that DeepSpeed 0.19 refuses or ignores, with the values that switched them off."""
+    """Keys of older versions that DeepSpeed 0.19 rejects or ignores, with the values that switched them off."""
 
     def check(self, place: str, key: str, value: Any, known: Iterable[str], found: Findings) -> None:
         """Check a key that is not one of the `known` ones, which are supported."""
@@ -134,8 +134,8 @@ class Unused:
 
 
 def is_default(value: Any, default: Any) -> bool:
-    """Return whether a value spells out a default of `Unused` or is off: false, null, "auto", or an object in which
-    nothing is enabled."""
+    """Return whether a value equals a default of `Unused` or is off: false, null, "auto", or an object in which nothing
+    is enabled."""
     if isinstance(default, dict) and isinstance(value, dict):
         return all(is_off(value.get(name)) or value[name] in harmless for name, harmless in default.items())
     if default is True:
@@ -152,7 +152,7 @@ def is_off(value: Any) -> bool:
 
 
 def _switches(section: dict[str, Any]) -> Iterator[Any]:
-    """Yield the values of `enabled` in a section and in the sections inside it."""
+    """Yield the values of `enabled` in a section and its subsections."""
     for key, value in section.items():
         if key == "enabled":
             yield value
@@ -172,9 +172,9 @@ UNUSED = Unused(
         "tensor_parallel": {"autotp_size": (0, 1), "tp": ()},
         "use_data_before_expert_parallelism": False, "weight_quantization": None,
     },
-    # Files on NVMe, a buffer of ZeRO's oldest form, the last batch of DeepSpeed's own loader (every batch is full
-    # here), a switch that DeepSpeed does not use, a hint about speed, and the implementation of an offloaded optimizer,
-    # which is torch's AdamW here.
+    # NVMe files, a buffer of the original ZeRO, the last batch of DeepSpeed's own loader (every batch is full here), a
+    # switch that DeepSpeed does not use, a hint about speed, and the implementation of an offloaded optimizer, which is
+    # torch's AdamW here.
     without_effect=(
         "aio", "allgather_size", "dataloader_drop_last", "disable_allgather", "vocabulary_size",
         "zero_force_ds_cpu_optimizer",
@@ -187,7 +187,7 @@ UNUSED = Unused(
         )
     ),
 )  # fmt: skip
-"""At the top level."""
+"""Unsupported keys at the top level."""
 UNUSED_IN_ZERO = Unused(
     defaults={
         "compute_grad_norm": True, "cpu_offload": None, "cpu_offload_param": None, "override_module_apply": True,
@@ -196,8 +196,8 @@ UNUSED_IN_ZERO = Unused(
         "zero_quantized_gradients": False, "zero_quantized_nontrainable_weights": False,
         "zero_quantized_weights": False,
     },
-    # A switch that DeepSpeed no longer reads, and three about its own checkpoints. Ours load at every stage and on any
-    # number of ranks.
+    # A switch that DeepSpeed no longer reads, and three for its own checkpoints. Our checkpoints load at every stage
+    # and on any number of ranks.
     without_effect=(
         "cpu_offload_use_pin_memory", "elastic_checkpoint", "load_from_fp32_weights", "pipeline_loading_checkpoint",
     ),
@@ -206,9 +206,9 @@ UNUSED_IN_ZERO = Unused(
         "mics_shard_size": -1, "zeropp_loco_param": None,
     },
 )  # fmt: skip
-"""In `zero_optimization`."""
+"""Unsupported keys in `zero_optimization`."""
 
-# The keys that are passed through to DeepSpeed
+# Keys that are passed through to DeepSpeed
 
 PASSED_THROUGH: dict[str, type[Any]] = {
     "disable_python_gc": bool, "dump_state": bool, "flops_profiler": dict, "log_level": str, "memory_breakdown": bool,
@@ -217,11 +217,11 @@ PASSED_THROUGH: dict[str, type[Any]] = {
 _JSON_TYPES = {dict: "object", bool: "boolean", int: "whole number", str: "string"}
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 NEVER = 2**31 - 1
-"""The `steps_per_print` of a run whose file does not set it: the progress bar reports, not DeepSpeed."""
+"""The `steps_per_print` of a run whose file does not set it, since the progress bar reports in DeepSpeed's place."""
 
 
 def parse_passed_through(values: dict[str, Any], found: Findings) -> dict[str, Any]:
-    """Return the keys that DeepSpeed gets unchanged."""
+    """Return the keys that are passed to DeepSpeed unchanged."""
     given = {key: values[key] for key in PASSED_THROUGH if values.get(key, "auto") != "auto"}
     for key, value in given.items():
         if type(value) is not PASSED_THROUGH[key]:
@@ -233,7 +233,7 @@ def parse_passed_through(values: dict[str, Any], found: Findings) -> dict[str, A
     return given
 
 
-# The keys that the recipe owns
+# Keys that the recipe owns
 
 OWNED_BY_RECIPE = ("train_batch_size", "gradient_clipping", "optimizer", "scheduler")
 RESOLVED_HERE = (
@@ -242,15 +242,15 @@ RESOLVED_HERE = (
 )  # fmt: skip
 """The keys that this package reads itself."""
 KNOWN = (*OWNED_BY_RECIPE, *RESOLVED_HERE, *PASSED_THROUGH, *MONITOR_SECTIONS)
-"""The allow-list of top-level keys, besides `UNUSED`. A test compares it with DeepSpeed's own constants."""
+"""The allow-list of top-level keys, in addition to `UNUSED`. A test compares it with DeepSpeed's own constants."""
 _IMPLEMENTATION = ("torch_adam", "foreach", "fused", "set_grad_none")
-"""Parameters of the optimizer that choose an implementation and change no result."""
+"""Optimizer parameters that select an implementation and do not change results."""
 _OPEN_SCHEDULE: dict[str, Any] = {"warmup_min_lr": 0, "last_batch_iteration": -1, "warmup_type": "linear"}
-"""Values with which a scheduler still leaves its numbers to the recipe: DeepSpeed's defaults and "linear"."""
+"""Scheduler values that still leave the schedule to the recipe: DeepSpeed's defaults and "linear"."""
 
 
 def check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, found: Findings) -> None:
-    """Check that the keys that the recipe owns do not contradict it."""
+    """Check that the keys owned by the recipe do not contradict it."""
     given: dict[str, Any] = {key: values[key] for key in ("train_batch_size", "gradient_clipping") if key in values}
     for name, is_ours in (("optimizer", _is_adamw), ("scheduler", _is_recipes_schedule)):
         section = values.get(name, "auto")
@@ -273,13 +273,13 @@ def check_recipe_owned(values: dict[str, Any], recipe: TrainingRecipe, found: Fi
         elif value != "auto" and value != owners[key][0]:
             ours, owner = owners[key]
             found.problems.append(
-                f'{key}: {value!r} contradicts the recipe ({owner} is {ours!r}); write "auto" or leave it out, '
+                f'{key}: {value!r} contradicts the recipe ({owner} is {ours!r}); write "auto" or remove the key, '
                 f"and change the recipe instead"
             )
 
 
 def _owners(recipe: TrainingRecipe) -> dict[str, tuple[Any, str]]:
-    """Return the value that each key may have, and the part of the recipe that owns it."""
+    """Return the allowed value of each key, and the part of the recipe that owns it."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
     return {
         "train_batch_size": (recipe.global_batch_size, "global_batch_size"),
@@ -304,7 +304,7 @@ def _owners(recipe: TrainingRecipe) -> dict[str, tuple[Any, str]]:
 
 
 def _is_adamw(kind: Any, params: dict[str, Any], recipe: TrainingRecipe, found: Findings) -> bool:
-    """Return whether to check the parameters, too: those of another optimizer would only repeat the problem."""
+    """Return whether to check the parameters too. For another optimizer that would only repeat the problem."""
     if str(kind).lower() in ("adam", "adamw", "auto"):  # for DeepSpeed both are AdamW, unless adam_w_mode is false
         return True
     found.problems.append(
@@ -315,15 +315,15 @@ def _is_adamw(kind: Any, params: dict[str, Any], recipe: TrainingRecipe, found: 
 
 
 def _is_recipes_schedule(kind: Any, params: dict[str, Any], recipe: TrainingRecipe, found: Findings) -> bool:
-    """Return whether to check the parameters, too.
+    """Return whether to check the parameters too.
 
-    A scheduler whose numbers are all "auto", as in transformers' files, stands for the recipe's schedule. One with
-    numbers must match the recipe, as only WarmupDecayLR can: WarmupLR stays at its peak after the warm-up.
+    A scheduler whose numbers are all "auto", as in transformers' files, means the recipe's schedule. One with numbers
+    must match the recipe, which only WarmupDecayLR can: WarmupLR stays at its peak after the warm-up.
     """
     schedule = f"the recipe's {recipe.schedule.kind} schedule"
     is_open = all(value in ("auto", _OPEN_SCHEDULE.get(key, "auto")) for key, value in params.items())
     if is_open and kind in ("WarmupLR", "WarmupDecayLR"):
-        found.notes.append(f"scheduler {kind} leaves its numbers to the recipe, so {schedule} is used")
+        found.notes.append(f"scheduler {kind} sets no numbers, so {schedule} is used")
         return True
     is_linear = recipe.schedule.kind == params.get("warmup_type") == "linear"
     if (is_open and kind == "auto") or (kind == "WarmupDecayLR" and is_linear):

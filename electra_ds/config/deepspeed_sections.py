@@ -26,12 +26,12 @@ UNUSED_IN_PRECISION: dict[str, Any] = {
     "immediate_grad_update": False, "bf16_master_weights_and_grads": False, "bf16_optimizer_states": False,
     "lower_precision_safe_modules": None,
 }  # fmt: skip
-"""Keys that are not supported, with DeepSpeed's defaults, which may be spelled out."""
+"""Unsupported keys with DeepSpeed's defaults, which are accepted."""
 
 
 @dataclass(frozen=True)
 class LossScaling:
-    """Settings of dynamic loss scaling, with DeepSpeed's names and defaults."""
+    """Settings of loss scaling, with DeepSpeed's names and defaults."""
 
     initial_scale: float = 2.0**16
     is_dynamic: bool = True
@@ -71,7 +71,7 @@ def precision_section(name: str) -> dict[str, Any]:
 
 
 def parse_precision(values: dict[str, Any], stage: int, auto_fp16: bool, found: Findings) -> Precision | None:
-    """Return the enabled precision, and None after an error."""
+    """Return the enabled precision, or None after an error."""
     before = len(found.problems)
     sections = {}
     for name in PRECISION_KEYS:
@@ -79,7 +79,7 @@ def parse_precision(values: dict[str, Any], stage: int, auto_fp16: bool, found: 
             sections[name] = values.get(name, {})
         else:
             found.problems.append(f'{name}: must be an object such as {{"enabled": true}}')
-    # "auto" is transformers' "as the user says", so it gives way to a precision that is switched on.
+    # In transformers "auto" leaves the choice to the user, so an explicitly enabled precision takes precedence.
     is_chosen = any(section.get("enabled") is True for section in sections.values())
     enabled: list[str] = []
     for name, section in sections.items():
@@ -118,7 +118,7 @@ def _autocast_precision(section: dict[str, Any], stage: int, found: Findings) ->
     if dtype in ("float16", "fp16", "half"):
         if stage:
             found.problems.append(
-                f"torch_autocast: float16 has no working loss scale at stage {stage}; take fp16 or bfloat16"
+                f"torch_autocast: float16 has no working loss scale at stage {stage}; use fp16 or bfloat16"
             )
         return Precision("autocast-fp16", LossScaling())
     found.problems.append(f"torch_autocast.dtype: {section['dtype']!r} is not bfloat16 or float16")
@@ -143,8 +143,8 @@ def _loss_scaling(section: dict[str, Any], found: Findings) -> LossScaling | Non
 
 # ZeRO
 
-# Default bucket sizes, in elements. DeepSpeed's 5e8 would be a gigabyte, more than a complete small model.
-# 1e7 halves are 20 MB, about as much as torch's DistributedDataParallel gathers before it sends.
+# Default bucket sizes, in elements. DeepSpeed's 5e8 would be a gigabyte, more than an entire small model.
+# 1e7 half-precision elements are 20 MB, close to the bucket size of torch's DistributedDataParallel.
 _BUCKET = 10_000_000
 _ZERO_DEFAULTS: dict[int, dict[str, int]] = {
     1: {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
@@ -172,7 +172,7 @@ CPU_ADAM_DEFAULTS: dict[str, Any] = {"ratio": 1, "super_offload": False}
 
 
 def parse_zero(values: dict[str, Any], found: Findings) -> dict[str, Any]:
-    """Return the zero_optimization section with every "auto" filled in and buffer sizes that suit small cards."""
+    """Return the zero_optimization section without "auto" values, and with buffer sizes that suit small cards."""
     section = values.get("zero_optimization", {})
     if not isinstance(section, dict):
         found.problems.append("zero_optimization: must be an object")
@@ -186,7 +186,7 @@ def parse_zero(values: dict[str, Any], found: Findings) -> dict[str, Any]:
     of_other_stages = []
     given = {}
     for key, value in section.items():
-        if f"stage3_{key}" in ZERO_3_KEYS:  # DeepSpeed takes these names without stage3_ too
+        if f"stage3_{key}" in ZERO_3_KEYS:  # DeepSpeed also accepts these names without stage3_
             key = f"stage3_{key}"
         name = f"zero_optimization.{key}"
         if key in OFFLOADS and not _is_offload(value):
@@ -223,7 +223,7 @@ def parse_zero(values: dict[str, Any], found: Findings) -> dict[str, Any]:
 def _is_offload(value: Any) -> bool:
     """Return whether the value of an offload key asks for offloading.
 
-    A device that is absent or "auto", as in files that accelerate completes, is DeepSpeed's default: none.
+    An absent device, or "auto" as in files that accelerate fills in, means DeepSpeed's default: none.
     """
     device = value.get("device", "none") if isinstance(value, dict) else value
     return device not in ("none", "auto", None, False)
@@ -242,8 +242,8 @@ def without_auto(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Activation checkpointing. The model calls torch's, not `deepspeed.checkpointing`, so only the number of layers has a
-# meaning here, and the switches of DeepSpeed's implementation have none.
+# Activation checkpointing. The model uses torch's, not `deepspeed.checkpointing`, so only the number of layers matters
+# here, and the switches of DeepSpeed's implementation do not.
 
 _LAYERS = "number_checkpoints"
 _FOR_MODEL_PARALLELISM = ("partition_activations", "contiguous_memory_optimization")
@@ -252,10 +252,10 @@ _SWITCHES = (*_FOR_MODEL_PARALLELISM, "cpu_checkpointing", "synchronize_checkpoi
 
 
 def parse_activations(values: dict[str, Any], num_layers: int, found: Findings) -> int:
-    """Return how many layers of each encoder are computed again in the backward pass.
+    """Return how many layers of each encoder the backward pass recomputes.
 
-    0 without the section or if everything in it is off; all layers if it has no number. num_layers: the discriminator's
-    number of layers, which is at least the generator's.
+    Return 0 without the section or if everything in it is off, and all layers if it has no number. num_layers: the
+    discriminator's number of layers, which is at least the generator's.
     """
     name = "activation_checkpointing"
     if name not in values:
@@ -273,16 +273,14 @@ def parse_activations(values: dict[str, Any], num_layers: int, found: Findings) 
             found.problems.append(f"{name}.{key}: is not supported here; remove it")
     count = section.get(_LAYERS)
     if count == 0 or (section and all(value in (None, False) for value in section.values())):
-        found.notes.append(f"{name} is off, so no layer is computed again in the backward pass")
+        found.notes.append(f"{name} is off, so the backward pass recomputes no layer")
         return 0
     if count in (None, "auto"):  # null is DeepSpeed's own default
-        found.notes.append(
-            f"{name} names no number, so all {num_layers} layers are computed again in the backward pass"
-        )
+        found.notes.append(f"{name} sets no number, so the backward pass recomputes all {num_layers} layers")
         return num_layers
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         found.problems.append(f"{name}.{_LAYERS}: {count!r} is not a positive whole number")
         return 0
     if count > num_layers:
-        found.notes.append(f"{name}.{_LAYERS} is {count}, which means all of the recipe's {num_layers}")
+        found.notes.append(f"{name}.{_LAYERS} is {count}, which is treated as all of the recipe's {num_layers}")
     return min(count, num_layers)

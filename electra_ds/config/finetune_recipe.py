@@ -1,8 +1,8 @@
 """The recipe of a finetuning: every value that changes its mathematics, resolved for one task.
 
-Recipes are YAML files; those in `electra_ds/finetune_recipes/` are known by name. A file's `by_task` holds overrides
-for single tasks, and is gone once the recipe is resolved. Sources: google-research/electra (the original) and
-cccwam/rc2020_electra (the reproduction study), their papers and their code.
+Recipes are YAML files; those in `electra_ds/finetune_recipes/` can be given by name. A file's `by_task` holds overrides
+for single tasks, and is dropped when the recipe is resolved. Sources: papers and code of google-research/electra (the
+original) and cccwam/rc2020_electra (the reproduction study).
 """
 
 from __future__ import annotations
@@ -32,49 +32,50 @@ from electra_ds.core.errors import ConfigError, did_you_mean
 
 class TaskDataSection(Section):
     max_length: int = Field(default=128, ge=8)
-    """Tokens of one input, special tokens included. In a pair that is too long, the longer text is cut first."""
+    """Maximum number of tokens of an input, including special tokens. If a pair is too long, the longer text is
+    truncated first."""
     segment_ids: bool = True
-    """True if segment ids distinguish the two texts of a pair, if the model has a table of them. A model that was
-    pretrained on single segments has not trained its second row."""
+    """True to distinguish the two texts of a pair by segment ids, if the model has an embedding table for them. A model
+    pretrained on single segments has an untrained second row."""
     double_unordered: bool = False
-    """True if training pairs are given in both orders (the original: MRPC and STS-B)."""
+    """True to train on each pair in both orders (the original: MRPC and STS-B)."""
     regression_scale: Literal["raw", "unit"] = "raw"
-    """Regression targets as they are, or from the range of the scores to 0 to 1 (the original)."""
+    """Regression targets unchanged (`raw`), or scaled from the range of the scores to 0 to 1 (`unit`, the original)."""
     doc_stride: int = Field(default=128, ge=1)
-    """Question answering: tokens between the beginnings of successive windows of a long context."""
+    """Question answering: tokens between the starts of successive windows of a long context."""
     max_query_length: int = Field(default=64, ge=1)
-    """Question answering: maximum number of tokens of a question, which is cut."""
+    """Question answering: maximum number of tokens of a question; longer ones are truncated."""
     max_answer_length: int = Field(default=30, ge=1)
     """Question answering: maximum number of tokens of an answer."""
     n_best: int = Field(default=20, ge=1)
-    """Question answering: number of starts and ends that are tried in each window."""
+    """Question answering: number of starts and ends to try in each window."""
 
 
 class HeadSection(Section):
     pooling: Literal["first", "mean"] = "first"
-    """Vector of a text: that of the first token, or the mean over all tokens except padding."""
+    """The vector that represents a text: the first token's, or the mean over all tokens except padding."""
     num_layers: Literal[1, 2] = 1
     """One matrix from the vector to the scores, or two with a GELU between them."""
     hidden_size: int | None = Field(default=None, ge=1)
-    """Width between the two; null takes the encoder's."""
+    """Width between the two matrices; null means the encoder's width."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """On the vector, before each matrix named by `dropout_at`."""
+    """Dropout on the vector, where `dropout_at` applies it."""
     dropout_at: Literal["first", "each"] = "first"
-    """Before the first matrix only, or before each (transformers' ELECTRA)."""
+    """Dropout before the first matrix only, or before each one (transformers' ELECTRA)."""
     initializer: Literal["normal", "glorot-uniform"] = "normal"
     """Normal with `initializer_range`, or Glorot's uniform (TensorFlow's default, which the original keeps)."""
     initializer_range: float = Field(default=0.02, gt=0)
     span: Literal["independent", "joint"] = "independent"
-    """Question answering: start and end are scored independently, or the end given the start, with a classifier for
+    """Question answering: score start and end independently, or the end given the start, with a classifier that decides
     whether there is an answer (the original)."""
     span_hidden_size: int = Field(default=512, ge=1)
     """Width of the joint head's hidden layers."""
     beam_size: int = Field(default=20, ge=1)
-    """The number of starts that the joint head continues from, and of ends for each."""
+    """The number of starts that the joint head considers, and of ends for each start."""
     answerable_weight: float = Field(default=0.5, ge=0)
-    """Weight of the joint head's loss for whether there is an answer."""
+    """Weight of the loss of the joint head's answerability classifier."""
     null_threshold: float = 0.0
-    """SQuAD 2.0: no answer is predicted if the evidence against one is greater than this."""
+    """SQuAD 2.0: predict no answer if the evidence against one exceeds this."""
 
 
 class FinetuneOptimizerSection(OptimizerSection):
@@ -82,35 +83,35 @@ class FinetuneOptimizerSection(OptimizerSection):
     """Learning rate of a layer divided by that of the layer above it."""
     layer_decay_exponents: Literal["original", "corrected", "study"] = "corrected"
     """The exponent of the decay, in an encoder of n layers. `corrected`: 0 at the head, 1 at the last layer, n at
-    the first, n + 1 at the embeddings. `original`: one more everywhere but at the head, as its code has it
+    the first, n + 1 at the embeddings. `original`: one more everywhere except at the head, as in the original code
     (google-research/electra issue 51). `study`: 0 at head and last layer, n - 1 at the first and the embeddings."""
     loss: Literal["mean", "sum"] = "mean"
-    """Reduction over the examples of a batch. With `sum` (the original's code) gradients are as many times as large, so
-    that nearly every step is clipped, and epsilon matters as many times less."""
+    """Reduction over the examples of a batch. `sum` (the original's code) multiplies the gradients by the number of
+    examples, so that nearly every step is clipped and epsilon matters less by the same factor."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
-    """`all`: biases and LayerNorm decay, too (the study's code)."""
+    """`all`: biases and LayerNorm decay too (the study's code)."""
 
 
 class FinetuneScheduleSection(Section):
     kind: Literal["linear", "product"] = "linear"
-    """The same as in pretraining."""
+    """As in pretraining."""
     epochs: float = Field(default=3.0, gt=0, le=10_000)
     """Passes over the training examples. A file or an override that sets them does not inherit `min_steps`."""
     min_steps: int = Field(default=0, ge=0, le=10**9, exclude_if=lambda steps: steps == 0)
-    """The fewest optimizer steps of a run: if `epochs` give fewer, it has more epochs."""
+    """Minimum number of optimizer steps of a run: if `epochs` gives fewer, the run has more epochs."""
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
+    """Share of the steps over which the learning rate rises."""
 
 
 class FinetuneRecipe(Section):
-    """A recipe of finetuning, every value checked."""
+    """A validated finetuning recipe."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides the head's first weights, the order of the examples and dropout."""
+    """Seed of the head's initial weights, the order of the examples and dropout."""
     global_batch_size: int = Field(default=32, ge=1, le=1_000_000)
-    """Examples in one optimiser step, over all ranks and accumulation steps."""
+    """Examples in one optimizer step, over all ranks and accumulation steps."""
     data: TaskDataSection = TaskDataSection()
     head: HeadSection = HeadSection()
     optimizer: FinetuneOptimizerSection
@@ -119,7 +120,7 @@ class FinetuneRecipe(Section):
 
 @dataclass(frozen=True)
 class Finetuning:
-    """A recipe with the number of training examples, as an engine and a DeepSpeed JSON need it."""
+    """A recipe and the number of training examples, as an engine and a DeepSpeed JSON need them."""
 
     recipe: FinetuneRecipe
     num_examples: int
@@ -155,7 +156,7 @@ class Finetuning:
 
 
 def load_finetune_recipe(source: RecipeSource, task: str, overrides: Sequence[str] = ()) -> FinetuneRecipe:
-    """Return a recipe of finetuning with its `by_task` for the task, then the overrides, applied, and validated."""
+    """Return a validated finetuning recipe, with its `by_task` for the task and then the overrides applied."""
     values = named_values(source, FINETUNE_RECIPES)
     by_task = values.pop("by_task", None) or {}
     if not isinstance(by_task, dict) or not all(isinstance(inner, dict) for inner in by_task.values()):
@@ -179,7 +180,7 @@ def load_finetune_recipe(source: RecipeSource, task: str, overrides: Sequence[st
 
 
 def recipe_source(source: RecipeSource) -> str:
-    """Return `shipped`, or the beginning of a hash of a recipe of the user's own."""
+    """Return `shipped`, or the start of a hash of the user's own recipe."""
     if isinstance(source, str) and source in shipped_names(FINETUNE_RECIPES):
         return "shipped"
     values = named_values(source, FINETUNE_RECIPES)

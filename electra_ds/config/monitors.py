@@ -1,7 +1,7 @@
 """DeepSpeed's monitor sections: `tensorboard`, `wandb` and `csv_monitor`, with DeepSpeed's own field names.
 
-They enable this project's writers. DeepSpeed's monitors would only see the learning rate and the loss scale, so the
-sections are not passed to `deepspeed.initialize`.
+The sections enable this package's trackers. They are not passed to `deepspeed.initialize`, since DeepSpeed's monitors
+would only see the learning rate and the loss scale.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Monitors:
 
 
 def wandb_mode_of_environment() -> str | None:
-    """Return the value of `--wandb` that the variable WANDB_MODE asks for; None if it is not set or unknown."""
+    """Return the value of `--wandb` that the variable WANDB_MODE stands for; None if it is unset or unknown."""
     return WANDB_MODES.get(os.environ.get("WANDB_MODE", "").strip().lower())
 
 
 def overruled_wandb_mode(mode: str) -> str | None:
-    """Return a note if WANDB_MODE asks for a mode other than the run's, else None."""
+    """Return a note if WANDB_MODE differs from the run's mode, else None."""
     if wandb_mode_of_environment() in (None, mode):
         return None
     whose = "given here, recorded by the run or its default" if mode == "off" else "given here or recorded by the run"
-    return f"--wandb {mode}, {whose}, wins over WANDB_MODE={os.environ['WANDB_MODE']}"
+    return f"--wandb {mode}, {whose}, overrides WANDB_MODE={os.environ['WANDB_MODE']}"
 
 
 def wandb_module() -> Any:
@@ -76,7 +76,7 @@ def wandb_login() -> bool:
     except ValueError as error:
         raise ConfigError(
             f"wandb cannot read its settings, such as the variable WANDB_MODE: {error}\nCorrect or unset the variable, "
-            f"or train without wandb by --wandb off."
+            f"or train without wandb: --wandb off."
         ) from error
     try:
         return bool(wandb.login(prompt=False, verify=False))

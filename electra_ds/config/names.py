@@ -1,11 +1,11 @@
-"""Names: of the recipes, sweeps and DeepSpeed JSON files that come with the package, of tasks, and of objectives.
+"""The names of tasks, of objectives, and of the recipes, sweeps and DeepSpeed JSON files that come with the package.
 
-A package registers an objective under an entry point of the group `electra_ds.objectives`:
+A package registers an objective with an entry point in the group `electra_ds.objectives`:
 
     [project.entry-points."electra_ds.objectives"]
     my-objective = "my_package.objective:MyObjective"
 
-A recipe may also name one that is not registered: `objective: my_package.objective:MyObjective`.
+A recipe may also name an objective that is not registered: `objective: my_package.objective:MyObjective`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ RECIPES, FINETUNE_RECIPES, SWEEPS, DS_CONFIGS = "recipes", "finetune_recipes", "
 _ENDINGS = {RECIPES: ".yaml", FINETUNE_RECIPES: ".yaml", SWEEPS: ".yaml", DS_CONFIGS: ".json"}
 
 GPU_RECIPE, CPU_RECIPE, FINETUNE_RECIPE, OWN_RECIPE = "rc2020-small", "tiny", "rc2020", "own"
-"""The default recipes: for pretraining with a GPU and without one, and for finetuning on a published task and on your
-own examples."""
+"""The default recipes: for pretraining with and without a GPU, and for finetuning on a published task and on your own
+examples."""
 RECIPE_NOTE = f"default: {GPU_RECIPE} with a GPU, {CPU_RECIPE} without"
 DS_CONFIG_NOTE = "default: the one made for this GPU, or one for any GPU; without a GPU, cpu"
 
 GLUE_TASKS = ("cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli")
 SQUAD_TASKS = ("squad1", "squad2")
 TASKS = (*GLUE_TASKS, *SQUAD_TASKS)
-"""Tasks that can be finetuned on by name. GLUE's diagnostic set, ax, has no training examples: mnli predicts it."""
+"""The tasks that `--task` accepts. GLUE's diagnostic set, ax, has no training examples: mnli predicts it."""
 
 OBJECTIVE_GROUP = "electra_ds.objectives"
 _OUR_OBJECTIVES = {"electra": "electra_ds.pretraining.objectives.electra:ElectraObjective"}
-"""Ours by name, in the form of an entry point, so that they are found in a checkout that is not installed too."""
+"""Our objectives in the form of entry points, so that a checkout finds them even if it is not installed."""
 
 
 def shipped_names(folder: str) -> list[str]:
@@ -70,7 +70,7 @@ def objective_names() -> list[str]:
 def find_objective(name: str) -> Any:
     """Return the class of an objective, a subclass of `pretraining.objectives.base.Objective`.
 
-    name: a registered name, or `module:Class`. Raises ConfigError if there is none, if two packages register the name,
+    name: a registered name, or `module:Class`. Raises ConfigError if no package or several packages register the name,
     or if its module cannot be imported.
     """
     if ":" in name:
@@ -78,8 +78,8 @@ def find_objective(name: str) -> Any:
     registered = _registered()
     if name not in registered:
         raise ConfigError(
-            f"There is no objective {name!r}{did_you_mean(name, registered) or '.'} Registered are "
-            f"{', '.join(sorted(registered))}; write one that is not registered as package.module:Class."
+            f"There is no objective {name!r}{did_you_mean(name, registered) or '.'} The registered ones are "
+            f"{', '.join(sorted(registered))}; write any other as package.module:Class."
         )
     found = registered[name]
     if len(found) > 1:
@@ -91,7 +91,7 @@ def find_objective(name: str) -> Any:
 
 
 def _registered() -> dict[str, set[str]]:
-    """Return the places of each name; a package that is installed twice has one."""
+    """Return the places that register each name; a package that is installed twice counts once."""
     found = {name: {value} for name, value in _OUR_OBJECTIVES.items()}
     for entry in entry_points(group=OBJECTIVE_GROUP):
         found.setdefault(entry.name, set()).add(entry.value)

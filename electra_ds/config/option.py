@@ -1,9 +1,9 @@
-"""The machinery behind `config/options.py`: one declaration of an option, and all that is derived from it.
+"""The machinery behind `config/options.py`: each option is declared once, and everything else is derived from that.
 
-`option()` declares a field of a frozen dataclass. From the field's type and metadata come
+`option()` declares a field of a frozen dataclass. The field's type and metadata define
 
-- the command line: `add_options` adds the arguments to a parser, `Options.parsed` takes them back;
-- Python: `Options.of` checks what a caller gives by name, and `Options.check` what does not go together;
+- the command line: `add_options` adds the arguments to a parser, and `Options.parsed` reads the parser's result;
+- the Python API: `Options.of` checks the keyword arguments, and `Options.check` their combination;
 - sweeps and the reference page, which read the metadata through `described`.
 """
 
@@ -21,47 +21,47 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 Names = Literal["", "name", "settings", "file", "folder", "model", "corpus"]
-"""The kind of thing that an option's text names: `settings` are a recipe or a DeepSpeed JSON, a `model` is one of the
-Hub or its folder, and a `corpus` is a source of text."""
+"""What an option's text refers to: `settings` is a recipe or a DeepSpeed JSON, a `model` is a name on the Hub or a
+folder, and a `corpus` is a source of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """The appearance of a field outside of Python."""
+    """The description of one option: its flag, help text and parsing, and its treatment in sweeps and resumed runs."""
 
     help: str
     group: str = ""
     metavar: str | None = None
     flag: str | None = None
-    """`--micro-batch`, by default after the field's name; empty for a positional argument."""
+    """By default the field's name, such as `--micro-batch`; empty for a positional argument."""
     aliases: tuple[str, ...] = ()
-    """Other spellings that are accepted, and not shown."""
+    """Other accepted spellings, which --help does not show."""
     off: str = ""
     """The flag that sets a switch to False."""
     off_help: str = ""
     nargs: str | None = None
     parse: Callable[[str], Any] | None = None
-    """Reads the text of the command line; by default the field's type does."""
+    """Parses the text from the command line; by default the field's type does."""
     exclusive: str = ""
-    """Options with the same word here exclude each other."""
+    """Options with the same word here are mutually exclusive."""
     required: bool = False
     names: Names = ""
     new_run_only: bool = False
-    """True if it is refused with --resume."""
+    """True if it is not allowed with --resume."""
     is_how: bool = False
-    """True if the outcome of a run does not depend on it."""
+    """True if a run's result does not depend on it."""
     instead: str = ""
-    """The key that a sweep's file has in its place; empty if a stage of a sweep takes it."""
+    """What to use instead in a sweep's file; empty if a stage of a sweep accepts the option."""
     on: str = ""
-    """The text that `true` stands for in a sweep's file, which is also how YAML reads the word on; `false` is off."""
+    """The value that `true` means in a sweep's file, since YAML reads the word on as true; `false` means off."""
 
 
 def option(help: str, *, default: Any = None, **described: Any) -> Any:
-    """Declare a field of an `Options` class by the fields of `Option`."""
+    """Declare a field of an `Options` class; the keyword arguments are the fields of `Option`."""
     return field(default=default, metadata={"option": Option(help=help, **described)})
 
 
-# --- values as they are written on a command line
+# --- values on the command line
 
 
 def positive(text: str) -> int:
@@ -78,9 +78,9 @@ def positive_or_auto(text: str) -> int | Literal["auto"]:
 
 
 def seed(text: str) -> int:
-    """Return a whole number from 0 on."""
+    """Return a whole number that is at least 0."""
     if not (text.isascii() and text.isdecimal()) or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
@@ -111,26 +111,26 @@ def gibibytes(text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a command, whose docstring is its summary in --help. A value of None was not given."""
+    """The options of a command, whose docstring is its summary in --help. None means that an option was not given."""
 
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {}
-    """The titles of the groups in --help, in their order, some with a description. The group "" has no title."""
+    """The titles of the groups in --help, in order, some with a description. The group "" has no title."""
     LAUNCHED: ClassVar[bool] = False
-    """True if the command takes the arguments that DeepSpeed's launcher and scripts add."""
+    """True if the command accepts the arguments that DeepSpeed's launcher and scripts add."""
 
     def check(self) -> None:
-        """Raise ConfigError if options cannot go together."""
+        """Raise ConfigError if options contradict each other."""
 
     @classmethod
     def parsed(cls, arguments: argparse.Namespace) -> Self:
-        """Return the options from what a parser of `add_options` found."""
+        """Return the options that a parser with `add_options` parsed."""
         return cls(**{each.name: getattr(arguments, each.name) for each in fields(cls)})
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """Return the options that are given by name, in Python or in the words of the command line: `time_limit="90m"`.
+        """Return the options from a mapping of names to Python values or command-line texts, as in `time_limit="90m"`.
 
-        Raises ConfigError for a name that is no option, with the nearest one, and for a value that is not allowed.
+        Raises ConfigError for an unknown name, with a suggestion, and for a value that is not allowed.
         """
         known = described(cls)
         problems = [
@@ -148,8 +148,7 @@ class Options:
         return cls(**values)
 
     def given(self) -> dict[str, Any]:
-        """Return what was given, by name. A switch that was left or set to False is not, unless it has a flag for
-        that."""
+        """Return the given options by name. A switch that is False counts only if it has a flag for that."""
         return {
             name: value
             for name, each in described(type(self)).items()
@@ -168,7 +167,7 @@ _type_hints = cache(get_type_hints)
 
 
 def value_type(kind: type[Options], name: str) -> Any:
-    """Return the type of an option's value where it is given: `int` for a field `int | None`."""
+    """Return the type of an option's value when given: `int` for a field `int | None`."""
     hint = _type_hints(kind)[name]  # type: ignore[arg-type]  # for mypy, the class has the __hash__ of its objects
     if get_origin(hint) in (Union, UnionType):
         types = tuple(each for each in get_args(hint) if each is not NoneType)
@@ -177,7 +176,7 @@ def value_type(kind: type[Options], name: str) -> Any:
 
 
 def _from_python(value: Any, kind: Any, of: Option) -> Any:
-    """Return a value as the command line would have given it. Raises ArgumentTypeError or TypeError."""
+    """Convert a Python value to the command line's form. Raises ArgumentTypeError or TypeError."""
     if value is None:
         return None
     if get_origin(kind) is list:
@@ -212,7 +211,7 @@ def _word(value: Any) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
-    """Add every option of a command to its parser, in the groups of `kind`."""
+    """Add all options of a command to its parser, in the groups of `kind`."""
     if kind.LAUNCHED:
         parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
         parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)

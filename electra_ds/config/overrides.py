@@ -21,11 +21,11 @@ from electra_ds.config.recipe import (
 from electra_ds.core.errors import ConfigError
 
 _SHORT = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "eps": "epsilon"}
-"""Names that people give to ours."""
+"""Common short names of recipe values, and our names for them."""
 
 
 def parse_value(text: str) -> Any:
-    """Return a value as a recipe file would read it. Raises ConfigError."""
+    """Parse a value as in a recipe file. Raises ConfigError."""
     return load_yaml(text, f"The value {text!r}")
 
 
@@ -47,7 +47,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], known: Seq
 
 
 def put_value(values: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value at its dotted key into a recipe's raw mapping."""
+    """Set the value of a dotted key in a recipe's raw mapping."""
     section, _, name = key.rpartition(".")
     target = values.setdefault(section, {}) if section else values
     if isinstance(target, dict):  # if not, the recipe's validation says so
@@ -55,7 +55,7 @@ def put_value(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def dotted_values(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return (dotted key, value) of everything in a nested mapping."""
+    """Return (dotted key, value) for every value in a nested mapping."""
     result = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -75,7 +75,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 
 def as_overrides(given: Sequence[str] | Mapping[str, Any]) -> list[str]:
-    """Return overrides as `key=value` texts, whose values `parse_value` reads back."""
+    """Return overrides as `key=value` texts, with values that `parse_value` can read back."""
     if isinstance(given, Mapping):
         return [f"{key}={_as_text(value)}" for key, value in given.items()]
     return [given] if isinstance(given, str) else list(given)
@@ -92,11 +92,12 @@ def _as_text(value: Any) -> str:
 
 
 def load_recipe(source: RecipeSource, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
-    """Return the recipe of pretraining with this name, in this YAML file or of these values, checked.
+    """Load and check a pretraining recipe.
 
-    source: a shipped name such as `tiny`, a path, or a mapping of sections, which may say `extends: tiny`.
+    source: a shipped name such as `tiny`, the path of a YAML file, or a mapping of sections, which may say
+    `extends: tiny`.
     overrides: changed values by dotted key, as a mapping or as `key=value` texts.
-    The type of the recipe is that of the objective it names. Raises ConfigError, which lists every problem with its
+    The recipe's type depends on the objective that it names. Raises ConfigError, which lists every problem with its
     key.
 
         >>> from electra_ds import load_recipe

@@ -1,7 +1,7 @@
 """The recipe: every value that changes the mathematics of a run, and nothing else.
 
-How the same mathematics is run (precision, micro-batch, ZeRO stage) belongs to the DeepSpeed JSON,
-see `config/deepspeed.py`. Recipes are YAML files; those in `electra_ds/recipes/` are known by name.
+How the same mathematics is run (precision, micro-batch, ZeRO stage) belongs to the DeepSpeed JSON, see
+`config/deepspeed.py`. Recipes are YAML files; those in `electra_ds/recipes/` can be given by name.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from electra_ds.core.errors import ConfigError, did_you_mean
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-4 as a string, since it wants a dot in a float; here it is a number."""
+    """A YAML loader that reads 5e-4 as a number; YAML 1.1 reads it as a string, because it has no dot."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value]
     twice = sorted({str(key) for key in keys if keys.count(key) > 1})
     if twice:
-        raise ValueError(f"the key {', '.join(twice)} stands twice (line {node.start_mark.line + 1})")
+        raise ValueError(f"the key {', '.join(twice)} appears twice (line {node.start_mark.line + 1})")
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
@@ -40,7 +40,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str, what: str) -> Any:
-    """Return the values in a YAML text. ConfigError names `what` cannot be read."""
+    """Return the values in a YAML text. Raises ConfigError, which names the text as `what`."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -53,7 +53,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _numbers_are_no_booleans(cls, values: Any) -> Any:
-        """pydantic would take `yes`, which YAML reads as true, for 1."""
+        """Reject booleans for numbers: pydantic would accept `yes`, which YAML reads as true, as 1."""
         if isinstance(values, dict):
             for name, field in cls.model_fields.items():
                 kinds = get_args(field.annotation) or (field.annotation,)
@@ -63,7 +63,7 @@ class Section(BaseModel):
 
     @classmethod
     def dotted_keys(cls) -> list[str]:
-        """Return every key, those of sections such as `model.hidden_size`."""
+        """Return every key; keys inside sections are dotted, such as `model.hidden_size`."""
         keys = []
         for name, field in cls.model_fields.items():
             section = field.annotation
@@ -79,40 +79,40 @@ RecipeT = TypeVar("RecipeT", bound=Section, default="Recipe")
 
 class TokenizerSection(Section):
     kind: Literal["byte-level-bpe", "wordpiece"]
-    """Algorithm that `build-data` trains when no finished tokenizer is given."""
+    """Algorithm of the tokenizer that `build-data` trains if you give no finished one."""
     vocab_size: int = Field(ge=300)
-    """Size of the trained vocabulary, special tokens included. A given tokenizer brings its own."""
+    """Size of the trained vocabulary, including special tokens. A finished tokenizer has its own size."""
     lowercase: bool = False
-    """Lower-case and strip accents before tokenising (WordPiece only)."""
+    """True to lower-case text and strip accents before tokenising (WordPiece only)."""
     max_training_characters: int = Field(default=1_000_000_000, ge=1)
-    """The tokenizer is trained on at most so many characters, the first ones of each source in equal shares."""
+    """Maximum number of characters to train the tokenizer on: the first ones of each source, in equal shares."""
 
     @model_validator(mode="after")
     def _lowercase_is_wordpiece(self) -> TokenizerSection:
         if self.lowercase and self.kind != "wordpiece":
-            raise ValueError("lowercase: true needs kind: wordpiece (byte-level BPE keeps the text as it is)")
+            raise ValueError("lowercase: true needs kind: wordpiece (byte-level BPE leaves the text unchanged)")
         return self
 
 
 class DataSection(Section):
     sequence_length: int = Field(ge=8)
-    """Tokens in one training sequence, [CLS] and [SEP] included."""
+    """Tokens in one training sequence, including [CLS] and [SEP]."""
     document_sampling: Literal["auto", "epoch", "length"] = "auto"
     """`epoch`: each document once per epoch. `length`: documents in proportion to their length.
-    `auto`: `length` where the corpus has fewer than 10,000 documents that span several windows each."""
+    `auto`: `length` if the corpus has fewer than 10,000 documents that span several windows each."""
     segments: Literal["one", "two"] = "one"
-    """`one`: a random window of a document. `two`: whole lines packed into two segments as the original's
-    build_pretraining_dataset.py does; `document_sampling` then has no say, every example comes once per epoch."""
+    """`one`: a random window of a document. `two`: complete lines packed into two segments, as in the original's
+    build_pretraining_dataset.py; `document_sampling` then has no effect, and every example occurs once per epoch."""
     corpus_weights: list[PositiveFloat] | None = Field(default=None, min_length=1)
-    """Proportions in which training sequences come from the token store's corpora, one number for each; null takes
-    all their text alike. Proportions are kept to 1/1024."""
+    """Proportions in which training sequences come from the token store's corpora, one number for each; null weights
+    all text equally. Proportions are accurate to 1/1024."""
     holdout_by: Literal["auto", "document", "span"] = "auto"
     """The held-out part for evaluation: complete documents, or one contiguous span of each long document.
-    `auto`: `span` where there are fewer than 1,000 documents."""
+    `auto`: `span` if there are fewer than 1,000 documents."""
     holdout_fraction: float = Field(default=0.02, gt=0, lt=0.5)
-    """Share of the corpus's tokens that is held out."""
+    """Share of the corpus's tokens to hold out."""
     holdout_max_tokens: int = Field(default=1_000_000, ge=1)
-    """Upper bound of the held-out part, in tokens."""
+    """Maximum size of the held-out part, in tokens."""
 
 
 class ModelSection(Section):
@@ -127,7 +127,8 @@ class ModelSection(Section):
     hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     initializer: Literal["normal", "truncated-normal"] = "normal"
-    """Matrices and tables: truncated at two standard deviations (the original's code), or not (transformers)."""
+    """Distribution of matrices and embedding tables: truncated at two standard deviations (the original's code), or not
+    (transformers)."""
     initializer_range: float = Field(default=0.02, gt=0)
     layer_norm_eps: float = Field(default=1e-12, gt=0)
 
@@ -142,16 +143,16 @@ class ModelSection(Section):
 
 class GeneratorSection(Section):
     width_multiplier: float = Field(gt=0, le=1)
-    """Generator width over discriminator width; feed-forward size and heads follow the original's rule."""
+    """Generator width divided by discriminator width; feed-forward size and heads follow the original's rule."""
     depth_multiplier: float = Field(default=1.0, gt=0, le=1)
-    """Generator layers over discriminator layers."""
+    """Generator layers divided by discriminator layers."""
     num_attention_heads: int | None = Field(default=None, ge=1)
-    """Heads of the generator; null takes as many as the original's rule gives for its width."""
+    """Attention heads of the generator; null means the original's rule for its width."""
     sharing: Literal["embeddings", "tokens", "none", "all"] = "embeddings"
-    """Weights that generator and discriminator share: all embedding tables with their LayerNorm, the token
-    table alone, nothing, or the whole encoder (which needs both multipliers at 1)."""
+    """Weights that generator and discriminator share: all embedding tables with their LayerNorm, only the token
+    table, nothing, or the entire encoder (which needs both multipliers at 1)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Temperature of the softmax that replacements are drawn from."""
+    """Temperature of the softmax from which replacements are drawn."""
     loss_weight: float = Field(default=1.0, ge=0)
 
     @model_validator(mode="after")
@@ -159,7 +160,7 @@ class GeneratorSection(Section):
         if self.sharing == "all" and (self.width_multiplier, self.depth_multiplier) != (1.0, 1.0):
             raise ValueError("sharing: all needs width_multiplier: 1.0 and depth_multiplier: 1.0")
         if self.sharing == "all" and self.num_attention_heads is not None:
-            raise ValueError("sharing: all takes the discriminator's heads: leave num_attention_heads out")
+            raise ValueError("sharing: all uses the discriminator's heads, so leave out num_attention_heads")
         return self
 
 
@@ -167,24 +168,24 @@ class DiscriminatorSection(Section):
     loss_weight: float = Field(default=50.0, ge=0)
     """Lambda of the ELECTRA paper, eq. 4."""
     loss_on_special: bool = False
-    """True if [CLS] and [SEP] count in the discriminator's loss (the original's code: yes)."""
+    """True to include [CLS] and [SEP] in the discriminator's loss (the original's code: yes)."""
 
 
 class MaskingSection(Section):
     mlm_probability: float = Field(default=0.15, gt=0, lt=1)
-    """Share of tokens selected for prediction by the generator."""
+    """Share of tokens selected for the generator to predict."""
     mask_token_share: float = Field(default=0.85, gt=0, le=1)
-    """Share of the selected tokens that the generator sees as [MASK]; the others it sees unchanged."""
+    """Share of the selected tokens that the generator sees as [MASK]; it sees the others unchanged."""
     count: Literal["bernoulli", "fixed"] = "bernoulli"
-    """`bernoulli`: every token is selected on its own. `fixed`: a fixed number per sequence, without
+    """`bernoulli`: every token is selected independently. `fixed`: a fixed number per sequence, without
     replacement: round(p * length), at most floor((p + 0.005) * sequence_length), at least 1."""
     replace_at: Literal["selected", "masked"] = "selected"
-    """The places of the discriminator's input that get the generator's samples: every selected position (the
-    original), or only at those that became [MASK] (the reproduction study's code)."""
+    """Positions of the discriminator's input that get the generator's samples: every selected position (the
+    original), or only those that became [MASK] (the reproduction study's code)."""
 
 
 class OptimizerSection(Section):
-    """AdamW with decoupled weight decay, none on biases and LayerNorm."""
+    """AdamW with decoupled weight decay, without decay of biases and LayerNorm."""
 
     learning_rate: float = Field(gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -192,9 +193,9 @@ class OptimizerSection(Section):
     epsilon: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     bias_correction: bool = True
-    """True if Adam makes up for moments that start at 0 (the original's code: no)."""
+    """True to correct the bias of moments that start at 0 (the original's code: no)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Global gradient norm above which gradients are scaled down."""
+    """Global gradient norm above which gradients are scaled down to it."""
 
 
 class ScheduleSection(Section):
@@ -203,16 +204,16 @@ class ScheduleSection(Section):
     a decay that begins at step 0 (the original's code)."""
     total_steps: int = Field(ge=1, le=10**12)
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps in which the learning rate rises. A recipe gives either these or `warmup_share`."""
+    """Steps over which the learning rate rises. A recipe gives either these or `warmup_share`."""
     warmup_share: float | None = Field(default=None, ge=0, lt=1, exclude=True)
-    """The same as a share of `total_steps`, rounded down. A resolved recipe holds `warmup_steps` alone."""
+    """The warm-up as a share of `total_steps`, rounded down. A resolved recipe has only `warmup_steps`."""
 
     @model_validator(mode="after")
     def _warmup_is_given_once_and_ends_before_the_end(self) -> ScheduleSection:
         has_steps = "warmup_steps" in self.model_fields_set
         if has_steps == (self.warmup_share is not None):
             raise ValueError("give either warmup_steps or warmup_share" + (", not both" if has_steps else ""))
-        if self.warmup_share is not None:  # the model is frozen, and whoever reads it knows steps alone
+        if self.warmup_share is not None:  # readers of the recipe only use steps; __dict__, since the model is frozen
             steps = min(int(self.warmup_share * self.total_steps), self.total_steps - 1)
             self.__dict__.update(warmup_steps=steps, warmup_share=None)
         if self.warmup_steps >= self.total_steps:
@@ -246,17 +247,17 @@ class TrainingRecipe(Protocol):
 
 
 class Recipe(Section):
-    """The recipe of a pretraining by any objective. An objective's own recipe adds the sections that it needs."""
+    """The recipe of a pretraining with any objective. An objective's own subclass adds the sections that it needs."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
-    """Names the run directory."""
+    """Name of the recipe, which the default run directory contains."""
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides weights, data order, masks, samples and dropout."""
+    """Seed of weights, data order, masks, samples and dropout."""
     objective: str = "electra"
     """The name of a registered objective, or `module:Class` for one that is not registered."""
     global_batch_size: int = Field(ge=1, le=1_000_000_000)
-    """Sequences in one optimiser step, over all ranks and accumulation steps."""
+    """Sequences in one optimizer step, over all ranks and accumulation steps."""
     tokenizer: TokenizerSection
     data: DataSection
     model: ModelSection
@@ -286,22 +287,21 @@ class ElectraRecipe(Recipe):
 
 
 def electra_recipe(recipe: Recipe) -> ElectraRecipe:
-    """Return the recipe, for what works with ELECTRA alone. Raises ConfigError if its objective is another."""
+    """Return the recipe, for code that works only with ELECTRA. Raises ConfigError if it has another objective."""
     if not isinstance(recipe, ElectraRecipe):
         raise ConfigError(
-            f"This works for the objective electra only, and the recipe {recipe.name} has the objective "
+            f"This works only for the objective electra, but the recipe {recipe.name} has the objective "
             f"{recipe.objective}."
         )
     return recipe
 
 
 _RECIPES_WITHOUT_TORCH: dict[str, type[Recipe]] = {"electra": ElectraRecipe}
-"""Recipes of objectives whose own modules need torch, which nobody waits for to read a recipe."""
+"""Recipe types of our objectives, whose own modules import torch, which reading a recipe should not wait for."""
 
 
 def recipe_type(values: Any) -> type[Recipe]:
-    """Return the kind of recipe that a raw mapping's objective has. Raises ConfigError if there is no such
-    objective."""
+    """Return the recipe type of a raw mapping's objective. Raises ConfigError if there is no such objective."""
     name = values.get("objective", "electra") if isinstance(values, dict) else "electra"
     if not isinstance(name, str) or name in _RECIPES_WITHOUT_TORCH:
         return _RECIPES_WITHOUT_TORCH.get(name, ElectraRecipe)
@@ -310,7 +310,7 @@ def recipe_type(values: Any) -> type[Recipe]:
 
 
 def for_objective(values: dict[str, Any], objective: Any) -> dict[str, Any]:
-    """Return a recipe's raw mapping for another objective: without the sections that only its own objective has.
+    """Return a recipe's raw mapping for another objective, without the sections that only the old objective has.
 
     Raises ConfigError if there is no such objective.
     """
@@ -320,14 +320,14 @@ def for_objective(values: dict[str, Any], objective: Any) -> dict[str, Any]:
 
 
 _GIVEN = "custom"
-"""The name of a recipe whose values are given in Python without one."""
+"""The name of a recipe that is given in Python without a name."""
 _INSTEAD = {"warmup_steps": "warmup_share", "warmup_share": "warmup_steps", "min_steps": "epochs"}
-"""Keys of a section that are not inherited if the other one is given: a recipe has one of the two warm-ups, and epochs
-that are given are not raised."""
+"""A section's keys that are not inherited if the other key is given: a recipe has only one of the two warm-ups, and
+explicit epochs are not raised to `min_steps`."""
 
 
 def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's raw mapping over the one that it extends: sections key by key, everything else replaced."""
+    """Merge a recipe's raw mapping over the one it extends: sections are merged key by key, other values replaced."""
     result = {key: value for key, value in base.items() if _INSTEAD.get(key) not in own}
     for key, value in own.items():
         below = result.get(key)
@@ -339,15 +339,15 @@ def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 RecipeSource = str | Path | Mapping[str, Any] | Section
-"""A recipe's name, its file, or its values, which may say what recipe they extend; a recipe itself."""
+"""A recipe's name, its file, its values, which may extend another recipe, or a recipe object."""
 
 
 def named_values(source: RecipeSource, folder: str = RECIPES, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the raw mapping of a YAML file, of the name of one that is shipped in `folder`, or of given values, merged
-    over the recipe that it `extends`. Raises ConfigError.
+    """Return the raw mapping of a recipe, merged over the recipe that it `extends`. Raises ConfigError.
 
-    A recipe that extends another is called what its file is called, unless it says its name; it does not inherit
-    name and description. above: the recipes that extend this one, the nearest last.
+    source: a YAML file, the name of one shipped in `folder`, or the values themselves. A recipe that extends another
+    inherits neither name nor description; without a name it is named after its file. above: the recipes that extend
+    this one, the nearest last.
     """
     if isinstance(source, Section):
         return source.model_dump()
@@ -385,7 +385,7 @@ def _raw_values(name_or_path: str, folder: str, above: tuple[str, ...]) -> dict[
     else:
         extended = f", which {above[-1]} extends" if above else ""
         raise ConfigError(
-            f"There is no recipe '{name_or_path}'{extended}: neither a file nor one of {', '.join(names)}"
+            f"There is no recipe '{name_or_path}'{extended}: it is neither a file nor one of {', '.join(names)}"
             f"{did_you_mean(name_or_path, names)}"
         )
     values = load_yaml(text, f"Recipe {name_or_path}")
@@ -395,7 +395,7 @@ def _raw_values(name_or_path: str, folder: str, above: tuple[str, ...]) -> dict[
 
 
 def shown_source(source: RecipeSource) -> str:
-    """Return how a message calls a recipe."""
+    """Return a recipe's name for messages."""
     if isinstance(source, Section):
         return f"'{getattr(source, 'name', _GIVEN)}'"
     return f"'{source.get('name', _GIVEN)}'" if isinstance(source, Mapping) else str(source)
@@ -404,7 +404,7 @@ def shown_source(source: RecipeSource) -> str:
 def validate_recipe(values: dict[str, Any], source: str, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
     """Return a recipe from a raw mapping. ConfigError lists every problem with its dotted key.
 
-    kind: `Recipe` stands for the recipe of whichever objective the mapping names.
+    kind: `Recipe` means the recipe type of the objective that the mapping names.
     """
     if kind is Recipe:
         kind = recipe_type(values)  # type: ignore[assignment]
@@ -430,7 +430,7 @@ def _problems(error: pydantic.ValidationError, kind: type[Section]) -> list[str]
 
 
 def recipe_yaml(recipe: Section) -> str:
-    """Return the recipe in full, defaults included, as YAML that its validation accepts."""
+    """Return the complete recipe, including defaults, as YAML that passes validation."""
     return values_yaml(recipe.model_dump())
 
 

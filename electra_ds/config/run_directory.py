@@ -1,14 +1,14 @@
-"""A run's folder: the lock by which one process holds it, the record it can be rebuilt from, and the run's status.
+"""A run's folder: the lock that one process holds, the record from which the run can be rebuilt, and the run's status.
 
-RUN/
-  recipe.yaml       the recipe with every value
-  deepspeed.json    the resolved DeepSpeed JSON
-  run.json          command, versions, hardware, data fingerprint
-  status.json       how the run ended: done, stopped, collapsed or failed
-  requeue           exists while a signal or the time limit has stopped the run, which is to be resumed
-  checkpoints/      see `training/checkpoint.py`; each holds a copy of the record
+    RUN/
+      recipe.yaml       the recipe with every value
+      deepspeed.json    the resolved DeepSpeed JSON
+      run.json          command, versions, hardware, data fingerprint
+      status.json       how the run ended: done, stopped, collapsed or failed
+      requeue           exists after a signal or the time limit stopped the run, until it is resumed
+      checkpoints/      see `training/checkpoint.py`; each has a copy of the record
 
-At the end of the module: finding the inputs of a run that has moved.
+The end of the module finds the inputs of a run that has moved.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    # --- the lock, which one process holds at a time
+    # --- the lock, which only one process can hold at a time
 
     @contextmanager
     def locked(self, *, is_new: bool = False) -> Iterator[None]:
-        """Hold the folder. is_new: a new run is to begin in it.
+        """Lock the folder while the context lasts. is_new: True to start a new run in it.
 
-        Raises CheckpointError if the folder cannot be written or another process holds it, and ConfigError if a new run
-        is to begin where another run began in the meantime.
+        Raises CheckpointError if the folder is not writable or another process has locked it, and ConfigError if
+        another run was started there before a new one.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class RunDirectory:
             except OSError as error:
                 owner = self.owner() or "unknown"
                 raise CheckpointError(
-                    f"The run directory {self.path} is in use by process {owner}. Wait for it, or stop it."
+                    f"The run directory {self.path} is in use by process {owner}. Wait for that process, or stop it."
                 ) from error
             with contextlib.suppress(OSError):  # a full disk has room for the lock, but not for the process number
                 os.truncate(lock.fileno(), 0)
@@ -86,7 +86,7 @@ class RunDirectory:
             yield
 
     def exists(self) -> bool:
-        """Return whether a run was started here. Checkpoints show that, too, if its record is missing."""
+        """Return whether a run was started here. Checkpoints also count, if the record is missing."""
         return (self.path / "run.json").is_file() or any(self.checkpoints.glob(_CHECKPOINT))
 
     def check_free(self) -> None:
@@ -95,7 +95,7 @@ class RunDirectory:
             raise ConfigError(f"{self.path} already holds a run. Resume it with --resume, or choose another --run-dir.")
 
     def owner(self) -> str:
-        """Return the number of the process that holds the folder, or held it last; empty if it is not known.
+        """Return the id of the process that holds or last held the lock; empty if unknown.
 
         It also distinguishes the folder from one of the same name on another disk.
         """
@@ -105,17 +105,17 @@ class RunDirectory:
             return ""
 
     def check_shared(self, owner: str) -> None:
-        """Raise CheckpointError if this rank does not see the folder that the main rank holds. owner: as there."""
+        """Raise CheckpointError if this rank does not see the main rank's folder. owner: the main rank's `owner()`."""
         deadline = time.monotonic() + _PATIENCE_S
         while owner and self.owner() != owner:
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"The main rank's run directory {self.path.resolve()} is not what {platform.node()} sees there. "
-                    f"Checkpoints are written by all ranks, so put --run-dir on a file system that all of them share."
+                    f"{platform.node()} does not see the main rank's run directory {self.path.resolve()}. "
+                    f"All ranks write checkpoints, so put --run-dir on a file system that all of them share."
                 )
-            time.sleep(0.1)  # a network file system shows other machines a new file late
+            time.sleep(0.1)  # a network file system may show a new file to other machines with a delay
 
-    # --- the files that a run can be rebuilt from, of which each checkpoint holds a copy
+    # --- the files from which a run can be rebuilt; each checkpoint has a copy
 
     def write_record(self, recipe: Section, plan: DeepSpeedPlan, record: Record) -> None:
         """Write the files. Raises CheckpointError if the folder cannot be written."""
@@ -140,7 +140,7 @@ class RunDirectory:
         return self._read("deepspeed.json", _json_object)
 
     def read_record(self, kind: type[_RecordT] = RunRecord) -> _RecordT:  # type: ignore[assignment]
-        """Return the content of run.json. kind: `Record` reads what every run's has in common."""
+        """Return the content of run.json. kind: `Record` reads the fields that all kinds of runs have."""
         return self._read("run.json", lambda text: TypeAdapter(kind).validate_python(_json_object(text)))
 
     def kind(self) -> str:
@@ -152,11 +152,11 @@ class RunDirectory:
         kind = self.kind()
         if kind != wanted:
             raise CheckpointError(
-                f"{self.path} was made by {command(kind)}, but a run of {command(wanted)} is needed here."
+                f"{self.path} is a run of {command(kind)}, but a run of {command(wanted)} is needed here."
             )
 
     def check_resumable(self, wanted: Literal["pretrain", "finetune"]) -> None:
-        """Raise CheckpointError for a run of the other kind, and for a checkpoint in place of a run's folder."""
+        """Raise CheckpointError for a run of the other kind, and for a checkpoint instead of a run's folder."""
         if (self.path / "manifest.json").exists():
             raise CheckpointError(
                 f"{self.path} is a checkpoint, but --resume takes the folder of its run: --resume "
@@ -165,7 +165,7 @@ class RunDirectory:
         self.check_kind(wanted)
 
     def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
-        """Return a file of the record; if it is missing or damaged, the copy in the newest checkpoint that has one."""
+        """Parse a file of the record; if it is missing or damaged, the newest readable copy in a checkpoint."""
         problem = ""
         for folder in (self.path, *sorted(self.checkpoints.glob(_CHECKPOINT), reverse=True)):
             try:
@@ -174,17 +174,17 @@ class RunDirectory:
                 problem = problem or f"{name} is missing"
             except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
                 problem = problem or f"{name} is damaged ({error})"
-        raise CheckpointError(f"{self.path} is not a run directory that can be used: {problem}.")
+        raise CheckpointError(f"{self.path} is not a usable run directory: {problem}.")
 
-    # --- the status with which a run ended, and the mark that it is to be queued again
+    # --- the run's final status, and the marker that asks for the run to be queued again
 
     def status(self) -> Status | None:
-        """Return how the run ended; None if it has not ended, or if the file cannot be read."""
+        """Return the run's final status; None if it has not ended, or if the file cannot be read."""
         status = self.status_details().get("status")
         return status if status in get_args(Status) else None
 
     def status_details(self) -> dict[str, Any]:
-        """Return the status with its step and its reason, as far as they are known."""
+        """Return the status with its step and reason, if known."""
         for name in (_STATUS, _OLD_STATUS):
             with contextlib.suppress(OSError, ValueError):
                 details = _json_object((self.path / name).read_text("utf8"))
@@ -197,11 +197,11 @@ class RunDirectory:
         _write(self.path / _STATUS, json.dumps({"status": status} | details, indent=2) + "\n")
 
     def mark_requeue(self, reason: str) -> None:
-        """Mark the run for job scripts, some of whose launchers do not pass the exit status on."""
+        """Mark the run for job scripts, since some launchers do not pass on the exit status."""
         _write(self.path / "requeue", reason + "\n")
 
     def clear_status(self) -> None:
-        """Remove the status and the mark, because the run continues."""
+        """Remove the status and the marker, because the run continues."""
         for name in (_STATUS, _OLD_STATUS, "requeue"):
             _remove(self.path / name)
 
@@ -232,11 +232,11 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def places_of(recorded: str, folder: Path) -> Iterator[Path]:
-    """Yield the existing paths at which something may be now that was once at the path `recorded`.
+    """Yield the existing paths to which a file or folder may have moved from the path `recorded`.
 
-    Paths relative to `folder`, which contains the record, come first: if both moved together, a folder above it holds
-    the end of the recorded path. The nearest such folder comes first, and for each the longest end. The recorded path
-    itself comes last. The caller must check the content.
+    Paths relative to `folder`, which contains the record, come first: if both moved together, a parent of that folder
+    contains the last parts of the recorded path. The nearest parent comes first, and for each the longest such path.
+    The recorded path itself comes last. The caller must check the content.
     """
     parts = Path(recorded).parts[1:]
     above = dict.fromkeys((*folder.absolute().parents, *folder.resolve().parents))  # before and after following links

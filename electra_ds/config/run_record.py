@@ -1,4 +1,4 @@
-"""The content of run.json: the settings, the hardware and the data of a run."""
+"""The content of run.json: a run's settings, hardware and data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Count = Annotated[int, Field(gt=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """The intervals at which a run reports and saves: neither mathematics nor hardware."""
+    """The intervals at which a run logs, evaluates and saves. They affect neither mathematics nor hardware."""
 
     log_every: _Count
     eval_every: _Count
@@ -38,35 +38,35 @@ class RunSettings(Settings):
     eval_windows: _Count
     compile: Compile = "auto"
     keep_at: list[_Count] = field(default_factory=list)
-    """Steps whose checkpoints stay, whatever `keep` says."""
+    """Steps whose checkpoints are retained regardless of `keep`."""
     stop_on_collapse: bool = False
-    """True if the run ends where its discriminator has collapsed (pretraining/objectives/electra_evaluation.py)."""
+    """True to end the run if its discriminator collapses."""
 
 
 @dataclass(frozen=True)
 class FinetuneSettings(Settings):
-    """The settings of a finetuning. early_stopping and best choose by the development set, whose scores are then no
-    test."""
+    """The settings of a finetuning. early_stopping and best select on the development set, so its scores are then no
+    longer an unbiased test."""
 
     predict_test: bool = False
-    """True if the test sets are predicted at the end."""
+    """True to predict the test sets at the end."""
     early_stopping: _Count | None = None
-    """Evaluations without a better score after which training ends."""
+    """Number of evaluations without a better score after which training ends."""
     best: bool = False
-    """True if the best evaluation's weights and scores are kept, in place of the last one's."""
+    """True to keep the best evaluation's weights and scores instead of the last one's."""
     discard_weights: bool = False
-    """True if the checkpoints are removed once the run is done: scores and predictions stay."""
+    """True to remove the checkpoints when the run is done, keeping scores and predictions."""
     max_train_examples: _Count | None = None
-    """Train on so many examples, which the seed chooses."""
+    """Maximum number of training examples, which the seed selects."""
 
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """The places that a run's numbers go to besides metrics.jsonl. Folders are relative to the run's, None for none."""
+    """The trackers that receive a run's metrics in addition to metrics.jsonl. Folders are relative to the run's."""
 
     wandb: WandbMode = "off"
     wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))
-    """Made once: whatever resumes the run continues the same run at wandb."""
+    """Generated once, so that a resumed run continues the same wandb run."""
     wandb_project: str = "electra_ds"
     wandb_entity: str | None = None
     wandb_group: str | None = None
@@ -76,10 +76,10 @@ class TrackingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The content of run.json that any run has."""
+    """The content of run.json that all runs have in common."""
 
     parameters: dict[str, int]
-    """Sizes of the model's parts."""
+    """Number of parameters of each part of the model."""
     device: str
     threads: _Count
     world_size: _Count
@@ -87,10 +87,10 @@ class Record:
     command: list[str]
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     given_batch: dict[str, int] | None = None
-    """`DeepSpeedPlan.given_batch` of the plan that is written with it. Records of earlier versions have none."""
+    """`DeepSpeedPlan.given_batch` of the plan that is written with it. Records of earlier versions lack it."""
     threads_given: bool | None = None
-    """True if the user gave `threads`, which are else chosen again on other ranks or another device. Records of earlier
-    versions do not say, and theirs stay."""
+    """True if the user gave `threads`; otherwise they are chosen again on another number of ranks or another device.
+    None in records of earlier versions, whose threads stay the same."""
     format: int = FORMAT
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: dict[str, str] = field(default_factory=lambda: versions())
@@ -108,7 +108,7 @@ class RunRecord(Record):
     store_fingerprint: str
     settings: RunSettings
     initialised_from: list[str] = field(default_factory=list)
-    """Folders or Hub names whose weights the run began with; empty for random ones."""
+    """Folders or Hub names of the initial weights; empty for random ones."""
     kind: Literal["pretrain"] = "pretrain"
 
 
@@ -120,22 +120,22 @@ class FinetuneRecord(Record):
     source: TaskSource
     data_fingerprint: str
     num_examples: _Count
-    """Training examples, those in both orders counted twice; windows, of question answering."""
+    """Number of training examples, counting those used in both orders twice; for question answering, of windows."""
     model: str
     """The value of --model."""
     model_fingerprint: str
-    """SHA-256 of the encoder's tensors; of random ones, what it is random from."""
+    """SHA-256 of the encoder's tensors; for random weights, what they are generated from."""
     has_random_weights: bool
     recipe_source: str
-    """`shipped`, or of a file of the user's own what tells it from others of its name."""
+    """`shipped`, or the start of a hash of the user's own recipe."""
     changes: list[str]
-    """The differences from that recipe: overrides but for the seed, and fewer examples."""
+    """The differences from that recipe: overrides except for the seed, and fewer examples."""
     settings: FinetuneSettings
     kind: Literal["finetune"] = "finetune"
 
 
 def versions() -> dict[str, str]:
-    """Python's and the decisive packages' versions."""
+    """Return the versions of Python and of the packages that affect a run."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The device and CPU threads of this process, and what memory and disk errors mean."""
+"""The device and CPU threads of this process, and the recognition of out-of-memory and disk-full errors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.launcher import Launch
 
-_MOST_THREADS_OF_A_CORE = 16
-_LOOK_AT_CPU_S = 0.2
+_MAX_THREADS_PER_CORE = 16
+_CPU_SAMPLE_S = 0.2
 
 
 def device(launch: Launch) -> torch.device:
@@ -67,7 +67,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def is_disk_full(error: Exception) -> bool:
     """Return whether the error was raised because a disk is full."""
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (match := re.search(r"os error (\d+)", str(error))):  # as safetensors says it
+    if number is None and (match := re.search(r"os error (\d+)", str(error))):  # safetensors' format
         number = int(match[1])
     return number in _DISK_FULL
 
@@ -87,15 +87,15 @@ def shown_threads(device: str, threads: int) -> str:
 
 
 def busy_note(device: str, threads: int) -> str | None:
-    """Return a note if other programs keep cores of this machine busy that the threads of a run on the CPU need.
+    """Return a note if other programs occupy CPU cores that the threads of a run on the CPU need.
 
-    Threads wait for each other after every operation, so one that waits for its core holds up all. Measured on 2 cores
-    at a load of 12: 700 to 1,400 tokens/s by two threads, 31,000 by one.
+    Threads wait for each other after every operation, so one that waits for its core delays all of them. Measured on 2
+    cores at a load of 12: 700 to 1,400 tokens/s with two threads, 31,000 with one.
     """
     if threads < 2 or not device.startswith("CPU"):
         return None
     cores = os.cpu_count() or 1
-    busy = cores * psutil.cpu_percent(interval=_LOOK_AT_CPU_S) / 100
+    busy = cores * psutil.cpu_percent(interval=_CPU_SAMPLE_S) / 100
     if busy + threads < cores + 0.5:
         return None
     return (
@@ -107,16 +107,16 @@ def busy_note(device: str, threads: int) -> str | None:
 def set_threads(threads: int | None, launch: Launch) -> int:
     """Set the number of CPU threads, which is part of a run's plan, and return the number in use.
 
-    None leaves the number to torch, except that several ranks on a node share its cores unless they are bound to some.
-    Raises ConfigError if there are many more threads than cores.
+    None keeps torch's default, except that several ranks on a node share its cores unless they are bound to cores.
+    Raises ConfigError if the number is far above the number of cores.
     """
     if threads is None:
         cores = os.cpu_count() or 1
         threads = torch.get_num_threads()
         if launch.local_size > 1 and len(os.sched_getaffinity(0)) == cores:
             threads = min(threads, max(1, cores // launch.local_size))
-    if threads > _MOST_THREADS_OF_A_CORE * (os.cpu_count() or 1):
-        raise ConfigError(f"{threads} CPU threads are asked for, and this machine has {os.cpu_count()} cores.")
+    if threads > _MAX_THREADS_PER_CORE * (os.cpu_count() or 1):
+        raise ConfigError(f"{threads} CPU threads were requested, but this machine has {os.cpu_count()} cores.")
     torch.set_num_threads(threads)
     return torch.get_num_threads()
 

@@ -1,4 +1,4 @@
-"""The errors that a user can cause or meet. Each message says what is wrong, where, and what to do."""
+"""The errors that a user can cause or run into. Each message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ElectraError(Exception):
     """Base of every error that is shown as a message, without a traceback."""
 
     rank: int | None = None
-    """The rank that met the error, if other ranks may not have met it."""
+    """The rank that hit the error, if other ranks may not have hit it."""
 
 
 class ConfigError(ElectraError):
@@ -49,6 +49,6 @@ class InterruptedBySignalError(ElectraError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name, which suggests a similar known one, or an empty string."""
+    """Return a suggestion of a similar known name, to append to a message, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,4 +1,4 @@
-"""Names of files and Hub models that the user gives, and writing a file completely or not at all."""
+"""Recognising Hub model names, and writing a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HUB_MODEL = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def is_hub_model(text: str) -> bool:
-    """Return whether a text is OWNER/NAME and neither an existing path nor the name of a file with a vocabulary."""
+    """Return whether a text is OWNER/NAME, and neither an existing path nor the name of a vocabulary file."""
     path = Path(text)
     return bool(_HUB_MODEL.fullmatch(text)) and not path.exists() and path.suffix not in (".json", ".txt")
 
@@ -24,8 +24,7 @@ def is_hub_model(text: str) -> bool:
 def complete_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, which is renamed to `path` at the end.
 
-    The file gets the mode that the umask gives, whatever the writer sets. Raises CheckpointError if it cannot be
-    written.
+    The file's mode follows the umask, whatever the writer sets. Raises CheckpointError if it cannot be written.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise CheckpointError(f"Cannot write {path}: it is not an ordinary file. Choose another name.")

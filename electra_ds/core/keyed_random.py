@@ -1,8 +1,8 @@
 """Random numbers as a pure function of a key, equal on every device and under every batch plan.
 
-torch's CUDA generator hands out numbers in an order that depends on the card's number of
-multiprocessors, and every torch generator's numbers depend on how a batch is cut. Here a number is a
-hash of (seed, step, row, column) in integer arithmetic, which is exact on every device.
+The numbers of torch's CUDA generator depend on the GPU's number of multiprocessors, and those of every torch generator
+on how a batch is split. Here a number is a hash of (seed, step, row, column) in integer arithmetic, which is exact on
+every device.
 """
 
 from __future__ import annotations

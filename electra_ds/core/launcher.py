@@ -21,11 +21,11 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from electra_ds.core.errors import ConfigError
 
-# Step numbers from here on are Slurm's own: the batch script, an interactive shell, the extern step.
+# Slurm reserves step numbers from here on: the batch script, an interactive shell, the extern step.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""The signals on which a run or a sweep saves and exits."""
-# The deepspeed launcher sends SIGINT and SIGTERM together: signals within this time are one request.
+"""The signals that make a run or a sweep save and exit."""
+# The deepspeed launcher sends SIGINT and SIGTERM together, so signals within this time count as one request.
 SECOND_SIGNAL_AFTER_S = 5.0
 
 
@@ -40,7 +40,7 @@ class Launch(NamedTuple):
     """Host of rank 0."""
     port: int
     local_size: int = 1
-    """Ranks on this node; 1 if the launcher does not say."""
+    """Ranks on this node; 1 if the launcher does not set it."""
 
     @property
     def is_main(self) -> bool:
@@ -65,7 +65,7 @@ def detect(environ: Mapping[str, str]) -> Launch:
     else:
         return Launch("none", 0, 1, 0, "127.0.0.1", 0)
     if not 0 <= launch.rank < launch.world_size:
-        raise ConfigError(f"The launcher gave rank {launch.rank} of a world of {launch.world_size}.")
+        raise ConfigError(f"The launcher set rank {launch.rank} for a world size of {launch.world_size}.")
     if launch.world_size == 1:
         return launch._replace(address="127.0.0.1")
     return launch._replace(
@@ -100,7 +100,7 @@ def _port(environ: Mapping[str, str], launch: Launch) -> int:
         return _number(environ, "MASTER_PORT")
     if launch.launcher != "srun":
         raise ConfigError("WORLD_SIZE is above 1, but MASTER_PORT, the port of rank 0, is not set.")
-    # The same on every task of a step, another for other jobs and steps that may share the node.
+    # The same port on every task of a step, and another one for other jobs and steps that may share the node.
     return 20000 + (_number(environ, "SLURM_JOB_ID") * 31 + _number(environ, "SLURM_STEP_ID")) % 20000
 
 
@@ -114,16 +114,16 @@ def first_host(nodes: str) -> str:
     """Return the first host of a Slurm node list such as `gpu[003-007,012],login1`. Raises ConfigError."""
     match = re.match(r"([^\[,\s]+)(?:\[(\d+)[^\]]*\]([^,\s]*))?", nodes)
     if not match:
-        raise ConfigError(f"Cannot read the first host out of the Slurm node list {nodes!r}. Set MASTER_ADDR.")
+        raise ConfigError(f"Cannot find the first host in the Slurm node list {nodes!r}. Set MASTER_ADDR.")
     return "".join(part for part in match.groups() if part)
 
 
 class LauncherWatch:
-    """Detects that the launcher died without stopping its workers, so that no orphan continues to train.
+    """Detects that the launcher died without stopping its workers, so that orphaned workers do not keep training.
 
-    SIGUSR1 ends `torchrun`, and SIGTERM the `deepspeed` runner, without a signal to the workers. The `deepspeed`
-    command starts a second process, which starts the workers, so both are watched. A parent that is another program,
-    such as a shell, may exit.
+    SIGUSR1 ends `torchrun`, and SIGTERM ends the `deepspeed` runner, without a signal to the workers. The `deepspeed`
+    command starts a second process, which starts the workers, so both are watched. Other parent processes, such as a
+    shell, may exit.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -161,7 +161,7 @@ def _ancestors(generations: int) -> list[int]:
     return found
 
 
-def leave_at_once(number: int) -> NoReturn:
+def exit_immediately(number: int) -> NoReturn:
     """End this process immediately with the exit status of the signal."""
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed
         if sys.stderr.isatty():
@@ -173,7 +173,7 @@ def leave_at_once(number: int) -> NoReturn:
 def worker_pool(workers: int, initializer: Callable[..., None] | None = None, *arguments: Any) -> ProcessPoolExecutor:
     """Return a pool of fresh processes, each of which first calls `initializer(*arguments)`.
 
-    They end with their parent, however it ends, and leave Ctrl-C to it.
+    The workers exit with their parent, however it ends, and ignore Ctrl-C, which the parent handles.
     """
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, context, _start, (initializer, arguments))

@@ -1,4 +1,4 @@
-"""The name by which this program was called, for the commands that messages and help texts show."""
+"""How this program was called, so that messages and help texts show commands the same way."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ PACKAGES = frozenset(
         "typing_extensions", "wandb", "yaml", "zstandard",
     }
 )  # fmt: skip
-"""Import names of the packages that are installed with this program."""
+"""Import names of the packages that this program requires."""
 _IN_BIN = re.compile(r"(?<![\w/.])bin/(?=[a-z])")
 
 
 def command(name: str) -> str:
-    """Return how to call the command `name`, such as `export` or `checkpoint import`, the way this process was called.
+    """Return the command line for `name`, such as `export` or `checkpoint import`, in the style of this process's call.
 
-    A checkout's `bin/pretrain` names `bin/export`, with the same path before it; `electra-ds` and `python -m
-    electra_ds` name themselves. A process that was started in another way, such as a notebook, names `electra-ds`.
+    A process started as `bin/pretrain` shows `bin/export`, with the same path in front; `electra-ds` and `python -m
+    electra_ds` show themselves. Any other process, such as a notebook, shows `electra-ds`.
     """
     return _prefix(sys.argv[0] if sys.argv else "") + name
 
 
 def as_called(text: str) -> str:
-    """Return a help text with each `bin/NAME` in it as `command` would write it."""
+    """Return a help text in which each `bin/NAME` is written as `command` would write it."""
     return _IN_BIN.sub(lambda _: _prefix(sys.argv[0] if sys.argv else ""), text)
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
     """Return a message for a user who started a command outside its environment.
 
-    None if the missing module belongs to a plug-in of the user, or to a package that is installed.
+    Return None if the missing module belongs to the user's plug-in, or to a package that is installed.
     """
     if error.name not in PACKAGES:
         return None
     found = f"The package {error.name} is not installed in the environment of {sys.executable}."
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "Makefile").is_file():
-        return f"{found} Install this program with its requirements again: {sys.executable} -m pip install electra_ds"
+        return f"{found} Reinstall this program with its requirements: {sys.executable} -m pip install electra_ds"
     python = checkout / ".venv" / "bin" / "python"
     if not python.exists() or Path(sys.prefix) == python.parent.parent:
         return f"{found} Run 'make install' in {checkout}, then 'source {python.parent}/activate', and try again."

@@ -1,4 +1,4 @@
-"""The process group of a job's ranks, and the collective operations by which they agree on something."""
+"""The process group of a job's ranks, and the collective operations that the ranks use to agree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError, ElectraError, FailedElsewhereError, LostRankError
 from electra_ds.core.launcher import Launch, LauncherWatch, detect
 
-# gloo detects a rank that died at once, by its closed connections. This only limits the wait for a rank that is busy,
+# gloo notices immediately when a rank dies, because its connections close. This only limits the wait for a busy rank,
 # such as rank 0 while it tokenises a corpus.
 _PATIENCE = timedelta(days=7)
 _MEETING_TIMEOUT = timedelta(minutes=10)
@@ -60,7 +60,7 @@ class Ranks:
         return self._gather(value, self._control)
 
     def gather_in_background(self, value: Any) -> list[Any]:
-        """Return the same from a thread other than the training thread; one such thread at a time on each rank."""
+        """Do the same as `gather` from a background thread; only one such thread may run at a time on each rank."""
         return self._gather(value, self._background)
 
     def _gather(self, value: Any, group: distributed.ProcessGroup | None) -> list[Any]:
@@ -81,13 +81,13 @@ class Ranks:
         return tensor
 
     def start_maximum(self, value: int) -> Any:
-        """Start to compute the largest value of several ranks; `finish_maximum` waits for it."""
+        """Start computing the largest value over several ranks; `finish_maximum` waits for it."""
         tensor = torch.tensor([value])
         return tensor, distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self._control, async_op=True)
 
     @staticmethod
     def finish_maximum(started: Any) -> int:
-        """Return the largest value, from what `start_maximum` returned."""
+        """Wait for what `start_maximum` started, and return the largest value."""
         tensor, work = started
         work.wait()
         return int(tensor.item())
@@ -95,7 +95,7 @@ class Ranks:
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Join the process group of the other ranks while the context lasts; an existing process group is used and kept.
+    """Join the other ranks' process group while the context lasts; an existing process group is used and kept.
 
     A process without a launcher forms its own group, which needs no port. Raises ConfigError if the ranks cannot
     connect to each other, and LostRankError if one of them died.
@@ -114,7 +114,7 @@ def join_ranks() -> Iterator[Ranks]:
             completed = True
         except ElectraError as error:
             if not alone and error.rank is None:
-                error.rank = launch.rank  # the other ranks may not have met it
+                error.rank = launch.rank  # the other ranks may not have hit it
             raise
         except RuntimeError as error:
             if alone or not is_lost_connection(error):
@@ -126,12 +126,12 @@ def join_ranks() -> Iterator[Ranks]:
             lost.rank = launch.rank
             raise lost from error
         finally:
-            if started and (alone or completed):  # after an error the other ranks may never do the same
+            if started and (alone or completed):  # after an error the other ranks may never get here
                 _part()
 
 
 def _part() -> None:
-    """Leave the process group, in DeepSpeed too, which would otherwise use it after another one is joined."""
+    """Destroy the process group through DeepSpeed if it is loaded, which would otherwise keep using the old group."""
     theirs = sys.modules.get("deepspeed.comm")
     (theirs if theirs is not None and theirs.is_initialized() else distributed).destroy_process_group()
 
@@ -151,8 +151,8 @@ def _meet(launch: Launch) -> None:
         distributed.init_process_group(backend, init_method="env://", timeout=_MEETING_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"Rank {launch.rank} cannot meet the other {launch.world_size - 1} at {launch.address}:{launch.port} "
-            f"({str(error).splitlines()[0]}). Is that host reachable, the port free, and were all ranks started?"
+            f"Rank {launch.rank} cannot connect to the other {launch.world_size - 1} at {launch.address}:{launch.port} "
+            f"({str(error).splitlines()[0]}). Check that the host is reachable, the port is free and all ranks started."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Output on a terminal: progress bars that are readable in 60 columns, text that breaks between words only, the log.
+"""Terminal output: progress bars that are readable in 60 columns, text that wraps only between words, and the log.
 
 Nothing below the command line prints. The package says what it does through standard logging, under the logger
 `electra_ds`; from Python, `logging.basicConfig(level=logging.INFO)` shows everything.
@@ -29,31 +29,30 @@ from rich.progress import (
 from rich.text import Text
 
 PREPARING = "preparing: "
-"""The beginning of the lines that report preparations before training if there is no terminal."""
+"""The prefix of the lines that report preparations before training if there is no terminal."""
 _PLAIN_LINE_EVERY_S = 10.0
 
 
 def say(console: Console, text: str) -> None:
-    """Print text as it is. On a terminal its lines break between words only; in a file they do not break."""
+    """Print text without markup. A terminal wraps it only between words; in a file lines are not wrapped."""
     console.print(_wrapped(console, text), highlight=False, markup=False, soft_wrap=True)
 
 
 def say_command(console: Console, lead: str, command: str) -> None:
-    """Print a command to be copied, on a line of its own if it does not fit behind `lead`: it is never broken."""
+    """Print a command for copying, unbroken, on its own line if it does not fit after `lead`."""
     fits = not console.is_terminal or len(lead) + 1 + len(command) <= console.width
     for line in [f"{lead} {command}"] if fits else [lead, command]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def with_command(lead: str, command: str) -> str:
-    """Return a message for stderr that ends in a command to be copied, on a line of its own if a terminal would break
-    it."""
+    """Return a message for stderr that ends in a command for copying, on its own line if a terminal would wrap it."""
     fits = not sys.stderr.isatty() or len(lead) + 1 + len(command) <= shutil.get_terminal_size().columns
     return f"{lead}{' ' if fits else chr(10)}{command}"
 
 
 def note(console: Console, text: str) -> None:
-    """Print a note. `text` comes without its full stop."""
+    """Print a note. `text` has no full stop at the end."""
     _labelled(console, "Note:", f"{text}.")
 
 
@@ -69,7 +68,7 @@ def _labelled(console: Console, label: str, text: str) -> None:
 
 
 def _wrapped(console: Console, text: str) -> str:
-    """Return the text wrapped to the terminal, but for long words such as paths, which Rich would break."""
+    """Return the text wrapped to the terminal's width, without breaking long words such as paths, as Rich would."""
     if not console.is_terminal:
         return text
     wrap = textwrap.TextWrapper(
@@ -79,16 +78,16 @@ def _wrapped(console: Console, text: str) -> str:
 
 
 def flexible_bar() -> BarColumn:
-    """Return a progress bar that takes the width that the other columns leave."""
+    """Return a progress bar that fills the width that the other columns leave."""
     return BarColumn(bar_width=None)
 
 
 class StatusProgress(Progress):
-    """A progress bar over the whole width, and below it the status of each task on lines of its own.
+    """A full-width progress bar for each task, with the task's status on the lines below it.
 
-    The status is the task's field `status`. Each of its lines has parts that two spaces separate, the most important
-    first. Parts that do not fit into the width are left out, the last ones first, so that times and ETA above are
-    always there.
+    The status is the task's field `status`. Each of its lines consists of parts separated by two spaces, the most
+    important first. Parts that do not fit are left out, starting from the last, so that the times and the ETA above
+    always stay visible.
     """
 
     def __init__(self, *columns: ProgressColumn | str, **more: Any) -> None:
@@ -102,7 +101,7 @@ class StatusProgress(Progress):
 
 
 def _fitting(status: str, width: int) -> Text:
-    """Return the first parts of a status that fit into the width; the first one is cut if it does not fit."""
+    """Return as many leading parts of a status as fit the width; the first one is cut if it does not fit."""
     shown, *rest = status.split("  ")
     for part in rest:
         if len(f"{shown}  {part}") > width:
@@ -119,8 +118,11 @@ class _Eta(TimeRemainingColumn):
 
 
 class StageProgress(StatusProgress):
-    """The progress of preparations, stage by stage: a bar for each on a terminal. Elsewhere, such as in a log file, a
-    line when a stage begins and further lines from time to time, which a sweep reads in the logs of its trials."""
+    """The progress of preparations, stage by stage.
+
+    A terminal shows a bar for each stage. Elsewhere, such as in a log file, a line is printed when a stage begins, and
+    more from time to time. A sweep reads these lines in the logs of its trials.
+    """
 
     def __init__(self, console: Console | None = None, transient: bool = False) -> None:
         super().__init__(
@@ -131,12 +133,12 @@ class StageProgress(StatusProgress):
         self._last_line = 0.0
 
     def begin(self, stage: str, total: float | None = None, status: str = "") -> None:
-        """Begin a new stage, to which later calls refer. total: the amount of work; None if that is unknown."""
+        """Begin a new stage, which later calls update. total: the amount of work; None if unknown."""
         self._stage = self.add_task(stage, total=total, status=status)
         self._say()
 
     def add(self, done: float) -> None:
-        """Add to the amount of work that is done."""
+        """Add to the amount of work done."""
         self.advance(self._stage, done)
         self._say_now_and_then()
 
@@ -166,12 +168,12 @@ class StageProgress(StatusProgress):
 # --- the log
 
 NOTE = 25
-"""Between INFO and WARNING: worth knowing, and nothing is wrong."""
+"""Between INFO and WARNING: worth knowing, but nothing is wrong."""
 logging.addLevelName(NOTE, "NOTE")
 
 
 def log_command(log: logging.Logger, lead: str, command: str) -> None:
-    """Log a command to be copied, after some words."""
+    """Log a command for copying, introduced by `lead`."""
     log.info("%s %s", lead, command, extra={"command": (lead, command)})
 
 
@@ -196,7 +198,7 @@ class ConsoleHandler(logging.Handler):
 
 @contextmanager
 def log_shown_on(console: Console) -> Iterator[None]:
-    """Show what the package logs on a console, for as long as the context lasts."""
+    """Show the package's log messages on a console while the context lasts."""
     log = logging.getLogger("electra_ds")
     before = log.handlers[:], log.level, log.propagate
     log.handlers, log.propagate = [ConsoleHandler(console)], False

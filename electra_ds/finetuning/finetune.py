@@ -243,8 +243,8 @@ class FinetuneLoop(TrainingLoop):
         if settings.best:
             self._take_best()
         if settings.best or not self.ranks.broadcast(bool(self._results)):
-            self._results = self.in_memory(lambda: self._results_of(self.job.task.dev))
-        tested = self.in_memory(lambda: self._results_of(self.job.task.test)) if settings.predict_test else {}
+            self._results = self.reducing_rows(lambda: self._results_of(self.job.task.dev))
+        tested = self.reducing_rows(lambda: self._results_of(self.job.task.test)) if settings.predict_test else {}
         with self.ranks.fail_together():
             if self.ranks.is_main:
                 self._write(self._results | tested)

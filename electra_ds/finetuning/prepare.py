@@ -153,7 +153,7 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
     places = "--data-dir DIR" if record.source.train is None else "--train FILE --dev FILE"
     remedy = f"say where they are now: {command('finetune')} --resume {run.path} {places}"
     data, source = recorded_task(record, run.path, source, remedy)
-    record = prepare.record_again(replace(record, source=source), options, plan, run, ranks)
+    record = prepare.resumed_record(replace(record, source=source), options, plan, run, ranks)
     task = tokenised_task(data, encoder, recipe, record.settings.max_train_examples, console)
     if len(task.train) != record.num_examples:
         raise CheckpointError(

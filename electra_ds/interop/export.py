@@ -17,7 +17,7 @@ from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError
 from electra_ds.interop.model_cards import pretrained_card
 from electra_ds.pretraining.evaluation import load_model
-from electra_ds.training.checkpoints import beside, newest_checkpoint
+from electra_ds.training.checkpoints import default_export_folder, newest_checkpoint
 
 _LONGEST_NAME = 200
 
@@ -28,7 +28,7 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     Raises CheckpointError if there is nothing to export, or `out` already holds something.
     """
     checkpoint = newest_checkpoint(run_or_checkpoint)
-    out = out or beside(checkpoint, "export")
+    out = out or default_export_folder(checkpoint, "export")
     check_out(out)
     model, objective, tokenizer, recipe = load_model(checkpoint)
     sources = RunDirectory(checkpoint.path).read_record().initialised_from

@@ -36,7 +36,7 @@ from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.interop.export import cannot_write, check_out, unfinished
 from electra_ds.pretraining.electra import Electra
 from electra_ds.training.checkpoint import Checkpoint
-from electra_ds.training.checkpoints import beside, newest_checkpoint, recorded_recipe
+from electra_ds.training.checkpoints import default_export_folder, newest_checkpoint, recorded_recipe
 from electra_ds.training.engine import check_plan, close_deepspeed
 from electra_ds.training.optimizer import MOMENTS, adamw_state, learning_rate_at
 from electra_ds.training.prepare import plan_of_run
@@ -56,7 +56,7 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
     """
     with ranks.fail_together():
         checkpoint = newest_checkpoint(run_or_checkpoint, ranks)
-        out = out or beside(checkpoint, "native")
+        out = out or default_export_folder(checkpoint, "native")
         check_out(out)
         recipe = recorded_recipe(checkpoint)
         saved = RunDirectory(checkpoint.path)

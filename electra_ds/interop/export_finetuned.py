@@ -43,7 +43,7 @@ from electra_ds.finetuning.tasks import TaskData
 from electra_ds.interop.export import check_out, new_folder
 from electra_ds.interop.model_cards import Exported, finetuned_card
 from electra_ds.training.checkpoint import Checkpoint
-from electra_ds.training.checkpoints import beside, kept_checkpoint, recorded_recipe
+from electra_ds.training.checkpoints import default_export_folder, kept_checkpoint, recorded_recipe
 
 _TOLERANCE = 1e-4
 """How far the scores of the folder may be from those of the run, as a share of the largest score, at least 1; rounding
@@ -67,7 +67,7 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
     checkpoint = kept_checkpoint(run_or_checkpoint)
     recipe = recorded_recipe(checkpoint, FinetuneRecipe)
     record = RunDirectory(checkpoint.path).read_record(FinetuneRecord)
-    out = out or beside(checkpoint, "export")
+    out = out or default_export_folder(checkpoint, "export")
     check_out(out)
     config, _ = finetuned_encoder(checkpoint)
     scores = _scores(checkpoint)

@@ -1,7 +1,7 @@
 """The transformer encoder of ELECTRA, the same function as transformers' `ElectraModel`.
 
-Differences are in how it runs, not in what it computes: query, key and value are one matrix product,
-attention is `scaled_dot_product_attention`, and there is no attention mask if nothing is padded.
+It differs only in how it runs: query, key and value are one matrix product, attention is
+`scaled_dot_product_attention`, and there is no attention mask if nothing is padded.
 Shape suffixes: B sequences, T positions, E embedding size, H hidden size, N heads, D head size.
 """
 
@@ -51,8 +51,8 @@ class Embeddings(nn.Module):
     def forward(
         self, ids_BT: torch.Tensor, segments_BT: torch.Tensor | None, positions_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
-        # The weight is read in both cases: at ZeRO stage 3 all ranks must gather parameters in one order, and only some
-        # ranks may have several sequences in a row.
+        # Read the weight in both cases: at ZeRO stage 3 all ranks must gather parameters in the same order, but perhaps
+        # only some ranks have several sequences in a row.
         table = self.position_embeddings.weight
         if positions_BT is None:
             positions = table[: ids_BT.shape[1]]
@@ -85,11 +85,11 @@ class Layer(nn.Module):
     def forward(
         self, hidden_BTH: torch.Tensor, attend_B1QT: torch.Tensor | None, *, is_checkpointed: bool = False
     ) -> torch.Tensor:
-        """is_checkpointed: whether only the input is kept for the backward pass, which computes the layer again with
-        the same dropout and autocast."""
+        """is_checkpointed: keep only the input for the backward pass, which recomputes the layer with the same dropout
+        and autocast."""
         if is_checkpointed:
-            # Inside the module and not around its call: the hooks in which ZeRO stage 3 gathers and releases weights
-            # must not run again in the middle of the layer's backward pass.
+            # Checkpoint inside the module, not around its call: the hooks in which ZeRO stage 3 gathers and releases
+            # weights must not run again in the middle of the layer's backward pass.
             output_BTH: torch.Tensor = checkpoint(self._run, hidden_BTH, attend_B1QT, use_reentrant=False)
             return output_BTH
         return self._run(hidden_BTH, attend_B1QT)
@@ -100,8 +100,8 @@ class Layer(nn.Module):
         hidden_BTH = self.attention_norm(dropout_add(self.attention_output(context_BTH), hidden_BTH, hidden_dropout))
         inner_BTH = feed_forward(hidden_BTH, self.intermediate, self.output)
         summed_BTH = dropout_add(inner_BTH, hidden_BTH, hidden_dropout)
-        # The module itself is not called: torch ends the recomputation of a layer with an exception in its last
-        # operation, and the hook after it, in which ZeRO stage 3 removes the module from a list, would not run.
+        # Do not call the module itself: torch ends the recomputation of a layer with an exception in its last
+        # operation, so the module's hook, in which ZeRO stage 3 removes it from a list, would not run.
         norm = self.output_norm
         return functional.layer_norm(summed_BTH, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
@@ -113,8 +113,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointed_layers = 0
-        """The number of layers, from the first, that keep only their input and are computed again in the backward pass.
-        An engine sets it."""
+        """The number of layers, from the first, that keep only their input and are recomputed in the backward pass. An
+        engine sets it."""
         self.embeddings = Embeddings(config)
         self.embeddings_project = (
             nn.Linear(config.embedding_size, config.hidden_size)
@@ -132,9 +132,9 @@ class Encoder(nn.Module):
     ) -> torch.Tensor:
         """Return hidden states [B, T, H].
 
-        attend_B1QT: a mask from `kernels.shared_mask`, with Q = T queries or 1 for all of a row; None if there is
-        nothing to mask. segments_BT: True in the second segment; None if there is only one. positions_BT: positions
-        in rows with several sequences.
+        attend_B1QT: a mask from `kernels.shared_mask`, with Q = T queries, or 1 for an entire row; None to mask
+        nothing. segments_BT: True in the second segment; None if there is only one. positions_BT: positions in rows
+        with several sequences.
         """
         hidden_BTH = self.embeddings_project(self.embeddings(ids_BT, segments_BT, positions_BT))
         num_checkpointed = self.checkpointed_layers if self.training and torch.is_grad_enabled() else 0

@@ -1,9 +1,9 @@
 """The two pretraining heads, the same functions as in transformers' ELECTRA, and the generator's loss.
 
-The generator's loss and samples come from one pass over the logits, which never exist all at once. Rows are processed
+The generator's loss and samples come from one pass over the logits, which are never all in memory. Rows are processed
 in pieces: logits, softmax, loss, sample, and immediately the gradients of the head's inputs, so that nothing of size
-rows x vocabulary outlives its piece. The gradients are those of the sum of losses, which backward scales. So they do
-not vanish in fp16, as they would with a division by the number of rows before the product.
+rows x vocabulary outlives its piece. The gradients are those of the sum of losses, which backward scales, so that they
+do not vanish in fp16, as they would after dividing by the number of rows before the product.
 
 Shape suffixes: M selected positions, B sequences, T positions, H hidden size, E embedding size, V vocabulary.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional
 from electra_ds.core.keyed_random import exponential_noise
 from electra_ds.model.encoder import EncoderConfig
 
-# Bytes of fp32 logits in a piece. More pieces cost nothing on a CPU, and some kernel launches each on a GPU.
+# Bytes of fp32 logits in a piece. More pieces cost nothing on a CPU, but a few kernel launches each on a GPU.
 CPU_PIECE_BYTES = 8 << 20
 GPU_PIECE_BYTES = 128 << 20
 CPU_NOISE_BYTES = 1 << 20  # on a CPU samples are drawn in pieces whose noise stays in a core's cache
@@ -50,8 +50,8 @@ def predict_tokens(
 ) -> Prediction:
     """Compute loss and samples for logits hidden @ weight.T + bias, which have hidden's dtype (or autocast's).
 
-    Samples are drawn from softmax(logits / temperature). Everything but the logits is fp32. temperature: fp32 scalar,
-    None for 1. counts_M: bool, False at rows whose loss counts as 0; None if all count.
+    Samples are drawn from softmax(logits / temperature). Everything except the logits is fp32. temperature: fp32
+    scalar; None for 1. counts_M: bool, False at rows whose loss counts as 0; None if all rows count.
     """
     device_type = hidden_ME.device.type
     if torch.is_autocast_enabled(device_type):
@@ -143,9 +143,9 @@ def _pieces(hidden_ME: torch.Tensor, vocab_size: int) -> list[slice]:
 def sample_tokens(weights_MV: torch.Tensor, noise_keys_M: torch.Tensor, column_keys_V: torch.Tensor) -> torch.Tensor:
     """Return int64 [M], one token per row, drawn with probability proportional to its weight (fp32, such as a softmax).
 
-    An exponential race: with Exp(1) variates E keyed by `noise_keys_M` (int32) the largest weight / E wins. This is
-    Gumbel-argmax, log(weight) - log(E), without its logarithm. A draw does not depend on how the batch is divided, and
-    rounding almost never changes it. ELECTRA paper, section 2; google-research/electra samples by Gumbel-argmax.
+    This is an exponential race: with Exp(1) variates E keyed by `noise_keys_M` (int32) the largest weight / E wins. It
+    equals Gumbel-argmax, log(weight) - log(E), without the logarithm. A draw does not depend on how the batch is split,
+    and rounding almost never changes it. ELECTRA paper, section 2; google-research/electra samples by Gumbel-argmax.
     """
     rows = len(weights_MV)
     if weights_MV.device.type == "cpu":
@@ -158,7 +158,7 @@ def sample_tokens(weights_MV: torch.Tensor, noise_keys_M: torch.Tensor, column_k
 
 
 class GeneratorHead(nn.Module):
-    """Token predictions: dense, GELU, LayerNorm, then logits from the token table and a bias."""
+    """Predicts tokens: dense, GELU, LayerNorm, then logits from the token table and a bias."""
 
     def __init__(self, config: EncoderConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class GeneratorHead(nn.Module):
         )
 
     def transform(self, hidden_MH: torch.Tensor) -> torch.Tensor:
-        """Return the vectors that the token table is multiplied with, [M, H] -> [M, E]."""
+        """Return the vectors to multiply with the token table, [M, H] -> [M, E]."""
         return self.LayerNorm(functional.gelu(self.dense(hidden_MH)))
 
 

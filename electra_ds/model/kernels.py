@@ -1,8 +1,8 @@
-"""Parts of a layer with their own backward, which needs less memory or time than autograd's.
+"""Parts of a layer with their own backward pass, which needs less memory or time than autograd's.
 
 On a CPU torch draws dropout one Bernoulli number at a time (some 5 ns per element, a tenth of a step), keeps the mask
-in fp32, and runs attention with dropout as a chain of operations. Here an element of a mask takes 16 bits of a random
-word and is kept as one byte. On other devices torch's own kernels are as good and are used.
+in fp32, and runs attention with dropout as a chain of operations. Here each element of a mask uses 16 bits of a random
+word and is stored as one byte. On other devices torch's own kernels are equally good and are used instead.
 
 Shape suffixes: B rows, T positions, Q queries, N heads, D head size, H hidden size, F feed-forward size.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# Elements of attention scores that are computed at a time, so that they stay in a core's cache with their temporaries.
+# Attention scores to compute at a time, so that they stay in a core's cache together with their temporaries.
 _SCORES_AT_ONCE = 1 << 18
 
 
 def dropout(hidden: torch.Tensor, probability: float) -> torch.Tensor:
-    """Zero each element with the given probability and scale the others up, with torch's random numbers."""
+    """Zero each element with the given probability and scale up the others, using torch's random numbers."""
     if not probability:
         return hidden
     if not _is_eager_cpu(hidden):
@@ -42,7 +42,7 @@ def attention(
 ) -> torch.Tensor:
     """Compute self-attention from concatenated queries, keys and values, [B, T, 3 * H] -> [B, T, H].
 
-    attend_B1QT: a mask from `shared_mask`, with Q = T queries or 1 for all of them; None if there is nothing to mask.
+    attend_B1QT: a mask from `shared_mask`, with Q = T queries, or 1 for all of them; None to mask nothing.
     """
     batch, length, width = query_key_value_BTH.shape
     if _is_eager_cpu(query_key_value_BTH) and dropout_probability:
@@ -55,9 +55,9 @@ def attention(
 
 
 def shared_mask(attend_B1QT: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the mask in the form that the device's attention needs, to be shared by all layers.
+    """Return the mask in the form that the device's attention needs, so that all layers can share it.
 
-    On a GPU it consists of numbers to add. torch would convert booleans in every layer, and each would keep its copy.
+    On a GPU it is additive, since torch would convert a boolean mask in every layer, and each would keep a copy.
     dtype: the dtype of queries and keys.
     """
     if attend_B1QT is None or attend_B1QT.device.type == "cpu":
@@ -68,7 +68,7 @@ def shared_mask(attend_B1QT: torch.Tensor | None, dtype: torch.dtype) -> torch.T
 def feed_forward(hidden_BTH: torch.Tensor, intermediate: nn.Linear, output: nn.Linear) -> torch.Tensor:
     """Return output(gelu(intermediate(hidden))).
 
-    The backward computes GELU again, so that its result, the largest tensor of a layer, need not be kept.
+    The backward pass recomputes GELU, so that its result, the largest tensor of a layer, need not be kept.
     """
     device_type = hidden_BTH.device.type
     if torch.is_autocast_enabled(device_type):
@@ -81,7 +81,7 @@ def _is_eager_cpu(tensor: torch.Tensor) -> bool:
 
 
 def _kept(shape: torch.Size, probability: float) -> tuple[torch.Tensor, float]:
-    """Return an int8 mask, 1 where an element is kept, and the factor for those. The share is exact to 2^-16."""
+    """Return an int8 mask, 1 for kept elements, and their scale factor. The share is exact to 2^-16."""
     size = shape.numel()
     threshold = min(max(round((1.0 - probability) * 65536), 1), 65535)
     words = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
@@ -105,7 +105,7 @@ class _DropoutAdd(torch.autograd.Function):
 
 
 class _AttentionWithDropout(torch.autograd.Function):
-    """Attention in pieces of a few sequences, which keeps the probabilities and the mask of one byte per element."""
+    """Attention in pieces of a few sequences, which keeps the probabilities and a one-byte mask per element."""
 
     @staticmethod
     def forward(

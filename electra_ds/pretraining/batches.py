@@ -1,7 +1,7 @@
-"""From (seed, step) to the global batch of an objective.
+"""Building an objective's global batch from (seed, step).
 
-Every rank builds the whole global batch: it is cheap (some 10 ns a token, 50 with two segments), and so every rank
-knows the counts that losses are divided by without asking the others. Shape suffixes: B sequences of the global batch,
+Every rank builds the entire global batch. This is cheap (some 10 ns per token, 50 with two segments), and lets every
+rank know the counts that losses are divided by without communication. Shape suffixes: B sequences of the global batch,
 T positions.
 """
 
@@ -27,7 +27,7 @@ def objective_of(recipe: Recipe, tokenizer: Tokenizer) -> Objective[Any]:
 
 
 class BatchBuilder:
-    """Builds the global batch of any step: text, which all objectives share, and what the objective makes of it."""
+    """Builds the global batch of any step: samples the text, from which the objective makes the batch."""
 
     def __init__(self, store: TokenStore, ranges: Ranges, recipe: Recipe, seed: int) -> None:
         self.store = store
@@ -42,7 +42,7 @@ class BatchBuilder:
         self._special = np.flatnonzero(store.tokenizer.is_special).tolist()
 
     def build(self, step: int, batch_size: int | None = None) -> PretrainingBatch:
-        """Return the batch of optimiser step `step`. Raises DataError if the store holds ids outside its vocabulary."""
+        """Return the batch of optimizer step `step`. Raises DataError if the store has ids outside its vocabulary."""
         batch_size = batch_size or self.recipe.global_batch_size
         tokenizer = self.store.tokenizer
         rows = self.sampler.rows(step, batch_size)
@@ -55,7 +55,7 @@ class BatchBuilder:
         return self.objective.make_batch(text, self.seed, step)
 
     def _text(self, rows: Rows) -> np.ndarray:
-        """[B, T - 2] in the store's type: each row's text; beyond its length, whatever follows."""
+        """Return each row's text, [B, T - 2] in the store's type; beyond its length, arbitrary tokens."""
         positions = rows.positions_BC
         if positions is None:
             if self._windows is not None and rows.starts_B.max() < len(self._windows):
@@ -65,14 +65,14 @@ class BatchBuilder:
         return self._tokens.take(positions, mode="clip")
 
     def _laid_out(self, rows: Rows, text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return ids [B, T], lengths [B], and where tokens may be masked [B, T].
+        """Return ids [B, T], lengths [B], and a mask of maskable tokens [B, T].
 
-        A row is [CLS] first [SEP], or [CLS] first [SEP] second [SEP], and padding.
+        A row is [CLS] first [SEP], or [CLS] first [SEP] second [SEP], then padding.
         """
         tokenizer, width = self.store.tokenizer, text.shape[1] + 2
         if int(text.max()) >= tokenizer.vocab_size:
             raise DataError(
-                f"The token store {self.store.path} holds id {text.max()}, but its vocabulary has "
+                f"The token store {self.store.path} contains id {text.max()}, but its vocabulary has size "
                 f"{tokenizer.vocab_size}: tokens.bin is damaged. Build the store again."
             )
         ends = rows.first_B + 1
@@ -80,7 +80,7 @@ class BatchBuilder:
         ids = np.empty((len(text), width), dtype=text.dtype)
         ids[:, 0], ids[:, -1] = tokenizer.cls_id, tokenizer.sep_id
         ids[:, 1:-1] = text
-        if rows.second_B.any():  # the second segment stands one place further on
+        if rows.second_B.any():  # the second segment is shifted by one position
             np.copyto(ids[:, 2:], text, where=~before(lengths, width)[:, 2:])
             lengths += rows.second_B + (rows.second_B > 0)
             ids[np.arange(len(ids)), lengths - 1] = tokenizer.sep_id

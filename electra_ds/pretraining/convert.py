@@ -1,7 +1,7 @@
-"""Our tensors under transformers' names and back, and how to convert the weights of other frameworks.
+"""Renaming our tensors to transformers' names and back, and advice on converting weights of other frameworks.
 
-The names are what parity tests compare, exports write and a run may begin with. Weights of other frameworks are
-recognised by their file names, without reading them.
+Parity tests, exports and initial weights use these names. Weights of other frameworks are recognised by their file
+names, without reading them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the same for `ElectraForPreTraining`."""
+    """Return tensors of `Electra.state_dict` under `ElectraForPreTraining`'s names."""
     return dict(_under_their_names(tensors, "discriminator"))
 
 
@@ -85,13 +85,13 @@ def _under_their_names(tensors: Mapping[str, torch.Tensor], network: str) -> Ite
 
 
 def from_generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors of `ElectraForMaskedLM` under our names, without the decoder's weight, which is the token table's
-    and has no name of its own. Other heads are left out."""
+    """Return tensors of `ElectraForMaskedLM` under our names, without the decoder's weight, which is the token table,
+    and without other heads."""
     return dict(_under_our_names(tensors, "generator"))
 
 
 def from_discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the same for `ElectraForPreTraining`, in full, or for its encoder alone. Other heads are left out."""
+    """Return tensors of `ElectraForPreTraining`, or of only its encoder, under our names. Other heads are left out."""
     return dict(_under_our_names(tensors, "discriminator"))
 
 
@@ -101,7 +101,7 @@ def _under_our_names(tensors: Mapping[str, torch.Tensor], network: str) -> Itera
         if module.startswith("electra.encoder.layer."):
             _, _, _, index, part = module.split(".", 4)
             layer = f"{network}.layers.{index}"
-            if part == "attention.self.query":  # which stands for all three
+            if part == "attention.self.query":  # handles all three
                 parts = [tensors[name.replace(".query.", f".{each}.")] for each in _ATTENTION_PARTS]
                 yield f"{layer}.query_key_value.{kind}", torch.cat(parts)
             elif not part.startswith("attention.self."):
@@ -113,7 +113,7 @@ def _under_our_names(tensors: Mapping[str, torch.Tensor], network: str) -> Itera
 
 
 def to_transformers(model: Electra) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:
-    """Return generator and discriminator with copies of the model's weights."""
+    """Return transformers' generator and discriminator with copies of the model's weights."""
     tensors = {name: tensor.detach().float().clone() for name, tensor in model.state_dict().items()}
     generator = ElectraForMaskedLM(transformers_config(model.generator.config))
     discriminator = ElectraForPreTraining(transformers_config(model.discriminator.config))
@@ -131,8 +131,10 @@ _GRAPHS = {"saved_model.pb": "a TensorFlow SavedModel", "*.onnx": "an ONNX model
 
 
 def refuse_other_frameworks(path: Path, name: str) -> None:
-    """Raise DataError if the file or folder called `name` holds weights of another framework and none of PyTorch. The
-    message says how to convert it."""
+    """Raise DataError if a file or folder has only weights of another framework. The message says how to convert them.
+
+    name: how messages refer to it.
+    """
     found = _other_framework(path, name)
     if found is not None:
         raise DataError(
@@ -142,7 +144,7 @@ def refuse_other_frameworks(path: Path, name: str) -> None:
 
 
 def _other_framework(path: Path, name: str) -> str | None:
-    """Return the kind of weights and how to convert them, or None for anything else."""
+    """Return a description of another framework's weights and how to convert them, or None for anything else."""
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         prefix = _tensorflow_prefix(path)
@@ -157,7 +159,7 @@ def _other_framework(path: Path, name: str) -> str | None:
             f"  python -m transformers.models.electra.convert_electra_original_tf_checkpoint_to_pytorch \\\n"
             f"    --tf_checkpoint_path {prefix} --config_file NEW/config.json \\\n"
             f"    --pytorch_dump_path NEW/pytorch_model.bin --discriminator_or_generator discriminator\n"
-            f"Write NEW/config.json first: take that of google/electra-small-discriminator on the Hub, with this "
+            f"Write NEW/config.json first: copy that of google/electra-small-discriminator on the Hub and set this "
             f"model's sizes. Put the model's vocab.txt into NEW too."
         )
     for pattern, (framework, package, switch) in _BY_TRANSFORMERS.items():
@@ -166,7 +168,7 @@ def _other_framework(path: Path, name: str) -> str | None:
             return f"a model with {framework} weights only. {_by_older_transformers(str(source), package, switch)}"
     for pattern, kind in _GRAPHS.items():
         if any(file.match(pattern) for file in files):
-            return f"{kind}, which is a graph and not only weights. Convert the checkpoint that it was made from."
+            return f"{kind}, which is a graph and not just weights. Convert the checkpoint that it was made from."
     if is_hub_model(name) and any(file.name == "config.json" for file in files):  # such weights are never downloaded
         advice = _by_older_transformers(name, "tensorflow", "from_tf")
         return f"a model without PyTorch weights. If its page lists tf_model.h5, convert that: {advice}"
@@ -174,8 +176,10 @@ def _other_framework(path: Path, name: str) -> str | None:
 
 
 def _tensorflow_prefix(path: Path) -> Path | None:
-    """Return the prefix of a TensorFlow checkpoint, PREFIX.index and PREFIX.data-00000-of-00001, which is given, or one
-    of whose files is; in a folder, that of the newest one."""
+    """Return the prefix of a TensorFlow checkpoint (PREFIX.index, PREFIX.data-00000-of-00001), or None.
+
+    path: the prefix, one of the files, or a folder, whose newest checkpoint is meant.
+    """
     if path.is_dir():
         indices = sorted(path.glob("*.index"), key=lambda file: file.stat().st_mtime, reverse=True)
         prefixes = [index.with_suffix("") for index in indices]

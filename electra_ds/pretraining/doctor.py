@@ -1,4 +1,4 @@
-"""Check whether this machine can pretrain: print what it has, what that means, and how to fix what is wrong."""
+"""Check if this machine can pretrain: print its software and hardware, the consequences, and fixes for problems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from electra_ds.config.cards import Hardware, abilities, look, unused, without_code
+from electra_ds.config.cards import Hardware, abilities, detect_hardware, unused, without_code
 from electra_ds.config.monitors import wandb_login
 from electra_ds.core.errors import ElectraError
 from electra_ds.core.terminal import say_command
@@ -42,8 +42,8 @@ class Finding:
 
 
 def doctor(console: Console, *, as_json: bool) -> int:
-    """Print the report and return the exit status, which is 0 if pretraining can run here."""
-    hardware = look(_imported("torch"))
+    """Print the report and return the exit status: 0 if pretraining can run here."""
+    hardware = detect_hardware(_imported("torch"))
     findings = [*check_packages(), *_check_machine(hardware), *check_gpus(hardware), *_check_steps(hardware)]
     can_pretrain = not any(finding.state == "wrong" for finding in findings)
     if as_json:
@@ -103,7 +103,7 @@ def _check_wandb() -> Finding:
         return Finding("wandb account", "cannot be read", "note", str(error).splitlines()[0])
     if is_logged_in:
         return Finding("wandb account", "logged in")
-    return Finding("wandb account", "not logged in", "note", "--wandb offline works without", "wandb login")
+    return Finding("wandb account", "not logged in", "note", "--wandb offline needs no account", "wandb login")
 
 
 def check_gpus(hardware: Hardware) -> list[Finding]:
@@ -114,7 +114,7 @@ def check_gpus(hardware: Hardware) -> list[Finding]:
         if problem is None:
             findings.append(Finding(f"GPU {index}", str(gpu), meaning=abilities(gpu)))
         else:
-            state: Literal["note", "wrong"] = "note" if index else "wrong"  # a single process takes the first GPU
+            state: Literal["note", "wrong"] = "note" if index else "wrong"  # a single process uses the first GPU
             findings.append(Finding(f"GPU {index}", problem.found, state, problem.meaning, problem.fix))
     if not findings and (problem := unused(hardware)):
         findings.append(Finding("GPU", problem.found, "note", problem.meaning, problem.fix))
@@ -124,7 +124,7 @@ def check_gpus(hardware: Hardware) -> list[Finding]:
 
 def _check_steps(hardware: Hardware) -> list[Finding]:
     if any(without_code(gpu, hardware) for gpu in hardware.gpus[:1]):
-        return []  # every step would fail, and the reason is in the report already
+        return []  # every step would fail, for a reason that is already in the report
     try:  # torch or DeepSpeed may be missing or broken
         with contextlib.redirect_stdout(io.StringIO()):  # progress bars, which --json must not contain
             return importlib.import_module("electra_ds.pretraining.self_test").try_precisions()

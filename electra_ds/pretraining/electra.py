@@ -1,8 +1,8 @@
-"""Generator and discriminator in one module, so that one engine trains both, and the micro-batch that it takes.
+"""Generator and discriminator in one module, so that one engine trains both, and its micro-batch.
 
-A row of a micro-batch holds one sequence and its padding, or several sequences that do not see each other. Shape
-suffixes: B rows of the micro-batch, T positions, M selected positions, Q queries (T, or 1 where all of a row's queries
-see the same), V vocabulary, H hidden.
+A row of a micro-batch is one sequence with its padding, or several sequences that cannot attend to each other. Shape
+suffixes: B rows of the micro-batch, T positions, M selected positions, Q queries (T, or 1 if all of a row's queries
+attend to the same positions), V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ class MicroBatch(NamedTuple):
     ids_BT: torch.Tensor
     """int64, the original tokens with [CLS], [SEP] and padding."""
     generator_ids_BT: torch.Tensor
-    """int64, the same with [MASK] where the generator sees one."""
+    """int64, the generator's input: the same tokens, some of them replaced by [MASK]."""
     selected_M: torch.Tensor
-    """int64 indices into the flattened [B * T] of the positions the generator predicts, in the order of the sequences,
-    so that samples drawn under one layout of the rows can be replayed under another."""
+    """int64 indices into the flattened [B * T] of the positions that the generator predicts, in the order of the
+    sequences, so that samples drawn with one layout of the rows can be replayed with another."""
     replaced_M: torch.Tensor
-    """bool, whether the discriminator's input takes the generator's sample there."""
+    """bool, True if the discriminator's input has the generator's sample at that position."""
     noise_keys_M: torch.Tensor
     """int32 keys of the sampling noise."""
     counted_BT: torch.Tensor
     """bool, positions that count in the discriminator's loss."""
     sequences_BT: torch.Tensor | None
-    """int32, which sequence of the micro-batch a place belongs to, counted from 1, and 0 at padding; None where every
-    row is one sequence without padding."""
+    """int32, the number of the sequence in the micro-batch, counted from 1, and 0 at padding; None if every row is one
+    sequence without padding."""
     segments_BT: torch.Tensor | None = None
-    """bool, True in the second segment; None where there is only one."""
+    """bool, True in the second segment; None if there is only one."""
     positions_BT: torch.Tensor | None = None
-    """int64, each token's position in its own sequence; None where every row is one sequence."""
+    """int64, each token's position in its own sequence; None if every row is one sequence."""
     counts_M: torch.Tensor | None = None
-    """bool, False where a selected position only fills the micro-batch up; None where none does."""
+    """bool, False for selected positions that `filled` added; None if there are none."""
     temperature: torch.Tensor | None = None
-    """fp32 scalar, the temperature of the softmax that replacements are drawn from; None for 1."""
+    """fp32 scalar, the temperature of the softmax from which replacements are drawn; None for 1."""
 
     @property
     def device(self) -> torch.device:
@@ -57,13 +57,13 @@ class MicroBatch(NamedTuple):
 
     @property
     def is_static(self) -> bool:
-        """True if it has the shape that a compiled forward takes."""
+        """True if it has the shape that a compiled forward pass accepts."""
         return self.counts_M is not None
 
     def filled(self, size: int) -> MicroBatch:
-        """Return the same with `size` selected positions, so that micro-batches have one shape.
+        """Return the micro-batch padded to `size` selected positions, so that all micro-batches have one shape.
 
-        What is added points at the first place, a [CLS], which it neither replaces nor predicts.
+        The added positions point at the first token, a [CLS], which is neither replaced nor predicted.
         """
         added = size - len(self.selected_M)
 
@@ -78,10 +78,10 @@ class MicroBatch(NamedTuple):
         )
 
     def attention_mask(self) -> torch.Tensor | None:
-        """Return bool [B, 1, Q, T]: the places that each query sees, those of its own sequence. None if all see all.
+        """Return bool [B, 1, Q, T], True where a query attends, which is in its own sequence; None to mask nothing.
 
-        Made where the tensors are, since with several sequences in a row it is T times as large as they. There
-        padding sees padding, so that no query sees nothing.
+        The mask is created on the device, since with several sequences in a row it is T times as large as the tensors.
+        Padding then attends to padding, so that no query attends to nothing.
         """
         if self.sequences_BT is None:
             return None
@@ -90,13 +90,13 @@ class MicroBatch(NamedTuple):
         return self.sequences_BT[:, None, :, None] == self.sequences_BT[:, None, None, :]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return the same on another device."""
+        """Return the micro-batch on another device."""
         return self._replace(**moved(self._asdict(), device))
 
 
 def moved(tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors that are not None on another device, to a GPU from pinned memory, so that the host does not
-    wait for the copy."""
+    """Return the tensors that are not None on another device. Copies to a GPU use pinned memory, so that the host does
+    not wait."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if device.type == "cuda" and tensor.device.type == "cpu":
@@ -107,7 +107,7 @@ def moved(tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> d
 
 
 class ElectraOutput(NamedTuple):
-    """Sums over the micro-batch (to be divided by counts over the global batch), and what they were made of."""
+    """Loss sums over the micro-batch (to be divided by counts over the global batch), and their parts."""
 
     generator_loss_sum: torch.Tensor
     discriminator_loss_sum: torch.Tensor
@@ -121,7 +121,7 @@ class ElectraOutput(NamedTuple):
 
     @property
     def losses(self) -> dict[str, torch.Tensor]:
-        """The two sums under the names of the batch's `loss_terms`."""
+        """The two sums, by the names of the batch's `loss_terms`."""
         return {"generator_loss": self.generator_loss_sum, "discriminator_loss": self.discriminator_loss_sum}
 
 
@@ -130,7 +130,7 @@ def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple
 
     The generator follows google-research/electra `get_generator_config`: hidden = round(multiplier * hidden),
     feed-forward 4 * hidden, heads = max(1, hidden // 64) unless the recipe sets their number. If the discriminator's
-    heads are narrower than 64, their size takes the place of 64. Raises ConfigError for another objective's recipe.
+    heads are narrower than 64, their size replaces 64. Raises ConfigError for another objective's recipe.
     """
     recipe = electra_recipe(recipe)
     model = recipe.model
@@ -174,7 +174,8 @@ class Electra(AutocastModel):
         self._initialise(recipe)
 
     def _initialise(self, recipe: ElectraRecipe) -> None:
-        """Normal(0, initializer_range) for matrices and tables from the recipe's seed; 1 and 0 for norms and biases."""
+        """Initialise matrices and tables with Normal(0, initializer_range) from the recipe's seed, norms with 1, biases
+        with 0."""
         rng = torch.Generator().manual_seed(recipe.seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -190,7 +191,7 @@ class Electra(AutocastModel):
                 table.weight[table.padding_idx].zero_()
 
     def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
-        """Take what an engine's plan says of the model itself."""
+        """Set what an engine's plan decides about the model itself."""
         super().set_up(autocast_dtype, checkpointed_layers)
         for encoder in (self.generator, self.discriminator):
             encoder.checkpointed_layers = checkpointed_layers
@@ -198,8 +199,7 @@ class Electra(AutocastModel):
     def run(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> ElectraOutput:
         """Return both losses of one micro-batch.
 
-        samples_M: int64 tokens to put at the selected positions instead of drawing them, to replay another run's
-        samples.
+        samples_M: int64 tokens to use at the selected positions instead of drawing them, to replay another run.
         """
         dtype = self.autocast_dtype or self.discriminator_head.dense.weight.dtype
         attend_B1QT = shared_mask(batch.attention_mask(), dtype)

@@ -1,8 +1,8 @@
-"""Pretraining's DeepSpeed engine, which compiles the forward pass where that pays.
+"""Pretraining's DeepSpeed engine, which compiles the forward pass if that makes it faster.
 
-A compiled forward has one shape with padding and one without, in which an objective's batch gives its full or nearly
-full rows (`PretrainingBatch.static_micro_batch`). Whatever has another shape (short sequences laid side by side,
-evaluation, replayed draws) runs as it is written.
+A compiled forward pass has one shape with padding and one without, which an objective's batch provides for full or
+nearly full rows (`PretrainingBatch.static_micro_batch`). Everything else (packed short sequences, evaluation, replayed
+draws) runs uncompiled.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _log = logging.getLogger(__name__)
 
 
 def check_compile(wanted: Compile, device: torch.device, plan: DeepSpeedPlan) -> bool:
-    """Return whether to compile. Raises ConfigError if that was asked for and cannot be."""
+    """Return whether to compile. Raises ConfigError if compiling is required but impossible."""
     if wanted == "off":
         return False
     obstacle = _obstacle(device, plan)
     if wanted == "on" and obstacle is not None:
-        raise ConfigError(f"--compile on cannot be done: {obstacle}. Leave it at auto.")
+        raise ConfigError(f"--compile on is not possible: {obstacle}. Leave it at auto.")
     return obstacle is None and (wanted == "on" or device.type == "cuda")  # no faster on a CPU (docs/experiments.md)
 
 
 def _obstacle(device: torch.device, plan: DeepSpeedPlan) -> str | None:
     """Return why a plan cannot be compiled for a device; None if it can."""
     if plan.stage == 3:
-        return "ZeRO stage 3 gathers weights in hooks, which a compiled forward does not call"
+        return "ZeRO stage 3 gathers weights in hooks, which a compiled forward pass does not call"
     if plan.checkpointed_layers:
-        return "the layers that are computed again (activation_checkpointing) are run as they are written"
+        return "layers with activation_checkpointing are not compiled"
     if device.type == "cpu":
         return None
     capability = torch.cuda.get_device_capability(device)
@@ -53,7 +53,7 @@ def _obstacle(device: torch.device, plan: DeepSpeedPlan) -> str | None:
 
 
 class CompiledForward:
-    """Takes the place of a model's `run` where a micro-batch has the shape that was compiled."""
+    """Replaces a model's `run`, and uses the compiled version for micro-batches with the compiled shape."""
 
     def __init__(self, model: AutocastModel, plan: DeepSpeedPlan, device: torch.device, wanted: Compile):
         self._eager = model.run
@@ -74,32 +74,35 @@ class CompiledForward:
         torch.compiler.cudagraph_mark_step_begin()
         try:
             return self._compiled(batch, None)
-        except torch._dynamo.exc.TorchDynamoException as error:  # inductor's, Triton's and the C++ compiler's too
+        except torch._dynamo.exc.TorchDynamoException as error:  # includes errors of inductor, Triton, C++ compilers
             inner = getattr(error, "inner_exception", None)
             if inner is not None and devices.is_out_of_memory(inner):
                 raise inner from error
             if self._must:
-                raise ConfigError(f"torch.compile failed; leave out --compile on. It says: {error}") from error
+                raise ConfigError(f"torch.compile failed; leave out --compile on. Its message: {error}") from error
             _log.warning("torch.compile failed, so the run continues without it: %s", error)
             self._compiled = None
             return self._eager(batch, None)
 
 
 def _has_graphs(device: torch.device, plan: DeepSpeedPlan) -> bool:
-    """Return whether CUDA graphs are used: with one micro-batch a step and our own optimizer, since gradients live in
-    memory that the next replay writes to, and if there is room for a micro-batch of another shape next to the graph."""
+    """Return whether to use CUDA graphs.
+
+    They need one micro-batch per step and our own optimizer, since the next replay overwrites the gradients' memory,
+    and room for a micro-batch of another shape next to the graph.
+    """
     if device.type != "cuda" or plan.stage > 0 or plan.batch.gradient_accumulation_steps > 1:
         return False
     return torch.cuda.get_device_properties(device).total_memory >= _GRAPH_MEMORY_BYTES
 
 
 class PretrainingEngine(Engine):
-    """The engine for any objective's model, compiled where that pays."""
+    """The engine for any objective's model, compiled if that makes it faster."""
 
     def __init__(
         self, model: AutocastModel, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, compile: Compile = "off"
     ) -> None:
-        """Raises ConfigError, too, if `compile` is "on" and the device cannot compile."""
+        """Raises ConfigError also if `compile` is "on" and the device cannot compile."""
         super().__init__(model, recipe, plan, device)
         self.module: Any = self._engine.module
         self.is_compiled = check_compile(compile, device, plan)
@@ -113,4 +116,4 @@ class PretrainingEngine(Engine):
     def close(self) -> None:
         super().close()
         if self.is_compiled:
-            torch.compiler.reset()  # what is compiled, and how often it may be, is the process's
+            torch.compiler.reset()  # compiled code and the limit on recompilations belong to the process

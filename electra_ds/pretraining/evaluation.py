@@ -1,4 +1,4 @@
-"""A trained model, and evaluation on held-out text, the same at every call and for every number of ranks."""
+"""Loading a trained model, and evaluating on held-out text, with equal results for any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from electra_ds.training.step import AutocastModel
 
 
 class TrainedModel(NamedTuple):
-    """A model as a checkpoint holds it."""
+    """A model loaded from a checkpoint."""
 
     model: AutocastModel
     """fp32, in evaluation mode."""
@@ -35,13 +35,13 @@ class TrainedModel(NamedTuple):
 def load_trained(run_or_checkpoint: Path) -> TrainedModel:
     """Return the model of a run's newest checkpoint, or of a given checkpoint.
 
-    Needs nothing but the folder itself. Raises CheckpointError if there is no complete checkpoint.
+    It needs only the folder itself. Raises CheckpointError if there is no complete checkpoint.
     """
     return load_model(newest_checkpoint(run_or_checkpoint))
 
 
 def load_model(checkpoint: Checkpoint) -> TrainedModel:
-    """Return the model of a checkpoint. Raises CheckpointError if its weights are not those of its recipe."""
+    """Return the model of a checkpoint. Raises CheckpointError if its weights do not fit its recipe."""
     recipe = recorded_recipe(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path / "tokenizer.json")
     objective = objective_of(recipe, tokenizer)
@@ -54,7 +54,7 @@ def load_model(checkpoint: Checkpoint) -> TrainedModel:
 
 
 _EVALUATION = 0xE7
-_UNIGRAM_TOKENS = 100_000_000  # counting more changes nothing that is printed
+_UNIGRAM_TOKENS = 100_000_000  # counting more does not change any printed digit
 
 
 def held_out_batch(store: TokenStore, split: Split, recipe: Recipe, num_windows: int) -> PretrainingBatch:
@@ -64,9 +64,9 @@ def held_out_batch(store: TokenStore, split: Split, recipe: Recipe, num_windows:
 
 
 class Evaluator:
-    """Evaluates on the same windows, masks and noise each time, shared out over the ranks.
+    """Evaluates on the same windows, masks and noise each time, divided among the ranks.
 
-    The numbers are put together in the order of the windows, so they are the same for every number of ranks.
+    Results are combined in the order of the windows, so they are the same for every number of ranks.
     """
 
     def __init__(self, store: TokenStore, split: Split, recipe: Recipe, num_windows: int, ranks: Ranks) -> None:
@@ -77,7 +77,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, model: Callable[[Any], Any], device: torch.device, micro_batch_size: int) -> dict[str, float]:
-        """Return the metrics. To be called by all ranks; all get the same.
+        """Return the metrics, the same on all ranks, which must all call it.
 
         model: runs one micro-batch in evaluation mode.
         """
@@ -86,7 +86,7 @@ class Evaluator:
         own = []
         for turn in range(-(-len(starts) // world_size)):
             index = turn * world_size + self.ranks.rank
-            # At stage 3 all ranks run the model together, so one without a share left runs the last again.
+            # At stage 3 all ranks run the model together, so a rank without any share left repeats the last one.
             first = starts[min(index, len(starts) - 1)]
             micro_batch = self.batch.micro_batch(first, micro_batch_size).to(device)
             output = model(micro_batch)
@@ -98,14 +98,14 @@ class Evaluator:
 
 
 def unigram_nats(store: TokenStore, split: Split) -> np.ndarray:
-    """Return float64 [vocab], -log of each token's share of the training text, counts plus one."""
+    """Return float64 [vocab], -log of each token's share of the training text, with 1 added to every count."""
     size = store.tokenizer.vocab_size
     stop = min(len(store.tokens), _UNIGRAM_TOKENS)
     counts = np.ones(size)
-    for first in range(0, stop, 1 << 20):  # bincount widens what it is given to eight bytes a token
+    for first in range(0, stop, 1 << 20):  # bincount converts its input to eight bytes per token
         tokens = store.tokens[first : min(first + (1 << 20), stop)]
         if int(tokens.max()) >= size:
-            raise DataError(f"The token store {store.path} holds id {tokens.max()} of {size}: build it again.")
+            raise DataError(f"The token store {store.path} contains id {tokens.max()} of {size}: build it again.")
         counts += np.bincount(tokens, minlength=size)
     for first, last in zip(split.holdout.starts, split.holdout.stops, strict=True):
         if last <= stop:

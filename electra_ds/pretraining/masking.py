@@ -1,7 +1,7 @@
-"""Which tokens the generator predicts, and which of them it sees as [MASK].
+"""Selecting the tokens that the generator predicts, and those that it sees as [MASK].
 
-One random source per batch, and 32 random bits a token for each draw: a share p of them is what lies below
-p * 2^32. Shape suffixes: B sequences of the global batch, T positions.
+Each batch has one random source, and each draw uses 32 random bits per token: a draw with probability p succeeds if
+they are below p * 2^32. Shape suffixes: B sequences of the global batch, T positions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from electra_ds.core.keyed_random import random_bits
 
 
 def before(stops_B: np.ndarray, width: int) -> np.ndarray:
-    """Return bool [B, width], True at the places before each row's stop."""
+    """Return bool [B, width], True at the positions before each row's stop."""
     places: np.ndarray = np.arange(width, dtype=np.int32) < stops_B.astype(np.int32)[:, None]
     return places
 
@@ -38,9 +38,9 @@ def choose_masks(
     """Choose the masks of a global batch.
 
     maskable_BT: True where a token may be selected (no padding, no special token). lengths_B: tokens per
-    sequence, [CLS] and [SEP] included. `fixed` selects min(round(p * length), floor((p + 0.005) * T)) and at
+    sequence, including [CLS] and [SEP]. `fixed` selects min(round(p * length), floor((p + 0.005) * T)) and at
     least one token of each sequence without replacement (google-research/electra pretrain_helpers.py draws
-    with replacement); a sequence with fewer maskable tokens has them all selected.
+    with replacement); if a sequence has fewer maskable tokens, all of them are selected.
     """
     batch, length = maskable_BT.shape
     noise_BT = random_bits(rng, batch, length)
@@ -58,10 +58,10 @@ def choose_masks(
 
 
 def usual_most_selected(masking: MaskingSection, num_sequences: int, length: int) -> int:
-    """Return a number of selected positions that fewer than one in 1e9 batches of full sequences exceed; none does if
-    `fixed`.
+    """Return a number of selected positions that fewer than one in 1e9 batches of full sequences exceed.
 
-    Bernoulli: mean and six standard deviations, rounded up to a multiple of 64, which suits matrix products.
+    `bernoulli`: mean plus six standard deviations, rounded up to a multiple of 64 for efficient matrix products.
+    `fixed`: the exact number.
     """
     maskable = num_sequences * (length - 2)
     if masking.count == "fixed":
@@ -73,18 +73,18 @@ def usual_most_selected(masking: MaskingSection, num_sequences: int, length: int
 
 
 def _fixed_counts(lengths_B: np.ndarray, length: int, mlm_probability: float) -> np.ndarray:
-    """Return int64 [B], how many tokens of each sequence `fixed` selects in rows of `length` positions."""
+    """Return int64 [B], the number of tokens of each sequence that `fixed` selects in rows of `length` positions."""
     counts = np.minimum(np.round(mlm_probability * lengths_B), np.floor((mlm_probability + 0.005) * length))
     return np.maximum(counts, 1).astype(np.int64)
 
 
 def _highest(probability: float) -> np.uint32:
-    """Return the highest number among the lowest share `probability` of all 2^32."""
+    """Return the largest 32-bit number for which a draw with this probability succeeds."""
     return np.uint32(max(1, round(probability * 2.0**32)) - 1)
 
 
 def _make_distinct(noise_BT: np.ndarray) -> None:
-    """Put the column into each number's lowest bits, so that none comes twice in a row."""
+    """Put the column into each number's lowest bits, so that all numbers in a row differ."""
     columns = np.arange(noise_BT.shape[1], dtype=np.uint32)
     lowest = np.uint32((1 << int(columns[-1]).bit_length()) - 1)
     np.bitwise_and(noise_BT, ~lowest, out=noise_BT)

@@ -1,9 +1,9 @@
-"""How much memory a training step takes, computed from sizes alone, before anything runs.
+"""Predicting the memory that a training step needs, from sizes alone, before anything runs.
 
-A step is fullest at one of three moments: while the generator's head goes through its logits, when the backward pass
-begins and every activation is still there, or in the optimizer's update. What is saved for the backward pass is counted
-tensor by tensor for rows that are full (the longest batch), and tests hold the counts against autograd's own. What
-DeepSpeed keeps at ZeRO stages 1 to 3 follows its documentation and is coarser.
+Memory peaks at one of three moments: while the generator's head processes its logits, when the backward pass begins and
+every activation still exists, or in the optimizer's update. Tensors saved for the backward pass are counted one by one
+for full rows (the longest batch), and tests compare the counts with autograd's. The memory of DeepSpeed at ZeRO stages
+1 to 3 follows its documentation and is less accurate.
 
 Shape suffixes: N tokens of a micro-batch, M selected positions, H hidden size, F feed-forward size, E embedding size,
 V vocabulary.
@@ -22,34 +22,34 @@ from electra_ds.pretraining.electra import encoder_configs
 from electra_ds.pretraining.masking import usual_most_selected
 
 Kernels = Literal["cpu", "cuda"]
-"""Whose operations run: on a CPU attention with dropout keeps its probabilities, on a GPU it is fused."""
+"""The device whose kernels run: on a CPU attention with dropout keeps its probabilities, on a GPU it is fused."""
 
 CONTEXT_BYTES = 400 * 2**20
-"""Assumed: the CUDA context with the kernels of torch, cuBLAS and cuDNN, which no allocator of torch's knows of."""
+"""Assumed: the CUDA context with the kernels of torch, cuBLAS and cuDNN, outside torch's allocator."""
 FRAGMENTATION = 0.05
-"""Assumed: what torch's allocator holds beyond what is in use, being cut into blocks that do not fit."""
+"""Assumed: memory that torch's allocator reserves but cannot use, relative to the memory in use."""
 CPU_SHARE = 0.8
-"""Assumed: of the free memory of a machine without a GPU, what a run may take next to everything else."""
+"""Assumed: the share of a CPU machine's free memory that a run may use."""
 _MASK = 1  # bytes of an element that dropout keeps or not
 _FP32, _HALF, _INT64 = 4, 2, 8
-# torch's default on Hopper, 8 MiB elsewhere (aten/src/ATen/cuda/CUDABlas.cpp); one for the forward and one for the
-# backward pass, which have a thread each.
+# torch's default on Hopper, 8 MiB elsewhere (aten/src/ATen/cuda/CUDABlas.cpp). Forward and backward pass run in
+# different threads, so each has its own.
 _CUBLAS_WORKSPACE = 2 * 32 * 2**20
 
 
 class ParameterCounts(NamedTuple):
-    """Elements of the parts; what is shared counts for the discriminator."""
+    """Numbers of parameters; shared ones count for the discriminator."""
 
     discriminator: int
     generator: int
 
 
 class SavedBytes(NamedTuple):
-    """Bytes that autograd keeps for the backward pass of one micro-batch, parameters apart."""
+    """Bytes that autograd keeps for the backward pass of one micro-batch, excluding parameters."""
 
     generator: int
     head: int
-    """The generator's head, most of it the gradient by the token table."""
+    """The generator's head, mostly the gradient of the token table."""
     discriminator: int
     weight_copies: int
     """Half-precision copies of fp32 weights, which autocast makes."""
@@ -61,14 +61,14 @@ class Phase(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
-    """fp32 masters where the weights are half, and AdamW's two moments."""
+    """fp32 masters if the weights are in half precision, and AdamW's two moments."""
     activations: int
     logits: int
-    """The piece of the generator's logits that is being worked on, with its softmax and noise."""
+    """The current piece of the generator's logits, with its softmax and noise."""
     workspace: int
     """Gradients of activations, fp32 copies of gradients, cuBLAS."""
     buffers: int
-    """For communication between ranks."""
+    """Buffers for communication between ranks."""
 
     @property
     def total(self) -> int:
@@ -77,13 +77,13 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """A step at its three fullest moments."""
+    """A step's memory at its three peaks."""
 
     head: Phase
     backward: Phase
     update: Phase
     host_bytes: int = 0
-    """In the CPU's memory, by offloading."""
+    """Bytes in CPU memory because of offloading."""
 
     @property
     def phases(self) -> dict[str, Phase]:
@@ -91,21 +91,21 @@ class PeakMemory:
 
     @property
     def allocated_bytes(self) -> int:
-        """The peak of what tensors take: `torch.cuda.max_memory_allocated`."""
+        """The peak memory of tensors, as in `torch.cuda.max_memory_allocated`."""
         return max(phase.total for phase in self.phases.values())
 
     @property
     def card_bytes(self) -> int:
-        """The bytes that a GPU must have free, with the CUDA context and what the allocator cannot use."""
+        """The bytes that must be free on a GPU, including the CUDA context and what the allocator cannot use."""
         return round(self.allocated_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
     def needed_bytes(self, kernels: Kernels) -> int:
-        """Return what must be free on a GPU, or of a CPU's memory, where offloading moves nothing away."""
+        """Return the bytes that must be free on a GPU or, since offloading saves nothing there, in CPU memory."""
         return self.card_bytes if kernels == "cuda" else self.allocated_bytes + self.host_bytes
 
 
 def count_parameters(recipe: Recipe, vocab_size: int) -> ParameterCounts:
-    """Return the sizes of ELECTRA's two networks, without making them. Raises ConfigError for another objective."""
+    """Return the sizes of ELECTRA's two networks, without building them. Raises ConfigError for another objective."""
     recipe = electra_recipe(recipe)
     generator, discriminator = encoder_configs(recipe, vocab_size, 0)
     embedding, hidden = generator.embedding_size, generator.hidden_size
@@ -123,7 +123,7 @@ def count_parameters(recipe: Recipe, vocab_size: int) -> ParameterCounts:
 
 
 def _encoder_parameters(config: EncoderConfig) -> int:
-    """Return the number of weights of the projection and the layers."""
+    """Return the number of parameters of the projection and the layers."""
     hidden, inner = config.hidden_size, config.intermediate_size
     projection = (config.embedding_size + 1) * hidden if config.embedding_size != hidden else 0
     attention = 4 * (hidden + 1) * hidden
@@ -139,15 +139,15 @@ def saved_bytes(
     kernels: Kernels,
     checkpointed_layers: int = 0,
 ) -> SavedBytes:
-    """Return the bytes for a micro-batch of full rows with as many selected positions as are usual at the most.
+    """Return the bytes for a micro-batch of full rows with `usual_most_selected` positions.
 
-    precision: one of `config.deepspeed_sections.Precision`'s names.
+    precision: one of the names of `config.deepspeed_sections.Precision`.
     """
     return _Sizes(electra_recipe(recipe), vocab_size, micro_batch_size, precision, kernels, checkpointed_layers).saved()
 
 
 class _Sizes:
-    """Bytes of what one micro-batch saves."""
+    """The bytes that one micro-batch saves for the backward pass."""
 
     def __init__(
         self,
@@ -163,9 +163,9 @@ class _Sizes:
         self.rows, self.length = micro_batch_size, recipe.data.sequence_length
         self.tokens = self.rows * self.length
         self.selected = usual_most_selected(recipe.masking, self.rows, self.length)
-        self.element = _FP32 if precision == "fp32" else _HALF  # of what matrix products see
+        self.element = _FP32 if precision == "fp32" else _HALF  # in matrix products
         self.is_autocast = precision.startswith("autocast")
-        # Mean and reciprocal deviation of a LayerNorm's row: in half precision only where a CPU has half weights.
+        # Mean and reciprocal deviation of a LayerNorm's row: in half precision only on a CPU with half weights.
         self.statistics = 2 * (_FP32 if kernels == "cuda" or self.is_autocast else self.element)
         self.kernels = kernels
         self.checkpointed_layers = checkpointed_layers
@@ -175,7 +175,7 @@ class _Sizes:
         embedding, vocab_size = generator.embedding_size, generator.vocab_size
         head = self.selected * (generator.hidden_size + 3 * embedding) * self.element
         head += self.selected * (self.statistics + _INT64) + vocab_size * (embedding + 1) * _FP32
-        # The discriminator's head: its input, GELU's input and output; then logits, labels and which positions count.
+        # The discriminator's head: its input, GELU's input and output; then logits, labels and counted positions.
         judging = self.tokens * (3 * discriminator.hidden_size * self.element + 2 * _FP32 + 2 * _MASK)
         return SavedBytes(
             generator=self._encoder(generator),
@@ -209,23 +209,23 @@ class _Sizes:
         return self.tokens * (size * of_element + self.statistics + _INT64)
 
     def layer(self, config: EncoderConfig) -> int:
-        """The inputs of four products, queries, keys and values, LayerNorm's inputs, dropout's masks, and of the
-        feed-forward what GELU is computed of."""
+        """Return the bytes of a layer: inputs of four products, queries, keys and values, inputs of LayerNorm, dropout
+        masks, and GELU's input."""
         hidden = config.hidden_size
         of_element = 6 * self.element + 2 * self._norm_input(config) + (2 * _MASK if config.hidden_dropout_prob else 0)
         of_token = hidden * of_element + config.intermediate_size * self.element + 2 * self.statistics
         return self.tokens * of_token + self._attention(config)
 
     def _norm_input(self, config: EncoderConfig) -> int:
-        """Bytes of an element that LayerNorm sees. Under autocast a GPU's computes in fp32; a CPU's in what comes,
-        which is half behind a projection."""
+        """Return the bytes of an element in LayerNorm's input. Under autocast a GPU uses fp32; a CPU uses the input's
+        dtype, which is half precision after a projection."""
         if not self.is_autocast or (self.kernels == "cpu" and config.embedding_size != config.hidden_size):
             return self.element
         return _FP32
 
     def _attention(self, config: EncoderConfig) -> int:
-        """Beside its inputs and its output: the logarithms of softmax's sums, or the probabilities and dropout's
-        mask."""
+        """Return the bytes of attention, excluding input and output: logarithms of softmax's sums, or probabilities and
+        dropout mask."""
         queries = self.rows * config.num_attention_heads * self.length
         if self.kernels == "cpu" and config.attention_probs_dropout_prob:
             return queries * self.length * (self.element + _MASK)
@@ -233,8 +233,7 @@ class _Sizes:
 
 
 def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: Kernels = "cuda") -> PeakMemory:
-    """Return what a step of ELECTRA takes under a plan, on each of its ranks. Raises ConfigError for another
-    objective."""
+    """Return the memory of an ELECTRA step with a plan, on each rank. Raises ConfigError for another objective."""
     recipe = electra_recipe(recipe)
     batch, precision = plan.batch, plan.precision.name
     sizes = _Sizes(recipe, vocab_size, batch.micro_batch_size, precision, kernels, plan.checkpointed_layers)
@@ -244,10 +243,10 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
     early_gradients = state.gradients if accumulates else 0
     cublas = _CUBLAS_WORKSPACE if kernels == "cuda" else 0
     during_head = saved.generator + saved.head + saved.weight_copies
-    # Of the feed-forward: GELU's result or gradient, and its input's. What the head held is free again by then.
+    # In the feed-forward: GELU's result or gradient, and its input's gradient. The head's memory is free by then.
     inner = 2 * sizes.tokens * (discriminator.intermediate_size - discriminator.hidden_size) * sizes.element
     again = sizes.layer(discriminator) if plan.checkpointed_layers >= discriminator.num_hidden_layers else 0
-    # The head adds up its half-precision gradient by the token table in fp32, so there is one of each.
+    # The head accumulates the token table's half-precision gradient in fp32, so both exist.
     product = vocab_size * discriminator.embedding_size * _HALF if sizes.element == _HALF else 0
 
     def phase(gradients: int, activations: int = 0, logits: int = 0, workspace: int = 0) -> Phase:
@@ -264,7 +263,7 @@ def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: K
 
 
 def _logits(recipe: ElectraRecipe, vocab_size: int, selected: int, kernels: Kernels) -> int:
-    """fp32 logits, their softmax, at another temperature a second one, and the noise with what it is made of."""
+    """Return the bytes of fp32 logits, their softmax (two if the temperature is not 1), and the noise."""
     piece = min(selected, _piece_rows(vocab_size, kernels)) * vocab_size * _FP32
     softmaxes = 1 if recipe.generator.temperature == 1.0 else 2
     return (1 + softmaxes) * piece + 2 * (piece if kernels == "cuda" else min(piece, CPU_NOISE_BYTES))
@@ -275,7 +274,7 @@ def _piece_rows(vocab_size: int, kernels: Kernels) -> int:
 
 
 def head_pieces(vocab_size: int, selected: int) -> int:
-    """In how many pieces a GPU goes through the logits of so many positions."""
+    """Return the number of pieces in which a GPU processes the logits of this many positions."""
     return -(-selected // _piece_rows(vocab_size, "cuda"))
 
 
@@ -286,29 +285,29 @@ class TrainingState(NamedTuple):
     gradients: int
     optimizer: int
     buffers: int
-    """For communication."""
+    """Buffers for communication."""
     update: int
-    """More while the optimizer works."""
+    """Additional memory during the optimizer's update."""
     host: int
 
 
 def training_state(parameters: int, plan: DeepSpeedPlan) -> TrainingState:
-    """Return the state of a model of any kind with so many parameters."""
+    """Return the memory of the training state of any model with this many parameters."""
     width = _HALF if plan.precision.name in ("fp16", "bf16") else _FP32
     ranks, zero = plan.batch.world_size, plan.document["zero_optimization"]
     masters = parameters * _FP32 if width == _HALF else 0
     moments = 2 * parameters * _FP32
     if plan.stage == 0:
         flat = parameters * _FP32 if width == _HALF else 0  # the gradients in fp32
-        reduced = parameters * width if ranks > 1 else 0  # and in one piece for the collective
+        reduced = parameters * width if ranks > 1 else 0  # the flattened gradients for the collective
         return TrainingState(parameters * width, parameters * width, masters + moments, 0, max(flat, reduced), 0)
-    # Stages 1 to 3, after DeepSpeed's ZeRO tutorial: fp32 masters in every precision, all state sharded. The weights of
+    # Stages 1 to 3 follow DeepSpeed's ZeRO tutorial: fp32 masters in every precision, all state sharded. The weights of
     # stage 3 are sharded too, but gathered and kept while the card has room for them.
     weights = parameters * width
     gradients = weights // (ranks if plan.stage >= 2 else 1)
     optimizer = (parameters * _FP32 + moments) // ranks
     copies = 2 if plan.stage < 3 and zero.get("overlap_comm") else 1
-    buckets = copies * int(zero["reduce_bucket_size"]) * width  # all of it, however small the model is
+    buckets = copies * int(zero["reduce_bucket_size"]) * width  # allocated in full, however small the model is
     host = weights // ranks if "offload_param" in zero else 0
     if "offload_optimizer" in zero:
         host, optimizer = host + optimizer + gradients, 0
@@ -318,7 +317,7 @@ def training_state(parameters: int, plan: DeepSpeedPlan) -> TrainingState:
 def largest_micro_batch(
     recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, budget_bytes: float, kernels: Kernels = "cuda"
 ) -> DeepSpeedPlan | None:
-    """The plan with the largest micro-batch that fits, by prediction; None where not even one sequence does."""
+    """Return the plan with the largest micro-batch predicted to fit; None if not even one sequence fits."""
     for batch in plan.batch.others():
         cut = plan.with_micro_batch(batch.micro_batch_size)
         if peak_memory(recipe, vocab_size, cut, kernels).needed_bytes(kernels) <= budget_bytes:

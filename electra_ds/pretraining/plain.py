@@ -1,7 +1,7 @@
-"""The control: the same step in plain PyTorch, fp32, with torch's own AdamW and clipping.
+"""A reference engine: the same step in plain PyTorch, fp32, with torch's own AdamW and clipping.
 
-Tests hold every precision of the DeepSpeed engine against it, and benchmarks time both. It shares the model
-and the batches with the DeepSpeed engine, and nothing of its optimizer.
+Tests compare every precision of the DeepSpeed engine with it, and benchmarks time both. It shares the model and the
+batches with the DeepSpeed engine, but not the optimizer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PlainEngine:
     def __init__(
         self, model: AutocastModel, recipe: Recipe, micro_batch_size: int, device: torch.device, *, fused: bool = False
     ) -> None:
-        """fused: AdamW in torch's fused kernel, as benchmarks want it; tests compare that with torch's plainest."""
+        """fused: use torch's fused AdamW kernel, for benchmarks; tests use the unfused one."""
         self.module = model.to(device)
         self.recipe = recipe
         self.micro_batch_size = micro_batch_size
@@ -44,9 +44,9 @@ class PlainEngine:
     def train_step(
         self, batch: PretrainingBatch, step: int, samples: Sequence[torch.Tensor] | None = None
     ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """One optimiser step; returns its result and each micro-batch's samples.
+        """Take one optimizer step; return its result and each micro-batch's samples.
 
-        samples: int64 [M] per micro-batch, to replay those of another run.
+        samples: int64 [M] per micro-batch, to replay another run's samples.
         """
         self.module.train()
         learning_rate = learning_rate_at(

@@ -1,6 +1,6 @@
-"""From the options of a pretraining to a checked job, with a micro-batch that fits the device's memory.
+"""Turning the options of a pretraining into a checked job, with a micro-batch that fits the device's memory.
 
-What every run needs is in `training/prepare.py`.
+The preparations that all kinds of runs share are in `training/prepare.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 def default_settings(total_steps: int) -> RunSettings:
-    """Return the settings of a run of so many steps for which none are given."""
+    """Return the default settings of a run with this many steps."""
     tenth = max(1, total_steps // 10)
     return RunSettings(log_every=10, eval_every=min(5000, tenth), save_every=min(2000, tenth), keep=3, eval_windows=512)
 
@@ -55,9 +55,9 @@ def prepare_new(
     ranks: Ranks,
     initialised_from: Sequence[str] = (),
 ) -> PretrainJob:
-    """Return a job for a new run. Raises DataError if the corpus is too small to hold out from.
+    """Return a job for a new run. Raises DataError if the corpus is too small for a held-out part.
 
-    initialised_from: the sources of the weights that `initial_weights.write_first_checkpoint` will be given.
+    initialised_from: the sources of the initial weights, which `interop.init_from.write_first_checkpoint` writes.
     """
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     record = RunRecord(
@@ -71,8 +71,8 @@ def prepare_new(
 
 
 def plan_resume(options: PretrainOptions, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
-    """Return the plan to resume a run with: its own DeepSpeed JSON, or another. Raises CheckpointError if there is
-    none."""
+    """Return the plan for resuming a run, from its own DeepSpeed JSON or the given one. Raises CheckpointError if there
+    is no such run."""
     run.check_resumable("pretrain")
     return prepare.plan_of_run(options, run, run.read_record(), run.read_recipe(), ranks)
 
@@ -80,8 +80,8 @@ def plan_resume(options: PretrainOptions, run: RunDirectory, ranks: Ranks) -> De
 def prepare_resume(options: PretrainOptions, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> PretrainJob:
     """Return a job that resumes a run."""
     recipe, record = run.read_recipe(), run.read_record()
-    remedy = f"say where it is now: {command('pretrain')} --resume {run.path} --data STORE"
-    record = prepare.record_again(record, options, plan, run, ranks)
+    remedy = f"give its new location: {command('pretrain')} --resume {run.path} --data STORE"
+    record = prepare.resumed_record(record, options, plan, run, ranks)
     store = recorded_store(record, run.path, options.data, remedy)
     record = replace(record, store=str(store.path.resolve()))
     split = split_holdout(store.documents, recipe.data, recipe.seed)
@@ -89,9 +89,9 @@ def prepare_resume(options: PretrainOptions, plan: DeepSpeedPlan, run: RunDirect
 
 
 def with_fitting_micro_batch(job: PretrainJob, options: PretrainOptions, ranks: Ranks) -> PretrainJob:
-    """Return the job with a micro-batch that fits, where its JSON leaves that to us, and with a note on what was found.
+    """Return the job with a micro-batch that fits, if its JSON leaves the choice open, and a note about it.
 
-    To be called by all ranks, which agree on it. Raises ConfigError on all of them where not even one sequence fits.
+    All ranks must call it, and agree on the result. Raises ConfigError on all of them if not even one sequence fits.
     """
     return replace(job, plan=fitted(job.plan, job.recipe, job.store.tokenizer.vocab_size, options, ranks))
 
@@ -106,21 +106,23 @@ def fitted(
     if ranks.broadcast(plan.is_micro_batch_open):  # the others' devices may have other names
         fitting = fitting_plan(recipe, vocab_size, plan, device, ranks)
         if fitting.batch != plan.batch or options.micro_batch == "auto":
-            share = "each rank's whole share" if fitting.batch == plan.batch else "the largest that fits"
-            note = f"micro-batch {fitting.batch.micro_batch_size} is {share}, of {free / 2**30:.1f} GiB that are free"
+            share = "each rank's entire share" if fitting.batch == plan.batch else "the largest that fits"
+            note = (
+                f"micro-batch {fitting.batch.micro_batch_size} is {share}, with {free / 2**30:.1f} GiB of free memory"
+            )
         plan = fitting
     else:
         needed = needed_bytes(Objective.of(recipe, vocab_size), plan, device)
         if needed > free:
             note = (
-                f"a step is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
-                f"--micro-batch auto finds what fits"
+                f"a step is predicted to take {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free; "
+                f"--micro-batch auto finds a size that fits"
             )
     return plan if note is None else replace(plan, notes=(*plan.notes, note))
 
 
 def announce(job: PretrainJob) -> None:
-    """Print what is about to run, in a few lines."""
+    """Log what is about to run, in a few lines."""
     recipe, record, info = job.recipe, job.record, job.store.info
     data = (
         f"data: {info.num_tokens:,} tokens in {info.num_documents:,} documents ({job.store.path}), "
@@ -128,30 +130,31 @@ def announce(job: PretrainJob) -> None:
     )
     notes = list(job.plan.notes)
     if not record.initialised_from and trained_from(job.store.path) != recipe.tokenizer:
-        notes.append(f"the tokenizer is the store's, {info.vocab_size:,} pieces, not one of the recipe's kind and size")
+        notes.append(
+            f"the tokenizer is the store's, with {info.vocab_size:,} tokens, not of the recipe's kind and size"
+        )
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:
-        notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times over")
+        notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times")
     what = described(recipe, record.parameters, data, record.initialised_from)
     plan = replace(job.plan, notes=tuple(notes))
     prepare.announce(what, record.device, record.threads, plan, job.run)
 
 
 def described(recipe: Recipe, parameters: Mapping[str, int], data: str, sources: Sequence[str] = ()) -> str:
-    """Return the lines about model and data of `announce`. data: a line about the text; sources: of the first
-    weights."""
+    """Return the lines about model and data for `announce`. data: a line about the text. sources: of the weights."""
     parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     lines = [
         f"{recipe.name}: {parts} parameters; {recipe.schedule.total_steps:,} steps of {recipe.global_batch_size} x "
         f"{recipe.data.sequence_length} tokens",
         data,
-        *(f"first weights: {source}" for source in sources),
+        *(f"initial weights: {source}" for source in sources),
     ]
     return "\n".join(lines)
 
 
 def say_finished(run: RunDirectory) -> None:
-    """Print that nothing is left to train, and where the results are."""
+    """Log that nothing is left to train, and where the results are."""
     step = run.status_details().get("step")
     _log.info(f"The run {run.path} is finished, at step {step}: nothing is left to train.")
     log_command(_log, "Its report:", f"{command('report')} {run.path}")
@@ -163,20 +166,22 @@ def kernels_of(device: torch.device) -> Kernels:
 
 
 def free_bytes(device: torch.device, ranks: Ranks) -> int:
-    """Return what a run may take: of a GPU what is free, of the CPU's memory this rank's share of that."""
+    """Return the bytes that a run may use: a GPU's free memory, or this rank's share of the free CPU memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # which is there already, and needed
+        return (
+            torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
+        )  # predictions include the context, which exists already
     return int(CPU_SHARE * psutil.virtual_memory().available / ranks.launch.local_size)
 
 
 def fitting_plan(
     recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, device: torch.device, ranks: Ranks
 ) -> DeepSpeedPlan:
-    """Return the plan with the largest micro-batch that every rank has memory for. To be called by all ranks.
+    """Return the plan with the largest micro-batch for which every rank has memory. All ranks must call it.
 
-    A GPU is tried. The CPU, where running out of memory kills, and ZeRO stage 3, whose ranks must run a model together,
-    are computed. An objective that does not say what it needs keeps the plan's micro-batch. Raises ConfigError if not
-    even one sequence fits.
+    On a GPU, sizes are tried. On a CPU, where running out of memory kills the process, and at ZeRO stage 3, whose ranks
+    must run a model together, the memory is predicted. The plan's micro-batch stays for an objective that does not
+    predict its memory. Raises ConfigError if not even one sequence fits.
     """
     objective: Objective[Any] = Objective.of(recipe, vocab_size)
     if objective.peak_memory(plan, kernels_of(device)) is None:
@@ -191,9 +196,9 @@ def fitting_plan(
     fitting = largest_fitting(plan, fits, ranks)
     if fitting is None:
         raise ConfigError(
-            "Not even one sequence fits into the memory that is free. Close what else uses it, shard over more cards "
+            "Not even one sequence fits into the free memory. Close other programs that use it, shard over more cards "
             "(--ds-config zero3-offload), or add an activation_checkpointing section to the DeepSpeed JSON. "
-            f"{command('plan')} shows which part takes how much."
+            f"{command('plan')} shows how much each part takes."
         )
     return fitting
 
@@ -208,16 +213,15 @@ def largest_fitting(plan: DeepSpeedPlan, fits: Callable[[DeepSpeedPlan], bool], 
 
 
 def needed_bytes(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> int:
-    """Return the memory that a step is predicted to take; 0 if the objective does not say."""
+    """Return the memory that a step is predicted to take; 0 if the objective does not predict it."""
     peak = objective.peak_memory(plan, kernels_of(device))
     return 0 if peak is None else peak.needed_bytes(kernels_of(device))
 
 
 def has_room(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> bool:
-    """Return whether a forward and backward pass over the plan's longest micro-batch fits next to everything else of a
-    step.
+    """Return whether a forward and backward pass over the plan's longest micro-batch fits, next to the rest of a step.
 
-    The optimizer's state, buffers and the allocator's waste are stood in for by empty tensors of their size.
+    Empty tensors take the place of the optimizer's state, of buffers and of memory that the allocator cannot use.
     """
     try:
         _pass(objective, plan, device)
@@ -239,7 +243,7 @@ def _pass(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) 
     model.to(device, set_up_model(model, plan)).train()
     elsewhere = peak.update.optimizer + peak.update.buffers + round(peak.allocated_bytes * FRAGMENTATION)
     stand_in = torch.empty(elsewhere, dtype=torch.uint8, device=device)
-    for _ in range(min(2, plan.batch.gradient_accumulation_steps)):  # the second meets the gradients of the first
+    for _ in range(min(2, plan.batch.gradient_accumulation_steps)):  # the second runs while the first's gradients exist
         output = model(micro_batch.to(device))
         torch.stack([*output.losses.values()]).sum().backward()
         del output

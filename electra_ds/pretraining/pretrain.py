@@ -1,4 +1,4 @@
-"""Pretraining by any objective, from a run directory and a plan to a trained model."""
+"""Pretraining with any objective, from a run directory and a plan to a trained model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """Everything a pretraining needs, checked before anything long starts."""
+    """Everything that a pretraining needs, checked before anything slow starts."""
 
     command: ClassVar[str] = "pretrain"
 
@@ -53,12 +53,12 @@ class PretrainJob:
 def pretrain(
     job: PretrainJob, ranks: Ranks, time_limit_s: float | None = None, callbacks: Sequence[Callback] = ()
 ) -> bool:
-    """Train as `loop.train` does."""
+    """Train a job; see `loop.train`."""
     return train(lambda: PretrainLoop(job, ranks, callbacks), job, ranks, time_limit_s)
 
 
 class PretrainLoop(TrainingLoop):
-    """Pretraining by the recipe's objective."""
+    """Pretraining with the recipe's objective."""
 
     job: PretrainJob
 
@@ -72,7 +72,7 @@ class PretrainLoop(TrainingLoop):
         peak = joint_peak_flops(device, plan.precision.name, plan.batch.world_size)
         super().__init__(job, ranks, builder, Throughput(device, peak, self.objective.flops), callbacks)
         self._evaluations: list[Mapping[str, Any]] = []
-        """All evaluations of the run, on the main rank, which decides whether training has collapsed."""
+        """All evaluations of the run, on the main rank, which detects a collapse."""
         self._collapsed_at: int | None = None
 
     def start(self, stack: contextlib.ExitStack) -> None:
@@ -82,7 +82,7 @@ class PretrainLoop(TrainingLoop):
             self._evaluations = [line for line in lines if line["kind"] == "eval" and line["step"] <= self.step]
         self._look_for_collapse()
         if isinstance(self.engine, PretrainingEngine) and self.engine.is_compiled:
-            _log.info("The forward pass is compiled at the first step; that takes a minute.")
+            _log.info("The first step compiles the forward pass, which takes a minute.")
 
     def make_engine(self) -> PretrainingEngine:
         model = self.objective.build_model()
@@ -92,17 +92,17 @@ class PretrainLoop(TrainingLoop):
         return self.objective.progress(values)
 
     def check_fresh(self) -> None:
-        """Without a checkpoint a run starts anew, which must not happen to one whose checkpoints were lost."""
+        """Raise CheckpointError if checkpoints were lost: without one, the run would start from scratch."""
         sources = self.job.record.initialised_from
         if sources:
             raise CheckpointError(
-                f"The run {self.job.run.path} began with the weights of {' and '.join(sources)}, but its checkpoints "
+                f"The run {self.job.run.path} started from the weights of {' and '.join(sources)}, but its checkpoints "
                 f"are gone. Put them back into {self.checkpoints.folder}, or start a new run."
             )
         reached = max((line["step"] for line in read_metrics(self.job.run.metrics)), default=0)
-        # Those of the starts before, which this one may change.
+        # The settings before this start, which may change them.
         settings = self.job.run.read_record().settings if self.job.run.exists() else self.job.record.settings
-        # The first one stands before the second is begun, and before a run is said to have stopped.
+        # The first checkpoint is published before the second save begins, and before the status becomes stopped.
         if reached > 2 * settings.save_every or self.job.run.status() == "stopped":
             raise CheckpointError(
                 f"The run {self.job.run.path} had reached step {reached}, but its checkpoints are gone. "
@@ -121,7 +121,7 @@ class PretrainLoop(TrainingLoop):
         return metrics
 
     def _look_for_collapse(self) -> int | None:
-        """Return the step since which training has collapsed, the same on all ranks."""
+        """Return the step of the collapse, if any, the same on all ranks."""
         found = self.objective.collapsed_at(self._evaluations) if self.ranks.is_main else None
         self._collapsed_at = self.ranks.broadcast(found)
         if self._collapsed_at is not None and self.job.record.settings.stop_on_collapse:
@@ -132,5 +132,5 @@ class PretrainLoop(TrainingLoop):
     def keep_at(self) -> Collection[int]:
         return self.job.record.settings.keep_at
 
-    def about_the_end(self) -> dict[str, Any]:
+    def final_status_details(self) -> dict[str, Any]:
         return {} if self._collapsed_at is None else {"collapsed_at": self._collapsed_at}

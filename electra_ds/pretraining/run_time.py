@@ -1,14 +1,14 @@
-"""What a step computes, and how long a run will take before it starts: from the fastest to the slowest that is likely.
+"""The FLOPs of a step, and the predicted time of a run before it starts, as a range of likely times.
 
-FLOPs are 2 m n k for each product of an m x k and a k x n matrix, and nothing else. What is recomputed (activation
-checkpointing, the backward pass of fused attention) is not counted, so that the number says how much is learned from
-and not how it is run. Look-ups, norms, GELU and dropout are left out: below 2 % in ELECTRA-Small. The figures of
-google-research/electra are others: its flops_computation.py counts look-ups as products with one-hot matrices, and a
-backward pass as one forward pass.
+FLOPs are 2 m n k for each product of an m x k and a k x n matrix, and nothing else. Recomputation (activation
+checkpointing, the backward pass of fused attention) is not counted, so that the number does not depend on how a model
+is run. Look-ups, norms, GELU and dropout are left out: below 2 % in ELECTRA-Small. google-research/electra counts
+differently: its flops_computation.py counts look-ups as products with one-hot matrices, and a backward pass as one
+forward pass.
 
 Time on a known card is a roofline: a step's matrix products run at a share of the card's peak, everything else at a
-share of its memory's bandwidth, and no step is faster than the host starts operations. Published runs took longer than
-the roofline of our step, each by another factor, so the prediction is the range that contains all of them. Time on this
+share of its memory bandwidth, and no step is faster than the host launches operations. Published runs differ from the
+roofline of our step, each by a different factor, so the prediction is the range that contains all of them. Time on this
 machine's CPU is the model's FLOPs at the rate of one large product, which is measured in a fifth of a second.
 """
 
@@ -31,8 +31,8 @@ from electra_ds.pretraining.masking import usual_most_selected
 from electra_ds.pretraining.memory import count_parameters, head_pieces, saved_bytes
 from electra_ds.pretraining.objectives.base import Objective
 
-# The backward pass of a product is two: one for each factor's gradient. Neither can be left out anywhere, since even
-# the first product's input, the embeddings, is trained.
+# The backward pass of a product has two products, one for each factor's gradient. Neither can be left out anywhere,
+# since even the first product's input, the embeddings, is trained.
 _PASSES = 3
 
 
@@ -40,15 +40,15 @@ class StepFlops(NamedTuple):
     """FLOPs of the forward pass, by part."""
 
     generator_encoder: int
-    """The products with the layers' weights."""
+    """Products with the layers' weights."""
     generator_attention: int
-    """Queries with keys, and weights with values."""
+    """Products of queries with keys, and of attention weights with values."""
     generator_head: int
     discriminator_encoder: int
     discriminator_attention: int
     discriminator_head: int
     embedding_projections: int
-    """From the embedding size to the hidden size, in both networks; 0 where they are equal."""
+    """Projections from the embedding size to the hidden size, in both networks; 0 if the sizes are equal."""
 
     @property
     def forward(self) -> int:
@@ -62,10 +62,10 @@ class StepFlops(NamedTuple):
 def step_flops(
     generator: EncoderConfig, discriminator: EncoderConfig, lengths_B: Sequence[int] | np.ndarray, selected: int
 ) -> StepFlops:
-    """Return the FLOPs of a step over B sequences of so many tokens, `selected` of which the generator predicts.
+    """Return the FLOPs of a step over B sequences of these lengths, with `selected` tokens to predict.
 
-    Padding is not in it, computed or not. transformers' classes compute vocabulary logits at every position, so for
-    them `selected` is the number of tokens.
+    Padding does not count, even if it is computed. transformers' classes compute vocabulary logits at every position,
+    so for them `selected` is the number of tokens.
     """
     tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
     embedding, hidden = generator.embedding_size, generator.hidden_size
@@ -81,13 +81,13 @@ def step_flops(
 
 
 def _encoder(config: EncoderConfig, tokens: int) -> int:
-    """Query, key, value and output, then the feed-forward's two."""
+    """Return the FLOPs of the products for query, key, value and output, and the two of the feed-forward."""
     hidden, inner = config.hidden_size, config.intermediate_size
     return config.num_hidden_layers * 2 * tokens * (4 * hidden * hidden + 2 * hidden * inner)
 
 
 def _attention(config: EncoderConfig, pairs: int) -> int:
-    """Over all heads a product is as wide as the hidden size. `pairs` are of a query and a key."""
+    """Return the FLOPs of attention. Over all heads a product is as wide as the hidden size. pairs: (query, key)."""
     return config.num_hidden_layers * 2 * (2 * pairs * config.hidden_size)
 
 
@@ -98,23 +98,23 @@ def _projection(config: EncoderConfig, tokens: int) -> int:
 
 
 PRODUCT_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.7, 0.75
-"""Assumed shares of what makers print."""
+"""Assumed shares of the manufacturers' figures that a step reaches."""
 LAUNCH_S = 5e-6
 """Assumed: the host's time for one operation."""
 SLOWER = (0.9, 7.0)
-"""The fastest and the slowest published run over the roofline of our step. A test compares both with all runs in
-tests/report/published/, and docs/performance.md lists them."""
-# Counted over an eager step, inputs and outputs of every operation that is not a matrix product or attention, as
-# multiples of what is saved for the backward pass, and of the logits in fp32 for the head and its noise.
+"""Times of the fastest and the slowest published run divided by the roofline of our step. A test compares both with all
+runs in tests/report/published/, and docs/performance.md lists them."""
+# Memory traffic, counted over an eager step: inputs and outputs of every operation that is not a matrix product or
+# attention, as multiples of the bytes saved for the backward pass and, for the head and its noise, of the fp32 logits.
 TRAFFIC_OF_SAVED, TRAFFIC_OF_LOGITS = 7, 41
-_TRAFFIC_OF_PARAMETER = 36  # bytes: weights and gradients read and written, masters and moments too
-# Operations of a micro-batch, counted the same way: of a layer, of a piece of the head, and of the rest.
+_TRAFFIC_OF_PARAMETER = 36  # bytes: weights, gradients, masters and moments read and written
+# Operations of a micro-batch, counted the same way: per layer, per piece of the head, and the rest.
 OPERATIONS = (36, 22, 130)
-_COMPUTED_AGAIN = 0.37  # of a step's time, for all layers; measured on a CPU, docs/launching.md
+_COMPUTED_AGAIN = 0.37  # share of a step's time to recompute all layers; measured on a CPU, docs/launching.md
 
 
 class StepTime(NamedTuple):
-    """Seconds of one optimiser step by roofline."""
+    """The roofline of one optimizer step, in seconds."""
 
     products_s: float
     traffic_s: float
@@ -126,9 +126,9 @@ class StepTime(NamedTuple):
 
 
 def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
-    """Return the time of a step of full rows on cards like this one; None if the card lacks the precision.
+    """Return the time of a step with full rows on such cards; None if the card lacks the precision.
 
-    It does not include torch.compile, which fuses operations, offloading, and communication between ranks.
+    It ignores torch.compile, which fuses operations, offloading, and communication between ranks.
     """
     peak = peak_flops(card, plan.precision.name)
     if peak is None:
@@ -155,13 +155,13 @@ def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) 
 
 
 CPU_SLOWER = (1.5, 6.0)
-"""A step on a CPU over its products alone at the rate of one large product."""
+"""The range of a CPU step's time divided by the time of its products at the rate of one large product."""
 YEAR_S = 365 * 86_400
 _CALIBRATION, _CALIBRATION_S = 768, 0.2
 
 
 class RunTime(NamedTuple):
-    """Seconds of a run, from the fastest to the slowest that is likely."""
+    """The range of a run's likely time, in seconds."""
 
     low_s: float
     high_s: float
@@ -176,7 +176,7 @@ class RunTime(NamedTuple):
 
 
 def cpu_rate(threads: int) -> float:
-    """Return the FLOPs a second of a large product in fp32 on so many threads."""
+    """Measure the FLOP/s of a large fp32 product on this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -192,13 +192,13 @@ def cpu_rate(threads: int) -> float:
 
 
 def cpu_time(flops: float, threads: int, world_size: int = 1) -> RunTime:
-    """Return the time of so many model FLOPs on this machine's CPU. threads: of each rank."""
+    """Return the time for this many model FLOPs on this machine's CPU. threads: of each rank."""
     seconds = flops / (cpu_rate(threads) * world_size)
     return RunTime(seconds * CPU_SLOWER[0], seconds * CPU_SLOWER[1])
 
 
 def pretraining_flops(recipe: Recipe, vocab_size: int) -> float:
-    """Return the model FLOPs of one step over full rows; 0 if the objective does not say."""
+    """Return the model FLOPs of one step over full rows; 0 if the objective does not compute them."""
     return Objective.of(recipe, vocab_size).usual_flops() or 0.0
 
 
@@ -211,10 +211,10 @@ def pretraining_time(
     steps: int,
     threads: int | None,
 ) -> RunTime | None:
-    """Return how long so many steps take on this rank's device; None for a GPU whose rates are not known, and for
-    an objective that does not say what it costs.
+    """Return the predicted time of this many steps on this rank's device.
 
-    threads: of a rank on a CPU, None for torch's choice.
+    Return None for a GPU whose rates are unknown, and for an objective that does not compute its FLOPs. threads: of a
+    rank on a CPU; None for torch's choice.
     """
     if device.type == "cpu":
         flops = pretraining_flops(recipe, vocab_size)
@@ -228,10 +228,10 @@ def pretraining_time(
 def finetuning_time(
     weights: int, num_layers: int, tokens: float, plan: DeepSpeedPlan, device: torch.device, *, steps: int, threads: int
 ) -> RunTime | None:
-    """Return the same for a finetuning.
+    """Return the predicted time of a finetuning; None for a GPU whose rates are unknown.
 
-    weights: of the encoder, token table apart, each of which is multiplied with each token of the batch, in the forward
-    pass once and in the backward pass twice. tokens: of a step, over all ranks.
+    weights: number of the encoder's weights without the token table. Each is multiplied with each token of the batch,
+    once in the forward pass and twice in the backward pass. tokens: per step, over all ranks.
     """
     flops = 6 * weights * tokens
     if device.type == "cpu":
@@ -245,12 +245,12 @@ def finetuning_time(
 
 
 def time_of_steps(step: StepTime | None, steps: int) -> RunTime | None:
-    """Return the time of so many steps on a card."""
+    """Return the time of this many steps on a card."""
     return None if step is None else RunTime(*(step.roofline_s * steps * factor for factor in SLOWER))
 
 
 def span(low_s: float, high_s: float) -> str:
-    """Return both in the unit that suits them, such as 2–8 min."""
+    """Return a range of times in a suitable unit, such as 2–8 min."""
     units = (("years", YEAR_S), ("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
     unit, size = next((each for each in units if high_s >= 1.5 * each[1]), units[-1])
     first, last = (f"{value / size:.2g}" if value / size < 10 else f"{value / size:.0f}" for value in (low_s, high_s))

@@ -1,4 +1,4 @@
-"""One real training step of a very small ELECTRA in each precision, which `doctor` reports."""
+"""A real training step of a very small ELECTRA in each precision, for the report of `doctor`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TEXT = "The miller's geese walk down to the river before the sun is up, and nob
 
 
 def try_precisions() -> list[Finding]:
-    """Try one step in each precision on the device that pretraining would use. No failure of a step is raised."""
+    """Try one step in each precision on the device that pretraining would use. Failures are returned, not raised."""
     with tempfile.TemporaryDirectory() as folder, join_ranks() as ranks:
         device = devices.device(ranks.launch)
         recipe = load_recipe("tiny", _RECIPE)
@@ -47,7 +47,7 @@ def try_precisions() -> list[Finding]:
 
 def _try(precision: str, recipe: Recipe, store: TokenStore, device: torch.device) -> Finding:
     values: dict[str, Any] = precision_section(precision)
-    if precision == "fp16":  # one step must suffice, and a scale that overflows skips it
+    if precision == "fp16":  # a scale that overflows would skip the only step
         values["fp16"]["initial_scale_power"] = 8
     try:
         plan = resolve(values, recipe, world_size=1, auto_fp16=wants_fp16(device), source=f"the step in {precision}")
@@ -61,7 +61,7 @@ def _try(precision: str, recipe: Recipe, store: TokenStore, device: torch.device
             moved = any(not torch.equal(old, new) for old, new in zip(before, engine.module.parameters(), strict=True))
         finally:
             engine.close()
-    except ConfigError as error:  # the engine refuses a precision that the device does not have
+    except ConfigError as error:  # the engine rejects a precision that the device lacks
         return Finding(f"a step in {precision}", "not on this device", "note", str(error))
     except Exception as error:  # CUDA, DeepSpeed, a library that cannot be loaded
         return failed_step(precision, error)

@@ -24,7 +24,7 @@ from types import FrameType
 import electra_ds
 from electra_ds.config.cards import driver_gpus
 from electra_ds.core.errors import ConfigError, ElectraError, InterruptedBySignalError
-from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, exit_immediately
 from electra_ds.core.program import command
 from electra_ds.core.terminal import with_command
 from electra_ds.sweep.folder import SweepFolder, ending
@@ -234,7 +234,7 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
         if len(came) == 1:
             stop(signal.Signals(number).name, " A second signal leaves at once.")
         elif came[-1][1] - came[0][1] >= SECOND_SIGNAL_AFTER_S:
-            leave_at_once(number)
+            exit_immediately(number)
         folder.ask_to_stop()  # again, where a driver elsewhere has only now begun
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}

@@ -1,11 +1,11 @@
-"""Training of any model: engine, optimizers, checkpoints, loop and trackers. Knows no objective."""
+"""Training for any model: engine, optimizers, checkpoints, loop and trackers. Nothing here depends on an objective."""
 
 import os
 
 import torch
 
-# Pascal cards run fp16 correctly and save memory by it; DeepSpeed refuses it there unless told so.
+# Pascal GPUs run fp16 correctly and save memory with it; DeepSpeed refuses fp16 there unless this is set.
 os.environ.setdefault("DS_ALLOW_DEPRECATED_FP16", "1")
 if not torch.cuda.is_available():
-    # Read by deepspeed at import; without it, it warns that it has to guess.
+    # DeepSpeed reads this at import, and without it warns that it has to guess.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,4 +1,4 @@
-"""What a run calls while it trains, so that others can read, log and stop it.
+"""Callbacks, with which you can monitor, log and stop a run while it trains.
 
 class StopAtLoss(Callback):
     def on_step(self, progress, step, metrics):
@@ -17,51 +17,51 @@ from electra_ds.core.errors import ElectraError, TrainingError
 from electra_ds.core.ranks import Ranks
 
 Metrics = Mapping[str, float | None]
-"""Numbers by name, as in metrics.jsonl; None for one that is not finite."""
+"""Numbers by name, as in metrics.jsonl; None means not finite."""
 
 
 @dataclass
 class Progress:
-    """The place that a run has reached."""
+    """The progress of a run."""
 
     run: Path
     """The run's folder."""
     step: int
-    """Optimiser steps that are done."""
+    """The number of completed optimizer steps."""
     stop_at: int
-    """The step at which this start of the run saves and leaves."""
+    """The step at which this process saves and exits."""
     total_steps: int
-    """The steps of the schedule."""
+    """The number of steps in the schedule."""
     stop_reason: str | None = field(default=None, init=False)
 
     def stop(self, reason: str) -> None:
-        """Ask the run to save a checkpoint and leave after the next step, as a signal does. It can be resumed."""
+        """Ask the run to save a checkpoint and stop after the next step, as a signal does. You can resume it later."""
         self.stop_reason = reason
 
 
 class Callback:
-    """Called by a run on its main rank. Override what you need; none of these does anything by itself.
+    """Base class of callbacks, which a run calls on its main rank. Override what you need; the defaults do nothing.
 
-    An exception ends the run on all ranks, which then has failed; its checkpoints stay.
+    An exception ends the run on all ranks, with the status failed; its checkpoints remain.
     """
 
     def on_start(self, progress: Progress) -> None:
-        """Training is about to begin, or to resume at `progress.step`."""
+        """Called when training is about to start, or to resume at `progress.step`."""
 
     def on_step(self, progress: Progress, step: int, metrics: Metrics) -> None:
-        """A step is done. Losses are read back together, so this comes up to `log_every` steps after the step."""
+        """Called for every step. Losses are read back together, so the call may be up to `log_every` steps late."""
 
     def on_report(self, progress: Progress, summary: str) -> None:
-        """Losses were read back; `summary` says in one line how the last step went."""
+        """Called when losses were read back. summary: one line about the last step."""
 
     def on_evaluate(self, progress: Progress, metrics: Metrics) -> None:
-        """An evaluation on held-out text, or on a task's development sets, is done."""
+        """Called after an evaluation on held-out text, or on a task's development sets."""
 
     def on_checkpoint(self, progress: Progress, path: Path) -> None:
-        """A checkpoint is complete. It was written in the background, so training may be further already."""
+        """Called when a checkpoint is complete. It is written in the background, so training may already be further."""
 
     def on_end(self, progress: Progress, status: str) -> None:
-        """Training has ended, with the status that is in status.json."""
+        """Called when training has ended, with the status in status.json."""
 
 
 class Callbacks:
@@ -72,9 +72,9 @@ class Callbacks:
         self._is_alone = ranks.world_size == 1
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Call a method of each. Use it inside `fail_together`, so that no rank waits for one whose callback failed.
+        """Call a method of each callback. Use it inside `fail_together`, so that no rank waits for one that failed.
 
-        Raises what a callback raised; with several ranks it is the cause of a TrainingError.
+        Raises the callback's exception; with several ranks, a TrainingError with that cause.
         """
         for callback in self._callbacks:
             try:

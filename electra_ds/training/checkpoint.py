@@ -8,9 +8,9 @@
       recipe.yaml deepspeed.json run.json tokenizer.json
       manifest.json           size and SHA-256 of every file above
 
-Of several ranks each writes a share of the parameters, no tensor cut, into weights-00001-of-00002.safetensors and so
-on; any number of ranks reads them. All is written into a hidden folder, flushed, and published by one rename, the
-manifest last. Nothing in it is unpickled.
+With several ranks, each writes a share of the parameters, as complete tensors, into weights-00001-of-00002.safetensors
+and so on; any number of ranks can read them. A checkpoint is written into a hidden folder, the manifest last, flushed,
+and published by one rename. Loading it unpickles nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ FORMAT = 1
 LATEST = "latest"
 _NAME = re.compile(r"step-\d{8}")  # a copy under another name is the user's
 _SHARD = re.compile(r"(weights|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
-# A thread that writes takes part in Python's lock once a piece; at 256 KB it waits for the training thread 20 times as
-# long as it works (docs/experiments.md).
+# A writing thread needs Python's lock once per piece; with pieces of 256 KB it waits for the training thread 20 times
+# as long as it works (docs/experiments.md).
 _PIECE_BYTES = 16 << 20
 
 
@@ -55,7 +55,7 @@ class FileEntry(NamedTuple):
 
 
 def write_file(path: Path, pieces: Iterable[bytes | np.ndarray]) -> FileEntry:
-    """Write and flush to the disk; the hash is of what was meant, not of what a bad disk gives back. Raises OSError."""
+    """Write a file and flush it to disk. The hash is of the data in memory, to detect a bad disk. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
         for whole in pieces:
@@ -71,7 +71,7 @@ def write_file(path: Path, pieces: Iterable[bytes | np.ndarray]) -> FileEntry:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
-    """Write fp32 tensors on the CPU, as `safetensors.torch.save_file` would write them, in one pass over the bytes."""
+    """Write fp32 CPU tensors as `safetensors.torch.save_file` would, hashing them in the same pass."""
     names = sorted(tensors)
     header: dict[str, Any] = {}
     end = 0
@@ -100,10 +100,10 @@ def hash_file(path: Path) -> str:
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):
-    """Tensors of several files by name, read when they are asked for, so that no rank holds all of them."""
+    """The tensors of several files by name, read on access, so that no rank holds all of them."""
 
     def __init__(self, prefixes: Mapping[Path, str]) -> None:
-        """prefixes: what to put before the names of each file. Raises SafetensorError and OSError."""
+        """prefixes: the prefix for the tensor names of each file. Raises SafetensorError and OSError."""
         self._files: dict[str, tuple[Any, str]] = {}
         for path, prefix in prefixes.items():
             file = safe_open(path, "pt")
@@ -115,7 +115,7 @@ class TensorFiles(Mapping[str, torch.Tensor]):
         return tuple(file.get_slice(key).get_shape())
 
     def dtypes(self) -> Iterator[tuple[str, str]]:
-        """Yield (name, dtype as the format names it), such as F32."""
+        """Yield (name, dtype), the dtype by its name in the format, such as F32."""
         for name, (file, key) in self._files.items():
             yield name, file.get_slice(key).get_dtype()
 
@@ -132,16 +132,16 @@ class TensorFiles(Mapping[str, torch.Tensor]):
 
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint. `tensors` as `MasterAdamW.tensors` names them, read when they are asked for."""
+    """A verified checkpoint. `tensors` has the names of `MasterAdamW.tensors` and is read on access."""
 
     path: Path
     tensors: TensorFiles
     state: dict[str, Any]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], trained: Collection[str] | None = None) -> None:
-        """Raises CheckpointError unless it holds, in fp32, exactly what a model with these parameters needs.
+        """Raise CheckpointError unless it holds, in fp32, exactly what a model with these parameters needs.
 
-        trained: names of the parameters that have moments, which frozen ones have not; None if only weights count.
+        trained: names of the parameters with moments, which frozen ones lack; None to check only the weights.
         """
         wanted = {f"master/{name}": shape for name, shape in shapes.items()}
         found = {name for name in self.tensors if trained is not None or name.startswith("master/")}
@@ -149,7 +149,7 @@ class Checkpoint(NamedTuple):
             wanted |= {f"{moment}/{name}": shapes[name] for moment in MOMENTS if name in shapes}
         problems = [f"{name} is missing" for name in wanted.keys() - found]
         problems += [f"{name} is {dtype}, not F32" for name, dtype in self.tensors.dtypes() if dtype != "F32"]
-        problems += [f"{name} is not the model's" for name in found - wanted.keys()]
+        problems += [f"{name} is not part of the model" for name in found - wanted.keys()]
         problems += [
             f"{name} has shape {list(self.tensors.shape(name))}, not {list(shape)}"
             for name, shape in wanted.items()
@@ -159,22 +159,22 @@ class Checkpoint(NamedTuple):
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CheckpointError(
                 f"The checkpoint {self.path} does not fit the run's recipe: {'; '.join(sorted(problems)[:3])}{more}. "
-                f"The recipe that it was made with is {self.path / 'recipe.yaml'}."
+                f"It was trained with the recipe {self.path / 'recipe.yaml'}."
             )
 
 
 class UnreadableError(CheckpointError):
-    """A file could not be read, which is not to say that it is damaged."""
+    """A file could not be read, which does not mean that it is damaged."""
 
 
 class CheckpointFolder:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, keep: int, keep_at: Collection[int] = ()) -> None:
-        """keep: how many of the newest to retain; keep_at: steps whose checkpoints are retained as well."""
+        """keep: number of newest checkpoints to retain. keep_at: steps whose checkpoints are always retained."""
         self.folder = folder
         self.keep = keep
-        self._for_good = {self.path(step) for step in keep_at}
+        self._always_kept = {self.path(step) for step in keep_at}
 
     def path(self, step: int) -> Path:
         """Return the path of a step's checkpoint."""
@@ -187,8 +187,8 @@ class CheckpointFolder:
     def save(self, tensors: Mapping[str, torch.Tensor], state: dict[str, Any], record: Mapping[str, str]) -> Path:
         """Publish a checkpoint of `state["step"]` from one process, and prune old ones.
 
-        tensors: on the CPU; record: text files that travel along, by name. Raises CheckpointError if it cannot be
-        written; the checkpoints before it stay as they are.
+        tensors: on the CPU. record: text files to include, by name. Raises CheckpointError if it cannot be written;
+        earlier checkpoints stay unchanged.
         """
         draft = PendingCheckpoint(self, state["step"], secrets.token_hex(4))
         try:
@@ -199,16 +199,16 @@ class CheckpointFolder:
         return draft.final
 
     def prune(self) -> None:
-        """Remove all but the newest checkpoints, and those that are kept for good. Raises OSError."""
+        """Remove all checkpoints except the newest ones and those of `keep_at`. Raises OSError."""
         for path in self.paths()[: -self.keep]:
-            if path not in self._for_good:
+            if path not in self._always_kept:
                 remove(path)
 
     def latest_valid(self, ranks: Ranks | None = None) -> tuple[Path | None, dict[Path, str]]:
-        """Return the newest checkpoint that is complete, and what is wrong with each newer one.
+        """Return the newest complete checkpoint, or None if none was ever published, and each newer one's problem.
 
-        To be called by all ranks, which share the reading of its files. None where no checkpoint was ever published.
-        Raises CheckpointError if every one is damaged, or one cannot be read.
+        All ranks must call it, and share the reading of the files. Raises CheckpointError if every checkpoint is
+        damaged, or one cannot be read.
         """
         damaged: dict[Path, str] = {}
         for path in reversed(ranks.broadcast(self.paths()) if ranks else self.paths()):
@@ -223,34 +223,34 @@ class CheckpointFolder:
         return None, {}
 
     def tidy(self, damaged: Iterable[Path]) -> None:
-        """Set damaged checkpoints aside as `damaged-…`, and remove what killed saves and prunings left.
+        """Set damaged checkpoints aside as `damaged-…`, and remove the leftovers of interrupted saves and prunings.
 
-        For the process that holds the run. Raises CheckpointError if the folder cannot be written.
+        Only the process that has locked the run may call it. Raises CheckpointError if the folder is not writable.
         """
-        doomed = list(damaged)
+        damaged_paths = list(damaged)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK | os.X_OK):  # to be said now, not at the first save
-                raise PermissionError(errno.EACCES, "it cannot be written")
-            complete = [path for path in self.paths() if path not in doomed]
-            if doomed or complete:
+            if not os.access(self.folder, os.W_OK | os.X_OK):  # fail now, not at the first save
+                raise PermissionError(errno.EACCES, "it is not writable")
+            complete = [path for path in self.paths() if path not in damaged_paths]
+            if damaged_paths or complete:
                 self.point_to(complete[-1] if complete else None)
-            for path in doomed:
+            for path in damaged_paths:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
         except OSError as error:
-            raise CheckpointError(f"Cannot tidy {self.folder}: {error}.") from error
+            raise CheckpointError(f"Cannot clean up {self.folder}: {error}.") from error
         for leftover in self.leftovers():
-            with contextlib.suppress(OSError):  # a rank that has outlived its run may write there until it is alone
+            with contextlib.suppress(OSError):  # a rank that outlived its run may still be writing there
                 remove(leftover)
 
     def leftovers(self) -> list[Path]:
-        """Return what killed saves and prunings left."""
+        """Return the leftovers of interrupted saves and prunings."""
         return sorted(path for kind in ("writing", "pruning", LATEST) for path in self.folder.glob(f".{kind}-*"))
 
     def point_to(self, path: Path | None) -> None:
-        """Make `latest` name a checkpoint, for people and scripts; nothing here reads it. Raises OSError."""
+        """Point the link `latest` at a checkpoint, for people and scripts; nothing here reads it. Raises OSError."""
         link = self.folder / LATEST
         if path is None:
             link.unlink(missing_ok=True)
@@ -263,31 +263,31 @@ class CheckpointFolder:
                 with contextlib.suppress(OSError):
                     made.unlink(missing_ok=True)
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EISDIR):
-                    raise  # a file system without links, or a folder that somebody put there, is none of ours
+                    raise  # a file system without links, or a folder put there by someone else, is no error
 
     def cannot_write(self, path: Path, error: Exception) -> CheckpointError:
         """Return the error for a checkpoint that could not be written."""
         earlier = self.paths()
         kept = f"The newest complete one is {earlier[-1]}." if earlier else "There is none before it."
-        remedy = "Make room" if is_disk_full(error) else "Fix that"
+        remedy = "Free disk space" if is_disk_full(error) else "Fix that"
         is_begun = earlier or (self.folder.parent / "run.json").is_file()
-        then = "resume with --resume" if is_begun else "give the command again"
+        then = "resume with --resume" if is_begun else "run the command again"
         return CheckpointError(f"Cannot write the checkpoint {path}: {error}. {kept} {remedy}, then {then}.")
 
 
 class PendingCheckpoint:
-    """A checkpoint in the making, in a hidden folder next to the published ones."""
+    """A checkpoint that is being written, in a hidden folder next to the published ones."""
 
     def __init__(self, folder: CheckpointFolder, step: int, token: str) -> None:
-        """token: the same on every rank; a rank that outlives its run must not write into another's draft."""
+        """token: the same on every rank, so that a rank that outlives another run cannot write into this folder."""
         self.folder = folder
         self.final = folder.path(step)
         self._temporary = folder.folder / f".writing-{self.final.name}-{token}"
 
     def write_shard(self, tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> dict[str, FileEntry]:
-        """Write and flush this rank's tensors, fp32 on the CPU; returns its files.
+        """Write and flush this rank's tensors, fp32 on the CPU; return its files.
 
-        Raises CheckpointError and leaves what was written, since other ranks may write there: see `discard`.
+        Raises CheckpointError and leaves the files in place, since other ranks may be writing there: see `discard`.
         """
         weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
         moments = {name: tensor for name, tensor in tensors.items() if not name.startswith("master/")}
@@ -302,13 +302,13 @@ class PendingCheckpoint:
             raise self.folder.cannot_write(self.final, error) from error
 
     def publish(self, shards: Mapping[str, FileEntry], state: dict[str, Any], record: Mapping[str, str]) -> None:
-        """Write the rest, the manifest last, give it its name, and prune. Raises CheckpointError."""
+        """Write the remaining files, the manifest last, rename the folder, and prune. Raises CheckpointError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         texts = record | {"state.json": json.dumps({"format": FORMAT, "saved": now} | state, indent=2)}  # type: ignore[operator]
         try:
             for name, entry in shards.items():
-                if (self._temporary / name).stat().st_size != entry.bytes:  # of a rank with another disk
-                    raise OSError(f"{name} is not as the rank that wrote it says")
+                if (self._temporary / name).stat().st_size != entry.bytes:  # the rank may see a different disk
+                    raise OSError(f"{name} does not have the size that the rank that wrote it reports")
             files = dict(shards)
             for name, text in texts.items():
                 files[name] = write_file(self._temporary / name, [text.encode()])
@@ -321,18 +321,18 @@ class PendingCheckpoint:
             _flush(self.folder.folder.parent)
         except OSError as error:
             raise self.folder.cannot_write(self.final, error) from error
-        with contextlib.suppress(OSError):  # it stands; what cannot be removed now is tried again after the next
+        with contextlib.suppress(OSError):  # it is published; the next save tries again to remove old ones
             self.folder.point_to(self.final)
             _flush(self.folder.folder)
             self.folder.prune()
 
     def discard(self) -> None:
-        """Remove what all ranks wrote, once none of them writes any more; quiet where it cannot be."""
+        """Remove what all ranks wrote, once none of them is writing any more. Failures are ignored."""
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def share_of(shapes: Mapping[str, tuple[int, ...]], rank: int, world_size: int) -> set[str]:
-    """Return the parameters that a rank writes: shares of nearly equal size, the same at every call."""
+    """Return the parameters that a rank writes. The shares are nearly equal in size, and the same at every call."""
     loads = [0] * world_size
     own = set()
     for name, shape in sorted(shapes.items(), key=lambda item: (-torch.Size(item[1]).numel(), item[0])):
@@ -344,7 +344,7 @@ def share_of(shapes: Mapping[str, tuple[int, ...]], rank: int, world_size: int) 
 
 
 def _problem(path: Path, ranks: Ranks | None) -> CheckpointError | None:
-    """Return what any rank finds wrong with a checkpoint: hashes first, each rank its share, then opening it."""
+    """Return a checkpoint's problem that any rank finds: each rank verifies a share of the hashes, then all open it."""
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     for check in (partial(verify_checkpoint, path, rank, world_size), partial(open_checkpoint, path)):
         own: CheckpointError | None = None
@@ -359,15 +359,15 @@ def _problem(path: Path, ranks: Ranks | None) -> CheckpointError | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Verify and open. Raises CheckpointError if a file is missing, cut short or changed, or what they say does not
-    belong together."""
+    """Verify and open a checkpoint. Raises CheckpointError if a file is missing, truncated or changed, or if the files
+    contradict each other."""
     verify_checkpoint(path)
     return open_checkpoint(path)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint that was verified. Raises CheckpointError if it cannot be read after all."""
-    path = path.resolve()  # of `latest`, or of `.`
+    """Open a verified checkpoint. Raises CheckpointError if it cannot be read after all."""
+    path = path.resolve()  # it may be `latest` or `.`
     try:
         files = [path / name for name in sorted(read_manifest(path)) if _SHARD.fullmatch(name)]
         tensors = TensorFiles({file: "master/" if file.name.startswith("weights") else "" for file in files})
@@ -376,21 +376,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error!r}.") from error
     if _NAME.fullmatch(path.name) and path.name != f"step-{step:08d}":
-        raise CheckpointError(f"The checkpoint {path} is of step {step}, not what its name says.")
+        raise CheckpointError(f"The checkpoint {path} is from step {step}, which contradicts its name.")
     if number != FORMAT:
         raise CheckpointError(f"The checkpoint {path} has format {number}; this version reads {FORMAT}.")
     return Checkpoint(path, tensors, state)
 
 
 def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
-    """Raises CheckpointError unless every file has the size and hash that the manifest gives.
+    """Raise CheckpointError unless every file has the size and hash in the manifest.
 
-    Of several ranks each hashes its share of the files.
+    With several ranks, each hashes its share of the files.
     """
     files = read_manifest(path)
     damaged = f"The checkpoint {path} is damaged:"
     if "state.json" not in files or not any(map(_SHARD.fullmatch, files)):
-        raise CheckpointError(f"{damaged} manifest.json does not list all that belongs to it.")
+        raise CheckpointError(f"{damaged} manifest.json does not list all of its files.")
     for index, (name, entry) in enumerate(sorted(files.items())):
         try:
             size = (path / name).stat().st_size
@@ -400,10 +400,10 @@ def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
                 raise CheckpointError(f"{damaged} the content of {name} has changed.")
         except FileNotFoundError as error:
             raise CheckpointError(f"{damaged} {name} is missing.") from error
-        except OSError as error:  # which another try may not meet
+        except OSError as error:  # another attempt may succeed
             raise UnreadableError(
-                f"{path / name} cannot be read: {error}. If that stays so, move {path} away, and the one before is "
-                f"taken."
+                f"{path / name} cannot be read: {error}. If this persists, move {path} away to use the checkpoint "
+                f"before it."
             ) from error
 
 
@@ -417,11 +417,11 @@ def read_manifest(path: Path) -> dict[str, FileEntry]:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, or what is left of one. Raises OSError."""
+    """Remove a checkpoint, or the remains of one. Raises OSError."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    if not path.name.startswith("."):  # nothing half-deleted may stand under a real name
+    if not path.name.startswith("."):  # a half-deleted checkpoint must not keep its name
         path = path.rename(path.with_name(f".pruning-{path.name}-{secrets.token_hex(4)}"))
     shutil.rmtree(path)
 

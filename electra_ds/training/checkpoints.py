@@ -1,4 +1,4 @@
-"""A run's checkpoints on the disk: found, listed, verified and pruned, and the recipe that travels in each."""
+"""Finding, listing, verifying and pruning a run's checkpoints, and reading the recipe stored in each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder_of(run: Path) -> CheckpointFolder:
     if not directory.checkpoints.is_dir():
         if (run / "latest").is_file():
             raise CheckpointError(
-                f"{run} is DeepSpeed's own checkpoint; {command('checkpoint import')} makes a run of it."
+                f"{run} is a native DeepSpeed checkpoint; {command('checkpoint import')} turns it into a run."
             )
         if not directory.exists():
             raise CheckpointError(f"{run} is neither a run directory nor a checkpoint.")
@@ -46,7 +46,7 @@ def folder_of(run: Path) -> CheckpointFolder:
 def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Checkpoint:
     """Return a run's newest complete checkpoint, or the given one. Raises CheckpointError if there is none.
 
-    ranks: of several, which all call it.
+    ranks: pass it if several ranks call this together.
     """
     if (run_or_checkpoint / "manifest.json").is_file():
         return load_checkpoint(run_or_checkpoint)
@@ -55,12 +55,12 @@ def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Ch
         raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
     if ranks is None or ranks.is_main:
         for problem in damaged.values():
-            _log.warning("%s Taking the one before.", problem)
+            _log.warning("%s Using the checkpoint before it.", problem)
     return open_checkpoint(newest)
 
 
 def kept_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
-    """Return the given checkpoint, or of a run that of the best evaluation if it keeps that, or else the newest."""
+    """Return the given checkpoint or, for a run, the best evaluation's checkpoint if it keeps that, else the newest."""
     if (run_or_checkpoint / "manifest.json").is_file():
         return load_checkpoint(run_or_checkpoint)
     run = RunDirectory(run_or_checkpoint)
@@ -70,39 +70,39 @@ def kept_checkpoint(run_or_checkpoint: Path) -> Checkpoint:
         return open_checkpoint(best)
     if best is None and not any(run.checkpoints.glob("step-*")) and settings.discard_weights:
         raise CheckpointError(
-            f"{run.path} has no weights any more: it was run with --discard-weights, which keeps scores and "
-            f"predictions alone. Train again without it; {run.path / 'run.json'} has the command."
+            f"{run.path} no longer has weights: it was run with --discard-weights, which keeps only scores and "
+            f"predictions. Train again without it; {run.path / 'run.json'} has the command."
         )
     if settings.best and run.status() == "done":
         raise CheckpointError(
-            f"{run.path} was to keep its best evaluation's weights, and {run.path / 'best'} has none. For the last "
-            f"ones give the checkpoint itself: {run.checkpoints / 'latest'}"
+            f"{run.path} should have kept its best evaluation's weights, but {run.path / 'best'} has none. To use the "
+            f"last weights, give the checkpoint itself: {run.checkpoints / 'latest'}"
         )
     return newest_checkpoint(run_or_checkpoint)
 
 
-def beside(checkpoint: Checkpoint, name: str) -> Path:
-    """Return where an export of a run's checkpoint goes by default. Raises ConfigError for a copy kept elsewhere."""
+def default_export_folder(checkpoint: Checkpoint, name: str) -> Path:
+    """Return the default folder for exports of a checkpoint. Raises ConfigError if the checkpoint is not in a run."""
     if checkpoint.path.parent.name not in ("checkpoints", "best"):
-        raise ConfigError(f"{checkpoint.path} is not in a run's folder; say with --out where to write.")
+        raise ConfigError(f"{checkpoint.path} is not in a run's folder; give the folder to write to with --out.")
     return checkpoint.path.parent.parent / name
 
 
 def check_same_recipe(checkpoint: Checkpoint, recipe: Section, run: RunDirectory) -> None:
-    """Raises CheckpointError if the run's recipe is not the one that the checkpoint was trained by."""
+    """Raise CheckpointError if the run's recipe is not the one that the checkpoint was trained with."""
     before, now = recorded_recipe(checkpoint, type(recipe)), recipe
     values = {key: (attrgetter(key)(before), attrgetter(key)(now)) for key in recipe.dotted_keys()}
     changed = [f"{key} is {new}, not {old}" for key, (old, new) in values.items() if old != new]
     if changed:
-        begins = ", for which --init-from takes an export" if isinstance(recipe, Recipe) else ""
+        begins = ", which can start from an export with --init-from" if isinstance(recipe, Recipe) else ""
         raise CheckpointError(
-            f"{run.path / 'recipe.yaml'} has changed since {checkpoint.path} was saved: {'; '.join(changed)}. Put back "
-            f"{checkpoint.path / 'recipe.yaml'}; another recipe is another run{begins}."
+            f"{run.path / 'recipe.yaml'} has changed since {checkpoint.path} was saved: {'; '.join(changed)}. Restore "
+            f"it from {checkpoint.path / 'recipe.yaml'}; a different recipe needs a new run{begins}."
         )
 
 
 def recorded_recipe(checkpoint: Checkpoint, kind: type[RecipeT] = Recipe) -> RecipeT:  # type: ignore[assignment]
-    """Return the recipe that travels in a checkpoint."""
+    """Return the recipe stored in a checkpoint."""
     path = checkpoint.path / "recipe.yaml"
     try:
         return validate_recipe(load_yaml(path.read_text("utf8"), "It"), str(path), kind)
@@ -110,38 +110,38 @@ def recorded_recipe(checkpoint: Checkpoint, kind: type[RecipeT] = Recipe) -> Rec
         raise CheckpointError(f"{path} cannot be used: {error}") from error
 
 
-class Listed(NamedTuple):
-    """One checkpoint, by what its files say; None where one of them cannot be read."""
+class CheckpointInfo(NamedTuple):
+    """A description of one checkpoint from its files; None for a value whose file cannot be read."""
 
     name: str
     bytes: int
     problem: str | None
-    """What is wrong with it, as far as sizes tell."""
+    """The problem that the manifest and the sizes of its files reveal, if any."""
     step: int | None = None
     tokens: int | None = None
     saved: str | None = None
     """UTC, ISO 8601."""
     precision: str | None = None
-    """Of the run that saved it; the weights are fp32 in each."""
+    """The precision of the run that saved it; the weights are always fp32."""
     stage: int | None = None
     ranks: int | None = None
 
 
-def listed(run: Path) -> list[Listed]:
+def list_checkpoints(run: Path) -> list[CheckpointInfo]:
     """Describe a run's checkpoints, oldest first. Raises CheckpointError if there is no run."""
     found = []
     for path in folder_of(run).paths():
         try:
             found.append(_describe(path))
         except OSError:
-            if path.exists():  # otherwise the run has pruned it meanwhile
+            if path.exists():  # otherwise the run has pruned it in the meantime
                 raise
     return found
 
 
-def _describe(path: Path) -> Listed:
+def _describe(path: Path) -> CheckpointInfo:
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    found = Listed(path.name, size, _problem(path))
+    found = CheckpointInfo(path.name, size, _problem(path))
     try:
         state, plan, record = (
             json.loads((path / name).read_text("utf8")) for name in ("state.json", "deepspeed.json", "run.json")
@@ -172,13 +172,13 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def set_aside(run: Path) -> list[Path]:
+def damaged_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints that a resumed run found damaged."""
     return sorted(folder_of(run).folder.glob("damaged-step-*"))
 
 
-def to_verify(run_or_checkpoint: Path) -> list[Path]:
-    """Return all checkpoints of a run, newest first, or the named one. Raises CheckpointError if there is none."""
+def checkpoints_to_verify(run_or_checkpoint: Path) -> list[Path]:
+    """Return all checkpoints of a run, newest first, or the given one. Raises CheckpointError if there is none."""
     if (run_or_checkpoint / "manifest.json").is_file() or run_or_checkpoint.parent.name == "checkpoints":
         return [run_or_checkpoint]
     paths = folder_of(run_or_checkpoint).paths()
@@ -188,16 +188,16 @@ def to_verify(run_or_checkpoint: Path) -> list[Path]:
 
 
 def verify(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint after reading every byte: hashes, names and shapes.
+    """Read every byte of a checkpoint, check hashes, names and shapes, and return the problem, or None.
 
-    Raises FileNotFoundError if the run has pruned it meanwhile.
+    Raises FileNotFoundError if the run has pruned it in the meantime.
     """
     try:
         checkpoint = load_checkpoint(path)
         tensors = checkpoint.tensors
-        spoilt = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if spoilt:
-            return f"The checkpoint {path} holds {len(spoilt)} tensors that are not finite, such as {spoilt[0]}."
+        non_finite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if non_finite:
+            return f"The checkpoint {path} has {len(non_finite)} tensors that are not finite, such as {non_finite[0]}."
         weights = [name.removeprefix("master/") for name in tensors if name.startswith("master/")]
         trained = [name for name in weights if any(f"{kind}/{name}" in tensors for kind in MOMENTS)]
         checkpoint.check({name: tensors.shape(f"master/{name}") for name in weights}, trained)
@@ -209,11 +209,11 @@ def verify(path: Path) -> str | None:
 
 
 def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[tuple[Path, str]]:
-    """Remove all but the newest checkpoints and what killed saves left; gives each path and why, before it goes.
+    """Remove old checkpoints and the leftovers of interrupted saves; yield each path and the reason before removing it.
 
-    keep: how many stay, as many as the run keeps where it is None; damaged: also those that were set aside as damaged;
-    dry: say it only. The newest complete one always stays. Raises CheckpointError if the run is in use, if none of
-    those that would stay is complete, or if the folder cannot be written.
+    keep: the number of newest checkpoints to retain; None for the run's setting. damaged: also remove checkpoints that
+    were set aside as damaged. dry: remove nothing. Raises CheckpointError if the run is in use, if none of the retained
+    checkpoints would be complete, or if the folder is not writable.
     """
     directory, folder = RunDirectory(run), folder_of(run)
     with directory.locked():
@@ -226,13 +226,13 @@ def prune(run: Path, keep: int | None, *, damaged: bool, dry: bool) -> Iterator[
                 f"{next(iter(wrong.values()))} Resume the run first, which sets them aside, or give a larger "
                 f"--keep."
             )
-        doomed = [(path, "older") for path in folder.paths()[:-keep]]
-        doomed += [(path, "left by a killed save") for path in folder.leftovers()]
+        to_remove = [(path, "older") for path in folder.paths()[:-keep]]
+        to_remove += [(path, "left by an interrupted save") for path in folder.leftovers()]
         if damaged:
-            doomed += [(path, "damaged") for path in set_aside(run)]
+            to_remove += [(path, "damaged") for path in damaged_checkpoints(run)]
         if newest is not None and not dry:
             folder.point_to(newest)
-        for path, why in doomed:
+        for path, why in to_remove:
             yield path, why
             if dry:
                 continue

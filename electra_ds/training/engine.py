@@ -1,4 +1,4 @@
-"""A training step through a DeepSpeed engine, at every ZeRO stage and precision, for any model."""
+"""Training steps with a DeepSpeed engine, at every ZeRO stage and precision, for any model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.training.optimizer import MasterAdamW, Rates, learning_rate_at, pretraining_rates
 from electra_ds.training.step import StepBatch, StepLosses, TrainableModel, set_up_model
-from electra_ds.training.zero import ZeroAdamW, forget_models, torch_adamw
+from electra_ds.training.zero import ZeroAdamW, clear_stage3_caches, torch_adamw
 
-# On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at every first start.
+# On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at the first start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# Stage 3 puts its own in place of it, for as long as the process lasts.
+# Stage 3 replaces it with its own for the rest of the process's life.
 _TORCH_LINEAR = functional.linear
 
 
@@ -62,26 +62,26 @@ class Engine:
             model=model, optimizer=optimizer, config=plan.engine_config(), dist_init_required=False
         )
         if plan.stage == 0 and plan.batch.world_size == 1:
-            # DeepSpeed would flatten all gradients, "sum" them over the one rank, and copy each of them back.
+            # DeepSpeed would flatten all gradients, "sum" them over the single rank, and copy each of them back.
             self._engine.enable_backward_allreduce = False
         self.optimizer: MasterAdamW | ZeroAdamW = (
             optimizer
             if isinstance(optimizer, MasterAdamW)
             else ZeroAdamW(self._engine, recipe.optimizer, plan.precision.loss_scaling)
         )
-        # Losses are normalised over the global batch, so gradients are summed over ranks; stage 3 knows only the mean.
+        # Losses are normalised over the global batch, so gradients are summed over ranks; stage 3 can only average.
         self._loss_factor = plan.batch.world_size if plan.stage == 3 else 1
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of a step, 0 for the first one, before any parameter's own scale."""
+        """Return the learning rate of a step, counted from 0, before any parameter's own scale."""
         peak = self.recipe.optimizer.learning_rate
         return learning_rate_at(step, learning_rate=peak, **self.recipe.schedule.model_dump())
 
     def train_step(self, batch: StepBatch, step: int, samples: Sequence[Any] | None = None) -> dict[str, torch.Tensor]:
-        """Take one optimiser step over this rank's micro-batches; return its scalars, as `StepLosses.result`.
+        """Take one optimizer step over this rank's micro-batches; return its scalars, as in `StepLosses.result`.
 
         Losses are sums divided by counts over the global batch, so DeepSpeed's own division by the
-        accumulation steps is switched off. samples: for each micro-batch what another run drew, to replay it.
+        accumulation steps is switched off. samples: another run's random draws for each micro-batch, to replay them.
         """
         self._engine.train()
         self.optimizer.is_whole = True
@@ -100,7 +100,7 @@ class Engine:
                 loss = loss * self.optimizer.loss_scale
             self._engine.backward(loss, scale_wrt_gas=False)
             if isinstance(self.optimizer, ZeroAdamW):
-                self.optimizer.is_whole = index < accumulation - 1  # DeepSpeed's update is all or nothing to us
+                self.optimizer.is_whole = index < accumulation - 1  # the last call updates the weights
             self._engine.step()
         if isinstance(self.optimizer, ZeroAdamW):
             self.optimizer.count_step()
@@ -111,45 +111,45 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batch: Any) -> Any:
-        """Return the model's output without dropout and gradients. At stage 3 all ranks must call it together."""
+        """Return the model's output without dropout or gradients. At stage 3 all ranks must call it together."""
         self._engine.eval()
         return self._engine(micro_batch.to(self.device))
 
     def close(self) -> None:
-        """Free what DeepSpeed holds, so that the process ends quietly or continues."""
+        """Free what DeepSpeed holds, so that the process can exit cleanly or continue."""
         close_deepspeed(self._engine)
 
 
 def close_deepspeed(engine: Any) -> None:
-    """Free what a `DeepSpeedEngine` holds, and take back what stage 3 did to the process."""
+    """Free what a `DeepSpeedEngine` holds, and undo what stage 3 changed in the process."""
     engine.destroy()
     functional.linear = _TORCH_LINEAR
-    forget_models()
+    clear_stage3_caches()
 
 
 def wants_fp16(device: torch.device) -> bool:
-    """Return whether a JSON that leaves the precision open gets fp16: on every GPU but those that it slows down."""
+    """Return whether a JSON that leaves the precision open gets fp16: on every GPU except those that it slows down."""
     return device.type == "cuda" and not has_slow_fp16(devices.device_name(device))
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies bf16 matrices; elsewhere it is emulated, if it works at all."""
+    """Return whether the hardware multiplies bf16 matrices. Other hardware emulates bf16, if it works at all."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str, unused_gpu: str = "") -> None:
-    """Raise ConfigError if the device cannot train in the plan's precision, or DeepSpeed refuses the JSON.
+    """Raise ConfigError if the device cannot train in the plan's precision, or DeepSpeed rejects the JSON.
 
-    unused_gpu: of a machine whose GPU torch cannot use, a sentence that says why.
+    unused_gpu: a sentence that explains why torch cannot use this machine's GPU, if that is so.
     """
     name = plan.precision.name
     if name == "fp16" and device.type == "cpu" and not get_accelerator().is_fp16_supported():
         reason = f" {unused_gpu}." if unused_gpu else ""
         raise ConfigError(
             f"fp16 needs a GPU, and this machine has none that torch can use.{reason} "
-            "On a CPU take ds_configs/cpu.json, or bf16 in its place."
+            "On a CPU, use ds_configs/cpu.json, or bf16 instead of fp16."
         )
     if name == "bf16" and device.type == "cuda" and not has_bf16(device):
         instead = "fp16, as in ds_configs/gtx1060-6gb.json" if wants_fp16(device) else "fp32"
@@ -159,5 +159,5 @@ def check_plan(plan: DeepSpeedPlan, device: torch.device, source: str, unused_gp
     for document in (plan.document, plan.engine_config()):
         try:
             DeepSpeedConfig(document)
-        except Exception as error:  # pydantic's, its own and plain assertions
-            raise ConfigError(f"DeepSpeed refuses {source}: {error}") from error
+        except Exception as error:  # pydantic's errors, DeepSpeed's own, and plain assertions
+            raise ConfigError(f"DeepSpeed rejects {source}: {error}") from error

@@ -1,6 +1,6 @@
 """The training loop of every run: starting and resuming, steps, evaluations, checkpoints, and stopping.
 
-`train` makes a loop, starts it and runs it. What a kind of run adds is a subclass of `TrainingLoop`.
+`train` creates a loop, starts it and runs it. Each kind of run is a subclass of `TrainingLoop`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from electra_ds.training.tracking import RunLog
 
 _log = logging.getLogger(__name__)
 _Evaluated = TypeVar("_Evaluated")
-# However rarely a run logs, its losses are read back and its gradients looked at this often.
-_LOOK_EVERY = 100
+# Read losses back and check gradients at least this often, however rarely a run logs.
+_CHECK_EVERY = 100
 
 
 class Job(Protocol):
-    """Everything a run needs, checked before anything long starts."""
+    """Everything that a run needs, checked before anything slow starts."""
 
     command: ClassVar[str]
-    """The command that resumes such a run."""
+    """The command that resumes this kind of run."""
 
     @property
     def run(self) -> RunDirectory: ...
@@ -65,22 +65,22 @@ class Job(Protocol):
 
     @property
     def total_steps(self) -> int:
-        """The steps of the schedule."""
+        """The number of steps in the schedule."""
 
     @property
     def stop_at(self) -> int:
-        """Step at which to save and leave; the schedule stays that of the recipe."""
+        """The step at which to save and exit; it does not change the schedule."""
 
     def record_files(self, plan: DeepSpeedPlan) -> dict[str, str]:
-        """Return the files that travel in each checkpoint, which is all that it needs. plan: the one in use by now."""
+        """Return the files to store in each checkpoint, so that it is self-contained. plan: the current one."""
 
 
 def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_limit_s: float | None = None) -> bool:
-    """Train from the newest checkpoint, or from the start, to `job.stop_at`; False where the time limit came first.
+    """Train from the newest checkpoint, or from the start, to `job.stop_at`; return False if it stopped before that.
 
-    To be called by all ranks. Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError
-    where gradients stay non-finite, CheckpointError if the disk is full. The main rank's caller holds the run's
-    lock.
+    All ranks must call it, and on the main rank the caller must hold the run's lock. Raises InterruptedBySignalError
+    after a signal (a checkpoint is saved), TrainingError if gradients stay non-finite, and CheckpointError if the disk
+    is full.
     """
     loop = None
     try:
@@ -89,24 +89,24 @@ def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_li
             stack.callback(loop.close)
             loop.start(stack)
             if ranks.is_main:
-                # Only now, since a JSON that DeepSpeed cannot run must not take the place of the one that it could.
+                # Not earlier: a JSON that DeepSpeed cannot run must not replace the one that worked.
                 job.run.write_record(job.recipe, job.plan, job.record)
                 job.run.clear_status()
             return loop.run(preemption)
     except (InterruptedBySignalError, ConfigError, FailedElsewhereError):
-        raise  # stopped as asked; refused, with the run as it was; reported by the rank that failed
+        raise  # stopped on request; rejected, with the run unchanged; reported by the rank that failed
     except Exception as error:
-        if devices.is_out_of_memory(error):  # outside of a step
+        if devices.is_out_of_memory(error):  # outside a step
             error = TrainingError(
-                f"Memory ran out outside of the steps, as in an evaluation: {str(error).splitlines()[0]} Close what "
-                f"else uses it, or take a smaller --micro-batch, and resume: "
+                f"Memory ran out outside the steps, for example in an evaluation: {str(error).splitlines()[0]} Close "
+                f"other programs that use it, or choose a smaller --micro-batch, and resume: "
                 f"{command(job.command)} --resume {job.run.path}"
             )
         with contextlib.suppress(CheckpointError):  # the disk may be full
             if not is_lost_connection(error):
                 job.run.write_status("failed", reason=str(error) or repr(error))
             elif job.run.status() is None:
-                job.run.write_status("failed", reason="a rank died without a word")
+                job.run.write_status("failed", reason="a rank died without an error message")
         raise error
     finally:
         if loop is not None:
@@ -114,19 +114,19 @@ def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_li
 
 
 class TrainingLoop(ABC):
-    """Trains from the newest checkpoint, or from the start. All ranks make it, start it and run it together."""
+    """Trains from the newest checkpoint, or from the start. All ranks create, start and run it together."""
 
     def __init__(
         self, job: Job, ranks: Ranks, builder: Builder, throughput: Throughput, callbacks: Sequence[Callback] = ()
     ) -> None:
-        """builder: of the batch of any step. callbacks: called on the main rank."""
+        """builder: builds the batch of any step. callbacks: called on the main rank."""
         self.job, self.ranks = job, ranks
         self.builder, self.throughput = builder, throughput
         self.callbacks = Callbacks(callbacks, ranks)
         self.plan = job.plan
-        """The job's, or with smaller micro-batches once memory has run out."""
+        """The job's plan, or one with smaller micro-batches after memory ran out."""
         self.evaluation_rows = job.plan.batch.micro_batch_size
-        """Examples that an evaluation takes at a time."""
+        """The number of examples that an evaluation processes at a time."""
         self.device = devices.device(ranks.launch)
         self.checkpoints = CheckpointFolder(job.run.checkpoints, job.record.settings.keep, self.keep_at)
         self.saver = CheckpointSaver(self.checkpoints, ranks)
@@ -134,53 +134,53 @@ class TrainingLoop(ABC):
         self.tokens = 0
         self.engine: Engine | None = None
         self.ends_early: Status | None = None
-        """Set by an evaluation after which there is nothing more to train for: what the run has come to."""
+        """The run's final status, set by an evaluation that decides to end the run early."""
         self._evaluated = 0
-        """The last step of an evaluation, as far as this rank knows; the main rank does."""
+        """The step of the last evaluation; only the main rank knows it after a resume."""
         self._announced: Path | None = None
-        """The last checkpoint that callbacks have heard of."""
+        """The last checkpoint that was passed to the callbacks."""
 
     @property
     def step(self) -> int:
-        """Optimiser steps that are done."""
+        """The number of completed optimizer steps."""
         return self.progress.step
 
-    # What a kind of run says of itself.
+    # What a subclass defines.
 
     @abstractmethod
     def make_engine(self) -> Engine:
-        """Return an engine for `self.plan`, with the weights that training begins with."""
+        """Return an engine for `self.plan`, with the initial weights."""
 
     @abstractmethod
     def evaluate(self) -> Mapping[str, float]:
-        """Evaluate, log the outcome, and return it by name. To be called by all ranks, as all that follow."""
+        """Evaluate, log the metrics and return them by name. All ranks must call it, and the methods below."""
 
     @abstractmethod
     def shown(self, values: Metrics) -> str:
-        """Return a step's losses in a few words."""
+        """Return a short text with a step's losses."""
 
     @abstractmethod
     def check_fresh(self) -> None:
-        """Raise CheckpointError if there is no checkpoint, but one must have been lost. Called on the main rank."""
+        """Raise CheckpointError if a checkpoint must have been lost. Called on the main rank if none is found."""
 
     @property
     def keep_at(self) -> Collection[int]:
-        """Steps whose checkpoints are kept for good."""
+        """The steps whose checkpoints are always retained."""
         return ()
 
-    def about_the_end(self) -> dict[str, Any]:
-        """Return what status.json says besides the status and the step."""
+    def final_status_details(self) -> dict[str, Any]:
+        """Return further entries for status.json, next to the status and the step."""
         return {}
 
-    def finish(self) -> None:  # noqa: B027  # pretraining has nothing to do there
-        """Do what is left after the last evaluation, before the run is done."""
+    def finish(self) -> None:  # noqa: B027  # pretraining has nothing to do here
+        """Do the remaining work after the last evaluation, before the run is done."""
 
     # Starting and resuming.
 
     def start(self, stack: contextlib.ExitStack) -> None:
-        """Make the engine, resume from the newest checkpoint if there is one, and open the log.
+        """Create the engine, resume from the newest checkpoint if there is one, and open the log.
 
-        stack: closes the log with the error that ends the run.
+        stack: closes the log, passing it the error that ends the run.
         """
         with self.ranks.fail_together():
             self.engine = self._make_engine()
@@ -194,7 +194,7 @@ class TrainingLoop(ABC):
 
     def _make_engine(self) -> Engine:
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # what was tried before does not count
+            torch.cuda.reset_peak_memory_stats(self.device)  # leave out earlier trials of micro-batch sizes
         return self.make_engine()
 
     def _open_log(self, stack: contextlib.ExitStack) -> RunLog:
@@ -205,17 +205,17 @@ class TrainingLoop(ABC):
         stack.callback(self.close)  # before the log
         self._evaluated = log.evaluated
         if log.reached > self.step:
-            _log.info("The %s steps after that are repeated.", f"{log.reached - self.step:,}")
+            _log.info("Repeating the %s steps after that.", f"{log.reached - self.step:,}")
         return log
 
     def _resume(self, engine: Engine) -> None:
-        """Resume from the newest complete checkpoint, which all ranks verify together, each a share of its files."""
+        """Resume from the newest complete checkpoint. Each rank verifies a share of its files."""
         with self.ranks.fail_together():
             path, damaged = self.checkpoints.latest_valid(self.ranks)
         with self.ranks.fail_together():
             if self.ranks.is_main:
                 for problem in damaged.values():
-                    _log.warning("%s Falling back to the one before.", problem)
+                    _log.warning("%s Falling back to the checkpoint before it.", problem)
                 if path is None:
                     self.check_fresh()
                 self.checkpoints.tidy(damaged)
@@ -227,8 +227,8 @@ class TrainingLoop(ABC):
             check_same_recipe(checkpoint, self.job.recipe, self.job.run)
             if checkpoint.state["step"] > self.job.stop_at:
                 raise ConfigError(
-                    f"The run is at step {checkpoint.state['step']} already, beyond --stop-at {self.job.stop_at}. "
-                    f"Give a later step, or leave --stop-at out to train to the end."
+                    f"The run is already at step {checkpoint.state['step']}, beyond --stop-at {self.job.stop_at}. "
+                    f"Give a later step, or leave out --stop-at to train to the end."
                 )
         engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
         self.progress.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
@@ -241,7 +241,7 @@ class TrainingLoop(ABC):
         job, settings = self.job, self.job.record.settings
         with self.ranks.fail_together():
             self.callbacks.call("on_start", self.progress)
-        # A run that died between its early end and its status has nothing more to train for.
+        # A run that died after deciding to end early, but before writing its status, does not train any further.
         stop_at = self.step if self.ends_early is not None else job.stop_at
         for step, batch in prefetched(self.builder, self.step, stop_at):
             result = self._train_step(batch, step)
@@ -250,7 +250,7 @@ class TrainingLoop(ABC):
             self.throughput.count(batch)
             known = {"learning_rate": self._engine.learning_rate(step), "tokens_seen": float(self.tokens)}
             self.steps.add(self.step, result, known)
-            if self.step % min(settings.log_every, _LOOK_EVERY) == 0 or self.step == job.stop_at:
+            if self.step % min(settings.log_every, _CHECK_EVERY) == 0 or self.step == job.stop_at:
                 self._report()
             if self.step % settings.eval_every == 0 and self.step < job.stop_at:
                 self._evaluate()
@@ -267,7 +267,7 @@ class TrainingLoop(ABC):
                 self._report()
                 return self._stopped(request)
         self._save()
-        if self.ranks.broadcast(self._evaluated) < self.step:  # it is not if a kill came after it
+        if self.ranks.broadcast(self._evaluated) < self.step:  # false if a killed run had already evaluated
             self._evaluate()
         self._finish_saving()
         status: Status = self.ends_early or ("done" if self.step >= job.total_steps else "stopped")
@@ -275,16 +275,16 @@ class TrainingLoop(ABC):
             self.finish()
         if self.ranks.is_main:
             reason = {"reason": f"--stop-at {job.stop_at}"} if status == "stopped" else {}
-            job.run.write_status(status, step=self.step, **reason, **self.about_the_end())
+            job.run.write_status(status, step=self.step, **reason, **self.final_status_details())
         return True
 
     @property
     def _engine(self) -> Engine:
-        assert self.engine is not None  # `start` has made it
+        assert self.engine is not None  # `start` has created it
         return self.engine
 
     def _train_step(self, batch: StepBatch, step: int) -> dict[str, torch.Tensor]:
-        """Take one optimiser step; if memory runs out, the same step in smaller micro-batches."""
+        """Take one optimizer step; if memory runs out, repeat it with smaller micro-batches."""
         while True:
             try:
                 return self._engine.train_step(batch, step)
@@ -292,31 +292,31 @@ class TrainingLoop(ABC):
                 if not devices.is_out_of_memory(error):
                     raise
                 smaller = self._smaller_plan(step, error)
-            self._continue_with(smaller)  # outside of the handler, which holds on to the failed step's tensors
+            self._continue_with(smaller)  # outside the handler, which keeps the failed step's tensors alive
 
     def _smaller_plan(self, step: int, error: RuntimeError) -> DeepSpeedPlan:
         """Return the plan with half the micro-batch, or the next smaller one that divides the batch.
 
-        Raises TrainingError if the step cannot be done again.
+        Raises TrainingError if the step cannot be repeated.
         """
         batch = self.plan.batch
         sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
         ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
         if not sizes:
             raise TrainingError(
-                f"{ran_out}, and there is no smaller one. Close what else uses the memory, or add an "
+                f"{ran_out}, and there is no smaller one. Close other programs that use the memory, or add an "
                 f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_resume('auto')}"
             ) from error
         if batch.world_size > 1 or not self._engine.optimizer.is_whole:
-            why = "the other ranks wait in the middle of it" if batch.world_size > 1 else "its update had begun"
+            why = "other ranks are in the middle of it" if batch.world_size > 1 else "its update had already begun"
             raise TrainingError(
-                f"{ran_out}, and the step cannot be done again, since {why}. {self._how_to_resume(sizes[0])}"
+                f"{ran_out}, and the step cannot be repeated, since {why}. {self._how_to_resume(sizes[0])}"
             ) from error
         return self.plan.with_micro_batch(sizes[0])
 
     def _continue_with(self, plan: DeepSpeedPlan) -> None:
-        """Make the engine anew under another plan, as a checkpoint would, through the CPU's memory."""
-        self.saver.close()  # whose copy would be a second one
+        """Recreate the engine with another plan, passing its state through CPU memory, as with a checkpoint."""
+        self.saver.close()  # its copy and the one below might not fit together
         optimizer = self._engine.optimizer
         tensors, counters = optimizer.snapshot(), optimizer.counters()
         self._engine.close()
@@ -330,7 +330,7 @@ class TrainingLoop(ABC):
             self.engine = self._make_engine()
             self.engine.optimizer.load(tensors, counters)
         except RuntimeError:
-            if not self.checkpoints.path(self.step).exists():  # nothing that was learned is lost
+            if not self.checkpoints.path(self.step).exists():  # keep what was learned
                 self.checkpoints.save(tensors, self._state() | {"optimizer": counters}, self.record_files)
             raise
         if self.log is not None:
@@ -341,7 +341,7 @@ class TrainingLoop(ABC):
         _log.log(
             NOTE,
             f"memory ran out in step {self.step + 1}, which is repeated; from here on micro-batch x accumulation = "
-            f"{plan.batch}, and global batch and random numbers stay as they were",
+            f"{plan.batch}; global batch and random numbers stay the same",
         )
         try:
             self.job.run.write_record(self.job.recipe, plan, self.job.record)
@@ -350,7 +350,7 @@ class TrainingLoop(ABC):
             _log.warning(f"{error} Give --micro-batch {size} when you resume this run.")
 
     def _report(self) -> None:
-        """Read back the steps since the last call, write them down, and see whether training still moves."""
+        """Read back the steps since the last call, log them, and check that gradients are still finite."""
         optimizer = self._engine.optimizer
         summary, skips = self.steps.report(optimizer), int(optimizer.consecutive_skips.item())
         with self.ranks.fail_together():
@@ -361,8 +361,8 @@ class TrainingLoop(ABC):
                 saved = self._saved()
                 last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
                 raise TrainingError(
-                    f"The gradients have not been finite for {skips} steps (now at step {self.step}); the weights were "
-                    f"left as they were, and {last}. Lower optimizer.learning_rate, or use bf16 or fp32 in place of "
+                    f"The gradients have not been finite for {skips} steps (now at step {self.step}); the weights are "
+                    f"unchanged since then, and {last}. Lower optimizer.learning_rate, or use bf16 or fp32 instead of "
                     f"fp16."
                 )
 
@@ -370,15 +370,15 @@ class TrainingLoop(ABC):
 
     def _evaluate(self) -> None:
         with self.throughput.paused():
-            metrics = finite_values(self.in_memory(self.evaluate))
+            metrics = finite_values(self.reducing_rows(self.evaluate))
             with self.ranks.fail_together():
                 if self.log is not None:
                     self.log.write("eval", self.step, metrics)
                 self.callbacks.call("on_evaluate", self.progress, metrics)
         self._evaluated = self.step
 
-    def in_memory(self, evaluate: Callable[[], _Evaluated]) -> _Evaluated:
-        """Evaluate fewer rows at a time if memory runs out, on which no number depends."""
+    def reducing_rows(self, evaluate: Callable[[], _Evaluated]) -> _Evaluated:
+        """Evaluate, with fewer rows at a time if memory runs out, which does not change the result."""
         while True:
             try:
                 return evaluate()
@@ -395,8 +395,8 @@ class TrainingLoop(ABC):
     # Saving and stopping.
 
     def _save(self) -> None:
-        """Begin to save a checkpoint at the step that is done."""
-        self._finish_saving()  # before the copy: two of them may not fit
+        """Start saving a checkpoint of the current step."""
+        self._finish_saving()  # before the copy: two copies may not fit
         self.saver.save(self._engine.optimizer, self._state(), self.record_files)
 
     def _finish_saving(self) -> None:
@@ -405,35 +405,35 @@ class TrainingLoop(ABC):
             self._announce_checkpoint()
 
     def _announce_checkpoint(self) -> None:
-        """Tell callbacks of a checkpoint that has become complete."""
+        """Call the callbacks for a newly completed checkpoint."""
         path = self.saver.published
         if path is not None and path != self._announced:
             self._announced = path
             self.callbacks.call("on_checkpoint", self.progress, path)
 
     def _saved(self) -> list[Path]:
-        """Return the checkpoints there are, with the one that is being written."""
+        """Return all checkpoints, after waiting for the one that is being written."""
         self.saver.close()
         return self.checkpoints.paths()
 
     def _state(self) -> dict[str, object]:
-        """Return what a checkpoint says besides what the optimizer does."""
-        self.steps.read()  # what comes before a checkpoint must not be lost to a kill after it
+        """Return the contents of state.json, except for the optimizer's counters."""
+        self.steps.read()  # a kill after the checkpoint must not lose the steps before it
         if self.log is not None:
             self.log.flush()
         return {"step": self.step, "tokens": self.tokens, "precision": self.job.plan.precision.name}
 
     def _how_to_resume(self, micro_batch: int | str) -> str:
         saved = self._saved()
-        begin = f"From {saved[-1].name} on" if saved else "No checkpoint was saved yet, so from the start"
+        begin = f"Resume from {saved[-1].name}" if saved else "No checkpoint was saved yet, so start again"
         return f"{begin}: {command(self.job.command)} --resume {self.job.run.path} --micro-batch {micro_batch}"
 
     def _stopped(self, request: StopRequest) -> bool:
-        """Save and leave: return False, or raise InterruptedBySignalError after a signal."""
+        """Save and stop: return False, or raise InterruptedBySignalError after a signal."""
         run = self.job.run
         self._save()
         self._finish_saving()
-        with self.ranks.fail_together():  # launchers end the others once the first has left, so all is written before
+        with self.ranks.fail_together():  # launchers kill the other ranks once one exits, so write everything first
             if self.ranks.is_main:
                 run.write_status("stopped", step=self.step, reason=request.reason)
                 if request.is_to_be_resumed:
@@ -446,11 +446,11 @@ class TrainingLoop(ABC):
         return False
 
     def end(self) -> None:
-        """Tell callbacks that training has ended, whatever ended it."""
+        """Call the callbacks at the end of training, whatever ended it."""
         self.callbacks.call("on_end", self.progress, self.job.run.status() or "stopped")
 
     def close(self) -> None:
-        """Wait for what is being written, and free the engine."""
+        """Wait for the checkpoint that is being written, and free the engine."""
         self.saver.close()
         if self.engine is not None:
             self.engine.close()

@@ -1,8 +1,8 @@
 """AdamW with fp32 masters, loss scale, overflow check and clipping, all on the device.
 
-At stage 0 this is the owner of mixed precision: DeepSpeed 0.19.8 divides by a loss scale that it never
-applied, takes a phantom step at start, and reads some 300 values back from the device per step. A step here
-reads nothing back: overflow is a tensor that torch's fused AdamW takes as `found_inf`.
+At stage 0 this module handles mixed precision, since DeepSpeed 0.19.8 divides by a loss scale that it never applied,
+takes a phantom step at the start, and reads some 300 values back from the device per step. A step here reads nothing
+back: overflow is a tensor that torch's fused AdamW accepts as `found_inf`.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from torch._utils import _unflatten_dense_tensors
 from electra_ds.config.deepspeed_sections import LossScaling
 from electra_ds.config.recipe import OptimizerSection
 
-# Under a fixed scale of 1 the same arithmetic serves fp32 and bf16, where nothing needs scaling.
+# With a fixed scale of 1 the same arithmetic works for fp32 and bf16, which need no scaling.
 NO_SCALING = LossScaling(initial_scale=1.0, is_dynamic=False)
-# What a run that did not scale its loss before takes in fp16 at first, or less where the JSON says so: at DeepSpeed's
-# 2^16 the first updates would be lost until the scale fits (docs/experiments.md). It grows as every scale does.
+# The first scale when a run without loss scaling continues in fp16, unless the JSON's is smaller: at DeepSpeed's 2^16
+# the first updates would be lost until the scale fits (docs/experiments.md). It grows as every scale does.
 FIRST_SCALE = 2.0**8
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# At this step count 1 - beta^count is 1 for every usual beta, and in fp32 adding 1 leaves the count as it is.
+# At this step count 1 - beta^count is 1 for every usual beta, and in fp32 adding 1 does not change the count.
 STEP_WITHOUT_CORRECTION = 2.0**24
 
 FRESH_COUNTERS = {
     "taken_steps": 0.0, "skipped_steps": 0.0, "consecutive_skips": 0.0, "is_scaled": 0.0, "loss_scale": 1.0,
     "good_steps": 0.0, "hysteresis_left": 1.0,
 }  # fmt: skip
-"""What `MasterAdamW.counters` gives of a run that has not begun."""
+"""The `MasterAdamW.counters` of a run that has not begun."""
 
 
 class ParameterRates(NamedTuple):
     """One parameter's own learning rate and weight decay."""
 
     lr_scale: float = 1.0
-    """Its learning rate over the schedule's."""
+    """Its learning rate divided by the schedule's."""
     decays: bool = True
 
 
 def pretraining_rates(name: str) -> ParameterRates:
-    """Matrices and tables decay; biases and LayerNorm do not (google-research/electra)."""
+    """Return the rates of a parameter in pretraining: only matrices and tables decay (google-research/electra)."""
     return ParameterRates(decays=not (name.endswith("bias") or "norm" in name.lower()))
 
 
@@ -52,8 +52,8 @@ Rates = Callable[[str], ParameterRates]
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, rates: Rates = pretraining_rates
 ) -> list[dict[str, Any]]:
-    """Return the parameters that are trained, in groups that are treated alike: in the order in which their kinds first
-    come, the ones that decay first. Frozen parameters (`requires_grad=False`) are in none."""
+    """Return the trained parameters in groups with the same rates: groups with weight decay first, otherwise in the
+    order of first occurrence. Frozen parameters (`requires_grad=False`) are in no group."""
     groups: dict[ParameterRates, list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
@@ -65,7 +65,7 @@ def parameter_groups(
 
 
 def put_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
-    """Give an optimizer's groups the schedule's learning rate, each at its own scale."""
+    """Set the learning rate of an optimizer's groups to the schedule's, times each group's scale."""
     for group in groups:
         group["lr"] = learning_rate * group["lr_scale"]
 
@@ -73,8 +73,8 @@ def put_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) ->
 def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: float = 0.0) -> dict[str, torch.Tensor]:
     """Return the state of torch's AdamW for one parameter, with zero moments.
 
-    Without bias correction the step count stands so high that the correction is 1: the update is the original's,
-    through torch's own kernels. `taken_steps` then has no say.
+    Without bias correction the step count is so high that the correction is 1, so that torch's own kernels compute the
+    original's update. `taken_steps` then has no effect.
     """
     step = taken_steps if bias_correction else STEP_WITHOUT_CORRECTION
     return {
@@ -87,10 +87,10 @@ def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: 
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW over the model's parameters, which may be half precision.
 
-    Non-finite gradients leave weights and moments as they are, in every precision: the step is skipped and
-    counted. `param_groups` hold the model's own parameters; the update runs on fp32 masters (the parameters
-    themselves where they are fp32) and is copied back. Frozen parameters (`requires_grad=False`) have neither master,
-    gradient nor moments, and do not decay; checkpoints hold their weights.
+    Non-finite gradients do not change weights and moments, in any precision: the step is skipped and counted.
+    `param_groups` hold the model's own parameters; the update runs on fp32 masters (the parameters themselves if they
+    are fp32) and is copied back. Frozen parameters (`requires_grad=False`) have no master, gradient or moments, and do
+    not decay; checkpoints contain their weights.
     """
 
     def __init__(
@@ -130,8 +130,7 @@ class MasterAdamW(torch.optim.Optimizer):
         self._good_steps = torch.zeros((), device=device)
         self._hysteresis_left = torch.tensor(float(self.scaling.hysteresis), device=device)
         self.is_whole = True
-        """False from the first change of an update on, until the next step begins: a step whose update has begun cannot
-        be done again."""
+        """False from the start of an update until the next step begins: a step cannot be repeated after that."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
         put_learning_rate((*self.param_groups, *self._inner.param_groups), learning_rate)
@@ -153,7 +152,7 @@ class MasterAdamW(torch.optim.Optimizer):
         self._update_scale(found_inf)
 
     def _master_gradients(self) -> list[torch.Tensor]:
-        """The gradients in fp32, also as those of the masters."""
+        """Return the gradients in fp32, and set them as the masters' gradients."""
         for parameter in self.masters:
             if parameter.grad is None:  # no position counted in this batch
                 parameter.grad = torch.zeros_like(parameter)
@@ -169,14 +168,14 @@ class MasterAdamW(torch.optim.Optimizer):
         return gradients
 
     def _copy_back(self) -> None:
-        """The masters into the model's half-precision parameters."""
+        """Copy the masters into the model's half-precision parameters."""
         if self._has_masters:
             torch._foreach_copy_(list(self.masters), list(self.masters.values()))
             for master in self.masters.values():
                 master.grad = None
 
     def _update_scale(self, found_inf: torch.Tensor) -> None:
-        """DeepSpeed's rule (runtime/fp16/loss_scaler.py), without its blocking reads."""
+        """Update the loss scale by DeepSpeed's rule (runtime/fp16/loss_scaler.py), without its blocking reads."""
         self._taken_steps += 1.0 - found_inf
         self.skipped_steps += found_inf
         self.consecutive_skips = (self.consecutive_skips + 1) * found_inf
@@ -196,12 +195,12 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @property
     def taken_steps(self) -> int:
-        """Updates that AdamW really made. Reads one value back from the device."""
+        """The number of updates that AdamW made. Reads one value back from the device."""
         return int(self._taken_steps.item())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Masters and moments by name: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`; of frozen parameters the
-        weights alone, in fp32, as `master/NAME`."""
+        """Return masters and moments by name: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`. Frozen parameters have
+        only weights, in fp32, as `master/NAME`."""
         result = {f"master/{name}": parameter.detach().float() for name, parameter in self._frozen.items()}
         for parameter, master in self.masters.items():
             name, state = self.names[parameter], self._inner.state[master]
@@ -219,7 +218,7 @@ class MasterAdamW(torch.optim.Optimizer):
         return {self.names[parameter] for parameter in self.masters}
 
     def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Copies of `tensors` in the CPU's memory, of these parameters or of all."""
+        """Return copies of `tensors` in CPU memory, of the named parameters or of all."""
         return {
             key: tensor.to("cpu", copy=True)
             for key, tensor in self.tensors().items()
@@ -227,7 +226,7 @@ class MasterAdamW(torch.optim.Optimizer):
         }
 
     def counters(self) -> dict[str, float]:
-        """Everything else that the next step depends on."""
+        """Return everything else that the next step depends on."""
         return {
             "taken_steps": self.taken_steps,
             "skipped_steps": self.skipped_steps.item(),
@@ -240,7 +239,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
-        """Take over what `snapshot` and `counters` gave, perhaps in another precision.
+        """Load the results of `snapshot` and `counters`, perhaps from another precision.
 
         A run that did not scale its loss before starts from `FIRST_SCALE`.
         """
@@ -266,7 +265,7 @@ class MasterAdamW(torch.optim.Optimizer):
 def learning_rate_at(
     step: int, *, learning_rate: float, kind: Literal["linear", "product"], warmup_steps: int, total_steps: int
 ) -> float:
-    """Return the learning rate of optimiser step `step` (0 for the first one).
+    """Return the learning rate of optimizer step `step` (0 for the first one).
 
     `linear`: rises linearly from 0 over `warmup_steps`, then falls linearly to 0 at `total_steps`
     (transformers' `get_linear_schedule_with_warmup`, which the reproduction study used). `product`: the rise

@@ -1,4 +1,4 @@
-"""How a run stops early: a signal, the time limit or the launcher's death becomes one decision of all ranks."""
+"""Stopping a run early: all ranks agree to stop after a signal, the time limit or the launcher's death."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, leave_at_once
+from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, exit_immediately
 from electra_ds.core.ranks import Ranks
 
 
 class StopRequest(NamedTuple):
-    """Why all ranks are to stop."""
+    """The reason why all ranks stop."""
 
     reason: str
     signum: int | None
-    """The signal, where it was one."""
+    """The signal's number; None without a signal."""
     is_to_be_resumed: bool = True
-    """Whether a job script is to start the run again."""
+    """True if a job script should start the run again."""
 
 
 _TIME_LIMIT, _LAUNCHER_DIED, _SAVE_FAILED, _CALLBACK = 1000, 1001, 1002, 1003  # above the numbers of signals
@@ -32,11 +32,11 @@ _REQUESTS = {
 
 
 class Preemption:
-    """Turns a signal on any rank, the end of the time limit, a callback's wish or the launcher's death into one
-    decision of all ranks.
+    """Makes all ranks stop together after a signal on any rank, the time limit, a callback's request or the launcher's
+    death.
 
-    Signals are read by a thread, so that a second one, at least 5 s after the first, ends the process at once even
-    where the main thread waits for another rank.
+    A thread reads signals, so that a second one, at least 5 s after the first, ends the process immediately, even while
+    the main thread waits for another rank.
     """
 
     def __init__(self, ranks: Ranks, time_limit_s: float | None = None) -> None:
@@ -46,16 +46,16 @@ class Preemption:
         self._signal = 0
         self._asked: Any = None
         self._reason = ""
-        self._hears_signals = threading.current_thread() is threading.main_thread()  # Python delivers them to no other
+        self._handles_signals = threading.current_thread() is threading.main_thread()  # only there Python handles them
 
     def __enter__(self) -> Preemption:
-        if not self._hears_signals:
+        if not self._handles_signals:
             return self
         self._reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._writer = writer
         self._previous_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, _leave_to_thread) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, _ignore) for number in STOP_SIGNALS}
         self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -69,17 +69,17 @@ class Preemption:
             if first is None:
                 first, self._signal = now, numbers[0]
             elif now - first >= SECOND_SIGNAL_AFTER_S:
-                leave_at_once(numbers[0])
+                exit_immediately(numbers[0])
 
     def ask(self, reason: str) -> None:
-        """Wish that all ranks stop, for a reason that is written into status.json."""
+        """Request that all ranks stop. reason: for status.json."""
         self._reason = reason
 
     def decide(self, *, save_failed: bool = False) -> StopRequest | None:
-        """To be called by every rank after every step; all get the same answer.
+        """Return the request to stop, if any, the same on all ranks. Every rank must call it after every step.
 
-        save_failed: whether this rank wishes to stop since a checkpoint could not be written. With several ranks a wish
-        is answered one step later, so that nobody waits for the asking.
+        save_failed: True if this rank must stop because a checkpoint could not be written. With several ranks a request
+        takes effect one step later, so that no rank waits for the communication.
         """
         wish = self._signal
         if not wish and self._deadline is not None and time.monotonic() > self._deadline:
@@ -101,9 +101,9 @@ class Preemption:
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is None and self._asked is not None:
-            with contextlib.suppress(RuntimeError):  # the others may have left already
+            with contextlib.suppress(RuntimeError):  # the other ranks may have exited already
                 self._ranks.finish_maximum(self._asked)
-        if not self._hears_signals:
+        if not self._handles_signals:
             return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -113,5 +113,5 @@ class Preemption:
         self._reader.close()
 
 
-def _leave_to_thread(number: int, frame: Any) -> None:
-    """Python needs a handler to be there; the thread reads the signal's number."""
+def _ignore(number: int, frame: Any) -> None:
+    """Do nothing: Python needs a handler, but the thread reads the signal's number."""

@@ -1,4 +1,4 @@
-"""What every run needs before its first step, whatever it trains: a plan for this device, a record, and its folder."""
+"""Preparing any kind of run for its first step: a plan for this device, a record, and its folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from electra_ds.config.cards import cannot_use, check_gpu, find_card, look, notes_at_start
+from electra_ds.config.cards import cannot_use, check_gpu, detect_hardware, find_card, notes_at_start
 from electra_ds.config.deepspeed import (
     DeepSpeedPlan,
     cut_for,
@@ -42,7 +42,7 @@ RecordT = TypeVar("RecordT", bound=Record)
 
 
 def plan_new(options: RunOptions, recipe: TrainingRecipe, run: RunDirectory, ranks: Ranks) -> DeepSpeedPlan:
-    """Return the DeepSpeed JSON resolved for a new run, checked before its data is built. Raises ConfigError."""
+    """Return the DeepSpeed JSON resolved and checked for a new run, before its data is built. Raises ConfigError."""
     run.check_free()
     stop_at(options, recipe)
     plan = plan_for(options, recipe, ranks)
@@ -52,7 +52,7 @@ def plan_new(options: RunOptions, recipe: TrainingRecipe, run: RunDirectory, ran
 
 
 def plan_for(options: RunOptions, recipe: TrainingRecipe, ranks: Ranks) -> DeepSpeedPlan:
-    """Return the DeepSpeed JSON of a new run, or the default one of this machine, resolved. Raises ConfigError."""
+    """Return a new run's DeepSpeed JSON, or this machine's default one, resolved. Raises ConfigError."""
     if options.ds_config:
         return resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
     device = devices.device(ranks.launch)
@@ -64,9 +64,9 @@ def plan_for(options: RunOptions, recipe: TrainingRecipe, ranks: Ranks) -> DeepS
 def resolved_plan(
     options: RunOptions, values: dict[str, Any], source: str, recipe: TrainingRecipe, ranks: Ranks
 ) -> DeepSpeedPlan:
-    """Return a DeepSpeed JSON resolved for the device of these ranks. Raises ConfigError if it cannot be run there."""
+    """Return a DeepSpeed JSON resolved for these ranks' device. Raises ConfigError if it cannot be used there."""
     device = devices.device(ranks.launch)
-    hardware = look(torch)
+    hardware = detect_hardware(torch)
     check_gpu(hardware, device.index)
     values = with_micro_batch(values, options.micro_batch)
     auto_fp16 = wants_fp16(device)
@@ -75,17 +75,17 @@ def resolved_plan(
     notes = notes_at_start(hardware, device.index, plan.precision.name)
     made_for = find_card(Path(source).stem)
     if device.type == "cpu" and made_for is not None and not notes:
-        notes = [f"{Path(source).stem} is made for a {made_for.name}; there is no GPU here, so the CPU trains"]
+        notes = [f"{Path(source).stem} is made for a {made_for.name}; without a GPU here, training runs on the CPU"]
     return replace(plan, notes=(*plan.notes, *notes))
 
 
 def plan_of_run(
     options: RunOptions, run: RunDirectory, record: Record, recipe: TrainingRecipe, ranks: Ranks
 ) -> DeepSpeedPlan:
-    """Return the plan of a run that is resumed, or of one of its checkpoints: the JSON that is given, or else its own.
+    """Return the plan for resuming a run, or for one of its checkpoints: from the given JSON, or else the run's own.
 
-    Of its own, what we chose of the batch's cut is chosen again on another number of ranks, and on another device where
-    that depends on its memory; what the user gave stays. Raises ConfigError.
+    With the run's own JSON, the micro-batch and accumulation that we chose are chosen again on another number of ranks,
+    and on another device if they depend on its memory; values that the user gave stay. Raises ConfigError.
     """
     if options.ds_config:
         return resolved_plan(options, read_deepspeed_json(options.ds_config), options.ds_config, recipe, ranks)
@@ -101,20 +101,20 @@ def plan_of_run(
     if given is None and not is_same_number:
         notes = (
             *notes,
-            f"the run's record does not say who chose its micro-batch, so it is kept as far as it divides the batch "
+            f"the run's record does not say who chose its micro-batch, so it stays the same if it divides the batch "
             f"({plan.batch}); --micro-batch auto chooses it again",
         )
     return replace(plan, given_batch=given, is_micro_batch_open=is_open, notes=notes)
 
 
 def _is_as_recorded(record: Record, ranks: Ranks) -> bool:
-    """Return whether a run resumes with as many ranks as it had, on the same kind of device."""
+    """Return whether a run resumes with the same number of ranks on the same kind of device."""
     device = devices.device_name(devices.device(ranks.launch))
     return ranks.world_size == record.world_size and device == record.device
 
 
 def stop_at(options: RunOptions, recipe: TrainingRecipe) -> int:
-    """Return the step at which to save and leave. Raises ConfigError if it is beyond the schedule."""
+    """Return the step at which to save and exit. Raises ConfigError if it is beyond the schedule."""
     total = recipe.schedule.total_steps
     if options.stop_at is not None and options.stop_at > total:
         raise ConfigError(f"--stop-at {options.stop_at} is beyond the schedule's {total} steps.")
@@ -127,8 +127,8 @@ def stop_at(options: RunOptions, recipe: TrainingRecipe) -> int:
 def new_record(
     options: RunOptions, plan: DeepSpeedPlan, defaults: Settings, run: RunDirectory, ranks: Ranks
 ) -> dict[str, Any]:
-    """Return what the records of all new runs have. defaults: settings for what is not given. Sets the number of
-    threads."""
+    """Return the fields that the records of all new runs have, and set the number of threads. defaults: settings for
+    options that are not given."""
     return {
         "device": devices.device_name(devices.device(ranks.launch)),
         "threads": devices.set_threads(options.threads, ranks.launch),
@@ -140,12 +140,14 @@ def new_record(
     }
 
 
-def record_again(record: RecordT, options: RunOptions, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks) -> RecordT:
-    """Return a run's record for where it is resumed. Raises ConfigError if it cannot be tracked as asked.
+def resumed_record(
+    record: RecordT, options: RunOptions, plan: DeepSpeedPlan, run: RunDirectory, ranks: Ranks
+) -> RecordT:
+    """Return a resumed run's updated record. Raises ConfigError if a requested tracker cannot be used.
 
-    The number of threads is set, and chosen again where we chose it and ranks or device are others.
+    This sets the number of threads. If we chose it, it is chosen again on another number of ranks or device.
     """
-    # The run's own JSON spoke at the start; what was said then, --wandb off for instance, is in the record.
+    # The record already contains the settings of the run's own JSON and the options at its start, such as --wandb off.
     monitors = plan.monitors if options.ds_config else Monitors()
     tracking = tracking_settings(options, record.tracking, monitors, run)
     if ranks.is_main:
@@ -167,10 +169,10 @@ def record_again(record: RecordT, options: RunOptions, plan: DeepSpeedPlan, run:
 def tracking_settings(
     options: RunOptions, before: TrackingSettings, monitors: Monitors, run: RunDirectory
 ) -> TrackingSettings:
-    """Return what was recorded, then the sections that a DeepSpeed JSON enables, then what is given as an option.
+    """Return the tracking settings: options override a DeepSpeed JSON's sections, which override the recorded ones.
 
-    WANDB_MODE decides the mode where only the JSON asks for wandb, as it does in DeepSpeed.
-    Raises ConfigError if a value would have no effect.
+    WANDB_MODE decides the mode if only the JSON enables wandb, as in DeepSpeed. Raises ConfigError if a value would
+    have no effect.
     """
     wandb: dict[str, Any] = {}
     if monitors.wandb is not None:
@@ -187,24 +189,24 @@ def tracking_settings(
     settings = replace(before, **new)
     if settings.wandb == "off" and given.keys() - {"wandb"}:
         raise ConfigError(
-            "--wandb-project, --wandb-entity and --wandb-group say where wandb puts the run, but wandb is off. "
+            "--wandb-project, --wandb-entity and --wandb-group have no effect, because wandb is off. "
             "Add --wandb online or --wandb offline."
         )
     return settings
 
 
 def _folder(monitor: FolderMonitor, default: str, run: RunDirectory) -> str:
-    """Return output_path/job_name as in DeepSpeed; where they are not given, a folder of the run."""
+    """Return output_path/job_name as in DeepSpeed, or by default a folder in the run directory."""
     if not monitor.output_path:
         return str(Path(default) / monitor.job_name)
     return str(Path(monitor.output_path).resolve() / (monitor.job_name or run.path.resolve().name))
 
 
-# --- the run directory, and what is said
+# --- the run directory and messages
 
 
 def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks: Ranks) -> bool:
-    """Return whether a run has reached the end of its schedule. To be called by all ranks, which agree on it.
+    """Return whether a run has reached the end of its schedule, the same on all ranks, which must all call it.
 
     Raises CheckpointError if there is no such run.
     """
@@ -224,7 +226,7 @@ def hold(run: RunDirectory, ranks: Ranks, held: contextlib.ExitStack, *, is_new:
 
 
 def announce(what: str, device: str, threads: int, plan: DeepSpeedPlan, run: RunDirectory) -> None:
-    """Print what is about to run, and the notes on its plan. what: lines about model and data."""
+    """Log what is about to run, and the notes on its plan. what: lines about model and data."""
     _log.info(
         f"{what}\n{devices.shown_threads(device, threads)}, {plan.precision.name}, ZeRO stage {plan.stage}, "
         f"micro-batch x accumulation = {plan.batch}\nrun directory: {run.path}",

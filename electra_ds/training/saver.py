@@ -1,4 +1,4 @@
-"""Checkpoints in the background: training waits for the copy to memory, not for the disk."""
+"""Saving checkpoints in the background: training waits only for the copy to memory, not for the disk."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.published: Path | None = None
-        """The last checkpoint that this rank has published; the main rank does."""
+        """The last checkpoint that this rank has published; only the main rank publishes."""
 
     def save(self, optimizer: MasterAdamW | ZeroAdamW, state: dict[str, Any], record: Mapping[str, str]) -> None:
-        """Copy what the optimizer holds and begin to write it, each rank its share; `finish` waits for the end.
+        """Copy the optimizer's state and start writing it, each rank its share; `finish` waits for the end.
 
-        state: what goes into state.json besides the optimizer's counters. Raises CheckpointError if the save before
-        this one failed.
+        state: for state.json, in addition to the optimizer's counters. Raises CheckpointError if the previous save
+        failed.
         """
-        self.finish()  # before the copy: two of them may not fit
+        self.finish()  # before the copy: two copies may not fit
         is_there, token = self._ranks.broadcast((self._folder.path(state["step"]).exists(), secrets.token_hex(4)))
         if is_there:
-            return  # published by this very step; damaged ones are set aside before training continues
+            return  # this step is already published; damaged checkpoints are set aside before training continues
         tensors = optimizer.snapshot(share_of(optimizer.shapes(), self._ranks.rank, self._ranks.world_size))
         state = state | {"optimizer": optimizer.counters()}
         pending = PendingCheckpoint(self._folder, state["step"], token)
@@ -52,7 +52,7 @@ class CheckpointSaver:
         state: dict[str, Any],
         record: Mapping[str, str],
     ) -> None:
-        """Write this rank's share, and on the main rank publish the checkpoint if every rank has written its own."""
+        """Write this rank's share; on the main rank, publish the checkpoint if every rank has written its share."""
         own: dict[str, FileEntry] | None = None
         shards: list[dict[str, FileEntry] | None] = []
         try:
@@ -65,20 +65,20 @@ class CheckpointSaver:
                     {name: entry for shard in shards for name, entry in (shard or {}).items()}, state, record
                 )
                 self.published = pending.final
-        except Exception as error:  # to be raised where the training thread next looks
+        except Exception as error:  # raised the next time that the training thread checks
             self._error = error
-        # On every rank, which may have a disk of its own. A rank that lost the others leaves the files to them.
+        # On every rank, since ranks may have separate disks. A rank that lost the others leaves the files to them.
         if shards and (self._error is not None or None in shards):
             pending.discard()
 
     @property
     def has_failed(self) -> bool:
-        """True if this rank knows that the last save failed; `finish` says why."""
+        """True if this rank knows that the last save failed; `finish` raises the reason."""
         return self._error is not None
 
     def finish(self) -> None:
-        """Wait until the checkpoint that was begun stands. Raises CheckpointError on the rank that could not write its
-        part of it, and FailedElsewhereError on the others."""
+        """Wait until the pending checkpoint is published. Raises CheckpointError on the rank that could not write its
+        share, and FailedElsewhereError on the others."""
         self.close()
         with self._ranks.fail_together():
             error, self._error = self._error, None
@@ -86,7 +86,7 @@ class CheckpointSaver:
                 raise error
 
     def close(self) -> None:
-        """Wait for what was begun, and leave its outcome to `finish`."""
+        """Wait for the pending save, and leave reporting its result to `finish`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

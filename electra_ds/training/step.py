@@ -1,7 +1,7 @@
-"""What a training step needs of any model: a forward pass, batches that can be cut, and losses as named sums.
+"""The interface between a training step and any model: a forward pass, divisible batches, and losses as named sums.
 
-A loss is a sum over a micro-batch, which is divided by a count over the whole global batch. So a batch may be cut into
-any micro-batches, accumulation steps and ranks, and its losses stay the same.
+A loss is a sum over a micro-batch, divided by a count over the entire global batch. So a batch can be divided into any
+micro-batches, accumulation steps and ranks, and its losses stay the same.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class LossTerm(NamedTuple):
     weight: float
     """Its weight in the loss that is differentiated."""
     divisor: int
-    """What its sum is divided by: the number of its terms in the global batch."""
+    """The divisor of its sum: the number of its terms in the global batch."""
 
 
 class StepBatch(Protocol):
-    """The global batch of one step, of whatever a model is trained on."""
+    """The global batch of one step, for any kind of training data."""
 
     @property
     @abstractmethod
@@ -42,7 +42,7 @@ class StepBatch(Protocol):
 
     @abstractmethod
     def micro_batch(self, first: int, size: int) -> Any:
-        """Return examples `first` to `first + size` as something with `to(device)` that the model takes."""
+        """Return examples `first` to `first + size` as the model's input, an object with `to(device)`."""
 
 
 class StepOutput(Protocol):
@@ -73,11 +73,11 @@ class StepLosses:
         return share
 
     def result(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the step's scalars, still on the device so that nobody waits for them.
+        """Return the step's scalars, still on the device, so that nothing waits for them.
 
-        `loss` is the weighted sum that was differentiated, and each loss's mean stands under its own name; a term named
-        `loss` is reported as its mean. All are this rank's share: the sum over ranks is that of the global batch.
-        `grad_norm`, the last one, is that of all ranks together before clipping; not finite if the step was skipped.
+        `loss` is the weighted sum that was differentiated, and each loss's mean has the loss's own name; a term named
+        `loss` is reported as its mean. Each is this rank's share: the sum over ranks is the global batch's value.
+        `grad_norm`, the last one, is the norm over all ranks before clipping; not finite if the step was skipped.
         """
         means = {name: torch.stack(sums).sum() / self._terms[name].divisor for name, sums in self._sums.items()}
         total = None
@@ -93,11 +93,11 @@ _AUTOCAST = {"autocast-fp16": torch.float16, "autocast-bf16": torch.bfloat16}
 
 
 class TrainableModel(Protocol):
-    """A `torch.nn.Module` that any engine can train, since it lets itself be set up."""
+    """A `torch.nn.Module` that any engine can set up and train."""
 
     def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
-        """autocast_dtype: for its forward pass, None for none. checkpointed_layers: how many of each encoder, from the
-        first, keep their input alone for the backward pass."""
+        """autocast_dtype: of the forward pass; None for no autocast. checkpointed_layers: number of layers of each
+        encoder, from the first, that keep only their input for the backward pass."""
 
     def named_parameters(self) -> Any: ...
 
@@ -105,29 +105,29 @@ class TrainableModel(Protocol):
 
 
 class AutocastModel(nn.Module, ABC):
-    """A model that runs its own forward pass under torch.autocast, since DeepSpeed's engine switches off an autocast
-    that it was called under."""
+    """A model that runs its own forward pass under torch.autocast, since DeepSpeed's engine switches off its caller's
+    autocast."""
 
     autocast_dtype: torch.dtype | None = None
-    """The dtype of the forward pass; None for that of the weights."""
+    """The dtype of the forward pass; None for the dtype of the weights."""
     checkpointed_layers: int = 0
     """Layers of each encoder, from the first, that keep only their input for the backward pass."""
 
     def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
-        """Take what an engine's plan says of the model itself."""
+        """Set what an engine's plan decides about the model itself."""
         self.autocast_dtype, self.checkpointed_layers = autocast_dtype, checkpointed_layers
 
     def forward(self, batch: Any, replayed: Any = None) -> Any:
         """Return the losses of one micro-batch, as a `training.step.StepOutput`.
 
-        replayed: what another run drew at random, to be taken in place of own draws; None to draw.
+        replayed: another run's random draws, to use instead of new ones; None to draw.
         """
         with torch.autocast(batch.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self.run(batch, replayed)
 
     @abstractmethod
     def run(self, batch: Any, replayed: Any) -> Any:
-        """Do what `forward` says, under its autocast. An engine may put a compiled form in the place of this method."""
+        """Compute what `forward` returns, under its autocast. An engine may replace this method by a compiled one."""
 
 
 def set_up_model(model: TrainableModel, plan: DeepSpeedPlan) -> torch.dtype:
@@ -137,13 +137,13 @@ def set_up_model(model: TrainableModel, plan: DeepSpeedPlan) -> torch.dtype:
 
 
 class Builder(Protocol):
-    """Builds the batch of any step, of whatever kind."""
+    """Builds the batch of any step, for any kind of training."""
 
     def build(self, step: int) -> Any: ...
 
 
 def prefetched(builder: Builder, first_step: int, stop_step: int) -> Iterator[tuple[int, Any]]:
-    """Yield (step, batch) in order, built up to two steps ahead in a thread."""
+    """Yield (step, batch) in order; a thread builds batches up to two steps ahead."""
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
     try:
         ahead = deque(thread.submit(builder.build, step) for step in range(first_step, min(first_step + 2, stop_step)))

@@ -1,4 +1,4 @@
-"""What is known of steps: their losses, read back from the device together, and how fast they went."""
+"""Metrics of steps: their losses, which are read back from the device together, and their speed."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from electra_ds.training.tracking import RunLog
 from electra_ds.training.zero import ZeroAdamW
 
 _HOPELESS_SKIPS = 20
-"""Steps in a row without a finite gradient, beyond those that a loss scale may need to come down."""
+"""Consecutive steps without a finite gradient, in addition to those that a loss scale may need to decrease."""
 
 
 def joint_peak_flops(device: torch.device, precision: str, world_size: int) -> float | None:
-    """Return the peak FLOP/s of all ranks, with cards like this one; None on a CPU or an unknown card."""
+    """Return the peak FLOP/s of all ranks, assuming the same card on each; None on a CPU or an unknown card."""
     card = find_card(devices.device_name(device)) if device.type == "cuda" else None
     peak = None if card is None else peak_flops(card, precision)
     return None if peak is None else peak * world_size
 
 
 class Throughput:
-    """Tokens and model FLOPs a second of all ranks since the last reading; padding is neither."""
+    """Tokens and model FLOPs per second of all ranks since the last reading, without padding."""
 
     def __init__(self, device: torch.device, peak_flops: float | None, flops_of: Callable[[Any], float | None]) -> None:
-        """flops_of: model FLOPs of a step over a batch, asked for if the peak is known; None if they are not known."""
+        """flops_of: returns the model FLOPs of a batch's step, or None if unknown; called only if the peak is known."""
         self._device = device
         self._peak_flops = peak_flops
         self._flops_of = flops_of
@@ -52,7 +52,7 @@ class Throughput:
             self._flops += flops
 
     def read(self) -> dict[str, float]:
-        """Return `tokens_per_s` and, where the peak is known, `mfu`: model FLOPs a second over the peak."""
+        """Return `tokens_per_s` and, if the peak is known, `mfu`: model FLOPs per second divided by the peak."""
         now = self._now()
         elapsed_s = max(now - self._clock, 1e-9)
         rates: dict[str, float] = {"tokens_per_s": round(self._tokens / elapsed_s)}
@@ -70,14 +70,14 @@ class Throughput:
         self._clock += self._now() - started
 
     def _now(self) -> float:
-        """Return the time once a GPU has done all that was begun; the host may be steps ahead of it."""
+        """Return the time after the GPU has finished all queued work; the host may be several steps ahead of it."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.monotonic()
 
 
 class StepLog:
-    """Keeps the scalars of steps on the device until somebody reads them. All ranks must call each method together."""
+    """Keeps the scalars of steps on the device until they are read. All ranks must call each method together."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class StepLog:
         callbacks: Callbacks,
         shown: Callable[[Metrics], str],
     ) -> None:
-        """log: where lines go, None on all ranks but the main one. shown: a step's losses in a few words."""
+        """log: the log to write to, on the main rank only. shown: returns a short text with a step's losses."""
         self._ranks, self._device, self._throughput, self._shown = ranks, device, throughput, shown
         self._log, self._progress, self._callbacks = log, progress, callbacks
         self._unread: list[tuple[int, dict[str, torch.Tensor], dict[str, float]]] = []
@@ -99,8 +99,8 @@ class StepLog:
         self._unread.append((step, result, known))
 
     def report(self, optimizer: MasterAdamW | ZeroAdamW) -> str | None:
-        """Read back the steps since the last call and write them down; return in one line how the last one went, None
-        if there was none."""
+        """Read back the steps since the last call and log them; return a one-line summary of the last one, or None if
+        there was none."""
         extra = self._throughput.read()
         shown = f"{extra['tokens_per_s']:,.0f} tokens/s"
         if "mfu" in extra:
@@ -115,7 +115,7 @@ class StepLog:
     def read(self, **extra: float) -> Metrics:
         """Write a line for each step whose losses are still on the device; return the last one's values.
 
-        extra: more for the last one.
+        extra: further values for the last one.
         """
         values: Metrics = {}
         with self._ranks.fail_together():
@@ -128,7 +128,7 @@ class StepLog:
         return values
 
     def _read_back(self) -> list[tuple[int, Metrics]]:
-        """Return (step, its numbers) of the unread steps: one sum over ranks, one wait for the device."""
+        """Return (step, metrics) of the unread steps, with one sum over ranks and one wait for the device."""
         if not self._unread:
             return []
         steps, results, known = zip(*self._unread, strict=True)
@@ -143,13 +143,13 @@ class StepLog:
 
 
 def finite_values(values: Mapping[str, float]) -> Metrics:
-    """Return numbers by name with None for those that are not finite, which JSON does not know."""
+    """Return numbers by name with None for those that are not finite, which JSON cannot represent."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def allowed_skips(scaling: LossScaling | None) -> int:
-    """Return how many steps in a row may have gradients that are not finite: as many as a loss scale may need to come
-    down, and some more. scaling: the plan's, None for none."""
+    """Return the allowed number of consecutive steps with non-finite gradients: what a loss scale may need to decrease,
+    and a margin. scaling: the plan's; None without loss scaling."""
     if scaling is None or not scaling.is_dynamic:
         return _HOPELESS_SKIPS
     return _HOPELESS_SKIPS + scaling.hysteresis + int(math.log2(max(1.0, scaling.initial_scale)))

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl, and Weights & Biases, TensorBoard and CSV for those who watch them there.
+"""Logging a run's metrics: metrics.jsonl, and optionally Weights & Biases, TensorBoard and CSV.
 
-Trackers name them KIND/NAME, such as `train/loss` and `eval/accuracy`. A tracker that fails in the middle of a run is
-dropped with one warning; metrics.jsonl has every number in any case.
+Trackers name metrics KIND/NAME, such as `train/loss` and `eval/accuracy`. A tracker that fails during a run is dropped
+with one warning; metrics.jsonl always has every number.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from electra_ds.core.terminal import NOTE, log_command
 
 _log = logging.getLogger(__name__)
 _FINISH_WITHIN_S = 60.0
-"""An upload that takes longer at the end is left to `wandb sync`: a job scheduler may be waiting to kill us."""
+"""Time limit for the upload at the end; `wandb sync` can upload the rest. A job scheduler may be about to kill us."""
 _LOST_ROWS = 512
-"""More than a kill can lose: wandb writes its file in blocks of 32 KiB, and a row takes more than 64 bytes."""
+"""More rows than a kill can lose: wandb writes its file in blocks of 32 KiB, and a row has more than 64 bytes."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics.jsonl, the last of which a kill may have cut; none if there is no file."""
+    """Return the complete lines of a metrics.jsonl, since a kill may have truncated the last; none without a file."""
     return metrics_lines(path.read_text("utf8", errors="replace")) if path.exists() else []
 
 
@@ -45,34 +45,34 @@ def metrics_lines(text: str) -> list[dict[str, Any]]:
 
 
 def check_tracking(settings: TrackingSettings, run: RunDirectory, *, is_new: bool) -> None:
-    """Raises ConfigError if a tracker could not run: not installed, no account, another run's folder."""
+    """Raise ConfigError if a tracker cannot run: not installed, no account, or another run's folder."""
     if settings.tensorboard is not None:
         _tensorboard_module()
     if settings.wandb == "online" and not wandb_login():
         raise ConfigError(
-            "wandb has no API key on this machine. Log in with: wandb login; or take --wandb offline, which needs no "
+            "wandb has no API key on this machine. Log in with: wandb login; or use --wandb offline, which needs no "
             "account, and upload later; or --wandb off."
         )
     for folder, pattern in ((settings.tensorboard, "*tfevents*"), (settings.csv, "*.csv")):
         if is_new and folder is not None and any((run.path / folder).glob(pattern)):
             raise ConfigError(
-                f"{run.path / folder} holds the numbers of another run. Choose another --run-dir, or another "
+                f"{run.path / folder} contains the metrics of another run. Choose another --run-dir, or another "
                 f"job_name or output_path in the DeepSpeed JSON."
             )
 
 
 class RunLog:
-    """metrics.jsonl, one JSON object a line with `step` and `kind` ("train", "eval" or "plan"), and the trackers.
+    """Writes metrics.jsonl, one JSON object per line with `step` and `kind` ("train", "eval" or "plan"), and trackers.
 
-    `reached` is the last step that a killed run logged, and `evaluated` the last evaluation that is kept.
+    `reached` is the last step that a killed run logged, and `evaluated` the step of the last evaluation that is kept.
     """
 
     def __init__(
         self, run: RunDirectory, settings: TrackingSettings, config: Mapping[str, Any], resume_step: int
     ) -> None:
-        """Lines after `resume_step`, which a killed run wrote beyond its last checkpoint, are dropped.
+        """Open the log, dropping lines after `resume_step`, which a killed run wrote after its last checkpoint.
 
-        config: shown next to wandb's curves. Raises CheckpointError if a file cannot be written and ConfigError if
+        config: shown next to wandb's curves. Raises CheckpointError if a file cannot be written, and ConfigError if
         wandb cannot start even offline.
         """
         if overruled := overruled_wandb_mode(settings.wandb):
@@ -95,7 +95,7 @@ class RunLog:
             raise CheckpointError(f"Cannot write {error.filename or run.path}: {error.strerror}.") from error
 
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """Raises CheckpointError if the disk is full."""
+        """Log the values of a step. Raises CheckpointError if the disk is full."""
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         except OSError as error:
@@ -104,17 +104,17 @@ class RunLog:
         self._each(lambda tracker: tracker.write(step, named))
 
     def flush(self) -> None:
-        """Make what was written outlive a kill of this process; metrics.jsonl does anyway, line by line."""
+        """Make written values survive a kill of this process. metrics.jsonl always does, line by line."""
         self._each(lambda tracker: tracker.flush())
 
     def finish(self, error: BaseException | None) -> None:
-        """Close everything. error: what ended the run, from which the process's exit status follows."""
+        """Close everything. error: the error that ended the run, which determines the process's exit status."""
         status = 0 if error is None else 1
         if isinstance(error, InterruptedBySignalError):
             status = 128 + error.signum
         elif isinstance(error, ElectraError):
             status = 2
-        with contextlib.suppress(OSError):  # the line that did not fit was reported when it was written
+        with contextlib.suppress(OSError):  # a failed write was reported already
             self._file.close()
         self._each(lambda tracker: tracker.close(status))
 
@@ -125,7 +125,7 @@ class RunLog:
             except Exception as error:  # whatever a tracker raises, it must not end the training
                 self._trackers.remove(tracker)
                 _log.warning(
-                    f"{tracker.name} failed and is left out from now on ({type(error).__name__}: {error}). Training "
+                    f"{tracker.name} failed and is disabled from now on ({type(error).__name__}: {error}). Training "
                     f"continues; metrics.jsonl has every number.",
                 )
 
@@ -137,12 +137,12 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _named(kind: str, values: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the numbers under trackers' names, without those that are None, for not finite."""
+    """Return the values under the trackers' names, without values that are not finite (None)."""
     return {f"{kind}/{name}": value for name, value in values.items() if value is not None}
 
 
 class _Tracker:
-    """One place that numbers go to."""
+    """A destination of metrics."""
 
     name: str
 
@@ -150,7 +150,7 @@ class _Tracker:
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Make what was written outlive a kill of this process, where that is possible."""
+        """Make written values survive a kill of this process, if possible."""
 
     def close(self, status: int) -> None:
         """status: the process's exit status."""
@@ -158,7 +158,7 @@ class _Tracker:
 
 
 class _CsvFolder(_Tracker):
-    """One file a metric, laid out as DeepSpeed's csv_monitor does: train_loss.csv with the columns step, loss."""
+    """One file per metric, in the format of DeepSpeed's csv_monitor: train_loss.csv with the columns step, loss."""
 
     name = "csv_monitor"
 
@@ -188,7 +188,7 @@ class _CsvFolder(_Tracker):
 
 def _tensorboard_module() -> Any:
     try:
-        return importlib.import_module("torch.utils.tensorboard")  # a second's import, for those who asked for it
+        return importlib.import_module("torch.utils.tensorboard")  # takes a second, so only when it is used
     except ImportError as error:
         raise ConfigError(
             f"TensorBoard is not installed ({error}). Install it with: pip install tensorboard"
@@ -199,7 +199,7 @@ class _TensorBoard(_Tracker):
     name = "TensorBoard"
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        # TensorBoard hides what earlier files of the folder say about the steps from purge_step on.
+        # TensorBoard hides values in the folder's earlier files from purge_step on.
         self._writer = _tensorboard_module().SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -218,9 +218,9 @@ class _Wandb(_Tracker):
 
     wandb drops rows whose step is not above the last one, and offline it starts again at 0. A killed run repeats the
     steps since its checkpoint, so wandb's own step is ours plus the number of steps repeated so far, which never
-    falls: nothing is dropped. `step`, a value of its own and the x axis of every chart, is the true one.
+    decreases, and nothing is dropped. The true step is logged as `step`, which is the x axis of every chart.
 
-    A kill takes wandb's service along, with what it had not written yet; at the next start those rows are written
+    A kill also ends wandb's service and loses the rows that it had not written yet; the next start writes those rows
     again from metrics.jsonl.
     """
 
@@ -237,7 +237,7 @@ class _Wandb(_Tracker):
     ) -> None:
         """kept: the lines of metrics.jsonl up to `resume_step`."""
         folder = run.path / "wandb"
-        folder.mkdir(exist_ok=True)  # where it is missing, wandb takes the system's temporary folder
+        folder.mkdir(exist_ok=True)  # without it, wandb uses the system's temporary folder
         self._state = folder / "rows.json"
         first_step, self._repeated = resume_step + 1, 0
         before = None
@@ -266,15 +266,15 @@ class _Wandb(_Tracker):
         if mode == "online":
             try:
                 self._run = self._module.init(mode="online", **start)
-            except Exception as error:  # no network, a refused key: the numbers can be uploaded later
+            except Exception as error:  # no network, a rejected key: the metrics can be uploaded later
                 _log.warning(f"wandb cannot be reached ({error}). The run continues offline.")
-                self._module.teardown()  # or its service would say that the id is in use
+                self._module.teardown()  # otherwise its service reports that the id is in use
                 mode = "offline"
         if mode == "offline":
             try:
                 self._run = self._module.init(mode="offline", **start)
             except Exception as error:
-                raise ConfigError(f"wandb cannot start: {error}. Train without it by --wandb off.") from error
+                raise ConfigError(f"wandb cannot start: {error}. Train without it: --wandb off.") from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if mode == "online":

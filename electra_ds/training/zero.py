@@ -1,7 +1,7 @@
-"""ZeRO stages 1 to 3: DeepSpeed's optimizers, which shard state over ranks, seen as one optimizer.
+"""ZeRO stages 1 to 3: DeepSpeed's optimizers, which shard state over ranks, presented as one optimizer.
 
-DeepSpeed scales, clips and skips here itself. What is added is that the state goes out and comes in by parameter
-name, as at stage 0, so that a checkpoint fits every stage, and that the loss scale grows between steps: DeepSpeed
+DeepSpeed itself scales, clips and skips here. This module adds two things. It saves and loads the state by parameter
+name, as at stage 0, so that a checkpoint fits every stage. And it lets the loss scale grow between steps: DeepSpeed
 0.19.8 doubles it inside a step, after the gradients were scaled and before they are unscaled, which halves them.
 """
 
@@ -46,7 +46,7 @@ _NEVER = 2**62  # steps
 def torch_adamw(
     parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection, rates: Rates = pretraining_rates
 ) -> torch.optim.AdamW:
-    """Return what DeepSpeed shards: torch's own AdamW, since DeepSpeed's would be compiled at the first start."""
+    """Return the optimizer that DeepSpeed shards: torch's AdamW, since DeepSpeed's would be compiled at first start."""
     return torch.optim.AdamW(
         parameter_groups(parameters, section.weight_decay, rates),
         lr=section.learning_rate,
@@ -56,11 +56,11 @@ def torch_adamw(
     )
 
 
-def forget_models() -> None:
-    """Empty what stage 3 keeps for the whole process, and every model that it has run with it."""
+def clear_stage3_caches() -> None:
+    """Clear the process-wide state of stage 3, which otherwise keeps every model that it has run."""
     FWD_MODULE_STACK.clear()
     releases = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in releases.__closure__:  # a cache, inside of what DeepSpeed puts around it
+    for cell in releases.__closure__:  # a cache inside DeepSpeed's wrapper
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
 
@@ -68,7 +68,7 @@ def forget_models() -> None:
 class ZeroAdamW:
     """Counters and state of a DeepSpeed engine's sharded AdamW, under the names of `MasterAdamW`.
 
-    Whether a step overflowed is known on the host, where DeepSpeed itself has read it.
+    The host knows if a step overflowed, because DeepSpeed itself reads that back.
     """
 
     def __init__(self, engine: Any, section: OptimizerSection, scaling: LossScaling | None) -> None:
@@ -81,13 +81,13 @@ class ZeroAdamW:
         self.named_parameters = list(engine.module.named_parameters())
         self.taken_steps = self._skipped = self._consecutive = 0
         self.is_whole = True
-        # The training loop gives up with a word on what to do; DeepSpeed's scaler would with a bare exception.
+        # The training loop gives up with advice on what to do; DeepSpeed's scaler would raise a bare exception.
         self._zero.loss_scaler.raise_error_at_min_scale = False
         self._window = 0
         if isinstance(self._zero.loss_scaler, DynamicLossScaler):
             self._window = self._zero.loss_scaler.scale_window
             self._zero.loss_scaler.scale_window = _NEVER
-        for flat in self._flat_partitions():  # DeepSpeed makes the moments at the first step; loading needs them before
+        for flat in self._flat_partitions():  # DeepSpeed creates the moments at the first step; loading needs them now
             self._zero.optimizer.state[flat] = adamw_state(flat, bias_correction=self._bias_correction)
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
@@ -101,7 +101,7 @@ class ZeroAdamW:
         put_learning_rate(self._zero.optimizer.param_groups, learning_rate)
 
     def count_step(self) -> None:
-        """To be called after every optimiser step."""
+        """Update the counters. Call it after every optimizer step."""
         applied = self._engine.was_step_applied()
         self.taken_steps += applied
         self._skipped += not applied
@@ -116,7 +116,7 @@ class ZeroAdamW:
 
     @property
     def grad_norm(self) -> torch.Tensor:
-        """The gradients' norm in the last step, unscaled, before clipping."""
+        """The gradient norm of the last step, unscaled, before clipping."""
         norm = self._engine.get_global_grad_norm()
         return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=self._engine.device)
 
@@ -141,9 +141,9 @@ class ZeroAdamW:
         return {name for name, parameter in self.named_parameters if parameter.requires_grad}
 
     def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Return masters and moments by name in the CPU's memory, complete, of these parameters or of all.
+        """Return complete masters and moments by name in CPU memory, of the named parameters or of all.
 
-        All ranks must call it, each for the parameters that it wants.
+        All ranks must call it, each with the parameters that it needs.
         """
         result: dict[str, torch.Tensor] = {}
         for name, parameter in self.named_parameters:
@@ -158,7 +158,7 @@ class ZeroAdamW:
         return result
 
     def counters(self) -> dict[str, float]:
-        """Everything else that the next step depends on, in the terms of `MasterAdamW.counters`."""
+        """Return everything else that the next step depends on, as `MasterAdamW.counters` does."""
         scaler = self._zero.loss_scaler
         dynamic = isinstance(scaler, DynamicLossScaler)
         return {
@@ -173,7 +173,7 @@ class ZeroAdamW:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
-        """Take over what `snapshot` and `counters` gave at any stage and precision, the same on every rank."""
+        """Load the results of `snapshot` and `counters` from any stage and precision, the same on every rank."""
         for name, parameter in self.named_parameters:
             if not parameter.requires_grad:
                 with self._gathered(parameter, modifier_rank=0):
@@ -202,14 +202,14 @@ class ZeroAdamW:
             scaler.cur_hysteresis = int(counters["hysteresis_left"])
 
     def _gathered(self, parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
-        """Stage 3 keeps a slice of each parameter on each rank, which it puts together while this lasts."""
+        """Return a context in which a parameter is complete; stage 3 otherwise keeps a slice of it on each rank."""
         if self._stage < 3:
             return contextlib.nullcontext()
         gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank)
         return gathered
 
     def _set_partition(self, parameter: nn.Parameter, values: dict[str, torch.Tensor]) -> None:
-        """Stage 3 keeps of each parameter a slice per rank, the last ones padded with zeros."""
+        """Set this rank's slice of a parameter at stage 3, which pads the last slices with zeros."""
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         first = size * distributed.get_rank()
 

@@ -40,7 +40,7 @@ def test_every_public_name_is_there_documented_and_known_to_type_checkers() -> N
     tree = ast.parse((REPOSITORY / "electra_ds" / "__init__.py").read_text("utf8"))
     typed = {alias.asname: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
              for alias in node.names if node.module and node.module.startswith("electra_ds.")}  # fmt: skip
-    assert typed == {name: f"electra_ds.{home}" for name, home in electra_ds._HOMES.items()}
+    assert typed == {name: f"electra_ds.{home}" for name, home in electra_ds._MODULES.items()}
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:

@@ -105,16 +105,16 @@ def test_what_python_gives_wrongly_is_refused_by_name_all_at_once() -> None:
     for part in ("keep: '0' is not a positive", "'perhaps' is not one of auto, on, off", "corpus: 3", "yes: 1 is"):
         assert part in message
     assert "stop_at: 'soon' is not a positive" in message
-    assert "seed: '-1' is not a whole number from 0 on" in message
+    assert "seed: '-1' is not a whole number of at least 0" in message
 
 
 def test_options_of_a_new_run_are_refused_with_resume() -> None:
     new_only = {name for name, of in described(PretrainOptions).items() if of.new_run_only}
     assert new_only >= {"recipe", "overrides", "seed", "init_from", "corpus", "allow_unknown", "run_dir"}
-    with pytest.raises(ConfigError, match="--set, --seed cannot be given"):
+    with pytest.raises(ConfigError, match="cannot be combined with --set, --seed"):
         PretrainOptions.of({"resume": "runs/x", "seed": 1, "overrides": ["a=1"]}).check()
     PretrainOptions.of({"resume": "runs/x", "data": "s", "keep": 2, "ds_config": "cpu"}).check()
-    with pytest.raises(ConfigError, match="--max-train-examples cannot be given"):
+    with pytest.raises(ConfigError, match="cannot be combined with --max-train-examples"):
         FinetuneOptions.of({"resume": "runs/x", "max_train_examples": 5}).check()
     FinetuneOptions.of({"resume": "runs/x", "random_init": False, "train": "t.csv"}).check()
 

@@ -120,7 +120,7 @@ def test_a_checkpoint_that_training_prunes_meanwhile_is_left_out(
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointFolder, "paths", then_pruned)
         call("verify", run)
-        assert "step-00000010: pruned meanwhile" in capsys.readouterr().out
+        assert "step-00000010: pruned in the meantime" in capsys.readouterr().out
 
 
 def test_verify_notices_weights_that_are_not_finite(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

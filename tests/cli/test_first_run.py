@@ -145,7 +145,7 @@ def test_a_dry_run_without_a_store_says_what_would_run_and_writes_nothing(
     )  # fmt: skip
     for part in (
         "discriminator 0.35 M, generator 0.06 M parameters", "12,000 steps of 16 x 32 tokens",
-        "stores/corpus-byte-level-bpe-4096-", "would be built first",
+        "stores/corpus-byte-level-bpe-4096-", "this would first build the token store",
         "micro-batch x accumulation = 4 x 4 x 1 rank", "run directory: mine", "time: ", "nothing was written",
     ):  # fmt: skip
         assert part in said

@@ -115,8 +115,11 @@ def test_the_allow_list_knows_every_top_level_key_of_deepspeed() -> None:
         ({"sequence_parallel_size": 2}, "sequence_parallel_size: this DeepSpeed feature is not supported"),
         ({"pipeline": {"stages": 2}}, "pipeline: this DeepSpeed feature is not supported"),
         ({"comms_logger": {"enabled": "yes"}}, "comms_logger: this DeepSpeed feature is not supported"),
-        ({"train_batch_size": "CONFIG_BATCH_SIZE"}, "'CONFIG_BATCH_SIZE' is a placeholder of a template"),
-        ({"zero_optimization": {"stage": "ZERO_STAGE"}}, "zero_optimization.stage: 'ZERO_STAGE' is a placeholder"),
+        ({"train_batch_size": "CONFIG_BATCH_SIZE"}, "'CONFIG_BATCH_SIZE' is a template's placeholder"),
+        (
+            {"zero_optimization": {"stage": "ZERO_STAGE"}},
+            "zero_optimization.stage: 'ZERO_STAGE' is a template's placeholder",
+        ),
         ({"wall_clock_breakdown": "False,"}, "wall_clock_breakdown: 'False,' is text to a JSON parser"),
         (
             {"zero_optimization": {"stage": 3, "compute_grad_norm": False}},
@@ -396,7 +399,7 @@ def test_what_deepspeed_itself_refuses_is_refused_before_anything_starts() -> No
     from electra_ds.training.engine import check_plan
 
     plan = plan_of({"timers": {"throughput": {"foo": 1}}})
-    with pytest.raises(ConfigError, match=r"(?s)DeepSpeed refuses x\.json.*foo"):
+    with pytest.raises(ConfigError, match=r"(?s)DeepSpeed rejects x\.json.*foo"):
         check_plan(plan, torch.device("cpu"), "x.json")
     check_plan(plan_of({"timers": {"throughput": {"enabled": False}}}), torch.device("cpu"), "x.json")
 
@@ -606,9 +609,7 @@ def test_a_refused_optimizer_or_scheduler_is_one_fault(section: dict[str, Any]) 
 )
 def test_a_default_next_to_auto_leaves_the_schedule_to_the_recipe(kind: str, default: dict[str, Any]) -> None:
     plan = plan_of({"scheduler": {"type": kind, "params": {"warmup_num_steps": "auto"} | default}})
-    assert plan.notes == (
-        f"scheduler {kind} leaves its numbers to the recipe, so the recipe's linear schedule is used",
-    )
+    assert plan.notes == (f"scheduler {kind} sets no numbers, so the recipe's linear schedule is used",)
 
 
 # --- ZeRO

@@ -20,7 +20,7 @@ from electra_ds.data.token_store import TokenStore
 from tests.helpers import REPOSITORY, SMALL, small_recipe
 
 FOLDER = REPOSITORY / "tests" / "deepspeed_files"
-SCHEDULER = "leaves its numbers to the recipe"
+SCHEDULER = "sets no numbers, so the recipe's"
 FP16_ON, BF16_OFF = 'fp16.enabled is "auto", which here means on', 'bf16.enabled is "auto", which here means off'
 FP16_OFF = "another precision is chosen"
 NO_EFFECT = "these keys of zero_optimization have no effect"
@@ -109,7 +109,7 @@ WITH_ITS_RECIPE: dict[str, tuple[list[str], int, list[str]]] = {
 CONTRADICTS = "contradicts the recipe"
 GONE = "DeepSpeed 0.19 no longer has"
 NOT_HERE = "this DeepSpeed feature is not supported here"
-PLACEHOLDER = "is a placeholder of a template"
+PLACEHOLDER = "is a template's placeholder"
 PYTHON = "is text to a JSON parser"
 REFUSED: dict[str, list[str]] = {
     "autotuning": [f"autotuning: {NOT_HERE}"],

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.torch_version import TorchVersion
 
 from electra_ds.config import cards
-from electra_ds.config.cards import CARDS, Gpu, abilities, has_code_for, lacks, look
+from electra_ds.config.cards import CARDS, Gpu, abilities, detect_hardware, has_code_for, lacks
 from electra_ds.config.names import ds_config_names
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
@@ -126,7 +126,7 @@ def start(process_group: Ranks, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def gpu_findings() -> list[Finding]:
-    return check_gpus(look(torch))
+    return check_gpus(detect_hardware(torch))
 
 
 PASCAL = "NVIDIA GeForce GTX 1060 6GB, 5.9 GiB, compute capability 6.1"
@@ -157,7 +157,7 @@ NO_CODE_126 = (
         ),
         (
             "2.13.0+cu126", K80, "Tesla K80, 11.2 GiB, compute capability 3.7",
-            f"{NO_CODE_126}, and so does every newer torch. Train on the CPU", "export CUDA_VISIBLE_DEVICES=",
+            f"{NO_CODE_126}, and no newer torch has any. Train on the CPU", "export CUDA_VISIBLE_DEVICES=",
         ),
     ],
 )  # fmt: skip
@@ -172,10 +172,10 @@ def test_a_card_without_code_in_torch_is_told_by_doctor_and_refused_at_start_in_
     assert not machine.asked.exists()
 
 
-FP16_COMPUTED_IN_FP32 = "no tensor cores: fp16 saves memory, hardly time: its products are computed in fp32"
-NO_BF16 = "no bf16: take fp16, which needs a loss scale, or fp32"
-NO_FLASH = "no flash attention: the memory-efficient kernel takes its place: as small, but slower"
-NO_COMPILE = "no torch.compile: Triton needs 7.0, so the step runs as it is written"
+FP16_COMPUTED_IN_FP32 = "no tensor cores: fp16 saves memory but little time: its products are computed in fp32"
+NO_BF16 = "no bf16: use fp16, which needs loss scaling, or fp32"
+NO_FLASH = "no flash attention: the memory-efficient kernel replaces it: the same memory, but slower"
+NO_COMPILE = "no torch.compile: Triton needs 7.0, so the step runs uncompiled"
 ALL = "bf16, tensor cores, flash attention, torch.compile"
 
 
@@ -184,16 +184,16 @@ ALL = "bf16, tensor cores, flash attention, torch.compile"
     [
         (
             "2.13.0+cu126", GTX_1060,
-            f"{FP16_COMPUTED_IN_FP32}; {NO_BF16}; {NO_FLASH}; {NO_COMPILE}; take --ds-config gtx1060-6gb",
+            f"{FP16_COMPUTED_IN_FP32}; {NO_BF16}; {NO_FLASH}; {NO_COMPILE}; use --ds-config gtx1060-6gb",
         ),
         ("2.13.0+cu126", V100, f"{NO_BF16}; {NO_FLASH}"),
         ("2.13.0+cu130", RTX_2060, f"{NO_BF16}; {NO_FLASH}"),
         (
             "2.13.0+cu130", GTX_1660_TI,
-            'no tensor cores: fp16 is slower than fp32: take fp32, as in cpu.json, or "enabled": "auto"; '
+            'no tensor cores: fp16 is slower than fp32: use fp32, as in cpu.json, or "enabled": "auto"; '
             f"{NO_BF16}; {NO_FLASH}",
         ),
-        ("2.13.0+cu130", RTX_3090, f"{ALL}; take --ds-config rtx3090-24gb"),
+        ("2.13.0+cu130", RTX_3090, f"{ALL}; use --ds-config rtx3090-24gb"),
         ("2.13.0+cu130", H100, ALL),
         ("2.13.0+cu126", H100, ALL),
     ],
@@ -217,7 +217,7 @@ def test_every_json_that_ships_for_a_card_is_offered_for_it() -> None:
     offered = [abilities(Gpu(card.name, 2**34, card.capability)) for card in CARDS]
     for name in ds_config_names():
         of_cards = [name in card.aliases for card in CARDS]
-        assert [meaning.endswith(f"; take --ds-config {name}") for meaning in offered] == of_cards
+        assert [meaning.endswith(f"; use --ds-config {name}") for meaning in offered] == of_cards
 
 
 def test_an_old_card_beside_a_good_one_keeps_nobody_from_training(
@@ -317,15 +317,15 @@ def test_a_card_too_old_for_any_torch_is_passed_over(machine: Machine, start: Ca
 def test_a_driver_that_does_not_tell_the_compute_capability_is_asked_without(machine: Machine) -> None:
     machine.torch("2.13.0+cpu")
     machine.driver('case "$1" in *compute_cap*) exit 2;; esac; echo NVIDIA GeForce GTX 1060 6GB')
-    [gpu] = look(torch).driver_gpus
+    [gpu] = detect_hardware(torch).driver_gpus
     assert gpu == ("NVIDIA GeForce GTX 1060 6GB", (6, 1))
     machine.driver("echo a driver in distress")
-    assert look(torch).driver_gpus == ()
+    assert detect_hardware(torch).driver_gpus == ()
 
 
 def test_without_torch_the_driver_is_believed(machine: Machine) -> None:
     machine.driver("echo Tesla T4, 7.5")
-    problem = cards.unused(look(None))
+    problem = cards.unused(detect_hardware(None))
     assert problem is not None
     assert (problem.meaning, problem.fix) == (
         "cannot be used: torch is not installed", NEWEST,
@@ -347,7 +347,7 @@ def test_fp16_that_only_the_unused_card_could_run_is_refused_with_the_fix(
             start('{"fp16": {"enabled": true}}')
         assert str(error.value) == (
             f"fp16 needs a GPU, and this machine has none that torch can use. {said}"
-            "On a CPU take ds_configs/cpu.json, or bf16 in its place."
+            "On a CPU, use ds_configs/cpu.json, or bf16 instead of fp16."
         )
 
 

@@ -266,7 +266,7 @@ def test_an_override_without_a_value_is_refused() -> None:
     [
         ("- 1\n", "must be a mapping"),
         ("a: [\n", "not valid YAML"),
-        ("seed: 1\nseed: 2\n", "the key seed stands twice"),
+        ("seed: 1\nseed: 2\n", "the key seed appears twice"),
         ("name: x\nmodel: 3\n", "model"),
         ("name: x\nmodell: {}\n", "modell: unknown key; did you mean 'model"),
     ],

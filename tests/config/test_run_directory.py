@@ -33,7 +33,7 @@ def test_ranks_with_folders_of_their_own_are_told_so(tmp_path: Path, monkeypatch
     monkeypatch.setattr(run_directory, "_PATIENCE_S", 0)
     ours, theirs = RunDirectory(tmp_path / "ours"), RunDirectory(tmp_path / "theirs")
     with ours.locked():
-        with pytest.raises(CheckpointError, match=r"not what .* sees there.*file system that all of them share"):
+        with pytest.raises(CheckpointError, match=r"does not see the main rank.*file system that all of them share"):
             theirs.check_shared(ours.owner())
         theirs.path.mkdir()
         (theirs.path / ".lock").write_text("1\n")  # of a run before, or of another job on that machine

@@ -90,7 +90,7 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
         ({"WORLD_SIZE": "2"}, "RANK is missing"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "abc"}, "LOCAL_RANK is 'abc'"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "rank 2 of a world of 2"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "rank 2 for a world size of 2"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT"),
     ],
@@ -372,8 +372,8 @@ def test_ranks_take_the_micro_batch_that_fits_all_and_end_together_where_memory_
     assert f"micro-batch x accumulation = {size} x {8 // size} x 2 rank(s)" in text
     step = -(-30 // (8 // size))
     message = (
-        f"(rank 1): Memory ran out in step {step} with micro-batch {size}, and the step cannot be done again, since "
-        f"the other ranks wait in the middle of it. No checkpoint was saved yet, so from the start: "
+        f"(rank 1): Memory ran out in step {step} with micro-batch {size}, and the step cannot be repeated, since "
+        f"other ranks are in the middle of it. No checkpoint was saved yet, so start again: "
         f"bin/pretrain --resume {run_dir} --micro-batch {size // 2}"
     )
     assert text.count(message) == 1, text

@@ -577,9 +577,9 @@ def test_each_corpus_argument_is_a_source(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--corpus", "hub:a", "texts"], "Give each Hub dataset a --corpus of its own"),
+        (["--corpus", "hub:a", "texts"], "Give each Hub dataset its own --corpus"),
         (["--corpus", "builtin", "texts"], "Give `builtin` a --corpus of its own"),
-        (["--corpus", "texts", "--streaming"], "--streaming and --revision are for datasets of the Hub"),
+        (["--corpus", "texts", "--streaming"], "--streaming and --revision are for datasets on the Hub"),
         (["--corpus", "texts", "--cased"], "--cased, --uncased and --strip-accents say how a given vocab.txt was made"),
         (["--corpus", "texts", "--tokenizer", "nowhere.txt"], "No tokenizer at nowhere.txt"),
         (["--corpus", "texts", "--tokenizer", "./nowhere"], "No tokenizer at ./nowhere"),

@@ -396,7 +396,7 @@ def test_a_finetuned_run_is_finetuned_on_another_task(electra: Path, glue: Path,
 
 def test_a_run_without_a_checkpoint_is_no_model_yet(electra: Path, glue: Path, tmp_path: Path) -> None:
     finetune(*arguments_of(electra, glue, "sst-2", tmp_path / "run", discard_weights=True))
-    with pytest.raises(CheckpointError, match="has no weights any more: it was run with --discard-weights"):
+    with pytest.raises(CheckpointError, match="no longer has weights: it was run with --discard-weights"):
         read_encoder(str(tmp_path / "run"))
 
 

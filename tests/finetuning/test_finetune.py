@@ -568,7 +568,7 @@ def test_resuming_a_finished_run_is_not_an_error_and_names_its_scores_and_its_mo
 
 
 def test_what_is_no_run_of_this_command_is_not_resumed(stopped: Path, tmp_path: Path) -> None:
-    assert "is not a run directory" in refused("--resume", tmp_path / "nowhere")
+    assert "is not a usable run directory" in refused("--resume", tmp_path / "nowhere")
     checkpoint = next(path for path in (stopped / "checkpoints").glob("step-*") if not path.is_symlink())
     before = sorted(path.name for path in checkpoint.iterdir())
     assert f"--resume {stopped}" in refused("--resume", checkpoint)
@@ -579,10 +579,10 @@ def test_each_command_resumes_its_own_runs_alone(stopped: Path, store: Any, caps
     with pytest.raises(SystemExit) as left:
         main(["pretrain", "--resume", str(stopped)])
     assert left.value.code == 2
-    assert "was made by electra-ds finetune, but a run of electra-ds pretrain is needed here" in capsys.readouterr().err
+    assert "is a run of electra-ds finetune, but a run of electra-ds pretrain is needed here" in capsys.readouterr().err
     record = json.loads((stopped / "run.json").read_text())
     (stopped / "run.json").write_text(json.dumps(record | {"kind": "pretrain"}))
-    assert "was made by electra-ds pretrain, but a run of electra-ds finetune is needed here" in refused(
+    assert "is a run of electra-ds pretrain, but a run of electra-ds finetune is needed here" in refused(
         "--resume", stopped
     )
 
@@ -1114,11 +1114,11 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "unknown DeepSpeed JSON": (["--ds-config", "nowhere.json"], "nowhere.json"),
     "micro-batch that does not divide": (["--micro-batch", "3"], "train_micro_batch_size_per_gpu 3"),
     "beyond the schedule": (["--stop-at", "1000"], "--stop-at 1000 is beyond the schedule's 24 steps"),
-    "own beside a task": (["--train", "x.csv"], "--train is for examples of your own"),
-    "folder and hub": (["--hub", "nyu-mll/glue"], "--hub and --revision are for data sets of the Hub"),
-    "bad seed": (["--seed", "-1"], "is not a whole number from 0 on"),
-    "fractional seed": (["--seed", "1.5"], "is not a whole number from 0 on"),
-    "seed in other digits": (["--seed", "\u0663"], "is not a whole number from 0 on"),
+    "own beside a task": (["--train", "x.csv"], "--train is for your own examples"),
+    "folder and hub": (["--hub", "nyu-mll/glue"], "--hub and --revision are for datasets on the Hub"),
+    "bad seed": (["--seed", "-1"], "is not a whole number of at least 0"),
+    "fractional seed": (["--seed", "1.5"], "is not a whole number of at least 0"),
+    "seed in other digits": (["--seed", "\u0663"], "is not a whole number of at least 0"),
     "no examples": (["--max-train-examples", "0"], "is not a positive whole number"),
 }
 
@@ -1141,7 +1141,7 @@ def test_missing_arguments_are_named(electra: Path, glue: Path, tmp_path: Path) 
     assert "there is no task 'ax'" in refused("--model", electra, "--task", "ax")
     assert "there is no task 'rtee'; did you mean 'rte'?" in refused("--model", electra, "--task", "rtee")
     said = refused("--model", electra, "--train", "x.csv", "--dev", "y.csv", "--data-dir", glue)
-    assert "--data-dir is for a --task" in said
+    assert "--data-dir is for --task" in said
 
 
 def test_a_run_directory_that_holds_a_run_is_left_alone(straight: Path, electra: Path, glue: Path) -> None:

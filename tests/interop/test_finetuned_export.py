@@ -438,7 +438,7 @@ def test_runs_without_weights_and_folders_in_use_are_refused(
         export_finetuned(run, None)
     best = Path(shutil.copytree(bench.two_layers(), tmp_path / "best", symlinks=True))
     shutil.rmtree(best / "best")
-    with pytest.raises(CheckpointError, match="was to keep its best evaluation's weights"):
+    with pytest.raises(CheckpointError, match="should have kept its best evaluation's weights"):
         export_finetuned(best, None)
     for arguments, message in (
         ((str(bench.mrpc()), "--to", "deepspeed"), "--to deepspeed is for runs of electra-ds pretrain"),

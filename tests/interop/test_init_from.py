@@ -506,7 +506,7 @@ def test_a_pair_of_two_vocabularies_is_refused(folders: Path, tmp_path: Path, st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resume", "run", "--init-from", "a"], "--init-from cannot be given with it"),
+        (["--resume", "run", "--init-from", "a"], "cannot be combined with --init-from"),
         (["--ds-config", "cpu", "--init-from", "a", "b", "c"], "3 models are given"),
     ],
 )
@@ -595,7 +595,7 @@ def test_the_command_begins_with_the_weights_and_their_tokenizer(
         "--set", *SMALL, "schedule.total_steps=4", "schedule.warmup_steps=1",
     ])  # fmt: skip
     out = capsys.readouterr().out
-    assert f"first weights: {folders / 'embeddings' / 'generator'}\n" in out
+    assert f"initial weights: {folders / 'embeddings' / 'generator'}\n" in out
     losses = train_losses(tmp_path / "run")
     assert [step for step, _ in losses] == [1, 2, 3, 4]
     assert losses[0][1] == pytest.approx(first["loss"].item(), rel=1e-6)
@@ -614,7 +614,7 @@ def test_a_run_that_is_killed_before_its_first_save_goes_on_from_the_weights(
     assert result.stderr == ""
     kill_when(lambda: has_trained(killed, 3), killed, *start_arguments(store, killed), *never, *sources)
     assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-00000000", "latest"}
-    assert f"first weights: {folders}" in run("pretrain", "--resume", str(killed)).stdout
+    assert f"initial weights: {folders}" in run("pretrain", "--resume", str(killed)).stdout
     assert train_losses(killed) == train_losses(straight)
 
 

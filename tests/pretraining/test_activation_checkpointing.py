@@ -224,11 +224,11 @@ def test_a_number_is_taken_as_it_is_and_deepspeed_reads_the_same(section: dict[s
 @pytest.mark.parametrize(
     ("section", "note"),
     [
-        ("auto", "names no number: all 3 layers"),
-        ({}, "names no number: all 3 layers"),
-        ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "names no number: all 3 layers"),
-        ({"number_checkpoints": None, "profile": "auto"}, "names no number: all 3 layers"),
-        ({"number_checkpoints": 100}, "is 100, which means all of the recipe's 3"),
+        ("auto", "so the backward pass recomputes all 3"),
+        ({}, "so the backward pass recomputes all 3"),
+        ({"number_checkpoints": "auto", "cpu_checkpointing": "auto"}, "so the backward pass recomputes all 3"),
+        ({"number_checkpoints": None, "profile": "auto"}, "so the backward pass recomputes all 3"),
+        ({"number_checkpoints": 100}, "is 100, which is treated as all of the recipe's 3"),
     ],
 )  # fmt: skip
 def test_all_layers_are_meant_where_no_number_or_a_larger_one_is_named_and_that_is_said(
@@ -253,7 +253,7 @@ def test_all_layers_are_meant_where_no_number_or_a_larger_one_is_named_and_that_
 )
 def test_a_section_in_which_everything_is_off_is_off_and_a_note_says_so(section: dict[str, Any]) -> None:
     plan = plan_of(section)
-    assert plan.notes == ("activation_checkpointing is off, so no layer is computed again in the backward pass",)
+    assert plan.notes == ("activation_checkpointing is off, so the backward pass recomputes no layer",)
     assert plan.document == cpu_plan(small_recipe(*RECIPE)).document
 
 

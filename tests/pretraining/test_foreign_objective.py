@@ -76,7 +76,9 @@ def test_a_recipe_that_extends_ours_leaves_out_the_sections_of_our_objective(tmp
 
 
 def test_an_unknown_objective_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no objective 'elektra'; did you mean 'electra'\? Registered are .*electra"):
+    with pytest.raises(
+        ConfigError, match=r"no objective 'elektra'; did you mean 'electra'\? The registered ones are .*electra"
+    ):
         load_recipe("tiny", ["objective=elektra"])
     with pytest.raises(ConfigError, match=r"cannot be loaded from nowhere\.at_all:Thing: No module named 'nowhere'"):
         load_recipe("tiny", ["objective=nowhere.at_all:Thing"])

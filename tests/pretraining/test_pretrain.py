@@ -224,7 +224,7 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ds-config", "nowhere.json"], "There is no DeepSpeed JSON at nowhere.json"),
+        (["--ds-config", "nowhere.json"], "There is no DeepSpeed JSON nowhere.json"),
         (["--ds-config", CPU_JSON, "--recipe", "tinny"], "did you mean 'tiny'"),
         (["--ds-config", CPU_JSON, "--set", "model.hiden_size=3"], "did you mean 'model.hidden_size'"),
         (["--ds-config", CPU_JSON, "--recipe", "tiny", "--data", "nowhere"], "There is no token store at nowhere"),
@@ -234,10 +234,10 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
             ["--ds-config", CPU_JSON, "--recipe", "tiny", "--stop-at", "99999999"],
             "is beyond the schedule's 12000 steps",
         ),
-        (["--ds-config", CPU_JSON, "--data", "x", "--corpus", "y"], "give either it or --corpus"),
-        (["--resume", "nowhere"], "is not a run directory"),
+        (["--ds-config", CPU_JSON, "--data", "x", "--corpus", "y"], "give either --data, or --corpus"),
+        (["--resume", "nowhere"], "is not a usable run directory"),
         (["--ds-config", CPU_JSON, "--cased"], "so they need --tokenizer"),
-        (["--resume", "x", "--recipe", "tiny"], "--recipe cannot be given with it"),
+        (["--resume", "x", "--recipe", "tiny"], "cannot be combined with --recipe"),
         (["--threads", "0"], "not a positive whole number"),
         (["--no-such-flag"], "unrecognized arguments"),
     ],

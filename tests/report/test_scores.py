@@ -100,7 +100,7 @@ def test_python_has_the_tables_and_numbers_of_the_command(tmp_path: Path, capsys
     main(["report", *map(str, runs)])
     assert row(capsys.readouterr().out, "rte", "accuracy") == row(str(found), "rte", "accuracy")
     (runs[0] / "run.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"was made by .*pretrain, but a run of .*finetune is needed"):
+    with pytest.raises(CheckpointError, match=r"is a run of .*pretrain, but a run of .*finetune is needed"):
         electra_ds.report_runs(runs)
 
 

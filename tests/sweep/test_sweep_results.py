@@ -485,7 +485,7 @@ def test_a_cost_that_is_not_known_is_said_to_be_unknown_and_not_nothing(folder: 
 
 def test_what_a_killed_rank_leaves_is_no_status_and_a_refusal_to_resume_is_one(folder: SweepFolder) -> None:
     spec, (trial,) = made(pretraining(seeds=[0]))
-    pretend(folder, trial, 0.5, "failed", reason="a rank died without a word")
+    pretend(folder, trial, 0.5, "failed", reason="a rank died without an error message")
     folder.trial(trial.key).begin(trial, ["electra-ds"], spec.resources)
     folder.trial(trial.key).end(-9)
     assert folder.trial(trial.key).state()[0] == "unfinished"

@@ -280,7 +280,7 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("no recipe", finetuning(recipe=None), ["finetune.recipe: is missing; write one such as recipe: rc2020"]),
     ("two models", pretraining() | {"finetune": FINETUNE}, ["finetune.model: is what pretrain makes; leave out one"]),
     ("recipe", finetuning(recipe="rc202"), ["finetune.recipe: There is no recipe 'rc202'", "did you mean 'rc2020'"]),
-    ("hub", finetuning(hub="a/b", data_dir="/tmp"), ["finetune: --hub and --revision are for data sets of the Hub"]),
+    ("hub", finetuning(hub="a/b", data_dir="/tmp"), ["finetune: --hub and --revision are for datasets on the Hub"]),
     ("own", finetuning(text="review"), ["finetune: --text is for examples of your own"]),
     (
         "value", pretraining(set={"generator.width_multiplier": 2}),

@@ -287,7 +287,7 @@ def test_a_damaged_file_of_the_newest_checkpoint_costs_its_steps_and_no_more(
     output = begin.through(ranks)
     assert f"Warning: The checkpoint {newest} is damaged" in output
     assert name in output
-    assert output.count("Falling back to the one before.") == 1
+    assert output.count("Falling back to the checkpoint before it.") == 1
     assert f"{before}, step {STEPS - 6}." in output
     assert (run / "checkpoints" / f"damaged-{newest.name}").is_dir()
     assert os.readlink(run / "checkpoints" / "latest") == f"step-{STEPS:08d}"
@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_clear_message_as_long_as_it_is_full_and_costs_nothin
     assert started.wait() == [2], started.output
     assert started.output.count("electra-ds pretrain: Cannot write the checkpoint") == 1, started.output
     assert "No space left on device" in started.output
-    assert "Make room, then resume with --resume" in started.output
+    assert "Free disk space, then resume with --resume" in started.output
     assert "Traceback" not in started.output
     assert reached(begin.run) <= 12
     assert not CheckpointFolder(begin.run / "checkpoints", keep=1).leftovers()

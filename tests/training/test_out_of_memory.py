@@ -193,7 +193,7 @@ def test_where_one_sequence_is_too_much_the_run_fails_with_what_to_do(
         fails("forward", lambda turn, _: turn > 12),
         pytest.raises(
             TrainingError,
-            match=r"step 2 with micro-batch 1, and there is no smaller one.*the start: .*run --micro-batch auto",
+            match=r"step 2 with micro-batch 1, and there is no smaller one.*start again: .*run --micro-batch auto",
         ),
     ):
         train(store, tmp_path, process_group, micro(1))
@@ -213,7 +213,7 @@ def test_an_update_that_had_begun_is_not_done_twice(
 
     monkeypatch.setattr(MasterAdamW, "_update_scale", faulty)
     with pytest.raises(
-        TrainingError, match=r"since its update had begun\. No checkpoint.*--resume .*run --micro-batch 6"
+        TrainingError, match=r"since its update had already begun\. No checkpoint.*--resume .*run --micro-batch 6"
     ):
         train(store, tmp_path, process_group, micro(12))
 
@@ -240,7 +240,7 @@ def test_a_step_that_is_done_is_not_done_twice(
 
     monkeypatch.setattr(PendingCheckpoint, "publish", slow)
     monkeypatch.setattr(StepLosses, "result", faulty)
-    wanted = r"since its update had begun\. From step-00000005 on: electra-ds pretrain --resume \S+run --micro-batch 6"
+    wanted = r"had already begun\. Resume from step-00000005: electra-ds pretrain --resume \S+run --micro-batch 6"
     with pytest.raises(TrainingError, match=wanted):
         train(store, tmp_path, process_group, micro(12, zero_optimization={"stage": stage}))
 
@@ -252,7 +252,9 @@ def test_memory_that_runs_out_in_an_evaluation_ends_the_run_with_what_to_do(
         raise out_of_memory()
 
     monkeypatch.setattr(Evaluator, "__call__", faulty)
-    with pytest.raises(TrainingError, match=r"outside of the steps, as in an evaluation: CUDA out of memory.*--resume"):
+    with pytest.raises(
+        TrainingError, match=r"outside the steps, for example in an evaluation: CUDA out of memory.*--resume"
+    ):
         train(store, tmp_path, process_group, micro(12))
     assert RunDirectory(tmp_path / "run").status() == "failed"
     assert CheckpointFolder(tmp_path / "run" / "checkpoints", keep=3).paths()  # the step before it is not lost

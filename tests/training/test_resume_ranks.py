@@ -22,7 +22,7 @@ from electra_ds.core.launcher import detect
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training import prepare
-from electra_ds.training.prepare import plan_of_run, record_again, resolved_plan
+from electra_ds.training.prepare import plan_of_run, resolved_plan, resumed_record
 from tests.finetune_runs import arguments_of, in_own_process, losses_of, tiny_electra, write_glue
 from tests.helpers import small_recipe
 from tests.launching import finish, run_arguments, start
@@ -135,13 +135,13 @@ def test_threads_that_we_chose_are_chosen_again_on_other_ranks(given: bool | Non
     record = replace(run.read_record(), threads=2, threads_given=given)
     before = torch.get_num_threads()
     try:
-        same = record_again(record, PretrainOptions(), resumed(run, 2), run, ranks_of(2))
+        same = resumed_record(record, PretrainOptions(), resumed(run, 2), run, ranks_of(2))
         assert same.threads == 2
         torch.set_num_threads(1)
-        other = record_again(record, PretrainOptions(), resumed(run, 1), run, ranks_of(1))
+        other = resumed_record(record, PretrainOptions(), resumed(run, 1), run, ranks_of(1))
         assert other.threads == (2 if kept else 1)
         assert other.threads_given == given
-        told = record_again(record, PretrainOptions(threads=1), resumed(run, 1), run, ranks_of(1))
+        told = resumed_record(record, PretrainOptions(threads=1), resumed(run, 1), run, ranks_of(1))
         assert (told.threads, told.threads_given) == (1, True)
     finally:
         torch.set_num_threads(before)

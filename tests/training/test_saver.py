@@ -126,7 +126,7 @@ def test_a_failed_save_is_told_once_and_the_next_one_may_succeed(
         saver.save(Optimizer(), STATE, {})  # type: ignore[arg-type]
         saver.close()
         assert saver.has_failed
-        with pytest.raises(CheckpointError, match=r"No space left on device.*There is none before it. Make room"):
+        with pytest.raises(CheckpointError, match=r"No space left on device.*There is none before it. Free disk space"):
             saver.finish()
     assert not saver.has_failed
     assert list(tmp_path.iterdir()) == []

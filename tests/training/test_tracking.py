@@ -360,11 +360,11 @@ def test_wandb_mode_decides_where_only_the_json_asks_for_wandb(
     ("settings", "mode", "line"),
     [
         (OFFLINE, "offline", None),
-        (OFFLINE, "disabled", "--wandb offline, given here or recorded by the run, wins over WANDB_MODE=disabled."),
+        (OFFLINE, "disabled", "--wandb offline, given here or recorded by the run, overrides WANDB_MODE=disabled."),
         (TrackingSettings(), "disabled", None),
         (TrackingSettings(), "nonsense", None),
-        (TrackingSettings(), "online", f"--wandb off, {NO_ONE_ASKED}, wins over WANDB_MODE=online."),
-        (TrackingSettings(), "dryrun", f"--wandb off, {NO_ONE_ASKED}, wins over WANDB_MODE=dryrun."),
+        (TrackingSettings(), "online", f"--wandb off, {NO_ONE_ASKED}, overrides WANDB_MODE=online."),
+        (TrackingSettings(), "dryrun", f"--wandb off, {NO_ONE_ASKED}, overrides WANDB_MODE=dryrun."),
     ],
 )
 def test_one_line_says_which_mode_wins_if_wandb_mode_differs(

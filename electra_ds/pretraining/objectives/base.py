@@ -1,15 +1,16 @@
 """The interface of an objective: everything in which one way of pretraining differs from another.
 
-The loop, the engine, checkpoints, trackers, reports and sweeps read names from it and know none themselves. A new
-objective is a subclass of `Objective` in one file, and an entry point (`config/names.py`). It must say how to
+The loop, the engine, checkpoints, trackers, reports and sweeps get all names of losses and metrics from it. A new
+objective is a subclass of `Objective` in one file, and an entry point (`config/names.py`). It must implement
 
-    build_model      make the networks, initialised from the recipe's seed
+    build_model      build the networks, initialised from the recipe's seed
     make_batch       turn the text of a step into the global batch: masks, noise keys, and whatever depends on the step
-    measure          say what a micro-batch of held-out text shows, and
-    metrics          what all of them together come to
+    measure          compute the results of a micro-batch of held-out text
+    metrics          combine these results into metrics
+    exports          return the networks as transformers models
 
-Everything else has a default: what the progress line shows, when a run has collapsed, what can be exported, what
-curves and samples a report has, and what a step costs.
+Most of the rest has a default: the progress line, the detection of a collapse, the curves and samples of a report, and
+the cost of a step.
 
 Shape suffixes: B sequences of the global batch, T positions, V vocabulary.
 """
@@ -42,9 +43,9 @@ RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
 class PretrainingBatch(StepBatch, ABC):
-    """The global batch of one optimiser step, as an objective makes it of text.
+    """The global batch of one optimizer step, which an objective makes from text.
 
-    Besides what `StepBatch` asks for, its micro-batches have `device`.
+    In addition to what `StepBatch` requires, its micro-batches have `device`.
     """
 
     @property
@@ -53,9 +54,9 @@ class PretrainingBatch(StepBatch, ABC):
         """The number of sequences."""
 
     def static_micro_batch(self, first: int, size: int) -> Any | None:
-        """Return the same in a shape that all full micro-batches have, for a compiled forward; None if it has another.
+        """Return the micro-batch in the one shape of a compiled forward pass, or None if it does not fit that shape.
 
-        What it returns has `is_static`, which is True.
+        The result's `is_static` is True.
         """
         return None
 
@@ -67,9 +68,9 @@ class TextBatch:
     ids_BT: np.ndarray
     """int64."""
     lengths_B: np.ndarray
-    """int64, tokens of each sequence, special ones included."""
+    """int64, number of tokens of each sequence, including special ones."""
     second_segment_BT: np.ndarray | None
-    """bool, True in the second segment; None where rows have only one."""
+    """bool, True in the second segment; None if rows have only one."""
     maskable_BT: np.ndarray
     """bool, True where a token may be masked: neither a special token nor padding."""
     mask_token_id: int
@@ -86,7 +87,7 @@ class TextBatch:
 
     @property
     def is_token(self) -> np.ndarray:
-        """Boolean [B, T], True at tokens, special ones included, and False at padding."""
+        """Boolean [B, T], True at tokens, including special ones, and False at padding."""
         return before(self.lengths_B, self.ids_BT.shape[1])
 
 
@@ -97,36 +98,36 @@ class Curve(NamedTuple):
     metrics: Mapping[str, str]
     """The labels of its lines, by the names of metrics."""
     is_loss: bool = False
-    """Whether it shows a loss in training too, of the same name."""
+    """True to show the training loss of the same name too."""
     baseline: float | None = None
-    """A horizontal line, such as what chance gives."""
+    """A horizontal line, such as chance level."""
 
 
 class Export(NamedTuple):
-    """A network of a trained model, as transformers knows it."""
+    """A network of a trained model, as a transformers model."""
 
     model: PreTrainedModel
     loaded_by: str
-    """The class of transformers that opens it, such as `ElectraForMaskedLM`."""
+    """The transformers class that loads it, such as `ElectraForMaskedLM`."""
     purpose: str
-    """What it is good for, as the rest of a sentence that begins with "This model"."""
+    """Its purpose, which continues a sentence that begins with "This model"."""
 
 
 class Objective(ABC, Generic[RecipeT]):
     """One way of pretraining, for a recipe and a vocabulary."""
 
     recipe_type: ClassVar[type[Recipe]] = Recipe
-    """The recipe's schema: `Recipe`, or a subclass with sections of the objective's own."""
+    """The recipe's schema: `Recipe`, or a subclass with the objective's own sections."""
     metric_labels: ClassVar[Mapping[str, str]]
-    """What an evaluation reports, with the labels of a summary's rows. A sweep may optimise each of them."""
+    """The metrics of an evaluation, with the labels of a summary's rows. A sweep can optimise any of them."""
     main_metric: ClassVar[str]
-    """The metric that sweeps optimise unless their file says otherwise."""
+    """The metric that sweeps optimise by default."""
     key_metrics: ClassVar[Sequence[str]]
-    """The metrics that the tables and pictures of a study show."""
+    """The metrics that a study's tables and plots show."""
     baselines: ClassVar[Mapping[str, str]] = {}
-    """The names of metrics that others are to be compared with."""
+    """For a metric, the name of its baseline."""
     encoder: ClassVar[str]
-    """The one of `exports` whose encoder is finetuned."""
+    """The name in `exports` of the network whose encoder is finetuned."""
 
     def __init__(self, recipe: RecipeT, vocab_size: int, pad_token_id: int = 0) -> None:
         self.recipe = recipe
@@ -135,48 +136,50 @@ class Objective(ABC, Generic[RecipeT]):
 
     @classmethod
     def of(cls, recipe: Recipe, vocab_size: int, pad_token_id: int = 0) -> Self:
-        """Return the objective that a recipe names. Raises ConfigError if it is not an objective of this class."""
+        """Return the objective that a recipe names. Raises ConfigError if it is not of this class."""
         found = find_objective(recipe.objective)
         if not issubclass(found, cls):
-            raise ConfigError(f"This is for {cls.__name__}, and the recipe {recipe.name} has {recipe.objective}.")
+            raise ConfigError(
+                f"This works only for {cls.__name__}, but the recipe {recipe.name} has {recipe.objective}."
+            )
         return found(recipe, vocab_size, pad_token_id)
 
-    # What it computes.
+    # The model and its batches.
 
     @abstractmethod
     def build_model(self) -> AutocastModel:
-        """Return the model with random weights, a function of the recipe's seed alone."""
+        """Return the model with random weights that depend only on the recipe's seed."""
 
     @abstractmethod
     def make_batch(self, text: TextBatch, seed: int, step: int) -> PretrainingBatch:
         """Return the global batch of a step.
 
-        Random numbers must be a function of (seed, step, position in the global batch). What depends on the step, such
-        as a temperature, reaches the model as a tensor of the micro-batches, so that compiled forwards see its value.
-        seed: the recipe's, or another one for held-out text.
+        Random numbers must be a function of (seed, step, position in the global batch). Values that depend on the step,
+        such as a temperature, must be tensors of the micro-batches, so that compiled forward passes see them. seed: the
+        recipe's, or another one for held-out text.
         """
 
     # Evaluation on held-out text.
 
     @abstractmethod
     def measure(self, micro_batch: Any, output: Any) -> Any:
-        """Return what a held-out micro-batch shows, in the CPU's memory; it must be picklable."""
+        """Return the results of a held-out micro-batch, in CPU memory and picklable."""
 
     @abstractmethod
     def metrics(self, batch: PretrainingBatch, measured: Sequence[Any], unigram_nats_V: np.ndarray) -> dict[str, float]:
         """Return the metrics of an evaluation by name.
 
-        measured: what `measure` returned, in the order of the sequences. unigram_nats_V: float64, -log of each token's
+        measured: the results of `measure`, in the order of the sequences. unigram_nats_V: float64, -log of each token's
         share of the training text.
         """
 
     @classmethod
     def complete(cls, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return an evaluation as metrics.jsonl has it with what follows from its values, such as baselines."""
+        """Return an evaluation of metrics.jsonl, completed by values that follow from it, such as baselines."""
         return dict(metrics)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
-        """Return an evaluation in one line."""
+        """Return a one-line description of an evaluation."""
         return ", ".join(f"{_words(name)} {value:.3f}" for name, value in metrics.items())
 
     def progress(self, losses: Mapping[str, float | None]) -> str:
@@ -189,17 +192,17 @@ class Objective(ABC, Generic[RecipeT]):
         """The names of a batch's `loss_terms`."""
 
     def collapsed_at(self, evaluations: Sequence[Mapping[str, Any]]) -> int | None:
-        """Return the step since which training is worthless, None while it is not.
+        """Return the step at which training collapsed, or None if it has not.
 
-        evaluations: all of the run's, in order, each with `step`.
+        evaluations: all evaluations of the run, in order, each with `step`.
         """
         return None
 
     def describe_collapse(self, step: int) -> str:
-        """Return what a user reads when `collapsed_at` returns a step: a sentence without its full stop."""
+        """Return the message for the step of a collapse: a sentence without a full stop."""
         return f"Training has collapsed at step {step}"
 
-    # What reports show.
+    # Reports.
 
     @property
     def curves(self) -> Sequence[Curve]:
@@ -208,19 +211,19 @@ class Objective(ABC, Generic[RecipeT]):
         return [*losses, Curve(self.main_metric, {self.main_metric: _words(self.main_metric)})][:4]
 
     def samples(self, model: Any, tokenizer: Tokenizer, batch: Any, count: int) -> list[Text]:
-        """Return held-out sentences with what the model makes of them, after a line that explains the marks."""
+        """Return held-out sentences marked with the model's predictions, after a line that explains the marks."""
         return []
 
-    # What comes out of it.
+    # Exports.
 
     @abstractmethod
     def exports(self, model: Any) -> Mapping[str, Export]:
-        """Return the networks to export, with copies of their weights, by the names of their folders."""
+        """Return the networks to export, with copies of their weights, by folder name."""
 
-    # What it costs; None where the objective does not say.
+    # Costs; None if the objective does not predict them.
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the sizes of the model's parts, which add up to all of it. By default there is one part."""
+        """Return the number of parameters of each part of the model; by default there is one part."""
         with torch.device("meta"):
             model = self.build_model()
         return {"model": sum(parameter.numel() for parameter in model.parameters())}
@@ -230,15 +233,15 @@ class Objective(ABC, Generic[RecipeT]):
         return None
 
     def usual_flops(self) -> float | None:
-        """Return the same for a batch of full rows."""
+        """Return the model FLOPs of a step over full rows."""
         return None
 
     def peak_memory(self, plan: DeepSpeedPlan, kernels: Kernels) -> PeakMemory | None:
-        """Return the memory that a step under a plan takes on each of its ranks."""
+        """Return the memory that a step with a plan takes on each rank."""
         return None
 
     def longest_micro_batch(self, size: int) -> Any | None:
-        """Return the micro-batch of so many sequences that takes the most memory; its tokens mean nothing."""
+        """Return a micro-batch of this many sequences that takes the most memory; its tokens are arbitrary."""
         return None
 
 

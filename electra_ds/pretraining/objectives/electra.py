@@ -1,4 +1,4 @@
-"""ELECTRA: a generator fills in masked tokens, and a discriminator says of every token whether it was replaced.
+"""ELECTRA: a generator fills in masked tokens, and a discriminator predicts which tokens were replaced.
 
 Clark et al. 2020. Generator and discriminator train together (`pretraining/electra.py`).
 
@@ -42,7 +42,7 @@ GENERATOR_LOSS, DISCRIMINATOR_LOSS = "generator_loss", "discriminator_loss"
 
 @dataclass(frozen=True)
 class ElectraBatch(TextBatch, PretrainingBatch):
-    """The text of one optimiser step with its masks and noise."""
+    """The text of one optimizer step, with masks and noise."""
 
     masks: Masks
     counted_BT: np.ndarray
@@ -71,7 +71,7 @@ class ElectraBatch(TextBatch, PretrainingBatch):
     def micro_batch(self, first: int, size: int, *, packed: bool = True) -> MicroBatch:
         """Return sequences `first` to `first + size` as tensors in ordinary memory.
 
-        packed: lay short sequences side by side where that saves rows; otherwise each is a row of its own.
+        packed: put several short sequences into one row if that saves rows; otherwise each has its own row.
         """
         taken = slice(first, first + size)
         ids, lengths, second = self.ids_BT[taken], self.lengths_B[taken], self.second_segment_BT
@@ -107,7 +107,7 @@ class ElectraBatch(TextBatch, PretrainingBatch):
         )
 
     def static_micro_batch(self, first: int, size: int) -> MicroBatch | None:
-        """Return full or nearly full rows with their selected positions filled up to a number that practically no
+        """Return full or nearly full rows, with the selected positions padded to a number that practically no
         micro-batch exceeds; None for shorter rows, or for more selected positions."""
         if self.lengths_B[first : first + size].mean() / self.ids_BT.shape[1] < _FULL_ENOUGH:
             return None
@@ -116,7 +116,7 @@ class ElectraBatch(TextBatch, PretrainingBatch):
         return micro_batch.filled(most) if len(micro_batch.selected_M) <= most else None
 
 
-# Rows with a smaller share of tokens are laid side by side and not compiled. Assumed: compiling saves a quarter.
+# Rows with a smaller share of tokens are packed instead of compiled. Assumed: compiling saves a quarter of the time.
 _FULL_ENOUGH = 0.75
 
 
@@ -184,9 +184,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
         return collapsed_at(evaluations, schedule.total_steps, schedule.warmup_steps)
 
     def describe_collapse(self, step: int) -> str:
-        return (
-            f"The discriminator has been at chance since step {step} while the generator got better: it has collapsed"
-        )
+        return f"The discriminator has been at chance since step {step} while the generator improved: it has collapsed"
 
     @property
     def curves(self) -> Sequence[Curve]:
@@ -205,7 +203,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
         return [LEGEND, *sample_sentences(model, tokenizer, batch, count)]
 
     def exports(self, model: Electra) -> Mapping[str, Export]:
-        # Takes as long to import as torch, and training begins without it.
+        # Importing it takes as long as importing torch, and training does not need it.
         from electra_ds.pretraining.convert import to_transformers
 
         masked_lm, discriminator = to_transformers(model)
@@ -213,7 +211,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
             "discriminator": Export(
                 discriminator,
                 "ElectraForPreTraining",
-                "tells for every token whether it was replaced; this is the encoder to finetune",
+                "predicts for every token whether it was replaced; finetune this encoder",
             ),
             "generator": Export(
                 masked_lm,
@@ -240,7 +238,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
         return peak_memory(self.recipe, self.vocab_size, plan, kernels)
 
     def longest_micro_batch(self, size: int) -> MicroBatch:
-        """Full rows, with as many selected positions as are usual at most."""
+        """Return full rows with `usual_most_selected` positions."""
         length = self.recipe.data.sequence_length
         selected = usual_most_selected(self.recipe.masking, size, length)
         places = torch.arange(size * length)

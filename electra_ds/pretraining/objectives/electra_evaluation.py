@@ -1,8 +1,8 @@
-"""What an ELECTRA model is worth on held-out text: metrics, when its training has collapsed, and sample sentences.
+"""Evaluating an ELECTRA model on held-out text: metrics, detection of a collapse, and sample sentences.
 
-Training has collapsed when a discriminator has stopped discriminating, or never began, while its generator still
-learns. The reproduction study saw it with generators of half the discriminator's width and more: the generator fools
-the discriminator altogether, and from then on the run is worth nothing.
+Training has collapsed if the discriminator has stopped discriminating, or never began to, while the generator still
+learns. The reproduction study saw it with generators of at least half the discriminator's width: the generator fools
+the discriminator completely, and from then on the run is worthless.
 
 Shape suffixes: M selected positions, V vocabulary, B sequences, T positions.
 """
@@ -24,15 +24,15 @@ from electra_ds.pretraining.electra import Electra, ElectraOutput, MicroBatch
 ALWAYS_ORIGINAL = "always_original_accuracy"
 """The accuracy of always answering "original", the baseline of `discriminator_accuracy`."""
 WINDOW = 4
-"""Evaluations in a row that must all look alike."""
+"""Consecutive evaluations that must all show a collapse."""
 LEAST_SHARE = 0.1
-"""Of the schedule, before which nothing is judged: at first every discriminator is at chance. The study's collapses
-came at the end of its warm-up, one hundredth into its schedule, and lasted."""
+"""Share of the schedule before which nothing is judged: at first every discriminator is at chance. The study's
+collapses happened at the end of its warm-up, one hundredth into its schedule, and lasted."""
 MOST_AUC = 0.52
 MOST_YOUDEN = 0.02
-"""Recall above the share of unreplaced tokens that are taken for replaced, which at chance is 0."""
+"""Maximum of Youden's J, recall minus the false positive rate, which is 0 at chance."""
 LEAST_PROGRESS = 0.01
-"""Nats by which the generator's loss at [MASK] falls over the window."""
+"""Minimum decrease of the generator's loss at [MASK] over the window, in nats."""
 
 
 class Evaluation(NamedTuple):
@@ -47,7 +47,7 @@ class Evaluation(NamedTuple):
     unigram_loss: float
     """Cross-entropy of the tokens at those positions under the training text's unigram distribution."""
     generator_gain: float
-    """unigram_loss - generator_masked_loss: nats that the generator gets from context."""
+    """unigram_loss - generator_masked_loss: nats that the generator gains from context."""
     generator_accuracy: float
     """Share of [MASK]ed positions where the most probable token is the original."""
     generator_sampled_accuracy: float
@@ -58,13 +58,13 @@ class Evaluation(NamedTuple):
     discriminator_precision: float
     discriminator_recall: float
     discriminator_f1: float
-    """These three with "replaced" as the positive class and a threshold of 0.5."""
+    """Precision, recall and F1 have "replaced" as the positive class and a threshold of 0.5."""
     discriminator_auc: float
-    """Area under the ROC curve; nan where only one class occurred."""
+    """Area under the ROC curve; nan if only one class occurred."""
 
 
 class Measured(NamedTuple):
-    """Results of one micro-batch; the arrays are over its [MASK]ed and its counted positions."""
+    """Results of one micro-batch; the arrays cover its [MASK]ed or its counted positions."""
 
     generator_sum: float
     discriminator_sum: float
@@ -77,7 +77,7 @@ class Measured(NamedTuple):
 
 
 def measured(micro_batch: MicroBatch, output: ElectraOutput) -> Measured:
-    """Return what a held-out micro-batch shows, in the CPU's memory."""
+    """Return the results of a held-out micro-batch, in CPU memory."""
     targets = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
     masked = micro_batch.generator_ids_BT.flatten()[micro_batch.selected_M] != targets
     targets = targets[masked]
@@ -97,7 +97,7 @@ def evaluation_of(
     chunks: Sequence[Measured], num_selected: int, num_counted: int, unigram_nats_V: np.ndarray
 ) -> Evaluation:
     """Return the metrics of all micro-batches together."""
-    # Takes as long to import as torch, and training begins without it.
+    # Importing it takes as long as importing torch, and training does not need it at first.
     from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
     replaced = np.concatenate([chunk.labels for chunk in chunks])
@@ -128,12 +128,12 @@ def _mean(parts: Iterable[np.ndarray]) -> float:
 
 
 def collapsed_at(evaluations: Sequence[Mapping[str, Any]], total_steps: int, warmup_steps: int) -> int | None:
-    """Return the step since which training has collapsed, None if it has not.
+    """Return the step at which training collapsed, or None if it has not.
 
-    evaluations: in order, with `step` and the values of `Evaluation`. Training has collapsed if in all of WINDOW
-    evaluations that are judged AUC and recall are at chance, and the generator is better at the end than at the
-    beginning. The step is that of the first evaluation from which on all were at chance, judged or not: a discriminator
-    that never began has it at the first one of the run.
+    evaluations: in order, with `step` and the values of `Evaluation`. Training has collapsed if AUC and recall are at
+    chance in WINDOW consecutive evaluations that are judged, and the generator improved over them. The step is that of
+    the first of all consecutive evaluations at chance, judged or not; for a discriminator that never began to learn, it
+    is the run's first evaluation.
     """
     least = max(LEAST_SHARE * total_steps, warmup_steps)
     for first in range(len(evaluations) - WINDOW + 1):
@@ -153,7 +153,7 @@ def _is_at_chance(evaluation: Mapping[str, Any]) -> bool:
 
 
 def _youden(evaluation: Mapping[str, Any]) -> float:
-    """Recall - the share of unreplaced tokens that are taken for replaced: 0 for any blind guess, 1 at best."""
+    """Return Youden's J, recall minus the false positive rate: 0 for any blind guess, 1 at best."""
     accuracy, recall, replaced = (
         _number(evaluation.get(name)) for name in ("discriminator_accuracy", "discriminator_recall", "replaced_share")
     )
@@ -169,16 +169,16 @@ def _number(value: Any) -> float:
 
 LEGEND = Text.assemble(
     "Replaced tokens are shown as {original→replacement}: ",
-    ("✓ caught", "bold green"), ", ", ("✗ missed", "bold red"), "; ", ("?token? falsely accused", "yellow"),
-    ". Accused are the tokens with the highest scores, as many as were replaced.",
+    ("✓ detected", "bold green"), ", ", ("✗ missed", "bold red"), "; ", ("?token? false alarm", "yellow"),
+    ". The discriminator marks as many tokens as were replaced, those with the highest scores.",
 )  # fmt: skip
 
 
 @torch.no_grad()
 def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: Any, count: int) -> list[Text]:
-    """Return the `count` sequences of a held-out `ElectraBatch` that read most like prose, marked up.
+    """Return the `count` sequences of a held-out `ElectraBatch` that are most like prose, marked up.
 
-    The threshold is set on the whole batch.
+    The threshold is computed over the entire batch.
     """
     micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False)
     output = model(micro_batch)
@@ -214,9 +214,9 @@ def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: Any, count: in
 
 
 def most_prose(texts: Sequence[str], count: int) -> list[int]:
-    """Return the places of the `count` texts that have the most prose, in their order.
+    """Return the indices of the `count` texts that are most like prose, in ascending order.
 
-    Prose, in any script, is letters and spaces; digits, brackets and operators are what code and tables are made of.
+    Prose, in any script, consists of letters and spaces; code and tables have digits, brackets and operators.
     """
     ranked = sorted(range(len(texts)), key=lambda place: _prose(texts[place]), reverse=True)
     return sorted(ranked[:count])
@@ -228,11 +228,11 @@ def _prose(text: str) -> int:
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """Return a token as it reads in running text: with the space before it if it starts a word."""
+    """Return a token as it appears in running text: with a space before it if it starts a word."""
     token = tokenizer.backend.id_to_token(int(token_id)) or "�"
     if type(tokenizer.backend.model).__name__ == "WordPiece":
         return token.removeprefix("##") if token.startswith("##") else f" {token}"
-    if "▁" in token:  # SentencePiece's mark of a word's beginning, which its decoder drops from a first token
+    if "▁" in token:  # SentencePiece's marker of a word's start, which its decoder drops from a first token
         return token.replace("▁", " ")
     if tokenizer.backend.decoder is None:
         return token
