@@ -56,7 +56,7 @@ class BuildProgress(Protocol):
     def add(self, done: float) -> None:
         """Add to the amount of work done."""
 
-    def tell(self, status: str) -> None:
+    def set_status(self, status: str) -> None:
         """Set the status of the stage."""
 
     def end(self, status: str = "") -> None:
@@ -64,7 +64,7 @@ class BuildProgress(Protocol):
 
 
 class _NoProgress:
-    begin = add = tell = end = staticmethod(lambda *_, **__: None)
+    begin = add = set_status = end = staticmethod(lambda *_, **__: None)
 
 
 def build_store(
@@ -285,7 +285,7 @@ def _tokenise(
         try:
             documents = corpus.documents_by_source(progress.add)
             for chunk in _chunks(documents, partial, tokenizer, read):
-                progress.tell(f"{sum(read.documents):,} documents")
+                progress.set_status(f"{sum(read.documents):,} documents")
                 shards.append((chunk.source, chunk.path))
                 if chunk.path.exists():
                     continue

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrai
 
 from electra_ds.core.errors import DataError
 from electra_ds.core.files import is_hub_model
-from electra_ds.data.hub import explained, fetch_tokenizer
+from electra_ds.data.hub import explain_errors, fetch_tokenizer
 from electra_ds.data.text_files import kind_of
 from electra_ds.data.tokenizer import Tokenizer, text_of_token
 
@@ -78,7 +78,7 @@ def _read(name: str, casing: Casing) -> tuple[PreTrainedTokenizerFast, list[str]
         _check_casing(casing, name)
         settings = {key: text for key, value in _settings(path.parent).items() if (text := text_of_token(value))}
         tokens = {key: text for key, text in settings.items() if key in _TOKEN_KEYS}
-        with explained(f"the tokenizer {name}", _ADVICE):
+        with explain_errors(f"the tokenizer {name}", _ADVICE):
             return PreTrainedTokenizerFast(tokenizer_file=str(path), **tokens), []
     with tempfile.TemporaryDirectory() as folder:  # leaves out any tokenizer.json next to it
         for settings_file in filter(Path.is_file, map(path.with_name, _SETTINGS_FILES)):
@@ -123,7 +123,9 @@ def read_folder(
 def _from_pretrained(
     kind: Any, folder: Path, name: str, settings: dict[str, Any], **arguments: Any
 ) -> PreTrainedTokenizerFast:
-    with explained(f"the tokenizer of {name} ({settings.get('tokenizer_class') or 'of an unknown class'})", _ADVICE):
+    with explain_errors(
+        f"the tokenizer of {name} ({settings.get('tokenizer_class') or 'of an unknown class'})", _ADVICE
+    ):
         fast: PreTrainedTokenizerFast = kind.from_pretrained(folder, trust_remote_code=False, **arguments)
     if not fast.is_fast:
         raise DataError(f"The tokenizer of {name} is a {type(fast).__name__}, which has no fast form. {_ADVICE}")

@@ -81,7 +81,7 @@ class HubSource(Source):
         self._rows: Any = None
         name, config, split = self._parts
         path = dataset_path(name, revision)
-        with explained(self.description):
+        with explain_errors(self.description):
             try:
                 self._builder = datasets.load_dataset_builder(path, config, revision=revision)
             except ValueError as error:
@@ -120,7 +120,7 @@ class HubSource(Source):
         """
         if self._rows is not None:
             return
-        with explained(self.description):
+        with explain_errors(self.description):
             if self._streaming:
                 self._rows = self._builder.as_streaming_dataset(split=self._parts.split)
             else:
@@ -138,7 +138,7 @@ class HubSource(Source):
         read = 0
         tables = iter(self._rows.with_format("arrow").iter(_BATCH_ROWS))
         while True:
-            with explained(self.description):
+            with explain_errors(self.description):
                 table = next(tables, None)
             if table is None:
                 return
@@ -169,7 +169,7 @@ class SavedSource(HubSource):
         self.description = str(folder)
         self._text_key = text_key
         self._streaming = False
-        with explained(self.description, "Save the dataset again."):
+        with explain_errors(self.description, "Save the dataset again."):
             saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
             if "train" not in saved and len(saved) != 1:
@@ -191,7 +191,7 @@ def fetch_tokenizer(name: str) -> Path:
 
     Raises DataError if the download fails.
     """
-    with explained(f"the tokenizer {name}"):
+    with explain_errors(f"the tokenizer {name}"):
         return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES))
 
 
@@ -200,7 +200,7 @@ def fetch_model(name: str) -> Path:
 
     Pickled weights are downloaded only if there are no safetensors. Raises DataError if the download fails.
     """
-    with explained(f"the model {name}, which is not a local folder and so must be a name on the Hub"):
+    with explain_errors(f"the model {name}, which is not a local folder and so must be a name on the Hub"):
         folder = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=_PICKLED_WEIGHTS))
@@ -213,7 +213,7 @@ def _stat(name: str) -> Any:
 
 
 @contextmanager
-def explained(what: str, otherwise: str = "") -> Iterator[None]:
+def explain_errors(what: str, otherwise: str = "") -> Iterator[None]:
     """Turn errors of `datasets` and `transformers` into a DataError that says what to do.
 
     otherwise: the advice to give if neither the name nor the connection is at fault.

@@ -136,7 +136,7 @@ class PackedRows(NamedTuple):
     targets_N: np.ndarray
     """int64, the indices of the same tokens in the flattened [B * T]."""
 
-    def laid(self, array_ST: np.ndarray) -> np.ndarray:
+    def pack(self, array_ST: np.ndarray) -> np.ndarray:
         """Return the array in rows, [B, T]."""
         array_BT: np.ndarray = array_ST[self.leaders_B]
         array_BT.reshape(-1)[self.targets_N] = array_ST.reshape(-1)[self.sources_N]

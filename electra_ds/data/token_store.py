@@ -191,7 +191,7 @@ def split_holdout(documents: np.ndarray, data: DataSection, seed: int) -> Split:
         by = "span" if len(ranges.starts) < FEW_DOCUMENTS_TO_HOLD_OUT_SPANS else "document"
     target = min(data.holdout_fraction * ranges.num_tokens, data.holdout_max_tokens)
     rng = generator(seed, _HOLDOUT)
-    split = _documents_apart(ranges, target, rng) if by == "document" else _spans_apart(ranges, target, data, rng)
+    split = _hold_out_documents(ranges, target, rng) if by == "document" else _hold_out_spans(ranges, target, data, rng)
     if not len(split.train.starts) or not len(split.holdout.starts):
         raise DataError(
             f"The corpus is too small to hold out {data.holdout_fraction:.0%} by {by}: {len(ranges.starts)} "
@@ -201,7 +201,7 @@ def split_holdout(documents: np.ndarray, data: DataSection, seed: int) -> Split:
     return split
 
 
-def _documents_apart(ranges: Ranges, target: float, rng: np.random.Generator) -> Split:
+def _hold_out_documents(ranges: Ranges, target: float, rng: np.random.Generator) -> Split:
     order = rng.permutation(len(ranges.starts))
     before = np.concatenate([[0], np.cumsum(ranges.lengths[order])[:-1]])
     held = np.zeros(len(order), dtype=bool)
@@ -212,7 +212,7 @@ def _documents_apart(ranges: Ranges, target: float, rng: np.random.Generator) ->
     )
 
 
-def _spans_apart(ranges: Ranges, target: float, data: DataSection, rng: np.random.Generator) -> Split:
+def _hold_out_spans(ranges: Ranges, target: float, data: DataSection, rng: np.random.Generator) -> Split:
     """Hold out one contiguous span, at least one window, of each document that is long enough, up to the target."""
     shortest = data.sequence_length - 2
     share = target / ranges.num_tokens

@@ -31,7 +31,7 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.files import is_hub_model
 from electra_ds.data.given_tokenizer import read_folder
-from electra_ds.data.hub import explained, fetch_model
+from electra_ds.data.hub import explain_errors, fetch_model
 from electra_ds.pretraining.convert import refuse_other_frameworks
 from electra_ds.pretraining.evaluation import load_model
 from electra_ds.training.checkpoint import Checkpoint
@@ -143,7 +143,7 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
             f"transformers' save_pretrained wrote, or OWNER/NAME on the Hub."
         )
     advice = "Choose a folder that transformers' save_pretrained wrote; code that comes with a model is not run."
-    with explained(f"the model {name}", advice):
+    with explain_errors(f"the model {name}", advice):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.chunk_size_feed_forward = 0  # chunking changes no number and accepts only some input lengths
     kind = getattr(config, "position_embedding_type", None)
@@ -201,7 +201,7 @@ def load_weights(
     advice = (
         "config.json or the weights may be damaged. Download or export it again, with weights in model.safetensors."
     )
-    with explained(f"the weights of {name}", advice), silent_transformers():
+    with explain_errors(f"the weights of {name}", advice), silent_transformers():
         model, info = kind.from_pretrained(
             folder, config=config, dtype=torch.float32, local_files_only=True, weights_only=True,
             trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,

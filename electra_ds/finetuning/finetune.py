@@ -163,13 +163,13 @@ class FinetuneLoop(TrainingLoop):
             constant = "" if result.constant is None else f"; every prediction is {result.constant}"
             _log.info(f"{name} at step {self.step}: {task.shown(result.metrics, result.baseline)}{constant}")
         scores = self.ranks.broadcast({name: result.metrics for name, result in self._results.items()})
-        if self._is_of_schedule(self.step):
+        if self._is_scheduled(self.step):
             self._choose(scores[next(iter(task.dev))][task.chosen_by])
         if len(scores) == 1:
             return dict(next(iter(scores.values())))
         return {f"{name}/{metric}": value for name, metrics in scores.items() for metric, value in metrics.items()}
 
-    def _is_of_schedule(self, step: int) -> bool:
+    def _is_scheduled(self, step: int) -> bool:
         """Return True if an uninterrupted run is evaluated at this step.
 
         Other evaluations, such as those of --stop-at, choose nothing, so a stopped run ends like an uninterrupted one.
@@ -233,7 +233,7 @@ class FinetuneLoop(TrainingLoop):
         return [
             (step, float(score))
             for step, score in scores
-            if isinstance(score, int | float) and self._is_of_schedule(step)
+            if isinstance(score, int | float) and self._is_scheduled(step)
         ]
 
     # --- the end
@@ -242,7 +242,7 @@ class FinetuneLoop(TrainingLoop):
         """Score and predict with the weights that were kept, and write the results."""
         settings = self.job.record.settings
         if settings.best:
-            self._take_best()
+            self._load_best()
         if settings.best or not self.ranks.broadcast(bool(self._results)):
             self._results = self.in_memory(lambda: self._results_of(self.job.task.dev))
         tested = self.in_memory(lambda: self._results_of(self.job.task.test)) if settings.predict_test else {}
@@ -250,7 +250,7 @@ class FinetuneLoop(TrainingLoop):
             if self.ranks.is_main:
                 self._write(self._results | tested)
 
-    def _take_best(self) -> None:
+    def _load_best(self) -> None:
         with self.ranks.fail_together():
             path, damaged = self._best_folder.latest_valid(self.ranks)
             if path is None:

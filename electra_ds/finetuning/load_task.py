@@ -15,7 +15,7 @@ from electra_ds.config.names import TASKS
 from electra_ds.config.run_directory import places_of
 from electra_ds.config.run_record import FinetuneRecord, TaskSource
 from electra_ds.core.errors import DataError, did_you_mean
-from electra_ds.data.hub import HUB, dataset_path, explained
+from electra_ds.data.hub import HUB, dataset_path, explain_errors
 from electra_ds.finetuning.glue import (
     HUB_COLUMNS,
     OFFICIAL_ROWS,
@@ -104,7 +104,7 @@ def load_glue_hub(name: str, repository: str = _GLUE_REPOSITORY, revision: str |
     path = dataset_path(repository, revision)
     config = name.replace("-", "")
     source = f"{HUB}{repository}#{config}{f', revision {revision}' if revision else ''}"
-    with explained(source):
+    with explain_errors(source):
         splits = dict(datasets.load_dataset(path, config, revision=revision))
         if name == "mnli" and "ax" in datasets.get_dataset_config_names(path, revision=revision):
             splits["ax"] = datasets.load_dataset(path, "ax", revision=revision)["test"]

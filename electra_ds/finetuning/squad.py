@@ -18,7 +18,7 @@ from typing import Any, Literal
 import datasets  # type: ignore[import-untyped]
 
 from electra_ds.core.errors import DataError
-from electra_ds.data.hub import dataset_path, explained
+from electra_ds.data.hub import dataset_path, explain_errors
 
 SquadName = Literal["squad1", "squad2"]
 
@@ -105,7 +105,7 @@ def load_squad_hub(name: SquadName, repository: str, revision: str | None = None
     """
     path = dataset_path(repository, revision)
     source = f"{repository}{f', revision {revision}' if revision else ''}"
-    with explained(source, "It must have the layout of rajpurkar/squad."):
+    with explain_errors(source, "It must have the layout of rajpurkar/squad."):
         tables = datasets.load_dataset(path, revision=revision)
     if "validation" not in tables:
         raise DataError(f"{source} has no split 'validation'; its splits are {', '.join(map(str, tables))}.")

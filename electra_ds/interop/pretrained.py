@@ -21,7 +21,7 @@ from electra_ds.config.recipe import Recipe, electra_recipe, validate_recipe
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.program import command
 from electra_ds.data.given_tokenizer import load_given_tokenizer
-from electra_ds.data.hub import explained
+from electra_ds.data.hub import explain_errors
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.encoder_source import check_complete, load_weights, silent_transformers
 from electra_ds.pretraining.convert import from_discriminator_tensors, from_generator_tensors, refuse_other_frameworks
@@ -119,7 +119,7 @@ def _kind_of(values: Mapping[str, Any]) -> Kind | None:
 def _config_of(values: Mapping[str, Any], name: str) -> ElectraConfig:
     """Return a config made only of the values named here, so nothing else in the file affects loading."""
     known = {key: values[key] for key in (*SIZES, "vocab_size", "pad_token_id", "hidden_act") if key in values}
-    with explained(f"the model {name}"), silent_transformers():
+    with explain_errors(f"the model {name}"), silent_transformers():
         return ElectraConfig(**known)
 
 

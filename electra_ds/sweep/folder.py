@@ -152,7 +152,7 @@ class TrialFiles:
             why = self._reason(status) if reason is None else reason
             self._write(record.with_last(seconds=seconds, status=status, reason=why))
         if status < 0:
-            self.forget_failure()
+            self.clear_failure()
 
     def refuse(self, trial: Trial, resources: Resources, why: str) -> None:
         """Record that the trial cannot start."""
@@ -215,7 +215,7 @@ class TrialFiles:
             make_folder(self.run.path)
             self.run.write_status("failed", reason=why)
 
-    def forget_failure(self) -> None:
+    def clear_failure(self) -> None:
         """Make a failed trial resumable where it stopped. The time of its attempts is kept."""
         if self.run.status() == "failed":
             self.run.clear_status()
@@ -242,7 +242,7 @@ class TrialFiles:
     def held(self) -> Iterator[bool]:
         """Hold the trial's lock; yield False if another process has it, since a searcher may suggest a trial twice."""
         with (self._trials / f".{self.key}.lock").open("a") as lock:
-            yield _could_lock(lock)
+            yield _try_lock(lock)
 
 
 def ending(status: int) -> str:
@@ -351,7 +351,7 @@ class SweepFolder:
             raise CheckpointError(f"Cannot write into {self.path}: {error.strerror}.") from error
         with lock:
             deadline = time.monotonic() + _LOOKS_AT_MOST_S
-            while not _could_lock(lock):
+            while not _try_lock(lock):
                 if time.monotonic() > deadline:
                     raise ConfigError(f"The sweep in {self.path} is being run by another process.")
                 time.sleep(0.05)
@@ -362,7 +362,7 @@ class SweepFolder:
         if not (self.path / ".lock").exists():
             return False
         with (self.path / ".lock").open() as lock:
-            return not _could_lock(lock, fcntl.LOCK_SH)
+            return not _try_lock(lock, fcntl.LOCK_SH)
 
     def ask_to_stop(self) -> None:
         """Ask running trials to save and stop, and let no other start."""
@@ -371,7 +371,7 @@ class SweepFolder:
     def wants_to_stop(self) -> bool:
         return (self.path / "stop").exists()
 
-    def forget_stop(self) -> None:
+    def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
 
     # --- the sweep's inputs
@@ -384,7 +384,7 @@ class SweepFolder:
         except OSError:
             return self.path
 
-    def now(self, stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    def relocated(self, stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return a trial's options with the current places of its inputs.
 
         Its key depends on their original places, so a sweep that is moved together with its inputs stays the same.
@@ -465,7 +465,7 @@ class SweepFolder:
         return path
 
 
-def _could_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
+def _try_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
     """Try to lock a file until it is closed. Return False if another process holds the lock."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)

@@ -44,7 +44,7 @@ def plan_sweep(
     The arguments are those of `run_sweep`.
     """
     spec, found = open_sweep(sweep, folder, overrides)
-    trials = [*expand(spec, found.now if sweep is None else None), *found.suggested_before(spec)]
+    trials = [*expand(spec, found.relocated if sweep is None else None), *found.suggested_before(spec)]
     at_once, problem = 1, ""
     if address is None:
         try:

@@ -119,7 +119,7 @@ def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str
     if run.exists():
         flags = [word for name in _RESUMED for word in words(name, trial.options.get(name))]
         return ["--resume", str(run.path), *flags, *trial.ending(), "--threads", str(threads)]
-    arguments = replace(trial, options=folder.now(trial.stage, trial.options)).arguments(threads)
+    arguments = replace(trial, options=folder.relocated(trial.stage, trial.options)).arguments(threads)
     if trial.options.get("wandb") not in (None, False, "off") and trial.options.get("wandb_group") is None:
         arguments += ["--wandb-group", spec.name]
     if trial.pretraining is not None:
@@ -231,12 +231,12 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
     def stop(why: str, more: str = "") -> None:
         folder.ask_to_stop()
         with contextlib.suppress(OSError, ValueError):  # the reader may be gone
-            sys.stderr.write(f"{why}: the trials that run save and leave.{more}\n")
+            sys.stderr.write(f"{why}: running trials save and stop.{more}\n")
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append((number, time.monotonic()))
         if len(came) == 1:
-            stop(signal.Signals(number).name, " A second signal leaves at once.")
+            stop(signal.Signals(number).name, " A second signal stops at once.")
         elif came[-1][1] - came[0][1] >= SECOND_SIGNAL_AFTER_S:
             leave_at_once(number)
         folder.ask_to_stop()  # again, in case a driver elsewhere has only just started
@@ -252,7 +252,7 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
         timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
-        folder.forget_stop()
+        folder.clear_stop()
     if came:
         first, _ = came[0]
         resume = f"{command('sweep')} --resume {folder.path}"
@@ -304,7 +304,7 @@ def _attempt(trial: Trial, arguments: list[str], folder: SweepFolder, spec: Swee
             elif any(each.returncode for each in processes):
                 wait(processes, TO_NOTICE_S)
                 break
-            monitor.look()
+            monitor.update()
             time.sleep(_LOOK_EVERY_S)
     finally:
         end(processes)

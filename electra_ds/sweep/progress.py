@@ -58,7 +58,7 @@ class _Running:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def look(self) -> str:
+    def describe(self) -> str:
         """Return a line about what the trial is doing."""
         if lines := self.metrics.lines():
             if self.first is None or lines[0]["step"] < self.step:  # a resumed run has truncated its file
@@ -92,7 +92,7 @@ class SweepMonitor:
         self._took: dict[str, list[float]] = {}
         self._running: dict[str, _Running] = {}
         self._lines: list[str] = []
-        self._looked = time.monotonic()
+        self._updated = time.monotonic()
 
     def __enter__(self) -> SweepMonitor:
         self._progress.start(self._total)
@@ -107,11 +107,11 @@ class SweepMonitor:
         is_resumed = bool(metrics.lines())
         self._running.setdefault(trial.key, _Running(trial, files, metrics, time.monotonic(), is_resumed))
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Show what the running trials are doing, at most every few seconds."""
-        if time.monotonic() - self._looked >= _LOOK_EVERY_S:
-            self._looked = time.monotonic()
-            lines = [running.look() for running in self._running.values()]
+        if time.monotonic() - self._updated >= _LOOK_EVERY_S:
+            self._updated = time.monotonic()
+            lines = [running.describe() for running in self._running.values()]
             more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
             self._lines = lines[:_SHOWN] + more
             self._progress.update(self._done, self._lines, self._eta())

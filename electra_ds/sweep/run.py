@@ -84,7 +84,7 @@ def run_sweep(
             return SweepOutcome(True, report_sweep(found, todo.trials, spec))
     if local and spec.is_suggested:
         raise ConfigError("Ray runs Optuna's suggestions, so leave out --local.")
-    trials = expand(spec, found.now if sweep is None else None)
+    trials = expand(spec, found.relocated if sweep is None else None)
     if address is None:
         trials_at_once(spec.resources, [this_machine()])
     else:
@@ -100,7 +100,7 @@ def run_sweep(
         if todo.missing or todo.more:
             for line in filter(None, (spec.description, corpus_note(spec))):
                 _log.info("%s", line)
-        found.forget_stop()
+        found.clear_stop()
         stages = [trial.stage for trial in todo.missing] + [spec.last_stage] * todo.more
         monitor = SweepMonitor(found, progress or SweepProgress(), stages)
         cut = _run(todo, spec, found, monitor, local=local, address=address, limit_s=time_limit_s)
@@ -147,7 +147,7 @@ def _run(
         """Write the sweep once every check has passed."""
         folder.write(spec)
         for trial in todo.missing:
-            folder.trial(trial.key).forget_failure()
+            folder.trial(trial.key).clear_failure()
 
     if local or not (todo.missing or todo.more):
         if local and spec.scheduler is not None:
@@ -163,7 +163,7 @@ def _run(
         begin()
         runner.run(todo.missing)
         if todo.more:
-            runner.suggest(todo.suggested, lambda config: suggested(spec, config, folder.now))
+            runner.suggest(todo.suggested, lambda config: suggested(spec, config, folder.relocated))
             return folder.wants_to_stop()
     return False
 

@@ -76,7 +76,7 @@ class Domain(Section):
         return {self.kind: list(self.values)}
 
     @model_validator(mode="after")
-    def _is_sound(self) -> Domain:
+    def _check_values(self) -> Domain:
         if self.kind in _RANGES:
             if not self._is_range():
                 what, example = _RANGES[self.kind]

@@ -40,7 +40,7 @@ from electra_ds.sweep.spec import (
 )
 
 _MOST_PROBLEMS = 10
-_PLAINLY = {"missing": "is missing", "too_short": "is empty", "list_type": "must be a list, in brackets"}
+_MESSAGES = {"missing": "is missing", "too_short": "is empty", "list_type": "must be a list, in brackets"}
 """Messages that replace pydantic's."""
 _STAGE_KEYS = {"pretrain": PretrainStage.model_fields, "finetune": Stage.model_fields}
 _KEYS = [key for section in (SweepSpec, Search, Metric, Scheduler, Resources) for key in section.model_fields]
@@ -177,7 +177,7 @@ def _put(values: dict[str, Any], override: str) -> None:
 def _plain(problem: Any) -> str:
     """Return a problem that pydantic found, with its key."""
     parts = [str(part) for part in problem["loc"]]
-    message = _PLAINLY.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    message = _MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "extra_forbidden":
         message = f"unknown key{did_you_mean(parts[-1], _KEYS)}"
     return ": ".join(filter(None, [".".join(parts), message]))

@@ -34,7 +34,7 @@ from electra_ds.sweep.sweep_file import listed
 _LONGEST_LABEL = 80
 _MOST_TRIALS = 20_000
 _EXAMPLE = {"pretrain": "rc2020-small", "finetune": "rc2020"}
-Now = Callable[[str, Mapping[str, Value]], dict[str, Value]]
+Relocate = Callable[[str, Mapping[str, Value]], dict[str, Value]]
 """A function that returns a stage's options with the current places of their inputs. None: no input has moved."""
 
 
@@ -126,7 +126,7 @@ def counted(trials: int) -> str:
     return f"{trials:,} trial{'' if trials == 1 else 's'}"
 
 
-def expand(spec: SweepSpec, now: Now | None = None, *, check: bool = True) -> list[Trial]:
+def expand(spec: SweepSpec, relocate: Relocate | None = None, *, check: bool = True) -> list[Trial]:
     """Return every trial of a sweep, pretrainings first, without those that Optuna suggests.
 
     Random values depend on the search's seed, the key and the number of the sample, so every seed and every cell of the
@@ -149,7 +149,7 @@ def expand(spec: SweepSpec, now: Now | None = None, *, check: bool = True) -> li
                 f"checkpoints multiply. Shorten one of them."
             )
         for picked in cells:
-            trial, found = _Cell(spec, name, picked).trial(now, check=check)
+            trial, found = _Cell(spec, name, picked).trial(relocate, check=check)
             problems |= dict.fromkeys(found)
             if trial is not None and not spec.is_suggested:
                 trials += [_with_seed(trial, seed, *encoder) for seed in stage.seeds for encoder in encoders]
@@ -161,7 +161,9 @@ def expand(spec: SweepSpec, now: Now | None = None, *, check: bool = True) -> li
     return trials
 
 
-def suggested(spec: SweepSpec, values: Mapping[str, Value], now: Now | None = None, *, check: bool = True) -> Trial:
+def suggested(
+    spec: SweepSpec, values: Mapping[str, Value], relocate: Relocate | None = None, *, check: bool = True
+) -> Trial:
     """Return the trial of a suggestion for a sweep of one stage. Its `seed` is by default the stage's first one.
 
     Raises ConfigError if the suggestion is not a valid trial.
@@ -170,7 +172,7 @@ def suggested(spec: SweepSpec, values: Mapping[str, Value], now: Now | None = No
     varying = {key: value for key, value in values.items() if key != "seed"}
     keys = recipe_keys(name, stage.options, stage.set)
     problems = [f"{name}.{key}: {problem}" for key in varying if (problem := key_problem(name, key, keys))]
-    trial, found = (None, []) if problems else _Cell(spec, name, varying).trial(now, check=check)
+    trial, found = (None, []) if problems else _Cell(spec, name, varying).trial(relocate, check=check)
     _raise(spec, [*problems, *found])
     assert trial is not None
     return _with_seed(trial, values.get("seed", stage.seeds[0]), None, None)
@@ -245,13 +247,13 @@ class _Cell:
             return f"{self._name}.variants.{self._picked['variant']}.{key}"
         return f"{self._name}.set.{key}" if key in self._stage.set else f"{self._name}.{key}"
 
-    def trial(self, now: Now | None, *, check: bool) -> tuple[Trial | None, list[str]]:
+    def trial(self, relocate: Relocate | None, *, check: bool) -> tuple[Trial | None, list[str]]:
         """Return (trial of the stage's first seed, without an encoder, or None; problems, each with its key)."""
         options, stage, seed = self._options, self._stage, self._stage.seeds[0]
         problems = [*self._missing(), *self._metric_problems()]
         if check:
-            here = options if now is None else now(self._name, options)
-            problems += self._lost(here, has_moved=now is not None) or ([] if problems else self._unfit(here))
+            here = options if relocate is None else relocate(self._name, options)
+            problems += self._lost(here, has_moved=relocate is not None) or ([] if problems else self._unfit(here))
         try:
             recipe = self._recipe(seed)
         except ConfigError as error:

@@ -264,7 +264,7 @@ class _Watch(tune.Callback, tune.Stopper):
             return
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._monitor.look()
+        self._monitor.update()
         if self._running or self._folder.wants_to_stop():
             self._idle_since = None
         elif self._idle_since is None:
@@ -282,7 +282,7 @@ class _Watch(tune.Callback, tune.Stopper):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running.discard(trial.trial_id)
-        why = _last_words(trial)
+        why = _failure_reason(trial)
         try:
             ours = self._resolve(trial.config)
         except ConfigError as error:
@@ -296,7 +296,7 @@ class _Watch(tune.Callback, tune.Stopper):
         self._running.discard(trial.trial_id)  # until it has a slot again
 
 
-def _last_words(trial: Any) -> str:
+def _failure_reason(trial: Any) -> str:
     """Return the reason why Tune gave a trial up."""
     text = str(trial.get_error() or "")
     if not text:

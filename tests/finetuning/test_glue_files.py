@@ -292,7 +292,7 @@ def test_folders_without_the_task_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="There is no folder"):
         load_glue("cola", tmp_path / "nowhere")
     for name in GLUE:
-        with pytest.raises(DataError, match=f"holds no files of {name}. Looked for .*tsv.*, there and in a folder"):
+        with pytest.raises(DataError, match=f"holds no files of {name}. It needs .*tsv.*, in it or in its subfolder"):
             load_glue(name, tmp_path)
     write_tsv(tmp_path / "diagnostic" / "diagnostic.tsv", official_table("mnli", "ax", rows_for("mnli", "ax")))
     (tmp_path / "MNLI").mkdir()
@@ -614,7 +614,7 @@ BROKEN: list[tuple[str, dict[str, str], str]] = [
     ("dev lacks it", {"train.csv": "text,label\na,0\nb,1\n", "dev.csv": "text,mark\na,0\n"},
      r"dev\.csv: no column 'label'; its columns are text, mark"),
     ("unknown label", {"train.csv": "text,label\na,yes\nb,no\n", "dev.csv": "text,label\na,no\nb,yess\n"},
-     r"dev\.csv, row 2: the label 'yess' is not one of those trained on, 'no', 'yes'; did you mean 'yes'"),
+     r"dev\.csv, row 2: the label 'yess' is not one of the training labels, 'no', 'yes'; did you mean 'yes'"),
     ("unknown label in test", {"train.csv": "text,label\na,yes\nb,no\n", "test.csv": "text,label\na,no\nb,maybe\n"},
      r"test\.csv, row 2: the label 'maybe'"),
     ("header only", {"train.csv": "text,label\n"}, r"train\.csv has no rows"),
@@ -643,7 +643,7 @@ BROKEN: list[tuple[str, dict[str, str], str]] = [
     ("empty text", {"train.csv": "text,label\n,0\n ,1\n"}, r"the column 'text' is empty in every row"),
     ("list in lines", {"train.json": '[\n{"text": "a", "label": 0}\n]\n'}, r"not an object .* with: jq -c '\.\[\]'"),
     ("list in a line", {"train.json": '[{"text": "a", "label": 0}]\n'}, r"not an object .* with: jq -c '\.\[\]'"),
-    ("foreign name", {"train.xlsx": "x"}, r"files of examples end in \.csv, \.tsv, \.jsonl"),
+    ("foreign name", {"train.xlsx": "x"}, r"a file of examples must end in \.csv, \.tsv, \.jsonl"),
 ]  # fmt: skip
 
 
