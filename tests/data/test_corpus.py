@@ -121,7 +121,7 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_p
         ("a.txt", "text".encode("utf-16"), "is UTF-16 text"),
         ("a.csv", b"text,label\nfine,1\n", "is not plain text but a table. Write the column"),
         ("a.tsv.gz", b"text", "is not plain text but a table"),
-        ("a.html", b"<p>text</p>", "is no plain text but HTML"),
+        ("a.html", b"<p>text</p>", "is not plain text but HTML"),
     ],
 )
 def test_a_broken_corpus_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -298,8 +298,8 @@ def test_a_large_archive_is_read_block_by_block(tmp_path: Path) -> None:
         ("a.txt", gzip.compress(b"text", mtime=0), "is compressed with gzip"),
         ("a.txt.gz", gzip.compress(gzip.compress(b"text", mtime=0), mtime=0), "is compressed with gzip"),
         ("a.txt.gz", b"plain text", "is damaged, or not what its name says"),
-        ("a.tar.gz", gzip.compress(b"text", mtime=0), "is no plain text but a tar archive. Unpack it first"),
-        ("a.tgz", gzip.compress(b"text", mtime=0), "is no plain text but a tar archive. Unpack it first"),
+        ("a.tar.gz", gzip.compress(b"text", mtime=0), "is not plain text but a tar archive. Unpack it first"),
+        ("a.tgz", gzip.compress(b"text", mtime=0), "is not plain text but a tar archive. Unpack it first"),
         ("a.txt.gz", gzip.compress(_tar_of(b"text"), mtime=0), "is a tar archive, not plain text"),
         ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "Cannot read the Parquet file"),
         ("a.jsonl.gz", gzip.compress(b'{"body": ""}', mtime=0), "no text in a field 'text'; its keys are body"),
@@ -394,7 +394,7 @@ def test_configurations_splits_and_slices(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             read(text, **options)
-    with pytest.raises(DataError, match="There is no folder"):
+    with pytest.raises(DataError, match=r"The dataset folder .* does not exist"):
         HubSource("hub:./nowhere")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="doesn't contain any data files"):

@@ -369,7 +369,7 @@ REFUSED: list[tuple[str, Sources, str]] = [
      "of other sizes than config.json says are electra.embeddings_project.bias"),
     ("config with words", lambda at, tmp: [changed(at / "bare", tmp / "x", hidden_size="wide")], "Cannot read the"),
     ("other shares", lambda at, _: [at / "none"],
-     "differ in what generator.sharing: embeddings shares Add: --set generator.sharing=none"),
+     "differ in weights that generator.sharing: embeddings shares Add: --set generator.sharing=none"),
     ("tokens alone", lambda at, _: [at / "tokens"], "Add: --set generator.sharing=tokens"),
 ]  # fmt: skip
 

@@ -335,7 +335,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("mapping", finetuning(space={"head.dropout": {"grid": [{}]}}), "write settings that go together under variants"),
     ("kind", finetuning(space={"head.dropout": {"gird": [1]}}), "gird is not a domain; did you mean 'grid'?"),
     ("kinds", finetuning(space={"head.dropout": {"grid": [1], "choice": [2]}}), "grid, choice is not a domain"),
-    ("none", finetuning(space={"head.dropout": {}}), "nothing is no domain"),
+    ("none", finetuning(space={"head.dropout": {}}), "nothing is not a domain"),
     ("bounds", finetuning(space={"head.dropout": {"uniform": [1]}}), "the second greater, such as uniform: [0.0, 0.3]"),
     ("bound yes", finetuning(space={"head.dropout": {"uniform": [0, True]}}), "uniform takes two numbers"),
     ("bound nan", finetuning(space={"head.dropout": {"uniform": [0, math.nan]}}), "uniform takes two numbers"),
@@ -355,7 +355,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("variant key", finetuning(variants={"a": {"lr": 1}}), "finetune.variants.a.lr: unknown key"),
     (
         "variant domain", finetuning(variants={"a": {"head.dropout": {"grid": [1]}}}),
-        "variants.a.head.dropout: takes one value, and not {'grid': [1]}",
+        "variants.a.head.dropout: takes one value, not {'grid': [1]}",
     ),
     ("variant name", finetuning(variants={"a.b": {}}), "finetune.variants.a.b.[key]: String should match"),
     ("no variant", finetuning(variants={"a": None}), "finetune.variants.a: Input should be a valid dictionary"),
