@@ -146,7 +146,7 @@ def _json_object(file: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {file}: {error}. Fetch the tokenizer again.") from error
+        raise DataError(f"Cannot read {file}: {error}. Download the tokenizer again.") from error
     return values
 
 

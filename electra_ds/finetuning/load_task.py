@@ -98,7 +98,7 @@ def load_glue_hub(name: str, repository: str = _GLUE_REPOSITORY, revision: str |
     Test sets come without labels, as from the files. Scores are the decimal numbers that the Hub's float32 stand for,
     so the same data has the same fingerprint from either source.
 
-    Raises DataError if the task is unknown, or if the dataset cannot be fetched or does not have GLUE's layout.
+    Raises DataError if the task is unknown, or if the dataset cannot be downloaded or does not have GLUE's layout.
     """
     task = glue_task(name)
     path = dataset_path(repository, revision)

@@ -163,7 +163,7 @@ def load_file(path: Path) -> Any:
             reason = reason.partition("\n\n")[2].strip()
         raise CheckpointError(
             f"{path} cannot be read: {(reason.splitlines() or [type(error).__name__])[0]} It is damaged, or was not "
-            f"written by DeepSpeed 0.19.8 alone. Copy it again from where it was saved."
+            f"written only by DeepSpeed 0.19.8. Copy it again from where it was saved."
         ) from error
 
 

@@ -200,7 +200,7 @@ def _fit_lines(found: Forecast) -> list[str]:
         f"Largest micro-batch that fits: {found.largest.batch}; give it to {command('pretrain')} with --micro-batch."
     )
     if found.largest.batch.micro_batch_size == batch.micro_batch_size:
-        share = ", each rank's whole share" if batch.gradient_accumulation_steps == 1 else ""
+        share = ", each rank's full share" if batch.gradient_accumulation_steps == 1 else ""
         largest = f"Largest micro-batch that fits: {batch.micro_batch_size}{share}."
     return [*lines, largest]
 

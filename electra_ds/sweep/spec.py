@@ -33,7 +33,7 @@ _RANGES = {
     "uniform": ("two numbers, the second greater", "[0.0, 0.3]"),
     "loguniform": ("two numbers above 0, the second greater", "[1e-5, 1e-3]"),
     "quniform": ("two multiples of a third number, and that number", "[0.0, 0.3, 0.1]"),
-    "randint": ("two whole numbers, the second greater", "[8, 33]"),
+    "randint": ("two integers, the second greater", "[8, 33]"),
 }
 """The values that each kind of domain takes, and an example."""
 DOMAINS = (*_LISTS, *_RANGES)

@@ -288,7 +288,7 @@ class _Cell:
         if not self._is_pretrained_first and options.get("model") is None:
             yield "finetune.model: is missing; give a run, a transformers folder or a name on the Hub"
         if options.get("task") is None and (options.get("train") is None or options.get("dev") is None):
-            yield "finetune.task: is missing; write one, or train and dev with examples of your own"
+            yield "finetune.task: is missing; write one, or train and dev with your own examples"
 
     def _lost(self, options: Mapping[str, Value], *, has_moved: bool) -> list[str]:
         """Return problems of missing files and folders, except recipes, which loading reports."""

@@ -344,7 +344,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "uniform takes two numbers",
     ),
     ("log", finetuning(space={"head.dropout": {"loguniform": [0, 1]}}), "loguniform takes two numbers above 0"),
-    ("randint", finetuning(space={"head.dropout": {"randint": [0, 1.5]}}), "randint takes two whole numbers"),
+    ("randint", finetuning(space={"head.dropout": {"randint": [0, 1.5]}}), "randint takes two integers"),
     ("steps", finetuning(space={"head.dropout": {"quniform": [0, 1, 2]}}), "takes two multiples of a third number"),
     (
         "multiples", finetuning(space={"head.dropout": {"quniform": [0.05, 1, 0.1]}}),
