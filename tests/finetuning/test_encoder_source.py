@@ -249,7 +249,7 @@ def _misnamed(model: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (_without_tokenizer, "No tokenizer at"),
-    "tokenizer larger than the table": (_larger_tokenizer, "and its token table"),
+    "tokenizer larger than the table": (_larger_tokenizer, "but its token table"),
     "tokenizer cut": (_cut("tokenizer.json"), "Its files may be damaged, or its class"),
     "tokenizer misnamed": (_misnamed, "Its files may be damaged, or its class"),
     "no [CLS]": (_edited("tokenizer_config.json", cls_token=None), "does not begin a text with a token such as [CLS]"),
@@ -434,7 +434,7 @@ def test_data_errors_are_data_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"The model .* does not exist"):
         read_encoder("no/such/thing/at/all")
     (tmp_path / "model.pt").touch()
-    with pytest.raises(DataError, match=r"There is no model .* Give a run directory, a folder"):
+    with pytest.raises(DataError, match=r"The model .* does not exist\. Give a run directory, a folder"):
         read_encoder(str(tmp_path / "model.pt"))
     with pytest.raises(DataError, match=r"not a transformers model\. Give a run directory, a folder"):
         read_encoder(str(tmp_path))
