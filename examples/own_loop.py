@@ -1,4 +1,4 @@
-"""Pretrain in a loop of your own: token store, batches, model, engine, evaluation.
+"""Pretrain in your own loop: token store, batches, model, engine, evaluation.
 
     python examples/own_loop.py
 
@@ -13,7 +13,7 @@ import electra_ds
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 
-# The text. A store that is there already is opened with electra_ds.open_store(path).
+# The text. To open an existing store, use electra_ds.open_store(path).
 texts = folder / "texts"
 texts.mkdir(exist_ok=True)
 for number in range(40):
@@ -30,7 +30,7 @@ recipe = electra_ds.load_recipe(
 )
 store = electra_ds.build_data(texts, folder / "store", recipe=recipe, workers=1)
 
-# The model is a torch module: change it, freeze parts of it, load weights into it.
+# The model is a torch module: you can change it, freeze parts of it, or load weights into it.
 model = electra_ds.build_model(recipe, store)
 print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
 

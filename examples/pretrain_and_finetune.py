@@ -1,6 +1,6 @@
 """Pretrain a small ELECTRA, look at what it learned, and finetune it: a notebook as a script.
 
-Editors that know `# %%` show cells; as a script it runs from beginning to end, in under a minute on a CPU:
+Editors that support `# %%` show cells. As a script it runs from beginning to end, in under a minute on a CPU:
 
     python examples/pretrain_and_finetune.py
 """
@@ -21,7 +21,7 @@ print(run, run.status, [path.name for path in run.checkpoints])
 steps = run.metrics.query("kind == 'train'")
 print(steps[["step", "generator_loss", "discriminator_loss"]].tail())
 
-# %% Examples of your own: a text and a label in each row. Here the label is whether a text asks something.
+# %% Your own examples: a text and a label in each row. Here the label says if a text asks something.
 questions = ["who wrote this", "where is the file", "how does it work", "why was it removed", "what is a list"]
 statements = ["the file is here", "this works well", "it was removed", "a list has items", "the name is new"]
 rows = [f"{text},{label}" for label, texts in (("ask", questions), ("tell", statements)) for text in texts]
@@ -39,7 +39,7 @@ tuned = electra_ds.finetune(
 )
 print({name: scored["metrics"] for name, scored in tuned.scores["sets"].items()})
 
-# %% The same run under other options: one seed more, and a transformers model of the encoder.
+# %% Another seed of the same finetuning, and the encoder as a transformers model.
 other = electra_ds.finetune(
     run,
     train=folder / "train.csv",

@@ -142,7 +142,7 @@ class StageProgress(StatusProgress):
         self.advance(self._stage, done)
         self._say_now_and_then()
 
-    def tell(self, status: str) -> None:
+    def set_status(self, status: str) -> None:
         """Set the status of the stage."""
         self.update(self._stage, status=status)
         self._say_now_and_then()

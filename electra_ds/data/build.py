@@ -1,8 +1,8 @@
-"""Build a token store: tokenise a corpus in parallel, so that an interrupted build can be continued.
+"""Build a token store: tokenise a corpus in parallel, in a way that an interrupted build can be resumed.
 
 The corpus is divided into chunks of documents. Worker processes write one shard per chunk, named by its number and
 content, into `STORE.partial/`. A second run reads the corpus again and skips the finished shards. When all shards are
-there, they are joined, and the folder is renamed: a store is complete or absent.
+written, they are joined and the folder is renamed, so a store is either complete or absent.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class BuildProgress(Protocol):
     """The display of a build's progress, stage by stage."""
 
     def begin(self, stage: str, total: float | None = None, status: str = "") -> None:
-        """Begin a stage. total: its amount of work, None if that is unknown."""
+        """Begin a stage. total: the amount of work, or None if it is unknown."""
 
     def add(self, done: float) -> None:
-        """Add to the amount of work that is done."""
+        """Add to the amount of work done."""
 
-    def tell(self, status: str) -> None:
+    def set_status(self, status: str) -> None:
         """Set the status of the stage."""
 
     def end(self, status: str = "") -> None:
@@ -64,7 +64,7 @@ class BuildProgress(Protocol):
 
 
 class _NoProgress:
-    begin = add = tell = end = staticmethod(lambda *_, **__: None)
+    begin = add = set_status = end = staticmethod(lambda *_, **__: None)
 
 
 def build_store(
@@ -79,12 +79,12 @@ def build_store(
     """Build the store at `out`, or open it if it exists and was built from the same text and tokenizer.
 
     tokenizer: a finished one, or the recipe's section with which to train one on this corpus. allow_unknown: build the
-    store even if nearly all of a source becomes [UNK]. show_progress: is called after downloads, which have a display
-    of their own. Raises DataError for a corpus that cannot be read, for such a source unless it is allowed, for another
-    store at `out`, and for a full disk; finished shards are kept.
+    store even if nearly all of a source becomes [UNK]. show_progress: called after the downloads, which have their own
+    display. Raises DataError if the corpus cannot be read, if nearly all of a source becomes [UNK] and this is not
+    allowed, if `out` holds a different store, or if the disk is full; finished shards are kept.
     """
     if out.name in ("", ".."):
-        out = Path(os.path.abspath(out))  # which gives "." a name
+        out = Path(os.path.abspath(out))  # gives "." a name
     partial = out.with_name(out.name + ".partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) 
             read.add(source, document)
         if store.info.corpus_fingerprint != read.fingerprint:
             raise DataError(
-                f"{out} was built from other text than {corpus.description} has now. Delete it, or choose another."
+                f"{out} was built from different text than {corpus.description} has now. Delete it, or choose another."
             )
         if store.info.documents_read != read.documents:
             raise DataError(f"{out} divides the same text into other corpora. Delete it, or choose another.")
@@ -133,14 +133,14 @@ def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) 
         else trained_from(out) == tokenizer
     )
     if not same_tokenizer:
-        raise DataError(f"{out} was made with another tokenizer. Delete it, or choose another.")
+        raise DataError(f"{out} was built with another tokenizer. Delete it, or choose another.")
     return store
 
 
 def trained_from(folder: Path, corpus: Corpus | None = None) -> TokenizerSection | None:
-    """Return the recipe's section with which the tokenizer in this folder was trained.
+    """Return the tokenizer section of the recipe that trained the tokenizer in this folder.
 
-    None if it was not trained by a build, or not on the given corpus.
+    Return None if no build trained it, or if it was trained on a corpus other than the given one.
     """
     try:
         marker = json.loads((folder / "tokenizer" / _TRAINED_FROM).read_text("utf8"))
@@ -163,9 +163,9 @@ def _no_empty_folder_after_an_error(partial: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[bool]:
-    """Yield whether this process holds the folder.
+    """Yield True if this process holds the lock on the folder.
 
-    If another process held it, this one has waited for it, and the folder may be a finished store now, or deleted.
+    If another process held the lock, wait for it and yield False: the folder may now be a finished store, or deleted.
     """
     try:
         file = (partial / ".lock").open("w")
@@ -176,7 +176,7 @@ def _locked(partial: Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _log.info("%swaiting for another process that builds %s", PREPARING, partial.with_suffix(""))
+            _log.info("%swaiting for another process to build %s", PREPARING, partial.with_suffix(""))
             fcntl.flock(file, fcntl.LOCK_EX)
             yield False
             return
@@ -190,7 +190,7 @@ def _locked(partial: Path) -> Iterator[bool]:
 def _trained(
     corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, partial: Path, progress: BuildProgress
 ) -> Tokenizer:
-    """Return the given tokenizer, the one that an interrupted build had finished, or a new one."""
+    """Return the given tokenizer, the one that an interrupted build finished, or a newly trained one."""
     folder = partial / "tokenizer"
     if isinstance(tokenizer, Tokenizer):
         (folder / _TRAINED_FROM).unlink(missing_ok=True)
@@ -207,7 +207,7 @@ def _trained(
 
 
 def _first_lines(corpus: Corpus, section: TokenizerSection, progress: BuildProgress) -> Iterator[str]:
-    """Yield lines to train a tokenizer on. Training begins when the last line was read, which the progress shows."""
+    """Yield lines to train a tokenizer on, and show progress. Training begins once the last line has been read."""
     most = section.max_training_characters
     progress.begin("reading text", total=min(most, corpus.num_bytes) if corpus.num_bytes else None)
     new_characters = 0
@@ -222,14 +222,14 @@ def _first_lines(corpus: Corpus, section: TokenizerSection, progress: BuildProgr
 
 
 class _TextHash:
-    """A hash of the text that was read, and the number of documents of each source. Both identify a corpus."""
+    """A hash of the text read so far, and the number of documents from each source. Together they identify a corpus."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._digest = hashlib.sha256()
         self.documents = [0] * len(corpus.sources)
 
     def add(self, source: int, document: list[str]) -> None:
-        """Add the next document, which is from the source with this index."""
+        """Add the next document. source: the index of its source."""
         _update(self._digest, document)
         self.documents[source] += 1
 
@@ -241,7 +241,7 @@ class _TextHash:
 class _Chunk(NamedTuple):
     source: int
     path: Path
-    """Path of its shard."""
+    """The path of its shard."""
     documents: list[list[str]]
 
 
@@ -254,7 +254,7 @@ class _Counts(NamedTuple):
 def _chunks(
     documents_by_source: Iterable[tuple[int, list[str]]], partial: Path, tokenizer: Tokenizer, read: _TextHash
 ) -> Iterator[_Chunk]:
-    """Yield chunks of consecutive documents, each of a single source."""
+    """Yield chunks of consecutive documents, each from a single source."""
     documents: list[list[str]] = []
     num_chars = number = current = 0
 
@@ -284,7 +284,7 @@ def _update(digest: hashlib._Hash, document: list[str]) -> None:
 def _tokenise(
     corpus: Corpus, tokenizer: Tokenizer, partial: Path, workers: int | None, progress: BuildProgress
 ) -> tuple[list[tuple[int, Path]], _TextHash]:
-    """Write all shards. Return the source and path of each, in order, and the text that was read."""
+    """Write all shards. Return the source and path of each shard, in order, and the hash of the text."""
     workers = workers or os.cpu_count() or 1
     read = _TextHash(corpus)
     progress.begin("tokenising", total=corpus.num_bytes)
@@ -295,7 +295,7 @@ def _tokenise(
         try:
             documents = corpus.documents_by_source(progress.add)
             for chunk in _chunks(documents, partial, tokenizer, read):
-                progress.tell(f"{sum(read.documents):,} documents")
+                progress.set_status(f"{sum(read.documents):,} documents")
                 shards.append((chunk.source, chunk.path))
                 if chunk.path.exists():
                     continue
@@ -314,7 +314,7 @@ def _tokenise(
 
 
 def _warn_early(corpus: Corpus, counts: _Counts, is_checked: list[bool]) -> None:
-    """Warn at the beginning of a source if most of it becomes [UNK]. The decision is made at the end."""
+    """Warn early if most of the beginning of a source becomes [UNK]. `_source_info` decides once all of it is read."""
     source, num_tokens, unknown = counts
     if not is_checked[source] and unknown.share(num_tokens) >= REFUSED_SHARE:
         _log.warning(problem(f"the beginning of {corpus.sources[source].description}", unknown, num_tokens))
@@ -326,7 +326,7 @@ _worker_tokenizer: Tokenizer
 
 def _start_worker(folder: Path) -> None:
     global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is over processes
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes already run in parallel
     _worker_tokenizer = load_tokenizer(folder)
 
 
@@ -404,7 +404,7 @@ def _source_info(
     num_documents = sum(map(len, tokens_of_document))
     num_tokens = sum(int(part.sum()) for part in tokens_of_document)
     if not num_tokens:
-        raise DataError(f"The corpus {description} holds no token that this tokenizer knows.")
+        raise DataError(f"The corpus {description} holds no text that this tokenizer knows.")
     if unknown.share(num_tokens) >= REFUSED_SHARE and not allow_unknown:
         raise DataError(
             f"{problem(description, unknown, num_tokens)} A model learns nothing from such a store; to build it "

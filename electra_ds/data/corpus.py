@@ -1,4 +1,4 @@
-"""A corpus: sources of raw text, which are read as documents, lists of non-empty, stripped lines."""
+"""A corpus: sources of raw text, read as documents. A document is a list of non-empty, stripped lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BUILTIN = "builtin"
 
 
 class Source(ABC):
-    """Text from one place. `data.corpus_weights` has a weight for each source."""
+    """Text from one place. `data.corpus_weights` has one weight per source."""
 
     @property
     @abstractmethod
@@ -36,12 +36,12 @@ class Source(ABC):
 
     @property
     def num_bytes(self) -> int | None:
-        """The number of bytes that `documents` will report as progress; None if it is not known before."""
+        """The number of bytes that `documents` will report as progress, or None if it is not known in advance."""
         return None
 
     @abstractmethod
     def signature(self) -> str:
-        """Return a value that changes with the text: a cheap check that a store was built from this source."""
+        """Return a value that changes with the text, as a cheap check that a store was built from this source."""
 
     def prepare(self) -> None:  # noqa: B027
         """Download the source, if it is not local. Raises DataError."""
@@ -51,13 +51,13 @@ class Source(ABC):
         """Yield every document, always in the same order; some may have no lines. Raises DataError."""
 
     def notes(self) -> list[str]:
-        """Return notes for the user on what the last reading found."""
+        """Return notes for the user about the last read."""
         return []
 
 
 @dataclass(frozen=True)
 class FileSource(Source):
-    """Text in files, which are read in this order."""
+    """Text in files, read in the order given."""
 
     files: tuple[Path, ...]
     boundary: Boundary = "file"
@@ -65,7 +65,7 @@ class FileSource(Source):
     name: str = ""
     """The folder of the files, if one was given."""
     unread_files: Counter[str] = field(default_factory=Counter, compare=False)
-    """The number of files in the given folders that are not read, by suffix."""
+    """The number of files in the folders that are skipped, by suffix."""
 
     @property
     def description(self) -> str:
@@ -119,12 +119,12 @@ class Corpus:
 
     @property
     def num_bytes(self) -> int | None:
-        """The number of bytes that `documents` will report as progress; None if a source does not know it."""
+        """The number of bytes that `documents` will report as progress, or None if a source does not know it."""
         sizes = [source.num_bytes for source in self.sources]
         return None if None in sizes else sum(size for size in sizes if size)
 
     def signature(self) -> str:
-        """Return a value that changes when a source is added, removed or written: a cheap check that a store fits."""
+        """Return a value that changes when a source is added, removed or written, a cheap check that a store fits."""
         return hash_of([source.signature() for source in self.sources])
 
     def prepare(self) -> None:
@@ -133,9 +133,9 @@ class Corpus:
             source.prepare()
 
     def documents(self, progress: Progress = lambda num_bytes: None) -> Iterator[list[str]]:
-        """Yield every document with at least one line. `progress` is called with the number of bytes that were read.
+        """Yield every document with at least one line. `progress` is called with the number of bytes read.
 
-        Raises DataError for text that cannot be read, and for a source without text.
+        Raises DataError if text cannot be read or a source has no text.
         """
         for _, document in self.documents_by_source(progress):
             yield document
@@ -163,17 +163,17 @@ class Corpus:
                     break
 
     def notes(self) -> list[str]:
-        """Return notes for the user on what the last reading found."""
+        """Return notes for the user about the last read."""
         return [note for source in self.sources for note in source.notes()]
 
 
 def open_corpus(sources: Iterable[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Corpus:
-    """Return a corpus in which each file, folder, or `builtin`, is a source. Raises DataError as `open_source` does."""
+    """Return a corpus with one source for each file, folder or `builtin`. Raises DataError as `open_source` does."""
     return Corpus(tuple(open_source([path], boundary, text_key) for path in sources))
 
 
 def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Source:
-    """Return one source of files and folders, which are read recursively in sorted order.
+    """Return one source made of files and folders. Folders are read recursively in sorted order.
 
     The single path `builtin` names the built-in corpus. Raises DataError if a path is missing or has no text.
     """
@@ -195,9 +195,9 @@ def open_source(paths: Sequence[str | Path], boundary: Boundary = "file", text_k
 
 
 def _files_in(folder: Path, unread_files: Counter[str]) -> list[Path]:
-    """Return the files of a folder, and count in `unread_files` the suffixes of files that are not read.
+    """Return the files to read in a folder, and count the suffixes of all other files in `unread_files`.
 
-    Raises DataError if there is no file to read, if a saved dataset is among them, or for a token store.
+    Raises DataError if there is no file to read, or if the folder holds a saved dataset or is a token store.
     """
     if (folder / "store.json").is_file() and (folder / "tokens.bin").is_file():
         raise DataError(f"The folder {folder} is a token store, not text. Train on it with --data {folder}")
@@ -213,21 +213,19 @@ def _files_in(folder: Path, unread_files: Counter[str]) -> list[Path]:
         raise DataError(f"The folder {folder} holds no text files ({FORMATS}).")
     saved = next(filter(is_saved_dataset, sorted({file.parent for file in found})), None)
     if saved is not None:
-        raise DataError(
-            f"{saved} is a dataset that save_to_disk wrote. Give it a --corpus of its own: --corpus {saved}"
-        )
+        raise DataError(f"{saved} is a dataset that save_to_disk wrote. Give it its own --corpus: --corpus {saved}")
     return found
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Return whether `save_to_disk` of `datasets` wrote this folder."""
+    """Return True if `save_to_disk` of `datasets` wrote this folder."""
     return (folder / "dataset_dict.json").is_file() or all(
         (folder / name).is_file() for name in ("state.json", "dataset_info.json")
     )
 
 
 def file_listing(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Return the names, sizes and times of files."""
+    """Return the name, size and modification time of each file."""
     try:
         stats = [(str(path.resolve()), path.stat()) for path in files]
     except OSError as error:
@@ -243,8 +241,8 @@ def hash_of(identity: Any) -> str:
 # --- the built-in corpus: the documentation text that comes with Python and the installed packages
 #
 # Every machine that can run electra_ds has some megabytes of English on its disk: `pydoc_data` and the docstrings of
-# the standard library and of a few packages. They are read with `ast`, without importing anything, one document per
-# module, in sorted order. Repeated paragraphs are left out, because held-out text must not occur in the training text.
+# the standard library and of a few packages. `ast` reads them without importing anything, one document per module, in
+# sorted order. Repeated paragraphs are left out, because held-out text must not occur in the training text.
 
 PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn", "torch", "transformers")
 _SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
@@ -254,7 +252,7 @@ _SHORTEST_DOCSTRING_CHARS = 80
 
 @functools.cache
 def builtin_documents() -> list[list[str]]:
-    """Return the documents, always in the same order; about 25 MB, which are read once per process.
+    """Return the documents, always in the same order. They are about 25 MB and are read once per process.
 
     Raises DataError if no installed package has documentation.
     """
@@ -279,7 +277,7 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
 
 
 def builtin_sources() -> list[Path]:
-    """Return the Python files that are read."""
+    """Return the Python files to read."""
     roots = [Path(sysconfig.get_paths()["stdlib"])]
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
@@ -294,7 +292,7 @@ def builtin_sources() -> list[Path]:
 
 
 def _documentation_of(path: Path) -> list[str]:
-    """Return the cleaned docstrings of one module in source order; for `pydoc_data/topics.py`, its texts."""
+    """Return the cleaned docstrings of one module in source order, or the texts of `pydoc_data/topics.py`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

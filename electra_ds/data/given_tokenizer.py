@@ -1,7 +1,7 @@
-"""Tokenizers that a user gives: from a model on the Hub, a model's folder, a tokenizer.json or a vocab.txt.
+"""Load a tokenizer that the user gives: a model on the Hub, a model's folder, a tokenizer.json or a vocab.txt.
 
 Every command reads them here with transformers, so that pretraining, finetuning and later users of the model get the
-same ids. This module is only imported if a tokenizer is given, because `transformers` takes seconds to import.
+same ids. Import this module only if a tokenizer is given, because `transformers` takes seconds to import.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrai
 
 from electra_ds.core.errors import DataError
 from electra_ds.core.files import is_hub_model
-from electra_ds.data.hub import explained, fetch_tokenizer
+from electra_ds.data.hub import explain_errors, fetch_tokenizer
 from electra_ds.data.text_files import kind_of
 from electra_ds.data.tokenizer import Tokenizer, text_of_token
 
 _JSON, _VOCABULARY, _SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 VOCABULARIES = (_JSON, _VOCABULARY, "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-"""The vocabulary files of tokenizers. A tokenizer's folder has at least one."""
+"""The vocabulary files of tokenizers. A tokenizer's folder has at least one of them."""
 _SETTINGS_FILES = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", "config.json")
 _TOKEN_KEYS = ("pad_token", "unk_token", "cls_token", "bos_token", "sep_token", "eos_token", "mask_token")
 _ADVICE = (
-    f"Its files may be damaged, or its class may need other files, a package, or code of its own, which is not run "
+    f"Its files may be damaged, or its class may need other files, a package, or its own code, which is not run "
     f"here. Give its {_JSON}, or a {_VOCABULARY} with one piece per line."
 )
 
 
 @dataclass(frozen=True)
 class Casing:
-    """The user's options on how a vocab.txt was made. None leaves one to the settings next to the file."""
+    """The user's options that describe a vocab.txt. None means that the settings next to the file decide."""
 
     cased: bool | None = None
     strip_accents: bool | None = None
@@ -50,7 +50,7 @@ _NO_OPTIONS = Casing()
 
 
 def load_given_tokenizer(name: str, casing: Casing = _NO_OPTIONS) -> tuple[Tokenizer, list[str]]:
-    """Return the tokenizer called `name`, and notes for the user.
+    """Return the tokenizer `name`, and notes for the user.
 
     name: OWNER/NAME on the Hub, a folder, or a file. Raises DataError as `read_folder` does.
     """
@@ -62,7 +62,7 @@ def load_given_tokenizer(name: str, casing: Casing = _NO_OPTIONS) -> tuple[Token
     lacking = [token for token in tokenizer.special_tokens.values() if token in tokenizer.added or token not in own]
     if lacking:
         notes.append(
-            f"The tokenizer {name} lacked {', '.join(lacking)}; new pieces at the end of its vocabulary serve as them."
+            f"The tokenizer {name} lacked {', '.join(lacking)}; new pieces at its vocabulary's end take their place."
         )
     return tokenizer, notes
 
@@ -82,9 +82,9 @@ def _read(name: str, casing: Casing) -> tuple[PreTrainedTokenizerFast, list[str]
         _check_casing(casing, name)
         settings = {key: text for key, value in _settings(path.parent).items() if (text := text_of_token(value))}
         tokens = {key: text for key, text in settings.items() if key in _TOKEN_KEYS}
-        with explained(f"the tokenizer {name}", _ADVICE):
+        with explain_errors(f"the tokenizer {name}", _ADVICE):
             return PreTrainedTokenizerFast(tokenizer_file=str(path), **tokens), []
-    with tempfile.TemporaryDirectory() as folder:  # without a tokenizer.json that may be next to it
+    with tempfile.TemporaryDirectory() as folder:  # leaves out any tokenizer.json next to it
         for settings_file in filter(Path.is_file, map(path.with_name, _SETTINGS_FILES)):
             shutil.copy(settings_file, folder)
         shutil.copy(path, Path(folder) / _VOCABULARY)
@@ -97,8 +97,8 @@ def read_folder(
     """Return the tokenizer in a model's folder as transformers reads it, and notes for the user.
 
     name: its name in messages. config: the model's configuration, if it has been read. casing: None if the command does
-    not have these options. Raises DataError if there is no tokenizer, its files are damaged, its class needs code of
-    its own or cannot read the files, or it has no fast form.
+    not have these options. Raises DataError if there is no tokenizer, if its files are damaged, if its class needs its
+    own code or cannot read the files, or if it has no fast form.
     """
     found = {file for file in VOCABULARIES if (folder / file).is_file()}
     if not found:
@@ -127,7 +127,9 @@ def read_folder(
 def _from_pretrained(
     kind: Any, folder: Path, name: str, settings: dict[str, Any], **arguments: Any
 ) -> PreTrainedTokenizerFast:
-    with explained(f"the tokenizer of {name} ({settings.get('tokenizer_class') or 'of an unknown class'})", _ADVICE):
+    with explain_errors(
+        f"the tokenizer of {name} ({settings.get('tokenizer_class') or 'of an unknown class'})", _ADVICE
+    ):
         fast: PreTrainedTokenizerFast = kind.from_pretrained(folder, trust_remote_code=False, **arguments)
     if not fast.is_fast:
         raise DataError(f"The tokenizer of {name} is a {type(fast).__name__}, which has no fast form. {_ADVICE}")
@@ -135,28 +137,28 @@ def _from_pretrained(
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Return the settings in the files next to a vocabulary. Raises DataError if they are damaged."""
+    """Return the settings in the files next to a vocabulary. Raises DataError if one of them is damaged."""
     return _json_object(folder / "special_tokens_map.json") | _json_object(folder / _SETTINGS)
 
 
 def _json_object(file: Path) -> dict[str, Any]:
-    """Return a file's JSON object, or an empty one if there is no such file."""
+    """Return a file's JSON object, or an empty one if the file does not exist."""
     if not file.is_file():
         return {}
     try:
         values = json.loads(file.read_text("utf8"))
         if not isinstance(values, dict):
-            raise ValueError("it is not a JSON object")
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {file}: {error}. Fetch the tokenizer again.") from error
+        raise DataError(f"Cannot read {file}: {error}. Download the tokenizer again.") from error
     return values
 
 
 def _check_casing(casing: Casing | None, name: str) -> None:
     if casing is not None and casing.arguments():
         raise DataError(
-            f"--cased, --uncased and --strip-accents are only for a {_VOCABULARY}; {name} itself says how it treats "
-            f"text. Leave them out."
+            f"--cased, --uncased and --strip-accents apply only to a {_VOCABULARY}; {name} already defines how it "
+            f"treats text. Leave them out."
         )
 
 
@@ -174,8 +176,10 @@ def _check_is_text(file: Path) -> None:
 
 
 def _check_wordpiece(fast: PreTrainedTokenizerFast, folder: Path, name: str) -> None:
-    """Raise DataError unless transformers made a WordPiece from the lines of vocab.txt. A class that reads other files
-    only has its own special tokens then."""
+    """Raise DataError unless transformers made a WordPiece from the lines of vocab.txt.
+
+    A class that reads other files ends up with nothing but its own special tokens.
+    """
     lines = (folder / _VOCABULARY).read_text("utf8").splitlines()
     model = fast.backend_tokenizer.model
     pieces = fast.backend_tokenizer.get_vocab(with_added_tokens=False)
@@ -189,7 +193,7 @@ def _check_wordpiece(fast: PreTrainedTokenizerFast, folder: Path, name: str) -> 
 
 
 def _assumption(name: str, casing: Casing | None) -> str:
-    """Return a note on the assumptions about a vocabulary without settings."""
+    """Return a note on what is assumed about a vocabulary without settings."""
     accents = "kept" if casing is not None and casing.strip_accents is False else "stripped"
     switch = "" if casing is None else "give --cased or --no-strip-accents (--uncased confirms it), or "
     return (

@@ -1,6 +1,6 @@
 """Datasets and models of the Hugging Face Hub, or in local folders with the same layout.
 
-This module is only imported when it is needed, because `datasets` takes seconds to import.
+Import this module only when you need it, because `datasets` takes seconds to import.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def parse_hub_name(text: str) -> HubName:
 
 
 def dataset_path(name: str, revision: str | None) -> str:
-    """Return the argument for `datasets`: the absolute path of a local folder, or the name on the Hub.
+    """Return the path to give to `datasets`: the absolute path of a local folder, or the name on the Hub.
 
-    Raises DataError for a folder that does not exist, or for a revision of a local folder.
+    Raises DataError if the folder does not exist, or if a local folder is given with a revision.
     """
     is_local = Path(name).is_dir()
     if not is_local and name.startswith((".", "/", "~")):
-        raise DataError(f"There is no folder {name} with a dataset in it.")
+        raise DataError(f"The dataset folder {name} does not exist.")
     if is_local and revision:
         raise DataError(f"{name} is a local folder and has no revisions. Leave --revision out.")
     return str(Path(name).resolve()) if is_local else name
 
 
 class HubSource(Source):
-    """One split of a dataset. Each row is a document; rows without a text are left out."""
+    """One split of a dataset. Each row is a document; rows without text are left out."""
 
     description = ""
 
@@ -81,7 +81,7 @@ class HubSource(Source):
         self._rows: Any = None
         name, config, split = self._parts
         path = dataset_path(name, revision)
-        with explained(self.description):
+        with explain_errors(self.description):
             try:
                 self._builder = datasets.load_dataset_builder(path, config, revision=revision)
             except ValueError as error:
@@ -91,20 +91,20 @@ class HubSource(Source):
                 raise DataError(
                     f"{name} has the configurations {', '.join(configs)}. Give one as {HUB}{name}#{configs[0]}."
                 ) from error
-            datasets.ReadInstruction.from_spec(split)  # a mistake in a slice is found before the download
+            datasets.ReadInstruction.from_spec(split)  # finds a mistake in a slice before the download
         splits = sorted(map(str, self._builder.config.data_files or self._builder.info.splits or ()))
         if splits and not {part.partition("[")[0] for part in split.split("+")} <= set(splits):
             raise DataError(f"{self.description} has no split '{split}'; its splits are {', '.join(splits)}.")
 
     @property
     def num_bytes(self) -> int | None:
-        """The size of the text once it is downloaded; for a streamed dataset, the size on its card."""
+        """The size of the text once it is downloaded, or for a streamed dataset the size on its card."""
         if self._streaming:
             return getattr(self._split_info(), "num_bytes", None)
         return None if self._rows is None else self._rows.data.nbytes
 
     def signature(self) -> str:
-        """Return a hash of name, split and commit; for a folder, of its files' names, sizes and times."""
+        """Return a hash of the name, split and commit, or for a folder of its files' names, sizes and times."""
         files = self._builder.config.data_files or {}
         listing = [
             (str(split), name, (stat.st_size, stat.st_mtime_ns) if (stat := _stat(name)) else None)
@@ -114,13 +114,13 @@ class HubSource(Source):
         return hash_of((*self._parts, self._text_key, self._builder.config_id, str(self._builder.hash), listing))
 
     def prepare(self) -> None:
-        """Download the dataset, unless it is streamed or was downloaded before.
+        """Download the dataset, unless it is streamed or already downloaded.
 
-        `datasets` shows its own progress only here, so that it does not disturb ours.
+        `datasets` shows its own progress bars only here, so that they do not disturb ours.
         """
         if self._rows is not None:
             return
-        with explained(self.description):
+        with explain_errors(self.description):
             if self._streaming:
                 self._rows = self._builder.as_streaming_dataset(split=self._parts.split)
             else:
@@ -132,13 +132,13 @@ class HubSource(Source):
         hub_logging.set_verbosity_error()
 
     def documents(self, progress: Progress) -> Iterator[list[str]]:
-        """Yield every document. Raises DataError if the text column is missing or not text, or if the network fails."""
+        """Yield every document. Raises DataError if the network fails, or the text column is missing or not text."""
         self.prepare()
         total_bytes, total_rows = self.num_bytes or 0, self._num_rows()
         read = 0
         tables = iter(self._rows.with_format("arrow").iter(_BATCH_ROWS))
         while True:
-            with explained(self.description):
+            with explain_errors(self.description):
                 table = next(tables, None)
             if table is None:
                 return
@@ -157,19 +157,19 @@ class HubSource(Source):
         return getattr(self._split_info(), "num_examples", None) if self._streaming else len(self._rows)
 
     def _split_info(self) -> Any:
-        """Return the information about the split on the dataset's card, or None."""
+        """Return what the dataset's card says about the split, or None."""
         return (self._builder.info.splits or {}).get(self._parts.split)
 
 
 class SavedSource(HubSource):
-    """A dataset in a folder that `save_to_disk` wrote; of several splits, `train`."""
+    """A dataset in a folder that `save_to_disk` wrote. If it has several splits, the split `train`."""
 
     def __init__(self, folder: Path, text_key: str = "text") -> None:
-        """Open the dataset. Raises DataError if it is damaged, or has several splits and none is `train`."""
+        """Open the dataset. Raises DataError if it is damaged, or if it has several splits but no `train`."""
         self.description = str(folder)
         self._text_key = text_key
         self._streaming = False
-        with explained(self.description, "Save the dataset again."):
+        with explain_errors(self.description, "Save the dataset again."):
             saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
             if "train" not in saved and len(saved) != 1:
@@ -187,18 +187,20 @@ class SavedSource(HubSource):
 
 
 def fetch_tokenizer(name: str) -> Path:
-    """Download the tokenizer of a model on the Hub and return its folder in the cache. Raises DataError if that
-    fails."""
-    with explained(f"the tokenizer {name}"):
+    """Download the tokenizer of a model on the Hub and return its folder in the cache.
+
+    Raises DataError if the download fails.
+    """
+    with explain_errors(f"the tokenizer {name}"):
         return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES))
 
 
 def fetch_model(name: str) -> Path:
-    """Download a model of the Hub without files for other frameworks, and return its folder in the cache.
+    """Download a model from the Hub, without the files for other frameworks, and return its folder in the cache.
 
-    Pickled weights are only downloaded if there are no safetensors. Raises DataError if the download fails.
+    Pickled weights are downloaded only if there are no safetensors. Raises DataError if the download fails.
     """
-    with explained(f"the model {name}, which is not a local folder and thus a name on the Hub"):
+    with explain_errors(f"the model {name}, which is not a local folder and so must be a name on the Hub"):
         folder = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=_PICKLED_WEIGHTS))
@@ -211,26 +213,26 @@ def _stat(name: str) -> Any:
 
 
 @contextmanager
-def explained(what: str, otherwise: str = "") -> Iterator[None]:
+def explain_errors(what: str, otherwise: str = "") -> Iterator[None]:
     """Turn errors of `datasets` and `transformers` into a DataError that says what to do.
 
-    otherwise: the advice if neither the name nor the connection is wrong.
+    otherwise: the advice to give if neither the name nor the connection is at fault.
     """
     try:
         yield
     except DataError:
         raise
-    except Exception as error:  # their own, the Hub's, the network's, pyarrow's, ValueError
+    except Exception as error:  # from the libraries, the Hub, the network or pyarrow, or a ValueError
         chain: list[BaseException] = [error]
         while cause := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(cause)
         if any(isinstance(link, _NOT_THERE) for link in chain):
-            advice = "Check the name; for a private or gated one ask for access on its page and run: hf auth login."
+            advice = "Check the name; if it is private or gated, ask for access on its page and run: hf auth login."
         elif any(isinstance(link, _NOT_REACHED) for link in chain):
             advice = "Check the connection, or the Hub's status; then run the same command again."
         else:
             advice = otherwise
         message = (str(error).strip() or type(error).__name__).rstrip(".")
-        if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:  # which has no details itself
+        if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:  # only its cause has details
             message = f"{message}: {error.__cause__}".strip().rstrip(".")
         raise DataError(f"Cannot read {what}: {message}. {advice}".rstrip()) from error

@@ -1,8 +1,8 @@
-"""Packing of lines into examples of two segments, and of short sequences into the rows of a micro-batch.
+"""Pack lines into examples of two segments, and short sequences into the rows of a micro-batch.
 
 Examples follow the original's build_pretraining_dataset.py: lines of a document are gathered until they reach a target
-length, which is the sequence length, or for one example in twenty a random shorter one. A tenth of the examples keep a
-single segment; the others are divided near the middle.
+length. That is the sequence length, or a random shorter one for one example in twenty. A tenth of the examples keep a
+single segment; the others are split near the middle.
 Shape suffixes: B examples, K lines of an example, C text tokens of a row.
 """
 
@@ -23,10 +23,10 @@ SHORTEST_TARGET = 5
 
 
 class PackedExamples:
-    """All examples of a text. Their beginnings and ends are computed once; their segments are drawn at each use."""
+    """All examples of a text. Their starts and ends are computed once; their segments are drawn at each use."""
 
     def __init__(self, lines: np.ndarray, ranges: Ranges, sequence_length: int, seed: int) -> None:
-        """lines: int64, ascending, the start of each line in tokens.bin, and the end of the text."""
+        """lines: int64, ascending: the start of each line in tokens.bin, then the end of the text."""
         self.lines = np.asarray(lines)
         self.sequence_length = sequence_length
         self.starts, self.stops, self.targets = self._packed(ranges, seed)
@@ -35,7 +35,7 @@ class PackedExamples:
         return len(self.starts)
 
     def _packed(self, ranges: Ranges, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pack all documents in parallel, one example of each at a time."""
+        """Pack all documents in parallel, one example from each at a time."""
         pieces = []
         documents, starts = np.arange(len(ranges.starts)), np.asarray(ranges.starts)
         turn = 0
@@ -58,9 +58,9 @@ class PackedExamples:
         return np.where(is_short, short, self.sequence_length)
 
     def segments(self, examples_B: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return token positions [B, sequence_length - 2], and the numbers of tokens of both segments [B].
+        """Return token positions [B, sequence_length - 2], and the number of tokens in each of the two segments [B].
 
-        If the text is too long, the end of each segment is cut; the second leaves room for the second [SEP].
+        If the text is too long, the end of each segment is cut. The second segment leaves room for the second [SEP].
         """
         chance = rng.random((2, len(examples_B)))
         room = self.sequence_length - 2
@@ -72,8 +72,8 @@ class PackedExamples:
         first_B = first_ends[:, -1]
         second_ends = first_B[:, None] + (sizes_BK * ~is_first).cumsum(axis=1)
         second_ends = np.minimum(second_ends, np.maximum(first_B, room - 1)[:, None])
-        # A row has all lines twice, for the first and for the second segment, where lines of the other segment have
-        # no tokens, and then anything after the last line.
+        # A row holds all lines twice, once per segment, with no tokens for lines of the other segment. Anything may
+        # follow the last line.
         ends = np.concatenate([first_ends, second_ends, np.full((len(examples_B), 1), room)], axis=1)
         begins = np.concatenate([np.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
         shifts = np.concatenate([starts_BK, starts_BK, starts_BK[:, :1]], axis=1) - begins
@@ -82,7 +82,7 @@ class PackedExamples:
         return positions_BC, first_B, second_ends[:, -1] - first_B
 
     def _bounds(self, examples_B: np.ndarray) -> np.ndarray:
-        """Return int64 [B, K + 1], the starts of the lines of each example, and its end from its last line on."""
+        """Return int64 [B, K + 1]: the start of each line of each example, padded with the example's end."""
         starts, stops = self.starts[examples_B], self.stops[examples_B]
         inner = np.searchsorted(self.lines, starts, side="right")
         num_lines = int((np.searchsorted(self.lines, stops) - inner).max()) + 1
@@ -93,20 +93,20 @@ class PackedExamples:
 
 
 def _first_segment(sizes_BK: np.ndarray, aims_B: np.ndarray, overshoots_B: np.ndarray) -> np.ndarray:
-    """Return bool [B, K]: whether a line is in the first segment; arbitrary for lines of size 0.
+    """Return bool [B, K], True for lines in the first segment, arbitrary for lines of size 0.
 
-    A line goes into the first segment if that is empty, or stays below its aim with the line. The first line that would
-    exceed the aim goes there, too, if the example overshoots. Every other line goes into the second segment. The
-    original tosses a coin for that line only: after it the first segment is full, or the second has begun.
+    A line goes into the first segment if that segment is empty, or stays below its target length with the line. The
+    first line that would exceed the target goes there too if the example overshoots. All other lines go into the second
+    segment. The original flips a coin for that line only: after it the first segment is full, or the second has begun.
     """
     rows, columns = np.arange(len(sizes_BK)), np.arange(sizes_BK.shape[1])
     ends = sizes_BK.cumsum(axis=1)
-    last = np.maximum((ends < aims_B[:, None]).sum(axis=1) - 1, 0)  # no line before was left out
+    last = np.maximum((ends < aims_B[:, None]).sum(axis=1) - 1, 0)  # no earlier line was left out
     crosses = overshoots_B & (ends[rows, last] < aims_B) & (last < columns[-1])
     last = last + crosses
     is_first: np.ndarray = columns <= last[:, None]
     rooms = aims_B - ends[rows, last]
-    while True:  # each turn adds the next line that still fits, in every row that has one
+    while True:  # each pass adds the next line that still fits, in every row that has one
         fits = (sizes_BK < rooms[:, None]) & (columns > last[:, None]) & (sizes_BK > 0)
         found = fits.any(axis=1)
         if not found.any():
@@ -117,26 +117,26 @@ def _first_segment(sizes_BK: np.ndarray, aims_B: np.ndarray, overshoots_B: np.nd
         rooms = rooms - sizes_BK[np.arange(len(rows)), last]
 
 
-# Several sequences in one row of a micro-batch, so that nothing is computed for padding. Shape suffixes: S sequences,
+# Several sequences share one row of a micro-batch, so nothing is computed for padding. Shape suffixes: S sequences,
 # B rows that hold them, T positions, N tokens of the sequences that do not begin a row.
 
 
 class PackedRows(NamedTuple):
-    """The places of the tokens of S padded sequences [S, T] in fewer rows [B, T].
+    """The new places of the tokens of S padded sequences [S, T] in fewer rows [B, T].
 
-    A row is a copy of the sequence that it begins with, with the tokens of other sequences in place of its padding.
+    A row copies the sequence that it begins with and replaces its padding by the tokens of other sequences.
     """
 
     starts_S: np.ndarray
-    """int64, index of each sequence's first token in the flattened [B * T]."""
+    """int64, the index of each sequence's first token in the flattened [B * T]."""
     leaders_B: np.ndarray
     """int64, the sequence that each row begins with."""
     sources_N: np.ndarray
-    """int64, indices of the other sequences' tokens in the flattened [S * T]."""
+    """int64, the indices of the other sequences' tokens in the flattened [S * T]."""
     targets_N: np.ndarray
-    """int64, indices of the same tokens in the flattened [B * T]."""
+    """int64, the indices of the same tokens in the flattened [B * T]."""
 
-    def laid(self, array_ST: np.ndarray) -> np.ndarray:
+    def pack(self, array_ST: np.ndarray) -> np.ndarray:
         """Return the array in rows, [B, T]."""
         array_BT: np.ndarray = array_ST[self.leaders_B]
         array_BT.reshape(-1)[self.targets_N] = array_ST.reshape(-1)[self.sources_N]
@@ -156,7 +156,7 @@ class PackedRows(NamedTuple):
 
 
 def packed_rows(lengths_S: np.ndarray, width: int) -> PackedRows | None:
-    """Pack sequences into rows of `width` tokens by best-fit decreasing. None if that saves no row."""
+    """Pack sequences into rows of `width` tokens by best-fit decreasing. Return None if that saves no row."""
     shortest = np.sort(lengths_S)[:2]
     if len(shortest) < 2 or shortest.sum() > width:
         return None
@@ -174,10 +174,11 @@ def packed_rows(lengths_S: np.ndarray, width: int) -> PackedRows | None:
 def _best_fit_decreasing(lengths_S: np.ndarray, width: int) -> np.ndarray:
     """Return int64 [S], the start of each sequence in the flattened rows.
 
-    From the longest to the shortest, each sequence goes into the row that it fills best; equal ones stay in order.
+    From the longest to the shortest, each sequence goes into the row that it fills best. Sequences of equal length keep
+    their order.
     """
     order = np.argsort(-lengths_S, kind="stable")
-    num_rows = int((lengths_S >= width).sum())  # full sequences, of which there may be many
+    num_rows = int((lengths_S >= width).sum())  # full sequences, often many
     starts = np.empty(len(lengths_S), dtype=np.int64)
     starts[order[:num_rows]] = np.arange(num_rows) * width
     begun: list[tuple[int, int]] = []  # (free tokens, row), ascending

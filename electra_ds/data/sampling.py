@@ -1,6 +1,6 @@
 """The text of each row of a batch: random windows of documents, or lines packed into two segments.
 
-Everything is a function of (seed, step, row), so that any step can be computed without the steps before.
+Everything is a function of (seed, step, row), so any step can be computed without the steps before it.
 Shape suffixes: B rows of the global batch, C text tokens of a row.
 """
 
@@ -17,12 +17,12 @@ from electra_ds.core.keyed_random import generator, permutation_at
 from electra_ds.data.packing import PackedExamples
 from electra_ds.data.token_store import Ranges, TokenStore
 
-# Keys of the random draws, so that no two draws of a run share one.
+# Keys of the random draws: no two draws of a run share one.
 _EPOCH, _WINDOW, _MIXTURE = 0x41, 0x42, 0x43
 FEW_DOCUMENTS_TO_SAMPLE_BY_LENGTH = 10_000
-# Rows in one round of a mixture: each corpus has a fixed number of them.
+# Rows in one round of a mixture. Each corpus has a fixed number of them.
 MIXTURE_ROUND = 1024
-# Items of a permutation that are computed together and kept for the following steps, some dozens.
+# Items of a permutation that are computed together and kept for the next few dozen steps.
 _BLOCK = 4096
 
 
@@ -30,17 +30,17 @@ class Rows(NamedTuple):
     """The text of a batch's rows, without [CLS] and [SEP]."""
 
     starts_B: np.ndarray
-    """int64, index of each row's first token in tokens.bin."""
+    """int64, the index of each row's first token in tokens.bin."""
     positions_BC: np.ndarray | None
-    """int64, index of each token, arbitrary beyond a row's length; None if each row is one contiguous range."""
+    """int64, the index of each token, arbitrary beyond a row's length; None if each row is one contiguous range."""
     first_B: np.ndarray
-    """int64, number of tokens of the first segment."""
+    """int64, the number of tokens in the first segment."""
     second_B: np.ndarray
-    """int64, number of tokens of the second segment, or 0."""
+    """int64, the number of tokens in the second segment, or 0."""
 
 
 class Text(Protocol):
-    """A corpus that returns any of its rows by number; the numbers continue over the epochs."""
+    """A corpus that returns any row by its number. Numbers continue from one epoch to the next."""
 
     def rows(self, numbers_B: np.ndarray, rng: np.random.Generator) -> Rows: ...
 
@@ -48,7 +48,7 @@ class Text(Protocol):
 class Windows:
     """Random windows of at most `window_tokens` tokens, one segment each.
 
-    From a longer range a window is taken at a uniformly random offset; a shorter range is one window.
+    A longer range gives a window at a uniformly random offset; a shorter range is one window.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class TwoSegments:
 
 
 def shuffled(numbers: np.ndarray, size: int, *key: int) -> np.ndarray:
-    """Return the items with the given numbers, counted over epochs that each have all `size` items in a new order."""
+    """Return the items with the given numbers. Numbers run over epochs, each with all `size` items in a new order."""
     epochs, places = np.divmod(numbers, size)
     blocks = epochs * -(-size // _BLOCK) + places // _BLOCK
     places %= _BLOCK
@@ -143,10 +143,10 @@ class Sampler:
         )
 
     def _mixed(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the corpus of each number of the mixture, and its number within that corpus.
+        """Return the corpus of each row of the mixture, and the row's number within that corpus.
 
-        Every round of 1,024 rows has a fixed number of rows of each corpus in shuffled order, so proportions are exact
-        and any row can be computed directly.
+        Every round of 1,024 rows has a fixed number of rows from each corpus in shuffled order, so proportions are
+        exact and any row can be computed directly.
         """
         rounds, slots = numbers // MIXTURE_ROUND, shuffled(numbers, MIXTURE_ROUND, self.seed, _MIXTURE)
         ends = np.cumsum(self._quotas)
@@ -155,14 +155,14 @@ class Sampler:
 
 
 def _weighted(store: TokenStore, ranges: Ranges, data: DataSection) -> list[tuple[float, Ranges]]:
-    """Return (weight, ranges) of each corpus, or of everything together if no weights are given."""
+    """Return (weight, ranges) for each corpus, or for all text together if no weights are given."""
     if data.corpus_weights is None:
         return [(1.0, ranges)]
     corpora = store.info.corpora
     if len(data.corpus_weights) != len(corpora):
         raise DataError(
             f"data.corpus_weights has {len(data.corpus_weights)} numbers, but the token store {store.path} holds "
-            f"{len(corpora)} corpora: {', '.join(corpus.description for corpus in corpora)}. Give one for each."
+            f"{len(corpora)} corpora: {', '.join(corpus.description for corpus in corpora)}. Give one number for each."
         )
     documents = np.cumsum([0, *(corpus.num_documents for corpus in corpora)])
     bounds = np.searchsorted(ranges.starts, store.documents[documents])
@@ -179,7 +179,7 @@ def _text(store: TokenStore, ranges: Ranges, data: DataSection, seed: int, index
 
 
 def _quotas(weights: np.ndarray) -> np.ndarray:
-    """Return int64 numbers of rows of each corpus in a round, at least one, by the largest remainders."""
+    """Return int64, the number of rows from each corpus in a round, at least one, by largest remainders."""
     exact = weights / weights.sum() * MIXTURE_ROUND
     quotas = np.maximum(1, np.floor(exact)).astype(np.int64)
     while (missing := np.sign(MIXTURE_ROUND - quotas.sum())) != 0:

@@ -1,7 +1,7 @@
-"""The documents of one file: plain text, WikiExtractor's output and JSON lines, each also compressed, and Parquet.
+"""Read the documents of one file: plain text, WikiExtractor output or JSON lines, also compressed, or Parquet.
 
-A document is a list of non-empty, stripped lines. The module reads, in this order: bytes and lines of a file, plain
-text, JSON lines, and Parquet. At its end it recognises files that are not what their names say.
+A document is a list of non-empty, stripped lines. The module has, in this order: bytes and lines of a file, plain text,
+JSON lines, Parquet, and the recognition of files that are not what their names say.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _NO_TEXT_SUFFIXES = {
         "a table. Write the column with the text as JSON lines, such as with pandas' to_json(orient='records', "
         "lines=True).",
     ),
-    **dict.fromkeys((".html", ".htm"), "HTML. Take the text out of its markup first, and give that."),
+    **dict.fromkeys((".html", ".htm"), "HTML. Extract the text from the markup first, and give that."),
     **dict.fromkeys((".tar", ".tgz", ".tbz2", ".txz"), "a tar archive. Unpack it first, with tar xf."),
     ".arrow": "an Arrow file. Give the folder of the dataset that save_to_disk wrote.",
 }
-"""What files with these names are, and what to do."""
+"""The kind of file that each of these suffixes stands for, and what to do with it."""
 _UNPACKERS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".bz2": bz2.BZ2Decompressor,
@@ -56,11 +56,11 @@ FORMATS = (
     f"{', '.join(sorted((_TEXT_SUFFIXES | _JSON_SUFFIXES) - {''}))}, names without a suffix, each also with "
     f"{', '.join(_UNPACKERS)} after it, or {_PARQUET_SUFFIX}"
 )
-"""The names of files that are read in a folder, for messages."""
+"""The names of files that are read in a folder, as messages show them."""
 
 
 def is_corpus_file(path: Path) -> bool:
-    """Return whether a file with this name is read if its folder is given."""
+    """Return True if a file with this name is read when its folder is given."""
     content, packing = _suffixes(path)
     return content in _TEXT_SUFFIXES | _JSON_SUFFIXES or (content == _PARQUET_SUFFIX and not packing)
 
@@ -68,12 +68,12 @@ def is_corpus_file(path: Path) -> bool:
 def file_documents(path: Path, boundary: Boundary, text_key: str, progress: Progress) -> Iterator[list[str]]:
     """Yield every document; some may have no lines.
 
-    progress: is called with the number of bytes that were read. Raises DataError for a file that cannot be read, is
-    damaged, cut off or not UTF-8, lacks the text field, or is not what its name says.
+    progress: called with the number of bytes read. Raises DataError for a file that cannot be read, is damaged, cut off
+    or not UTF-8, lacks the text field, or is not what its name says.
     """
     content, packing = _suffixes(path)
     if content in _NO_TEXT_SUFFIXES:
-        raise DataError(f"{path} is no plain text but {_NO_TEXT_SUFFIXES[content]}")
+        raise DataError(f"{path} is not plain text but {_NO_TEXT_SUFFIXES[content]}")
     if content == _PARQUET_SUFFIX:
         return _parquet_documents(path, text_key, progress)
     lines = _lines(path, content in _JSON_SUFFIXES, _UNPACKERS.get(packing), progress)
@@ -83,7 +83,7 @@ def file_documents(path: Path, boundary: Boundary, text_key: str, progress: Prog
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the text of a JSON object or a row as a document."""
+    """Return the text of a JSON object or of a row, as a document."""
     return [stripped for line in text.splitlines() if (stripped := line.strip())]
 
 
@@ -99,7 +99,9 @@ def check_column(description: str, schema: Any, text_key: str) -> None:
         kind = kind.value_type
     kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
     if not any(is_kind(kind) for is_kind in kinds):
-        raise DataError(f"{description}: the column '{text_key}' is of type {kind}, not text. See --text-key.")
+        raise DataError(
+            f"{description}: the column '{text_key}' has type {kind}, not text. Name the text column with --text-key."
+        )
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
@@ -121,22 +123,22 @@ def _blocks(path: Path, progress: Progress) -> Iterator[bytes]:
 def _unpacked(path: Path, blocks: Iterator[bytes], unpacker: Callable[[], Any]) -> Iterator[bytes]:
     """Yield the content of one or more compressed streams, one after another.
 
-    The file objects of the standard library and of zstandard are not used, because some of them silently accept a
-    damaged or cut-off stream.
+    This does not use the file objects of the standard library and of zstandard, because some of them silently accept
+    a damaged or cut-off stream.
     """
     stream, at_start, finished = unpacker(), True, 0
     for packed in blocks:
         rest = packed
-        while rest := (rest.lstrip(b"\0") if at_start else rest):  # there may be zeros between streams
+        while rest := (rest.lstrip(b"\0") if at_start else rest):  # zeros may separate streams
             try:
                 yield stream.decompress(rest)
             except _UNPACKING_ERRORS as error:
-                raise DataError(f"{path} is damaged, or not what its name says: {error}. Get it again.") from error
+                raise DataError(f"{path} is damaged, or not what its name says: {error}. Download it again.") from error
             at_start, rest = stream.eof, stream.unused_data
             if at_start:
                 stream, finished = unpacker(), finished + 1
     if not at_start or not finished:
-        raise DataError(f"{path} is cut off: the compressed data ends in the middle. Get it again.")
+        raise DataError(f"{path} is cut off: the compressed data ends in the middle. Download it again.")
 
 
 def _raw_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -154,7 +156,7 @@ def _raw_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
 def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progress: Progress) -> Iterator[str]:
     """Yield stripped lines without a byte-order mark.
 
-    In text every kind of line end counts, in JSON only LF and CRLF, because a JSON string may contain the others.
+    In text every kind of line end counts; in JSON only LF and CRLF do, because a JSON string may contain the others.
     """
     blocks = _blocks(path, progress)
     if unpacker is not None:
@@ -164,11 +166,11 @@ def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progre
             raise DataError(f"{path} is {kind.what}, not plain text in UTF-8. {kind.advice}")
         try:
             if b"\0" in raw:
-                raise ValueError("it has NUL bytes")
+                raise ValueError("it contains NUL bytes")
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except ValueError as error:  # UnicodeDecodeError is one
             raise DataError(
-                f"{path}, line {number}: not UTF-8 ({error}). If it is text, convert it from the encoding that it has: "
+                f"{path}, line {number}: not UTF-8 ({error}). If it is text, convert it from its encoding: "
                 f"iconv -f ENCODING -t utf-8"
             ) from error
         for line in [text] if is_json else text.splitlines() or [""]:
@@ -189,7 +191,7 @@ def _not_json(path: Path, lines: Iterator[str], text_key: str) -> Iterator[str]:
 
 
 def _text_documents(lines: Iterable[str], boundary: Boundary) -> Iterator[list[str]]:
-    """Yield documents as divided by `boundary`; text between WikiExtractor's tags `<doc id=…>` and `</doc>` is one."""
+    """Yield documents, split at `boundary`. Text between the tags `<doc id=…>` and `</doc>` is one document."""
     document: list[str] = []
     in_article = False
     for line in lines:
@@ -226,7 +228,7 @@ def _json_documents(path: Path, lines: Iterator[str], text_key: str) -> Iterator
 
 
 def _parquet_documents(path: Path, text_key: str, progress: Progress) -> Iterator[list[str]]:
-    """Yield one document per row; rows without a text are left out. Progress is counted in rows."""
+    """Yield one document per row, without rows that have no text. Progress counts rows."""
     try:
         with path.open("rb") as head:
             kind = kind_of(head.read(512))
@@ -244,11 +246,11 @@ def _parquet_documents(path: Path, text_key: str, progress: Progress) -> Iterato
         raise DataError(f"Cannot read the Parquet file {path}; it may be damaged or cut off: {error}") from error
 
 
-# Recognising what a file holds by its first bytes
+# --- recognise what a file holds by its first bytes
 
 
 class FileKind(NamedTuple):
-    """The kind of a file, and what to do with it if text was expected."""
+    """The kind of a file, and the advice if text was expected."""
 
     what: str
     advice: str
@@ -263,14 +265,14 @@ _BY_FIRST_BYTES = {
     b"\xff\xfe": FileKind("UTF-16 text", "Convert it: iconv -f utf-16 -t utf-8"),
     b"\xfe\xff": FileKind("UTF-16 text", "Convert it: iconv -f utf-16 -t utf-8"),
     b"PAR1": FileKind("Parquet", "Rename it to end in .parquet."),
-    b"<mediawiki ": FileKind("a MediaWiki dump in XML", "Take the text out of it with WikiExtractor, and give that."),
+    b"<mediawiki ": FileKind("a MediaWiki dump in XML", "Extract the text with WikiExtractor, and give that."),
     b"%PDF": FileKind("a PDF", "Extract its text first: pdftotext FILE.pdf"),
     b"version https://git-lfs": FileKind("a Git LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
 }
 
 
 def kind_of(content: bytes) -> FileKind | None:
-    """Return the kind of a file whose content begins with these bytes, or None if it may be UTF-8 text."""
+    """Return the kind of a file that begins with these bytes, or None if it may be UTF-8 text."""
     if content[257:].startswith(b"ustar"):
         return FileKind("a tar archive", "Unpack it first: tar xf FILE")
     return next((kind for start, kind in _BY_FIRST_BYTES.items() if content.startswith(start)), None)

@@ -1,4 +1,4 @@
-"""A token store: tokenised documents on disk, memory-mapped; and its division into training and held-out text.
+"""A token store, tokenised documents on disk that are memory-mapped, and its split into training and held-out text.
 
 STORE/
   tokens.bin       all ids, uint16 where they fit and uint32 otherwise, documents one after another
@@ -32,13 +32,13 @@ FEW_DOCUMENTS_TO_HOLD_OUT_SPANS = 1_000
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """The part of a store from one source. The sources' documents follow one another in order."""
+    """The part of a store that comes from one source. Sources follow each other in order."""
 
     description: str
     num_documents: int
     num_tokens: int
     unknown: UnknownText | None = None
-    """None in stores of earlier versions, which did not count it."""
+    """None in stores made by earlier versions, which did not count it."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class StoreInfo:
     format: int
     corpora: list[SourceInfo]
     documents_read: list[int]
-    """Documents of each source, including those without tokens, which are not in the store."""
+    """The number of documents read from each source, including those without tokens, which are not in the store."""
     corpus_signature: str
-    """Hash of the names, sizes and times of the files that were read, and of the commits of Hub datasets."""
+    """A hash of the names, sizes and times of the files read, and of the commits of Hub datasets."""
     corpus_fingerprint: str
-    """SHA-256 of the text."""
+    """The SHA-256 of the text."""
     tokenizer_fingerprint: str
     dtype: str
     vocab_size: int
@@ -65,7 +65,7 @@ class StoreInfo:
 
     @property
     def fingerprint(self) -> str:
-        """Identifier of the tokens: the same text tokenised by the same tokenizer."""
+        """An identifier of the tokens, the same for the same text tokenised by the same tokenizer."""
         return f"{self.corpus_fingerprint[:16]}-{self.tokenizer_fingerprint[:16]}"
 
     def to_json(self) -> str:
@@ -73,10 +73,10 @@ class StoreInfo:
 
 
 class TokenStore:
-    """An open store. `tokens` is a read-only memory map, so that nothing is loaded before it is used."""
+    """An open store. `tokens` is a read-only memory map, so nothing is loaded before it is used."""
 
     def __init__(self, path: Path) -> None:
-        """Open a store. Raises DataError if it is missing, incomplete, truncated or of another format."""
+        """Open a store. Raises DataError if it is missing, incomplete, truncated or in another format."""
         self.path = path
         self.info = _read_info(path)
         for name, size in self.info.file_bytes.items():
@@ -84,13 +84,13 @@ class TokenStore:
             if actual != size:
                 found = "is missing" if actual is None else f"has {actual} bytes"
                 raise DataError(
-                    f"The token store {path} is damaged: {name} {found}, store.json says {size}. "
+                    f"The token store {path} is damaged: {name} {found}, but store.json says {size}. "
                     f"Delete the folder and build it again with {command('build-data')}."
                 )
         self.tokenizer: Tokenizer = load_tokenizer(path / "tokenizer")
         if self.tokenizer.fingerprint != self.info.tokenizer_fingerprint:
             raise DataError(
-                f"The tokenizer in {path / 'tokenizer'} is not the one that made this token store. "
+                f"The tokenizer in {path / 'tokenizer'} is not the one that built this token store. "
                 f"Put the original back, or build the store again with {command('build-data')}."
             )
         self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
@@ -103,7 +103,7 @@ def _read_info(path: Path) -> StoreInfo:
         raise DataError(f"{path} is a file, not the folder of a token store. To train on its text: --corpus {path}")
     if not path.is_dir():
         raise DataError(
-            f"There is no token store at {path}. Build one with: {command('build-data')} --out {path} --corpus …"
+            f"The token store {path} does not exist. Build one with: {command('build-data')} --out {path} --corpus …"
         )
     try:
         values: dict[str, Any] = json.loads((path / "store.json").read_text("utf8"))
@@ -132,10 +132,10 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def recorded_store(record: RunRecord, folder: Path, given: Path | None, remedy: str) -> TokenStore:
-    """Return the token store that a run's record names, also if both have moved.
+    """Return the token store that a run's record names, even if both have moved.
 
-    folder: the folder with the record; given: the path that the user gave; remedy: the option for that path. Raises
-    DataError if the store is missing, or if it is not the same one.
+    folder: the folder with the record. given: the path that the user gave. remedy: the option for that path. Raises
+    DataError if the store is missing or is not the same one.
     """
 
     def read(place: Path) -> TokenStore:
@@ -160,7 +160,7 @@ def recorded_store(record: RunRecord, folder: Path, given: Path | None, remedy: 
 
 
 class Ranges(NamedTuple):
-    """Ranges of the token store, `starts[i]` to `stops[i]`; each is treated as one document."""
+    """Ranges of the token store, `starts[i]` to `stops[i]`, each treated as one document."""
 
     starts: np.ndarray
     stops: np.ndarray
@@ -191,7 +191,7 @@ def split_holdout(documents: np.ndarray, data: DataSection, seed: int) -> Split:
         by = "span" if len(ranges.starts) < FEW_DOCUMENTS_TO_HOLD_OUT_SPANS else "document"
     target = min(data.holdout_fraction * ranges.num_tokens, data.holdout_max_tokens)
     rng = generator(seed, _HOLDOUT)
-    split = _documents_apart(ranges, target, rng) if by == "document" else _spans_apart(ranges, target, data, rng)
+    split = _hold_out_documents(ranges, target, rng) if by == "document" else _hold_out_spans(ranges, target, data, rng)
     if not len(split.train.starts) or not len(split.holdout.starts):
         raise DataError(
             f"The corpus is too small to hold out {data.holdout_fraction:.0%} by {by}: {len(ranges.starts)} "
@@ -201,19 +201,19 @@ def split_holdout(documents: np.ndarray, data: DataSection, seed: int) -> Split:
     return split
 
 
-def _documents_apart(ranges: Ranges, target: float, rng: np.random.Generator) -> Split:
+def _hold_out_documents(ranges: Ranges, target: float, rng: np.random.Generator) -> Split:
     order = rng.permutation(len(ranges.starts))
     before = np.concatenate([[0], np.cumsum(ranges.lengths[order])[:-1]])
     held = np.zeros(len(order), dtype=bool)
     held[order[before < target]] = True
-    held[order[-1]] = False  # never everything
+    held[order[-1]] = False  # never hold out everything
     return Split(
         Ranges(ranges.starts[~held], ranges.stops[~held]), Ranges(ranges.starts[held], ranges.stops[held]), "document"
     )
 
 
-def _spans_apart(ranges: Ranges, target: float, data: DataSection, rng: np.random.Generator) -> Split:
-    """Hold out one contiguous span of each document that is long enough, at least one window, up to the target."""
+def _hold_out_spans(ranges: Ranges, target: float, data: DataSection, rng: np.random.Generator) -> Split:
+    """Hold out one contiguous span, at least one window, of each document that is long enough, up to the target."""
     shortest = data.sequence_length - 2
     share = target / ranges.num_tokens
     order = rng.permutation(len(ranges.starts))

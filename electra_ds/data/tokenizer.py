@@ -1,4 +1,4 @@
-"""Tokenizers with the five special tokens that ELECTRA needs, trained here or loaded; and the text they do not know."""
+"""Train or load tokenizers with the five special tokens that ELECTRA needs, and measure the text they do not know."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.errors import DataError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-"""The roles of special tokens, in BERT's spelling."""
+"""The roles of the special tokens, in BERT's spelling."""
 _SPELLINGS = {
     "[UNK]": ("[UNK]", "<unk>"),
     "[CLS]": ("[CLS]", "<s>", "<cls>", "<bos>"),
@@ -26,7 +26,7 @@ _SPELLINGS = {
     "[MASK]": ("[MASK]", "<mask>"),
     "[PAD]": ("[PAD]", "<pad>"),
 }
-"""Well-known spellings. If one token could have two roles, it has the first of them."""
+"""Well-known spellings of each role. A token that fits two roles gets the first of them."""
 _CONFIG_KEYS = {
     "[PAD]": ("pad_token",),
     "[UNK]": ("unk_token",),
@@ -47,10 +47,10 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with a token for each special role."""
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str, settings: Mapping[str, Any] | None = None) -> None:
-        """Give each role a token. A role without one gets a new token at the end of the vocabulary, see `added`.
+        """Give each role a token. A role without one gets a new token at the end of the vocabulary (see `added`).
 
-        settings: transformers' settings of the tokenizer, such as `cls_token`. Raises DataError for gaps in the
-        numbering, and if unknown text cannot be encoded.
+        settings: transformers' settings of the tokenizer, such as `cls_token`. Raises DataError if the ids have
+        gaps, or if unknown text cannot be encoded.
         """
         before = backend.get_vocab(with_added_tokens=True)
         document = json.loads(backend.to_str())
@@ -61,7 +61,7 @@ class Tokenizer:
         """The token of each role."""
         self.added = tuple(token for token in self.special_tokens.values() if token not in before)
         """Tokens that the tokenizer lacked."""
-        # Not tokens that are special already: adding one again would undo its settings, such as the lstrip of <mask>.
+        # Skip tokens that are already special: adding one again would undo its settings, such as the lstrip of <mask>.
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         backend.add_special_tokens([token for token in self.special_tokens.values() if token not in special])
         pieces = backend.get_vocab(with_added_tokens=True)
@@ -75,7 +75,7 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         backend.no_padding()
         backend.no_truncation()
-        # It names all five roles, so that tokenizer.json is enough to find their tokens again.
+        # It names all five roles, so tokenizer.json is enough to find their tokens again.
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS]:0 $A:0 [SEP]:0",
             pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
@@ -85,8 +85,8 @@ class Tokenizer:
             ],
         )
         if isinstance(backend.model, models.Unigram):
-            # `tokenizers` reads one in seven scores of a Unigram model with another last digit than it wrote. After
-            # that it writes and reads the same log-probabilities.
+            # `tokenizers` reads back one in seven scores of a Unigram model with a different last digit. After one such
+            # round trip it writes and reads the same log-probabilities.
             backend = tokenizers.Tokenizer.from_str(backend.to_str())
         self.backend = backend
 
@@ -97,7 +97,7 @@ class Tokenizer:
 
     @cached_property
     def is_special(self) -> np.ndarray:
-        """bool [vocab_size], True at ids that are never masked and are not text.
+        """bool [vocab_size], True for ids that are not text and are never masked.
 
         [UNK] is text, so it is masked like any other token (as in google-research/electra).
         """
@@ -107,8 +107,10 @@ class Tokenizer:
 
     @cached_property
     def leaves_text_out(self) -> bool:
-        """Whether some text gets no token, not even [UNK], as with a BPE without a token for unknown text and without a
-        piece for every byte."""
+        """True if some text gets no token at all, not even [UNK].
+
+        This is so for a BPE that has neither a token for unknown text nor a piece for every byte.
+        """
         document = json.loads(self.backend.to_str())
         if document["model"]["type"] != "BPE" or document["model"]["unk_token"] is not None:
             return False
@@ -131,7 +133,7 @@ class Tokenizer:
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
         """Write a folder that `load_tokenizer` and transformers' `AutoTokenizer` both open.
 
-        model_max_length: the model's maximum number of tokens, to which transformers then truncates.
+        model_max_length: the maximum number of tokens of the model, at which transformers then truncates.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
@@ -147,8 +149,10 @@ class Tokenizer:
 
 
 def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the token of each role for which one is found: by the settings, by the labels that this module writes into
-    the post-processor, by the model's own token for unknown text, or by a well-known spelling.
+    """Return the token of each role for which one is found.
+
+    It is found by the settings, by the labels that this module writes into the post-processor, by the model's own token
+    for unknown text, or by a well-known spelling.
 
     No token has two roles. A token that both begins and ends texts is neither [CLS] nor [SEP].
     """
@@ -160,7 +164,7 @@ def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Ma
         configured["[CLS]"] = configured["[SEP]"] = None
     labels = (document.get("post_processor") or {}).get("special_tokens") or {}
     labelled = {role: entry["tokens"][0] for role, entry in labels.items() if role in _SPELLINGS}
-    # A piece of BPE may look like a special token by chance: <s> is also an HTML tag.
+    # A BPE piece may look like a special token by chance: <s> is also an HTML tag.
     special = {token.content for token in backend.get_added_tokens_decoder().values()}
     pieces = special if document["model"]["type"] == "BPE" else backend.get_vocab(with_added_tokens=True)
     found: dict[str, str] = {}
@@ -175,7 +179,7 @@ def _roles(backend: tokenizers.Tokenizer, document: dict[str, Any], settings: Ma
 
 
 def text_of_token(value: Any) -> str | None:
-    """Return a token of transformers' files, which is a string or an object with the content."""
+    """Return the text of a token in transformers' files, where it is a string or an object with `content`."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
 
@@ -188,7 +192,7 @@ def _unknown_token(model: dict[str, Any]) -> str | None:
 
 
 def _is_byte_level(document: dict[str, Any]) -> bool:
-    """Return whether any text can be encoded, since every byte has a piece."""
+    """Return True if every byte has a piece, so that any text can be encoded."""
     steps = json.dumps([document["normalizer"], document["pre_tokenizer"]])
     return bool('"ByteLevel"' in steps or document["model"].get("byte_fallback"))
 
@@ -205,7 +209,7 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
         backend.decoder = decoders.ByteLevel()
         trainer: trainers.Trainer = trainers.BpeTrainer(
             vocab_size=section.vocab_size,
-            # [MASK] includes the space before it, as words do, so that a mask in a sentence is a word of its own.
+            # [MASK] includes the space before it, as words do, so that a mask in a sentence is a separate word.
             special_tokens=[*SPECIAL_TOKENS[:-1], tokenizers.AddedToken("[MASK]", lstrip=True, special=True)],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -226,9 +230,9 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer in a folder that `Tokenizer.save` wrote, or of a tokenizer.json.
+    """Return the tokenizer in a folder that `Tokenizer.save` wrote, or in a tokenizer.json.
 
-    `given_tokenizer` reads tokenizers of other programs. Raises DataError if there is none or it cannot be used.
+    `given_tokenizer` reads the tokenizers of other programs. Raises DataError if there is none, or it cannot be used.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
@@ -241,7 +245,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 # --- text that a tokenizer turns into [UNK] or leaves out
 
 NOTED_SHARE = 0.03
-"""Assumed, since less than 1 % of a text is unknown to a WordPiece that was made for it."""
+"""Assumed: less than 1 % of a text is unknown to a WordPiece that was made for it."""
 REFUSED_SHARE = 0.9
 _EXAMPLES = 3
 _EXAMPLE_CHARS = 24
@@ -249,15 +253,15 @@ _EXAMPLE_CHARS = 24
 
 @dataclass
 class UnknownText:
-    """The amount of text that is [UNK], in tokens and characters: without spaces, one [UNK] may be a complete line."""
+    """The amount of text that is [UNK], in tokens and in characters, since one [UNK] may be a line without spaces."""
 
     num_tokens: int = 0
     num_chars: int = 0
-    """Characters that those tokens replace."""
+    """The number of characters that those tokens replace."""
     num_long_chars: int = 0
     """The number of those characters in words that are too long for a WordPiece."""
     text_chars: int = 0
-    """Characters of the complete text, with spaces."""
+    """The number of characters in the entire text, with spaces."""
     examples: list[str] = field(default_factory=list)
     num_left_out: int = 0
     """The number of words without any token, not even [UNK]; num_chars includes their characters."""
@@ -272,13 +276,13 @@ class UnknownText:
         self.examples = list(dict.fromkeys([*self.examples, *other.examples]))[:_EXAMPLES]
 
     def share(self, all_tokens: int) -> float:
-        """Return the larger of the shares of tokens and of characters; a word that is left out counts as a token."""
+        """Return the share of tokens or characters, whichever is larger. A word that is left out counts as a token."""
         of_tokens = (self.num_tokens + self.num_left_out) / max(all_tokens + self.num_left_out, 1)
         return max(of_tokens, self.num_chars / max(self.text_chars, 1))
 
 
 def unknown_in(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> UnknownText:
-    """Return the unknown text in lines, whose ids are given."""
+    """Return the unknown text in lines. ids: the ids of each line."""
     found = UnknownText(text_chars=sum(map(len, lines)))
     longest_word = getattr(tokenizer.backend.model, "max_input_chars_per_word", None)
     for unknown, is_left_out in _unknown_words(lines, ids, tokenizer):
@@ -293,7 +297,7 @@ def unknown_in(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> 
 
 
 def _unknown_words(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """Yield each piece of text that becomes [UNK] or is left out, and whether it is left out."""
+    """Yield (text, is_left_out) for each piece of text that becomes [UNK] or is left out."""
     leaves_out = tokenizer.leaves_text_out
     checked = [
         line for line, ids_of_line in zip(lines, ids, strict=True) if leaves_out or tokenizer.unk_id in ids_of_line
@@ -310,12 +314,12 @@ def _unknown_words(lines: list[str], ids: list[list[int]], tokenizer: Tokenizer)
 
 
 def report(unknown: UnknownText, all_tokens: int) -> str:
-    """Return part of a sentence with the amount of text that is [UNK] or left out."""
+    """Return a clause that states how much text is [UNK] or left out."""
     of_chars = unknown.num_chars / max(unknown.text_chars, 1)
     if unknown.num_left_out:
         return (
             f"{unknown.num_tokens:,} of {all_tokens:,} tokens are [UNK], and {unknown.num_left_out:,} stretches of "
-            f"text are left out, for which it has no token, not even [UNK]: together {of_chars:.2%} of the characters"
+            f"text get no token, not even [UNK]: together {of_chars:.2%} of the characters"
         )
     if not unknown.num_tokens:
         return f"none of {all_tokens:,} tokens is [UNK]"
@@ -327,7 +331,7 @@ def report(unknown: UnknownText, all_tokens: int) -> str:
 
 
 def problem(description: str, unknown: UnknownText, all_tokens: int) -> str | None:
-    """Return a warning if too much of a source is [UNK], with the reason and what to do, else None."""
+    """Return a warning with reason and remedy if too much of a source is [UNK], else None."""
     if unknown.share(all_tokens) < NOTED_SHARE:
         return None
     examples = ", ".join(f"'{example}'" for example in unknown.examples)
@@ -339,7 +343,7 @@ def problem(description: str, unknown: UnknownText, all_tokens: int) -> str | No
     else:
         reason = (
             f"The vocabulary lacks characters or forms of the text, such as {examples}. Use a tokenizer that was made "
-            f"for this language, in the right case (--cased and --strip-accents say how a vocab.txt was made), or"
+            f"for this language, in the right case (--cased and --strip-accents describe a vocab.txt), or"
         )
     return (
         f"The tokenizer does not know much of {description}: {report(unknown, all_tokens)}. {reason} train a "

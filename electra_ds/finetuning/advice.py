@@ -1,4 +1,4 @@
-"""Notes on a finetuning before it starts, and warnings about a model that is no better than its baseline."""
+"""Notes on a finetuning before it starts, and the warning about a model that is no better than its baseline."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
 _FEW_STEPS, _ENOUGH_STEPS = 200, 500
 """A new head needs some hundreds of steps: docs/experiments.md, "Small sets of your own"."""
 _UNBALANCED = 0.8
-"""The assumed share of the training examples from which the most frequent class is a reason for predicting nothing
-else."""
+"""The share of the training examples (assumed) above which a class may be the reason why nothing else is predicted."""
 
 
 def advice(training: Finetuning, encoder: EncoderSource, task: TokenizedTask, *, keeps_weights: bool) -> Iterator[str]:
-    """Yield notes on a run that is about to start, without their full stops."""
+    """Yield notes on a run that is about to start, without a final full stop."""
     recipe, schedule = training.recipe, training.recipe.schedule
     if training.schedule.total_steps > training.steps_of_epochs:
         yield (
@@ -35,21 +34,21 @@ def advice(training: Finetuning, encoder: EncoderSource, task: TokenizedTask, *,
         share = float((task.train.lengths > trained).mean())
         yield (
             f"{share:.0%} of the training inputs are longer than the {trained} tokens that the encoder was pretrained "
-            f"on, the longest {longest}; positions beyond were never trained. --set data.max_length={trained} "
-            f"would cut them there"
+            f"on (the longest has {longest}); later positions were never trained. To cut inputs there, add --set "
+            f"data.max_length={trained}"
         )
     yield from _unknown_text(encoder, task)
     if rate := _lower_rate(recipe, encoder):
         yield (
-            f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original's paper uses "
-            f"{rate} for one of this size: --set optimizer.learning_rate={rate}"
+            f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original paper uses "
+            f"{rate} for this size: --set optimizer.learning_rate={rate}"
         )
     if keeps_weights and (
         problem := why_not_exportable(recipe, encoder.config, task.num_outputs is None, task.num_outputs)
     ):
         instead = f". For a head that can be exported, add --set {problem.instead}" if problem.instead else ""
         yield (
-            f"the head of this run cannot be exported as a transformers model, only the encoder can, with "
+            f"the head of this run cannot be exported as a transformers model; the encoder can, with "
             f"{command('export')} --encoder-only: {problem.why}{instead}"
         )
 
@@ -73,8 +72,7 @@ def _unknown_text(encoder: EncoderSource, task: TokenizedTask) -> Iterator[str]:
 def useless_warning(
     name: str, result: EvaluationResult, steps: int, training: Finetuning, encoder: EncoderSource, task: TokenizedTask
 ) -> str:
-    """Return a warning about a model that is no better on a set than its baseline: what is wrong, why that may be, and
-    what to do."""
+    """Return a warning about a model that is no better on a set than its baseline, with likely reasons and remedies."""
     if result.constant is not None:
         problem = (
             f"all {result.rows:,} predictions of {name} are {result.constant}, so the model has learned nothing that "
@@ -112,8 +110,10 @@ def useless_warning(
 
 
 def _lower_rate(recipe: FinetuneRecipe, encoder: EncoderSource) -> str | None:
-    """Return the learning rate, perhaps with more overrides after it, that the original's paper has for a model of this
-    width if the recipe's is for small models, else None."""
+    """Return the original paper's learning rate for this width if the recipe's is for small models, else None.
+
+    More overrides may follow the learning rate.
+    """
     if encoder.hidden_size < _BASE_WIDTH or recipe.optimizer.learning_rate <= _SMALL_RATE:
         return None
     return "1e-4" if encoder.hidden_size == _BASE_WIDTH else "5e-5 optimizer.layer_decay=0.9"

@@ -1,6 +1,6 @@
-"""The encoder that a finetuning begins with: from one of our runs, a folder of transformers, or the Hub.
+"""Read the encoder that a finetuning begins with: from one of our runs, a transformers folder, or the Hub.
 
-Nothing that comes with it is run: no code of its own, and pickles are read by torch's loader of tensors only.
+No code that comes with it is run, and pickles are read by torch's tensor-only loader.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.files import is_hub_model
 from electra_ds.data.given_tokenizer import read_folder
-from electra_ds.data.hub import explained, fetch_model
+from electra_ds.data.hub import explain_errors, fetch_model
 from electra_ds.pretraining.convert import refuse_other_frameworks
 from electra_ds.pretraining.evaluation import load_model
 from electra_ds.training.checkpoint import Checkpoint
@@ -42,28 +42,28 @@ _MISSING, _UNKNOWN = "missing are", "unknown are"
 _POOLER = "pooler."
 _LAYER = re.compile(r"\.layers?\.\d+\.")
 _ABSOLUTE = ("electra", "bert", "roberta", "xlm-roberta", "camembert")
-"""Kinds of models of which transformers 5 has no form with relative positions any more."""
+"""Model types that transformers 5 no longer supports with relative positions."""
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
-"""Kinds of models whose positions are counted from the padding's id and one."""
+"""Model types whose positions start at the padding id plus one."""
 _SHOWN_NAMES = 4
 
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """An encoder as it was found, with the tokenizer that belongs to it."""
+    """An encoder with its own tokenizer."""
 
     name: str
-    """Its name as the user gave it; a folder in full."""
+    """The name that the user gave, or the full path of a folder."""
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     tensors: dict[str, torch.Tensor]
-    """fp32, under the names of `AutoModel`, without a pooler."""
+    """In fp32, under the names of `AutoModel`, without a pooler."""
     fingerprint: str
-    """SHA-256 of names, shapes and values."""
+    """The SHA-256 of names, shapes and values."""
     trained_length: int | None = None
-    """Tokens of a sequence in pretraining, if that is known."""
+    """The sequence length in pretraining, in tokens, if it is known."""
     notes: tuple[str, ...] = ()
-    """Notes for the user on how its tokenizer was read."""
+    """Notes for the user on how the tokenizer was read."""
 
     @property
     def num_layers(self) -> int:
@@ -80,13 +80,13 @@ class EncoderSource:
 
     @property
     def max_length(self) -> int:
-        """The most tokens that it takes, practically unlimited if its positions have no table."""
+        """The maximum number of tokens of an input, practically unlimited if there is no position table."""
         longest = int(getattr(self.config, "max_position_embeddings", 0) or 0)
         offset = 2 if self.config.model_type in _OFFSET_POSITIONS else 0
         return longest - offset if longest > 0 else 10**6
 
     def files(self) -> dict[str, str]:
-        """The configuration and the tokenizer as files that transformers opens."""
+        """The configuration and the tokenizer, as files that transformers opens."""
         with tempfile.TemporaryDirectory() as folder:
             self.config.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -95,11 +95,11 @@ class EncoderSource:
 
 
 def read_encoder(name: str) -> EncoderSource:
-    """Read the encoder called `name`: a run directory or checkpoint of ours, a folder that `bin/export` or transformers
-    wrote, or a model of the Hub.
+    """Read the encoder `name`: one of our run directories or checkpoints, a folder that `bin/export` or transformers
+    wrote, or a model on the Hub.
 
-    Raises DataError if there is none, it is damaged or incomplete, or lacks its tokenizer; CheckpointError for a run
-    without a checkpoint.
+    Raises DataError if there is none, if it is damaged or incomplete, or if it lacks its tokenizer, and CheckpointError
+    if a run has no checkpoint.
     """
     path = Path(name)
     refuse_other_frameworks(path, name)
@@ -112,7 +112,7 @@ def read_encoder(name: str) -> EncoderSource:
     if is_hub_model(name):
         return _of_folder(fetch_model(name), name)
     raise DataError(
-        f"There is no model {name}. Give a run directory, a folder that transformers' save_pretrained wrote, or "
+        f"The model {name} does not exist. Give a run directory, a folder that transformers' save_pretrained wrote, or "
         f"OWNER/NAME on the Hub."
     )
 
@@ -140,18 +140,18 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
     """Return the config and tokenizer that `EncoderSource.files` or transformers wrote, and notes on the tokenizer."""
     if not (folder / "config.json").is_file():
         raise DataError(
-            f"{name} has no config.json, so it is no model of transformers. Give a run directory, a folder that "
+            f"{name} has no config.json, so it is not a transformers model. Give a run directory, a folder that "
             f"transformers' save_pretrained wrote, or OWNER/NAME on the Hub."
         )
     advice = "Choose a folder that transformers' save_pretrained wrote; code that comes with a model is not run."
-    with explained(f"the model {name}", advice):
+    with explain_errors(f"the model {name}", advice):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config.chunk_size_feed_forward = 0  # which changes no number, and takes inputs of some lengths alone
+    config.chunk_size_feed_forward = 0  # chunking changes no number and accepts only some input lengths
     kind = getattr(config, "position_embedding_type", None)
     if config.model_type in _ABSOLUTE and kind not in (None, "absolute"):
-        raise DataError(f"{name} has {kind} positions, which transformers does not compute any more.")
+        raise DataError(f"{name} has {kind} positions, which transformers no longer supports.")
     if getattr(config, "is_encoder_decoder", False) or _is_decoder(config):
-        raise DataError(f"{name} is or has a decoder ({config.model_type}), and an encoder alone is needed.")
+        raise DataError(f"{name} is or has a decoder ({config.model_type}), but finetuning needs an encoder alone.")
     tokenizer, notes = read_folder(folder, name, config)
     ids = tokenizer("a")["input_ids"]
     if tokenizer.pad_token_id is None or tokenizer.cls_token_id is None or ids[0] != tokenizer.cls_token_id:
@@ -163,14 +163,14 @@ def read_config_and_tokenizer(folder: Path, name: str) -> tuple[PretrainedConfig
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         raise DataError(
-            f"The tokenizer of {name} has ids up to {needed - 1:,}, and its token table {rows:,} rows. Put the one "
-            f"that it was pretrained with next to its config.json."
+            f"The tokenizer of {name} has ids up to {needed - 1:,}, but its token table has {rows:,} rows. Put the "
+            f"tokenizer that it was pretrained with next to its config.json."
         )
     return config, tokenizer, notes
 
 
 def _is_decoder(config: PretrainedConfig) -> bool:
-    """Return whether transformers has a model of this kind for text generation and none for masked tokens."""
+    """Return True if transformers has a model of this type for text generation and none for masked tokens."""
     if getattr(config, "is_decoder", False):
         return True
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
@@ -185,7 +185,7 @@ def _of_folder(folder: Path, name: str) -> EncoderSource:
         f"{name} does not hold a complete encoder",
         {"more than config.json says are": {key for key in unknown if _LAYER.search(f".{key}")}}
         | {what: {key for key in keys if not key.startswith(_POOLER)} for what, keys in problems.items()},
-        "Fetch or export it again.",
+        "Download or export it again.",
     )
     tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(_POOLER)}
     return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors), notes=tuple(notes))
@@ -194,14 +194,15 @@ def _of_folder(folder: Path, name: str) -> EncoderSource:
 def load_weights(
     kind: Any, folder: Path, config: PretrainedConfig, name: str
 ) -> tuple[PreTrainedModel, dict[str, set[str]]]:
-    """Return (a model of transformers in fp32, names of tensors by what is wrong with them) of the folder of the model
-    that the user calls `name`.
+    """Return (transformers model in fp32, names of tensors by what is wrong with them) for the model in a folder.
 
-    kind: the model's class, or `AutoModel`. Raises DataError if the weights cannot be read, or are in a pickle that
-    holds more than tensors.
+    name: the user's name of the model. kind: the model's class, or `AutoModel`. Raises DataError if the weights cannot
+    be read, or are in a pickle that holds more than tensors.
     """
-    advice = "config.json or the weights may be damaged. Fetch or export it again, with weights in model.safetensors."
-    with explained(f"the weights of {name}", advice), silent_transformers():
+    advice = (
+        "config.json or the weights may be damaged. Download or export it again, with weights in model.safetensors."
+    )
+    with explain_errors(f"the weights of {name}", advice), silent_transformers():
         try:
             model, info = kind.from_pretrained(
                 folder, config=config, dtype=torch.float32, local_files_only=True, weights_only=True,
@@ -210,7 +211,7 @@ def load_weights(
         except pickle.UnpicklingError as error:  # whose text advises to run what is in it
             raise DataError(
                 f"The weights of {name} are damaged, or their pickle holds more than tensors, and it is not opened. "
-                f"Fetch them again, or take a copy with model.safetensors."
+                f"Download them again, or take a copy with model.safetensors."
             ) from error
     return model, {
         _MISSING: set(info["missing_keys"]),
@@ -222,7 +223,7 @@ def load_weights(
 
 @contextmanager
 def silent_transformers() -> Iterator[None]:
-    """Keep transformers from reporting on tensors, which we do ourselves, and from drawing progress bars."""
+    """Keep transformers from drawing progress bars and from reporting on tensors, which we do ourselves."""
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -235,7 +236,7 @@ def silent_transformers() -> Iterator[None]:
 
 
 def check_complete(problem: str, tensors: Mapping[str, Collection[str]], advice: str) -> None:
-    """Raise DataError with the names of tensors by what is wrong with them, if there are any."""
+    """Raise DataError if anything is wrong with a tensor. tensors: their names, by what is wrong with them."""
     found = []
     for what, names in tensors.items():
         if names:
@@ -246,7 +247,7 @@ def check_complete(problem: str, tensors: Mapping[str, Collection[str]], advice:
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names, shapes and values."""
+    """The SHA-256 of names, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -256,7 +257,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def finetuned_encoder(checkpoint: Checkpoint) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-    """Return the configuration and the tokenizer in a finetuning's checkpoint."""
+    """Return the configuration and the tokenizer in the checkpoint of a finetuning."""
     try:
         return read_config_and_tokenizer(checkpoint.path, str(checkpoint.path))[:2]
     except DataError as error:

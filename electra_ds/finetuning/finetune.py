@@ -1,9 +1,9 @@
-"""Finetuning: an encoder and a new head on one task, from a run directory and a plan to scores and predictions.
+"""Finetune an encoder with a new head on one task, from a run directory and a plan to scores and predictions.
 
 RUN/
-  scores.json         the scores of the task's sets, and the weights that they are scores of
-  predictions/        labels, predictions and logits of each set; answers
-  submission/         predictions of GLUE's test sets, in the official files
+  scores.json         the scores of the task's sets, and the weights that they belong to
+  predictions/        labels, predictions and logits of each set, or answers
+  submission/         predictions for GLUE's test sets, in the official files
   best/               the checkpoint of the best evaluation, with --best
 """
 
@@ -45,13 +45,12 @@ _log = logging.getLogger(__name__)
 SCORES = "scores.json"
 _FORMAT = 1
 _LEAST_ROWS = 32
-"""The fewest inputs that an evaluation takes at a time, however small the micro-batches are: it keeps nothing for a
-backward pass."""
+"""The minimum micro-batch of an evaluation, which keeps nothing for a backward pass, however small training's is."""
 
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """Everything a finetuning needs, checked before anything long starts."""
+    """Everything that a finetuning needs, checked before anything that takes long."""
 
     command: ClassVar[str] = "finetune"
 
@@ -78,12 +77,12 @@ class FinetuneJob:
 def finetune(
     job: FinetuneJob, ranks: Ranks, time_limit_s: float | None = None, callbacks: Sequence[Callback] = ()
 ) -> bool:
-    """Train as `loop.train` does; what a finished run leaves behind is said above."""
+    """Train as `loop.train` does. The top of this module lists what a finished run leaves behind."""
     return train(lambda: FinetuneLoop(job, ranks, callbacks), job, ranks, time_limit_s)
 
 
 def task_model(job: FinetuneJob) -> TaskModel:
-    """Return encoder and head with the weights that training begins with."""
+    """Return the encoder and the head with the weights that training begins with."""
     encoder = make_encoder(job.encoder.config, job.recipe.seed)
     if job.encoder.tensors:
         encoder.load_state_dict(job.encoder.tensors, strict=True)
@@ -105,9 +104,9 @@ class FinetuneLoop(TrainingLoop):
         self._best_saver = CheckpointSaver(self._best_folder, ranks)
         self._best_step = 0
         self._results: dict[str, EvaluationResult] = {}
-        """Of the last evaluation, on the main rank."""
+        """The results of the last evaluation, on the main rank."""
         self._history: list[tuple[int, float]] = []
-        """(step, the score that choices are made by) of each evaluation."""
+        """(step, the score that decides which evaluation is best) of each evaluation."""
 
     def start(self, stack: contextlib.ExitStack) -> None:
         super().start(stack)
@@ -130,7 +129,7 @@ class FinetuneLoop(TrainingLoop):
         )
 
     def _forget_later_best(self) -> None:
-        """Remove the weights that were kept by evaluations after this step, which are done again."""
+        """Remove the weights kept by evaluations after this step, which will be repeated."""
         for path in self._best_folder.paths():
             if path.name > self._best_folder.path(self.step).name:
                 try:
@@ -164,19 +163,21 @@ class FinetuneLoop(TrainingLoop):
             constant = "" if result.constant is None else f"; every prediction is {result.constant}"
             _log.info(f"{name} at step {self.step}: {task.shown(result.metrics, result.baseline)}{constant}")
         scores = self.ranks.broadcast({name: result.metrics for name, result in self._results.items()})
-        if self._is_of_schedule(self.step):
+        if self._is_scheduled(self.step):
             self._choose(scores[next(iter(task.dev))][task.chosen_by])
         if len(scores) == 1:
             return dict(next(iter(scores.values())))
         return {f"{name}/{metric}": value for name, metrics in scores.items() for metric, value in metrics.items()}
 
-    def _is_of_schedule(self, step: int) -> bool:
-        """Return whether a run that is never stopped is evaluated at this step. Other evaluations, such as those of
-        --stop-at, choose nothing, so that a run that is stopped ends like one that is not."""
+    def _is_scheduled(self, step: int) -> bool:
+        """Return True if an uninterrupted run is evaluated at this step.
+
+        Other evaluations, such as those of --stop-at, choose nothing, so a stopped run ends like an uninterrupted one.
+        """
         return step % self.job.record.settings.eval_every == 0 or step == self.job.total_steps
 
     def _results_of(self, sets: Mapping[str, TaskInputs]) -> dict[str, EvaluationResult]:
-        """Return the results of each set on the main rank; the others only compute their share."""
+        """Return the results of each set on the main rank. The other ranks only compute their share."""
         results = {}
         for name, inputs in sets.items():
             outputs = self._outputs(inputs)
@@ -185,12 +186,12 @@ class FinetuneLoop(TrainingLoop):
         return results
 
     def _outputs(self, inputs: TaskInputs) -> Outputs:
-        """Return the head's scores of each input, in order, on every rank; the ranks share the work."""
+        """Return the head's scores of each input, in order, on every rank. The ranks share the work."""
         chunks, world_size = evaluation_chunks(inputs, self.evaluation_rows), self.ranks.world_size
         own: list[list[dict[str, np.ndarray]]] = []
         for turn in range(-(-len(chunks) // world_size)):
             index = turn * world_size + self.ranks.rank
-            # At stage 3 all ranks run the model together, so one without a share left runs the last again.
+            # At stage 3 all ranks run the model together, so a rank with nothing left repeats its last share.
             rows = chunks[min(index, len(chunks) - 1)]
             scores = self._engine.evaluate(inputs.micro_batch(rows, with_labels=False)).scores
             arrays = {name: tensor.cpu().numpy() for name, tensor in scores.items()}
@@ -204,7 +205,7 @@ class FinetuneLoop(TrainingLoop):
         if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
             raise TrainingError(
                 f"The model's scores are not finite at step {self.step}, so training has diverged and nothing can be "
-                f"scored. Lower optimizer.learning_rate, or check the weights that it began with."
+                f"scored. Lower optimizer.learning_rate, or check the initial weights."
             )
         return outputs
 
@@ -218,12 +219,12 @@ class FinetuneLoop(TrainingLoop):
         self.ends_early = "done" if self._is_patience_spent() else None
 
     def _is_patience_spent(self) -> bool:
-        """Return whether as many evaluations as --early-stopping says were no better than the best one before."""
+        """Return True if the last --early-stopping evaluations were no better than the best one before them."""
         patience, scores = self.job.record.settings.early_stopping, [score for _, score in self._history]
         return patience is not None and len(scores) - 1 - scores.index(max(scores)) >= patience
 
     def _earlier_evaluations(self) -> list[tuple[int, float]]:
-        """Return the history of the run so far from metrics.jsonl, on the main rank."""
+        """Return the run's history so far from metrics.jsonl, on the main rank."""
         task = self.job.task
         name = task.chosen_by if len(task.dev) == 1 else f"{next(iter(task.dev))}/{task.chosen_by}"
         path = self.job.run.metrics
@@ -232,16 +233,16 @@ class FinetuneLoop(TrainingLoop):
         return [
             (step, float(score))
             for step, score in scores
-            if isinstance(score, int | float) and self._is_of_schedule(step)
+            if isinstance(score, int | float) and self._is_scheduled(step)
         ]
 
     # --- the end
 
     def finish(self) -> None:
-        """Score and predict with the weights that are kept, and write the results."""
+        """Score and predict with the weights that were kept, and write the results."""
         settings = self.job.record.settings
         if settings.best:
-            self._take_best()
+            self._load_best()
         if settings.best or not self.ranks.broadcast(bool(self._results)):
             self._results = self.reducing_rows(lambda: self._results_of(self.job.task.dev))
         tested = self.reducing_rows(lambda: self._results_of(self.job.task.test)) if settings.predict_test else {}
@@ -249,7 +250,7 @@ class FinetuneLoop(TrainingLoop):
             if self.ranks.is_main:
                 self._write(self._results | tested)
 
-    def _take_best(self) -> None:
+    def _load_best(self) -> None:
         with self.ranks.fail_together():
             path, damaged = self._best_folder.latest_valid(self.ranks)
             if path is None:
@@ -286,7 +287,7 @@ class FinetuneLoop(TrainingLoop):
                 temporary.write_bytes(content)
 
     def _written(self, name: str, result: EvaluationResult) -> dict[str, Any]:
-        """Return what scores.json says about a set."""
+        """Return the content of scores.json for a set."""
         metrics = {key: value if math.isfinite(value) else None for key, value in result.metrics.items()}
         entry: dict[str, Any] = {"rows": result.rows, "metrics": metrics}
         if result.baseline:
@@ -298,7 +299,7 @@ class FinetuneLoop(TrainingLoop):
 
 
 def discard_weights(run: RunDirectory) -> None:
-    """Remove the checkpoints of a run that is done. Raises CheckpointError if that cannot be done."""
+    """Remove the checkpoints of a finished run. Raises CheckpointError if they cannot be removed."""
     for folder in (run.checkpoints, run.path / "best"):
         try:
             if folder.is_dir():

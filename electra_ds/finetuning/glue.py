@@ -1,7 +1,7 @@
-"""GLUE from its official files, as its download script lays them out.
+"""Read GLUE from its official files, in the layout of its download script.
 
-The formats are those that the loader of the Hub's dataset reads (huggingface/datasets 1.x, datasets/glue/glue.py):
-tab-separated, no quoting, with a header except in CoLA's train and dev. Columns are found by the header's names.
+The formats are those that the loader of the Hub dataset reads (huggingface/datasets 1.x, datasets/glue/glue.py):
+tab-separated, without quoting, with a header except in CoLA's train and dev. The header names the columns.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GLUE: dict[str, Task] = {
         _classes("wnli", "WNLI.tsv", ("not_entailment", "entailment"), _BINARY),
     )
 }  # fmt: skip
-"""The tasks by name. Classes are in the order of the Hub's dataset, metrics are GLUE's (Wang et al. 2019, table 1)."""
+"""The tasks by name, with classes in the order of the Hub dataset and GLUE's metrics (Wang et al. 2019, table 1)."""
 
 OFFICIAL_ROWS: dict[str, dict[str, int]] = {
     "cola": {"train": 8551, "dev": 1043, "test": 1063},
@@ -64,7 +64,7 @@ OFFICIAL_ROWS: dict[str, dict[str, int]] = {
     "rte": {"train": 2490, "dev": 277, "test": 3000},
     "wnli": {"train": 635, "dev": 71, "test": 146},
 }  # fmt: skip
-"""Sizes of the sets, from the card of the Hub's dataset nyu-mll/glue; QNLI is its second version."""
+"""The sizes of the sets, from the card of the Hub dataset nyu-mll/glue. QNLI is its second version."""
 
 
 class _Columns(NamedTuple):
@@ -72,7 +72,7 @@ class _Columns(NamedTuple):
     pair: str | None
     label: str
     ids: str = "index"
-    """The names of a test set's rows; without such a column they are numbered from 0."""
+    """The column that names the rows of a test set. Without it, rows are numbered from 0."""
 
 
 _COLUMNS = {
@@ -93,7 +93,7 @@ HUB_COLUMNS = {
         _COLUMNS | {"mrpc": _COLUMNS["rte"], "mnli": _Columns("premise", "hypothesis", "label")}
     ).items()
 }
-"""Those of the Hub's dataset."""
+"""The columns of the Hub dataset."""
 _COLA_HEADER = ("source", "label", "original_label", "sentence")
 _MNLI_JSON = _Columns("premise", "hypothesis", "label")
 _AX_FULL = _Columns("Premise", "Hypothesis", "Label")
@@ -101,29 +101,29 @@ _FOLDERS = {name: name.upper() for name in GLUE} | {"cola": "CoLA"}
 _AX_FOLDERS = ("AX", "diagnostic", "diagnostics")
 _AX_FILES = ("diagnostic-full.tsv", "AX.tsv", "diagnostic.tsv")
 _UNLABELLED = {"qqp": "", "mnli": "-"}
-"""What stands for the label in rows of train and dev that have none."""
+"""The text that marks a missing label in train and dev."""
 
 
 def glue_task(name: str) -> Task:
-    """Return a task. Raises DataError for an unknown one."""
+    """Return the task with this name. Raises DataError if it is unknown."""
     if name not in GLUE:
-        raise DataError(f"There is no GLUE task '{name}'{did_you_mean(name, GLUE)}. They are {', '.join(GLUE)}.")
+        raise DataError(f"There is no GLUE task '{name}'{did_you_mean(name, GLUE)}. The tasks are {', '.join(GLUE)}.")
     return GLUE[name]
 
 
 def load_glue(name: str, folder: Path) -> TaskData:
-    """Read a task from its own folder, or from the folder that holds the tasks' folders in their official names.
+    """Read a task from its own folder, or from the folder that holds all tasks' folders under their official names.
 
     Each set is read from SET.tsv, or for MNLI from SET.jsonl (premise, hypothesis and label, or the names of the TSV).
-    The diagnostic set is looked for in MNLI's folder, next to it, and in AX or diagnostic there. Sets without a file
-    are left out. Test sets have no labels here, even if a file has them (MRPC): only GLUE's site scores them. The
-    labels of the diagnostic set are public, and read from diagnostic-full.tsv.
+    The diagnostic set is searched for in MNLI's folder, next to it, and in AX or diagnostic there. Sets without a file
+    are left out. Labels of test sets are not read, even if a file has them (MRPC): only GLUE's site scores them. The
+    labels of the diagnostic set are public and are read from diagnostic-full.tsv.
 
-    Raises DataError for an unknown task, a folder with none of its files, and files that break their format.
+    Raises DataError if the task is unknown, if the folder has none of its files, or if a file has the wrong format.
     """
     task = glue_task(name)
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder} with the files of {name}.")
+        raise DataError(f"The folder {folder} with the files of {name} does not exist.")
     own = _task_folder(name, folder)
     suffixes = (".tsv", ".jsonl") if name == "mnli" else (".tsv",)
     wanted = {each: [each + suffix for suffix in suffixes] for each in OFFICIAL_ROWS[name] if each != "ax"}
@@ -131,7 +131,7 @@ def load_glue(name: str, folder: Path) -> TaskData:
     if not files:
         looked_for = ", ".join(each for names in wanted.values() for each in names)
         raise DataError(
-            f"{folder} holds no files of {name}. Looked for {looked_for}, there and in a folder {_FOLDERS[name]} in it."
+            f"{folder} holds no files of {name}. It needs {looked_for}, in it or in its subfolder {_FOLDERS[name]}."
         )
     if name == "mnli":
         parent = own.absolute().parent
@@ -144,14 +144,14 @@ def load_glue(name: str, folder: Path) -> TaskData:
 
 
 def glue_data(task: Task, sets: dict[str, Examples], source: str, notes: list[str]) -> TaskData:
-    """Return the sets with notes on those that do not have the official number of rows, or that are missing and needed
-    for the task's scores."""
+    """Return the sets, with notes on sets that lack the official number of rows, or that are missing but needed for the
+    task's scores."""
     ordered = {name: sets[name] for name in OFFICIAL_ROWS[task.name] if name in sets}
     for name, rows in OFFICIAL_ROWS[task.name].items():
         if name in ordered and len(ordered[name]) != rows:
             notes.append(f"{task.name}: {name} has {len(ordered[name]):,} rows, officially {rows:,}.")
         elif name not in ordered and name.startswith("dev"):
-            notes.append(f"{task.name}: there is no {name}, so it is not scored.")
+            notes.append(f"{task.name}: there is no {name} set, so it is not scored.")
     return task_data(task, ordered, source, notes)
 
 
@@ -174,8 +174,8 @@ def _read_set(task: Task, set_name: str, path: Path, notes: list[str]) -> Exampl
 
 
 def glue_examples(task: Task, table: Table, columns: _Columns, written: Sequence[str], *, has_labels: bool) -> Examples:
-    """Return the examples of a table. written: how it writes the classes."""
-    # An `id` of QQP's train and dev is the pair's in Quora's data.
+    """Return the examples of a table. written: the classes as the table writes them."""
+    # The `id` in QQP's train and dev is that of the pair in Quora's data.
     is_named = columns.ids in table.frame and not has_labels
     ids = table.column(columns.ids) if is_named else [str(row) for row in table.frame.index]
     texts = table.column(columns.text)
@@ -202,9 +202,9 @@ def _labels(task: Task, table: Table, column: str, written: Sequence[str]) -> np
 
 
 def _task_folder(name: str, folder: Path) -> Path:
-    """Return the folder in `folder` with the task's official name, or else `folder` itself.
+    """Return the subfolder of `folder` with the task's official name, or else `folder` itself.
 
-    Raises DataError if it is another task's: some have the same columns.
+    Raises DataError if the folder is another task's, since some tasks have the same columns.
     """
     inner = _child(folder, _FOLDERS[name])
     if inner is not None and inner.is_dir():
@@ -212,12 +212,14 @@ def _task_folder(name: str, folder: Path) -> Path:
     own_name = _plain(folder.absolute().name)
     of = next((task for task, official in _FOLDERS.items() if _plain(official) == own_name), name)
     if of != name:
-        raise DataError(f"{folder} is the folder of {of}, not of {name}. Give that, or the folder that holds them all.")
+        raise DataError(
+            f"{folder} is the folder of {of}, not of {name}. Give that of {name}, or the one that holds all tasks."
+        )
     return folder
 
 
 def _child(folder: Path, *names: str) -> Path | None:
-    """Return the first of these that is in the folder, or None; case and hyphens do not matter."""
+    """Return the first of these names that is in the folder, or None. Case and hyphens do not matter."""
     try:
         there = {_plain(path.name): path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Heads that a pretrained encoder is finetuned with, and the model of an encoder with one of them.
+"""Heads for finetuning, and the model that combines an encoder with one of them.
 
 Shape suffixes: B inputs, T positions, H hidden size, C classes, K starts of a beam.
 """
@@ -24,7 +24,7 @@ from electra_ds.training.optimizer import ParameterRates, Rates, pretraining_rat
 
 ENCODER_ONLY = "or export the finetuned encoder without its head: add --encoder-only"
 _EXCLUDED = -1e4
-"""Added to the score of a position that cannot be one; fits fp16, and exp of it is 0."""
+"""Added to the score of an excluded position. It fits fp16, and its exponential is 0."""
 _LAYER = re.compile(r"\.(?:layer|layers|h|blocks?)\.(\d+)\.")
 
 
@@ -32,20 +32,20 @@ class TaskOutput(NamedTuple):
     """The output of a head for a micro-batch."""
 
     loss_sum: torch.Tensor | None
-    """fp32, over the inputs; None if they have no labels."""
+    """fp32, the sum over the inputs; None if they have no labels."""
     scores: dict[str, torch.Tensor]
     """fp32 by name, each with B rows: `logits` [B, C]; or `start` and `end` [B, T]; or of the joint head `start_top`,
     `start_index` [B, K], `end_top`, `end_index` [B, K, K] and `unanswerable` [B]."""
 
     @property
     def losses(self) -> dict[str, torch.Tensor]:
-        """The sum under the name of the batch's `loss_terms`. The inputs must have labels."""
+        """The loss sum, under the name in the batch's `loss_terms`. The inputs must have labels."""
         assert self.loss_sum is not None
         return {"loss": self.loss_sum}
 
 
 class SequenceHead(nn.Module):
-    """One vector of a text, or of a pair, to its scores: [B, T, H] -> [B, C], with C = 1 for regression."""
+    """Scores of a text or a pair from one pooled vector: [B, T, H] -> [B, C], with C = 1 for regression."""
 
     def __init__(self, section: HeadSection, hidden_size: int, num_outputs: int, is_regression: bool) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class SequenceHead(nn.Module):
 
 
 class SpanHead(nn.Module):
-    """Scores of start and end of an answer independently, as in transformers' models: [B, T, H] -> two times [B, T]."""
+    """Independent scores of an answer's start and end, as in transformers' models: [B, T, H] -> twice [B, T]."""
 
     def __init__(self, section: HeadSection, hidden_size: int) -> None:
         super().__init__()
@@ -140,14 +140,14 @@ class JointSpanHead(nn.Module):
         size = min(self.section.beam_size, start_BT.shape[1])
         start_top_BK, start_index_BK = start_BT.log_softmax(-1).topk(size)
         chosen_BKH = hidden_BTH.gather(1, start_index_BK.unsqueeze(-1).expand(-1, -1, hidden_BTH.shape[-1]))
-        # One start at a time: all of them at once would be K times the hidden states.
+        # One start at a time: all at once would need K times the memory of the hidden states.
         ends = [self._ends(hidden_BTH, chosen_BKH[:, k : k + 1], excluded_BT) for k in range(size)]
         end_top_BKK, end_index_BKK = torch.cat(ends, 1).log_softmax(-1).topk(size)
         starts = {"start_top": start_top_BK, "start_index": start_index_BK}
         return starts | {"end_top": end_top_BKK, "end_index": end_index_BKK}
 
     def _ends(self, hidden_BTH: torch.Tensor, start_B1H: torch.Tensor, excluded_BT: torch.Tensor) -> torch.Tensor:
-        """[B, 1, T] scores of every end, given one start each."""
+        """Return the scores of every end, [B, 1, T], given one start per row."""
         pairs_BTH2 = torch.cat([start_B1H.expand_as(hidden_BTH), hidden_BTH], -1)
         scores_BT = self.end(functional.gelu(self.end_hidden(pairs_BTH2))).squeeze(-1).float()
         return scores_BT.masked_fill(excluded_BT, _EXCLUDED).unsqueeze(1)
@@ -158,7 +158,7 @@ def _nats(scores_BT: torch.Tensor, targets_B: torch.Tensor) -> torch.Tensor:
 
 
 def initialise(head: nn.Module, section: HeadSection, seed: int) -> None:
-    """Set matrices to random numbers as the recipe says, keyed by the seed, and biases to 0."""
+    """Set matrices to the recipe's random numbers, keyed by the seed, and biases to 0."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -172,7 +172,7 @@ def initialise(head: nn.Module, section: HeadSection, seed: int) -> None:
 
 
 def make_encoder(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """Return the encoder of this configuration with random weights keyed by the seed, in fp32 and without a pooler."""
+    """Return an fp32 encoder of this configuration with random weights, keyed by the seed, without a pooler."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
@@ -196,7 +196,7 @@ def make_head(recipe: FinetuneRecipe, hidden_size: int, num_outputs: int | None,
 
 
 class TaskModel(nn.Module):
-    """Encoder and head as one module; its tensors are `encoder.*`, under transformers' names, and `head.*`."""
+    """Encoder and head as one module. Its tensors are `encoder.*`, under transformers' names, and `head.*`."""
 
     def __init__(self, encoder: PreTrainedModel, head: nn.Module) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class TaskModel(nn.Module):
 
     @property
     def num_outputs(self) -> int | None:
-        """Scores of an input; None for question answering."""
+        """The number of scores of an input; None for question answering."""
         return self.head.out_proj.out_features if isinstance(self.head, SequenceHead) else None
 
     @staticmethod
@@ -216,25 +216,25 @@ class TaskModel(nn.Module):
         return inputs if batch.segments_BT is None else inputs | {"token_type_ids": batch.segments_BT}
 
     def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
-        """See `TrainableModel`. Raises ConfigError if this encoder cannot compute layers again."""
+        """See `TrainableModel`. Raises ConfigError if this encoder cannot recompute layers."""
         self._autocast_dtype = autocast_dtype
         if not checkpointed_layers:
             return
         layers = [module for module in self.encoder.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not self.encoder.supports_gradient_checkpointing or not layers:
             raise ConfigError(
-                f"transformers cannot compute layers of {type(self.encoder).__name__} again; remove "
+                f"transformers cannot recompute the layers of {type(self.encoder).__name__}; remove "
                 f"activation_checkpointing from the DeepSpeed JSON."
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of a new name, which older 5.x do not know
+            warnings.simplefilter("ignore", FutureWarning)  # about a new name that older 5.x releases do not know
             self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers[checkpointed_layers:]:
             layer.gradient_checkpointing = False
 
     def forward(self, batch: TaskMicroBatch) -> TaskOutput:
-        """Return loss and scores of one micro-batch."""
-        # Inside forward, because DeepSpeed's engine switches off an autocast that it was called under.
+        """Return the loss and the scores of one micro-batch."""
+        # Inside forward, because DeepSpeed's engine turns off any autocast around it.
         with torch.autocast(batch.ids_BT.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
             hidden_BTH = self.encoder(**self.encoder_inputs(batch)).last_hidden_state
             output: TaskOutput = self.head(hidden_BTH, batch)
@@ -245,7 +245,7 @@ class TaskModel(nn.Module):
 
 
 def decay_exponent(name: str, num_layers: int, section: FinetuneOptimizerSection) -> int:
-    """Return how often the decay of learning rates is applied to a parameter of a `TaskModel`.
+    """Return how many times layer decay is applied to the learning rate of a parameter of a `TaskModel`.
 
     A parameter that is neither in a layer nor in the embeddings, such as a last norm, belongs to the last layer.
     """
@@ -264,8 +264,10 @@ def decay_exponent(name: str, num_layers: int, section: FinetuneOptimizerSection
 
 
 def finetuning_rates(num_layers: int, section: FinetuneOptimizerSection) -> Rates:
-    """Return each parameter's learning rate over the schedule's, falling from the head to the embeddings, and whether
-    it decays."""
+    """Return, for each parameter, its learning rate over the schedule's and whether it has weight decay.
+
+    Learning rates fall from the head to the embeddings.
+    """
 
     def rates(name: str) -> ParameterRates:
         scale = section.layer_decay ** decay_exponent(name, num_layers, section)
@@ -275,30 +277,30 @@ def finetuning_rates(num_layers: int, section: FinetuneOptimizerSection) -> Rate
 
 
 def check_layers(names: Iterable[str], section: FinetuneOptimizerSection) -> None:
-    """Raise ConfigError if learning rates are to fall by layers and the names of an encoder's parameters tell none."""
+    """Raise ConfigError if layer decay is asked for and an encoder's parameter names do not show its layers."""
     if section.layer_decay < 1 and not any(_LAYER.search(name) for name in names):
         raise ConfigError(
-            f"optimizer.layer_decay is {section.layer_decay}, but this model's layers cannot be recognised by their "
-            f"parameters' names. Add --set optimizer.layer_decay=1"
+            f"optimizer.layer_decay is {section.layer_decay}, but this model's parameter names do not show its "
+            f"layers. Add --set optimizer.layer_decay=1"
         )
 
 
-# --- heads that transformers' own classes have
+# --- heads that transformers' own classes support
 
 
 class NotExportable(NamedTuple):
-    """Why transformers' own classes cannot compute a head."""
+    """The reason why no class of transformers can compute a head, and what to do instead."""
 
     why: str
     """The reason, without a full stop."""
     instead: str
-    """Overrides of the recipe with which a class of transformers has such a head; empty if there are none."""
+    """Recipe overrides that give a head with a class in transformers; empty if there are none."""
 
     def __str__(self) -> str:
         otherwise = f"Finetune with --set {self.instead}, {ENCODER_ONLY}"
         if not self.instead:
             otherwise = "Export the finetuned encoder without its head: add --encoder-only"
-        return f"No class of transformers computes what was trained: {self.why}. {otherwise}"
+        return f"No transformers class computes what was trained: {self.why}. {otherwise}"
 
 
 def why_not_exportable(
@@ -306,15 +308,15 @@ def why_not_exportable(
 ) -> NotExportable | None:
     """Return why no class of transformers computes this head, and what to do, or None if one does.
 
-    For question answering with other encoders than ELECTRA, only making the model shows it. num_outputs: scores of an
-    input, if known.
+    For question answering with encoders other than ELECTRA, only building the model shows it. num_outputs: the number
+    of scores of an input, if known.
     """
     head, width = recipe.head, int(config.hidden_size)
     if is_span:
         if head.span != "joint":
             return None
         return NotExportable(
-            "head.span is joint, and transformers' classes score start and end independently", "head.span=independent"
+            "head.span is joint, but transformers' classes score start and end independently", "head.span=independent"
         )
     if config.model_type != "electra":
         return NotExportable(
@@ -324,18 +326,18 @@ def why_not_exportable(
         )
     if head.pooling != "first":
         return NotExportable(
-            f"head.pooling is {head.pooling}, and transformers scores the first token's vector",
+            f"head.pooling is {head.pooling}, but transformers scores the first token's vector",
             "head.pooling=first head.hidden_size=null",
         )
     if head.num_layers == 2 and head.hidden_size not in (None, width):
         return NotExportable(
-            f"head.hidden_size is {head.hidden_size}, and that of transformers' head is the encoder's, {width}",
+            f"head.hidden_size is {head.hidden_size}, but that of transformers' head is the encoder's, {width}",
             "head.hidden_size=null",
         )
     if head.num_layers == 1 and num_outputs is not None and 2 * num_outputs > width:
         return NotExportable(
-            f"head.num_layers is 1, and transformers' head of two layers holds one matrix for at most {width // 2} "
-            f"classes, half of the encoder's hidden size; these are {num_outputs}",
+            f"head.num_layers is 1, but transformers' two-layer head holds one matrix for at most {width // 2} "
+            f"classes, half of the encoder's hidden size; this task has {num_outputs}",
             "head.num_layers=2",
         )
     return None

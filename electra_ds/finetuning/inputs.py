@@ -1,4 +1,4 @@
-"""Tokenised task examples, and the batch of a step, which depends on seed and step only.
+"""Tokenised task examples, and the batch of each step, which depends only on the seed and the step.
 
 Shape suffixes: N inputs of a set, B of a batch, S of a micro-batch, T positions.
 """
@@ -22,12 +22,12 @@ from electra_ds.pretraining.electra import moved
 from electra_ds.training.step import LossTerm
 
 _ORDER = 0xF1
-_PAD_TO = 8  # what tensor cores want of every width
+_PAD_TO = 8  # tensor cores need widths that are multiples of this
 _TOKENISE_AT_ONCE = 1000
 
 
 class TaskMicroBatch(NamedTuple):
-    """The tensors of one micro-batch, all on one device; None for those that the task or the model does not have."""
+    """The tensors of one micro-batch, all on one device. None stands for what the task or the model does not have."""
 
     ids_BT: torch.Tensor
     """int64, with special tokens and padding."""
@@ -38,30 +38,30 @@ class TaskMicroBatch(NamedTuple):
     labels_B: torch.Tensor | None = None
     """int64 classes, or float32 scores."""
     starts_B: torch.Tensor | None = None
-    """int64, the first position of the answer; 0, that of the first token, if there is none."""
+    """int64, the first position of the answer, or 0 (the first token) if there is none."""
     ends_B: torch.Tensor | None = None
     """int64, the last position of the answer."""
     is_impossible_B: torch.Tensor | None = None
     """float32, 1 if there is no answer."""
     answerable_BT: torch.Tensor | None = None
-    """bool, the context's positions, the special token after them, and the first one (the original's choice)."""
+    """bool, True for the context, the special token after it, and the first token (the original's choice)."""
 
     def to(self, device: torch.device) -> TaskMicroBatch:
-        """Return the same on another device."""
+        """Return the same tensors on another device."""
         return self._replace(**moved(self._asdict(), device))
 
 
 @dataclass(frozen=True)
 class SpanTargets:
-    """The positions of answers in N windows, and positions that answers may have."""
+    """The positions of the answers in N windows, and the positions that answers may have."""
 
     starts_N: np.ndarray
-    """int64 positions; 0 if a window does not hold the answer."""
+    """int64 positions, 0 if a window does not hold the answer."""
     ends_N: np.ndarray
     is_impossible_N: np.ndarray
-    """bool, whether the window's question has no answer at all."""
+    """bool, True if the window's question has no answer at all."""
     context_N2: np.ndarray
-    """The first position of each window's context, and the one after its last."""
+    """The first position of each window's context, and the position after its last."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class TaskInputs:
     """N inputs of a model, without padding."""
 
     ids: np.ndarray
-    """int32, one after the other."""
+    """int32, the ids of all inputs, one input after the other."""
     segments: np.ndarray | None
-    """int8 for each id; None if the model does not distinguish a second text from a first."""
+    """int8, one per id; None if the model does not distinguish a second text from a first."""
     bounds: np.ndarray
-    """int64 [N + 1], the beginning of each and the end of the last."""
+    """int64 [N + 1], the start of each input, then the end of the last."""
     pad_id: int
     labels_N: np.ndarray | None = None
     """int64 classes, or float32 scores."""
@@ -88,7 +88,7 @@ class TaskInputs:
         return np.diff(self.bounds)
 
     def micro_batch(self, rows_S: np.ndarray, *, with_labels: bool = True) -> TaskMicroBatch:
-        """Return these inputs as tensors in ordinary memory, padded to the longest."""
+        """Return these inputs as CPU tensors, padded to the longest."""
         lengths_S = self.lengths[rows_S]
         width = -(-int(lengths_S.max()) // _PAD_TO) * _PAD_TO
         places_T = np.arange(width)
@@ -106,7 +106,9 @@ class TaskInputs:
             first_S1, stop_S1 = self.spans.context_N2[rows_S].T[:, :, None]
             tensors["answerable_BT"] = ((places_T >= first_S1) & (places_T <= stop_S1)) | (places_T == 0)
             if with_labels:
-                tensors["starts_B"] = self.spans.starts_N[rows_S].astype(np.int64)  # what torch takes as an index
+                tensors["starts_B"] = self.spans.starts_N[rows_S].astype(
+                    np.int64
+                )  # the type that torch takes as an index
                 tensors["ends_B"] = self.spans.ends_N[rows_S].astype(np.int64)
                 tensors["is_impossible_B"] = self.spans.is_impossible_N[rows_S].astype(np.float32)
         return TaskMicroBatch(**{name: torch.from_numpy(array) for name, array in tensors.items()})
@@ -114,12 +116,12 @@ class TaskInputs:
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """The inputs of one optimiser step."""
+    """The inputs of one optimizer step."""
 
     inputs: TaskInputs
     rows_B: np.ndarray
     reduction: Literal["mean", "sum"] = "mean"
-    """What is differentiated; the mean is reported."""
+    """The loss that is differentiated. The mean is reported."""
 
     def __len__(self) -> int:
         return len(self.rows_B)
@@ -139,8 +141,11 @@ class TaskBatch:
 
 
 class TaskBatchBuilder:
-    """Builds the batch of any step: every example once per epoch, in an order that the seed decides; a batch may hold
-    the end of one epoch and the beginning of the next."""
+    """Builds the batch of any step.
+
+    Every example comes once per epoch, in an order that the seed decides. A batch may hold the end of one epoch and the
+    beginning of the next.
+    """
 
     def __init__(
         self, inputs: TaskInputs, batch_size: int, seed: int, reduction: Literal["mean", "sum"] = "mean"
@@ -153,7 +158,7 @@ class TaskBatchBuilder:
 
 
 def evaluation_chunks(inputs: TaskInputs, size: int) -> list[np.ndarray]:
-    """Return all rows in chunks of inputs of similar length, the longest first: one that does not fit shows at once."""
+    """Return all rows in chunks of similar length, the longest first, so running out of memory shows at once."""
     order = np.argsort(-inputs.lengths, kind="stable")
     return [order[first : first + size] for first in range(0, len(order), size)]
 
@@ -168,9 +173,9 @@ def tokenised(
     for_training: bool,
     progress: Callable[[int], None] = lambda done: None,
 ) -> TaskInputs:
-    """Return the inputs of a set's examples; in training those of pairs in both orders, if the recipe says so.
+    """Return the inputs of a set's examples; for training, with pairs in both orders if the recipe says so.
 
-    has_segments: whether the model has a table that distinguishes a second text from a first. progress: called with the
+    has_segments: True if the model has a table that distinguishes a second text from a first. progress: called with the
     number of examples done since the last call.
     """
     orders = [(examples.texts, examples.pairs)]
@@ -198,19 +203,19 @@ def tokenised(
 
 
 def scaled(scores: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray:
-    """Return scores of a regression task as the model is to give them."""
+    """Return scores of a regression task on the scale that the model predicts."""
     low, size = _scale(task, recipe)
     return (scores - low) / size
 
 
 def unscaled(outputs: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray:
-    """Return the model's outputs as scores of the task."""
+    """Return the model's outputs on the scale of the task's scores."""
     low, size = _scale(task, recipe)
     return outputs * size + low
 
 
 def _scale(task: Task, recipe: FinetuneRecipe) -> tuple[float, float]:
-    """Return the score that the model is to give as 0, and how far from it that is which it is to give as 1."""
+    """Return the score that the model predicts as 0, and the distance from it to the score that it predicts as 1."""
     if recipe.data.regression_scale == "raw":
         return 0.0, 1.0
     assert task.score_range is not None  # every regression has one
@@ -231,7 +236,7 @@ def span_inputs(
     if has_segments and recipe.data.segment_ids:
         segments = [window.token_type_ids_L for window in windows]
     starts, ends = np.array([window.answer for window in windows], np.int64).reshape(-1, 2).T
-    # As the original has it: a window without the answer does not make its question one without an answer.
+    # As in the original: a window without the answer does not make its question unanswerable.
     is_impossible = np.array([questions[window.question].is_impossible for window in windows], bool)
     context = np.array([window.context for window in windows], np.int64).reshape(-1, 2)
     spans = SpanTargets(starts, ends, is_impossible, context)
@@ -246,7 +251,7 @@ def _inputs(
     spans: SpanTargets | None = None,
 ) -> TaskInputs:
     pad_id = tokenizer.pad_token_id
-    assert isinstance(pad_id, int)  # `read_encoder` has made sure of it
+    assert isinstance(pad_id, int)  # `read_encoder` ensures this
     bounds = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
     flat_segments = None if segments is None else np.concatenate(segments)
     return TaskInputs(np.concatenate(ids), flat_segments, bounds, pad_id, labels_N, spans)

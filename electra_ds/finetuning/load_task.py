@@ -1,5 +1,5 @@
-"""Load a task's examples: GLUE and SQuAD from files or the Hub, the user's own from CSV, TSV or JSON lines, or again
-those that a finetuning's record names."""
+"""Load a task's examples: GLUE and SQuAD from files or the Hub, the user's own from CSV, TSV or JSON lines, or those
+that a finetuning's record names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from electra_ds.config.names import TASKS
 from electra_ds.config.run_directory import places_of
 from electra_ds.config.run_record import FinetuneRecord, TaskSource
 from electra_ds.core.errors import DataError, did_you_mean
-from electra_ds.data.hub import HUB, dataset_path, explained
+from electra_ds.data.hub import HUB, dataset_path, explain_errors
 from electra_ds.finetuning.glue import (
     HUB_COLUMNS,
     OFFICIAL_ROWS,
@@ -40,30 +40,30 @@ from electra_ds.finetuning.tasks import (
 TEXT_COLUMNS = (
     "text", "text_a", "text1", "question", "question1", "sentence", "sentence1", "premise", "content",
 )  # fmt: skip
-"""If no text column is named, the first of these that is there."""
+"""If no text column is named, the first of these that the file has."""
 PAIR_COLUMNS = ("text_b", "text2", "text_pair", "question2", "sentence2", "hypothesis")
-"""If neither text nor pair is named, the first of these that is there; a text that is named has no pair."""
+"""If neither text nor pair is named, the first of these that the file has. A named text has no pair by default."""
 QUESTION_PAIRS = ("sentence", "passage", "context", "answer")
-"""Further names of the pair if the text is `question`."""
+"""More names for the pair if the text is `question`."""
 LABEL_COLUMNS = ("label", "labels", "score", "target", "class", "gold_label")
-"""If no label column is named, the first of these that is there and is no text."""
+"""If no label column is named, the first of these that the file has and that is not the text or pair."""
 ID_COLUMNS = ("id", "idx", "index")
-"""Names of rows; without such a column they are numbered from 0."""
+"""The column that names the rows. Without it, rows are numbered from 0."""
 MOST_NUMBERED_CLASSES = 20
-"""Integers as labels are classes if there are at most so many different ones, and scores otherwise."""
+"""The largest number of different integer labels that are classes. If there are more, they are scores."""
 NO_LABELS = ({""}, {"-1"}, {"?"})
-"""Values that stand for missing labels if the label column of a test file has nothing else."""
+"""Values that mean a missing label, if the label column of a test file has no others."""
 _PLAIN_NAMES = ("train", "training", "data")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _GLUE_REPOSITORY = "nyu-mll/glue"
 _SQUAD_REPOSITORIES = {"squad1": "rajpurkar/squad", "squad2": "rajpurkar/squad_v2"}
 _PATHS = ("folder", "hub", "train", "dev", "test")
-"""The fields of TaskSource that are, or may be, paths."""
+"""The fields of TaskSource that are or may be paths."""
 
 
 def load_task(name: str | None, source: TaskSource) -> TaskData | SquadData:
-    """Return a task's examples, checked to be trainable and scorable. Raises DataError if they are not.
+    """Return a task's examples. Raises DataError if they cannot be trained on or scored.
 
     name: one of config.tasks.TASKS, or None for the user's own files.
     """
@@ -88,23 +88,23 @@ def load_task(name: str | None, source: TaskSource) -> TaskData | SquadData:
     for part, examples in (("training", data.train), ("development", dev)):
         if not examples:
             of = "" if name is None else f" of {name}"
-            raise DataError(f"There are no {part} examples{of} in {data.source}, and they are needed.")
+            raise DataError(f"{data.source} has no {part} examples{of}, which are needed.")
     return data
 
 
 def load_glue_hub(name: str, repository: str = _GLUE_REPOSITORY, revision: str | None = None) -> TaskData:
-    """Read a task of a Hub dataset by its configuration there: "sst2", "stsb", otherwise the name that it has here.
+    """Read a task from a Hub dataset. Its configuration is "sst2" or "stsb" there, otherwise the name used here.
 
     Test sets come without labels, as from the files. Scores are the decimal numbers that the Hub's float32 stand for,
-    so that the same data has the same fingerprint from either source.
+    so the same data has the same fingerprint from either source.
 
-    Raises DataError for an unknown task, and for a dataset that cannot be fetched or is not laid out as GLUE's.
+    Raises DataError if the task is unknown, or if the dataset cannot be downloaded or does not have GLUE's layout.
     """
     task = glue_task(name)
     path = dataset_path(repository, revision)
     config = name.replace("-", "")
     source = f"{HUB}{repository}#{config}{f', revision {revision}' if revision else ''}"
-    with explained(source):
+    with explain_errors(source):
         splits = dict(datasets.load_dataset(path, config, revision=revision))
         if name == "mnli" and "ax" in datasets.get_dataset_config_names(path, revision=revision):
             splits["ax"] = datasets.load_dataset(path, "ax", revision=revision)["test"]
@@ -123,18 +123,18 @@ def load_glue_hub(name: str, repository: str = _GLUE_REPOSITORY, revision: str |
             task, table, HUB_COLUMNS[name], written, has_labels=kind_of_set(set_name) != "test"
         )
     if not sets.keys() & OFFICIAL_ROWS[name].keys():
-        raise DataError(f"{source} has no split of GLUE's; its splits are {', '.join(splits)}.")
+        raise DataError(f"{source} has none of GLUE's splits; its splits are {', '.join(splits)}.")
     return glue_data(task, sets, source, [])
 
 
 def recorded_task(
     record: FinetuneRecord, folder: Path, given: TaskSource, remedy: str
 ) -> tuple[TaskData | SquadData, TaskSource]:
-    """Return the examples that a finetuning's record names, and where they are.
+    """Return the examples that a finetuning's record names, and their current place.
 
-    folder: the folder with the record; what moved together with it is found next to it, see `places_of`. given: the
-    record's source, with the places that the user gave. Raises DataError if there are no such examples any more, or if
-    they are others.
+    folder: the folder with the record; inputs that moved together with it are found next to it, see `places_of`. given:
+    the record's source, with the places that the user gave. Raises DataError if the examples are missing or have
+    changed.
     """
     name = record.task if given.train is None else None
     problem: DataError | None = None
@@ -155,7 +155,7 @@ def recorded_task(
 
 
 def _relocated(given: TaskSource, recorded: TaskSource, folder: Path) -> TaskSource:
-    """Return the source with each recorded path replaced by the first place where something is."""
+    """Return the source with each recorded path replaced by the first of its possible places that exists."""
     paths = {name: path for name in _PATHS if (path := getattr(given, name)) and path == getattr(recorded, name)}
     found: dict[str, Any] = {
         name: str(next(places_of(path, folder), path)) for name, path in paths.items() if Path(path).is_absolute()
@@ -176,13 +176,13 @@ def load_own(
     label: str | None = None,
     kind: str = "auto",
 ) -> TaskData:
-    """Read the user's own task. Columns are chosen by the training file, see TEXT_COLUMNS and LABEL_COLUMNS.
+    """Read the user's own task. The training file decides the columns, see TEXT_COLUMNS and LABEL_COLUMNS.
 
-    The kind is regression if every label of the training file is a number and some are not integers, or more than
-    MOST_NUMBERED_CLASSES differ. Classes are the labels of the training file, in the order of their numbers if all are
-    integers, otherwise of the alphabet. A test file may lack labels.
+    The task is a regression if every label of the training file is a number and either some are not integers or more
+    than MOST_NUMBERED_CLASSES differ. Otherwise the classes are the labels of the training file, in numerical order if
+    all are integers, else in alphabetical order. A test file may lack labels.
 
-    Raises DataError for what cannot be learnt from or scored, with its file and row.
+    Raises DataError, with file and row, for anything that cannot be learned from or scored.
     """
     paths = {name: path for name, path in (("train", train), ("dev", dev), ("test", test)) if path is not None}
     tables = {name: _read_own(path) for name, path in paths.items()}
@@ -225,8 +225,8 @@ def _read_own(path: Path) -> Table:
     if suffix in _JSON_SUFFIXES:
         return read_jsonl(path)
     raise DataError(
-        f"{path}: files of examples end in {', '.join((*_DELIMITERS, *_JSON_SUFFIXES))}. Convert other ones with "
-        f"pandas or datasets: to_json(FILE, orient='records', lines=True)."
+        f"{path}: the name of a file of examples must end in {', '.join((*_DELIMITERS, *_JSON_SUFFIXES))}. Convert it "
+        f"with pandas or datasets: to_json(FILE, orient='records', lines=True)."
     )
 
 
@@ -244,7 +244,7 @@ def _chosen_columns(table: Table, text: str | None, pair: str | None, label: str
         if found is None:
             raise DataError(
                 f"{table.source}: no {what} column; its columns are {', '.join(there) or 'none'}. Name the one that "
-                f"holds the {what} with --{what} COLUMN, or call it one of {', '.join(usual)}."
+                f"holds the {what} with --{what} COLUMN, or rename it to one of {', '.join(usual)}."
             )
     assert text is not None
     assert label is not None
@@ -255,7 +255,7 @@ def _chosen_columns(table: Table, text: str | None, pair: str | None, label: str
 
 def _check_texts(table: Table, columns: _Columns) -> None:
     if not len(table.frame):
-        raise DataError(f"{table.source} has no rows. Give a file with examples in it, or leave it out.")
+        raise DataError(f"{table.source} has no rows. Give a file with examples, or leave it out.")
     for name in filter(None, (columns.text, columns.pair)):
         if not any(value.strip() for value in table.column(name)):
             raise DataError(
@@ -264,7 +264,7 @@ def _check_texts(table: Table, columns: _Columns) -> None:
 
 
 def _lacks_labels(table: Table, column: str, seen: set[str]) -> bool:
-    """Return whether a test file has no labels. seen: the labels of the other files."""
+    """Return True if a test file has no labels. seen: the labels of the other files."""
     if column not in table.frame:
         return True
     found = {label.strip() for label in table.column(column)}
@@ -272,7 +272,7 @@ def _lacks_labels(table: Table, column: str, seen: set[str]) -> bool:
 
 
 def _own_name(path: Path) -> str:
-    """Return the file's name, or that of its folder if the file is called `train`; never that of a published task."""
+    """Return the file's name, or its folder's if the file is called `train`, but never that of a published task."""
     name = path.absolute().parent.name if path.stem.lower() in _PLAIN_NAMES else path.stem
     return f"own-{name}" if name.lower() in (*TASKS, "ax") else name
 
@@ -297,10 +297,10 @@ def _own_task(name: str, labels: list[str], columns: _Columns, kind: str) -> Tas
 
 
 def _indices(source: str, labels: list[str], task: Task) -> np.ndarray:
-    """Return int64 indices of classes or float64 scores."""
+    """Return int64 class indices or float64 scores."""
     if task.kind == "classification":
         known: dict[str, float] = {label: index for index, label in enumerate(task.labels)}
-        expected = f"not one of those trained on, {listed(task.labels)}"
+        expected = f"not one of the training labels, {listed(task.labels)}"
     else:
         numbers = {label: _number(label) for label in set(labels)}
         known = {label: number for label, number in numbers.items() if number is not None and math.isfinite(number)}

@@ -1,12 +1,12 @@
-"""The metrics of finetuning: for classification and regression through scikit-learn and SciPy, and SQuAD's.
+"""The metrics of finetuning: SQuAD's, and those of classification and regression through scikit-learn and SciPy.
 
-Labels and predictions are class indices or scores, [N], N >= 1. Values are as the libraries give them: shares in
+Labels and predictions are class indices or scores, [N], N >= 1. Values are as the libraries return them: shares in
 [0, 1], correlations in [-1, 1]. A correlation or Matthews' coefficient that is undefined, because every label or every
-prediction is the same, is 0: such a prediction contains no information about the labels. Predictions that are not
-finite have no score: nan.
+prediction is the same, is 0: such a prediction contains no information about the labels. The score of predictions that
+are not finite is nan.
 
 SQuAD's exact match and F1 are defined as in the official scripts of 1.1 and 2.0
-(https://rajpurkar.github.io/SQuAD-explorer), and are percent.
+(https://rajpurkar.github.io/SQuAD-explorer), in percent.
 """
 
 from __future__ import annotations
@@ -21,18 +21,23 @@ from typing import NamedTuple
 import numpy as np
 
 Golds = Mapping[str, Sequence[str]]
-"""The accepted answers of every question; none if it is impossible."""
+"""The accepted answers of every question, none for an impossible question."""
 Values = np.ndarray | Sequence[int] | Sequence[float]
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _LEAST_SPREAD = 0.05
-"""Predicted scores count as constant if their standard deviation is less than this share of that of the labels.
-Least squares predicts with a spread of r times that of the labels, so they explain r^2 < 0.3 % of the variance."""
+"""Predicted scores count as constant if their standard deviation is below this share of the labels'.
+
+Least-squares predictions spread r times as much as the labels, so they explain r^2 < 0.3 % of the variance.
+"""
 
 
 def score(metrics: Sequence[str], labels: Values, predictions: Values) -> dict[str, float]:
-    """Return metrics by name, in the order asked for: accuracy, f1 (of class 1 of two; 0 if it was neither there nor
-    predicted), f1_macro (the mean over the classes that occur in either), matthews, pearson, spearman and mse."""
+    """Return metrics by name, in the order requested.
+
+    They are accuracy, f1 (of class 1 of two; 0 if it neither occurs nor is predicted), f1_macro (the mean over the
+    classes that occur in either), matthews, pearson, spearman and mse.
+    """
     truth, found = np.asarray(labels), np.asarray(predictions)
     if not np.isfinite(found).all():
         return dict.fromkeys(metrics, float("nan"))
@@ -40,7 +45,7 @@ def score(metrics: Sequence[str], labels: Values, predictions: Values) -> dict[s
 
 
 def _score(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
-    # Imported when a metric is computed: they take seconds, which a run spends better on its first step.
+    # Imported here, because the imports take seconds that would delay a run's first step.
     from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -55,7 +60,7 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
     if name == "matthews":
         return float(matthews_corrcoef(labels, predictions))
     with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of input so nearly constant that a correlation may come out as nan
+        warnings.simplefilter("ignore")  # about nearly constant input, for which a correlation may be nan
         if name == "mse":
             return float(np.mean((labels.astype(np.float64) - predictions) ** 2))
         correlation = {"pearson": pearsonr, "spearman": spearmanr}[name]
@@ -64,7 +69,7 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 class Baseline(NamedTuple):
-    """The scores that a model has to beat: those of the same prediction for every row of a set."""
+    """The scores that a model has to beat: those of making the same prediction for every row of a set."""
 
     prediction: float
     """The index of the set's most frequent class, or the mean of its scores."""
@@ -79,7 +84,7 @@ def baseline(metrics: Sequence[str], labels: Values, *, is_regression: bool) -> 
 
 
 def has_constant_predictions(labels: Values, predictions: Values, *, is_regression: bool) -> bool:
-    """Return whether a model predicts the same for every row, although the labels differ."""
+    """Return True if a model predicts the same for every row although the labels differ."""
     truth, found = np.asarray(labels), np.asarray(predictions)
     if _is_constant(truth):
         return False
@@ -106,12 +111,12 @@ def normalize(text: str) -> str:
 
 
 def exact_match(prediction: str, gold: str) -> float:
-    """Return 1 if both normalise to the same, else 0."""
+    """Return 1 if both normalise to the same text, else 0."""
     return float(normalize(prediction) == normalize(gold))
 
 
 def f1(prediction: str, gold: str, *, both_empty: float = 1.0) -> float:
-    """Return F1 of the two bags of words. both_empty: the score of two empty ones, 1 in SQuAD 2.0 and 0 in 1.1."""
+    """Return the F1 of two bags of words. both_empty: the score if both are empty, 1 in SQuAD 2.0 and 0 in 1.1."""
     predicted, wanted = normalize(prediction).split(), normalize(gold).split()
     if not predicted and not wanted:
         return both_empty
@@ -120,8 +125,8 @@ def f1(prediction: str, gold: str, *, both_empty: float = 1.0) -> float:
 
 
 def evaluate_squad1(golds: Golds, predictions: Mapping[str, str]) -> dict[str, float]:
-    """Return exact_match and f1 (for each question the best over its answers, then the mean over all questions), and
-    `total`, the number of questions."""
+    """Return exact_match and f1, the means over all questions of the best over a question's answers, and `total`, the
+    number of questions."""
     exact, overlap = _points(golds, predictions, both_empty=0.0)
     total = len(golds)
     means = {"exact_match": _percent(sum(exact.values()), total), "f1": _percent(sum(overlap.values()), total)}
@@ -131,13 +136,13 @@ def evaluate_squad1(golds: Golds, predictions: Mapping[str, str]) -> dict[str, f
 def evaluate_squad2(
     golds: Golds, predictions: Mapping[str, str], na_scores: Mapping[str, float], na_threshold: float = 0.0
 ) -> dict[str, float]:
-    """Return exact, f1, total, the same with HasAns_ and NoAns_ for answerable and impossible questions if there are
-    any, and best_exact, best_exact_thresh, best_f1, best_f1_thresh.
+    """Return exact, f1, total, best_exact, best_exact_thresh, best_f1 and best_f1_thresh.
 
-    predictions: every question's best answer as if it had one, which is replaced by none if the na_score is above
-    na_threshold.
+    The first three are also given as HasAns_ and NoAns_, for the answerable and the impossible questions if any.
+    predictions: every question's best answer as if it had one. An answer whose na_score is above na_threshold is
+    replaced by no answer.
     """
-    # Answers that normalise to nothing do not count; if none is left, no answer is the only right one.
+    # Answers that normalise to nothing do not count. If none is left, only an empty prediction is right.
     wanted = {each: [answer for answer in golds[each] if normalize(answer)] or [""] for each in golds}
     points = dict(zip(("exact", "f1"), _points(wanted, predictions, both_empty=1.0), strict=True))
     result: dict[str, float] = {}
@@ -160,7 +165,7 @@ def evaluate_squad2(
 def _points(
     golds: Golds, predictions: Mapping[str, str], *, both_empty: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return (exact match, f1) of every question, the best over its answers."""
+    """Return (exact match, f1) of every question, each the best over its answers."""
     exact, overlap = {}, {}
     for question, answers in golds.items():
         found = predictions[question]
@@ -172,9 +177,11 @@ def _points(
 def best_threshold(
     golds: Golds, predictions: Mapping[str, str], scores: Mapping[str, float], na_scores: Mapping[str, float]
 ) -> tuple[float, float]:
-    """Return (best percent, its threshold) as the script's find_best_thresh, which starts from no question being
-    answered and answers them in the order of rising na_scores. As there, a threshold may separate questions of equal
-    score, and the threshold of answering none is 0."""
+    """Return (best percent, its threshold) as the official script's find_best_thresh does.
+
+    It starts with no question answered and answers them in the order of rising na_scores. As there, a threshold may
+    separate questions of equal score, and the threshold for answering none is 0.
+    """
     current = best = float(sum(not answers for answers in golds.values()))
     threshold = 0.0
     for question in sorted(golds, key=lambda each: na_scores[each]):
@@ -190,7 +197,7 @@ def best_threshold(
 def _with_threshold(
     scores: Mapping[str, float], golds: Golds, na_scores: Mapping[str, float], threshold: float
 ) -> dict[str, float]:
-    """Return the scores in which questions whose na_score is above the threshold count as not answered."""
+    """Return the scores, with questions whose na_score is above the threshold counted as not answered."""
     return {
         question: float(not golds[question]) if na_scores[question] > threshold else score
         for question, score in scores.items()

@@ -1,4 +1,4 @@
-"""From the options of a finetuning to a checked job; what every run needs is in `training/prepare.py`."""
+"""Turn the options of a finetuning into a checked job. `training/prepare.py` has what every run needs."""
 
 from __future__ import annotations
 
@@ -42,17 +42,19 @@ _log = logging.getLogger(__name__)
 
 _SAVE_EVERY = 500
 _EVALUATIONS = 10
-"""The number of evaluations in a run that schedule.min_steps makes longer; each epoch would otherwise have one."""
+"""The number of evaluations in a run that schedule.min_steps makes longer. Other runs have one per epoch."""
 
 
 def tokenised_task(
     data: TaskData | SquadData, encoder: EncoderSource, recipe: FinetuneRecipe, max_train: int | None, console: Console
 ) -> TokenizedTask:
-    """Return the task as the encoder's inputs, under a progress bar. Raises ConfigError if the encoder takes shorter
-    ones only."""
+    """Return the task as the encoder's inputs, under a progress bar.
+
+    Raises ConfigError if the encoder takes only shorter inputs.
+    """
     if recipe.data.max_length > encoder.max_length:
         raise ConfigError(
-            f"data.max_length is {recipe.data.max_length}, and {encoder.name} takes {encoder.max_length} tokens. "
+            f"data.max_length is {recipe.data.max_length}, but {encoder.name} takes {encoder.max_length} tokens. "
             f"Add --set data.max_length={encoder.max_length}"
         )
     if isinstance(data, SquadData):
@@ -76,7 +78,7 @@ def prepare_new(
     ranks: Ranks,
     console: Console,
 ) -> FinetuneJob:
-    """Return a job for a new run. Raises ConfigError if recipe, JSON, task and model do not go together."""
+    """Return a job for a new run. Raises ConfigError if recipe, JSON, task and model do not fit together."""
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
     task = tokenised_task(data, encoder, recipe, options.max_train_examples, console)
     training = Finetuning(recipe, len(task.train), encoder.num_layers)
@@ -103,7 +105,7 @@ def prepare_new(
 
 
 def _changes(options: FinetuneOptions) -> list[str]:
-    """Return what tells runs of one recipe apart that are not repetitions of each other."""
+    """Return the changes that distinguish this run from others of the same recipe, apart from the seed."""
     changes = sorted(override for override in options.overrides or () if override.partition("=")[0] != "seed")
     if options.max_train_examples is not None:
         changes.append(f"{options.max_train_examples} training examples")
@@ -111,9 +113,9 @@ def _changes(options: FinetuneOptions) -> list[str]:
 
 
 def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bool:
-    """Return whether nothing of a run is left to do: it is finished, and no test set is to be predicted in addition.
+    """Return True if nothing is left to do: the run is finished, and no test set remains to be predicted.
 
-    To be called by all ranks, which agree on it. Raises CheckpointError if there is no such run.
+    Call it on all ranks; they agree on the answer. Raises CheckpointError if there is no such run.
     """
     if not prepare.is_finished(run, "finetune", ranks):
         return False
@@ -127,7 +129,7 @@ def say_finished(run: RunDirectory) -> None:
     record, recipe = run.read_record(FinetuneRecord), run.read_recipe(FinetuneRecipe)
     _log.info(f"The run {run.path} is finished: nothing is left to train. Its scores are in {run.path / SCORES}.")
     log_command(_log, "Several runs together:", f"{command('report')} RUN RUN …")
-    with contextlib.suppress(CheckpointError):  # raised where there are no weights any more
+    with contextlib.suppress(CheckpointError):  # raised if the weights are gone
         config, _ = finetuned_encoder(kept_checkpoint(run.path))
         is_span = record.source.train is None and record.task not in GLUE
         log_command(_log, "As a transformers model:", _how_to_export(run, recipe, config, is_span))
@@ -137,15 +139,18 @@ def say_finished(run: RunDirectory) -> None:
 
 
 def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
-    """Return a job that resumes a run. Raises DataError if its examples or the model that it began with have
-    changed."""
+    """Return a job that resumes a run. Raises DataError if its examples or its initial model have changed."""
     run.check_resumable("finetune")
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
     changed = options.eval_every is not None and options.eval_every != record.settings.eval_every
     if changed and (record.settings.best or record.settings.early_stopping is not None):
-        raise ConfigError("--eval-every decides what --best and --early-stopping choose from, and stays as it was.")
+        raise ConfigError(
+            "--eval-every cannot change: --best and --early-stopping choose from its evaluations. Leave it out."
+        )
     if options.best and not record.settings.best:
-        raise ConfigError("--best begins with a run: the weights of the evaluations so far were not kept.")
+        raise ConfigError(
+            "--best must be given when a run starts: the weights of earlier evaluations were not kept. Leave it out."
+        )
     source = _source_now(options, record)
     encoder = _encoder_again(run, record, options.model)
     training = Finetuning(recipe, record.num_examples, encoder.num_layers)
@@ -157,8 +162,8 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
     task = tokenised_task(data, encoder, recipe, record.settings.max_train_examples, console)
     if len(task.train) != record.num_examples:
         raise CheckpointError(
-            f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, and there are {len(task.train):,}: "
-            f"it was edited, or tokenizer or program are others by now. Put it back, or start a new run."
+            f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, but there are {len(task.train):,}: "
+            f"it was edited, or the tokenizer or the program has changed. Restore it, or start a new run."
         )
     _check_test(record, task, data.source)
     return FinetuneJob(run, training, plan, record, encoder, task, prepare.stop_at(options, training))
@@ -170,32 +175,34 @@ def _check_test(record: FinetuneRecord, task: TokenizedTask, source: str) -> Non
 
 
 def check_same_examples(job: FinetuneJob, ranks: Ranks) -> None:
-    """Raise DataError if the ranks have not read the same. To be called by all of them."""
+    """Raise DataError if the ranks have read different examples. Call it on all ranks."""
     counts = (len(job.task.train), [len(inputs) for inputs in (job.task.dev | job.task.test).values()])
     found = ranks.gather((job.record.data_fingerprint, counts))
     with ranks.fail_together():
         if any(other != found[0] for other in found):
-            raise DataError("The ranks have read different examples. Put the files where all of them see the same.")
+            raise DataError("The ranks have read different examples. Put the files where all ranks see the same ones.")
 
 
 def _source_now(options: FinetuneOptions, record: FinetuneRecord) -> TaskSource:
-    """Return a run's source with the places that the user gave. Raises ConfigError for options that do not fit the
-    run."""
+    """Return a run's source with the places that the user gave.
+
+    Raises ConfigError for options that do not fit the run.
+    """
     is_own = record.source.train is not None
     paths = {"folder": options.data_dir, "train": options.train, "dev": options.dev, "test": options.test}
     given: dict[str, Any] = {name: str(path.absolute()) for name, path in paths.items() if path is not None}
     wrong = [name for name in given if (name == "folder") == is_own]
     if wrong:
-        of = "examples of your own" if is_own else f"official files of {record.task}"
+        of = "your own examples" if is_own else f"official files of {record.task}"
         flag = wrong[0].replace("folder", "data-dir")
         raise ConfigError(f"--{flag} does not fit this run, which uses {of}.")
     return replace(record.source, **given)
 
 
 def _encoder_again(run: RunDirectory, record: FinetuneRecord, given: str | None) -> EncoderSource:
-    """Return the configuration and tokenizer that travel with a run, and what it began with if it has no checkpoint.
+    """Return a run's configuration and tokenizer, and its initial model if it has no checkpoint.
 
-    given: where the user says that it is now.
+    given: the place of the initial model, if the user gave one.
     """
     newest, _ = CheckpointFolder(run.checkpoints, keep=1).latest_valid()
     if newest is not None:
@@ -214,7 +221,7 @@ def _encoder_again(run: RunDirectory, record: FinetuneRecord, given: str | None)
             )
         return encoder
 
-    if given is not None or not Path(record.model).is_absolute():  # of the Hub
+    if given is not None or not Path(record.model).is_absolute():  # a name on the Hub
         encoder = read(given or record.model)
     else:
         missing = (
@@ -233,7 +240,7 @@ def _default_settings(training: Finetuning) -> FinetuneSettings:
 
 
 def announce(job: FinetuneJob) -> None:
-    """Print what is about to run, in a few lines."""
+    """Print a few lines about the run that is about to start."""
     recipe, record, schedule = job.recipe, job.record, job.training.schedule
     epochs = recipe.schedule.epochs
     if schedule.total_steps > job.training.steps_of_epochs:
@@ -250,7 +257,7 @@ def announce(job: FinetuneJob) -> None:
 
 
 def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
-    """Return how long the run is predicted to take; None for a GPU whose rates are not known."""
+    """Return the predicted duration of the run, or None for a GPU whose rates are not known."""
     train, encoder, batch = job.task.train, job.encoder, job.recipe.global_batch_size
     config = encoder.config.to_dict()
     table = int(config.get("vocab_size") or 0) * int(config.get("embedding_size") or encoder.hidden_size)

@@ -1,6 +1,6 @@
-"""SQuAD 1.1 and 2.0: the official JSON files, or the Hub's tables, as lists of questions.
+"""Read SQuAD 1.1 and 2.0 as lists of questions, from the official JSON files or the Hub's tables.
 
-The files' layout is that of https://rajpurkar.github.io/SQuAD-explorer: data -> paragraphs -> qas.
+The files have the layout of https://rajpurkar.github.io/SQuAD-explorer: data -> paragraphs -> qas.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import datasets  # type: ignore[import-untyped]
 
 from electra_ds.core.errors import DataError
-from electra_ds.data.hub import dataset_path, explained
+from electra_ds.data.hub import dataset_path, explain_errors
 
 SquadName = Literal["squad1", "squad2"]
 
@@ -29,7 +29,7 @@ OFFICIAL_ROWS: dict[SquadName, dict[str, int]] = {
 }
 """The numbers of questions in the published files."""
 NOT_FOUND = -1
-"""The offset of an answer that is not in its context."""
+"""The offset of an answer that does not occur in its context."""
 _LINK = "https://rajpurkar.github.io/SQuAD-explorer"
 
 
@@ -42,15 +42,18 @@ class Question:
     question: str
     context: str
     answers: tuple[str, ...]
-    """The accepted answers as they are in the context, so that one ends at its offset plus its length; one that is not
-    there, as it was written. Empty if the question is impossible."""
+    """The accepted answers, empty if the question is impossible.
+
+    An answer is spelled as in its context, so it ends at its offset plus its length. One that does not occur there is
+    spelled as in the data.
+    """
     starts: tuple[int, ...]
-    """A character offset for each answer; NOT_FOUND for one that is not in the context."""
+    """The character offset of each answer, NOT_FOUND for one that does not occur in the context."""
     is_impossible: bool = False
 
     @property
     def is_lost(self) -> bool:
-        """True if there are answers and none of them is in the context."""
+        """True if there are answers but none of them occurs in the context."""
         return bool(self.starts) and max(self.starts) == NOT_FOUND
 
 
@@ -60,25 +63,25 @@ class SquadData:
 
     name: SquadName
     train: list[Question]
-    """Without questions none of whose answers is in the context; empty if there was no such file."""
+    """Training questions, without those that have no answer in the context; empty if there was no training file."""
     dev: list[Question]
     source: str
     fingerprint: str
-    """SHA-256 of what was read."""
+    """The SHA-256 of what was read."""
     notes: tuple[str, ...] = ()
-    """What was wrong with the data and what was done about it, a sentence each."""
+    """Notes on what was wrong with the data and how it was handled, one sentence each."""
 
 
 def load_squad(name: SquadName, folder: Path) -> SquadData:
-    """Read the official files train-v1.1.json and dev-v1.1.json (for squad2, v2.0), or parts of them: if a file is
-    missing, the only one whose name is like train*v1.1*.json is taken. A training file need not be there.
+    """Read the official files train-v1.1.json and dev-v1.1.json (for squad2, v2.0), or parts of them.
 
-    Raises DataError if there is no dev file or several, and for one that is broken or another data set's.
+    If a file is missing, the only one that matches train*v1.1*.json or dev*v1.1*.json is used. The training file is
+    optional. Raises DataError if there is no dev file or several, or if a file is broken or another data set's.
     """
     version = VERSIONS[name]
     if not folder.is_dir():
         raise DataError(
-            f"There is no folder {folder}. Put train-v{version}.json and dev-v{version}.json of {_LINK} there."
+            f"The folder {folder} does not exist. Put train-v{version}.json and dev-v{version}.json of {_LINK} there."
         )
     dev = _file(folder, "dev", version)
     if dev is None:
@@ -95,14 +98,14 @@ def load_squad(name: SquadName, folder: Path) -> SquadData:
 
 
 def load_squad_hub(name: SquadName, repository: str, revision: str | None = None) -> SquadData:
-    """Read a data set of the Hub such as rajpurkar/squad or rajpurkar/squad_v2, or a folder laid out as there.
+    """Read a data set from the Hub such as rajpurkar/squad or rajpurkar/squad_v2, or a folder with the same layout.
 
-    Its splits are train, which need not be there, and validation; a question without answers is impossible. Raises
-    DataError if it cannot be fetched or is laid out otherwise.
+    Its splits are validation and, optionally, train. A question without answers is impossible. Raises DataError if it
+    cannot be downloaded or has another layout.
     """
     path = dataset_path(repository, revision)
     source = f"{repository}{f', revision {revision}' if revision else ''}"
-    with explained(source, "It must be laid out as rajpurkar/squad is."):
+    with explain_errors(source, "It must have the layout of rajpurkar/squad."):
         tables = datasets.load_dataset(path, revision=revision)
     if "validation" not in tables:
         raise DataError(f"{source} has no split 'validation'; its splits are {', '.join(map(str, tables))}.")
@@ -119,7 +122,7 @@ def _file(folder: Path, part: str, version: str) -> Path | None:
     found = sorted(path for path in folder.glob(f"{part}*v{version}*.json") if path.is_file())
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise DataError(f"{folder} has several files for {part}: {names}. Leave one, or name it {official.name}.")
+        raise DataError(f"{folder} has several files for {part}: {names}. Keep one, or name it {official.name}.")
     return found[0] if found else None
 
 
@@ -159,51 +162,55 @@ def _rows(table: Any, source: str, name: SquadName, take: Callable[[bytes], obje
 
 @contextmanager
 def _in_layout(source: str, questions: list[Question]) -> Iterator[None]:
-    """Raise DataError where data are laid out in another way. questions: those that have been read."""
+    """Raise DataError if the data have another layout. questions: those read so far."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         place = f"after question {questions[-1].id}" if questions else "at the first question"
         raise DataError(
-            f"{source}: not in SQuAD's layout {place} ({type(error).__name__}: {error}). It is described at {_LINK}."
+            f"{source}: not in SQuAD's layout {place} ({type(error).__name__}: {error}). See {_LINK}."
         ) from error
 
 
 def _question(
     name: SquadName, source: str, texts: tuple[str, str, str, str], answers: list[tuple[str, int]], is_impossible: bool
 ) -> Question:
-    """Return a question with its answers as they were given. texts: id, title, question, context."""
+    """Return a question with its answers as given. texts: id, title, question, context."""
     where = f"{source}, question {texts[0]}"
     if is_impossible and name == "squad1":
         raise DataError(f"{where} is impossible, which SQuAD 1.1 does not have. Is it SQuAD 2.0 (squad2)?")
     if is_impossible == bool(answers):
-        problem = "is impossible and yet has answers" if answers else "has no answers. Is it a hidden test set?"
+        problem = "is impossible but has answers" if answers else "has no answers. Is it a hidden test set?"
         raise DataError(f"{where} {problem}")
-    starts = tuple(start + 0 for _, start in answers)  # raises TypeError for what is no number
+    starts = tuple(start + 0 for _, start in answers)  # raises TypeError if a start is not a number
     identity, title, question, context = map(_clean, texts)
     return Question(identity, title, question, context, tuple(text for text, _ in answers), starts, is_impossible)
 
 
 def _checked(data: SquadData) -> SquadData:
-    """Return the data with each answer located in its context, without training questions that have none there, and
-    with notes. Raises DataError if an id occurs twice."""
+    """Return the data with each answer located in its context, and with notes.
+
+    Training questions without an answer in the context are left out. Raises DataError if an id occurs twice.
+    """
     ids = Counter(question.id for question in (*data.train, *data.dev))
     if repeated := [identity for identity, count in ids.items() if count > 1]:
-        raise DataError(f"{data.source}: two questions have the id {repeated[0]}. Take each file once.")
+        raise DataError(f"{data.source}: two questions have the id {repeated[0]}. Give each file once.")
     notes = []
     for part, questions in (("train", data.train), ("dev", data.dev)):
         rows = OFFICIAL_ROWS[data.name][part]
         if len(questions) != rows:
-            notes.append(f"{part} has {len(questions):,} questions, the published file of {data.name} {rows:,}.")
+            notes.append(f"{part} has {len(questions):,} questions, the published file of {data.name} has {rows:,}.")
     train, dev = ([_located(question) for question in part] for part in (data.train, data.dev))
     before, after = _answers([*data.train, *data.dev]), _answers([*train, *dev])
     if moved := sum(old != new and new[1] != NOT_FOUND for old, new in zip(before, after, strict=True)):
-        notes.append(f"{moved} answers are not at their offsets; the nearest place was taken.")
+        notes.append(f"{moved} answers are not at their offsets; the nearest occurrence is used.")
     if lost := sum(start == NOT_FOUND for _, start in after):
-        notes.append(f"{lost} answers are not in their contexts; they only count when predictions are scored.")
+        notes.append(f"{lost} answers do not occur in their contexts; they count only when predictions are scored.")
     if dropped := [question.id for question in train if question.is_lost]:
         shown = f"{', '.join(dropped[:3])}{', …' if len(dropped) > 3 else ''}"
-        notes.append(f"{len(dropped)} training questions are left out: no answer is in the context ({shown}).")
+        notes.append(
+            f"{len(dropped)} training questions are left out, because no answer occurs in the context ({shown})."
+        )
     return replace(data, train=[question for question in train if not question.is_lost], dev=dev, notes=tuple(notes))
 
 
@@ -217,18 +224,21 @@ def _located(question: Question) -> Question:
 
 
 def locate(answer: str, start: int, context: str) -> tuple[str, int]:
-    """Return (the answer as it is in the context, its offset): at `start` if it is there, else at the nearest place
-    where it is, perhaps with other whitespace, else the answer as given and NOT_FOUND."""
+    """Return (the answer as the context spells it, its offset).
+
+    The answer is taken at `start` if it occurs there, else at its nearest occurrence, perhaps with other whitespace.
+    If there is none, return the answer as given and NOT_FOUND.
+    """
     if answer and start >= 0 and answer == answer.strip() and context.startswith(answer, start):
         return answer, start
     pieces = answer.split()
     if not pieces:
         return answer, NOT_FOUND
-    # Only looked ahead at, so that occurrences may overlap.
+    # A look-ahead, so that occurrences may overlap.
     spelling = re.compile("(?=(" + r"\s+".join(map(re.escape, pieces)) + "))")
     nearest = min(spelling.finditer(context), key=lambda match: abs(match.start() - start), default=None)
     return (nearest[1], nearest.start()) if nearest else (answer, NOT_FOUND)
 
 
 def _clean(text: str) -> str:
-    return text.encode("utf8", "replace").decode("utf8")  # a lone surrogate is no text; the length stays
+    return text.encode("utf8", "replace").decode("utf8")  # replaces lone surrogates and keeps the length

@@ -1,9 +1,8 @@
-"""Questions and their contexts as token sequences, a long context as several windows that overlap, and answers from
-the scores of a window's tokens.
+"""Turn questions and contexts into token sequences, and the scores of their tokens into answers.
 
-As BERT and the original ELECTRA do it (`featurize` in finetune/qa/qa_tasks.py of
-https://github.com/google-research/electra). Shape suffixes: W windows, L a window's tokens, which are those of
-[CLS] question [SEP] window [SEP], C its context's tokens, T positions with padding, K beams.
+A long context becomes several overlapping windows, as in BERT and the original ELECTRA (`featurize` in
+finetune/qa/qa_tasks.py of https://github.com/google-research/electra). Shape suffixes: W windows, L tokens of a window,
+that is of [CLS] question [SEP] window [SEP], C tokens of its context, T positions with padding, K beams.
 """
 
 from __future__ import annotations
@@ -22,41 +21,45 @@ _BATCH = 1000
 _LENGTH_WEIGHT = 0.01
 N_BEST = 20
 MAX_ANSWER_LENGTH = 30
-"""Tokens of an answer. Both numbers are BERT's and the original ELECTRA's."""
+"""The maximum number of tokens of an answer. Both numbers are BERT's and the original ELECTRA's."""
 BERT_THRESHOLD = 0.0
-"""The difference of null score and best score above which BERT says that there is no answer."""
+"""The difference between null score and best score above which BERT predicts no answer."""
 
 
 class Window(NamedTuple):
-    """One part of a question's context, with the question."""
+    """A question with one part of its context."""
 
     question: int
-    """Index into the questions."""
+    """The index of the question."""
     input_ids_L: np.ndarray
     """int32: the tokenizer's pair of question and window, such as [CLS] question [SEP] window [SEP]."""
     token_type_ids_L: np.ndarray
-    """int8, as the tokenizer's template for pairs has them; all 0 if it is like RoBERTa's. What the tokenizer says its
-    model takes does not matter: a plain PreTrainedTokenizerFast says that of none."""
+    """int8, from the tokenizer's template for pairs; all 0 if it is like RoBERTa's.
+
+    The tokenizer's list of model inputs does not matter, since a plain PreTrainedTokenizerFast lists none of them.
+    """
     context: tuple[int, int]
-    """The position of the first context token, and the one after the last."""
+    """The position of the first context token, and the position after the last."""
     offsets_C2: np.ndarray
-    """int32: where in the context each token's characters start and stop, without whitespace around them."""
+    """int32: the start and stop of each token's characters in the context, without whitespace around them."""
     is_max_context_C: np.ndarray
-    """bool, whether no other window has more context around the token; of equals the leftmost has it."""
+    """bool, True if no other window has more context around the token. The leftmost of equal windows has it."""
     answer: tuple[int, int] = (0, 0)
-    """The positions of the answer's first and last token; both 0, [CLS], if the window does not hold the complete
-    answer. The original ELECTRA's flag for that is the question's, also in windows of an answerable question without
-    the answer."""
+    """The positions of the answer's first and last token, both 0 ([CLS]) if the window lacks part of the answer.
+
+    The original ELECTRA's flag for no answer is the question's, even in windows that lack an answerable question's
+    answer.
+    """
 
 
 class _Template(NamedTuple):
-    """The tokens before, between and after a pair; each [2, N]: ids and token types."""
+    """The tokens before, between and after the texts of a pair, each [2, N]: ids and token types."""
 
     before: np.ndarray
     between: np.ndarray
     after: np.ndarray
     types: tuple[int, int]
-    """The types of the question's and of the context's tokens."""
+    """The token types of the question and of the context."""
 
     @property
     def length(self) -> int:
@@ -64,7 +67,7 @@ class _Template(NamedTuple):
 
 
 class _Context(NamedTuple):
-    """A context's tokens without special ones."""
+    """The tokens of a context, without special tokens."""
 
     ids_C: np.ndarray
     offsets_C2: np.ndarray
@@ -82,17 +85,17 @@ def make_features(
 ) -> list[Window]:
     """Return windows of at most max_length tokens, with the question cut to its first max_query_length tokens.
 
-    doc_stride is BERT's: how many tokens further a window starts than the one before it (at most the room for the
-    context, so that none is left out). transformers' `stride` is the overlap instead, room - doc_stride, and differs
-    from question to question, as the room does; neither that nor the cut question can be asked of it for many questions
-    at once, so each context is tokenized once, without special tokens, and the windows are cut here. They are what
-    `tokenizer(question, context, truncation="only_second", stride=overlap, return_overflowing_tokens=True)` gives.
-    An answer that begins or ends inside a token, as `six` of `sixth`, gets that token.
+    doc_stride is BERT's: the number of tokens from the start of one window to the start of the next (at most the room
+    for the context, so that no token is left out). transformers' `stride` is the overlap instead, room - doc_stride,
+    and differs between questions, as the room does. transformers offers neither that nor the cut question for a batch
+    of questions, so each context is tokenized once, without special tokens, and cut into windows here. They equal
+    `tokenizer(question, context, truncation="only_second", stride=overlap, return_overflowing_tokens=True)`.
+    An answer that begins or ends inside a token, such as `six` in `sixth`, includes that token.
 
-    for_training: with the first answer's positions. An empty context has one window, without context tokens. progress:
-    called with the number of questions done since the last call.
+    for_training: include the positions of the first answer. progress: called with the number of questions done since
+    the last call. An empty context has one window, without context tokens.
 
-    Raises ConfigError if a question leaves no room for its context, DataError for a tokenizer without pairs.
+    Raises ConfigError if a question leaves no room for its context, and DataError if the tokenizer makes no pairs.
     """
     template = _template(tokenizer, questions)
     contexts: dict[str, _Context] = {}
@@ -127,7 +130,7 @@ def _windows(
     doc_stride: int,
     answer: tuple[int, int] | None,
 ) -> Iterator[Window]:
-    """Yield the windows of question `index`. answer: the first and the last of its tokens in the context."""
+    """Yield the windows of question `index`. answer: its first and last token in the context."""
     query, all_tokens = (
         np.stack([ids, np.full_like(ids, kind)])
         for ids, kind in zip((query_ids, context.ids_C), template.types, strict=True)
@@ -145,7 +148,7 @@ def _windows(
 
 
 def window_spans(length: int, room: int, doc_stride: int) -> list[tuple[int, int]]:
-    """Return (first token, token after the last) of the windows over a context of `length` tokens; one for none."""
+    """Return (first token, token after the last) of each window over `length` context tokens, at least one window."""
     step, spans = min(room, doc_stride), [(0, min(room, length))]
     while spans[-1][1] < length:
         start = spans[-1][0] + step
@@ -155,8 +158,10 @@ def window_spans(length: int, room: int, doc_stride: int) -> list[tuple[int, int
 
 @lru_cache(4096)
 def max_contexts(length: int, room: int, doc_stride: int) -> tuple[np.ndarray, ...]:
-    """Return for each window bool [C]: whether min(tokens to its left, to its right) + 0.01 * the window's length is
-    the highest of all windows that hold the token, as in BERT."""
+    """Return bool [C] for each window: True for tokens that have their most context in it, as in BERT.
+
+    A token's context in a window is min(tokens to its left, tokens to its right) + 0.01 * the window's length.
+    """
     spans = window_spans(length, room, doc_stride)
     scores_WC = np.full((len(spans), length), -np.inf)
     for row, (start, stop) in enumerate(spans):
@@ -180,8 +185,10 @@ def _tokenized_contexts(tokenizer: PreTrainedTokenizerFast, contexts: list[str])
 
 
 def _stripped(text: str, offsets_C2: np.ndarray) -> np.ndarray:
-    """Return the offsets without the whitespace around a token, which byte-level tokenizers include; a token of
-    whitespace gets an empty span."""
+    """Return the offsets without the whitespace around a token, which byte-level tokenizers include.
+
+    A token of whitespace gets an empty span.
+    """
     for row in offsets_C2:
         start, stop = int(row[0]), int(row[1])
         if start < stop and (text[start].isspace() or text[stop - 1].isspace()):
@@ -192,7 +199,7 @@ def _stripped(text: str, offsets_C2: np.ndarray) -> np.ndarray:
 
 
 def _answer(question: Question, tokens: _Context) -> tuple[int, int] | None:
-    """Return the first and the last token of the first answer that is in the context, or None if none is."""
+    """Return the first and last token of the first answer that occurs in the context, or None."""
     found = [each for each in zip(question.answers, question.starts, strict=True) if each[1] != NOT_FOUND]
     if question.is_impossible or not found:
         return None
@@ -203,7 +210,7 @@ def _answer(question: Question, tokens: _Context) -> tuple[int, int] | None:
 
 
 def _template(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> _Template:
-    """Return the template, read off a pair that the tokenizer made: its tokens that belong to neither text."""
+    """Return the tokenizer's template, taken from the tokens of a tokenized pair that belong to neither text."""
     probes = [("a", "b"), ("1", "2"), *((each.question, each.context) for each in questions[:_BATCH])]
     for pair in probes:
         encoded = tokenizer(*pair, padding=False, truncation=False, return_token_type_ids=True, verbose=False)
@@ -211,14 +218,14 @@ def _template(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question])
         if {0, 1} <= set(parts):
             break
     else:
-        raise DataError(f"The tokenizer {tokenizer.name_or_path} makes no tokens of the questions and contexts.")
+        raise DataError(f"The tokenizer {tokenizer.name_or_path} makes no tokens from the questions and contexts.")
     query, context = parts.index(0), parts.index(1)
     query_stop, context_stop = query + parts.count(0), context + parts.count(1)
     as_expected = [-1] * query + [0] * parts.count(0) + [-1] * (context - query_stop) + [1] * parts.count(1)
     if parts[:context_stop] != as_expected or not query:
         raise DataError(
             f"The tokenizer {tokenizer.name_or_path} does not make pairs as [CLS] question [SEP] context [SEP]: "
-            f"a token must come before the question, and the question before the context. Take another."
+            f"a token must come before the question, and the question before the context. Use another."
         )
     both = np.array([encoded["input_ids"], encoded["token_type_ids"]], np.int32)
     return _Template(
@@ -233,7 +240,7 @@ def _template(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question])
 
 
 class Candidate(NamedTuple):
-    """A span of one window; `end` is its last token's position."""
+    """A span of one window. `end` is the position of its last token."""
 
     start: int
     end: int
@@ -244,21 +251,20 @@ class Answer(NamedTuple):
     """The answer to one question."""
 
     text: str
-    """A slice of the context; "" for no answer."""
+    """A slice of the context, or "" for no answer."""
     n_best: list[tuple[str, float]]
-    """(text, score) of the best spans, best first, each text once, none empty."""
+    """(text, score) of the best spans, best first. Each text occurs once, and none is empty."""
     na_score: float
-    """The score that was compared with the threshold; the larger, the less likely an answer. Minus infinity if none was
-    compared."""
+    """The score that was compared with the threshold, larger if an answer is less likely; -inf if there was none."""
 
     @property
     def span(self) -> str:
-        """The best text as if there were an answer, which the official script needs in addition to `na_score`."""
+        """The best text as if there were an answer, which the official script needs next to `na_score`."""
         return self.n_best[0][0] if self.n_best else ""
 
 
 def null_score(start_logits_T: np.ndarray, end_logits_T: np.ndarray) -> float:
-    """Return BERT's score of no answer: that of the span [CLS]."""
+    """Return BERT's score of no answer, which is that of the span [CLS]."""
     return float(start_logits_T[0]) + float(end_logits_T[0])
 
 
@@ -270,13 +276,14 @@ def independent_candidates(
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
 ) -> list[Candidate]:
-    """Return the candidates of BERT's scheme: of the n_best starts and n_best ends, the pairs that are a span of the
-    context, no longer than max_answer_length tokens, whose start has its most context in this window. Score: the sum of
-    both logits.
+    """Return BERT's candidates: pairs of the n_best starts and the n_best ends, scored by the sum of both logits.
 
-    context: (first position, position after the last); is_max_context_C: bool. Best first, at most n_best; of equals
-    the leftmost. BERT ranks all positions and then drops those that may not be; here only those that may be are ranked,
-    so that [CLS] and the question take no place: what BERT would find is found too.
+    A pair must be a span of the context of at most max_answer_length tokens, and its start must have its most context
+    in this window. At most n_best pairs are returned, best first, the leftmost first among equals.
+
+    context: (first position, position after the last). is_max_context_C: bool. BERT ranks all positions and then drops
+    the excluded ones. Here only allowed positions are ranked, so [CLS] and the question take no place among the n_best,
+    and everything that BERT would find is found.
     """
     first, stop = context
     starts = first + np.flatnonzero(is_max_context_C)
@@ -298,10 +305,10 @@ def joint_candidates(
     n_best: int = N_BEST,
     max_answer_length: int = MAX_ANSWER_LENGTH,
 ) -> list[Candidate]:
-    """Return the candidates of the original ELECTRA's, and XLNet's, beam search: row i of the ends belongs to the start
-    i. The same spans are allowed as above. Score: log probability of the start plus that of the end given the start.
+    """Return the candidates of the beam search of the original ELECTRA and XLNet.
 
-    Another head says whether there is an answer, see `best_answers`.
+    Row i of the ends belongs to start i. The same spans are allowed as above. The score is the log probability of the
+    start plus that of the end given the start. Another head decides if there is an answer, see `best_answers`.
     """
     first, stop = context
     starts_KK = np.broadcast_to(start_index_K[:, None], end_index_KK.shape)
@@ -325,12 +332,14 @@ def best_answers(
 ) -> dict[str, Answer]:
     """Return every question's answer, by its id, from its windows' candidates.
 
-    null_scores: one for each window, or None if every question has an answer (SQuAD 1.1): then always the best span.
-    With them there is no answer if `null score - best score > threshold`, BERT's rule, or with against_best=False if
-    `null score > threshold`, the original ELECTRA's, whose null score is its answerability logit, at -2.75
-    (`qa_na_threshold` of its configure_finetuning.py): finetune/qa/qa_metrics.py writes every question's best span, and
-    with it the smallest of its windows' logits, which the official script compares with the threshold.
-    A text is the context from its first token's first character to its last token's last, without whitespace around it.
+    null_scores: one for each window, or None if every question has an answer (SQuAD 1.1), which is then the best span.
+
+    By BERT's rule there is no answer if `null score - best score > threshold`. With against_best=False, the original
+    ELECTRA's rule, there is none if `null score > threshold`. Its null score is the answerability logit, and its
+    threshold is -2.75 (`qa_na_threshold` in its configure_finetuning.py): finetune/qa/qa_metrics.py writes every
+    question's best span and the smallest logit of its windows, which the official script compares with the threshold.
+
+    A text runs from its first token's first character to its last token's last, without whitespace around it.
     """
     pools: list[list[tuple[Candidate, Window]]] = [[] for _ in questions]
     nulls = np.full(len(questions), np.inf)
@@ -363,14 +372,14 @@ def _distinct_texts(context: str, ranked: Sequence[tuple[Candidate, Window]], n_
 
 
 def _highest(positions: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """Return the `count` positions of the highest scores; of equals the leftmost."""
+    """Return the `count` positions with the highest scores, the leftmost among equals."""
     return positions[np.argsort(-scores, kind="stable")[:count]]
 
 
 def _best(
     starts: np.ndarray, ends: np.ndarray, scores: np.ndarray, n_best: int, max_answer_length: int
 ) -> list[Candidate]:
-    """Return those pairs, of arrays of one shape, that are spans, best first; of equals the leftmost and shortest."""
+    """Return the pairs that are allowed spans, best first, then leftmost, then shortest. All arrays have one shape."""
     is_span = (ends >= starts) & (ends - starts < max_answer_length)
     starts, ends, scores = starts[is_span], ends[is_span], scores[is_span]
     order = np.lexsort((ends, starts, -scores))[:n_best]

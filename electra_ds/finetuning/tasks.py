@@ -1,4 +1,4 @@
-"""A task that a model is finetuned on, its sets of examples, and the tables of text that they are read from."""
+"""A finetuning task, its sets of examples, and the tables of text that they are read from."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ Kind = Literal["classification", "regression"]
 
 @dataclass(frozen=True)
 class Task:
-    """The definition of a task: what is predicted, and how it is scored and written down."""
+    """The definition of a task: what is predicted, how it is scored, and how predictions are written."""
 
     name: str
-    """One of GLUE's in lower case, with its hyphens ("sst-2"), or the stem of the user's own file."""
+    """A GLUE task's name in lower case, with hyphens ("sst-2"), or the stem of the user's own file."""
     kind: Kind
     labels: tuple[str, ...]
-    """The classes' names in the order of their index; empty for regression."""
+    """The names of the classes, in the order of their indices; empty for regression."""
     is_pair: bool
     metrics: tuple[str, ...]
-    """Names from `finetuning.metrics`; choices are made by the first."""
+    """Names from `finetuning.metrics`. The first decides which evaluation is best."""
     written: tuple[str, ...] = ()
-    """How each class is written in the official files and in a submission: its name, or 0 and 1."""
+    """The spelling of each class in the official files and in a submission: its name, or 0 and 1."""
     submission: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """The official file of predictions by the test set's name; empty for the user's own tasks."""
+    """The official file of predictions for each test set, by its name; empty for the user's own tasks."""
     score_range: tuple[float, float] | None = None
-    """The lowest and highest score of a regression: the official ones, or those of the training labels."""
+    """The lowest and highest score of a regression, from the official range or the training labels."""
 
     def written_prediction(self, prediction: float) -> str:
-        """Return a class index or a score as it is written in a file of predictions.
+        """Return a class index or a score as a file of predictions spells it.
 
         Official scores are clipped to their range and have 3 decimals, as in STS-B's own files.
         """
@@ -56,10 +56,10 @@ class Examples:
     """N examples of one set, in the order of the file."""
 
     ids: list[str]
-    """The name of each row in the file of predictions: its number from 0, or the id in the file."""
+    """The name of each row in the file of predictions: its id in the file, or its number from 0."""
     texts: list[str]
     pairs: list[str] | None
-    """The second text of each; None if the task has one text."""
+    """The second text of each example; None if the task has only one text."""
     labels: np.ndarray | None
     """int64 class indices or float64 scores, [N]; None if they are not known."""
 
@@ -79,18 +79,21 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """A task and the sets of it that were found. Made by `task_data`."""
+    """A task and the sets of it that were found. `task_data` makes it."""
 
     task: Task
     sets: dict[str, Examples]
-    """In this order: "train"; "dev", or MNLI's "dev_matched" and "dev_mismatched", all labelled, of which choices are
-    made by the first; "test", or MNLI's "test_matched", "test_mismatched" and "ax"."""
+    """The sets by name, in this order, of which train and dev are labelled.
+
+    "train"; "dev", or MNLI's "dev_matched" and "dev_mismatched", the first of which decides which evaluation is best;
+    "test", or MNLI's "test_matched", "test_mismatched" and "ax".
+    """
     source: str
-    """The files or the data set that were read, for messages."""
+    """The files or the data set that was read, for messages."""
     fingerprint: str
-    """SHA-256 of the classes and of every set's texts and labels: the same wherever the files are."""
+    """The SHA-256 of the classes and of every set's texts and labels, independent of the place of the files."""
     notes: tuple[str, ...] = ()
-    """What a user should know and is no error, a sentence each."""
+    """Notes for the user that are not errors, one sentence each."""
 
     @property
     def train(self) -> Examples | None:
@@ -113,7 +116,7 @@ def kind_of_set(name: str) -> str:
 def task_data(task: Task, sets: dict[str, Examples], source: str, notes: Iterable[str] = ()) -> TaskData:
     """Return the data with its fingerprint, and with notes on classes that a set lacks.
 
-    The name of the task and the rows' ids are not part of the fingerprint.
+    The fingerprint does not include the task's name and the rows' ids.
     """
     digest = hashlib.sha256()
 
@@ -133,7 +136,7 @@ def task_data(task: Task, sets: dict[str, Examples], source: str, notes: Iterabl
 
 
 def _missing_classes(task: Task, sets: dict[str, Examples]) -> Iterable[str]:
-    """Yield a sentence for each set of train and dev that lacks classes."""
+    """Yield a sentence for each train or dev set that lacks classes."""
     for name, examples in sets.items():
         if kind_of_set(name) == "test" or examples.labels is None:
             continue
@@ -143,7 +146,7 @@ def _missing_classes(task: Task, sets: dict[str, Examples]) -> Iterable[str]:
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return names in quotes for a message, not more than `most` of them."""
+    """Return names in quotes for a message, at most `most` of them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"'{name}'" for name in names[:most]) + more
 
@@ -160,7 +163,7 @@ class Table:
     frame: pd.DataFrame
 
     def column(self, name: str) -> list[str]:
-        """Return a column. Raises DataError if it is not there, or a row has no text in it."""
+        """Return a column. Raises DataError if it is missing, or if a row has no text in it."""
         if name not in self.frame:
             there = list(self.frame.columns)
             raise DataError(
@@ -216,7 +219,7 @@ def read_tsv(path: Path, *, header: Sequence[str] | None = None, wanted: Collect
     if header is not None:
         columns = list(header)
     elif wanted is not None:
-        columns = lambda name: name in wanted  # noqa: E731  # a list would have to be complete
+        columns = lambda name: name in wanted  # noqa: E731  # a list would require every column to exist
     try:
         frame = pd.read_csv(
             path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig", names=header,
@@ -234,9 +237,9 @@ def read_tsv(path: Path, *, header: Sequence[str] | None = None, wanted: Collect
 
 
 def read_jsonl(path: Path) -> Table:
-    """Read one JSON object per line, every key as a column. Values other than strings are as in JSON; null is empty.
+    """Read one JSON object per line, with a column for every key. Values other than strings become JSON; null is empty.
 
-    Raises DataError for a line that is no JSON object.
+    Raises DataError for a line that is not a JSON object.
     """
     try:
         lines = path.read_text("utf-8-sig").split("\n")
@@ -262,9 +265,9 @@ def read_jsonl(path: Path) -> Table:
 
 
 def _as_text(value: object) -> object:
-    """Return a value as text, but a list or an object as it is."""
+    """Return a value as text, but a list or an object unchanged."""
     if isinstance(value, str):
-        return value.encode("utf8", "replace").decode("utf8")  # a lone surrogate is no text
+        return value.encode("utf8", "replace").decode("utf8")  # replaces lone surrogates
     if isinstance(value, list | dict):
         return value
     return "" if value is None else json.dumps(value)
@@ -277,5 +280,5 @@ def _not_utf8(path: Path) -> DataError:
 def _not_a_table(path: Path, problem: str) -> DataError:
     return DataError(
         f"{path}: {problem.strip()}. Each row needs one field for each column; fields with delimiters or line breaks "
-        f"stand in quotes, and quotes in them are doubled. Or write JSON lines."
+        f"need quotes, and quotes in them are doubled. Or write JSON lines."
     )

@@ -1,4 +1,4 @@
-"""A task tokenised for a model, and the model's outputs over its sets as scores and predictions."""
+"""A task tokenised for a model, and the scores and predictions from the model's outputs over its sets."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ _SHARES = (
 )  # fmt: skip
 _OWN_NAMES = {"exact_match": "exact"}
 Outputs = Sequence[Mapping[str, np.ndarray]]
-"""For each input, in order, its part of a head's `TaskOutput.scores`."""
+"""For each input, in order, its part of the head's `TaskOutput.scores`."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The result of a model's outputs over one set."""
+    """The evaluation of a model's outputs over one set."""
 
     rows: int
     metrics: dict[str, float] = field(default_factory=dict)
-    """Empty if the set has no labels. Shares lie in [0, 1], correlations in [-1, 1]."""
+    """The scores by metric, empty if the set has no labels. Shares are in [0, 1], correlations in [-1, 1]."""
     baseline: dict[str, float] = field(default_factory=dict)
-    """The scores of `baseline_prediction` if it is given for every row; empty if there is none."""
+    """The scores of predicting `baseline_prediction` for every row; empty if there is none."""
     baseline_prediction: str = ""
     constant: str | None = None
-    """The prediction for all rows, if the labels differ and the predictions do not."""
+    """The one prediction made for all rows, if the labels differ and the predictions do not."""
     is_beaten: bool = False
     """True if the labels differ and the first metric is no better than its baseline."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Further content of scores.json about the set."""
+    """More content for the set in scores.json."""
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
     """The files of predictions, by name."""
 
@@ -72,22 +72,22 @@ class TokenizedTask(ABC):
 
     name: str
     num_outputs: int | None
-    """Scores that the head gives; None for question answering."""
+    """The number of scores that the head returns; None for question answering."""
     is_regression: bool
     labels: tuple[str, ...]
     """The classes in order; empty if there are none."""
     train: TaskInputs
     dev: dict[str, TaskInputs]
-    """Choices are made by the first."""
+    """The labelled sets. The first decides which evaluation is best."""
     test: dict[str, TaskInputs]
     chosen_by: str
-    """The metric of choices."""
+    """The metric that decides which evaluation is best."""
     shown_metrics: tuple[str, ...] = ()
-    """The metrics that the terminal shows; empty if it shows all."""
+    """The metrics that the terminal shows; empty for all of them."""
 
     @abstractmethod
     def evaluate(self, name: str, outputs: Outputs) -> EvaluationResult:
-        """Score the outputs over a set. name: of a set in `dev` or `test`."""
+        """Score the outputs over a set. name: the name of a set in `dev` or `test`."""
 
     def shown(self, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> str:
         """Return scores for the terminal, each next to its baseline if there is one."""
@@ -98,7 +98,7 @@ class TokenizedTask(ABC):
 
 
 def _chosen(count: int, max_train: int | None, seed: int) -> list[int]:
-    """Return which of so many examples to train on; if not all, the seed decides."""
+    """Return the indices of the examples to train on, of `count`. If not all are used, the seed chooses."""
     if max_train is None or max_train >= count:
         return list(range(count))
     return [int(index) for index in permutation_at(np.arange(max_train), count, seed, _PART)]
@@ -117,7 +117,7 @@ class SequenceTask(TokenizedTask):
         max_train: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """max_train: train on so many examples, which the seed chooses."""
+        """max_train: the number of examples to train on, which the seed chooses."""
         assert data.train is not None
         self._sets, self._recipe, self.task = data.sets, recipe, data.task
         self.name, self.labels = data.task.name, data.task.labels
@@ -168,7 +168,7 @@ class SequenceTask(TokenizedTask):
         )
 
     def _named(self, prediction: float) -> str:
-        """Return a prediction for messages."""
+        """Return a prediction as messages show it."""
         return f"{prediction:.4g}" if self.is_regression else f"'{self.labels[int(prediction)]}'"
 
     def _prediction_lines(self, examples: Examples, predictions: np.ndarray, logits: np.ndarray) -> bytes:
@@ -205,7 +205,7 @@ class QuestionAnsweringTask(TokenizedTask):
         max_train: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """max_train: train on so many questions, which the seed chooses."""
+        """max_train: the number of questions to train on, which the seed chooses."""
         self._recipe, self._dev = recipe, data.dev
         self.name = data.name
         section = recipe.data
@@ -226,7 +226,7 @@ class QuestionAnsweringTask(TokenizedTask):
     def evaluate(self, name: str, outputs: Outputs) -> EvaluationResult:
         answers = self._answers(outputs)
         is_second = self.name == "squad2"
-        # The official script of 2.0 wants the best span of every question, and applies the threshold itself.
+        # The official script of 2.0 takes the best span of every question and applies the threshold itself.
         given = {key: answer.span if is_second else answer.text for key, answer in answers.items()}
         na_scores = {key: answer.na_score for key, answer in answers.items()}
         golds = {question.id: question.answers for question in self._dev}
@@ -243,7 +243,7 @@ class QuestionAnsweringTask(TokenizedTask):
         if is_second:
             files[f"predictions/{name}-na-scores.json"] = _json(na_scores)
         trivial = {}
-        if is_second:  # in 1.1 every question has an answer, and no answer is right for all of them
+        if is_second:  # in 1.1 every question has an answer, and no single answer fits them all
             never, certain = dict.fromkeys(golds, ""), dict.fromkeys(golds, math.inf)
             trivial = _shares(evaluate_squad2(golds, never, certain))
         has_answers = is_second and any(golds.values())
@@ -283,8 +283,10 @@ def _shares(percents: Mapping[str, float]) -> dict[str, float]:
 
 
 def _packed(outputs: Outputs, inputs: TaskInputs) -> bytes:
-    """Return numpy's archive of each of the head's scores, in fp16 unless they are indices; those of every position end
-    to end without padding, window after window, with `lengths`, the windows' positions."""
+    """Return a NumPy archive of each of the head's scores, in fp16 unless they are indices.
+
+    Scores of positions are stored without padding, window after window, with the number of positions in `lengths`.
+    """
     lengths = inputs.lengths
     arrays: dict[str, Any] = {"lengths": lengths}
     for name in outputs[0]:

@@ -1,8 +1,7 @@
 """Read a checkpoint that DeepSpeed's `save_checkpoint` or its script ds_to_universal wrote, at every stage, precision
 and number of ranks: tensors by name, counters, and notes on what could not be read.
 
-The second half of the module is about the state of a foreign optimizer: its groups, what it kept, its count of steps
-and its loss scale.
+The second half of the module reads the state of a foreign optimizer: its groups, tensors, step count and loss scale.
 """
 
 from __future__ import annotations
@@ -39,10 +38,12 @@ class DeepSpeedCheckpoint(NamedTuple):
     """The precision of the weights in a step: fp32, bf16 or fp16."""
     ranks: int
     step: int
-    """Optimizer steps, skipped ones included."""
+    """The number of optimizer steps, including skipped ones."""
     tensors: Tensors
-    """fp32 on the CPU, `master/NAME` for every parameter, and `exp_avg/NAME`, `exp_avg_sq/NAME` for those whose moments
-    could be read, under the file's names. A tied tensor is there under each of its names."""
+    """fp32 tensors on the CPU, under the file's names; a tied tensor under each of its names.
+
+    They are `master/NAME` for every parameter, and `exp_avg/NAME` and `exp_avg_sq/NAME` if its moments could be read.
+    """
     counters: dict[str, float]
     """The counters of `MasterAdamW.counters`."""
     adam: dict[str, Any]
@@ -52,26 +53,26 @@ class DeepSpeedCheckpoint(NamedTuple):
     notes: tuple[str, ...]
     """Notes on what could not be read, and why."""
     frozen: tuple[str, ...] = ()
-    """Names of parameters that the optimizer did not hold; they have no moments."""
+    """The names of parameters that the optimizer did not hold. They have no moments."""
 
 
 class _Content(NamedTuple):
-    """The content that differs between the layouts."""
+    """The content that each layout stores differently."""
 
     stage: int
     tensors: Tensors
     own: Any
     """The state of the optimizer that DeepSpeed wraps."""
     scaling: Mapping[str, Any]
-    """Attributes of the loss scaler."""
+    """The attributes of the loss scaler."""
     notes: list[str]
     frozen: list[str]
 
 
 def read_deepspeed_checkpoint(files: DeepSpeedFiles, frozen: Sequence[str] = ()) -> DeepSpeedCheckpoint:
-    """Read a complete checkpoint. Raises CheckpointError that names what is missing, damaged or not understood.
+    """Read a checkpoint. Raises CheckpointError, which names what is missing, damaged or not understood.
 
-    frozen: prefixes of the names of parameters that were not trained, for a stage 0 checkpoint that does not say so.
+    frozen: name prefixes of parameters that were not trained, for a stage 0 checkpoint, which does not record them.
     """
     try:
         return _read(files, frozen)
@@ -79,7 +80,7 @@ def read_deepspeed_checkpoint(files: DeepSpeedFiles, frozen: Sequence[str] = ())
         raise CheckpointError(f"{files.folder} cannot be read: {error}.") from error
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{files.folder} is not laid out as DeepSpeed 0.19.8 lays out a checkpoint "
+            f"{files.folder} does not have the layout of a DeepSpeed 0.19.8 checkpoint "
             f"({type(error).__name__}: {error})."
         ) from error
 
@@ -135,18 +136,20 @@ def _read_zero(files: DeepSpeedFiles, state: Mapping[str, Any]) -> _Content:
 
 
 def _stage(part: Mapping[str, Any]) -> int:
-    """Return 1, 2 or 3. DeepSpeed's BF16_Optimizer, which is that of stage 1, does not say."""
+    """Return 1, 2 or 3. The checkpoint of DeepSpeed's BF16_Optimizer, which is that of stage 1, does not say."""
     stage = part.get("zero_stage", 1)
-    if isinstance(stage, StandIn):  # of an enumeration
+    if isinstance(stage, StandIn):  # it was an enumeration member
         stage = stage.arguments[0]
     if stage not in (1, 2, 3):
-        raise CheckpointError(f"The checkpoint says that it is of ZeRO stage {stage!r}, which is not known.")
+        raise CheckpointError(f"The checkpoint says that its ZeRO stage is {stage!r}, which is unknown.")
     return int(stage)
 
 
 def _add_left_out(tensors: Tensors, state: Mapping[str, Any]) -> list[str]:
-    """Add what is in `module` and in no group at stages 1 and 2: it was frozen, or is another name of what is in a
-    group. Return the names of the frozen ones."""
+    """Add the tensors of `module` that are in no group at stages 1 and 2, and return the names of frozen ones.
+
+    Such a tensor was frozen, or is another name of one in a group.
+    """
     weights, aliases = _named_once(state)
     frozen = []
     for name, weight in weights.items():
@@ -160,7 +163,7 @@ def _add_left_out(tensors: Tensors, state: Mapping[str, Any]) -> list[str]:
 
 
 def _add_frozen_slices(tensors: Tensors, files: DeepSpeedFiles, state: Mapping[str, Any]) -> list[str]:
-    """Add the frozen parameters of stage 3, of which every rank's model file has a slice; return their names."""
+    """Add the frozen parameters of stage 3 and return their names. Every rank's model file has a slice of each."""
     shapes = state.get("frozen_param_shapes") or {}
     if shapes:
         ranks = [load_file(path)["frozen_param_fragments"] for _, path in sorted(files.model.items())]
@@ -170,7 +173,7 @@ def _add_frozen_slices(tensors: Tensors, files: DeepSpeedFiles, state: Mapping[s
 
 
 def _read_stage_0(state: Mapping[str, Any], frozen: Sequence[str]) -> _Content:
-    """Read stage 0: the weights have names, and masters and moments get theirs from `names_of_groups`."""
+    """Read stage 0. The weights have names; masters and moments get theirs from `names_of_groups`."""
     optimizer = state.get("optimizer") or {}
     own = optimizer.get("optimizer_state_dict", optimizer)
     groups = stage_0_groups(optimizer, own)
@@ -184,8 +187,8 @@ def _read_stage_0(state: Mapping[str, Any], frozen: Sequence[str]) -> _Content:
         names = names_of_groups(in_groups, groups)
         if names is None:
             notes.append(
-                "its optimizer does not say which of its tensors belongs to which parameter, and none of the usual "
-                "ways to group parameters fits, or several do; if parameters were frozen there, name them with --frozen"
+                "its optimizer does not say which tensor belongs to which parameter, and none or several of the usual "
+                "ways to group parameters fit; if parameters were frozen there, name them with --frozen"
             )
         else:
             for group, own_names in zip(groups, names, strict=True):
@@ -196,7 +199,7 @@ def _read_stage_0(state: Mapping[str, Any], frozen: Sequence[str]) -> _Content:
 
 
 def _named_once(state: Mapping[str, Any]) -> tuple[Tensors, dict[str, str]]:
-    """Return (parameters of `module` by their first names, first names by the others)."""
+    """Return (parameters of `module` by their first names, first names by the other names)."""
     buffers = state.get("buffer_names") or ()
     weights: Tensors = {}
     first_names: dict[Any, str] = {}
@@ -214,7 +217,7 @@ def _named_once(state: Mapping[str, Any]) -> tuple[Tensors, dict[str, str]]:
 
 
 def _add_tied(tensors: Tensors, first_names: Mapping[str, str]) -> None:
-    """Add tied parameters under their other names, which DeepSpeed keeps under the first."""
+    """Add tied parameters, which DeepSpeed keeps under their first names, under their other names."""
     for alias, name in first_names.items():
         for key in ("master", *MOMENTS):
             if f"{key}/{name}" in tensors:
@@ -224,9 +227,9 @@ def _add_tied(tensors: Tensors, first_names: Mapping[str, str]) -> None:
 # --- the state of the optimizer
 #
 # A stage 0 checkpoint of DeepSpeed has the weights by name and the optimizer's tensors by number, group after group.
-# The parameter of each tensor is found by trying the usual ways to group parameters: one group, or matrices apart from
-# biases and norms, for the model or for each of the two networks. Within a group parameters are in the model's order. A
-# way is taken if it is the only one that fits: as many tensors, the same shapes and, if the optimizer holds fp32
+# To find the parameter of each tensor, the usual ways to group parameters are tried: one group, or matrices apart from
+# biases and norms, for the model or for each of the two networks. Within a group, parameters are in the model's order.
+# A way is used if it is the only one that fits: as many tensors, the same shapes and, if the optimizer holds fp32
 # masters, masters that round to the weights.
 
 _EXEMPT_FROM_DECAY: tuple[Callable[[str], bool], ...] = (
@@ -241,11 +244,11 @@ class OptimizerGroup(NamedTuple):
     """One group of a stage 0 optimizer."""
 
     slots: list[Tensors]
-    """Master and moments of each parameter by kind, as far as the optimizer holds them."""
+    """The master and moments of each parameter, by kind, as far as the optimizer holds them."""
     is_flat: bool = False
-    """True if one slot holds all parameters of the group, one after the other."""
+    """True if one slot holds all parameters of the group, end to end."""
     names: tuple[str, ...] = ()
-    """The names of its parameters, if it has them."""
+    """The names of the group's parameters, if it records them."""
 
     def fits(self, weights: Sequence[torch.Tensor]) -> bool:
         if self.is_flat:
@@ -253,7 +256,7 @@ class OptimizerGroup(NamedTuple):
         return len(weights) == len(self.slots) and all(map(_fits, self.slots, weights))
 
     def by_name(self, weights: Mapping[str, torch.Tensor]) -> Tensors:
-        """Return what the group holds as `KIND/NAME`, in fp32 and in the shapes of its parameters."""
+        """Return the group's tensors as `KIND/NAME`, in fp32 and in the shapes of its parameters."""
         if self.is_flat:
             sizes = [weight.numel() for weight in weights.values()]
             split = {kind: flat.split(sizes) for kind, flat in self.slots[0].items()}
@@ -275,8 +278,10 @@ def _fits(slot: Tensors, weight: torch.Tensor) -> bool:
 
 
 def stage_0_groups(wrapper: Mapping[str, Any], own: Any) -> list[OptimizerGroup]:
-    """Return the groups of a stage 0 optimizer. wrapper: what DeepSpeed put around it in half precision, or the
-    optimizer itself; own: the state of the optimizer."""
+    """Return the groups of a stage 0 optimizer.
+
+    wrapper: DeepSpeed's half-precision wrapper, or the optimizer itself. own: the optimizer's state.
+    """
     flat, apart = wrapper.get("fp32_groups_flat"), wrapper.get("fp32_groups")
     groups = []
     for index, group in enumerate(param_groups(own)):
@@ -292,7 +297,7 @@ def stage_0_groups(wrapper: Mapping[str, Any], own: Any) -> list[OptimizerGroup]
 def names_of_groups(
     weights: Mapping[str, torch.Tensor], groups: Sequence[OptimizerGroup]
 ) -> list[tuple[str, ...]] | None:
-    """Return the names of each group's parameters in order, or None if no way or several ways to group them fit.
+    """Return the names of each group's parameters in order, or None unless exactly one way to group them fits.
 
     weights: the model's parameters in its order, each once.
     """
@@ -308,7 +313,7 @@ def names_of_groups(
 
 
 def _usual_groups(names: Sequence[str]) -> Iterator[list[tuple[str, ...]]]:
-    """Yield groups of names, empty ones left out as DeepSpeed does."""
+    """Yield groups of names, without empty groups, which DeepSpeed leaves out too."""
     generator = [name for name in names if _GENERATOR.search(name)]
     discriminator = [name for name in names if not _GENERATOR.search(name)]
     for networks in ([names], [generator, discriminator], [discriminator, generator]):
@@ -322,7 +327,7 @@ def _usual_groups(names: Sequence[str]) -> Iterator[list[tuple[str, ...]]]:
 
 
 def why_no_moments(own: Any, has_moments: bool) -> list[str]:
-    """Return a note on why AdamW cannot take moments from the state, if it cannot."""
+    """Return a note with the reason if AdamW cannot take moments from the state."""
     if has_moments:
         return []
     if not own:
@@ -336,16 +341,16 @@ def param_groups(own: Any) -> list[dict[str, Any]]:
 
 
 def adam_step(own: Any) -> float | None:
-    """Return Adam's own count of updates, the largest of those in its state and groups."""
+    """Return Adam's own step count, the largest in its state and groups."""
     states = own["state"].values() if own else ()
     found = [state.get("step") for state in (*states, *param_groups(own))]
     return max((float(step) for step in found if isinstance(step, (int, float, torch.Tensor))), default=None)
 
 
 def loss_scale(scaling: Mapping[str, Any], is_scaled: bool) -> dict[str, float]:
-    """Return the counters of the loss scale from a loss scaler's attributes, or what stage 0 has of them.
+    """Return the counters of the loss scale from a loss scaler's attributes, or from those that stage 0 has.
 
-    DeepSpeed counts iterations from 0; -1 means that there was no overflow.
+    DeepSpeed counts iterations from 0, and -1 means that no overflow has occurred.
     """
     good = float(scaling.get("cur_iter", 0) - scaling.get("last_overflow_iter", -1) - 1)
     return {

@@ -1,7 +1,7 @@
-"""The files of a DeepSpeed checkpoint: finding them in a folder, reading one without running anything in it, and the
-tensors by name in those of ZeRO's optimizers.
+"""Find the files of a DeepSpeed checkpoint, read them without running any code in them, and return the tensors of
+ZeRO's optimizers by name.
 
-What DeepSpeed's `save_checkpoint` writes:
+DeepSpeed's `save_checkpoint` writes:
 
     FOLDER/latest                                          a tag, such as global_step40
     FOLDER/TAG/mp_rank_00_model_states.pt                  stages 0 to 2: weights by name, counters; at stage 0 the
@@ -10,11 +10,11 @@ What DeepSpeed's `save_checkpoint` writes:
     FOLDER/TAG/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt   stages 1 to 3: rank R's part of masters and moments,
                                                            flat, group after group
 
-What its script ds_to_universal makes of that, for any number of ranks:
+Its script ds_to_universal converts them for any number of ranks:
 
     FOLDER/latest_universal                                a tag, such as global_step40_universal
     FOLDER/TAG/zero/NAME/fp32.pt exp_avg.pt exp_avg_sq.pt  one parameter, complete
-    FOLDER/TAG/zero/optimizer_state.pt                     what all parameters have in common
+    FOLDER/TAG/zero/optimizer_state.pt                     the state that all parameters share
     FOLDER/TAG/*_model_states.pt                           as above
 
 The layouts are those of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py, runtime/fp16/,
@@ -42,8 +42,7 @@ _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_00_
 _OTHER_LAYOUTS = re.compile(r"layer_.*|.*expert_.*|expp_rank_.*|.*mp_rank_(?!00_).*_states\.pt")
 
 Tensors = dict[str, torch.Tensor]
-"""fp32 tensors on the CPU, by `KIND/NAME`, where a kind is `master` or one of Adam's moments, `exp_avg` and
-`exp_avg_sq`."""
+"""fp32 tensors on the CPU, by `KIND/NAME`. A kind is `master` or one of Adam's moments, `exp_avg` and `exp_avg_sq`."""
 _Shapes = dict[str, tuple[int, ...]]
 _FILES = {"master": "fp32.pt"} | {kind: f"{kind}.pt" for kind in MOMENTS}
 
@@ -60,12 +59,12 @@ class DeepSpeedFiles(NamedTuple):
     """The folder `zero` of a universal checkpoint."""
 
     def check_ranks(self, kind: str, ranks: int) -> None:
-        """Raise CheckpointError unless there is one file for each of so many ranks. kind: `model` or `optim`."""
+        """Raise CheckpointError unless there is one file for each of `ranks` ranks. kind: `model` or `optim`."""
         found = sorted(self.model if kind == "model" else self.optimizer)
         if len(found) != ranks or found != list(range(ranks)):
             ranks_found = ", ".join(map(str, found)) or "none"
             raise CheckpointError(
-                f"{self.folder} was saved by {ranks} rank(s), and it has a *_{kind}_states.pt of these ranks: "
+                f"{self.folder} was saved by {ranks} rank(s), but it has a *_{kind}_states.pt of these ranks: "
                 f"{ranks_found}. Copy the files of all ranks of this save into the folder, and move others away."
             )
 
@@ -73,18 +72,20 @@ class DeepSpeedFiles(NamedTuple):
 def find_files(path: Path) -> DeepSpeedFiles:
     """Return the files of a checkpoint. path: the folder that holds `latest`, or a tag folder.
 
-    Raises CheckpointError if there is no such checkpoint, or it is one of model or pipeline parallelism or experts.
+    Raises CheckpointError if there is no checkpoint, or if it uses model or pipeline parallelism or experts.
     """
     folder = _tag_folder(path)
     if not folder.is_dir():
         refuse_other_frameworks(folder, str(folder))
-        raise CheckpointError(f"There is no folder {folder}. Give the folder with `latest`, or a tag's folder itself.")
+        raise CheckpointError(
+            f"The folder {folder} does not exist. Give the folder with `latest`, or a tag's folder itself."
+        )
     model: dict[int, Path] = {}
     optimizer: dict[int, Path] = {}
     for file in sorted(folder.iterdir()):
         if _OTHER_LAYOUTS.fullmatch(file.name):
             raise CheckpointError(
-                f"{file} belongs to tensor or pipeline parallelism or to experts, which ELECTRA here never has."
+                f"{file} belongs to tensor or pipeline parallelism or to experts, which electra_ds does not support."
             )
         for pattern, found in ((_MODEL, model), (_OPTIMIZER, optimizer)):
             if match := pattern.fullmatch(file.name):
@@ -115,8 +116,7 @@ def _tag_folder(path: Path) -> Path:
 
 
 class StandIn:
-    """Takes the place of an object of a class that is not loaded: it holds the arguments of its constructor and its
-    attributes."""
+    """Stands in for an object whose class is not loaded, and holds its constructor arguments and attributes."""
 
     arguments: tuple[Any, ...]
     attributes: dict[str, Any]
@@ -136,48 +136,48 @@ class StandIn:
 
 
 _FILLED: dict[str, Any] = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}
-"""Containers that torch's unpickler does not know, and the known ones that it fills in their place."""
+"""Containers that torch's unpickler does not know, and the known ones that replace them."""
 
 
 def load_file(path: Path) -> Any:
-    """Return what the file holds: tensors on the CPU, mapped from the file, and a `StandIn` for every object of a class
-    that is not on torch's list of safe ones.
+    """Return the content of a file, with tensors on the CPU, mapped from the file.
 
-    DeepSpeed's files are pickles, which can call anything. torch's restricted unpickler calls what is on that list, and
-    here stand-ins in place of the rest, so that no code that the file chooses is run: DeepSpeed's loss scaler and the
-    objects that a script saved with its state (argparse.Namespace, NumPy scalars, paths) do no harm. Raises
-    CheckpointError if the file is damaged, or names functions of os or sys, which torch never takes.
+    A `StandIn` replaces every object whose class is not on torch's list of safe ones. DeepSpeed's files are pickles,
+    which can call anything. torch's restricted unpickler calls only what is on that list, and here stand-ins for the
+    rest, so the file cannot choose code to run: DeepSpeed's loss scaler and the objects that a script saved with its
+    state (argparse.Namespace, NumPy scalars, paths) do no harm. Raises CheckpointError if the file is damaged, or if it
+    names functions of os or sys, which torch always refuses.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if (changed := archive.testzip()) is not None:  # a checksum that torch does not check
+            if (changed := archive.testzip()) is not None:  # torch does not verify checksums
                 raise zipfile.BadZipFile(f"{changed} in it has changed since it was saved")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        # A class of its own for each name: torch's unpickler looks objects up by their class.
+        # A separate class for each name: torch's unpickler looks objects up by their class.
         stand_ins: list[Any] = [(_FILLED.get(name) or type("StandIn", (StandIn,), {}), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a pickle can fail in every way there is
+    except Exception as error:  # a pickle can raise anything
         reason = str(error)
-        if reason.startswith("Weights only load failed"):  # then comes advice to load the file without restriction
+        if reason.startswith("Weights only load failed"):  # the rest advises loading the file without restriction
             reason = reason.partition("\n\n")[2].strip()
         reason = (reason.splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
             f"{path} cannot be read: {reason}. It is missing, damaged, or was not "
-            f"written by DeepSpeed 0.19.8 alone. Copy it again from where it was saved."
+            f"written only by DeepSpeed 0.19.8. Copy it again from where it was saved."
         ) from error
 
 
 # --- the tensors of ZeRO's optimizers
 #
-# Functions raise CheckpointError if the ranks' files do not hold as many elements as the shapes need.
+# These functions raise CheckpointError if the ranks' files hold fewer or more elements than the shapes need.
 
 
 def partitioned_tensors(folder: Path, state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> Tensors:
-    """Return the tensors of stages 1 and 2; moments of those groups that have both of Adam's.
+    """Return the tensors of stages 1 and 2, with moments for the groups that have both of Adam's.
 
-    A group is one flat tensor, cut into a part for each rank. A rank's `param_slice_mappings` say which piece of its
-    part belongs to which parameter, and pieces follow each other in the order of the ranks.
+    A group is one flat tensor, cut into one part per rank. A rank's `param_slice_mappings` say which piece of its part
+    belongs to which parameter. Pieces follow each other in the order of the ranks.
 
     state: the content of the model's file. parts: the optimizer of each rank.
     """
@@ -193,11 +193,10 @@ def partitioned_tensors(folder: Path, state: Mapping[str, Any], parts: Sequence[
 
 
 def sliced_tensors(folder: Path, state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> Tensors:
-    """Return the tensors of stage 3, at which every parameter is cut into equal slices, one for each rank, the last
-    padded.
+    """Return the tensors of stage 3, which cuts every parameter into equal slices, one per rank, the last padded.
 
-    The slices of a rank lie one after the other in the order of `param_shapes`, through all of its groups; moments lie
-    as masters do.
+    A rank's slices follow each other in the order of `param_shapes`, through all of its groups. Moments are stored like
+    masters.
     """
     ranks = []
     for part in parts:
@@ -216,14 +215,14 @@ def sliced_tensors(folder: Path, state: Mapping[str, Any], parts: Sequence[Mappi
         offset += slice_size
     if any(own["master"].numel() != offset for own in ranks):
         raise CheckpointError(
-            f"{folder}: the shapes need {offset} elements on each rank, and the ranks hold "
+            f"{folder}: the shapes need {offset} elements on each rank, but the ranks hold "
             f"{', '.join(str(own['master'].numel()) for own in ranks)}. Are all files of one save?"
         )
     return _in_shape(folder, shapes, found)
 
 
 def frozen_tensor(folder: Path, name: str, shape: Sequence[int], slices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a parameter of which the model's file of every rank has a slice at stage 3, the last padded."""
+    """Return a parameter of stage 3 from its slices in the model files of all ranks, the last of which is padded."""
     flat = torch.cat([part.detach().float().flatten() for part in slices])[: math.prod(shape)]
     return _in_shape(folder, {name: tuple(shape)}, {f"master/{name}": flat})[f"master/{name}"]
 
@@ -241,7 +240,7 @@ def _flat_groups(part: Mapping[str, Any], masters_key: str, state_key: str) -> l
 
 
 def moments(state: Mapping[str, Any]) -> Tensors:
-    """Return both of Adam's moments or none: other optimizers use one of the names for something else."""
+    """Return both of Adam's moments or neither, since other optimizers use one of the names for something else."""
     return {key: state[key] for key in MOMENTS} if all(torch.is_tensor(state.get(key)) for key in MOMENTS) else {}
 
 
@@ -258,7 +257,7 @@ def _in_shape(folder: Path, shapes: _Shapes, found: Tensors) -> Tensors:
             size = found[key].numel() if key in found else 0
             if size != math.prod(shape):
                 raise CheckpointError(
-                    f"{folder}: {key} has {math.prod(shape)} elements, and the ranks' files hold {size} of them. Are "
+                    f"{folder}: {key} has {math.prod(shape)} elements, but the ranks' files hold {size} of them. Are "
                     f"all files of one save?"
                 )
             tensors[key] = found[key].view(shape)
@@ -266,11 +265,11 @@ def _in_shape(folder: Path, shapes: _Shapes, found: Tensors) -> Tensors:
 
 
 def universal_tensors(zero: Path, state: Mapping[str, Any]) -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
-    """Return (what all parameters have in common, the tensors, the optimizer's state without its tensors) of a
+    """Return (the state that all parameters share, the tensors, the optimizer's state without its tensors) of a
     universal checkpoint.
 
-    Parameters that were frozen, buffers and second names of tied parameters are there in the precision of the weights
-    and without moments. `param_shapes` in the model's file say which those are, as in the original.
+    Frozen parameters, buffers and second names of tied parameters are stored in the precision of the weights, without
+    moments. `param_shapes` in the model's file shows which they are, as in the original.
 
     state: the content of the model's file. Raises CheckpointError if a parameter's file is missing or of another size.
     """
@@ -285,7 +284,7 @@ def universal_tensors(zero: Path, state: Mapping[str, Any]) -> tuple[dict[str, A
         states[name] = {kind: tensors[f"{kind}/{name}"] for kind in MOMENTS if has_moments}
         if (folder / "step.pt").is_file():
             states[name]["step"] = load_file(folder / "step.pt")
-    own = common.get("optimizer_state_dict")  # at stage 3 it has the count of steps
+    own = common.get("optimizer_state_dict")  # at stage 3 it has the step count
     if isinstance(own, dict):
         states |= {f"group {number}": {"step": one.get("step")} for number, one in own["state"].items()}
     return common, tensors, {"state": states, "param_groups": common.get("param_groups")}
@@ -295,5 +294,5 @@ def _complete_tensor(path: Path, name: str, shape: tuple[int, ...]) -> torch.Ten
     content = load_file(path)
     tensor = content.get("param") if isinstance(content, dict) else content
     if not torch.is_tensor(tensor) or tensor.numel() != math.prod(shape):
-        raise CheckpointError(f"{path} does not hold {name} of shape {list(shape)}. Convert the checkpoint again.")
+        raise CheckpointError(f"{path} does not hold {name} with shape {list(shape)}. Convert the checkpoint again.")
     return tensor.detach().float().view(shape)

@@ -1,5 +1,5 @@
-"""A pretrained run as transformers folders, with tokenizer and model card; and the folder of any export, which appears
-complete or not at all."""
+"""Export a pretrained run as transformers folders with tokenizer and model card. Any export's folder appears complete
+or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LONGEST_NAME = 200
 
 
 def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
-    """Write each of the objective's networks into a folder of `out`; return what they are.
+    """Write each of the objective's networks into a folder in `out`, and return a description of them.
 
     Raises CheckpointError if there is nothing to export, or `out` already holds something.
     """
@@ -33,7 +33,7 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
     model, objective, tokenizer, recipe = load_model(checkpoint)
     sources = RunDirectory(checkpoint.path).read_record().initialised_from
     exports = objective.exports(model)
-    logging.disable_progress_bar()  # which would count one shard
+    logging.disable_progress_bar()  # which would show a single shard
     with new_folder(out) as partial:
         for name, exported in exports.items():
             exported.model.save_pretrained(partial / name)
@@ -50,21 +50,21 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
 
 
 def check_out(out: Path) -> None:
-    """Raise CheckpointError unless a folder can be made there, or an empty one be replaced."""
+    """Raise CheckpointError unless `out` does not exist yet or is an empty folder."""
     try:
         is_other = out.is_symlink() or (out.exists() and not out.is_dir())
         is_full = out.is_dir() and any(out.iterdir())
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise CheckpointError(f"Cannot write to {out}: {error.strerror}. Give another --out.") from error
     if is_other:
-        raise CheckpointError(f"{out} is a link or a file, and an export is a folder. Give another --out.")
+        raise CheckpointError(f"{out} is a link or a file, but an export is a folder. Give another --out.")
     if is_full:
         raise CheckpointError(f"{out} already exists and is not empty. Delete it, or give another --out.")
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder to write into, which becomes `out` at the end, or is removed if anything is raised.
+    """Yield a hidden folder to write into. It becomes `out` at the end, or is removed after an error.
 
     Raises CheckpointError if it cannot be written.
     """
@@ -79,11 +79,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise cannot_write(out, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
+        shutil.rmtree(partial, ignore_errors=True)  # it is gone after success
 
 
 def _give_usual_modes(folder: Path) -> None:
-    """Give all files the permissions of the umask; safetensors writes files that only their owner can read."""
+    """Give all files the umask's permissions, since safetensors writes files that only their owner can read."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -91,11 +91,11 @@ def _give_usual_modes(folder: Path) -> None:
 
 
 def unfinished(out: Path, token: str) -> Path:
-    """Return the hidden folder next to `out` in which the export is made. The token makes its name unique."""
+    """Return the hidden folder next to `out` in which the export is made. token: makes its name unique."""
     return out.parent / f".{out.name[:_LONGEST_NAME]}.{token}"
 
 
 def cannot_write(out: Path, error: Exception) -> CheckpointError:
     """Return the error of an export that could not be written."""
-    advice = " Make room, then start it again." if devices.is_disk_full(error) else ""
+    advice = " Free some space, then start it again." if devices.is_disk_full(error) else ""
     return CheckpointError(f"Cannot write the export {out}: {error}.{advice}")

@@ -1,7 +1,7 @@
-"""Write a run's checkpoint as DeepSpeed's own, with what a script needs to continue from it.
+"""Write a run's checkpoint in DeepSpeed's own format, with everything that a script needs to continue from it.
 
-The files are written by a DeepSpeed engine as anybody would set it up. Unlike in training, DeepSpeed owns precision and
-loss scale at stage 0 too, since that is what will load the files.
+A DeepSpeed engine in the usual setup writes the files. Unlike in training, DeepSpeed owns precision and loss scale at
+stage 0 too, since such an engine will load the files.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from electra_ds.training.prepare import plan_of_run
 from electra_ds.training.zero import ZeroAdamW, torch_adamw
 
 _CONVERTED = (1, 2)
-"""Stages at which DeepSpeed loads a universal checkpoint as it was saved."""
+"""Stages at which DeepSpeed loads a universal checkpoint unchanged."""
 _COPIED = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
 
 
 def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str | None, ranks: Ranks) -> str:
-    """Write the newest checkpoint, or the given one, for as many ranks as there are; return what to do with it.
+    """Write the newest or the given checkpoint for the current number of ranks, and return how to use it.
 
-    To be called by all ranks. ds_config: a DeepSpeed JSON's name or file, None for the one that the run had.
-    `out` appears complete or not at all. Raises CheckpointError if there is nothing to export or `out` already holds
-    something or the tensors are not the recipe's, ConfigError if the JSON cannot be used here.
+    Call it on all ranks. ds_config: the name or path of a DeepSpeed JSON, or None for the run's. `out` appears complete
+    or not at all. Raises CheckpointError if there is nothing to export, if `out` already holds something or if the
+    tensors are not the recipe's, and ConfigError if the JSON cannot be used here.
     """
     with ranks.fail_together():
         checkpoint = newest_checkpoint(run_or_checkpoint, ranks)
@@ -72,7 +72,7 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
         with ranks.fail_together(), _writing(out):
             if ranks.is_main:
                 partial.mkdir(parents=True)
-        # What ds_to_universal needs at stages 1 and 2 and DeepSpeed leaves to the caller.
+        # ds_to_universal needs this at stages 1 and 2, and DeepSpeed leaves it to the caller.
         version = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         client_state = {UNIVERSAL_CHECKPOINT_INFO: version} if plan.stage in _CONVERTED else {}
         device = devices.device(ranks.launch)
@@ -86,7 +86,7 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
                 partial.rename(out)
     finally:
         if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)  # it is gone if all went well
+            shutil.rmtree(partial, ignore_errors=True)  # it is gone after success
     lines = [
         f"{out / tag}: step {checkpoint.state['step']:,}",
         f"{out / 'resume.py'}: a script that continues from it; README.md says how to start it",
@@ -98,19 +98,19 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
 
 
 def _conversion(folder: str) -> str:
-    """Return the command that makes a universal checkpoint of a tag's folder."""
+    """Return the command that converts a tag's folder to a universal checkpoint."""
     return f"python -m deepspeed.checkpoint.ds_to_universal --input_folder {folder} --output_folder {folder}_universal"
 
 
 def _layout(plan: DeepSpeedPlan) -> str:
     name = plan.precision.name
-    precision = f"fp32 (without {name}, which is a matter of the steps)" if name.startswith("autocast") else name
+    precision = f"fp32 ({name} applies only during steps)" if name.startswith("autocast") else name
     return f"ZeRO stage {plan.stage}, {precision}, for {plan.batch.world_size} rank(s)"
 
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """Raise CheckpointError if the disk does not take it, which torch's writer reports as a RuntimeError."""
+    """Raise CheckpointError if the disk refuses a write, which torch's writer reports as a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -165,7 +165,7 @@ if loaded is None:
 if torch.distributed.get_rank() == 0:
     print(f"Loaded {{loaded}}: step {{engine.global_steps}}")
 
-# From here on it is yours: engine(batch), engine.backward(loss), engine.step(), engine.save_checkpoint(folder).
+# Add your training here: engine(batch), engine.backward(loss), engine.step(), engine.save_checkpoint(folder).
 '''
 
 
@@ -174,11 +174,11 @@ def _readme(checkpoint: Checkpoint, recipe: Recipe, plan: DeepSpeedPlan) -> str:
     notes = ""
     if not recipe.optimizer.bias_correction:
         notes += """
-Its AdamW makes no bias correction: torch's own does none at the step count of 2^24 that its state holds.
+Its AdamW makes no bias correction, since torch's makes none at the step count of 2^24 that its state holds.
 """
     if plan.stage in _CONVERTED:
         notes += f"""
-For another number of ranks, make a universal checkpoint of it, and add `"checkpoint": {{"load_universal": true}}` to
+For another number of ranks, convert it to a universal checkpoint, and add `"checkpoint": {{"load_universal": true}}` to
 deepspeed.json:
 
 ```bash
@@ -187,33 +187,33 @@ deepspeed.json:
 """
     return f"""# {recipe.name}, step {state["step"]:,}, as DeepSpeed's own checkpoint
 
-{_layout(plan)}, after {state["tokens"]:,} tokens. DeepSpeed loads it with as many ranks, the same stage and the same
-precision. Where electra_ds is installed:
+{_layout(plan)}, after {state["tokens"]:,} tokens. DeepSpeed loads it only with the same number of ranks,
+stage and precision. Run, with electra_ds installed:
 
 ```bash
 torchrun --nproc_per_node {plan.batch.world_size} resume.py
 ```
 
-`resume.py` makes model, optimizer and engine and loads this folder; the training, the learning rate and its schedule
-are yours to add. On several machines, `--nproc_per_node` times `--nnodes` is {plan.batch.world_size}.
+`resume.py` makes the model, optimizer and engine and loads this folder. Add your own training, learning rate and
+schedule. On several machines, `--nproc_per_node` times `--nnodes` is {plan.batch.world_size}.
 {notes}
-Back into a run of electra_ds: `electra-ds checkpoint import THIS_FOLDER --run-dir RUN --ds-config JSON`.
+To import it into a run of electra_ds: `electra-ds checkpoint import THIS_FOLDER --run-dir RUN --ds-config JSON`.
 """
 
 
-# --- the engine that writes
+# --- the engine that writes the files
 
 
 def native_config(plan: DeepSpeedPlan) -> dict[str, Any]:
-    """Return the JSON for a plain DeepSpeed script: the resolved one, without monitors and what only our engine needs.
+    """Return the JSON for a plain DeepSpeed script: the resolved one without monitors and keys for our engine only.
 
-    Autocast is left out, as its checkpoints are those of fp32.
+    Autocast is left out, since its checkpoints are fp32 ones.
     """
     config = copy.deepcopy(plan.document)
     for key in ("torch_autocast", *MONITOR_SECTIONS):
         config.pop(key, None)
     if plan.stage:
-        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW if the optimizer is offloaded
+        config["zero_force_ds_cpu_optimizer"] = False  # allow torch's AdamW with an offloaded optimizer
     return config
 
 
@@ -221,7 +221,7 @@ def native_config(plan: DeepSpeedPlan) -> dict[str, Any]:
 def native_engine(
     checkpoint: Checkpoint, model: Electra, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device
 ) -> Iterator[Any]:
-    """Yield DeepSpeed's engine with a checkpoint's state in it, and close it at the end. To be called by all ranks.
+    """Yield DeepSpeed's engine with a checkpoint's state, and close it at the end. Call it on all ranks.
 
     model: its weights are replaced. Raises ConfigError if the device cannot run the plan's precision.
     """
@@ -249,8 +249,10 @@ def native_engine(
 
 
 def _fill_zero(engine: Any, recipe: Recipe, plan: DeepSpeedPlan, checkpoint: Checkpoint) -> None:
-    """Fill the engine at stages 1 to 3. The loss scaler, which is saved as an object, keeps its own rules rather than
-    those of training here."""
+    """Fill the engine at stages 1 to 3.
+
+    The loss scaler is saved as an object, so it keeps DeepSpeed's rules instead of those of our training.
+    """
     scaler = engine.optimizer.loss_scaler
     rules = {
         name: getattr(scaler, name) for name in ("scale_window", "raise_error_at_min_scale") if hasattr(scaler, name)
@@ -266,8 +268,10 @@ def _fill_zero(engine: Any, recipe: Recipe, plan: DeepSpeedPlan, checkpoint: Che
 def _fill_stage_0(
     engine: Any, recipe: Recipe, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]
 ) -> None:
-    """Fill the engine at stage 0: torch's AdamW alone in fp32; in half precision FP16_UnfusedOptimizer with fp32
-    masters around it."""
+    """Fill the engine at stage 0.
+
+    It has torch's AdamW alone in fp32, or wrapped in FP16_UnfusedOptimizer with fp32 masters in half precision.
+    """
     wrapper = engine.optimizer if isinstance(engine.optimizer, FP16_UnfusedOptimizer) else None
     optimizer = engine.optimizer if wrapper is None else wrapper.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}

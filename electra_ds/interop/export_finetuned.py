@@ -1,5 +1,5 @@
-"""A finetuned run as one transformers folder: the model with its head if a class of transformers has such a head, or
-the encoder only.
+"""Export a finetuned run as one transformers folder: the model with its head if transformers has a class for it, or
+only the encoder.
 
 Shape suffixes: C scores, H hidden size.
 """
@@ -46,23 +46,25 @@ from electra_ds.training.checkpoint import Checkpoint
 from electra_ds.training.checkpoints import default_export_folder, kept_checkpoint, recorded_recipe
 
 _TOLERANCE = 1e-4
-"""How far the scores of the folder may be from those of the run, as a share of the largest score, at least 1; rounding
-gives 1e-6."""
+"""The largest allowed difference between the folder's scores and the run's, as a share of the largest (at least 1).
+
+Rounding gives 1e-6.
+"""
 _CHECKED_ROWS, _CHECKED_LENGTH = 4, 24
 
 
 class _Scale(NamedTuple):
-    """Scores of a regression in the task's own range are `lowest + unit * output`."""
+    """The scale of a regression: scores in the task's range are `lowest + unit * output`."""
 
     lowest: float = 0.0
     unit: float = 1.0
 
 
 def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only: bool = False) -> str:
-    """Write a run's kept weights, or a checkpoint's, into `out`; return what to do with them.
+    """Write the weights that a run kept, or those of a checkpoint, into `out`, and return how to use them.
 
-    Raises CheckpointError if there is nothing to export or `out` already holds something, ConfigError if no class
-    of transformers computes what was trained.
+    Raises CheckpointError if there is nothing to export or `out` already holds something, and ConfigError if no
+    transformers class computes what was trained.
     """
     checkpoint = kept_checkpoint(run_or_checkpoint)
     recipe = recorded_recipe(checkpoint, FinetuneRecipe)
@@ -107,11 +109,11 @@ def _scores(checkpoint: Checkpoint) -> dict[str, Any]:
         scores: dict[str, Any] = json.loads(path.read_text("utf8"))
         return scores
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Put it back, or move it away.") from error
+        raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or move it away.") from error
 
 
 def _trained_model(checkpoint: Checkpoint, recipe: FinetuneRecipe, config: PretrainedConfig) -> TaskModel:
-    """Return encoder and head with the checkpoint's weights."""
+    """Return the encoder and head with the checkpoint's weights."""
     num_outputs = None
     if "master/head.out_proj.weight" in checkpoint.tensors:
         num_outputs = checkpoint.tensors.shape("master/head.out_proj.weight")[0]
@@ -128,7 +130,7 @@ def _labels_and_scale(
 ) -> tuple[tuple[str, ...], _Scale]:
     """Return the classes in order, none for regression, and the scale of a regression's scores.
 
-    Those of the user's own examples are in scores.json, or have to be read from the examples again.
+    For the user's own examples they come from scores.json, or else from reading the examples again.
     """
     is_unit = recipe.data.regression_scale == "unit"
     if record.source.train is None:
@@ -153,11 +155,11 @@ def _labels_and_scale(
     return (), _Scale(low, high - low)
 
 
-# --- transformers' classes with such a head
+# --- transformers' classes with the same head
 
 
 def _for_question_answering(trained: TaskModel, config: PretrainedConfig) -> PreTrainedModel:
-    """Return transformers' own model for it. Raises ConfigError if that is not the encoder and one matrix."""
+    """Return transformers' question answering model. Raises ConfigError unless it is the encoder plus one matrix."""
     assert isinstance(trained.head, SpanHead)
     config = copy.deepcopy(config)
     config.num_labels, config.problem_type = 2, None
@@ -169,12 +171,12 @@ def _for_question_answering(trained: TaskModel, config: PretrainedConfig) -> Pre
         fits = {name: parameter.shape for name, parameter in model.named_parameters()} == {
             name: tensor.shape for name, tensor in tensors.items()
         }
-    except ValueError:  # there is no class for this kind of encoder
+    except ValueError:  # transformers has no class for this kind of encoder
         fits = False
     if not fits:
         raise ConfigError(
-            f"This head scores start and end by one matrix on the encoder's output; for {config.model_type} "
-            f"transformers has no class with such a head. Export the finetuned encoder without it: add --encoder-only"
+            f"This head scores start and end by one matrix on the encoder's output, but transformers has no such "
+            f"class for {config.model_type}. Export the finetuned encoder without its head: add --encoder-only"
         )
     _fill(model, tensors)
     return model
@@ -203,14 +205,14 @@ def _for_sequences(
 
 
 def one_layer_as_two(weight_CH: torch.Tensor, bias_C: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return weights of transformers' head (dense, GELU and out_proj) with which it computes W x + b.
+    """Return weights with which transformers' head (dense, GELU and out_proj) computes W x + b.
 
-    Since GELU(z) - GELU(-z) = z, dense holds W and -W, and out_proj subtracts the one's GELU from the other's. That is
-    as precise as W x itself, in any precision: over LayerNorms' outputs of 256 and 768 random numbers the largest error
-    was 7e-7 of the largest score in fp32, 6e-4 in fp16 and 5e-3 in bf16. It takes 2 C of dense's H rows.
+    Since GELU(z) - GELU(-z) = z, dense holds W and -W, and out_proj subtracts the GELU of the second from that of the
+    first. This is as precise as W x itself, in any precision: for LayerNorm outputs of 256 and 768 random numbers, the
+    largest error was 7e-7 of the largest score in fp32, 6e-4 in fp16 and 5e-3 in bf16. It uses 2 C of dense's H rows.
     """
     classes, width = weight_CH.shape
-    assert 2 * classes <= width  # `why_not_exportable` says so
+    assert 2 * classes <= width  # `why_not_exportable` ensures this
     dense_HH, out_CH = torch.zeros(width, width), torch.zeros(classes, width)
     dense_HH[:classes], dense_HH[classes : 2 * classes] = weight_CH, -weight_CH
     out_CH[:, :classes], out_CH[:, classes : 2 * classes] = torch.eye(classes), -torch.eye(classes)
@@ -221,7 +223,7 @@ def one_layer_as_two(weight_CH: torch.Tensor, bias_C: torch.Tensor) -> dict[str,
 
 
 def _prefixed(encoder: PreTrainedModel, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the encoder's tensors under the names that they have in a model with a head."""
+    """Return the encoder's tensors under their names in a model with a head."""
     return {f"{model.base_model_prefix}.{name}": parameter for name, parameter in encoder.named_parameters()}
 
 
@@ -238,13 +240,15 @@ def _fill(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _save_tokenizer(source: Path, folder: Path, recipe: FinetuneRecipe, has_segments: bool) -> None:
-    """Save the tokenizer as it was in training: it cuts where inputs were cut, and gives segment ids if the model was
-    trained on them, which a plain PreTrainedTokenizerFast would not, and BERT's would always."""
+    """Save a tokenizer that cuts inputs as training did, and gives segment ids if the model was trained on them.
+
+    A plain PreTrainedTokenizerFast would never give segment ids, and BERT's always would.
+    """
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     config = json.loads((source / "tokenizer_config.json").read_text("utf8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":  # its name since transformers 5
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the name since transformers 5
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for name in ("is_local", "local_files_only"):  # of the machine, not of the tokenizer
+    for name in ("is_local", "local_files_only"):  # these depend on the machine, not on the tokenizer
         config.pop(name, None)
     config["model_max_length"] = recipe.data.max_length
     config["model_input_names"] = ["input_ids", *(["token_type_ids"] if has_segments else []), "attention_mask"]
@@ -252,8 +256,8 @@ def _save_tokenizer(source: Path, folder: Path, recipe: FinetuneRecipe, has_segm
 
 
 def _check_same(trained: TaskModel, folder: Path, exported: PreTrainedModel, scale: _Scale, has_segments: bool) -> None:
-    """Raise ConfigError unless the folder's model gives the run's scores of a few random inputs."""
-    with silent_transformers():  # which otherwise reports a pooler that nobody trained
+    """Raise ConfigError unless the folder's model and the run give the same scores for a few random inputs."""
+    with silent_transformers():  # it would report the untrained pooler
         model: Any = type(exported).from_pretrained(folder, dtype=torch.float32)
     batch = _random_inputs(trained.encoder.config, has_segments)
     inputs = trained.encoder_inputs(batch)
@@ -272,8 +276,8 @@ def _check_same(trained: TaskModel, folder: Path, exported: PreTrainedModel, sca
         if not apart <= _TOLERANCE * largest:
             raise ConfigError(
                 f"transformers' {type(model).__name__} does not compute what was trained: its scores of random inputs "
-                f"are up to {apart:.2g} away from the run's, which reach {largest:.3g}. This should not happen; please "
-                f"report it. --encoder-only exports the encoder without its head."
+                f"differ from the run's, which reach {largest:.3g}, by up to {apart:.2g}. This should not happen; "
+                f"please report it. --encoder-only exports the encoder without its head."
             )
 
 

@@ -1,7 +1,7 @@
-"""Make a run that continues a DeepSpeed checkpoint, whoever wrote it.
+"""Make a run that continues any DeepSpeed checkpoint of an ELECTRA.
 
-Its tensors have the names of our joint module, or those of a joint module of transformers' two; here they become those
-of one `Electra`.
+Its tensors have the names of our joint module, or those of a joint module of transformers' two. They are renamed to
+those of one `Electra`.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ _SHOWN = 5
 
 
 def folder_of_export(files: DeepSpeedFiles) -> Path | None:
-    """Return the folder in which our own export put recipe, record and state with the checkpoint, if it did."""
+    """Return the folder with the recipe, record and state of our own export, or None if another program wrote it."""
     places = (files.folder, files.folder.parent)
     return next((folder for folder in places if (folder / "recipe.yaml").is_file()), None)
 
 
 def store_of_export(folder: Path) -> TokenStore:
-    """Return the token store of the run that was exported. Raises DataError if it has changed since."""
+    """Return the token store of the exported run. Raises DataError if it has changed since."""
     return recorded_store(RunDirectory(folder).read_record(), folder, None, "say where it is now with --data STORE")
 
 
 def import_deepspeed(
     checkpoint: DeepSpeedCheckpoint, job: PretrainJob, export: Path | None, known: KnownSizes = _NOTHING
 ) -> str:
-    """Write the run with one checkpoint of what was read; return a summary, and the next command.
+    """Write a run whose one checkpoint is the one that was read, and return a summary with the next command.
 
-    To be called by the one process that holds the run. export: what `folder_of_export` found; known: what `find_sizes`
-    found. Raises CheckpointError if the checkpoint does not fit the job, ConfigError if the recipe's schedule
-    has ended by then.
+    Call it in the one process that holds the run. export: the result of `folder_of_export`. known: the result of
+    `find_sizes`. Raises CheckpointError if the checkpoint does not fit the job, and ConfigError if the recipe's
+    schedule ends before the checkpoint's step.
     """
     folder = checkpoint.files.folder
     if checkpoint.step > job.recipe.schedule.total_steps:
         raise ConfigError(
-            f"{folder} is of step {checkpoint.step}, beyond schedule.total_steps {job.recipe.schedule.total_steps}. "
-            f"Give the recipe that it was trained by."
+            f"{folder} is at step {checkpoint.step}, beyond schedule.total_steps {job.recipe.schedule.total_steps}. "
+            f"Give the recipe that it was trained with."
         )
     tokenizer = job.store.tokenizer
     model = Electra(job.recipe, tokenizer.vocab_size, tokenizer.pad_id)
@@ -85,9 +85,9 @@ def import_deepspeed(
     scale = f", loss scale {counters['loss_scale']:g}" if counters["is_scaled"] else ""
     notes = [*checkpoint.notes, *_differences(checkpoint, job.recipe.optimizer)]
     if checkpoint.frozen:
-        frozen = f"{len(checkpoint.frozen)} of its tensors were not trained and are trained from here on"
+        frozen = f"{len(checkpoint.frozen)} of its tensors were frozen and are trained from now on"
         notes.append(f"{frozen}: {_listed(checkpoint.frozen)}")
-    lines = [  # made before anything is written: nothing may fail once the run is there
+    lines = [  # made before anything is written, since nothing may fail once the run exists
         f"read {folder}: {'universal, from ' if checkpoint.files.universal else ''}ZeRO stage {checkpoint.stage}, "
         f"{checkpoint.precision}, {checkpoint.ranks} rank(s)",
         f"  names    those of {naming}",
@@ -104,14 +104,14 @@ def import_deepspeed(
 
 def _moments(found: int, total: int) -> str:
     if not found:
-        return "none, so AdamW's begin at zero"
+        return "none, so AdamW's start at zero"
     if found == total:
         return "both of AdamW's, complete"
-    return f"of {found} tensors; the other {total - found} were frozen or had no gradient yet, and begin at zero"
+    return f"of {found} tensors; the other {total - found} were frozen or had no gradient yet, and start at zero"
 
 
 def _differences(checkpoint: DeepSpeedCheckpoint, section: OptimizerSection) -> list[str]:
-    """Return notes on how the run continues differently from the checkpoint's optimizer."""
+    """Return notes on how the run's optimizer differs from the checkpoint's."""
     adam = checkpoint.adam
     if not {"betas", "eps"} <= adam.keys():
         return []
@@ -121,18 +121,18 @@ def _differences(checkpoint: DeepSpeedCheckpoint, section: OptimizerSection) -> 
         "eps": (float(adam["eps"]), section.epsilon),
     }
     notes = [
-        f"its optimizer had {name} {theirs:g}, and the recipe has {ours:g}"
+        f"its optimizer had {name} {theirs:g}, but the recipe has {ours:g}"
         for name, (theirs, ours) in pairs.items()
         if not math.isclose(theirs, ours, rel_tol=1e-6)  # in fp32
     ]
     if checkpoint.corrects_bias != section.bias_correction:
         did, does = ("did", "does not") if checkpoint.corrects_bias else ("did not", "does")
-        notes.append(f"its optimizer {did} correct Adam's bias, and the recipe's {does}")
+        notes.append(f"its optimizer {did} correct Adam's bias, but the recipe's {does}")
     return notes
 
 
 def _state_of_export(folder: Path | None, step: int) -> dict[str, Any] | None:
-    """Return the state.json of our export, unless somebody has trained on in its folder."""
+    """Return the state.json of our export, or None if its checkpoint was trained further in that folder."""
     if folder is None or not (folder / "state.json").is_file():
         return None
     try:
@@ -150,7 +150,7 @@ def _state_of_export(folder: Path | None, step: int) -> dict[str, Any] | None:
 
 
 class Naming(NamedTuple):
-    """How a file names the tensors of the joint model."""
+    """The names that a file uses for the tensors of the joint model."""
 
     is_ours: bool
     generator: str
@@ -167,7 +167,7 @@ def _find_naming(names: Iterable[str]) -> Naming:
     """Return the naming: ours under any prefix, or transformers' `ElectraForMaskedLM` and `ElectraForPreTraining` under
     any two.
 
-    Raises CheckpointError if the names are neither's.
+    Raises CheckpointError if the names are neither of them.
     """
     names = list(names)
     own, generator, discriminator = (_prefix(names, mark) for mark in (_OWN_MARK, _GENERATOR_MARK, _DISCRIMINATOR_MARK))
@@ -177,7 +177,7 @@ def _find_naming(names: Iterable[str]) -> Naming:
         return Naming(False, generator, discriminator)
     if generator is not None or discriminator is not None:
         there, gone = ("generator", "discriminator") if discriminator is None else ("discriminator", "generator")
-        raise CheckpointError(f"The checkpoint holds only a {there}. Its {gone} is needed too to continue training.")
+        raise CheckpointError(f"The checkpoint holds only a {there}. Continuing the training needs its {gone} too.")
     raise CheckpointError(
         f"The checkpoint's names ({_listed(names)}) are neither those of electra_ds's joint module nor those of one "
         f"of transformers' ElectraForMaskedLM and ElectraForPreTraining."
@@ -189,7 +189,7 @@ def _prefix(names: Iterable[str], mark: str) -> str | None:
 
 
 def _own(checkpoint: DeepSpeedCheckpoint, model: Electra) -> tuple[dict[str, torch.Tensor], int, Naming]:
-    """Return (tensors of one of our checkpoints, how many parameters have moments, how the file names tensors)."""
+    """Return (tensors as in one of our checkpoints, the number of parameters with moments, the file's naming)."""
     given = checkpoint.tensors
     weights = {name.removeprefix("master/"): tensor for name, tensor in given.items() if name.startswith("master/")}
     naming = _find_naming(weights)
@@ -206,17 +206,17 @@ def _own(checkpoint: DeepSpeedCheckpoint, model: Electra) -> tuple[dict[str, tor
 
 
 def _renamed(naming: Naming, tensors: Mapping[str, torch.Tensor], model: Electra) -> dict[str, torch.Tensor]:
-    """Return tensors (weights, or one kind of moments) by the names of `model.named_parameters()`, every one of them.
+    """Return tensors (weights, or one kind of moments) under all names of `model.named_parameters()`.
 
-    If weights are shared in the model, the file's several copies must agree. Raises CheckpointError if a tensor
-    is missing, of another size, or one that this model does not have.
+    If weights are shared in the model, the copies in the file must agree. Raises CheckpointError if a tensor is
+    missing, has another size, or is not in this model.
     """
     state = model.state_dict(keep_vars=True)
     renamed, foreign = _under_our_names(naming, tensors, state)
     foreign += [name for name in renamed if name not in state]
     if foreign:
         raise CheckpointError(
-            f"The checkpoint holds what the recipe's model does not have: {_listed(foreign)}. Is it the right recipe?"
+            f"The checkpoint has tensors that the recipe's model lacks: {_listed(foreign)}. Is it the right recipe?"
         )
     aliases: dict[int, list[str]] = {}
     for name, parameter in state.items():
@@ -228,11 +228,11 @@ def _renamed(naming: Naming, tensors: Mapping[str, torch.Tensor], model: Electra
         if not copies:
             problems.append(f"{name} is missing")
         elif copies[0].shape != parameter.shape:
-            problems.append(f"{name} is {list(copies[0].shape)}, and the recipe's is {list(parameter.shape)}")
+            problems.append(f"{name} is {list(copies[0].shape)}, but the recipe's is {list(parameter.shape)}")
         elif any(not torch.equal(copies[0], copy) for copy in copies[1:]):
             raise CheckpointError(
-                f"The recipe shares {' and '.join(aliases[id(parameter)])}, and in the checkpoint they differ. Say how "
-                f"it was trained by --set generator.sharing=none (or tokens, if the token table is shared)."
+                f"The recipe shares {' and '.join(aliases[id(parameter)])}, but in the checkpoint they differ. Set the "
+                f"sharing it was trained with: --set generator.sharing=none (or tokens, if it shares the token table)."
             )
         else:
             found[name] = copies[0]
@@ -246,7 +246,7 @@ def _renamed(naming: Naming, tensors: Mapping[str, torch.Tensor], model: Electra
 def _under_our_names(
     naming: Naming, tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return (tensors under our names, with aliases; names that belong to nothing)."""
+    """Return (tensors under our names, with aliases; names that match nothing)."""
     if naming.is_ours:
         outside = [name for name in tensors if not name.startswith(naming.generator)]
         return {name.removeprefix(naming.generator): t for name, t in tensors.items() if name not in outside}, outside
@@ -260,7 +260,7 @@ def _under_our_names(
         if _DECODER in part and _TABLE in part and not torch.equal(part[_DECODER], part[_TABLE]):
             raise CheckpointError(
                 f"{prefix}{_DECODER} and {prefix}{_TABLE} differ: the generator was trained without tied weights, "
-                f"which ELECTRA has."
+                f"but ELECTRA's are tied."
             )
         known.update(prefix + name for name in part)
         try:

@@ -1,6 +1,6 @@
-"""A run that begins with published weights: whether its sources fit, and the first checkpoint.
+"""Begin a run with published weights: check that they fit the recipe, and write the first checkpoint.
 
-Imported only by runs that begin so, since transformers takes seconds to import.
+Only such runs import this module, since transformers takes seconds to import.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _SHARED_PARTS = {
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The weights that a run begins with, which fit its recipe."""
+    """The weights that a run begins with. They fit its recipe."""
 
     discriminator: Pretrained
     generator: Pretrained | None
 
     @property
     def names(self) -> list[str]:
-        """The names for the run's record: Hub names, and folders in full."""
+        """The names for the run's record: Hub names, or full paths of folders."""
         return [part.name if is_hub_model(part.name) else str(Path(part.name).resolve()) for part in self._parts()]
 
     def _parts(self) -> list[Pretrained]:
@@ -61,53 +61,53 @@ class InitialWeights:
         return next((part.tokenizer for part in reversed(self._parts()) if part.tokenizer is not None), None)
 
     def own_tokenizer(self) -> str:
-        """Return the argument of --tokenizer for the weights' own. Raises ConfigError if none came with them."""
+        """Return the --tokenizer argument for the weights' own tokenizer. Raises ConfigError if there is none."""
         for part in reversed(self._parts()):
             if part.tokenizer is not None or is_hub_model(part.name):
                 return part.name
         raise ConfigError(
-            f"{self.discriminator.name} holds no tokenizer.json and no vocab.txt. Give the one that it was trained "
-            f"with: --tokenizer PATH."
+            f"{self.discriminator.name} holds neither tokenizer.json nor vocab.txt. Give the tokenizer that it was "
+            f"trained with: --tokenizer PATH."
         )
 
     def check_vocabulary(self, tokenizer: Tokenizer) -> None:
-        """Raises DataError unless every id means the piece that its row of the token table was trained for.
+        """Raise DataError unless every id stands for the piece that its row of the token table was trained for.
 
-        Where no tokenizer came with the weights, there must be as many pieces as rows.
+        If the weights came without a tokenizer, there must be as many pieces as rows.
         """
         rows, size = self.discriminator.vocab_size, tokenizer.vocab_size
         known = self._own_tokenizer()
         if known is not None:
             problem = _difference(known, tokenizer)
             advice = (
-                f"Leave --tokenizer out to take the weights' own; a store for --data is made with it by "
+                f"Leave --tokenizer out to use the weights' own; to build a store for --data with it, run "
                 f"{command('build-data')} --tokenizer {self.own_tokenizer()}."
             )
         else:
             problem = "" if size == rows else f"it has {size:,} pieces"
             advice = "Give the tokenizer that they were trained with."
         if not problem and size > rows:
-            problem = f"it has {size:,} pieces with those that ELECTRA needs"
+            problem = f"it has {size:,} pieces, including those that ELECTRA needs"
         if problem:
             raise DataError(
                 f"The tokenizer does not fit the weights of {self.discriminator.name}, whose token table has {rows:,} "
-                f"rows: {problem}. Rows would stand for other pieces than they were trained for. {advice}"
+                f"rows: {problem}. Rows would stand for pieces that they were not trained for. {advice}"
             )
 
     def notes(self, recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
-        """Return notes on the parts of the model that do not begin with the weights."""
+        """Return notes on the parts of the model that do not start from the weights."""
         notes = []
         if self.generator is None:
             shared = _SHARED_PARTS[electra_recipe(recipe).generator.sharing]
             notes.append(f"the generator begins with random weights{shared}")
         if not self.discriminator.has_head:
             notes.append(
-                f"{self.discriminator.name} is an encoder alone: the discriminator's head begins with random weights"
+                f"{self.discriminator.name} is only an encoder: the discriminator's head begins with random weights"
             )
         own = self._own_tokenizer()
         if own is not None and (differing := _differing_steps(own, tokenizer)):
             notes.append(
-                f"the tokenizer has the weights' pieces and another {differing}, which changes how text is split. "
+                f"the tokenizer has the weights' pieces but another {differing}, which changes how text is split. "
                 f"Unless you intend that, use theirs: leave out --tokenizer and --data, or build the store with "
                 f"{command('build-data')} --tokenizer {self.own_tokenizer()}"
             )
@@ -117,8 +117,7 @@ class InitialWeights:
         return notes
 
     def tensors(self, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-        """Return the tensors of a first checkpoint: the weights, the recipe's random ones if there are none, and
-        moments of 0."""
+        """Return the tensors of a first checkpoint: the weights, random ones for the rest, and moments of 0."""
         model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
         own = model.state_dict()
         given = {name: tensor for part in self._parts() for name, tensor in part.tensors.items()}
@@ -132,10 +131,10 @@ class InitialWeights:
 
 
 def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeights:
-    """Read the weights in one or two folders of transformers or models on the Hub, in any order.
+    """Read the weights in one or two transformers folders or models on the Hub, in any order.
 
-    A folder may be one that bin/export made. Raises DataError if a model cannot be fetched or used, ConfigError if
-    they are not a discriminator with or without a generator, or do not fit the recipe.
+    A folder may be one that bin/export made. Raises DataError if a model cannot be downloaded or used, and ConfigError
+    if they are not a discriminator with or without a generator, or do not fit the recipe.
     """
     for source in sources:
         refuse_other_frameworks(Path(source), source)
@@ -147,11 +146,11 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
     of_kind = {kind: [part for part in parts if part.kind == kind] for kind in PARTS}
     found = ", ".join(f"{part.name} ({part.kind})" for part in parts)
     if len(of_kind["generator"]) > 1 or len(of_kind["discriminator"]) > 1:
-        raise ConfigError(f"--init-from takes one discriminator, and one generator or none; these are {found}.")
+        raise ConfigError(f"--init-from takes one discriminator and at most one generator, but these are {found}.")
     if not of_kind["discriminator"]:
         raise ConfigError(
-            f"--init-from needs a discriminator, and this is {found}. Give the discriminator that was trained with it "
-            f"too, or alone."
+            f"--init-from needs a discriminator, but this is {found}. Give the discriminator that was trained with it, "
+            f"alone or in addition."
         )
     found_weights = InitialWeights(of_kind["discriminator"][0], next(iter(of_kind["generator"]), None))
     discriminator, generator = found_weights.discriminator, found_weights.generator
@@ -163,7 +162,7 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
 
 
 def _expanded(source: str) -> list[str]:
-    """Return the two models in a folder that bin/export made, or the source itself."""
+    """Return the two models in a folder that bin/export made, or else the source itself."""
     folder = Path(source)
     inside = [folder / part for part in PARTS if (folder / part / "config.json").is_file()]
     return [str(path) for path in inside] if inside and not (folder / "config.json").is_file() else [source]
@@ -173,25 +172,25 @@ def _check_one_vocabulary(generator: Pretrained, discriminator: Pretrained) -> N
     problem = ""
     if generator.vocab_size != discriminator.vocab_size:
         problem = (
-            f"{generator.vocab_size:,} rows in the one's token table and {discriminator.vocab_size:,} in the other's"
+            f"{generator.vocab_size:,} rows in the first token table and {discriminator.vocab_size:,} in the second"
         )
     elif generator.tokenizer is not None and discriminator.tokenizer is not None:
         problem = _difference(discriminator.tokenizer, generator.tokenizer)
     if problem:
         raise ConfigError(
-            f"{generator.name} and {discriminator.name} do not read the same vocabulary: {problem}. Give a pair that "
+            f"{generator.name} and {discriminator.name} do not have the same vocabulary: {problem}. Give a pair that "
             f"was trained together, or the discriminator alone."
         )
 
 
 def _differing_steps(theirs: Tokenizer, ours: Tokenizer) -> str:
-    """Return the steps before the look-up of pieces in which two tokenizers differ; empty if there are none."""
+    """Return the differing steps before the look-up of pieces, or an empty text if the tokenizers agree."""
     one, other = (json.loads(tokenizer.backend.to_str()) for tokenizer in (theirs, ours))
     return " and ".join(step for step in ("normalizer", "pre_tokenizer") if one[step] != other[step])
 
 
 def _difference(expected: Tokenizer, found: Tokenizer) -> str:
-    """Return in which pieces two tokenizers differ; empty if they do not."""
+    """Return the pieces in which two tokenizers differ, or an empty text if they agree."""
     theirs = expected.backend.get_vocab(with_added_tokens=True)
     ours = found.backend.get_vocab(with_added_tokens=True)
     differing = dict(theirs.items() ^ ours.items())
@@ -210,17 +209,16 @@ def write_first_checkpoint(
     tokens: int = 0,
     counters: Mapping[str, float] = FRESH_COUNTERS,
 ) -> Path:
-    """Write the weights that a run begins with as its first checkpoint, and the run's record; return the checkpoint's
-    path.
+    """Write a run's initial weights as its first checkpoint, then its record, and return the checkpoint's path.
 
-    For the main rank, which holds the run. tensors: fp32, `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` for every
-    parameter of `Electra`; counters: as `MasterAdamW.counters` gives them. Raises CheckpointError if the folder
-    cannot be written, or already holds a checkpoint.
+    Call it on the main rank, which holds the run. tensors: fp32, `master/NAME`, `exp_avg/NAME` and
+    `exp_avg_sq/NAME` for every parameter of `Electra`. counters: as in `MasterAdamW.counters`. Raises CheckpointError
+    if the folder cannot be written or already holds a checkpoint.
     """
     state = {"step": step, "tokens": tokens, "precision": "fp32", "optimizer": dict(counters)}
     path = CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(
         tensors, state, job.record_files(job.plan)
     )
-    # Last: a run is there only once it has what it begins with, or a resumed one would begin with random weights.
+    # Written last, so a run exists only once it has its initial weights; resuming it could else start from random ones.
     job.run.write_record(job.recipe, job.plan, job.record)
     return path

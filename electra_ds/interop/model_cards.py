@@ -1,4 +1,4 @@
-"""The model cards, README.md, of exported models: pretrained ones and finetuned ones."""
+"""Write the model cards (README.md) of exported models, pretrained and finetuned."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ _NULL = """\
 _HEAD = """
 ## The head
 
-The head that was trained is one matrix W. transformers' has two with a GELU between them: here `dense` holds W and -W,
-and `out_proj` subtracts the one's GELU from the other's, which is W x, since GELU(z) - GELU(-z) = z. In fp16 and bf16
-this is as precise as W x itself.
+The trained head is one matrix W. transformers' head has two with a GELU between them: here `dense` holds W and -W, and
+`out_proj` subtracts the GELU of the second from that of the first, which gives W x, since GELU(z) - GELU(-z) = z. In
+fp16 and bf16 this is as precise as W x itself.
 """
 _COLUMNS = "| set | rows | metric | value | the same prediction for every row |\n| --- | --- | --- | --- | --- |"
 
@@ -65,7 +65,7 @@ _COLUMNS = "| set | rows | metric | value | the same prediction for every row |\
 def pretrained_card(
     part: str, exported: Export, recipe: Recipe, vocab_size: int, checkpoint: Checkpoint, sources: list[str]
 ) -> str:
-    """Return the card of one of a pretraining's networks. sources: the weights that the run began with."""
+    """Return the card of one network of a pretraining. sources: the weights that the run began with."""
     run, state = checkpoint.path.parent.parent, checkpoint.state
     metrics_file = run / "metrics.jsonl"
     evaluations = [
@@ -83,7 +83,7 @@ def pretrained_card(
     text = f"""This model {exported.purpose}.
 
 It was pretrained with electra_ds for {state["step"]:,} of {recipe.schedule.total_steps:,} steps on
-{state["tokens"]:,} tokens, in sequences of {recipe.data.sequence_length} tokens: positions beyond that were never
+{state["tokens"]:,} tokens, in sequences of {recipe.data.sequence_length} tokens: later positions were never
 trained. Its vocabulary has {vocab_size:,} pieces.{began}"""
     title = f"{recipe.objective.upper()} {part}, recipe {recipe.name}"
     code = _OPENING.replace("AUTO", exported.loaded_by)
@@ -91,7 +91,7 @@ trained. Its vocabulary has {vocab_size:,} pieces.{began}"""
 
 
 def published_name(source: str) -> str:
-    """Return the name for a published model card: a Hub name, or a folder's own without its path on this machine."""
+    """Return a source's name for a published card: a Hub name, or a folder's name without its path on this machine."""
     path = Path(source)
     if is_hub_model(source):
         return source
@@ -124,14 +124,14 @@ library_name: transformers
 
 @dataclass(frozen=True)
 class Exported:
-    """The exported run, as far as the card describes it."""
+    """The parts of an exported run that its card describes."""
 
     recipe: FinetuneRecipe
     record: FinetuneRecord
     state: dict[str, Any]
-    """The state of its checkpoint."""
+    """The state of the checkpoint."""
     scores: dict[str, Any]
-    """The content of scores.json, or empty."""
+    """The content of scores.json, empty if there is none."""
     labels: tuple[str, ...]
     has_segments: bool
 
@@ -144,14 +144,14 @@ class Exported:
         return f"from transformers import {auto}; {auto}.from_pretrained({path!r})   # see also {path}/README.md"
 
     def example(self) -> str:
-        """Return an argument of the pipeline."""
+        """Return an example argument for the pipeline."""
         task = GLUE.get(self.record.task) if self.record.source.train is None else None
         is_pair = task.is_pair if task is not None else self.record.source.pair is not None
         return '{"text": "…", "text_pair": "…"}' if is_pair else '"…"'
 
 
 def _pipeline(model: PreTrainedModel) -> str:
-    """Return the Hub's name of the model's kind of task."""
+    """Return the Hub's name for the model's kind of task."""
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "text-classification"
     return "question-answering" if type(model).__name__.endswith("ForQuestionAnswering") else "feature-extraction"
@@ -185,7 +185,7 @@ which is where `truncation=True` cuts them. The tokenizer {segments}.
 
 
 def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
-    """Return code that uses the model, and what its outputs are."""
+    """Return code that uses the model, and a remark on its outputs."""
     if kind == "feature-extraction":
         remark = "This is the finetuned encoder, without the head that scored the task."
         return _OPENING.replace("AUTO", "AutoModel"), remark
@@ -193,11 +193,14 @@ def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
         null = _NULL.replace("THRESHOLD", f"{what.recipe.head.null_threshold:g}")
         code = _ANSWER.replace("NULL", null if what.record.task == "squad2" else "")
         code = code.replace("LONGEST", str(what.recipe.data.max_answer_length))
-        return code, "Only the beginning of a context that is cut is searched here; the run searched windows of it."
+        return (
+            code,
+            "This code searches only the beginning of a context that is cut; the run searched windows over all of it.",
+        )
     remark = "Its one output is the score, in the task's own range."
     if what.labels:
         remark = f"Its classes: {', '.join(f'`{label}`' for label in what.labels)}."
-    # In users' own files the pair may have been found by its usual name, which is not known here.
+    # In the user's own files, the pair may have been found under a usual name, which is not known here.
     pair = '# for a pair: classifier({"text": "…", "text_pair": "…"}, truncation=True)\n'
     more = pair if what.record.source.train is not None and what.record.source.pair is None else ""
     return (
@@ -207,7 +210,7 @@ def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
 
 
 def _scores(what: Exported, kind: str) -> str:
-    """Return a section with the scores, if they are those of these weights."""
+    """Return a section with the scores, if they belong to these weights."""
     scores = what.scores
     if scores.get("step") != what.state["step"]:
         return ""
@@ -217,7 +220,11 @@ def _scores(what: Exported, kind: str) -> str:
         for metric, value in of["metrics"].items()
     )
     chosen = scores["chosen"]
-    note = f"\nThe weights are those of the {chosen}, so that its scores are no test.\n" if chosen != "last" else ""
+    note = (
+        f"\nThe weights are those of the {chosen}, so these scores are not those of an independent test.\n"
+        if chosen != "last"
+        else ""
+    )
     heading = "Scores, with its head" if kind == "feature-extraction" else "Scores"
     return f"\n## {heading}\n\n{_COLUMNS}{rows}\n{note}"
 

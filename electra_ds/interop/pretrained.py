@@ -1,9 +1,8 @@
-"""ELECTRA weights in a folder of transformers: which of the two networks they are, their sizes and tensors, and whether
-a recipe's networks have these sizes.
+"""Read ELECTRA weights in a transformers folder, find out which network they are, and check a recipe's sizes.
 
 The number of heads, the layer-norm epsilon, the activation and the position type do not change the shape of any tensor.
-With values other than those of its training a network computes something else, and nothing else shows it. So they come
-from a config.json or a recipe.
+A network with values other than those of its training computes something else without any sign of it, so these values
+come from a config.json or a recipe.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from electra_ds.config.recipe import Recipe, electra_recipe, validate_recipe
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.program import command
 from electra_ds.data.given_tokenizer import load_given_tokenizer
-from electra_ds.data.hub import explained
+from electra_ds.data.hub import explain_errors
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.encoder_source import check_complete, load_weights, silent_transformers
 from electra_ds.pretraining.convert import from_discriminator_tensors, from_generator_tensors, refuse_other_frameworks
@@ -31,7 +30,7 @@ from electra_ds.pretraining.electra import encoder_configs
 Kind = Literal["generator", "discriminator"]
 PARTS = ("generator", "discriminator")
 SHARINGS = ("none", "tokens", "embeddings", "all")
-"""Values of generator.sharing; each shares what those before it do."""
+"""The values of generator.sharing. Each shares everything that the previous ones do."""
 _SHARED = {"all": "", "embeddings": "embeddings.", "tokens": "embeddings.word_embeddings."}
 _MOST_DECIMALS = 9
 SIZES = (
@@ -52,25 +51,25 @@ class Pretrained:
     """A generator or a discriminator."""
 
     name: str
-    """Its name as the user gave it."""
+    """The name that the user gave."""
     kind: Kind
     has_head: bool
-    """False for an encoder alone, which is taken for a discriminator's."""
+    """False for an encoder alone, which is taken to be a discriminator's."""
     sizes: dict[str, Any]
     """The values of SIZES and `hidden_act`."""
     vocab_size: int
-    """Rows of the token table."""
+    """The number of rows of the token table."""
     tensors: dict[str, torch.Tensor]
-    """fp32, under the names of `Electra.state_dict`."""
+    """fp32 tensors, under the names of `Electra.state_dict`."""
     tokenizer: Tokenizer | None
     """None if the folder has neither tokenizer.json nor vocab.txt."""
 
 
 def read_pretrained(name: str, folder: Path) -> Pretrained:
-    """Read the model in a folder that transformers wrote; the names of its weights say which of the two it is.
+    """Read the model in a folder that transformers wrote. The names of its weights show which of the two it is.
 
-    Raises DataError, with its name, if it is no ELECTRA, is damaged or incomplete, or if a pickle holds anything but
-    tensors.
+    Raises DataError with the model's name if it is not an ELECTRA, if it is damaged or incomplete, or if a pickle holds
+    anything but tensors.
     """
     refuse_other_frameworks(folder, name)
     values = _read_config(name, folder)
@@ -87,15 +86,15 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
     if not has_head:
         problems["missing are"] -= _head(model)
     check_complete(
-        f"{name} does not hold the weights of an ELECTRA {kind} as it was pretrained",
+        f"{name} does not hold the weights of a pretrained ELECTRA {kind}",
         problems,
-        "Give a pretrained model, not a finetuned one; if files were lost or damaged, fetch it again.",
+        "Give a pretrained model, not a finetuned one; if files were lost or damaged, download it again.",
     )
     tensors = {key: tensor for key, tensor in model.state_dict().items() if has_head or key.startswith("electra.")}
     if kind == "generator" and not torch.equal(tensors[_DECODER], tensors[_TABLE]):
         raise DataError(
-            f"The generator {name} predicts tokens by another table than the one that it reads them by; here both are "
-            f"one. Give the discriminator alone."
+            f"The generator {name} has different tables for reading and for predicting tokens; here they are one. "
+            f"Give the discriminator alone."
         )
     convert = from_generator_tensors if kind == "generator" else from_discriminator_tensors
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file()
@@ -106,8 +105,8 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
 
 
 def read_sizes(file: Path) -> tuple[Kind | None, dict[str, Any]]:
-    """Return (which of the two models it is, or None if its architecture does not say; the values of SIZES and
-    `hidden_act`) from a config.json. Raises DataError if it is not an ELECTRA's."""
+    """Return (kind of network, or None if the architecture does not say; values of SIZES and `hidden_act`) from a
+    config.json. Raises DataError if it is not an ELECTRA's."""
     values = _parsed(file, str(file))
     return _kind_of(values), _sizes(_config_of(values, str(file)))
 
@@ -118,10 +117,9 @@ def _kind_of(values: Mapping[str, Any]) -> Kind | None:
 
 
 def _config_of(values: Mapping[str, Any], name: str) -> ElectraConfig:
-    """Return a config made only of what is named here, so that nothing else in the file affects how weights are
-    loaded."""
+    """Return a config made only of the values named here, so nothing else in the file affects loading."""
     known = {key: values[key] for key in (*SIZES, "vocab_size", "pad_token_id", "hidden_act") if key in values}
-    with explained(f"the model {name}"), silent_transformers():
+    with explain_errors(f"the model {name}"), silent_transformers():
         return ElectraConfig(**known)
 
 
@@ -146,19 +144,19 @@ def _parsed(file: Path, name: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text("utf8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {file}: {error}. Fetch the model again.") from error
+        raise DataError(f"Cannot read {file}: {error}. Download the model again.") from error
     found = values.get("model_type") if isinstance(values, dict) else None
     if found != "electra":
         raise DataError(f"{name} is a model of type {found}, not electra (model_type in its config.json).")
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise DataError(
-            f"{name} has {values['position_embedding_type']} positions; the model here has absolute ones only."
+            f"{name} has {values['position_embedding_type']} positions, but electra_ds has only absolute ones."
         )
     return dict(values)
 
 
 def _head(model: PreTrainedModel) -> set[str]:
-    """Return the names of the head's own tensors; a decoder that is the token table is none of them."""
+    """Return the names of the head's own tensors, without a decoder that is the token table."""
     return {name for name, _ in model.named_parameters() if not name.startswith("electra.")}
 
 
@@ -166,12 +164,12 @@ def _lacks_head(model: PreTrainedModel, problems: Mapping[str, set[str]]) -> boo
     return not problems["unknown are"] and _head(model) <= problems["missing are"]
 
 
-# --- whether a recipe fits
+# --- check that a recipe fits
 
 
 @dataclass(frozen=True)
 class NetworkSizes:
-    """The sizes of a network by their names in config.json, `hidden_act` among them, and where they come from."""
+    """The sizes of a network by their names in config.json, including `hidden_act`, and their source."""
 
     name: str
     sizes: Mapping[str, Any]
@@ -191,8 +189,10 @@ def recipe_sizes(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def most_shared(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the largest generator.sharing at which generator and discriminator of these tensors, under the names of
-    `Electra.state_dict`, are equal in everything that they would share."""
+    """Return the largest generator.sharing at which everything that would be shared is equal in both networks.
+
+    tensors: under the names of `Electra.state_dict`.
+    """
     generator = {name.removeprefix("generator."): t for name, t in tensors.items() if name.startswith("generator.")}
     for sharing, prefix in _SHARED.items():
         shared = {name: tensor for name, tensor in generator.items() if name.startswith(prefix)}
@@ -205,7 +205,7 @@ def most_shared(tensors: Mapping[str, torch.Tensor]) -> str:
 def check_fit(recipe: Recipe, known: KnownSizes, sharing: str, *, takes_one: bool = True) -> None:
     """Raise ConfigError if the recipe's model differs, with every difference and the overrides that fix it.
 
-    sharing: the largest that the weights allow, see `most_shared`. takes_one: whether a discriminator may be given
+    sharing: the largest that the weights allow, see `most_shared`. takes_one: True if a discriminator may be given
     without its generator.
     """
     generator, discriminator = known
@@ -213,7 +213,9 @@ def check_fit(recipe: Recipe, known: KnownSizes, sharing: str, *, takes_one: boo
     own = electra_recipe(recipe).generator.sharing
     is_shared_wrongly = generator is not None and SHARINGS.index(own) > SHARINGS.index(sharing)
     if generator is not None and discriminator is not None and is_shared_wrongly:
-        problems.append(f"{generator.name} and {discriminator.name} differ in what generator.sharing: {own} makes one")
+        problems.append(
+            f"{generator.name} and {discriminator.name} differ in weights that generator.sharing: {own} shares"
+        )
     if not problems:
         return
     changes = _changes(recipe, known) | ({"generator.sharing": sharing} if is_shared_wrongly else {})
@@ -225,7 +227,7 @@ def check_fit(recipe: Recipe, known: KnownSizes, sharing: str, *, takes_one: boo
             if generator is not None and discriminator is not None and takes_one:
                 advice += (
                     f"\nA recipe's generator has at most the discriminator's columns and layers, a feed-forward of 4 "
-                    f"times the columns, and everything else as the discriminator. Otherwise give {discriminator.name} "
+                    f"times the columns, and the rest like the discriminator. Otherwise give {discriminator.name} "
                     f"alone."
                 )
     except ConfigError as error:
@@ -246,7 +248,7 @@ def _mismatches(recipe: Recipe, known: KnownSizes) -> list[str]:
 
 
 def _changes(recipe: Recipe, known: KnownSizes) -> dict[str, Any]:
-    """Return overrides, by dotted key, that bring the recipe's sizes to those of the weights as far as any do."""
+    """Return overrides, by dotted key, that bring the recipe's sizes as close to those of the weights as possible."""
     generator, discriminator = known
     model = recipe.model.model_dump()
     full = model if discriminator is None else discriminator.sizes
@@ -295,19 +297,19 @@ def _as_argument(changes: Mapping[str, Any]) -> str:
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Raises ConfigError if no recipe may be like that."""
+    """Return the recipe with the changes. Raises ConfigError if they do not make a valid recipe."""
     values = apply_overrides(recipe.model_dump(), _overrides(changes), type(recipe).dotted_keys())
     return validate_recipe(values, f"{recipe.name}, changed to fit the weights,")
 
 
-# --- sizes that are known of a checkpoint
+# --- known sizes of a checkpoint
 
 
 def find_sizes(given: Mapping[str, Path | None], export: Path | None, recipe: Recipe) -> KnownSizes:
-    """Return what is known about the networks of a checkpoint, and check the recipe against it.
+    """Return the known sizes of the networks of a checkpoint, and check the recipe against them.
 
-    given: a config.json, or the folder that it is in, for `generator` and `discriminator`; it comes before the recipe
-    that our own export has next to the checkpoint. Raises ConfigError if the recipe differs, DataError for a bad
+    given: a config.json, or its folder, for `generator` and `discriminator`. It takes precedence over the recipe that
+    our own export stores next to the checkpoint. Raises ConfigError if the recipe differs, and DataError for a bad
     config.
     """
     found = {}
@@ -328,7 +330,7 @@ def find_sizes(given: Mapping[str, Path | None], export: Path | None, recipe: Re
 
 
 def summary_of_sizes(recipe: Recipe, known: KnownSizes) -> list[str]:
-    """Return lines of an import's summary: what was checked for each network, against what, and what is assumed."""
+    """Return the lines of an import's summary about checked and assumed sizes of each network."""
     lines = []
     for network, (part, sizes) in zip(known, recipe_sizes(recipe).items(), strict=True):
         heads = sizes["num_attention_heads"]
@@ -339,9 +341,9 @@ def summary_of_sizes(recipe: Recipe, known: KnownSizes) -> list[str]:
         )
     if None in known:
         lines.append(
-            "           What is assumed are the recipe's values. The tensors do not show them, and with others than "
-            "in its training the model computes something else.\n"
-            "           Give the models' config.json to have it checked (--generator-config, --discriminator-config), "
-            "or change it by --set generator.num_attention_heads=N model.num_attention_heads=N model.layer_norm_eps=X"
+            "           Assumed values are the recipe's. The tensors do not show them, and with values other than "
+            "those of its training the model computes something else.\n"
+            "           Give the models' config.json to check them (--generator-config, --discriminator-config), "
+            "or set them: --set generator.num_attention_heads=N model.num_attention_heads=N model.layer_norm_eps=X"
         )
     return lines

@@ -1,5 +1,5 @@
-"""Predict what a recipe needs on a card that may not be here, or on this CPU: memory by part, the micro-batch that
-fits, and time; as tables, text and JSON too."""
+"""Predict what a recipe needs on this CPU or on any card, here or not: memory by part, the micro-batch that fits, and
+time, as tables, text and JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from electra_ds.pretraining.run_time import (
 from electra_ds.report.tables import Table
 
 GIB = 2**30
-# Cards that benchmarks/results holds a training run of.
+# Cards with a training run in benchmarks/results.
 CARDS_RUN: frozenset[str] = frozenset()
 _DAY_S = 86_400
 
@@ -57,13 +57,13 @@ class Forecast:
     card: Card | None
     kernels: Kernels
     budget_bytes: float
-    """The memory of the device that a program may use."""
+    """The device memory that a program may use."""
     budget_note: str
     memory: PeakMemory
     largest: DeepSpeedPlan | None
-    """The plan with the largest micro-batch that fits; None where none does."""
+    """The plan with the largest micro-batch that fits; None if none does."""
     time: StepTime | None
-    """The time of a step on the card; None on a CPU, and if only a card's memory is known."""
+    """The time of a step on the card; None for a CPU, or if only the card's memory is known."""
     lacks: list[Lack]
 
     @property
@@ -75,9 +75,9 @@ class Forecast:
         return self.needed_bytes <= self.budget_bytes
 
     def run_time(self) -> RunTime | None:
-        """Return the time of all steps, or None where only a card's memory is known.
+        """Return the time of all steps, or None if only a card's memory is known.
 
-        On a CPU this measures the machine for a fifth of a second. Its cores are shared by all ranks.
+        On a CPU this measures the machine for a fifth of a second. All ranks share its cores.
         """
         steps = self.recipe.schedule.total_steps
         if self.kernels == "cuda":
@@ -95,10 +95,10 @@ def forecast(
     recipe: Recipe, values: dict[str, Any], source: str, *, card: Card | None, memory_gib: float | None = None,
     vocab_size: int | None = None, world_size: int = 1,
 ) -> Forecast:  # fmt: skip
-    """Resolve the JSON for such a card and return what to expect.
+    """Return the forecast for a card, with the JSON resolved for it.
 
-    memory_gib: the free memory, in place of the card's own. Without either the plan is for this machine's CPU. Raises
-    ConfigError if the JSON cannot be used with the recipe, or asks for what the card lacks.
+    memory_gib: the free memory, in place of the card's own. Without card and memory the forecast is for this machine's
+    CPU. Raises ConfigError if the JSON does not fit the recipe, or asks for something that the card lacks.
     """
     vocab_size = vocab_size or recipe.tokenizer.vocab_size
     kernels: Kernels = "cuda" if card is not None or memory_gib is not None else "cpu"
@@ -106,7 +106,7 @@ def forecast(
     plan = resolve(values, recipe, world_size=world_size, auto_fp16=auto_fp16, source=source)
     if card is not None and card.bf16_tflops is None and plan.precision.name.endswith("bf16"):
         instead = "fp32, as in cpu" if has_slow_fp16(card.name) else "fp16, as in gtx1060-6gb"
-        raise ConfigError(f"{card.name} has no bf16, which {source} asks for. Take {instead}.")
+        raise ConfigError(f"{card.name} has no bf16, which {source} asks for. Use {instead}.")
     note = slow_fp16_note(card.name, plan.precision.name) if card is not None else None
     if note is not None:
         plan = replace(plan, notes=(*plan.notes, note))
@@ -149,7 +149,7 @@ def forecast_all(recipes: Sequence[Recipe]) -> list[Forecast]:
 
 
 def forecast_report(found: Forecast) -> list[RenderableType]:
-    """Return memory, time and what the card lacks for one forecast, as what a rich console prints."""
+    """Return one forecast for a rich console: the memory, the time, and what the card lacks."""
     device = "a GPU" if found.kernels == "cuda" else "this machine's CPU"
     if found.card is not None:
         device = f"{found.card.name} ({'run' if found.was_run else 'never run'})"
@@ -167,11 +167,11 @@ def forecast_report(found: Forecast) -> list[RenderableType]:
 
 
 def memory_table(found: Forecast) -> Table:
-    """Return the memory of each part at a step's fullest moments."""
+    """Return a table of the memory of each part at the peaks of a step."""
     phases = found.memory.phases
     is_small = max(phase.total for phase in phases.values()) < GIB / 4
     unit, shown = ("MiB", _mib) if is_small else ("GiB", _gib)
-    table = Table(f"Predicted memory at a step's fullest moments, {unit}", ["", *phases])
+    table = Table(f"Predicted memory at the peaks of a step, {unit}", ["", *phases])
     for part in next(iter(phases.values()))._fields:
         table.rows.append([part, *(shown(getattr(phase, part)) for phase in phases.values())])
     table.rows += [[], ["at once", *(shown(phase.total) for phase in phases.values())]]
@@ -194,11 +194,13 @@ def _fit_lines(found: Forecast) -> list[str]:
         return [
             *lines,
             "Not even one sequence fits. ZeRO over more cards, or offloading (zero3-offload), shrinks what does not "
-            "depend on the micro-batch; activation checkpointing what does.",
+            "depend on the micro-batch; activation checkpointing shrinks what does.",
         ]
-    largest = f"Largest micro-batch that fits: {found.largest.batch}; say --micro-batch to {command('pretrain')}."
+    largest = (
+        f"Largest micro-batch that fits: {found.largest.batch}; give it to {command('pretrain')} with --micro-batch."
+    )
     if found.largest.batch.micro_batch_size == batch.micro_batch_size:
-        share = ", each rank's whole share" if batch.gradient_accumulation_steps == 1 else ""
+        share = ", each rank's full share" if batch.gradient_accumulation_steps == 1 else ""
         largest = f"Largest micro-batch that fits: {batch.micro_batch_size}{share}."
     return [*lines, largest]
 
@@ -211,7 +213,7 @@ def _time_lines(found: Forecast) -> list[str]:
     if found.time is None:
         lines.append(
             f"  This is {CPU_SLOWER[0]} to {CPU_SLOWER[1]} times what the recipe's FLOPs take at the rate of one large "
-            f"matrix product, which was measured on this CPU just now."
+            f"matrix product, as just measured on this CPU."
         )
     else:
         lines += _card_lines(found, found.time)
@@ -241,7 +243,7 @@ def _lack_lines(found: Forecast) -> list[str]:
     lines = [f"  {escape(lack.what)}: {escape(lack.consequence)}." for lack in found.lacks]
     install = []
     if found.card.capability < DEFAULT_TORCH_CAPABILITY:
-        install = ["torch's default builds have no code for this card; make install takes the one for CUDA 12.6."]
+        install = ["torch's default builds have no code for this card; make install uses the one for CUDA 12.6."]
     return [*install, "What this card lacks:", *lines]
 
 

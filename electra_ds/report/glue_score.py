@@ -1,8 +1,8 @@
-"""The two means of GLUE's tasks that papers print, scores that others published, and the zip for gluebenchmark.com.
+"""Compute the two means over GLUE's tasks that papers print, read published scores, and zip submissions.
 
-Metrics are shares in [0, 1] and correlations in [-1, 1]; published ones are in percent, as printed.
+Metrics are shares in [0, 1] and correlations in [-1, 1]. Published ones are in percent, as printed.
 
-Metrics come as {task: {metric: value}}. MNLI's `accuracy` is the matched set's, `accuracy_mismatched` the other's.
+Metrics come as {task: {metric: value}}. MNLI's `accuracy` is that of the matched set, `accuracy_mismatched` the other.
 """
 
 from __future__ import annotations
@@ -49,18 +49,20 @@ GLUE_METRICS = {
 gluebenchmark.com)."""
 
 WNLI_MAJORITY = (40, 71)
-"""(rows of the larger class, rows) on dev. On test it is 95 of 146, the count behind the 65.1 that the leaderboard
-gives to those who answer 0 to all."""
+"""(rows of the larger class, rows) on dev. On test it is 95 of 146, the count behind the leaderboard's 65.1 for
+answering 0 to all."""
 
 
 def average(metrics: TaskMetrics) -> float | None:
-    """Return AVG, the mean of eight tasks, one metric each, without WNLI. None if one is missing."""
+    """Return AVG, the mean of eight tasks, one metric each, without WNLI, or None if one is missing."""
     return _mean_of_tasks(metrics, {task: (metric,) for task, metric in AVERAGE_METRICS.items()})
 
 
 def glue(metrics: TaskMetrics, wnli: Wnli = "majority") -> float | None:
-    """Return GLUE, the mean of nine tasks, or None if a metric is missing. WNLI is the model's own score, or that of
-    always answering the larger class."""
+    """Return GLUE, the mean of nine tasks, or None if a metric is missing.
+
+    wnli: count WNLI with the model's own score, or with that of always answering the larger class.
+    """
     if wnli == "majority":
         rows, of = WNLI_MAJORITY
         metrics = {**metrics, "wnli": {"accuracy": rows / of}}
@@ -89,9 +91,9 @@ class PublishedScores(Section):
     """Its name for `--compare`."""
     model: str
     tasks: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """{task: {metric: value}}, under the metric that it is, which is not always the one in the table's head."""
+    """{task: {metric: value}}, under the true metric, which is not always the one in the table's head."""
     std: dict[str, float] = Field(default_factory=dict)
-    """Standard deviations of `tasks`, by task."""
+    """The standard deviations of `tasks`, by task."""
     average: float | None = None
     """AVG as printed."""
     average_std: float | None = None
@@ -99,9 +101,9 @@ class PublishedScores(Section):
     """GLUE as printed."""
     glue_std: float | None = None
     column_mean: float | None = None
-    """Mean of the eight columns as printed, where AVG is not given or not all columns are at hand."""
+    """The mean of the eight printed columns, if AVG is not printed or not all columns are at hand."""
     implied: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Values that the printed means imply of a metric that is not printed: an inference, never shown as published."""
+    """Values of unprinted metrics that the printed means imply. They are inferred and never shown as published."""
     note: str | None = None
 
 
@@ -109,9 +111,9 @@ class PublishedTable(Section):
     source: str
     split: Literal["dev", "test"]
     statistic: str
-    """The statistic that a number is of several seeds, and their number."""
+    """The statistic over seeds that a number is, and the number of seeds."""
     not_comparable: list[str] = Field(default_factory=list)
-    """The reasons why a number cannot be compared with ours."""
+    """The reasons why the numbers cannot be compared with ours."""
     rows: list[PublishedScores]
 
 
@@ -123,54 +125,54 @@ def published_tables() -> list[PublishedTable]:
 
 
 def find_published(name: str) -> tuple[PublishedTable, PublishedScores]:
-    """Return the row of this name with its table. Raises ConfigError if there is none."""
+    """Return the row with this name, and its table. Raises ConfigError if there is none."""
     rows = {row.name: (table, row) for table in published_tables() for row in table.rows}
     if name not in rows:
-        raise ConfigError(f"No published scores are called {name!r}. There are: {', '.join(rows)}.")
+        raise ConfigError(f"No published scores are called {name!r}. The names are: {', '.join(rows)}.")
     return rows[name]
 
 
-# --- predictions of GLUE's test sets as the zip that gluebenchmark.com takes
+# --- predictions for GLUE's test sets as a zip for gluebenchmark.com
 
 _HEADER = "index\tprediction"
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
-"""The same predictions make the same zip."""
+"""A fixed date, so that the same predictions make the same zip."""
 
 
 SUBMISSION_ROWS = {
     "CoLA.tsv": 1_063, "SST-2.tsv": 1_821, "MRPC.tsv": 1_725, "STS-B.tsv": 1_379, "QQP.tsv": 390_965,
     "MNLI-m.tsv": 9_796, "MNLI-mm.tsv": 9_847, "QNLI.tsv": 5_463, "RTE.tsv": 3_000, "WNLI.tsv": 146, "AX.tsv": 1_104,
 }  # fmt: skip
-"""The files of a submission, and how many rows their test sets have."""
+"""The files of a submission, and the number of rows of their test sets."""
 
 
 def zip_submission(runs: Sequence[Path], out: Path) -> list[str]:
-    """Write RUN/submission/*.tsv of all runs into one zip; notes say what is in it and what is missing.
+    """Write RUN/submission/*.tsv of all runs into one zip, and return notes on what it holds and what is missing.
 
-    A missing WNLI.tsv answers 0 to all, its larger class. The zip appears complete or not at all.
-    Raises ConfigError if two runs bring the same file or none brings any, and CheckpointError if a file has not one
-    prediction for each row of its test set, or the zip cannot be written.
+    A missing WNLI.tsv is replaced by one that answers 0, the larger class, to all rows. The zip appears complete or not
+    at all. Raises ConfigError if two runs have the same file or no run has any, and CheckpointError if a file does not
+    have one prediction for each row of its test set, or if the zip cannot be written.
     """
     found, ignored = _find(runs)
     if not found:
         raise ConfigError(
-            f"None of {', '.join(map(str, runs)) or 'no runs'} has predictions of a GLUE test set in submission/. "
+            f"None of {', '.join(map(str, runs)) or 'no runs'} has predictions for a GLUE test set in submission/. "
             f"Predict the test sets when finetuning."
         )
     contents = {name: _checked(path) for name, path in found.items()}
-    notes = [f"{path} is none of GLUE's files and is left out" for path in ignored]
+    notes = [f"{path} is not one of GLUE's files and is left out" for path in ignored]
     if "WNLI.tsv" not in contents:
         rows = SUBMISSION_ROWS["WNLI.tsv"]
         contents["WNLI.tsv"] = "\n".join([_HEADER, *(f"{row}\t0" for row in range(rows)), ""]).encode()
         notes.append(f"WNLI.tsv answers 0, the larger class, to all {rows}: no run predicted it")
     _write(out, contents)
     missing = [name for name in SUBMISSION_ROWS if name not in contents]
-    told = f"; the site refuses it without {', '.join(missing)}" if missing else ", as the site wants them"
-    return [*notes, f"{out} has {len(contents)} of {len(SUBMISSION_ROWS)} files{told}"]
+    status = f"; the site refuses it without {', '.join(missing)}" if missing else "; none is missing"
+    return [*notes, f"{out} has {len(contents)} of {len(SUBMISSION_ROWS)} files{status}"]
 
 
 def _find(runs: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
-    """Return (GLUE's files by name, others)."""
+    """Return (GLUE's files by name, other files)."""
     found: dict[str, Path] = {}
     ignored = []
     for run in {path.resolve(): path for path in runs}.values():
@@ -196,8 +198,8 @@ def _checked(path: Path) -> bytes:
     indices, rows = [line.partition("\t")[0] for line in lines], SUBMISSION_ROWS[path.name]
     if header != _HEADER or indices != [str(row) for row in range(rows)]:
         raise CheckpointError(
-            f"{path} does not have one prediction for each of the test set's {rows:,} rows, in their order. Predict it "
-            f"anew on the official test set."
+            f"{path} does not have one prediction for each of the test set's {rows:,} rows, in their order. Predict "
+            f"the official test set again."
         )
     return content
 

@@ -1,4 +1,4 @@
-"""A run's summary: table, curves and sample sentences, printed and written into its directory."""
+"""Print the summary of a run (table, curves and sample sentences) and write it into the run's directory."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _SMOOTHING_SHARE = 0.02
 
 
 def report_run(run: RunDirectory, console: Console, data: Path | None = None) -> None:
-    """Print and write summary.txt, curves.png and samples.txt.
+    """Print a summary, and write summary.txt, curves.png and samples.txt.
 
-    data: where the run's token store is now, if it has moved. Raises CheckpointError if there is nothing yet, and
-    DataError, once the rest is printed, if the store that samples are drawn from is not there.
+    data: the current place of the run's token store, if it has moved. Raises CheckpointError if there is no evaluation
+    yet, and DataError, after printing the rest, if the store for the samples is missing.
     """
     metrics = read_metrics(run.metrics) if run.metrics.exists() else []
     evaluations = [line for line in metrics if line["kind"] == "eval"]
@@ -76,7 +76,7 @@ def _summary(evaluations: list[dict[str, Any]], name: str, objective: Objective[
 
 
 def speed_line(metrics: list[dict[str, Any]], device: str) -> str | None:
-    """Return the median throughput, for a device whose peak is known. Medians, since the first steps are slow."""
+    """Return a line with the median throughput (the first steps are slow), or None if the device's peak is unknown."""
     lines = [line for line in metrics if line.get("mfu") is not None]
     if not lines:
         return None

@@ -1,4 +1,4 @@
-"""Read the scores.json files that finetuning runs leave, and group those that belong together."""
+"""Read the scores.json files that finetuning runs write, and group those that belong together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOUNDED = {
     "accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman",
     "exact", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1", "best_exact", "best_f1",
 }  # fmt: skip
-"""Shares and correlations, which tables show in percent; any other metric keeps its own unit."""
+"""Shares and correlations, which tables show in percent. Any other metric keeps its own unit."""
 
 
 class _Record(BaseModel):
@@ -28,9 +28,9 @@ class ScoredSet(_Record):
     rows: int = Field(gt=0)
     metrics: dict[str, FiniteFloat]
     baseline: dict[str, float] = {}
-    """The scores of the same prediction for every row; empty in runs that did not record it, and for SQuAD 1.1."""
+    """The scores of one prediction for every row; empty for SQuAD 1.1 and in runs that did not record them."""
     warning: str = ""
-    """The warning about a model that is no better than the same prediction for every row."""
+    """The warning about a model that is no better than one prediction for every row."""
 
 
 class Scores(_Record):
@@ -42,24 +42,24 @@ class Scores(_Record):
     recipe_source: str
     """`shipped`, or a fingerprint of the user's own file."""
     changes: list[str]
-    """The differences from that recipe."""
+    """The changes to that recipe."""
     seed: int
     model: str
     model_fingerprint: str
     data_fingerprint: str
     step: int
     chosen: str
-    """The evaluation of the run that this is, such as `last`."""
+    """The evaluation whose weights were scored, such as `last`."""
     sets: dict[str, ScoredSet]
 
     @property
-    def whole_recipe(self) -> str:
-        """The recipe with its source and changes."""
+    def full_recipe(self) -> str:
+        """The recipe's name with its source and changes."""
         name = self.recipe if self.recipe_source == "shipped" else f"{self.recipe} ({self.recipe_source})"
         return " ".join([name, *(["with", ", ".join(self.changes)] if self.changes else [])])
 
     def dev_metrics(self) -> dict[str, float]:
-        """Return the metrics of the development sets by the names in `glue_score`."""
+        """Return the metrics of the development sets, under the names in `glue_score`."""
         return self._of_dev(lambda scored: scored.metrics)
 
     def dev_baselines(self) -> dict[str, float]:
@@ -86,12 +86,12 @@ class ScoredRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one pretrained model and one recipe."""
+    """The runs of one pretrained model and one recipe."""
 
     name: str
     recipe: str
     tasks: dict[str, dict[int, ScoredRun]]
-    """{task: {seed: run}}, seeds rising."""
+    """{task: {seed: run}}, with seeds in ascending order."""
 
     def seeds(self, task: str) -> set[int]:
         return set(self.tasks.get(task, {}))
@@ -100,11 +100,11 @@ class Group:
         return {task: runs[seed].scores.dev_metrics() for task, runs in self.tasks.items() if seed in runs}
 
     def means(self) -> TaskMetrics:
-        """Return the mean of each metric that all seeds of its task have."""
+        """Return the mean of each metric that all seeds of the task have."""
         return self._means(Scores.dev_metrics)
 
     def baselines(self) -> TaskMetrics:
-        """Return the means of the baselines, which are the same for all seeds that are scored on the same rows."""
+        """Return the means of the baselines, which are equal for all seeds scored on the same rows."""
         return self._means(Scores.dev_baselines)
 
     def _means(self, values: Callable[[Scores], dict[str, float]]) -> TaskMetrics:
@@ -123,7 +123,7 @@ def read_run(path: Path) -> ScoredRun:
         return ScoredRun(path, Scores.model_validate_json(file.read_bytes()))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} has no scores.json: it is no finetuning run, or has not finished. Finish it, or leave it out."
+            f"{path} has no scores.json: it is not a finetuning run, or has not finished. Finish it, or leave it out."
         ) from None
     except OSError as error:
         raise CheckpointError(f"Cannot read {file}: {error.strerror}.") from error
@@ -136,30 +136,32 @@ def read_run(path: Path) -> ScoredRun:
             ) from error
         place = "".join(f"{each}: " for each in first["loc"])
         raise CheckpointError(
-            f"{file} is damaged, or of another version: {place}{first['msg']}. Finetune it anew, or leave it out."
+            f"{file} is damaged, or of another version: {place}{first['msg']}. Finetune it again, or leave it out."
         ) from error
 
 
 def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
-    """Return (runs, notes). A run that is given twice, or whose scores a copy repeats, counts once; a run that has not
-    finished is left out if others have.
+    """Return (runs, notes).
 
-    Raises CheckpointError if one cannot be read, or none has finished, and ConfigError if two runs of the same
-    model, recipe, task and seed differ.
+    A run that is given twice, or copied, counts once. Runs that have not finished are left out if others have. Raises
+    CheckpointError if a run cannot be read or none has finished, and ConfigError if the scores of two runs with the
+    same model, recipe, task and seed differ.
     """
     if not paths:
         raise ConfigError("There are no runs to report. Give the directories of finetuning runs.")
     runs: dict[tuple, ScoredRun] = {}
     given = list({path.resolve(): path for path in paths}.values())
-    finished = [path for path in given if (path / "scores.json").exists()] or given  # if none has, reading says so
+    finished = [
+        path for path in given if (path / "scores.json").exists()
+    ] or given  # if none has, reading them reports it
     notes = [f"{path} has not finished and is left out" for path in given if path not in finished]
     for run in map(read_run, finished):
         scores = run.scores
-        key = (scores.model, scores.model_fingerprint, scores.whole_recipe, scores.task, scores.seed)
+        key = (scores.model, scores.model_fingerprint, scores.full_recipe, scores.task, scores.seed)
         first = runs.setdefault(key, run)
         if first.scores != scores:
             raise ConfigError(
-                f"{first.path} and {run.path} are both {scores.task} of {scores.model} by {scores.whole_recipe}, seed "
+                f"{first.path} and {run.path} are both {scores.task} of {scores.model} by {scores.full_recipe}, seed "
                 f"{scores.seed}, and their scores differ. Leave one out."
             )
         if first is not run:
@@ -168,8 +170,10 @@ def read_scores(paths: Sequence[Path]) -> tuple[list[ScoredRun], list[str]]:
 
 
 def group_runs(runs: Sequence[ScoredRun]) -> list[Group]:
-    """Group runs by model and recipe, in the order in which they come. Models of one name with different weights are
-    different models, named by their fingerprints."""
+    """Group runs by model and recipe, in the order given.
+
+    Models with one name but different weights are different models, told apart by their fingerprints.
+    """
     weights: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         weights[run.scores.model].add(run.scores.model_fingerprint)
@@ -179,7 +183,7 @@ def group_runs(runs: Sequence[ScoredRun]) -> list[Group]:
         name = scores.model
         if len(weights[name]) > 1:
             name = f"{name} (weights {scores.model_fingerprint[:12]})"
-        found[name, scores.whole_recipe][scores.task][scores.seed] = run
+        found[name, scores.full_recipe][scores.task][scores.seed] = run
     return [
         Group(name, recipe, {task: dict(sorted(of_seed.items())) for task, of_seed in tasks.items()})
         for (name, recipe), tasks in found.items()

@@ -1,5 +1,5 @@
-"""The scores of finetuning runs: each task over its seeds, AVG and GLUE, as tables and as CSV. Every number keeps the
-unit of what it is made from."""
+"""Report the scores of finetuning runs as tables and CSV: each task over its seeds, AVG and GLUE. Every number keeps
+the unit of its inputs."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from electra_ds.report.glue_score import (
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
 from electra_ds.report.tables import Line, Table, print_report
 
-PLUS_MINUS = "±: sample standard deviation over finetuning seeds only; that of pretraining is not in it"
+PLUS_MINUS = "±: sample standard deviation over finetuning seeds only, without the spread of pretraining"
 BASELINE = (
-    "baseline: the score of the same prediction for every row: the set's most frequent class, the mean of its scores, "
-    "or, in SQuAD 2.0, no answer"
+    "baseline: the score of one prediction for every row: the set's most frequent class, the mean of its scores, or, "
+    "in SQuAD 2.0, no answer"
 )
 _CONFIDENCE = 0.95
 _COLUMNS = (
@@ -46,7 +46,7 @@ _COLUMNS = (
 _WIDTH = 120
 """The columns of a report as text."""
 _ROUNDING = 1e-12
-"""Metrics that differ by less are equal."""
+"""Metrics that differ by less than this are equal."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Spread:
     n: int
     mean: float
     std: float | None
-    """Sample standard deviation (n - 1); None for one value, which has none."""
+    """The sample standard deviation (n - 1); None for a single value."""
     median: float
     low: float
     high: float
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return the statistics of a metric over seeds, of which there is at least one."""
+    """Return the statistics of a metric over one or more seeds."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Spread(len(values), float(np.mean(values)), std, float(np.median(values)), min(values), max(values))
 
@@ -69,15 +69,15 @@ def spread(values: Sequence[float]) -> Spread:
 def difference_interval(
     a: Sequence[float], b: Sequence[float], confidence: float = 0.95
 ) -> tuple[float, float | None, float | None]:
-    """Return (mean of a - mean of b, low, high), Welch's interval.
+    """Return (mean of a - mean of b, low, high) with Welch's interval.
 
-    low and high are None where the values tell nothing of their spread: a single value, or only equal ones.
+    low and high are None if the spread is unknown, because a sample has one value or only equal ones.
     """
     difference = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < 2 or max(np.ptp(a), np.ptp(b)) < _ROUNDING:
         return difference, None, None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # one side's values are all equal
+        warnings.simplefilter("ignore", RuntimeWarning)  # if all values of one side are equal
         test = stats.ttest_ind(a, b, equal_var=False)
         low, high = (float(bound) for bound in test.confidence_interval(confidence))
     return difference, low, high
@@ -85,17 +85,17 @@ def difference_interval(
 
 @dataclass(frozen=True)
 class Report:
-    """What runs have come to. `print(report)` shows its tables and the lines between them."""
+    """The results of runs. `print(report)` shows its tables and the lines between them."""
 
     parts: list[Table | Line]
-    """The tables and lines, in the order in which they are shown."""
+    """The tables and lines, in display order."""
     results: pd.DataFrame
-    """The numbers that the tables are made from: of a sweep a row for each trial, as in its results.csv; of finetunings
-    a row for each metric of each run, as `bin/report --csv` writes it."""
+    """The numbers behind the tables: for a sweep one row per trial, as in its results.csv; for finetunings one row per
+    metric and run, as `bin/report --csv` writes them."""
 
     @property
     def tables(self) -> list[pd.DataFrame]:
-        """The tables as they are shown, numbers and their ± as texts."""
+        """The tables as displayed, with numbers and ± as text."""
         tables = [part for part in self.parts if isinstance(part, Table)]
         return [pd.DataFrame(list(filter(None, each.rows)), columns=each.columns) for each in tables]
 
@@ -111,9 +111,9 @@ class Mean:
 
     name: str
     by_seed: dict[int, float]
-    """Empty unless all its tasks have the same seeds."""
+    """The mean for each seed, empty unless all tasks have the same seeds."""
     value: float | None
-    """The mean over seeds, or of the tasks' means; None where a metric is missing."""
+    """The mean over seeds, or over the tasks' means; None if a metric is missing."""
     baseline: float | None
     """The same mean of the baselines."""
     notes: tuple[str, ...]
@@ -122,12 +122,12 @@ class Mean:
 def report_scores(
     runs: Sequence[Path], *, compare: Sequence[str] = (), csv: Path | None = None, submission: Path | None = None
 ) -> Report:
-    """Return the tables of finetuning runs' scores.json, a table for each model and recipe in the order of the runs;
-    `compare` names published scores to show next to them.
+    """Return tables of finetuning runs' scores.json, one for each model and recipe, in the order of the runs.
 
-    `csv` is a file that gets every run's metrics, `submission` a zip that gets their predictions of GLUE's test sets.
-    Raises ConfigError if the runs do not fit together or nothing is published under that name, and CheckpointError
-    where one has no scores, its predictions are broken, or a file cannot be written.
+    compare: names of published scores to show next to them. csv: a file to write every run's metrics to. submission: a
+    zip to write their predictions for GLUE's test sets to. Raises ConfigError if the runs do not fit together or no
+    published scores have such a name, and CheckpointError if a run has no scores or broken predictions, or if a file
+    cannot be written.
     """
     published = [find_published(name) for name in compare]
     scored, notes = read_scores(runs)
@@ -140,7 +140,7 @@ def report_scores(
     if len(groups) == 2 and (differences := difference_table(*groups)).rows:
         parts.append(differences)
     elif len(groups) > 2:
-        notes = [*notes, "Differences are of two tables: give the runs of two models or recipes alone"]
+        notes = [*notes, "Differences need exactly two tables: give the runs of only two models or recipes"]
     legend = [PLUS_MINUS, BASELINE] if any(row.baselines for group in groups for row in _rows(group)) else [PLUS_MINUS]
     parts += _lines([*notes, *legend, *(note for found in published for note in _published_notes(*found))])
     results = _every_metric(scored)
@@ -154,7 +154,7 @@ def report_scores(
 
 
 def means(group: Group) -> list[Mean]:
-    """Return AVG, GLUE, and if WNLI was finetuned, GLUE with the model's own."""
+    """Return AVG, GLUE and, if WNLI was finetuned, GLUE with the model's own WNLI."""
     of_average = {task: (metric,) for task, metric in AVERAGE_METRICS.items()}
     without_wnli = {task: names for task, names in GLUE_METRICS.items() if task != "wnli"}
     rows, of = WNLI_MAJORITY
@@ -184,12 +184,12 @@ def _mean(
     if all(group.seeds(task) == seeds for task in needed):
         by_seed = {seed: value for seed in sorted(seeds) if (value := score(group.of_seed(seed))) is not None}
         return Mean(name, by_seed, sum(by_seed.values()) / len(by_seed), baseline, notes)
-    note = f"{name} is made from the tasks' means, and has no ±: their seeds differ"
+    note = f"{name} is the mean of the tasks' means and has no ±, because their seeds differ"
     return Mean(name, {}, score(group.means()), baseline, (*notes, note))
 
 
 def group_table(group: Group, published: Sequence[PublishedScores]) -> Table:
-    """Return a row for each metric of each set, and AVG and GLUE below, next to published scores."""
+    """Return a table with a row for each metric of each set, then AVG and GLUE, next to published scores."""
     rows = _rows(group)
     has_baselines = any(row.baselines for row in rows)
     columns = ["mean ± std", *(["baseline"] if has_baselines else []), "n", "median", "min–max"]
@@ -213,23 +213,23 @@ def group_table(group: Group, published: Sequence[PublishedScores]) -> Table:
 
 
 def _glue_means(group: Group) -> list[Mean]:
-    """Return the means of a group that has tasks of GLUE."""
+    """Return the means of a group that has GLUE tasks."""
     return means(group) if set(group.tasks) & set(GLUE_METRICS) else []
 
 
 class _Row(NamedTuple):
-    """One metric of one set over seeds."""
+    """One metric of one set over the seeds."""
 
     task: str
     set: str
     metric: str
     values: list[float]
     baselines: list[float]
-    """Of the same seeds; empty where they are not recorded."""
+    """The baselines of the same seeds, empty if they are not recorded."""
 
 
 def _rows(group: Group) -> list[_Row]:
-    """Return the metrics of a group, GLUE's tasks first and in its order."""
+    """Return the metrics of a group, GLUE's tasks first and in GLUE's order."""
     order = list(GLUE_METRICS)
     found: dict[tuple[str, str, str], _Row] = {}
     for task in sorted(group.tasks, key=lambda task: (order.index(task) if task in order else len(order), task)):
@@ -243,7 +243,7 @@ def _rows(group: Group) -> list[_Row]:
 
 
 def _warnings(group: Group) -> list[str]:
-    """Return the warnings of a group's runs, each once, with its task and seeds."""
+    """Return each warning of a group's runs once, with its task and seeds."""
     seeds: dict[tuple[str, str], list[int]] = {}
     for task, runs in group.tasks.items():
         for seed, run in runs.items():
@@ -274,7 +274,7 @@ def _mean_cells(mean: Mean) -> tuple[str, str, str, str]:
 
 
 def _their_cell(theirs: PublishedScores, task: str, name: str, metric: str) -> str:
-    """Return the published value of the very same metric on the development set."""
+    """Return the published value of exactly the same metric on the development set."""
     value = theirs.tasks.get(task, {}).get(metric) if name in ("dev", "dev_matched") else None
     return _published_cell(value, theirs.std.get(task))
 
@@ -294,19 +294,19 @@ def _published_notes(table: PublishedTable, row: PublishedScores) -> list[str]:
     head = f"{row.name}: {row.model}. {table.source}. On {table.split}; {table.statistic}"
     lacks = [f"not comparable in {row.name}: {what}" for what in table.not_comparable]
     if row.average is None and row.column_mean is not None:
-        lacks.append(f"{row.name} prints no AVG; its eight columns have the mean {row.column_mean:g}")
+        lacks.append(f"{row.name} prints no AVG; the mean of its eight columns is {row.column_mean:g}")
     return [head, *lacks, *([f"{row.name}: {row.note}"] if row.note is not None else [])]
 
 
 def _group_notes(group: Group) -> list[str]:
-    """Return notes on what keeps the seeds of a task from being repetitions of one experiment."""
+    """Return notes on differences between a task's seeds that make them more than repetitions of one experiment."""
     notes = []
     for task, runs in group.tasks.items():
         scores = [run.scores for run in runs.values()]
         chosen = sorted({found.chosen for found in scores})
         if chosen != ["last"]:
             notes.append(
-                f"{task} is scored at: {', '.join(chosen)}; the best of several is above what the last one has"
+                f"{task} is scored at: {', '.join(chosen)}; the best of several evaluations is above the last one"
             )
         if len({found.data_fingerprint for found in scores}) > 1:
             notes.append(f"{task} was finetuned on data that differ between seeds")
@@ -314,15 +314,15 @@ def _group_notes(group: Group) -> list[str]:
             notes.append(f"{task} ended at steps that differ between seeds")
         measured = {tuple((name, *part.metrics) for name, part in each.sets.items() if part.metrics) for each in scores}
         if len(measured) > 1:
-            notes.append(f"{task} has sets or metrics that some seeds lack; n counts those that have one")
+            notes.append(f"{task} has sets or metrics that some seeds lack; n counts the seeds that have them")
     return notes
 
 
 def difference_table(first: Group, second: Group) -> Table:
-    """Return the difference of each metric of a development set, and of the means, in points of percent."""
+    """Return a table of differences, in percentage points, of each development metric and of the means."""
     table = Table(
-        "Difference, points of percent", ["", "difference", "interval"],
-        caption=f"First minus second table, with Welch's interval ({_CONFIDENCE:.0%}) over finetuning seeds where each "
+        "Difference, percentage points", ["", "difference", "interval"],
+        caption=f"First minus second table, with Welch's interval ({_CONFIDENCE:.0%}) over finetuning seeds if each "
         f"has two.",
     )  # fmt: skip
     others = _compared(second)
@@ -339,14 +339,14 @@ def _compared(group: Group) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for task, name, metric, values, _ in _rows(group):
         if name.startswith("dev"):
-            scale = 1.0 if metric in BOUNDED else 0.01  # points of percent, or the metric's own unit
+            scale = 1.0 if metric in BOUNDED else 0.01  # percentage points, or the metric's own unit
             part = name.removeprefix("dev").replace("_", " ")
             found[f"{task}{part} {metric}"] = [scale * value for value in values]
     return found | {mean.name: list(mean.by_seed.values()) for mean in means(group)[:2]}
 
 
 def _every_metric(runs: Sequence[ScoredRun]) -> pd.DataFrame:
-    """Return a row for each metric of each run, values as in scores.json."""
+    """Return a row for each metric of each run, with values as in scores.json."""
     records = [
         {"run": run.path, "set": name, "rows": part.rows, "metric": metric, "value": value}
         | {"baseline": part.baseline.get(metric), "changes": ", ".join(run.scores.changes)}

@@ -1,4 +1,4 @@
-"""A table as data, which a rich console renders."""
+"""A table as data, for a rich console to render."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from rich.markup import escape
 from electra_ds.core.terminal import say, say_command, warn
 
 _NARROWEST = 8
-"""The width to which text is folded at most."""
+"""The maximum width of folded text."""
 
 
 @dataclass
 class Table:
-    """Rows and columns of a report, ready to be rendered."""
+    """The rows and columns of a report, ready to render."""
 
     title: str
     columns: Sequence[str]
     rows: list[Sequence[str]] = field(default_factory=list)
     """The cells of each row. An empty row is a gap between two sections."""
     text_columns: int = 1
-    """How many columns, the first ones, hold text. The others hold numbers."""
+    """The number of leading columns that hold text. The others hold numbers."""
     caption: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render the table. Text is aligned left and folded where it is too long. Numbers are aligned right, and folded
-        only if the console is too narrow for them; nothing is cut off."""
+        """Render the table without cutting anything off.
+
+        Text is aligned left and folded if it is too long. Numbers are aligned right and folded only if the console is
+        too narrow for them.
+        """
         shown = rich.table.Table(
             title=escape(self.title), title_justify="left", caption=escape(self.caption) or None,
             caption_justify="left", box=box.SIMPLE, padding=(0, 1),
@@ -57,7 +60,7 @@ class Line:
     text: str
     is_warning: bool = False
     command: str = ""
-    """A command to be copied, which comes after the text."""
+    """A command to copy, shown after the text."""
 
 
 def print_report(parts: Iterable[Table | Line], console: Console) -> None:

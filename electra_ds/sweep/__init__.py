@@ -1,6 +1,6 @@
-"""Studies: a file's trials, run one by one or by Ray Tune, and their results.
+"""Sweeps: the trials of a file, run one by one or by Ray Tune, and their results.
 
-`run_sweep` runs a sweep, and `trainable` is a trial for your own `tune.Tuner`.
+`run_sweep` runs a sweep. `trainable` makes a trial for your own `tune.Tuner`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MODULES = {"run_sweep": "electra_ds.sweep.run", "trainable": "electra_ds.sweep.
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch, pandas and Ray only when a name that needs them is asked for."""
+    """Import torch, pandas and Ray only when a name that needs them is used."""
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,14 +1,14 @@
-"""A sweep's folder, which is the truth about it: what is done is read from the runs, without Ray.
+"""A sweep's folder, its only record: the state of every trial is read from the runs, without Ray.
 
 DIR/
-  sweep.yaml          the sweep in full
-  home                where this folder was when the sweep began: the paths in sweep.yaml are from that time
-  inputs/             copies of its recipes and DeepSpeed JSON files, where they are the user's own
+  sweep.yaml          the full sweep
+  home                this folder's place when the sweep began; the paths in sweep.yaml date from then
+  inputs/             copies of the user's own recipes and DeepSpeed JSON files
   runs/KEY/           each trial's run directory, as bin/pretrain and bin/finetune make it
-  trials/KEY.json     what the trial is, and each attempt: when, how long, how it ended
-  trials/KEY.log      what its processes printed
-  trials/KEY.ended    there once a scheduler has decided to end it
-  stop                there while the sweep is to save and leave
+  trials/KEY.json     the trial's command, and each attempt: when, how long, how it ended
+  trials/KEY.log      the output of its processes
+  trials/KEY.ended    exists once a scheduler has decided to end it
+  stop                exists while the sweep is asked to save and stop
   results.csv  results.parquet  cells.csv  curves.png
 """
 
@@ -49,15 +49,18 @@ from electra_ds.sweep.trials import Trial, suggested
 from electra_ds.training.tracking import metrics_lines
 
 State = Literal["done", "collapsed", "stopped", "skipped", "failed", "unfinished", "waiting"]
-"""`stopped`: as planned, by stop_at_share or a scheduler. `skipped`: its encoder collapsed before the checkpoint that
-it was to finetune. `unfinished`: begun. `waiting`: not begun."""
+"""The states of a trial.
+
+`stopped`: as planned, by stop_at_share or a scheduler. `skipped`: its encoder collapsed before the checkpoint to
+finetune. `unfinished`: started. `waiting`: not started.
+"""
 SUCCEEDED: tuple[State, ...] = ("done", "collapsed", "stopped")
 AS_PLANNED: tuple[State, ...] = (*SUCCEEDED, "skipped")
 ENDED: tuple[State, ...] = (*AS_PLANNED, "failed")
 STOPPED_AT, ENDED_EARLY = "--stop-at", "ended by the scheduler"
-"""Reasons for which a stopped run is not resumed."""
+"""Reasons why a stopped run is not resumed."""
 ENDED_AT_START = "asked to leave before training began"
-"""A reason for which a stopped run is resumed."""
+"""A reason why a stopped run is resumed."""
 _TAIL_BYTES = 4000
 
 
@@ -69,9 +72,9 @@ class Attempt:
     """Seconds since 1970."""
     seconds: float
     status: int | None
-    """The first exit status of a rank that is not 0; -N after signal N; None while it runs."""
+    """The first nonzero exit status of a rank; -N after signal N; None while it runs."""
     reason: str
-    """Why it failed; empty where it did not."""
+    """The reason of a failure, else empty."""
     host: str
 
 
@@ -102,7 +105,7 @@ _RECORD = TypeAdapter(TrialRecord)
 
 
 class TrialFiles:
-    """One trial in the folder of a sweep, by its key."""
+    """The files of one trial in a sweep's folder."""
 
     def __init__(self, sweep: Path, key: str) -> None:
         self.key = key
@@ -115,8 +118,10 @@ class TrialFiles:
     # --- the record of its attempts
 
     def record(self) -> TrialRecord | None:
-        """Return the record; None if the trial was not begun, or its file is damaged. An attempt whose end was not
-        recorded is taken to have lasted until its last output."""
+        """Return the record, or None if the trial has not started or its file is damaged.
+
+        An attempt without a recorded end is assumed to have lasted until its last output.
+        """
         try:
             record = _RECORD.validate_json(self._record.read_bytes())
         except (OSError, ValidationError):
@@ -134,28 +139,28 @@ class TrialFiles:
         """Record a new attempt."""
         before = self.record()
         if before is not None and before.attempts[-1].status is None:
-            before = before.with_last(status=-signal.SIGKILL, reason="killed with what had started it")
+            before = before.with_last(status=-signal.SIGKILL, reason="killed together with the process that started it")
         attempts = (*(before.attempts if before else ()), Attempt(time.time(), 0.0, None, "", os.uname().nodename))
         given = (resources.workers, resources.cpus, resources.gpus)
         values = _by_option(trial.values, partial(without_folder, self._sweep, trial.stage))
         self._write(TrialRecord(self.key, trial.stage, values, command, *given, attempts))
 
     def end(self, status: int, reason: str | None = None) -> None:
-        """Record how the attempt ended. What other ranks made of the death of one is not the trial's status."""
+        """Record how the attempt ended. status: the trial's, not that of ranks which failed because another died."""
         if (record := self.record()) is not None:
             seconds = round(time.time() - record.attempts[-1].began, 3)
             why = self._reason(status) if reason is None else reason
             self._write(record.with_last(seconds=seconds, status=status, reason=why))
         if status < 0:
-            self.forget_failure()
+            self.clear_failure()
 
     def refuse(self, trial: Trial, resources: Resources, why: str) -> None:
-        """Record that the trial cannot be begun."""
+        """Record that the trial cannot start."""
         self.begin(trial, [], resources)
         self.end(2, why)
 
     def _reason(self, status: int) -> str:
-        """Return the last line that its processes printed, or the signal that killed them."""
+        """Return the last line of the output, or the signal that killed the processes."""
         if status == 0:
             return ""
         lines = self.last_lines() if status > 0 else []
@@ -163,7 +168,7 @@ class TrialFiles:
         return (ours or lines or [ending(status)])[-1]
 
     def last_lines(self) -> list[str]:
-        """Return the last lines that the trial's processes printed, without empty ones."""
+        """Return the last non-empty lines of the trial's output."""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -174,7 +179,7 @@ class TrialFiles:
     # --- its status
 
     def state(self) -> tuple[State, str]:
-        """Return how far the trial is, and why it failed or was ended."""
+        """Return the trial's state, and the reason if it failed or was ended."""
         record, status, details = self.record(), self.run.status(), self.run.status_details()
         reason = str(details.get("reason", ""))
         if status == "collapsed":
@@ -183,7 +188,7 @@ class TrialFiles:
         if status is not None and not is_by_signal:
             return status, reason
         last = None if record is None else record.attempts[-1]
-        if last is not None and last.status is not None and 0 < last.status < 128:  # refused to begin or to resume
+        if last is not None and last.status is not None and 0 < last.status < 128:  # it refused to start or resume
             return "failed", last.reason
         return ("unfinished", reason) if self.run.exists() or record is not None else ("waiting", "")
 
@@ -196,27 +201,29 @@ class TrialFiles:
         return self.state()[0] in SUCCEEDED
 
     def note_stopped(self, status: int, step: int) -> None:
-        """Mark a trial as stopped whose processes were asked to leave before its run could note that itself, such as
-        while it starts. It is resumed or started again, like any trial that a signal has stopped."""
-        if self.run.status() is None and not 0 < status < 128:  # else it has ended by itself
+        """Mark a trial as stopped if its run could not do so itself, for example because it was still starting.
+
+        The trial is resumed or started again, like any trial that a signal has stopped.
+        """
+        if self.run.status() is None and not 0 < status < 128:  # else it ended by itself
             make_folder(self.run.path)
             self.run.write_status("stopped", step=step, reason=ENDED_AT_START)
 
     def give_up(self, why: str) -> None:
-        """Let a trial that cannot be finished count as failed, unless it has succeeded."""
+        """Mark a trial that cannot be finished as failed, unless it has succeeded."""
         if not self.has_succeeded:
             make_folder(self.run.path)
             self.run.write_status("failed", reason=why)
 
-    def forget_failure(self) -> None:
-        """Let a trial resume where it was, if it failed; the time that its attempts took is kept."""
+    def clear_failure(self) -> None:
+        """Make a failed trial resumable where it stopped. The time of its attempts is kept."""
         if self.run.status() == "failed":
             self.run.clear_status()
-            with contextlib.suppress(OSError):  # a run has been begun there
+            with contextlib.suppress(OSError):  # a run exists there
                 self.run.path.rmdir()
 
     def end_early(self) -> None:
-        """Let the trial save and end, as a scheduler has decided."""
+        """Ask the trial to save and end, as a scheduler has decided."""
         make_folder(self._trials)
         self._ended.touch()
 
@@ -225,7 +232,7 @@ class TrialFiles:
         return self._ended.exists()
 
     def ended_early(self, step: int) -> bool:
-        """Give a trial that a scheduler has ended, and that no longer runs, its status; return whether that is so."""
+        """Set the status of a trial that a scheduler has ended and that no longer runs; return True if it is one."""
         if not self.is_to_end or self.has_ended:
             return False
         self.run.write_status("stopped", step=step, reason=ENDED_EARLY)
@@ -233,9 +240,9 @@ class TrialFiles:
 
     @contextmanager
     def held(self) -> Iterator[bool]:
-        """Yield whether no other process works on this trial, and keep it so: a searcher may suggest one twice."""
+        """Hold the trial's lock; yield False if another process has it, since a searcher may suggest a trial twice."""
         with (self._trials / f".{self.key}.lock").open("a") as lock:
-            yield _could_lock(lock)
+            yield _try_lock(lock)
 
 
 def ending(status: int) -> str:
@@ -244,26 +251,28 @@ def ending(status: int) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, with those above it. Raises CheckpointError if that fails."""
+    """Make a folder and its parents. Raises CheckpointError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"Cannot make the folder {folder}: {error.strerror}.") from error
 
 
-# --- its metrics
+# --- a trial's metrics
 
 
 class MetricsTail:
-    """The lines of a metrics.jsonl, each once, while the file grows. A resumed run replaces the file by a shorter one,
-    which is read from its beginning."""
+    """Reads each line of a growing metrics.jsonl once.
+
+    A resumed run replaces the file by a shorter one, which is read from its beginning.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode = self._read_bytes = 0
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the lines that are new and complete."""
+        """Return the new, complete lines."""
         try:
             with self._path.open("rb") as file:
                 if (inode := os.fstat(file.fileno()).st_ino) != self._inode:
@@ -278,7 +287,7 @@ class MetricsTail:
 
 
 def evaluations_of(metrics: Path) -> list[dict[str, float]]:
-    """Return the numbers of a run's evaluations, each with its step, as far as its metrics.jsonl can be read."""
+    """Return the numbers of each evaluation of a run, with its step, as far as metrics.jsonl can be read."""
     return [
         {name: float(value) for name, value in line.items() if type(value) in (int, float) and math.isfinite(value)}
         for line in MetricsTail(metrics).lines()
@@ -287,7 +296,7 @@ def evaluations_of(metrics: Path) -> list[dict[str, float]]:
 
 
 def as_result(stage: str, line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the evaluation in a line of metrics.jsonl under the names of the results table."""
+    """Return the evaluation in a line of metrics.jsonl, under the names of the results table."""
     numbers = {}
     for name, value in line.items():
         place, _, metric = name.rpartition("/")
@@ -300,16 +309,16 @@ def as_result(stage: str, line: Mapping[str, Any]) -> dict[str, Any]:
 # --- the folder
 
 _LOOKS_AT_MOST_S = 0.5
-"""The time for which somebody who only looks whether a sweep is being run may hold its lock."""
+"""The time for which a process that only checks whether a sweep is running may hold its lock."""
 
 
 class SweepFolder:
-    """The folder of one sweep, held by one process at a time."""
+    """The folder of one sweep, which one process holds at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.start_in = Path.cwd()
-        """The folder in which trials are started, as a user would by hand: token stores are made there."""
+        """The working directory of trials, as if a user had started them. Token stores are made there."""
 
     def make(self) -> None:
         for name in ("runs", "trials"):
@@ -321,9 +330,9 @@ class SweepFolder:
         return (self.path / "sweep.yaml").is_file()
 
     def read(self, overrides: Sequence[str] = ()) -> SweepSpec:
-        """Raises CheckpointError if there is no sweep, ConfigError if its file is damaged."""
+        """Return the sweep. Raises CheckpointError if there is none, and ConfigError if its file is damaged."""
         if not self.exists():
-            raise CheckpointError(f"{self.path} holds no sweep: there is no sweep.yaml in it.")
+            raise CheckpointError(f"{self.path} holds no sweep: it has no sweep.yaml.")
         return load_sweep(str(self.path / "sweep.yaml"), overrides)
 
     def write(self, spec: SweepSpec) -> None:
@@ -334,7 +343,7 @@ class SweepFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the sweep. Raises ConfigError if another process runs it, CheckpointError if it cannot be written."""
+        """Lock the sweep. Raises ConfigError if another process runs it, CheckpointError if it cannot be written."""
         make_folder(self.path)
         try:
             lock = (self.path / ".lock").open("a+")
@@ -342,52 +351,56 @@ class SweepFolder:
             raise CheckpointError(f"Cannot write into {self.path}: {error.strerror}.") from error
         with lock:
             deadline = time.monotonic() + _LOOKS_AT_MOST_S
-            while not _could_lock(lock):
+            while not _try_lock(lock):
                 if time.monotonic() > deadline:
                     raise ConfigError(f"The sweep in {self.path} is being run by another process.")
                 time.sleep(0.05)
             yield
 
     def is_being_run(self) -> bool:
-        """Return whether a process of this machine has it locked."""
+        """Return True if a process on this machine has locked it."""
         if not (self.path / ".lock").exists():
             return False
         try:
             with (self.path / ".lock").open() as lock:
-                return not _could_lock(lock, fcntl.LOCK_SH)
+                return not _try_lock(lock, fcntl.LOCK_SH)
         except OSError:  # a file system without locks
             return False
 
     def ask_to_stop(self) -> None:
-        """Let the trials that run save and leave, and no other begin."""
+        """Ask running trials to save and stop, and let no other start."""
         _write(self.path / "stop", "")
 
     def wants_to_stop(self) -> bool:
         return (self.path / "stop").exists()
 
-    def forget_stop(self) -> None:
+    def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
 
-    # --- its inputs
+    # --- the sweep's inputs
 
     @cached_property
     def home(self) -> Path:
-        """The place of the folder when the sweep began."""
+        """The folder's place when the sweep began."""
         try:
             return Path((self.path / "home").read_text("utf8").rstrip("\n"))
         except OSError:
             return self.path
 
-    def now(self, stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a trial's options with its inputs where they are now. Its key depends on where they were, so a sweep
-        that was moved together with its inputs is the same sweep."""
+    def relocated(self, stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a trial's options with the current places of its inputs.
+
+        Its key depends on their original places, so a sweep that is moved together with its inputs stays the same.
+        """
         if self.home == self.path:
             return dict(options)
         return {name: moved_along(self.home, self.path, stage, name, value) for name, value in options.items()}
 
     def with_own_inputs(self, spec: SweepSpec) -> SweepSpec:
-        """Return the sweep with copies of its recipes and DeepSpeed JSON files, so that editing or removing them while
-        it runs, or before it is resumed, changes nothing. Raises ConfigError if one cannot be read."""
+        """Return the sweep with copies of its recipes and DeepSpeed JSON files. Raises ConfigError if that fails.
+
+        Editing or removing the originals, while it runs or before it is resumed, then changes nothing.
+        """
         return with_options(spec, self._owned)
 
     def _owned(self, stage: str, name: str, value: Any) -> Any:
@@ -401,13 +414,13 @@ class SweepFolder:
                 temporary.write_bytes(content)
         return str(copy)
 
-    # --- its trials
+    # --- the sweep's trials
 
     def trial(self, key: str) -> TrialFiles:
         return TrialFiles(self.path, key)
 
     def records(self) -> list[TrialRecord]:
-        """Return the records of all trials that were ever begun, in the order of their beginning."""
+        """Return the records of all trials that were ever started, in the order of their start."""
         keys = sorted(path.stem for path in (self.path / "trials").glob("*.json"))
         found = [record for key in keys if (record := self.trial(key).record()) is not None]
         return sorted(found, key=lambda record: record.attempts[0].began)
@@ -416,14 +429,14 @@ class SweepFolder:
         """Return the trials that Optuna has suggested so far."""
         found = {}
         for record in self.records() if spec.is_suggested else ():
-            with contextlib.suppress(ConfigError):  # the sweep has been changed since
+            with contextlib.suppress(ConfigError):  # the sweep has changed since
                 values = _by_option(record.values, partial(with_folder, self.path, record.stage))
                 trial = suggested(spec, values, check=False)
                 found[trial.key] = trial
         return list(found.values())
 
     def state_of(self, trial: Trial) -> tuple[State, str]:
-        """Return how far a trial is and why, also if it cannot be begun."""
+        """Return a trial's state and the reason, even if it cannot start."""
         state, reason = self.trial(trial.key).state()
         if state != "waiting" or trial.pretraining is None:
             return state, reason
@@ -435,15 +448,15 @@ class SweepFolder:
         return state, "" if encoder in SUCCEEDED else "its encoder is not pretrained"
 
     def can_begin(self, trial: Trial) -> bool:
-        """Return whether the encoder that a trial finetunes is pretrained; True if it needs none."""
+        """Return True if the encoder that a trial finetunes is ready, or if it needs none."""
         if trial.pretraining is None:
             return True
         return self.trial(trial.pretraining.key).has_succeeded and self.state_of(trial)[0] != "skipped"
 
     def encoder_of(self, trial: Trial) -> Path:
-        """Return what a trial finetunes: a run that was pretrained before it, or one of its checkpoints.
+        """Return what a trial finetunes: a pretraining of the sweep, or one of its checkpoints.
 
-        Raises CheckpointError if that is not there.
+        Raises CheckpointError if it does not exist.
         """
         assert trial.pretraining is not None
         run = self.trial(trial.pretraining.key).run
@@ -451,12 +464,12 @@ class SweepFolder:
             return run.path
         path = run.checkpoints / f"step-{trial.checkpoint:08d}"
         if not path.is_dir():
-            raise CheckpointError(f"{run.path} has no checkpoint of step {trial.checkpoint}, which is to be finetuned.")
+            raise CheckpointError(f"{run.path} has no checkpoint of step {trial.checkpoint} to finetune.")
         return path
 
 
-def _could_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
-    """Lock a file until it is closed; return whether nobody else holds its lock."""
+def _try_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
+    """Try to lock a file until it is closed. Return False if another process holds the lock."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -465,7 +478,7 @@ def _could_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
 
 
 def _by_option(values: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    """Return a trial's values, changed; those of its pretraining come after `pretrain.`."""
+    """Return a trial's values after `change`. Those of its pretraining have the prefix `pretrain.`."""
     return {key: change(key.removeprefix("pretrain."), value) for key, value in values.items()}
 
 

@@ -1,5 +1,4 @@
-"""The trials of a sweep before it runs, and their cost: what such trials took in its folder, or a pretraining's
-forecast."""
+"""List a sweep's trials before it runs, with their cost: that of similar trials in its folder, or a forecast."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from electra_ds.sweep.trials import Trial, counted, expand
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one trial; None for what is not known."""
+    """The cost of one trial. None stands for an unknown number."""
 
     steps: int | None = None
     time: RunTime | None = None
@@ -40,16 +39,18 @@ def plan_sweep(
     sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] = (), local: bool = False,
     address: str | None = None,
 ) -> list[Table | Line]:  # fmt: skip
-    """Return a table of a sweep's trials with their states and costs, and what all of it takes. Nothing is run. The
-    arguments are those of `run_sweep`."""
+    """Return a table of a sweep's trials with their states and costs, and the total cost, without running anything.
+
+    The arguments are those of `run_sweep`.
+    """
     spec, found = open_sweep(sweep, folder, overrides)
-    trials = [*expand(spec, found.now if sweep is None else None), *found.suggested_before(spec)]
+    trials = [*expand(spec, found.relocated if sweep is None else None), *found.suggested_before(spec)]
     at_once, problem = 1, ""
     if address is None:
         try:
             at_once = trials_at_once(spec.resources, [this_machine()])
         except ConfigError as error:  # the sweep may be meant for another machine
-            problem = f"On this machine it would be refused: {error}"
+            problem = f"This machine would refuse it: {error}"
     by_cell: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
         cell = {key: value for key, value in trial.values.items() if key != "seed"}
@@ -74,19 +75,19 @@ def plan_sweep(
 
 
 def _totals(left: Sequence[tuple[int, RunTime | None]], at_once: int) -> Iterator[str]:
-    """Yield the time of all trials that are left. left: the number of trials and the time of each, for every cell."""
+    """Yield the total time of the trials left. left: (number of trials, time of each) for every cell."""
     known = [(count, time) for count, time in left if time is not None]
     unknown = sum(count for count, time in left if time is None)
     if known:
         low, high = (sum(count * time[end] for count, time in known) / at_once for end in (0, 1))
-        rest = ", without those whose cost is unknown" if unknown else ""
-        yield f"In all {RunTime(low, high)} with {at_once} at once{rest}."
+        rest = ", not counting trials whose cost is unknown" if unknown else ""
+        yield f"In total {RunTime(low, high)} with {at_once} at once{rest}."
     if unknown:
         yield f"Cost unknown for {counted(unknown)}: none like them has run in this folder yet."
 
 
 def _cost(group: Sequence[Trial], folder: SweepFolder, resources: Resources) -> Cost:
-    """Return what each trial of a cell costs: what those that are done took, or else the forecast of a pretraining."""
+    """Return the cost of each trial of a cell: that of its finished trials, or else the forecast of a pretraining."""
     cost, recipe = Cost(), group[0].recipe
     if isinstance(recipe, Recipe):
         with contextlib.suppress(ElectraError, OverflowError):  # the trial itself will report it

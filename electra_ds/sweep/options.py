@@ -1,4 +1,4 @@
-"""The options of the commands that a sweep's stage may give, by their names in its file. No torch and no Ray here."""
+"""The command options that a sweep's stage may set, by their names in its file. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from electra_ds.finetuning.glue import GLUE
 
 KINDS: dict[str, type[RunOptions]] = {"pretrain": PretrainOptions, "finetune": FinetuneOptions}
 _KNOWN = described(PretrainOptions) | described(FinetuneOptions)
-"""An option that both commands have is the same one."""
+"""An option that both commands have is the same in both."""
 HOW = frozenset(name for name, of in _KNOWN.items() if of.is_how)
-"""The options that a trial's outcome does not depend on."""
+"""The options that do not affect a trial's outcome."""
 OPTIONS = {
     stage: frozenset(name for name, of in described(kind).items() if not of.instead) for stage, kind in KINDS.items()
 }
-"""The options that a stage may give."""
+"""The options that a stage may set."""
 INSTEAD = {name: of.instead for name, of in _KNOWN.items() if of.instead}
-"""What to write for those that the sweep sets itself."""
+"""The advice for options that the sweep sets itself."""
 NAMED = frozenset(name for name, of in _KNOWN.items() if of.names)
-"""The options whose value is a name or a path, or a list of them."""
+"""The options whose value is a name, a path, or a list of these."""
 ELECTRA_METRICS = (
     "generator_loss", "discriminator_loss", "generator_masked_loss", "unigram_loss", "generator_gain",
     "generator_accuracy", "generator_sampled_accuracy", "replaced_share", "discriminator_accuracy",
     "discriminator_precision", "discriminator_recall", "discriminator_f1", "discriminator_auc",
 )  # fmt: skip
-"""The metrics of the objective electra, whose own module needs torch; a test compares them."""
+"""The metrics of the objective electra. Its own module needs torch; a test compares the two lists."""
 SCORE = "score"
-"""A finetuning's first metric, on the first development set."""
+"""The first metric of a finetuning, on the first development set."""
 INPUTS = "inputs"
-"""Where a sweep's folder keeps copies of recipes and DeepSpeed JSON files."""
+"""The subfolder of a sweep for copies of recipes and DeepSpeed JSON files."""
 _CORPUS = ("builtin", "hub:")
 _SHIPPED = {("pretrain", "recipe"): RECIPES, ("finetune", "recipe"): FINETUNE_RECIPES}
 
@@ -49,15 +49,15 @@ _SHIPPED = {("pretrain", "recipe"): RECIPES, ("finetune", "recipe"): FINETUNE_RE
 
 
 def objective_name(options: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Return the objective of a pretraining's recipe and settings; that of ELECTRA if the recipe cannot be read."""
+    """Return the objective of a pretraining's recipe and settings, or ELECTRA's if the recipe cannot be read."""
     recipe, values = options.get("recipe"), {}
-    with contextlib.suppress(ConfigError):  # which is reported where the recipe is loaded
+    with contextlib.suppress(ConfigError):  # reported when the recipe is loaded
         values = named_values(recipe) if isinstance(recipe, str) else {}
     return str(settings.get("objective", values.get("objective", "electra")))
 
 
 def recipe_keys(stage: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys of a stage's recipe; of a pretraining's, those of its objective."""
+    """Return the dotted keys of a stage's recipe, which for a pretraining depend on its objective."""
     if stage == "finetune":
         return FinetuneRecipe.dotted_keys()
     try:
@@ -67,7 +67,7 @@ def recipe_keys(stage: str, options: Mapping[str, Any], settings: Mapping[str, A
 
 
 def key_problem(stage: str, key: str, keys: Sequence[str]) -> str:
-    """Return why a key is neither a stage's option nor one of its recipe's `keys`; empty if it is."""
+    """Return a message if a key is neither the stage's option nor one of its recipe's `keys`, else an empty text."""
     if key in INSTEAD:
         return f"is the sweep's to set; {INSTEAD[key]}"
     if key in OPTIONS[stage] or key in keys:
@@ -78,21 +78,21 @@ def key_problem(stage: str, key: str, keys: Sequence[str]) -> str:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown key, which may lack its section."""
+    """Return the end of a message about an unknown key, with suggestions. The key may lack its section."""
     names = sorted(known)
     same_end = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
     return did_you_mean(same_end[0], same_end) if same_end else did_you_mean(key, names)
 
 
 def value_problem(stage: str, name: str, value: Any) -> str:
-    """Return what is wrong with an option's value; empty if nothing is."""
+    """Return a message if an option's value is wrong, else an empty text."""
     if isinstance(value, Mapping) or (
         isinstance(value, list) and get_origin(value_type(KINDS[stage], name)) is not list
     ):
-        return f"takes one value, and not {value}; what varies is written under space, as {name}: {{grid: [...]}}"
+        return f"takes one value, not {value}; to vary it, write {name}: {{grid: [...]}} under space"
     named = _flattened(value) if name in NAMED and value is not None else []
     if wrong := [each for each in named if not isinstance(each, str) or not each.strip()]:
-        return f"is a name or a path, and not {wrong[0]!r}"
+        return f"is a name or a path, not {wrong[0]!r}"
     try:
         KINDS[stage].of({name: _as_given(stage, name, value)})
     except ConfigError as error:
@@ -101,7 +101,7 @@ def value_problem(stage: str, name: str, value: Any) -> str:
 
 
 def check_options(stage: str, options: Mapping[str, Any]) -> None:
-    """Raise ConfigError if options cannot go together, and DataError if their examples on this machine are wrong."""
+    """Raise ConfigError if options exclude each other, and DataError if their examples on this machine are wrong."""
     found = KINDS[stage].of({name: _as_given(stage, name, value) for name, value in options.items()})
     found.check()
     if isinstance(found, FinetuneOptions) and (problem := _examples_problem(found.task, found.source())):
@@ -110,7 +110,7 @@ def check_options(stage: str, options: Mapping[str, Any]) -> None:
 
 @cache
 def _examples_problem(task: str | None, source: TaskSource) -> str:
-    """Return what is wrong with examples on this machine, which would otherwise show hours into a sweep."""
+    """Return a message if examples on this machine are wrong, which would otherwise show hours into a sweep."""
     from electra_ds.finetuning.load_task import load_task
 
     if source.folder is None and source.train is None:
@@ -123,7 +123,7 @@ def _examples_problem(task: str | None, source: TaskSource) -> str:
 
 
 def words(stage: str, name: str, value: Any) -> list[str]:
-    """Return an option as it stands on the command line; nothing for null and for a flag that is not set."""
+    """Return an option as command-line words, none for null and for a flag that is not set."""
     of, value = _KNOWN[name], _as_given(stage, name, value)
     assert of.flag is not None
     if value is None or (value is False and not of.off):
@@ -154,19 +154,19 @@ def _flattened(value: Any) -> list[Any]:
 
 
 def full_path(stage: str, name: str, value: Any) -> Any:
-    """Return an option's path in full, and any other value as it is, such as a name on the Hub or a shipped one."""
-    with contextlib.suppress(RuntimeError):  # somebody's home that is not there
+    """Return the full path of an option's path, and any other value unchanged, such as a Hub name or a shipped name."""
+    with contextlib.suppress(RuntimeError):  # a user's home that does not exist
         return str(Path(value).expanduser().absolute()) if _is_path(stage, name, value) else value
     return value
 
 
 def is_small_file(stage: str, name: str, value: Any) -> bool:
-    """Return whether it is a recipe or a DeepSpeed JSON of the user's own, which a sweep keeps a copy of."""
+    """Return True for the user's own recipe or DeepSpeed JSON, of which a sweep keeps a copy."""
     return _is_settings(name) and _is_path(stage, name, value)
 
 
 def own_content(stage: str, name: str, value: str) -> bytes:
-    """Return what a sweep keeps of such a file: a recipe that extends another, complete. Raises ConfigError."""
+    """Return a sweep's copy of such a file; a recipe that extends another is resolved. Raises ConfigError."""
     try:
         content = Path(value).read_bytes()
     except OSError as error:
@@ -177,20 +177,22 @@ def own_content(stage: str, name: str, value: str) -> bytes:
 
 
 def without_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
-    """Return the place of a copy that a sweep keeps relative to the sweep's folder, which may be moved."""
+    """Return the place of a sweep's copy relative to the sweep's folder, which may be moved."""
     is_kept = isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
     return value.removeprefix(f"{folder}/") if is_kept else value
 
 
 def with_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
-    """Return the reverse of `without_folder`; what is no copy stays as it is."""
+    """Undo `without_folder`. Anything that is not a copy stays unchanged."""
     is_kept = _is_settings(name) and isinstance(value, str) and value.startswith(f"{INPUTS}/")
     return str(folder.absolute() / value) if is_kept and (folder / value).is_file() else value
 
 
 def moved_along(home: Path, folder: Path, stage: str, name: str, value: Any) -> Any:
-    """Return where an input is now if it was moved together with a sweep's folder, which was once at `home`: at the
-    same place relative to it. An input that is not there is returned unchanged."""
+    """Return the current place of an input that may have moved together with a sweep's folder, once at `home`.
+
+    It is searched for at the same place relative to the folder, and returned unchanged if it is not there.
+    """
     if isinstance(value, list):
         return [moved_along(home, folder, stage, name, each) for each in value]
     if _is_settings(name) or not _is_path(stage, name, value) or not Path(value).is_absolute():
@@ -200,7 +202,7 @@ def moved_along(home: Path, folder: Path, stage: str, name: str, value: Any) -> 
 
 
 def missing_path(stage: str, name: str, value: Any) -> str:
-    """Return a message if an option names a path that is not there, else an empty text."""
+    """Return a message if an option names a path that does not exist, else an empty text."""
     if isinstance(value, list):
         return next((missing for each in value if (missing := missing_path(stage, name, each))), "")
     if not _is_path(stage, name, value):
@@ -216,7 +218,7 @@ def _is_path(stage: str, name: str, value: Any) -> bool:
     if not isinstance(value, str) or not value:
         return False
     names = _KNOWN[name].names if name in _KNOWN else ""
-    if names == "model":  # runs/mini-2026 that is not there is no model of the Hub where there is a folder runs
+    if names == "model":  # a missing runs/mini-2026 is not a Hub name if there is a folder runs
         return not is_hub_model(value) or Path(value).parent.is_dir()
     if names == "corpus":
         return not value.startswith(_CORPUS)
@@ -234,7 +236,7 @@ def _is_settings(name: str) -> bool:
 
 
 def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what every evaluation of such a trial reports; of the user's own examples, what it may report."""
+    """Return the metrics that every evaluation of such a trial reports, or may report for the user's own examples."""
     if stage == "pretrain":
         objective = objective_name(options, settings)
         return ELECTRA_METRICS if objective == "electra" else tuple(find_objective(objective).metric_labels)

@@ -1,6 +1,6 @@
-"""The processes of trials: how many fit a machine, how they start and end, and a runner without Ray.
+"""Start and end the processes of trials, count how many fit a machine, and run a sweep without Ray.
 
-A trial is the project's own command in a process per worker. The processes die with whoever started them.
+A trial is the project's own command, in one process per worker. The processes die with the one that started them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from electra_ds.sweep.spec import Resources, SweepSpec
 from electra_ds.sweep.trials import Trial
 
 TO_SAVE_S = 120.0
-"""The time in which a trial that is asked to leave saves its checkpoint and closes its trackers."""
+"""The time in which a trial that is asked to stop saves its checkpoint and closes its trackers."""
 TO_NOTICE_S = 30.0
-"""The time in which the ranks of a trial that has lost one leave by themselves."""
+"""The time in which the ranks of a trial that has lost one exit by themselves."""
 _LOOK_EVERY_S = 0.2
 _ANSWERS_WITHIN_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -44,9 +44,9 @@ _LAUNCHERS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
     "SLURM_STEP_ID",
 )  # fmt: skip
-"""Variables by which a process takes itself for one of several: those of the sweep's own start are not its trials'."""
+"""Variables that make a process one of several ranks. Trials must not inherit them from the sweep."""
 _RESUMED = ("ds_config", "micro_batch", "log_every", "keep")
-"""Options that a resumed run takes anew, since they do not belong to its mathematics."""
+"""Options that are passed to a resumed run again, since they do not affect its mathematics."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -59,20 +59,20 @@ class Node:
     gpus: int
 
     def slots(self, resources: Resources) -> int:
-        """Return how many workers fit at once; a share of a GPU is a share of one card."""
+        """Return the number of workers that fit at once. A share of a GPU is a share of one card."""
         slots = self.cpus // resources.cpus
         return min(slots, self.gpus * int(1 / resources.gpus + 1e-9)) if resources.gpus else slots
 
 
 def this_machine() -> Node:
-    """Return what the system and the GPUs' driver report; CUDA_VISIBLE_DEVICES hides cards."""
+    """Return the resources that the system and the GPU driver report. CUDA_VISIBLE_DEVICES hides cards."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = len(driver_gpus()) if visible is None else len([each for each in visible.split(",") if each.strip()])
     return Node(len(os.sched_getaffinity(0)), gpus)
 
 
 def trials_at_once(resources: Resources, nodes: Sequence[Node]) -> int:
-    """Return how many trials fit at once. Raises ConfigError if none does."""
+    """Return the number of trials that fit at once. Raises ConfigError if it is 0."""
     slots = sum(node.slots(resources) for node in nodes)
     if slots >= resources.workers:
         return slots // resources.workers
@@ -88,9 +88,9 @@ def trials_at_once(resources: Resources, nodes: Sequence[Node]) -> int:
 
 
 def check_reachable(address: str) -> None:
-    """Raise ConfigError if an address is not one of a Ray cluster, or nobody answers there."""
+    """Raise ConfigError if an address is not valid for a Ray cluster, or if no cluster answers there."""
     if address == "auto":
-        noted = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"  # by `ray start`
+        noted = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"  # written by `ray start`
         try:
             address = os.environ.get("RAY_ADDRESS") or noted.read_text("utf8").strip()
         except OSError:
@@ -104,22 +104,22 @@ def check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_WITHIN_S).close()
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"Nobody answers at {address}: {error}. Is a Ray cluster running there?") from error
+        raise ConfigError(f"No Ray cluster answers at {address}: {error}. Is one running there?") from error
 
 
 # --- one trial's processes
 
 
 def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str]:
-    """Return the arguments of the trial's command: for a new run, or to resume one that is there.
+    """Return the arguments of the trial's command, for a new run or to resume an existing one.
 
-    Raises CheckpointError if the encoder that it finetunes is not there.
+    Raises CheckpointError if the encoder that it finetunes does not exist.
     """
     run, threads = folder.trial(trial.key).run, spec.resources.cpus
     if run.exists():
         flags = [word for name in _RESUMED for word in words(trial.stage, name, trial.options.get(name))]
         return ["--resume", str(run.path), *flags, *trial.ending(), "--threads", str(threads)]
-    arguments = replace(trial, options=folder.now(trial.stage, trial.options)).arguments(threads)
+    arguments = replace(trial, options=folder.relocated(trial.stage, trial.options)).arguments(threads)
     if trial.options.get("wandb") not in (None, False, "off") and trial.options.get("wandb_group") is None:
         arguments += ["--wandb-group", spec.name]
     if trial.pretraining is not None:
@@ -128,7 +128,7 @@ def arguments_of(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str
 
 
 def begin(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str] | None:
-    """Record a new attempt at a trial and return its arguments; None if the trial is refused."""
+    """Record a new attempt at a trial and return its arguments, or None if the trial is refused."""
     try:
         arguments = arguments_of(trial, folder, spec)
     except ElectraError as error:
@@ -141,15 +141,15 @@ def begin(trial: Trial, folder: SweepFolder, spec: SweepSpec) -> list[str] | Non
 def start(
     stage: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str], folder: Path
 ) -> subprocess.Popen[bytes]:
-    """Start `electra-ds STAGE ARGUMENTS` in a folder, if that exists on this node; the output is added to `log`."""
+    """Start `electra-ds STAGE ARGUMENTS`, in a folder if it exists on this node, and append the output to `log`."""
     inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
     inherited["PYTHONPATH"] = python_path()
     parent = os.getpid()
 
     def die_with_parent() -> None:
-        """Die when the parent is killed, so that nothing trains on unseen and no GPU stays taken."""
+        """Die when the parent is killed, so that no forgotten process keeps training on a GPU."""
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has died already
+        if os.getppid() != parent:  # the parent has already died
             os._exit(1)
 
     with log.open("ab") as output:
@@ -161,14 +161,16 @@ def start(
 
 
 def python_path() -> str:
-    """Return the PYTHONPATH by which this package is found, wherever Python is started."""
+    """Return a PYTHONPATH with which this package is found, wherever Python is started."""
     own = str(Path(electra_ds.__file__).resolve().parent.parent)
     return os.pathsep.join(dict.fromkeys([own, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])).rstrip(os.pathsep)
 
 
 def rank_environment(rank: int, address: str, port: int, resources: Resources) -> dict[str, str]:
-    """Return the variables of a trial's rank. Each rank sees its own GPU alone, so that is its first; a trial without
-    GPUs trains on the CPU."""
+    """Return the environment variables of a trial's rank.
+
+    Each rank sees only its own GPU, as its first one. A trial without GPUs trains on the CPU.
+    """
     own = {"OMP_NUM_THREADS": str(resources.cpus)} | ({} if resources.gpus else {"CUDA_VISIBLE_DEVICES": ""})
     if resources.workers == 1:
         return own
@@ -185,14 +187,16 @@ def free_port() -> int:
 
 
 def status_of(statuses: Sequence[int | None]) -> int:
-    """Return the status of a trial's ranks: -N if one was killed by signal N, whatever the others then left with; else
-    the first that is not 0; else 0."""
+    """Return the status of a trial's ranks.
+
+    It is -N if signal N killed a rank, whatever the others then exited with, else the first nonzero status, else 0.
+    """
     found = [status or 0 for status in statuses]
     return min(found) if min(found) < 0 else next(filter(None, found), 0)
 
 
 def wait(processes: Sequence[subprocess.Popen[bytes]], patience_s: float) -> None:
-    """Wait until all have ended, at most `patience_s`."""
+    """Wait until all processes have ended, at most `patience_s` seconds."""
     deadline = time.monotonic() + patience_s
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -200,7 +204,7 @@ def wait(processes: Sequence[subprocess.Popen[bytes]], patience_s: float) -> Non
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]], patience_s: float = 0.0) -> None:
-    """Ask the processes to save and leave, and kill them after `patience_s`."""
+    """Ask the processes to save and stop, and kill them after `patience_s` seconds."""
     if patience_s > 0:
         for process in processes:
             if process.poll() is None:
@@ -217,29 +221,29 @@ def end(processes: Sequence[subprocess.Popen[bytes]], patience_s: float = 0.0) -
 
 @contextmanager
 def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]:
-    """While it lasts, SIGINT, SIGTERM and SIGUSR1 and the end of the time ask the sweep's trials to save and leave. A
-    second signal, at least 5 s after the first, ends this process at once and its trials with it.
+    """Within this context, SIGINT, SIGTERM, SIGUSR1 and the time limit ask the sweep's trials to save and stop.
 
-    Raises InterruptedBySignalError at its end if a signal came.
+    A second signal, at least 5 s after the first, ends this process and its trials at once. Raises
+    InterruptedBySignalError at the end if a signal arrived.
     """
     came: list[tuple[int, float]] = []
 
     def stop(why: str, more: str = "") -> None:
         folder.ask_to_stop()
-        with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
-            sys.stderr.write(f"{why}: the trials that run save and leave.{more}\n")
+        with contextlib.suppress(OSError, ValueError):  # the reader may be gone
+            sys.stderr.write(f"{why}: running trials save and stop.{more}\n")
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append((number, time.monotonic()))
         if len(came) == 1:
-            stop(signal.Signals(number).name, " A second signal leaves at once.")
+            stop(signal.Signals(number).name, " A second signal stops at once.")
         elif came[-1][1] - came[0][1] >= SECOND_SIGNAL_AFTER_S:
             exit_immediately(number)
-        folder.ask_to_stop()  # again, where a driver elsewhere has only now begun
+        folder.ask_to_stop()  # again, in case a driver elsewhere has only just started
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     limit = threading.TIMEOUT_MAX if time_limit_s is None else min(time_limit_s, threading.TIMEOUT_MAX)
-    timer = threading.Timer(limit, stop, ["The time is over"])
+    timer = threading.Timer(limit, stop, ["The time limit is reached"])
     timer.daemon = True
     timer.start()
     try:
@@ -248,20 +252,20 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
         timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
-        folder.forget_stop()
+        folder.clear_stop()
     if came:
         first, _ = came[0]
         resume = f"{command('sweep')} --resume {folder.path}"
-        lead = f"{signal.Signals(first).name}: what is done is kept. Resume it with:"
+        lead = f"{signal.Signals(first).name}: finished work is kept. Resume it with:"
         raise InterruptedBySignalError(with_command(lead, resume), first)
 
 
 def run_locally(
     trials: Sequence[Trial], folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor, time_limit_s: float | None
 ) -> None:
-    """Run the trials in order, until the folder's `stop` file is there; a trial that runs then saves and leaves.
+    """Run the trials in order, until the folder's `stop` file appears. The running trial then saves and stops.
 
-    Raises InterruptedBySignalError at the end if a signal came.
+    Raises InterruptedBySignalError at the end if a signal arrived.
     """
     with stoppable(folder, time_limit_s):
         for trial in trials:
@@ -284,7 +288,7 @@ def _run(trial: Trial, folder: SweepFolder, spec: SweepSpec, monitor: SweepMonit
 
 
 def _attempt(trial: Trial, arguments: list[str], folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor) -> int:
-    """Start the trial's processes and wait for them; returns what `status_of` makes of them."""
+    """Start the trial's processes, wait for them, and return their `status_of`."""
     workers, port, files = spec.resources.workers, free_port(), folder.trial(trial.key)
     cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(workers)))).split(",")
     processes: list[subprocess.Popen[bytes]] = []
@@ -300,7 +304,7 @@ def _attempt(trial: Trial, arguments: list[str], folder: SweepFolder, spec: Swee
             elif any(each.returncode for each in processes):
                 wait(processes, TO_NOTICE_S)
                 break
-            monitor.look()
+            monitor.update()
             time.sleep(_LOOK_EVERY_S)
     finally:
         end(processes)

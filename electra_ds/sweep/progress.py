@@ -1,4 +1,4 @@
-"""The progress of a running sweep: how many trials are done, what the running ones are doing, and when it will end."""
+"""Show the progress of a running sweep: the trials done, the state of the running ones, and the time left."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from electra_ds.sweep.trials import Trial
 _LOOK_EVERY_S = 2.0
 _LOG_EVERY_S = 60.0
 _LEAST_S = 10.0
-"""The time of steps before which their speed says little."""
+"""The time of training after which the speed of steps is meaningful."""
 _SHOWN = 2
-"""Running trials that have a line of their own."""
+"""The number of running trials that get their own line."""
 _log = logging.getLogger(__name__)
 
 
 class SweepProgress:
-    """Called every few seconds while a sweep runs. This one logs a line a minute; override it to show a display."""
+    """The display of a sweep, called every few seconds. This one logs a line a minute; override it to show your own."""
 
     _logged: float
 
     def start(self, trials: int) -> None:
-        """Trials begin. trials: how many are to be run."""
+        """Start the display. trials: the number of trials to run."""
         self._logged = time.monotonic()
 
     def update(self, done: int, running: Sequence[str], eta: str) -> None:
-        """So many trials have ended. running: a line about each that runs, or about some of them; eta: `ETA H:MM:SS`,
-        or empty if it is not known."""
+        """Show the current state. done: the number of trials that have ended. running: lines about running trials,
+        perhaps not all. eta: `ETA H:MM:SS`, or empty if it is not known."""
         if running and time.monotonic() - self._logged >= _LOG_EVERY_S:
             self._logged = time.monotonic()
             _log.info("running: %s  %s", " | ".join(running), eta)
 
     def stop(self) -> None:
-        """No trial runs any more."""
+        """Stop the display. No trial is running any more."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class _Running:
     metrics: MetricsTail
     began: float
     is_resumed: bool
-    """True if there were steps before."""
+    """True if the run already had steps."""
     first: tuple[float, int] | None = None
     """The time at which a step of this attempt was first seen, and that step."""
     step: int = 0
@@ -58,10 +58,10 @@ class _Running:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def look(self) -> str:
-        """Return what the trial is doing."""
+    def describe(self) -> str:
+        """Return a line about what the trial is doing."""
         if lines := self.metrics.lines():
-            if self.first is None or lines[0]["step"] < self.step:  # a resumed run has cut its file back
+            if self.first is None or lines[0]["step"] < self.step:  # a resumed run has truncated its file
                 self.first = time.monotonic(), lines[-1]["step"]
             self.step = lines[-1]["step"]
         if self.step:
@@ -71,7 +71,7 @@ class _Running:
         return f"{self.trial.label}: {stage}"
 
     def by_steps(self) -> tuple[float, float] | None:
-        """Return (seconds that are left, seconds that all steps take), or None if too few steps were made."""
+        """Return (seconds left, seconds of all steps), or None if too few steps were made."""
         recipe = self.trial.recipe
         if not isinstance(recipe, Recipe) or self.first is None or self.step <= self.first[1]:
             return None
@@ -81,10 +81,10 @@ class _Running:
 
 
 class SweepMonitor:
-    """Watches the running trials for a `SweepProgress`, and logs how each of them ended."""
+    """Watches the running trials for a `SweepProgress`, and logs how each of them ends."""
 
     def __init__(self, folder: SweepFolder, progress: SweepProgress, stages: Sequence[str], at_once: int = 1) -> None:
-        """stages: the stage of each trial that is to be run; at_once: how many are run at a time."""
+        """stages: the stage of each trial to run. at_once: the number of trials that run at a time."""
         self._folder, self._progress, self.at_once = folder, progress, at_once
         self._total, self._done = len(stages), 0
         self._waiting: Counter[str] = Counter(stages)
@@ -92,7 +92,7 @@ class SweepMonitor:
         self._took: dict[str, list[float]] = {}
         self._running: dict[str, _Running] = {}
         self._lines: list[str] = []
-        self._looked = time.monotonic()
+        self._updated = time.monotonic()
 
     def __enter__(self) -> SweepMonitor:
         self._progress.start(self._total)
@@ -107,17 +107,17 @@ class SweepMonitor:
         is_resumed = bool(metrics.lines())
         self._running.setdefault(trial.key, _Running(trial, files, metrics, time.monotonic(), is_resumed))
 
-    def look(self) -> None:
-        """Report what the running trials are doing, every few seconds."""
-        if time.monotonic() - self._looked >= _LOOK_EVERY_S:
-            self._looked = time.monotonic()
-            lines = [running.look() for running in self._running.values()]
+    def update(self) -> None:
+        """Show what the running trials are doing, at most every few seconds."""
+        if time.monotonic() - self._updated >= _LOOK_EVERY_S:
+            self._updated = time.monotonic()
+            lines = [running.describe() for running in self._running.values()]
             more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
             self._lines = lines[:_SHOWN] + more
             self._progress.update(self._done, self._lines, self._eta())
 
     def end(self, trial: Trial, state: State, reason: str) -> None:
-        """Log how a trial ended, or that it has saved and left."""
+        """Log how a trial ended, or that it saved and stopped."""
         running = self._running.pop(trial.key, None)
         seconds = 0.0 if running is None else running.seconds
         if state == "unfinished":
@@ -131,7 +131,7 @@ class SweepMonitor:
         self._count(f"{trial.label}  {how}{why}  {_time(seconds)}  {self._eta()}")
 
     def refuse(self, message: str) -> None:
-        """Log why a suggestion is no trial."""
+        """Log why a suggestion is not a valid trial."""
         self._count(message)
 
     def _count(self, ended: str) -> None:
@@ -140,7 +140,7 @@ class SweepMonitor:
         self._progress.update(self._done, self._lines, self._eta())
 
     def _eta(self) -> str:
-        """Estimate the time left from the steps of the running trials and from the time that others of a stage took."""
+        """Estimate the time left from the steps of running trials and the duration of finished trials of each stage."""
         left = longest = 0.0
         for stage, count in self._waiting.items():
             if count <= 0:

@@ -1,4 +1,4 @@
-"""The results of a sweep, from its folder alone: a row for each trial, cells over their seeds, tables and pictures."""
+"""Compute the results of a sweep from its folder: a row for each trial, cells over seeds, tables and pictures."""
 
 from __future__ import annotations
 
@@ -39,19 +39,22 @@ from electra_ds.sweep.trials import Trial, counted, value_text
 
 SEEDS = ("seed", "pretrain.seed")
 _NESTED = (
-    "±: sample standard deviation over pretraining seeds, of each the mean over its finetuning seeds; within: the mean "
+    "±: sample standard deviation over pretraining seeds of the means over their finetuning seeds; within: the mean "
     "standard deviation over finetuning seeds"
 )
 _LONG_NAME = 12
-"""Characters beyond which the name of a column is broken at its underscores."""
+"""The length above which the name of a column is broken at its underscores."""
 
 
 # --- a row for each trial
 
 
 def results(folder: SweepFolder, trials: Sequence[Trial]) -> pd.DataFrame:
-    """Return a row for each trial, begun or not: its values, state, metrics as `metric.NAME`, hardware, time and cost,
-    its options as `option.NAME`, and its resolved recipe as `recipe.KEY`."""
+    """Return a row for each trial, started or not.
+
+    It has the trial's values, state, hardware, time and cost, its metrics as `metric.NAME`, its options as
+    `option.NAME`, and its resolved recipe as `recipe.KEY`.
+    """
     values = dict.fromkeys(name for trial in trials for name in trial.values)
     rows = [_row(folder, trial) for trial in trials]
     others = dict.fromkeys(name for row in rows for name in row)
@@ -96,8 +99,10 @@ def _plain(value: Any) -> Any:
 
 
 def _metrics(path: Path, trial: Trial, state: State, scores: Scores | None) -> dict[str, float]:
-    """Return a finetuning's scores on the development sets and `score`, its first; of a pretraining, and of a
-    finetuning that a scheduler has ended, the last evaluation."""
+    """Return a finetuning's scores on the development sets, with the first as `score`.
+
+    For a pretraining, or a finetuning that a scheduler has ended, return the last evaluation.
+    """
     if trial.stage == "pretrain" or state == "stopped":
         evaluations = evaluations_of(path / "metrics.jsonl")
         last = as_result(trial.stage, evaluations[-1]) if evaluations else {}
@@ -111,10 +116,12 @@ def _metrics(path: Path, trial: Trial, state: State, scores: Scores | None) -> d
 
 
 def cells(table: pd.DataFrame, stage: str, metrics: Sequence[str]) -> pd.DataFrame:
-    """Return n, mean, sample standard deviation, median, lowest and highest of each metric over the seeds of each cell
-    of a stage, and `baseline`, the score of the same prediction for every row. If a cell has several pretraining seeds,
-    `std` is that of their means, `n` their number, and `std_finetuning` the mean standard deviation over finetuning
-    seeds within one."""
+    """Return the statistics of each metric over the seeds of each cell of a stage.
+
+    They are n, mean, sample standard deviation, median, lowest, highest, and `baseline`, the score of one prediction
+    for every row. If a cell has several pretraining seeds, `std` is that of their means, `n` their number, and
+    `std_finetuning` the mean standard deviation over the finetuning seeds of one pretraining.
+    """
     of_stage = table[table["stage"] == stage]
     ended = of_stage[of_stage["state"].isin(SUCCEEDED) & (of_stage["reason"] != ENDED_EARLY)]
     is_nested = "pretrain.seed" in of_stage and of_stage["pretrain.seed"].nunique() > 1
@@ -149,7 +156,7 @@ def _over_seeds(group: pd.DataFrame, column: str, *, is_nested: bool) -> dict[st
 
 
 def axes_of(table: pd.DataFrame, stage: str) -> list[str]:
-    """Return what varies over a stage's trials but for the seeds."""
+    """Return the columns that vary over a stage's trials, except the seeds."""
     of_stage = table[table["stage"] == stage]
     columns = list(of_stage.columns)
     names = [name for name in columns[2 : columns.index("state")] if name not in SEEDS]
@@ -167,7 +174,7 @@ def write_results(table: pd.DataFrame, over_seeds: pd.DataFrame, folder: Path) -
 
 
 def _unmixed(table: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
-    """Yield columns with values of several types, which Parquet cannot hold, as text."""
+    """Yield the columns with values of several types, which Parquet cannot hold, as text."""
     for name in table:
         if table[name].dtype == object and len({type(value) for value in table[name].dropna()}) > 1:
             texts = [value if isinstance(value, str) or pd.isna(value) else json.dumps(value) for value in table[name]]
@@ -182,7 +189,7 @@ def report_sweep(
 ) -> Report:
     """Write results.csv, results.parquet, cells.csv and the pictures, and return the tables and how to resume.
 
-    has_more: whether there is more to be run than the trials.
+    has_more: True if more remains to run than these trials.
     """
     table = results(folder, trials)
     parts: list[Table | Line] = list(_states(table))
@@ -196,7 +203,7 @@ def report_sweep(
         pictures = ", curves.png"
         draw_capacity(table, folder.path / "curves.png")
     if others := {record.key for record in folder.records()} - {trial.key for trial in trials}:
-        parts.append(Line(f"{len(others)} more trials in this folder are of other settings, and not in these tables."))
+        parts.append(Line(f"{len(others)} more trials in this folder have other settings and are not in these tables."))
     parts.append(Line(f"{folder.path}: results.csv, results.parquet, cells.csv{pictures}."))
     if is_running:
         for trial in trials:
@@ -204,17 +211,17 @@ def report_sweep(
                 lines = MetricsTail(folder.trial(trial.key).run.metrics).lines()
                 step = f", at step {lines[-1]['step']:,}" if lines else ""
                 parts.append(Line(f"begun: {trial.label}{step}."))
-        parts.append(Line("The sweep is being run."))
+        parts.append(Line("The sweep is running."))
     else:
         parts += _how_to_resume(folder, table, has_more=has_more)
     return Report(parts, table)
 
 
 def _of_stage(found: pd.DataFrame, table: pd.DataFrame, stage: str, spec: SweepSpec) -> Iterator[Table | Line]:
-    """Yield a stage's table, and what its columns are."""
+    """Yield a stage's table, and lines that explain its columns."""
     if found.empty:
         return
-    shown = found[found["metric"] != SCORE]  # which is the first of the others
+    shown = found[found["metric"] != SCORE]  # it repeats the first of the others
     axes, title = axes_of(table, stage), _title(stage, spec)
     if stage == "finetune" and "task" in axes:
         yield task_table(shown, table, [axis for axis in axes if axis != "task"], title)
@@ -228,7 +235,7 @@ def _of_stage(found: pd.DataFrame, table: pd.DataFrame, stage: str, spec: SweepS
 
 
 def _states(table: pd.DataFrame) -> Iterator[Line]:
-    """Yield how many trials are in which state, and why each that failed did."""
+    """Yield the number of trials in each state, and the reason of each failure."""
     named = table["state"].mask(table["reason"].str.startswith(STOPPED_AT, na=False), "stopped as planned")
     named = named.mask(table["reason"] == ENDED_EARLY, ENDED_EARLY)
     counts = [f"{count} {state}" for state, count in named.value_counts().items()]
@@ -250,8 +257,10 @@ def _how_to_resume(folder: SweepFolder, table: pd.DataFrame, *, has_more: bool) 
 
 
 def _shown_metrics(table: pd.DataFrame, stage: str, spec: SweepSpec) -> list[str]:
-    """Return the metrics to show: of a pretraining its objective's key metrics, of a finetuning all; the sweep's own
-    metric first, with what it is compared with."""
+    """Return the metrics to show: a pretraining's key metrics by its objective, or all of a finetuning's.
+
+    The sweep's own metric comes first, with the one that it is compared with.
+    """
     of_stage = table[table["stage"] == stage].dropna(axis=1, how="all")
     there = [name.removeprefix("metric.") for name in of_stage.columns if name.startswith("metric.")]
     objectives = _objectives(of_stage)
@@ -264,13 +273,13 @@ def _shown_metrics(table: pd.DataFrame, stage: str, spec: SweepSpec) -> list[str
 
 
 def _objectives(table: pd.DataFrame) -> list[Any]:
-    """Return the classes of the objectives that pretrainings in a table have."""
+    """Return the objective classes of the pretrainings in a table."""
     names = table["recipe.objective"].dropna().unique() if "recipe.objective" in table else []
     return [find_objective(name) for name in names]
 
 
 def _ordered(found: pd.DataFrame, table: pd.DataFrame, stage: str, spec: SweepSpec) -> pd.DataFrame:
-    """Return the cells of the last stage from best to worst, if the sweep has a metric and does not vary tasks."""
+    """Return the last stage's cells from best to worst, if the sweep has a metric and does not vary tasks."""
     axes = axes_of(table, stage)
     if spec.metric is None or found.empty or not axes or "task" in axes or stage != spec.last_stage:
         return found
@@ -281,7 +290,7 @@ def _ordered(found: pd.DataFrame, table: pd.DataFrame, stage: str, spec: SweepSp
 
 
 def _title(stage: str, spec: SweepSpec) -> str:
-    """Return the stage, its recipe, and the number of examples if it is limited."""
+    """Return a title: the stage, its recipe, and the number of examples if it is limited."""
     options = spec.stages[stage].options
     recipe, most = options.get("recipe"), options.get("max_train_examples")
     parts = [stage, f"recipe {Path(recipe).stem}" if isinstance(recipe, str) else ""]
@@ -304,8 +313,7 @@ def cell_table(found: pd.DataFrame, axes: Sequence[str], title: str) -> Table:
 
 
 def task_table(found: pd.DataFrame, table: pd.DataFrame, axes: list[str], title: str) -> Table:
-    """Return a table with a row for each cell and a column for each task, as in papers, with GLUE's means where all of
-    their tasks are there."""
+    """Return a table with a row per cell and a column per task, as in papers, with GLUE's means if it has all tasks."""
     firsts = {
         task: AVERAGE_METRICS.get(task, of_task["metric"].iloc[0])
         for task, of_task in found.groupby("task", sort=False)
@@ -341,8 +349,10 @@ def _runs_of(cell: pd.Series, table: pd.DataFrame, axes: list[str]) -> pd.DataFr
 
 
 def _glue_means(runs: pd.DataFrame) -> dict[str, str]:
-    """Return the original's mean of eight tasks and GLUE's of nine, over the seeds that have all of them; with several
-    pretraining seeds, over the means of these."""
+    """Return the original's mean of eight tasks and GLUE's of nine, over the seeds that have all of them.
+
+    With several pretraining seeds, they are taken over the means of each.
+    """
     keys = [name for name in ("pretrain.seed", "seed") if name in runs]
     by_seed = pd.DataFrame([
         dict(zip(keys, seeds, strict=True)) | _avg_and_glue(of_seed, "metric.")
@@ -359,7 +369,7 @@ def _glue_means(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def _avg_and_glue(of_tasks: pd.DataFrame, prefix: str) -> dict[str, float]:
-    """Return AVG and GLUE in percent, as far as the columns with this prefix give them. of_tasks: a row per task."""
+    """Return AVG and GLUE in percent, if the columns with this prefix have all tasks. of_tasks: a row per task."""
     names = [name for name in of_tasks if name.startswith(prefix)]
     scores = {
         row["task"]: {name.removeprefix(prefix): float(row[name]) for name in names if pd.notna(row[name])}
@@ -390,12 +400,14 @@ def _text(value: Any) -> str:
     return Path(text).name if "/" in text and Path(text).exists() else text
 
 
-# --- drawn
+# --- pictures
 
 
 def draw_capacity(table: pd.DataFrame, path: Path) -> None:
-    """Draw generator and discriminator of every pretraining on held-out text over its steps, as figure 2 of the
-    reproduction study; a cross where a discriminator has collapsed. Seeds of one cell share a colour."""
+    """Draw every pretraining's held-out generator and discriminator metrics over its steps, as in the study's figure 2.
+
+    A cross marks where a discriminator has collapsed. Seeds of one cell share a colour.
+    """
     pretrained, axes = table[table["stage"] == "pretrain"], axes_of(table, "pretrain")
     labels = [
         ", ".join(f"{axis.rpartition('.')[2]} {_text(row[axis])}" for axis in axes) or "pretraining"
@@ -407,7 +419,9 @@ def draw_capacity(table: pd.DataFrame, path: Path) -> None:
     titles = {
         name: objective.metric_labels[name] for objective in _objectives(pretrained) for name in objective.key_metrics
     }
-    panels = figure.subplots(1, max(1, len(titles)), squeeze=False)[0]  # one that stays empty before anything began
+    panels = figure.subplots(1, max(1, len(titles)), squeeze=False)[
+        0
+    ]  # a single empty one before any trial has started
     for label, (_, row) in zip(labels, pretrained.iterrows(), strict=True):
         lines = evaluations_of(Path(row["run"]) / "metrics.jsonl")
         for panel, name in zip(panels, titles, strict=False):

@@ -1,4 +1,4 @@
-"""Run a sweep from beginning to end, or what is missing of it."""
+"""Run a sweep from beginning to end, or the trials that are missing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SweepOutcome:
 def open_sweep(
     sweep: Sweep | None, folder: str | Path | None, overrides: Sequence[str] = ()
 ) -> tuple[SweepSpec, SweepFolder]:
-    """Return a sweep and its folder; None for `sweep` reads the one that is in the folder."""
+    """Return a sweep and its folder. If `sweep` is None, read the one in the folder."""
     if sweep is None:
         if folder is None:
             raise ConfigError("Give a sweep to run, or the folder of one to resume.")
@@ -57,23 +57,22 @@ def run_sweep(
     retry_failed: bool = False, local: bool = False, address: str | None = None, time_limit_s: float | None = None,
     progress: SweepProgress | None = None,
 ) -> SweepOutcome:  # fmt: skip
-    """Run what is missing of a sweep, write its tables, and return its results. Nothing is printed; what happens is
-    logged.
+    """Run the missing trials of a sweep, write its tables, and return its results. It logs and prints nothing.
 
     Args:
         sweep: a shipped name such as `smoke`, a path, or the content of a sweep's file. None resumes the sweep in
             `folder`.
         folder: the sweep's folder. By default runs/sweep-NAME.
-        overrides: changes of the file, `{"finetune.seeds": [0, 1]}`.
-        retry_failed: whether trials that failed are run again.
-        local: whether trials run one after the other, without Ray.
-        address: a Ray cluster. By default Ray is started on this machine.
-        time_limit_s: the time after which trials save and leave.
-        progress: shows what the sweep is doing. By default a line a minute is logged.
+        overrides: changes to the file, such as `{"finetune.seeds": [0, 1]}`.
+        retry_failed: run failed trials again.
+        local: run trials one after the other, without Ray.
+        address: the address of a Ray cluster. By default Ray is started on this machine.
+        time_limit_s: the time after which trials save and stop.
+        progress: shows what the sweep is doing. By default one line a minute is logged.
 
     Raises:
         ConfigError: the sweep is not valid or cannot run here; nothing was run.
-        InterruptedBySignalError: a signal came; what is done is kept.
+        InterruptedBySignalError: a signal arrived; finished work is kept.
     """
     overrides = as_overrides(overrides)
     spec, found = open_sweep(sweep, folder, overrides)
@@ -84,8 +83,8 @@ def run_sweep(
             _log.info("%s. %s", todo.headline(spec, found), finished)
             return SweepOutcome(True, report_sweep(found, todo.trials, spec))
     if local and spec.is_suggested:
-        raise ConfigError("Optuna's suggestions are run by Ray, so leave out --local.")
-    trials = expand(spec, found.now if sweep is None else None)
+        raise ConfigError("Ray runs Optuna's suggestions, so leave out --local.")
+    trials = expand(spec, found.relocated if sweep is None else None)
     if address is None:
         trials_at_once(spec.resources, [this_machine()])
     else:
@@ -101,7 +100,7 @@ def run_sweep(
         if todo.missing or todo.more:
             for line in filter(None, (spec.description, corpus_note(spec))):
                 _log.info("%s", line)
-        found.forget_stop()
+        found.clear_stop()
         stages = [trial.stage for trial in todo.missing] + [spec.last_stage] * todo.more
         monitor = SweepMonitor(found, progress or SweepProgress(), stages)
         cut = _run(todo, spec, found, monitor, local=local, address=address, limit_s=time_limit_s)
@@ -114,13 +113,13 @@ class _Todo:
     """The part of a sweep that is left to run."""
 
     trials: list[Trial]
-    """All that are known, with those that Optuna has suggested before."""
+    """All known trials, including those that Optuna suggested earlier."""
     suggested: list[Trial]
     missing: list[Trial]
     more: int
-    """How many trials Optuna is still to suggest."""
+    """The number of trials that Optuna has yet to suggest."""
     failed: int
-    """How many have failed and are not run again."""
+    """The number of trials that failed and are not run again."""
 
     def headline(self, spec: SweepSpec, folder: SweepFolder) -> str:
         done = len(self.trials) - len(self.missing) - self.failed
@@ -142,13 +141,13 @@ def _run(
     todo: _Todo, spec: SweepSpec, folder: SweepFolder, monitor: SweepMonitor, *, local: bool, address: str | None,
     limit_s: float | None,
 ) -> bool:  # fmt: skip
-    """Run what is missing; return whether Optuna would have suggested more."""
+    """Run the missing trials. Return True if Optuna would have suggested more."""
 
     def begin() -> None:
-        """Write the sweep, once nothing can refuse it any more."""
+        """Write the sweep once every check has passed."""
         folder.write(spec)
         for trial in todo.missing:
-            folder.trial(trial.key).forget_failure()
+            folder.trial(trial.key).clear_failure()
 
     if local or not (todo.missing or todo.more):
         if local and spec.scheduler is not None:
@@ -164,14 +163,14 @@ def _run(
         begin()
         runner.run(todo.missing)
         if todo.more:
-            runner.suggest(todo.suggested, lambda config: suggested(spec, config, folder.now))
+            runner.suggest(todo.suggested, lambda config: suggested(spec, config, folder.relocated))
             return folder.wants_to_stop()
     return False
 
 
 def corpus_note(spec: SweepSpec) -> str:
-    """Return a note if a pretraining reads the built-in corpus, so that nobody finds that out after a day."""
+    """Return a note if a pretraining reads the built-in corpus, which nobody should find out after a day."""
     stage, keys = spec.pretrain, {"corpus", "data"}
     if stage is None or keys & {*stage.options, *stage.space, *itertools.chain(*stage.variants.values())}:
         return ""
-    return "The text is the built-in corpus of some 6 M tokens. For your own, set pretrain.corpus or pretrain.data."
+    return "The text is the built-in corpus of some 6 M tokens. To use your own, set pretrain.corpus or pretrain.data."

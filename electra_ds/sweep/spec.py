@@ -1,6 +1,6 @@
-"""The sections of a sweep's file: what its trials run, what varies, and what one trial gets. No torch and no Ray here.
+"""The sections of a sweep's file: the commands of its trials, what varies, and the resources. Imports no torch or Ray.
 
-A stage is a command by its options' names, as on its command line, and what varies over its trials:
+A stage names the options of a command, as on its command line, and what varies over its trials:
 
     finetune:
       recipe: rc2020
@@ -11,7 +11,7 @@ A stage is a command by its options' names, as on its command line, and what var
         optimizer.learning_rate: {loguniform: [1e-5, 1e-3]}
       seeds: [0, 1, 2, 3, 4]
 
-`sweep_file.py` reads such a file, and checks more than the types.
+`sweep_file.py` reads such a file and checks more than its types.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _RANGES = {
     "uniform": ("two numbers, the second greater", "[0.0, 0.3]"),
     "loguniform": ("two numbers above 0, the second greater", "[1e-5, 1e-3]"),
     "quniform": ("two multiples of a third number, and that number", "[0.0, 0.3, 0.1]"),
-    "randint": ("two whole numbers, the second greater", "[8, 33]"),
+    "randint": ("two integers, the second greater", "[8, 33]"),
 }
-"""What each takes, and an example."""
+"""The values that each kind of domain takes, and an example."""
 DOMAINS = (*_LISTS, *_RANGES)
 
 
@@ -51,7 +51,7 @@ _VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]*$")]
 
 
 class Domain(Section):
-    """The values of one key under Ray Tune's words; in a file, a mapping from the kind to its values."""
+    """The values of one key, in Ray Tune's terms. In a file, a mapping from the kind to its values."""
 
     kind: str
     values: list[Value]
@@ -66,9 +66,9 @@ class Domain(Section):
         if len(given) != 1 or kind not in DOMAINS:
             names = ", ".join(map(str, given)) or "nothing"
             known = did_you_mean(kind, DOMAINS) or "."
-            raise ValueError(f"{names} is no domain{known} Write one of {', '.join(DOMAINS)}, such as grid: [1, 2]")
+            raise ValueError(f"{names} is not a domain{known} Write one of {', '.join(DOMAINS)}, such as grid: [1, 2]")
         if not isinstance(given[kind], list):
-            raise ValueError(f"{kind} takes a list, such as {kind}: [1, 2], and not {given[kind]!r}")
+            raise ValueError(f"{kind} takes a list, such as {kind}: [1, 2], not {given[kind]!r}")
         return {"kind": kind, "values": given[kind]}
 
     @model_serializer
@@ -76,14 +76,14 @@ class Domain(Section):
         return {self.kind: list(self.values)}
 
     @model_validator(mode="after")
-    def _is_sound(self) -> Domain:
+    def _check_values(self) -> Domain:
         if self.kind in _RANGES:
             if not self._is_range():
                 what, example = _RANGES[self.kind]
-                raise ValueError(f"{self.kind} takes {what}, such as {self.kind}: {example}, and not {self.values}")
+                raise ValueError(f"{self.kind} takes {what}, such as {self.kind}: {example}, not {self.values}")
             return self
         if not self.values:
-            raise ValueError(f"the {self.kind} is empty, so there is nothing to run; write values into it")
+            raise ValueError(f"the {self.kind} is empty, so there is nothing to run; add values")
         if any(isinstance(each, Mapping) for each in self.values):
             raise ValueError(f"a {self.kind} holds plain values; write settings that go together under variants")
         _unique(self.values)
@@ -106,9 +106,9 @@ class Domain(Section):
         return self.kind != "grid"
 
     def at(self, share: float) -> Value:
-        """Return the value of a random domain below which `share`, from 0 to below 1, of its values lie.
+        """Return the quantile of a random domain at `share`, which is at least 0 and below 1.
 
-        Numbers have six digits, which are what a command line shows of them. `randint` leaves its upper bound out.
+        Numbers have six digits, as on the command line. `randint` excludes its upper bound.
         """
         if self.kind == "choice":
             return self.values[int(share * len(self.values))]
@@ -125,23 +125,23 @@ class Domain(Section):
         return float(min(max(low, value), high))
 
     def ends(self) -> list[Value]:
-        """Return values that stand for all: what can be validated before anything is drawn."""
+        """Return representative values, which can be validated before anything is drawn."""
         if self.kind == "randint":
             return [self.values[0], self.values[1] - 1]
         return self.values if self.kind in _LISTS else self.values[:2]
 
 
 class Stage(Section):
-    """Trials of one command. Any other key is one of its options: `recipe`, `data_dir`, `max_train_examples`."""
+    """The trials of one command. Any other key is one of its options, such as `recipe` or `data_dir`."""
 
     model_config = ConfigDict(extra="allow")
 
     set: dict[str, Any] = Field(default={})
     """The recipe's dotted keys that are the same in every trial."""
     space: dict[str, Domain] = Field(default={})
-    """The keys that vary, dotted keys of the recipe or options, each with a domain such as `grid: [1, 2]`."""
+    """The keys that vary, each with a domain such as `grid: [1, 2]`: dotted keys of the recipe, or options."""
     variants: dict[_VariantName, dict[str, Any]] = Field(default={})
-    """Settings that go together, by a name for tables; every variant is run."""
+    """Settings that go together, by the name that tables show. Every variant is run."""
     seeds: Annotated[list[_Seed], AfterValidator(_unique)] = Field(default=[0], min_length=1)
 
     @property
@@ -152,44 +152,44 @@ class Stage(Section):
 
 class PretrainStage(Stage):
     stop_at_share: _Share | None = None
-    """Every trial ends at this share of its schedule, which stays as long as it is."""
+    """Every trial ends at this share of its schedule, whose length does not change."""
     checkpoints: Annotated[list[_Share], AfterValidator(_unique)] = Field(default=[])
-    """Shares of the schedule; the checkpoints there are kept and each of them finetuned. None: the last alone."""
+    """Shares of the schedule whose checkpoints are kept and finetuned. None: only the last one."""
     stop_on_collapse: bool = False
     """End a trial once its discriminator has collapsed."""
 
 
 class Search(Section):
     kind: Literal["random", "optuna"] = "random"
-    """The source of values that are no grid: drawn at random, or suggested by Optuna, which learns from the scores."""
+    """The source of values outside grids: random draws, or suggestions by Optuna, which learns from the scores."""
     samples: int = Field(default=1, ge=1, le=100_000)
-    """How many times random values are drawn, each for every cell of the grid and every seed."""
+    """The number of random draws. Each is used for every cell of the grid and every seed."""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class Metric(Section):
     name: str
-    """A number of an evaluation in metrics.jsonl: `discriminator_auc`, `spearman`. `score` is a finetuning's first."""
+    """A metric in metrics.jsonl, such as `discriminator_auc` or `spearman`. `score` is a finetuning's first metric."""
     mode: Literal["max", "min"] = "max"
 
 
 class Scheduler(Section):
     kind: Literal["asha", "median"]
     grace_steps: int = Field(default=1, ge=1)
-    """Steps that every trial gets before it may be ended."""
+    """The number of steps that every trial gets before it may be ended."""
     reduction_factor: float = Field(default=4.0, gt=1)
-    """ASHA: one in so many continues from each rung to the next."""
+    """For ASHA: one in this many trials continues from each rung to the next."""
 
 
 class Resources(Section):
     """The resources of one trial."""
 
     workers: int = Field(default=1, ge=1, le=4096)
-    """Ranks of its DeepSpeed world."""
+    """The number of ranks."""
     cpus: int = Field(default=1, ge=1)
-    """CPUs of each worker, which are its threads."""
+    """The number of CPUs, and so of threads, of each worker."""
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs of each worker; below 1 several trials share a card, whose memory must do for all of them."""
+    """The number of GPUs of each worker. Below 1, several trials share a card, and its memory must hold them all."""
 
     @model_validator(mode="after")
     def _is_countable(self) -> Resources:
@@ -201,20 +201,20 @@ class Resources(Section):
 
 
 class SweepSpec(Section):
-    """A sweep as `parse_sweep` makes it."""
+    """A sweep, as `parse_sweep` returns it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     description: str = ""
     pretrain: PretrainStage | None = None
     finetune: Stage | None = None
-    """After `pretrain` it finetunes the encoder of each of its trials, else `model`."""
+    """It finetunes the encoder of each trial of `pretrain` if there is one, else `model`."""
     search: Search = Search()
     metric: Metric | None = None
-    """The metric by which a scheduler, Optuna and the order of the table go."""
+    """The metric that a scheduler, Optuna and the order of the table use."""
     scheduler: Scheduler | None = None
     resources: Resources = Resources()
     retries: int = Field(default=2, ge=0)
-    """How often a trial that was killed is resumed. One that fails by itself is not."""
+    """The number of times a killed trial is resumed. A trial that fails by itself is not resumed."""
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -223,7 +223,7 @@ class SweepSpec(Section):
 
     @property
     def last_stage(self) -> str:
-        """The name of the stage that a scheduler, Optuna and the metric are about."""
+        """The name of the stage to which a scheduler, Optuna and the metric apply."""
         return list(self.stages)[-1]
 
     @property

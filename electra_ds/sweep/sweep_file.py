@@ -1,5 +1,5 @@
-"""Read a sweep's file, with changes of the command line, and find everything that is wrong with it. No torch and no Ray
-here."""
+"""Read a sweep's file with overrides from the command line, and find everything that is wrong with it. Imports neither
+torch nor Ray."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ from electra_ds.sweep.spec import (
 )
 
 _MOST_PROBLEMS = 10
-_PLAINLY = {"missing": "is missing", "too_short": "is empty", "list_type": "must be a list, in brackets"}
-"""Messages in place of pydantic's."""
+_MESSAGES = {"missing": "is missing", "too_short": "is empty", "list_type": "must be a list, in brackets"}
+"""Messages that replace pydantic's."""
 _STAGE_KEYS = {"pretrain": PretrainStage.model_fields, "finetune": Stage.model_fields}
 _KEYS = [key for section in (SweepSpec, Search, Metric, Scheduler, Resources) for key in section.model_fields]
 
 Sweep = SweepSpec | Mapping[str, Any] | str | Path
-"""A sweep, the content of its file, its path, or the name of a shipped one."""
+"""A sweep, the content of its file, its path, or the name of a shipped sweep."""
 Change = Callable[[str, str, Any], Any]
-"""A function from (stage, option, its value) to another value."""
+"""A function that maps (stage, option, value) to a new value."""
 
 
 def as_spec(sweep: Sweep, overrides: Sequence[str] = ()) -> SweepSpec:
-    """Return a sweep, however it is given. overrides: changes of one that is given by its name or path."""
+    """Return a sweep from any of its forms. overrides: changes, only for one given by name or path."""
     if isinstance(sweep, str | Path):
         return load_sweep(str(sweep), overrides)
     return sweep if isinstance(sweep, SweepSpec) else parse_sweep(sweep)
 
 
 def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepSpec:
-    """Return a shipped sweep or one from a file, with `finetune.seeds=[0, 1]` and the like applied.
+    """Return a shipped sweep or one from a file, with overrides such as `finetune.seeds=[0, 1]` applied.
 
     Raises ConfigError, which lists every problem.
     """
@@ -86,8 +86,7 @@ def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepSpec:
 
 
 def parse_sweep(values: Mapping[str, Any], source: str = "given") -> SweepSpec:
-    """Return a sweep from a raw mapping, its paths in full. Raises ConfigError, which lists every problem with its
-    key."""
+    """Return a sweep from a raw mapping, with full paths. Raises ConfigError, listing every problem with its key."""
     values = _with_options(values, full_path)
     spec, problems = None, []
     try:
@@ -111,27 +110,27 @@ def listed(first: str, problems: Sequence[str]) -> str:
 
 
 class YamlDumper(yaml.SafeDumper):
-    """Quotes a text such as 5e-4, which `load_yaml` would read as a number."""
+    """Quotes text such as 5e-4, which `load_yaml` would read as a number."""
 
 
 YamlDumper.add_implicit_resolver("number", re.compile(r"[-+]?[\d.]+[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def sweep_yaml(spec: SweepSpec) -> str:
-    """Return the sweep in full, as `load_sweep` reads it."""
+    """Return the full sweep as YAML that `load_sweep` reads."""
     return yaml.dump(spec.model_dump(), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def with_options(spec: SweepSpec, change: Change) -> SweepSpec:
-    """Return the sweep with every value of its commands' options changed, wherever it stands."""
+    """Return the sweep with `change` applied to every value of its commands' options, wherever it is set."""
     return SweepSpec.model_validate(_with_options(spec.model_dump(), change))
 
 
 def _with_options(values: Mapping[str, Any], change: Change) -> dict[str, Any]:
-    """Do that with a sweep's raw mapping."""
+    """Apply `change` in the same way to a sweep's raw mapping."""
 
     def changed(stage: str, key: str, value: Any) -> Any:
-        """Apply `change` to each value below a key. A domain's values belong to the key that it is given for."""
+        """Apply `change` to each value below a key. The values of a domain belong to the domain's key."""
         if isinstance(value, list):
             return [changed(stage, key, each) for each in value]
         if isinstance(value, dict):
@@ -144,9 +143,9 @@ def _with_options(values: Mapping[str, Any], change: Change) -> dict[str, Any]:
 
 
 def _put(values: dict[str, Any], override: str) -> None:
-    """Apply `stage.option=value`; what comes after `set.`, `space.` or a variant's name is one dotted key.
+    """Apply `stage.option=value`. Everything after `set.`, `space.` or a variant's name is one dotted key.
 
-    null removes a key, but for `set.KEY`, where it is a value.
+    null removes a key, except in `set.KEY`, where it is a value.
     """
     path, equals, text = override.partition("=")
     parts = path.split(".")
@@ -155,15 +154,15 @@ def _put(values: dict[str, Any], override: str) -> None:
     homes = [f"{stage}.set.{path}" for stage in STAGES if stage in values and path in _keys(stage, values[stage])]
     if homes and len(parts) > 1:
         raise ConfigError(f"{override!r}: is a key of a recipe; write it as {' or '.join(homes)}")
-    if parts[0] in STAGES:  # a recipe's key is one, for all its dots
+    if parts[0] in STAGES:  # a recipe's key is one key, despite its dots
         sections = {"set": 2, "space": 2, "variants": 3}.get(parts[1] if len(parts) > 1 else "", 1)
         parts = [*parts[:sections], *filter(None, [".".join(parts[sections:])])]
     target = values
     for depth, part in enumerate(parts[:-1]):
         inner = target.get(part)
         if inner is not None and not isinstance(inner, dict):
-            raise ConfigError(f"{override!r}: {'.'.join(parts[: depth + 1])} is no section of the sweep.")
-        target[part] = dict(inner or {})  # a copy, since an anchor of YAML's may have it stand elsewhere too
+            raise ConfigError(f"{override!r}: {'.'.join(parts[: depth + 1])} is not a section of the sweep.")
+        target[part] = dict(inner or {})  # a copy, since a YAML anchor may use it elsewhere too
         target = target[part]
     value = parse_value(text)
     if value is None and (len(parts) < 3 or parts[1] != "set"):
@@ -172,20 +171,20 @@ def _put(values: dict[str, Any], override: str) -> None:
         target[parts[-1]] = value
 
 
-# --- what must hold
+# --- checks
 
 
 def _plain(problem: Any) -> str:
     """Return a problem that pydantic found, with its key."""
     parts = [str(part) for part in problem["loc"]]
-    message = _PLAINLY.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    message = _MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "extra_forbidden":
         message = f"unknown key{did_you_mean(parts[-1], _KEYS)}"
     return ": ".join(filter(None, [".".join(parts), message]))
 
 
 def _stage_problems(name: str, given: dict[str, Any]) -> list[str]:
-    """Return the problems of a stage's keys and values as they stand in the file."""
+    """Return the problems of a stage's keys and values in the file."""
     keys = _keys(name, given)
     return [
         f"{name}.{place}{key}: {problem}"
@@ -195,7 +194,7 @@ def _stage_problems(name: str, given: dict[str, Any]) -> list[str]:
 
 
 def _settings(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield (place, key, value) of every setting of a stage; the place of an option is empty."""
+    """Yield (place, key, value) of every setting of a stage. The place of an option is empty."""
     places: dict[str, Any] = {"": {key: value for key, value in given.items() if key not in _STAGE_KEYS[name]}}
     places |= {f"{place}.": given.get(place) for place in ("set", "space")}
     places |= {f"variants.{variant}.": settings for variant, settings in _mapping(given.get("variants")).items()}
@@ -230,7 +229,7 @@ def _value_problem(stage: str, place: str, key: str, value: Any, given: Mapping[
             return f"is listed {'next to space' if key in given else 'under set'} too; leave one out"
         values = [each for drawn in _mapping(value).values() if isinstance(drawn, list) for each in drawn]
     elif isinstance(value, dict):
-        return f"takes one value, and not {value}; what varies is written under space"
+        return f"takes one value, not {value}; to vary it, write it under space"
     elif place.startswith("variants") and key in _mapping(given.get("space")):
         return "is listed under space too; leave one out"
     problems = (value_problem(stage, key, each) for each in values if key in OPTIONS[stage])
@@ -238,7 +237,7 @@ def _value_problem(stage: str, place: str, key: str, value: Any, given: Mapping[
 
 
 def _problems_together(spec: SweepSpec) -> Iterator[str]:
-    """Yield the problems of parts that are each sound by themselves."""
+    """Yield the problems between parts that are each valid alone."""
     if not spec.stages:
         yield "there is nothing to run; write pretrain, finetune or both"
         return
@@ -254,15 +253,15 @@ def _problems_together(spec: SweepSpec) -> Iterator[str]:
         )
     if spec.is_suggested:
         if len(spec.stages) > 1:
-            yield "search.kind: Optuna suggests values of one stage; pretrain first, and give finetune.model"
+            yield "search.kind: Optuna suggests values for one stage only; pretrain first, and give finetune.model"
         if len(stage.seeds) > 1:
             yield f"{last}.seeds: Optuna compares single trials; write one seed, and confirm with more later"
         if not all(domain.is_random for domain in stage.space.values()) or stage.variants or not stage.space:
-            yield f"{last}.space: Optuna needs domains such as uniform or choice here, and knows no grid or variants"
+            yield f"{last}.space: Optuna needs domains such as uniform or choice here, not a grid or variants"
     elif spec.search.samples > 1 and not any(
         domain.is_random for each in spec.stages.values() for domain in each.space.values()
     ):
-        yield f"search.samples: {spec.search.samples}, and no space has a random value; leave it out"
+        yield f"search.samples: {spec.search.samples}, but no space has a random value; leave it out"
     if spec.pretrain is not None and spec.pretrain.checkpoints:
         last_share, end = max(spec.pretrain.checkpoints), spec.pretrain.stop_at_share or 1
         if last_share > end:
@@ -270,7 +269,7 @@ def _problems_together(spec: SweepSpec) -> Iterator[str]:
 
 
 def _varies_task(stage: Stage) -> str:
-    """Return where the trials of a stage are given different tasks; empty where they are not."""
+    """Return the place in the file at which a stage's trials get different tasks; empty if they do not."""
     if "task" in stage.space:
         return "space.task" if len(stage.space["task"].values) > 1 else ""
     return next((f"variants.{name}.task" for name, settings in stage.variants.items() if "task" in settings), "")

@@ -1,5 +1,5 @@
-"""A sweep as the list of its trials, each of which is a command line that can be run by hand. No torch and no Ray
-here."""
+"""Expand a sweep into its trials, each of which is a command line that you can run by hand. Imports neither torch nor
+Ray."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from electra_ds.sweep.sweep_file import listed
 _LONGEST_LABEL = 80
 _MOST_TRIALS = 20_000
 _EXAMPLE = {"pretrain": "rc2020-small", "finetune": "rc2020"}
-Now = Callable[[str, Mapping[str, Value]], dict[str, Value]]
-"""A function that gives a stage's options with their inputs where they are now. None: no input has moved."""
+Relocate = Callable[[str, Mapping[str, Value]], dict[str, Value]]
+"""A function that returns a stage's options with the current places of their inputs. None: no input has moved."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class Trial:
     stage: str
     """`pretrain` or `finetune`."""
     values: dict[str, Value]
-    """The values that distinguish it: variant, what varies, seed; those of its pretrained encoder come first, after
-    `pretrain.`."""
+    """The values that distinguish it: variant, what varies, seed. Those of its pretrained encoder come first, with the
+    prefix `pretrain.`."""
     options: dict[str, Value]
     settings: dict[str, Value]
-    """The recipe's dotted keys that the recipe is changed by."""
+    """The overrides of the recipe, by dotted key."""
     seed: int
     recipe: Recipe | FinetuneRecipe = field(repr=False)
-    """Resolved."""
+    """The resolved recipe."""
     stop_at: int | None = None
-    """Step of the schedule at which it ends."""
+    """The step of the schedule at which it ends."""
     keep_at: tuple[int, ...] = ()
-    """Steps whose checkpoints are kept for the finetunings."""
+    """The steps whose checkpoints are kept for finetuning."""
     stop_on_collapse: bool = False
     pretraining: Trial | None = None
     """The trial whose encoder it finetunes."""
@@ -65,7 +65,7 @@ class Trial:
 
     @cached_property
     def key(self) -> str:
-        """The name of its folder: a label for people, and a digest that is the same for the same outcome only."""
+        """The name of its folder: a readable label, and a digest of everything that its outcome depends on."""
         label = re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.label)[:_LONGEST_LABEL].strip("-._")
         return f"{label}-{self.digest[:12]}"
 
@@ -75,14 +75,14 @@ class Trial:
 
     @cached_property
     def digest(self) -> str:
-        """The digest of all that the outcome depends on. How it is run and what things are called do not count."""
+        """The digest of everything that the outcome depends on, without names and the way it is run."""
         own = {
             name: words(self.stage, name, value) for name, value in self.options.items() if name not in HOW | {"recipe"}
         }
         if self.stage == "finetune" and not (self.options.get("best") or self.options.get("early_stopping")):
             own.pop("eval_every", None)
         recipe = self.recipe.model_dump(mode="json", exclude={"name", "description"})
-        if recipe.get("objective") == "electra":  # keys of trials are older than other objectives
+        if recipe.get("objective") == "electra":  # trial keys are older than other objectives
             del recipe["objective"]
         outcome = {
             "stage": self.stage, "options": {name: given for name, given in own.items() if given},
@@ -93,7 +93,7 @@ class Trial:
         return hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()
 
     def arguments(self, threads: int) -> list[str]:
-        """Return the command's arguments for a new run, without its directory and a model that is pretrained first."""
+        """Return the command's arguments for a new run, without the run directory and a pretrained model."""
         given = [word for name, value in self.options.items() for word in words(self.stage, name, value)]
         given += ["--seed", str(self.seed)]
         if self.settings:
@@ -102,7 +102,7 @@ class Trial:
         return [*given, *self.ending(), *collapse, "--threads", str(threads)]
 
     def ending(self) -> list[str]:
-        """Return where the run ends and what it keeps for others, as arguments of a new and of a resumed run."""
+        """Return the arguments for the run's end and the checkpoints it keeps, for a new or a resumed run."""
         stop = ["--stop-at", str(self.stop_at)] if self.stop_at is not None else []
         return [*stop, *(["--keep-at", *map(str, self.keep_at)] if self.keep_at else [])]
 
@@ -128,13 +128,13 @@ def counted(trials: int) -> str:
     return f"{trials:,} trial{'' if trials == 1 else 's'}"
 
 
-def expand(spec: SweepSpec, now: Now | None = None, *, check: bool = True) -> list[Trial]:
-    """Return every trial of a sweep, pretrainings first; without those that Optuna suggests.
+def expand(spec: SweepSpec, relocate: Relocate | None = None, *, check: bool = True) -> list[Trial]:
+    """Return every trial of a sweep, pretrainings first, without those that Optuna suggests.
 
-    Random values are drawn by the search's seed, the key and the number of the sample, so every seed and every cell of
-    the grid has the same ones, and more samples leave the earlier ones as they were. Raises ConfigError, before
-    anything is run, with every recipe, option, path and metric that cannot be used. check: whether it is to be run, so
-    that its inputs are looked at.
+    Random values depend on the search's seed, the key and the number of the sample, so every seed and every cell of the
+    grid has the same ones, and more samples leave the earlier ones unchanged. check: also check the inputs, because the
+    sweep is about to run. Raises ConfigError, before anything runs, with every recipe, option, path and metric that
+    cannot be used.
     """
     trials: list[Trial] = []
     problems: dict[str, None] = {}
@@ -151,7 +151,7 @@ def expand(spec: SweepSpec, now: Now | None = None, *, check: bool = True) -> li
                 f"checkpoints multiply. Shorten one of them."
             )
         for picked in cells:
-            trial, found = _Cell(spec, name, picked).trial(now, check=check)
+            trial, found = _Cell(spec, name, picked).trial(relocate, check=check)
             problems |= dict.fromkeys(found)
             if trial is not None and not spec.is_suggested:
                 trials += [_with_seed(trial, seed, *encoder) for seed in stage.seeds for encoder in encoders]
@@ -163,14 +163,18 @@ def expand(spec: SweepSpec, now: Now | None = None, *, check: bool = True) -> li
     return trials
 
 
-def suggested(spec: SweepSpec, values: Mapping[str, Value], now: Now | None = None, *, check: bool = True) -> Trial:
-    """Return the trial of a suggestion for a sweep of one stage; without a `seed` it has the stage's first one. Raises
-    ConfigError if it is none."""
+def suggested(
+    spec: SweepSpec, values: Mapping[str, Value], relocate: Relocate | None = None, *, check: bool = True
+) -> Trial:
+    """Return the trial of a suggestion for a sweep of one stage. Its `seed` is by default the stage's first one.
+
+    Raises ConfigError if the suggestion is not a valid trial.
+    """
     ((name, stage),) = spec.stages.items()
     varying = {key: value for key, value in values.items() if key != "seed"}
     keys = recipe_keys(name, stage.options, stage.set)
     problems = [f"{name}.{key}: {problem}" for key in varying if (problem := key_problem(name, key, keys))]
-    trial, found = (None, []) if problems else _Cell(spec, name, varying).trial(now, check=check)
+    trial, found = (None, []) if problems else _Cell(spec, name, varying).trial(relocate, check=check)
     _raise(spec, [*problems, *found])
     assert trial is not None
     return _with_seed(trial, values.get("seed", stage.seeds[0]), None, None)
@@ -185,7 +189,7 @@ def _raise(spec: SweepSpec, problems: Sequence[str]) -> None:
 
 
 def _cells(stage: Stage, spec: SweepSpec) -> Iterator[dict[str, Value]]:
-    """Yield what each trial but for its seed is given; samples that are drawn alike come once."""
+    """Yield the values of each trial except its seed. Equal samples come only once."""
     grids = [[(key, value) for value in each.values] for key, each in stage.space.items() if not each.is_random]
     random = {key: domain for key, domain in stage.space.items() if domain.is_random}
     drawn = {}
@@ -199,20 +203,20 @@ def _cells(stage: Stage, spec: SweepSpec) -> Iterator[dict[str, Value]]:
 
 
 def _share(key: str, seed: int, sample: int) -> float:
-    """Return a number from 0 to below 1, the same on every machine."""
+    """Return a number in [0, 1) that is the same on every machine."""
     digest = hashlib.sha256(f"{seed}/{sample}/{key}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
 def _corners(stage: Stage) -> list[dict[str, Value]]:
-    """Return the ends of what a searcher may suggest, so that bounds are checked before anything runs."""
+    """Return the extreme suggestions of a searcher, so that bounds are checked before anything runs."""
     ends = {key: domain.ends() for key, domain in stage.space.items()}
     longest = max(map(len, ends.values()))
     return [{key: values[min(index, len(values) - 1)] for key, values in ends.items()} for index in range(longest)]
 
 
 def _with_seed(trial: Trial, seed: int, pretraining: Trial | None, checkpoint: int | None) -> Trial:
-    """Return the same trial with another seed, of an encoder that is pretrained before it."""
+    """Return the same trial with another seed, for an encoder that the sweep pretrains."""
     values: dict[str, Value] = {}
     if pretraining is not None:
         values |= {f"pretrain.{key}": value for key, value in pretraining.values.items()}
@@ -224,11 +228,11 @@ def _with_seed(trial: Trial, seed: int, pretraining: Trial | None, checkpoint: i
     )  # fmt: skip
 
 
-# --- one trial, checked
+# --- one checked trial
 
 
 class _Cell:
-    """One combination of a stage's values, which all seeds share, and where in the file each of them stands."""
+    """One combination of a stage's values, which all seeds share, and the place of each value in the file."""
 
     def __init__(self, spec: SweepSpec, name: str, picked: dict[str, Value]) -> None:
         self._spec, self._name, self._stage, self._picked = spec, name, spec.stages[name], picked
@@ -245,14 +249,13 @@ class _Cell:
             return f"{self._name}.variants.{self._picked['variant']}.{key}"
         return f"{self._name}.set.{key}" if key in self._stage.set else f"{self._name}.{key}"
 
-    def trial(self, now: Now | None, *, check: bool) -> tuple[Trial | None, list[str]]:
-        """Return the trial of the stage's first seed, without an encoder; else None and what is wrong with it, each
-        problem with its key."""
+    def trial(self, relocate: Relocate | None, *, check: bool) -> tuple[Trial | None, list[str]]:
+        """Return (trial of the stage's first seed, without an encoder, or None; problems, each with its key)."""
         options, stage, seed = self._options, self._stage, self._stage.seeds[0]
         problems = [*self._missing(), *self._metric_problems()]
         if check:
-            here = options if now is None else now(self._name, options)
-            problems += self._lost(here, has_moved=now is not None) or ([] if problems else self._unfit(here))
+            here = options if relocate is None else relocate(self._name, options)
+            problems += self._lost(here, has_moved=relocate is not None) or ([] if problems else self._unfit(here))
         try:
             recipe = self._recipe(seed)
         except ConfigError as error:
@@ -276,27 +279,27 @@ class _Cell:
         return self._name == "finetune" and self._spec.pretrain is not None
 
     def _missing(self) -> Iterator[str]:
-        """Yield what must be given and is not, or must not and is."""
+        """Yield problems of missing and of forbidden keys."""
         options = self._options
         if options.get("recipe") is None:
             yield f"{self._name}.recipe: is missing; write one such as recipe: {_EXAMPLE[self._name]}"
         if self._name == "pretrain":
             return
         if self._is_pretrained_first and options.get("model") is not None:
-            yield f"{self._place('model')}: is what pretrain makes; leave out one of the two"
+            yield f"{self._place('model')}: is made by pretrain; leave out one of the two"
         if not self._is_pretrained_first and options.get("model") is None:
             yield "finetune.model: is missing; give a run, a transformers folder or a name on the Hub"
         if options.get("task") is None and (options.get("train") is None or options.get("dev") is None):
-            yield "finetune.task: is missing; write one, or train and dev with examples of your own"
+            yield "finetune.task: is missing; write one, or train and dev with your own examples"
 
     def _lost(self, options: Mapping[str, Value], *, has_moved: bool) -> list[str]:
-        """Return the files and folders that are not there; loading a recipe reports its own."""
+        """Return problems of missing files and folders, except recipes, which loading reports."""
         remedy = ", nor at the same place relative to the sweep; put it back there, or make a link" if has_moved else ""
         lost = {key: missing_path(self._name, key, value) for key, value in options.items() if key != "recipe"}
         return [f"{self._place(key)}: {problem}{remedy}" for key, problem in lost.items() if problem]
 
     def _unfit(self, options: Mapping[str, Value]) -> list[str]:
-        """Return what keeps options from being used together, and what is wrong in the files that they name."""
+        """Return problems of options that exclude each other, and of the files that they name."""
         place = self._name
         try:
             check_options(self._name, {"model": "RUN", **options} if self._is_pretrained_first else options)
@@ -324,7 +327,7 @@ class _Cell:
         return load_finetune_recipe(given, self._options.get("task") or "", overrides)
 
     def _recipe_problems(self, error: ConfigError) -> list[str]:
-        """Return a recipe's problems, under the sweep's keys where they are about those."""
+        """Return a recipe's problems, under the sweep's keys if they are about these."""
         first, *rest = str(error).splitlines()
         problems = []
         for line in rest:

@@ -1,4 +1,4 @@
-"""A sweep's trials by Ray Tune, as many at once as fit, on this machine or on a cluster."""
+"""Run a sweep's trials with Ray Tune, as many at once as fit, on this machine or on a cluster."""
 
 # ruff: noqa: E402  # Ray reads the variables below when it is imported
 
@@ -27,7 +27,7 @@ _SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "30",
     "TUNE_MAX_PENDING_TRIALS_PG": "200",
 }
-"""Read by Ray when it is imported or started; variables that the user has set stay."""
+"""Variables that Ray reads when it is imported or started. Those that the user has set are kept."""
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
@@ -47,19 +47,21 @@ from electra_ds.sweep.trials import Trial
 
 _log = logging.getLogger(__name__)
 _IDLE_S = 60.0
-"""The time after which a line says that no trial runs."""
-_OBJECT_STORE_BYTES = 128 * 2**20  # next to nothing goes through it
+"""The time after which a line reports that no trial is running."""
+_OBJECT_STORE_BYTES = 128 * 2**20  # almost nothing goes through it
 
 
 class RayRunner:
-    """Runs trials of a sweep in a cluster, see `ray_runner`."""
+    """Runs the trials of a sweep on a cluster, see `ray_runner`."""
 
     def __init__(self, folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor) -> None:
         self._folder, self._spec, self._monitor = folder, spec, monitor
 
     def run(self, trials: Sequence[Trial]) -> None:
-        """Run the trials in their order, so pretrainings first, and in the slots that they leave finetunings of those
-        that have ended; until the folder's `stop` file is there: then those that run save and leave."""
+        """Run the trials in order, until the folder's `stop` file appears; running trials then save and stop.
+
+        Pretrainings come first. Finetunings of finished pretrainings take the slots that are free.
+        """
         if not trials:
             return
         order = InOrder(trials, self._folder, lambda trial: self._monitor.end(trial, *self._folder.state_of(trial)))
@@ -68,9 +70,9 @@ class RayRunner:
         self._fit(lambda config: known[config["key"]], {}, config)
 
     def suggest(self, before: Sequence[Trial], resolve: tune_trial.Resolve) -> None:
-        """Run what Optuna suggests, until there are as many trials as the search's samples.
+        """Run Optuna's suggestions, until there are as many trials as the search has samples.
 
-        before: what was suggested earlier, whatever its outcome, from which Optuna learns.
+        before: earlier suggestions, whatever their outcome, from which Optuna learns.
         """
         left = self._spec.search.samples - len(before)
         if left <= 0 or self._folder.wants_to_stop():
@@ -85,14 +87,14 @@ class RayRunner:
         self._fit(resolve, space, config)
 
     def _learned(self, before: Sequence[Trial], space: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:
-        """Return (values, the metric at the end) of each trial that has one."""
-        assert self._spec.metric is not None  # the spec's checks see to it
+        """Return (values, final metric) of each trial that has a final metric."""
+        assert self._spec.metric is not None  # the spec's checks ensure this
         found = []
         for trial in before:
             files = self._folder.trial(trial.key)
             evaluations = evaluations_of(files.run.metrics)
             reward = as_result(trial.stage, evaluations[-1]).get(self._spec.metric.name) if evaluations else None
-            is_of_space = all(_is_in(trial.values, key, space[key]) for key in space)  # which may have changed
+            is_of_space = all(_is_in(trial.values, key, space[key]) for key in space)  # the space may have changed
             if reward is not None and is_of_space and files.has_succeeded:
                 found.append(({key: trial.values[key] for key in space}, reward))
         return found
@@ -101,7 +103,7 @@ class RayRunner:
         records = self._folder.path / "tune"
         naming: Callable[[Any], str] = lambda trial: str(trial.config.get("key", trial.trial_id))  # noqa: E731
         config.trial_name_creator = config.trial_dirname_creator = naming
-        folder = self._folder  # which Tune can write down with the scheduler, as it cannot the monitor
+        folder = self._folder  # Tune can pickle it with the scheduler, but not the monitor
         config.scheduler = _scheduler(self._spec, lambda trial: folder.trial(resolve(trial.config).key).end_early())
         watch = _Watch(resolve, self._folder, self._monitor)
         tuner = tune.Tuner(
@@ -119,22 +121,22 @@ class RayRunner:
             ),
         )
         try:
-            with ThreadPoolExecutor(1) as pool:  # in the main thread Tune would take the signals for itself
+            with ThreadPoolExecutor(1) as pool:  # in the main thread Tune would handle the signals itself
                 pool.submit(tuner.fit).result()
         except (OSError, pyarrow.ArrowException) as error:
             raise CheckpointError(f"Tune cannot write into {records}: {error}") from error
         except tune.TuneError as error:
             raise TrainingError(f"Tune has ended the sweep: {error}. Resume it with --resume.") from error
-        shutil.rmtree(records, ignore_errors=True)  # all of it is in the sweep's folder
+        shutil.rmtree(records, ignore_errors=True)  # the sweep's folder has everything
 
 
 def _is_in(values: Mapping[str, Any], key: str, domain: Any) -> bool:
-    """Return whether a searcher could have suggested the value; any number is taken to be in a range."""
+    """Return True if a searcher could have suggested the value. Any number is assumed to be in a range."""
     return key in values and (not hasattr(domain, "categories") or values[key] in domain.categories)
 
 
 def _optuna(spec: SweepSpec, learned: Sequence[tuple[dict[str, Any], float]]) -> Searcher:
-    """Raises ConfigError if Optuna is not installed."""
+    """Return Optuna's searcher. Raises ConfigError if Optuna is not installed."""
     try:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -144,7 +146,7 @@ def _optuna(spec: SweepSpec, learned: Sequence[tuple[dict[str, Any], float]]) ->
         if learned:
             known = {"points_to_evaluate": [p for p, _ in learned], "evaluated_rewards": [r for _, r in learned]}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        seed = spec.search.seed + len(learned)  # not what was suggested before
+        seed = spec.search.seed + len(learned)  # not the same suggestions again
         return OptunaSearch(metric=spec.metric.name, mode=spec.metric.mode, seed=seed, **known)
     except (ImportError, AssertionError) as error:
         raise ConfigError("search.kind: optuna needs Optuna. Install it: pip install 'electra_ds[optuna]'") from error
@@ -154,23 +156,23 @@ def _optuna(spec: SweepSpec, learned: Sequence[tuple[dict[str, Any], float]]) ->
 
 
 class InOrder(Searcher):
-    """Suggests listed trials in their order, a finetuning of a pretraining among them as soon as that has ended."""
+    """Suggests listed trials in order. A finetuning follows as soon as the pretraining of its encoder has ended."""
 
     def __init__(self, trials: Sequence[Trial], folder: SweepFolder, refuse: Callable[[Trial], None]) -> None:
-        """refuse: called with each trial that cannot be begun, since its encoder is not there."""
+        """refuse: called with each trial that cannot start because its encoder does not exist."""
         super().__init__()
         self._waiting, self._folder, self._refuse = list(trials), folder, refuse
         self._running: dict[str, str] = {}
-        """Keys by Tune's names."""
+        """The trials' keys, by Tune's ids."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return nothing to Tune, which would write down what belongs to this process."""
+        """Give Tune no state, since it would pickle objects that belong to this process."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Write nothing: what is done is in the folder."""
+        """Write nothing, since the folder records what is done."""
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a text
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED is a string
         if self._folder.wants_to_stop():
             return str(Searcher.FINISHED)
         unended = {*self._running.values(), *(trial.key for trial in self._waiting)}
@@ -189,8 +191,10 @@ class InOrder(Searcher):
 
 
 class _EndsByFolder(FIFOScheduler):
-    """Lets a trial that the scheduler would stop save, close its trackers and write its status: the sweep's folder says
-    that it is to end, and Tune is told to continue."""
+    """Lets a trial that the scheduler would stop save, close its trackers and write its status first.
+
+    The sweep's folder records that the trial should end, and Tune gets the answer to continue it.
+    """
 
     end_early: Callable[[Any], None]
     ended: set[str]
@@ -204,7 +208,7 @@ class _EndsByFolder(FIFOScheduler):
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        if self.metric in result and "step" in result:  # not if it failed before its first evaluation
+        if self.metric in result and "step" in result:  # false if it failed before its first evaluation
             super().on_trial_complete(tune_controller, trial, result)
 
 
@@ -226,14 +230,16 @@ def _scheduler(spec: SweepSpec, end_early: Callable[[Any], None]) -> TrialSchedu
     if wanted.kind == "asha":
         scheduler = _Asha(max_t=10**12, reduction_factor=wanted.reduction_factor, **common)
     else:
-        scheduler = _Median(min_time_slice=10**15, **common)  # no trial is paused for others
+        scheduler = _Median(min_time_slice=10**15, **common)  # never pause a trial for others
     scheduler.end_early, scheduler.ended = end_early, set()
     return scheduler
 
 
 class _Watch(tune.Callback, tune.Stopper):
-    """Shows how trials go, gives a status to those that Tune has given up, and ends the experiment once the sweep is to
-    stop and the last trial has saved."""
+    """Shows the progress of trials, and sets the status of those that Tune has given up.
+
+    It ends the experiment once the sweep has been asked to stop and the last trial has saved.
+    """
 
     def __init__(self, resolve: tune_trial.Resolve, folder: SweepFolder, monitor: SweepMonitor) -> None:
         self._resolve, self._folder, self._monitor = resolve, folder, monitor
@@ -241,7 +247,7 @@ class _Watch(tune.Callback, tune.Stopper):
         self._idle_since: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return nothing to Tune, which would write down what belongs to this process."""
+        """Give Tune no state, since it would pickle objects that belong to this process."""
         return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -258,25 +264,25 @@ class _Watch(tune.Callback, tune.Stopper):
             return
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._monitor.look()
+        self._monitor.update()
         if self._running or self._folder.wants_to_stop():
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = time.monotonic()
         elif time.monotonic() - self._idle_since > _IDLE_S:
             self._idle_since = time.monotonic()
-            _log.info("No trial runs: no node has a free slot for one now. It waits; Ctrl-C leaves")
+            _log.info("No trial is running: no node has a free slot yet. The sweep waits; press Ctrl-C to stop")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running.discard(trial.trial_id)
         ours = self._resolve(trial.config)
         state, reason = self._folder.trial(ours.key).state()
-        if state != "waiting":  # Tune asks for such trials while the sweep is to stop
+        if state != "waiting":  # Tune also completes waiting trials while the sweep stops
             self._monitor.end(ours, state, reason)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running.discard(trial.trial_id)
-        why = _last_words(trial)
+        why = _failure_reason(trial)
         try:
             ours = self._resolve(trial.config)
         except ConfigError as error:
@@ -287,11 +293,11 @@ class _Watch(tune.Callback, tune.Stopper):
         self._monitor.end(ours, *self._folder.trial(ours.key).state())
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._running.discard(trial.trial_id)  # until there is a place for it again
+        self._running.discard(trial.trial_id)  # until it has a slot again
 
 
-def _last_words(trial: Any) -> str:
-    """Return why Tune gave a trial up."""
+def _failure_reason(trial: Any) -> str:
+    """Return the reason why Tune gave a trial up."""
     text = str(trial.get_error() or "")
     if not text:
         with contextlib.suppress(OSError, TypeError):
@@ -304,13 +310,13 @@ def _last_words(trial: Any) -> str:
 def ray_runner(
     folder: SweepFolder, spec: SweepSpec, monitor: SweepMonitor, *, address: str | None, time_limit_s: float | None
 ) -> Iterator[RayRunner]:
-    """Yield a runner in a cluster, or in one that is started on this machine and ends with it.
+    """Yield a runner on a cluster, or on a Ray that is started on this machine and ends with the context.
 
-    address: of a cluster; None starts Ray on this machine alone. Raises ConfigError if the cluster cannot be reached or
-    has no slot for a single trial, and InterruptedBySignalError at the end if a signal came.
+    address: the address of a cluster; None starts Ray on this machine alone. Raises ConfigError if the cluster cannot
+    be reached or has no slot for a single trial, and InterruptedBySignalError at the end if a signal arrived.
     """
     for name in ("ray", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the monitor says how trials go
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the monitor reports on trials
     local: dict[str, Any] = {}
     if address is None:
         here = processes.this_machine()
@@ -326,7 +332,7 @@ def ray_runner(
         there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         nodes = [processes.Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in there]
         monitor.at_once = processes.trials_at_once(spec.resources, nodes)
-        with processes.stoppable(folder, time_limit_s):  # after Ray, which has handlers of its own
+        with processes.stoppable(folder, time_limit_s):  # after Ray, which installs its own handlers
             yield RayRunner(folder, spec, monitor)
     finally:
         ray.shutdown()

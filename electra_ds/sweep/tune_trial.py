@@ -1,9 +1,9 @@
 """A trial as Ray Tune runs it.
 
 A trial is a Tune trainable with a placement group: an empty bundle for itself, and one for each worker. A worker's
-actor starts the project's own command and waits for it, so a trial gives the numbers that the command gives, and ends
-with its actor however that ends. The run writes all that counts into its directory; Tune learns of it: each evaluation
-is a result, and a checkpoint says where the run is.
+actor starts the project's own command and waits for it, so a trial gives the same numbers as the command, and ends with
+its actor, however that ends. The run writes everything that counts into its directory. Tune gets each evaluation as a
+result, and a checkpoint with the path of the run.
 """
 
 from __future__ import annotations
@@ -33,45 +33,48 @@ from electra_ds.sweep.sweep_file import Sweep, as_spec
 from electra_ds.sweep.trials import Trial, suggested
 
 Resolve = Callable[[Mapping[str, Any]], Trial]
-"""A function that gives the trial for a configuration of Tune's."""
+"""A function that returns the trial for a Tune configuration."""
 _LOOK_EVERY_S = 0.5
 
 
 class KilledError(TrainingError):
-    """A trial's process was killed: the one kind of failure that is tried again."""
+    """A trial's process was killed, the only failure after which a trial is tried again."""
 
 
 def trainable(sweep: Sweep, out: str | os.PathLike[str]) -> Any:
-    """Return a trainable for your own `tune.Tuner`: it runs a sweep's one stage at the values in Tune's configuration.
+    """Return a trainable for your own `tune.Tuner`, which runs a sweep's single stage with the values in Tune's config.
 
-    sweep: a file's content, its path, or the name of one that is shipped; what it says of the search, the space and
-    the seeds is not used, but for the first seed where a configuration has no `seed`. The configuration's other keys
-    are the recipe's dotted keys or the command's options. out: where run directories are made, out/runs/KEY; a run
-    that is there is resumed, or not run again if it has ended. Every evaluation is reported, with `step`, and of a
-    finetuning `score`, its first metric. Raises ConfigError if the sweep is not valid or has two stages; a
-    configuration that is not valid, and a run that fails, make their trial fail.
+    sweep: the content of a file, its path, or the name of a shipped sweep. Its search and space are ignored; its first
+    seed is used if a configuration has no `seed`. The configuration's other keys are the recipe's dotted keys or the
+    command's options. out: the folder for run directories, out/runs/KEY. An existing run is resumed, or not run again
+    if it has ended.
+
+    Every evaluation is reported with `step` and, for a finetuning, with its first metric as `score`. Raises ConfigError
+    if the sweep is not valid or has two stages. An invalid configuration or a failing run makes its trial fail.
     """
     spec = as_spec(sweep)
     if len(spec.stages) > 1:
-        raise ConfigError("A trial is one run, and the sweep has two stages; leave one of them out.")
+        raise ConfigError("A trial is one run, but the sweep has two stages; leave one of them out.")
     folder = SweepFolder(Path(out).absolute())
     folder.make()
     return trial_class(lambda config: suggested(spec, config), folder, spec, raises=True)
 
 
 def trial_class(resolve: Resolve, folder: SweepFolder, spec: SweepSpec, *, raises: bool) -> Any:
-    """Return what Tune is to run, with the resources that a trial takes. raises: whether a run that fails is an error
-    to Tune, or has ended, as its folder says."""
+    """Return the trainable for Tune, with the resources of a trial.
+
+    raises: report a failing run to Tune as an error, instead of as an ended trial whose folder has the status.
+    """
     bound = tune.with_parameters(_TuneTrial, resolve=resolve, folder=folder, spec=spec, raises=raises)
     bundle = {"CPU": float(spec.resources.cpus)} | ({"GPU": spec.resources.gpus} if spec.resources.gpus else {})
-    bundles = [{}, *([bundle] * spec.resources.workers)]  # the trial itself would take a worker's place otherwise
+    bundles = [{}, *([bundle] * spec.resources.workers)]  # without the empty one, the trial would take a worker's place
     return tune.with_resources(bound, tune.PlacementGroupFactory(bundles, strategy="PACK"))
 
 
 class _TuneTrial(tune.Trainable):
-    """One attempt at a trial. Its steps, as Tune calls them, are evaluations."""
+    """One attempt at a trial. What Tune calls steps are evaluations."""
 
-    def setup(  # type: ignore[override]  # by tune.with_parameters
+    def setup(  # type: ignore[override]  # called by tune.with_parameters
         self, config: dict[str, Any], resolve: Resolve, folder: SweepFolder, spec: SweepSpec, raises: bool
     ) -> None:
         self._trial, self._folder, self._spec, self._raises = resolve(config), folder, spec, raises
@@ -79,12 +82,12 @@ class _TuneTrial(tune.Trainable):
         self._tail = MetricsTail(self._files.run.metrics)
         self._found: deque[dict[str, Any]] = deque()
         self._reported = 0
-        """The step of the last evaluation that Tune knows."""
+        """The step of the last evaluation that was reported to Tune."""
         self._ranks: _Ranks | None = None
         self._last: dict[str, Any] = {}
         if not folder.path.is_dir():
             raise ConfigError(
-                f"{folder.path} is not there on {os.uname().nodename}; a sweep's folder must be on a disk that all "
+                f"{folder.path} does not exist on {os.uname().nodename}; a sweep's folder must be on a disk that all "
                 f"nodes share."
             )
         self._stack = contextlib.ExitStack()
@@ -92,7 +95,7 @@ class _TuneTrial(tune.Trainable):
         self._take()
 
     def _take(self) -> None:
-        """Begin, unless another process works on the same trial or it is over."""
+        """Start, unless another process works on the same trial or it is over."""
         with contextlib.ExitStack() as stack:
             self._is_ours = stack.enter_context(self._files.held())
             if self._is_ours:
@@ -103,13 +106,15 @@ class _TuneTrial(tune.Trainable):
                 self._ranks = _Ranks(self._trial, arguments, self._folder, self._spec.resources)
 
     def _is_over(self) -> bool:
-        """Return whether there is nothing left to run."""
+        """Return True if nothing is left to run."""
         step = self._last.get("step", 0)
         return self._folder.wants_to_stop() or self._files.has_succeeded or self._files.ended_early(step)
 
     def step(self) -> dict[str, Any]:
-        """Return the next evaluation. Raises KilledError if a process was killed; any other failure is the trial's
-        outcome, and read from its folder."""
+        """Return the next evaluation. Raises KilledError if a process was killed.
+
+        Any other failure is the trial's outcome and is read from its folder.
+        """
         try:
             while (found := self._next()) is None:
                 if self._ranks is None:
@@ -135,8 +140,7 @@ class _TuneTrial(tune.Trainable):
         return self._last | {tune.result.DONE: True}
 
     def _next(self) -> dict[str, Any] | None:
-        """Return the next evaluation, if there is one. A metric that is not finite is the worst, for schedulers and
-        searchers."""
+        """Return the next evaluation, or None. Schedulers and searchers get the worst value for a non-finite metric."""
         for line in self._tail.lines():
             if line["kind"] == "eval" and line["step"] > self._reported:
                 self._reported = line["step"]
@@ -149,7 +153,7 @@ class _TuneTrial(tune.Trainable):
         return dict(self._last)
 
     def _finish(self) -> None:
-        """End the attempt, as no rank runs any more."""
+        """End the attempt, since no rank is running any more."""
         assert self._ranks is not None
         status = self._ranks.status()
         self._end(status)
@@ -163,8 +167,10 @@ class _TuneTrial(tune.Trainable):
             self._files.end(status)
 
     def cleanup(self) -> None:
-        """Let the run of a trial that the user's own scheduler ends or pauses save first. A run that cannot save yet is
-        stopped anyway."""
+        """Let a run save first if the user's own scheduler ends or pauses its trial.
+
+        A run that cannot save yet is stopped anyway.
+        """
         if self._ranks is not None:
             self._ranks.leave()
             while self._ranks.are_running():
@@ -179,12 +185,12 @@ class _TuneTrial(tune.Trainable):
         (Path(checkpoint_dir) / "run.json").write_text(text, "utf8")
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
-        """Read nothing: a run resumes from its own directory."""
+        """Read nothing, since a run resumes from its own directory."""
 
 
 @ray.remote
 class _Rank:
-    """One worker's slot, and the process in it."""
+    """The slot of one worker, and its process."""
 
     def __init__(self) -> None:
         self._started: subprocess.Popen[bytes] | None = None
@@ -200,19 +206,18 @@ class _Rank:
             processes.end([started])
 
     def leave(self) -> None:
-        """Let the process save and leave, as soon as there is one."""
+        """Ask the process to save and stop, as soon as there is one."""
         while self._started is None:
             time.sleep(0.05)
         self._started.send_signal(signal.SIGTERM)
 
 
 class _Ranks:
-    """A trial's workers, actors in the bundles of its placement group; they end with it, and their processes with
-    them."""
+    """A trial's workers, as actors in the bundles of its placement group. They and their processes end with it."""
 
     def __init__(self, trial: Trial, arguments: list[str], folder: SweepFolder, resources: Resources) -> None:
         group = get_current_placement_group()
-        assert group is not None  # Tune has made it, see `trial_class`
+        assert group is not None  # Tune made it, see `trial_class`
         self._actors = [
             _Rank.options(  # type: ignore[attr-defined]
                 num_cpus=resources.cpus,
@@ -238,7 +243,7 @@ class _Ranks:
         return bool(self._running) and (self._deadline is None or time.monotonic() < self._deadline)
 
     def wait(self, seconds: float) -> None:
-        """Wait until one has ended, at most so long."""
+        """Wait until one worker has ended, at most `seconds`."""
         ready, self._running = ray.wait(self._running, timeout=seconds)
         for each in ready:
             try:
@@ -249,14 +254,14 @@ class _Ranks:
             self._deadline = time.monotonic() + processes.TO_NOTICE_S
 
     def leave(self) -> None:
-        """Ask all, once, to save and leave."""
+        """Ask all workers, once, to save and stop."""
         if not self._is_leaving:
             self._is_leaving, self._deadline = True, time.monotonic() + processes.TO_SAVE_S
             for actor in self._actors:
                 actor.leave.remote()
 
     def status(self) -> int:
-        """Return the status of all, in which ranks that still run count as killed."""
+        """Return the status of all ranks, counting those that still run as killed."""
         return processes.status_of([*self._statuses, *(-signal.SIGKILL for _ in self._running)])
 
     def end(self) -> None:

@@ -101,7 +101,7 @@ def test_a_sweep_of_pretrainings_needs_no_deepspeed_json_and_its_cost_is_told(
     Path("mine.yaml").write_text(f"name: x\npretrain: {{recipe: tiny, data: {store.path}, seeds: [0, 1]}}\n")
     said = answer(capsys, "sweep", "mine.yaml", "--dry-run")
     assert "2 trials" in said
-    assert re.search(r"In all .+ with \d+ at once", said)
+    assert re.search(r"In total .+ with \d+ at once", said)
     Path("dry.yaml").write_text("name: x\npretrain: {recipe: tiny, dry_run: true}\n")
     refused = answer(capsys, "sweep", "dry.yaml", "--dry-run", status=2)
     assert "dry_run: is the sweep's to set; give the sweep itself --dry-run" in refused

@@ -43,7 +43,7 @@ def test_a_second_signal_leaves_at_once_but_not_within_five_seconds(
     command = [sys.executable, "-c", CODE, str(tmp_path), *map(str, pauses)]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert found.returncode == status, found.stderr
-    assert found.stderr.count("SIGTERM: the trials that run save and leave. A second signal leaves at once.") == 1
+    assert found.stderr.count("SIGTERM: running trials save and stop. A second signal stops at once.") == 1
     if status:
         assert "SIGTERM again: leaving at once." in found.stderr
         assert not found.stdout

@@ -119,9 +119,9 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_p
         ("a.jsonl", b"[1]\n", "a list, not an object"),
         ("a.txt", b"", "is empty"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16 text"),
-        ("a.csv", b"text,label\nfine,1\n", "is no plain text but a table. Write the column"),
-        ("a.tsv.gz", b"text", "is no plain text but a table"),
-        ("a.html", b"<p>text</p>", "is no plain text but HTML"),
+        ("a.csv", b"text,label\nfine,1\n", "is not plain text but a table. Write the column"),
+        ("a.tsv.gz", b"text", "is not plain text but a table"),
+        ("a.html", b"<p>text</p>", "is not plain text but HTML"),
     ],
 )
 def test_a_broken_corpus_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -298,8 +298,8 @@ def test_a_large_archive_is_read_block_by_block(tmp_path: Path) -> None:
         ("a.txt", gzip.compress(b"text", mtime=0), "is compressed with gzip"),
         ("a.txt.gz", gzip.compress(gzip.compress(b"text", mtime=0), mtime=0), "is compressed with gzip"),
         ("a.txt.gz", b"plain text", "is damaged, or not what its name says"),
-        ("a.tar.gz", gzip.compress(b"text", mtime=0), "is no plain text but a tar archive. Unpack it first"),
-        ("a.tgz", gzip.compress(b"text", mtime=0), "is no plain text but a tar archive. Unpack it first"),
+        ("a.tar.gz", gzip.compress(b"text", mtime=0), "is not plain text but a tar archive. Unpack it first"),
+        ("a.tgz", gzip.compress(b"text", mtime=0), "is not plain text but a tar archive. Unpack it first"),
         ("a.txt.gz", gzip.compress(_tar_of(b"text"), mtime=0), "is a tar archive, not plain text"),
         ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "Cannot read the Parquet file"),
         ("a.jsonl.gz", gzip.compress(b'{"body": ""}', mtime=0), "no text in a field 'text'; its keys are body"),
@@ -326,7 +326,7 @@ def test_parquet_columns_are_checked(tmp_path: Path) -> None:
     assert documents_of(path, text_key="body") == [["x"]]
     with pytest.raises(DataError, match=r"no column 'text'; its columns are title, body, n.*--text-key"):
         documents_of(path)
-    with pytest.raises(DataError, match="'n' is of type int64, not text"):
+    with pytest.raises(DataError, match="'n' has type int64, not text"):
         documents_of(path, text_key="n")
     pq.write_table(pa.table({"text": pa.array(["x", None, "y\n\nz", "x"]).dictionary_encode()}), path)
     assert documents_of(path) == [["x"], ["y", "z"], ["x"]]
@@ -389,12 +389,12 @@ def test_configurations_splits_and_slices(tmp_path: Path) -> None:
         ("#en", {"revision": "main"}, "has no revisions"),
         ("#en", {"text_key": "body"}, "no column 'body'; its columns are id, text"),
         ("#en", {"text_key": "body", "streaming": True}, "no column 'body'; its columns are id, text"),
-        ("#en", {"text_key": "id"}, "'id' is of type int64, not text"),
-        ("#en", {"text_key": "id", "streaming": True}, "'id' is of type int64, not text"),
+        ("#en", {"text_key": "id"}, "'id' has type int64, not text"),
+        ("#en", {"text_key": "id", "streaming": True}, "'id' has type int64, not text"),
     ]:
         with pytest.raises(DataError, match=message):
             read(text, **options)
-    with pytest.raises(DataError, match="There is no folder"):
+    with pytest.raises(DataError, match=r"The dataset folder .* does not exist"):
         HubSource("hub:./nowhere")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="doesn't contain any data files"):
@@ -502,7 +502,7 @@ def test_documents_without_a_token_have_no_place_in_a_source(tmp_path: Path) -> 
     assert [part.num_documents for part in built.info.corpora] == [2, 1]
     assert built.info.documents_read == [3, 1]
     (tmp_path / "z.txt").write_text("\u200b\n", "utf8")
-    with pytest.raises(DataError, match=r"z\.txt holds no token"):
+    with pytest.raises(DataError, match=r"z\.txt holds no text"):
         store_of(open_corpus([tmp_path / "x.txt", tmp_path / "z.txt"]), given, tmp_path / "t")
 
 
@@ -739,11 +739,11 @@ def test_a_saved_datasets_splits_are_folders_and_train_is_the_default(tmp_path: 
         DataError, match=r"holds the splits a, b\. Give the folder of one split: --corpus .*others/SPLIT"
     ):
         SavedSource(tmp_path / "others")
-    with pytest.raises(DataError, match=r"is a dataset that save_to_disk wrote\. Give it a --corpus of its own"):
+    with pytest.raises(DataError, match=r"is a dataset that save_to_disk wrote\. Give it its own --corpus"):
         open_corpus([tmp_path])
     with pytest.raises(DataError, match=r"no column 'body'; its columns are n, text\. Name it with --text-key"):
         saved_documents(tmp_path / "saved", "body")
-    with pytest.raises(DataError, match="'n' is of type int64, not text"):
+    with pytest.raises(DataError, match="'n' has type int64, not text"):
         saved_documents(tmp_path / "saved", "n")
 
 

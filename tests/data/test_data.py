@@ -81,9 +81,9 @@ def test_building_twice_opens_the_first(corpus_folder: Path, tmp_path: Path) -> 
     os.utime(folder / "000.txt")  # touched, same text
     build_store(open_corpus([folder]), section, tmp_path / "s")
     (folder / "000.txt").write_text("other text\n")
-    with pytest.raises(DataError, match="was built from other text than"):
+    with pytest.raises(DataError, match="was built from different text than"):
         build_store(open_corpus([folder]), section, tmp_path / "s")
-    with pytest.raises(DataError, match=r"built from other text|another tokenizer"):
+    with pytest.raises(DataError, match=r"built from different text|another tokenizer"):
         build_store(open_corpus([corpus_folder]), TokenizerSection(kind="wordpiece", vocab_size=300), tmp_path / "s")
 
 
@@ -176,7 +176,7 @@ def test_a_store_with_a_foreign_tokenizer_or_a_damaged_index_is_refused(store: T
     train_tokenizer(
         ["The quick brown fox jumps over the lazy dog."], TokenizerSection(kind="wordpiece", vocab_size=300)
     ).save(copy / "tokenizer")
-    with pytest.raises(DataError, match="is not the one that made this token store"):
+    with pytest.raises(DataError, match="is not the one that built this token store"):
         TokenStore(copy)
     info = json.loads((copy / "store.json").read_text())
     (copy / "store.json").write_text(json.dumps(info | {"format": 99}))

@@ -166,7 +166,7 @@ def test_a_class_that_wordpiece_cannot_replace_is_refused(kind: str, tmp_path: P
 def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "a", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}})
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(DataError, match="code of its own, which is not run here"):
+    with pytest.raises(DataError, match="its own code, which is not run here"):
         load_given_tokenizer(str(folder))
     assert not (tmp_path / "ran").exists()
 
@@ -245,7 +245,7 @@ def test_build_data_takes_the_switches_and_says_what_it_assumes(
     for name in ("tokenizer.json", "."):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["build-data", "--corpus", "texts.txt", "--tokenizer", name, "--out", "x", "--cased"])
-        assert "are only for a vocab.txt" in capsys.readouterr().err
+        assert "apply only to a vocab.txt" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main(
             ["build-data", "--corpus", "texts.txt", "--tokenizer", "vocab.txt", "--out", "x", "--cased", "--uncased"]

@@ -24,10 +24,10 @@ def test_every_token_stands_in_one_place_and_padding_is_marked(lengths: list[int
     if rows is None:
         assert len(lengths) < 2 or sum(sorted(lengths)[:2]) > WIDTH  # no two sequences fit into one row
         return
-    sources_BT = rows.laid(np.arange(len(lengths) * WIDTH).reshape(-1, WIDTH))
+    sources_BT = rows.pack(np.arange(len(lengths) * WIDTH).reshape(-1, WIDTH))
     assert len(sources_BT) < len(lengths)
     expected = [index * WIDTH + place for index, length in enumerate(lengths) for place in range(length)]
-    real = rows.laid(np.arange(WIDTH) < np.array(lengths)[:, None])
+    real = rows.pack(np.arange(WIDTH) < np.array(lengths)[:, None])
     assert sorted(sources_BT[real].tolist()) == expected
     assert (sources_BT % WIDTH >= np.array(lengths)[sources_BT // WIDTH])[~real].all()
     assert sources_BT.ravel()[rows.moved(np.array(expected), WIDTH)].tolist() == expected

@@ -188,7 +188,7 @@ def test_text_that_a_tokenizer_leaves_out_without_a_token_is_counted_too(is_byte
     assert info.corpora[0].unknown == found
     said = problem("a.txt", found, 20)
     assert said is not None
-    assert "3 stretches of text are left out, for which it has no token" in said
+    assert "3 stretches of text get no token" in said
     assert UnknownText(0, 800, 0, 1000, [], num_left_out=100).share(5) > REFUSED_SHARE
 
 

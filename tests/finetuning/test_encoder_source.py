@@ -249,12 +249,12 @@ def _misnamed(model: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (_without_tokenizer, "No tokenizer at"),
-    "tokenizer larger than the table": (_larger_tokenizer, "and its token table"),
+    "tokenizer larger than the table": (_larger_tokenizer, "but its token table"),
     "tokenizer cut": (_cut("tokenizer.json"), "Its files may be damaged, or its class"),
     "tokenizer misnamed": (_misnamed, "Its files may be damaged, or its class"),
     "no [CLS]": (_edited("tokenizer_config.json", cls_token=None), "does not begin a text with a token such as [CLS]"),
-    "weight lost": (_weights(_lost), "missing are encoder.layer.1.output.dense.weight. Fetch or export it again."),
-    "layer lost": (_weights(_many_lost), "more. Fetch or export it again."),
+    "weight lost": (_weights(_lost), "missing are encoder.layer.1.output.dense.weight. Download or export it again."),
+    "layer lost": (_weights(_many_lost), "more. Download or export it again."),
     "weight of another shape": (
         _weights(_of_another_shape), "of other sizes than config.json says are embeddings.word_embeddings.weight"
     ),
@@ -287,13 +287,13 @@ def test_a_damaged_folder_is_refused_with_what_is_wrong(damage: str, electra: Pa
 
 def test_where_there_is_no_model_the_message_says_what_may_be_named(glue: Path, tmp_path: Path) -> None:
     refused = finetune(*arguments_of(tmp_path / "nowhere", glue, "sst-2", tmp_path / "run"), status=2)
-    assert "There is no model" in refused
+    assert "does not exist. Give a run directory" in refused
     assert (
         "Give a run directory, a folder that transformers' save_pretrained wrote, or OWNER/NAME on the Hub" in refused
     )
     (tmp_path / "empty").mkdir()
     refused = finetune(*arguments_of(tmp_path / "empty", glue, "sst-2", tmp_path / "run"), status=2)
-    assert "has no config.json, so it is no model of transformers" in refused
+    assert "has no config.json, so it is not a transformers model" in refused
 
 
 def test_a_file_of_tensors_alone_is_read_though_it_is_pickled(electra: Path, tmp_path: Path) -> None:
@@ -431,12 +431,12 @@ def test_a_made_encoder_takes_nothing_from_torchs_generator() -> None:
 
 
 def test_data_errors_are_data_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="There is no model"):
+    with pytest.raises(DataError, match=r"The model .* does not exist"):
         read_encoder("no/such/thing/at/all")
     (tmp_path / "model.pt").touch()
-    with pytest.raises(DataError, match=r"There is no model .* Give a run directory, a folder"):
+    with pytest.raises(DataError, match=r"The model .* does not exist\. Give a run directory, a folder"):
         read_encoder(str(tmp_path / "model.pt"))
-    with pytest.raises(DataError, match=r"no model of transformers\. Give a run directory, a folder"):
+    with pytest.raises(DataError, match=r"not a transformers model\. Give a run directory, a folder"):
         read_encoder(str(tmp_path))
 
 

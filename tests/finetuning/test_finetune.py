@@ -530,7 +530,7 @@ def test_a_run_whose_number_of_examples_was_edited_cannot_be_resumed(stopped: Pa
     path = stopped / "run.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"num_examples": record["num_examples"] + 32}))
-    assert f"and there are {record['num_examples']}: it was edited" in refused("--resume", stopped)
+    assert f"but there are {record['num_examples']}: it was edited" in refused("--resume", stopped)
     path.write_text(json.dumps(record))
     resume(stopped)
 
@@ -765,7 +765,7 @@ def test_the_best_evaluation_is_kept_and_scored(
     assert not left_over.exists()
     assert scores_of(tmp_path / "parts")["sets"] == scores["sets"]
     assert scores_of(tmp_path / "parts")["step"] == best
-    assert "--best begins with a run" in refused("--resume", tmp_path / "short", "--best")
+    assert "--best must be given when a run starts" in refused("--resume", tmp_path / "short", "--best")
     for name in ("dev", "test"):
         assert predictions_of(tmp_path / "parts", name) == predictions_of(tmp_path / "run", name)
 
@@ -822,7 +822,7 @@ def test_what_was_kept_for_the_best_is_missed_before_training_goes_on(
 ) -> None:
     run_dir = tmp_path / "run"
     finetune(*arguments_of(electra, glue, "sst-2", run_dir, eval_every=4, best=True, stop_at=10))
-    assert "--eval-every decides what --best" in resume(run_dir, "--eval-every", 5, status=2)
+    assert "--eval-every cannot change: --best" in resume(run_dir, "--eval-every", 5, status=2)
     shutil.rmtree(run_dir / "best")
     assert "weights are gone from" in resume(run_dir, status=2)
 
@@ -1043,17 +1043,17 @@ SPOILT: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "unknown label": (
         "sst-2", lambda f: sst(f, "dev", "sentence\tlabel\na film\t2\n"), "row 1: the label '2' is not one of 0, 1"
     ),
-    "empty dev": ("sst-2", lambda f: sst(f, "dev", "sentence\tlabel\n"), "There are no development examples"),
-    "empty train": ("sst-2", lambda f: sst(f, "train", "sentence\tlabel\n"), "There are no training examples"),
-    "no dev": ("sst-2", lambda f: (f / "SST-2/dev.tsv").unlink(), "There are no development examples"),
-    "no train": ("sst-2", lambda f: (f / "SST-2/train.tsv").unlink(), "There are no training examples"),
+    "empty dev": ("sst-2", lambda f: sst(f, "dev", "sentence\tlabel\n"), "no development examples"),
+    "empty train": ("sst-2", lambda f: sst(f, "train", "sentence\tlabel\n"), "no training examples"),
+    "no dev": ("sst-2", lambda f: (f / "SST-2/dev.tsv").unlink(), "no development examples"),
+    "no train": ("sst-2", lambda f: (f / "SST-2/train.tsv").unlink(), "no training examples"),
     "no text": ("sst-2", lambda f: (f / "SST-2/dev.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n"), "not UTF-8"),
     "score out of range": (
         "sts-b",
         lambda f: (f / "STS-B/train.tsv").write_text("index\tsentence1\tsentence2\tscore\n0\ta\tb\t7\n"),
         "is not a score from 0 to 5",
     ),
-    "no such folder": ("sst-2", lambda f: shutil.rmtree(f), "There is no folder"),
+    "no such folder": ("sst-2", lambda f: shutil.rmtree(f), "does not exist"),
     "no files of the task": ("qnli", lambda f: None, "holds no files of qnli"),
     "another task's folder": ("rte", lambda f: (f / "RTE").rename(f / "R"), "holds no files of rte"),
 }  # fmt: skip
@@ -1085,7 +1085,7 @@ def test_spoilt_questions_are_refused(name: str, electra: Path, squad: Path, tmp
     shutil.copytree(squad, tmp_path / "squad")
     (tmp_path / "squad" / f"train-v{version}.json").unlink()
     arguments = arguments_of(electra, tmp_path / "squad", name, tmp_path / "run", "data.max_length=48")
-    assert f"There are no training examples of {name}" in refused(*arguments)
+    assert f"no training examples of {name}" in refused(*arguments)
     (tmp_path / "squad" / f"dev-v{version}.json").write_text('{"data": ')
     refused(*arguments)
     assert not (tmp_path / "run").exists()
@@ -1098,7 +1098,7 @@ def test_a_class_that_dev_lacks_is_a_note(electra: Path, tmp_path: Path) -> None
     said = finetune(*arguments_of(electra, None, "", tmp_path / "run", train=train, dev=dev, stop_at=1))
     assert "Note: No example of dev has the label 'so-so': its scores say nothing about it." in said
     said = refused(*arguments_of(electra, None, "", tmp_path / "other", train=dev, dev=train))
-    assert "row 16: the label 'so-so' is not one of those trained on, 'bad', 'good'" in said
+    assert "row 16: the label 'so-so' is not one of the training labels, 'bad', 'good'" in said
 
 
 BAD_ARGUMENTS: dict[str, tuple[list[str], str]] = {

@@ -283,20 +283,20 @@ def test_a_class_that_train_or_a_dev_set_that_mnli_lacks_is_reported(tmp_path: P
     write_tsv(tmp_path / "dev_matched.tsv", official_table("mnli", "dev_matched", rows_for("mnli", "dev_matched")))
     data = load_glue("mnli", tmp_path)
     assert data.notes[-1] == "No example of train has the label 'neutral': it will not be predicted."
-    assert "mnli: there is no dev_mismatched, so it is not scored." in data.notes
+    assert "mnli: there is no dev_mismatched set, so it is not scored." in data.notes
 
 
 def test_folders_without_the_task_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no GLUE task 'col'; did you mean 'cola'"):
         load_glue("col", tmp_path)
-    with pytest.raises(DataError, match="There is no folder"):
+    with pytest.raises(DataError, match=r"The folder .* does not exist"):
         load_glue("cola", tmp_path / "nowhere")
     for name in GLUE:
-        with pytest.raises(DataError, match=f"holds no files of {name}. Looked for .*tsv.*, there and in a folder"):
+        with pytest.raises(DataError, match=f"holds no files of {name}. It needs .*tsv.*, in it or in its subfolder"):
             load_glue(name, tmp_path)
     write_tsv(tmp_path / "diagnostic" / "diagnostic.tsv", official_table("mnli", "ax", rows_for("mnli", "ax")))
     (tmp_path / "MNLI").mkdir()
-    with pytest.raises(DataError, match=r"Looked for train.tsv, train.jsonl, dev_matched.tsv"):
+    with pytest.raises(DataError, match=r"It needs train.tsv, train.jsonl, dev_matched.tsv"):
         load_glue("mnli", tmp_path)
     write_official(tmp_path, "wnli")
     with pytest.raises(DataError, match=r"WNLI is the folder of wnli, not of rte"):
@@ -350,7 +350,7 @@ def test_any_text_survives_a_tsv(
 def test_the_real_files_have_the_official_rows(name: str, sets: tuple[str, ...]) -> None:
     data = load_glue(name, REAL)
     assert tuple(data.sets) == sets
-    absent = ["mnli: there is no dev_mismatched, so it is not scored."]
+    absent = ["mnli: there is no dev_mismatched set, so it is not scored."]
     assert list(data.notes) == (absent if name == "mnli" else [])
     for set_name, examples in data.sets.items():
         assert len(examples) == OFFICIAL_ROWS[name][set_name]
@@ -435,7 +435,7 @@ def test_what_is_not_laid_out_as_glue_on_the_hub_is_refused(tmp_path: Path) -> N
         ("wnli", {}, r"Cannot read hub:.*#wnli: .*'wnli' not found"),
         ("wnlu", {}, "no GLUE task 'wnlu'; did you mean 'wnli'"),
         ("rte", {"revision": "main"}, "has no revisions"),
-        ("rte", {"repository": "./nowhere"}, "There is no folder ./nowhere"),
+        ("rte", {"repository": "./nowhere"}, "The dataset folder ./nowhere does not exist"),
     ]:
         with pytest.raises(DataError, match=message):
             load_glue_hub(name, **{"repository": folder, **options})
@@ -614,7 +614,7 @@ BROKEN: list[tuple[str, dict[str, str], str]] = [
     ("dev lacks it", {"train.csv": "text,label\na,0\nb,1\n", "dev.csv": "text,mark\na,0\n"},
      r"dev\.csv: no column 'label'; its columns are text, mark"),
     ("unknown label", {"train.csv": "text,label\na,yes\nb,no\n", "dev.csv": "text,label\na,no\nb,yess\n"},
-     r"dev\.csv, row 2: the label 'yess' is not one of those trained on, 'no', 'yes'; did you mean 'yes'"),
+     r"dev\.csv, row 2: the label 'yess' is not one of the training labels, 'no', 'yes'; did you mean 'yes'"),
     ("unknown label in test", {"train.csv": "text,label\na,yes\nb,no\n", "test.csv": "text,label\na,no\nb,maybe\n"},
      r"test\.csv, row 2: the label 'maybe'"),
     ("header only", {"train.csv": "text,label\n"}, r"train\.csv has no rows"),
@@ -643,7 +643,7 @@ BROKEN: list[tuple[str, dict[str, str], str]] = [
     ("empty text", {"train.csv": "text,label\n,0\n ,1\n"}, r"the column 'text' is empty in every row"),
     ("list in lines", {"train.json": '[\n{"text": "a", "label": 0}\n]\n'}, r"not an object .* with: jq -c '\.\[\]'"),
     ("list in a line", {"train.json": '[{"text": "a", "label": 0}]\n'}, r"not an object .* with: jq -c '\.\[\]'"),
-    ("foreign name", {"train.xlsx": "x"}, r"files of examples end in \.csv, \.tsv, \.jsonl"),
+    ("foreign name", {"train.xlsx": "x"}, r"a file of examples must end in \.csv, \.tsv, \.jsonl"),
 ]  # fmt: skip
 
 

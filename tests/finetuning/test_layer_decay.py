@@ -110,7 +110,7 @@ def test_what_stands_beyond_the_layers_goes_with_the_last_one() -> None:
 
 def test_a_model_whose_layers_share_their_weights_is_refused_unless_nothing_decays() -> None:
     names = names_of(AlbertConfig(**SMALL, embedding_size=16))
-    with pytest.raises(ConfigError, match=r"layers cannot be recognised .* Add --set optimizer\.layer_decay=1"):
+    with pytest.raises(ConfigError, match=r"do not show its layers.* Add --set optimizer\.layer_decay=1"):
         check_layers(names, section("corrected"))
     check_layers(names, section("corrected").model_copy(update={"layer_decay": 1.0}))
 

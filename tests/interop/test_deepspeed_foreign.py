@@ -96,8 +96,8 @@ def test_frozen_parameters_come_in_and_the_others_keep_their_moments(
     native = read_deepspeed_checkpoint(find_files(tmp_path / "native"), [prefix])
     told = import_deepspeed(native, new_job(store, tmp_path / "run", process_group), None)
     assert_frozen_came_in(only_checkpoint(tmp_path / "run"), expected, frozen)
-    assert f"{len(names)} of its tensors were not trained and are trained from here on: {names[0]}" in told
-    assert f"the other {len(names)} were frozen or had no gradient yet, and begin at zero" in told
+    assert f"{len(names)} of its tensors were frozen and are trained from now on: {names[0]}" in told
+    assert f"the other {len(names)} were frozen or had no gradient yet, and start at zero" in told
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -112,7 +112,7 @@ def test_frozen_parameters_that_are_in_the_optimizers_groups_do_no_harm(
         expected = held_trainable(engine)
     checkpoint, told = brought_in(tmp_path / "native", store, tmp_path / "run", process_group)
     assert_frozen_came_in(checkpoint, expected, frozen)
-    assert "were frozen or had no gradient yet, and begin at zero" in told
+    assert "were frozen or had no gradient yet, and start at zero" in told
 
 
 def test_stage_0_that_leaves_open_what_was_frozen_takes_it_from_the_user(
@@ -126,8 +126,8 @@ def test_stage_0_that_leaves_open_what_was_frozen_takes_it_from_the_user(
         engine.save_checkpoint(str(tmp_path / "native"))
         expected = held_trainable(engine)
     _, told = brought_in(tmp_path / "native", store, tmp_path / "open", process_group)
-    assert "moments  none, so AdamW's begin at zero" in told
-    assert "fits, or several do; if parameters were frozen there, name them with --frozen" in told
+    assert "moments  none, so AdamW's start at zero" in told
+    assert "fit; if parameters were frozen there, name them with --frozen" in told
     (tmp_path / "run").mkdir()
     native = read_deepspeed_checkpoint(find_files(tmp_path / "native"), [prefix])
     import_deepspeed(native, new_job(store, tmp_path / "run", process_group), None)
@@ -208,7 +208,7 @@ def test_the_reason_for_missing_moments_is_the_optimizer_where_it_was_not_adam(
     checkpoint, told = brought_in(tmp_path / "native", store, tmp_path / "run", process_group)
     assert f"Note: its optimizer {reason}, not Adam's exp_avg and exp_avg_sq." in told
     assert "usual ways" not in told
-    assert "moments  none, so AdamW's begin at zero" in told
+    assert "moments  none, so AdamW's start at zero" in told
     assert "correct Adam's bias" not in told
     assert checkpoint.state["optimizer"]["taken_steps"] == 0
     assert not any(checkpoint.tensors[name].any() for name in checkpoint.tensors if name.startswith("exp_avg"))

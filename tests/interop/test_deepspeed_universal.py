@@ -117,7 +117,7 @@ def test_in_a_folder_with_both_the_original_is_read_and_a_universal_one_with_a_g
     assert files.universal == universal / "zero"
     file = universal / "zero" / "discriminator_head.dense.bias" / "fp32.pt"
     torch.save({"param": torch.zeros(3)}, file)
-    with pytest.raises(CheckpointError, match=r"fp32\.pt does not hold discriminator_head\.dense\.bias of shape"):
+    with pytest.raises(CheckpointError, match=r"fp32\.pt does not hold discriminator_head\.dense\.bias with shape"):
         read_deepspeed_checkpoint(files)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"fp32\.pt cannot be read"):

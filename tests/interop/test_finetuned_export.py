@@ -244,7 +244,7 @@ def test_two_layers_go_in_as_they_are_and_the_best_weights_are_taken(bench: Benc
     torch.testing.assert_close(logits_of(tmp_path / "out", inputs), own_logits(run), atol=1e-4, rtol=0)
     check_labels(run, tmp_path / "out", inputs)
     assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "out")("a", "b")  # not trained on them
-    assert "so that its scores are no test" in (tmp_path / "out" / "README.md").read_text()
+    assert "so these scores are not those of an independent test" in (tmp_path / "out" / "README.md").read_text()
     export_finetuned(best, None)
     assert (run / "export" / "model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
 
@@ -253,7 +253,7 @@ def test_class_names_are_read_from_the_examples_again_where_scores_are_gone(benc
     run = Path(shutil.copytree(bench.two_layers(), tmp_path / "run"))
     for damaged in ("", '{"sets": '):
         (run / "scores.json").write_text(damaged)
-        with pytest.raises(CheckpointError, match=r"scores\.json cannot be read.*Put it back, or move it away"):
+        with pytest.raises(CheckpointError, match=r"scores\.json cannot be read.*Restore it, or move it away"):
             export_finetuned(run, tmp_path / "out")
     (run / "scores.json").unlink()
     export_finetuned(run, tmp_path / "out")
@@ -330,7 +330,7 @@ def span_model(config: PretrainedConfig) -> TaskModel:
     ],
 )
 def test_without_a_class_with_such_a_head_for_spans_the_export_is_refused(config: PretrainedConfig) -> None:
-    with pytest.raises(ConfigError, match=r"transformers has no class with such a head.*--encoder-only"):
+    with pytest.raises(ConfigError, match=r"transformers has no such class.*--encoder-only"):
         module._for_question_answering(span_model(config), config)
 
 
@@ -374,7 +374,7 @@ def test_more_classes_than_half_the_width_are_refused_before_and_after_training(
     assert why_not_exportable(recipe, config, False, 16) is None
     problem = why_not_exportable(recipe, config, False, 17)
     assert problem is not None
-    assert "at most 16 classes, half of the encoder's hidden size; these are 17" in problem.why
+    assert "at most 16 classes, half of the encoder's hidden size; this task has 17" in problem.why
     assert "Finetune with --set head.num_layers=2, or export" in str(problem)
 
 

@@ -113,7 +113,7 @@ def test_a_given_config_is_checked(
         ({"hidden_act": "relu"}, r"hidden_act relu as in .*No recipe can have\n  hidden_act relu"),
         (
             {"position_embedding_type": "relative_key"},
-            "has relative_key positions; the model here has absolute ones only",
+            "has relative_key positions, but electra_ds has only absolute ones",
         ),
         ({"model_type": "bert"}, "is a model of type bert, not electra"),
         ({"architectures": ["ElectraForMaskedLM"]}, "is a generator's by its architectures"),

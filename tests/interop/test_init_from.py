@@ -241,7 +241,7 @@ def test_an_encoder_alone_gets_a_fresh_head_and_it_is_said(
         torch.testing.assert_close(model.discriminator(ids, None), theirs, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.discriminator_head.dense.weight, model_for(store, recipe).discriminator_head.dense.weight)
     assert (
-        "encoder alone: the discriminator's head begins with random weights"
+        "only an encoder: the discriminator's head begins with random weights"
         in beginning.notes(recipe, store.tokenizer)[0]
     )
 
@@ -356,10 +356,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 Sources = Callable[[Path, Path], Sequence[Path]]
 REFUSED: list[tuple[str, Sources, str]] = [
-    ("generator alone", lambda at, _: [at / "none" / "generator"], "needs a discriminator, and this is"),
-    ("two generators", lambda at, _: [at / "none" / "generator"] * 2, "takes one discriminator, and one generator"),
+    ("generator alone", lambda at, _: [at / "none" / "generator"], "needs a discriminator, but this is"),
+    ("two generators", lambda at, _: [at / "none" / "generator"] * 2, "takes one discriminator and at most one"),
     ("two discriminators", lambda at, _: [at / "none" / "discriminator", at / "bare"], "takes one discriminator"),
-    ("pair and one more", lambda at, _: [at / "none", at / "bare"], "takes one discriminator, and one generator"),
+    ("pair and one more", lambda at, _: [at / "none", at / "bare"], "takes one discriminator and at most one"),
     ("nowhere", lambda at, _: [at / "nowhere"], "There is no folder"),
     ("no model", lambda at, _: [at], "There is no config.json in"),
     ("BERT", lambda at, tmp: [changed(at / "bare", tmp / "x", model_type="bert")], "a model of type bert, not electra"),
@@ -369,7 +369,7 @@ REFUSED: list[tuple[str, Sources, str]] = [
      "of other sizes than config.json says are electra.embeddings_project.bias"),
     ("config with words", lambda at, tmp: [changed(at / "bare", tmp / "x", hidden_size="wide")], "Cannot read the"),
     ("other shares", lambda at, _: [at / "none"],
-     "differ in what generator.sharing: embeddings makes one Add: --set generator.sharing=none"),
+     "differ in weights that generator.sharing: embeddings shares Add: --set generator.sharing=none"),
     ("tokens alone", lambda at, _: [at / "tokens"], "Add: --set generator.sharing=tokens"),
 ]  # fmt: skip
 
@@ -390,7 +390,7 @@ def test_sources_that_cannot_serve_are_refused(
 def test_configs_that_are_nothing_are_refused(folders: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = changed(folders / "bare", tmp_path / "cut")
     (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(DataError, match="Fetch the model again"):
+    with pytest.raises(DataError, match="Download the model again"):
         beginning_of(folder)
     with pytest.raises(DataError, match="Padding_idx"):
         beginning_of(changed(folders / "none" / "discriminator", tmp_path / "padded", pad_token_id=10**6))
@@ -422,7 +422,7 @@ def test_weights_that_are_not_whole_are_refused_by_name(
     tensors = dict(pairs["none"]["generator"].state_dict())
     tensors["generator_lm_head.weight"] = tensors["generator_lm_head.weight"] + 1
     torch.save(tensors, untied / "pytorch_model.bin")
-    with pytest.raises(DataError, match="predicts tokens by another table"):
+    with pytest.raises(DataError, match="has different tables for reading"):
         beginning_of(untied)
 
 
@@ -438,7 +438,7 @@ def test_damaged_files_are_refused_and_no_pickle_runs(folders: Path, tmp_path: P
     damaged = changed(folders / "bare", tmp_path / "damaged")
     content = (damaged / "model.safetensors").read_bytes()
     (damaged / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"Cannot read the weights of .*Fetch or export it again"):
+    with pytest.raises(DataError, match=r"Cannot read the weights of .*Download or export it again"):
         beginning_of(damaged)
     (damaged / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"Cannot read the weights of .*no file named model.safetensors"):
@@ -482,7 +482,7 @@ def test_a_tokenizer_of_more_pieces_than_rows_is_refused_even_where_it_came_alon
 ) -> None:
     make_pair(store.tokenizer.vocab_size - 1, SHARED["none"])["discriminator"].save_pretrained(tmp_path)
     store.tokenizer.save(tmp_path)
-    with pytest.raises(DataError, match=r"token table has 399 rows: it has 400 pieces with those that ELECTRA needs"):
+    with pytest.raises(DataError, match=r"token table has 399 rows: it has 400 pieces, including those that"):
         beginning_of(tmp_path).check_vocabulary(store.tokenizer)
 
 
@@ -493,13 +493,13 @@ def test_weights_without_a_tokenizer_need_one(
     model = shutil.copytree(folders / "embeddings" / "discriminator", tmp_path / "model")
     (model / "tokenizer.json").unlink()
     arguments = ["--ds-config", CPU_JSON, "--recipe", "tiny", "--init-from", str(model), "--set", *SMALL]
-    assert "Give the one that it was trained with: --tokenizer PATH" in refusal(capsys, *arguments)
+    assert "Give the tokenizer that it was trained with: --tokenizer PATH" in refusal(capsys, *arguments)
 
 
 def test_a_pair_of_two_vocabularies_is_refused(folders: Path, tmp_path: Path, store: TokenStore) -> None:
     pair = make_pair(store.tokenizer.vocab_size + 1, SHARED["embeddings"])
     pair["generator"].save_pretrained(tmp_path / "generator")
-    with pytest.raises(ConfigError, match=r"401 rows in the one's token table and 400 in the other's"):
+    with pytest.raises(ConfigError, match=r"401 rows in the first token table and 400 in the second"):
         beginning_of(tmp_path / "generator", folders / "embeddings" / "discriminator")
 
 
@@ -526,7 +526,7 @@ def gone(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (gone(RepositoryNotFoundError), "Check the name; for a private or gated one"),
+        (gone(RepositoryNotFoundError), "Check the name; if it is private or gated"),
         (gone(GatedRepoError), "ask for access on its page and run: hf auth login"),
         (LocalEntryNotFoundError("No network"), "Check the connection"),
     ],

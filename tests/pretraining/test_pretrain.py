@@ -227,7 +227,7 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
         (["--ds-config", "nowhere.json"], "There is no DeepSpeed JSON nowhere.json"),
         (["--ds-config", CPU_JSON, "--recipe", "tinny"], "did you mean 'tiny'"),
         (["--ds-config", CPU_JSON, "--set", "model.hiden_size=3"], "did you mean 'model.hidden_size'"),
-        (["--ds-config", CPU_JSON, "--recipe", "tiny", "--data", "nowhere"], "There is no token store at nowhere"),
+        (["--ds-config", CPU_JSON, "--recipe", "tiny", "--data", "nowhere"], "The token store nowhere does not exist"),
         (["--ds-config", CPU_JSON, "--recipe", "tiny", "--corpus", "nowhere"], "does not exist"),
         (["--ds-config", CPU_JSON, "--recipe", "tiny", "--tokenizer", "nowhere"], "No tokenizer at nowhere"),
         (

@@ -114,7 +114,7 @@ def test_a_gtx_16_is_planned_in_fp32_where_the_json_leaves_it_open_and_warned_of
 
 
 def test_what_a_card_cannot_do_at_all_is_refused_with_what_it_can() -> None:
-    with pytest.raises(ConfigError, match=r"GTX 1060 6GB has no bf16, which rtx3090-24gb asks for. Take fp16"):
+    with pytest.raises(ConfigError, match=r"GTX 1060 6GB has no bf16, which rtx3090-24gb asks for. Use fp16"):
         planned("rtx3090-24gb", card=card_of("gtx1060-6gb"))
 
 

@@ -175,7 +175,7 @@ def test_published_rows_have_names_of_their_own_and_sources() -> None:
             values = [value for found in row.tasks.values() for value in found.values()]
             assert all(1 < value <= 100 for value in values)
             assert find_published(row.name) == (table, row)
-    with pytest.raises(ConfigError, match=r"called 'mercier'. There are: .*mercier2021"):
+    with pytest.raises(ConfigError, match=r"called 'mercier'. The names are: .*mercier2021"):
         find_published("mercier")
 
 

@@ -139,7 +139,7 @@ def test_means_say_how_they_were_made(tmp_path: Path) -> None:
 
     text = told(write_glue(tmp_path / "other", values | {"rte": {1: 0.5, 3: 0.7}}))
     assert row(text, "AVG") == "AVG 60.00 – – –"
-    assert "AVG is made from the tasks' means, and has no ±: their seeds differ." in text
+    assert "AVG is the mean of the tasks' means and has no ±, because their seeds differ." in text
 
     text = told(write_glue(tmp_path / "nine", values | {"wnli": {1: 0.4, 2: 0.4}}))
     assert "GLUE, own WNLI  " in text
@@ -162,7 +162,7 @@ def test_groups_are_models_by_recipes_and_fingerprints(tmp_path: Path) -> None:
         ("runs/other", "rc2020"),
         ("runs/mini (weights f2f2f2f2f2f2)", "rc2020"),
     ]
-    assert "Differences are of two tables" in told(runs)
+    assert "Differences need exactly two tables" in told(runs)
 
 
 def test_two_models_differ_by_welchs_interval(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_is_no_repetition_is_said(tmp_path: Path) -> None:
         write(tmp_path, "d", document("cola", 2, {**dev, "test": {"accuracy": 0.5}}, step=346)),
     ]
     text = told(runs)
-    assert "rte is scored at: best of 10 evaluations on dev, last; the best of several is above" in text
+    assert "rte is scored at: best of 10 evaluations on dev, last; the best of several evaluations is above" in text
     assert "rte was finetuned on data that differ between seeds." in text
     assert "cola ended at steps that differ between seeds." in text
     assert "cola has sets or metrics that some seeds lack" in text
@@ -250,7 +250,7 @@ def test_two_results_of_one_seed_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no scores.json: it is no finetuning run, or has not finished"),
+        (None, "has no scores.json: it is not a finetuning run, or has not finished"),
         ("{", "is damaged, or of another version: Invalid JSON"),
         ("\xff", "is damaged"),
         ("[]", "is damaged"),
@@ -280,7 +280,7 @@ def test_published_scores_beside_ours(tmp_path: Path) -> None:
 
     text = told(runs, compare=["mercier2021", "clark2020-small-owt"])
     assert row(text, "cola", "matthews").endswith("50.00–70.00 53.5 ± 2.47 56.8")
-    assert "prints no AVG; its eight columns have the mean 80.36." in text
+    assert "prints no AVG; the mean of its eight columns is 80.36." in text
     assert "median over many finetuning seeds" in text
     with pytest.raises(ConfigError, match="No published scores are called 'nobody'"):
         told(runs, compare=["nobody"])
@@ -339,7 +339,7 @@ def test_each_score_and_each_mean_is_shown_next_to_its_baseline(tmp_path: Path) 
         part = ["(matched)"] if task == "mnli" else []
         assert row(text, task, *part, AVERAGE_METRICS[task]).split()[-4] == f"{5 * index:.2f}"
     assert row(text, "AVG").split()[1:3] == ["50.00", "17.50"]  # 5 x (0 + 1 + ... + 7) / 8
-    assert "baseline: the score of the same prediction for every row" in text
+    assert "baseline: the score of one prediction for every row" in text
     with (tmp_path / "scores.csv").open(newline="", encoding="utf8") as file:
         lines = list(csv.DictReader(file))
     assert {(line["task"], float(line["baseline"])) for line in lines} == {

@@ -46,7 +46,7 @@ def test_all_eleven_files(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in WORDS]
     files = [write(run, run.name) for run in runs]
     out = tmp_path / "submission.zip"
-    assert zip_submission(runs, out) == [f"{out} has 11 of 11 files, as the site wants them"]
+    assert zip_submission(runs, out) == [f"{out} has 11 of 11 files; none is missing"]
     assert names_in(out) == list(SUBMISSION_ROWS)
     with zipfile.ZipFile(out) as file:
         assert {path.name: file.read(path.name) for path in files} == {path.name: path.read_bytes() for path in files}
@@ -138,13 +138,13 @@ def test_other_files_are_left_out(tmp_path: Path) -> None:
     other = tmp_path / "run" / "submission" / "mine.tsv"
     other.write_text("anything", "utf8")
     notes = zip_submission([tmp_path / "run"], tmp_path / "out.zip")
-    assert notes[0] == f"{other} is none of GLUE's files and is left out"
+    assert notes[0] == f"{other} is not one of GLUE's files and is left out"
     assert names_in(tmp_path / "out.zip") == ["WNLI.tsv"]
 
 
 def test_nothing_to_gather(tmp_path: Path) -> None:
     for runs in ([], [tmp_path], [tmp_path / "nowhere"]):
-        with pytest.raises(ConfigError, match="has predictions of a GLUE test set"):
+        with pytest.raises(ConfigError, match="has predictions for a GLUE test set"):
             zip_submission(runs, tmp_path / "out.zip")
 
 

@@ -77,10 +77,10 @@ def test_the_time_that_is_left_is_told_by_the_steps_of_what_runs(clock: Any, sho
     assert "ETA" not in "".join(shown.lines())
     clock.now = 30.0  # its start
     shown.at(trial, 3010)
-    shown.monitor.look()
+    shown.monitor.update()
     shown.at(trial, 3210)
     clock.now = 90.0
-    shown.monitor.look()
+    shown.monitor.update()
     assert shown.eta("running: ") == 60 * (STEPS - 3210) / 200  # for all that a second one would have room
 
 
@@ -88,11 +88,11 @@ def test_a_trial_without_a_step_yet_is_said_to_prepare(clock: Any, shown_of: Cal
     shown = shown_of(seeds=1, at_once=1)
     shown.monitor.begin(shown.trials[0])
     clock.now = 70.0
-    shown.monitor.look()
+    shown.monitor.update()
     assert shown.lines()[-1].rstrip().endswith("prepares data and model")
     shown.at(shown.trials[0], 12)
     clock.now = 140.0
-    shown.monitor.look()
+    shown.monitor.update()
     assert "prepares" not in shown.lines()[-1]
     assert "step 12" in shown.lines()[-1]
 
@@ -108,13 +108,13 @@ def test_each_running_trial_has_a_line_with_the_stage_in_its_log(
     bar.start(3)
     shown.monitor = shown.monitor_of(bar, at_once=3)
     for trial, line in zip(
-        shown.trials, ("tokenising, 45%", "waiting for another process that builds stores/x", "x"), strict=True
+        shown.trials, ("tokenising, 45%", "waiting for another process to build stores/x", "x"), strict=True
     ):
         shown.folder.trial(trial.key).log.parent.mkdir(parents=True, exist_ok=True)
         shown.folder.trial(trial.key).log.write_text(f"preparing: training the tokenizer\npreparing: {line}\n")
         shown.monitor.begin(trial)
     clock.now = 3.0
-    shown.monitor.look()
+    shown.monitor.update()
     console.print(bar._bar.get_renderable())
     first, second, third = (line.strip() for line in console.file.getvalue().splitlines()[-3:])  # type: ignore[attr-defined]
     assert first.endswith("s0: tokenising, 45%")
@@ -124,7 +124,7 @@ def test_each_running_trial_has_a_line_with_the_stage_in_its_log(
     with shown.folder.trial(shown.trials[0].key).log.open("a") as log:
         log.write("run directory: runs/x\n")  # what comes after the preparation
     clock.now = 6.0
-    shown.monitor.look()
+    shown.monitor.update()
     console.print(bar._bar.get_renderable())
     assert "s0: prepares data and model" in console.file.getvalue()  # type: ignore[attr-defined]
 

@@ -128,14 +128,14 @@ def test_what_the_spread_is_over_is_said(folder: SweepFolder) -> None:
     for trial in trials:
         pretend(folder, trial, 0.5 + trial.seed / 10)
     text = told(folder, trials, spec)
-    assert "over finetuning seeds only; that of pretraining is not in it" in text
+    assert "over finetuning seeds only, without the spread of pretraining" in text
     assert "60.00 ± 10.00" in text
     assert "AVG" not in text  # six of its tasks are not there
     nested_spec, nested = made(both([0, 1], [0, 1, 2]))
     for trial in nested:
         if not folder.trial(trial.key).run.path.exists():
             pretend(folder, trial, 0.4 + trial.seed / 10)
-    assert "over pretraining seeds, of each the mean over its finetuning seeds" in told(folder, nested, nested_spec)
+    assert "over pretraining seeds of the means over their finetuning seeds" in told(folder, nested, nested_spec)
 
 
 def test_glues_means_are_over_the_seeds_that_have_all_tasks(folder: SweepFolder) -> None:
@@ -217,7 +217,7 @@ def test_the_folder_says_how_far_each_trial_is(folder: SweepFolder) -> None:
     assert "it broke" in text
     assert "no such file" in text
     assert (folder.path / "curves.png").exists()
-    folder.trial(failed.key).forget_failure()
+    folder.trial(failed.key).clear_failure()
     assert folder.trial(failed.key).record() is not None
     assert not (folder.trial(failed.key).run.path / "status.json").exists()
     assert folder.trial(done.key).state() == ("done", "")
@@ -433,7 +433,7 @@ def test_a_dry_run_says_what_trials_cost_and_what_is_not_known(folder: SweepFold
     spec, trials = made(values)
     text = shown(plan_sweep(spec, folder.path, local=True))
     assert re.search(r"pretrain .* 1 waiting +250,000 +[\d.]+–[\d.]+ d +2\.4 GiB", text)  # as bin/plan says
-    assert re.search(r"In all .* d with 1 at once, without those whose cost is unknown\.", text)
+    assert re.search(r"In total .* d with 1 at once, not counting trials whose cost is unknown\.", text)
     assert "Cost unknown for 4 trials: none like them has run in this folder yet." in text
     for trial in (trials[0], trials[1]):
         pretend(folder, trial, 0.7)
@@ -519,7 +519,7 @@ def test_how_to_resume_is_said_and_whether_it_is_being_run(folder: SweepFolder) 
         text = shown(report_sweep(folder, trials, spec, is_running=True).parts)
     assert f"begun: {trials[2].label}, at step 9." in text
     assert f"begun: {trials[3].label}." in text
-    assert "The sweep is being run." in text
+    assert "The sweep is running." in text
     assert "--resume" not in text
 
 

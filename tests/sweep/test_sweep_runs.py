@@ -142,7 +142,7 @@ def test_a_signal_saves_leaves_nobody_and_the_sweep_continues_from_python(
     assert {trial.nice() for trial in ours(out, "electra_ds")} <= {os.nice(0)}  # Ray's own would be 15
     driver.send_signal(number)
     assert driver.wait(60) == (-2 if number == signal.SIGINT else 143), log.read_text()
-    assert f"{number.name}: the trials that run save and leave." in log.read_text()
+    assert f"{number.name}: running trials save and stop." in log.read_text()
     assert "Resume it with: bin/sweep --resume" in log.read_text()
     assert not ours(out)
     assert electra_ds.run_sweep(None, out, local=True, quiet=True).is_complete
@@ -403,7 +403,7 @@ def test_a_time_limit_lets_trials_save(undisturbed: Path, tmp_path: Path) -> Non
     out = tmp_path / "sweep"
     cut = run_sweep(undisturbed / "sweep.yaml", "--out", out, "--time-limit", "12s")
     assert cut.returncode == 1, cut.stdout + cut.stderr
-    assert "The time is over: the trials that run save and leave." in cut.stderr
+    assert "The time limit is reached: running trials save and stop." in cut.stderr
     assert f"Resume it with: bin/sweep --resume {out}" in cut.stdout
     assert not (out / "stop").exists()
     resumed = run_sweep("--resume", out)

@@ -278,7 +278,7 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("no model", finetuning(model=None), ["finetune.model: is missing; give a run, a transformers folder or a name"]),
     ("no task", finetuning(task=None), ["finetune.task: is missing; write one, or train and dev"]),
     ("no recipe", finetuning(recipe=None), ["finetune.recipe: is missing; write one such as recipe: rc2020"]),
-    ("two models", pretraining() | {"finetune": FINETUNE}, ["finetune.model: is what pretrain makes; leave out one"]),
+    ("two models", pretraining() | {"finetune": FINETUNE}, ["finetune.model: is made by pretrain; leave out one"]),
     ("recipe", finetuning(recipe="rc202"), ["finetune.recipe: There is no recipe 'rc202'", "did you mean 'rc2020'"]),
     ("hub", finetuning(hub="a/b", data_dir="/tmp"), ["finetune: --hub and --revision are for datasets on the Hub"]),
     ("own", finetuning(text="review"), ["finetune: --text is for examples of your own"]),

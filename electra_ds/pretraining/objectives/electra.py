@@ -87,8 +87,8 @@ class ElectraBatch(TextBatch, PretrainingBatch):
             sequences = np.arange(1, len(ids) + 1, dtype=np.int32)[:, None] * before(lengths, width)
             rows = packed_rows(lengths, width) if packed else None
             if rows is not None:
-                ids, counted, sequences = rows.laid(ids), rows.laid(counted), rows.laid(sequences)
-                second = None if second is None else rows.laid(second)
+                ids, counted, sequences = rows.pack(ids), rows.pack(counted), rows.pack(sequences)
+                second = None if second is None else rows.pack(second)
                 positions, selected_M = rows.positions(width), rows.moved(selected_M, width)
         generator_ids = ids.copy()
         generator_ids.reshape(-1)[selected_M[masked_M]] = self.mask_token_id
