@@ -33,7 +33,6 @@ from electra_ds.config.options import (
     overrides_option,
     seed_option,
 )
-from electra_ds.config.run_record import FinetuneSettings, RunSettings
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 
@@ -246,7 +245,6 @@ COMMANDS: dict[str, type[Options]] = {
     "checkpoint ls": ListOptions, "checkpoint verify": VerifyOptions, "checkpoint prune": PruneOptions,
     "checkpoint import": ImportOptions, "doctor": DoctorOptions,
 }  # fmt: skip
-_RECORDED = {PretrainOptions: RunSettings, FinetuneOptions: FinetuneSettings}
 _BEGIN = """\
 # Options
 
@@ -263,6 +261,7 @@ the names in the last column. The keys of a sweep's stages have these names too.
 
 def reference_page() -> str:
     """Return docs/reference/options.md."""
+
     return _BEGIN + "".join(_command(name, kind) for name, kind in COMMANDS.items())
 
 

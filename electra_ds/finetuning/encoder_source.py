@@ -210,8 +210,8 @@ def load_weights(
             )  # fmt: skip
         except pickle.UnpicklingError as error:  # whose text advises to run what is in it
             raise DataError(
-                f"The weights of {name} are damaged, or their pickle holds more than tensors, and it is not opened. "
-                f"Download them again, or take a copy with model.safetensors."
+                f"The weights of {name} are damaged, or their pickle holds more than tensors: it could run any "
+                f"program and is not opened. Download them again, or take a copy with model.safetensors."
             ) from error
     return model, {
         _MISSING: set(info["missing_keys"]),

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 
 from electra_ds.core.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped]  # the check of a sweep does not wait for it
+
 
 Kind = Literal["classification", "regression"]
 
@@ -182,6 +185,8 @@ def read_csv(path: Path, delimiter: str) -> Table:
 
     Raises DataError for a file that cannot be read, and for a row that is longer or shorter than the first line.
     """
+    import pandas as pd
+
     limit = csv.field_size_limit(sys.maxsize)  # which is 131,072 characters otherwise
     line = 0
     try:
@@ -215,6 +220,8 @@ def read_tsv(path: Path, *, header: Sequence[str] | None = None, wanted: Collect
     header: the columns' names if the file has no line of them. wanted: the columns to keep. Raises DataError for a file
     that cannot be read.
     """
+    import pandas as pd
+
     columns: Any = None
     if header is not None:
         columns = list(header)
@@ -241,6 +248,8 @@ def read_jsonl(path: Path) -> Table:
 
     Raises DataError for a line that is not a JSON object.
     """
+    import pandas as pd
+
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except OSError as error:

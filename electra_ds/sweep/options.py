@@ -178,7 +178,7 @@ def own_content(stage: str, name: str, value: str) -> bytes:
 
 def without_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
     """Return the place of a sweep's copy relative to the sweep's folder, which may be moved."""
-    is_kept = isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
+    is_kept = _is_settings(name) and isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
     return value.removeprefix(f"{folder}/") if is_kept else value
 
 
