@@ -168,7 +168,7 @@ def _command(
 ) -> None:  # fmt: skip
     """What a fork does."""
     surroundings.enter()
-    sys.argv = [f"bin/{words[0]}", *words[1:]]
+    sys.argv = [f"{REPOSITORY}/bin/{words[0]}", *words[1:]]
     if prepare:
         prepare[0](*prepare[1:])
     watch = _Watch(run, lambda phase, count: None)

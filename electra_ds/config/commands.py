@@ -266,8 +266,11 @@ def reference_page() -> str:
 
 
 def _command(name: str, kind: type[Options]) -> str:
-    trains = kind in _RECORDED
-    recorded = {each.name for each in fields(_RECORDED[kind])} if trains else set()
+    from electra_ds.config.run_record import FinetuneSettings, RunSettings  # needs pydantic, which --help does not
+
+    settings: dict[type, type] = {PretrainOptions: RunSettings, FinetuneOptions: FinetuneSettings}
+    trains = kind in settings
+    recorded = {each.name for each in fields(settings[kind])} if trains else set()
     text = f"\n## {name}\n\n{kind.__doc__}\n"
     for group, titles in ({"": ""} | kind.GROUPS).items():
         rows = [(key, of) for key, of in described(kind).items() if of.group == group and of.help != argparse.SUPPRESS]

@@ -168,9 +168,10 @@ def _lines(path: Path, is_json: bool, unpacker: Callable[[], Any] | None, progre
             if b"\0" in raw:
                 raise ValueError("it contains NUL bytes")
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except ValueError as error:  # UnicodeDecodeError is one
+        except ValueError as error:
+            reason = f"{error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error
             raise DataError(
-                f"{path}, line {number}: not UTF-8 ({error}). If it is text, convert it from its encoding: "
+                f"{path}, line {number}: not UTF-8 ({reason}). If it is text, convert it from its encoding: "
                 f"iconv -f ENCODING -t utf-8"
             ) from error
         for line in [text] if is_json else text.splitlines() or [""]:

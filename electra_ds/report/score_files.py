@@ -129,7 +129,7 @@ def read_run(path: Path) -> ScoredRun:
         raise CheckpointError(f"Cannot read {file}: {error.strerror}.") from error
     except ValidationError as error:
         first = error.errors()[0]
-        if "metrics" in first["loc"] and first["input"] is None:
+        if "metrics" in first["loc"] and (first["input"] is None or first["type"] == "finite_number"):
             raise CheckpointError(
                 f"{file}: {first['loc'][-1]} is not a finite number. The finetuning has failed: repeat it, or leave "
                 f"the run out."
