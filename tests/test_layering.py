@@ -24,6 +24,8 @@ ROWS = [
 # Imports inside functions, besides those of the commands and the API: what takes seconds and a run's first step does
 # not need.
 LATE = {
+    ("electra_ds.config.commands", "electra_ds.config.run_record"),  # pydantic, for the page of options alone
+    ("electra_ds.finetuning.tasks", "pandas"),  # which the check of a sweep does not need
     ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
     ("electra_ds.pretraining.objectives.electra_evaluation", "sklearn.metrics"),
     ("electra_ds.pretraining.objectives.electra", "electra_ds.pretraining.convert"),  # which needs transformers

@@ -578,7 +578,7 @@ def test_each_corpus_argument_is_a_source(tmp_path: Path, monkeypatch: pytest.Mo
     ("arguments", "message"),
     [
         (["--corpus", "hub:a", "texts"], "Give each Hub dataset its own --corpus"),
-        (["--corpus", "builtin", "texts"], "Give `builtin` a --corpus of its own"),
+        (["--corpus", "builtin", "texts"], "Give `builtin` its own --corpus"),
         (["--corpus", "texts", "--streaming"], "--streaming and --revision are for datasets on the Hub"),
         (["--corpus", "texts", "--cased"], "--cased, --uncased and --strip-accents say how a given vocab.txt was made"),
         (["--corpus", "texts", "--tokenizer", "nowhere.txt"], "No tokenizer at nowhere.txt"),

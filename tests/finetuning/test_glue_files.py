@@ -628,7 +628,7 @@ BROKEN: list[tuple[str, dict[str, str], str]] = [
     ("infinite", {"train.csv": 'text,score\n"a\nb",0.5\n\nb,inf\n'}, r"row 2: the label 'inf' is not a finite"),
     ("NaN", {"train.jsonl": '{"text": "a", "score": 0.5}\n{"text": "b", "score": NaN}\n'},
      r"row 2: the label 'NaN' is not a finite"),
-    ("no label", {"train.csv": "text,label\na,0\nb,\n"}, r"train\.csv: line 4: 1 fields, and the first line has 2"),
+    ("no label", {"train.csv": "text,label\na,0\nb,\n"}, r"train\.csv, row 2: the label 'label' is empty"),
     ("null label", {"train.jsonl": '{"text": "a", "label": 0}\n{"text": "b", "label": null}\n'},
      r"row 2: the label 'label' is empty"),
     ("broken JSON", {"train.jsonl": '{"text": "a", "label": 0}\n\n{"text": \n'}, r"line 3: not an object"),

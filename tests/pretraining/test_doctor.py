@@ -88,11 +88,11 @@ def test_what_a_device_cannot_do_is_told_from_what_fails(monkeypatch: pytest.Mon
 
 
 def test_the_command_prints_a_table_or_json_and_says_whether_pretraining_can_run(tmp_path: Path) -> None:
-    environment = os.environ | {"HOME": str(tmp_path)}
-    shown = run("doctor", cwd=tmp_path, env=environment)
+    environment = {"HOME": str(tmp_path)}
+    shown = run("doctor", folder=tmp_path, environment=environment)
     assert "Pretraining can run here." in shown.stdout
     assert "a step in fp32" in shown.stdout
-    report = json.loads(run("doctor", "--json", cwd=tmp_path, env=environment).stdout)
+    report = json.loads(run("doctor", "--json", folder=tmp_path, environment=environment).stdout)
     assert report["can_pretrain"] is True
     assert {item["what"]: item["found"] for item in report["findings"]}["a step in fp32"] == "works"
     assert "example" in run("doctor", "--help").stdout

@@ -112,7 +112,7 @@ def test_broken_files_are_refused_and_no_zip_appears(
     with pytest.raises(CheckpointError) as caught:
         zip_submission([folder / "other", folder / "run"], folder / "out.zip")
     assert str(path) in str(caught.value)
-    assert "Predict it anew" in str(caught.value)
+    assert "Predict the official test set again" in str(caught.value)
     assert sorted(found.name for found in folder.iterdir()) == ["other", "run"]
 
 

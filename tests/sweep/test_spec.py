@@ -461,7 +461,7 @@ def test_whatever_a_stage_is_there_is_a_sweep_or_a_message(given_stage: Any, nam
     [
         ("- 1\n", "must be a mapping, not list"),
         ("a: [\n", "not valid YAML"),
-        ("name: x\nname: y\n", "name stands twice"),
+        ("name: x\nname: y\n", "the key name appears twice"),
     ],
 )
 def test_a_broken_file_is_told(tmp_path: Path, text: str, message: str) -> None:

@@ -281,7 +281,7 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("two models", pretraining() | {"finetune": FINETUNE}, ["finetune.model: is made by pretrain; leave out one"]),
     ("recipe", finetuning(recipe="rc202"), ["finetune.recipe: There is no recipe 'rc202'", "did you mean 'rc2020'"]),
     ("hub", finetuning(hub="a/b", data_dir="/tmp"), ["finetune: --hub and --revision are for datasets on the Hub"]),
-    ("own", finetuning(text="review"), ["finetune: --text is for examples of your own"]),
+    ("own", finetuning(text="review"), ["finetune: --text is for your own examples"]),
     (
         "value", pretraining(set={"generator.width_multiplier": 2}),
         ["pretrain.set.generator.width_multiplier: Input should be less than or equal to 1, and is 2"],

@@ -260,7 +260,7 @@ def test_a_sweep_that_was_moved_with_its_inputs_is_the_same_sweep_and_finds_them
         project = (tmp_path / before).rename(tmp_path / after)
         folder = SweepFolder(project / "runs" / "sweep")
         again = folder.read()
-        trials = expand(again, folder.now)
+        trials = expand(again, folder.relocated)
         assert [trial.key for trial in trials] == keys
         words = arguments_of(trials[1], folder, again)
         assert words[words.index("--data") + 1] == str(project / "stores" / "mine")
@@ -274,11 +274,11 @@ def test_an_input_that_did_not_move_with_its_sweep_stays_where_it_is_and_a_lost_
     kept(SweepFolder(tmp_path / "a" / "runs" / "sweep"), spec)
     (tmp_path / "b" / "deep").mkdir(parents=True)
     moved = SweepFolder((tmp_path / "a" / "runs" / "sweep").rename(tmp_path / "b" / "deep" / "sweep"))
-    trial = expand(moved.read(), moved.now)[0]
+    trial = expand(moved.read(), moved.relocated)[0]
     assert str(tmp_path / "a" / "stores" / "mine") in arguments_of(trial, moved, moved.read())
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(ConfigError, match=r"pretrain\.data: there is no folder .*put it back there, or make a link"):
-        expand(moved.read(), moved.now)
+        expand(moved.read(), moved.relocated)
 
 
 @pytest.fixture
