@@ -9,6 +9,7 @@ import argparse
 import atexit
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -111,8 +112,13 @@ def _log_on_terminal(speaks: bool) -> Iterator[None]:
 
     from electra_ds.core.terminal import log_shown_on
 
-    with log_shown_on(Console(quiet=not speaks)):
-        yield
+    log = logging.getLogger("electra_ds")
+    before, log.propagate = log.propagate, False  # a library that sets up logging would print everything twice
+    try:
+        with log_shown_on(Console(quiet=not speaks)):
+            yield
+    finally:
+        log.propagate = before
 
 
 def _end_by(signum: int, launch: Launch) -> NoReturn:

@@ -109,6 +109,7 @@ class SweepOptions(Options):
     local: bool | None = option("run one trial after the other, without Ray", group=_RAY)
     address: str | None = option("a Ray cluster: auto, or HOST:6379", metavar="ADDRESS", group=_RAY)
     time_limit: float | None = option("save and exit after this time", metavar="TIME", parse=duration_s, group=_RAY)
+    storage: str | None = option(argparse.SUPPRESS, metavar="DIR")  # once a place for Tune's own records
 
     def check(self) -> None:
         if self.what[:1] == ["status"]:
@@ -121,6 +122,8 @@ class SweepOptions(Options):
             raise ConfigError("Give one sweep to run, by name or file, or --resume DIR to continue one.")
         if self.resume is not None and self.out is not None:
             raise ConfigError("--resume names the sweep's folder, so leave out --out.")
+        if self.storage is not None:
+            raise ConfigError("--storage has no effect any more, since Tune's own records are removed. Leave it out.")
         if self.local and self.address:
             raise ConfigError("--local runs without Ray, so leave out --address.")
 
@@ -250,8 +253,9 @@ _BEGIN = """\
 
 All options of all commands. `python -m electra_ds.config.commands` generates this page.
 
-In Python the same options are arguments of `electra_ds.pretrain`, `electra_ds.finetune` and the other functions, under
-the names in the last column. The keys of a sweep's stages have these names too.
+In Python the options of pretrain, finetune, build-data, plan and checkpoint import are arguments of the function, under
+the names in the last column. The keys of a sweep's stages have these names too. `run_sweep` and `report_runs` have
+arguments of their own: docs/python.md.
 
 - **recorded**: written into the run's `run.json`; a resumed run keeps it until you give another value.
 - **new runs only**: not allowed with `--resume`, which takes the value from the run.

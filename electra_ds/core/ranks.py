@@ -104,10 +104,11 @@ def join_ranks() -> Iterator[Ranks]:
     with warnings.catch_warnings():
         # DeepSpeed and torch warn about their own deprecated calls, which do not concern the user.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
-        started = not distributed.is_initialized()
+        started, alone, hook = not distributed.is_initialized(), launch.world_size == 1, sys.excepthook
         if started:
             _meet(launch)
-        alone = launch.world_size == 1
+        if alone:
+            sys.excepthook = hook  # torch's puts the rank before every line of an error, once more in each run
         completed = False
         try:
             yield Ranks(launch)

@@ -198,12 +198,14 @@ class ConsoleHandler(logging.Handler):
 
 @contextmanager
 def log_shown_on(console: Console) -> Iterator[None]:
-    """Show the package's log messages on a console while the context lasts."""
+    """Show what the package logs on a console, and on no other, for as long as the context lasts. Handlers of the
+    caller's own get it too."""
     log = logging.getLogger("electra_ds")
-    before = log.handlers[:], log.level, log.propagate
-    log.handlers, log.propagate = [ConsoleHandler(console)], False
-    log.setLevel(logging.INFO)
+    handlers, level = log.handlers[:], log.level
+    log.handlers = [*(each for each in handlers if not isinstance(each, ConsoleHandler)), ConsoleHandler(console)]
+    log.setLevel(min(level or logging.INFO, logging.INFO))
     try:
         yield
     finally:
-        log.handlers, log.level, log.propagate = before[0], before[1], before[2]
+        log.handlers = handlers
+        log.setLevel(level)

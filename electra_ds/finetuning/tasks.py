@@ -197,7 +197,7 @@ def read_csv(path: Path, delimiter: str) -> Table:
                 line = reader.line_num
                 rows.append(row)
                 if len(row) != len(rows[0]):
-                    raise csv.Error(f"{len(row)} fields, and the first line has {len(rows[0])}")
+                    raise csv.Error(f"{len(row)} field(s), but the first line has {len(rows[0])}")
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

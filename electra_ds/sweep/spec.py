@@ -66,6 +66,8 @@ class Domain(Section):
         if len(given) != 1 or kind not in DOMAINS:
             names = ", ".join(map(str, given)) or "nothing"
             known = did_you_mean(kind, DOMAINS) or "."
+            if kind == "sample":
+                raise ValueError("sample is no longer a domain; write combinations of values under variants")
             raise ValueError(f"{names} is not a domain{known} Write one of {', '.join(DOMAINS)}, such as grid: [1, 2]")
         if not isinstance(given[kind], list):
             raise ValueError(f"{kind} takes a list, such as {kind}: [1, 2], not {given[kind]!r}")

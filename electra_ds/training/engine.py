@@ -84,7 +84,7 @@ class Engine:
         accumulation steps is switched off. samples: another run's random draws for each micro-batch, to replay them.
         """
         self._engine.train()
-        self.optimizer.is_whole = True
+        self.optimizer.can_repeat_step = True
         self.optimizer.set_learning_rate(self.learning_rate(step))
         losses = StepLosses(batch.loss_terms)
         size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
@@ -100,7 +100,7 @@ class Engine:
                 loss = loss * self.optimizer.loss_scale
             self._engine.backward(loss, scale_wrt_gas=False)
             if isinstance(self.optimizer, ZeroAdamW):
-                self.optimizer.is_whole = index < accumulation - 1  # the last call updates the weights
+                self.optimizer.can_repeat_step = index < accumulation - 1  # the last call updates the weights
             self._engine.step()
         if isinstance(self.optimizer, ZeroAdamW):
             self.optimizer.count_step()

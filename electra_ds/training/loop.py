@@ -307,7 +307,7 @@ class TrainingLoop(ABC):
                 f"{ran_out}, and there is no smaller one. Close other programs that use the memory, or add an "
                 f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_resume('auto')}"
             ) from error
-        if batch.world_size > 1 or not self._engine.optimizer.is_whole:
+        if batch.world_size > 1 or not self._engine.optimizer.can_repeat_step:
             why = "other ranks are in the middle of it" if batch.world_size > 1 else "its update had already begun"
             raise TrainingError(
                 f"{ran_out}, and the step cannot be repeated, since {why}. {self._how_to_resume(sizes[0])}"

@@ -129,7 +129,7 @@ class MasterAdamW(torch.optim.Optimizer):
         self.grad_norm = torch.zeros((), device=device)
         self._good_steps = torch.zeros((), device=device)
         self._hysteresis_left = torch.tensor(float(self.scaling.hysteresis), device=device)
-        self.is_whole = True
+        self.can_repeat_step = True
         """False from the start of an update until the next step begins: a step cannot be repeated after that."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -146,7 +146,7 @@ class MasterAdamW(torch.optim.Optimizer):
         # torch's fused AdamW divides by grad_scale and does nothing where found_inf is 1 (its GradScaler protocol).
         self._inner.grad_scale = (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)  # type: ignore[attr-defined]
         self._inner.found_inf = found_inf  # type: ignore[attr-defined]
-        self.is_whole = False
+        self.can_repeat_step = False
         self._inner.step()
         self._copy_back()
         self._update_scale(found_inf)

@@ -80,7 +80,7 @@ class ZeroAdamW:
         self._bias_correction = section.bias_correction
         self.named_parameters = list(engine.module.named_parameters())
         self.taken_steps = self._skipped = self._consecutive = 0
-        self.is_whole = True
+        self.can_repeat_step = True
         # The training loop gives up with advice on what to do; DeepSpeed's scaler would raise a bare exception.
         self._zero.loss_scaler.raise_error_at_min_scale = False
         self._window = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from electra_ds.api.launch import ConsoleDisplay
 from electra_ds.api.reports import SweepBar
 from electra_ds.config.recipe import TokenizerSection
-from electra_ds.core.terminal import StageProgress, note, say, say_command
+from electra_ds.core.terminal import StageProgress, log_shown_on, note, say, say_command
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_source
 from electra_ds.training.callbacks import Progress
@@ -135,3 +136,14 @@ def test_a_stage_whose_extent_is_unknown_shows_no_share() -> None:
     console.print(progress.get_renderable())
     assert "%" not in shown(console)[0]
     assert "ETA" not in shown(console)[0]
+
+
+def test_the_log_is_shown_on_one_console_and_reaches_handlers_of_the_caller(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("electra_ds.anything")
+    outer, inner = console_of(80), console_of(80)
+    with log_shown_on(outer), log_shown_on(inner):
+        log.info("a step is done")
+    log.info("nobody listens")
+    assert inner.file.getvalue() == "a step is done\n"  # type: ignore[attr-defined]
+    assert outer.file.getvalue() == ""  # type: ignore[attr-defined]
+    assert "a step is done" in caplog.messages

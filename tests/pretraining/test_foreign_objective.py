@@ -86,10 +86,12 @@ def test_an_unknown_objective_is_refused_with_those_there_are(tmp_path: Path) ->
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_it_pretrains_resumes_reports_and_exports(
-    store: TokenStore, tmp_path: Path, process_group: Ranks, stage: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+    store: TokenStore, tmp_path: Path, process_group: Ranks, stage: int, capsys: pytest.CaptureFixture[str],
+    registered: Path,
+) -> None:  # fmt: skip
+    """By its dotted path at stage 0, by its entry point at stage 2."""
     document = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 4}
-    recipe = own_recipe(tmp_path)
+    recipe = own_recipe(tmp_path, "cloze" if stage == 2 else PATH)
     pretrain(store, tmp_path / "straight", recipe, document)
     said = capsys.readouterr().out
     assert f"held out at step {STEPS}: cloze loss" in said
