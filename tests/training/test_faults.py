@@ -390,7 +390,7 @@ def test_a_read_only_folder_is_found_at_the_start(
     disk(mounted, "ro")
     started = begin()
     assert started.wait() == [2], started.output
-    wanted = "Cannot write into the run directory" if folder == "." else "it cannot be written"
+    wanted = "Cannot write into the run directory" if folder == "." else "it is not writable"
     assert wanted in started.output
     assert "Traceback" not in started.output
     assert (run / "metrics.jsonl").read_text() == metrics
@@ -409,7 +409,7 @@ def test_a_run_directory_of_somebody_else_is_found_at_the_start(
     parted: Callable[[int, Path], Path], begin: Start
 ) -> None:
     run = parted(1, begin.run)
-    for folder, wanted in ((run, "Cannot write into the run directory"), (run / "checkpoints", "cannot be written")):
+    for folder, wanted in ((run, "Cannot write into the run directory"), (run / "checkpoints", "is not writable")):
         (run / ".lock").unlink(missing_ok=True)
         folder.chmod(0o555)
         started = begin()
