@@ -18,6 +18,7 @@ from electra_ds.config.recipe import RecipeSource
 from electra_ds.finetuning.encoder_source import EncoderSource, read_encoder
 from electra_ds.finetuning.finetune import FinetuneJob, discard_weights
 from electra_ds.finetuning.finetune import finetune as train
+from electra_ds.finetuning.inputs import trains_both_orders
 from electra_ds.finetuning.load_task import load_task
 from electra_ds.finetuning.prepare import (
     announce,
@@ -150,7 +151,7 @@ class FinetuneStart(Launch[FinetuneOptions]):
         data, encoder = load_task(self.options.task, self.options.source()), read_encoder(str(self.options.model))
         if isinstance(data, TaskData):  # a JSON that cannot be used is refused before tokenising begins
             assert data.train is not None
-            orders = 2 if self.recipe.data.double_unordered and data.train.pairs is not None else 1
+            orders = 2 if trains_both_orders(data.train, self.recipe) else 1
             count = min(len(data.train), self.options.max_train_examples or len(data.train)) * orders
             prepare.plan_for(self.options, Finetuning(self.recipe, count, encoder.num_layers), self.ranks)
         return data, encoder

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,11 @@ class DeepSpeedPlan:
         }
         given = self.given_batch and {key: document[key] for key in self.given_batch}
         return replace(self, document=document, batch=batch, is_micro_batch_open=False, given_batch=given)
+
+    def with_largest_micro_batch(self, fits: Callable[[DeepSpeedPlan], bool]) -> DeepSpeedPlan | None:
+        """Return the plan with the largest micro-batch that fits; None if not even one sequence does."""
+        candidates = (self.with_micro_batch(batch.micro_batch_size) for batch in self.batch.others())
+        return next(filter(fits, candidates), None)
 
     def engine_config(self) -> dict[str, Any]:
         """Return the configuration for `deepspeed.initialize`.

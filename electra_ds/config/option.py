@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 Names = Literal["", "name", "settings", "file", "folder", "model", "corpus"]
-"""What an option's text refers to: `settings` is a recipe or a DeepSpeed JSON, a `model` is a name on the Hub or a
-folder, and a `corpus` is a source of text."""
+"""The kind of thing that an option's text refers to: `settings` is a recipe or a DeepSpeed JSON, a `model` is a name on
+the Hub or a folder, and a `corpus` is a source of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Option:
     is_how: bool = False
     """True if a run's result does not depend on it."""
     instead: str = ""
-    """What to use instead in a sweep's file; empty if a stage of a sweep accepts the option."""
+    """The replacement in a sweep's file; empty if a stage of a sweep accepts the option."""
     on: str = ""
     """The value that `true` means in a sweep's file, since YAML reads the word on as true; `false` means off."""
 

@@ -163,6 +163,11 @@ def evaluation_chunks(inputs: TaskInputs, size: int) -> list[np.ndarray]:
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 
+def trains_both_orders(examples: Examples, recipe: FinetuneRecipe) -> bool:
+    """Return whether training uses each pair in both orders."""
+    return recipe.data.double_unordered and examples.pairs is not None
+
+
 def tokenised(
     examples: Examples,
     task: Task,
@@ -179,7 +184,8 @@ def tokenised(
     number of examples done since the last call.
     """
     orders = [(examples.texts, examples.pairs)]
-    if for_training and recipe.data.double_unordered and examples.pairs is not None:
+    if for_training and trains_both_orders(examples, recipe):
+        assert examples.pairs is not None
         orders.append((examples.pairs, examples.texts))
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []

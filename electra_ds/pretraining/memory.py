@@ -318,8 +318,6 @@ def largest_micro_batch(
     recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, budget_bytes: float, kernels: Kernels = "cuda"
 ) -> DeepSpeedPlan | None:
     """Return the plan with the largest micro-batch predicted to fit; None if not even one sequence fits."""
-    for batch in plan.batch.others():
-        cut = plan.with_micro_batch(batch.micro_batch_size)
-        if peak_memory(recipe, vocab_size, cut, kernels).needed_bytes(kernels) <= budget_bytes:
-            return cut
-    return None
+    return plan.with_largest_micro_batch(
+        lambda cut: peak_memory(recipe, vocab_size, cut, kernels).needed_bytes(kernels) <= budget_bytes
+    )

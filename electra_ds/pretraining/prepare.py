@@ -205,11 +205,7 @@ def fitting_plan(
 
 def largest_fitting(plan: DeepSpeedPlan, fits: Callable[[DeepSpeedPlan], bool], ranks: Ranks) -> DeepSpeedPlan | None:
     """Return the plan with the largest micro-batch that fits on every rank; None if none does."""
-    for cut in plan.batch.others():
-        candidate = plan.with_micro_batch(cut.micro_batch_size)
-        if all(ranks.gather(fits(candidate))):
-            return candidate
-    return None
+    return plan.with_largest_micro_batch(lambda candidate: all(ranks.gather(fits(candidate))))
 
 
 def needed_bytes(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> int:

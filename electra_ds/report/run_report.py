@@ -33,7 +33,7 @@ def report_run(run: RunDirectory, console: Console, data: Path | None = None) ->
     data: the current place of the run's token store, if it has moved. Raises CheckpointError if there is no evaluation
     yet, and DataError, after printing the rest, if the store for the samples is missing.
     """
-    metrics = read_metrics(run.metrics) if run.metrics.exists() else []
+    metrics = read_metrics(run.metrics)
     evaluations = [line for line in metrics if line["kind"] == "eval"]
     if not evaluations:
         raise CheckpointError(f"The run {run.path} has no evaluation to report yet.")
