@@ -131,7 +131,7 @@ def _plan(options: PlanOptions) -> None:
     else:
         for part in forecast_report(found):
             console.print(part, highlight=False)
-    if not found.fits:
+    if found.fits is False:
         raise SystemExit(1)
 
 

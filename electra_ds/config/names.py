@@ -61,11 +61,6 @@ def shipped_text(folder: str, name: str) -> str:
     return (importlib.resources.files("electra_ds") / folder / f"{name}{_ENDINGS[folder]}").read_text("utf8")
 
 
-def objective_names() -> list[str]:
-    """Return the names of all registered objectives."""
-    return sorted(_registered())
-
-
 @cache
 def find_objective(name: str) -> Any:
     """Return the class of an objective, a subclass of `pretraining.objectives.base.Objective`.

@@ -105,16 +105,25 @@ def read_encoder(name: str) -> EncoderSource:
     refuse_other_frameworks(path, name)
     if (path / "run.json").is_file() or (path / "manifest.json").is_file():
         return _of_run(path)
-    if (path / "discriminator" / "config.json").is_file():
-        return _of_folder(path / "discriminator", str((path / "discriminator").resolve()))
     if path.is_dir():
-        return _of_folder(path, str(path.resolve()))
+        folder = _network(path).resolve()
+        return _of_folder(folder, str(folder))
     if is_hub_model(name):
         return _of_folder(fetch_model(name), name)
     raise DataError(
         f"The model {name} does not exist. Give a run directory, a folder that transformers' save_pretrained wrote, or "
         f"OWNER/NAME on the Hub."
     )
+
+
+def _network(path: Path) -> Path:
+    """Return the folder of the network to finetune: `path`, or one of the networks of an export."""
+    networks = {config.parent.name: config.parent for config in path.glob("*/config.json")}
+    if (path / "config.json").is_file() or not networks:
+        return path
+    if len(networks) > 1 and "discriminator" not in networks:
+        raise DataError(f"The folder {path} has several models: {', '.join(sorted(networks))}. Give one of them.")
+    return networks.get("discriminator", next(iter(networks.values())))
 
 
 def _of_run(path: Path) -> EncoderSource:

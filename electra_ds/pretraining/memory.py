@@ -290,6 +290,11 @@ class TrainingState(NamedTuple):
     """Additional memory during the optimizer's update."""
     host: int
 
+    @property
+    def total(self) -> int:
+        """The bytes on the device at any time: weights, gradients, and the optimizer's state."""
+        return self.weights + self.gradients + self.optimizer
+
 
 def training_state(parameters: int, plan: DeepSpeedPlan) -> TrainingState:
     """Return the memory of the training state of any model with this many parameters."""
@@ -312,12 +317,3 @@ def training_state(parameters: int, plan: DeepSpeedPlan) -> TrainingState:
     if "offload_optimizer" in zero:
         host, optimizer = host + optimizer + gradients, 0
     return TrainingState(weights, gradients, optimizer, buckets, parameters * _FP32 // ranks, host)
-
-
-def largest_micro_batch(
-    recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, budget_bytes: float, kernels: Kernels = "cuda"
-) -> DeepSpeedPlan | None:
-    """Return the plan with the largest micro-batch predicted to fit; None if not even one sequence fits."""
-    return plan.with_largest_micro_batch(
-        lambda cut: peak_memory(recipe, vocab_size, cut, kernels).needed_bytes(kernels) <= budget_bytes
-    )

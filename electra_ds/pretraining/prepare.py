@@ -112,7 +112,7 @@ def fitted(
             )
         plan = fitting
     else:
-        needed = needed_bytes(Objective.of(recipe, vocab_size), plan, device)
+        needed = Objective.of(recipe, vocab_size).needed_bytes(plan, kernels_of(device)) or 0
         if needed > free:
             note = (
                 f"a step is predicted to take {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free; "
@@ -184,14 +184,15 @@ def fitting_plan(
     predict its memory. Raises ConfigError if not even one sequence fits.
     """
     objective: Objective[Any] = Objective.of(recipe, vocab_size)
-    if objective.peak_memory(plan, kernels_of(device)) is None:
+    kernels = kernels_of(device)
+    if objective.needed_bytes(plan, kernels) is None:
         return plan
     is_tried, budget = device.type == "cuda" and plan.stage < 3, free_bytes(device, ranks)
 
     def fits(candidate: DeepSpeedPlan) -> bool:
         if is_tried:
             return has_room(objective, candidate, device)
-        return needed_bytes(objective, candidate, device) <= budget
+        return (objective.needed_bytes(candidate, kernels) or 0) <= budget
 
     fitting = largest_fitting(plan, fits, ranks)
     if fitting is None:
@@ -206,12 +207,6 @@ def fitting_plan(
 def largest_fitting(plan: DeepSpeedPlan, fits: Callable[[DeepSpeedPlan], bool], ranks: Ranks) -> DeepSpeedPlan | None:
     """Return the plan with the largest micro-batch that fits on every rank; None if none does."""
     return plan.with_largest_micro_batch(lambda candidate: all(ranks.gather(fits(candidate))))
-
-
-def needed_bytes(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> int:
-    """Return the memory that a step is predicted to take; 0 if the objective does not predict it."""
-    peak = objective.peak_memory(plan, kernels_of(device))
-    return 0 if peak is None else peak.needed_bytes(kernels_of(device))
 
 
 def has_room(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> bool:

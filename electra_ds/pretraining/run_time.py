@@ -23,7 +23,7 @@ import torch
 
 from electra_ds.config.cards import Card, find_card, peak_flops
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
+from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.core import devices
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import encoder_configs
@@ -213,7 +213,7 @@ def pretraining_time(
 ) -> RunTime | None:
     """Return the predicted time of this many steps on this rank's device.
 
-    Return None for a GPU whose rates are unknown, and for an objective that does not compute its FLOPs. threads: of a
+    Return None for a GPU whose rates are unknown, and for an objective that does not predict its costs. threads: of a
     rank on a CPU; None for torch's choice.
     """
     if device.type == "cpu":
@@ -221,8 +221,8 @@ def pretraining_time(
         if not flops:
             return None
         return cpu_time(steps * flops, threads or torch.get_num_threads(), plan.batch.world_size)
-    card = find_card(devices.device_name(device)) if isinstance(recipe, ElectraRecipe) else None
-    return time_of_steps(None if card is None else step_time(recipe, vocab_size, plan, card), steps)
+    card = find_card(devices.device_name(device))
+    return time_of_steps(None if card is None else Objective.of(recipe, vocab_size).step_time(plan, card), steps)
 
 
 def finetuning_time(

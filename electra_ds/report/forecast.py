@@ -23,9 +23,9 @@ from electra_ds.pretraining.memory import (
     FRAGMENTATION,
     Kernels,
     PeakMemory,
-    largest_micro_batch,
-    peak_memory,
+    training_state,
 )
+from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.run_time import (
     BANDWIDTH_EFFICIENCY,
     CPU_SLOWER,
@@ -35,14 +35,11 @@ from electra_ds.pretraining.run_time import (
     RunTime,
     StepTime,
     pretraining_time,
-    step_time,
     time_of_steps,
 )
 from electra_ds.report.tables import Table
 
 GIB = 2**30
-# Cards with a training run in benchmarks/results.
-CARDS_RUN: frozenset[str] = frozenset()
 _DAY_S = 86_400
 
 
@@ -59,23 +56,28 @@ class Forecast:
     budget_bytes: float
     """The device memory that a program may use."""
     budget_note: str
-    memory: PeakMemory
+    memory: PeakMemory | None
+    """None if the objective does not predict it; a step then takes `state_bytes` and its activations."""
+    state_bytes: int
+    """The bytes of weights, gradients and the optimizer's state."""
     largest: DeepSpeedPlan | None
-    """The plan with the largest micro-batch that fits; None if none does."""
+    """The plan with the largest micro-batch that fits; None if none does, or without a prediction."""
     time: StepTime | None
-    """The time of a step on the card; None for a CPU, or if only the card's memory is known."""
+    """The time of a step on the card; None for a CPU, if only the card's memory is known, or without a prediction."""
     lacks: list[Lack]
 
     @property
-    def needed_bytes(self) -> int:
-        return self.memory.needed_bytes(self.kernels)
+    def needed_bytes(self) -> int | None:
+        """The bytes that must be free; None if the objective does not predict them."""
+        return None if self.memory is None else self.memory.needed_bytes(self.kernels)
 
     @property
-    def fits(self) -> bool:
-        return self.needed_bytes <= self.budget_bytes
+    def fits(self) -> bool | None:
+        """Whether it fits; None if the objective does not predict its memory."""
+        return None if self.needed_bytes is None else self.needed_bytes <= self.budget_bytes
 
     def run_time(self) -> RunTime | None:
-        """Return the time of all steps, or None if only a card's memory is known.
+        """Return the time of all steps; None if only a card's memory is known, or without a prediction.
 
         On a CPU this measures the machine for a fifth of a second. All ranks share its cores.
         """
@@ -85,10 +87,6 @@ class Forecast:
         threads = max(1, torch.get_num_threads() // self.plan.batch.world_size)
         device = torch.device("cpu")
         return pretraining_time(self.recipe, self.vocab_size, self.plan, device, steps=steps, threads=threads)
-
-    @property
-    def was_run(self) -> bool:
-        return self.card is not None and self.card.name in CARDS_RUN
 
 
 def forecast(
@@ -111,7 +109,10 @@ def forecast(
     if note is not None:
         plan = replace(plan, notes=(*plan.notes, note))
     budget_bytes, budget_note = device_budget(card, memory_gib)
-    largest = largest_micro_batch(recipe, vocab_size, plan, budget_bytes, kernels)
+    objective: Objective[Any] = Objective.of(recipe, vocab_size)
+    largest = None
+    if objective.needed_bytes(plan, kernels) is not None:
+        largest = plan.with_largest_micro_batch(lambda cut: (objective.needed_bytes(cut, kernels) or 0) <= budget_bytes)
     if plan.is_micro_batch_open and largest is not None:
         plan = largest
     return Forecast(
@@ -123,9 +124,10 @@ def forecast(
         kernels=kernels,
         budget_bytes=budget_bytes,
         budget_note=budget_note,
-        memory=peak_memory(recipe, vocab_size, plan, kernels),
+        memory=objective.peak_memory(plan, kernels),
+        state_bytes=training_state(sum(objective.parameter_counts().values()), plan).total,
         largest=largest,
-        time=step_time(recipe, vocab_size, plan, card) if card is not None else None,
+        time=objective.step_time(plan, card) if card is not None else None,
         lacks=[] if card is None else lacks(card.name, card.capability),
     )
 
@@ -152,23 +154,22 @@ def forecast_report(found: Forecast) -> list[RenderableType]:
     """Return one forecast for a rich console: the memory, the time, and what the card lacks."""
     device = "a GPU" if found.kernels == "cuda" else "this machine's CPU"
     if found.card is not None:
-        device = f"{found.card.name} ({'run' if found.was_run else 'never run'})"
+        device = found.card.name
     recipe = found.recipe
     return [
         f"[bold]{escape(recipe.name)}[/] with {escape(found.ds_config)} on {escape(device)}: "
         f"{found.plan.precision.name}, ZeRO stage {found.plan.stage}, micro-batch x accumulation = {found.plan.batch}, "
         f"{recipe.data.sequence_length} tokens a sequence, {found.vocab_size:,} pieces",
         *(f"[yellow]Note:[/] {escape(note)}." for note in found.plan.notes),
-        memory_table(found),
-        *_fit_lines(found),
+        *_memory_lines(found),
         *_time_lines(found),
         *_lack_lines(found),
     ]
 
 
-def memory_table(found: Forecast) -> Table:
+def memory_table(memory: PeakMemory) -> Table:
     """Return a table of the memory of each part at the peaks of a step."""
-    phases = found.memory.phases
+    phases = memory.phases
     is_small = max(phase.total for phase in phases.values()) < GIB / 4
     unit, shown = ("MiB", _mib) if is_small else ("GiB", _gib)
     table = Table(f"Predicted memory at the peaks of a step, {unit}", ["", *phases])
@@ -178,8 +179,14 @@ def memory_table(found: Forecast) -> Table:
     return table
 
 
-def _fit_lines(found: Forecast) -> list[str]:
+def _memory_lines(found: Forecast) -> list[RenderableType]:
     memory, batch = found.memory, found.plan.batch
+    if memory is None or found.needed_bytes is None:
+        return [
+            f"Memory: {_gib(found.state_bytes)} GiB of {_gib(found.budget_bytes)} GiB ({found.budget_note}) for "
+            f"weights, gradients and the optimizer's state. The objective {escape(found.recipe.objective)} does not "
+            f"predict its activations, so whether a step fits is unknown."
+        ]
     peak = f"{_gib(memory.allocated_bytes)} GiB"
     if found.kernels == "cuda":
         peak += (
@@ -187,7 +194,10 @@ def _fit_lines(found: Forecast) -> list[str]:
             f" = {_gib(found.needed_bytes)} GiB"
         )
     status = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
-    lines = [f"Memory: {peak} of {_gib(found.budget_bytes)} GiB ({found.budget_note}): {status}."]
+    lines: list[RenderableType] = [
+        memory_table(memory),
+        f"Memory: {peak} of {_gib(found.budget_bytes)} GiB ({found.budget_note}): {status}.",
+    ]
     if memory.host_bytes:
         lines.append(f"Offloading takes another {_gib(memory.host_bytes)} GiB of the CPU's memory for each rank.")
     if found.largest is None:
@@ -208,7 +218,9 @@ def _fit_lines(found: Forecast) -> list[str]:
 def _time_lines(found: Forecast) -> list[str]:
     run_time, steps = found.run_time(), found.recipe.schedule.total_steps
     if run_time is None:
-        return ["Time: not predicted, because only the card's memory is known. Give its name with --card."]
+        if found.kernels == "cuda" and found.card is None:
+            return ["Time: not predicted, because only the card's memory is known. Give its name with --card."]
+        return [f"Time: not predicted by the objective {escape(found.recipe.objective)}."]
     lines = [f"Time: [bold]{run_time}[/] for {steps:,} steps."]
     if found.time is None:
         lines.append(
@@ -225,14 +237,13 @@ def _time_lines(found: Forecast) -> list[str]:
 
 def _card_lines(found: Forecast, time: StepTime) -> list[str]:
     products, rest, host = (f"{1e3 * part:,.3g} ms" for part in time)
-    lines = [
+    return [
         f"  The roofline of a step is {1e3 * time.roofline_s:,.3g} ms: {products} of matrix products at "
         f"{PRODUCT_EFFICIENCY:.0%} of the peak and {rest} of everything else at {BANDWIDTH_EFFICIENCY:.0%} of the "
         f"bandwidth; meanwhile the host needs {host} at {LAUNCH_S * 1e6:.0f} µs an operation. All three are assumed.",
         f"  The range is {SLOWER[0]} to {SLOWER[1]} times the roofline and contains every published run "
-        f"(docs/performance.md).",
+        f"(docs/performance.md). None of our steps has been timed on this card.",
     ]
-    return lines if found.was_run else [*lines, "  None of our steps has been timed on this card."]
 
 
 def _lack_lines(found: Forecast) -> list[str]:
@@ -253,43 +264,43 @@ def forecasts_table(forecasts: Sequence[Forecast]) -> Table:
         "Predicted for every card and every recipe",
         ["card", "recipe", "batch", "GiB", "time"],
         text_columns=5,
-        caption=f"* No step has been run on this card. For details: {command('plan')} --recipe R --card NAME",
+        caption=f"None of these cards has run a step yet. For details: {command('plan')} --recipe R --card NAME",
     )
     for found in forecasts:
         card = found.card
         assert card is not None
-        name = f"{card.name.removeprefix('NVIDIA ').removeprefix('GeForce ')}{'' if found.was_run else ' *'}"
+        name = card.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
         table.rows.append([name, found.recipe.name, *_cells(found)])
     return table
 
 
 def _cells(found: Forecast) -> list[str]:
-    if not found.fits:
-        return ["does not fit", _gib(found.needed_bytes), ""]
+    needed = "?" if found.needed_bytes is None else _gib(found.needed_bytes)
+    if found.fits is False:
+        return ["does not fit", needed, ""]
     batch = found.plan.batch
     size = f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps}"
-    return [size, _gib(found.needed_bytes), str(found.run_time() or "")]
+    return [size, needed, str(found.run_time() or "")]
 
 
 def as_json(found: Forecast) -> dict[str, Any]:
     """Return every number of a forecast, in bytes and seconds."""
-    time, run_time = found.time, found.run_time()
+    time, run_time, memory = found.time, found.run_time(), found.memory
+    phases = {} if memory is None else memory.phases
     return {
         "recipe": found.recipe.name,
         "ds_config": found.ds_config,
         "card": found.card.name if found.card is not None else None,
-        "was_run_on_this_card": found.was_run,
         "precision": found.plan.precision.name,
         "zero_stage": found.plan.stage,
         "micro_batch_size": found.plan.batch.micro_batch_size,
         "gradient_accumulation_steps": found.plan.batch.gradient_accumulation_steps,
         "world_size": found.plan.batch.world_size,
-        "memory_bytes": {
-            name: phase._asdict() | {"at_once": phase.total} for name, phase in found.memory.phases.items()
-        },
-        "allocated_bytes": found.memory.allocated_bytes,
+        "memory_bytes": {name: phase._asdict() | {"at_once": phase.total} for name, phase in phases.items()},
+        "state_bytes": found.state_bytes,
+        "allocated_bytes": None if memory is None else memory.allocated_bytes,
         "needed_bytes": found.needed_bytes,
-        "host_bytes": found.memory.host_bytes,
+        "host_bytes": None if memory is None else memory.host_bytes,
         "usable_bytes": round(found.budget_bytes),
         "fits": found.fits,
         "largest_micro_batch_size": found.largest.batch.micro_batch_size if found.largest is not None else None,

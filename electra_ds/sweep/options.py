@@ -1,4 +1,5 @@
-"""The command options that a sweep's stage may set, by their names in its file. Imports neither torch nor Ray."""
+"""The command options that a sweep's stage may set, by their names in its file. Imports neither torch nor Ray, except
+for the metrics of a pretraining, which its objective knows."""
 
 from __future__ import annotations
 
@@ -31,12 +32,6 @@ INSTEAD = {name: of.instead for name, of in _KNOWN.items() if of.instead}
 """The advice for options that the sweep sets itself."""
 NAMED = frozenset(name for name, of in _KNOWN.items() if of.names)
 """The options whose value is a name, a path, or a list of these."""
-ELECTRA_METRICS = (
-    "generator_loss", "discriminator_loss", "generator_masked_loss", "unigram_loss", "generator_gain",
-    "generator_accuracy", "generator_sampled_accuracy", "replaced_share", "discriminator_accuracy",
-    "discriminator_precision", "discriminator_recall", "discriminator_f1", "discriminator_auc",
-)  # fmt: skip
-"""The metrics of the objective electra. Its own module needs torch; a test compares the two lists."""
 SCORE = "score"
 """The first metric of a finetuning, on the first development set."""
 INPUTS = "inputs"
@@ -236,10 +231,12 @@ def _is_settings(name: str) -> bool:
 
 
 def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the metrics that every evaluation of such a trial reports, or may report for the user's own examples."""
+    """Return the metrics that every evaluation of such a trial reports, or may report for the user's own examples; the
+    main one comes first."""
     if stage == "pretrain":
-        objective = objective_name(options, settings)
-        return ELECTRA_METRICS if objective == "electra" else tuple(find_objective(objective).metric_labels)
+        objective = find_objective(objective_name(options, settings))
+        others = objective.metric_labels.keys() - {objective.main_metric, *objective.baselines.values()}
+        return (objective.main_metric, *sorted(others))
     task = options.get("task")
     if task in SQUAD_TASKS:
         return (SCORE, "exact", "f1")

@@ -244,7 +244,7 @@ def _problems_together(spec: SweepSpec) -> Iterator[str]:
     last, stage = spec.last_stage, spec.stages[spec.last_stage]
     compared = "scheduler" if spec.scheduler is not None else "Optuna" if spec.is_suggested else ""
     if compared and spec.metric is None:
-        name = metrics_of(last, stage.options, stage.set)[0 if last == "finetune" else -1]
+        name = metrics_of(last, stage.options, stage.set)[0]
         yield f"metric: {compared} needs one; write metric: {{name: {name}}}"
     if compared and (place := _varies_task(stage)):
         yield (

@@ -313,8 +313,11 @@ class _Cell:
         return []
 
     def _metric_problems(self) -> Iterator[str]:
-        there, metric = metrics_of(self._name, self._options, self._settings), self._spec.metric
-        if metric is not None and self._name == self._spec.last_stage and metric.name not in there:
+        metric = self._spec.metric
+        if metric is None or self._name != self._spec.last_stage:
+            return
+        there = metrics_of(self._name, self._options, self._settings)
+        if metric.name not in there:
             known = did_you_mean(metric.name, there) or ", which reports " + ", ".join(there)
             yield f"metric.name: {metric.name} is not reported by {self._options.get('task') or self._name}{known}"
 

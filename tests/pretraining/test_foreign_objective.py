@@ -15,17 +15,21 @@ import yaml
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from electra_ds.cli import main
-from electra_ds.config.names import find_objective, objective_names
+from electra_ds.config.names import find_objective
 from electra_ds.config.overrides import load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.evaluation import load_trained
 from electra_ds.pretraining.objectives.base import TextBatch
+from electra_ds.report.tables import Table
+from electra_ds.sweep.forecast import plan_sweep
+from electra_ds.sweep.sweep_file import load_sweep
 from tests.helpers import SMALL
 from tests.launching import ENVIRONMENT
 from tests.pretraining.foreign import Cloze, ClozeRecipe
 from tests.pretraining.test_pretrain import final_tensors, train_losses
+from tests.sweeping import STEPS as TRIAL_STEPS
 from tests.sweeping import run_sweep, small_sweep, write_sweep
 
 PATH = "tests.pretraining.foreign:Cloze"
@@ -125,26 +129,47 @@ def test_the_temperature_of_a_step_reaches_the_model_as_a_tensor_of_its_batch(
 
 
 def test_its_encoder_is_finetuned(store: TokenStore, tmp_path: Path, process_group: Ranks) -> None:
+    """From the run, and from its export."""
     pretrain(store, tmp_path / "run", own_recipe(tmp_path), {}, "--stop-at", "5")
+    main(["export", str(tmp_path / "run")])
     for name in ("train", "dev"):
         rows = "".join(f"{word} text,{label}\n" for word, label in (("good", 1), ("bad", 0)) for _ in range(8))
         (tmp_path / f"{name}.csv").write_text("text,label\n" + rows)
-    main([
-        "finetune", "--model", str(tmp_path / "run"), "--train", str(tmp_path / "train.csv"), "--dev",
-        str(tmp_path / "dev.csv"), "--ds-config", "cpu", "--threads", "1", "--run-dir", str(tmp_path / "finetuned"),
-        "--set", "schedule.epochs=1", "global_batch_size=8",
-    ])  # fmt: skip
-    assert json.loads((tmp_path / "finetuned" / "scores.json").read_text())
+    for n, model in enumerate((tmp_path / "run", tmp_path / "run" / "export")):
+        finetuned = tmp_path / f"finetuned-{n}"
+        main([
+            "finetune", "--model", str(model), "--train", str(tmp_path / "train.csv"), "--dev",
+            str(tmp_path / "dev.csv"), "--ds-config", "cpu", "--threads", "1", "--run-dir", str(finetuned),
+            "--set", "schedule.epochs=1", "global_batch_size=8",
+        ])  # fmt: skip
+    of_run, of_export = (json.loads((tmp_path / f"finetuned-{n}" / "scores.json").read_text()) for n in (0, 1))
+    assert of_run["sets"] == of_export["sets"]
+    assert of_run["model_fingerprint"] == of_export["model_fingerprint"]
 
 
 def test_it_is_found_by_its_entry_point(
     store: TokenStore, tmp_path: Path, process_group: Ranks, registered: Path
 ) -> None:
-    assert {"cloze", "electra"} <= set(objective_names())
     pretrain(store, tmp_path / "run", own_recipe(tmp_path, "cloze"), {}, "--stop-at", "5")
     recorded = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (recorded["objective"], recorded["cloze"]["masked_share"]) == ("cloze", 0.3)
     assert "generator" not in recorded
+
+
+def test_its_plan_shows_the_memory_of_its_state_and_says_what_it_does_not_predict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--recipe", own_recipe(tmp_path), "--set", *SIZES]
+    main(["plan", "--card", "RTX 3090", *arguments])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "for weights, gradients and the optimizer's state" in said
+    assert f"Time: not predicted by the objective {PATH}" in said
+    main(["plan", "--card", "cpu", "--json", *arguments])
+    found = json.loads(capsys.readouterr().out)
+    recipe = load_recipe(own_recipe(tmp_path), SIZES)
+    parameters = sum(Cloze(recipe, recipe.tokenizer.vocab_size).parameter_counts().values())
+    assert found["state_bytes"] == 16 * parameters  # fp32 weight, gradient and two moments
+    assert (found["fits"], found["days"]) == (None, None)
 
 
 @pytest.mark.slow
@@ -157,6 +182,10 @@ def test_it_is_swept_over_its_own_keys_and_by_its_own_metric(
     stage["set"] = {key: value for key, value in stage["set"].items() if not key.startswith(OF_ELECTRA)}
     stage["space"], stage["seeds"] = {"cloze.masked_share": {"grid": [0.1, 0.3]}}, [0]
     values["metric"] = {"name": "cloze_gain", "mode": "max"}
+    table, *_ = plan_sweep(load_sweep(write_sweep(tmp_path, values)), tmp_path / "sweep")
+    assert isinstance(table, Table)
+    steps = str(TRIAL_STEPS)
+    assert [row[4:] for row in table.rows] == 2 * [[steps, "?", ""]]  # its cost is not predicted
     environment = {"PYTHONPATH": f"{registered}:{ENVIRONMENT.get('PYTHONPATH', '')}"}
     done = run_sweep(write_sweep(tmp_path, values), "--out", tmp_path / "sweep", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr

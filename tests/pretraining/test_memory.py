@@ -20,7 +20,6 @@ from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.memory import (
     count_parameters,
     head_pieces,
-    largest_micro_batch,
     peak_memory,
     saved_bytes,
 )
@@ -179,12 +178,16 @@ def test_the_largest_micro_batch_fits_and_the_next_larger_does_not() -> None:
     peaks = [peak_memory(recipe, 30522, plan.with_micro_batch(size)).card_bytes for size in sizes]
     assert peaks == sorted(peaks, reverse=True)
     for size, peak in zip(sizes, peaks, strict=True):
-        found = largest_micro_batch(recipe, 30522, plan, peak)
+        found = _largest(plan, recipe, peak)
         assert found is not None
         assert found.batch.micro_batch_size == size
         assert found.document["gradient_accumulation_steps"] == 96 // size
-        smaller = largest_micro_batch(recipe, 30522, plan, peak - 1)
+        smaller = _largest(plan, recipe, peak - 1)
         assert smaller is None or smaller.batch.micro_batch_size < size
+
+
+def _largest(plan: DeepSpeedPlan, recipe: Recipe, free_bytes: int) -> DeepSpeedPlan | None:
+    return plan.with_largest_micro_batch(lambda cut: peak_memory(recipe, 30522, cut).card_bytes <= free_bytes)
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from rich.text import Text
 
+from electra_ds.config.cards import Card
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.names import find_objective
 from electra_ds.config.recipe import Recipe
@@ -38,6 +39,8 @@ from electra_ds.training.step import AutocastModel, StepBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from electra_ds.pretraining.run_time import StepTime
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
@@ -236,9 +239,18 @@ class Objective(ABC, Generic[RecipeT]):
         """Return the model FLOPs of a step over full rows."""
         return None
 
+    def step_time(self, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
+        """Return the roofline of a step over full rows on such cards; None also if the card lacks the precision."""
+        return None
+
     def peak_memory(self, plan: DeepSpeedPlan, kernels: Kernels) -> PeakMemory | None:
         """Return the memory that a step with a plan takes on each rank."""
         return None
+
+    def needed_bytes(self, plan: DeepSpeedPlan, kernels: Kernels) -> int | None:
+        """Return the bytes that must be free on a GPU or in CPU memory for a plan."""
+        peak = self.peak_memory(plan, kernels)
+        return None if peak is None else peak.needed_bytes(kernels)
 
     def longest_micro_batch(self, size: int) -> Any | None:
         """Return a micro-batch of this many sequences that takes the most memory; its tokens are arbitrary."""

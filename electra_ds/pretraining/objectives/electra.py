@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.text import Text
 
+from electra_ds.config.cards import Card
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import ElectraRecipe
 from electra_ds.core.keyed_random import generator, random_bits
@@ -33,7 +34,7 @@ from electra_ds.pretraining.objectives.electra_evaluation import (
     measured,
     sample_sentences,
 )
-from electra_ds.pretraining.run_time import step_flops
+from electra_ds.pretraining.run_time import StepTime, step_flops, step_time
 from electra_ds.training.step import LossTerm
 
 _MASKS_AND_NOISE = 0x50
@@ -233,6 +234,9 @@ class ElectraObjective(Objective[ElectraRecipe]):
     def _flops(self, lengths_B: Sequence[int] | np.ndarray, selected: int) -> float:
         configs = encoder_configs(self.recipe, self.vocab_size, self.pad_token_id)
         return step_flops(*configs, lengths_B, selected).forward_and_backward
+
+    def step_time(self, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
+        return step_time(self.recipe, self.vocab_size, plan, card)
 
     def peak_memory(self, plan: DeepSpeedPlan, kernels: Kernels) -> PeakMemory:
         return peak_memory(self.recipe, self.vocab_size, plan, kernels)
