@@ -336,7 +336,7 @@ class Suite:
         recipe = precisions.shortened(self.settings.recipe, self.settings.steps)
         at_once = max(self.settings.micro_batches)
         whole = self._plan(recipe, "fp32")
-        size = next(cut.micro_batch_size for cut in whole.batch.others() if cut.micro_batch_size <= at_once)
+        size = next(cut.micro_batch_size for cut in whole.batch.alternatives() if cut.micro_batch_size <= at_once)
         curves: dict[str, Any] = {}
         found: dict[str, Any] = {
             "steps": self.settings.steps, "warmup_steps": recipe.schedule.warmup_steps,

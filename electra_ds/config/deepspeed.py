@@ -53,16 +53,16 @@ class BatchPlan:
     gradient_accumulation_steps: int
     world_size: int
 
-    def cut(self, size: int) -> BatchPlan:
+    def with_micro_batch(self, size: int) -> BatchPlan:
         """Return the plan with micro-batches of another size, which must divide each rank's share."""
         steps, rest = divmod(self.micro_batch_size * self.gradient_accumulation_steps, size)
         assert not rest
         return BatchPlan(size, steps, self.world_size)
 
-    def others(self) -> list[BatchPlan]:
+    def alternatives(self) -> list[BatchPlan]:
         """Return this plan with each possible micro-batch size, largest first."""
         sizes = _divisors(self.micro_batch_size * self.gradient_accumulation_steps)
-        return [self.cut(size) for size in reversed(sizes)]
+        return [self.with_micro_batch(size) for size in reversed(sizes)]
 
     def __str__(self) -> str:
         return f"{self.micro_batch_size} x {self.gradient_accumulation_steps} x {self.world_size} rank(s)"
@@ -90,7 +90,7 @@ class DeepSpeedPlan:
 
     def with_micro_batch(self, size: int) -> DeepSpeedPlan:
         """Return the plan with micro-batches of another size, which must divide each rank's share."""
-        batch = self.batch.cut(size)
+        batch = self.batch.with_micro_batch(size)
         document = self.document | {
             "train_micro_batch_size_per_gpu": batch.micro_batch_size,
             "gradient_accumulation_steps": batch.gradient_accumulation_steps,
@@ -100,8 +100,13 @@ class DeepSpeedPlan:
 
     def with_largest_micro_batch(self, fits: Callable[[DeepSpeedPlan], bool]) -> DeepSpeedPlan | None:
         """Return the plan with the largest micro-batch that fits; None if not even one sequence does."""
-        candidates = (self.with_micro_batch(batch.micro_batch_size) for batch in self.batch.others())
+        candidates = (self.with_micro_batch(batch.micro_batch_size) for batch in self.batch.alternatives())
         return next(filter(fits, candidates), None)
+
+    def with_smaller_micro_batch(self) -> DeepSpeedPlan | None:
+        """Return the plan with half the micro-batch, or the next smaller one that divides the batch; None below 1."""
+        most = self.batch.micro_batch_size // 2
+        return self.with_largest_micro_batch(lambda plan: plan.batch.micro_batch_size <= most)
 
     def engine_config(self) -> dict[str, Any]:
         """Return the configuration for `deepspeed.initialize`.

@@ -9,7 +9,6 @@ import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -129,16 +128,16 @@ class TrainingLoop(ABC):
         """The number of examples that an evaluation processes at a time."""
         self.device = devices.device(ranks.launch)
         self.checkpoints = CheckpointFolder(job.run.checkpoints, job.record.settings.keep, self.keep_at)
-        self.saver = CheckpointSaver(self.checkpoints, ranks)
         self.progress = Progress(job.run.path, 0, job.stop_at, job.total_steps)
+        self.saver = CheckpointSaver(
+            self.checkpoints, ranks, lambda path: self.callbacks.call("on_checkpoint", self.progress, path)
+        )
         self.tokens = 0
         self.engine: Engine | None = None
         self.ends_early: Status | None = None
         """The run's final status, set by an evaluation that decides to end the run early."""
         self._evaluated = 0
         """The step of the last evaluation; only the main rank knows it after a resume."""
-        self._announced: Path | None = None
-        """The last checkpoint that was passed to the callbacks."""
 
     @property
     def step(self) -> int:
@@ -269,7 +268,7 @@ class TrainingLoop(ABC):
         self._save()
         if self.ranks.broadcast(self._evaluated) < self.step:  # false if a killed run had already evaluated
             self._evaluate()
-        self._finish_saving()
+        self.saver.finish()
         status: Status = self.ends_early or ("done" if self.step >= job.total_steps else "stopped")
         if status != "stopped":
             self.finish()
@@ -295,24 +294,19 @@ class TrainingLoop(ABC):
             self._continue_with(smaller)  # outside the handler, which keeps the failed step's tensors alive
 
     def _smaller_plan(self, step: int, error: RuntimeError) -> DeepSpeedPlan:
-        """Return the plan with half the micro-batch, or the next smaller one that divides the batch.
-
-        Raises TrainingError if the step cannot be repeated.
-        """
-        batch = self.plan.batch
-        sizes = [cut.micro_batch_size for cut in batch.others() if 2 * cut.micro_batch_size <= batch.micro_batch_size]
+        """Return the plan with at most half the micro-batch. Raises TrainingError if the step cannot be repeated."""
+        batch, smaller = self.plan.batch, self.plan.with_smaller_micro_batch()
         ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
-        if not sizes:
+        if smaller is None:
             raise TrainingError(
                 f"{ran_out}, and there is no smaller one. Close other programs that use the memory, or add an "
                 f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_resume('auto')}"
             ) from error
         if batch.world_size > 1 or not self._engine.optimizer.can_repeat_step:
             why = "other ranks are in the middle of it" if batch.world_size > 1 else "its update had already begun"
-            raise TrainingError(
-                f"{ran_out}, and the step cannot be repeated, since {why}. {self._how_to_resume(sizes[0])}"
-            ) from error
-        return self.plan.with_micro_batch(sizes[0])
+            resume = self._how_to_resume(smaller.batch.micro_batch_size)
+            raise TrainingError(f"{ran_out}, and the step cannot be repeated, since {why}. {resume}") from error
+        return smaller
 
     def _continue_with(self, plan: DeepSpeedPlan) -> None:
         """Recreate the engine with another plan, passing its state through CPU memory, as with a checkpoint."""
@@ -356,9 +350,9 @@ class TrainingLoop(ABC):
         with self.ranks.fail_together():
             if summary is not None:
                 self.callbacks.call("on_report", self.progress, summary)
-            self._announce_checkpoint()
+            self.saver.announce()
             if skips >= allowed_skips(self.plan.precision.loss_scaling):
-                saved = self._saved()
+                saved = self.saver.saved()
                 last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
                 raise TrainingError(
                     f"The gradients have not been finite for {skips} steps (now at step {self.step}); the weights are "
@@ -396,25 +390,7 @@ class TrainingLoop(ABC):
 
     def _save(self) -> None:
         """Start saving a checkpoint of the current step."""
-        self._finish_saving()  # before the copy: two copies may not fit
         self.saver.save(self._engine.optimizer, self._state(), self.record_files)
-
-    def _finish_saving(self) -> None:
-        self.saver.finish()
-        with self.ranks.fail_together():
-            self._announce_checkpoint()
-
-    def _announce_checkpoint(self) -> None:
-        """Call the callbacks for a newly completed checkpoint."""
-        path = self.saver.published
-        if path is not None and path != self._announced:
-            self._announced = path
-            self.callbacks.call("on_checkpoint", self.progress, path)
-
-    def _saved(self) -> list[Path]:
-        """Return all checkpoints, after waiting for the one that is being written."""
-        self.saver.close()
-        return self.checkpoints.paths()
 
     def _state(self) -> dict[str, object]:
         """Return the contents of state.json, except for the optimizer's counters."""
@@ -424,7 +400,7 @@ class TrainingLoop(ABC):
         return {"step": self.step, "tokens": self.tokens, "precision": self.job.plan.precision.name}
 
     def _how_to_resume(self, micro_batch: int | str) -> str:
-        saved = self._saved()
+        saved = self.saver.saved()
         begin = f"Resume from {saved[-1].name}" if saved else "No checkpoint was saved yet, so start again"
         return f"{begin}: {command(self.job.command)} --resume {self.job.run.path} --micro-batch {micro_batch}"
 
@@ -432,7 +408,7 @@ class TrainingLoop(ABC):
         """Save and stop: return False, or raise InterruptedBySignalError after a signal."""
         run = self.job.run
         self._save()
-        self._finish_saving()
+        self.saver.finish()
         with self.ranks.fail_together():  # launchers kill the other ranks once one exits, so write everything first
             if self.ranks.is_main:
                 run.write_status("stopped", step=self.step, reason=request.reason)

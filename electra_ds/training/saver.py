@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ from electra_ds.training.zero import ZeroAdamW
 class CheckpointSaver:
     """Saves a run's checkpoints, one at a time. All ranks must call each method together."""
 
-    def __init__(self, folder: CheckpointFolder, ranks: Ranks) -> None:
+    def __init__(
+        self, folder: CheckpointFolder, ranks: Ranks, on_checkpoint: Callable[[Path], None] | None = None
+    ) -> None:
+        """on_checkpoint: called by `announce` on the main rank."""
         self._folder = folder
         self._ranks = ranks
+        self._on_checkpoint = on_checkpoint
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self.published: Path | None = None
-        """The last checkpoint that this rank has published; only the main rank publishes."""
+        self._published: Path | None = None
+        """The last checkpoint, until it is announced; only the main rank publishes."""
 
     def save(self, optimizer: MasterAdamW | ZeroAdamW, state: dict[str, Any], record: Mapping[str, str]) -> None:
         """Copy the optimizer's state and start writing it, each rank its share; `finish` waits for the end.
@@ -64,7 +68,7 @@ class CheckpointSaver:
                 pending.publish(
                     {name: entry for shard in shards for name, entry in (shard or {}).items()}, state, record
                 )
-                self.published = pending.final
+                self._published = pending.final
         except Exception as error:  # raised the next time that the training thread checks
             self._error = error
         # On every rank, since ranks may have separate disks. A rank that lost the others leaves the files to them.
@@ -84,6 +88,18 @@ class CheckpointSaver:
             error, self._error = self._error, None
             if error is not None:
                 raise error
+            self.announce()
+
+    def announce(self) -> None:
+        """Call `on_checkpoint` with the last checkpoint once it is published. Any rank may call it alone."""
+        path, self._published = self._published, None
+        if path is not None and self._on_checkpoint is not None:
+            self._on_checkpoint(path)
+
+    def saved(self) -> list[Path]:
+        """Return all checkpoints, after waiting for the one that is being written."""
+        self.close()
+        return self._folder.paths()
 
     def close(self) -> None:
         """Wait for the pending save, and leave reporting its result to `finish`."""

@@ -173,7 +173,7 @@ def test_the_rooflines_traffic_and_operations_are_those_of_a_step(precision: str
 def test_the_largest_micro_batch_fits_and_the_next_larger_does_not() -> None:
     recipe = load_recipe("rc2020-small", ["global_batch_size=96"])
     plan = plan_of(recipe, "fp16")
-    sizes = [cut.micro_batch_size for cut in plan.batch.others()]
+    sizes = [cut.micro_batch_size for cut in plan.batch.alternatives()]
     assert sizes == [96, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1]
     peaks = [peak_memory(recipe, 30522, plan.with_micro_batch(size)).card_bytes for size in sizes]
     assert peaks == sorted(peaks, reverse=True)
