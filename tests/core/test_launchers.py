@@ -25,16 +25,8 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.training.checkpoint import CheckpointFolder, verify_checkpoint
 from tests.helpers import REPOSITORY, builder_for, free_port, model_for, small_recipe
-from tests.launching import (
-    ENVIRONMENT,
-    LAUNCHERS,
-    finish,
-    processes_of,
-    run_arguments,
-    srun_environment,
-    start,
-    wait_until_gone,
-)  # fmt: skip
+from tests.launchers import LAUNCHERS, finish, processes_of, start, wait_until_gone
+from tests.launching import ENVIRONMENT, run_arguments, srun_environment
 from tests.pretrain_runs import DROPOUT, train_losses
 
 # --- what launchers set
@@ -320,11 +312,8 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_error_of_one_rank_is_shown_first_and_once(store: TokenStore, tmp_path: Path, fault: str) -> None:
     code, message, status = FAULTS[fault]
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{code}\n")
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    processes = start(
-        "srun", run_arguments(store.path, run_dir), log, environment_of_rank_1={"PYTHONPATH": str(tmp_path)}
-    )
+    processes = start("srun", run_arguments(store.path, run_dir), log, before_rank_1=(exec, code, {}))
     assert finish(processes, timeout=60) == [2, status]
     text = log.read_text()
     assert text.count(message) == 1, text
@@ -359,12 +348,9 @@ def test_ranks_take_the_micro_batch_that_fits_all_and_end_together_where_memory_
 ) -> None:
     """Rank 1 has little memory, and none in its 30th pass. It cannot do the step again while rank 0 is in the middle of
     it, but says what will do."""
-    (tmp_path / "sitecustomize.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{LITTLE_MEMORY}\n"
-    )
     run_dir, log = tmp_path / "run", tmp_path / "log"
     arguments = ["--micro-batch", "auto", *run_arguments(store.path, run_dir, "global_batch_size=16")]
-    processes = start("srun", arguments, log, environment_of_rank_1={"PYTHONPATH": str(tmp_path)})
+    processes = start("srun", arguments, log, before_rank_1=(exec, LITTLE_MEMORY, {}))
     assert finish(processes, timeout=60) == [2, 2]
     text = log.read_text()
     size = json.loads((run_dir / "deepspeed.json").read_text())["train_micro_batch_size_per_gpu"]
@@ -374,7 +360,7 @@ def test_ranks_take_the_micro_batch_that_fits_all_and_end_together_where_memory_
     message = (
         f"(rank 1): Memory ran out in step {step} with micro-batch {size}, and the step cannot be repeated, since "
         f"other ranks are in the middle of it. No checkpoint was saved yet, so start again: "
-        f"bin/pretrain --resume {run_dir} --micro-batch {size // 2}"
+        f"{REPOSITORY}/bin/pretrain --resume {run_dir} --micro-batch {size // 2}"
     )
     assert text.count(message) == 1, text
     assert "Traceback" not in text

@@ -25,7 +25,8 @@ from electra_ds.training import prepare
 from electra_ds.training.prepare import plan_of_run, resolved_plan, resumed_record
 from tests.finetune_runs import arguments_of, in_own_process, losses_of, tiny_electra, write_glue
 from tests.helpers import small_recipe
-from tests.launching import finish, run_arguments, start
+from tests.launchers import finish, start
+from tests.launching import run_arguments
 from tests.pretrain_runs import train_losses
 
 RECIPE = small_recipe("global_batch_size=32")
@@ -148,7 +149,10 @@ def test_threads_that_we_chose_are_chosen_again_on_other_ranks(given: bool | Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param("torchrun", marks=pytest.mark.nightly), pytest.param("deepspeed", marks=pytest.mark.nightly), "srun"],
+)
 def test_every_launcher_resumes_on_one_rank_or_two_without_another_flag(
     store: TokenStore, tmp_path: Path, launcher: str
 ) -> None:
