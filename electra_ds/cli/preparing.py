@@ -186,8 +186,30 @@ def full_text(name: str) -> str:
 
 
 def _doctor(options: DoctorOptions) -> None:
-    from rich.console import Console
+    from dataclasses import asdict
 
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from electra_ds.core.terminal import say_command
     from electra_ds.pretraining.doctor import doctor
 
-    sys.exit(doctor(Console(), as_json=bool(options.json)))
+    found, console = doctor(), Console()
+    if options.json:
+        console.print_json(data=asdict(found))
+    else:
+        signs = {"fine": Text("✓", "green"), "note": Text("–", "yellow"), "wrong": Text("✗", "red")}
+        table = Table(show_header=False, box=None, padding=(0, 1))
+        for finding in found.findings:
+            text = finding.found + (f"  ({finding.meaning})" if finding.meaning else "")
+            table.add_row(signs[finding.state], finding.what, Text(text))
+        console.print(table, highlight=False)
+        console.print()
+        for finding in found.findings:
+            if finding.fix is not None:
+                say_command(console, f"To fix {finding.what}:", finding.fix)
+        can, cannot = "[green]Pretraining can run here.[/]", "[red]Pretraining cannot run here yet.[/]"
+        console.print(can if found.can_pretrain else cannot, highlight=False)
+    if not found.can_pretrain:
+        raise SystemExit(1)
