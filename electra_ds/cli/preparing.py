@@ -84,14 +84,15 @@ def add_preparing(commands: Commands) -> None:
 def _build_data(options: BuildDataOptions) -> None:
     from rich.console import Console
 
-    from electra_ds.api.stores import make_store
+    from electra_ds.api.stores import build_data
     from electra_ds.config.overrides import load_recipe
     from electra_ds.core.terminal import note, say, say_command
 
     recipe = load_recipe(options.recipe or GPU_RECIPE, options.overrides or ())
     console = Console()
     try:
-        store = make_store(options, recipe, options.out, console, workers=options.workers)
+        assert options.corpus is not None
+        store = build_data(options.corpus, options.out, options=options)
     except KeyboardInterrupt:
         print("Interrupted. Finished work is kept; to resume, run the same command again.", file=sys.stderr)
         raise
