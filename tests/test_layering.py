@@ -39,6 +39,13 @@ LATE = {
     ("electra_ds.sweep.tune", "optuna"),  # which need not be installed
     ("electra_ds.sweep.tune", "ray.tune.search.optuna"),
 }
+# Modules below the command line that print or use a console. All others log, call callbacks or return data.
+PRINTING = {
+    "core/terminal.py",  # wraps the console for all others
+    "api/launch.py",  # makes the API's default display
+    "report/tables.py",  # renders a report for the console that it is given, or as text
+    "config/commands.py",  # prints the page of options, when it is run as a script
+}
 FILES = sorted((REPOSITORY / "electra_ds").rglob("*.py"))
 
 
@@ -77,6 +84,31 @@ def test_imports_go_one_way(path: Path) -> None:
             assert goes_down or room_of(module) == room_of(own), f"{own} imports {module}"
         may_be_late = own.startswith(("electra_ds.cli.", "electra_ds.api.")) or (own, module) in LATE
         assert at_top or may_be_late, f"{own} imports {module} inside a function"
+
+
+def printing_in(path: Path) -> list[str]:
+    """The calls of print and the imports of rich's console and progress bars, except in annotations."""
+    tree = ast.parse(path.read_text("utf8"))
+    typing = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {id(node) for block in typing for node in ast.walk(block)}
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+            found.append("print")
+        if id(node) not in for_types:
+            found += [name for name in names if re.match(r"rich\.(console\.Console|print|progress\b)|rich$", name)]
+    return found
+
+
+def test_nothing_below_the_command_line_prints() -> None:
+    package = REPOSITORY / "electra_ds"
+    found = {str(path.relative_to(package)): printing_in(path) for path in FILES if path.parent.name != "cli"}
+    assert {name for name, printing in found.items() if printing} == PRINTING
 
 
 def test_config_does_not_know_torch_and_few_know_deepspeed_and_ray() -> None:

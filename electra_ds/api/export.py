@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
-from electra_ds.api.launch import given_options
+from electra_ds.api.launch import display, given_options
 from electra_ds.api.run import Run
 from electra_ds.api.stores import open_store
 from electra_ds.config.commands import ExportOptions, ImportOptions
@@ -19,6 +18,7 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.program import command
 from electra_ds.core.ranks import join_ranks
+from electra_ds.core.terminal import StageProgress
 
 
 def export(
@@ -166,7 +166,11 @@ def imported(options: ImportOptions) -> str:
             )
         plan = plan_new(wanted, recipe, run, ranks)
         checkpoint = read_deepspeed_checkpoint(files, options.frozen or ())
-        store = store_of_export(export) if export and not has_data else open_store(options, recipe, Console())
+        if export and not has_data:
+            store = store_of_export(export)
+        else:
+            with display() as console:
+                store = open_store(options, recipe, partial(StageProgress, console))
         job = with_fitting_micro_batch(prepare_new(wanted, recipe, plan, store, run, ranks), wanted, ranks)
         with run.locked(is_new=True):
             return import_deepspeed(checkpoint, job, export, known)

@@ -8,8 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from electra_ds.api.launch import Launch, given_options, launch
 from electra_ds.api.run import Run
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, load_finetune_recipe
@@ -97,7 +95,7 @@ def finetune(
         "overrides": overrides, "seed": seed,
     }  # fmt: skip
     start = FinetuneStart(given_options(FinetuneOptions, options, named | more))
-    return launch(start, Console(quiet=quiet), callbacks=callbacks)
+    return launch(start, quiet=quiet, callbacks=callbacks)
 
 
 class FinetuneStart(Launch[FinetuneOptions]):
@@ -132,9 +130,9 @@ class FinetuneStart(Launch[FinetuneOptions]):
             data, encoder = self._read_in_turns()
         with self.ranks.fail_together():
             self.job = (
-                prepare_new(self.options, self.recipe, data, encoder, self.run, self.ranks, self.console)
+                prepare_new(self.options, self.recipe, data, encoder, self.run, self.ranks, self.show_progress)
                 if self.is_new
-                else prepare_resume(self.options, self.run, self.ranks, self.console)
+                else prepare_resume(self.options, self.run, self.ranks, self.show_progress)
             )
         check_same_examples(self.job, self.ranks)
 

@@ -1,4 +1,9 @@
-"""Running a command's options to a finished run, the same way for pretraining and finetuning, and its display."""
+"""Running a command's options to a finished run, the same way for pretraining and finetuning, and the default display.
+
+`display` opens the display: the package's log on the terminal, and the console on which progress is shown. This is the
+one place below the command line that makes a console; everything else logs, calls callbacks or returns data.
+`quiet=True` prints nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,13 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 
 from electra_ds.api.run import Run
 from electra_ds.config.option import Options
@@ -21,7 +27,8 @@ from electra_ds.config.recipe import Section
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks, join_ranks
-from electra_ds.core.terminal import StatusProgress, flexible_bar, log_shown_on, say
+from electra_ds.core.terminal import StageProgress, counting_bar, log_shown_on, say
+from electra_ds.data.build import ShowProgress
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback, Progress
@@ -42,13 +49,21 @@ def given_options(kind: type[AnyOptions], options: AnyOptions | None, given: Map
     return kind.of(({} if options is None else options.given()) | values)
 
 
+@contextlib.contextmanager
+def display(quiet: bool = False) -> Iterator[Console]:
+    """Show the log on the terminal, unless `quiet`, and yield the console, on which progress is shown too."""
+    console = Console(quiet=quiet)
+    with log_shown_on(console):
+        yield console
+
+
 class Launch(ABC, Generic[OptionsT]):
     """One start of a run. All ranks call its methods, in the order in which they are defined here."""
 
     kind: Literal["pretrain", "finetune"]
     run: RunDirectory
     ranks: Ranks
-    console: Console
+    show_progress: ShowProgress
     callbacks: Sequence[Callback]
 
     def __init__(self, options: OptionsT) -> None:
@@ -66,7 +81,7 @@ class Launch(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def say_finished(self) -> None:
-        """Print that nothing is left to do, and where the results are."""
+        """Log that nothing is left to do, and where the results are."""
 
     @abstractmethod
     def check(self) -> None:
@@ -74,7 +89,7 @@ class Launch(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def show(self) -> None:
-        """Print what a run would do, for a dry run, which calls none of the methods below except `run_time`."""
+        """Log what a run would do, for a dry run, which calls none of the methods below except `run_time`."""
 
     @abstractmethod
     def run_time(self) -> RunTime | None:
@@ -94,22 +109,21 @@ class Launch(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def say_end(self) -> None:
-        """Report the results, on the main rank."""
+        """Log the results, on the main rank."""
 
 
-def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequence[Callback] = ()) -> Run:
+def launch(start: Launch[Any], *, quiet: bool, callbacks: Sequence[Callback]) -> Run:
     """Start or resume a run, and return it once it has ended or stopped. All ranks must call it.
 
-    console: shows progress and log; by default the terminal. callbacks: called in addition to the display.
+    quiet: print nothing. callbacks: called in addition to the display.
 
     Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and the package's other errors.
     """
     began, options = time.monotonic(), start.options
     with join_ranks() as ranks, contextlib.ExitStack() as held:
-        console = Console(quiet=True) if not ranks.is_main else console or Console()
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
-        held.enter_context(log_shown_on(console))
-        start.run, start.ranks, start.console = run, ranks, console
+        console = held.enter_context(display(quiet or not ranks.is_main))
+        start.run, start.ranks, start.show_progress = run, ranks, partial(StageProgress, console)
         start.callbacks = [ConsoleDisplay(console), *callbacks]
         if not start.is_new and start.is_finished():
             start.say_finished()
@@ -157,11 +171,7 @@ class ConsoleDisplay(Callback):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar = StatusProgress(
-            TextColumn("step"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(), TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+        self._bar = counting_bar(console, "step", "ETA", TimeRemainingColumn())
 
     def on_start(self, progress: Progress) -> None:
         self._started = self._last_line = time.monotonic()

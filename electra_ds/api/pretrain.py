@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
 
 from electra_ds.api.launch import Launch, given_options, launch
 from electra_ds.api.run import Run
@@ -43,6 +42,8 @@ from electra_ds.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from electra_ds.interop.init_from import InitialWeights
+
+_log = logging.getLogger(__name__)
 
 
 def pretrain(
@@ -98,7 +99,7 @@ def pretrain(
         "overrides": overrides, "seed": seed,
     }  # fmt: skip
     start = PretrainStart(given_options(PretrainOptions, options, named | more))
-    return launch(start, Console(quiet=quiet), callbacks=callbacks)
+    return launch(start, quiet=quiet, callbacks=callbacks)
 
 
 class PretrainStart(Launch[PretrainOptions]):
@@ -141,7 +142,7 @@ class PretrainStart(Launch[PretrainOptions]):
         with ranks.fail_together():
             if self.is_new:
                 check = self._read_weights()
-                found = look_for_store(self.options, self.recipe, self.console, check)
+                found = look_for_store(self.options, self.recipe, self.show_progress, check)
         if not isinstance(found, tuple):
             self._prepare(found, self._sources())
             announce(self._with_notes_on_weights())
@@ -169,7 +170,7 @@ class PretrainStart(Launch[PretrainOptions]):
         with ranks.fail_together():
             if ranks.is_main and self.is_new:
                 check = self._read_weights()
-                store = open_store(self.options, self.recipe, self.console, check)
+                store = open_store(self.options, self.recipe, self.show_progress, check)
         path = ranks.broadcast(store and store.path.resolve())
         sources = ranks.broadcast(self._sources())
         with ranks.fail_together():
@@ -191,7 +192,7 @@ class PretrainStart(Launch[PretrainOptions]):
     def say_end(self) -> None:
         from electra_ds.report.run_report import report_run
 
-        report_run(self.run, self.console)
+        _log.info(report_run(self.run))
 
     def _prepare(self, store: TokenStore | None, sources: Sequence[str]) -> None:
         """Create the job, with a micro-batch that fits. store, sources: a new run's store and sources of weights."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
+from electra_ds.api.launch import display
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.terminal import StatusProgress, flexible_bar, log_shown_on
-from electra_ds.report.scores import Report, report_scores
-from electra_ds.report.tables import Line, Table, print_report
+from electra_ds.core.terminal import counting_bar
+from electra_ds.report.scores import report_scores
+from electra_ds.report.tables import Line, Report, Table
 from electra_ds.sweep import run as sweeps
 from electra_ds.sweep.folder import SweepFolder
 from electra_ds.sweep.progress import SweepProgress
@@ -22,16 +20,15 @@ from electra_ds.sweep.run import SweepOutcome
 from electra_ds.sweep.sweep_file import Sweep
 from electra_ds.sweep.trials import expand
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 class SweepBar(SweepProgress):
     """A sweep's progress bar with ETA, and a line for each running trial below it."""
 
     def __init__(self, console: Console) -> None:
-        self._bar = StatusProgress(
-            TextColumn("trials"), MofNCompleteColumn(), flexible_bar(), TimeElapsedColumn(),
-            TextColumn("{task.fields[eta]}"),
-            console=console,
-        )  # fmt: skip
+        self._bar = counting_bar(console, "trials", "{task.fields[eta]}")
 
     def start(self, trials: int) -> None:
         self._task = self._bar.add_task("", total=trials, status="", eta="")
@@ -48,9 +45,9 @@ class SweepBar(SweepProgress):
 def run_sweep(
     sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] | Mapping[str, Any] = (),
     retry_failed: bool = False, local: bool = False, address: str | None = None, time_limit_s: float | None = None,
-    console: Console | None = None, quiet: bool = False,
+    quiet: bool = False,
 ) -> SweepOutcome:  # fmt: skip
-    """Run a sweep's missing trials, print and write its tables, and return its results.
+    """Run a sweep's missing trials, write its tables, and return its results; `print(outcome.report)` shows the tables.
 
     Args:
         sweep: a shipped name such as `smoke`, a path, or the content of a sweep's file. None resumes the sweep in
@@ -61,21 +58,17 @@ def run_sweep(
         local: run trials one after the other, without Ray.
         address: the address of a Ray cluster. By default Ray is started on this machine.
         time_limit_s: the time after which trials save and exit.
-        console: where to show output. By default the terminal.
         quiet: print nothing.
 
     Raises:
         ConfigError: the sweep is not valid or cannot run here; nothing was run.
         InterruptedBySignalError: a signal stopped the sweep; finished work is kept.
     """
-    console = console or Console(quiet=quiet)
-    with log_shown_on(console):
-        outcome = sweeps.run_sweep(
+    with display(quiet) as console:
+        return sweeps.run_sweep(
             sweep, folder, overrides=overrides, retry_failed=retry_failed, local=local, address=address,
             time_limit_s=time_limit_s, progress=SweepBar(console) if console.is_terminal else None,
         )  # fmt: skip
-    print_report(outcome.report.parts, console)
-    return outcome
 
 
 def plan_sweep(sweep: Sweep | None, folder: str | Path | None = None, **how: Any) -> list[Table | Line]:

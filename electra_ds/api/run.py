@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory, Status
@@ -19,6 +17,8 @@ from electra_ds.training.checkpoints import CheckpointInfo, checkpoints_to_verif
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
+
+    from electra_ds.report.tables import Report
 
 
 class Run:
@@ -104,26 +104,29 @@ class Run:
                 found[path] = verify(path)
         return found
 
-    def prune_checkpoints(self, keep: int | None = None, *, damaged: bool = False, dry_run: bool = False) -> list[Path]:
-        """Remove old checkpoints and the leftovers of interrupted saves; return the removed paths.
+    def prune_checkpoints(
+        self, keep: int | None = None, *, damaged: bool = False, dry_run: bool = False
+    ) -> dict[Path, str]:
+        """Remove old checkpoints and the leftovers of interrupted saves; return the removed paths with the reasons.
 
         keep: the number of newest checkpoints to keep; by default the run's setting. damaged: also remove checkpoints
         that were set aside as damaged. dry_run: only return the paths.
         """
-        return [path for path, _ in prune(self.path, keep, damaged=damaged, dry=dry_run)]
+        return dict(prune(self.path, keep, damaged=damaged, dry=dry_run))
 
-    def report(self, *, quiet: bool = False) -> None:
-        """Print the results. For a pretraining, also write summary.txt, curves.png and samples.txt."""
-        console = Console(quiet=quiet)
+    def report(self, data: str | Path | None = None) -> Report:
+        """Return the results, for `print`. For a pretraining, also write summary.txt, curves.png and samples.txt.
+
+        data: the current place of a pretraining's token store, if it has moved.
+        """
         if self.kind == "finetune":
             from electra_ds.report.scores import report_scores
-            from electra_ds.report.tables import print_report
 
-            print_report(report_scores([self.path]).parts, console)
-        else:
-            from electra_ds.report.run_report import report_run
+            return report_scores([self.path])
 
-            report_run(self._directory, console)
+        from electra_ds.report.run_report import report_run
+
+        return report_run(self._directory, None if data is None else Path(data))
 
     def resume(self, **options: Any) -> Run:
         """Resume the run, with any option that `pretrain` or `finetune` accepts together with `resume`."""

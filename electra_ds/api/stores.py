@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from rich.console import Console
-
-from electra_ds.api.launch import given_options
+from electra_ds.api.launch import display, given_options
 from electra_ds.config.commands import BuildDataOptions, ImportOptions
 from electra_ds.config.names import GPU_RECIPE
 from electra_ds.config.options import CorpusOptions, PretrainOptions
@@ -20,12 +20,13 @@ from electra_ds.config.overrides import load_recipe
 from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.files import is_hub_model
-from electra_ds.core.terminal import StageProgress, log_shown_on, say, warn
-from electra_ds.data.build import build_store
+from electra_ds.core.terminal import StageProgress
+from electra_ds.data.build import ShowProgress, build_store
 from electra_ds.data.corpus import Corpus, Source, is_saved_dataset, open_source
 from electra_ds.data.token_store import StoreInfo, TokenStore
 from electra_ds.data.tokenizer import Tokenizer, problem, report
 
+_log = logging.getLogger(__name__)
 _BUILTIN, _HUB = "builtin", "hub:"
 _DEFAULT_CORPUS = [[_BUILTIN]]
 Check = Callable[[Tokenizer], None]
@@ -36,7 +37,7 @@ def build_data(
     corpus: str | Path | Sequence[Any],
     out: str | Path,
     *,
-    recipe: RecipeSource = GPU_RECIPE,
+    recipe: RecipeSource | None = None,
     tokenizer: str | Path | None = None,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     workers: int | None = None,
@@ -49,7 +50,7 @@ def build_data(
     Args:
         corpus: text files or folders, `builtin`, `hub:NAME#CONFIG@SPLIT`, or a list of sources, each a list of these.
         out: the folder of the store.
-        recipe: the recipe whose tokenizer to train on the text, if you give no tokenizer.
+        recipe: the recipe whose tokenizer to train on the text, if you give no tokenizer. By default rc2020-small.
         tokenizer: a tokenizer.json or vocab.txt, a folder with one, or the name of a model on the Hub.
         overrides: changed values of the recipe by dotted key, `{"tokenizer.vocab_size": 16000}`.
         workers: the number of processes. By default one for each core.
@@ -67,29 +68,31 @@ def build_data(
         >>> store.info.num_documents
         60
     """
-    named = {"corpus": corpus, "out": out, "tokenizer": tokenizer, "overrides": overrides, "workers": workers}
-    chosen = given_options(BuildDataOptions, options, named | more | {"recipe": recipe})
-    return make_store(
-        chosen, load_recipe(chosen.recipe or GPU_RECIPE, chosen.overrides or ()), chosen.out, Console(quiet=quiet),
-        workers=chosen.workers,
-    )  # fmt: skip
+    named = {
+        "corpus": corpus, "out": out, "recipe": recipe, "tokenizer": tokenizer, "overrides": overrides,
+        "workers": workers,
+    }  # fmt: skip
+    chosen = given_options(BuildDataOptions, options, named | more)
+    values = load_recipe(chosen.recipe or GPU_RECIPE, chosen.overrides or ())
+    with display(quiet) as console:
+        return _make_store(chosen, values, chosen.out, partial(StageProgress, console), workers=chosen.workers)
 
 
 def open_store(
-    options: PretrainOptions | ImportOptions, recipe: Recipe, console: Console, check: Check | None = None
+    options: PretrainOptions | ImportOptions, recipe: Recipe, show_progress: ShowProgress, check: Check | None = None
 ) -> TokenStore:
     """Return the store given by --data, or build one in stores/ for --corpus or the built-in corpus."""
     if options.data is not None:
         store = TokenStore(options.data)
         if check is not None:
             check(store.tokenizer)
-        _say_unknown(store.info, console)
+        _log_unknown(store.info)
         return store
-    return make_store(options, recipe, Path("stores") / store_name(options, recipe), console, check=check)
+    return _make_store(options, recipe, Path("stores") / store_name(options, recipe), show_progress, check=check)
 
 
 def look_for_store(
-    options: PretrainOptions, recipe: Recipe, console: Console, check: Check | None = None
+    options: PretrainOptions, recipe: Recipe, show_progress: ShowProgress, check: Check | None = None
 ) -> TokenStore | tuple[Path, int]:
     """Return the store that `open_store` would open or, if it would have to build one, its path and vocabulary size.
 
@@ -98,9 +101,9 @@ def look_for_store(
     if options.data is None:
         out = Path("stores") / store_name(options, recipe)
         if not out.exists():
-            _, tokenizer = _asked_for(options, recipe, console, check)
+            _, tokenizer = _asked_for(options, recipe, check)
             return out, tokenizer.vocab_size
-    return open_store(options, recipe, console, check)
+    return open_store(options, recipe, show_progress, check)
 
 
 def store_name(options: CorpusOptions, recipe: Recipe) -> str:
@@ -127,25 +130,25 @@ def store_name(options: CorpusOptions, recipe: Recipe) -> str:
     return f"{name}-{kind}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"
 
 
-def make_store(
+def _make_store(
     options: CorpusOptions,
     recipe: Recipe,
     out: Path,
-    console: Console,
+    show_progress: ShowProgress,
     *,
     workers: int | None = None,
     check: Check | None = None,
 ) -> TokenStore:
     """Build or finish the store in `out` from --corpus and --tokenizer."""
-    corpus, tokenizer = _asked_for(options, recipe, console, check)
-    with _without_main(), log_shown_on(console):
+    corpus, tokenizer = _asked_for(options, recipe, check)
+    with _without_main():
         store = build_store(
             corpus, tokenizer, out, workers=workers, allow_unknown=bool(options.allow_unknown),
-            show_progress=lambda: StageProgress(console),
+            show_progress=show_progress,
         )  # fmt: skip
     for line in corpus.notes():
-        say(console, line)
-    _say_unknown(store.info, console, always=True)
+        _log.info(line)
+    _log_unknown(store.info, always=True)
     return store
 
 
@@ -166,29 +169,29 @@ def _without_main() -> Iterator[None]:
 
 
 def _asked_for(
-    options: CorpusOptions, recipe: Recipe, console: Console, check: Check | None
+    options: CorpusOptions, recipe: Recipe, check: Check | None
 ) -> tuple[Corpus, Tokenizer | TokenizerSection]:
     """Return the corpus and the tokenizer to build a store from, after checking them."""
     sources = options.corpus or _DEFAULT_CORPUS
     uses_hub = any(word.startswith(_HUB) for words in sources for word in words)
     if (options.streaming or options.revision) and not uses_hub:
         raise ConfigError("--streaming and --revision are for datasets on the Hub; give one as --corpus hub:NAME.")
-    tokenizer = _tokenizer(options, recipe, console)
+    tokenizer = _tokenizer(options, recipe)
     if check is not None:
         assert options.tokenizer is not None
         check(cast("Tokenizer", tokenizer))
     return Corpus(tuple(_source(options, words) for words in sources)), tokenizer
 
 
-def _say_unknown(info: StoreInfo, console: Console, always: bool = False) -> None:
-    """Print the share of [UNK] in each source; without `always`, only for sources where it is too large."""
+def _log_unknown(info: StoreInfo, always: bool = False) -> None:
+    """Log the share of [UNK] in each source; without `always`, only for sources where it is too large."""
     for source in info.corpora:
         if source.unknown is None:
             continue
         if said := problem(source.description, source.unknown, source.num_tokens):
-            warn(console, said)
+            _log.warning(said)
         elif always:
-            say(console, f"{source.description}: {report(source.unknown, source.num_tokens)}.")
+            _log.info(f"{source.description}: {report(source.unknown, source.num_tokens)}.")
 
 
 def _source(options: CorpusOptions, words: list[str]) -> Source:
@@ -209,7 +212,7 @@ def _source(options: CorpusOptions, words: list[str]) -> Source:
     return HubSource(words[0], text_key, streaming=bool(options.streaming), revision=options.revision)
 
 
-def _tokenizer(options: CorpusOptions, recipe: Recipe, console: Console) -> Tokenizer | TokenizerSection:
+def _tokenizer(options: CorpusOptions, recipe: Recipe) -> Tokenizer | TokenizerSection:
     """Return the given tokenizer, local or from the Hub, or the recipe's section for training one."""
     if options.tokenizer is None:
         if options.cased is not None or options.strip_accents is not None:
@@ -222,5 +225,5 @@ def _tokenizer(options: CorpusOptions, recipe: Recipe, console: Console) -> Toke
 
     tokenizer, notes = load_given_tokenizer(options.tokenizer, Casing(options.cased, options.strip_accents))
     for line in notes:
-        say(console, line)
+        _log.info(line)
     return tokenizer

@@ -73,7 +73,10 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
         print(f"electra-ds: {error}", file=sys.stderr)
         sys.exit(2)
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
-        options, unknown = build_parser(adds).parse_known_args(arguments)
+        parser = build_parser(adds)
+        if adds is COMMANDS and [*(sys.argv[1:] if arguments is None else arguments)][:1] == ["bench"]:
+            parser.error("the benchmarks are not in the installed package: run bin/bench in a checkout")
+        options, unknown = parser.parse_known_args(arguments)
         if unknown:  # the command's own parser shows its usage and its name
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:

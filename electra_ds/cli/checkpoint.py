@@ -82,10 +82,11 @@ def _ls(options: ListOptions) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from electra_ds.api.run import Run
     from electra_ds.core.terminal import say_command
-    from electra_ds.training.checkpoints import damaged_checkpoints, list_checkpoints
+    from electra_ds.training.checkpoints import damaged_checkpoints
 
-    found = list_checkpoints(options.run)
+    found = Run(options.run).list_checkpoints()
     console = wide_console()
     if options.json:
         console.print_json(data=[checkpoint._asdict() for checkpoint in found])
@@ -111,38 +112,31 @@ def _ls(options: ListOptions) -> None:
 def _verify(options: VerifyOptions) -> None:
     from rich.markup import escape
 
-    from electra_ds.training.checkpoints import checkpoints_to_verify, verify
+    from electra_ds.api.run import Run
 
     console = wide_console()
-    paths = checkpoints_to_verify(options.run)
-    wrong = []
-    for path in paths:
-        try:
-            with console.status(f"reading {escape(path.name)} …"):
-                problem = verify(path)
-        except FileNotFoundError:
-            console.print(f"{path.name}: pruned in the meantime", highlight=False, markup=False)
-            continue
-        if problem is None:
-            console.print(f"{path.name}: complete", highlight=False, markup=False)
-        else:
-            wrong.append(problem)
-            console.print(f"[red]{escape(path.name)}: damaged[/]", highlight=False)
+    with console.status("reading the checkpoints …"):
+        found = Run(options.run).verify_checkpoints()
+    for path, problem in found.items():
+        state = "complete" if problem is None else "[red]damaged[/]"
+        console.print(f"{escape(path.name)}: {state}", highlight=False)
+    wrong = list(filter(None, found.values()))
     if wrong:
         told = "\n  ".join(wrong)
-        rest = "A resumed run uses the newest complete one and sets these aside." if len(wrong) < len(paths) else ""
-        raise CheckpointError(f"{len(wrong)} of {len(paths)} checkpoint(s) damaged:\n  {told}\n{rest}".rstrip())
+        rest = "A resumed run uses the newest complete one and sets these aside." if len(wrong) < len(found) else ""
+        raise CheckpointError(f"{len(wrong)} of {len(found)} checkpoint(s) damaged:\n  {told}\n{rest}".rstrip())
 
 
 def _prune(options: PruneOptions) -> None:
-    from electra_ds.training.checkpoints import prune
+    from electra_ds.api.run import Run
 
     console = wide_console()
-    verb, count = "would remove" if options.dry_run else "removing", 0
-    for path, why in prune(options.run, options.keep, damaged=bool(options.damaged), dry=bool(options.dry_run)):
+    verb = "would remove" if options.dry_run else "removed"
+    run, dry_run = Run(options.run), bool(options.dry_run)
+    found = run.prune_checkpoints(options.keep, damaged=bool(options.damaged), dry_run=dry_run)
+    for path, why in found.items():
         console.print(f"{verb} {path.name} ({why})", highlight=False, markup=False)
-        count += 1
-    if not count:
+    if not found:
         console.print("Nothing to remove.")
 
 

@@ -84,14 +84,15 @@ def add_preparing(commands: Commands) -> None:
 def _build_data(options: BuildDataOptions) -> None:
     from rich.console import Console
 
-    from electra_ds.api.stores import make_store
+    from electra_ds.api.stores import build_data
     from electra_ds.config.overrides import load_recipe
     from electra_ds.core.terminal import note, say, say_command
 
     recipe = load_recipe(options.recipe or GPU_RECIPE, options.overrides or ())
     console = Console()
     try:
-        store = make_store(options, recipe, options.out, console, workers=options.workers)
+        assert options.corpus is not None
+        store = build_data(options.corpus, options.out, options=options)
     except KeyboardInterrupt:
         print("Interrupted. Finished work is kept; to resume, run the same command again.", file=sys.stderr)
         raise
@@ -186,8 +187,30 @@ def full_text(name: str) -> str:
 
 
 def _doctor(options: DoctorOptions) -> None:
-    from rich.console import Console
+    from dataclasses import asdict
 
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from electra_ds.core.terminal import say_command
     from electra_ds.pretraining.doctor import doctor
 
-    sys.exit(doctor(Console(), as_json=bool(options.json)))
+    found, console = doctor(), Console()
+    if options.json:
+        console.print_json(data=asdict(found))
+    else:
+        signs = {"fine": Text("✓", "green"), "note": Text("–", "yellow"), "wrong": Text("✗", "red")}
+        table = Table(show_header=False, box=None, padding=(0, 1))
+        for finding in found.findings:
+            text = finding.found + (f"  ({finding.meaning})" if finding.meaning else "")
+            table.add_row(signs[finding.state], finding.what, Text(text))
+        console.print(table, highlight=False)
+        console.print()
+        for finding in found.findings:
+            if finding.fix is not None:
+                say_command(console, f"To fix {finding.what}:", finding.fix)
+        can, cannot = "[green]Pretraining can run here.[/]", "[red]Pretraining cannot run here yet.[/]"
+        console.print(can if found.can_pretrain else cannot, highlight=False)
+    if not found.can_pretrain:
+        raise SystemExit(1)

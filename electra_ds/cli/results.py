@@ -87,39 +87,35 @@ def _sweep(options: SweepOptions) -> None:
 
     outcome = run_sweep(
         sweep, folder, overrides=overrides, retry_failed=bool(options.retry_failed), local=bool(options.local),
-        address=options.address, time_limit_s=options.time_limit, console=console,
+        address=options.address, time_limit_s=options.time_limit,
     )  # fmt: skip
+    print_report(outcome.report.parts, console)
     if not outcome.is_complete:
         raise SystemExit(1)
 
 
 def _report(options: ReportOptions) -> None:
     from electra_ds.api.reports import report_runs
-    from electra_ds.config.run_directory import RunDirectory
+    from electra_ds.api.run import Run
     from electra_ds.report.tables import print_report
 
     given = [name for name in ("compare", "csv", "submission") if getattr(options, name)]
     is_sweep = len(options.run) == 1 and (options.run[0] / "sweep.yaml").is_file()
-    runs = [] if is_sweep else [RunDirectory(path) for path in options.run]
-    if is_sweep or any(run.kind() == "finetune" for run in runs):
+    runs = [] if is_sweep else [Run(path) for path in options.run]
+    if is_sweep or any(run.kind == "finetune" for run in runs):
         if options.data is not None:
             raise ConfigError(
                 f"--data is for a run of {command('pretrain')}, whose report draws samples from its store."
             )
         found = report_runs(options.run, compare=options.compare or (), csv=options.csv, submission=options.submission)
-        print_report(found.parts, wide_console())
-        return
-    if len(runs) > 1 or given:
+    elif len(runs) > 1 or given:
         what = f"--{given[0]} is" if given else "several runs at a time are"
         raise ConfigError(
             f"{what} for runs of {command('finetune')}, but {runs[0].path} is a run of {command('pretrain')}."
         )
-
-    from rich.console import Console
-
-    from electra_ds.report.run_report import report_run
-
-    report_run(runs[0], Console(), options.data)
+    else:
+        found = runs[0].report(options.data)
+    print_report(found.parts, wide_console())
 
 
 def _export(options: ExportOptions) -> None:

@@ -81,10 +81,9 @@ def _pretrain(options: PretrainOptions) -> None:
 
         load_recipe(options.recipe, options.recipe_overrides())  # reject an invalid recipe before importing torch
 
-    from electra_ds.api.launch import launch
-    from electra_ds.api.pretrain import PretrainStart
+    from electra_ds.api.pretrain import pretrain
 
-    launch(PretrainStart(_from_start(options)))
+    pretrain(options=_from_start(options))
 
 
 def _finetune(options: FinetuneOptions) -> None:
@@ -94,10 +93,9 @@ def _finetune(options: FinetuneOptions) -> None:
         # Reject an invalid recipe before importing torch.
         load_finetune_recipe(options.recipe_or_default(), options.task or "", options.recipe_overrides())
 
-    from electra_ds.api.finetune import FinetuneStart
-    from electra_ds.api.launch import launch
+    from electra_ds.api.finetune import finetune
 
-    launch(FinetuneStart(_from_start(options)))
+    finetune(options=_from_start(options))
 
 
 def _from_start(options: _OptionsT) -> _OptionsT:

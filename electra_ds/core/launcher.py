@@ -163,6 +163,7 @@ def _ancestors(generations: int) -> list[int]:
 
 def exit_immediately(number: int) -> NoReturn:
     """End this process immediately with the exit status of the signal."""
+    # Written without the log: a signal may interrupt a thread that holds the log's lock.
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed
         if sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h")  # the progress bar had hidden the cursor

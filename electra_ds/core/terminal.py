@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
+    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
@@ -77,11 +78,6 @@ def _wrapped(console: Console, text: str) -> str:
     return "\n".join("\n".join(wrap.wrap(line)) for line in text.split("\n"))
 
 
-def flexible_bar() -> BarColumn:
-    """Return a progress bar that fills the width that the other columns leave."""
-    return BarColumn(bar_width=None)
-
-
 class StatusProgress(Progress):
     """A full-width progress bar for each task, with the task's status on the lines below it.
 
@@ -98,6 +94,19 @@ class StatusProgress(Progress):
             yield self.make_tasks_table([task])
             for line in str(task.fields.get("status", "")).splitlines():
                 yield _fitting(line, self.console.width)
+
+
+def counting_bar(console: Console, unit: str, *eta: ProgressColumn | str) -> StatusProgress:
+    """Return a progress bar that counts steps or trials. eta: the columns with the remaining time."""
+    return StatusProgress(
+        unit, MofNCompleteColumn(), _flexible_bar(), TimeElapsedColumn(), *eta,
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+
+
+def _flexible_bar() -> BarColumn:
+    """Return a progress bar that fills the width that the other columns leave."""
+    return BarColumn(bar_width=None)
 
 
 def _fitting(status: str, width: int) -> Text:
@@ -124,10 +133,10 @@ class StageProgress(StatusProgress):
     more from time to time. A sweep reads these lines in the logs of its trials.
     """
 
-    def __init__(self, console: Console | None = None, transient: bool = False) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         super().__init__(
-            TextColumn("{task.description}"), flexible_bar(), TaskProgressColumn(), TimeElapsedColumn(),
-            _Eta(), console=console, transient=transient,
+            TextColumn("{task.description}"), _flexible_bar(), TaskProgressColumn(), TimeElapsedColumn(), _Eta(),
+            console=console,
         )  # fmt: skip
         self.disable = not self.console.is_terminal
         self._last_line = 0.0
@@ -178,7 +187,10 @@ def log_command(log: logging.Logger, lead: str, command: str) -> None:
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows log messages as a command's output: notes and warnings with their label, commands unbroken."""
+    """Shows log messages as a command's output: notes and warnings with their label, commands unbroken.
+
+    A logged object with the method `print_on(console)`, such as a report, prints itself.
+    """
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
@@ -188,6 +200,8 @@ class ConsoleHandler(logging.Handler):
         command = getattr(record, "command", None)
         if command is not None:
             say_command(self.console, *command)
+        elif hasattr(record.msg, "print_on"):
+            record.msg.print_on(self.console)
         elif record.levelno >= logging.WARNING:
             warn(self.console, record.getMessage())
         elif record.levelno >= NOTE:

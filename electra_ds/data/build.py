@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -48,7 +48,7 @@ _ARRAYS = ("tokens.bin", "documents.npy", "lines.npy")
 
 
 class BuildProgress(Protocol):
-    """The display of a build's progress, stage by stage."""
+    """The display of the progress of a build, or of other preparations, stage by stage."""
 
     def begin(self, stage: str, total: float | None = None, status: str = "") -> None:
         """Begin a stage. total: the amount of work, or None if it is unknown."""
@@ -67,6 +67,9 @@ class _NoProgress:
     begin = add = set_status = end = staticmethod(lambda *_, **__: None)
 
 
+ShowProgress: TypeAlias = Callable[[], AbstractContextManager[BuildProgress]]
+
+
 def build_store(
     corpus: Corpus,
     tokenizer: Tokenizer | TokenizerSection,
@@ -74,7 +77,7 @@ def build_store(
     *,
     workers: int | None = None,
     allow_unknown: bool = False,
-    show_progress: Callable[[], AbstractContextManager[BuildProgress]] = lambda: nullcontext(_NoProgress()),
+    show_progress: ShowProgress = lambda: nullcontext(_NoProgress()),
 ) -> TokenStore:
     """Build the store at `out`, or open it if it exists and was built from the same text and tokenizer.
 
@@ -134,6 +137,7 @@ def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) 
     )
     if not same_tokenizer:
         raise DataError(f"{out} was built with another tokenizer. Delete it, or choose another.")
+    _log.info(f"The store {out} is already built from this text; it is used as it is.")
     return store
 
 

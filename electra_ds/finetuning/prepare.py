@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PretrainedConfig
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, recipe_source
@@ -23,7 +22,8 @@ from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
-from electra_ds.core.terminal import StageProgress, log_command
+from electra_ds.core.terminal import log_command
+from electra_ds.data.build import ShowProgress
 from electra_ds.finetuning.advice import advice
 from electra_ds.finetuning.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.finetuning.finetune import SCORES, FinetuneJob
@@ -46,12 +46,13 @@ _EVALUATIONS = 10
 
 
 def tokenised_task(
-    data: TaskData | SquadData, encoder: EncoderSource, recipe: FinetuneRecipe, max_train: int | None, console: Console
+    data: TaskData | SquadData,
+    encoder: EncoderSource,
+    recipe: FinetuneRecipe,
+    max_train: int | None,
+    show_progress: ShowProgress,
 ) -> TokenizedTask:
-    """Return the task as the encoder's inputs, under a progress bar.
-
-    Raises ConfigError if the encoder takes only shorter inputs.
-    """
+    """Return the task as the encoder's inputs. Raises ConfigError if the encoder takes only shorter inputs."""
     if recipe.data.max_length > encoder.max_length:
         raise ConfigError(
             f"data.max_length is {recipe.data.max_length}, but {encoder.name} takes {encoder.max_length} tokens. "
@@ -62,7 +63,7 @@ def tokenised_task(
         total = len(data.dev) + min(len(data.train), max_train or len(data.train))
     else:
         make, total = partial(SequenceTask, data), sum(len(examples) for examples in data.sets.values())
-    with StageProgress(console, transient=True) as progress:
+    with show_progress() as progress:
         progress.begin("tokenising", total)
         return make(
             encoder.tokenizer, recipe, has_segments=encoder.has_segments, max_train=max_train, progress=progress.add
@@ -76,11 +77,11 @@ def prepare_new(
     encoder: EncoderSource,
     run: RunDirectory,
     ranks: Ranks,
-    console: Console,
+    show_progress: ShowProgress,
 ) -> FinetuneJob:
     """Return a job for a new run. Raises ConfigError if recipe, JSON, task and model do not fit together."""
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
-    task = tokenised_task(data, encoder, recipe, options.max_train_examples, console)
+    task = tokenised_task(data, encoder, recipe, options.max_train_examples, show_progress)
     training = Finetuning(recipe, len(task.train), encoder.num_layers)
     plan = prepare.plan_new(options, training, run, ranks)
     said = (*encoder.notes, *advice(training, encoder, task, keeps_weights=not options.discard_weights))
@@ -125,7 +126,7 @@ def is_finished(options: FinetuneOptions, run: RunDirectory, ranks: Ranks) -> bo
 
 
 def say_finished(run: RunDirectory) -> None:
-    """Print that nothing is left to train, and where the results are."""
+    """Log that nothing is left to train, and where the results are."""
     record, recipe = run.read_record(FinetuneRecord), run.read_recipe(FinetuneRecipe)
     _log.info(f"The run {run.path} is finished: nothing is left to train. Its scores are in {run.path / SCORES}.")
     log_command(_log, "Several runs together:", f"{command('report')} RUN RUN …")
@@ -138,7 +139,9 @@ def say_finished(run: RunDirectory) -> None:
             log_command(_log, "To predict the test sets:", predict)
 
 
-def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, console: Console) -> FinetuneJob:
+def prepare_resume(
+    options: FinetuneOptions, run: RunDirectory, ranks: Ranks, show_progress: ShowProgress
+) -> FinetuneJob:
     """Return a job that resumes a run. Raises DataError if its examples or its initial model have changed."""
     run.check_resumable("finetune")
     recipe, record = run.read_recipe(FinetuneRecipe), run.read_record(FinetuneRecord)
@@ -159,7 +162,7 @@ def prepare_resume(options: FinetuneOptions, run: RunDirectory, ranks: Ranks, co
     remedy = f"say where they are now: {command('finetune')} --resume {run.path} {places}"
     data, source = recorded_task(record, run.path, source, remedy)
     record = prepare.resumed_record(replace(record, source=source), options, plan, run, ranks)
-    task = tokenised_task(data, encoder, recipe, record.settings.max_train_examples, console)
+    task = tokenised_task(data, encoder, recipe, record.settings.max_train_examples, show_progress)
     if len(task.train) != record.num_examples:
         raise CheckpointError(
             f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, but there are {len(task.train):,}: "
@@ -240,7 +243,7 @@ def _default_settings(training: Finetuning) -> FinetuneSettings:
 
 
 def announce(job: FinetuneJob) -> None:
-    """Print a few lines about the run that is about to start."""
+    """Log a few lines about the run that is about to start."""
     recipe, record, schedule = job.recipe, job.record, job.training.schedule
     epochs = recipe.schedule.epochs
     if schedule.total_steps > job.training.steps_of_epochs:
@@ -268,7 +271,7 @@ def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
 
 
 def say_end(job: FinetuneJob) -> None:
-    """Print the scores of a finished run, or how to resume one that stopped as planned."""
+    """Log the scores of a finished run, or how to resume one that stopped as planned."""
     if job.run.status() == "done":
         _show_scores(job)
     else:

@@ -1,4 +1,4 @@
-"""Check if this machine can pretrain: print its software and hardware, the consequences, and fixes for problems."""
+"""Check if this machine can pretrain: its software and hardware, the consequences, and fixes for problems."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
-import json
 import os
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from electra_ds.config.cards import Hardware, abilities, detect_hardware, unused, without_code
 from electra_ds.config.monitors import wandb_login
 from electra_ds.core.errors import ElectraError
-from electra_ds.core.terminal import say_command
 
 _OPTIONAL = ("wandb", "tensorboard")
 _CHECKPOINTS_BYTES = 2**30  # assumed: three checkpoints of the largest shipped recipe and some text
@@ -41,17 +36,20 @@ class Finding:
     fix: str | None = None
 
 
-def doctor(console: Console, *, as_json: bool) -> int:
-    """Print the report and return the exit status: 0 if pretraining can run here."""
+@dataclass(frozen=True)
+class Diagnosis:
+    """The findings about this machine."""
+
+    can_pretrain: bool
+    findings: list[Finding]
+    hardware: Hardware
+
+
+def doctor() -> Diagnosis:
+    """Check the packages, the machine and its GPUs, and try a step in each precision."""
     hardware = detect_hardware(_imported("torch"))
     findings = [*check_packages(), *_check_machine(hardware), *check_gpus(hardware), *_check_steps(hardware)]
-    can_pretrain = not any(finding.state == "wrong" for finding in findings)
-    if as_json:
-        report = {"can_pretrain": can_pretrain, "findings": list(map(asdict, findings)), "hardware": asdict(hardware)}
-        console.print(json.dumps(report, indent=2), highlight=False, markup=False, soft_wrap=True)
-    else:
-        _print(findings, can_pretrain, console)
-    return 0 if can_pretrain else 1
+    return Diagnosis(not any(finding.state == "wrong" for finding in findings), findings, hardware)
 
 
 def check_packages() -> list[Finding]:
@@ -137,21 +135,6 @@ def failed_step(precision: str, error: object) -> Finding:
     state: Literal["note", "wrong"] = "wrong" if precision == "fp32" else "note"
     what = f"{type(error).__name__}: {error}".strip() if isinstance(error, Exception) else str(error)
     return Finding(f"a step in {precision}", "fails", state, what.splitlines()[0])
-
-
-def _print(findings: list[Finding], can_pretrain: bool, console: Console) -> None:
-    signs = {"fine": Text("✓", "green"), "note": Text("–", "yellow"), "wrong": Text("✗", "red")}
-    table = Table(show_header=False, box=None, padding=(0, 1))
-    for finding in findings:
-        text = finding.found + (f"  ({finding.meaning})" if finding.meaning else "")
-        table.add_row(signs[finding.state], finding.what, Text(text))
-    console.print(table, highlight=False)
-    console.print()
-    for finding in findings:
-        if finding.fix is not None:
-            say_command(console, f"To fix {finding.what}:", finding.fix)
-    status = "[green]Pretraining can run here.[/]" if can_pretrain else "[red]Pretraining cannot run here yet.[/]"
-    console.print(status, highlight=False)
 
 
 def _imported(name: str) -> Any:

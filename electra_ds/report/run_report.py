@@ -1,4 +1,4 @@
-"""Print the summary of a run (table, curves and sample sentences) and write it into the run's directory."""
+"""The summary of a pretraining (table, curves and sample sentences), which is also written into its directory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from electra_ds.config.run_directory import RunDirectory
-from electra_ds.core.errors import CheckpointError
+from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.program import command
-from electra_ds.core.terminal import say, say_command
 from electra_ds.data.token_store import recorded_store, split_holdout
-from electra_ds.pretraining.evaluation import held_out_batch, load_trained
+from electra_ds.pretraining.evaluation import TrainedModel, held_out_batch, load_trained
 from electra_ds.pretraining.objectives.base import Curve, Objective
+from electra_ds.report.tables import Line, Part, Report, Table, as_text
 from electra_ds.training.tracking import read_metrics
 
 _SENTENCES = 4
@@ -27,11 +26,12 @@ _SENTENCE_BATCH = 64
 _SMOOTHING_SHARE = 0.02
 
 
-def report_run(run: RunDirectory, console: Console, data: Path | None = None) -> None:
-    """Print a summary, and write summary.txt, curves.png and samples.txt.
+def report_run(run: RunDirectory, data: Path | None = None) -> Report:
+    """Return a summary, and write summary.txt, curves.png and samples.txt.
 
-    data: the current place of the run's token store, if it has moved. Raises CheckpointError if there is no evaluation
-    yet, and DataError, after printing the rest, if the store for the samples is missing.
+    data: the current place of the run's token store, if it has moved. Without it, a summary of a run whose store is
+    missing has a warning in place of the samples. Raises CheckpointError if there is no evaluation yet, and DataError
+    if `data` is not the run's store.
     """
     metrics = read_metrics(run.metrics)
     evaluations = [line for line in metrics if line["kind"] == "eval"]
@@ -39,39 +39,44 @@ def report_run(run: RunDirectory, console: Console, data: Path | None = None) ->
         raise CheckpointError(f"The run {run.path} has no evaluation to report yet.")
     recipe, record = run.read_recipe(), run.read_record()
     trained = load_trained(run.path)
-    objective = trained.objective
-    table = _summary(evaluations, recipe.name, objective)
-    table.caption = speed_line(metrics, record.device)
-    console.print(table)
+    table = _summary(evaluations, recipe.name, trained.objective)
+    table.caption = speed_line(metrics, record.device) or ""
+    parts: list[Part] = [table]
     title = f"{recipe.name}: {evaluations[-1]['step']:,} steps, {record.device}"
-    draw_curves(metrics, objective.curves, title, run.path / "curves.png")
+    draw_curves(metrics, trained.objective.curves, title, run.path / "curves.png")
+    (run.path / "summary.txt").write_text(as_text([table]), "utf8")
+    try:
+        samples = _samples(run, trained, data)
+    except DataError as error:
+        if data is not None:
+            raise
+        parts.append(Line(str(error), is_warning=True))
+    else:
+        parts.append(samples)
+        (run.path / "samples.txt").write_text(as_text([samples]), "utf8")
+    files = "curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/"
+    parts.append(Line(f"\nThe run is in {run.path}: {files}."))
+    if run.status() == "stopped":
+        parts.append(Line("To resume:", command=f"{command('pretrain')} --resume {run.path}"))
+    parts.append(Line("As transformers models:", command=f"{command('export')} {run.path}"))
+    return Report(parts, pd.DataFrame(evaluations))
 
-    _write(run.path / "summary.txt", table)
+
+def _samples(run: RunDirectory, trained: TrainedModel, data: Path | None) -> Text:
+    recipe = run.read_recipe()
     remedy = f"say where it is now: {command('report')} {run.path} --data STORE"
-    store = recorded_store(record, run.path, data, remedy)
+    store = recorded_store(run.read_record(), run.path, data, remedy)
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     batch = held_out_batch(store, split, recipe, _SENTENCE_BATCH)
-    samples = objective.samples(trained.model, trained.tokenizer, batch, _SENTENCES)
-    for index, sample in enumerate(samples):
-        if index > 0:
-            console.print()
-        console.print(sample)
-    _write(run.path / "samples.txt", *samples)
-    say(console, f"\nThe run is in {run.path}: curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/.")
-    if run.status() == "stopped":
-        say_command(console, "To resume:", f"{command('pretrain')} --resume {run.path}")
-    say_command(console, "As transformers models:", f"{command('export')} {run.path}")
+    return Text("\n\n").join(trained.objective.samples(trained.model, trained.tokenizer, batch, _SENTENCES))
 
 
 def _summary(evaluations: list[dict[str, Any]], name: str, objective: Objective[Any]) -> Table:
     first, last = evaluations[0], evaluations[-1]
-    table = Table(title=f"{name} on held-out text")
-    table.add_column("")
-    columns = [objective.complete(line) for line in ([first, last] if first is not last else [last])]
-    for line in columns:
-        table.add_column(f"step {line['step']:,}", justify="right")
+    lines = [objective.complete(line) for line in ([first, last] if first is not last else [last])]
+    table = Table(f"{name} on held-out text", ["", *(f"step {line['step']:,}" for line in lines)])
     for key, label in objective.metric_labels.items():
-        table.add_row(label, *("–" if line.get(key) is None else f"{line[key]:.4f}" for line in columns))
+        table.rows.append([label, *("–" if line.get(key) is None else f"{line[key]:.4f}" for line in lines)])
     return table
 
 
@@ -82,14 +87,6 @@ def speed_line(metrics: list[dict[str, Any]], device: str) -> str | None:
         return None
     mfu, tokens_per_s = (statistics.median(line[key] for line in lines) for key in ("mfu", "tokens_per_s"))
     return f"{tokens_per_s:,.0f} tokens/s, {mfu:.1%} of the peak of {device} (MFU)"
-
-
-def _write(path: Path, *parts: Any) -> None:
-    with path.open("w", encoding="utf8") as file:
-        plain = Console(file=file, width=100)
-        for part in parts:
-            plain.print(part)
-            plain.print()
 
 
 # --- curves

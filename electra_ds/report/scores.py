@@ -3,7 +3,6 @@ the unit of its inputs."""
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from rich.console import Console
 from scipy import stats  # type: ignore[import-untyped]
 
 from electra_ds.core.files import complete_file
@@ -31,7 +29,7 @@ from electra_ds.report.glue_score import (
     zip_submission,
 )
 from electra_ds.report.score_files import BOUNDED, Group, ScoredRun, group_runs, read_scores
-from electra_ds.report.tables import Line, Table, print_report
+from electra_ds.report.tables import Line, Report, Table
 
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only, without the spread of pretraining"
 BASELINE = (
@@ -43,8 +41,6 @@ _COLUMNS = (
     "run", "model", "model_fingerprint", "recipe", "recipe_source", "changes", "task", "data_fingerprint", "seed",
     "step", "chosen", "set", "rows", "metric", "value", "baseline",
 )  # fmt: skip
-_WIDTH = 120
-"""The columns of a report as text."""
 _ROUNDING = 1e-12
 """Metrics that differ by less than this are equal."""
 
@@ -81,28 +77,6 @@ def difference_interval(
         test = stats.ttest_ind(a, b, equal_var=False)
         low, high = (float(bound) for bound in test.confidence_interval(confidence))
     return difference, low, high
-
-
-@dataclass(frozen=True)
-class Report:
-    """The results of runs. `print(report)` shows its tables and the lines between them."""
-
-    parts: list[Table | Line]
-    """The tables and lines, in display order."""
-    results: pd.DataFrame
-    """The numbers behind the tables: for a sweep one row per trial, as in its results.csv; for finetunings one row per
-    metric and run, as `bin/report --csv` writes them."""
-
-    @property
-    def tables(self) -> list[pd.DataFrame]:
-        """The tables as displayed, with numbers and ± as text."""
-        tables = [part for part in self.parts if isinstance(part, Table)]
-        return [pd.DataFrame(list(filter(None, each.rows)), columns=each.columns) for each in tables]
-
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH)
-        print_report(self.parts, console)
-        return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,26 @@
-"""A table as data, for a rich console to render."""
+"""Tables, lines and reports as data, for a rich console to render."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
+import pandas as pd  # type: ignore[import-untyped]
 import rich.table
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.text import Text
 
 from electra_ds.core.terminal import say, say_command, warn
 
 _NARROWEST = 8
 """The maximum width of folded text."""
+_WIDTH = 120
+"""The columns of a report as text."""
 
 
 @dataclass
@@ -63,10 +69,13 @@ class Line:
     """A command to copy, shown after the text."""
 
 
-def print_report(parts: Iterable[Table | Line], console: Console) -> None:
-    """Print tables and lines in their order."""
+Part: TypeAlias = Table | Line | Text
+
+
+def print_report(parts: Iterable[Part], console: Console) -> None:
+    """Print the parts of a report in their order."""
     for part in parts:
-        if isinstance(part, Table):
+        if not isinstance(part, Line):
             console.print(part)
         elif part.command:
             say_command(console, part.text, part.command)
@@ -74,3 +83,34 @@ def print_report(parts: Iterable[Table | Line], console: Console) -> None:
             warn(console, part.text)
         else:
             say(console, part.text)
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """The results of runs. `print(report)` shows its tables and the lines between them."""
+
+    parts: Sequence[Part]
+    """The tables, lines and styled text, in display order."""
+    results: pd.DataFrame
+    """The numbers behind the tables: for a sweep one row per trial, as in its results.csv; for finetunings one row per
+    metric and run, as `bin/report --csv` writes them; for a pretraining one row per evaluation."""
+
+    @property
+    def tables(self) -> list[pd.DataFrame]:
+        """The tables as displayed, with numbers and ± as text."""
+        tables = [part for part in self.parts if isinstance(part, Table)]
+        return [pd.DataFrame(list(filter(None, each.rows)), columns=each.columns) for each in tables]
+
+    def __repr__(self) -> str:
+        return as_text(self.parts)
+
+    def print_on(self, console: Console) -> None:
+        """Print the report. The log's display calls this for a report that is logged."""
+        print_report(self.parts, console)
+
+
+def as_text(parts: Iterable[Part]) -> str:
+    """Return the parts of a report as plain text."""
+    file = io.StringIO()
+    print_report(parts, Console(file=file, width=_WIDTH))
+    return file.getvalue()

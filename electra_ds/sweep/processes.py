@@ -230,6 +230,7 @@ def stoppable(folder: SweepFolder, time_limit_s: float | None) -> Iterator[None]
 
     def stop(why: str, more: str = "") -> None:
         folder.ask_to_stop()
+        # Written without the log: a signal may interrupt a thread that holds the log's lock.
         with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             sys.stderr.write(f"{why}: running trials save and stop.{more}\n")
 

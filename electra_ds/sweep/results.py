@@ -21,8 +21,8 @@ from electra_ds.core.files import complete_file
 from electra_ds.core.program import command
 from electra_ds.report.glue_score import AVERAGE_METRICS, average, glue
 from electra_ds.report.score_files import BOUNDED, Scores, read_run
-from electra_ds.report.scores import BASELINE, PLUS_MINUS, Report, spread
-from electra_ds.report.tables import Line, Table
+from electra_ds.report.scores import BASELINE, PLUS_MINUS, spread
+from electra_ds.report.tables import Line, Report, Table
 from electra_ds.sweep.folder import (
     ENDED_EARLY,
     STOPPED_AT,

@@ -13,7 +13,7 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from electra_ds.config.overrides import as_overrides
 from electra_ds.core.errors import ConfigError
-from electra_ds.report.scores import Report
+from electra_ds.report.tables import Report
 from electra_ds.sweep.folder import AS_PLANNED, ENDED, SweepFolder
 from electra_ds.sweep.processes import check_reachable, run_locally, this_machine, trials_at_once
 from electra_ds.sweep.progress import SweepMonitor, SweepProgress

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from electra_ds.api.launch import given_options
 from electra_ds.cli import build_parser
 from electra_ds.config.commands import COMMANDS, reference_page
 from electra_ds.config.option import add_options, described
@@ -93,7 +94,9 @@ def test_a_stage_of_a_sweep_takes_an_option_or_says_what_to_write(stage: str) ->
     ],
 )
 def test_python_and_the_command_line_give_the_same_options(words: list[str], given: dict[str, Any]) -> None:
-    assert parsed(PretrainOptions, *words) == PretrainOptions.of(given)
+    options = parsed(PretrainOptions, *words)
+    assert options == PretrainOptions.of(given)
+    assert options == given_options(PretrainOptions, options, {})  # what a command hands to the API
 
 
 def test_what_python_gives_wrongly_is_refused_by_name_all_at_once() -> None:

@@ -80,8 +80,11 @@ def test_a_run_tells_what_it_is(examples: Path, capsys: pytest.CaptureFixture[st
     assert run.exists
     assert (run.kind, run.status, repr(run)) == ("pretrain", "done", "Run('runs/mine')")
     assert {"train", "eval"} <= {*run.metrics["kind"]}
-    run.report()
-    assert "discriminator AUC" in capsys.readouterr().out
+    report = run.report()
+    assert capsys.readouterr().out == ""
+    assert "discriminator AUC" in str(report)
+    assert repr(report) == str(report)
+    assert [*report.results["step"]] == [*run.metrics.query("kind == 'eval'")["step"]]
     with pytest.raises(CheckpointError, match="has no scores"):
         run.scores  # noqa: B018
     nothing = electra_ds.Run("nowhere")

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from torch.torch_version import TorchVersion
 
+from electra_ds.cli import main
 from electra_ds.config import cards
 from electra_ds.config.cards import CARDS, Gpu, abilities, detect_hardware, has_code_for, lacks
 from electra_ds.config.names import ds_config_names
@@ -235,18 +236,21 @@ def test_a_build_for_other_makers_cards_is_not_judged(machine: Machine, start: C
 
 
 def test_doctor_prints_the_sentence_and_tries_no_step_that_must_fail(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine.torch("2.13.0+cu130", GTX_1060)
     monkeypatch.setattr(doctor, "wandb_login", lambda: True)
-    shown = io.StringIO()
-    assert doctor.doctor(Console(file=shown, width=400), as_json=False) == 1
-    [row] = [line.split(maxsplit=3) for line in shown.getvalue().splitlines() if "GPU 0  " in line]
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 1
+    shown = capsys.readouterr().out
+    [row] = [line.split(maxsplit=3) for line in shown.splitlines() if "GPU 0  " in line]
     assert row[:3] == ["✗", "GPU", "0"]
     assert row[3].rstrip() == f"{PASCAL}  (torch 2.13.0+cu130 {NO_CODE_130})"
-    assert f"\nTo fix GPU 0: {NEWEST_126}\n" in shown.getvalue()
-    assert "a step in" not in shown.getvalue()
-    assert shown.getvalue().endswith("Pretraining cannot run here yet.\n")
+    assert f"\nTo fix GPU 0: {NEWEST_126}\n" in shown
+    assert "a step in" not in shown
+    assert shown.endswith("Pretraining cannot run here yet.\n")
 
 
 def test_a_machine_without_any_gpu(machine: Machine, start: Callable[..., list[str]]) -> None:

@@ -75,6 +75,12 @@ def test_an_unknown_option_is_answered_by_the_command_that_was_called(
     assert f"{command(name)}: error: unrecognized arguments: --oops" in said
 
 
+def test_bench_without_a_checkout_is_answered_by_where_it_is(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--sections", "step"])
+    assert "run bin/bench in a checkout" in capsys.readouterr().err
+
+
 def test_as_called_changes_names_of_commands_alone() -> None:
     assert as_called("bin/pretrain, /usr/bin/env and cabin/x") == "electra-ds pretrain, /usr/bin/env and cabin/x"
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd  # type: ignore[import-untyped]
 import pytest
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from electra_ds.config.recipe import TokenizerSection
 from electra_ds.core.terminal import StageProgress, log_shown_on, note, say, say_command
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_source
+from electra_ds.report.tables import Line, Report, Table
 from electra_ds.training.callbacks import Progress
 from tests.helpers import REPOSITORY
 
@@ -147,3 +149,16 @@ def test_the_log_is_shown_on_one_console_and_reaches_handlers_of_the_caller(capl
     assert inner.file.getvalue() == "a step is done\n"  # type: ignore[attr-defined]
     assert outer.file.getvalue() == ""  # type: ignore[attr-defined]
     assert "a step is done" in caplog.messages
+
+
+def test_a_report_in_the_log_fits_the_console_and_is_text_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    line = "words " * 15 + "end"
+    report = Report([Table("scores", ["task", "value"], [["mrpc", "0.9"]]), Line(line)], pd.DataFrame())
+    console = console_of(60)
+    with log_shown_on(console):
+        logging.getLogger("electra_ds.anything").info(report)
+    lines = shown(console)
+    assert ["mrpc", "0.9"] in [each.split() for each in lines]
+    assert " ".join(lines[-2:]) == line
+    assert caplog.messages == [str(report)]
+    assert str(report).endswith(f"{line}\n")

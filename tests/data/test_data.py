@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -71,12 +72,17 @@ def test_an_interrupted_build_never_lends_its_tokenizer_to_another_corpus(tmp_pa
     assert again.info.fingerprint == straight.info.fingerprint
 
 
-def test_building_twice_opens_the_first(corpus_folder: Path, tmp_path: Path) -> None:
+def test_building_twice_opens_the_first_and_says_so(
+    corpus_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     section = small_recipe().tokenizer
     folder = write_corpus(tmp_path / "corpus", documents=5)
     store = build_store(open_corpus([folder]), section, tmp_path / "s", workers=1)
     written = (store.path / "store.json").stat().st_mtime_ns
+    assert "already built" not in caplog.text
     build_store(open_corpus([folder]), section, tmp_path / "s")
+    assert caplog.messages == [f"The store {store.path} is already built from this text; it is used as it is."]
     assert (store.path / "store.json").stat().st_mtime_ns == written
     os.utime(folder / "000.txt")  # touched, same text
     build_store(open_corpus([folder]), section, tmp_path / "s")

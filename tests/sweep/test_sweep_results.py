@@ -526,19 +526,20 @@ def test_how_to_resume_is_said_and_whether_it_is_being_run(folder: SweepFolder) 
 # --- from Python
 
 
-def test_a_finished_sweep_is_not_run_again_from_python_and_gives_its_results(folder: SweepFolder) -> None:
+def test_a_finished_sweep_is_not_run_again_from_python_and_gives_its_results(
+    folder: SweepFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec, trials = made(both([0], [0, 1]))
     folder.write(spec)
     for trial in trials:
         pretend(folder, trial, 0.7)
-    console = Console(width=160, record=True, file=io.StringIO())
-    outcome = run_sweep(None, folder.path, console=console)
+    outcome = run_sweep(None, folder.path)
     assert outcome.is_complete
     assert set(outcome.results["trial"]) == {trial.key for trial in trials}
-    text = console.export_text()
+    text = capsys.readouterr().out
     assert f"x: 5 trials, 5 done before; in {folder.path}. The sweep is finished: nothing is left to run." in text
     assert str(electra_ds.report_runs(folder.path)) == str(outcome.report)
-    assert str(outcome.report.tables[0].columns[0]) in text
+    assert str(outcome.report.tables[0].columns[0]) in str(outcome.report)
 
 
 def test_what_there_is_no_room_for_is_refused_before_anything_is_written(
