@@ -20,11 +20,13 @@ from electra_ds.config.overrides import as_overrides
 from electra_ds.config.recipe import Section
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
+from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks, join_ranks
-from electra_ds.core.terminal import StatusProgress, flexible_bar, log_shown_on, say
+from electra_ds.core.terminal import StatusProgress, flexible_bar, log_command, log_shown_on, say
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback, Progress
+from electra_ds.training.loop import Job
 
 _log = logging.getLogger(__name__)
 _PLAIN_LINE_EVERY_S = 15.0
@@ -47,6 +49,7 @@ class Launch(ABC, Generic[OptionsT]):
 
     kind: Literal["pretrain", "finetune"]
     run: RunDirectory
+    job: Job
     ranks: Ranks
     console: Console
     callbacks: Sequence[Callback]
@@ -126,6 +129,10 @@ def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequen
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
         if start.train(limit) and ranks.is_main:
             start.say_end()
+            if run.status() == "stopped":
+                total = start.job.total_steps
+                lead = f"Stopped at step {start.stop_at:,} of {total:,}, as --stop-at asks. To resume:"
+                log_command(_log, lead, f"{command(start.kind)} --resume {run.path}")
     return Run(run.path)
 
 

@@ -268,15 +268,7 @@ def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
 
 
 def say_end(job: FinetuneJob) -> None:
-    """Print the scores of a finished run, or how to resume one that stopped as planned."""
-    if job.run.status() == "done":
-        _show_scores(job)
-    else:
-        resume = f"{command('finetune')} --resume {job.run.path}"
-        log_command(_log, f"The run is in {job.run.path}. To resume:", resume)
-
-
-def _show_scores(job: FinetuneJob) -> None:
+    """Print the scores of a finished run, and what can be done with it."""
     scores = json.loads((job.run.path / SCORES).read_text("utf8"))
     for name, of_set in scores["sets"].items():
         if of_set["metrics"]:
