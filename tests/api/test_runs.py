@@ -91,9 +91,9 @@ def test_a_run_tells_what_it_is(examples: Path, capsys: pytest.CaptureFixture[st
         run.scores  # noqa: B018
     nothing = electra_ds.Run("nowhere")
     assert not nothing.exists
-    assert (nothing.status, len(nothing.metrics), nothing.checkpoints) == (None, 0, [])
-    with pytest.raises(CheckpointError):
-        nothing.recipe  # noqa: B018
+    for name in ("kind", "status", "recipe", "record", "metrics", "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"nowhere is not a usable run directory: run\.json is missing"):
+            getattr(nothing, name)
 
 
 def test_a_finetuning_takes_a_run_and_has_scores(examples: Path) -> None:
