@@ -25,7 +25,7 @@ from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.core.terminal import StatusProgress, flexible_bar, log_command, log_shown_on, say
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
-from electra_ds.training.callbacks import Callback, Progress
+from electra_ds.training.callbacks import Callback, Progress, check_callbacks
 from electra_ds.training.loop import Job
 
 _log = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ def launch(start: Launch[Any], console: Console | None = None, callbacks: Sequen
 
     Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and the package's other errors.
     """
+    check_callbacks(callbacks)
     began, options = time.monotonic(), start.options
     with join_ranks() as ranks, contextlib.ExitStack() as held:
         console = Console(quiet=True) if not ranks.is_main else console or Console()
