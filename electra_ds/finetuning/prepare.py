@@ -95,6 +95,7 @@ def prepare_new(
         has_random_weights=bool(options.random_init),
         recipe_source=recipe_source(options.recipe_or_default()),
         changes=_changes(options),
+        test_sets=list(task.test),
         parameters={"encoder": sum(tensor.numel() for tensor in encoder.tensors.values())},
         **prepare.new_record(options, plan, _default_settings(training), run, ranks),
     )
@@ -133,7 +134,7 @@ def say_finished(run: RunDirectory) -> None:
         config, _ = finetuned_encoder(kept_checkpoint(run.path))
         is_span = record.source.train is None and record.task not in GLUE
         log_command(_log, "As a transformers model:", _how_to_export(run, recipe, config, is_span))
-        if not record.settings.predict_test:
+        if record.test_sets and not record.settings.predict_test:
             predict = f"{command('finetune')} --resume {run.path} --predict-test"
             log_command(_log, "To predict the test sets:", predict)
 

@@ -568,6 +568,17 @@ def test_resuming_a_finished_run_is_not_an_error_and_names_its_scores_and_its_mo
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
 
+def test_a_finished_run_without_test_sets_does_not_suggest_to_predict_them(
+    electra: Path, glue: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(glue, tmp_path / "glue")
+    (tmp_path / "glue" / "MRPC" / "test.tsv").unlink()
+    finetune(*arguments_of(electra, tmp_path / "glue", "mrpc", tmp_path / "run"))
+    said = finetune("--resume", tmp_path / "run")
+    assert "is finished" in said
+    assert "--predict-test" not in said
+
+
 def test_what_is_no_run_of_this_command_is_not_resumed(stopped: Path, tmp_path: Path) -> None:
     assert "is not a usable run directory" in refused("--resume", tmp_path / "nowhere")
     checkpoint = next(path for path in (stopped / "checkpoints").glob("step-*") if not path.is_symlink())
