@@ -157,7 +157,7 @@ class HubSource(Source):
         return getattr(self._split_info(), "num_examples", None) if self._streaming else len(self._rows)
 
     def _split_info(self) -> Any:
-        """Return what the dataset's card says about the split, or None."""
+        """Return what the dataset's card says about the split; None if it does not list the split."""
         return (self._builder.info.splits or {}).get(self._parts.split)
 
 

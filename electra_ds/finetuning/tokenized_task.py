@@ -55,7 +55,7 @@ class EvaluationResult:
     metrics: dict[str, float] = field(default_factory=dict)
     """The scores by metric, empty if the set has no labels. Shares are in [0, 1], correlations in [-1, 1]."""
     baseline: dict[str, float] = field(default_factory=dict)
-    """The scores of predicting `baseline_prediction` for every row; empty for a set without labels, and for SQuAD 1.1."""
+    """The scores of predicting `baseline_prediction` for every row; empty without labels, and for SQuAD 1.1."""
     baseline_prediction: str = ""
     constant: str | None = None
     """The one prediction made for all rows, if the labels differ and the predictions do not."""
@@ -75,7 +75,7 @@ class TokenizedTask(ABC):
     """The number of scores that the head returns; None for question answering."""
     is_regression: bool
     labels: tuple[str, ...]
-    """The classes in order; empty if there are none."""
+    """The classes in order; empty for regression and question answering."""
     train: TaskInputs
     dev: dict[str, TaskInputs]
     """The labelled sets. The first decides which evaluation is best."""
