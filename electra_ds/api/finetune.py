@@ -169,6 +169,7 @@ class FinetuneStart(Launch[FinetuneOptions]):
         return train(self.job, self.ranks, time_limit_s, self.callbacks)
 
     def say_end(self) -> None:
-        say_end(self.job)
-        if self.run.status() == "done" and self.job.record.settings.discard_weights:
-            discard_weights(self.run)
+        if self.run.status() == "done":
+            say_end(self.job)
+            if self.job.record.settings.discard_weights:
+                discard_weights(self.run)

@@ -26,12 +26,14 @@ from electra_ds.config.overrides import as_overrides
 from electra_ds.config.recipe import Section
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
+from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks, join_ranks
-from electra_ds.core.terminal import StageProgress, counting_bar, log_shown_on, say
+from electra_ds.core.terminal import StageProgress, counting_bar, log_command, log_shown_on, say
 from electra_ds.data.build import ShowProgress
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
-from electra_ds.training.callbacks import Callback, Progress
+from electra_ds.training.callbacks import Callback, Progress, check_callbacks
+from electra_ds.training.loop import Job
 
 _log = logging.getLogger(__name__)
 _PLAIN_LINE_EVERY_S = 15.0
@@ -62,6 +64,7 @@ class Launch(ABC, Generic[OptionsT]):
 
     kind: Literal["pretrain", "finetune"]
     run: RunDirectory
+    job: Job
     ranks: Ranks
     show_progress: ShowProgress
     callbacks: Sequence[Callback]
@@ -119,6 +122,7 @@ def launch(start: Launch[Any], *, quiet: bool, callbacks: Sequence[Callback]) ->
 
     Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and the package's other errors.
     """
+    check_callbacks(callbacks)
     began, options = time.monotonic(), start.options
     with join_ranks() as ranks, contextlib.ExitStack() as held:
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
@@ -140,6 +144,10 @@ def launch(start: Launch[Any], *, quiet: bool, callbacks: Sequence[Callback]) ->
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
         if start.train(limit) and ranks.is_main:
             start.say_end()
+            if run.status() == "stopped":
+                total = start.job.total_steps
+                lead = f"Stopped at step {start.stop_at:,} of {total:,}, as --stop-at asks. To resume:"
+                log_command(_log, lead, f"{command(start.kind)} --resume {run.path}")
     return Run(run.path)
 
 

@@ -52,7 +52,10 @@ class Run:
     @property
     def status(self) -> Status | None:
         """The status: `done`, `stopped`, `collapsed` or `failed`; None if the run has not ended."""
-        return self._directory.status()
+        status = self._directory.status()
+        if status is None:
+            self._directory.kind()  # raises CheckpointError if there is no run
+        return status
 
     @property
     def recipe(self) -> Recipe | FinetuneRecipe:
@@ -75,6 +78,7 @@ class Run:
 
         from electra_ds.training.tracking import read_metrics
 
+        self._directory.kind()
         path = self._directory.metrics
         return pd.DataFrame(read_metrics(path) if path.exists() else [])
 
@@ -90,6 +94,7 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """The published checkpoints, oldest first."""
+        self._directory.kind()
         return CheckpointFolder(self._directory.checkpoints, keep=1).paths()
 
     def list_checkpoints(self) -> list[CheckpointInfo]:

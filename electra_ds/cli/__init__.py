@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from electra_ds import __version__
+from electra_ds.cli.arguments import Parser
 from electra_ds.cli.checkpoint import add_checkpoint
 from electra_ds.cli.preparing import add_preparing
 from electra_ds.cli.results import add_results
@@ -32,9 +33,9 @@ Add = Callable[["Commands"], None]
 COMMANDS: tuple[Add, ...] = (add_training, add_results, add_preparing, add_checkpoint)
 
 
-def build_parser(adds: Sequence[Add] = COMMANDS) -> argparse.ArgumentParser:
+def build_parser(adds: Sequence[Add] = COMMANDS) -> Parser:
     """Return the parser of the complete command line. adds: functions that add the parsers of some commands."""
-    parser = argparse.ArgumentParser(prog="electra-ds", description="Pretrain ELECTRA text encoders with DeepSpeed.")
+    parser = Parser(prog="electra-ds", description="Pretrain ELECTRA text encoders with DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"electra_ds {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in adds:
@@ -52,7 +53,6 @@ def _name_as_called(parser: argparse.ArgumentParser, name: str = "") -> None:
             action.help = as_called(action.help)
         if isinstance(action, argparse._SubParsersAction):
             for below, subparser in action.choices.items():
-                subparser.set_defaults(parser=subparser)
                 subparser.prog = command(f"{name} {below}".lstrip())
                 subparser.epilog = as_called(subparser.epilog or "")
                 _name_as_called(subparser, f"{name} {below}".lstrip())
@@ -76,9 +76,7 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
         parser = build_parser(adds)
         if adds is COMMANDS and [*(sys.argv[1:] if arguments is None else arguments)][:1] == ["bench"]:
             parser.error("the benchmarks are not in the installed package: run bin/bench in a checkout")
-        options, unknown = parser.parse_known_args(arguments)
-        if unknown:  # the command's own parser shows its usage and its name
-            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        options = parser.parse_args(arguments)
     try:
         with _log_on_terminal(speaks):
             options.handler(options)

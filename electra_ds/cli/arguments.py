@@ -8,24 +8,48 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from electra_ds.config.option import Options, add_options
+from electra_ds.core.errors import did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands: TypeAlias = argparse._SubParsersAction["Parser"]
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 _NARROWEST = 80
 _OF_A_FILE = 120
 
 
-def add_command(commands: Commands, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that answers unknown arguments with the usage of their command, and with similar options."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Exit if the parser of a single command does not know an argument.
+
+        It looks for unknown options first, because a required option may only be misspelt.
+        """
+        words = sys.argv[1:] if args is None else args
+        if self._subparsers is not None:
+            return super().parse_known_args(words, namespace)
+        known = self._option_string_actions
+        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in {"--", *known}]
+        if not unknown:
+            namespace, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            shown = [name for name, action in known.items() if action.help != argparse.SUPPRESS]
+            hints = [word + did_you_mean(word.partition("=")[0], shown) for word in unknown]
+            self.error(f"unrecognized arguments: {' '.join(hints)}")
+        return namespace, unknown
+
+
+def add_command(commands: Commands, name: str, summary: str, epilog: str) -> Parser:
     """Add and return a parser whose --help shows the epilog unchanged."""
-    command: argparse.ArgumentParser = commands.add_parser(
+    command: Parser = commands.add_parser(
         name,
         help=summary,
         description=summary,

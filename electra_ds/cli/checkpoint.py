@@ -97,11 +97,11 @@ def _ls(options: ListOptions) -> None:
     table.add_column("state")
     for checkpoint in found:
         saved = "" if checkpoint.saved is None else f"{datetime.fromisoformat(checkpoint.saved).astimezone():%m-%d %R}"
-        tokens = "" if checkpoint.tokens is None else f"{checkpoint.tokens / 1e6:,.1f} M"
+        tokens = "" if checkpoint.tokens is None else _scaled(checkpoint.tokens).rstrip()
         known = (checkpoint.precision, checkpoint.stage, checkpoint.ranks)
         state = f"[red]damaged: {escape(checkpoint.problem)}[/]" if checkpoint.problem else "complete"
         cells = ("" if value is None else escape(str(value)) for value in known)
-        table.add_row(checkpoint.name, tokens, saved, _size(checkpoint.bytes), *cells, state)
+        table.add_row(checkpoint.name, tokens, saved, f"{_scaled(checkpoint.bytes)}B", *cells, state)
     console.print(table if found else "No checkpoint yet.")
     aside = damaged_checkpoints(options.run)
     if aside:
@@ -140,5 +140,7 @@ def _prune(options: PruneOptions) -> None:
         console.print("Nothing to remove.")
 
 
-def _size(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 10**9 else f"{number / 1e6:.1f} MB"
+def _scaled(number: int) -> str:
+    """Return a number in the unit of its size, such as 3.1 M."""
+    size, unit = next((each for each in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= each[0]), (1, ""))
+    return f"{number / size:.{1 if unit else 0}f} {unit}"

@@ -53,7 +53,7 @@ examples:
 
 The command trains nothing and needs no GPU. It computes memory from the sizes of tensors. Time is a range: on a card,
 the roofline of a step times the factors by which published runs differ from such rooflines; on this machine's CPU, the
-recipe's FLOPs at a rate measured in a fifth of a second. The exit status is 1 if the plan does not fit.
+recipe's FLOPs and operations at rates measured in a fifth of a second. The exit status is 1 if the plan does not fit.
 """
 _RECIPES_HELP = """\
 examples:

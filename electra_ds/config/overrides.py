@@ -20,8 +20,11 @@ from electra_ds.config.recipe import (
 )
 from electra_ds.core.errors import ConfigError
 
-_SHORT = {"lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "eps": "epsilon"}
-"""Common short names of recipe values, and our names for them."""
+_MEANT = {
+    "lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "eps": "epsilon",
+    "total_steps": "epochs", "max_steps": "epochs", "sequence_length": "max_length", "max_seq_length": "max_length",
+}  # fmt: skip
+"""Common short names of recipe values, names of pretraining's values that finetuning lacks, and what is meant here."""
 
 
 def parse_value(text: str) -> Any:
@@ -66,7 +69,7 @@ def dotted_values(values: dict[str, Any], prefix: str = "") -> list[tuple[str, A
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
-    if meant := [name for name in known if name.rpartition(".")[2] == _SHORT.get(key.rpartition(".")[2])]:
+    if meant := [name for name in known if name.rpartition(".")[2] == _MEANT.get(key.rpartition(".")[2])]:
         return f"; did you mean '{meant[0]}'?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not near:  # the right name without its section

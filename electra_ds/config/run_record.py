@@ -130,6 +130,8 @@ class FinetuneRecord(Record):
     """`shipped`, or the start of a hash of the user's own recipe."""
     changes: list[str]
     """The differences from that recipe: overrides except for the seed, and fewer examples."""
+    test_sets: list[str] = field(default_factory=list)
+    """The sets that --predict-test predicts. Records of earlier versions lack them."""
     settings: FinetuneSettings
     kind: Literal["finetune"] = "finetune"
 

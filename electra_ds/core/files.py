@@ -15,9 +15,12 @@ _HUB_MODEL = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def is_hub_model(text: str) -> bool:
-    """Return whether a text is OWNER/NAME, and neither an existing path nor the name of a vocabulary file."""
+    """Return whether a text is OWNER/NAME, and not a path.
+
+    A missing runs/mine is a path if there is a folder `runs`, and a name ending in .json or .txt is that of a file.
+    """
     path = Path(text)
-    return bool(_HUB_MODEL.fullmatch(text)) and not path.exists() and path.suffix not in (".json", ".txt")
+    return bool(_HUB_MODEL.fullmatch(text)) and not path.parent.is_dir() and path.suffix not in (".json", ".txt")
 
 
 @contextmanager

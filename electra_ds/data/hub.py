@@ -157,7 +157,7 @@ class HubSource(Source):
         return getattr(self._split_info(), "num_examples", None) if self._streaming else len(self._rows)
 
     def _split_info(self) -> Any:
-        """Return what the dataset's card says about the split, or None."""
+        """Return what the dataset's card says about the split; None if it does not list the split."""
         return (self._builder.info.splits or {}).get(self._parts.split)
 
 
@@ -191,7 +191,7 @@ def fetch_tokenizer(name: str) -> Path:
 
     Raises DataError if the download fails.
     """
-    with explain_errors(f"the tokenizer {name}"):
+    with explain_errors(f"the tokenizer {name}, which is not a local path and so must be a name on the Hub"):
         return Path(snapshot_download(name, allow_patterns=_TOKENIZER_FILES))
 
 
@@ -200,7 +200,7 @@ def fetch_model(name: str) -> Path:
 
     Pickled weights are downloaded only if there are no safetensors. Raises DataError if the download fails.
     """
-    with explain_errors(f"the model {name}, which is not a local folder and so must be a name on the Hub"):
+    with explain_errors(f"the model {name}, which is not a local path and so must be a name on the Hub"):
         folder = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=_PICKLED_WEIGHTS))

@@ -232,7 +232,8 @@ def train_tokenizer(lines: Iterable[str], section: TokenizerSection) -> Tokenize
 def load_tokenizer(path: Path) -> Tokenizer:
     """Return the tokenizer in a folder that `Tokenizer.save` wrote, or in a tokenizer.json.
 
-    `given_tokenizer` reads the tokenizers of other programs. Raises DataError if there is none, or it cannot be used.
+    `given_tokenizer` reads the tokenizers of other programs. Raises DataError if tokenizer.json is missing or
+    cannot be used.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:

@@ -61,7 +61,7 @@ class EncoderSource:
     fingerprint: str
     """The SHA-256 of names, shapes and values."""
     trained_length: int | None = None
-    """The sequence length in pretraining, in tokens, if it is known."""
+    """The sequence length in pretraining, in tokens; None if it is not known."""
     notes: tuple[str, ...] = ()
     """Notes for the user on how the tokenizer was read."""
 
@@ -80,7 +80,7 @@ class EncoderSource:
 
     @property
     def max_length(self) -> int:
-        """The maximum number of tokens of an input, practically unlimited if there is no position table."""
+        """The maximum number of tokens of an input, practically unlimited for a model without a position table."""
         longest = int(getattr(self.config, "max_position_embeddings", 0) or 0)
         offset = 2 if self.config.model_type in _OFFSET_POSITIONS else 0
         return longest - offset if longest > 0 else 10**6
@@ -98,8 +98,8 @@ def read_encoder(name: str) -> EncoderSource:
     """Read the encoder `name`: one of our run directories or checkpoints, a folder that `bin/export` or transformers
     wrote, or a model on the Hub.
 
-    Raises DataError if there is none, if it is damaged or incomplete, or if it lacks its tokenizer, and CheckpointError
-    if a run has no checkpoint.
+    Raises DataError if the model does not exist, if it is damaged or incomplete, or if it lacks its tokenizer, and
+    CheckpointError if a run has no checkpoint.
     """
     path = Path(name)
     refuse_other_frameworks(path, name)

@@ -165,7 +165,7 @@ def _read_set(task: Task, set_name: str, path: Path, notes: list[str]) -> Exampl
     else:
         header = _COLA_HEADER if task.name == "cola" and has_labels else None
         table = read_tsv(path, header=header, wanted=columns)
-    if has_labels and task.name in _UNLABELLED:
+    if has_labels and task.name in _UNLABELLED and columns.label in table.frame:
         has_label = [label != _UNLABELLED[task.name] for label in table.column(columns.label)]
         if missing := has_label.count(False):
             notes.append(f"{path}: rows left out because they have no label: {missing}.")
@@ -175,6 +175,7 @@ def _read_set(task: Task, set_name: str, path: Path, notes: list[str]) -> Exampl
 
 def glue_examples(task: Task, table: Table, columns: _Columns, written: Sequence[str], *, has_labels: bool) -> Examples:
     """Return the examples of a table. written: the classes as the table writes them."""
+    table.check_columns([columns.text, columns.pair, columns.label if has_labels else None])
     # The `id` in QQP's train and dev is that of the pair in Quora's data.
     is_named = columns.ids in table.frame and not has_labels
     ids = table.column(columns.ids) if is_named else [str(row) for row in table.frame.index]
@@ -219,7 +220,7 @@ def _task_folder(name: str, folder: Path) -> Path:
 
 
 def _child(folder: Path, *names: str) -> Path | None:
-    """Return the first of these names that is in the folder, or None. Case and hyphens do not matter."""
+    """Return the first of these names that is in the folder; None if no name is. Case and hyphens do not matter."""
     try:
         there = {_plain(path.name): path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
     except OSError as error:

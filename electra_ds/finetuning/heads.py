@@ -294,7 +294,7 @@ class NotExportable(NamedTuple):
     why: str
     """The reason, without a full stop."""
     instead: str
-    """Recipe overrides that give a head with a class in transformers; empty if there are none."""
+    """Recipe overrides that give a head with a class in transformers; empty if no overrides do."""
 
     def __str__(self) -> str:
         otherwise = f"Finetune with --set {self.instead}, {ENCODER_ONLY}"

@@ -38,11 +38,11 @@ class TaskMicroBatch(NamedTuple):
     labels_B: torch.Tensor | None = None
     """int64 classes, or float32 scores."""
     starts_B: torch.Tensor | None = None
-    """int64, the first position of the answer, or 0 (the first token) if there is none."""
+    """int64, the first position of the answer, or 0 (the first token) for a window without the answer."""
     ends_B: torch.Tensor | None = None
     """int64, the last position of the answer."""
     is_impossible_B: torch.Tensor | None = None
-    """float32, 1 if there is no answer."""
+    """float32, 1 for a window without an answer."""
     answerable_BT: torch.Tensor | None = None
     """bool, True for the context, the special token after it, and the first token (the original's choice)."""
 

@@ -189,6 +189,7 @@ def load_own(
     columns = _chosen_columns(tables["train"], text, pair, label)
     labels: dict[str, list[str]] = {}
     for name, table in tables.items():
+        table.check_columns(columns if name != "test" else columns[:2])
         _check_texts(table, columns)
         seen = {label for found in labels.values() for label in found}
         if name == "test" and _lacks_labels(table, columns.label, seen):
@@ -232,20 +233,20 @@ def _read_own(path: Path) -> Table:
 
 def _chosen_columns(table: Table, text: str | None, pair: str | None, label: str | None) -> _Columns:
     there = list(table.frame.columns)
-    for name in filter(None, (text, pair, label)):
-        table.column(name)  # raises DataError if there is no such column
+    named = (text, pair, label)
     if text is None:
         text = next((name for name in TEXT_COLUMNS if name in there and name not in (pair, label)), None)
         seconds = PAIR_COLUMNS + (QUESTION_PAIRS if text == "question" else ())
         pair = pair or next((name for name in seconds if name in there and name != label), None)
     if label is None:
         label = next((name for name in LABEL_COLUMNS if name in there and name not in (text, pair)), None)
-    for what, found, usual in (("text", text, TEXT_COLUMNS), ("label", label, LABEL_COLUMNS)):
-        if found is None:
-            raise DataError(
-                f"{table.source}: no {what} column; its columns are {', '.join(there) or 'none'}. Name the one that "
-                f"holds the {what} with --{what} COLUMN, or rename it to one of {', '.join(usual)}."
-            )
+    roles = (("text", text, TEXT_COLUMNS), ("label", label, LABEL_COLUMNS))
+    unknown = {what: usual for what, found, usual in roles if found is None}
+    advice = (
+        f" Name the one that holds the {what} with --{what} COLUMN, or rename it to one of {', '.join(usual)}."
+        for what, usual in unknown.items()
+    )
+    table.check_columns(named, [f"no {what} column" for what in unknown], "".join(advice))
     assert text is not None
     assert label is not None
     if text in (pair, label) or pair == label:

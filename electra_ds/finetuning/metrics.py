@@ -74,13 +74,17 @@ class Baseline(NamedTuple):
     prediction: float
     """The index of the set's most frequent class, or the mean of its scores."""
     metrics: dict[str, float]
+    """The scores of that prediction. f1 is that of always predicting class 1, since always class 0 has an f1 of 0."""
 
 
 def baseline(metrics: Sequence[str], labels: Values, *, is_regression: bool) -> Baseline:
     """Return the baseline of a set with these labels, by the same metrics as `score`."""
     truth = np.asarray(labels)
     constant = float(truth.mean()) if is_regression else int(np.bincount(truth).argmax())
-    return Baseline(constant, score(metrics, truth, np.full(len(truth), constant)))
+    found = score(metrics, truth, np.full(len(truth), constant))
+    if "f1" in found:
+        found |= score(("f1",), truth, np.ones(len(truth), np.int64))
+    return Baseline(constant, found)
 
 
 def has_constant_predictions(labels: Values, predictions: Values, *, is_regression: bool) -> bool:

@@ -96,6 +96,7 @@ def prepare_new(
         has_random_weights=bool(options.random_init),
         recipe_source=recipe_source(options.recipe_or_default()),
         changes=_changes(options),
+        test_sets=list(task.test),
         parameters={"encoder": sum(tensor.numel() for tensor in encoder.tensors.values())},
         **prepare.new_record(options, plan, _default_settings(training), run, ranks),
     )
@@ -134,7 +135,7 @@ def say_finished(run: RunDirectory) -> None:
         config, _ = finetuned_encoder(kept_checkpoint(run.path))
         is_span = record.source.train is None and record.task not in GLUE
         log_command(_log, "As a transformers model:", _how_to_export(run, recipe, config, is_span))
-        if not record.settings.predict_test:
+        if record.test_sets and not record.settings.predict_test:
             predict = f"{command('finetune')} --resume {run.path} --predict-test"
             log_command(_log, "To predict the test sets:", predict)
 
@@ -271,15 +272,7 @@ def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
 
 
 def say_end(job: FinetuneJob) -> None:
-    """Log the scores of a finished run, or how to resume one that stopped as planned."""
-    if job.run.status() == "done":
-        _show_scores(job)
-    else:
-        resume = f"{command('finetune')} --resume {job.run.path}"
-        log_command(_log, f"The run is in {job.run.path}. To resume:", resume)
-
-
-def _show_scores(job: FinetuneJob) -> None:
+    """Log the scores of a finished run, and what can be done with it."""
     scores = json.loads((job.run.path / SCORES).read_text("utf8"))
     for name, of_set in scores["sets"].items():
         if of_set["metrics"]:

@@ -227,7 +227,7 @@ def locate(answer: str, start: int, context: str) -> tuple[str, int]:
     """Return (the answer as the context spells it, its offset).
 
     The answer is taken at `start` if it occurs there, else at its nearest occurrence, perhaps with other whitespace.
-    If there is none, return the answer as given and NOT_FOUND.
+    If the context does not contain it, return the answer as given and NOT_FOUND.
     """
     if answer and start >= 0 and answer == answer.strip() and context.startswith(answer, start):
         return answer, start

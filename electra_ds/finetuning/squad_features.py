@@ -199,7 +199,7 @@ def _stripped(text: str, offsets_C2: np.ndarray) -> np.ndarray:
 
 
 def _answer(question: Question, tokens: _Context) -> tuple[int, int] | None:
-    """Return the first and last token of the first answer that occurs in the context, or None."""
+    """Return the first and last token of the first answer that occurs in the context; None if no answer does."""
     found = [each for each in zip(question.answers, question.starts, strict=True) if each[1] != NOT_FOUND]
     if question.is_impossible or not found:
         return None
@@ -255,7 +255,7 @@ class Answer(NamedTuple):
     n_best: list[tuple[str, float]]
     """(text, score) of the best spans, best first. Each text occurs once, and none is empty."""
     na_score: float
-    """The score that was compared with the threshold, larger if an answer is less likely; -inf if there was none."""
+    """The score that was compared with the threshold, larger if an answer is less likely; -inf if none was compared."""
 
     @property
     def span(self) -> str:
@@ -335,7 +335,7 @@ def best_answers(
     null_scores: one for each window, or None if every question has an answer (SQuAD 1.1), which is then the best span.
 
     By BERT's rule there is no answer if `null score - best score > threshold`. With against_best=False, the original
-    ELECTRA's rule, there is none if `null score > threshold`. Its null score is the answerability logit, and its
+    ELECTRA's rule, there is no answer if `null score > threshold`. Its null score is the answerability logit, and its
     threshold is -2.75 (`qa_na_threshold` in its configure_finetuning.py): finetune/qa/qa_metrics.py writes every
     question's best span and the smallest logit of its windows, which the official script compares with the threshold.
 

@@ -165,14 +165,21 @@ class Table:
     """Its file or data set, for messages."""
     frame: pd.DataFrame
 
+    def check_columns(self, wanted: Iterable[str | None], problems: Sequence[str] = (), advice: str = "") -> None:
+        """Raise DataError if columns are missing; it names all of them, and those that are there.
+
+        problems: further ones for the message. advice: what to do about them.
+        """
+        there = list(self.frame.columns)
+        missing = [name for name in dict.fromkeys(wanted) if name is not None and name not in there]
+        problems = [*(f"no column '{name}'{did_you_mean(name, there)}" for name in missing), *problems]
+        if problems:
+            columns = ", ".join(there) or "none"
+            raise DataError(f"{self.source}: {'; '.join(problems)}; its columns are {columns}.{advice}")
+
     def column(self, name: str) -> list[str]:
         """Return a column. Raises DataError if it is missing, or if a row has no text in it."""
-        if name not in self.frame:
-            there = list(self.frame.columns)
-            raise DataError(
-                f"{self.source}: no column '{name}'{did_you_mean(name, there)}; its columns are "
-                f"{', '.join(there) or 'none'}."
-            )
+        self.check_columns([name])
         values = self.frame[name].tolist()
         for row, value in zip(self.frame.index, values, strict=True):
             if not isinstance(value, str):

@@ -55,7 +55,7 @@ class EvaluationResult:
     metrics: dict[str, float] = field(default_factory=dict)
     """The scores by metric, empty if the set has no labels. Shares are in [0, 1], correlations in [-1, 1]."""
     baseline: dict[str, float] = field(default_factory=dict)
-    """The scores of predicting `baseline_prediction` for every row; empty if there is none."""
+    """The scores of predicting `baseline_prediction` for every row; empty without labels, and for SQuAD 1.1."""
     baseline_prediction: str = ""
     constant: str | None = None
     """The one prediction made for all rows, if the labels differ and the predictions do not."""
@@ -75,7 +75,7 @@ class TokenizedTask(ABC):
     """The number of scores that the head returns; None for question answering."""
     is_regression: bool
     labels: tuple[str, ...]
-    """The classes in order; empty if there are none."""
+    """The classes in order; empty for regression and question answering."""
     train: TaskInputs
     dev: dict[str, TaskInputs]
     """The labelled sets. The first decides which evaluation is best."""
@@ -150,6 +150,9 @@ class SequenceTask(TokenizedTask):
         wanted = _AX_METRICS if name == "ax" else self.task.metrics
         metrics = score(wanted, labels, predictions)
         trivial = baseline(wanted, labels, is_regression=self.is_regression)
+        answer = self._named(trivial.prediction)
+        if "f1" in wanted and trivial.prediction != 1:
+            answer += f" (f1: {self._named(1)})"
         constant = None
         if has_constant_predictions(labels, predictions, is_regression=self.is_regression):
             constant = ("about " if self.is_regression else "") + self._named(float(np.mean(predictions)))
@@ -160,7 +163,7 @@ class SequenceTask(TokenizedTask):
             len(examples),
             metrics,
             trivial.metrics,
-            self._named(trivial.prediction),
+            answer,
             constant,
             is_beaten=metrics[wanted[0]] <= trivial.metrics[wanted[0]] and len(np.unique(labels)) > 1,
             details=details,

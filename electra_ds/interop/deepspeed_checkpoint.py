@@ -47,7 +47,7 @@ class DeepSpeedCheckpoint(NamedTuple):
     counters: dict[str, float]
     """The counters of `MasterAdamW.counters`."""
     adam: dict[str, Any]
-    """The values of the first parameter group, such as betas and eps; empty if there is none."""
+    """The values of the first parameter group, such as betas and eps; empty if the optimizer was not saved."""
     corrects_bias: bool
     """True if Adam corrected the bias of moments that start at 0."""
     notes: tuple[str, ...]

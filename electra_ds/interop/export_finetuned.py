@@ -101,7 +101,7 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
 
 
 def _scores(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the content of the run's scores.json, empty if there is none."""
+    """Return the content of the run's scores.json; empty for a run that has not finished."""
     path = checkpoint.path.parent.parent / SCORES
     if checkpoint.path.parent.name not in ("checkpoints", "best") or not path.is_file():
         return {}

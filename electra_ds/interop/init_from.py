@@ -61,7 +61,7 @@ class InitialWeights:
         return next((part.tokenizer for part in reversed(self._parts()) if part.tokenizer is not None), None)
 
     def own_tokenizer(self) -> str:
-        """Return the --tokenizer argument for the weights' own tokenizer. Raises ConfigError if there is none."""
+        """Return the --tokenizer argument for the weights' own tokenizer. Raises ConfigError if they lack one."""
         for part in reversed(self._parts()):
             if part.tokenizer is not None or is_hub_model(part.name):
                 return part.name

@@ -131,7 +131,7 @@ class Exported:
     state: dict[str, Any]
     """The state of the checkpoint."""
     scores: dict[str, Any]
-    """The content of scores.json, empty if there is none."""
+    """The content of scores.json; empty for a run that has not finished."""
     labels: tuple[str, ...]
     has_segments: bool
 

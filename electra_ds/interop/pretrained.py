@@ -283,7 +283,8 @@ def _changes(recipe: Recipe, known: KnownSizes) -> dict[str, Any]:
 
 
 def _multiplier(part: int, total: int) -> float | None:
-    """Return the shortest decimal in (0, 1] whose product with `total` rounds to `part`, or None if there is none."""
+    """Return the shortest decimal in (0, 1] whose product with `total` rounds to `part`; None if no such decimal is
+    short enough."""
     multipliers = (round(part / total, decimals) for decimals in range(1, _MOST_DECIMALS))
     return next((each for each in multipliers if 0 < each <= 1 and round(total * each) == part), None)
 

@@ -9,14 +9,16 @@ forward pass.
 Time on a known card is a roofline: a step's matrix products run at a share of the card's peak, everything else at a
 share of its memory bandwidth, and no step is faster than the host launches operations. Published runs differ from the
 roofline of our step, each by a different factor, so the prediction is the range that contains all of them. Time on this
-machine's CPU is the model's FLOPs at the rate of one large product, which is measured in a fifth of a second.
+machine's CPU is the model's FLOPs at the rate of one large product, plus the operations of a step at the time that each
+takes in a small layer, since a small model's operations take longer to call than to compute. Both are measured in a
+fifth of a second.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -143,21 +145,32 @@ def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) 
     traffic = TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
     traffic += TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
     traffic += _TRAFFIC_OF_PARAMETER * sum(count_parameters(recipe, vocab_size))
-    of_layer, of_piece, of_rest = OPERATIONS
-    operations = of_layer * (generator.num_hidden_layers + discriminator.num_hidden_layers)
-    operations += of_piece * head_pieces(vocab_size, selected // batch.gradient_accumulation_steps) + of_rest
     again = 1 + _COMPUTED_AGAIN * plan.checkpointed_layers / discriminator.num_hidden_layers
     return StepTime(
         products_s=again * flops / (peak * PRODUCT_EFFICIENCY),
         traffic_s=again * traffic / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY),
-        host_s=again * operations * batch.gradient_accumulation_steps * LAUNCH_S,
+        host_s=again * step_operations(recipe, vocab_size, plan) * LAUNCH_S,
     )
 
 
-CPU_SLOWER = (1.5, 6.0)
-"""The range of a CPU step's time divided by the time of its products at the rate of one large product."""
+def step_operations(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan) -> int:
+    """Return the number of operations in the forward and backward passes of an ELECTRA step, on each rank."""
+    of_layer, of_piece, of_rest = OPERATIONS
+    batch, recipe = plan.batch, electra_recipe(recipe)
+    layers = sum(config.num_hidden_layers for config in encoder_configs(recipe, vocab_size, 0))
+    of_rank = recipe.global_batch_size // batch.world_size
+    selected = usual_most_selected(recipe.masking, of_rank, recipe.data.sequence_length)
+    pieces = head_pieces(vocab_size, selected // batch.gradient_accumulation_steps)
+    return (of_layer * layers + of_piece * pieces + of_rest) * batch.gradient_accumulation_steps
+
+
+CPU_SLOWER = (1.2, 6.0)
+"""The range of a CPU step's time divided by the time of its products at the rate of one large product, plus the time of
+its operations at that of the operations of a small layer."""
 YEAR_S = 365 * 86_400
-_CALIBRATION, _CALIBRATION_S = 768, 0.2
+_CALIBRATION, _CALIBRATION_S = 768, 0.1
+LAYER_OPERATIONS = 60
+"""Operations in the forward and backward passes of `small_layer`, which a test counts."""
 
 
 class RunTime(NamedTuple):
@@ -175,31 +188,43 @@ class RunTime(NamedTuple):
         return self.high_s > YEAR_S
 
 
-def cpu_rate(threads: int) -> float:
-    """Measure the FLOP/s of a large fp32 product on this many threads."""
+def cpu_rates(threads: int) -> tuple[float, float]:
+    """Measure the FLOP/s of a large fp32 product, and the seconds of a small operation, on this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        left, right = torch.ones(_CALIBRATION, _CALIBRATION), torch.ones(_CALIBRATION, _CALIBRATION)
-        left @ right
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < _CALIBRATION_S:
-            left @ right
-            count += 1
-        return 2.0 * _CALIBRATION**3 * count / (time.perf_counter() - began)
+        large = torch.ones(_CALIBRATION, _CALIBRATION)
+        return 2.0 * _CALIBRATION**3 / shortest_s(lambda: large @ large), shortest_s(small_layer()) / LAYER_OPERATIONS
     finally:
         torch.set_num_threads(before)
 
 
-def cpu_time(flops: float, threads: int, world_size: int = 1) -> RunTime:
-    """Return the time for this many model FLOPs on this machine's CPU. threads: of each rank."""
-    seconds = flops / (cpu_rate(threads) * world_size)
+def small_layer() -> Callable[[], None]:
+    """Return the forward and backward passes of a layer that is too small for its products to matter."""
+    with torch.random.fork_rng(devices=[]):
+        layer = torch.nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0)
+    hidden_TBH = torch.ones(8, 2, 64)
+    return lambda: layer(hidden_TBH).sum().backward()
+
+
+def shortest_s(call: Callable[[], object]) -> float:
+    """Return the shortest time of a call in a tenth of a second, the one that other programs delayed least."""
+    call()
+    times, end = [], time.perf_counter() + _CALIBRATION_S
+    while (began := time.perf_counter()) < end:
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def cpu_time(flops: float, operations: float, threads: int, world_size: int = 1) -> RunTime:
+    """Return the time on this machine's CPU for this many model FLOPs over all ranks, and operations of each rank.
+
+    threads: of each rank.
+    """
+    rate, operation_s = cpu_rates(threads)
+    seconds = flops / (rate * world_size) + operations * operation_s
     return RunTime(seconds * CPU_SLOWER[0], seconds * CPU_SLOWER[1])
-
-
-def pretraining_flops(recipe: Recipe, vocab_size: int) -> float:
-    """Return the model FLOPs of one step over full rows; 0 if the objective does not compute them."""
-    return Objective.of(recipe, vocab_size).usual_flops() or 0.0
 
 
 def pretraining_time(
@@ -216,13 +241,15 @@ def pretraining_time(
     Return None for a GPU whose rates are unknown, and for an objective that does not predict its costs. threads: of a
     rank on a CPU; None for torch's choice.
     """
+    objective: Objective[Any] = Objective.of(recipe, vocab_size)
     if device.type == "cpu":
-        flops = pretraining_flops(recipe, vocab_size)
-        if not flops:
+        flops = objective.usual_flops()
+        if flops is None:
             return None
-        return cpu_time(steps * flops, threads or torch.get_num_threads(), plan.batch.world_size)
+        operations = steps * objective.usual_operations(plan)
+        return cpu_time(steps * flops, operations, threads or torch.get_num_threads(), plan.batch.world_size)
     card = find_card(devices.device_name(device))
-    return time_of_steps(None if card is None else Objective.of(recipe, vocab_size).step_time(plan, card), steps)
+    return time_of_steps(None if card is None else objective.step_time(plan, card), steps)
 
 
 def finetuning_time(
@@ -234,14 +261,15 @@ def finetuning_time(
     once in the forward pass and twice in the backward pass. tokens: per step, over all ranks.
     """
     flops = 6 * weights * tokens
+    operations = (OPERATIONS[0] * num_layers + OPERATIONS[2]) * plan.batch.gradient_accumulation_steps
     if device.type == "cpu":
-        return cpu_time(steps * flops, threads, plan.batch.world_size)
+        return cpu_time(steps * flops, steps * operations, threads, plan.batch.world_size)
     card = find_card(devices.device_name(device))
     peak = None if card is None else peak_flops(card, plan.precision.name)
     if peak is None:
         return None
-    host_s = (OPERATIONS[0] * num_layers + OPERATIONS[2]) * plan.batch.gradient_accumulation_steps * LAUNCH_S
-    return time_of_steps(StepTime(flops / plan.batch.world_size / (peak * PRODUCT_EFFICIENCY), 0.0, host_s), steps)
+    products_s = flops / plan.batch.world_size / (peak * PRODUCT_EFFICIENCY)
+    return time_of_steps(StepTime(products_s, 0.0, operations * LAUNCH_S), steps)
 
 
 def time_of_steps(step: StepTime | None, steps: int) -> RunTime | None:

@@ -225,7 +225,7 @@ def _time_lines(found: Forecast) -> list[str]:
     if found.time is None:
         lines.append(
             f"  This is {CPU_SLOWER[0]} to {CPU_SLOWER[1]} times what the recipe's FLOPs take at the rate of one large "
-            f"matrix product, as just measured on this CPU."
+            f"matrix product, plus its operations at that of a small layer's, both as just measured on this CPU."
         )
     else:
         lines += _card_lines(found, found.time)

@@ -213,8 +213,8 @@ def _is_path(stage: str, name: str, value: Any) -> bool:
     if not isinstance(value, str) or not value:
         return False
     names = _KNOWN[name].names if name in _KNOWN else ""
-    if names == "model":  # a missing runs/mini-2026 is not a Hub name if there is a folder runs
-        return not is_hub_model(value) or Path(value).parent.is_dir()
+    if names == "model":
+        return not is_hub_model(value)
     if names == "corpus":
         return not value.startswith(_CORPUS)
     if names == "settings":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from electra_ds.core.errors import ElectraError, TrainingError
+from electra_ds.core.errors import ConfigError, ElectraError, TrainingError
 from electra_ds.core.ranks import Ranks
 
 Metrics = Mapping[str, float | None]
@@ -62,6 +62,17 @@ class Callback:
 
     def on_end(self, progress: Progress, status: str) -> None:
         """Called when training has ended, with the status in status.json."""
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raise ConfigError for anything but a list of callbacks, such as a class instead of an object of it."""
+    given = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    wrong = [each for each in given if given is not callbacks or not isinstance(each, Callback)]
+    if wrong:
+        raise ConfigError(
+            f"callbacks must be a list of objects of subclasses of electra_ds.Callback, such as [MyCallback()]. This "
+            f"does not fit: {wrong[0]!r}."
+        )
 
 
 class Callbacks:

@@ -41,12 +41,17 @@ def test_a_run_of_python_is_that_of_the_command(examples: Path, capsys: pytest.C
 
 
 def test_a_run_that_stopped_is_resumed_and_equals_a_straight_one(
-    examples: Path, capsys: pytest.CaptureFixture[str]
+    examples: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "electra_ds")
     run = electra_ds.pretrain(small_recipe(*STEPS), data="stores/small", run_dir="runs/halves", stop_at=3, **HOW)
     assert run.status == "stopped"
+    end = "Stopped at step 3 of 6, as --stop-at asks. To resume: electra-ds pretrain --resume runs/halves"
+    assert caplog.messages[-1] == end
+    caplog.clear()
     again = run.resume(quiet=True)
     assert again.status == "done"
+    assert not any("Stopped at step" in message for message in caplog.messages)
     assert losses(again) == losses(electra_ds.Run("runs/mine"))
     finished = again.resume(quiet=True)
     assert finished.status == "done"
@@ -89,9 +94,9 @@ def test_a_run_tells_what_it_is(examples: Path, capsys: pytest.CaptureFixture[st
         run.scores  # noqa: B018
     nothing = electra_ds.Run("nowhere")
     assert not nothing.exists
-    assert (nothing.status, len(nothing.metrics), nothing.checkpoints) == (None, 0, [])
-    with pytest.raises(CheckpointError):
-        nothing.recipe  # noqa: B018
+    for name in ("kind", "status", "recipe", "record", "metrics", "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"nowhere is not a usable run directory: run\.json is missing"):
+            getattr(nothing, name)
 
 
 def test_a_finetuning_takes_a_run_and_has_scores(examples: Path) -> None:

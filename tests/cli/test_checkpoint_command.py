@@ -16,6 +16,7 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import RunRecord, RunSettings
 from electra_ds.training.checkpoint import CheckpointFolder, verify_checkpoint
+from electra_ds.training.checkpoints import list_checkpoints
 from electra_ds.training.optimizer import FRESH_COUNTERS
 from tests.helpers import cpu_plan, small_recipe
 from tests.training.test_checkpoint import tensors
@@ -73,6 +74,24 @@ def test_ls_tells_what_saved_each_and_what_its_size_gives_away(run: Path, capsys
     assert found[2]["problem"] == "state.json is missing"
     assert [checkpoint._asdict() for checkpoint in Run(run).list_checkpoints()] == found
     assert found[0]["bytes"] == sum(path.stat().st_size for path in (run / "checkpoints" / "step-00000010").iterdir())
+
+
+def test_ls_shows_tokens_and_sizes_in_a_unit_that_fits_them(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call("ls", run)
+    line = capsys.readouterr().out.splitlines()[1].split()
+    assert line[1:3] == ["1.0", "k"]  # 100 x 10 tokens
+    assert line[line.index("bf16") - 1] == "kB"
+    first = list_checkpoints(run)[0]
+    for tokens, size, shown in (
+        (0, 0, "0 0 B"), (999, 2_500, "999 2.5 kB"), (3_140_000, 7 * 10**6, "3.1 M 7.0 MB"),
+        (2 * 10**10, 10**10, "20.0 G 10.0 GB"),
+    ):  # fmt: skip
+        found = [first._replace(tokens=tokens, bytes=size, saved=None)]
+        monkeypatch.setattr("electra_ds.training.checkpoints.list_checkpoints", lambda path, found=found: found)
+        call("ls", run)
+        assert f" {shown} bf16" in " ".join(capsys.readouterr().out.split())
 
 
 def test_verify_reads_every_byte_and_ends_with_status_2(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from electra_ds.api.launch import refuse_years
-from electra_ds.api.pretrain import default_recipe
+from electra_ds.api.pretrain import default_recipe, pretrain
 from electra_ds.cli import build_parser, main
 from electra_ds.config.cards import CARDS
 from electra_ds.config.deepspeed import default_ds_config, resolve
@@ -21,11 +23,19 @@ from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.run_time import YEAR_S, RunTime, cpu_time, finetuning_time, pretraining_time
+from electra_ds.pretraining.run_time import (
+    YEAR_S,
+    RunTime,
+    cpu_time,
+    finetuning_time,
+    pretraining_time,
+    shortest_s,
+)
 from electra_ds.sweep.options import KINDS
+from electra_ds.training.callbacks import Callback, Progress
 from electra_ds.training.engine import wants_fp16
 from tests.finetune_runs import tiny_electra, write_glue
-from tests.helpers import SMALL, small_recipe, write_corpus
+from tests.helpers import SMALL, cpu_plan, small_recipe, write_corpus
 
 CPU = torch.device("cpu")
 
@@ -257,9 +267,39 @@ def test_an_unknown_gpus_time_is_not_predicted(monkeypatch: pytest.MonkeyPatch) 
     assert finetuning_time(10**8, 12, 4096, plan, cuda, steps=10**9, threads=1) is None
 
 
-def test_time_on_a_cpu_grows_with_the_flops_and_shrinks_with_ranks() -> None:
-    """Each call measures the rate anew, which varies by less than this."""
-    one, ten, two_ranks = cpu_time(1e12, 1), cpu_time(1e13, 1), cpu_time(1e13, 1, world_size=2)
+def test_time_on_a_cpu_grows_with_flops_and_operations_and_shrinks_with_ranks() -> None:
+    """Each call measures the rates anew, which vary by less than this."""
+    one, ten, two_ranks = cpu_time(1e12, 0, 1), cpu_time(1e13, 0, 1), cpu_time(1e13, 0, 1, world_size=2)
     assert 3 < ten.low_s / one.low_s < 30
     assert 0.6 < ten.low_s / two_ranks.low_s < 6
     assert one.low_s < one.high_s
+    assert 3 < cpu_time(0, 1e6, 1).low_s / cpu_time(0, 1e5, 1).low_s < 30
+
+
+def test_times_of_calls_that_other_programs_delayed_do_not_count() -> None:
+    delays = itertools.chain([0.02, 0.02, 0.02], itertools.repeat(0))
+    assert shortest_s(lambda: time.sleep(next(delays))) < 0.01
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("overrides", [(), ("global_batch_size=2", "model.num_hidden_layers=1")], ids=["small", "tiny"])
+def test_the_predicted_time_on_a_cpu_contains_that_of_a_small_model(
+    overrides: tuple[str, ...], tmp_path: Path, store: TokenStore
+) -> None:
+    """Both times are the shortest of several, so that other programs do not matter."""
+    times: list[float] = []
+
+    class Clock(Callback):
+        def on_report(self, progress: Progress, summary: str) -> None:
+            times.append(time.perf_counter())
+
+    recipe = small_recipe("schedule.total_steps=40", "schedule.warmup_steps=4", *overrides)
+    pretrain(
+        recipe, ds_config="cpu", data=store.path, run_dir=tmp_path / "run", threads=1, log_every=1,
+        eval_windows=8, callbacks=[Clock()], quiet=True,
+    )  # fmt: skip
+    shortest = min(after - before for before, after in itertools.pairwise(times))
+    vocab_size = store.tokenizer.vocab_size
+    found = pretraining_time(recipe, vocab_size, cpu_plan(recipe), torch.device("cpu"), steps=1, threads=1)
+    assert found is not None
+    assert found.low_s < shortest < found.high_s

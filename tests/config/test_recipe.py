@@ -89,6 +89,23 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(override: str, nearest: 
         load_recipe("tiny", [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("schedule.total_steps=400", "schedule.epochs"),
+        ("max_steps=400", "schedule.epochs"),
+        ("schedule.warmup_steps=4", "schedule.warmup_share"),
+        ("data.sequence_length=64", "data.max_length"),
+        ("max_seq_length=64", "data.max_length"),
+    ],
+)
+def test_a_value_that_finetuning_lacks_is_refused_with_the_one_that_takes_its_place(
+    override: str, nearest: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key; did you mean '{nearest}'"):
+        load_finetune_recipe("rc2020", "rte", [override])
+
+
 def test_every_problem_is_in_one_message() -> None:
     bad = ["model.hidden_size=30", "model.num_attention_heads=4", "masking.mlm_probability=2", "global_batch_size=0"]
     with pytest.raises(ConfigError) as error:

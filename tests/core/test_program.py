@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from electra_ds.cli import build_parser, main
+from electra_ds.config.commands import COMMANDS
+from electra_ds.config.option import described
 from electra_ds.core.program import PACKAGES, as_called, command, missing_package
 from tests.helpers import REPOSITORY
 
@@ -79,6 +83,18 @@ def test_bench_without_a_checkout_is_answered_by_where_it_is(capsys: pytest.Capt
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "--sections", "step"])
     assert "run bin/bench in a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_misspelt_option_gets_a_suggestion_in_every_command(name: str, capsys: pytest.CaptureFixture) -> None:
+    """Also if a required argument is missing, which may be the misspelt one."""
+    options = [of.flag for of in described(COMMANDS[name]).values() if of.flag and of.help != argparse.SUPPRESS]
+    for flag, value in itertools.product({*options[:1], *options[-1:]}, (" x", "=x")):
+        given = f"{flag}{flag[-1]}{value}".split()
+        with pytest.raises(SystemExit):
+            main([*name.split(), *given])
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"error: unrecognized arguments: {given[0]}; did you mean '{flag}'?" in said
 
 
 def test_as_called_changes_names_of_commands_alone() -> None:

@@ -27,13 +27,17 @@ from transformers import (
 )
 
 from electra_ds.config.options import PretrainOptions
+from electra_ds.config.overrides import load_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
+from electra_ds.core.files import is_hub_model
 from electra_ds.core.ranks import Ranks
+from electra_ds.data.given_tokenizer import Casing, load_given_tokenizer
 from electra_ds.data.token_store import TokenStore
 from electra_ds.finetuning.encoder_source import EncoderSource, read_encoder
 from electra_ds.finetuning.heads import make_encoder
 from electra_ds.interop.export import export_run
+from electra_ds.interop.init_from import read_initial_weights
 from electra_ds.pretraining import prepare
 from electra_ds.pretraining.pretrain import pretrain
 from electra_ds.training.prepare import plan_new
@@ -428,6 +432,21 @@ def test_a_made_encoder_takes_nothing_from_torchs_generator() -> None:
     torch.manual_seed(3)
     make_encoder(electra_config(), 1)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_missing_path_in_an_existing_folder_is_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("electra_ds.data.hub.snapshot_download", lambda *given, **how: pytest.fail("asked the Hub"))
+    assert is_hub_model("google/electra-small-discriminator")
+    with pytest.raises(DataError, match="The model runs/typo does not exist"):
+        read_encoder("runs/typo")
+    with pytest.raises(DataError, match="There is no folder runs/typo"):
+        read_initial_weights(["runs/typo"], load_recipe("tiny"))
+    with pytest.raises(DataError, match="No tokenizer at runs/typo"):
+        load_given_tokenizer("runs/typo", Casing())
 
 
 def test_data_errors_are_data_errors(tmp_path: Path) -> None:

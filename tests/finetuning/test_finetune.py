@@ -423,7 +423,8 @@ def test_stopped_and_resumed_is_straight_bit_for_bit(
     """Also where it stops at an evaluation (5) and twice; only the evaluation at the stop itself is one more."""
     run_dir = tmp_path / "run"
     said = finetune(*arguments_of(electra, glue, "mrpc", run_dir, **SAVED, stop_at=stop_at))
-    assert f"The run is in {run_dir}. To resume: electra-ds finetune --resume {run_dir}" in said
+    how = f"Stopped at step {stop_at} of 24, as --stop-at asks. To resume: electra-ds finetune --resume {run_dir}"
+    assert how in " ".join(said.split())
     assert not (run_dir / "scores.json").exists()
     resume(run_dir, "--stop-at", stop_at + 1)
     resume(run_dir)
@@ -565,6 +566,17 @@ def test_resuming_a_finished_run_is_not_an_error_and_names_its_scores_and_its_mo
         f"To predict the test sets: electra-ds finetune --resume {straight} --predict-test\n"
     )
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
+
+
+def test_a_finished_run_without_test_sets_does_not_suggest_to_predict_them(
+    electra: Path, glue: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(glue, tmp_path / "glue")
+    (tmp_path / "glue" / "MRPC" / "test.tsv").unlink()
+    finetune(*arguments_of(electra, tmp_path / "glue", "mrpc", tmp_path / "run"))
+    said = finetune("--resume", tmp_path / "run")
+    assert "is finished" in said
+    assert "--predict-test" not in said
 
 
 def test_what_is_no_run_of_this_command_is_not_resumed(stopped: Path, tmp_path: Path) -> None:

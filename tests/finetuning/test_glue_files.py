@@ -571,9 +571,34 @@ def test_columns_are_chosen_by_their_names_or_as_asked_for(tmp_path: Path) -> No
         ({"text": "txt"}, "no column 'txt'; did you mean 'text'.*; its columns are text, label, z"),
         ({"text": "z", "pair": "z"}, "must be different columns"),
         ({"text": "label"}, "no label column; its columns are text, label, z"),
+        ({"text": "txt", "label": "lable"}, "no column 'txt'.*; no column 'lable'; did you mean 'label'"),
+        ({"text": "a", "pair": "a"}, "no column 'a'; its columns are text, label, z"),
     ]:
         with pytest.raises(DataError, match=message):
             read(["text", "label", "z"], **options)
+    with pytest.raises(
+        DataError, match="no column 'c'; no text column; no label column; its columns are a, b"
+    ) as caught:
+        read(["a", "b"], pair="c")
+    assert "--text COLUMN" in str(caught.value)
+    assert "--label COLUMN" in str(caught.value)
+
+
+def test_all_columns_that_a_file_lacks_are_named_together(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", "text,text2,label", "a,b,0", "c,d,1")
+    other = write(tmp_path / "other.csv", "words,label", "a,0")
+    with pytest.raises(
+        DataError, match=r"other\.csv: no column 'text'; no column 'text2'; its columns are words, label"
+    ):
+        load_own(train, None, other)
+    bare = write(tmp_path / "bare.csv", "words", "a")
+    with pytest.raises(
+        DataError, match="no column 'text'; no column 'text2'; no column 'label'; its columns are words"
+    ):
+        load_own(train, bare, None)
+    write(tmp_path / "train.tsv", "index\tx", "0\ta")
+    with pytest.raises(DataError, match="no column 'sentence1'; no column 'sentence2'; no column 'label'; its columns"):
+        load_glue("rte", tmp_path)
 
 
 def test_a_test_file_may_have_labels_or_something_in_their_place(tmp_path: Path) -> None:
@@ -619,7 +644,7 @@ BROKEN: list[tuple[str, dict[str, str], str]] = [
      r"test\.csv, row 2: the label 'maybe'"),
     ("header only", {"train.csv": "text,label\n"}, r"train\.csv has no rows"),
     ("empty", {"train.csv": ""}, r"train\.csv is empty"),
-    ("empty JSON", {"train.jsonl": "\n"}, r"no text column; its columns are none"),
+    ("empty JSON", {"train.jsonl": "\n"}, r"no text column; no label column; its columns are none"),
     ("dev header only", {"train.csv": "text,label\na,0\nb,1\n", "dev.csv": "text,label\n"}, r"dev\.csv has no rows"),
     ("one class", {"train.csv": "text,label\na,0\nb,0\n"}, r"every row has the label '0', so there is nothing"),
     ("one score", {"train.csv": "text,label\na,0.5\nb,0.50\n"}, r"every row has the label '0.5'"),

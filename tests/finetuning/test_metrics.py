@@ -147,6 +147,14 @@ def test_no_class_for_every_row_is_more_accurate_than_the_baseline(truth: list[i
     assert found.metrics["matthews"] == 0
 
 
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=40))
+def test_neither_class_for_every_row_has_a_higher_f1_than_the_baseline(truth: list[int]) -> None:
+    share = sum(truth) / len(truth)
+    found = baseline(["f1"], truth, is_regression=False).metrics["f1"]
+    assert found == pytest.approx(2 * share / (1 + share))  # a balanced set: 2/3
+    assert found == max(score(["f1"], truth, [label] * len(truth))["f1"] for label in (0, 1))
+
+
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=30), st.floats(-1e3, 1e3))
 def test_no_score_for_every_row_has_a_smaller_squared_error_than_the_baseline(truth: list[float], any_: float) -> None:
     found = baseline(["mse", "pearson"], truth, is_regression=True)

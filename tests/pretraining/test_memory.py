@@ -19,7 +19,6 @@ from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.memory import (
     count_parameters,
-    head_pieces,
     peak_memory,
     saved_bytes,
 )
@@ -165,9 +164,16 @@ def test_the_rooflines_traffic_and_operations_are_those_of_a_step(precision: str
     traffic = run_time.TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
     traffic += run_time.TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
     assert traffic == pytest.approx(tracked.tracker.traffic_bytes, rel=0.1)
-    of_layer, of_piece, of_rest = run_time.OPERATIONS
-    operations = of_layer * 24 + of_piece * head_pieces(vocab_size, selected) + of_rest
+    operations = run_time.step_operations(recipe, vocab_size, plan_of(recipe, precision))
     assert operations == pytest.approx(tracked.tracker.operations, rel=0.1)
+
+
+def test_the_small_layers_operations_are_those_that_torch_calls() -> None:
+    call = run_time.small_layer()
+    call()
+    with Tracker() as tracker:
+        call()
+    assert tracker.operations == pytest.approx(run_time.LAYER_OPERATIONS, rel=0.1)
 
 
 def test_the_largest_micro_batch_fits_and_the_next_larger_does_not() -> None:

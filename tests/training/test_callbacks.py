@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import electra_ds
-from electra_ds.core.errors import TrainingError
+from electra_ds.core.errors import ConfigError, TrainingError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.callbacks import Callback, Callbacks, Metrics, Progress
@@ -90,6 +90,15 @@ def test_a_run_that_a_callback_stops_is_saved_and_resumes_bit_for_bit(
     assert train_losses(stopped.path) == train_losses(straight.path)
     ours, theirs = final_tensors(stopped.path), final_tensors(straight.path)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("callbacks", [[Recorder], [print], Recorder(), "loss", [Recorder(), None]], ids=repr)
+def test_anything_but_a_list_of_callbacks_is_refused_before_the_run(callbacks: Any, tmp_path: Path) -> None:
+    for start in (electra_ds.pretrain, electra_ds.finetune):
+        given: dict[str, Any] = {"recipe": "tiny"} if start is electra_ds.pretrain else {"model": "x", "task": "rte"}
+        with pytest.raises(ConfigError, match=r"must be a list of objects .* such as \[MyCallback\(\)\]\. This does"):
+            start(**given, run_dir=tmp_path / "run", callbacks=callbacks)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_of_a_callback_ends_the_run_as_failed(store: TokenStore, tmp_path: Path, process_group: Ranks) -> None:

@@ -239,6 +239,11 @@ class Objective(ABC, Generic[RecipeT]):
         """Return the model FLOPs of a step over full rows."""
         return None
 
+    def usual_operations(self, plan: DeepSpeedPlan) -> int:
+        """Return the number of operations of a step's forward and backward pass on each rank, which bound the speed of
+        a small model; 0 if they are not counted."""
+        return 0
+
     def step_time(self, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
         """Return the roofline of a step over full rows on such cards; None also if the card lacks the precision."""
         return None

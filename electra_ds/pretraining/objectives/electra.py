@@ -34,7 +34,7 @@ from electra_ds.pretraining.objectives.electra_evaluation import (
     measured,
     sample_sentences,
 )
-from electra_ds.pretraining.run_time import StepTime, step_flops, step_time
+from electra_ds.pretraining.run_time import StepTime, step_flops, step_operations, step_time
 from electra_ds.training.step import LossTerm
 
 _MASKS_AND_NOISE = 0x50
@@ -234,6 +234,9 @@ class ElectraObjective(Objective[ElectraRecipe]):
     def _flops(self, lengths_B: Sequence[int] | np.ndarray, selected: int) -> float:
         configs = encoder_configs(self.recipe, self.vocab_size, self.pad_token_id)
         return step_flops(*configs, lengths_B, selected).forward_and_backward
+
+    def usual_operations(self, plan: DeepSpeedPlan) -> int:
+        return step_operations(self.recipe, self.vocab_size, plan)
 
     def step_time(self, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
         return step_time(self.recipe, self.vocab_size, plan, card)
