@@ -16,14 +16,12 @@ import torch
 
 from benchmarks.measure import ratio
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core.ranks import join_ranks
 from electra_ds.interop.export_deepspeed import native_engine
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, open_checkpoint
-from electra_ds.training.saver import CheckpointSaver
+from electra_ds.training.checkpoint import CheckpointFolder, CheckpointSaver, load_checkpoint, open_checkpoint
 
 _BASE = (
     "model.embedding_size=768", "model.hidden_size=768", "model.num_attention_heads=12",

@@ -16,8 +16,7 @@ from benchmarks.measure import peak_bytes
 from electra_ds.config.cards import CARDS, SHOWN_SHARE, Card
 from electra_ds.config.deepspeed import DeepSpeedPlan, read_deepspeed_json, resolve, with_micro_batch
 from electra_ds.config.deepspeed_sections import precision_section
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.electra import Electra

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core import devices
 from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.batches import BatchBuilder

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.suite import Settings, Suite
 from electra_ds.config.cards import check_gpu, detect_hardware
-from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import load_recipe
 from electra_ds.config.run_record import versions
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError

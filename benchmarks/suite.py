@@ -31,8 +31,7 @@ from benchmarks.measure import (
 from benchmarks.synthetic import glue_lengths, web_text_lengths, write_store
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.deepspeed_sections import precision_section
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core.keyed_random import column_keys
 from electra_ds.data.token_store import Ranges, TokenStore
 from electra_ds.model.heads import sample_tokens

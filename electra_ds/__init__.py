@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from electra_ds.config.finetune_recipe import FinetuneRecipe as FinetuneRecipe
     from electra_ds.config.options import FinetuneOptions as FinetuneOptions
     from electra_ds.config.options import PretrainOptions as PretrainOptions
-    from electra_ds.config.overrides import load_recipe as load_recipe
     from electra_ds.config.recipe import Recipe as Recipe
+    from electra_ds.config.recipe import load_recipe as load_recipe
     from electra_ds.data.token_store import TokenStore as TokenStore
     from electra_ds.pretraining.objectives.base import Objective as Objective
     from electra_ds.training.callbacks import Callback as Callback

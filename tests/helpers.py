@@ -10,8 +10,7 @@ import numpy as np
 from torch import distributed
 
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra

@@ -21,8 +21,13 @@ import torch
 from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, open_checkpoint, verify_checkpoint
-from electra_ds.training.saver import CheckpointSaver
+from electra_ds.training.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    CheckpointSaver,
+    open_checkpoint,
+    verify_checkpoint,
+)
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 from tests.rank_worker import PRECISIONS, own_samples
 

@@ -13,7 +13,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import psutil
 import yaml
 
-from electra_ds.config.overrides import parse_value
+from electra_ds.config.recipe import parse_value
 from tests.helpers import REPOSITORY, SMALL
 from tests.launching import ENVIRONMENT
 

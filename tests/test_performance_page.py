@@ -8,7 +8,7 @@ from typing import Any
 
 from electra_ds.config.cards import Card, find_card, peak_flops
 from electra_ds.config.deepspeed import resolve
-from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import load_recipe
 from electra_ds.pretraining.electra import Electra, encoder_configs
 from electra_ds.pretraining.run_time import SLOWER, step_flops, step_time, time_of_steps
 from tests.helpers import REPOSITORY

@@ -12,8 +12,7 @@ from electra_ds.api.run import Run
 from electra_ds.api.stores import open_store
 from electra_ds.config.commands import ExportOptions, ImportOptions
 from electra_ds.config.options import PretrainOptions, with_seed
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import RecipeSource
+from electra_ds.config.recipe import RecipeSource, load_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.program import command

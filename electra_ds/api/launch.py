@@ -22,8 +22,7 @@ from rich.progress import TimeRemainingColumn
 from electra_ds.api.run import Run
 from electra_ds.config.option import Options
 from electra_ds.config.options import RunOptions
-from electra_ds.config.overrides import as_overrides
-from electra_ds.config.recipe import Section
+from electra_ds.config.recipe import Section, as_overrides
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command

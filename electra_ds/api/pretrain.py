@@ -16,8 +16,7 @@ from electra_ds.api.stores import look_for_store, open_store
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe, RecipeSource
+from electra_ds.config.recipe import Recipe, RecipeSource, load_recipe
 from electra_ds.core import devices
 from electra_ds.core.launcher import detect
 from electra_ds.core.program import command

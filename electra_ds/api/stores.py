@@ -16,8 +16,7 @@ from electra_ds.api.launch import display, given_options
 from electra_ds.config.commands import BuildDataOptions, ImportOptions
 from electra_ds.config.names import GPU_RECIPE
 from electra_ds.config.options import CorpusOptions, PretrainOptions
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection
+from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection, load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.files import is_hub_model
 from electra_ds.core.terminal import StageProgress

@@ -85,7 +85,7 @@ def _build_data(options: BuildDataOptions) -> None:
     from rich.console import Console
 
     from electra_ds.api.stores import build_data
-    from electra_ds.config.overrides import load_recipe
+    from electra_ds.config.recipe import load_recipe
     from electra_ds.core.terminal import note, say, say_command
 
     recipe = load_recipe(options.recipe or GPU_RECIPE, options.overrides or ())
@@ -114,7 +114,7 @@ def _build_data(options: BuildDataOptions) -> None:
 
 def _plan(options: PlanOptions) -> None:
     from electra_ds.api.plan import planned
-    from electra_ds.config.overrides import load_recipe
+    from electra_ds.config.recipe import load_recipe
     from electra_ds.report.forecast import as_json, forecast_all, forecast_report, forecasts_table
 
     console = wide_console()
@@ -172,8 +172,7 @@ def full_text(name: str) -> str:
         raise ConfigError(f"There is no recipe '{name}'{hint} The recipes are {', '.join(known)}.")
 
     from electra_ds.config.finetune_recipe import FinetuneRecipe
-    from electra_ds.config.overrides import dotted_values
-    from electra_ds.config.recipe import Recipe, named_values, validate_recipe, values_yaml
+    from electra_ds.config.recipe import Recipe, dotted_values, named_values, validate_recipe, values_yaml
 
     values = named_values(name, folder)
     values.pop("by_task", None)

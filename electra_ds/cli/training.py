@@ -77,7 +77,7 @@ def add_training(commands: Commands) -> None:
 
 def _pretrain(options: PretrainOptions) -> None:
     if options.recipe is not None:
-        from electra_ds.config.overrides import load_recipe
+        from electra_ds.config.recipe import load_recipe
 
         load_recipe(options.recipe, options.recipe_overrides())  # reject an invalid recipe before importing torch
 

@@ -17,13 +17,14 @@ from typing import Literal
 from pydantic import Field
 
 from electra_ds.config.names import FINETUNE_RECIPES, TASKS, shipped_names
-from electra_ds.config.overrides import apply_overrides, put_value
 from electra_ds.config.recipe import (
     OptimizerSection,
     RecipeSource,
     ScheduleSection,
     Section,
+    apply_overrides,
     named_values,
+    put_value,
     shown_source,
     validate_recipe,
 )

@@ -34,10 +34,9 @@ from electra_ds.finetuning.heads import TaskModel, finetuning_rates, make_encode
 from electra_ds.finetuning.inputs import TaskBatchBuilder, TaskInputs, evaluation_chunks
 from electra_ds.finetuning.tokenized_task import EvaluationResult, Outputs, TokenizedTask
 from electra_ds.training.callbacks import Callback, Metrics
-from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint, remove
+from electra_ds.training.checkpoint import CheckpointFolder, CheckpointSaver, open_checkpoint, remove
 from electra_ds.training.engine import Engine
 from electra_ds.training.loop import TrainingLoop, train
-from electra_ds.training.saver import CheckpointSaver
 from electra_ds.training.step_log import Throughput
 from electra_ds.training.tracking import read_metrics
 

@@ -11,8 +11,7 @@ import torch
 
 from electra_ds.config.deepspeed import resolve
 from electra_ds.config.deepspeed_sections import precision_section
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import join_ranks

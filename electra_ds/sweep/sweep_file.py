@@ -13,8 +13,7 @@ import pydantic
 import yaml
 
 from electra_ds.config.names import SWEEPS, shipped_names, shipped_text
-from electra_ds.config.overrides import parse_value
-from electra_ds.config.recipe import load_yaml
+from electra_ds.config.recipe import load_yaml, parse_value
 from electra_ds.core.errors import ConfigError, did_you_mean
 from electra_ds.sweep.options import (
     INSTEAD,

@@ -29,11 +29,10 @@ from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks, is_lost_connection
 from electra_ds.core.terminal import NOTE, log_command, with_command
 from electra_ds.training.callbacks import Callback, Callbacks, Metrics, Progress
-from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
+from electra_ds.training.checkpoint import CheckpointFolder, CheckpointSaver, open_checkpoint
 from electra_ds.training.checkpoints import check_same_recipe
 from electra_ds.training.engine import Engine
 from electra_ds.training.preemption import Preemption, StopRequest
-from electra_ds.training.saver import CheckpointSaver
 from electra_ds.training.step import Builder, StepBatch, prefetched
 from electra_ds.training.step_log import StepLog, Throughput, allowed_skips, finite_values
 from electra_ds.training.tracking import RunLog

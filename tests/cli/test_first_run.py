@@ -18,7 +18,7 @@ from electra_ds.config.cards import CARDS
 from electra_ds.config.deepspeed import default_ds_config, resolve
 from electra_ds.config.names import ds_config_names
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import load_recipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from electra_ds.cli import main
 from electra_ds.config.finetune_recipe import load_finetune_recipe
 from electra_ds.config.names import FINETUNE_RECIPES, RECIPES, finetune_recipe_names, recipe_names, shipped_text
-from electra_ds.config.overrides import load_recipe, parse_value
-from electra_ds.config.recipe import ElectraRecipe, recipe_yaml, validate_recipe
+from electra_ds.config.recipe import ElectraRecipe, load_recipe, parse_value, recipe_yaml, validate_recipe
 from electra_ds.core.errors import ConfigError
 
 

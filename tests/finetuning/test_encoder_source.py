@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import load_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.files import is_hub_model

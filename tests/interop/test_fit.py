@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.interop.pretrained import KnownSizes, NetworkSizes, check_fit
 

@@ -173,7 +173,7 @@ def test_no_gradient_flows_through_the_samples(store: TokenStore) -> None:
     [("rc2020-small", (64, 12, 1, 256)), ("tiny", None)],
 )
 def test_the_generators_size_follows_the_originals_rule(recipe: str, expected: tuple[int, ...] | None) -> None:
-    from electra_ds.config.overrides import load_recipe
+    from electra_ds.config.recipe import load_recipe
 
     generator, discriminator = encoder_configs(load_recipe(recipe), 30522, 0)
     if expected:
@@ -188,7 +188,7 @@ def test_the_generators_size_follows_the_originals_rule(recipe: str, expected: t
 
 def test_rc2020_small_has_as_many_parameters_as_the_reference_counts() -> None:
     """13,549,057 in the discriminator with its embeddings, 647,162 in the generator alone (type table of two rows)."""
-    from electra_ds.config.overrides import load_recipe
+    from electra_ds.config.recipe import load_recipe
 
     model = Electra(load_recipe("rc2020-small"), 30522, 0)
     discriminator = sum(p.numel() for n, p in model.named_parameters() if n.startswith("discriminator"))

@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.config.cards import CARDS, find_card, peak_flops
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.pretraining.convert import transformers_config
 from electra_ds.pretraining.electra import Electra, MicroBatch, encoder_configs
 from electra_ds.pretraining.run_time import StepFlops, step_flops

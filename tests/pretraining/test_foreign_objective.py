@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertForMaskedLM
 
 from electra_ds.cli import main
 from electra_ds.config.names import find_objective
-from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore

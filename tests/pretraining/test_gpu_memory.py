@@ -14,8 +14,7 @@ from benchmarks.memory import Case, card_case, is_as_large, limited, measure_cas
 from benchmarks.synthetic import write_store
 from electra_ds.config.cards import find_card
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import Ranges, TokenStore
 from electra_ds.pretraining.batches import BatchBuilder

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.names import recipe_names
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import run_time
 from electra_ds.pretraining.electra import Electra

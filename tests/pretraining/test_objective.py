@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.nn import functional
 
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import MaskingSection
+from electra_ds.config.recipe import MaskingSection, load_recipe
 from electra_ds.core.keyed_random import (
     column_keys,
     exponential_noise,

@@ -14,7 +14,7 @@ import torch
 from electra_ds.config.cards import CARDS, Card, find_card, lacks
 from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json
 from electra_ds.config.names import ds_config_names, recipe_names
-from electra_ds.config.overrides import load_recipe
+from electra_ds.config.recipe import load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.memory import Phase, peak_memory
 from electra_ds.pretraining.run_time import pretraining_time

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from electra_ds.cli import build_parser
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
 from electra_ds.config.names import SWEEPS, shipped_names
-from electra_ds.config.overrides import load_recipe
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.sweep.options import KINDS
 from electra_ds.sweep.sweep_file import load_sweep, parse_sweep

@@ -13,8 +13,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.plain import PlainEngine
-from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
-from electra_ds.training.saver import CheckpointSaver
+from electra_ds.training.checkpoint import CheckpointFolder, CheckpointSaver, open_checkpoint
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 from tests.plan_worker import take_over
 

@@ -15,8 +15,7 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.training import checkpoint as checkpoint_module
-from electra_ds.training.checkpoint import CheckpointFolder, FileEntry, load_checkpoint, write_tensors
-from electra_ds.training.saver import CheckpointSaver
+from electra_ds.training.checkpoint import CheckpointFolder, CheckpointSaver, FileEntry, load_checkpoint, write_tensors
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
 STATE = {"step": 3, "tokens": 0, "precision": "fp32"}
