@@ -43,10 +43,16 @@ class SweepBar(SweepProgress):
 
 
 def run_sweep(
-    sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] | Mapping[str, Any] = (),
-    retry_failed: bool = False, local: bool = False, address: str | None = None, time_limit_s: float | None = None,
+    sweep: Sweep | None,
+    folder: str | Path | None = None,
+    *,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    retry_failed: bool = False,
+    local: bool = False,
+    address: str | None = None,
+    time_limit_s: float | None = None,
     quiet: bool = False,
-) -> SweepOutcome:  # fmt: skip
+) -> SweepOutcome:
     """Run a sweep's missing trials, write its tables, and return its results; `print(outcome.report)` shows the tables.
 
     Args:
@@ -66,9 +72,15 @@ def run_sweep(
     """
     with display(quiet) as console:
         return sweeps.run_sweep(
-            sweep, folder, overrides=overrides, retry_failed=retry_failed, local=local, address=address,
-            time_limit_s=time_limit_s, progress=SweepBar(console) if console.is_terminal else None,
-        )  # fmt: skip
+            sweep,
+            folder,
+            overrides=overrides,
+            retry_failed=retry_failed,
+            local=local,
+            address=address,
+            time_limit_s=time_limit_s,
+            progress=SweepBar(console) if console.is_terminal else None,
+        )
 
 
 def plan_sweep(sweep: Sweep | None, folder: str | Path | None = None, **how: Any) -> list[Table | Line]:
@@ -80,9 +92,12 @@ def plan_sweep(sweep: Sweep | None, folder: str | Path | None = None, **how: Any
 
 
 def report_runs(
-    paths: str | Path | Sequence[str | Path], *, compare: Sequence[str] = (), csv: str | Path | None = None,
+    paths: str | Path | Sequence[str | Path],
+    *,
+    compare: Sequence[str] = (),
+    csv: str | Path | None = None,
     submission: str | Path | None = None,
-) -> Report:  # fmt: skip
+) -> Report:
     """Return the scores of finetunings over seeds and tasks, or the tables of a sweep, without printing anything.
 
     Args:
@@ -104,9 +119,11 @@ def report_runs(
     for path in given:
         RunDirectory(path).check_kind("finetune")
     return report_scores(
-        given, compare=compare, csv=None if csv is None else Path(csv),
+        given,
+        compare=compare,
+        csv=None if csv is None else Path(csv),
         submission=None if submission is None else Path(submission),
-    )  # fmt: skip
+    )
 
 
 def report_of_sweep(path: Path) -> Report:

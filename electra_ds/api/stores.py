@@ -142,9 +142,13 @@ def _make_store(
     corpus, tokenizer = _asked_for(options, recipe, check)
     with _without_main():
         store = build_store(
-            corpus, tokenizer, out, workers=workers, allow_unknown=bool(options.allow_unknown),
+            corpus,
+            tokenizer,
+            out,
+            workers=workers,
+            allow_unknown=bool(options.allow_unknown),
             show_progress=show_progress,
-        )  # fmt: skip
+        )
     for line in corpus.notes():
         _log.info(line)
     _log_unknown(store.info, always=True)

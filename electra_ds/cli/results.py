@@ -86,9 +86,14 @@ def _sweep(options: SweepOptions) -> None:
     from electra_ds.api.reports import run_sweep
 
     outcome = run_sweep(
-        sweep, folder, overrides=overrides, retry_failed=bool(options.retry_failed), local=bool(options.local),
-        address=options.address, time_limit_s=options.time_limit,
-    )  # fmt: skip
+        sweep,
+        folder,
+        overrides=overrides,
+        retry_failed=bool(options.retry_failed),
+        local=bool(options.local),
+        address=options.address,
+        time_limit_s=options.time_limit,
+    )
     print_report(outcome.report.parts, console)
     if not outcome.is_complete:
         raise SystemExit(1)

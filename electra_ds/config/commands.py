@@ -50,12 +50,15 @@ class PlanOptions(Options):
     card: str | None = option(
         "a GPU, installed here or not, such as 'GTX 1060 6GB', RTX4090, 'RTX 5070 Ti', A6000, L4, L40S or A10; or cpu "
         "for this machine's CPU (default: the card that the JSON is named after, or this machine)",
-        metavar="NAME", exclusive="where",
-    )  # fmt: skip
+        metavar="NAME",
+        exclusive="where",
+    )
     memory_gb: float | None = option(
         "plan for a GPU with this much free memory, in GiB",
-        metavar="N", parse=gibibytes, exclusive="where",
-    )  # fmt: skip
+        metavar="N",
+        parse=gibibytes,
+        exclusive="where",
+    )
     vocab_size: int | None = option("vocabulary size of your tokenizer (default: the recipe's)", metavar="N")
     micro_batch: int | Literal["auto"] | None = micro_batch_option(
         "instead of the JSON's; auto: the largest that fits", group=""
@@ -100,8 +103,9 @@ class SweepOptions(Options):
     )
     overrides: list[str] | None = option(
         "change the file, e.g. --set finetune.model=RUN finetune.seeds=[0,1] resources.gpus=0.5",
-        flag="--set", metavar="KEY=VALUE",
-    )  # fmt: skip
+        flag="--set",
+        metavar="KEY=VALUE",
+    )
     out: Path | None = option("the sweep's folder (default: runs/sweep-NAME)", metavar="DIR", aliases=("--run-dir",))
     resume: Path | None = option("run what is missing in this sweep", metavar="DIR")
     retry_failed: bool | None = option("with --resume: also run the failed trials again")
@@ -139,8 +143,9 @@ class ReportOptions(Options):
     compare: list[str] | None = option(
         "published rows to show next to them, such as mercier2021 and clark2020-small-owt; docs/glue-scores.md has the "
         "others",
-        metavar="NAME", group=_SCORES,
-    )  # fmt: skip
+        metavar="NAME",
+        group=_SCORES,
+    )
     csv: Path | None = option("write every run's scores to this file", metavar="FILE", group=_SCORES)
     submission: Path | None = option("write the zip for gluebenchmark.com to this file", metavar="FILE", group=_SCORES)
 
@@ -154,7 +159,7 @@ class ExportOptions(Options):
         "transformers (default): generator and discriminator, or a finetuned model with its head, to load with "
         "from_pretrained. deepspeed: a pretraining's weights and optimizer as DeepSpeed's own checkpoint",
         default="transformers",
-    )  # fmt: skip
+    )
     out: Path | None = option("default: RUN/export, or RUN/native for DeepSpeed", metavar="DIR")
     ds_config: str | None = option(
         "the JSON with the ZeRO stage and precision to write for (default: the run's)", metavar="NAME|FILE"
@@ -235,8 +240,9 @@ class ImportOptions(CorpusOptions):
     )
     frozen: list[str] | None = option(
         "prefixes of the names of frozen parameters, if a stage 0 checkpoint does not record them",
-        metavar="NAME", group=_UNKNOWN,
-    )  # fmt: skip
+        metavar="NAME",
+        group=_UNKNOWN,
+    )
 
     def check(self) -> None:
         self.check_store(self.data)

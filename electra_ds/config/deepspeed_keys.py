@@ -162,50 +162,88 @@ def _switches(section: dict[str, Any]) -> Iterator[Any]:
 
 UNUSED = Unused(
     defaults={
-        "autotuning": {"enabled": ()}, "checkpoint": {"load_universal": (), "use_node_local_storage": ()},
-        "comet": None, "comms_logger": {"enabled": ()}, "communication_data_type": None,
-        "compile": {"deepcompile": (), "enabled": ()}, "data_efficiency": None, "data_types": {"grad_accum_dtype": ()},
-        "datastates_ckpt": None, "expert_parallel": None, "gradient_allreduce_op": "mean",
-        "gradient_predivide_factor": 1.0, "hybrid_engine": {"enabled": ()}, "managed_gradient_accumulation": True,
-        "pipeline": {"stages": (1,), "activation_checkpoint_interval": (0,)}, "prescale_gradients": False,
-        "seq_parallel_communication_data_type": "fp32", "sequence_parallel_size": 1,
+        "autotuning": {"enabled": ()},
+        "checkpoint": {"load_universal": (), "use_node_local_storage": ()},
+        "comet": None,
+        "comms_logger": {"enabled": ()},
+        "communication_data_type": None,
+        "compile": {"deepcompile": (), "enabled": ()},
+        "data_efficiency": None,
+        "data_types": {"grad_accum_dtype": ()},
+        "datastates_ckpt": None,
+        "expert_parallel": None,
+        "gradient_allreduce_op": "mean",
+        "gradient_predivide_factor": 1.0,
+        "hybrid_engine": {"enabled": ()},
+        "managed_gradient_accumulation": True,
+        "pipeline": {"stages": (1,), "activation_checkpoint_interval": (0,)},
+        "prescale_gradients": False,
+        "seq_parallel_communication_data_type": "fp32",
+        "sequence_parallel_size": 1,
         "tensor_parallel": {"autotp_size": (0, 1), "tp": ()},
-        "use_data_before_expert_parallelism": False, "weight_quantization": None,
+        "use_data_before_expert_parallelism": False,
+        "weight_quantization": None,
     },
     # NVMe files, a buffer of the original ZeRO, the last batch of DeepSpeed's own loader (every batch is full here), a
     # switch that DeepSpeed does not use, a hint about speed, and the implementation of an offloaded optimizer, which is
     # torch's AdamW here.
     without_effect=(
-        "aio", "allgather_size", "dataloader_drop_last", "disable_allgather", "vocabulary_size",
+        "aio",
+        "allgather_size",
+        "dataloader_drop_last",
+        "disable_allgather",
+        "vocabulary_size",
         "zero_force_ds_cpu_optimizer",
     ),
     removed=dict.fromkeys(
         (
-            "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "fp32_allreduce",
-            "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention",
+            "amp",
+            "compression_training",
+            "curriculum_learning",
+            "eigenvalue",
+            "elasticity",
+            "fp32_allreduce",
+            "graph_harvesting",
+            "nebula",
+            "progressive_layer_drop",
+            "quantize_training",
+            "sparse_attention",
             "sparse_gradients",
         )
     ),
-)  # fmt: skip
+)
 """Unsupported keys at the top level."""
 UNUSED_IN_ZERO = Unused(
     defaults={
-        "compute_grad_norm": True, "cpu_offload": None, "cpu_offload_param": None, "override_module_apply": True,
-        "parameter_alignment": False, "save_muon_momentum_buffer_in_memory": False,
-        "stage3_gather_fp16_weights_on_model_save": False, "zenflow": None, "zero_hpz_partition_size": 1,
-        "zero_quantized_gradients": False, "zero_quantized_nontrainable_weights": False,
+        "compute_grad_norm": True,
+        "cpu_offload": None,
+        "cpu_offload_param": None,
+        "override_module_apply": True,
+        "parameter_alignment": False,
+        "save_muon_momentum_buffer_in_memory": False,
+        "stage3_gather_fp16_weights_on_model_save": False,
+        "zenflow": None,
+        "zero_hpz_partition_size": 1,
+        "zero_quantized_gradients": False,
+        "zero_quantized_nontrainable_weights": False,
         "zero_quantized_weights": False,
     },
     # A switch that DeepSpeed no longer reads, and three for its own checkpoints. Our checkpoints load at every stage
     # and on any number of ranks.
     without_effect=(
-        "cpu_offload_use_pin_memory", "elastic_checkpoint", "load_from_fp32_weights", "pipeline_loading_checkpoint",
+        "cpu_offload_use_pin_memory",
+        "elastic_checkpoint",
+        "load_from_fp32_weights",
+        "pipeline_loading_checkpoint",
     ),
     removed={
-        "cpu_offload_params": False, "legacy_stage1": False, "mics_hierarchical_params_gather": False,
-        "mics_shard_size": -1, "zeropp_loco_param": None,
+        "cpu_offload_params": False,
+        "legacy_stage1": False,
+        "mics_hierarchical_params_gather": False,
+        "mics_shard_size": -1,
+        "zeropp_loco_param": None,
     },
-)  # fmt: skip
+)
 """Unsupported keys in `zero_optimization`."""
 
 # Keys that are passed through to DeepSpeed

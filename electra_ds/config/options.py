@@ -76,8 +76,12 @@ def with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
 def seed_option(of_what: str) -> Any:
     return option(
         f"{of_what}; the same as --set seed=S (default: 0)",
-        metavar="S", parse=seed, group=WHAT, new_run_only=True, instead="write seeds: [0, 1]",
-    )  # fmt: skip
+        metavar="S",
+        parse=seed,
+        group=WHAT,
+        new_run_only=True,
+        instead="write seeds: [0, 1]",
+    )
 
 
 def ds_config_option(**more: Any) -> Any:
@@ -93,15 +97,20 @@ def micro_batch_option(help: str, group: str = HOW) -> Any:
 def corpus_option(note: str, **more: Any) -> Any:
     return _what(
         f"text files and folders, or hub:NAME#CONFIG@SPLIT; repeat the option for each source ({note})",
-        metavar="SOURCE", names="corpus", **more,
-    )  # fmt: skip
+        metavar="SOURCE",
+        names="corpus",
+        **more,
+    )
 
 
 def run_dir_option(default: str) -> Any:
     return option(
         f"the run's folder (default: {default})",
-        metavar="DIR", group=HOW, new_run_only=True, instead="every trial has its own",
-    )  # fmt: skip
+        metavar="DIR",
+        group=HOW,
+        new_run_only=True,
+        instead="every trial has its own",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,8 +248,10 @@ class PretrainOptions(CorpusOptions, RunOptions):
     )
     data: Path | None = option(
         "a token store that bin/build-data made; with --resume: the new location of the run's own store",
-        metavar="STORE", group=WHAT, names="folder",
-    )  # fmt: skip
+        metavar="STORE",
+        group=WHAT,
+        names="folder",
+    )
     micro_batch: int | Literal["auto"] | None = micro_batch_option(
         "sequences at a time, instead of the JSON's value; auto: the largest that fits, found by trying on a GPU"
     )
@@ -317,8 +328,10 @@ class FinetuneOptions(RunOptions):
     seed: int | None = seed_option("of the head, the order of the examples and dropout")
     model: str | None = option(
         "the encoder: a run of bin/pretrain or bin/finetune, a transformers folder, or a name on the Hub",
-        metavar="RUN|FOLDER|HUB", group=WHAT, names="model",
-    )  # fmt: skip
+        metavar="RUN|FOLDER|HUB",
+        group=WHAT,
+        names="model",
+    )
     task: str | None = _what("one of the tasks below", metavar="TASK", parse=task_name, names="name")
     random_init: bool | None = _what(
         "use the model's shape and tokenizer with random weights from the seed, as a baseline for pretraining"
@@ -367,9 +380,14 @@ class FinetuneOptions(RunOptions):
         places = {"folder": self.data_dir, "train": self.train, "dev": self.dev, "test": self.test}
         paths = {name: None if path is None else str(path.absolute()) for name, path in places.items()}
         return TaskSource(
-            hub=self.hub, revision=self.revision, text=self.text, pair=self.pair, label=self.label,
-            label_kind=self.label_kind or "auto", **paths,
-        )  # fmt: skip
+            hub=self.hub,
+            revision=self.revision,
+            text=self.text,
+            pair=self.pair,
+            label=self.label,
+            label_kind=self.label_kind or "auto",
+            **paths,
+        )
 
     def check_new_run(self) -> None:
         if self.model is None:

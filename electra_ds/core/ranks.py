@@ -145,9 +145,11 @@ def _meet(launch: Launch) -> None:
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         return
     os.environ |= {  # torch and DeepSpeed read these, and srun does not set them
-        "RANK": str(launch.rank), "WORLD_SIZE": str(launch.world_size),
-        "MASTER_ADDR": launch.address, "MASTER_PORT": str(launch.port),
-    }  # fmt: skip
+        "RANK": str(launch.rank),
+        "WORLD_SIZE": str(launch.world_size),
+        "MASTER_ADDR": launch.address,
+        "MASTER_PORT": str(launch.port),
+    }
     try:
         distributed.init_process_group(backend, init_method="env://", timeout=_MEETING_TIMEOUT)
     except (RuntimeError, ValueError) as error:

@@ -99,9 +99,14 @@ class StatusProgress(Progress):
 def counting_bar(console: Console, unit: str, *eta: ProgressColumn | str) -> StatusProgress:
     """Return a progress bar that counts steps or trials. eta: the columns with the remaining time."""
     return StatusProgress(
-        unit, MofNCompleteColumn(), _flexible_bar(), TimeElapsedColumn(), *eta,
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+        unit,
+        MofNCompleteColumn(),
+        _flexible_bar(),
+        TimeElapsedColumn(),
+        *eta,
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 def _flexible_bar() -> BarColumn:
@@ -135,9 +140,13 @@ class StageProgress(StatusProgress):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(
-            TextColumn("{task.description}"), _flexible_bar(), TaskProgressColumn(), TimeElapsedColumn(), _Eta(),
+            TextColumn("{task.description}"),
+            _flexible_bar(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            _Eta(),
             console=console,
-        )  # fmt: skip
+        )
         self.disable = not self.console.is_terminal
         self._last_line = 0.0
 

@@ -214,9 +214,15 @@ def load_weights(
     with explain_errors(f"the weights of {name}", advice), silent_transformers():
         try:
             model, info = kind.from_pretrained(
-                folder, config=config, dtype=torch.float32, local_files_only=True, weights_only=True,
-                trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
+                folder,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=True,
+                weights_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
         except pickle.UnpicklingError as error:  # whose text advises to run what is in it
             raise DataError(
                 f"The weights of {name} are damaged, or their pickle holds more than tensors: it could run any "

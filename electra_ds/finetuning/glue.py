@@ -40,14 +40,19 @@ GLUE: dict[str, Task] = {
         Task("sts-b", "regression", (), True, ("spearman", "pearson"), (), {"test": "STS-B.tsv"}, (0.0, 5.0)),
         _classes("qqp", "QQP.tsv", ("not_duplicate", "duplicate"), _BINARY, "accuracy", "f1"),
         Task(
-            "mnli", "classification", _NLI, True, ("accuracy",), _NLI,
+            "mnli",
+            "classification",
+            _NLI,
+            True,
+            ("accuracy",),
+            _NLI,
             {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv", "ax": "AX.tsv"},
         ),
         _classes("qnli", "QNLI.tsv", _ENTAILED, _ENTAILED),
         _classes("rte", "RTE.tsv", _ENTAILED, _ENTAILED),
         _classes("wnli", "WNLI.tsv", ("not_entailment", "entailment"), _BINARY),
     )
-}  # fmt: skip
+}
 """The tasks by name, with classes in the order of the Hub dataset and GLUE's metrics (Wang et al. 2019, table 1)."""
 
 OFFICIAL_ROWS: dict[str, dict[str, int]] = {

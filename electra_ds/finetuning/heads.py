@@ -90,9 +90,9 @@ class SpanHead(nn.Module):
         self.qa_outputs = nn.Linear(hidden_size, 2)
 
     def forward(self, hidden_BTH: torch.Tensor, batch: TaskMicroBatch) -> TaskOutput:
-        start_BT, end_BT = self.qa_outputs(hidden_BTH).float().masked_fill(
-            ~batch.attended_BT.unsqueeze(-1), _EXCLUDED
-        ).unbind(-1)  # fmt: skip
+        start_BT, end_BT = (
+            self.qa_outputs(hidden_BTH).float().masked_fill(~batch.attended_BT.unsqueeze(-1), _EXCLUDED).unbind(-1)
+        )
         loss_sum = None
         if batch.starts_B is not None and batch.ends_B is not None:
             loss_sum = (_nats(start_BT, batch.starts_B) + _nats(end_BT, batch.ends_B)).sum() / 2

@@ -193,10 +193,13 @@ def tokenised(
         for first in range(0, len(texts), _TOKENISE_AT_ONCE):
             part = slice(first, first + _TOKENISE_AT_ONCE)
             encoded = tokenizer(
-                texts[part], None if pairs is None else pairs[part],
-                truncation="longest_first", max_length=recipe.data.max_length, return_attention_mask=False,
+                texts[part],
+                None if pairs is None else pairs[part],
+                truncation="longest_first",
+                max_length=recipe.data.max_length,
+                return_attention_mask=False,
                 return_token_type_ids=True,
-            )  # fmt: skip
+            )
             ids += [np.asarray(row, np.int32) for row in encoded["input_ids"]]
             segments += [np.asarray(row, np.int8) for row in encoded["token_type_ids"]]
             progress(len(encoded["input_ids"]))

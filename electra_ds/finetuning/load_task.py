@@ -73,9 +73,14 @@ def load_task(name: str | None, source: TaskSource) -> TaskData | SquadData:
         assert source.train is not None
         dev_file, test_file = (None if path is None else Path(path) for path in (source.dev, source.test))
         data = load_own(
-            Path(source.train), dev_file, test_file,
-            text=source.text, pair=source.pair, label=source.label, kind=source.label_kind,
-        )  # fmt: skip
+            Path(source.train),
+            dev_file,
+            test_file,
+            text=source.text,
+            pair=source.pair,
+            label=source.label,
+            kind=source.label_kind,
+        )
     elif name in _SQUAD_REPOSITORIES and folder is not None:
         data = load_squad(name, folder)  # type: ignore[arg-type]
     elif name in _SQUAD_REPOSITORIES:

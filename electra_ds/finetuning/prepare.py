@@ -67,7 +67,7 @@ def tokenised_task(
         progress.begin("tokenising", total)
         return make(
             encoder.tokenizer, recipe, has_segments=encoder.has_segments, max_train=max_train, progress=progress.add
-        )  # fmt: skip
+        )
 
 
 def prepare_new(
@@ -266,9 +266,14 @@ def run_time(job: FinetuneJob, ranks: Ranks) -> RunTime | None:
     config = encoder.config.to_dict()
     table = int(config.get("vocab_size") or 0) * int(config.get("embedding_size") or encoder.hidden_size)
     return finetuning_time(
-        max(0, job.record.parameters["encoder"] - table), encoder.num_layers, batch * float(train.lengths.mean()),
-        job.plan, devices.device(ranks.launch), steps=job.stop_at, threads=job.record.threads,
-    )  # fmt: skip
+        max(0, job.record.parameters["encoder"] - table),
+        encoder.num_layers,
+        batch * float(train.lengths.mean()),
+        job.plan,
+        devices.device(ranks.launch),
+        steps=job.stop_at,
+        threads=job.record.threads,
+    )
 
 
 def say_end(job: FinetuneJob) -> None:

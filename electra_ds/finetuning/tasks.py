@@ -236,9 +236,16 @@ def read_tsv(path: Path, *, header: Sequence[str] | None = None, wanted: Collect
         columns = lambda name: name in wanted  # noqa: E731  # a list would require every column to exist
     try:
         frame = pd.read_csv(
-            path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig", names=header,
-            quoting=csv.QUOTE_NONE, usecols=columns, index_col=False,
-        )  # fmt: skip
+            path,
+            sep="\t",
+            dtype=str,
+            keep_default_na=False,
+            encoding="utf-8-sig",
+            names=header,
+            quoting=csv.QUOTE_NONE,
+            usecols=columns,
+            index_col=False,
+        )
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

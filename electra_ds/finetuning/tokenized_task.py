@@ -127,9 +127,14 @@ class SequenceTask(TokenizedTask):
 
         def inputs(examples: Examples, for_training: bool) -> TaskInputs:
             return tokenised(
-                examples, data.task, tokenizer, recipe,
-                has_segments=has_segments, for_training=for_training, progress=progress,
-            )  # fmt: skip
+                examples,
+                data.task,
+                tokenizer,
+                recipe,
+                has_segments=has_segments,
+                for_training=for_training,
+                progress=progress,
+            )
 
         self.train = inputs(data.train.select(_chosen(len(data.train), max_train, recipe.seed)), True)
         self.dev = {name: inputs(examples, False) for name, examples in data.dev.items()}
@@ -215,9 +220,14 @@ class QuestionAnsweringTask(TokenizedTask):
 
         def inputs(questions: Sequence[Question], for_training: bool) -> tuple[list[Window], TaskInputs]:
             windows = make_features(
-                questions, tokenizer, max_length=section.max_length, max_query_length=section.max_query_length,
-                doc_stride=section.doc_stride, for_training=for_training, progress=progress,
-            )  # fmt: skip
+                questions,
+                tokenizer,
+                max_length=section.max_length,
+                max_query_length=section.max_query_length,
+                doc_stride=section.doc_stride,
+                for_training=for_training,
+                progress=progress,
+            )
             return windows, span_inputs(questions, windows, tokenizer, recipe, has_segments=has_segments)
 
         self._windows, dev = inputs(data.dev, False)
@@ -276,9 +286,14 @@ class QuestionAnsweringTask(TokenizedTask):
                 nulls.append(float(row["unanswerable"]))
         head = self._recipe.head
         return best_answers(
-            self._dev, self._windows, candidates, nulls if self.name == "squad2" else None,
-            threshold=head.null_threshold, against_best=head.span == "independent", n_best=section.n_best,
-        )  # fmt: skip
+            self._dev,
+            self._windows,
+            candidates,
+            nulls if self.name == "squad2" else None,
+            threshold=head.null_threshold,
+            against_best=head.span == "independent",
+            n_best=section.n_best,
+        )
 
 
 def _shares(percents: Mapping[str, float]) -> dict[str, float]:

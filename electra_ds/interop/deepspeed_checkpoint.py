@@ -109,9 +109,18 @@ def _read(files: DeepSpeedFiles, frozen: Sequence[str]) -> DeepSpeedCheckpoint:
     has_moments = any(name.startswith("exp_avg/") for name in content.tensors)
     group = next(iter(param_groups(content.own)), {}) if has_moments else {}
     return DeepSpeedCheckpoint(
-        files, content.stage, precision, ranks, step, content.tensors, counters, group, corrects,
-        tuple(content.notes), tuple(content.frozen),
-    )  # fmt: skip
+        files,
+        content.stage,
+        precision,
+        ranks,
+        step,
+        content.tensors,
+        counters,
+        group,
+        corrects,
+        tuple(content.notes),
+        tuple(content.frozen),
+    )
 
 
 def _read_zero(files: DeepSpeedFiles, state: Mapping[str, Any]) -> _Content:

@@ -98,9 +98,14 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
     convert = from_generator_tensors if kind == "generator" else from_discriminator_tensors
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.txt").is_file()
     return Pretrained(
-        name, kind, has_head, _sizes(config), config.vocab_size,
-        convert(tensors), load_given_tokenizer(str(folder))[0] if has_tokenizer else None,
-    )  # fmt: skip
+        name,
+        kind,
+        has_head,
+        _sizes(config),
+        config.vocab_size,
+        convert(tensors),
+        load_given_tokenizer(str(folder))[0] if has_tokenizer else None,
+    )
 
 
 def read_sizes(file: Path) -> tuple[Kind | None, dict[str, Any]]:

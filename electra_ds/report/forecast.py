@@ -90,9 +90,15 @@ class Forecast:
 
 
 def forecast(
-    recipe: Recipe, values: dict[str, Any], source: str, *, card: Card | None, memory_gib: float | None = None,
-    vocab_size: int | None = None, world_size: int = 1,
-) -> Forecast:  # fmt: skip
+    recipe: Recipe,
+    values: dict[str, Any],
+    source: str,
+    *,
+    card: Card | None,
+    memory_gib: float | None = None,
+    vocab_size: int | None = None,
+    world_size: int = 1,
+) -> Forecast:
     """Return the forecast for a card, with the JSON resolved for it.
 
     memory_gib: the free memory, in place of the card's own. Without card and memory the forecast is for this machine's

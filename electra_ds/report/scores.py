@@ -295,10 +295,11 @@ def _group_notes(group: Group) -> list[str]:
 def difference_table(first: Group, second: Group) -> Table:
     """Return a table of differences, in percentage points, of each development metric and of the means."""
     table = Table(
-        "Difference, percentage points", ["", "difference", "interval"],
+        "Difference, percentage points",
+        ["", "difference", "interval"],
         caption=f"First minus second table, with Welch's interval ({_CONFIDENCE:.0%}) over finetuning seeds if each "
         f"has two.",
-    )  # fmt: skip
+    )
     others = _compared(second)
     for name, ours in _compared(first).items():
         if ours and (theirs := others.get(name)):

@@ -42,9 +42,13 @@ class Table:
         too narrow for them.
         """
         shown = rich.table.Table(
-            title=escape(self.title), title_justify="left", caption=escape(self.caption) or None,
-            caption_justify="left", box=box.SIMPLE, padding=(0, 1),
-        )  # fmt: skip
+            title=escape(self.title),
+            title_justify="left",
+            caption=escape(self.caption) or None,
+            caption_justify="left",
+            box=box.SIMPLE,
+            padding=(0, 1),
+        )
         columns = zip(self.columns, *filter(None, self.rows), strict=True)
         longest = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
         least = [min(_NARROWEST, width) for width in longest[: self.text_columns]]

@@ -36,9 +36,13 @@ class Cost:
 
 
 def plan_sweep(
-    sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] = (), local: bool = False,
+    sweep: Sweep | None,
+    folder: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    local: bool = False,
     address: str | None = None,
-) -> list[Table | Line]:  # fmt: skip
+) -> list[Table | Line]:
     """Return a table of a sweep's trials with their states and costs, and the total cost, without running anything.
 
     The arguments are those of `run_sweep`.
@@ -62,11 +66,17 @@ def plan_sweep(
     )
     for (stage, label), group in by_cell.items():
         cost, counts = costs[stage, label], states[stage, label].items()
-        table.rows.append([
-            stage, label, " ".join(str(trial.seed) for trial in group),
-            ", ".join(f"{count} {state}" for state, count in counts), "" if cost.steps is None else f"{cost.steps:,}",
-            f"{cost.time or '?'}{', measured' if cost.is_measured else ''}", _memory(cost.needed_bytes),
-        ])  # fmt: skip
+        table.rows.append(
+            [
+                stage,
+                label,
+                " ".join(str(trial.seed) for trial in group),
+                ", ".join(f"{count} {state}" for state, count in counts),
+                "" if cost.steps is None else f"{cost.steps:,}",
+                f"{cost.time or '?'}{', measured' if cost.is_measured else ''}",
+                _memory(cost.needed_bytes),
+            ]
+        )
     left = [(sum(n for state, n in states[cell].items() if state not in ENDED), costs[cell].time) for cell in by_cell]
     if spec.is_suggested:
         left.append((max(0, spec.search.samples - len(trials)), None))

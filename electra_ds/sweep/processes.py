@@ -155,9 +155,13 @@ def start(
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "electra_ds", stage, *arguments],
-            env=inherited | dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            cwd=folder if folder.is_dir() else None, preexec_fn=die_with_parent,
-        )  # fmt: skip
+            env=inherited | dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=folder if folder.is_dir() else None,
+            preexec_fn=die_with_parent,
+        )
 
 
 def python_path() -> str:

@@ -81,10 +81,13 @@ def _row(folder: SweepFolder, trial: Trial) -> dict[str, Any]:
     if record is not None:
         worker_hours = record.seconds * record.workers / 3600
         row |= {
-            "seconds": round(record.seconds, 1), "attempts": len(record.attempts), "workers": record.workers,
-            "cpu_hours": round(worker_hours * record.cpus, 4), "gpu_hours": round(worker_hours * record.gpus, 4),
+            "seconds": round(record.seconds, 1),
+            "attempts": len(record.attempts),
+            "workers": record.workers,
+            "cpu_hours": round(worker_hours * record.cpus, 4),
+            "gpu_hours": round(worker_hours * record.gpus, 4),
             "command": " ".join(record.command),
-        }  # fmt: skip
+        }
     row |= {name: value for name, value in run.status_details().items() if name == "collapsed_at"}
     with contextlib.suppress(CheckpointError):
         own = run.read_record(Record)
@@ -354,10 +357,12 @@ def _glue_means(runs: pd.DataFrame) -> dict[str, str]:
     With several pretraining seeds, they are taken over the means of each.
     """
     keys = [name for name in ("pretrain.seed", "seed") if name in runs]
-    by_seed = pd.DataFrame([
-        dict(zip(keys, seeds, strict=True)) | _avg_and_glue(of_seed, "metric.")
-        for seeds, of_seed in runs.groupby(keys)
-    ])  # fmt: skip
+    by_seed = pd.DataFrame(
+        [
+            dict(zip(keys, seeds, strict=True)) | _avg_and_glue(of_seed, "metric.")
+            for seeds, of_seed in runs.groupby(keys)
+        ]
+    )
     if "pretrain.seed" in by_seed and by_seed["pretrain.seed"].nunique() > 1:
         by_seed = by_seed.groupby("pretrain.seed").mean()
     found = {}

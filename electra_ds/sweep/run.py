@@ -53,10 +53,16 @@ def open_sweep(
 
 
 def run_sweep(
-    sweep: Sweep | None, folder: str | Path | None = None, *, overrides: Sequence[str] | Mapping[str, Any] = (),
-    retry_failed: bool = False, local: bool = False, address: str | None = None, time_limit_s: float | None = None,
+    sweep: Sweep | None,
+    folder: str | Path | None = None,
+    *,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    retry_failed: bool = False,
+    local: bool = False,
+    address: str | None = None,
+    time_limit_s: float | None = None,
     progress: SweepProgress | None = None,
-) -> SweepOutcome:  # fmt: skip
+) -> SweepOutcome:
     """Run the missing trials of a sweep, write its tables, and return its results. It logs and prints nothing.
 
     Args:
@@ -138,9 +144,15 @@ def _todo(trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder, *, retr
 
 
 def _run(
-    todo: _Todo, spec: SweepSpec, folder: SweepFolder, monitor: SweepMonitor, *, local: bool, address: str | None,
+    todo: _Todo,
+    spec: SweepSpec,
+    folder: SweepFolder,
+    monitor: SweepMonitor,
+    *,
+    local: bool,
+    address: str | None,
     limit_s: float | None,
-) -> bool:  # fmt: skip
+) -> bool:
     """Run the missing trials. Return True if Optuna would have suggested more."""
 
     def begin() -> None:

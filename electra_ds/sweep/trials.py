@@ -222,9 +222,13 @@ def _with_seed(trial: Trial, seed: int, pretraining: Trial | None, checkpoint: i
         if checkpoint is not None:
             values["pretrain.step"] = checkpoint
     return replace(
-        trial, values=values | trial.values | {"seed": seed}, seed=seed, pretraining=pretraining, checkpoint=checkpoint,
+        trial,
+        values=values | trial.values | {"seed": seed},
+        seed=seed,
+        pretraining=pretraining,
+        checkpoint=checkpoint,
         recipe=trial.recipe.model_copy(update={"seed": seed}),
-    )  # fmt: skip
+    )
 
 
 # --- one checked trial
@@ -268,9 +272,11 @@ class _Cell:
                 max(1, round(share * total)) for share in (stage.stop_at_share or 1, *stage.checkpoints)
             ]
             trial = replace(
-                trial, stop_at=stop_at if stop_at < total else None, keep_at=tuple(sorted({*keep_at})),
+                trial,
+                stop_at=stop_at if stop_at < total else None,
+                keep_at=tuple(sorted({*keep_at})),
                 stop_on_collapse=stage.stop_on_collapse,
-            )  # fmt: skip
+            )
         return trial, []
 
     @property

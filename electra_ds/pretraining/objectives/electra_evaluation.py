@@ -169,9 +169,13 @@ def _number(value: Any) -> float:
 
 LEGEND = Text.assemble(
     "Replaced tokens are shown as {original→replacement}: ",
-    ("✓ detected", "bold green"), ", ", ("✗ missed", "bold red"), "; ", ("?token? false alarm", "yellow"),
+    ("✓ detected", "bold green"),
+    ", ",
+    ("✗ missed", "bold red"),
+    "; ",
+    ("?token? false alarm", "yellow"),
     ". The discriminator marks as many tokens as were replaced, those with the highest scores.",
-)  # fmt: skip
+)
 
 
 @torch.no_grad()
