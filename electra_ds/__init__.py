@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _MODULES = {
     "pretrain": "api.pretrain", "finetune": "api.finetune", "build_data": "api.stores", "export": "api.export",
-    "import_checkpoint": "api.export", "plan": "api.plan", "Run": "api.run", "load_recipe": "config.overrides",
+    "import_checkpoint": "api.export", "plan": "api.plan", "Run": "api.run", "load_recipe": "config.recipe",
     "Recipe": "config.recipe", "FinetuneRecipe": "config.finetune_recipe", "PretrainOptions": "config.options",
     "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",
     "build_model": "api.pieces", "open_engine": "api.pieces", "open_store": "api.pieces", "evaluate": "api.pieces",

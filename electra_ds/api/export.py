@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from electra_ds.api.launch import display, given_options
 from electra_ds.api.run import Run
-from electra_ds.api.stores import open_store
+from electra_ds.api.stores import open_or_build_store
 from electra_ds.config.commands import ExportOptions, ImportOptions
 from electra_ds.config.options import PretrainOptions, with_seed
 from electra_ds.config.recipe import RecipeSource, load_recipe
@@ -51,7 +51,7 @@ def export(
     """
     named = {"run": run.path if isinstance(run, Run) else run, "out": out, "to": to, "ds_config": ds_config}
     options = given_options(ExportOptions, None, named | {"encoder_only": encoder_only})
-    exported(options)
+    run_export(options)
     if options.out is not None:
         return options.out
     is_checkpoint = (options.run / "manifest.json").exists()
@@ -61,7 +61,7 @@ def export(
 _FOLDERS = {"transformers": "export", "deepspeed": "native"}
 
 
-def exported(options: ExportOptions) -> str:
+def run_export(options: ExportOptions) -> str:
     """Export as `export` does, and return a message on how to use the folder."""
     is_finetuned = _is_finetuned(options.run)
     if options.encoder_only and not is_finetuned:
@@ -130,11 +130,11 @@ def import_checkpoint(
         "overrides": overrides,
     }  # fmt: skip
     options = given_options(ImportOptions, None, named | more)
-    imported(options)
+    run_import(options)
     return Run(options.run_dir)
 
 
-def imported(options: ImportOptions) -> str:
+def run_import(options: ImportOptions) -> str:
     """Import as `import_checkpoint` does, and return a message on how to resume the run."""
     from electra_ds.interop.deepspeed_checkpoint import read_deepspeed_checkpoint
     from electra_ds.interop.deepspeed_files import find_files
@@ -169,7 +169,7 @@ def imported(options: ImportOptions) -> str:
             store = store_of_export(export)
         else:
             with display() as console:
-                store = open_store(options, recipe, partial(StageProgress, console))
+                store = open_or_build_store(options, recipe, partial(StageProgress, console))
         job = with_fitting_micro_batch(prepare_new(wanted, recipe, plan, store, run, ranks), wanted, ranks)
         with run.locked(is_new=True):
             return import_deepspeed(checkpoint, job, export, known)

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from electra_ds.api.launch import Launch, given_options, launch
+from electra_ds.api.launch import RunStart, given_options, launch
 from electra_ds.api.run import Run
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, load_finetune_recipe
 from electra_ds.config.options import FinetuneOptions
@@ -98,7 +98,7 @@ def finetune(
     return launch(start, quiet=quiet, callbacks=callbacks)
 
 
-class FinetuneStart(Launch[FinetuneOptions]):
+class FinetuneStart(RunStart[FinetuneOptions]):
     """The start of a finetuning."""
 
     kind = "finetune"

@@ -58,7 +58,7 @@ def display(quiet: bool = False) -> Iterator[Console]:
         yield console
 
 
-class Launch(ABC, Generic[OptionsT]):
+class RunStart(ABC, Generic[OptionsT]):
     """One start of a run. All ranks call its methods, in the order in which they are defined here."""
 
     kind: Literal["pretrain", "finetune"]
@@ -114,7 +114,7 @@ class Launch(ABC, Generic[OptionsT]):
         """Log the results, on the main rank."""
 
 
-def launch(start: Launch[Any], *, quiet: bool, callbacks: Sequence[Callback]) -> Run:
+def launch(start: RunStart[Any], *, quiet: bool, callbacks: Sequence[Callback]) -> Run:
     """Start or resume a run, and return it once it has ended or stopped. All ranks must call it.
 
     quiet: print nothing. callbacks: called in addition to the display.
@@ -137,9 +137,9 @@ def launch(start: Launch[Any], *, quiet: bool, callbacks: Sequence[Callback]) ->
             _say_dry_run(start.run_time(), start.stop_at)
             return Run(run.path)
         if start.is_new:
-            refuse_years(options, start.run_time, ranks)
+            check_run_time(options, start.run_time, ranks)
         start.build()
-        prepare.hold(run, ranks, held, is_new=start.is_new)
+        prepare.lock_run(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
         if start.train(limit) and ranks.is_main:
             start.say_end()
@@ -150,7 +150,7 @@ def launch(start: Launch[Any], *, quiet: bool, callbacks: Sequence[Callback]) ->
     return Run(run.path)
 
 
-def refuse_years(options: RunOptions, predict: Callable[[], RunTime | None], ranks: Ranks) -> None:
+def check_run_time(options: RunOptions, predict: Callable[[], RunTime | None], ranks: Ranks) -> None:
     """Raise ConfigError for a run that may take a year or more, unless `yes` or a `time_limit` is given.
 
     All ranks must call it. predict: takes measurements on this machine, so it is called only if needed.

@@ -58,10 +58,10 @@ def plan(
         "recipe": recipe, "ds_config": ds_config, "card": card, "memory_gb": memory_gb, "vocab_size": vocab_size,
         "micro_batch": micro_batch, "ranks": ranks, "overrides": overrides,
     }  # fmt: skip
-    return planned(given_options(PlanOptions, None, named))
+    return run_plan(given_options(PlanOptions, None, named))
 
 
-def planned(options: PlanOptions) -> Forecast:
+def run_plan(options: PlanOptions) -> Forecast:
     """Return the forecast for the command's options."""
     card = _card(options)
     has_gpu = card is not None or options.memory_gb is not None

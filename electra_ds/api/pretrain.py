@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_ds.api.launch import Launch, given_options, launch
+from electra_ds.api.launch import RunStart, given_options, launch
 from electra_ds.api.run import Run
-from electra_ds.api.stores import look_for_store, open_store
+from electra_ds.api.stores import find_store, open_or_build_store
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.options import PretrainOptions
@@ -25,9 +25,9 @@ from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.prepare import (
     announce,
-    described,
-    fitted,
+    description_of,
     plan_resume,
+    plan_with_fitting_micro_batch,
     prepare_new,
     prepare_resume,
     say_finished,
@@ -101,7 +101,7 @@ def pretrain(
     return launch(start, quiet=quiet, callbacks=callbacks)
 
 
-class PretrainStart(Launch[PretrainOptions]):
+class PretrainStart(RunStart[PretrainOptions]):
     """The start of a pretraining."""
 
     kind = "pretrain"
@@ -141,18 +141,18 @@ class PretrainStart(Launch[PretrainOptions]):
         with ranks.fail_together():
             if self.is_new:
                 check = self._read_weights()
-                found = look_for_store(self.options, self.recipe, self.show_progress, check)
+                found = find_store(self.options, self.recipe, self.show_progress, check)
         if not isinstance(found, tuple):
             self._prepare(found, self._sources())
             announce(self._with_notes_on_weights())
             return
         path, self.vocab_size = found
-        self.plan = fitted(self.plan, self.recipe, self.vocab_size, self.options, ranks)
+        self.plan = plan_with_fitting_micro_batch(self.plan, self.recipe, self.vocab_size, self.options, ranks)
         sizes = Objective.of(self.recipe, self.vocab_size).parameter_counts()
         data = f"data: this would first build the token store {path}"
         device = devices.device_name(devices.device(ranks.launch))
         threads = devices.set_threads(self.options.threads, ranks.launch)
-        what = described(self.recipe, sizes, data, self._sources())
+        what = description_of(self.recipe, sizes, data, self._sources())
         prepare.announce(what, device, threads, self.plan, run)
 
     def run_time(self) -> RunTime | None:
@@ -169,7 +169,7 @@ class PretrainStart(Launch[PretrainOptions]):
         with ranks.fail_together():
             if ranks.is_main and self.is_new:
                 check = self._read_weights()
-                store = open_store(self.options, self.recipe, self.show_progress, check)
+                store = open_or_build_store(self.options, self.recipe, self.show_progress, check)
         path = ranks.broadcast(store and store.path.resolve())
         sources = ranks.broadcast(self._sources())
         with ranks.fail_together():

@@ -77,7 +77,7 @@ def build_data(
         return _make_store(chosen, values, chosen.out, partial(StageProgress, console), workers=chosen.workers)
 
 
-def open_store(
+def open_or_build_store(
     options: PretrainOptions | ImportOptions, recipe: Recipe, show_progress: ShowProgress, check: Check | None = None
 ) -> TokenStore:
     """Return the store given by --data, or build one in stores/ for --corpus or the built-in corpus."""
@@ -90,10 +90,10 @@ def open_store(
     return _make_store(options, recipe, Path("stores") / store_name(options, recipe), show_progress, check=check)
 
 
-def look_for_store(
+def find_store(
     options: PretrainOptions, recipe: Recipe, show_progress: ShowProgress, check: Check | None = None
 ) -> TokenStore | tuple[Path, int]:
-    """Return the store that `open_store` would open or, if it would have to build one, its path and vocabulary size.
+    """Return the store that `open_or_build_store` would open, or path and vocabulary size of one that it would build.
 
     This checks everything except the text, and writes nothing.
     """
@@ -102,7 +102,7 @@ def look_for_store(
         if not out.exists():
             _, tokenizer = _asked_for(options, recipe, check)
             return out, tokenizer.vocab_size
-    return open_store(options, recipe, show_progress, check)
+    return open_or_build_store(options, recipe, show_progress, check)
 
 
 def store_name(options: CorpusOptions, recipe: Recipe) -> str:

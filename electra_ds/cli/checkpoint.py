@@ -71,9 +71,9 @@ def add_checkpoint(commands: Commands) -> None:
 
 
 def _import(options: ImportOptions) -> None:
-    from electra_ds.api.export import imported
+    from electra_ds.api.export import run_import
 
-    print(imported(options))
+    print(run_import(options))
 
 
 def _ls(options: ListOptions) -> None:

@@ -113,7 +113,7 @@ def _build_data(options: BuildDataOptions) -> None:
 
 
 def _plan(options: PlanOptions) -> None:
-    from electra_ds.api.plan import planned
+    from electra_ds.api.plan import run_plan
     from electra_ds.config.recipe import load_recipe
     from electra_ds.report.forecast import as_json, forecast_all, forecast_report, forecasts_table
 
@@ -126,7 +126,7 @@ def _plan(options: PlanOptions) -> None:
         else:
             console.print(forecasts_table(forecasts))
         return
-    found = planned(options)
+    found = run_plan(options)
     if options.json:
         console.print_json(data=as_json(found))
     else:

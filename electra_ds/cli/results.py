@@ -124,7 +124,7 @@ def _report(options: ReportOptions) -> None:
 
 
 def _export(options: ExportOptions) -> None:
-    from electra_ds.api.export import exported
+    from electra_ds.api.export import run_export
 
-    if told := exported(options):
+    if told := run_export(options):
         print(told)

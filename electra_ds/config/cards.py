@@ -151,26 +151,28 @@ def slow_fp16_note(name: str, precision: str) -> str | None:
     return f"fp16 is enabled on {name}, which has no tensor cores, so it is slower than fp32, as in cpu.json"
 
 
-class Lack(NamedTuple):
+class Missing(NamedTuple):
     """A feature that a card lacks, and the consequence for training."""
 
     what: str
     consequence: str
 
 
-def lacks(name: str, capability: Capability) -> list[Lack]:
+def missing_features(name: str, capability: Capability) -> list[Missing]:
     """Return the features that a card lacks."""
     found = []
     if has_slow_fp16(name):
-        found.append(Lack("tensor cores", 'fp16 is slower than fp32: use fp32, as in cpu.json, or "enabled": "auto"'))
+        found.append(
+            Missing("tensor cores", 'fp16 is slower than fp32: use fp32, as in cpu.json, or "enabled": "auto"')
+        )
     elif capability < TENSOR_CORE_CAPABILITY:
-        found.append(Lack("tensor cores", "fp16 saves memory but little time: its products are computed in fp32"))
+        found.append(Missing("tensor cores", "fp16 saves memory but little time: its products are computed in fp32"))
     if capability < BF16_CAPABILITY:
-        found.append(Lack("bf16", "use fp16, which needs loss scaling, or fp32"))
+        found.append(Missing("bf16", "use fp16, which needs loss scaling, or fp32"))
     if capability < FLASH_CAPABILITY:
-        found.append(Lack("flash attention", "the memory-efficient kernel replaces it: the same memory, but slower"))
+        found.append(Missing("flash attention", "the memory-efficient kernel replaces it: the same memory, but slower"))
     if capability < TRITON_CAPABILITY:
-        found.append(Lack("torch.compile", "Triton needs 7.0, so the step runs uncompiled"))
+        found.append(Missing("torch.compile", "Triton needs 7.0, so the step runs uncompiled"))
     return found
 
 
@@ -357,7 +359,7 @@ def notes_at_start(hardware: Hardware, index: int | None, precision: str) -> lis
 
 def abilities(gpu: Gpu) -> str:
     """Return the features that a GPU lacks, the consequences, and the DeepSpeed JSON shipped for it."""
-    missing = [f"no {lack.what}: {lack.consequence}" for lack in lacks(gpu.name, gpu.capability)]
+    missing = [f"no {feature.what}: {feature.consequence}" for feature in missing_features(gpu.name, gpu.capability)]
     card = find_card(gpu.name)
     shipped = [f"use --ds-config {card.ds_config}"] if card is not None and card.ds_config is not None else []
     return "; ".join((missing or ["bf16, tensor cores, flash attention, torch.compile"]) + shipped)

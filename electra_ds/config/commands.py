@@ -21,7 +21,7 @@ from electra_ds.config.names import (
     recipe_names,
     shipped_names,
 )
-from electra_ds.config.option import Option, Options, described, duration_s, gibibytes, option, value_type
+from electra_ds.config.option import Option, Options, duration_s, gibibytes, option, options_of, value_type
 from electra_ds.config.options import (
     WHAT,
     CorpusOptions,
@@ -283,7 +283,7 @@ def _command(name: str, kind: type[Options]) -> str:
     recorded = {each.name for each in fields(settings[kind])} if trains else set()
     text = f"\n## {name}\n\n{kind.__doc__}\n"
     for group, titles in ({"": ""} | kind.GROUPS).items():
-        rows = [(key, of) for key, of in described(kind).items() if of.group == group and of.help != argparse.SUPPRESS]
+        rows = [(key, of) for key, of in options_of(kind).items() if of.group == group and of.help != argparse.SUPPRESS]
         if not rows:
             continue
         title, *more = [titles] if isinstance(titles, str) else titles

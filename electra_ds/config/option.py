@@ -4,7 +4,7 @@
 
 - the command line: `add_options` adds the arguments to a parser, and `Options.parsed` reads the parser's result;
 - the Python API: `Options.of` checks the keyword arguments, and `Options.check` their combination;
-- sweeps and the reference page, which read the metadata through `described`.
+- sweeps and the reference page, which read the metadata through `options_of`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Options:
 
         Raises ConfigError for an unknown name, with a suggestion, and for a value that is not allowed.
         """
-        known = described(cls)
+        known = options_of(cls)
         problems = [
             f"{name}: there is no such option{did_you_mean(name, known) or '.'}" for name in given if name not in known
         ]
@@ -151,12 +151,12 @@ class Options:
         """Return the given options by name. A switch that is False counts only if it has a flag for that."""
         return {
             name: value
-            for name, each in described(type(self)).items()
+            for name, each in options_of(type(self)).items()
             if (value := getattr(self, name)) is not None and value != [] and (value is not False or each.off)
         }
 
 
-def described(kind: type[Options]) -> dict[str, Option]:
+def options_of(kind: type[Options]) -> dict[str, Option]:
     """Return the options of a command by name, in the order of their declaration."""
     found = {each.name: each.metadata["option"] for each in fields(kind)}
     by_name = {name: "--" + name.replace("_", "-") for name in found}
@@ -220,7 +220,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
         groups[key] = parser.add_argument_group(*((title,) if isinstance(title, str) else title))
     exclusive: dict[str, argparse._ActionsContainer] = {}
     defaults = {each.name: each.default for each in fields(kind)}
-    for name, of in sorted(described(kind).items(), key=lambda item: [*groups].index(item[1].group)):
+    for name, of in sorted(options_of(kind).items(), key=lambda item: [*groups].index(item[1].group)):
         home = groups[of.group]
         if of.exclusive:
             if of.exclusive not in exclusive:

@@ -27,9 +27,9 @@ from electra_ds.config.names import (
 )
 from electra_ds.config.option import (
     Options,
-    described,
     duration_s,
     option,
+    options_of,
     positive_or_auto,
     seed,
 )
@@ -177,7 +177,7 @@ class RunOptions(TrackingOptions):
             self.recipe_overrides()
             self.check_new_run()
             return
-        known = described(type(self))
+        known = options_of(type(self))
         if flags := [str(known[name].flag) for name in self.given() if known[name].new_run_only]:
             raise ConfigError(
                 f"--resume takes recipe and data from the run, so it cannot be combined with {', '.join(flags)}."
@@ -219,7 +219,7 @@ class CorpusOptions(Options):
 
     def gives_corpus(self) -> bool:
         """Return whether any of these options is given."""
-        return any(getattr(self, name) is not None for name in described(CorpusOptions))
+        return any(getattr(self, name) is not None for name in options_of(CorpusOptions))
 
     def check_store(self, data: Path | None) -> None:
         """Raise ConfigError if both a token store and a corpus are given."""

@@ -118,7 +118,7 @@ class FinetuneLoop(TrainingLoop):
             if job.record.settings.best and self._history and not self._best_folder.paths():
                 raise self._best_is_gone()
         if self._history and self._history[-1][0] == self.step and self._is_patience_spent():
-            self.ends_early = "done"
+            self.early_status = "done"
 
     def _best_is_gone(self, *problems: str) -> CheckpointError:
         why = "".join(f": {problem.rstrip('.')}" for problem in problems)
@@ -215,7 +215,7 @@ class FinetuneLoop(TrainingLoop):
         if self.job.record.settings.best and (not before or score > max(earlier for _, earlier in before)):
             self._best_saver.save(self._engine.optimizer, self._state(), self.record_files)
             self._best_saver.finish()
-        self.ends_early = "done" if self._is_patience_spent() else None
+        self.early_status = "done" if self._is_patience_spent() else None
 
     def _is_patience_spent(self) -> bool:
         """Return True if the last --early-stopping evaluations were no better than the best one before them."""
@@ -243,8 +243,8 @@ class FinetuneLoop(TrainingLoop):
         if settings.best:
             self._load_best()
         if settings.best or not self.ranks.broadcast(bool(self._results)):
-            self._results = self.reducing_rows(lambda: self._results_of(self.job.task.dev))
-        tested = self.reducing_rows(lambda: self._results_of(self.job.task.test)) if settings.predict_test else {}
+            self._results = self.with_fewer_rows(lambda: self._results_of(self.job.task.dev))
+        tested = self.with_fewer_rows(lambda: self._results_of(self.job.task.test)) if settings.predict_test else {}
         with self.ranks.fail_together():
             if self.ranks.is_main:
                 self._write(self._results | tested)
@@ -262,7 +262,7 @@ class FinetuneLoop(TrainingLoop):
     def _write(self, results: Mapping[str, EvaluationResult]) -> None:
         job, best = self.job, self.job.record.settings.best
         chosen = f"best of {len(self._history)} evaluations on {next(iter(job.task.dev))}" if best else "last"
-        if self.ends_early is not None:
+        if self.early_status is not None:
             chosen += f", stopped after {job.record.settings.early_stopping} evaluations without a better one"
         scores = {
             "format": _FORMAT,

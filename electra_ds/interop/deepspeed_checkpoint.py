@@ -15,7 +15,7 @@ import torch
 from electra_ds.core.errors import CheckpointError
 from electra_ds.interop.deepspeed_files import (
     DeepSpeedFiles,
-    StandIn,
+    Placeholder,
     Tensors,
     frozen_tensor,
     load_file,
@@ -141,13 +141,13 @@ def _read_zero(files: DeepSpeedFiles, state: Mapping[str, Any]) -> _Content:
     scaler = common.get("loss_scaler")
     _add_tied(tensors, state.get("shared_params") or {})
     frozen = _add_frozen_slices(tensors, files, state) if stage == 3 else _add_left_out(tensors, state)
-    return _Content(stage, tensors, own, scaler.attributes if isinstance(scaler, StandIn) else {}, notes, frozen)
+    return _Content(stage, tensors, own, scaler.attributes if isinstance(scaler, Placeholder) else {}, notes, frozen)
 
 
 def _stage(part: Mapping[str, Any]) -> int:
     """Return 1, 2 or 3. The checkpoint of DeepSpeed's BF16_Optimizer, which is that of stage 1, does not say."""
     stage = part.get("zero_stage", 1)
-    if isinstance(stage, StandIn):  # it was an enumeration member
+    if isinstance(stage, Placeholder):  # it was an enumeration member
         stage = stage.arguments[0]
     if stage not in (1, 2, 3):
         raise CheckpointError(f"The checkpoint says that its ZeRO stage is {stage!r}, which is unknown.")

@@ -115,13 +115,13 @@ def _tag_folder(path: Path) -> Path:
 # --- reading a file
 
 
-class StandIn:
+class Placeholder:
     """Stands in for an object whose class is not loaded, and holds its constructor arguments and attributes."""
 
     arguments: tuple[Any, ...]
     attributes: dict[str, Any]
 
-    def __new__(cls, *arguments: Any) -> StandIn:
+    def __new__(cls, *arguments: Any) -> Placeholder:
         made = object.__new__(cls)
         made.arguments = arguments
         made.attributes = {}
@@ -142,11 +142,11 @@ _FILLED: dict[str, Any] = {"collections.defaultdict": lambda *_: {}, "collection
 def load_file(path: Path) -> Any:
     """Return the content of a file, with tensors on the CPU, mapped from the file.
 
-    A `StandIn` replaces every object whose class is not on torch's list of safe ones. DeepSpeed's files are pickles,
-    which can call anything. torch's restricted unpickler calls only what is on that list, and here stand-ins for the
-    rest, so the file cannot choose code to run: DeepSpeed's loss scaler and the objects that a script saved with its
-    state (argparse.Namespace, NumPy scalars, paths) do no harm. Raises CheckpointError if the file is damaged, or if it
-    names functions of os or sys, which torch always refuses.
+    A `Placeholder` replaces every object whose class is not on torch's list of safe ones. DeepSpeed's files are
+    pickles, which can call anything. torch's restricted unpickler calls only what is on that list, and placeholders for
+    the rest, so the file cannot choose code to run: DeepSpeed's loss scaler and the objects that a script saved with
+    its state (argparse.Namespace, NumPy scalars, paths) do no harm. Raises CheckpointError if the file is damaged, or
+    if it names functions of os or sys, which torch always refuses.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -154,7 +154,7 @@ def load_file(path: Path) -> Any:
                 raise zipfile.BadZipFile(f"{changed} in it has changed since it was saved")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # A separate class for each name: torch's unpickler looks objects up by their class.
-        stand_ins: list[Any] = [(_FILLED.get(name) or type("StandIn", (StandIn,), {}), name) for name in names]
+        stand_ins: list[Any] = [(_FILLED.get(name) or type("Placeholder", (Placeholder,), {}), name) for name in names]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a pickle can raise anything

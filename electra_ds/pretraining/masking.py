@@ -57,7 +57,7 @@ def choose_masks(
     return Masks(selected, masked, selected if masking.replace_at == "selected" else masked)
 
 
-def usual_most_selected(masking: MaskingSection, num_sequences: int, length: int) -> int:
+def selected_limit(masking: MaskingSection, num_sequences: int, length: int) -> int:
     """Return a number of selected positions that fewer than one in 1e9 batches of full sequences exceed.
 
     `bernoulli`: mean plus six standard deviations, rounded up to a multiple of 64 for efficient matrix products.

@@ -19,7 +19,7 @@ from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.model.heads import CPU_NOISE_BYTES, CPU_PIECE_BYTES, GPU_PIECE_BYTES
 from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.masking import usual_most_selected
+from electra_ds.pretraining.masking import selected_limit
 
 Kernels = Literal["cpu", "cuda"]
 """The device whose kernels run: on a CPU attention with dropout keeps its probabilities, on a GPU it is fused."""
@@ -139,7 +139,7 @@ def saved_bytes(
     kernels: Kernels,
     checkpointed_layers: int = 0,
 ) -> SavedBytes:
-    """Return the bytes for a micro-batch of full rows with `usual_most_selected` positions.
+    """Return the bytes for a micro-batch of full rows with `selected_limit` positions.
 
     precision: one of the names of `config.deepspeed_sections.Precision`.
     """
@@ -162,7 +162,7 @@ class _Sizes:
         self.has_one_encoder = recipe.generator.sharing == "all"
         self.rows, self.length = micro_batch_size, recipe.data.sequence_length
         self.tokens = self.rows * self.length
-        self.selected = usual_most_selected(recipe.masking, self.rows, self.length)
+        self.selected = selected_limit(recipe.masking, self.rows, self.length)
         self.element = _FP32 if precision == "fp32" else _HALF  # in matrix products
         self.is_autocast = precision.startswith("autocast")
         # Mean and reciprocal deviation of a LayerNorm's row: in half precision only on a CPU with half weights.

@@ -93,10 +93,11 @@ def with_fitting_micro_batch(job: PretrainJob, options: PretrainOptions, ranks: 
 
     All ranks must call it, and agree on the result. Raises ConfigError on all of them if not even one sequence fits.
     """
-    return replace(job, plan=fitted(job.plan, job.recipe, job.store.tokenizer.vocab_size, options, ranks))
+    vocab_size = job.store.tokenizer.vocab_size
+    return replace(job, plan=plan_with_fitting_micro_batch(job.plan, job.recipe, vocab_size, options, ranks))
 
 
-def fitted(
+def plan_with_fitting_micro_batch(
     plan: DeepSpeedPlan, recipe: Recipe, vocab_size: int, options: PretrainOptions, ranks: Ranks
 ) -> DeepSpeedPlan:
     """Return the plan of `with_fitting_micro_batch`, for a run that may have no token store yet."""
@@ -136,12 +137,12 @@ def announce(job: PretrainJob) -> None:
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:
         notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times")
-    what = described(recipe, record.parameters, data, record.initialised_from)
+    what = description_of(recipe, record.parameters, data, record.initialised_from)
     plan = replace(job.plan, notes=tuple(notes))
     prepare.announce(what, record.device, record.threads, plan, job.run)
 
 
-def described(recipe: Recipe, parameters: Mapping[str, int], data: str, sources: Sequence[str] = ()) -> str:
+def description_of(recipe: Recipe, parameters: Mapping[str, int], data: str, sources: Sequence[str] = ()) -> str:
     """Return the lines about model and data for `announce`. data: a line about the text. sources: of the weights."""
     parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parameters.items())
     lines = [
@@ -191,7 +192,7 @@ def fitting_plan(
 
     def fits(candidate: DeepSpeedPlan) -> bool:
         if is_tried:
-            return has_room(objective, candidate, device)
+            return fits_in_memory(objective, candidate, device)
         return (objective.needed_bytes(candidate, kernels) or 0) <= budget
 
     fitting = largest_fitting(plan, fits, ranks)
@@ -209,7 +210,7 @@ def largest_fitting(plan: DeepSpeedPlan, fits: Callable[[DeepSpeedPlan], bool], 
     return plan.with_largest_micro_batch(lambda candidate: all(ranks.gather(fits(candidate))))
 
 
-def has_room(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> bool:
+def fits_in_memory(objective: Objective[Any], plan: DeepSpeedPlan, device: torch.device) -> bool:
     """Return whether a forward and backward pass over the plan's longest micro-batch fits, next to the rest of a step.
 
     Empty tensors take the place of the optimizer's state, of buffers and of memory that the allocator cannot use.

@@ -116,7 +116,7 @@ class PretrainLoop(TrainingLoop):
             self._evaluations.append(metrics | {"step": self.step})
             collapsed_at = self._look_for_collapse()
             if collapsed_at is not None:
-                hint = "" if self.ends_early else ", and --stop-on-collapse would end the run"
+                hint = "" if self.early_status else ", and --stop-on-collapse would end the run"
                 _log.info(f"{self.objective.describe_collapse(collapsed_at)}{hint}.")
         return metrics
 
@@ -125,7 +125,7 @@ class PretrainLoop(TrainingLoop):
         found = self.objective.collapsed_at(self._evaluations) if self.ranks.is_main else None
         self._collapsed_at = self.ranks.broadcast(found)
         if self._collapsed_at is not None and self.job.record.settings.stop_on_collapse:
-            self.ends_early = "collapsed"
+            self.early_status = "collapsed"
         return self._collapsed_at
 
     @property

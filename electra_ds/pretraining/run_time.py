@@ -29,7 +29,7 @@ from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.core import devices
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.masking import usual_most_selected
+from electra_ds.pretraining.masking import selected_limit
 from electra_ds.pretraining.memory import count_parameters, head_pieces, saved_bytes
 from electra_ds.pretraining.objectives.base import Objective
 
@@ -139,7 +139,7 @@ def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) 
     generator, discriminator = encoder_configs(recipe, vocab_size, 0)
     of_rank = recipe.global_batch_size // batch.world_size
     length = recipe.data.sequence_length
-    selected = usual_most_selected(recipe.masking, of_rank, length)
+    selected = selected_limit(recipe.masking, of_rank, length)
     flops = step_flops(generator, discriminator, [length] * of_rank, selected).forward_and_backward
     saved = saved_bytes(recipe, vocab_size, of_rank, plan.precision.name, "cuda")
     traffic = TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
@@ -159,7 +159,7 @@ def step_operations(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan) -> int
     batch, recipe = plan.batch, electra_recipe(recipe)
     layers = sum(config.num_hidden_layers for config in encoder_configs(recipe, vocab_size, 0))
     of_rank = recipe.global_batch_size // batch.world_size
-    selected = usual_most_selected(recipe.masking, of_rank, recipe.data.sequence_length)
+    selected = selected_limit(recipe.masking, of_rank, recipe.data.sequence_length)
     pieces = head_pieces(vocab_size, selected // batch.gradient_accumulation_steps)
     return (of_layer * layers + of_piece * pieces + of_rest) * batch.gradient_accumulation_steps
 

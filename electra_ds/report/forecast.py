@@ -12,7 +12,15 @@ import torch
 from rich.console import RenderableType
 from rich.markup import escape
 
-from electra_ds.config.cards import CARDS, DEFAULT_TORCH_CAPABILITY, Card, Lack, has_slow_fp16, lacks, slow_fp16_note
+from electra_ds.config.cards import (
+    CARDS,
+    DEFAULT_TORCH_CAPABILITY,
+    Card,
+    Missing,
+    has_slow_fp16,
+    missing_features,
+    slow_fp16_note,
+)
 from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolve
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError
@@ -64,7 +72,7 @@ class Forecast:
     """The plan with the largest micro-batch that fits; None if none does, or without a prediction."""
     time: StepTime | None
     """The time of a step on the card; None for a CPU, if only the card's memory is known, or without a prediction."""
-    lacks: list[Lack]
+    missing: list[Missing]
 
     @property
     def needed_bytes(self) -> int | None:
@@ -134,7 +142,7 @@ def forecast(
         state_bytes=training_state(sum(objective.parameter_counts().values()), plan).total,
         largest=largest,
         time=objective.step_time(plan, card) if card is not None else None,
-        lacks=[] if card is None else lacks(card.name, card.capability),
+        missing=[] if card is None else missing_features(card.name, card.capability),
     )
 
 
@@ -255,9 +263,9 @@ def _card_lines(found: Forecast, time: StepTime) -> list[str]:
 def _lack_lines(found: Forecast) -> list[str]:
     if found.card is None:
         return []
-    if not found.lacks:
+    if not found.missing:
         return ["It lacks nothing: bf16, tensor cores, flash attention, torch.compile."]
-    lines = [f"  {escape(lack.what)}: {escape(lack.consequence)}." for lack in found.lacks]
+    lines = [f"  {escape(feature.what)}: {escape(feature.consequence)}." for feature in found.missing]
     install = []
     if found.card.capability < DEFAULT_TORCH_CAPABILITY:
         install = ["torch's default builds have no code for this card; make install uses the one for CUDA 12.6."]
@@ -312,7 +320,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "largest_micro_batch_size": found.largest.batch.micro_batch_size if found.largest is not None else None,
         "step_s": time._asdict() | {"roofline_s": time.roofline_s} if time is not None else None,
         "days": None if run_time is None else [seconds / _DAY_S for seconds in run_time],
-        "lacks": [lack._asdict() for lack in found.lacks],
+        "lacks": [feature._asdict() for feature in found.missing],
         "notes": list(found.plan.notes),
     }
 

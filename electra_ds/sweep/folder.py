@@ -37,11 +37,11 @@ from electra_ds.core.files import complete_file
 from electra_ds.sweep.options import (
     INPUTS,
     SCORE,
+    absolute_path,
     is_small_file,
-    moved_along,
+    moved_path,
     own_content,
-    with_folder,
-    without_folder,
+    relative_path,
 )
 from electra_ds.sweep.spec import Resources, SweepSpec
 from electra_ds.sweep.sweep_file import load_sweep, sweep_yaml, with_options
@@ -142,7 +142,7 @@ class TrialFiles:
             before = before.with_last(status=-signal.SIGKILL, reason="killed together with the process that started it")
         attempts = (*(before.attempts if before else ()), Attempt(time.time(), 0.0, None, "", os.uname().nodename))
         given = (resources.workers, resources.cpus, resources.gpus)
-        values = _by_option(trial.values, partial(without_folder, self._sweep, trial.stage))
+        values = _by_option(trial.values, partial(relative_path, self._sweep, trial.stage))
         self._write(TrialRecord(self.key, trial.stage, values, command, *given, attempts))
 
     def end(self, status: int, reason: str | None = None) -> None:
@@ -228,12 +228,12 @@ class TrialFiles:
         self._ended.touch()
 
     @property
-    def is_to_end(self) -> bool:
+    def is_asked_to_stop(self) -> bool:
         return self._ended.exists()
 
     def ended_early(self, step: int) -> bool:
         """Set the status of a trial that a scheduler has ended and that no longer runs; return True if it is one."""
-        if not self.is_to_end or self.has_ended:
+        if not self.is_asked_to_stop or self.has_ended:
             return False
         self.run.write_status("stopped", step=step, reason=ENDED_EARLY)
         return True
@@ -339,7 +339,7 @@ class SweepFolder:
         self.make()
         if not (self.path / "home").exists():
             _write(self.path / "home", f"{self.home}\n")
-        _write(self.path / "sweep.yaml", sweep_yaml(with_options(spec, partial(without_folder, self.path))))
+        _write(self.path / "sweep.yaml", sweep_yaml(with_options(spec, partial(relative_path, self.path))))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -394,7 +394,7 @@ class SweepFolder:
         """
         if self.home == self.path:
             return dict(options)
-        return {name: moved_along(self.home, self.path, stage, name, value) for name, value in options.items()}
+        return {name: moved_path(self.home, self.path, stage, name, value) for name, value in options.items()}
 
     def with_own_inputs(self, spec: SweepSpec) -> SweepSpec:
         """Return the sweep with copies of its recipes and DeepSpeed JSON files. Raises ConfigError if that fails.
@@ -430,7 +430,7 @@ class SweepFolder:
         found = {}
         for record in self.records() if spec.is_suggested else ():
             with contextlib.suppress(ConfigError):  # the sweep has changed since
-                values = _by_option(record.values, partial(with_folder, self.path, record.stage))
+                values = _by_option(record.values, partial(absolute_path, self.path, record.stage))
                 trial = suggested(spec, values, check=False)
                 found[trial.key] = trial
         return list(found.values())

@@ -22,7 +22,7 @@ from electra_ds.sweep.processes import this_machine, trials_at_once
 from electra_ds.sweep.run import corpus_note, open_sweep
 from electra_ds.sweep.spec import Resources
 from electra_ds.sweep.sweep_file import Sweep
-from electra_ds.sweep.trials import Trial, counted, expand
+from electra_ds.sweep.trials import Trial, expand, trials_text
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def plan_sweep(
     costs = {cell: _cost(group, found, spec.resources) for cell, group in by_cell.items()}
     states = {cell: Counter(found.state_of(trial)[0] for trial in group) for cell, group in by_cell.items()}
     table = Table(
-        counted(len(trials)), ["stage", "trials", "seeds", "state", "steps", "each", "memory"], text_columns=4
+        trials_text(len(trials)), ["stage", "trials", "seeds", "state", "steps", "each", "memory"], text_columns=4
     )
     for (stage, label), group in by_cell.items():
         cost, counts = costs[stage, label], states[stage, label].items()
@@ -93,7 +93,7 @@ def _totals(left: Sequence[tuple[int, RunTime | None]], at_once: int) -> Iterato
         rest = ", not counting trials whose cost is unknown" if unknown else ""
         yield f"In total {RunTime(low, high)} with {at_once} at once{rest}."
     if unknown:
-        yield f"Cost unknown for {counted(unknown)}: none like them has run in this folder yet."
+        yield f"Cost unknown for {trials_text(unknown)}: none like them has run in this folder yet."
 
 
 def _cost(group: Sequence[Trial], folder: SweepFolder, resources: Resources) -> Cost:

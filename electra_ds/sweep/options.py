@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, find_objective, shipped_names
-from electra_ds.config.option import described, value_type
+from electra_ds.config.option import options_of, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
 from electra_ds.config.recipe import ElectraRecipe, named_values, recipe_type, values_yaml
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
@@ -20,12 +20,12 @@ from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
 
 KINDS: dict[str, type[RunOptions]] = {"pretrain": PretrainOptions, "finetune": FinetuneOptions}
-_KNOWN = described(PretrainOptions) | described(FinetuneOptions)
+_KNOWN = options_of(PretrainOptions) | options_of(FinetuneOptions)
 """An option that both commands have is the same in both."""
 HOW = frozenset(name for name, of in _KNOWN.items() if of.is_how)
 """The options that do not affect a trial's outcome."""
 OPTIONS = {
-    stage: frozenset(name for name, of in described(kind).items() if not of.instead) for stage, kind in KINDS.items()
+    stage: frozenset(name for name, of in options_of(kind).items() if not of.instead) for stage, kind in KINDS.items()
 }
 """The options that a stage may set."""
 INSTEAD = {name: of.instead for name, of in _KNOWN.items() if of.instead}
@@ -171,25 +171,25 @@ def own_content(stage: str, name: str, value: str) -> bytes:
     return content
 
 
-def without_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
+def relative_path(folder: Path, stage: str, name: str, value: Any) -> Any:
     """Return the place of a sweep's copy relative to the sweep's folder, which may be moved."""
     is_kept = _is_settings(name) and isinstance(value, str) and value.startswith(f"{folder}/{INPUTS}/")
     return value.removeprefix(f"{folder}/") if is_kept else value
 
 
-def with_folder(folder: Path, stage: str, name: str, value: Any) -> Any:
-    """Undo `without_folder`. Anything that is not a copy stays unchanged."""
+def absolute_path(folder: Path, stage: str, name: str, value: Any) -> Any:
+    """Undo `relative_path`. Anything that is not a copy stays unchanged."""
     is_kept = _is_settings(name) and isinstance(value, str) and value.startswith(f"{INPUTS}/")
     return str(folder.absolute() / value) if is_kept and (folder / value).is_file() else value
 
 
-def moved_along(home: Path, folder: Path, stage: str, name: str, value: Any) -> Any:
+def moved_path(home: Path, folder: Path, stage: str, name: str, value: Any) -> Any:
     """Return the current place of an input that may have moved together with a sweep's folder, once at `home`.
 
     It is searched for at the same place relative to the folder, and returned unchanged if it is not there.
     """
     if isinstance(value, list):
-        return [moved_along(home, folder, stage, name, each) for each in value]
+        return [moved_path(home, folder, stage, name, each) for each in value]
     if _is_settings(name) or not _is_path(stage, name, value) or not Path(value).is_absolute():
         return value
     place = Path(os.path.normpath(folder / os.path.relpath(value, home)))

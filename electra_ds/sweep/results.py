@@ -35,7 +35,7 @@ from electra_ds.sweep.folder import (
 )
 from electra_ds.sweep.options import SCORE
 from electra_ds.sweep.spec import SweepSpec
-from electra_ds.sweep.trials import Trial, counted, value_text
+from electra_ds.sweep.trials import Trial, trials_text, value_text
 
 SEEDS = ("seed", "pretrain.seed")
 _NESTED = (
@@ -242,7 +242,7 @@ def _states(table: pd.DataFrame) -> Iterator[Line]:
     named = table["state"].mask(table["reason"].str.startswith(STOPPED_AT, na=False), "stopped as planned")
     named = named.mask(table["reason"] == ENDED_EARLY, ENDED_EARLY)
     counts = [f"{count} {state}" for state, count in named.value_counts().items()]
-    yield Line(f"{', '.join(counts)} of {counted(len(table))}." if counts else "0 trials.")
+    yield Line(f"{', '.join(counts)} of {trials_text(len(table))}." if counts else "0 trials.")
     for _, row in table[table["state"].isin(["failed", "collapsed", "done"]) & (table["reason"] != "")].iterrows():
         yield Line(f"{row['trial']} {row['state']}: {row['reason'].rstrip('.')}.")
     for _, row in (table.dropna(subset="warning") if "warning" in table else table[:0]).iterrows():

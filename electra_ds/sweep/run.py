@@ -20,7 +20,7 @@ from electra_ds.sweep.progress import SweepMonitor, SweepProgress
 from electra_ds.sweep.results import report_sweep
 from electra_ds.sweep.spec import SweepSpec
 from electra_ds.sweep.sweep_file import Sweep, as_spec
-from electra_ds.sweep.trials import Trial, counted, expand, suggested
+from electra_ds.sweep.trials import Trial, expand, suggested, trials_text
 
 _log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class _Todo:
     def headline(self, spec: SweepSpec, folder: SweepFolder) -> str:
         done = len(self.trials) - len(self.missing) - self.failed
         failed = f", {self.failed} that failed" if self.failed else ""
-        return f"{spec.name}: {counted(len(self.trials) + self.more)}, {done} done before{failed}; in {folder.path}"
+        return f"{spec.name}: {trials_text(len(self.trials) + self.more)}, {done} done before{failed}; in {folder.path}"
 
 
 def _todo(trials: Sequence[Trial], spec: SweepSpec, folder: SweepFolder, *, retry_failed: bool) -> _Todo:

@@ -18,13 +18,13 @@ from electra_ds.core.errors import ConfigError, did_you_mean
 from electra_ds.sweep.options import (
     INSTEAD,
     OPTIONS,
+    absolute_path,
     full_path,
     key_problem,
     metrics_of,
     nearest,
     recipe_keys,
     value_problem,
-    with_folder,
 )
 from electra_ds.sweep.spec import (
     DOMAINS,
@@ -78,7 +78,7 @@ def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepSpec:
     values = load_yaml(text, f"The sweep {name_or_path}")
     if not isinstance(values, dict):
         raise ConfigError(f"The sweep {name_or_path} must be a mapping, not {type(values).__name__}.")
-    values = _with_options(values, partial(with_folder, Path(name_or_path).parent))
+    values = _with_options(values, partial(absolute_path, Path(name_or_path).parent))
     for override in overrides:
         _put(values, override)
     return parse_sweep(values, name_or_path)

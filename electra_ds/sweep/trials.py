@@ -123,7 +123,7 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def counted(trials: int) -> str:
+def trials_text(trials: int) -> str:
     return f"{trials:,} trial{'' if trials == 1 else 's'}"
 
 

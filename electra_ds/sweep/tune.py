@@ -64,7 +64,9 @@ class RayRunner:
         """
         if not trials:
             return
-        order = InOrder(trials, self._folder, lambda trial: self._monitor.end(trial, *self._folder.state_of(trial)))
+        order = FixedOrderSearcher(
+            trials, self._folder, lambda trial: self._monitor.end(trial, *self._folder.state_of(trial))
+        )
         known = {trial.key: trial for trial in trials}
         config = tune.TuneConfig(search_alg=order, num_samples=len(trials))
         self._fit(lambda config: known[config["key"]], {}, config)
@@ -155,7 +157,7 @@ def _optuna(spec: SweepSpec, learned: Sequence[tuple[dict[str, Any], float]]) ->
 # --- when trials begin and end
 
 
-class InOrder(Searcher):
+class FixedOrderSearcher(Searcher):
     """Suggests listed trials in order. A finetuning follows as soon as the pretraining of its encoder has ended."""
 
     def __init__(self, trials: Sequence[Trial], folder: SweepFolder, refuse: Callable[[Trial], None]) -> None:

@@ -125,7 +125,7 @@ class _TuneTrial(tune.Trainable):
                 elif not self._ranks.are_running():
                     self._finish()
                 else:
-                    if self._folder.wants_to_stop() or self._files.is_to_end:
+                    if self._folder.wants_to_stop() or self._files.is_asked_to_stop:
                         self._ranks.leave()
                     self._ranks.wait(_LOOK_EVERY_S)
         except ray.exceptions.RayError:

@@ -133,7 +133,7 @@ class TrainingLoop(ABC):
         )
         self.tokens = 0
         self.engine: Engine | None = None
-        self.ends_early: Status | None = None
+        self.early_status: Status | None = None
         """The run's final status, set by an evaluation that decides to end the run early."""
         self._evaluated = 0
         """The step of the last evaluation; only the main rank knows it after a resume."""
@@ -240,7 +240,7 @@ class TrainingLoop(ABC):
         with self.ranks.fail_together():
             self.callbacks.call("on_start", self.progress)
         # A run that died after deciding to end early, but before writing its status, does not train any further.
-        stop_at = self.step if self.ends_early is not None else job.stop_at
+        stop_at = self.step if self.early_status is not None else job.stop_at
         for step, batch in prefetched(self.builder, self.step, stop_at):
             result = self._train_step(batch, step)
             self.progress.step = step + 1
@@ -252,7 +252,7 @@ class TrainingLoop(ABC):
                 self._report()
             if self.step % settings.eval_every == 0 and self.step < job.stop_at:
                 self._evaluate()
-                if self.ends_early is not None:
+                if self.early_status is not None:
                     break
             is_to_be_saved = self.step % settings.save_every == 0 or self.step in self.keep_at
             if is_to_be_saved and self.step < job.stop_at:
@@ -268,7 +268,7 @@ class TrainingLoop(ABC):
         if self.ranks.broadcast(self._evaluated) < self.step:  # false if a killed run had already evaluated
             self._evaluate()
         self.saver.finish()
-        status: Status = self.ends_early or ("done" if self.step >= job.total_steps else "stopped")
+        status: Status = self.early_status or ("done" if self.step >= job.total_steps else "stopped")
         if status != "stopped":
             self.finish()
         if self.ranks.is_main:
@@ -363,14 +363,14 @@ class TrainingLoop(ABC):
 
     def _evaluate(self) -> None:
         with self.throughput.paused():
-            metrics = finite_values(self.reducing_rows(self.evaluate))
+            metrics = finite_values(self.with_fewer_rows(self.evaluate))
             with self.ranks.fail_together():
                 if self.log is not None:
                     self.log.write("eval", self.step, metrics)
                 self.callbacks.call("on_evaluate", self.progress, metrics)
         self._evaluated = self.step
 
-    def reducing_rows(self, evaluate: Callable[[], _Evaluated]) -> _Evaluated:
+    def with_fewer_rows(self, evaluate: Callable[[], _Evaluated]) -> _Evaluated:
         """Evaluate, with fewer rows at a time if memory runs out, which does not change the result."""
         while True:
             try:

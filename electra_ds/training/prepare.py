@@ -215,7 +215,7 @@ def is_finished(run: RunDirectory, kind: Literal["pretrain", "finetune"], ranks:
     return ranks.broadcast(run.status() == "done")
 
 
-def hold(run: RunDirectory, ranks: Ranks, held: contextlib.ExitStack, *, is_new: bool) -> None:
+def lock_run(run: RunDirectory, ranks: Ranks, held: contextlib.ExitStack, *, is_new: bool) -> None:
     """Lock the run for this job, and check that all ranks see it. Raises CheckpointError or ConfigError."""
     with ranks.fail_together():
         if ranks.is_main:

@@ -12,7 +12,7 @@ import pytest
 from electra_ds.api.launch import given_options
 from electra_ds.cli import build_parser
 from electra_ds.config.commands import COMMANDS, reference_page
-from electra_ds.config.option import add_options, described
+from electra_ds.config.option import add_options, options_of
 from electra_ds.config.options import FinetuneOptions, PretrainOptions
 from electra_ds.config.run_record import FinetuneSettings, RunSettings
 from electra_ds.core.errors import ConfigError
@@ -36,8 +36,8 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_takes_its_options_and_no_others(name: str) -> None:
     there = {action.dest for action in parser_of(name)._actions} - {"help", "local_rank", "deepspeed"}
-    assert there == described(COMMANDS[name]).keys()
-    for of in described(COMMANDS[name]).values():
+    assert there == options_of(COMMANDS[name]).keys()
+    for of in options_of(COMMANDS[name]).values():
         assert of.flag is not None
         assert of.help
 
@@ -56,7 +56,7 @@ def test_an_option_that_is_not_given_is_none(kind: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "settings"), [(PretrainOptions, RunSettings), (FinetuneOptions, FinetuneSettings)])
 def test_every_recorded_setting_is_an_option(kind: Any, settings: Any) -> None:
-    assert {each.name for each in fields(settings)} <= described(kind).keys()
+    assert {each.name for each in fields(settings)} <= options_of(kind).keys()
     defaults = settings(log_every=1, eval_every=2, save_every=3, keep=4, **_more(settings))
     assert kind().settings(defaults) == defaults
     assert kind(keep=9).settings(defaults).keep == 9
@@ -68,7 +68,7 @@ def _more(settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", KINDS)
 def test_a_stage_of_a_sweep_takes_an_option_or_says_what_to_write(stage: str) -> None:
-    assert OPTIONS[stage] | INSTEAD.keys() >= described(KINDS[stage]).keys()
+    assert OPTIONS[stage] | INSTEAD.keys() >= options_of(KINDS[stage]).keys()
     assert not OPTIONS[stage] & INSTEAD.keys()
 
 
@@ -112,7 +112,7 @@ def test_what_python_gives_wrongly_is_refused_by_name_all_at_once() -> None:
 
 
 def test_options_of_a_new_run_are_refused_with_resume() -> None:
-    new_only = {name for name, of in described(PretrainOptions).items() if of.new_run_only}
+    new_only = {name for name, of in options_of(PretrainOptions).items() if of.new_run_only}
     assert new_only >= {"recipe", "overrides", "seed", "init_from", "corpus", "allow_unknown", "run_dir"}
     with pytest.raises(ConfigError, match="cannot be combined with --set, --seed"):
         PretrainOptions.of({"resume": "runs/x", "seed": 1, "overrides": ["a=1"]}).check()

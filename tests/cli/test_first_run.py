@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from electra_ds.api.launch import refuse_years
+from electra_ds.api.launch import check_run_time
 from electra_ds.api.pretrain import default_recipe, pretrain
 from electra_ds.cli import build_parser, main
 from electra_ds.config.cards import CARDS
@@ -217,7 +217,7 @@ LONG, SHORT = RunTime(0.4 * YEAR_S, 1.6 * YEAR_S), RunTime(20 * 86_400, 60 * 86_
 
 def test_a_run_that_may_take_years_is_refused(process_group: Ranks) -> None:
     with pytest.raises(ConfigError, match=r"predicted to take 0.4–1.6 years .* add --yes"):
-        refuse_years(PretrainOptions(), lambda: LONG, process_group)
+        check_run_time(PretrainOptions(), lambda: LONG, process_group)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_run_that_may_take_years_is_refused(process_group: Ranks) -> None:
 def test_weeks_are_not_refused_nor_is_a_run_that_ends_or_was_confirmed(
     process_group: Ranks, given: dict[str, Any], time: RunTime | None
 ) -> None:
-    refuse_years(PretrainOptions(**given), lambda: time, process_group)
+    check_run_time(PretrainOptions(**given), lambda: time, process_group)
 
 
 def test_a_million_steps_on_a_slow_cpu_are_refused_before_anything_is_built(

@@ -19,7 +19,7 @@ from torch.torch_version import TorchVersion
 
 from electra_ds.cli import main
 from electra_ds.config import cards
-from electra_ds.config.cards import CARDS, Gpu, abilities, detect_hardware, has_code_for, lacks
+from electra_ds.config.cards import CARDS, Gpu, abilities, detect_hardware, has_code_for, missing_features
 from electra_ds.config.names import ds_config_names
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.run_directory import RunDirectory
@@ -211,7 +211,7 @@ def test_what_a_card_lacks_is_told_by_doctor_and_keeps_no_run_from_starting(
 
 
 def test_what_a_whole_card_has_is_what_the_others_lack() -> None:
-    assert set(ALL.split(", ")) == {lack.what for lack in lacks("NVIDIA GeForce GTX 1060 6GB", (6, 1))}
+    assert set(ALL.split(", ")) == {feature.what for feature in missing_features("NVIDIA GeForce GTX 1060 6GB", (6, 1))}
 
 
 def test_every_json_that_ships_for_a_card_is_offered_for_it() -> None:

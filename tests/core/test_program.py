@@ -14,7 +14,7 @@ import pytest
 
 from electra_ds.cli import build_parser, main
 from electra_ds.config.commands import COMMANDS
-from electra_ds.config.option import described
+from electra_ds.config.option import options_of
 from electra_ds.core.program import PACKAGES, as_called, command, missing_package
 from tests.helpers import REPOSITORY
 
@@ -88,7 +88,7 @@ def test_bench_without_a_checkout_is_answered_by_where_it_is(capsys: pytest.Capt
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_misspelt_option_gets_a_suggestion_in_every_command(name: str, capsys: pytest.CaptureFixture) -> None:
     """Also if a required argument is missing, which may be the misspelt one."""
-    options = [of.flag for of in described(COMMANDS[name]).values() if of.flag and of.help != argparse.SUPPRESS]
+    options = [of.flag for of in options_of(COMMANDS[name]).values() if of.flag and of.help != argparse.SUPPRESS]
     for flag, value in itertools.product({*options[:1], *options[-1:]}, (" x", "=x")):
         given = f"{flag}{flag[-1]}{value}".split()
         with pytest.raises(SystemExit):

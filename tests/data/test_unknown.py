@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from electra_ds import cli
 from electra_ds.api.launch import display
-from electra_ds.api.stores import open_store
+from electra_ds.api.stores import open_or_build_store
 from electra_ds.config.options import PretrainOptions
 from electra_ds.core.errors import DataError
 from electra_ds.core.terminal import StageProgress
@@ -155,7 +155,7 @@ def test_every_command_that_builds_a_store_says_the_share_and_a_given_store_only
     for where, is_said in ((["--data", "g"], False), (["--data", "b"], True), (training_on_text, True)):
         options = PretrainOptions.parsed(cli.build_parser().parse_args(["pretrain", *where]))
         with display() as console:
-            open_store(options, small_recipe(), partial(StageProgress, console))
+            open_or_build_store(options, small_recipe(), partial(StageProgress, console))
         assert ("Warning: The tokenizer does not know much of" in capsys.readouterr().out) == is_said, where
     foreign = corpus_of(tmp_path / "foreign.txt", FOREIGN)
     with pytest.raises(SystemExit, match="2"):

@@ -21,7 +21,7 @@ import torch
 from transformers.trainer_utils import IntervalStrategy
 
 from electra_ds.core.errors import CheckpointError
-from electra_ds.interop.deepspeed_files import StandIn, load_file
+from electra_ds.interop.deepspeed_files import Placeholder, load_file
 
 DATA: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace(lr=1, out=Path("x")), "numpy array": np.arange(3.0),
@@ -45,7 +45,7 @@ def test_objects_that_a_script_saved_with_its_state_do_not_get_in_the_way(tmp_pa
 def test_a_stand_in_holds_the_attributes_of_an_object_and_the_arguments_of_a_call(tmp_path: Path) -> None:
     torch.save({"object": argparse.Namespace(lr=1), "enum": IntervalStrategy.STEPS}, tmp_path / "file.pt")
     content = load_file(tmp_path / "file.pt")
-    assert isinstance(content["object"], StandIn)
+    assert isinstance(content["object"], Placeholder)
     assert content["object"].attributes == {"lr": 1}
     assert content["enum"].arguments == ("steps",)
 

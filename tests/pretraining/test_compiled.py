@@ -16,7 +16,7 @@ from electra_ds.config.run_record import Compile
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import CompiledForward, PretrainingEngine, check_compile
-from electra_ds.pretraining.masking import usual_most_selected
+from electra_ds.pretraining.masking import selected_limit
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
 CPU = torch.device("cpu")
@@ -56,15 +56,15 @@ def test_a_filled_micro_batch_gives_the_same_losses_and_gradients(store: TokenSt
 @pytest.mark.parametrize("count", ["bernoulli", "fixed"])
 def test_the_one_shape_holds_what_is_selected_with_little_to_spare(store: TokenStore, count: str) -> None:
     recipe = small_recipe(*FULL, f"masking.count={count}")
-    most = usual_most_selected(recipe.masking, 4, 16)
+    most = selected_limit(recipe.masking, 4, 16)
     builder = builder_for(store, recipe)
     sizes = [len(builder.build(step).micro_batch(0, 4).selected_M) for step in range(200)]
     assert max(sizes) <= most
     if count == "fixed":
         assert most == 4 * 2 == max(sizes)  # min(round(0.15 * 16), floor(0.155 * 16)) = 2 of each
     # 128 x 126 maskable tokens: mean 2,419, standard deviation 45.3; 2,691.3 rounded up.
-    assert usual_most_selected(MaskingSection(), 128, 128) == 2752
-    assert usual_most_selected(MaskingSection(count="fixed"), 128, 128) == 128 * 19
+    assert selected_limit(MaskingSection(), 128, 128) == 2752
+    assert selected_limit(MaskingSection(count="fixed"), 128, 128) == 128 * 19
 
 
 def test_sequences_that_leave_much_of_their_rows_empty_are_laid_side_by_side(store: TokenStore) -> None:
@@ -78,7 +78,7 @@ def test_sequences_that_leave_much_of_their_rows_empty_are_laid_side_by_side(sto
         else:
             assert found.positions_BT is None
             assert found.ids_BT.shape == (4, 16)
-            assert len(found.selected_M) == usual_most_selected(recipe.masking, 4, 16)
+            assert len(found.selected_M) == selected_limit(recipe.masking, 4, 16)
 
 
 @pytest.mark.slow

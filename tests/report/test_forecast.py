@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from electra_ds.config.cards import CARDS, Card, find_card, lacks
+from electra_ds.config.cards import CARDS, Card, find_card, missing_features
 from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json
 from electra_ds.config.names import ds_config_names, recipe_names
 from electra_ds.config.recipe import load_recipe
@@ -44,7 +44,7 @@ def test_the_studys_electra_small_fits_a_gtx_1060_with_the_display_attached() ->
     assert found.fits
     assert (found.plan.batch.micro_batch_size, found.plan.batch.gradient_accumulation_steps) == (128, 1)
     assert found.plan.precision.name == "fp16"
-    assert {lack.what for lack in found.lacks} == {"tensor cores", "bf16", "flash attention", "torch.compile"}
+    assert {feature.what for feature in found.missing} == {"tensor cores", "bf16", "flash attention", "torch.compile"}
 
 
 @pytest.mark.parametrize("name", CARD_JSONS)
@@ -73,7 +73,7 @@ def test_the_page_on_hardware_has_every_card() -> None:
     page = (REPOSITORY / "docs" / "hardware.md").read_text("utf8")
     for card in CARDS:
         major, minor = card.capability
-        lacking = ", ".join(lack.what for lack in lacks(card.name, card.capability)) or "–"
+        lacking = ", ".join(feature.what for feature in missing_features(card.name, card.capability)) or "–"
         json_name = f"`{card.ds_config}`" if card.ds_config is not None else "–"
         row = f"| {card.name} | {major}.{minor} | {card.usable_gib:.1f} | {json_name} | {lacking} |"
         assert row in page.splitlines()
@@ -107,7 +107,7 @@ def test_a_gtx_16_is_planned_in_fp32_where_the_json_leaves_it_open_and_warned_of
     assert fp16.time is not None
     assert fp32.time is not None
     assert fp16.time.roofline_s > 3 * fp32.time.roofline_s
-    assert "slower than fp32" in fp16.lacks[0].consequence
+    assert "slower than fp32" in fp16.missing[0].consequence
     assert any("fp16 is enabled on NVIDIA GeForce GTX 1660 Ti" in note for note in fp16.plan.notes)
     assert fp32.plan.notes == ('fp16.enabled is "auto", which here means off',)
 

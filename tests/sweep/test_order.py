@@ -16,7 +16,7 @@ from electra_ds.sweep.folder import ENDED_AT_START, SweepFolder
 from electra_ds.sweep.options import metrics_of
 from electra_ds.sweep.sweep_file import parse_sweep
 from electra_ds.sweep.trials import Trial, expand
-from electra_ds.sweep.tune import InOrder
+from electra_ds.sweep.tune import FixedOrderSearcher
 from tests.sweep.test_sweep_results import FEW, both, made, pretend
 from tests.sweeping import small_sweep
 
@@ -31,7 +31,7 @@ def test_a_finetuning_begins_once_its_encoder_is_there_and_no_trial_twice_or_nev
         folder = SweepFolder(Path(path))
         folder.make()
         refused: list[Trial] = []
-        order = InOrder(trials, folder, refused.append)
+        order = FixedOrderSearcher(trials, folder, refused.append)
         running: list[str] = []
         begun: list[str] = []
         failed: set[str] = set()
@@ -74,7 +74,7 @@ def test_nothing_begins_once_the_sweep_is_to_stop(tmp_path: Path) -> None:
     _, trials = made(both([0], [0]))
     folder = SweepFolder(tmp_path)
     folder.make()
-    order = InOrder(trials, folder, lambda trial: None)
+    order = FixedOrderSearcher(trials, folder, lambda trial: None)
     folder.ask_to_stop()
     assert order.suggest("tune-0") == Searcher.FINISHED
 

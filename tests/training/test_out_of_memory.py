@@ -32,7 +32,7 @@ from electra_ds.pretraining import prepare
 from electra_ds.pretraining.electra import Electra, MicroBatch
 from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.pretraining.objectives.electra import ElectraObjective
-from electra_ds.pretraining.prepare import fitting_plan, has_room, largest_fitting
+from electra_ds.pretraining.prepare import fits_in_memory, fitting_plan, largest_fitting
 from electra_ds.pretraining.pretrain import PretrainLoop, pretrain
 from electra_ds.training.checkpoint import CheckpointFolder, PendingCheckpoint
 from electra_ds.training.optimizer import MasterAdamW
@@ -366,7 +366,7 @@ def test_the_probe_finds_the_largest_micro_batch_that_fits(process_group: Ranks)
     """The search that a GPU gets, on the CPU, with a memory that holds so many sequences."""
     recipe = small_recipe("global_batch_size=12")
     plan = cpu_plan(recipe)
-    fits = partial(has_room, ElectraObjective(recipe, 400), device=torch.device("cpu"))
+    fits = partial(fits_in_memory, ElectraObjective(recipe, 400), device=torch.device("cpu"))
     for room, expected in [(12, 12), (11, 6), (5, 4), (1, 1)]:
         with fails("backward", lambda turn, sequences, room=room: sequences > room):
             found = largest_fitting(plan, fits, process_group)
@@ -380,7 +380,7 @@ def test_the_probe_finds_the_largest_micro_batch_that_fits(process_group: Ranks)
 def test_a_probe_leaves_weights_and_random_numbers_of_the_run_alone(process_group: Ranks) -> None:
     recipe = small_recipe(*DROPOUT)
     before = {name: tensor.clone() for name, tensor in Electra(recipe, 400, 0).state_dict().items()}
-    assert has_room(ElectraObjective(recipe, 400), cpu_plan(recipe), torch.device("cpu"))
+    assert fits_in_memory(ElectraObjective(recipe, 400), cpu_plan(recipe), torch.device("cpu"))
     after = Electra(recipe, 400, 0).state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 

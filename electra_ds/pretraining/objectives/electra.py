@@ -22,7 +22,7 @@ from electra_ds.core.keyed_random import generator, random_bits
 from electra_ds.data.packing import packed_rows
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.electra import Electra, ElectraOutput, MicroBatch, encoder_configs
-from electra_ds.pretraining.masking import Masks, before, choose_masks, usual_most_selected
+from electra_ds.pretraining.masking import Masks, before, choose_masks, selected_limit
 from electra_ds.pretraining.memory import Kernels, PeakMemory, count_parameters, peak_memory
 from electra_ds.pretraining.objectives.base import Curve, Export, Objective, PretrainingBatch, TextBatch
 from electra_ds.pretraining.objectives.electra_evaluation import (
@@ -113,7 +113,7 @@ class ElectraBatch(TextBatch, PretrainingBatch):
         if self.lengths_B[first : first + size].mean() / self.ids_BT.shape[1] < _FULL_ENOUGH:
             return None
         micro_batch = self.micro_batch(first, size, packed=False)
-        most = usual_most_selected(self.recipe.masking, size, self.ids_BT.shape[1])
+        most = selected_limit(self.recipe.masking, size, self.ids_BT.shape[1])
         return micro_batch.filled(most) if len(micro_batch.selected_M) <= most else None
 
 
@@ -229,7 +229,7 @@ class ElectraObjective(Objective[ElectraRecipe]):
 
     def usual_flops(self) -> float:
         rows, length = self.recipe.global_batch_size, self.recipe.data.sequence_length
-        return self._flops([length] * rows, usual_most_selected(self.recipe.masking, rows, length))
+        return self._flops([length] * rows, selected_limit(self.recipe.masking, rows, length))
 
     def _flops(self, lengths_B: Sequence[int] | np.ndarray, selected: int) -> float:
         configs = encoder_configs(self.recipe, self.vocab_size, self.pad_token_id)
@@ -245,9 +245,9 @@ class ElectraObjective(Objective[ElectraRecipe]):
         return peak_memory(self.recipe, self.vocab_size, plan, kernels)
 
     def longest_micro_batch(self, size: int) -> MicroBatch:
-        """Return full rows with `usual_most_selected` positions."""
+        """Return full rows with `selected_limit` positions."""
         length = self.recipe.data.sequence_length
-        selected = usual_most_selected(self.recipe.masking, size, length)
+        selected = selected_limit(self.recipe.masking, size, length)
         places = torch.arange(size * length)
         ids_BT = (places % self.vocab_size).view(size, length)
         return MicroBatch(
