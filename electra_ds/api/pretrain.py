@@ -35,7 +35,7 @@ from electra_ds.pretraining.prepare import (
 )
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.pretrain import pretrain as train
-from electra_ds.pretraining.run_time import RunTime, pretraining_time
+from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback
 
@@ -158,7 +158,8 @@ class PretrainStart(RunStart[PretrainOptions]):
     def run_time(self) -> RunTime | None:
         size = self.vocab_size or self.recipe.tokenizer.vocab_size
         device, threads = devices.device(self.ranks.launch), self.options.threads
-        return pretraining_time(self.recipe, size, self.plan, device, steps=self.stop_at, threads=threads)
+        objective: Objective[Any] = Objective.of(self.recipe, size)
+        return objective.run_time(self.plan, device, steps=self.stop_at, threads=threads)
 
     @property
     def stop_at(self) -> int:

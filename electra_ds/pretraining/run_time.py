@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import encoder_configs
 from electra_ds.pretraining.masking import selected_limit
 from electra_ds.pretraining.memory import count_parameters, head_pieces, saved_bytes
-from electra_ds.pretraining.objectives.base import Objective
 
 # The backward pass of a product has two products, one for each factor's gradient. Neither can be left out anywhere,
 # since even the first product's input, the embeddings, is trained.
@@ -225,31 +224,6 @@ def cpu_time(flops: float, operations: float, threads: int, world_size: int = 1)
     rate, operation_s = cpu_rates(threads)
     seconds = flops / (rate * world_size) + operations * operation_s
     return RunTime(seconds * CPU_SLOWER[0], seconds * CPU_SLOWER[1])
-
-
-def pretraining_time(
-    recipe: Recipe,
-    vocab_size: int,
-    plan: DeepSpeedPlan,
-    device: torch.device,
-    *,
-    steps: int,
-    threads: int | None,
-) -> RunTime | None:
-    """Return the predicted time of this many steps on this rank's device.
-
-    Return None for a GPU whose rates are unknown, and for an objective that does not predict its costs. threads: of a
-    rank on a CPU; None for torch's choice.
-    """
-    objective: Objective[Any] = Objective.of(recipe, vocab_size)
-    if device.type == "cpu":
-        flops = objective.usual_flops()
-        if flops is None:
-            return None
-        operations = steps * objective.usual_operations(plan)
-        return cpu_time(steps * flops, operations, threads or torch.get_num_threads(), plan.batch.world_size)
-    card = find_card(devices.device_name(device))
-    return time_of_steps(None if card is None else objective.step_time(plan, card), steps)
 
 
 def finetuning_time(

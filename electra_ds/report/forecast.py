@@ -42,7 +42,6 @@ from electra_ds.pretraining.run_time import (
     SLOWER,
     RunTime,
     StepTime,
-    pretraining_time,
     time_of_steps,
 )
 from electra_ds.report.tables import Table
@@ -94,7 +93,8 @@ class Forecast:
             return time_of_steps(self.time, steps)
         threads = max(1, torch.get_num_threads() // self.plan.batch.world_size)
         device = torch.device("cpu")
-        return pretraining_time(self.recipe, self.vocab_size, self.plan, device, steps=steps, threads=threads)
+        objective: Objective[Any] = Objective.of(self.recipe, self.vocab_size)
+        return objective.run_time(self.plan, device, steps=steps, threads=threads)
 
 
 def forecast(

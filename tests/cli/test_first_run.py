@@ -23,12 +23,12 @@ from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.run_time import (
     YEAR_S,
     RunTime,
     cpu_time,
     finetuning_time,
-    pretraining_time,
     shortest_s,
 )
 from electra_ds.sweep.options import KINDS
@@ -249,11 +249,11 @@ def test_the_studys_recipe_is_not_refused_on_any_known_card(card: Any, monkeypat
     recipe = load_recipe("rc2020-small")
     values, name = default_ds_config(True, card)
     plan = resolve(values, recipe, world_size=1, auto_fp16=wants_fp16(torch.device("cuda")), source=name)
-    time = pretraining_time(recipe, 30_522, plan, torch.device("cuda"), steps=1_000_000, threads=None)
+    time = ElectraObjective(recipe, 30_522).run_time(plan, torch.device("cuda"), steps=1_000_000, threads=None)
     assert time is not None
     assert time.low_s <= time.high_s
     assert not time.may_take_years
-    endless = pretraining_time(recipe, 30_522, plan, torch.device("cuda"), steps=10**11, threads=None)
+    endless = ElectraObjective(recipe, 30_522).run_time(plan, torch.device("cuda"), steps=10**11, threads=None)
     assert endless is not None
     assert endless.may_take_years
 
@@ -263,7 +263,7 @@ def test_an_unknown_gpus_time_is_not_predicted(monkeypatch: pytest.MonkeyPatch) 
     recipe = small_recipe()
     plan = resolve({}, recipe, world_size=1, auto_fp16=False, source="x")
     cuda = torch.device("cuda")
-    assert pretraining_time(recipe, 400, plan, cuda, steps=10**9, threads=None) is None
+    assert ElectraObjective(recipe, 400).run_time(plan, cuda, steps=10**9, threads=None) is None
     assert finetuning_time(10**8, 12, 4096, plan, cuda, steps=10**9, threads=1) is None
 
 
@@ -300,6 +300,6 @@ def test_the_predicted_time_on_a_cpu_contains_that_of_a_small_model(
     )  # fmt: skip
     shortest = min(after - before for before, after in itertools.pairwise(times))
     vocab_size = store.tokenizer.vocab_size
-    found = pretraining_time(recipe, vocab_size, cpu_plan(recipe), torch.device("cpu"), steps=1, threads=1)
+    found = ElectraObjective(recipe, vocab_size).run_time(cpu_plan(recipe), torch.device("cpu"), steps=1, threads=1)
     assert found is not None
     assert found.low_s < shortest < found.high_s

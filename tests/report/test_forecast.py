@@ -17,7 +17,7 @@ from electra_ds.config.names import ds_config_names, recipe_names
 from electra_ds.config.recipe import load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.memory import Phase, peak_memory
-from electra_ds.pretraining.run_time import pretraining_time
+from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.report.forecast import GIB, Forecast, as_json, forecast
 from tests.helpers import REPOSITORY
 from tests.pretraining.test_pretrain import run
@@ -175,7 +175,7 @@ def command(*arguments: str, status: int = 0) -> str:
 
 def test_the_command_says_all_of_it() -> None:
     said = command("--recipe", "rc2020-small", "--ds-config", "gtx1060-6gb")
-    assert "on NVIDIA GeForce GTX 1060 6GB (never run): fp16, ZeRO stage 0" in said
+    assert "on NVIDIA GeForce GTX 1060 6GB: fp16, ZeRO stage 0" in said
     assert re.search(r"= \d\.\d\d GiB of 5.20 GiB \(6 GiB less 0.8 for the display and the driver\): fits", said)
     assert "torch.compile: Triton needs 7.0" in said
     for part in Phase._fields:
@@ -192,7 +192,7 @@ def test_without_arguments_the_plan_is_for_what_this_machine_would_run() -> None
         pytest.skip("this machine has a GPU")
     said = command()
     assert "tiny with cpu on this machine's CPU: fp32" in said
-    assert re.search(r"Time: [\d.]+–[\d.]+ (s|min|h|d) for 12,000 steps. This is 1.5 to 6.0 times what", said)
+    assert re.search(r"Time: [\d.]+–[\d.]+ (s|min|h|d) for 12,000 steps. This is 1.2 to 6.0 times what", said)
     assert "rc2020-small with rtx3090-24gb on NVIDIA GeForce RTX 3090" in command("--card", "RTX 3090")
 
 
@@ -200,8 +200,8 @@ def test_a_plan_for_this_cpu_has_the_time_that_a_dry_run_predicts() -> None:
     """Both measure the machine, whose rate varies by less than threefold meanwhile."""
     found = forecast(load_recipe("mini"), {}, "mine", card=None)
     ours = found.run_time()
-    theirs = pretraining_time(
-        found.recipe, found.vocab_size, found.plan, torch.device("cpu"), steps=found.recipe.schedule.total_steps,
+    theirs = ElectraObjective(found.recipe, found.vocab_size).run_time(
+        found.plan, torch.device("cpu"), steps=found.recipe.schedule.total_steps,
         threads=None,
     )  # fmt: skip
     assert ours is not None
@@ -234,7 +234,7 @@ def test_the_cards_that_people_have_are_planned_without_a_json_however_their_nam
 
 def test_a_card_needs_no_json_and_no_recipe() -> None:
     said = command("--card", "RTX4090")
-    assert "rc2020-small with the default JSON for any GPU on NVIDIA GeForce RTX 4090 (never run): fp16" in said
+    assert "rc2020-small with the default JSON for any GPU on NVIDIA GeForce RTX 4090: fp16" in said
     assert re.search(r"Time: [\d.]+–[\d.]+ (h|d) for 1,000,000 steps. The roofline of a step is", said)
 
 

@@ -92,7 +92,11 @@ def test_a_run_that_a_callback_stops_is_saved_and_resumes_bit_for_bit(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("callbacks", [[Recorder], [print], Recorder(), "loss", [Recorder(), None]], ids=repr)
+@pytest.mark.parametrize(
+    "callbacks",
+    [[Recorder], [print], Recorder(), "loss", [Recorder(), None]],
+    ids=["class", "function", "single", "text", "none"],
+)
 def test_anything_but_a_list_of_callbacks_is_refused_before_the_run(callbacks: Any, tmp_path: Path) -> None:
     for start in (electra_ds.pretrain, electra_ds.finetune):
         given: dict[str, Any] = {"recipe": "tiny"} if start is electra_ds.pretrain else {"model": "x", "task": "rte"}

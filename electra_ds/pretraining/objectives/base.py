@@ -27,20 +27,20 @@ import numpy as np
 import torch
 from rich.text import Text
 
-from electra_ds.config.cards import Card
+from electra_ds.config.cards import Card, find_card
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.names import find_objective
 from electra_ds.config.recipe import Recipe
+from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.masking import before
 from electra_ds.pretraining.memory import Kernels, PeakMemory
+from electra_ds.pretraining.run_time import RunTime, StepTime, cpu_time, time_of_steps
 from electra_ds.training.step import AutocastModel, StepBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from electra_ds.pretraining.run_time import StepTime
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
@@ -251,6 +251,20 @@ class Objective(ABC, Generic[RecipeT]):
     def peak_memory(self, plan: DeepSpeedPlan, kernels: Kernels) -> PeakMemory | None:
         """Return the memory that a step with a plan takes on each rank."""
         return None
+
+    def run_time(self, plan: DeepSpeedPlan, device: torch.device, *, steps: int, threads: int | None) -> RunTime | None:
+        """Return the predicted time of this many steps on this rank's device.
+
+        Return None also for a GPU whose rates are unknown. threads: of a rank on a CPU; None for torch's choice.
+        """
+        if device.type == "cpu":
+            flops = self.usual_flops()
+            if flops is None:
+                return None
+            operations = steps * self.usual_operations(plan)
+            return cpu_time(steps * flops, operations, threads or torch.get_num_threads(), plan.batch.world_size)
+        card = find_card(devices.device_name(device))
+        return time_of_steps(None if card is None else self.step_time(plan, card), steps)
 
     def needed_bytes(self, plan: DeepSpeedPlan, kernels: Kernels) -> int | None:
         """Return the bytes that must be free on a GPU or in CPU memory for a plan."""
