@@ -21,7 +21,7 @@ from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.training.optimizer import MasterAdamW, Rates, learning_rate_at, pretraining_rates
 from electra_ds.training.step import StepBatch, StepLosses, TrainableModel, set_up_model
-from electra_ds.training.zero import ZeroAdamW, clear_stage3_caches, torch_adamw
+from electra_ds.training.zero import ZeroAdamW, clear_stage3_caches, import_muon, torch_adamw
 
 # On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at the first start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -57,6 +57,7 @@ class Engine:
             model.to(dtype=dtype)
             optimizer = MasterAdamW(model.named_parameters(), recipe.optimizer, plan.precision.loss_scaling, rates)
         else:
+            import_muon()
             optimizer = torch_adamw(model.named_parameters(), recipe.optimizer, rates)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=plan.engine_config(), dist_init_required=False

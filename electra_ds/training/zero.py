@@ -8,12 +8,14 @@ name, as at stage 0, so that a checkpoint fits every stage. And it lets the loss
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -54,6 +56,20 @@ def torch_adamw(
         eps=section.epsilon,
         fused=True,
     )
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's optimizer Muon without compiling it, unless it is imported already.
+
+    ZeRO compares the type of every optimizer with Muon, and importing Muon compiles its functions, for which torch
+    imports its compiler: some 3 CPU-seconds on each rank. Functions that are not compiled compute the same.
+    """
+    compile_function = compiler.compile
+    compiler.compile = lambda *arguments, **named: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_function
 
 
 def clear_stage3_caches() -> None:
