@@ -96,7 +96,8 @@ def draw_curves(metrics: Sequence[dict[str, Any]], curves: Sequence[Curve], titl
     """Draw training and held-out curves of one run, up to four panels, as a PNG."""
     train = [line for line in metrics if line["kind"] == "train"]
     evaluations = [line for line in metrics if line["kind"] == "eval"]
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7))  # a layout fitted to the labels would draw everything twice
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.08, top=0.92, hspace=0.26, wspace=0.24)
     figure.suptitle(title)
     panels = figure.subplots(2, 2).flatten()
     for panel, curve in zip(panels, curves, strict=False):
@@ -112,6 +113,7 @@ def draw_curves(metrics: Sequence[dict[str, Any]], curves: Sequence[Curve], titl
             panel.axhline(curve.baseline, color="grey", linewidth=0.8)
         panel.set(xlabel="step", ylabel=curve.label)
         panel.legend()
+        panel.locator_params(nbins=6)
         panel.grid(alpha=0.3)
     for panel in panels[len(curves) :]:
         panel.remove()
