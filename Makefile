@@ -34,7 +34,7 @@ quickstart: install
 	$(VENV)/bin/python bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny
 
 # A file's tests run in one process, which makes what they share once.
-PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 25
 
 test: install
 	$(PYTEST)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,21 @@ from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.data.token_store import TokenStore
+from tests.budget import Costs, pytest_runtest_call  # noqa: F401  # a hook
 from tests.helpers import small_recipe, write_corpus
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Costs())
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One for each core, and two on a machine that has one, since many tests wait."""
+    return max(2, len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
