@@ -25,6 +25,10 @@ ROWS = [
 # not need.
 LATE = {
     ("electra_ds.config.commands", "electra_ds.config.run_record"),  # pydantic, for the page of options alone
+    ("electra_ds.data.hub", "datasets"),  # also for files here, which `datasets` need not read
+    ("electra_ds.data.hub", "datasets.exceptions"),
+    ("electra_ds.finetuning.squad", "datasets"),
+    ("electra_ds.finetuning.load_task", "datasets"),
     ("electra_ds.finetuning.tasks", "pandas"),  # which the check of a sweep does not need
     ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
     ("electra_ds.pretraining.objectives.electra_evaluation", "sklearn.metrics"),

@@ -1,6 +1,6 @@
 """Datasets and models of the Hugging Face Hub, or in local folders with the same layout.
 
-Import this module only when you need it, because `datasets` takes seconds to import.
+The library `datasets` takes seconds to import, so it is imported only when a dataset is opened, or after an error.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets  # type: ignore[import-untyped]
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError  # type: ignore[import-untyped]
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
@@ -31,7 +29,6 @@ _TOKENIZER_FILES = [
 ]  # fmt: skip
 _MODEL_FILES = ["model*.safetensors", "model.safetensors.index.json", *_TOKENIZER_FILES]
 _PICKLED_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-_NOT_THERE = (DatasetNotFoundError, RepositoryNotFoundError)
 _NOT_REACHED = (ConnectionError, TimeoutError, HfHubHTTPError, LocalEntryNotFoundError)
 
 
@@ -74,6 +71,8 @@ class HubSource(Source):
 
     def __init__(self, text: str, text_key: str = "text", *, streaming: bool = False, revision: str | None = None):
         """Find the dataset without downloading its data. Raises DataError if it does not exist as specified."""
+        import datasets
+
         self._parts = parse_hub_name(text)
         self.description = f"{self._parts}{f', revision {revision}' if revision else ''}"
         self._text_key = text_key
@@ -126,6 +125,8 @@ class HubSource(Source):
             else:
                 self._builder.download_and_prepare()
                 self._rows = self._text_column(self._builder.as_dataset(split=self._parts.split))
+        import datasets
+
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity_error()
         disable_progress_bars()
@@ -149,7 +150,7 @@ class HubSource(Source):
                 progress(total_bytes * done // total_rows - total_bytes * min(read, total_rows) // total_rows)
             read += len(table)
 
-    def _text_column(self, rows: datasets.Dataset) -> datasets.Dataset:
+    def _text_column(self, rows: Any) -> Any:
         check_column(self.description, rows.features.arrow_schema, self._text_key)
         return rows.select_columns([self._text_key])
 
@@ -166,6 +167,8 @@ class SavedSource(HubSource):
 
     def __init__(self, folder: Path, text_key: str = "text") -> None:
         """Open the dataset. Raises DataError if it is damaged, or if it has several splits but no `train`."""
+        import datasets
+
         self.description = str(folder)
         self._text_key = text_key
         self._streaming = False
@@ -223,10 +226,12 @@ def explain_errors(what: str, otherwise: str = "") -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # from the libraries, the Hub, the network or pyarrow, or a ValueError
+        from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
         chain: list[BaseException] = [error]
         while cause := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(cause)
-        if any(isinstance(link, _NOT_THERE) for link in chain):
+        if any(isinstance(link, DatasetNotFoundError | RepositoryNotFoundError) for link in chain):
             advice = "Check the name; if it is private or gated, ask for access on its page and run: hf auth login."
         elif any(isinstance(link, _NOT_REACHED) for link in chain):
             advice = "Check the connection, or the Hub's status; then run the same command again."

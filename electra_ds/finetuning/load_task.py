@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets  # type: ignore[import-untyped]
 import numpy as np
 
 from electra_ds.config.names import TASKS
@@ -110,6 +109,8 @@ def load_glue_hub(name: str, repository: str = _GLUE_REPOSITORY, revision: str |
     config = name.replace("-", "")
     source = f"{HUB}{repository}#{config}{f', revision {revision}' if revision else ''}"
     with explain_errors(source):
+        import datasets
+
         splits = dict(datasets.load_dataset(path, config, revision=revision))
         if name == "mnli" and "ax" in datasets.get_dataset_config_names(path, revision=revision):
             splits["ax"] = datasets.load_dataset(path, "ax", revision=revision)["test"]

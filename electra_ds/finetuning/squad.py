@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets  # type: ignore[import-untyped]
-
 from electra_ds.core.errors import DataError
 from electra_ds.data.hub import dataset_path, explain_errors
 
@@ -106,6 +104,8 @@ def load_squad_hub(name: SquadName, repository: str, revision: str | None = None
     path = dataset_path(repository, revision)
     source = f"{repository}{f', revision {revision}' if revision else ''}"
     with explain_errors(source, "It must have the layout of rajpurkar/squad."):
+        import datasets
+
         tables = datasets.load_dataset(path, revision=revision)
     if "validation" not in tables:
         raise DataError(f"{source} has no split 'validation'; its splits are {', '.join(map(str, tables))}.")
