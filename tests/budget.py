@@ -71,7 +71,7 @@ class Costs:
         if len(self.by_test) < _SHOWN:
             return
         total = sum(self.by_test.values()) / 60
-        terminalreporter.section(f"{total:.1f} CPU-minutes without fixtures; the dearest tests, in CPU-seconds")
+        terminalreporter.section(f"{total:.1f} CPU-minutes without fixtures; the most expensive tests, in CPU-seconds")
         for test in sorted(self.by_test, key=lambda test: -self.by_test[test])[:_SHOWN]:
             terminalreporter.line(f"{self.by_test[test]:7.1f}  {test}")
         for test in self.over:

@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One for each core, and two on a machine that has one, since many tests wait."""
+    """Return one worker for each core, and at least two, since many tests wait."""
     return max(2, len(os.sched_getaffinity(0)))
 
 

@@ -1,7 +1,7 @@
 """Starting `pretrain` as each launcher does, on ranks of this machine.
 
-torchrun and deepspeed are real. What `srun` does, and a shell, is to start processes with an environment: these are
-forks (tests/forks.py).
+torchrun and deepspeed are real. A shell and `srun` only start processes with an environment, so forks (tests/forks.py)
+take their place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NUMBERS = ("--nproc_per_node", "--num_gpus", "--ntasks")
 
 
 def readme_line(launcher: str) -> list[str]:
-    """The README's own line for a launcher, in words."""
+    """Return the README's command for a launcher, split into words."""
     program = "bin/pretrain" if launcher == "bare" else launcher
     lines = [line.strip() for line in (REPOSITORY / "README.md").read_text("utf8").splitlines()]
     return shlex.split(next(line for line in lines if line.startswith(f"{program} ") and "zero1" in line))
@@ -57,9 +57,9 @@ def start(
     launcher: str, arguments: Sequence[str], log: Path, *, resume: Path | None = None, ranks: int = 2,
     before_rank_1: Sequence[Any] = (),
 ) -> Sequence[subprocess.Popen[bytes] | Rank]:  # fmt: skip
-    """The README's line with more arguments; one process under torchrun and deepspeed, else one for each rank.
+    """Start the README's command with more arguments; return one process under torchrun and deepspeed, else one a rank.
 
-    To resume, the line's own arguments give way to `--resume`. ranks: in place of the line's own number. before_rank_1:
+    resume: `--resume` with this run replaces the line's own arguments. ranks: in place of its number. before_rank_1:
     a function of a module, and what to call it with in rank 1 of an srun before the command.
     """
     line = readme_line(launcher)
@@ -81,7 +81,7 @@ def start(
 
 
 def finish(processes: Sequence[subprocess.Popen[bytes] | Rank], timeout: float = 120) -> list[int]:
-    """Exit statuses; kills what is left and fails after `timeout` seconds."""
+    """Return the exit statuses; kill what is left, and fail after `timeout` seconds."""
     try:
         return [process.wait(timeout) for process in processes]
     finally:
@@ -90,7 +90,7 @@ def finish(processes: Sequence[subprocess.Popen[bytes] | Rank], timeout: float =
 
 
 def processes_of(run_dir: Path) -> list[str]:
-    """Command lines of the processes that work on a run."""
+    """Return the command lines of the processes that work on a run."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -103,7 +103,7 @@ def processes_of(run_dir: Path) -> list[str]:
 
 
 def wait_until_gone(run_dir: Path, seconds: float) -> list[str]:
-    """Waits for a run's processes to end; returns those that did not."""
+    """Wait for a run's processes to end; return those that did not."""
     deadline = time.monotonic() + seconds
     while (left := processes_of(run_dir)) and time.monotonic() < deadline:
         time.sleep(0.1)

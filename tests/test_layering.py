@@ -25,7 +25,7 @@ ROWS = [
 # not need.
 LATE = {
     ("electra_ds.config.commands", "electra_ds.config.run_record"),  # pydantic, for the page of options alone
-    ("electra_ds.data.hub", "datasets"),  # also for files here, which `datasets` need not read
+    ("electra_ds.data.hub", "datasets"),  # slow to import, and not needed for local files
     ("electra_ds.data.hub", "datasets.exceptions"),
     ("electra_ds.finetuning.squad", "datasets"),
     ("electra_ds.finetuning.load_task", "datasets"),

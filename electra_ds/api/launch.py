@@ -1,7 +1,7 @@
-"""Running a command's options to a finished run, the same way for pretraining and finetuning, and the default display.
+"""Start or resume a run from a command's options, the same way for pretraining and finetuning, and show its progress.
 
-`display` opens the display: the package's log on the terminal, and the console on which progress is shown. This is the
-one place below the command line that makes a console; everything else logs, calls callbacks or returns data.
+`display` opens the display: the package's log on the terminal, and the console on which progress is shown. Only this
+module, below the command line, opens a console on the terminal; everything else logs, calls callbacks or returns data.
 `quiet=True` prints nothing.
 """
 
@@ -145,7 +145,7 @@ def launch(start: RunStart[Any], *, quiet: bool, callbacks: Sequence[Callback]) 
             start.say_end()
             if run.status() == "stopped":
                 total = start.job.total_steps
-                lead = f"Stopped at step {start.stop_at:,} of {total:,}, as --stop-at asks. To resume:"
+                lead = f"Stopped at step {start.stop_at:,} of {total:,}, because of --stop-at. To resume:"
                 log_command(_log, lead, f"{command(start.kind)} --resume {run.path}")
     return Run(run.path)
 
@@ -169,7 +169,7 @@ def check_run_time(options: RunOptions, predict: Callable[[], RunTime | None], r
 def _say_dry_run(time: RunTime | None, steps: int) -> None:
     if time is not None and time.may_take_years:
         _log.info("A run this long starts only with --yes.")
-    shown = "no prediction for this GPU, whose rates are unknown" if time is None else f"predicted to take {time}"
+    shown = f"predicted to take {time}" if time is not None else "not predicted for this objective on this device"
     _log.info(f"time: {steps:,} steps, {shown}\nDry run: nothing was written and nothing was started.")
 
 

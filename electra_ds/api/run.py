@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import RunDirectory, Status
 from electra_ds.config.run_record import FinetuneRecord, RunRecord
 from electra_ds.core.errors import CheckpointError
+from electra_ds.core.program import command
 from electra_ds.training.checkpoint import CheckpointFolder
 from electra_ds.training.checkpoints import CheckpointInfo, checkpoints_to_verify, list_checkpoints, prune, verify
 
@@ -130,8 +132,11 @@ class Run:
             return report_scores([self.path])
 
         from electra_ds.report.run_report import report_run
+        from electra_ds.report.tables import Line
 
-        return report_run(self._directory, None if data is None else Path(data))
+        report = report_run(self._directory, None if data is None else Path(data))
+        resume = Line("To resume:", command=f"{command('pretrain')} --resume {self.path}")
+        return replace(report, parts=[*report.parts, resume]) if self.status == "stopped" else report
 
     def resume(self, **options: Any) -> Run:
         """Resume the run, with any option that `pretrain` or `finetune` accepts together with `resume`."""

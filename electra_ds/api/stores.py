@@ -93,7 +93,8 @@ def open_or_build_store(
 def find_store(
     options: PretrainOptions, recipe: Recipe, show_progress: ShowProgress, check: Check | None = None
 ) -> TokenStore | tuple[Path, int]:
-    """Return the store that `open_or_build_store` would open, or path and vocabulary size of one that it would build.
+    """Return the store that `open_or_build_store` would open or, if it would have to build one, the path and the
+    vocabulary size of that store.
 
     This checks everything except the text, and writes nothing.
     """

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
         parser = build_parser(adds)
         if adds is COMMANDS and [*(sys.argv[1:] if arguments is None else arguments)][:1] == ["bench"]:
-            parser.error("the benchmarks are not in the installed package: run bin/bench in a checkout")
+            parser.error("the installed package has no benchmarks: run bin/bench in a checkout of the repository")
         options = parser.parse_args(arguments)
     try:
         with _log_on_terminal(speaks):

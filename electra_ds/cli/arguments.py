@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Exit if the parser of a single command does not know an argument.
 
-        It looks for unknown options first, because a required option may only be misspelt.
+        It looks for unknown options first, because a required option that seems to be missing may only be misspelt.
         """
         words = sys.argv[1:] if args is None else args
         if self._subparsers is not None:

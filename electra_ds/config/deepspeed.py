@@ -104,7 +104,7 @@ class DeepSpeedPlan:
         return next(filter(fits, candidates), None)
 
     def with_smaller_micro_batch(self) -> DeepSpeedPlan | None:
-        """Return the plan with half the micro-batch, or the next smaller one that divides the batch; None below 1."""
+        """Return the plan with half the micro-batch, or the next smaller one that divides the batch; None at 1."""
         most = self.batch.micro_batch_size // 2
         return self.with_largest_micro_batch(lambda plan: plan.batch.micro_batch_size <= most)
 

@@ -229,7 +229,7 @@ class CorpusOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(CorpusOptions, RunOptions):
-    """Pretrain a text encoder by the objective of a recipe: ELECTRA, by default."""
+    """Pretrain a text encoder with the objective of a recipe, ELECTRA by default."""
 
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "what to train", HOW: "how to run it", WHERE: _WATCH}
 

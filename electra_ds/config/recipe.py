@@ -447,7 +447,7 @@ _MEANT = {
     "lr": "learning_rate", "wd": "weight_decay", "batch_size": "global_batch_size", "eps": "epsilon",
     "total_steps": "epochs", "max_steps": "epochs", "sequence_length": "max_length", "max_seq_length": "max_length",
 }  # fmt: skip
-"""Common short names of recipe values, names of pretraining's values that finetuning lacks, and what is meant here."""
+"""The values of a recipe that are meant by common short names, and by names that only pretraining has."""
 
 
 def parse_value(text: str) -> Any:

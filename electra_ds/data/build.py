@@ -137,7 +137,7 @@ def _reopen(corpus: Corpus, tokenizer: Tokenizer | TokenizerSection, out: Path) 
     )
     if not same_tokenizer:
         raise DataError(f"{out} was built with another tokenizer. Delete it, or choose another.")
-    _log.info(f"The store {out} is already built from this text; it is used as it is.")
+    _log.info(f"The token store {out} was already built from this text and tokenizer, so it is not built again.")
     return store
 
 

@@ -82,7 +82,7 @@ def useless_warning(
         metric, baseline = next(iter(result.baseline.items()))
         problem = (
             f"{metric} on {name} is {result.metrics[metric]:.4f}, no better than the {baseline:.4f} of answering "
-            f"{result.baseline_prediction} for every row"
+            f"{result.baseline_prediction.partition(' (')[0]} for every row"
         )
     rate, reasons = training.optimizer.learning_rate, []
     if steps < _FEW_STEPS:

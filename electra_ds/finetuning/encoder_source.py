@@ -122,7 +122,11 @@ def _network(path: Path) -> Path:
     if (path / "config.json").is_file() or not networks:
         return path
     if len(networks) > 1 and "discriminator" not in networks:
-        raise DataError(f"The folder {path} has several models: {', '.join(sorted(networks))}. Give one of them.")
+        names = sorted(networks)
+        raise DataError(
+            f"The folder {path} has several models: {', '.join(names)}. Give the folder of one of them, such as "
+            f"{path / names[0]}."
+        )
     return networks.get("discriminator", next(iter(networks.values())))
 
 

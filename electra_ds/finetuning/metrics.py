@@ -74,7 +74,7 @@ class Baseline(NamedTuple):
     prediction: float
     """The index of the set's most frequent class, or the mean of its scores."""
     metrics: dict[str, float]
-    """The scores of that prediction. f1 is that of always predicting class 1, since always class 0 has an f1 of 0."""
+    """The scores of that prediction. f1 is that of always predicting class 1, since class 0 alone gives 0."""
 
 
 def baseline(metrics: Sequence[str], labels: Values, *, is_regression: bool) -> Baseline:

@@ -172,7 +172,8 @@ class Table:
         """
         there = list(self.frame.columns)
         missing = [name for name in dict.fromkeys(wanted) if name is not None and name not in there]
-        problems = [*(f"no column '{name}'{did_you_mean(name, there)}" for name in missing), *problems]
+        lacking = (f"no column '{name}'{did_you_mean(name, there).rstrip('?')}" for name in missing)
+        problems = [*lacking, *problems]
         if problems:
             columns = ", ".join(there) or "none"
             raise DataError(f"{self.source}: {'; '.join(problems)}; its columns are {columns}.{advice}")

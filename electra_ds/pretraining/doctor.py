@@ -1,4 +1,4 @@
-"""Check if this machine can pretrain: its software and hardware, the consequences, and fixes for problems."""
+"""Check whether this machine can pretrain: findings about its software and hardware, their consequences, and fixes."""
 
 from __future__ import annotations
 

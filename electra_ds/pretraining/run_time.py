@@ -164,8 +164,8 @@ def step_operations(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan) -> int
 
 
 CPU_SLOWER = (1.2, 6.0)
-"""The range of a CPU step's time divided by the time of its products at the rate of one large product, plus the time of
-its operations at that of the operations of a small layer."""
+"""The range of a CPU step's time divided by the sum of two times: that of its products at the rate of one large
+product, and that of its operations at the rate of those in `small_layer`."""
 YEAR_S = 365 * 86_400
 _CALIBRATION, _CALIBRATION_S = 768, 0.1
 LAYER_OPERATIONS = 60
@@ -207,7 +207,7 @@ def small_layer() -> Callable[[], None]:
 
 
 def shortest_s(call: Callable[[], object]) -> float:
-    """Return the shortest time of a call in a tenth of a second, the one that other programs delayed least."""
+    """Call a function for a tenth of a second and return its shortest time, in seconds, which others delay least."""
     call()
     times, end = [], time.perf_counter() + _CALIBRATION_S
     while (began := time.perf_counter()) < end:

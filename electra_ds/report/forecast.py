@@ -199,7 +199,7 @@ def _memory_lines(found: Forecast) -> list[RenderableType]:
         return [
             f"Memory: {_gib(found.state_bytes)} GiB of {_gib(found.budget_bytes)} GiB ({found.budget_note}) for "
             f"weights, gradients and the optimizer's state. The objective {escape(found.recipe.objective)} does not "
-            f"predict its activations, so whether a step fits is unknown."
+            f"predict the memory of activations, so whether a step fits is unknown."
         ]
     peak = f"{_gib(memory.allocated_bytes)} GiB"
     if found.kernels == "cuda":
@@ -238,8 +238,9 @@ def _time_lines(found: Forecast) -> list[str]:
     lines = [f"Time: [bold]{run_time}[/] for {steps:,} steps."]
     if found.time is None:
         lines.append(
-            f"  This is {CPU_SLOWER[0]} to {CPU_SLOWER[1]} times what the recipe's FLOPs take at the rate of one large "
-            f"matrix product, plus its operations at that of a small layer's, both as just measured on this CPU."
+            f"  This is {CPU_SLOWER[0]} to {CPU_SLOWER[1]} times the sum of two times: the FLOPs at the rate of "
+            f"one large matrix product, and its operations at the rate of those in a small layer. Both rates were just "
+            f"measured on this CPU."
         )
     else:
         lines += _card_lines(found, found.time)
@@ -256,7 +257,7 @@ def _card_lines(found: Forecast, time: StepTime) -> list[str]:
         f"{PRODUCT_EFFICIENCY:.0%} of the peak and {rest} of everything else at {BANDWIDTH_EFFICIENCY:.0%} of the "
         f"bandwidth; meanwhile the host needs {host} at {LAUNCH_S * 1e6:.0f} µs an operation. All three are assumed.",
         f"  The range is {SLOWER[0]} to {SLOWER[1]} times the roofline and contains every published run "
-        f"(docs/performance.md). None of our steps has been timed on this card.",
+        f"(docs/performance.md). electra_ds has not been timed on this card yet.",
     ]
 
 
@@ -278,7 +279,7 @@ def forecasts_table(forecasts: Sequence[Forecast]) -> Table:
         "Predicted for every card and every recipe",
         ["card", "recipe", "batch", "GiB", "time"],
         text_columns=5,
-        caption=f"None of these cards has run a step yet. For details: {command('plan')} --recipe R --card NAME",
+        caption=f"electra_ds has not been run on any of these cards. Details: {command('plan')} --recipe R --card NAME",
     )
     for found in forecasts:
         card = found.card

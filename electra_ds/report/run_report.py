@@ -45,6 +45,7 @@ def report_run(run: RunDirectory, data: Path | None = None) -> Report:
     title = f"{recipe.name}: {evaluations[-1]['step']:,} steps, {record.device}"
     draw_curves(metrics, trained.objective.curves, title, run.path / "curves.png")
     (run.path / "summary.txt").write_text(as_text([table]), "utf8")
+    files = ["curves.png", "summary.txt", "metrics.jsonl", "checkpoints/"]
     try:
         samples = _samples(run, trained, data)
     except DataError as error:
@@ -53,11 +54,9 @@ def report_run(run: RunDirectory, data: Path | None = None) -> Report:
         parts.append(Line(str(error), is_warning=True))
     else:
         parts.append(samples)
+        files.insert(1, "samples.txt")
         (run.path / "samples.txt").write_text(as_text([samples]), "utf8")
-    files = "curves.png, samples.txt, summary.txt, metrics.jsonl, checkpoints/"
-    parts.append(Line(f"\nThe run is in {run.path}: {files}."))
-    if run.status() == "stopped":
-        parts.append(Line("To resume:", command=f"{command('pretrain')} --resume {run.path}"))
+    parts.append(Line(f"\nThe run is in {run.path}: {', '.join(files)}."))
     parts.append(Line("As transformers models:", command=f"{command('export')} {run.path}"))
     return Report(parts, pd.DataFrame(evaluations))
 

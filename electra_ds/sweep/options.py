@@ -1,5 +1,5 @@
-"""The command options that a sweep's stage may set, by their names in its file. Imports neither torch nor Ray, except
-for the metrics of a pretraining, which its objective knows."""
+"""The command options that a sweep's stage may set, by their names in its file. Imports neither torch nor Ray;
+only `metrics_of` imports the objective of a pretraining, and torch with it."""
 
 from __future__ import annotations
 

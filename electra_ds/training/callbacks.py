@@ -66,12 +66,11 @@ class Callback:
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
     """Raise ConfigError for anything but a list of callbacks, such as a class instead of an object of it."""
-    given = callbacks if isinstance(callbacks, Sequence) else [callbacks]
-    wrong = [each for each in given if given is not callbacks or not isinstance(each, Callback)]
-    if wrong:
+    is_list = isinstance(callbacks, Sequence) and not isinstance(callbacks, str)
+    if not is_list or not all(isinstance(each, Callback) for each in callbacks):
         raise ConfigError(
-            f"callbacks must be a list of objects of subclasses of electra_ds.Callback, such as [MyCallback()]. This "
-            f"does not fit: {wrong[0]!r}."
+            f"callbacks must be a list of objects of subclasses of electra_ds.Callback, such as [MyCallback()], not "
+            f"{callbacks!r}."
         )
 
 

@@ -442,7 +442,7 @@ def _flush(path: Path) -> None:
 class CheckpointSaver:
     """Saves a run's checkpoints in the background, one at a time: training waits only for the copy to memory.
 
-    All ranks must call each method together.
+    All ranks must call `save` and `finish` together; a rank may call the other methods alone.
     """
 
     def __init__(
@@ -517,7 +517,7 @@ class CheckpointSaver:
             self.announce()
 
     def announce(self) -> None:
-        """Call `on_checkpoint` with the last checkpoint once it is published. Any rank may call it alone."""
+        """Call `on_checkpoint` with a checkpoint that was published since the last call, if there is one."""
         path, self._published = self._published, None
         if path is not None and self._on_checkpoint is not None:
             self._on_checkpoint(path)

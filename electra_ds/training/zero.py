@@ -62,7 +62,7 @@ def import_muon() -> None:
     """Import DeepSpeed's optimizer Muon without compiling it, unless it is imported already.
 
     ZeRO compares the type of every optimizer with Muon, and importing Muon compiles its functions, for which torch
-    imports its compiler: some 3 CPU-seconds on each rank. Functions that are not compiled compute the same.
+    imports its compiler: some 3 CPU-seconds on each rank. Without compilation the functions compute the same.
     """
     compile_function = compiler.compile
     compiler.compile = lambda *arguments, **named: lambda function: function

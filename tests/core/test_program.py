@@ -79,7 +79,7 @@ def test_an_unknown_option_is_answered_by_the_command_that_was_called(
     assert f"{command(name)}: error: unrecognized arguments: --oops" in said
 
 
-def test_bench_without_a_checkout_is_answered_by_where_it_is(capsys: pytest.CaptureFixture) -> None:
+def test_bench_without_a_checkout_says_where_the_benchmarks_are(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "--sections", "step"])
     assert "run bin/bench in a checkout" in capsys.readouterr().err

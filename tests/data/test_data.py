@@ -72,7 +72,7 @@ def test_an_interrupted_build_never_lends_its_tokenizer_to_another_corpus(tmp_pa
     assert again.info.fingerprint == straight.info.fingerprint
 
 
-def test_building_twice_opens_the_first_and_says_so(
+def test_building_a_store_twice_opens_the_first_one_and_says_so(
     corpus_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -82,7 +82,9 @@ def test_building_twice_opens_the_first_and_says_so(
     written = (store.path / "store.json").stat().st_mtime_ns
     assert "already built" not in caplog.text
     build_store(open_corpus([folder]), section, tmp_path / "s")
-    assert caplog.messages == [f"The store {store.path} is already built from this text; it is used as it is."]
+    assert caplog.messages == [
+        f"The token store {store.path} was already built from this text and tokenizer, so it is not built again."
+    ]
     assert (store.path / "store.json").stat().st_mtime_ns == written
     os.utime(folder / "000.txt")  # touched, same text
     build_store(open_corpus([folder]), section, tmp_path / "s")

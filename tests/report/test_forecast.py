@@ -192,7 +192,7 @@ def test_without_arguments_the_plan_is_for_what_this_machine_would_run() -> None
         pytest.skip("this machine has a GPU")
     said = command()
     assert "tiny with cpu on this machine's CPU: fp32" in said
-    assert re.search(r"Time: [\d.]+–[\d.]+ (s|min|h|d) for 12,000 steps. This is 1.2 to 6.0 times what", said)
+    assert re.search(r"Time: [\d.]+–[\d.]+ (s|min|h|d) for 12,000 steps. This is 1.2 to 6.0 times the sum", said)
     assert "rc2020-small with rtx3090-24gb on NVIDIA GeForce RTX 3090" in command("--card", "RTX 3090")
 
 

@@ -245,7 +245,7 @@ class Objective(ABC, Generic[RecipeT]):
         return 0
 
     def step_time(self, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
-        """Return the roofline of a step over full rows on such cards; None also if the card lacks the precision."""
+        """Return the roofline of a step over full rows on a card; None also if the card lacks the precision."""
         return None
 
     def peak_memory(self, plan: DeepSpeedPlan, kernels: Kernels) -> PeakMemory | None:
@@ -255,7 +255,8 @@ class Objective(ABC, Generic[RecipeT]):
     def run_time(self, plan: DeepSpeedPlan, device: torch.device, *, steps: int, threads: int | None) -> RunTime | None:
         """Return the predicted time of this many steps on this rank's device.
 
-        Return None also for a GPU whose rates are unknown. threads: of a rank on a CPU; None for torch's choice.
+        Return None if the objective does not predict it, or for a GPU whose rates are unknown. threads: of a rank on a
+        CPU; None for torch's choice.
         """
         if device.type == "cpu":
             flops = self.usual_flops()
