@@ -32,9 +32,8 @@ from benchmarks.synthetic import glue_lengths, web_text_lengths, write_store
 from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
 from electra_ds.config.deepspeed_sections import precision_section
 from electra_ds.config.recipe import Recipe, load_recipe
-from electra_ds.core.keyed_random import column_keys
 from electra_ds.data.token_store import Ranges, TokenStore
-from electra_ds.model.heads import sample_tokens
+from electra_ds.model.heads import column_keys, sample_tokens
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra, encoder_configs
 from electra_ds.pretraining.engine import PretrainingEngine, check_compile

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,8 +47,8 @@ LATE = {
 }
 # Modules below the command line that print or use a console. All others log, call callbacks or return data.
 PRINTING = {
-    "core/terminal.py",  # wraps the console for all others
-    "api/launch.py",  # makes the API's default display
+    "core/terminal.py",  # wraps the console for all others, and opens the API's default display
+    "api/launch.py",  # shows the progress of a run by a callback
     "report/tables.py",  # renders a report for the console that it is given, or as text
     "config/commands.py",  # prints the page of options, when it is run as a script
 }
@@ -122,6 +124,14 @@ def test_config_does_not_know_torch_and_few_know_deepspeed_and_ray() -> None:
     assert users == {"tune.py", "tune_trial.py"}
     for path in (REPOSITORY / "electra_ds" / "config").glob("*.py"):
         assert not any(name.split(".")[0] in ("torch", "transformers") for name, _ in imports_of(path))
+
+
+def test_building_a_token_store_waits_for_neither_torch_nor_transformers() -> None:
+    """Each of its worker processes would import them too."""
+    large = "{'torch', 'transformers', 'deepspeed', 'pandas', 'datasets'}"
+    code = f"import sys, electra_ds.api.stores; sys.exit(' '.join({large} & set(sys.modules)) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_training_knows_no_objective_and_no_task() -> None:

@@ -7,17 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from electra_ds.api.launch import display, given_options
 from electra_ds.api.run import Run
 from electra_ds.api.stores import open_or_build_store
 from electra_ds.config.commands import ExportOptions, ImportOptions
 from electra_ds.config.options import PretrainOptions, with_seed
-from electra_ds.config.recipe import RecipeSource, load_recipe
+from electra_ds.config.recipe import RecipeSource, given_options, load_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.program import command
 from electra_ds.core.ranks import join_ranks
-from electra_ds.core.terminal import StageProgress
+from electra_ds.core.terminal import StageProgress, display
 
 
 def export(

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from electra_ds.api.launch import RunStart, given_options, launch
+from electra_ds.api.launch import RunStart, launch
 from electra_ds.api.run import Run
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, load_finetune_recipe
 from electra_ds.config.options import FinetuneOptions
-from electra_ds.config.recipe import RecipeSource
+from electra_ds.config.recipe import RecipeSource, given_options
 from electra_ds.finetuning.encoder_source import EncoderSource, read_encoder
 from electra_ds.finetuning.finetune import FinetuneJob, discard_weights
 from electra_ds.finetuning.finetune import finetune as train

@@ -1,8 +1,7 @@
 """Start or resume a run from a command's options, the same way for pretraining and finetuning, and show its progress.
 
-`display` opens the display: the package's log on the terminal, and the console on which progress is shown. Only this
-module, below the command line, opens a console on the terminal; everything else logs, calls callbacks or returns data.
-`quiet=True` prints nothing.
+Everything below the command line logs, calls callbacks or returns data. A run shows the log on the terminal, and its
+progress by the callback `ConsoleDisplay`; `quiet=True` prints nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -20,14 +19,12 @@ from rich.console import Console
 from rich.progress import TimeRemainingColumn
 
 from electra_ds.api.run import Run
-from electra_ds.config.option import Options
 from electra_ds.config.options import RunOptions
-from electra_ds.config.recipe import Section, as_overrides
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks, join_ranks
-from electra_ds.core.terminal import StageProgress, counting_bar, log_command, log_shown_on, say
+from electra_ds.core.terminal import StageProgress, counting_bar, display, log_command, say
 from electra_ds.data.build import ShowProgress
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
@@ -37,25 +34,6 @@ from electra_ds.training.loop import Job
 _log = logging.getLogger(__name__)
 _PLAIN_LINE_EVERY_S = 15.0
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
-AnyOptions = TypeVar("AnyOptions", bound=Options)
-
-
-def given_options(kind: type[AnyOptions], options: AnyOptions | None, given: Mapping[str, Any]) -> AnyOptions:
-    """Return a call's options: keyword arguments over `options`. Raises ConfigError for an unknown one."""
-    values = {name: value for name, value in given.items() if value is not None}
-    if overrides := values.pop("overrides", None):
-        values["overrides"] = as_overrides(overrides)
-    if isinstance(recipe := values.get("recipe"), Section):
-        values["recipe"] = recipe.model_dump()
-    return kind.of(({} if options is None else options.given()) | values)
-
-
-@contextlib.contextmanager
-def display(quiet: bool = False) -> Iterator[Console]:
-    """Show the log on the terminal, unless `quiet`, and yield the console, on which progress is shown too."""
-    console = Console(quiet=quiet)
-    with log_shown_on(console):
-        yield console
 
 
 class RunStart(ABC, Generic[OptionsT]):

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from electra_ds.api.launch import given_options
 from electra_ds.config.cards import Card, cards_like, find_card
 from electra_ds.config.commands import PlanOptions
 from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json, with_micro_batch
 from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
-from electra_ds.config.recipe import RecipeSource, load_recipe
+from electra_ds.config.recipe import RecipeSource, given_options, load_recipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.launcher import detect

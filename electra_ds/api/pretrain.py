@@ -10,13 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_ds.api.launch import RunStart, given_options, launch
+from electra_ds.api.launch import RunStart, launch
 from electra_ds.api.run import Run
 from electra_ds.api.stores import find_store, open_or_build_store
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.recipe import Recipe, RecipeSource, load_recipe
+from electra_ds.config.recipe import Recipe, RecipeSource, given_options, load_recipe
 from electra_ds.core import devices
 from electra_ds.core.launcher import detect
 from electra_ds.core.program import command

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_ds.api.launch import display
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
-from electra_ds.core.terminal import counting_bar
+from electra_ds.core.terminal import counting_bar, display
 from electra_ds.report.scores import report_scores
 from electra_ds.report.tables import Line, Report, Table
 from electra_ds.sweep import run as sweeps

@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from electra_ds.api.launch import display, given_options
 from electra_ds.config.commands import BuildDataOptions, ImportOptions
 from electra_ds.config.names import GPU_RECIPE
 from electra_ds.config.options import CorpusOptions, PretrainOptions
-from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection, load_recipe
+from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection, given_options, load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.files import is_hub_model
-from electra_ds.core.terminal import StageProgress
+from electra_ds.core.terminal import StageProgress, display
 from electra_ds.data.build import ShowProgress, build_store
 from electra_ds.data.corpus import Corpus, Source, is_saved_dataset, open_source
 from electra_ds.data.token_store import StoreInfo, TokenStore

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validato
 from typing_extensions import TypeVar
 
 from electra_ds.config.names import RECIPES, find_objective, shipped_names, shipped_text
+from electra_ds.config.option import Options
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 
@@ -76,6 +77,7 @@ class Section(BaseModel):
         return keys
 
 
+OptionsT = TypeVar("OptionsT", bound=Options)
 RecipeT = TypeVar("RecipeT", bound=Section, default="Recipe")
 
 
@@ -535,3 +537,13 @@ def load_recipe(source: RecipeSource, overrides: Sequence[str] | Mapping[str, An
         if text.startswith("objective="):
             values = for_objective(values, parse_value(text.partition("=")[2]))
     return validate_recipe(apply_overrides(values, texts, recipe_type(values).dotted_keys()), shown_source(source))
+
+
+def given_options(kind: type[OptionsT], options: OptionsT | None, given: Mapping[str, Any]) -> OptionsT:
+    """Return a call's options: keyword arguments over `options`. Raises ConfigError for an unknown one."""
+    values = {name: value for name, value in given.items() if value is not None}
+    if overrides := values.pop("overrides", None):
+        values["overrides"] = as_overrides(overrides)
+    if isinstance(recipe := values.get("recipe"), Section):
+        values["recipe"] = recipe.model_dump()
+    return kind.of(({} if options is None else options.given()) | values)

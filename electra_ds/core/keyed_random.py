@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of a key, equal on every device and under every batch plan.
+"""Random numbers as a pure function of a key, equal on every device and under every batch plan. Imports no torch.
 
 The numbers of torch's CUDA generator depend on the GPU's number of multiprocessors, and those of every torch generator
 on how a batch is split. Here a number is a hash of (seed, step, row, column) in integer arithmetic, which is exact on
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
 _SMALL_PERMUTATION = 4096
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -75,31 +74,3 @@ def permutation_at(places: np.ndarray, size: int, *key: int) -> np.ndarray:
         result[walking] = left << half | right
         walking[walking] = result[walking] >= size
     return result.astype(np.int64)
-
-
-def column_keys(columns: int) -> torch.Tensor:
-    """Return int32 [columns], the fixed hash of each column, such as a vocabulary id. Compute it once and keep it.
-
-    The 32-bit finaliser of MurmurHash3, which is a bijection: two columns with one key would share their noise
-    in every row, and the less likely of the two could never be drawn.
-    """
-    bits = np.arange(columns, dtype=np.uint32)
-    with np.errstate(over="ignore"):
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
-    return torch.from_numpy((bits ^ (bits >> np.uint32(16))).view(np.int32))
-
-
-def exponential_noise(row_keys: torch.Tensor, column_keys: torch.Tensor) -> torch.Tensor:
-    """Return float32 [rows, columns] of Exp(1) variates, each a function of only its row's and column's key.
-
-    row_keys, column_keys: int32 hashes on one device. The two are combined and mixed by two rounds of
-    multiplying and shifting; 31 bits become a uniform v, never 0, whose resolution near 0 is 2^-30, and -log1p(-v)
-    keeps that resolution in the small values, which are the ones that win a race.
-    """
-    bits = row_keys[:, None] ^ column_keys[None, :]
-    bits.mul_(-2048144789)  # 0x85EBCA6B
-    bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF))  # clears the sign bits that torch shifts in
-    bits.mul_(-1028477387)  # 0xC2B2AE35
-    bits.bitwise_xor_(bits >> 16)  # with the sign shifted in, the result is never negative
-    return bits.bitwise_or_(1).mul(-(2.0**-31)).log1p_().neg_()

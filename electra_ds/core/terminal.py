@@ -232,3 +232,11 @@ def log_shown_on(console: Console) -> Iterator[None]:
     finally:
         log.handlers = handlers
         log.setLevel(level)
+
+
+@contextmanager
+def display(quiet: bool = False) -> Iterator[Console]:
+    """Show the log on the terminal, unless `quiet`, and yield the console, on which progress is shown too."""
+    console = Console(quiet=quiet)
+    with log_shown_on(console):
+        yield console

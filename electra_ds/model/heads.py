@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from electra_ds.core.keyed_random import exponential_noise
 from electra_ds.model.encoder import EncoderConfig
 
 # Bytes of fp32 logits in a piece. More pieces cost nothing on a CPU, but a few kernel launches each on a GPU.
@@ -203,3 +203,34 @@ class DiscriminatorHead(nn.Module):
 
     def forward(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         return self.dense_prediction(functional.gelu(self.dense(hidden_BTH))).squeeze(-1)
+
+
+# --- the noise of a sample
+
+
+def column_keys(columns: int) -> torch.Tensor:
+    """Return int32 [columns], the fixed hash of each column, such as a vocabulary id. Compute it once and keep it.
+
+    The 32-bit finaliser of MurmurHash3, which is a bijection: two columns with one key would share their noise
+    in every row, and the less likely of the two could never be drawn.
+    """
+    bits = np.arange(columns, dtype=np.uint32)
+    with np.errstate(over="ignore"):
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    return torch.from_numpy((bits ^ (bits >> np.uint32(16))).view(np.int32))
+
+
+def exponential_noise(row_keys: torch.Tensor, column_keys: torch.Tensor) -> torch.Tensor:
+    """Return float32 [rows, columns] of Exp(1) variates, each a function of only its row's and column's key.
+
+    row_keys, column_keys: int32 hashes on one device. The two are combined and mixed by two rounds of
+    multiplying and shifting; 31 bits become a uniform v, never 0, whose resolution near 0 is 2^-30, and -log1p(-v)
+    keeps that resolution in the small values, which are the ones that win a race.
+    """
+    bits = row_keys[:, None] ^ column_keys[None, :]
+    bits.mul_(-2048144789)  # 0x85EBCA6B
+    bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF))  # clears the sign bits that torch shifts in
+    bits.mul_(-1028477387)  # 0xC2B2AE35
+    bits.bitwise_xor_(bits >> 16)  # with the sign shifted in, the result is never negative
+    return bits.bitwise_or_(1).mul(-(2.0**-31)).log1p_().neg_()

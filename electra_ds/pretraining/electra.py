@@ -16,9 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
-from electra_ds.core.keyed_random import column_keys
 from electra_ds.model.encoder import Encoder, EncoderConfig
-from electra_ds.model.heads import DiscriminatorHead, GeneratorHead
+from electra_ds.model.heads import DiscriminatorHead, GeneratorHead, column_keys
 from electra_ds.model.kernels import shared_mask
 from electra_ds.training.step import AutocastModel
 

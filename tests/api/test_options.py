@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from electra_ds.api.launch import given_options
 from electra_ds.cli import build_parser
 from electra_ds.config.commands import COMMANDS, reference_page
 from electra_ds.config.option import add_options, options_of
 from electra_ds.config.options import FinetuneOptions, PretrainOptions
+from electra_ds.config.recipe import given_options
 from electra_ds.config.run_record import FinetuneSettings, RunSettings
 from electra_ds.core.errors import ConfigError
 from electra_ds.sweep.options import INSTEAD, KINDS, OPTIONS

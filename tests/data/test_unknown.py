@@ -13,11 +13,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from electra_ds import cli
-from electra_ds.api.launch import display
 from electra_ds.api.stores import open_or_build_store
 from electra_ds.config.options import PretrainOptions
 from electra_ds.core.errors import DataError
-from electra_ds.core.terminal import StageProgress
+from electra_ds.core.terminal import StageProgress, display
 from electra_ds.data import build
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus

@@ -14,15 +14,13 @@ from torch.nn import functional
 
 from electra_ds.config.recipe import MaskingSection, load_recipe
 from electra_ds.core.keyed_random import (
-    column_keys,
-    exponential_noise,
     generator,
     hash64,
     permutation_at,
     random_bits,
 )
 from electra_ds.model import heads
-from electra_ds.model.heads import predict_tokens, sample_tokens
+from electra_ds.model.heads import column_keys, exponential_noise, predict_tokens, sample_tokens
 from electra_ds.pretraining.electra import discriminator_loss_sum
 from electra_ds.pretraining.masking import Masks, choose_masks
 from electra_ds.training.optimizer import learning_rate_at

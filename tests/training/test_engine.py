@@ -444,7 +444,7 @@ def test_every_stage_follows_the_control_on_a_gpu_and_gives_and_takes_its_state(
 
 @pytest.mark.gpu
 def test_noise_is_the_same_on_a_gpu_as_on_the_cpu() -> None:
-    from electra_ds.core.keyed_random import column_keys, exponential_noise
+    from electra_ds.model.heads import column_keys, exponential_noise
 
     rows = torch.arange(-50, 50, dtype=torch.int32) * 7919
     on_cpu = exponential_noise(rows, column_keys(3000))
