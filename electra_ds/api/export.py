@@ -65,8 +65,8 @@ def run_export(options: ExportOptions) -> str:
     is_finetuned = _is_finetuned(options.run)
     if options.encoder_only and not is_finetuned:
         raise ConfigError(
-            f"--encoder-only is for runs of {command('finetune')}. The export of a pretraining has its encoder in "
-            f"the folder discriminator."
+            f"--encoder-only is for runs of {command('finetune')}. The export of a pretraining has a folder for "
+            f"each of its networks."
         )
     if options.to == "deepspeed":
         if is_finetuned:

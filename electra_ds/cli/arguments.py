@@ -7,6 +7,7 @@ that --help and errors in arguments appear immediately.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,8 +38,9 @@ class Parser(argparse.ArgumentParser):
         if self._subparsers is not None:
             return super().parse_known_args(words, namespace)
         known = self._option_string_actions
-        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in {"--", *known}]
-        if not unknown:
+        before = [*itertools.takewhile(lambda word: word != "--", words)]
+        unknown = [word for word in before if word.startswith("--") and word.partition("=")[0] not in known]
+        if not unknown or {"-h", "--help"} & {*before}:
             namespace, unknown = super().parse_known_args(words, namespace)
         if unknown:
             shown = [name for name, action in known.items() if action.help != argparse.SUPPRESS]

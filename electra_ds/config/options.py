@@ -267,7 +267,7 @@ class PretrainOptions(CorpusOptions, RunOptions):
         "steps whose checkpoints are retained regardless of --keep", metavar="STEP", instead="write checkpoints"
     )
     stop_on_collapse: bool | None = _how(
-        "end the run if the discriminator stays at chance level while the generator improves",
+        "end the run if training collapses, as its objective defines it",
         instead="write it next to seeds, the same for all trials",
     )
     eval_windows: int | None = _how("held-out sequences (default: 512)", metavar="N")

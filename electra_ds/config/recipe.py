@@ -2,6 +2,9 @@
 
 How the same mathematics is run (precision, micro-batch, ZeRO stage) belongs to the DeepSpeed JSON, see
 `config/deepspeed.py`. Recipes are YAML files; those in `electra_ds/recipes/` can be given by name.
+
+The module has the sections and what they check, then reading a recipe that may extend another, then overrides of its
+values by dotted key.
 """
 
 from __future__ import annotations

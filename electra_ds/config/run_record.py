@@ -40,7 +40,7 @@ class RunSettings(Settings):
     keep_at: list[_Count] = field(default_factory=list)
     """Steps whose checkpoints are retained regardless of `keep`."""
     stop_on_collapse: bool = False
-    """True to end the run if its discriminator collapses."""
+    """True to end the run if training collapses."""
 
 
 @dataclass(frozen=True)

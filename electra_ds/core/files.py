@@ -23,6 +23,14 @@ def is_hub_model(text: str) -> bool:
     return bool(_HUB_MODEL.fullmatch(text)) and not path.parent.is_dir() and path.suffix not in (".json", ".txt")
 
 
+def path_hint(text: str) -> str:
+    """Return the end of a message about a missing path that could also be a model on the Hub, or an empty text."""
+    folder = Path(text).parent
+    if not _HUB_MODEL.fullmatch(text) or not folder.is_dir():
+        return ""
+    return f"; there is a folder {folder} here, so {text} is read as a path"
+
+
 @contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, which is renamed to `path` at the end.

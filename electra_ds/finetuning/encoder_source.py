@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import CheckpointError, DataError
-from electra_ds.core.files import is_hub_model
+from electra_ds.core.files import is_hub_model, path_hint
 from electra_ds.data.given_tokenizer import read_folder
 from electra_ds.data.hub import explain_errors, fetch_model
 from electra_ds.pretraining.convert import refuse_other_frameworks
@@ -112,7 +112,7 @@ def read_encoder(name: str) -> EncoderSource:
         return _of_folder(fetch_model(name), name)
     raise DataError(
         f"The model {name} does not exist. Give a run directory, a folder that transformers' save_pretrained wrote, or "
-        f"OWNER/NAME on the Hub."
+        f"OWNER/NAME on the Hub{path_hint(name)}."
     )
 
 

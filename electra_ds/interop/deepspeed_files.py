@@ -154,8 +154,8 @@ def load_file(path: Path) -> Any:
                 raise zipfile.BadZipFile(f"{changed} in it has changed since it was saved")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # A separate class for each name: torch's unpickler looks objects up by their class.
-        stand_ins: list[Any] = [(_FILLED.get(name) or type("Placeholder", (Placeholder,), {}), name) for name in names]
-        with torch.serialization.safe_globals(stand_ins):
+        classes: list[Any] = [(_FILLED.get(name) or type("Placeholder", (Placeholder,), {}), name) for name in names]
+        with torch.serialization.safe_globals(classes):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a pickle can raise anything
         reason = str(error)

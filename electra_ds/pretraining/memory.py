@@ -87,7 +87,7 @@ class PeakMemory:
 
     @property
     def phases(self) -> dict[str, Phase]:
-        return {"generator's head": self.head, "backward": self.backward, "update": self.update}
+        return {"head": self.head, "backward": self.backward, "update": self.update}
 
     @property
     def allocated_bytes(self) -> int:

@@ -80,8 +80,10 @@ class Forecast:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits; None if the objective does not predict its memory."""
-        return None if self.needed_bytes is None else self.needed_bytes <= self.budget_bytes
+        """Whether it fits; None if the objective does not predict its memory, and the state alone fits."""
+        if self.needed_bytes is None:
+            return None if self.state_bytes <= self.budget_bytes else False
+        return self.needed_bytes <= self.budget_bytes
 
     def run_time(self) -> RunTime | None:
         """Return the time of all steps; None if only a card's memory is known, or without a prediction.
@@ -199,7 +201,8 @@ def _memory_lines(found: Forecast) -> list[RenderableType]:
         return [
             f"Memory: {_gib(found.state_bytes)} GiB of {_gib(found.budget_bytes)} GiB ({found.budget_note}) for "
             f"weights, gradients and the optimizer's state. The objective {escape(found.recipe.objective)} does not "
-            f"predict the memory of activations, so whether a step fits is unknown."
+            f"predict the memory of activations, so "
+            f"{'a step does not fit' if found.fits is False else 'whether a step fits is unknown'}."
         ]
     peak = f"{_gib(memory.allocated_bytes)} GiB"
     if found.kernels == "cuda":

@@ -409,9 +409,9 @@ def _text(value: Any) -> str:
 
 
 def draw_capacity(table: pd.DataFrame, path: Path) -> None:
-    """Draw every pretraining's held-out generator and discriminator metrics over its steps, as in the study's figure 2.
+    """Draw the key metrics of every pretraining on held-out text over its steps, as in the study's figure 2.
 
-    A cross marks where a discriminator has collapsed. Seeds of one cell share a colour.
+    A cross marks where training has collapsed. Seeds of one cell share a colour.
     """
     pretrained, axes = table[table["stage"] == "pretrain"], axes_of(table, "pretrain")
     labels = [

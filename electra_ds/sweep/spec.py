@@ -158,7 +158,7 @@ class PretrainStage(Stage):
     checkpoints: Annotated[list[_Share], AfterValidator(_unique)] = Field(default=[])
     """Shares of the schedule whose checkpoints are kept and finetuned. None: only the last one."""
     stop_on_collapse: bool = False
-    """End a trial once its discriminator has collapsed."""
+    """End a trial once its training has collapsed."""
 
 
 class Search(Section):

@@ -11,6 +11,9 @@
 With several ranks, each writes a share of the parameters, as complete tensors, into weights-00001-of-00002.safetensors
 and so on; any number of ranks can read them. A checkpoint is written into a hidden folder, the manifest last, flushed,
 and published by one rename. Loading it unpickles nothing.
+
+The module has the writing of a checkpoint, the folder of a run's checkpoints, the reading and checking of one, and
+`CheckpointSaver`, which saves in the background.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,8 +40,7 @@ from safetensors import SafetensorError, safe_open
 from electra_ds.core.devices import is_disk_full
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.ranks import Ranks
-from electra_ds.training.optimizer import MOMENTS, MasterAdamW
-from electra_ds.training.zero import ZeroAdamW
+from electra_ds.training.optimizer import MOMENTS
 
 FORMAT = 1
 LATEST = "latest"
@@ -439,6 +441,16 @@ def _flush(path: Path) -> None:
 # --- saving in the background
 
 
+class SavedOptimizer(Protocol):
+    """What a checkpoint needs of `MasterAdamW` or `ZeroAdamW`; importing the latter would import DeepSpeed."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def snapshot(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]: ...
+
+    def counters(self) -> dict[str, float]: ...
+
+
 class CheckpointSaver:
     """Saves a run's checkpoints in the background, one at a time: training waits only for the copy to memory.
 
@@ -457,7 +469,7 @@ class CheckpointSaver:
         self._published: Path | None = None
         """The last checkpoint, until it is announced; only the main rank publishes."""
 
-    def save(self, optimizer: MasterAdamW | ZeroAdamW, state: dict[str, Any], record: Mapping[str, str]) -> None:
+    def save(self, optimizer: SavedOptimizer, state: dict[str, Any], record: Mapping[str, str]) -> None:
         """Copy the optimizer's state and start writing it, each rank its share; `finish` waits for the end.
 
         state: for state.json, in addition to the optimizer's counters. Raises CheckpointError if the previous save
@@ -518,9 +530,11 @@ class CheckpointSaver:
 
     def announce(self) -> None:
         """Call `on_checkpoint` with a checkpoint that was published since the last call, if there is one."""
-        path, self._published = self._published, None
-        if path is not None and self._on_checkpoint is not None:
-            self._on_checkpoint(path)
+        path = self._published
+        if path is not None:  # only then, since the writing thread may publish at any moment
+            self._published = None
+            if self._on_checkpoint is not None:
+                self._on_checkpoint(path)
 
     def saved(self) -> list[Path]:
         """Return all checkpoints, after waiting for the one that is being written."""

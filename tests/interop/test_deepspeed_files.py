@@ -42,7 +42,7 @@ def test_objects_that_a_script_saved_with_its_state_do_not_get_in_the_way(tmp_pa
     assert torch.equal(load_file(tmp_path / "file.pt")["weight"], torch.ones(2))
 
 
-def test_a_stand_in_holds_the_attributes_of_an_object_and_the_arguments_of_a_call(tmp_path: Path) -> None:
+def test_a_placeholder_holds_the_attributes_of_an_object_and_the_arguments_of_a_call(tmp_path: Path) -> None:
     torch.save({"object": argparse.Namespace(lr=1), "enum": IntervalStrategy.STEPS}, tmp_path / "file.pt")
     content = load_file(tmp_path / "file.pt")
     assert isinstance(content["object"], Placeholder)

@@ -489,3 +489,4 @@ def test_a_first_step_waits_for_no_more_than_it_needs() -> None:
     """transformers alone takes longer to import than torch."""
     modules = "electra_ds.cli, electra_ds.api.pretrain"
     assert imported(f"import {modules}") == {"torch", "deepspeed", "numpy", "tokenizers", "pyarrow", "pydantic"}
+    assert "deepspeed" not in imported("import electra_ds.api.run")  # to look at a run
