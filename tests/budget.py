@@ -1,7 +1,7 @@
 """The CPU-seconds of each test, its processes included, which do not depend on what else the machine does.
 
-A test without the marker `slow` or `nightly` may take BUDGET_S; one that takes more fails the session. Fixtures are not
-counted, since the first test that needs a shared one would pay for all.
+A test without the marker `slow` or `nightly` should take no more than BUDGET_S; the summary counts those that do.
+Fixtures are left out, since the first test that needs a shared one would pay for all.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Costs:
 
     def __init__(self) -> None:
         self.by_test: dict[str, float] = {}
-        self.over: list[str] = []
+        self.over: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "teardown":
@@ -60,12 +60,7 @@ class Costs:
         cost = float(dict(report.user_properties).get(_CALL, 0.0))  # type: ignore[arg-type]
         self.by_test[report.nodeid] = cost
         if cost > BUDGET_S and not {"slow", "nightly"} & report.keywords.keys():
-            self.over.append(report.nodeid)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.over and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            self.over.add(report.nodeid)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if len(self.by_test) < _SHOWN:
@@ -74,9 +69,6 @@ class Costs:
         terminalreporter.section(f"{total:.1f} CPU-minutes without fixtures; the most expensive tests, in CPU-seconds")
         for test in sorted(self.by_test, key=lambda test: -self.by_test[test])[:_SHOWN]:
             terminalreporter.line(f"{self.by_test[test]:7.1f}  {test}")
-        for test in self.over:
-            terminalreporter.line(
-                f"FAILED {test}: {self.by_test[test]:.1f} CPU-seconds, more than {BUDGET_S:.0f}; make it cheaper, or "
-                f"mark it as slow",
-                red=True,
-            )
+        terminalreporter.line(
+            f"{len(self.over)} tests that are not marked as slow took more than {BUDGET_S:.0f} CPU-seconds"
+        )
