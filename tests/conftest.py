@@ -26,8 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Return one worker for each core, and at least two, since many tests wait."""
-    return max(2, len(os.sched_getaffinity(0)))
+    """Return one worker for each core and one more, since many tests wait for processes."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

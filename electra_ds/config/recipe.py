@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import pydantic
 import yaml
@@ -256,6 +256,9 @@ class TrainingRecipe(Protocol):
 class Recipe(Section):
     """The recipe of a pretraining with any objective. An objective's own subclass adds the sections that it needs."""
 
+    METRICS: ClassVar[tuple[str, ...]] = ()
+    """The metrics that a sweep can optimise, the main one first. Empty: the objective is imported to find them."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
     """Name of the recipe, which the default run directory contains."""
     description: str = ""
@@ -288,6 +291,11 @@ class Recipe(Section):
 class ElectraRecipe(Recipe):
     """The recipe of the objective `electra`; `model` is its discriminator."""
 
+    METRICS = (
+        "discriminator_auc", "discriminator_loss", "discriminator_accuracy", "discriminator_precision",
+        "discriminator_recall", "discriminator_f1", "generator_loss", "generator_masked_loss", "unigram_loss",
+        "generator_gain", "generator_accuracy", "generator_sampled_accuracy", "replaced_share",
+    )  # fmt: skip
     generator: GeneratorSection
     discriminator: DiscriminatorSection
     masking: MaskingSection

@@ -1,5 +1,5 @@
-"""The command options that a sweep's stage may set, by their names in its file. Imports neither torch nor Ray;
-only `metrics_of` imports the objective of a pretraining, and torch with it."""
+"""The command options that a sweep's stage may set, by their names in its file. Imports neither torch nor Ray, unless a
+recipe has an objective of another package."""
 
 from __future__ import annotations
 
@@ -234,7 +234,10 @@ def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, An
     """Return the metrics that every evaluation of such a trial reports, or may report for the user's own examples; the
     main one comes first."""
     if stage == "pretrain":
-        objective = find_objective(objective_name(options, settings))
+        name = objective_name(options, settings)
+        if metrics := recipe_type({"objective": name}).METRICS:
+            return metrics
+        objective = find_objective(name)
         others = objective.metric_labels.keys() - {objective.main_metric, *objective.baselines.values()}
         return (objective.main_metric, *sorted(others))
     task = options.get("task")

@@ -89,7 +89,7 @@ def test_ls_shows_tokens_and_sizes_in_a_unit_that_fits_them(
         (2 * 10**10, 10**10, "20.0 G 10.0 GB"),
     ):  # fmt: skip
         found = [first._replace(tokens=tokens, bytes=size, saved=None)]
-        monkeypatch.setattr("electra_ds.training.checkpoints.list_checkpoints", lambda path, found=found: found)
+        monkeypatch.setattr("electra_ds.api.run.list_checkpoints", lambda path, found=found: found)
         call("ls", run)
         assert f" {shown} bf16" in " ".join(capsys.readouterr().out.split())
 

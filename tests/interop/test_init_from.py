@@ -539,7 +539,7 @@ def test_a_hub_name_that_cannot_be_had_says_what_to_do(
         raise error
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(DataError, match=f"Cannot read the model some/name, which is not a local folder .*{message}"):
+    with pytest.raises(DataError, match=f"Cannot read the model some/name, which is not a local path .*{message}"):
         read_initial_weights(["some/name"], small_recipe())
 
 
