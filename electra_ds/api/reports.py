@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ def plan_sweep(sweep: Sweep | None, folder: str | Path | None = None, **how: Any
 
 
 def report_runs(
-    paths: str | Path | Sequence[str | Path],
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     compare: Sequence[str] = (),
     csv: str | Path | None = None,
@@ -110,7 +111,7 @@ def report_runs(
         CheckpointError: there is no such run, it has no scores yet, it is a pretraining (see `Run.report`), or a file
             cannot be written.
     """
-    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if len(given) == 1 and (given[0] / "sweep.yaml").is_file():
         if compare or csv or submission:
             raise ConfigError(f"{given[0]} is a sweep; to compare its runs, give {given[0]}/runs/*.")

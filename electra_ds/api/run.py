@@ -38,6 +38,10 @@ class Run:
         self.path = Path(path)
         self._directory = RunDirectory(self.path)
 
+    def __fspath__(self) -> str:
+        """The run's directory, so that it can be given wherever a path is."""
+        return str(self.path)
+
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 

@@ -94,8 +94,21 @@ def _registered() -> dict[str, set[str]]:
 
 
 def _load(value: str, name: str) -> Any:
-    module, _, attribute = value.partition(":")
+    module_name, _, attribute = value.partition(":")
+    source = "" if value == name else f" from {value}"
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"The objective {name!r} cannot be loaded from {value}: {error}.") from error
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"The objective {name!r} cannot be loaded{source}: {error}. Install its package, or put its folder on "
+            f"PYTHONPATH."
+        ) from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        hint = did_you_mean(attribute, dir(module)) or "."
+        raise ConfigError(f"The objective {name!r} cannot be loaded{source}: {module_name} has no {attribute}{hint}")
+    if not isinstance(found, type) or not hasattr(found, "recipe_type"):
+        raise ConfigError(f"The objective {name!r} is not a subclass of electra_ds.Objective (docs/objectives.md).")
+    if missing := getattr(found, "__abstractmethods__", ()):
+        raise ConfigError(f"The objective {name!r} lacks {', '.join(sorted(missing))} (docs/objectives.md).")
+    return found

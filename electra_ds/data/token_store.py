@@ -97,6 +97,13 @@ class TokenStore:
         self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
         self.lines: np.ndarray = np.load(path / "lines.npy", mmap_mode="r")
 
+    def __fspath__(self) -> str:
+        """The store's folder, so that it can be given wherever a path is."""
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"TokenStore({str(self.path)!r})"
+
 
 def _read_info(path: Path) -> StoreInfo:
     if path.is_file():

@@ -4,6 +4,7 @@ that a finetuning's record names."""
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -280,7 +281,7 @@ def _lacks_labels(table: Table, column: str, seen: set[str]) -> bool:
 
 def _own_name(path: Path) -> str:
     """Return the file's name, or its folder's if the file is called `train`, but never that of a published task."""
-    name = path.absolute().parent.name if path.stem.lower() in _PLAIN_NAMES else path.stem
+    name = Path(os.path.abspath(path)).parent.name if path.stem.lower() in _PLAIN_NAMES else path.stem
     return f"own-{name}" if name.lower() in (*TASKS, "ax") else name
 
 

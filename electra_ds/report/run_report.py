@@ -53,9 +53,10 @@ def report_run(run: RunDirectory, data: Path | None = None) -> Report:
             raise
         parts.append(Line(str(error), is_warning=True))
     else:
-        parts.append(samples)
-        files.insert(1, "samples.txt")
-        (run.path / "samples.txt").write_text(as_text([samples]), "utf8")
+        if samples:
+            parts.append(samples)
+            files.insert(1, "samples.txt")
+            (run.path / "samples.txt").write_text(as_text([samples]), "utf8")
     parts.append(Line(f"\nThe run is in {run.path}: {', '.join(files)}."))
     parts.append(Line("As transformers models:", command=f"{command('export')} {run.path}"))
     return Report(parts, pd.DataFrame(evaluations))

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, BertForMaskedLM
 
 from electra_ds.cli import main
 from electra_ds.config.names import find_objective
-from electra_ds.config.recipe import load_recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.evaluation import load_trained
-from electra_ds.pretraining.objectives.base import TextBatch
+from electra_ds.pretraining.objectives.base import Objective, TextBatch
 from electra_ds.report.tables import Table
 from electra_ds.sweep.forecast import plan_sweep
 from electra_ds.sweep.sweep_file import load_sweep
@@ -40,6 +40,10 @@ SETTINGS = [
     "--threads", "1", "--log-every", "5", "--eval-every", "10", "--save-every", "5", "--eval-windows", "16", "--set",
     *SIZES, f"schedule.total_steps={STEPS}", "schedule.warmup_steps=2", "cloze.masked_share=0.3",
 ]  # fmt: skip
+
+
+class Incomplete(Objective[Recipe]):
+    """An objective whose methods are not written yet."""
 
 
 @pytest.fixture
@@ -84,8 +88,14 @@ def test_an_unknown_objective_is_refused_with_those_there_are(tmp_path: Path) ->
         ConfigError, match=r"no objective 'elektra'; did you mean 'electra'\? The registered ones are .*electra"
     ):
         load_recipe("tiny", ["objective=elektra"])
-    with pytest.raises(ConfigError, match=r"cannot be loaded from nowhere\.at_all:Thing: No module named 'nowhere'"):
+    with pytest.raises(ConfigError, match=r"cannot be loaded: No module named 'nowhere'\. Install its package"):
         load_recipe("tiny", ["objective=nowhere.at_all:Thing"])
+    with pytest.raises(ConfigError, match=r"has no Cloz; did you mean 'Cloze'"):
+        load_recipe("tiny", ["objective=tests.pretraining.foreign:Cloz"])
+    with pytest.raises(ConfigError, match=r"is not a subclass of electra_ds\.Objective"):
+        load_recipe("tiny", ["objective=tests.pretraining.foreign:ClozeModel"])
+    with pytest.raises(ConfigError, match=r"lacks build_model, exports, loss_names, make_batch, measure, metrics"):
+        load_recipe("tiny", ["objective=tests.pretraining.test_foreign_objective:Incomplete"])
 
 
 @pytest.mark.parametrize("stage", [0, 2])
