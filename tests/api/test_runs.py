@@ -46,7 +46,7 @@ def test_a_run_that_stopped_is_resumed_and_equals_a_straight_one(
     caplog.set_level("INFO", "electra_ds")
     run = electra_ds.pretrain(small_recipe(*STEPS), data="stores/small", run_dir="runs/halves", stop_at=3, **HOW)
     assert run.status == "stopped"
-    end = "Stopped at step 3 of 6, as --stop-at asks. To resume: electra-ds pretrain --resume runs/halves"
+    end = "Stopped at step 3 of 6, because of --stop-at. To resume: electra-ds pretrain --resume runs/halves"
     assert caplog.messages[-1] == end
     caplog.clear()
     again = run.resume(quiet=True)

@@ -423,7 +423,7 @@ def test_stopped_and_resumed_is_straight_bit_for_bit(
     """Also where it stops at an evaluation (5) and twice; only the evaluation at the stop itself is one more."""
     run_dir = tmp_path / "run"
     said = finetune(*arguments_of(electra, glue, "mrpc", run_dir, **SAVED, stop_at=stop_at))
-    how = f"Stopped at step {stop_at} of 24, as --stop-at asks. To resume: electra-ds finetune --resume {run_dir}"
+    how = f"Stopped at step {stop_at} of 24, because of --stop-at. To resume: electra-ds finetune --resume {run_dir}"
     assert how in " ".join(said.split())
     assert not (run_dir / "scores.json").exists()
     resume(run_dir, "--stop-at", stop_at + 1)
