@@ -172,7 +172,8 @@ class Table:
         """
         there = list(self.frame.columns)
         missing = [name for name in dict.fromkeys(wanted) if name is not None and name not in there]
-        lacking = (f"no column '{name}'{did_you_mean(name, there).rstrip('?')}" for name in missing)
+        hints = (did_you_mean(name, there).removeprefix("; ") for name in missing)
+        lacking = (f"no column '{name}'{hint and f' ({hint})'}" for name, hint in zip(missing, hints, strict=True))
         problems = [*lacking, *problems]
         if problems:
             columns = ", ".join(there) or "none"

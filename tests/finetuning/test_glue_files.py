@@ -307,7 +307,7 @@ def test_folders_without_the_task_are_refused(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("rte", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\ta\tb\n", r"row 2: the label ''"),
-        ("rte", b"index\tsentence1\tlabel\n", r"no column 'sentence2'; did you mean 'sentence1'\?; its columns"),
+        ("rte", b"index\tsentence1\tlabel\n", r"no column 'sentence2' \(did you mean 'sentence1'\?\); its columns"),
         ("rte", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n", r"row 1: the label '1' is not one of entail"),
         ("cola", b"gj04\t1\t\tfine\ngj04\t2\t\tbad\n", r"train\.tsv, row 2: the label '2' is not one of 0, 1"),
         ("cola", b"index\tsentence\n0\tx\n", r"expected 4 and found 2"),
@@ -568,10 +568,10 @@ def test_columns_are_chosen_by_their_names_or_as_asked_for(tmp_path: Path) -> No
     assert read(["x", "y", "score", "label"], text="y", pair="x", label="score") == ("y-0", "x-0", 1)
     assert read(["text", "label", "z"], pair="z") == ("text-0", "z-0", 1)
     for options, message in [
-        ({"text": "txt"}, "no column 'txt'; did you mean 'text'.*; its columns are text, label, z"),
+        ({"text": "txt"}, "no column 'txt' .did you mean 'text'.*; its columns are text, label, z"),
         ({"text": "z", "pair": "z"}, "must be different columns"),
         ({"text": "label"}, "no label column; its columns are text, label, z"),
-        ({"text": "txt", "label": "lable"}, "no column 'txt'.*; no column 'lable'; did you mean 'label'"),
+        ({"text": "txt", "label": "lable"}, "no column 'txt'.*; no column 'lable' .did you mean 'label'"),
         ({"text": "a", "pair": "a"}, "no column 'a'; its columns are text, label, z"),
     ]:
         with pytest.raises(DataError, match=message):
