@@ -100,7 +100,7 @@ def test_a_run_that_a_callback_stops_is_saved_and_resumes_bit_for_bit(
 def test_anything_but_a_list_of_callbacks_is_refused_before_the_run(callbacks: Any, tmp_path: Path) -> None:
     for start in (electra_ds.pretrain, electra_ds.finetune):
         given: dict[str, Any] = {"recipe": "tiny"} if start is electra_ds.pretrain else {"model": "x", "task": "rte"}
-        with pytest.raises(ConfigError, match=r"must be a list of objects .* such as \[MyCallback\(\)\]\. This does"):
+        with pytest.raises(ConfigError, match=r"must be a list of objects .* such as \[MyCallback\(\)\], not"):
             start(**given, run_dir=tmp_path / "run", callbacks=callbacks)
     assert not (tmp_path / "run").exists()
 
