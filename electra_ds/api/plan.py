@@ -62,13 +62,11 @@ def plan(
 
 def run_plan(options: PlanOptions) -> Forecast:
     """Return the forecast for the command's options."""
-    given = None if options.ds_config is None else read_deepspeed_json(options.ds_config)
+    given = None if options.ds_config is None else (read_deepspeed_json(options.ds_config), options.ds_config)
     card = _card(options)
     has_gpu = card is not None or options.memory_gb is not None
     recipe = load_recipe(options.recipe or (GPU_RECIPE if has_gpu else CPU_RECIPE), options.overrides or ())
-    values, source = default_ds_config(has_gpu, card)
-    if given is not None and options.ds_config is not None:
-        values, source = given, options.ds_config
+    values, source = given or default_ds_config(has_gpu, card)
     return forecast(
         recipe,
         with_micro_batch(values, options.micro_batch),

@@ -80,7 +80,7 @@ class Forecast:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits; None if the objective does not predict its memory, and the state alone fits."""
+        """True if the plan fits. None if this is unknown: the training state fits, and the rest is not predicted."""
         if self.needed_bytes is None:
             return None if self.state_bytes <= self.budget_bytes else False
         return self.needed_bytes <= self.budget_bytes

@@ -442,7 +442,7 @@ def _flush(path: Path) -> None:
 
 
 class SavedOptimizer(Protocol):
-    """What a checkpoint needs of `MasterAdamW` or `ZeroAdamW`; importing the latter would import DeepSpeed."""
+    """The interface of `MasterAdamW` and `ZeroAdamW` that saving uses. Importing `ZeroAdamW` would import DeepSpeed."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
