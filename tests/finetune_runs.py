@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoModel, ElectraConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from electra_ds.cli import main
+from electra_ds.config.run_directory import read_metrics
 from electra_ds.finetuning.finetune import FinetuneLoop
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import Engine
-from electra_ds.training.tracking import read_metrics
 from tests import forks
 from tests.helpers import REPOSITORY
 

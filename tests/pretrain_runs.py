@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from electra_ds.config.run_directory import read_metrics
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.checkpoint import CheckpointFolder
-from electra_ds.training.tracking import read_metrics
 from tests import forks
 from tests.helpers import REPOSITORY, SMALL
 

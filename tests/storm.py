@@ -25,10 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.config.run_record import versions
 from electra_ds.training.checkpoint import CheckpointFolder, load_checkpoint, verify_checkpoint
-from electra_ds.training.tracking import read_metrics
 from tests.forks import PHASES, Moment, Started, start
 from tests.helpers import REPOSITORY, SMALL, write_corpus
 from tests.launching import ENVIRONMENT, rank_environments

@@ -33,11 +33,11 @@ LATE = {
     ("electra_ds.finetuning.load_task", "datasets"),
     ("electra_ds.finetuning.tasks", "pandas"),  # which the check of a sweep does not need
     ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
-    ("electra_ds.pretraining.objectives.electra_evaluation", "sklearn.metrics"),
     ("electra_ds.pretraining.objectives.electra", "electra_ds.pretraining.convert"),  # which needs transformers
     ("electra_ds.pretraining.objectives.base", "transformers"),  # for type checkers
     ("electra_ds.finetuning.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "scipy.stats"),
+    ("electra_ds.report.scores", "scipy"),
     ("electra_ds.sweep.__init__", "electra_ds.sweep.run"),  # for type checkers
     ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),
     ("electra_ds.sweep.run", "electra_ds.sweep.tune"),  # Ray, which trials one by one do not need

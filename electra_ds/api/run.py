@@ -82,7 +82,7 @@ class Run:
         """One row for each logged step and each evaluation; the column `kind` distinguishes them."""
         import pandas as pd
 
-        from electra_ds.training.tracking import read_metrics
+        from electra_ds.config.run_directory import read_metrics
 
         self._directory.kind()
         path = self._directory.metrics

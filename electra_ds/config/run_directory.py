@@ -231,6 +231,23 @@ def _json_object(text: str) -> dict[str, Any]:
     return values
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a metrics.jsonl, since a kill may have truncated the last; none without a file."""
+    return metrics_lines(path.read_text("utf8", errors="replace")) if path.exists() else []
+
+
+def metrics_lines(text: str) -> list[dict[str, Any]]:
+    """Return the complete lines of the text of a metrics.jsonl."""
+    lines = []
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+            lines.append(values | {"step": int(values["step"]), "kind": str(values["kind"])})
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines
+
+
 def places_of(recorded: str, folder: Path) -> Iterator[Path]:
     """Yield the existing paths to which a file or folder may have moved from the path `recorded`.
 

@@ -78,7 +78,7 @@ class FileSource(Source):
         return sum(size for _, size, _ in file_listing(self.files))
 
     def signature(self) -> str:
-        return hash_of((self.boundary, self.text_key, file_listing(self.files)))
+        return hash_of((self.boundary, self.text_key, file_listing(path.resolve() for path in self.files)))
 
     def documents(self, progress: Progress) -> Iterator[list[str]]:
         for path in self.files:
@@ -225,9 +225,9 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def file_listing(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Return the name, size and modification time of each file."""
+    """Return the path, size and modification time of each file."""
     try:
-        stats = [(str(path.resolve()), path.stat()) for path in files]
+        stats = [(str(path), os.stat(path)) for path in files]
     except OSError as error:
         raise DataError(f"Cannot read {error.filename}: {error.strerror}.") from error
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
@@ -278,11 +278,11 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
 
 def builtin_sources() -> list[Path]:
     """Return the Python files to read."""
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    roots = [Path(sysconfig.get_paths()["stdlib"]).resolve()]
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations:
-            roots.append(Path(spec.submodule_search_locations[0]))
+            roots.append(Path(spec.submodule_search_locations[0]).resolve())
     paths = []
     for root in roots:
         for folder, subfolders, files in os.walk(root):

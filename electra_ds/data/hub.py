@@ -185,7 +185,7 @@ class SavedSource(HubSource):
         self._rows = self._text_column(saved)
 
     def signature(self) -> str:
-        files = (Path(entry["filename"]) for entry in self._rows.cache_files)
+        files = (Path(entry["filename"]).resolve() for entry in self._rows.cache_files)
         return hash_of((self._text_key, file_listing(files)))
 
 

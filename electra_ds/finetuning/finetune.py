@@ -22,7 +22,7 @@ import numpy as np
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError, TrainingError
@@ -38,7 +38,6 @@ from electra_ds.training.checkpoint import CheckpointFolder, CheckpointSaver, op
 from electra_ds.training.engine import Engine
 from electra_ds.training.loop import TrainingLoop, train
 from electra_ds.training.step_log import Throughput
-from electra_ds.training.tracking import read_metrics
 
 _log = logging.getLogger(__name__)
 SCORES = "scores.json"

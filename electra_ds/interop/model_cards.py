@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.recipe import Recipe
+from electra_ds.config.run_directory import read_metrics
 from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
 from electra_ds.pretraining.objectives.base import Export
 from electra_ds.training.checkpoint import Checkpoint
-from electra_ds.training.tracking import read_metrics
 
 _OPENING = """\
 from transformers import AUTO, AutoTokenizer

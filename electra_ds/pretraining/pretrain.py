@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.config.run_record import RunRecord
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError
@@ -22,7 +22,6 @@ from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.loop import TrainingLoop, train
 from electra_ds.training.step_log import Throughput, joint_peak_flops
-from electra_ds.training.tracking import read_metrics
 
 _log = logging.getLogger(__name__)
 

@@ -12,14 +12,13 @@ import pandas as pd  # type: ignore[import-untyped]
 from matplotlib.figure import Figure
 from rich.text import Text
 
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.program import command
 from electra_ds.data.token_store import recorded_store, split_holdout
 from electra_ds.pretraining.evaluation import TrainedModel, held_out_batch, load_trained
 from electra_ds.pretraining.objectives.base import Curve, Objective
 from electra_ds.report.tables import Line, Part, Report, Table, as_text
-from electra_ds.training.tracking import read_metrics
 
 _SENTENCES = 4
 _SENTENCE_BATCH = 64

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from scipy import stats  # type: ignore[import-untyped]
 
 from electra_ds.core.files import complete_file
 from electra_ds.report.glue_score import (
@@ -69,6 +68,9 @@ def difference_interval(
 
     low and high are None if the spread is unknown, because a sample has one value or only equal ones.
     """
+    # Importing it takes half a second, and few reports compare two samples.
+    from scipy import stats  # type: ignore[import-untyped]
+
     difference = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < 2 or max(np.ptp(a), np.ptp(b)) < _ROUNDING:
         return difference, None, None

@@ -31,7 +31,7 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, metrics_lines
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.files import complete_file
 from electra_ds.sweep.options import (
@@ -46,7 +46,6 @@ from electra_ds.sweep.options import (
 from electra_ds.sweep.spec import Resources, SweepSpec
 from electra_ds.sweep.sweep_file import load_sweep, sweep_yaml, with_options
 from electra_ds.sweep.trials import Trial, suggested
-from electra_ds.training.tracking import metrics_lines
 
 State = Literal["done", "collapsed", "stopped", "skipped", "failed", "unfinished", "waiting"]
 """The states of a trial.

@@ -2,7 +2,8 @@
 
 At stage 0 this module handles mixed precision, since DeepSpeed 0.19.8 divides by a loss scale that it never applied,
 takes a phantom step at the start, and reads some 300 values back from the device per step. A step here reads nothing
-back: overflow is a tensor that torch's fused AdamW accepts as `found_inf`.
+back: overflow is a tensor that torch's fused AdamW accepts as `found_inf`. AdamW is called as a function, since torch's
+class would import torch's compiler, which takes 1.2 CPU-seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 from torch._utils import _unflatten_dense_tensors
+from torch.optim.adamw import adamw
 
 from electra_ds.config.deepspeed_sections import LossScaling
 from electra_ds.config.recipe import OptimizerSection
@@ -102,8 +104,6 @@ class MasterAdamW(torch.optim.Optimizer):
     ) -> None:
         named = list(parameters)
         super().__init__(parameter_groups(named, section.weight_decay, rates), {"lr": section.learning_rate})
-        self.max_grad_norm = section.max_grad_norm
-        self.bias_correction = section.bias_correction
         self.scaling = scaling or NO_SCALING
         self.names = {parameter: name for name, parameter in named}
         self._frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
@@ -113,14 +113,11 @@ class MasterAdamW(torch.optim.Optimizer):
             for parameter in group["params"]
         }
         self._has_masters = any(master is not parameter for parameter, master in self.masters.items())
-        self._inner = torch.optim.AdamW(
-            [group | {"params": [self.masters[p] for p in group["params"]]} for group in self.param_groups],
-            betas=(section.beta1, section.beta2),
-            eps=section.epsilon,
-            fused=True,
-        )
-        for master in self.masters.values():
-            self._inner.state[master] = adamw_state(master, bias_correction=section.bias_correction)
+        self._section = section
+        self._states = {
+            parameter: adamw_state(master, bias_correction=section.bias_correction)
+            for parameter, master in self.masters.items()
+        }
         device = next(iter(self.masters)).device
         self.loss_scale = torch.tensor(self.scaling.initial_scale, device=device)
         self._taken_steps = torch.zeros((), device=device, dtype=torch.float64)
@@ -132,8 +129,12 @@ class MasterAdamW(torch.optim.Optimizer):
         self.can_repeat_step = True
         """False from the start of an update until the next step begins: a step cannot be repeated after that."""
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        # Without torch's decorator, which imports torch's compiler.
+        torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)  # type: ignore[attr-defined]
+
     def set_learning_rate(self, learning_rate: float) -> None:
-        put_learning_rate((*self.param_groups, *self._inner.param_groups), learning_rate)
+        put_learning_rate(self.param_groups, learning_rate)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -142,14 +143,36 @@ class MasterAdamW(torch.optim.Optimizer):
         scaled_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         found_inf = (~torch.isfinite(scaled_norm)).float()
         self.grad_norm = scaled_norm / self.loss_scale
-        clipping = torch.clamp((self.grad_norm + 1e-6) / self.max_grad_norm, min=1.0)  # torch's clip_grad_norm_
-        # torch's fused AdamW divides by grad_scale and does nothing where found_inf is 1 (its GradScaler protocol).
-        self._inner.grad_scale = (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)  # type: ignore[attr-defined]
-        self._inner.found_inf = found_inf  # type: ignore[attr-defined]
+        clipping = torch.clamp((self.grad_norm + 1e-6) / self._section.max_grad_norm, min=1.0)  # torch's clip_grad_norm_
+        divisor = (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)
         self.can_repeat_step = False
-        self._inner.step()
+        for group in self.param_groups:
+            self._update(group, divisor, found_inf)
         self._copy_back()
         self._update_scale(found_inf)
+
+    def _update(self, group: dict[str, Any], divisor: torch.Tensor, found_inf: torch.Tensor) -> None:
+        masters = [self.masters[parameter] for parameter in group["params"]]
+        states = [self._states[parameter] for parameter in group["params"]]
+        adamw(
+            masters,
+            [master.grad for master in masters if master.grad is not None],  # all have one by now
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            # The gradients are divided by grad_scale, and nothing changes where found_inf is 1 (GradScaler's protocol).
+            grad_scale=divisor,
+            found_inf=found_inf,
+            amsgrad=False,
+            maximize=False,
+            lr=group["lr"],
+            beta1=self._section.beta1,
+            beta2=self._section.beta2,
+            eps=self._section.epsilon,
+            weight_decay=group["weight_decay"],
+        )
 
     def _master_gradients(self) -> list[torch.Tensor]:
         """Return the gradients in fp32, and set them as the masters' gradients."""
@@ -203,7 +226,7 @@ class MasterAdamW(torch.optim.Optimizer):
         only weights, in fp32, as `master/NAME`."""
         result = {f"master/{name}": parameter.detach().float() for name, parameter in self._frozen.items()}
         for parameter, master in self.masters.items():
-            name, state = self.names[parameter], self._inner.state[master]
+            name, state = self.names[parameter], self._states[parameter]
             result[f"master/{name}"] = master.detach()
             result[f"exp_avg/{name}"] = state["exp_avg"]
             result[f"exp_avg_sq/{name}"] = state["exp_avg_sq"]
@@ -248,9 +271,9 @@ class MasterAdamW(torch.optim.Optimizer):
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
         self._copy_back()
-        if self.bias_correction:
-            for master in self.masters.values():
-                self._inner.state[master]["step"].fill_(counters["taken_steps"])
+        if self._section.bias_correction:
+            for state in self._states.values():
+                state["step"].fill_(counters["taken_steps"])
         self._taken_steps.fill_(counters["taken_steps"])
         self.skipped_steps.fill_(counters["skipped_steps"])
         self.consecutive_skips.fill_(counters["consecutive_skips"])

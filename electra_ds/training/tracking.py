@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from electra_ds.config.monitors import overruled_wandb_mode, wandb_login, wandb_module
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import CheckpointError, ConfigError, ElectraError, InterruptedBySignalError
 from electra_ds.core.terminal import NOTE, log_command
@@ -25,23 +25,6 @@ _FINISH_WITHIN_S = 60.0
 """Time limit for the upload at the end; `wandb sync` can upload the rest. A job scheduler may be about to kill us."""
 _LOST_ROWS = 512
 """More rows than a kill can lose: wandb writes its file in blocks of 32 KiB, and a row has more than 64 bytes."""
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics.jsonl, since a kill may have truncated the last; none without a file."""
-    return metrics_lines(path.read_text("utf8", errors="replace")) if path.exists() else []
-
-
-def metrics_lines(text: str) -> list[dict[str, Any]]:
-    """Return the complete lines of the text of a metrics.jsonl."""
-    lines = []
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-            lines.append(values | {"step": int(values["step"]), "kind": str(values["kind"])})
-        except (ValueError, KeyError, TypeError):
-            continue
-    return lines
 
 
 def check_tracking(settings: TrackingSettings, run: RunDirectory, *, is_new: bool) -> None:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from electra_ds.config.run_directory import read_metrics
 from electra_ds.data.token_store import TokenStore
-from electra_ds.training.tracking import read_metrics
 from tests.helpers import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "new-language" / "README.md"
@@ -63,7 +63,7 @@ def execute(block: Block, folder: Path) -> Result:
     }
     result = subprocess.run(
         [*program, block.code],
-        capture_output=True, encoding="utf8", check=False, timeout=200, cwd=folder, env=environment,
+        capture_output=True, encoding="utf8", check=False, timeout=600, cwd=folder, env=environment,
     )  # fmt: skip
     output = result.stdout + result.stderr
     if block.tag.endswith(" fails"):

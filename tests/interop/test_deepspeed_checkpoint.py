@@ -22,7 +22,7 @@ from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import Recipe
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
@@ -43,7 +43,6 @@ from electra_ds.pretraining.convert import (
 from electra_ds.training.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
 from electra_ds.training.optimizer import FRESH_COUNTERS
 from electra_ds.training.prepare import plan_new
-from electra_ds.training.tracking import read_metrics
 from tests import forks, native_worker
 from tests.helpers import REPOSITORY, free_port, model_for, small_recipe
 from tests.launching import ENVIRONMENT
@@ -198,7 +197,7 @@ def test_the_script_of_an_export_loads_it(portable: Path, process_group: Ranks, 
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(free_port()),
          "resume.py"],
         cwd=script.parent, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
-        check=False, timeout=120,
+        check=False, timeout=400,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "step 40" in result.stdout

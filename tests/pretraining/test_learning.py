@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from electra_ds.training.tracking import read_metrics
+from electra_ds.config.run_directory import read_metrics
 from tests.helpers import REPOSITORY
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from electra_ds import cli
+from electra_ds.config.run_directory import read_metrics
 from electra_ds.data.token_store import TokenStore
-from electra_ds.training.tracking import read_metrics
 from tests.helpers import SMALL
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -18,23 +19,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from electra_ds.cli import main
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import TrainingError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining import prepare, pretrain
 from electra_ds.pretraining.evaluation import Evaluator, held_out_batch, load_trained
-from electra_ds.pretraining.objectives.electra_evaluation import sample_sentences
+from electra_ds.pretraining.objectives.electra_evaluation import area_under_roc, sample_sentences
 from electra_ds.training.checkpoint import CheckpointFolder
 from electra_ds.training.optimizer import MasterAdamW
 from electra_ds.training.preemption import Preemption
 from electra_ds.training.prepare import plan_new
-from electra_ds.training.tracking import RunLog, read_metrics
+from electra_ds.training.tracking import RunLog
 from tests.helpers import REPOSITORY, SMALL, model_for, small_recipe
 from tests.pretrain_runs import (
     CPU_JSON,
@@ -137,7 +140,7 @@ def test_a_signal_saves_at_the_next_step_and_leaves(
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == (-number if number == signal.SIGINT else 128 + number)
     assert f"Resume it with: {REPOSITORY}/bin/pretrain --resume" in errors
     status = json.loads((run_dir / "status.json").read_text())
@@ -257,8 +260,11 @@ def test_an_impossible_batch_plan_is_refused_before_data_is_built(tmp_path: Path
 
 def test_an_incomplete_launcher_environment_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     arguments = ["--ds-config", CPU_JSON, "--recipe", "tiny", "--local_rank=0"]
-    for given, missing in (({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"), ({"WORLD_SIZE": "2"}, "RANK is missing")):
-        result = run("pretrain", *arguments, status=2, folder=tmp_path, environment=given)
+    for launch, missing in (
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "RANK is missing"),
+    ):
+        result = run("pretrain", *arguments, status=2, folder=tmp_path, environment=launch)
         assert missing in result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -417,6 +423,16 @@ def test_evaluation_agrees_with_a_second_implementation(store: TokenStore, proce
     assert found["generator_gain"] == pytest.approx(found["unigram_loss"] - found["generator_masked_loss"])
 
 
+@given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=1, max_size=60))
+def test_the_area_under_the_roc_curve_is_scikit_learns_with_ties_too(examples: list[tuple[bool, int]]) -> None:
+    labels, scores = np.array([label for label, _ in examples]), np.array([float(score) for _, score in examples])
+    if labels.all() or not labels.any():
+        assert math.isnan(area_under_roc(labels, scores))
+    else:
+        assert area_under_roc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), rel=1e-12, abs=1e-12)
+        assert math.isnan(area_under_roc(labels, np.where(labels, np.inf, scores)))
+
+
 def test_metrics_beyond_the_resumed_step_and_a_cut_line_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = RunLog(RunDirectory(tmp_path), TrackingSettings(), {}, 0)
@@ -469,24 +485,26 @@ def test_the_three_ways_to_start_it_are_one_program() -> None:
 
 
 SLOW_IMPORTS = {
-    "torch", "deepspeed", "transformers", "sklearn", "matplotlib", "numpy", "tokenizers", "datasets", "wandb",
-    "pyarrow", "pydantic",
+    "torch", "torch._dynamo", "deepspeed", "transformers", "scipy", "sklearn", "matplotlib", "numpy", "tokenizers",
+    "datasets", "wandb", "pandas", "pyarrow", "pydantic", "ray",
 }  # fmt: skip
 
 
 def imported(code: str) -> set[str]:
     """Which of the slow packages this code imports."""
-    script = f"import sys; {code}; print(*({SLOW_IMPORTS!r} & set(sys.modules)))"
+    script = f"import sys; {code}; print(); print(*({SLOW_IMPORTS!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    return set(result.stdout.split())
+    return set(result.stdout.splitlines()[-1].split())
 
 
 def test_help_does_not_wait_for_torch() -> None:
     assert imported("import electra_ds.cli as c; c.build_parser()") == set()
 
 
-def test_a_first_step_waits_for_no_more_than_it_needs() -> None:
-    """transformers alone takes longer to import than torch."""
-    modules = "electra_ds.cli, electra_ds.api.pretrain"
-    assert imported(f"import {modules}") == {"torch", "deepspeed", "numpy", "tokenizers", "pyarrow", "pydantic"}
+def test_a_run_waits_for_no_more_than_it_needs(store: TokenStore, tmp_path: Path) -> None:
+    """torch's compiler, transformers and scikit-learn each take as long to import as torch."""
+    arguments = start_arguments(store, tmp_path / "run", "schedule.total_steps=3", "schedule.warmup_steps=1")
+    assert imported(f"from electra_ds.cli import main; main({['pretrain', *arguments]!r})") == {
+        "torch", "deepspeed", "numpy", "tokenizers", "pyarrow", "pydantic", "matplotlib", "pandas",
+    }  # fmt: skip
     assert "deepspeed" not in imported("import electra_ds.api.run")  # to look at a run

@@ -20,9 +20,9 @@ import yaml
 
 import electra_ds
 from electra_ds.config.names import RECIPES, shipped_text
+from electra_ds.config.run_directory import read_metrics
 from electra_ds.core.launcher import SECOND_SIGNAL_AFTER_S
 from electra_ds.data.token_store import TokenStore
-from electra_ds.training.tracking import read_metrics
 from tests.finetune_runs import reviews, write_csv
 from tests.helpers import REPOSITORY
 from tests.launching import ENVIRONMENT
@@ -100,7 +100,7 @@ def test_the_shipped_smoke_sweep_runs_as_it_is(builtin_stores: Path, tmp_path: P
     (tmp_path / "stores").symlink_to(builtin_stores)
     program = [sys.executable, str(REPOSITORY / "bin" / "sweep"), "smoke"]
     result = subprocess.run(
-        program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=400
+        program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=1000
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "4 stopped as planned of 4 trials" in result.stdout
@@ -141,7 +141,7 @@ def test_a_signal_saves_leaves_nobody_and_the_sweep_continues_from_python(
     wait_until(lambda: list(out.glob("runs/*/metrics.jsonl")), told=log.read_text)
     assert {trial.nice() for trial in ours(out, "electra_ds")} <= {os.nice(0)}  # Ray's own would be 15
     driver.send_signal(number)
-    assert driver.wait(60) == (-2 if number == signal.SIGINT else 143), log.read_text()
+    assert driver.wait(200) == (-2 if number == signal.SIGINT else 143), log.read_text()
     assert f"{number.name}: running trials save and stop." in log.read_text()
     assert "Resume it with: bin/sweep --resume" in log.read_text()
     assert not ours(out)
@@ -170,7 +170,7 @@ def test_a_second_signal_leaves_at_once_and_the_sweep_goes_on_without_the_files_
     driver.send_signal(signal.SIGINT)
     assert driver.wait(10) == 128 + signal.SIGINT
     assert "SIGINT again: leaving at once." in log.read_text()
-    wait_until(lambda: not ours(out), 30)
+    wait_until(lambda: not ours(out), 100)
     resumed = run_sweep("--resume", out, "--local")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert_same_trials(out, undisturbed)
@@ -202,7 +202,7 @@ def test_killed_ranks_trials_and_drivers_lose_nothing_and_leave_nobody(undisturb
     cluster = rays(driver.pid)
     driver.kill()
     driver.wait()
-    wait_until(lambda: not ours(out), 30)
+    wait_until(lambda: not ours(out), 100)
     resumed = run_sweep("--resume", out)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "2 stopped as planned of 2 trials" in resumed.stdout
@@ -248,7 +248,7 @@ def test_trials_that_fail_or_are_killed_each_time_are_reported_and_do_not_spoil_
     assert "memory" in table.loc["huge", "reason"]
     assert "finite" in table.loc["diverging", "reason"]
     assert table.loc["killed", "reason"] == "after 2 attempts: killed by signal 9"
-    assert f"Run what failed again: bin/sweep --resume {out} --retry-failed" in result.stdout
+    assert f"bin/sweep --resume {out} --retry-failed" in result.stdout
     again = run_sweep("--resume", out, "--local")
     assert again.returncode == 1
     attempts = {key.split("-")[0]: len(record["attempts"]) for key, record in records(out).items()}
@@ -459,10 +459,11 @@ def test_the_trainable_drops_into_a_tuner_of_ones_own_whose_scheduler_may_end_a_
     values["pretrain"] |= {"space": {}}
     (tmp_path / "mine.py").write_text(OWN_TUNER)
     out = tmp_path / "out"
+    slow = before_each_batch(tmp_path, "time.sleep(0.3 if 'learning_rate=0.0001' in ' '.join(sys.orig_argv) else 0)")
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{REPOSITORY}:{slow['PYTHONPATH']}"}
     done = subprocess.run(
         [sys.executable, str(tmp_path / "mine.py"), str(write_sweep(tmp_path, values)), str(out)],
-        cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False,
-        timeout=300,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1000,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     statuses = {

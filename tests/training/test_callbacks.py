@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import electra_ds
+from electra_ds.config.run_directory import read_metrics
 from electra_ds.core.errors import ConfigError, TrainingError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.callbacks import Callback, Callbacks, Metrics, Progress
-from electra_ds.training.tracking import read_metrics
 from tests.helpers import SMALL
 from tests.pretrain_runs import final_tensors, train_losses
 

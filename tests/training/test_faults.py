@@ -20,13 +20,12 @@ from pathlib import Path
 
 import pytest
 
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.config.run_record import RunRecord, RunSettings
 from electra_ds.core.errors import CheckpointError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.checkpoint import CheckpointFolder, verify_checkpoint
 from electra_ds.training.checkpoints import prune
-from electra_ds.training.tracking import read_metrics
 from tests.forks import Moment, Started
 from tests.helpers import REPOSITORY
 from tests.storm import STEPS, arguments_for, assert_same, start_run

@@ -23,13 +23,13 @@ from rich.console import Console
 
 from electra_ds.config.monitors import FolderMonitor, Monitors, WandbMonitor, wandb_login, wandb_module
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.config.run_record import TrackingSettings
 from electra_ds.core.errors import ConfigError, InterruptedBySignalError, TrainingError
 from electra_ds.core.terminal import log_shown_on
 from electra_ds.data.token_store import TokenStore
 from electra_ds.training.prepare import tracking_settings
-from electra_ds.training.tracking import RunLog, check_tracking, read_metrics
+from electra_ds.training.tracking import RunLog, check_tracking
 from tests.helpers import REPOSITORY
 from tests.pretrain_runs import CPU_JSON, DROPOUT, command, run, start_arguments, train_losses
 
@@ -187,7 +187,7 @@ def on_a_terminal(*arguments: str, cwd: Path, **environment: str) -> tuple[int, 
         while part := os.read(own, 4096):
             shown += part
     os.close(own)
-    return process.wait(timeout=60), shown.decode()
+    return process.wait(timeout=200), shown.decode()
 
 
 @pytest.mark.parametrize("way", ["flag", "json"])
@@ -453,7 +453,7 @@ def test_a_signal_ends_the_wandb_run_with_its_status(store: TokenStore, tmp_path
         assert process.poll() is None
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == -signal.SIGINT
+    assert process.wait(timeout=200) == -signal.SIGINT
     [records] = wandb_records(run_dir)
     assert [item.exit_code for item in of_kind(records, "exit")] == [130]
     assert wandb_rows(records)[-1]["step"] == train_losses(run_dir)[-1][0]

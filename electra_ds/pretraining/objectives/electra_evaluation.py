@@ -97,15 +97,11 @@ def evaluation_of(
     chunks: Sequence[Measured], num_selected: int, num_counted: int, unigram_nats_V: np.ndarray
 ) -> Evaluation:
     """Return the metrics of all micro-batches together."""
-    # Importing it takes as long as importing torch, and training does not need it at first.
-    from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
-
     replaced = np.concatenate([chunk.labels for chunk in chunks])
     score = np.concatenate([chunk.scores for chunk in chunks])
+    found = replaced & (score > 0)
     generator_nats = _mean(chunk.masked_nats for chunk in chunks)
     unigram = _mean(unigram_nats_V[chunk.masked_targets] for chunk in chunks)
-    precision, recall, f1, _ = precision_recall_fscore_support(replaced, score > 0, average="binary", zero_division=0.0)
-    two_classes = 0 < replaced.sum() < len(replaced) and np.isfinite(score).all()
     return Evaluation(
         generator_loss=sum(chunk.generator_sum for chunk in chunks) / num_selected,
         discriminator_loss=sum(chunk.discriminator_sum for chunk in chunks) / num_counted,
@@ -116,11 +112,29 @@ def evaluation_of(
         generator_sampled_accuracy=_mean(chunk.sampled_hits for chunk in chunks),
         replaced_share=float(replaced.mean()),
         discriminator_accuracy=float((replaced == (score > 0)).mean()),
-        discriminator_precision=float(precision),
-        discriminator_recall=float(recall),
-        discriminator_f1=float(f1),
-        discriminator_auc=float(roc_auc_score(replaced, score)) if two_classes else float("nan"),
+        discriminator_precision=_share(found.sum(), (score > 0).sum()),
+        discriminator_recall=_share(found.sum(), replaced.sum()),
+        discriminator_f1=_share(2 * found.sum(), (score > 0).sum() + replaced.sum()),
+        discriminator_auc=area_under_roc(replaced, score),
     )
+
+
+def _share(part: np.integer, of: np.integer) -> float:
+    return float(part / of) if of else 0.0
+
+
+def area_under_roc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Return the probability that a positive example has a higher score than a negative one, equal scores counting 1/2
+    (Mann and Whitney); nan if only one class occurs or a score is not finite.
+
+    It is scikit-learn's `roc_auc_score`, whose import takes as long as torch's.
+    """
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    if not positives or not negatives or not np.isfinite(scores).all():
+        return math.nan
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts - 1) / 2
+    return float((ranks[place][labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def _mean(parts: Iterable[np.ndarray]) -> float:
