@@ -33,8 +33,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: install
 	$(VENV)/bin/python bin/pretrain --ds-config ds_configs/cpu.json --recipe tiny
 
-# A file's tests run in one process, which makes what they share once.
-PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 25
+# A file's tests run in one process, which makes what they share once. Compiled tests are cached, since each of several
+# processes reads them all.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 25
 
 test: install
 	$(PYTEST)

@@ -30,7 +30,8 @@ from tests.launching import ENVIRONMENT, rank_environments
 
 _IMPORTED = [
     "electra_ds.cli", "electra_ds.api.pretrain", "electra_ds.api.finetune", "electra_ds.api.export",
-    "electra_ds.report.run_report", "electra_ds.data.build", "deepspeed", "torch._dynamo", "sklearn.metrics",
+    "electra_ds.report.run_report", "electra_ds.api.reports", "electra_ds.data.build", "deepspeed", "torch._dynamo",
+    "sklearn.metrics", "scipy.stats",
     "matplotlib.pyplot", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin",
     "transformers.models.electra.modeling_electra", "tests.forks",
 ]  # fmt: skip
@@ -211,7 +212,7 @@ class Started:
         """Exit statuses by rank, -9 for a killed one, None for one that lives."""
         return [process.exitcode for process in self.processes]
 
-    def wait(self, timeout_s: float = 120) -> list[int | None]:
+    def wait(self, timeout_s: float = 400) -> list[int | None]:
         """Statuses, once all have ended or the time is over."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
@@ -255,7 +256,7 @@ def start(
 
 def run(
     *words: object, ranks: int = 1, environment: Mapping[str, str] | None = None, folder: Path = REPOSITORY,
-    timeout_s: float = 300,
+    timeout_s: float = 900,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a command of ours to its end. environment: variables beside those of this process.
 
@@ -264,7 +265,7 @@ def run(
     return _finish(_command, ([*map(str, words)],), (folder, None, (), None, ()), ranks, environment, folder, timeout_s)
 
 
-def on_ranks(function: Callable[..., None], ranks: int, *arguments: object, timeout_s: float = 500) -> str:
+def on_ranks(function: Callable[..., None], ranks: int, *arguments: object, timeout_s: float = 1500) -> str:
     """Call a module's function on ranks that find what a launcher sets, and return what they printed."""
     done = _finish(_call, (function, arguments), (), ranks, None, REPOSITORY, timeout_s)
     assert done.returncode == 0, done.stdout + done.stderr

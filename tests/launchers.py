@@ -80,7 +80,7 @@ def start(
         ]
 
 
-def finish(processes: Sequence[subprocess.Popen[bytes] | Rank], timeout: float = 120) -> list[int]:
+def finish(processes: Sequence[subprocess.Popen[bytes] | Rank], timeout: float = 400) -> list[int]:
     """Return the exit statuses; kill what is left, and fail after `timeout` seconds."""
     try:
         return [process.wait(timeout) for process in processes]

@@ -32,7 +32,7 @@ from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 from tests.rank_worker import PRECISIONS, own_samples
 
 RECIPE = ("global_batch_size=8", "schedule.total_steps=60", "schedule.warmup_steps=5")
-FIRST, STEPS = 10, 6
+FIRST, STEPS = 10, 4
 """The step of the common state, and how many every plan trains from there."""
 _CPU = {"device": "cpu"}
 ZERO: dict[str, dict[str, Any]] = {
@@ -114,15 +114,17 @@ def train(folder: Path, store: TokenStore, ranks: Ranks) -> dict[str, list[float
 
 
 def read(folder: Path, store: TokenStore, ranks: Ranks, writers: Sequence[str], every: int = 1) -> int:
-    """Every plan takes over every state that these numbers of ranks saved, or every second, third … of them, others for
-    the next plan; returns how many pairs."""
+    """Every plan takes over every state that these numbers of ranks saved; returns how many pairs.
+
+    every: 1, or so many times fewer pairs: every third plan takes over part of them, each another part.
+    """
     paths = [path for count in writers for path in sorted((folder / "states").glob(f"{count}-*/step-*"))]
     for path in paths:
         verify_checkpoint(path)
-    pairs = 0
-    for index, plan in enumerate(PLANS):
+    pairs, share = 0, 1 if every == 1 else 3
+    for index, plan in enumerate(PLANS[ranks.world_size % share :: share]):
         with engine_of(plan, store, ranks.world_size) as engine:
-            for path in paths[index % every :: every]:
+            for path in paths[index % (every // share) :: every // share]:
                 take_over(engine, open_checkpoint(path))
                 pairs += 1
     return pairs

@@ -14,6 +14,7 @@ import psutil
 import yaml
 
 from electra_ds.config.recipe import parse_value
+from tests import forks
 from tests.helpers import REPOSITORY, SMALL
 from tests.launching import ENVIRONMENT
 
@@ -48,9 +49,12 @@ def start_sweep(*arguments: object, log: Path, environment: dict[str, str] | Non
 
 
 def run_sweep(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end. Ray wants an interpreter of its own."""
+    if "--local" in arguments:
+        return forks.run("sweep", *arguments, environment=environment, timeout_s=1000)
     return subprocess.run(
         [sys.executable, "bin/sweep", *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True,
-        env=ENVIRONMENT | (environment or {}), check=False, timeout=400,
+        env=ENVIRONMENT | (environment or {}), check=False, timeout=1000,
     )  # fmt: skip
 
 
@@ -100,7 +104,7 @@ def rays(driver: int) -> list[psutil.Process]:
     return [each for each in psutil.Process(driver).children(recursive=True) if "ray" in line_of(each)]
 
 
-def wait_until(is_so: Callable[[], Any], seconds: float = 90.0, told: Callable[[], str] = str) -> Any:
+def wait_until(is_so: Callable[[], Any], seconds: float = 300.0, told: Callable[[], str] = str) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := is_so()):
         assert time.monotonic() < deadline, told()

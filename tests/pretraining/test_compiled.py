@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,11 +82,23 @@ def test_sequences_that_leave_much_of_their_rows_empty_are_laid_side_by_side(sto
             assert len(found.selected_M) == selected_limit(recipe.masking, 4, 16)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.usefixtures("process_group")
-def test_compiled_steps_have_the_losses_of_plain_ones(store: TokenStore) -> None:
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # the graphs of inductor, which takes 40 CPU-seconds to make C++ of them
+        pytest.param("inductor", marks=[
+            pytest.mark.nightly,
+            pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"),
+        ]),
+    ],
+)  # fmt: skip
+def test_compiled_steps_have_the_losses_of_plain_ones(
+    store: TokenStore, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Full rows and padded ones, each in a shape of its own."""
+    if backend != "inductor":
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     recipe = small_recipe(*FULL, *ONE_LAYER)
     steps = unpadded_steps(store, recipe, 3)
     padded = next(step for step in range(1000) if 0.75 <= share_of_tokens(store, recipe, step) < 1)

@@ -55,8 +55,9 @@ def measured_saved_bytes(recipe: Recipe, vocab_size: int, size: int, precision: 
 def test_saved_bytes_of_the_shipped_recipes_are_those_that_autograd_saves(name: str, precision: str) -> None:
     recipe = load_recipe(name, [])
     vocab_size = recipe.tokenizer.vocab_size
-    predicted = sum(saved_bytes(recipe, vocab_size, 4, precision, "cpu"))
-    assert predicted == pytest.approx(measured_saved_bytes(recipe, vocab_size, 4, precision), rel=0.005)
+    size = 1 if "fp16" in precision else 4  # a CPU takes its time over fp16
+    predicted = sum(saved_bytes(recipe, vocab_size, size, precision, "cpu"))
+    assert predicted == pytest.approx(measured_saved_bytes(recipe, vocab_size, size, precision), rel=0.005)
 
 
 @st.composite
