@@ -31,9 +31,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The files of which most tests are slow come first, so that no process waits for one of them at the end.
+    # No process is to wait for a long file at the end. Sweeps wait more than they compute.
     slow = Counter(item.path for item in items if "slow" in item.keywords)
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: (not item.path.name.startswith(("test_sweep_", "test_launchers")), -slow[item.path]))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

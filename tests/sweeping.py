@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -79,6 +80,11 @@ def table_of(folder: Path) -> pd.DataFrame:
     """What the trials came to, by their key; without what differs from time to time."""
     table = pd.read_csv(folder / "results.csv").set_index("trial").sort_index()
     return table[[name for name in table if name == "state" or name.startswith(("metric.", "recipe.", "pretrain."))]]
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a sweep has written about each trial, by its key."""
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "trials").glob("*.json")}
 
 
 def ours(folder: Path, words: str = "") -> list[psutil.Process]:

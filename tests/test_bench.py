@@ -260,6 +260,7 @@ def test_a_gpu_is_held_to_the_memory_of_every_card_that_is_not_larger(monkeypatc
     assert memory.cases("rc2020-small", ["fp32"], [32], gpu)[1]["t4-16gb"].startswith("Tesla T4 has no fp16, or")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group", "small_text")
 def test_precisions_give_the_same_curves_and_they_fall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = measured("precisions", micro_batches=[6], steps=64)

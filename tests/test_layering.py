@@ -26,7 +26,6 @@ ROWS = [
 # Imports inside functions, besides those of the commands and the API: what takes seconds and a run's first step does
 # not need.
 LATE = {
-    ("electra_ds.config.commands", "electra_ds.config.run_record"),  # pydantic, for the page of options alone
     ("electra_ds.data.hub", "datasets"),  # slow to import, and not needed for local files
     ("electra_ds.data.hub", "datasets.exceptions"),
     ("electra_ds.finetuning.squad", "datasets"),
@@ -50,7 +49,6 @@ PRINTING = {
     "core/terminal.py",  # wraps the console for all others, and opens the API's default display
     "api/launch.py",  # shows the progress of a run by a callback
     "report/tables.py",  # renders a report for the console that it is given, or as text
-    "config/commands.py",  # prints the page of options, when it is run as a script
 }
 FILES = sorted((REPOSITORY / "electra_ds").rglob("*.py"))
 

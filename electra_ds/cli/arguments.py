@@ -48,6 +48,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(hints)}")
         return namespace, unknown
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Suggest the command that is meant by a misspelt one."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            known = ", ".join(action.choices)
+            hint = did_you_mean(value, action.choices) or f"; the commands are {known}"
+            raise argparse.ArgumentError(None, f"there is no command {value!r}{hint}")
+        super()._check_value(action, value)
+
 
 def add_command(commands: Commands, name: str, summary: str, epilog: str) -> Parser:
     """Add and return a parser whose --help shows the epilog unchanged."""

@@ -1,17 +1,12 @@
-"""All commands by name, and the options of those that do not train, each declared once, as in `options.py`.
-
-This module also generates docs/reference/options.md:
-
-    python -m electra_ds.config.commands > docs/reference/options.md
-"""
+"""All commands by name, and the options of those that do not train, each declared once, as in `options.py`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal
 
 from electra_ds.config.names import (
     GPU_RECIPE,
@@ -21,7 +16,7 @@ from electra_ds.config.names import (
     recipe_names,
     shipped_names,
 )
-from electra_ds.config.option import Option, Options, duration_s, gibibytes, option, options_of, value_type
+from electra_ds.config.option import Options, duration_s, gibibytes, option
 from electra_ds.config.options import (
     WHAT,
     CorpusOptions,
@@ -254,62 +249,3 @@ COMMANDS: dict[str, type[Options]] = {
     "checkpoint ls": ListOptions, "checkpoint verify": VerifyOptions, "checkpoint prune": PruneOptions,
     "checkpoint import": ImportOptions, "doctor": DoctorOptions,
 }  # fmt: skip
-_BEGIN = """\
-# Options
-
-All options of all commands. `python -m electra_ds.config.commands` generates this page.
-
-In Python the options of pretrain, finetune, build-data, plan and checkpoint import are arguments of the function, under
-the names in the last column. The keys of a sweep's stages have these names too. `run_sweep` and `report_runs` have
-arguments of their own: docs/python.md.
-
-- **recorded**: written into the run's `run.json`; a resumed run keeps it until you give another value.
-- **new runs only**: not allowed with `--resume`, which takes the value from the run.
-- **in a sweep**: not an option of a sweep's stage; use this instead.
-"""
-
-
-def reference_page() -> str:
-    """Return docs/reference/options.md."""
-
-    return _BEGIN + "".join(_command(name, kind) for name, kind in COMMANDS.items())
-
-
-def _command(name: str, kind: type[Options]) -> str:
-    from electra_ds.config.run_record import FinetuneSettings, RunSettings  # needs pydantic, which --help does not
-
-    settings: dict[type, type] = {PretrainOptions: RunSettings, FinetuneOptions: FinetuneSettings}
-    trains = kind in settings
-    recorded = {each.name for each in fields(settings[kind])} if trains else set()
-    text = f"\n## {name}\n\n{kind.__doc__}\n"
-    for group, titles in ({"": ""} | kind.GROUPS).items():
-        rows = [(key, of) for key, of in options_of(kind).items() if of.group == group and of.help != argparse.SUPPRESS]
-        if not rows:
-            continue
-        title, *more = [titles] if isinstance(titles, str) else titles
-        text += f"\n### {name}: {title}\n" if title else ""
-        text += "".join(f"\n{line}\n" for line in more)
-        text += "\n| option | what it does | Python |\n| --- | --- | --- |\n"
-        for key, of in rows:
-            notes = [
-                *(["recorded"] if key in recorded else []),
-                *(["new runs only"] if trains and of.new_run_only else []),
-                *([f"in a sweep: {of.instead}"] if trains and of.instead else []),
-            ]
-            help = of.help + (f" **{'; '.join(notes)}**" if notes else "")
-            text += f"| {_escaped(_flag(of, value_type(kind, key)))} | {_escaped(help)} | `{key}` |\n"
-    return text
-
-
-def _flag(of: Option, kind: Any) -> str:
-    flags = "`, `".join(filter(None, [of.flag or of.metavar, of.off]))
-    value = "|".join(get_args(kind)) if get_origin(kind) is Literal else of.metavar if of.flag else None
-    return f"`{flags}`" + (f" {value}" if value else "")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    print(reference_page(), end="")

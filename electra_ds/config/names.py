@@ -16,7 +16,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from electra_ds.core.errors import ConfigError, did_you_mean
+from electra_ds.core.errors import ObjectiveError, did_you_mean
 
 RECIPES, FINETUNE_RECIPES, SWEEPS, DS_CONFIGS = "recipes", "finetune_recipes", "sweeps", "ds_configs"
 _ENDINGS = {RECIPES: ".yaml", FINETUNE_RECIPES: ".yaml", SWEEPS: ".yaml", DS_CONFIGS: ".json"}
@@ -65,20 +65,20 @@ def shipped_text(folder: str, name: str) -> str:
 def find_objective(name: str) -> Any:
     """Return the class of an objective, a subclass of `pretraining.objectives.base.Objective`.
 
-    name: a registered name, or `module:Class`. Raises ConfigError if no package or several packages register the name,
-    or if its module cannot be imported.
+    name: a registered name, or `module:Class`. Raises ObjectiveError if no package or several packages register the
+    name, or if its module cannot be imported.
     """
     if ":" in name:
         return _load(name, name)
     registered = _registered()
     if name not in registered:
-        raise ConfigError(
+        raise ObjectiveError(
             f"There is no objective {name!r}{did_you_mean(name, registered) or '.'} The registered ones are "
             f"{', '.join(sorted(registered))}; write any other as package.module:Class."
         )
     found = registered[name]
     if len(found) > 1:
-        raise ConfigError(
+        raise ObjectiveError(
             f"Two packages register an objective {name!r}: {' and '.join(sorted(found))}. Uninstall one of them, or "
             f"write the one you want as package.module:Class."
         )
@@ -99,16 +99,16 @@ def _load(value: str, name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
-        raise ConfigError(
+        raise ObjectiveError(
             f"The objective {name!r} cannot be loaded{source}: {error}. Install its package, or put its folder on "
             f"PYTHONPATH."
         ) from error
     found = getattr(module, attribute, None)
     if found is None:
         hint = did_you_mean(attribute, dir(module)) or "."
-        raise ConfigError(f"The objective {name!r} cannot be loaded{source}: {module_name} has no {attribute}{hint}")
+        raise ObjectiveError(f"The objective {name!r} cannot be loaded{source}: {module_name} has no {attribute}{hint}")
     if not isinstance(found, type) or not hasattr(found, "recipe_type"):
-        raise ConfigError(f"The objective {name!r} is not a subclass of electra_ds.Objective (docs/objectives.md).")
+        raise ObjectiveError(f"The objective {name!r} is not a subclass of electra_ds.Objective (docs/objectives.md).")
     if missing := getattr(found, "__abstractmethods__", ()):
-        raise ConfigError(f"The objective {name!r} lacks {', '.join(sorted(missing))} (docs/objectives.md).")
+        raise ObjectiveError(f"The objective {name!r} lacks {', '.join(sorted(missing))} (docs/objectives.md).")
     return found

@@ -31,7 +31,7 @@ from typing_extensions import TypeVar
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, recipe_yaml, validate_recipe
 from electra_ds.config.run_record import Record, RunRecord
-from electra_ds.core.errors import CheckpointError, ConfigError, DataError
+from electra_ds.core.errors import CheckpointError, ConfigError, DataError, ObjectiveError
 from electra_ds.core.program import command
 
 _PATIENCE_S = 10
@@ -172,6 +172,8 @@ class RunDirectory:
                 return parse((folder / name).read_text("utf8"))
             except FileNotFoundError:
                 problem = problem or f"{name} is missing"
+            except ObjectiveError:  # no fault of the file
+                raise
             except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
                 problem = problem or f"{name} is damaged ({error})"
         raise CheckpointError(f"{self.path} is not a usable run directory: {problem}.")

@@ -17,6 +17,10 @@ class ConfigError(ElectraError):
     """A recipe, an override, a DeepSpeed JSON or a command line that cannot be run."""
 
 
+class ObjectiveError(ConfigError):
+    """An objective that is not installed, or whose module cannot be imported."""
+
+
 class DataError(ElectraError):
     """A corpus, tokenizer, token store or published model that is missing, broken or does not fit."""
 

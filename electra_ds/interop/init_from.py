@@ -136,6 +136,7 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
     A folder may be one that bin/export made. Raises DataError if a model cannot be downloaded or used, and ConfigError
     if they are not a discriminator with or without a generator, or do not fit the recipe.
     """
+    electra_recipe(recipe)
     for source in sources:
         refuse_other_frameworks(Path(source), source)
     parts = [

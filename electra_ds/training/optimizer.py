@@ -143,7 +143,9 @@ class MasterAdamW(torch.optim.Optimizer):
         scaled_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         found_inf = (~torch.isfinite(scaled_norm)).float()
         self.grad_norm = scaled_norm / self.loss_scale
-        clipping = torch.clamp((self.grad_norm + 1e-6) / self._section.max_grad_norm, min=1.0)  # torch's clip_grad_norm_
+        clipping = torch.clamp(
+            (self.grad_norm + 1e-6) / self._section.max_grad_norm, min=1.0
+        )  # torch's clip_grad_norm_
         divisor = (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)
         self.can_repeat_step = False
         for group in self.param_groups:

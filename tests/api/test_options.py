@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import runpy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from electra_ds.cli import build_parser
-from electra_ds.config.commands import COMMANDS, reference_page
+from electra_ds.config.commands import COMMANDS
 from electra_ds.config.option import add_options, options_of
 from electra_ds.config.options import FinetuneOptions, PretrainOptions
 from electra_ds.config.recipe import given_options
@@ -42,9 +43,11 @@ def test_a_command_takes_its_options_and_no_others(name: str) -> None:
         assert of.help
 
 
-def test_the_reference_page_is_that_of_the_options() -> None:
-    page = (REPOSITORY / "docs" / "reference" / "options.md").read_text("utf8")
-    assert page == reference_page(), "run python -m electra_ds.config.commands > docs/reference/options.md"
+@pytest.mark.parametrize("name", ["options.md", "recipes.md", "deepspeed.md"])
+def test_a_reference_page_is_what_the_code_says(name: str) -> None:
+    pages = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["PAGES"]
+    page = (REPOSITORY / "docs" / "reference" / name).read_text("utf8")
+    assert page == pages[name](), "run python docs/generate.py"
 
 
 @pytest.mark.parametrize("kind", [PretrainOptions, FinetuneOptions])

@@ -97,6 +97,16 @@ def test_a_misspelt_option_gets_a_suggestion_in_every_command(name: str, capsys:
         assert f"error: unrecognized arguments: {given[0]}; did you mean '{flag}'?" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "hint"), [(["pretrian"], "; did you mean 'pretrain'?"), (["checkpoint", "lst"], "; did you mean 'ls'?"),
+                        (["xyz"], "; the commands are pretrain, finetune, ")],
+)  # fmt: skip
+def test_a_misspelt_command_gets_a_suggestion(words: list[str], hint: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert f"there is no command {words[-1]!r}{hint}" in capsys.readouterr().err
+
+
 def test_as_called_changes_names_of_commands_alone() -> None:
     assert as_called("bin/pretrain, /usr/bin/env and cabin/x") == "electra-ds pretrain, /usr/bin/env and cabin/x"
 

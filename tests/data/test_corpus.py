@@ -185,6 +185,7 @@ def store_of(corpus: Corpus, tokenizer: Tokenizer, out: Path) -> tuple[TokenStor
     return built, [(out / name).read_bytes() for name in ("tokens.bin", "documents.npy", "lines.npy")]
 
 
+@pytest.mark.slow
 def test_the_same_text_in_any_format_gives_the_same_store(store: TokenStore, tmp_path: Path) -> None:
     texts = TEXTS + [path.read_text("utf8") for path in sorted(write_corpus(tmp_path / "more", 20).iterdir())]
     records = "".join(json.dumps({"text": text}) + "\n" for text in texts)

@@ -68,6 +68,7 @@ def lines_of(said: str, *begin: str) -> list[str]:
 # --- defaults
 
 
+@pytest.mark.slow
 def test_the_defaults_learn_a_small_separable_set(electra: Path, tmp_path: Path) -> None:
     train, dev = own(tmp_path)
     said = with_defaults(electra, train, dev, tmp_path / "run")
@@ -86,6 +87,7 @@ def test_the_defaults_learn_a_small_separable_set(electra: Path, tmp_path: Path)
     assert f"| dev | 40 | accuracy | {accuracy:.4f} | {baseline:.4f} ({of_dev['baseline_prediction']}) |" in card
 
 
+@pytest.mark.slow
 def test_the_defaults_learn_a_regression_on_your_own_scores(electra: Path, tmp_path: Path) -> None:
     train, dev = own(tmp_path, labels=(-20.5, 71.25))
     with_defaults(electra, train, dev, tmp_path / "run")
@@ -153,6 +155,7 @@ def test_a_model_that_predicts_one_class_gets_a_warning_with_what_to_do(electra:
     assert read_run(tmp_path / "few").scores.warnings == [warning]
 
 
+@pytest.mark.slow
 def test_a_set_that_cannot_be_learnt_ends_with_that_warning_under_the_defaults_too(
     electra: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +166,7 @@ def test_a_set_that_cannot_be_learnt_ends_with_that_warning_under_the_defaults_t
     assert "too few to train a new head; add" not in said
 
 
+@pytest.mark.slow
 def test_a_model_that_varies_its_answers_but_is_no_better_than_the_baseline_gets_a_warning(
     electra: Path, tmp_path: Path
 ) -> None:
@@ -183,7 +187,7 @@ def test_a_model_that_varies_its_answers_but_is_no_better_than_the_baseline_gets
 def test_a_development_set_of_one_class_is_no_reason_to_warn(electra: Path, tmp_path: Path) -> None:
     train, dev = own(tmp_path)
     write_csv(dev, ("text", "label"), [row for row in reviews(40, 2) if row[1] == "good"])
-    with_defaults(electra, train, dev, tmp_path / "run")
+    with_defaults(electra, train, dev, tmp_path / "run", "--set", "schedule.min_steps=250")
     of_dev = scores_of(tmp_path / "run")["sets"]["dev"]
     assert of_dev["baseline"]["accuracy"] == 1
     assert "warning" not in of_dev
@@ -217,7 +221,9 @@ def test_a_head_that_cannot_be_exported_is_announced_before_training_with_one_th
 ) -> None:
     data = glue if task == "mrpc" else write_squad(tmp_path / "squad")
     arguments: dict[str, Any] = {"recipe": recipe, "max_train_examples": 8}
-    of_run = ("data.max_length=32", "data.doc_stride=4", "head.span_hidden_size=8", "head.beam_size=2")
+    of_run = ["data.max_length=32", "data.doc_stride=4", "head.span_hidden_size=8", "head.beam_size=2"]
+    if recipe == "own":
+        of_run.append("schedule.min_steps=4")
 
     def say_and_export(name: str, *overrides: str) -> tuple[str, bool]:
         """(what is said before anything is trained, whether the trained head can then be exported)"""

@@ -180,6 +180,7 @@ def test_a_plain_engine_loads_our_export_and_it_comes_back_the_same(
     assert_same_state(back.state, expected.state)
 
 
+@pytest.mark.slow
 def test_the_script_of_an_export_loads_it(portable: Path, process_group: Ranks, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": {"enabled": "auto"}}))
     told = export_deepspeed(portable, tmp_path / "native", str(tmp_path / "ds.json"), process_group)

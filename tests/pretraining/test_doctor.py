@@ -87,6 +87,7 @@ def test_what_a_device_cannot_do_is_told_from_what_fails(monkeypatch: pytest.Mon
     assert (fp16.found, fp16.meaning.split(",")[0]) == ("not on this device", "fp16 needs a GPU")
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json_and_says_whether_pretraining_can_run(tmp_path: Path) -> None:
     environment = {"HOME": str(tmp_path)}
     shown = run("doctor", folder=tmp_path, environment=environment)

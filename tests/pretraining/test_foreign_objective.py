@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
+from electra_ds.interop.init_from import read_initial_weights
 from electra_ds.pretraining.evaluation import load_trained
 from electra_ds.pretraining.objectives.base import Objective, TextBatch
 from electra_ds.report.tables import Table
@@ -83,6 +85,12 @@ def test_a_recipe_that_extends_ours_leaves_out_the_sections_of_our_objective(tmp
         load_recipe(own_recipe(tmp_path), ["generator.width_multiplier=0.5"])
 
 
+def test_initial_weights_of_electra_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    recipe = load_recipe(own_recipe(tmp_path))
+    with pytest.raises(ConfigError, match=r"This works only for the objective electra, but the recipe"):
+        read_initial_weights([str(tmp_path / "nowhere")], recipe)
+
+
 def test_an_unknown_objective_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"no objective 'elektra'; did you mean 'electra'\? The registered ones are .*electra"
@@ -118,6 +126,12 @@ def test_it_pretrains_resumes_reports_and_exports(
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     losses = [loss for _, loss in train_losses(tmp_path / "straight")]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+    recipe_file = tmp_path / "resumed" / "recipe.yaml"
+    recipe_file.write_text(re.sub("objective: .*", "objective: uninstalled.module:Cloze", recipe_file.read_text()))
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "resumed")])
+    assert "Install its package" in capsys.readouterr().err  # rather than that the file is damaged
 
     main(["export", str(tmp_path / "straight")])
     folder = tmp_path / "straight" / "export" / "masked_lm"

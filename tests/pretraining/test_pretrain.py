@@ -203,6 +203,7 @@ def test_the_whole_path_from_text_to_transformers(corpus_folder: Path, tmp_path:
     assert "already exists" in refused.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path: Path) -> None:
     """Without a compiler or ninja on the PATH, with an empty folder for torch's extensions, on an ASCII terminal."""
     environment = {

@@ -61,11 +61,11 @@ def run_plain(store: TokenStore, recipe: Recipe, steps: int) -> tuple[list[float
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("count", ["bernoulli", "fixed"])
 def test_any_batch_plan_gives_the_same_losses(store: TokenStore, count: str) -> None:
-    """32 x 1, 8 x 4 and 4 x 8 over 50 steps, documents of unequal length, samples drawn anew in each."""
+    """32 x 1, 8 x 4 and 4 x 8 over 30 steps, documents of unequal length, samples drawn anew in each."""
     recipe = small_recipe("global_batch_size=32", f"masking.count={count}", "schedule.total_steps=60")
     runs = {}
     for micro in (32, 8, 4):
-        runs[micro], engine = run_deepspeed(store, recipe, 50, train_micro_batch_size_per_gpu=micro)
+        runs[micro], engine = run_deepspeed(store, recipe, 30, train_micro_batch_size_per_gpu=micro)
         engine.close()
     for micro in (8, 4):
         np.testing.assert_allclose(runs[micro], runs[32], rtol=1e-5)

@@ -120,6 +120,7 @@ def halves(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.Tem
     return {size: train(store, folder / str(size), process_group, micro(size)) for size in (1, 2, 3, 6)}
 
 
+@pytest.mark.slow
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.sampled_from([12, 6, 4, 3]), seed=st.integers(0, 10**6), where=st.sampled_from(["forward", "backward"]))
 def test_a_fault_at_any_micro_step_leaves_the_losses_of_the_smaller_plan(
@@ -361,6 +362,7 @@ def test_other_errors_are_not_taken_for_it(store: TokenStore, process_group: Ran
 # --- before the first step
 
 
+@pytest.mark.slow
 def test_the_probe_finds_the_largest_micro_batch_that_fits(process_group: Ranks) -> None:
     """The search that a GPU gets, on the CPU, with a memory that holds so many sequences."""
     recipe = small_recipe("global_batch_size=12")
