@@ -2,10 +2,11 @@
 
 Editors that support `# %%` show cells. As a script it runs from beginning to end, in under a minute on a CPU:
 
-    python examples/pretrain_and_finetune.py
+    python examples/pretrain_and_finetune.py [FOLDER [TEXTS]]
 """
 
-# %% A short pretraining on the built-in corpus. The recipe is `tiny`, cut to a few steps.
+# %% A short pretraining on the texts that the script is given, or the built-in corpus. The recipe is `tiny`, cut to a
+# few steps.
 import sys
 import tempfile
 from pathlib import Path
@@ -13,8 +14,11 @@ from pathlib import Path
 import electra_ds
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+texts = sys.argv[2] if len(sys.argv) > 2 else "builtin"
 recipe = electra_ds.load_recipe("tiny", {"schedule.total_steps": 60})
-run = electra_ds.pretrain(recipe, ds_config="cpu", run_dir=folder / "pretrained", eval_windows=64, log_every=5)
+run = electra_ds.pretrain(
+    recipe, corpus=texts, ds_config="cpu", run_dir=folder / "pretrained", eval_windows=64, log_every=5
+)
 
 # %% The run directory holds everything; `Run` reads it.
 print(run, run.status, [path.name for path in run.checkpoints])

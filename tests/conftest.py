@@ -57,22 +57,6 @@ def store(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Toke
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all tests, whichever process they run in."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / "shared"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def builtin_stores(shared_folder: Path) -> Path:
-    """A folder `stores` that all tests share, which the first run of a recipe on the built-in corpus fills."""
-    (shared_folder / "stores").mkdir(exist_ok=True)
-    return shared_folder / "stores"
-
-
-@pytest.fixture(scope="session")
 def process_group() -> Iterator[Ranks]:
     """One for all tests of a process: meeting anew takes longer than most of them."""
     with join_ranks() as ranks:

@@ -90,13 +90,19 @@ def take_over(engine: PretrainingEngine, checkpoint: Checkpoint) -> None:
     assert {name: now[name] for name in kept} == {name: counters[name] for name in kept}
 
 
-def train(folder: Path, store: TokenStore, ranks: Ranks) -> dict[str, list[float]]:
-    """Losses of the steps after the common state under each plan, whose end is saved."""
+def trained_plans(world_size: int, every: int) -> list[str]:
+    """All plans, or, with `every` above 1, the half that other numbers of ranks leave out, as on a chessboard."""
+    width = len(PRECISIONS)
+    return [plan for i, plan in enumerate(PLANS) if every == 1 or (i + i // width + world_size) % 2 == 0]
+
+
+def train(folder: Path, store: TokenStore, ranks: Ranks, every: int) -> dict[str, list[float]]:
+    """Losses of the steps after the common state under each of `trained_plans`, whose end is saved."""
     builder = builder_for(store, small_recipe(*RECIPE))
     replayed = np.load(folder / "samples.npz")
     common = open_checkpoint(next((folder / "common").glob("step-*")))
     losses: dict[str, list[float]] = {}
-    for plan in PLANS:
+    for plan in trained_plans(ranks.world_size, every):
         size = micro_batch_of(plan, ranks.world_size)
         with engine_of(plan, store, ranks.world_size) as engine:
             take_over(engine, common)
@@ -124,7 +130,7 @@ def read(folder: Path, store: TokenStore, ranks: Ranks, writers: Sequence[str], 
     pairs, share = 0, 1 if every == 1 else 3
     for index, plan in enumerate(PLANS[ranks.world_size % share :: share]):
         with engine_of(plan, store, ranks.world_size) as engine:
-            for path in paths[index % (every // share) :: every // share]:
+            for path in paths[index % max(1, every // share) :: max(1, every // share)]:
                 take_over(engine, open_checkpoint(path))
                 pairs += 1
     return pairs
@@ -139,7 +145,7 @@ def main(store_path: str, folder: str, every: str, *writers: str) -> None:
     kind.supported_dtypes = lambda self: [torch.float, torch.half, torch.bfloat16]
     with join_ranks() as ranks:
         store = TokenStore(Path(store_path))
-        losses = train(Path(folder), store, ranks)
+        losses = train(Path(folder), store, ranks, int(every))
         pairs = read(Path(folder), store, ranks, [*writers, str(ranks.world_size)], int(every))
         if ranks.is_main:
             (Path(folder) / f"{ranks.world_size}.json").write_text(json.dumps({"losses": losses, "pairs": pairs}))

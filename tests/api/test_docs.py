@@ -52,13 +52,17 @@ def test_the_code_of_a_page_runs_from_beginning_to_end(path: str, examples: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pretrain_and_finetune.py", "own_loop.py"])
-def test_an_example_runs_as_a_script(name: str, tmp_path: Path, builtin_stores: Path) -> None:
-    (tmp_path / "stores").symlink_to(builtin_stores)
+@pytest.mark.parametrize(
+    ("name", "has_texts"),
+    [("pretrain_and_finetune.py", True), ("own_loop.py", False),
+     pytest.param("pretrain_and_finetune.py", False, marks=pytest.mark.nightly)],
+)  # fmt: skip
+def test_an_example_runs_as_a_script(name: str, has_texts: bool, tmp_path: Path, corpus_folder: Path) -> None:
+    """Nightly on the built-in corpus too, which takes a minute to tokenise."""
     (tmp_path / "out").mkdir()
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, REPOSITORY / "examples" / name, "out"],
+        [sys.executable, REPOSITORY / "examples" / name, "out", *([corpus_folder] if has_texts else [])],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

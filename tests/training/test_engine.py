@@ -74,8 +74,8 @@ def test_any_batch_plan_gives_the_same_losses(store: TokenStore, count: str) -> 
 
 @pytest.fixture(scope="module")
 def control(store: TokenStore) -> tuple[Recipe, list[float], list[Any]]:
-    recipe = small_recipe("schedule.total_steps=300", "schedule.warmup_steps=30")
-    losses, samples, _ = run_plain(store, recipe, 300)
+    recipe = small_recipe("schedule.total_steps=160", "schedule.warmup_steps=16")
+    losses, samples, _ = run_plain(store, recipe, 160)
     return recipe, losses, samples
 
 
@@ -86,13 +86,13 @@ def test_every_precision_at_stage_0_follows_the_plain_control(
     store: TokenStore, control: tuple[Recipe, list[float], list[Any]], name: str
 ) -> None:
     recipe, expected, samples = control
-    losses, engine = run_deepspeed(store, recipe, 300, samples, **PRECISIONS[name])
+    losses, engine = run_deepspeed(store, recipe, 160, samples, **PRECISIONS[name])
     engine.close()
     if name == "fp32":
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert np.mean(losses[-20:]) == pytest.approx(np.mean(expected[-20:]), rel=0.02)
     assert np.mean(expected[-20:]) < 0.95 * np.mean(expected[:20])
-    assert engine.optimizer.taken_steps + int(engine.optimizer.skipped_steps) == 300
+    assert engine.optimizer.taken_steps + int(engine.optimizer.skipped_steps) == 160
 
 
 @pytest.mark.usefixtures("process_group", "half_on_cpu")
