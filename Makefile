@@ -1,15 +1,23 @@
 # make quickstart   install into .venv and pretrain a tiny ELECTRA on text that this machine already has
 # make test         install and run all tests but the nightly ones
+# make docs         build the documentation's site in site/
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip
+# Which versions of the dependencies to install: those of constraints.txt, the lowest that pyproject.toml allows, or the
+# newest.
+DEPENDENCIES ?= tested
+LOWEST := sed -nE 's/^  "([A-Za-z0-9_-]+)(\[[a-z]+\])?>=([^,"]+).*/\1==\3/p' pyproject.toml
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+ifeq ($(DEPENDENCIES),lowest)
+TORCH := $(shell $(LOWEST) | sed -n 's/^torch==//p').0
+endif
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Only these builds have code for cards below compute capability 7.5 (Maxwell, Pascal, Volta).
 TORCH_OLD_CARDS_INDEX := https://download.pytorch.org/whl/cu126
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-quick test-nightly lint types check-install clean
+.PHONY: install quickstart test test-quick test-nightly coverage lint types docs check-install clean
 
 install: $(INSTALLED)
 
@@ -27,7 +35,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  $(PIP) install -q torch==$(TORCH)+cpu 2>/dev/null || $(PIP) install -q --index-url $(TORCH_CPU_INDEX) torch==$(TORCH); \
 	fi
 	@echo "installing electra_ds and what it needs"
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@case $(DEPENDENCIES) in \
+	  tested) cp constraints.txt $(VENV)/constraints.txt ;; \
+	  lowest) $(LOWEST) > $(VENV)/constraints.txt ;; \
+	  newest) : > $(VENV)/constraints.txt ;; \
+	  *) echo "DEPENDENCIES is tested, lowest or newest, not $(DEPENDENCIES)" >&2; exit 2 ;; \
+	esac
+	$(PIP) install -q -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: install
@@ -46,12 +60,21 @@ test-quick: install
 test-nightly: install
 	$(PYTEST) -m nightly
 
+# Of the quick tests, whose processes are this one and forks of one that it starts.
+coverage: install
+	$(PYTEST) -m "not slow and not nightly" --cov=electra_ds --cov-report=
+	$(VENV)/bin/coverage report --skip-covered --sort=cover | tee coverage.txt
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
 
 types: install
 	$(VENV)/bin/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # The sdist and the wheel built from it, in a clean environment, away from the checkout.
 check-install: install
@@ -65,4 +88,4 @@ check-install: install
 	rm -rf .check-install build
 
 clean:
-	rm -rf $(VENV) build dist .check-install .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist site .coverage coverage.txt .check-install .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

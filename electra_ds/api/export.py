@@ -42,7 +42,7 @@ def export(
         CheckpointError: there is nothing to export, or `out` is not empty.
         ConfigError: transformers has no class for the trained model, or the JSON cannot be used here.
 
-    Example:
+    Examples:
         >>> import electra_ds
         >>> folder = electra_ds.export("runs/mine", "my-electra")
         >>> sorted(path.name for path in folder.iterdir())

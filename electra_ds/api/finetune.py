@@ -80,7 +80,7 @@ def finetune(
         TrainingError: training cannot continue.
         InterruptedBySignalError: a signal stopped the run, after a checkpoint was saved.
 
-    Example:
+    Examples:
         >>> import electra_ds
         >>> tuned = electra_ds.finetune(
         ...     "runs/mine", train="train.csv", dev="dev.csv", seed=3, quiet=True,

@@ -48,7 +48,7 @@ def plan(
     Raises:
         ConfigError: the recipe, the JSON or the card is unknown or cannot be used.
 
-    Example:
+    Examples:
         >>> import electra_ds
         >>> electra_ds.plan("rc2020-small", card="GTX 1060 6GB").fits
         True

@@ -87,7 +87,7 @@ def pretrain(
         TrainingError: training cannot continue.
         InterruptedBySignalError: a signal stopped the run, after a checkpoint was saved.
 
-    Example:
+    Examples:
         >>> import electra_ds
         >>> run = electra_ds.pretrain("tiny", data="stores/small", overrides={"schedule.total_steps": 4}, quiet=True)
         >>> run.status

@@ -60,7 +60,7 @@ def build_data(
         ConfigError: options, recipe or tokenizer cannot be used.
         DataError: the text cannot be read, or there is too little of it.
 
-    Example:
+    Examples:
         >>> import electra_ds
         >>> store = electra_ds.build_data("texts/", "stores/small", recipe="tiny", quiet=True)
         >>> store.info.num_documents

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 
 import electra_ds
+from benchmarks.command import add_bench
+from electra_ds.cli import COMMANDS as ADDS
+from electra_ds.cli import build_parser
+from electra_ds.config.commands import COMMANDS
 from tests.api.conftest import write_examples
 from tests.helpers import REPOSITORY
 
@@ -66,3 +71,56 @@ def test_an_example_runs_as_a_script(name: str, has_texts: bool, tmp_path: Path,
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "ds_configs" / "README.md"])
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(REPOSITORY)) for path in paths]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced code."""
+    return re.sub(r"^```.*?^```", "", page.read_text("utf8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as forges and the site make them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), f"{target}: {sorted(anchors(found))}"
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands of ours in a page's blocks of code, split into words."""
+    text = re.sub(r"\\\n\s*", "", page.read_text("utf8"))
+    lines = (line.strip() for line in text.splitlines())
+    started = [
+        line for line in lines if re.match(r"(torchrun .*|deepspeed .*|srun .*)?(bin/|electra-ds )[a-z-]+ ", line)
+    ]
+    found = [shlex.split(line.split(" | ")[0].split(" > ")[0], comments=True) for line in started if "`" not in line]
+    bare = [[word.removeprefix("bin/") for word in line if word != "electra-ds"] for line in found]
+    return [line[next(place for place, word in enumerate(line) if word in PROGRAMS) :] for line in bare]
+
+
+PROGRAMS = {name.split()[0] for name in COMMANDS} | {"bench"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_the_commands_of_a_page_have_options_that_there_are(page: Path) -> None:
+    for line in commands(page):
+        words = [{"TASK": "mrpc", "S": "1"}.get(word, word) for word in line if word not in ("…", "...")]
+        parser = build_parser([add_bench] if words[0] == "bench" else ADDS)
+        if not {"--help", "--version"} & {*words}:
+            parser.parse_args(words)
