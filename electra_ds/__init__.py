@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from electra_ds.pretraining.objectives.base import Objective as Objective
     from electra_ds.training.callbacks import Callback as Callback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _MODULES = {
     "pretrain": "api.pretrain", "finetune": "api.finetune", "build_data": "api.stores", "export": "api.export",
     "import_checkpoint": "api.export", "plan": "api.plan", "Run": "api.run", "load_recipe": "config.recipe",

@@ -120,7 +120,7 @@ PROGRAMS = {name.split()[0] for name in COMMANDS} | {"bench"}
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
 def test_the_commands_of_a_page_have_options_that_there_are(page: Path) -> None:
     for line in commands(page):
-        words = [{"TASK": "mrpc", "S": "1"}.get(word, word) for word in line if word not in ("…", "...")]
+        words = [{"TASK": "mrpc", "S": "1", "$seed": "1"}.get(word, word) for word in line if word not in ("…", "...")]
         parser = build_parser([add_bench] if words[0] == "bench" else ADDS)
         if not {"--help", "--version"} & {*words}:
             parser.parse_args(words)
