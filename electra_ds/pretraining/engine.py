@@ -19,6 +19,7 @@ from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_record import Compile
 from electra_ds.core import devices
+from electra_ds.core.compat import compiler_error
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.objectives.base import PretrainingBatch
 from electra_ds.training.engine import Engine
@@ -74,7 +75,7 @@ class CompiledForward:
         torch.compiler.cudagraph_mark_step_begin()
         try:
             return self._compiled(batch, None)
-        except torch._dynamo.exc.TorchDynamoException as error:  # includes errors of inductor, Triton, C++ compilers
+        except compiler_error() as error:
             inner = getattr(error, "inner_exception", None)
             if inner is not None and devices.is_out_of_memory(inner):
                 raise inner from error

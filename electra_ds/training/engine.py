@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -18,13 +17,13 @@ from electra_ds.config.cards import has_slow_fp16
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import TrainingRecipe
 from electra_ds.core import devices
+from electra_ds.core.compat import clear_stage3_caches, import_muon, leave_out_shared_memory_collective
 from electra_ds.core.errors import ConfigError
 from electra_ds.training.optimizer import MasterAdamW, Rates, learning_rate_at, pretraining_rates
 from electra_ds.training.step import StepBatch, StepLosses, TrainableModel, set_up_model
-from electra_ds.training.zero import ZeroAdamW, clear_stage3_caches, import_muon, torch_adamw
+from electra_ds.training.zero import ZeroAdamW, torch_adamw
 
-# On a CPU DeepSpeed would compile a shared-memory collective with ninja and g++ at the first start.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+leave_out_shared_memory_collective()
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Stage 3 replaces it with its own for the rest of the process's life.
 _TORCH_LINEAR = functional.linear

@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch._utils import _unflatten_dense_tensors
 from torch.optim.adamw import adamw
 
 from electra_ds.config.deepspeed_sections import LossScaling
 from electra_ds.config.recipe import OptimizerSection
+from electra_ds.core import compat
 
 # With a fixed scale of 1 the same arithmetic works for fp32 and bf16, which need no scaling.
 NO_SCALING = LossScaling(initial_scale=1.0, is_dynamic=False)
@@ -130,8 +130,7 @@ class MasterAdamW(torch.optim.Optimizer):
         """False from the start of an update until the next step begins: a step cannot be repeated after that."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        # Without torch's decorator, which imports torch's compiler.
-        torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)  # type: ignore[attr-defined]
+        compat.add_param_group(self, param_group)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         put_learning_rate(self.param_groups, learning_rate)
@@ -140,7 +139,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Unscale, check, clip and update, without reading anything back from the device."""
         gradients = self._master_gradients()
-        scaled_norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        scaled_norm = torch.linalg.vector_norm(compat.norms(gradients))
         found_inf = (~torch.isfinite(scaled_norm)).float()
         self.grad_norm = scaled_norm / self.loss_scale
         clipping = torch.clamp(
@@ -185,8 +184,9 @@ class MasterAdamW(torch.optim.Optimizer):
         masters = list(self.masters.values())
         if self._has_masters:  # two operations, not two for each parameter
             flat = torch.empty(sum(master.numel() for master in masters), device=masters[0].device)
-            in_fp32 = list(_unflatten_dense_tensors(flat, masters))
-            torch._foreach_copy_(in_fp32, gradients)
+            pieces = flat.split([master.numel() for master in masters])
+            in_fp32 = [piece.view_as(master) for piece, master in zip(pieces, masters, strict=True)]
+            compat.copy_all(in_fp32, gradients)
             gradients = in_fp32
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = gradient
@@ -195,7 +195,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def _copy_back(self) -> None:
         """Copy the masters into the model's half-precision parameters."""
         if self._has_masters:
-            torch._foreach_copy_(list(self.masters), list(self.masters.values()))
+            compat.copy_all([*self.masters], [*self.masters.values()])
             for master in self.masters.values():
                 master.grad = None
 

@@ -8,17 +8,13 @@ name, as at stage 0, so that a checkpoint fits every stage. And it lets the loss
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime import compiler
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -31,6 +27,7 @@ from torch import distributed, nn
 
 from electra_ds.config.deepspeed_sections import LossScaling
 from electra_ds.config.recipe import OptimizerSection
+from electra_ds.core.compat import flat_partitions, link_moments
 from electra_ds.training.optimizer import (
     FIRST_SCALE,
     MOMENTS,
@@ -58,29 +55,6 @@ def torch_adamw(
     )
 
 
-def import_muon() -> None:
-    """Import DeepSpeed's optimizer Muon without compiling it, unless it is imported already.
-
-    ZeRO compares the type of every optimizer with Muon, and importing Muon compiles its functions, for which torch
-    imports its compiler: some 3 CPU-seconds on each rank. Without compilation the functions compute the same.
-    """
-    compile_function = compiler.compile
-    compiler.compile = lambda *arguments, **named: lambda function: function
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        compiler.compile = compile_function
-
-
-def clear_stage3_caches() -> None:
-    """Clear the process-wide state of stage 3, which otherwise keeps every model that it has run."""
-    FWD_MODULE_STACK.clear()
-    releases = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in releases.__closure__:  # a cache inside DeepSpeed's wrapper
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
-
-
 class ZeroAdamW:
     """Counters and state of a DeepSpeed engine's sharded AdamW, under the names of `MasterAdamW`.
 
@@ -103,15 +77,11 @@ class ZeroAdamW:
         if isinstance(self._zero.loss_scaler, DynamicLossScaler):
             self._window = self._zero.loss_scaler.scale_window
             self._zero.loss_scaler.scale_window = _NEVER
-        for flat in self._flat_partitions():  # DeepSpeed creates the moments at the first step; loading needs them now
+        for flat in flat_partitions(
+            self._zero, self._stage
+        ):  # DeepSpeed creates the moments at the first step; loading needs them now
             self._zero.optimizer.state[flat] = adamw_state(flat, bias_correction=self._bias_correction)
-        if self._stage < 3:
-            self._zero._lazy_init_hp_params_optimizer_state()
-
-    def _flat_partitions(self) -> list[torch.Tensor]:
-        name = "fp32_partitioned_groups_flat" if self._stage == 3 else "single_partition_of_fp32_groups"
-        partitions: list[torch.Tensor] = getattr(self._zero, name)
-        return partitions
+        link_moments(self._zero, self._stage)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         put_learning_rate(self._zero.optimizer.param_groups, learning_rate)
@@ -207,7 +177,7 @@ class ZeroAdamW:
         self.taken_steps = int(counters["taken_steps"])
         self._skipped, self._consecutive = int(counters["skipped_steps"]), int(counters["consecutive_skips"])
         if self._bias_correction:
-            for flat in self._flat_partitions():
+            for flat in flat_partitions(self._zero, self._stage):
                 self._zero.optimizer.state[flat]["step"].fill_(self.taken_steps)
         scaler = self._zero.loss_scaler
         if isinstance(scaler, DynamicLossScaler) and counters["taken_steps"] and not counters["is_scaled"]:
