@@ -48,6 +48,8 @@ LATE = {
 PRINTING = {
     "core/terminal.py",  # wraps the console for all others, and opens the API's default display
     "api/launch.py",  # shows the progress of a run by a callback
+    "core/launcher.py",  # the last words of a signal handler, which must not wait for the log's lock
+    "sweep/processes.py",  # the same
     "report/tables.py",  # renders a report for the console that it is given, or as text
 }
 FILES = sorted((REPOSITORY / "electra_ds").rglob("*.py"))
@@ -90,8 +92,11 @@ def test_imports_go_one_way(path: Path) -> None:
         assert at_top or may_be_late, f"{own} imports {module} inside a function"
 
 
+_WRITING = ("print", "sys.stdout.write", "sys.stderr.write")
+
+
 def printing_in(path: Path) -> list[str]:
-    """The calls of print and the imports of rich's console and progress bars, except in annotations."""
+    """The calls that write to the terminal, and the imports of rich's console and bars, except in annotations."""
     tree = ast.parse(path.read_text("utf8"))
     typing = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     for_types = {id(node) for block in typing for node in ast.walk(block)}
@@ -102,8 +107,8 @@ def printing_in(path: Path) -> list[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
-            found.append("print")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in _WRITING:
+            found.append(ast.unparse(node.func))
         if id(node) not in for_types:
             found += [name for name in names if re.match(r"rich\.(console\.Console|print|progress\b)|rich$", name)]
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from electra_ds.config.options import Compile, PretrainOptions
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, RecipeSource, load_recipe
 from electra_ds.core import devices
 from electra_ds.core.ranks import join_ranks
 from electra_ds.data.token_store import TokenStore, split_holdout
@@ -33,26 +33,35 @@ def open_store(path: str | Path) -> TokenStore:
     return TokenStore(Path(path))
 
 
-def batches(recipe: Recipe, store: TokenStore, first_step: int = 0) -> Iterator[tuple[int, PretrainingBatch]]:
+def _opened(recipe: RecipeSource, store: TokenStore | str | Path) -> tuple[Recipe, TokenStore]:
+    """Return a recipe and a store that may be given by name and path."""
+    return load_recipe(recipe), store if isinstance(store, TokenStore) else open_store(store)
+
+
+def batches(
+    recipe: RecipeSource, store: TokenStore | str | Path, first_step: int = 0
+) -> Iterator[tuple[int, PretrainingBatch]]:
     """Yield each step's number, counted from 0, and its global batch, to the end of the recipe's schedule.
 
     A batch depends only on recipe, store and step: a loop that begins at `first_step` gets the same batches as one from
     the start. Raises DataError if the store has too little text for a held-out part.
     """
+    recipe, store = _opened(recipe, store)
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     builder = BatchBuilder(store, split.train, recipe, recipe.seed)
     yield from prefetched(builder, first_step, recipe.schedule.total_steps)
 
 
-def build_model(recipe: Recipe, store: TokenStore) -> AutocastModel:
+def build_model(recipe: RecipeSource, store: TokenStore | str | Path) -> AutocastModel:
     """Return the module that the recipe's objective trains, with initial weights from the recipe's seed."""
+    recipe, store = _opened(recipe, store)
     return objective_of(recipe, store.tokenizer).build_model()
 
 
 @contextmanager
 def open_engine(
-    recipe: Recipe,
-    store: TokenStore,
+    recipe: RecipeSource,
+    store: TokenStore | str | Path,
     *,
     model: AutocastModel | None = None,
     ds_config: str | Path | None = None,
@@ -66,8 +75,8 @@ def open_engine(
     `snapshot()` and `load()`.
 
     Args:
-        recipe: the recipe.
-        store: the token store, whose tokenizer the model uses.
+        recipe: the recipe, or its name, path or values.
+        store: the token store, whose tokenizer the model uses, or its path.
         model: the module to train. By default the result of `build_model`.
         ds_config: a shipped DeepSpeed JSON such as `cpu`, or a path. By default the one for this hardware.
         micro_batch: sequences at a time, instead of the JSON's value.
@@ -76,6 +85,7 @@ def open_engine(
     Raises:
         ConfigError: the DeepSpeed JSON cannot be used with this recipe or device.
     """
+    recipe, store = _opened(recipe, store)
     options = PretrainOptions(ds_config=None if ds_config is None else str(ds_config), micro_batch=micro_batch)
     with join_ranks() as ranks:
         with ranks.fail_together():
@@ -88,11 +98,14 @@ def open_engine(
             engine.close()
 
 
-def evaluate(engine: PretrainingEngine, recipe: Recipe, store: TokenStore, windows: int = 512) -> Mapping[str, float]:
+def evaluate(
+    engine: PretrainingEngine, recipe: RecipeSource, store: TokenStore | str | Path, windows: int = 512
+) -> Mapping[str, float]:
     """Return the model's metrics on held-out text by name. All ranks must call it.
 
     windows: the number of held-out sequences.
     """
+    recipe, store = _opened(recipe, store)
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     with join_ranks() as ranks:
         evaluator = Evaluator(store, split, recipe, windows, ranks)

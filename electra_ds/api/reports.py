@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from electra_ds.config.commands import SweepOptions
+from electra_ds.config.recipe import given_options
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.terminal import counting_bar, display
@@ -60,7 +62,7 @@ def run_sweep(
             `folder`.
         folder: the sweep's folder. By default runs/sweep-NAME.
         overrides: changes to the file, `{"finetune.seeds": [0, 1]}`.
-        retry_failed: run failed trials again.
+        retry_failed: run the failed trials of a resumed sweep again.
         local: run trials one after the other, without Ray.
         address: the address of a Ray cluster. By default Ray is started on this machine.
         time_limit_s: the time after which trials save and exit.
@@ -70,6 +72,9 @@ def run_sweep(
         ConfigError: the sweep is not valid or cannot run here; nothing was run.
         InterruptedBySignalError: a signal stopped the sweep; finished work is kept.
     """
+    place = {"resume": folder} if sweep is None else {"what": ["sweep"], "out": folder}
+    flags = {"retry_failed": retry_failed or None, "local": local or None, "address": address}
+    given_options(SweepOptions, None, place | flags)
     with display(quiet) as console:
         return sweeps.run_sweep(
             sweep,

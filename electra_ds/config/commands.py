@@ -111,13 +111,14 @@ class SweepOptions(Options):
     storage: str | None = option(argparse.SUPPRESS, metavar="DIR")  # once a place for Tune's own records
 
     def check(self) -> None:
-        if self.what[:1] == ["status"]:
-            if len(self.what) != 2 or len(self.given()) > 1:
+        what = self.what or []  # None from Python
+        if what[:1] == ["status"]:
+            if len(what) != 2 or len(self.given()) > 1:
                 raise ConfigError(f"Give a sweep's folder, and nothing else: {command('sweep')} status DIR")
             return
         if self.retry_failed and self.resume is None:
             raise ConfigError("--retry-failed works only with --resume.")
-        if (self.resume is None) == (not self.what) or len(self.what) > 1:
+        if (self.resume is None) == (not what) or len(what) > 1:
             raise ConfigError("Give one sweep to run, by name or file, or --resume DIR to continue one.")
         if self.resume is not None and self.out is not None:
             raise ConfigError("--resume names the sweep's folder, so leave out --out.")

@@ -27,7 +27,7 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     """Errors, because of which the file is rejected."""
     notes: list[str] = field(default_factory=list)
-    """How the file was interpreted."""
+    """Notes for the user on how the file was interpreted."""
     inert: list[str] = field(default_factory=list)
     """Keys that change nothing and are left out."""
 

@@ -143,6 +143,11 @@ class Options:
                     values[name] = _from_python(value, value_type(cls, name), known[name])
                 except (argparse.ArgumentTypeError, TypeError) as error:
                     problems.append(f"{name}: {error}")
+        by_group: dict[str, list[str]] = {}
+        for name, value in values.items():
+            if known[name].exclusive and value is not None:
+                by_group.setdefault(known[name].exclusive or "", []).append(name)
+        problems += [f"{' and '.join(names)}: give only one" for names in by_group.values() if len(names) > 1]
         if problems:
             raise ConfigError("These options cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems))
         return cls(**values)

@@ -551,10 +551,17 @@ def load_recipe(source: RecipeSource, overrides: Sequence[str] | Mapping[str, An
 
 
 def given_options(kind: type[OptionsT], options: OptionsT | None, given: Mapping[str, Any]) -> OptionsT:
-    """Return a call's options: keyword arguments over `options`. Raises ConfigError for an unknown one."""
+    """Return a call's options: keyword arguments over `options`.
+
+    Raises ConfigError for an unknown one, and for options that contradict each other.
+    """
+    if options is not None and not isinstance(options, kind):
+        raise ConfigError(f"options must be an object of electra_ds.{kind.__name__}, not {options!r}.")
     values = {name: value for name, value in given.items() if value is not None}
     if overrides := values.pop("overrides", None):
         values["overrides"] = as_overrides(overrides)
     if isinstance(recipe := values.get("recipe"), Section):
         values["recipe"] = recipe.model_dump()
-    return kind.of(({} if options is None else options.given()) | values)
+    found = kind.of(({} if options is None else options.given()) | values)
+    found.check()
+    return found

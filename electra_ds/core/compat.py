@@ -1,4 +1,4 @@
-"""What this package needs of torch and DeepSpeed beyond their documented interfaces.
+"""The parts of torch and DeepSpeed that this package uses beyond their documented interfaces.
 
 Each function has a test in tests/core/test_compat.py, which says what broke when a new version changes it. DeepSpeed is
 imported inside the functions, since most of what imports this module does not need it.

@@ -1,4 +1,4 @@
-"""How this program was called, so that messages and help texts show commands the same way."""
+"""The names of commands as this program was called, for messages and help texts."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from electra_ds.core.errors import ConfigError, ElectraError, TrainingError
+from electra_ds.core.errors import ConfigError, ElectraError, TrainingError, did_you_mean
 from electra_ds.core.ranks import Ranks
 
 Metrics = Mapping[str, float | None]
@@ -44,6 +44,14 @@ class Callback:
 
     An exception ends the run on all ranks, with the status failed; its checkpoints remain.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Raise ConfigError for a method `on_...` that no run would call."""
+        known = [name for name in vars(Callback) if name.startswith("on_")]
+        for name in vars(cls):
+            if name.startswith("on_") and name not in known:
+                hint = did_you_mean(name, known) or f"; the methods are {', '.join(known)}."
+                raise ConfigError(f"{cls.__name__}.{name}: a run calls no such method{hint}")
 
     def on_start(self, progress: Progress) -> None:
         """Called when training is about to start, or to resume at `progress.step`."""

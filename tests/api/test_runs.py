@@ -15,7 +15,7 @@ import electra_ds
 from electra_ds.api.stores import store_name
 from electra_ds.cli import main
 from electra_ds.config.options import PretrainOptions
-from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError, DataError
 from tests.api.conftest import STEPS
 from tests.helpers import REPOSITORY, SMALL, small_recipe
 
@@ -123,6 +123,28 @@ def test_what_cannot_be_run_is_an_error_of_the_project_and_never_an_exit(example
         electra_ds.pretrain("tiny", run_dir="runs/mine", **HOW)
     with pytest.raises(ConfigError, match="Say what to finetune with"):
         electra_ds.finetune(task="mrpc")
+    with pytest.raises(ConfigError, match="card and memory_gb: give only one"):
+        electra_ds.plan("tiny", card="cpu", memory_gb=3)
+    with pytest.raises(ConfigError, match=r"options must be an object of electra_ds\.PretrainOptions"):
+        electra_ds.pretrain("tiny", options={"stop_at": 3})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--retry-failed works only with --resume"):
+        electra_ds.run_sweep("smoke", "sweep", retry_failed=True)
+    with pytest.raises(ConfigError, match="--local runs without Ray, so leave out --address"):
+        electra_ds.run_sweep("smoke", "sweep", local=True, address="auto")
+    with pytest.raises(ConfigError, match="Give one sweep to run"):
+        electra_ds.run_sweep(None)
+
+
+def test_the_pieces_take_a_recipe_and_a_store_by_name_and_path(examples: Path) -> None:
+    values = {"extends": "tiny", "global_batch_size": 4, "schedule": {"total_steps": 2}}
+    of_names = list(electra_ds.batches(values, "stores/small"))
+    of_objects = list(electra_ds.batches(electra_ds.load_recipe(values), electra_ds.open_store("stores/small")))
+    assert [step for step, _ in of_names] == [0, 1]
+    for (_, one), (_, other) in zip(of_names, of_objects, strict=True):
+        assert (one.ids_BT == other.ids_BT).all()  # type: ignore[attr-defined]
+    assert sum(parameter.numel() for parameter in electra_ds.build_model(values, "stores/small").parameters()) > 0
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        electra_ds.build_model("tiny", "nowhere")
     with pytest.raises(ConfigError, match="there is no task"):
         electra_ds.finetune("runs/mine", "mprc")
     with pytest.raises(ConfigError, match=r"predicted to take .* years"):

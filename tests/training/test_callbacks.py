@@ -128,3 +128,10 @@ def test_an_error_of_a_callback_on_one_of_several_ranks_is_one_on_which_all_rank
         Callbacks([Faulty()], main).call(*arguments)  # type: ignore[arg-type]
     assert isinstance(caught.value.__cause__, RuntimeError)
     Callbacks([Faulty()], other).call(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_misspelt_method_of_a_callback_is_refused_where_the_class_is_made() -> None:
+    with pytest.raises(ConfigError, match=r"Mine\.on_stpe: a run calls no such method; did you mean 'on_step'"):
+
+        class Mine(Callback):
+            def on_stpe(self, progress: Progress, step: int, metrics: Metrics) -> None: ...
