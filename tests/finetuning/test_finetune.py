@@ -608,6 +608,7 @@ def test_what_a_run_has_settled_is_not_given_again(flag: str, value: str, stoppe
     assert f"cannot be combined with {flag}." in said or f"leave out {flag}." in said
 
 
+@pytest.mark.slow
 def test_an_own_task_that_is_called_like_one_of_glue_is_resumed_as_its_own(electra: Path, tmp_path: Path) -> None:
     own = {
         name: write_csv(tmp_path / f"{name}.csv", ("text", "label"), reviews(size, 1))

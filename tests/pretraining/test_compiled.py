@@ -82,6 +82,7 @@ def test_sequences_that_leave_much_of_their_rows_empty_are_laid_side_by_side(sto
             assert len(found.selected_M) == selected_limit(recipe.masking, 4, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
     "backend",

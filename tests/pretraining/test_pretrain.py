@@ -502,6 +502,7 @@ def test_help_does_not_wait_for_torch() -> None:
     assert imported("import electra_ds.cli as c; c.build_parser()") == set()
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_no_more_than_it_needs(store: TokenStore, tmp_path: Path) -> None:
     """torch's compiler, transformers and scikit-learn each take as long to import as torch."""
     arguments = start_arguments(store, tmp_path / "run", "schedule.total_steps=3", "schedule.warmup_steps=1")

@@ -178,6 +178,7 @@ def begin_finetuning(project: Path, kind: str, *, has_checkpoint: bool) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_checkpoint", [True, False])
 @pytest.mark.parametrize("kind", ["official", "own"])
 def test_a_finetuning_resumes_where_its_project_was_moved(kind: str, has_checkpoint: bool, tmp_path: Path) -> None:
@@ -189,6 +190,7 @@ def test_a_finetuning_resumes_where_its_project_was_moved(kind: str, has_checkpo
     assert scores_of(project / "runs" / "one")["task"] == record.task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["official", "own"])
 def test_a_finetuning_takes_the_new_places_of_its_model_and_examples_and_checks_them(kind: str, tmp_path: Path) -> None:
     run = begin_finetuning(tmp_path / "before", kind, has_checkpoint=False)

@@ -156,6 +156,7 @@ def test_memory_that_shrinks_again_and_again_is_followed_down(
     assert [f"{size} x {12 // size} x 1 rank(s)" in said for size in (6, 3, 1)] == [True] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("half_on_cpu")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", [{}, {"fp16": {"enabled": True, "loss_scale_window": 2}}], ids=["fp32", "fp16"])
@@ -404,6 +405,7 @@ def test_on_a_cpu_the_micro_batch_is_computed_from_the_free_memory(
         with_free(1e5)
 
 
+@pytest.mark.slow
 def test_the_command_line_sets_the_micro_batch_of_new_and_resumed_runs(store: TokenStore, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     start = start_arguments(store, run_dir)
