@@ -46,15 +46,15 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 OPTIONS = """\
 # Options
 
-All options of all commands.
+This page lists all options of all commands.
 
 In Python the options of pretrain, finetune, build-data, plan and checkpoint import are arguments of the function, under
-the names in the last column. The keys of a sweep's stages have these names too. `run_sweep` and `report_runs` have
-arguments of their own: [From Python](../python.md).
+the names in the last column. The keys of a sweep's stages have these names too, unless a note says otherwise.
+`run_sweep` and `report_runs` have arguments of their own: see [From Python](../python.md).
 
 - **recorded**: written into the run's `run.json`; a resumed run keeps it until you give another value.
 - **new runs only**: not allowed with `--resume`, which takes the value from the run.
-- **in a sweep**: not an option of a sweep's stage; use this instead.
+- **in a sweep**: not an option of a sweep's stage; the note says what to use instead.
 """
 
 
@@ -102,11 +102,12 @@ RECIPE_PAGE = """\
 
 A recipe holds every value that changes the mathematics of a run. It is a YAML file; a wrong key is an error that names the
 nearest valid one. `bin/recipes NAME` prints a shipped recipe, `extends: NAME` at the top of a file starts from one, and
-`--set model.hidden_size=512` changes a single key.
+`--set model.hidden_size=512` changes a single key. [Recipes](../recipes.md) describes the shipped recipes and how to write
+your own.
 
-"required" in the column of defaults means that a recipe has to give the key, itself or through `extends`. The sources are
-those that the shipped files name: "Table" and "the code" without more are the study's (Mercier 2021) in `rc2020-small` and
-`rc2020`, and the original's (Clark et al. 2020) in `electra-small` and `original`.
+"required" in the column of defaults means that a recipe must give the key, itself or through `extends`. The last two columns
+have the values of two shipped recipes and the sources that their files name. There, "Table" and "the code" mean the study's
+(Mercier 2021) in `rc2020-small` and `rc2020`, and the original's (Clark et al. 2020) in `electra-small` and `original`.
 
 ## Pretraining
 
@@ -116,7 +117,8 @@ and `schedule` too, and [sections of its own](../objectives.md).
 FINETUNE_PAGE = """
 ## Finetuning
 
-A file's `by_task` holds keys for single tasks, such as `rte: {schedule.epochs: 10}`.
+These are the keys of the recipes of `bin/finetune`. The section `by_task` of a file has values for single tasks, such as
+`rte: {schedule.epochs: 10}`.
 """
 PRETRAINING_SOURCES, FINETUNING_SOURCES = ("rc2020-small", "electra-small"), ("rc2020", "original")
 _COMMENTED = re.compile(r"( *)([a-z_0-9]+):(?: +([^#\n]*?))?(?: +# *(.*))?$")
@@ -181,21 +183,21 @@ MEANINGS = {
     "model.embedding_size": "Width of the embedding tables; a matrix brings it to `hidden_size` if they differ.",
     "model.hidden_size": "Width of the layers.",
     "model.num_hidden_layers": "Number of layers.",
-    "model.num_attention_heads": "Number of attention heads, which divides `hidden_size`.",
+    "model.num_attention_heads": "Number of attention heads, which must divide `hidden_size`.",
     "model.intermediate_size": "Width of the feed-forward part of a layer.",
-    "model.max_position_embeddings": "Number of positions, at least `data.sequence_length`.",
-    "model.hidden_dropout_prob": "Dropout after embeddings, attention and feed-forward part.",
-    "model.attention_probs_dropout_prob": "Dropout of the attention's probabilities.",
-    "model.initializer_range": "Standard deviation of matrices and embedding tables at the start.",
+    "model.max_position_embeddings": "Size of the position table, at least `data.sequence_length`.",
+    "model.hidden_dropout_prob": "Dropout after the embeddings, the attention and the feed-forward part.",
+    "model.attention_probs_dropout_prob": "Dropout on the attention probabilities.",
+    "model.initializer_range": "Standard deviation of the initial weights of matrices and embedding tables.",
     "model.layer_norm_eps": "Epsilon of LayerNorm.",
     "generator.loss_weight": "Weight of the generator's loss.",
-    "optimizer.learning_rate": "Peak of the learning rate.",
-    "optimizer.beta1": "Decay of AdamW's first moment.",
-    "optimizer.beta2": "Decay of AdamW's second moment.",
+    "optimizer.learning_rate": "Peak learning rate.",
+    "optimizer.beta1": "Decay rate of AdamW's first moment.",
+    "optimizer.beta2": "Decay rate of AdamW's second moment.",
     "optimizer.epsilon": "Epsilon of AdamW.",
     "optimizer.weight_decay": "Decoupled weight decay.",
     "schedule.total_steps": "Number of optimizer steps.",
-    "head.initializer_range": "Standard deviation of the normal distribution.",
+    "head.initializer_range": "Standard deviation of the head's initial weights if `initializer` is `normal`.",
 }
 """The keys whose names say it, so that their declarations do not."""
 
@@ -238,14 +240,14 @@ def default_of(field: FieldInfo) -> str:
 DEEPSPEED_PAGE = """\
 # Keys of a DeepSpeed JSON
 
-A DeepSpeed JSON says how the mathematics of a recipe runs. It stays a file that `deepspeed` itself accepts, and no key is
-silently ignored: each is filled in, honoured, passed on to DeepSpeed, noted as without effect, or refused. The keys and
+A DeepSpeed JSON says how a recipe is run. It remains a file that `deepspeed` itself accepts, and no key is silently ignored:
+each is filled in, honoured, passed on to DeepSpeed, reported as having no effect, or refused. The keys and
 defaults are those of DeepSpeed 0.19.8.
 
 ## Keys that belong to the recipe
 
-Leave them out or write `"auto"`, and they are filled in. Another value has to agree with the recipe; one that contradicts it
-is an error that names both. The values below are those of `tiny`.
+If you leave these keys out or set them to `"auto"`, they are filled in. Any other value must agree with the recipe; one that
+contradicts it is an error that names both. The values below are those of `tiny`.
 """
 OURS = """
 ## Keys that are read here
@@ -253,12 +255,12 @@ OURS = """
 | key | what it does here |
 | --- | --- |
 | `train_micro_batch_size_per_gpu` | Sequences that a rank processes at once; `"auto"` takes the largest that fits. |
-| `gradient_accumulation_steps` | Micro-batches for each step; follows from the global batch, the micro-batch and the ranks. |
+| `gradient_accumulation_steps` | Micro-batches per step; follows from the global batch, the micro-batch and the number of ranks. |
 | `zero_optimization` | ZeRO stage 0 to 3 and its options; offloaded optimizers are torch's AdamW, so nothing is compiled. |
-| `fp16` | Half weights with fp32 masters. At stage 0 our optimizer scales the loss; `"enabled": "auto"` means fp16 on GPUs. |
-| `bf16` | bf16 weights with fp32 masters. |
+| `fp16` | fp16 weights with fp32 master weights. At stage 0 our optimizer scales the loss. `"enabled": "auto"` means fp16 on a GPU, except on GTX 16xx cards. |
+| `bf16` | bf16 weights with fp32 master weights. |
 | `torch_autocast` | torch.autocast over fp32 weights; fp16 only at stage 0. |
-| `activation_checkpointing` | `number_checkpoints`: the layers of each encoder that the backward pass computes again. |
+| `activation_checkpointing` | `number_checkpoints`: how many layers of each encoder the backward pass recomputes. |
 """
 _PASSED_THROUGH = """
 ## Keys that are passed on to DeepSpeed
@@ -266,7 +268,10 @@ _PASSED_THROUGH = """
 _UNUSED = """
 ## Keys without effect, and refused features
 
-A default or an off switch is accepted for all of these, and a note says that it was left out. Anything else is an error.
+For all of these keys, DeepSpeed's default value and a switch that is off are accepted, and a note says that the key was left
+out. The keys without effect are accepted with any value; for the others, any other value is an error. The older names
+`cpu_offload`, `cpu_offload_param` and `stage3_gather_fp16_weights_on_model_save`, if they are true, are read as the keys that
+replaced them: see [files for other trainers](../launching.md#files-for-other-trainers).
 """
 
 
@@ -278,7 +283,7 @@ def deepspeed_page() -> str:
         [f"`{section}`", ", ".join(f"`{key}`" for key in sorted(keys))]
         for section, keys in deepspeed_sections.PRECISION_KEYS.items()
     ]
-    text += "\nThe sections about precision have these keys:\n" + table(["section", "keys"], precision)
+    text += "\nThe precision sections have these keys:\n" + table(["section", "keys"], precision)
     text += _PASSED_THROUGH + table(
         ["key", "type"],
         [[f"`{key}`", deepspeed_keys._JSON_TYPES[kind]] for key, kind in deepspeed_keys.PASSED_THROUGH.items()],
