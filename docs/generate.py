@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from electra_ds.config import deepspeed_keys, deepspeed_sections
 from electra_ds.config.commands import COMMANDS
+from electra_ds.config.deepspeed_keys import ZERO_OLD_NAMES
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.monitors import MONITOR_SECTIONS
 from electra_ds.config.names import FINETUNE_RECIPES, RECIPES, shipped_text
@@ -300,7 +301,8 @@ def deepspeed_page() -> str:
 def unused_rows(place: str, unused: deepspeed_keys.Unused) -> Iterator[list[str]]:
     for key in sorted({*unused.defaults, *unused.without_effect, *unused.removed}):
         what = (
-            "no effect with any value" if key in unused.without_effect
+            f"the old name of `{ZERO_OLD_NAMES[key]}`, read as such where it is true" if place and key in ZERO_OLD_NAMES
+            else "no effect with any value" if key in unused.without_effect
             else "DeepSpeed 0.19 no longer has the feature" if key in unused.removed
             else "the feature is not supported"
         )  # fmt: skip
