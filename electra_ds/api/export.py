@@ -125,9 +125,13 @@ def import_checkpoint(
         ConfigError: recipe, data or JSON are missing or cannot be used.
     """
     named = {
-        "native": native, "run_dir": run_dir, "recipe": recipe, "data": data, "ds_config": ds_config,
+        "native": native,
+        "run_dir": run_dir,
+        "recipe": recipe,
+        "data": data,
+        "ds_config": ds_config,
         "overrides": overrides,
-    }  # fmt: skip
+    }
     options = given_options(ImportOptions, None, named | more)
     run_import(options)
     return Run(options.run_dir)

@@ -90,10 +90,18 @@ def finetune(
         ['dev']
     """
     named = {
-        "model": model.path if isinstance(model, Run) else model, "task": task, "recipe": recipe,
-        "ds_config": ds_config, "data_dir": data_dir, "train": train, "dev": dev, "run_dir": run_dir, "resume": resume,
-        "overrides": overrides, "seed": seed,
-    }  # fmt: skip
+        "model": model.path if isinstance(model, Run) else model,
+        "task": task,
+        "recipe": recipe,
+        "ds_config": ds_config,
+        "data_dir": data_dir,
+        "train": train,
+        "dev": dev,
+        "run_dir": run_dir,
+        "resume": resume,
+        "overrides": overrides,
+        "seed": seed,
+    }
     start = FinetuneStart(given_options(FinetuneOptions, options, named | more))
     return launch(start, quiet=quiet, callbacks=callbacks)
 

@@ -54,9 +54,15 @@ def plan(
         True
     """
     named = {
-        "recipe": recipe, "ds_config": ds_config, "card": card, "memory_gb": memory_gb, "vocab_size": vocab_size,
-        "micro_batch": micro_batch, "ranks": ranks, "overrides": overrides,
-    }  # fmt: skip
+        "recipe": recipe,
+        "ds_config": ds_config,
+        "card": card,
+        "memory_gb": memory_gb,
+        "vocab_size": vocab_size,
+        "micro_batch": micro_batch,
+        "ranks": ranks,
+        "overrides": overrides,
+    }
     return run_plan(given_options(PlanOptions, None, named))
 
 

@@ -94,9 +94,15 @@ def pretrain(
         'done'
     """
     named = {
-        "recipe": recipe, "ds_config": ds_config, "corpus": corpus, "data": data, "run_dir": run_dir, "resume": resume,
-        "overrides": overrides, "seed": seed,
-    }  # fmt: skip
+        "recipe": recipe,
+        "ds_config": ds_config,
+        "corpus": corpus,
+        "data": data,
+        "run_dir": run_dir,
+        "resume": resume,
+        "overrides": overrides,
+        "seed": seed,
+    }
     start = PretrainStart(given_options(PretrainOptions, options, named | more))
     return launch(start, quiet=quiet, callbacks=callbacks)
 

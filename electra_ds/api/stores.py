@@ -67,9 +67,13 @@ def build_data(
         60
     """
     named = {
-        "corpus": corpus, "out": out, "recipe": recipe, "tokenizer": tokenizer, "overrides": overrides,
+        "corpus": corpus,
+        "out": out,
+        "recipe": recipe,
+        "tokenizer": tokenizer,
+        "overrides": overrides,
         "workers": workers,
-    }  # fmt: skip
+    }
     chosen = given_options(BuildDataOptions, options, named | more)
     values = load_recipe(chosen.recipe or GPU_RECIPE, chosen.overrides or ())
     with display(quiet) as console:
@@ -122,10 +126,15 @@ def store_name(options: CorpusOptions, recipe: Recipe) -> str:
         return f"{name}-{kind}"
     corpus = [[word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in sources]
     given = (
-        corpus, options.document_boundary, options.text_key, options.revision, options.tokenizer, options.cased,
+        corpus,
+        options.document_boundary,
+        options.text_key,
+        options.revision,
+        options.tokenizer,
+        options.cased,
         None if options.tokenizer else recipe.tokenizer.lowercase,
         *(() if options.strip_accents is None else (options.strip_accents,)),
-    )  # fmt: skip
+    )
     return f"{name}-{kind}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"
 
 

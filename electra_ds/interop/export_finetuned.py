@@ -217,9 +217,11 @@ def one_layer_as_two(weight_CH: torch.Tensor, bias_C: torch.Tensor) -> dict[str,
     dense_HH[:classes], dense_HH[classes : 2 * classes] = weight_CH, -weight_CH
     out_CH[:, :classes], out_CH[:, classes : 2 * classes] = torch.eye(classes), -torch.eye(classes)
     return {
-        "dense.weight": dense_HH, "dense.bias": torch.zeros(width),
-        "out_proj.weight": out_CH, "out_proj.bias": bias_C,
-    }  # fmt: skip
+        "dense.weight": dense_HH,
+        "dense.bias": torch.zeros(width),
+        "out_proj.weight": out_CH,
+        "out_proj.bias": bias_C,
+    }
 
 
 def _prefixed(encoder: PreTrainedModel, model: PreTrainedModel) -> dict[str, torch.Tensor]:

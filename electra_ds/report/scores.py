@@ -238,9 +238,11 @@ def _scaled(value: float | None, scale: int) -> str:
 def _spread_cells(found: Spread, scale: int) -> tuple[str, str, str, str]:
     std = f" ± {scale * found.std:.2f}" if found.std is not None else ""
     return (
-        f"{scale * found.mean:.2f}{std}", str(found.n), f"{scale * found.median:.2f}",
+        f"{scale * found.mean:.2f}{std}",
+        str(found.n),
+        f"{scale * found.median:.2f}",
         f"{scale * found.low:.2f}–{scale * found.high:.2f}",
-    )  # fmt: skip
+    )
 
 
 def _mean_cells(mean: Mean) -> tuple[str, str, str, str]:

@@ -179,9 +179,12 @@ def rank_environment(rank: int, address: str, port: int, resources: Resources) -
     if resources.workers == 1:
         return own
     return own | {
-        "RANK": str(rank), "WORLD_SIZE": str(resources.workers), "LOCAL_RANK": "0", "MASTER_ADDR": address,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(resources.workers),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-    }  # fmt: skip
+    }
 
 
 def free_port() -> int:

@@ -153,9 +153,13 @@ def _over_seeds(group: pd.DataFrame, column: str, *, is_nested: bool) -> dict[st
         over = spread([each.mean for each in by_pretraining])
         more = {"std_finetuning": sum(within) / len(within) if within else None, "runs": len(values)}
     return {
-        "n": over.n, "mean": over.mean, "std": over.std, "median": over.median, "low": min(values),
+        "n": over.n,
+        "mean": over.mean,
+        "std": over.std,
+        "median": over.median,
+        "low": min(values),
         "high": max(values),
-    } | more  # fmt: skip
+    } | more
 
 
 def axes_of(table: pd.DataFrame, stage: str) -> list[str]:
@@ -308,9 +312,12 @@ def cell_table(found: pd.DataFrame, axes: Sequence[str], title: str) -> Table:
     shown = Table(title, [*map(_header, axes), "metric", *columns], text_columns=len(axes) + 1)
     for _, row in found.iterrows():
         values = {
-            "mean ± std": _mean(row), "within": _number(row, "std_finetuning"), "n": str(row["n"]),
-            "baseline": _number(row, "baseline"), "min–max": f"{_number(row, 'low')}–{_number(row, 'high')}",
-        }  # fmt: skip
+            "mean ± std": _mean(row),
+            "within": _number(row, "std_finetuning"),
+            "n": str(row["n"]),
+            "baseline": _number(row, "baseline"),
+            "min–max": f"{_number(row, 'low')}–{_number(row, 'high')}",
+        }
         shown.rows.append([*(_text(row[axis]) for axis in axes), row["metric"], *(values[name] for name in columns)])
     return shown
 

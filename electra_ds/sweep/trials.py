@@ -84,11 +84,14 @@ class Trial:
         if recipe.get("objective") == "electra":  # trial keys are older than other objectives
             del recipe["objective"]
         outcome = {
-            "stage": self.stage, "options": {name: given for name, given in own.items() if given},
-            "recipe": recipe, "stop_at": self.stop_at,
-            "stop_on_collapse": self.stop_on_collapse, "checkpoint": self.checkpoint,
+            "stage": self.stage,
+            "options": {name: given for name, given in own.items() if given},
+            "recipe": recipe,
+            "stop_at": self.stop_at,
+            "stop_on_collapse": self.stop_on_collapse,
+            "checkpoint": self.checkpoint,
             "pretraining": self.pretraining.digest if self.pretraining else None,
-        }  # fmt: skip
+        }
         return hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()
 
     def arguments(self, threads: int) -> list[str]:

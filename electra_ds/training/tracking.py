@@ -240,11 +240,16 @@ class _Wandb(_Tracker):
     def _start(self, settings: TrackingSettings, run: RunDirectory, config: Mapping[str, Any]) -> None:
         self._module = wandb_module()
         start = {
-            "project": settings.wandb_project, "entity": settings.wandb_entity, "group": settings.wandb_group,
-            "name": run.path.resolve().name, "id": settings.wandb_id, "resume": "allow", "dir": str(run.path),
+            "project": settings.wandb_project,
+            "entity": settings.wandb_entity,
+            "group": settings.wandb_group,
+            "name": run.path.resolve().name,
+            "id": settings.wandb_id,
+            "resume": "allow",
+            "dir": str(run.path),
             "config": config,
             "settings": {"silent": True, "console": "off", "finish_timeout": _FINISH_WITHIN_S},
-        }  # fmt: skip
+        }
         mode = settings.wandb
         if mode == "online":
             try:
