@@ -2,10 +2,10 @@
 
     python -m tests.storm --kills 200 --ranks 1 --seed 0 --out faults.json
 
-Small runs with dropout are killed with `kill -9` and resumed until that many kills have been made. Each run goes on
+Small runs with dropout are killed with `kill -9` and resumed until that many kills have been made. Each run continues
 until it is finished; then its metrics and its last checkpoint must equal those of a run that nothing disturbed, bit for
-bit, and after every kill each published checkpoint must be whole and `latest` name one. Ctrl-C and SIGTERM end it with
-the counts so far.
+bit, and after every kill each published checkpoint must be complete and `latest` name one. Ctrl-C and SIGTERM end it
+with the counts so far.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def arguments_for(store: Path, run: Path, ranks: int, *more: str) -> list[str]:
 
 
 def start_run(store: Path, run: Path, log: Path, ranks: int, *more: str, **how: Any) -> Started:
-    """What a user does: start the run, or go on with it once there is one."""
+    """Do what a user does: start the run, or resume it once there is one."""
     is_there = RunDirectory(run).exists() or any((run / "checkpoints").glob("step-*"))
     arguments = ["--resume", str(run), *more] if is_there else arguments_for(store, run, ranks, *more)
     return start(["pretrain", *arguments], run, log, rank_environments(ranks), **how)

@@ -1,4 +1,4 @@
-"""A run's folder: the lock that one process holds, the record from which the run can be rebuilt, and the run's status.
+"""A run's folder: its lock, the record from which the run can be rebuilt, its status, and its metrics.
 
     RUN/
       recipe.yaml       the recipe with every value

@@ -183,7 +183,7 @@ class TrainingLoop(ABC):
         with self.ranks.fail_together():
             self.engine = self._make_engine()
         self.record_files = self.job.record_files(self.plan)
-        self._resume(self.engine)
+        self.progress.step, self.tokens = _resume(self.engine, self.checkpoints, self.job, self.ranks, self.check_fresh)
         with self.ranks.fail_together():
             self.log = self._open_log(stack) if self.ranks.is_main else None
         self.steps = StepLog(
@@ -205,32 +205,6 @@ class TrainingLoop(ABC):
         if log.reached > self.step:
             _log.info("Repeating the %s steps after that.", f"{log.reached - self.step:,}")
         return log
-
-    def _resume(self, engine: Engine) -> None:
-        """Resume from the newest complete checkpoint. Each rank verifies a share of its files."""
-        with self.ranks.fail_together():
-            path, damaged = self.checkpoints.latest_valid(self.ranks)
-        with self.ranks.fail_together():
-            if self.ranks.is_main:
-                for problem in damaged.values():
-                    _log.warning("%s Falling back to the checkpoint before it.", problem)
-                if path is None:
-                    self.check_fresh()
-                self.checkpoints.tidy(damaged)
-        if path is None:
-            return
-        with self.ranks.fail_together():
-            checkpoint = open_checkpoint(path)
-            checkpoint.check(engine.optimizer.shapes(), engine.optimizer.trained())
-            check_same_recipe(checkpoint, self.job.recipe, self.job.run)
-            if checkpoint.state["step"] > self.job.stop_at:
-                raise ConfigError(
-                    f"The run is already at step {checkpoint.state['step']}, beyond --stop-at {self.job.stop_at}. "
-                    f"Give a later step, or leave out --stop-at to train to the end."
-                )
-        engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
-        self.progress.step, self.tokens = checkpoint.state["step"], checkpoint.state["tokens"]
-        _log.info("Resuming from %s, step %d.", path, self.step)
 
     # Training.
 
@@ -289,23 +263,9 @@ class TrainingLoop(ABC):
             except RuntimeError as error:
                 if not devices.is_out_of_memory(error):
                     raise
-                smaller = self._smaller_plan(step, error)
+                can_repeat = self._engine.optimizer.can_repeat_step
+                smaller = _smaller_plan(self.plan, can_repeat, step, self._how_to_resume, error)
             self._continue_with(smaller)  # outside the handler, which keeps the failed step's tensors alive
-
-    def _smaller_plan(self, step: int, error: RuntimeError) -> DeepSpeedPlan:
-        """Return the plan with at most half the micro-batch. Raises TrainingError if the step cannot be repeated."""
-        batch, smaller = self.plan.batch, self.plan.with_smaller_micro_batch()
-        ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
-        if smaller is None:
-            raise TrainingError(
-                f"{ran_out}, and there is no smaller one. Close other programs that use the memory, or add an "
-                f"activation_checkpointing section to the DeepSpeed JSON. {self._how_to_resume('auto')}"
-            ) from error
-        if batch.world_size > 1 or not self._engine.optimizer.can_repeat_step:
-            why = "other ranks are in the middle of it" if batch.world_size > 1 else "its update had already begun"
-            resume = self._how_to_resume(smaller.batch.micro_batch_size)
-            raise TrainingError(f"{ran_out}, and the step cannot be repeated, since {why}. {resume}") from error
-        return smaller
 
     def _continue_with(self, plan: DeepSpeedPlan) -> None:
         """Recreate the engine with another plan, passing its state through CPU memory, as with a checkpoint."""
@@ -430,3 +390,54 @@ class TrainingLoop(ABC):
         if self.engine is not None:
             self.engine.close()
             self.engine = None
+
+
+def _resume(
+    engine: Engine, folder: CheckpointFolder, job: Job, ranks: Ranks, check_fresh: Callable[[], None]
+) -> tuple[int, int]:
+    """Load the newest complete checkpoint into the engine; return its step and tokens seen, 0 and 0 without one.
+
+    Each rank verifies a share of the files. Damaged checkpoints are set aside.
+    """
+    with ranks.fail_together():
+        path, damaged = folder.latest_valid(ranks)
+    with ranks.fail_together():
+        if ranks.is_main:
+            for problem in damaged.values():
+                _log.warning("%s Falling back to the checkpoint before it.", problem)
+            if path is None:
+                check_fresh()
+            folder.tidy(damaged)
+    if path is None:
+        return 0, 0
+    with ranks.fail_together():
+        checkpoint = open_checkpoint(path)
+        checkpoint.check(engine.optimizer.shapes(), engine.optimizer.trained())
+        check_same_recipe(checkpoint, job.recipe, job.run)
+        step, tokens = checkpoint.state["step"], checkpoint.state["tokens"]
+        if step > job.stop_at:
+            raise ConfigError(
+                f"The run is already at step {step}, beyond --stop-at {job.stop_at}. Give a later step, or leave out "
+                f"--stop-at to train to the end."
+            )
+    engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
+    _log.info("Resuming from %s, step %d.", path, step)
+    return step, tokens
+
+
+def _smaller_plan(
+    plan: DeepSpeedPlan, can_repeat: bool, step: int, how_to_resume: Callable[[int | str], str], error: RuntimeError
+) -> DeepSpeedPlan:
+    """Return the plan with at most half the micro-batch. Raises TrainingError if the step cannot be repeated."""
+    batch, smaller = plan.batch, plan.with_smaller_micro_batch()
+    ran_out = f"Memory ran out in step {step + 1} with micro-batch {batch.micro_batch_size}"
+    if smaller is None:
+        raise TrainingError(
+            f"{ran_out}, and there is no smaller one. Close other programs that use the memory, or add an "
+            f"activation_checkpointing section to the DeepSpeed JSON. {how_to_resume('auto')}"
+        ) from error
+    if batch.world_size > 1 or not can_repeat:
+        why = "other ranks are in the middle of it" if batch.world_size > 1 else "its update had already begun"
+        resume = how_to_resume(smaller.batch.micro_batch_size)
+        raise TrainingError(f"{ran_out}, and the step cannot be repeated, since {why}. {resume}") from error
+    return smaller

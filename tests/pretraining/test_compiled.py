@@ -117,6 +117,29 @@ def test_compiled_steps_have_the_losses_of_plain_ones(
     np.testing.assert_allclose(found["on"], found["off"], rtol=1e-5)
 
 
+def test_a_temperature_that_changes_between_steps_reaches_a_compiled_forward_pass(
+    store: TokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a tensor of the batch it needs no second graph, and is no constant in the one there is."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    recipe = small_recipe(*FULL, *ONE_LAYER, "model.initializer_range=0.3")
+    [step] = unpadded_steps(store, recipe, 1)
+    batch = builder_for(store, recipe).build(step)
+    plain, compiled = model_for(store, recipe).train(), model_for(store, recipe).train()
+    forward = CompiledForward(compiled, cpu_plan(recipe), CPU, "on")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    drawn = []
+    for temperature in (0.05, 1.0, 3.0):
+        micro_batch = forward.micro_batch(batch, 0, 4)._replace(temperature=torch.tensor(temperature))
+        found, expected = compiled(micro_batch), plain(micro_batch)
+        torch.testing.assert_close(found.discriminator_loss_sum, expected.discriminator_loss_sum, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.samples_M, expected.samples_M)
+        drawn.append(found.samples_M)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_a_compiler_that_fails_is_done_without_or_told_where_it_was_asked_for(
     store: TokenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

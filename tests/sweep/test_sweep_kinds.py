@@ -103,7 +103,7 @@ def test_a_trial_of_two_workers_gets_its_place_and_survives_the_death_of_one(
     assert set(pd.read_csv(tmp_path / "disturbed" / "results.csv")["world_size"]) == {2}
 
 
-def test_asha_ends_trials_which_is_their_verdict(store: TokenStore, tmp_path: Path) -> None:
+def test_asha_ends_trials_which_are_not_run_again(store: TokenStore, tmp_path: Path) -> None:
     values = small_sweep(
         store.path, metric={"name": "discriminator_auc"},
         scheduler={"kind": "asha", "grace_steps": 10, "reduction_factor": 2},
