@@ -72,9 +72,10 @@ def run_sweep(
         ConfigError: the sweep is not valid or cannot run here; nothing was run.
         InterruptedBySignalError: a signal stopped the sweep; finished work is kept.
     """
-    place = {"resume": folder} if sweep is None else {"what": ["sweep"], "out": folder}
-    flags = {"retry_failed": retry_failed or None, "local": local or None, "address": address}
-    given_options(SweepOptions, None, place | flags)
+    if sweep is not None or folder is not None:
+        place = {"resume": folder} if sweep is None else {"what": ["sweep"], "out": folder}
+        flags = {"retry_failed": retry_failed or None, "local": local or None, "address": address}
+        given_options(SweepOptions, None, place | flags)
     with display(quiet) as console:
         return sweeps.run_sweep(
             sweep,

@@ -131,7 +131,7 @@ def test_what_cannot_be_run_is_an_error_of_the_project_and_never_an_exit(example
         electra_ds.run_sweep("smoke", "sweep", retry_failed=True)
     with pytest.raises(ConfigError, match="--local runs without Ray, so leave out --address"):
         electra_ds.run_sweep("smoke", "sweep", local=True, address="auto")
-    with pytest.raises(ConfigError, match="Give one sweep to run"):
+    with pytest.raises(ConfigError, match="Give a sweep to run, or the folder of one to resume"):
         electra_ds.run_sweep(None)
 
 
