@@ -1,4 +1,4 @@
-"""What the site adds to the pages: the files outside docs/ that they link to.
+"""Copy the files outside docs/ that the pages link to into the site.
 
 A link such as ../sweeps/smoke.yaml works on a forge and in a checkout, but not on a site, which has only docs/. Each
 such file is copied into the site's folder repository/, as text that a browser shows, and the link follows.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,13 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def imported(code: str, modules: set[str]) -> set[str]:
+    """Return which of the modules are imported by this code, in an interpreter of its own."""
+    script = f"import sys; {code}; print(); print(*({modules!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    return set(done.stdout.splitlines()[-1].split())
 
 
 def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:

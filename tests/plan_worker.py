@@ -122,7 +122,8 @@ def train(folder: Path, store: TokenStore, ranks: Ranks, every: int) -> dict[str
 def read(folder: Path, store: TokenStore, ranks: Ranks, writers: Sequence[str], every: int = 1) -> int:
     """Every plan takes over every state that these numbers of ranks saved; returns how many pairs.
 
-    every: 1, or so many times fewer pairs: every third plan takes over part of them, each another part.
+    every: 1 for all pairs. With a larger number, only every third plan takes over states, each a different part of
+    them, so that the number of pairs is divided by `every`.
     """
     paths = [path for count in writers for path in sorted((folder / "states").glob(f"{count}-*/step-*"))]
     for path in paths:

@@ -83,7 +83,7 @@ def table_of(folder: Path) -> pd.DataFrame:
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a sweep has written about each trial, by its key."""
+    """Return the record that a sweep has written for each trial, by its key."""
     return {path.stem: json.loads(path.read_text()) for path in (folder / "trials").glob("*.json")}
 
 

@@ -38,7 +38,7 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 class Shown(NamedTuple):
-    """What the command came to in this process."""
+    """The exit status and the output of a command that ran in this process."""
 
     status: int
     stdout: str

@@ -146,7 +146,6 @@ def run_import(options: ImportOptions) -> str:
     from electra_ds.pretraining.prepare import prepare_new, with_fitting_micro_batch
     from electra_ds.training.prepare import plan_new
 
-    options.check()
     files = find_files(options.native)
     export = folder_of_export(files)
     has_data = options.data is not None or options.gives_corpus()

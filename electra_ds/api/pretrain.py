@@ -116,7 +116,6 @@ class PretrainStart(RunStart[PretrainOptions]):
     job: PretrainJob
 
     def __init__(self, options: PretrainOptions) -> None:
-        options.check()
         super().__init__(options)
         if self.is_new:
             self.recipe = load_recipe(options.recipe or default_recipe(), options.recipe_overrides())

@@ -77,9 +77,8 @@ class ZeroAdamW:
         if isinstance(self._zero.loss_scaler, DynamicLossScaler):
             self._window = self._zero.loss_scaler.scale_window
             self._zero.loss_scaler.scale_window = _NEVER
-        for flat in flat_partitions(
-            self._zero, self._stage
-        ):  # DeepSpeed creates the moments at the first step; loading needs them now
+        # DeepSpeed creates the moments at the first step; loading needs them now.
+        for flat in flat_partitions(self._zero, self._stage):
             self._zero.optimizer.state[flat] = adamw_state(flat, bias_correction=self._bias_correction)
         link_moments(self._zero, self._stage)
 

@@ -1,9 +1,7 @@
-"""What is needed of torch and DeepSpeed beyond their documented interfaces is still there and does what it did."""
+"""The undocumented parts of torch and DeepSpeed that the package uses still exist and behave as before."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,16 +11,9 @@ from deepspeed.runtime.zero import parameter_offload
 from electra_ds.core import compat
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import PretrainingEngine
-from tests.helpers import REPOSITORY, builder_for, cpu_plan, model_for, small_recipe
+from tests.helpers import builder_for, cpu_plan, imported, model_for, small_recipe
 
 CPU = torch.device("cpu")
-
-
-def imported(code: str, *modules: str) -> set[str]:
-    """Which of the modules this code imports in an interpreter of its own."""
-    script = f"import sys; {code}; print(*({set(modules)!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    return set(done.stdout.split())
 
 
 def test_a_group_is_added_as_torch_does_it_and_without_its_compiler() -> None:
@@ -38,7 +29,7 @@ def test_a_group_is_added_as_torch_does_it_and_without_its_compiler() -> None:
         "optimizer = MasterAdamW([('weight', weight)], load_recipe('tiny').optimizer, None); "
         "weight.grad = torch.ones(2); optimizer.step(); assert weight[0] < 1"
     )
-    assert imported(code, "torch._dynamo", "sympy") == set()
+    assert imported(code, {"torch._dynamo", "sympy"}) == set()
 
 
 def test_norms_and_copies_of_several_tensors_are_those_of_each() -> None:
@@ -60,7 +51,7 @@ def test_what_torch_compile_raises_is_a_compiler_error() -> None:
 def test_muon_is_imported_without_torchs_compiler() -> None:
     code = "import deepspeed; from electra_ds.core.compat import import_muon; import_muon()"
     muon = "deepspeed.runtime.zero.muon.muon_optimizer"
-    assert imported(code, muon, "torch._dynamo") == {muon}
+    assert imported(code, {muon, "torch._dynamo"}) == {muon}
 
 
 def test_the_collective_that_would_be_compiled_is_known_by_its_name() -> None:

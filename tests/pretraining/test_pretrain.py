@@ -38,7 +38,7 @@ from electra_ds.training.optimizer import MasterAdamW
 from electra_ds.training.preemption import Preemption
 from electra_ds.training.prepare import plan_new
 from electra_ds.training.tracking import RunLog
-from tests.helpers import REPOSITORY, SMALL, model_for, small_recipe
+from tests.helpers import REPOSITORY, SMALL, imported, model_for, small_recipe
 from tests.pretrain_runs import (
     CPU_JSON,
     DROPOUT,
@@ -491,22 +491,15 @@ SLOW_IMPORTS = {
 }  # fmt: skip
 
 
-def imported(code: str) -> set[str]:
-    """Which of the slow packages this code imports."""
-    script = f"import sys; {code}; print(); print(*({SLOW_IMPORTS!r} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    return set(result.stdout.splitlines()[-1].split())
-
-
 def test_help_does_not_wait_for_torch() -> None:
-    assert imported("import electra_ds.cli as c; c.build_parser()") == set()
+    assert imported("import electra_ds.cli as c; c.build_parser()", SLOW_IMPORTS) == set()
 
 
 @pytest.mark.slow
 def test_a_run_waits_for_no_more_than_it_needs(store: TokenStore, tmp_path: Path) -> None:
     """torch's compiler, transformers and scikit-learn each take as long to import as torch."""
     arguments = start_arguments(store, tmp_path / "run", "schedule.total_steps=3", "schedule.warmup_steps=1")
-    assert imported(f"from electra_ds.cli import main; main({['pretrain', *arguments]!r})") == {
+    assert imported(f"from electra_ds.cli import main; main({['pretrain', *arguments]!r})", SLOW_IMPORTS) == {
         "torch", "deepspeed", "numpy", "tokenizers", "pyarrow", "pydantic", "matplotlib", "pandas",
     }  # fmt: skip
-    assert "deepspeed" not in imported("import electra_ds.api.run")  # to look at a run
+    assert "deepspeed" not in imported("import electra_ds.api.run", SLOW_IMPORTS)  # to look at a run

@@ -83,7 +83,7 @@ def test_each_checkpoint_of_what_has_not_collapsed_is_finetuned(store: TokenStor
 def test_a_trial_of_two_workers_gets_its_place_and_survives_the_death_of_one(
     store: TokenStore, tmp_path: Path, how: list[str]
 ) -> None:
-    """What the other made of it is no status."""
+    """The attempt has the status of the killed worker, whatever the other one exits with."""
     values = small_sweep(store.path, resources={"workers": 2, "cpus": 1})
     values["pretrain"] |= {"space": {}, "seeds": [0]}
     spec = write_sweep(tmp_path, values)
