@@ -14,7 +14,8 @@ from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus
 from electra_ds.data.token_store import TokenStore
 from tests.budget import Costs, pytest_runtest_call  # noqa: F401  # a hook
-from tests.helpers import small_recipe, write_corpus
+from tests.data_files import DataFiles, write_stand_ins
+from tests.helpers import SHARED_DATA, small_recipe, write_corpus
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
 hypothesis.settings.load_profile("untimed")
@@ -54,6 +55,17 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     out = tmp_path_factory.mktemp("stores") / "small"
     return build_store(open_corpus([corpus_folder]), small_recipe().tokenizer, out, workers=1)
+
+
+_BESIDE = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real files are not beside this checkout")
+
+
+@pytest.fixture(scope="session", params=["stand-ins", pytest.param("real", marks=_BESIDE)])
+def data_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DataFiles:
+    """Files as other people publish them, see tests/data_files.py."""
+    if request.param == "real":
+        return DataFiles(SHARED_DATA, is_real=True)
+    return write_stand_ins(tmp_path_factory.mktemp("data-files"))
 
 
 @pytest.fixture(scope="session")

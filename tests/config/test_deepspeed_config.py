@@ -459,9 +459,17 @@ def test_comments_trailing_commas_and_a_byte_order_mark_are_read_as_deepspeed_re
 
 
 @pytest.mark.parametrize(
-    "path", sorted((SHARED_DATA / "reported" / "09-json").glob("*.json")), ids=lambda path: path.stem
+    "path",
+    [
+        *(
+            REPOSITORY / "tests" / "deepspeed_files" / f"{name}.json"
+            for name in ("commented", "accelerate-zero3-offload")
+        ),
+        *sorted((SHARED_DATA / "reported" / "09-json").glob("*.json")),
+    ],
+    ids=lambda path: path.stem,
 )
-def test_reported_json_files_resolve(path: Path) -> None:
+def test_json_files_as_people_write_them_resolve(path: Path) -> None:
     resolve(read_deepspeed_json(str(path)), small_recipe(), world_size=1, auto_fp16=False, source=path.name)
 
 

@@ -34,7 +34,8 @@ from electra_ds.data.given_tokenizer import load_given_tokenizer
 from electra_ds.data.hub import HubSource, SavedSource, parse_hub_name
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import Tokenizer, train_tokenizer
-from tests.helpers import REPOSITORY, SHARED_DATA, small_recipe, write_corpus
+from tests.data_files import DataFiles
+from tests.helpers import REPOSITORY, small_recipe, write_corpus
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -160,9 +161,8 @@ def test_the_builtin_corpus_is_text_and_the_same_at_every_reading(monkeypatch: p
     builtin_documents.cache_clear()
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real corpora are not beside this checkout")
-def test_real_wikipedia_files_are_read_as_articles() -> None:
-    documents = documents_of(SHARED_DATA / "corpora" / "enwiki2015" / "wiki_00")
+def test_wikipedia_files_are_read_as_articles(data_files: DataFiles) -> None:
+    documents = documents_of(data_files.wikipedia)
     assert len(documents) > 20
     assert not any(line.startswith(("<doc ", "</doc")) for document in documents for line in document)
 

@@ -18,7 +18,8 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.finetuning.encoder_source import read_encoder
 from electra_ds.interop.init_from import read_initial_weights
 from electra_ds.interop.pretrained import read_pretrained
-from tests.helpers import SHARED_DATA, small_recipe
+from tests.data_files import DataFiles
+from tests.helpers import small_recipe
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyzäöüßéABGHMÄÖ日本"
@@ -34,7 +35,6 @@ VOCABULARY = [
     ".",
 ]
 TEXT = "Größe größe GRÖSSE Über die Bären, 日本 Hügel."
-REPORTED = SHARED_DATA / "reported" / "01-accents"
 SETTINGS: list[dict[str, Any]] = [
     {"do_lower_case": lower, **accents, **chinese}
     for lower in (True, False)
@@ -252,12 +252,15 @@ def test_build_data_takes_the_switches_and_says_what_it_assumes(
         )
 
 
-@pytest.mark.skipif(not REPORTED.is_dir(), reason="the reported inputs are not next to this checkout")
-def test_german_text_has_the_tokens_of_its_folders_settings() -> None:
-    """There are half as many as with its accents stripped."""
-    lines = (REPORTED / "de.txt").read_text("utf8").splitlines()
-    tokenizer, notes = load_given_tokenizer(str(REPORTED))
-    theirs = BertTokenizer(str(REPORTED / "vocab.txt"), do_lower_case=True, strip_accents=False)
+def test_german_text_has_the_tokens_of_its_folders_settings(data_files: DataFiles) -> None:
+    """Every word with its accents is in the vocabulary, and few are without."""
+    lines = (data_files.german / "de.txt").read_text("utf8").splitlines()
+    tokenizer, notes = load_given_tokenizer(str(data_files.german))
+    vocabulary = str(data_files.german / "vocab.txt")
+    theirs = BertTokenizer(vocabulary, do_lower_case=True, strip_accents=False)
     assert tokenizer.encode_lines(lines) == [theirs.encode(line, add_special_tokens=False) for line in lines]
-    assert sum(map(len, tokenizer.encode_lines(lines))) == 2700
     assert not notes
+    words = sum(len(line[:-1].split()) + 1 for line in lines)  # and the full stop
+    assert sum(map(len, tokenizer.encode_lines(lines))) == words
+    stripped = BertTokenizer(vocabulary, do_lower_case=True, strip_accents=True)
+    assert sum(len(stripped.encode(line, add_special_tokens=False)) for line in lines) > 1.5 * words

@@ -17,7 +17,8 @@ from electra_ds.data.corpus import open_corpus
 from electra_ds.data.given_tokenizer import Casing, load_given_tokenizer
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from tests.helpers import SHARED_DATA, builder_for, small_recipe, write_corpus
+from tests.data_files import DataFiles
+from tests.helpers import builder_for, small_recipe, write_corpus
 
 # --- tokenizers
 
@@ -93,13 +94,9 @@ def test_a_tokenizer_that_cannot_serve_is_refused(tmp_path: Path, name: str, tex
         given(tmp_path / "nowhere")
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real corpora are not beside this checkout")
-def test_the_real_uncased_vocabulary_gives_transformers_ids() -> None:
-    from transformers import BertTokenizer
-
-    path = SHARED_DATA / "vocab" / "bert-uncased-vocab.txt"
-    ours = given(path)
-    theirs = BertTokenizer(str(path))
+def test_an_uncased_vocabulary_gives_transformers_ids(data_files: DataFiles) -> None:
+    ours = given(data_files.vocabulary)
+    theirs = BertTokenizer(str(data_files.vocabulary))
     for line in LINES:
         assert ours.encode_lines([line])[0] == theirs.encode(line, add_special_tokens=False)
 

@@ -31,10 +31,10 @@ from electra_ds.data.tokenizer import (
     train_tokenizer,
     unknown_in,
 )
+from tests.data_files import DataFiles
 from tests.finetune_runs import arguments_of, finetune, tiny_electra, write_csv
-from tests.helpers import SHARED_DATA, small_recipe
+from tests.helpers import small_recipe
 
-UNSPACED = SHARED_DATA / "reported" / "02-unspaced" / "unspaced.txt"
 KNOWN = "the quick brown fox jumps over the lazy dog"
 FOREIGN = "пес лис двір"
 LONG = "abcdefgh" * 20
@@ -200,11 +200,10 @@ def test_a_byte_level_tokenizer_knows_everything(tmp_path: Path) -> None:
     assert info.unknown_share == 0
 
 
-@pytest.mark.skipif(not UNSPACED.is_file(), reason="the reported inputs are not next to this checkout")
-def test_a_real_script_without_spaces_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_a_script_without_spaces_is_refused_with_the_reason(data_files: DataFiles, tmp_path: Path) -> None:
     section = small_recipe("tokenizer.kind=wordpiece", "tokenizer.vocab_size=2000").tokenizer
     with pytest.raises(DataError, match=r"100 of 100 tokens are .* no spaces between words"):
-        build_store(open_corpus([UNSPACED]), section, tmp_path / "store", workers=1)
+        build_store(open_corpus([data_files.unspaced]), section, tmp_path / "store", workers=1)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,113 +22,23 @@ from electra_ds.finetuning.glue import GLUE, OFFICIAL_ROWS, load_glue
 from electra_ds.finetuning.load_task import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_glue_hub, load_own
 from electra_ds.finetuning.metrics import score
 from electra_ds.finetuning.tasks import Examples, Task, TaskData, read_tsv
-from tests.helpers import SHARED_DATA
-
-REAL = SHARED_DATA / "glue"
-FOLDERS = {
-    "cola": "CoLA", "sst-2": "SST-2", "mrpc": "MRPC", "sts-b": "STS-B", "qqp": "QQP",
-    "mnli": "MNLI", "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI",
-}  # fmt: skip
-PARSES = ["sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse"]
-MNLI_HEADER = ["index", "promptID", "pairID", "genre", *PARSES, "sentence1", "sentence2"]
-STS_HEADER = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2"]
-TRICKY = [
-    'He said "no.',
-    '"Quoted" at first',
-    "A\u2028B\u0085C",
-    " spaces  ",
-    "Größe 日本",
-    "",
-    "it's",
-    "\\N \\t \ufeff",
-]
-
-Row = tuple[str, str, float]
-"""(text, second text, class index or score)."""
+from tests.data_files import DataFiles
+from tests.glue_files import (
+    FOLDERS,
+    STS_HEADER,
+    Row,
+    official_table,
+    rows_for,
+    sets_of,
+    write_official,
+    write_tsv,
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """`datasets` keeps what it prepared; not in the user's own cache."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-
-
-def sets_of(name: str) -> list[str]:
-    return list(OFFICIAL_ROWS[name])
-
-
-def rows_for(name: str, set_name: str, count: int = 12) -> list[Row]:
-    generator = random.Random(f"{name} {set_name}")
-    classes = len(GLUE[name].labels)
-
-    def text() -> str:
-        return f"{generator.choice(TRICKY)} {generator.getrandbits(40):x}{generator.choice(TRICKY)}"
-
-    return [
-        (text(), text(), index % classes if classes else round(generator.uniform(0, 5), 3)) for index in range(count)
-    ]
-
-
-def official_table(name: str, set_name: str, rows: list[Row]) -> tuple[list[str] | None, list[list[str]]]:
-    """(header, rows) as GLUE's own files have them."""
-    task, is_test = GLUE[name], set_name.startswith("test") or set_name == "ax"
-    labels = ["" if is_test else task.written[int(y)] if task.labels else f"{y:.3f}" for _, _, y in rows]
-    triples = [(a, b, label) for (a, b, _), label in zip(rows, labels, strict=True)]
-    if name in ("cola", "sst-2"):
-        if is_test:
-            return ["index", "sentence"], [[str(i), a] for i, (a, _, _) in enumerate(triples)]
-        if name == "cola":
-            return None, [["gj04", label, "" if label == "1" else "*", a] for a, _, label in triples]
-        return ["sentence", "label"], [[a, label] for a, _, label in triples]
-    if name == "mrpc":
-        first = "index" if is_test else "Quality"
-        header = [first, "#1 ID", "#2 ID", "#1 String", "#2 String"]
-        return header, [
-            [str(i) if is_test else label, f"{i}1", f"{i}2", a, b] for i, (a, b, label) in enumerate(triples)
-        ]
-    if name == "qqp":
-        if is_test:
-            return ["id", "question1", "question2"], [[str(i), a, b] for i, (a, b, _) in enumerate(triples)]
-        header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
-        return header, [[f"{i + 700}", "1", "2", a, b, label] for i, (a, b, label) in enumerate(triples)]
-    if set_name == "labelled ax":
-        header = ["Lexical Semantics", "Predicate-Argument Structure", "Logic", "Knowledge", "Domain"]
-        return [*header, "Premise", "Hypothesis", "Label"], [["", "", "Negation", "", "News", *t] for t in triples]
-    header, annotations = (["index", "sentence1", "sentence2"], [])
-    last = ["label"]
-    if name == "mnli" and set_name != "ax":
-        header, annotations = MNLI_HEADER, ["x"] * 7
-        last = [*(f"label{i}" for i in range(1, 2 if set_name == "train" else 6)), "gold_label"]
-    elif name == "sts-b":
-        header, annotations, last = STS_HEADER, ["none"] * 6, ["score"]
-    elif name == "qnli":
-        header = ["index", "question", "sentence"]
-    full = header if is_test else [*header, *last]
-    return full, [
-        [str(i), *annotations, a, b, *([] if is_test else ["neutral"] * (len(last) - 1) + [label])]
-        for i, (a, b, label) in enumerate(triples)
-    ]
-
-
-def write_tsv(path: Path, table: tuple[list[str] | None, list[list[str]]], end: str = "\n", bom: bool = False) -> None:
-    header, rows = table
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["\t".join(row) + end for row in ([header] if header else []) + rows]
-    path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + "".join(lines).encode())
-
-
-def official_file(name: str, set_name: str) -> str:
-    return "../diagnostic/diagnostic.tsv" if set_name == "ax" else f"{set_name}.tsv"
-
-
-def write_official(folder: Path, name: str, end: str = "\n", bom: bool = False) -> dict[str, list[Row]]:
-    """Every set of the task in its folder's official name; returns the rows."""
-    all_rows = {set_name: rows_for(name, set_name) for set_name in sets_of(name)}
-    (folder / FOLDERS[name]).mkdir(parents=True, exist_ok=True)
-    for set_name, rows in all_rows.items():
-        path = (folder / FOLDERS[name] / official_file(name, set_name)).resolve()
-        write_tsv(path, official_table(name, set_name, rows), end, bom)
-    return all_rows
 
 
 def check_rows(examples: Examples, rows: Sequence[Row], task: Task, *, labelled: bool) -> None:
@@ -339,7 +248,6 @@ def test_any_text_survives_a_tsv(
     assert list(zip(table.column("a"), table.column("b"), strict=True)) == rows
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real GLUE files are not beside this checkout")
 @pytest.mark.parametrize(
     ("name", "sets"),
     [
@@ -347,13 +255,18 @@ def test_any_text_survives_a_tsv(
         ("wnli", ("train", "dev", "test")), ("qnli", ("dev", "test")), ("mnli", ("dev_matched",)),
     ],
 )  # fmt: skip
-def test_the_real_files_have_the_official_rows(name: str, sets: tuple[str, ...]) -> None:
-    data = load_glue(name, REAL)
+def test_published_files_are_read_whole(data_files: DataFiles, name: str, sets: tuple[str, ...]) -> None:
+    data = load_glue(name, data_files.glue)
     assert tuple(data.sets) == sets
     absent = ["mnli: there is no dev_mismatched set, so it is not scored."]
-    assert list(data.notes) == (absent if name == "mnli" else [])
+    counted = [note for note in data.notes if "officially" not in note]
+    assert counted == (absent if name == "mnli" else [])
+    assert len(data.notes) - len(counted) == (0 if data_files.is_real else len(sets))
     for set_name, examples in data.sets.items():
-        assert len(examples) == OFFICIAL_ROWS[name][set_name]
+        assert len(examples) == OFFICIAL_ROWS[name][set_name] or not data_files.is_real
+        has_header = name != "mnli" and (name, set_name) not in {("cola", "train"), ("cola", "dev")}
+        file = f"{FOLDERS[name]}/{set_name}.{'jsonl' if name == 'mnli' else 'tsv'}"
+        assert len(examples) == data_files.rows(file, header=has_header)
         assert examples.ids == [str(index) for index in range(len(examples))]
         assert all(examples.texts)
         assert examples.pairs is None or all(examples.pairs)

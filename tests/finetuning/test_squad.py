@@ -35,13 +35,8 @@ from electra_ds.finetuning.squad_features import (
     make_features,
     window_spans,
 )
-from tests.helpers import SHARED_DATA
+from tests.data_files import DataFiles
 
-SQUAD = SHARED_DATA / "squad"
-VOCABULARY = SHARED_DATA / "vocab" / "bert-uncased-vocab.txt"
-real_data = pytest.mark.skipif(
-    not (SQUAD.is_dir() and VOCABULARY.is_file()), reason="needs shared/data/squad and shared/data/vocab"
-)
 CONTEXT = "The keeper  of Lindau lit the lamp in 1856.\nNobody thanked him; he kept the lamp for 30 years."
 
 
@@ -561,32 +556,32 @@ def test_no_answer_by_berts_and_by_the_original_electras_rule() -> None:
     assert text([5.0, -3.0], -2.75, against_best=False) == "one"
 
 
-# --- the real files
+# --- files as they are published
 
 
 @pytest.fixture(scope="module")
-def squad() -> SquadData:
-    return load_squad("squad1", SQUAD)
+def squad(data_files: DataFiles) -> SquadData:
+    return load_squad("squad1", data_files.squad)
 
 
 @pytest.fixture(scope="module")
-def bert() -> PreTrainedTokenizerFast:
-    backend = BertWordPieceTokenizer(str(VOCABULARY), lowercase=True)._tokenizer
+def bert(data_files: DataFiles) -> PreTrainedTokenizerFast:
+    backend = BertWordPieceTokenizer(str(data_files.vocabulary), lowercase=True)._tokenizer
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-@real_data
-def test_real_files_have_their_questions(squad: SquadData) -> None:
-    assert (len(squad.train), len(squad.dev)) == (11_877, 4_961)
+def test_published_files_have_their_questions(squad: SquadData, data_files: DataFiles) -> None:
+    written = [path.read_text("utf8").count('"question":') for path in sorted(data_files.squad.iterdir())]
+    assert [len(squad.dev), len(squad.train)] == written
+    assert written == [4_961, 11_877] or not data_files.is_real
     assert all("published file" in note for note in squad.notes)
     for question in squad.train + squad.dev:
         for answer, start in zip(question.answers, question.starts, strict=True):
             assert question.context[start : start + len(answer)] == answer
 
 
-@real_data
-def test_real_answers_stand_at_their_positions(squad: SquadData, bert: PreTrainedTokenizerFast) -> None:
+def test_published_answers_stand_at_their_positions(squad: SquadData, bert: PreTrainedTokenizerFast) -> None:
     """But for those that begin or end inside a token, such as 'six' of 'sixth'."""
     features = make_features(squad.train, bert, max_length=384, for_training=True)
     matching, inside = 0, [index for index, each in enumerate(features) if each.answer[0]]
@@ -600,8 +595,7 @@ def test_real_answers_stand_at_their_positions(squad: SquadData, bert: PreTraine
     assert matching / len(inside) > 0.99
 
 
-@real_data
-def test_perfect_logits_on_the_real_dev_part(squad: SquadData, bert: PreTrainedTokenizerFast) -> None:
+def test_perfect_logits_on_a_published_dev_part(squad: SquadData, bert: PreTrainedTokenizerFast) -> None:
     features = make_features(squad.dev, bert, max_length=384, for_training=True)
     golds = {question.id: question.answers for question in squad.dev}
     for find in (independent, joint):
@@ -609,4 +603,4 @@ def test_perfect_logits_on_the_real_dev_part(squad: SquadData, bert: PreTrainedT
         print(found)
         assert found["exact_match"] > 99.5
         assert found["f1"] > 99.6
-        assert found["total"] == 4_961
+        assert found["total"] == len(squad.dev)

@@ -32,7 +32,9 @@ def test_the_shipped_smoke_sweep_runs(text: str, corpus_folder: Path, tmp_path: 
     """As it is nightly; otherwise on a corpus that takes less time to tokenise than the built-in one."""
     program = [sys.executable, str(REPOSITORY / "bin" / "sweep"), "smoke"]
     if text == "small":
-        program += ["--set", f"pretrain.corpus=[{corpus_folder}]", "pretrain.set={tokenizer.vocab_size: 400}"]
+        schedule = "schedule.total_steps: 200, schedule.warmup_steps: 20"  # `set` is replaced as a whole
+        program += ["--set", f"pretrain.corpus=[{corpus_folder}]"]
+        program += [f"pretrain.set={{{schedule}, tokenizer.vocab_size: 400}}"]
     result = subprocess.run(
         program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=1000
     )
