@@ -74,9 +74,13 @@ def main(arguments: Sequence[str] | None = None, adds: Sequence[Add] = COMMANDS)
         sys.exit(2)
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
         parser = build_parser(adds)
-        if adds is COMMANDS and [*(sys.argv[1:] if arguments is None else arguments)][:1] == ["bench"]:
+        words = [*(sys.argv[1:] if arguments is None else arguments)]
+        if not words:
+            parser.print_help(sys.stderr)
+            sys.exit(2)
+        if adds is COMMANDS and words[0] == "bench":
             parser.error("the installed package has no benchmarks: run bin/bench in a checkout of the repository")
-        options = parser.parse_args(arguments)
+        options = parser.parse_args(words)
     try:
         with _log_on_terminal(speaks):
             options.handler(options)

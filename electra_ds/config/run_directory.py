@@ -31,7 +31,7 @@ from typing_extensions import TypeVar
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, recipe_yaml, validate_recipe
 from electra_ds.config.run_record import Record, RunRecord
-from electra_ds.core.errors import CheckpointError, ConfigError, DataError, ObjectiveError
+from electra_ds.core.errors import CheckpointError, ConfigError, DataError, ObjectiveError, did_you_mean
 from electra_ds.core.program import command
 
 _PATIENCE_S = 10
@@ -166,6 +166,9 @@ class RunDirectory:
 
     def _read(self, name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
         """Parse a file of the record; if it is missing or damaged, the newest readable copy in a checkpoint."""
+        if not self.path.is_dir():
+            beside = [path.name for path in self.path.parent.glob("*/")] if self.path.parent.is_dir() else []
+            raise CheckpointError(f"There is no folder {self.path}{did_you_mean(self.path.name, beside) or '.'}")
         problem = ""
         for folder in (self.path, *sorted(self.checkpoints.glob(_CHECKPOINT), reverse=True)):
             try:

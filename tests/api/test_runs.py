@@ -95,7 +95,7 @@ def test_a_run_tells_what_it_is(examples: Path, capsys: pytest.CaptureFixture[st
     nothing = electra_ds.Run("nowhere")
     assert not nothing.exists
     for name in ("kind", "status", "recipe", "record", "metrics", "checkpoints"):
-        with pytest.raises(CheckpointError, match=r"nowhere is not a usable run directory: run\.json is missing"):
+        with pytest.raises(CheckpointError, match=r"There is no folder nowhere"):
             getattr(nothing, name)
 
 

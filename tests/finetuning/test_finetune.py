@@ -580,7 +580,7 @@ def test_a_finished_run_without_test_sets_does_not_suggest_to_predict_them(
 
 
 def test_what_is_no_run_of_this_command_is_not_resumed(stopped: Path, tmp_path: Path) -> None:
-    assert "is not a usable run directory" in refused("--resume", tmp_path / "nowhere")
+    assert f"There is no folder {tmp_path / 'nowhere'}" in refused("--resume", tmp_path / "nowhere")
     checkpoint = next(path for path in (stopped / "checkpoints").glob("step-*") if not path.is_symlink())
     before = sorted(path.name for path in checkpoint.iterdir())
     assert f"--resume {stopped}" in refused("--resume", checkpoint)

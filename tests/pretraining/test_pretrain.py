@@ -239,7 +239,7 @@ def test_nothing_is_compiled_and_the_start_is_quiet(store: TokenStore, tmp_path:
             "is beyond the schedule's 12000 steps",
         ),
         (["--ds-config", CPU_JSON, "--data", "x", "--corpus", "y"], "give either --data, or --corpus"),
-        (["--resume", "nowhere"], "is not a usable run directory"),
+        (["--resume", "nowhere"], "There is no folder nowhere"),
         (["--ds-config", CPU_JSON, "--cased"], "so they need --tokenizer"),
         (["--resume", "x", "--recipe", "tiny"], "cannot be combined with --recipe"),
         (["--threads", "0"], "not a positive whole number"),
