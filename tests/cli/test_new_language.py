@@ -19,6 +19,7 @@ import torch
 
 from electra_ds.config.run_directory import read_metrics
 from electra_ds.data.token_store import TokenStore
+from tests import forks
 from tests.helpers import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "new-language" / "README.md"
@@ -53,7 +54,18 @@ def blocks() -> list[Block]:
     return [Block(match[1], match[2], text.count("\n", 0, match.start()) + 1) for match in found]
 
 
+def our_commands(block: Block) -> list[list[str]]:
+    """Return the words of each line of a block, if all lines are commands of ours; otherwise nothing."""
+    lines = [shlex.split(line) for line in block.code.replace("\\\n", " ").splitlines()]
+    return lines if all(line and line[0].startswith("bin/") for line in lines) else []
+
+
 def execute(block: Block, folder: Path) -> Result:
+    """Run a block: commands of ours as forks, which save their imports, and everything else as a reader would."""
+    if commands := our_commands(block) if block.tag.startswith("sh ") else []:
+        *before, last = [forks.run(words[0][4:], *words[1:], folder=folder) for words in commands]
+        assert not any(done.returncode for done in before), before
+        return checked(block, last.returncode, "".join(done.stdout for done in (*before, last)), last.stderr)
     program = [sys.executable, "-c"] if block.tag.startswith("python") else ["bash", "-e", "-o", "pipefail", "-c"]
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),  # a reader has installed it
@@ -65,13 +77,17 @@ def execute(block: Block, folder: Path) -> Result:
         [*program, block.code],
         capture_output=True, encoding="utf8", check=False, timeout=600, cwd=folder, env=environment,
     )  # fmt: skip
-    output = result.stdout + result.stderr
+    return checked(block, result.returncode, result.stdout, result.stderr)
+
+
+def checked(block: Block, status: int, stdout: str, stderr: str) -> Result:
+    output = stdout + stderr
     if block.tag.endswith(" fails"):
-        assert result.returncode == 2, f"{PAGE.name}:{block.line} should be refused:\n{output}"
+        assert status == 2, f"{PAGE.name}:{block.line} should be refused:\n{output}"
     else:
-        assert result.returncode == 0, f"{PAGE.name}:{block.line}:\n{output}"
+        assert status == 0, f"{PAGE.name}:{block.line}:\n{output}"
     assert "Traceback" not in output, output
-    return Result(block, result.stdout, result.stderr)
+    return Result(block, stdout, stderr)
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_a_recipe_that_extends_ours_leaves_out_the_sections_of_our_objective(tmp
 
 def test_initial_weights_of_electra_are_refused_before_they_are_read(tmp_path: Path) -> None:
     recipe = load_recipe(own_recipe(tmp_path))
-    with pytest.raises(ConfigError, match=r"This works only for the objective electra, but the recipe"):
+    with pytest.raises(ConfigError, match=r"This works only for the objectives electra and electra-15, but the recipe"):
         read_initial_weights([str(tmp_path / "nowhere")], recipe)
 
 
@@ -211,7 +211,7 @@ def test_it_is_swept_over_its_own_keys_and_by_its_own_metric(
     steps = str(TRIAL_STEPS)
     assert [row[4:] for row in table.rows] == 2 * [[steps, "?", ""]]  # its cost is not predicted
     environment = {"PYTHONPATH": f"{registered}:{ENVIRONMENT.get('PYTHONPATH', '')}"}
-    done = run_sweep(write_sweep(tmp_path, values), "--out", tmp_path / "sweep", environment=environment)
+    done = run_sweep(write_sweep(tmp_path, values), "--out", tmp_path / "sweep", "--local", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cloze_gain" in (tmp_path / "sweep" / "results.csv").read_text().splitlines()[0]
 

@@ -66,7 +66,7 @@ def test_shares_of_gpus_are_packed_and_a_lost_nodes_trials_continue(
     assert not ours(out)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_trial_of_two_workers_spans_two_nodes(cluster: Cluster, store: TokenStore, tmp_path: Path) -> None:
     values = small_sweep(store.path, resources={"workers": 2, "cpus": 1, "gpus": 1})
     values["pretrain"] |= {"space": {}, "seeds": [0]}

@@ -27,14 +27,9 @@ from tests.training.test_tracking import of_kind, wandb_records, wandb_rows
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("text", ["small", pytest.param("builtin", marks=pytest.mark.nightly)])
-def test_the_shipped_smoke_sweep_runs(text: str, corpus_folder: Path, tmp_path: Path) -> None:
-    """As it is nightly; otherwise on a corpus that takes less time to tokenise than the built-in one."""
+@pytest.mark.nightly
+def test_the_shipped_smoke_sweep_runs(tmp_path: Path) -> None:
     program = [sys.executable, str(REPOSITORY / "bin" / "sweep"), "smoke"]
-    if text == "small":
-        schedule = "schedule.total_steps: 200, schedule.warmup_steps: 20"  # `set` is replaced as a whole
-        program += ["--set", f"pretrain.corpus=[{corpus_folder}]"]
-        program += [f"pretrain.set={{{schedule}, tokenizer.vocab_size: 400}}"]
     result = subprocess.run(
         program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=1000
     )
