@@ -14,16 +14,16 @@ from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.pretraining.convert import transformers_config
-from electra_ds.pretraining.electra import MicroBatch, discriminator_loss_sum, encoder_configs
+from electra_ds.pretraining.electra import discriminator_loss_sum, encoder_configs
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.objectives.electra import ElectraBatch
+from electra_ds.pretraining.masked_batch import MaskedBatch, MicroBatch
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.training.zero import ZeroAdamW
 
 PARTS = ("generator", "head and sampling", "discriminator", "optimizer")
 
 
-class PaddedBatch(ElectraBatch):
+class PaddedBatch(MaskedBatch):
     """The same sequences, each a row of its own."""
 
     def micro_batch(self, first: int, size: int, *, packed: bool = False) -> MicroBatch:
@@ -33,9 +33,9 @@ class PaddedBatch(ElectraBatch):
 class Contestant(Protocol):
     """Something that can take an optimiser step on a global batch that is one micro-batch."""
 
-    def step(self, batch: ElectraBatch, number: int) -> None: ...
+    def step(self, batch: MaskedBatch, number: int) -> None: ...
 
-    def parts(self, batch: ElectraBatch) -> dict[str, Callable[[], None]]:
+    def parts(self, batch: MaskedBatch) -> dict[str, Callable[[], None]]:
         """Each part of a step alone, forward and backward, on the same inputs."""
         ...
 
@@ -48,16 +48,16 @@ class Ours:
     def __init__(self, engine: PretrainingEngine | PlainEngine) -> None:
         self.engine = engine
 
-    def step(self, batch: ElectraBatch, number: int) -> None:
+    def step(self, batch: MaskedBatch, number: int) -> None:
         self.engine.train_step(batch, number)
 
-    def parts(self, batch: ElectraBatch) -> dict[str, Callable[[], None]]:
+    def parts(self, batch: MaskedBatch) -> dict[str, Callable[[], None]]:
         model: Any = self.engine.module.train()
         micro_batch = batch.micro_batch(0, len(batch.ids_BT)).to(self.engine.device)
         attend = micro_batch.attention_mask()
         device_type, autocast = self.engine.device.type, model.autocast_dtype
         with torch.no_grad():
-            hidden_BTH = model.generator(micro_batch.generator_ids_BT, attend, micro_batch.segments_BT)
+            hidden_BTH = model.generator(micro_batch.masked_ids_BT, attend, micro_batch.segments_BT)
         targets_M = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
         give_gradients = _gradient_giver(list(model.parameters()))
 
@@ -68,7 +68,7 @@ class Ours:
             loss.backward()
 
         def generator() -> torch.Tensor:
-            found_BTH = model.generator(micro_batch.generator_ids_BT, attend, micro_batch.segments_BT)
+            found_BTH = model.generator(micro_batch.masked_ids_BT, attend, micro_batch.segments_BT)
             return found_BTH.flatten(0, 1).index_select(0, micro_batch.selected_M).sum()
 
         def head() -> torch.Tensor:
@@ -115,11 +115,11 @@ class Transformers:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def step(self, batch: ElectraBatch, number: int) -> None:
+    def step(self, batch: MaskedBatch, number: int) -> None:
         micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False).to(self.device)
         mask_BT, segments_BT = _mask(micro_batch), _segments(micro_batch)
         with self._autocast():
-            predicted = self.generator(micro_batch.generator_ids_BT, mask_BT, segments_BT, labels=_labels(micro_batch))
+            predicted = self.generator(micro_batch.masked_ids_BT, mask_BT, segments_BT, labels=_labels(micro_batch))
             corrupted_BT = _corrupted(predicted.logits, micro_batch)
             judged = self.discriminator(corrupted_BT, mask_BT, segments_BT).logits
             loss = predicted.loss + self.recipe.discriminator.loss_weight * _judged_loss(
@@ -138,11 +138,11 @@ class Transformers:
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def parts(self, batch: ElectraBatch) -> dict[str, Callable[[], None]]:
+    def parts(self, batch: MaskedBatch) -> dict[str, Callable[[], None]]:
         micro_batch = batch.micro_batch(0, len(batch.ids_BT), packed=False).to(self.device)
         mask_BT, segments_BT, labels_BT = _mask(micro_batch), _segments(micro_batch), _labels(micro_batch)
         with torch.no_grad(), self._autocast():
-            hidden_BTH = self.generator.electra(micro_batch.generator_ids_BT, mask_BT, segments_BT).last_hidden_state
+            hidden_BTH = self.generator.electra(micro_batch.masked_ids_BT, mask_BT, segments_BT).last_hidden_state
         give_gradients = _gradient_giver(self.parameters)
 
         def run(part: Callable[[], torch.Tensor]) -> None:
@@ -152,7 +152,7 @@ class Transformers:
             loss.backward()
 
         def generator() -> torch.Tensor:
-            found = self.generator.electra(micro_batch.generator_ids_BT, mask_BT, segments_BT)
+            found = self.generator.electra(micro_batch.masked_ids_BT, mask_BT, segments_BT)
             return found.last_hidden_state.sum()
 
         def head() -> torch.Tensor:

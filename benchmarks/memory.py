@@ -21,8 +21,9 @@ from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
+from electra_ds.pretraining.masked_batch import MaskedBatch
 from electra_ds.pretraining.memory import peak_memory
-from electra_ds.pretraining.objectives.electra import ElectraBatch
+from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.prepare import kernels_of
 from electra_ds.training.engine import wants_fp16
 
@@ -94,7 +95,7 @@ def is_as_large(device: torch.device, card: Card) -> bool:
 
 def measure_cases(
     chosen: Sequence[Case],
-    batches_of: Callable[[Recipe], Sequence[ElectraBatch]],
+    batches_of: Callable[[Recipe], Sequence[MaskedBatch]],
     device: torch.device,
     turn: Callable[[], None],
     results: dict[str, Any],
@@ -114,7 +115,7 @@ def measure_cases(
 
 
 def measure_case(
-    case: Case, batches: Sequence[ElectraBatch], device: torch.device, turn: Callable[[], None]
+    case: Case, batches: Sequence[MaskedBatch], device: torch.device, turn: Callable[[], None]
 ) -> dict[str, Any]:
     """Predicted and measured peak, in bytes, of making the engine and taking a step with each of the batches.
 
@@ -132,7 +133,7 @@ def measure_case(
         finally:
             engine.close()
 
-    predicted = peak_memory(case.recipe, vocab_size, case.plan, kernels_of(device))
+    predicted = peak_memory(ElectraObjective.of(case.recipe, vocab_size).shape, case.plan, kernels_of(device))
     if device.type == "cuda":
         with limited(device, case.limit_bytes):
             found = _gpu_bytes(run, device)

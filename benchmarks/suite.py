@@ -35,10 +35,11 @@ from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.data.token_store import Ranges, TokenStore
 from electra_ds.model.heads import column_keys, sample_tokens
 from electra_ds.pretraining.batches import BatchBuilder
-from electra_ds.pretraining.electra import Electra, encoder_configs
+from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine, check_compile
+from electra_ds.pretraining.masked_batch import MaskedBatch
 from electra_ds.pretraining.masking import Masks
-from electra_ds.pretraining.objectives.electra import ElectraBatch
+from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.pretraining.run_time import step_flops
 from electra_ds.training.engine import check_plan, wants_fp16
@@ -142,11 +143,11 @@ class Suite:
         self, name: str, contestant: Contestant, batch: Any, seconds: list[float], peak: float
     ) -> dict[str, Any]:
         who, _ = name.split()
-        configs = encoder_configs(self.recipe, self.vocab_size, 0)
+        shape = ElectraObjective.of(self.recipe, self.vocab_size).shape
         if who == "transformers":
-            flops = step_flops(*configs, batch.lengths_B, int(batch.lengths_B.sum())).forward_and_backward
+            flops = step_flops(shape, batch.lengths_B, int(batch.lengths_B.sum())).forward_and_backward
         else:
-            flops = step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward
+            flops = step_flops(shape, batch.lengths_B, batch.num_selected).forward_and_backward
         median = float(np.median(seconds))
         step = partial(contestant.step, batch, 1)
         counted = {}
@@ -225,7 +226,7 @@ class Suite:
         dtype = self.settings.dtypes[0]
         recipe = self._recipe(size, "data.holdout_by=document")
         batches = self._batches(self.glue, recipe)
-        layouts: dict[str, Callable[[ElectraBatch], ElectraBatch]] = {
+        layouts: dict[str, Callable[[MaskedBatch], MaskedBatch]] = {
             "packed": lambda batch: batch,
             "padded_to_row": lambda batch: _padded(batch),
             "padded_to_longest": lambda batch: _padded(_cut_to_longest(batch)),
@@ -417,16 +418,17 @@ def _ignoring_number(function: Callable[[], None]) -> Callable[[int], None]:
     return lambda number: function()
 
 
-def _padded(batch: ElectraBatch) -> PaddedBatch:
+def _padded(batch: MaskedBatch) -> PaddedBatch:
     return PaddedBatch(**{field.name: getattr(batch, field.name) for field in fields(batch)})
 
 
-def _cut_to_longest(batch: ElectraBatch) -> ElectraBatch:
+def _cut_to_longest(batch: MaskedBatch) -> MaskedBatch:
     longest = int(batch.lengths_B.max())
 
     def cut(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array[:, :longest])
 
+    assert batch.noise_keys_BT is not None
     return replace(
         batch,
         ids_BT=cut(batch.ids_BT),

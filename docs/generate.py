@@ -26,7 +26,7 @@ from electra_ds.config.monitors import MONITOR_SECTIONS
 from electra_ds.config.names import FINETUNE_RECIPES, RECIPES, shipped_text
 from electra_ds.config.option import Option, options_of, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions
-from electra_ds.config.recipe import ElectraRecipe, Section, load_recipe
+from electra_ds.config.recipe import OUR_RECIPES, ElectraRecipe, Recipe, Section, load_recipe
 from electra_ds.config.run_record import FinetuneSettings, RunSettings
 
 FOLDER = Path(__file__).parent / "reference"
@@ -112,8 +112,13 @@ have the values of two shipped recipes and the sources that their files name. Th
 
 ## Pretraining
 
-These are the keys of the objective `electra`. Another objective has the sections `tokenizer`, `data`, `model`, `optimizer`
-and `schedule` too, and [sections of its own](../objectives.md).
+These are the keys of the objectives `electra` and `electra-15`. Every other objective has the sections `tokenizer`, `data`,
+`model`, `optimizer` and `schedule` too. [Objectives](../objectives.md) describes them, and how to write your own.
+"""
+OTHER_OBJECTIVES = """
+## Sections of other objectives
+
+{rows}
 """
 FINETUNE_PAGE = """
 ## Finetuning
@@ -144,9 +149,25 @@ def recipes_page() -> str:
     return (
         RECIPE_PAGE
         + keys_of(ElectraRecipe, {name: sources(RECIPES, name) for name in PRETRAINING_SOURCES})
+        + other_objectives()
         + FINETUNE_PAGE
         + keys_of(FinetuneRecipe, {name: sources(FINETUNE_RECIPES, name) for name in FINETUNING_SOURCES})
     )
+
+
+def other_objectives() -> str:
+    """Return the sections that our other objectives have, each described once."""
+    described = {section_of(field) for field in ElectraRecipe.model_fields.values()}
+    lists, text = [], ""
+    for objective, kind in OUR_RECIPES.items():
+        own = {name: section_of(field) for name, field in kind.model_fields.items() if name not in Recipe.model_fields}
+        lists.append(f"- `{objective}`: " + ", ".join(f"`{name}`" for name in own))
+        for name, section in own.items():
+            if section is not None and section not in described:
+                described.add(section)
+                inner = [(key, f"{name}.{key}", each) for key, each in section.model_fields.items()]
+                text += f"\n### {name} of {objective}\n" + keys_table(inner, {})
+    return OTHER_OBJECTIVES.format(rows="\n".join(lists)) + text
 
 
 def keys_of(kind: type[Section], shipped: dict[str, dict[str, tuple[str, str]]]) -> str:

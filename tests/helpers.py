@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import distributed
@@ -16,6 +16,11 @@ from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.objectives.base import Objective
+from electra_ds.pretraining.step_shape import StepShape
+
+if TYPE_CHECKING:
+    from transformers import ElectraForMaskedLM, ElectraForPreTraining
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -69,6 +74,18 @@ def small_recipe(*overrides: str) -> Recipe:
 def cpu_plan(recipe: Recipe, **values: Any) -> DeepSpeedPlan:
     world_size = distributed.get_world_size() if distributed.is_initialized() else 1
     return resolve(values, recipe, world_size=world_size, auto_fp16=False, source="test")
+
+
+def shape_of(recipe: Recipe, vocab_size: int) -> StepShape:
+    objective: Objective[Any] = Objective.of(recipe, vocab_size)
+    assert objective.shape is not None
+    return objective.shape
+
+
+def to_transformers(model: Electra) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:
+    from electra_ds.pretraining.convert import discriminator, masked_lm
+
+    return masked_lm(model, "generator"), discriminator(model)
 
 
 def builder_for(store: TokenStore, recipe: Recipe) -> BatchBuilder:

@@ -17,7 +17,7 @@ from electra_ds.core.ranks import Ranks, join_ranks
 from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.evaluation import Evaluator
-from electra_ds.pretraining.objectives.electra import ElectraBatch
+from electra_ds.pretraining.masked_batch import MaskedBatch
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
 STEPS = 50
@@ -30,7 +30,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def own_samples(batch: ElectraBatch, samples: np.ndarray, micro: int, accumulation: int, rank: int) -> list[Any]:
+def own_samples(batch: MaskedBatch, samples: np.ndarray, micro: int, accumulation: int, rank: int) -> list[Any]:
     """This rank's micro-batches' share of the samples of a whole global batch."""
     ends = np.concatenate([[0], np.cumsum(batch.masks.selected.sum(axis=1))])
     firsts = [(rank * accumulation + index) * micro for index in range(accumulation)]

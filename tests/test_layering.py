@@ -32,7 +32,12 @@ LATE = {
     ("electra_ds.finetuning.load_task", "datasets"),
     ("electra_ds.finetuning.tasks", "pandas"),  # which the check of a sweep does not need
     ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
-    ("electra_ds.pretraining.objectives.electra", "electra_ds.pretraining.convert"),  # which needs transformers
+    # Exports need transformers, whose import takes as long as torch's.
+    ("electra_ds.pretraining.objectives.electra", "electra_ds.pretraining.convert"),
+    ("electra_ds.pretraining.objectives.joint", "electra_ds.pretraining.convert"),
+    ("electra_ds.pretraining.objectives.mlm", "electra_ds.pretraining.convert"),
+    ("electra_ds.pretraining.objectives.replace_mlm", "electra_ds.pretraining.convert"),
+    ("electra_ds.pretraining.objectives.all_tokens_mlm", "electra_ds.pretraining.convert"),
     ("electra_ds.pretraining.objectives.base", "transformers"),  # for type checkers
     ("electra_ds.finetuning.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "scipy.stats"),

@@ -33,7 +33,13 @@ TASKS = (*GLUE_TASKS, *SQUAD_TASKS)
 """The tasks that `--task` accepts. GLUE's diagnostic set, ax, has no training examples: mnli predicts it."""
 
 OBJECTIVE_GROUP = "electra_ds.objectives"
-_OUR_OBJECTIVES = {"electra": "electra_ds.pretraining.objectives.electra:ElectraObjective"}
+_OUR_OBJECTIVES = {
+    "electra": "electra_ds.pretraining.objectives.electra:ElectraObjective",
+    "electra-15": "electra_ds.pretraining.objectives.electra_15:Electra15Objective",
+    "mlm": "electra_ds.pretraining.objectives.mlm:MlmObjective",
+    "replace-mlm": "electra_ds.pretraining.objectives.replace_mlm:ReplaceMlmObjective",
+    "all-tokens-mlm": "electra_ds.pretraining.objectives.all_tokens_mlm:AllTokensMlmObjective",
+}
 """Our objectives in the form of entry points, so that a checkout finds them even if it is not installed."""
 
 

@@ -178,17 +178,58 @@ class DiscriminatorSection(Section):
     """True to include [CLS] and [SEP] in the discriminator's loss (the original's code: yes)."""
 
 
-class MaskingSection(Section):
+class SelectionSection(Section):
     mlm_probability: float = Field(default=0.15, gt=0, lt=1)
-    """Share of tokens selected for the generator to predict."""
+    """Share of tokens selected for prediction."""
     mask_token_share: float = Field(default=0.85, gt=0, le=1)
-    """Share of the selected tokens that the generator sees as [MASK]; it sees the others unchanged."""
+    """Share of the selected tokens that are shown as [MASK]; the others are shown unchanged."""
     count: Literal["bernoulli", "fixed"] = "bernoulli"
     """`bernoulli`: every token is selected independently. `fixed`: a fixed number per sequence, without
     replacement: round(p * length), at most floor((p + 0.005) * sequence_length), at least 1."""
+
+
+class MlmMaskingSection(SelectionSection):
+    mask_token_share: float = Field(default=0.8, gt=0, le=1)
+    """Share of the selected tokens that are shown as [MASK]. BERT has 0.8; ELECTRA's code trains its BERT with 0.85."""
+    random_token_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the selected tokens that are shown as a random token of the vocabulary (BERT: 0.1); the rest is shown
+    unchanged."""
+
+    @model_validator(mode="after")
+    def _shares_are_parts_of_one(self) -> MlmMaskingSection:
+        if self.mask_token_share + self.random_token_share > 1:
+            raise ValueError(
+                f"mask_token_share {self.mask_token_share} and random_token_share {self.random_token_share} add up to "
+                f"more than 1"
+            )
+        return self
+
+
+class MaskingSection(SelectionSection):
+    """Selection for a generator, which sees the selected tokens that are not masked unchanged."""
+
     replace_at: Literal["selected", "masked"] = "selected"
     """Positions of the discriminator's input that get the generator's samples: every selected position (the
     original), or only those that became [MASK] (the reproduction study's code)."""
+
+
+class PredictionSection(Section):
+    """The prediction of original tokens by the network that reads the generator's replacements."""
+
+    loss_weight: float = Field(default=1.0, ge=0)
+    """Weight of the prediction's loss; the ELECTRA paper does not give it. 1 weights two cross-entropies over the
+    vocabulary equally."""
+
+
+class CopySection(PredictionSection):
+    copy_loss: Literal["joint", "separate"] = "joint"
+    """How the probability to copy the input token is trained: `joint` with the loss of the mixture of copying and
+    predicting (ELECTRA paper, section 3.5), or `separate` with a cross-entropy of its own, while the mixture's loss has
+    no gradient to it (COCO-LM)."""
+    copy_loss_weight: float = Field(default=50.0, ge=0)
+    """Weight of the separate cross-entropy (COCO-LM: 50)."""
+    loss_on_special: bool = False
+    """True to predict [CLS] and [SEP] too."""
 
 
 class OptimizerSection(Section):
@@ -288,50 +329,103 @@ class Recipe(Section):
         return self
 
 
-class ElectraRecipe(Recipe):
-    """The recipe of the objective `electra`; `model` is its discriminator."""
+class MlmRecipe(Recipe):
+    """The recipe of the objective `mlm`."""
+
+    METRICS = ("mlm_accuracy", "mlm_loss", "mlm_masked_loss", "unigram_loss", "mlm_gain")
+    masking: MlmMaskingSection
+
+
+GENERATOR_METRICS = (
+    "generator_loss", "generator_masked_loss", "unigram_loss", "generator_gain", "generator_accuracy",
+    "generator_sampled_accuracy", "replaced_share",
+)  # fmt: skip
+
+
+class JointRecipe(Recipe):
+    """The recipe of an objective with a generator; `model` is the network that reads its replacements."""
+
+    generator: GeneratorSection
+    masking: MaskingSection
+
+
+class ReplaceMlmRecipe(JointRecipe):
+    """The recipe of the objective `replace-mlm`."""
+
+    METRICS = ("prediction_accuracy", "prediction_loss", "prediction_gain", *GENERATOR_METRICS)
+    prediction: PredictionSection = PredictionSection()
+
+
+class AllTokensMlmRecipe(JointRecipe):
+    """The recipe of the objective `all-tokens-mlm`."""
+
+    METRICS = (
+        "prediction_accuracy", "prediction_loss", "copy_auc", "copy_loss", *GENERATOR_METRICS,
+    )  # fmt: skip
+    prediction: CopySection = CopySection()
+
+
+class ElectraRecipe(JointRecipe):
+    """The recipe of the objectives `electra` and `electra-15`; `model` is the discriminator."""
 
     METRICS = (
         "discriminator_auc", "discriminator_loss", "discriminator_accuracy", "discriminator_precision",
-        "discriminator_recall", "discriminator_f1", "generator_loss", "generator_masked_loss", "unigram_loss",
-        "generator_gain", "generator_accuracy", "generator_sampled_accuracy", "replaced_share",
+        "discriminator_recall", "discriminator_f1", "discriminator_logit_std", *GENERATOR_METRICS,
     )  # fmt: skip
-    generator: GeneratorSection
     discriminator: DiscriminatorSection
-    masking: MaskingSection
+
+
+def joint_recipe(recipe: Recipe) -> JointRecipe:
+    """Return the recipe, for code that needs a generator. Raises ConfigError if it has none."""
+    if not isinstance(recipe, JointRecipe):
+        raise ConfigError(f"This needs a generator, but the recipe {recipe.name} has the objective {recipe.objective}.")
+    return recipe
 
 
 def electra_recipe(recipe: Recipe) -> ElectraRecipe:
     """Return the recipe, for code that works only with ELECTRA. Raises ConfigError if it has another objective."""
     if not isinstance(recipe, ElectraRecipe):
         raise ConfigError(
-            f"This works only for the objective electra, but the recipe {recipe.name} has the objective "
+            f"This works only for the objectives electra and electra-15, but the recipe {recipe.name} has "
             f"{recipe.objective}."
         )
     return recipe
 
 
-_RECIPES_WITHOUT_TORCH: dict[str, type[Recipe]] = {"electra": ElectraRecipe}
+OUR_RECIPES: dict[str, type[Recipe]] = {
+    "electra": ElectraRecipe,
+    "electra-15": ElectraRecipe,
+    "mlm": MlmRecipe,
+    "replace-mlm": ReplaceMlmRecipe,
+    "all-tokens-mlm": AllTokensMlmRecipe,
+}
 """Recipe types of our objectives, whose own modules import torch, which reading a recipe should not wait for."""
 
 
 def recipe_type(values: Any) -> type[Recipe]:
     """Return the recipe type of a raw mapping's objective. Raises ConfigError if there is no such objective."""
     name = values.get("objective", "electra") if isinstance(values, dict) else "electra"
-    if not isinstance(name, str) or name in _RECIPES_WITHOUT_TORCH:
-        return _RECIPES_WITHOUT_TORCH.get(name, ElectraRecipe)
+    if not isinstance(name, str) or name in OUR_RECIPES:
+        return OUR_RECIPES.get(name, ElectraRecipe)
     kind: type[Recipe] = find_objective(name).recipe_type
     return kind
 
 
 def for_objective(values: dict[str, Any], objective: Any) -> dict[str, Any]:
-    """Return a recipe's raw mapping for another objective, without the sections that only the old objective has.
+    """Return a recipe's raw mapping for another objective, without the sections and keys that only the old one has.
 
     Raises ConfigError if there is no such objective.
     """
     changed = values | {"objective": objective}
-    left_out = recipe_type(values).model_fields.keys() - recipe_type(changed).model_fields.keys()
-    return {key: value for key, value in changed.items() if key not in left_out}
+    before, after = set(recipe_type(values).dotted_keys()), set(recipe_type(changed).dotted_keys())
+    left_out, sections = before - after, {key.partition(".")[0] for key in after}
+    return {
+        name: {key: each for key, each in value.items() if f"{name}.{key}" not in left_out}
+        if isinstance(value, dict)
+        else value
+        for name, value in changed.items()
+        if name in sections or name not in {key.partition(".")[0] for key in before}
+    }
 
 
 _GIVEN = "custom"

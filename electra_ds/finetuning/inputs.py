@@ -18,8 +18,7 @@ from electra_ds.data.sampling import shuffled
 from electra_ds.finetuning.squad import Question
 from electra_ds.finetuning.squad_features import Window
 from electra_ds.finetuning.tasks import Examples, Task
-from electra_ds.pretraining.electra import moved
-from electra_ds.training.step import LossTerm
+from electra_ds.training.step import LossTerm, moved
 
 _ORDER = 0xF1
 _PAD_TO = 8  # tensor cores need widths that are multiples of this

@@ -1,9 +1,9 @@
-"""The two pretraining heads, the same functions as in transformers' ELECTRA, and the generator's loss.
+"""The pretraining heads, the same functions as in transformers' ELECTRA, and the loss over the vocabulary.
 
-The generator's loss and samples come from one pass over the logits, which are never all in memory. Rows are processed
-in pieces: logits, softmax, loss, sample, and immediately the gradients of the head's inputs, so that nothing of size
-rows x vocabulary outlives its piece. The gradients are those of the sum of losses, which backward scales, so that they
-do not vanish in fp16, as they would after dividing by the number of rows before the product.
+Loss and samples come from one pass over the logits, which are never all in memory. Rows are processed in pieces:
+logits, softmax, loss, sample, and immediately the gradients of the head's inputs, so that nothing of size rows x
+vocabulary outlives its piece. The gradients are those of the sum of losses, which backward scales, so that they do not
+vanish in fp16, as they would after dividing by the number of rows before the product.
 
 Shape suffixes: M selected positions, B sequences, T positions, H hidden size, E embedding size, V vocabulary.
 """
@@ -26,7 +26,7 @@ CPU_NOISE_BYTES = 1 << 20  # on a CPU samples are drawn in pieces whose noise st
 
 
 class Prediction(NamedTuple):
-    """The generator's output at the selected positions."""
+    """The output at the positions where tokens are predicted."""
 
     loss_sum: torch.Tensor
     """fp32 scalar, sum of the cross-entropies in nats (ELECTRA paper, eq. 2); the only field with a gradient."""
@@ -35,7 +35,20 @@ class Prediction(NamedTuple):
     best_M: torch.Tensor
     """int64, the most probable token."""
     samples_M: torch.Tensor
-    """int64, one token drawn by `sample_tokens`."""
+    """int64, one token drawn by `sample_tokens`; the most probable one if nothing is drawn."""
+
+
+class Copy(NamedTuple):
+    """The copy mechanism: with some probability the input token is copied, and otherwise a token is predicted.
+
+    p(token) = c [token = input] + (1 - c) softmax(token), where c is the probability to copy. ELECTRA paper, section
+    3.5, "All-Tokens MLM".
+    """
+
+    logits_M: torch.Tensor
+    """The logits of the probability to copy."""
+    is_original_M: torch.Tensor
+    """bool, True if the input token is the target."""
 
 
 def predict_tokens(
@@ -43,15 +56,18 @@ def predict_tokens(
     weight_VE: torch.Tensor,
     bias_V: torch.Tensor,
     targets_M: torch.Tensor,
-    noise_keys_M: torch.Tensor,
-    column_keys_V: torch.Tensor,
+    noise_keys_M: torch.Tensor | None = None,
+    column_keys_V: torch.Tensor | None = None,
     temperature: torch.Tensor | None = None,
     counts_M: torch.Tensor | None = None,
+    copy: Copy | None = None,
 ) -> Prediction:
     """Compute loss and samples for logits hidden @ weight.T + bias, which have hidden's dtype (or autocast's).
 
-    Samples are drawn from softmax(logits / temperature). Everything except the logits is fp32. temperature: fp32
-    scalar; None for 1. counts_M: bool, False at rows whose loss counts as 0; None if all rows count.
+    Samples are drawn from softmax(logits / temperature). Everything except the logits is fp32. noise_keys_M,
+    column_keys_V: keys of the noise, see `sample_tokens`; None to draw nothing. temperature: fp32 scalar; None for 1.
+    counts_M: bool, False at rows whose loss counts as 0; None if all rows count. copy: the copy mechanism, whose
+    probabilities the losses then have; None for the softmax alone.
     """
     device_type = hidden_ME.device.type
     if torch.is_autocast_enabled(device_type):
@@ -65,6 +81,8 @@ def predict_tokens(
         column_keys_V,
         temperature,
         counts_M,
+        None if copy is None else copy.logits_M,
+        None if copy is None else copy.is_original_M,
         torch.is_grad_enabled(),
     )
     return Prediction(*found)
@@ -78,10 +96,12 @@ class _Prediction(torch.autograd.Function):
         weight_VE: torch.Tensor,
         bias_V: torch.Tensor,
         targets_M: torch.Tensor,
-        noise_keys_M: torch.Tensor,
-        column_keys_V: torch.Tensor,
+        noise_keys_M: torch.Tensor | None,
+        column_keys_V: torch.Tensor | None,
         temperature: torch.Tensor | None,
         counts_M: torch.Tensor | None,
+        copy_logits_M: torch.Tensor | None,
+        is_original_M: torch.Tensor | None,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, ...]:
         dtype = hidden_ME.dtype
@@ -89,6 +109,7 @@ class _Prediction(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ME) if with_gradient else None
         grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32) if with_gradient else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if with_gradient else None
+        grads_copy: list[torch.Tensor] = []
         parts = []
         for rows in _pieces(hidden_ME, len(weight_VE)):
             hidden, targets = hidden_ME[rows], targets_M[rows, None]
@@ -98,13 +119,22 @@ class _Prediction(torch.autograd.Function):
             # The highest probability is 1 / sum(exp(logit - highest)).
             normaliser = highest - probabilities.gather(1, best[:, None]).squeeze(1).log()
             losses = normaliser - logits.gather(1, targets).squeeze(1)
+            share = None  # of the softmax in the gradient
+            if copy_logits_M is not None and is_original_M is not None:
+                losses, share, grad_copy = _with_copy(losses, copy_logits_M[rows].float(), is_original_M[rows])
+                grads_copy.append(grad_copy if counts_M is None else torch.where(counts_M[rows], grad_copy, 0.0))
             if counts_M is not None:
                 losses = torch.where(counts_M[rows], losses, 0.0)
-            weights = probabilities if temperature is None else torch.softmax(logits / temperature, dim=-1)
-            parts.append((losses, best, sample_tokens(weights, noise_keys_M[rows], column_keys_V)))
+            drawn = best
+            if noise_keys_M is not None and column_keys_V is not None:
+                weights = probabilities if temperature is None else torch.softmax(logits / temperature, dim=-1)
+                drawn = sample_tokens(weights, noise_keys_M[rows], column_keys_V)
+            parts.append((losses, best, drawn))
             if grad_hidden is not None and grad_weight is not None and grad_bias is not None:
                 ones = torch.ones_like(targets, dtype=torch.float32)
                 grad_logits = probabilities.scatter_add_(1, targets, -ones)
+                if share is not None:
+                    grad_logits *= share[:, None]
                 if counts_M is not None:
                     grad_logits = torch.where(counts_M[rows, None], grad_logits, 0.0)
                 grad_bias += grad_logits.sum(0)
@@ -116,22 +146,40 @@ class _Prediction(torch.autograd.Function):
                     grad_weight += grad_logits.t() @ hidden
         losses_M, best_M, samples_M = (torch.cat(column) for column in zip(*parts, strict=True))
         if grad_hidden is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-            ctx.dtypes = weight_VE.dtype, bias_V.dtype
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, torch.cat(grads_copy) if grads_copy else None)
+            ctx.dtypes = weight_VE.dtype, bias_V.dtype, None if copy_logits_M is None else copy_logits_M.dtype
         ctx.mark_non_differentiable(losses_M, best_M, samples_M)
         return losses_M.sum(), losses_M, best_M, samples_M
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
+        grad_hidden, grad_weight, grad_bias, grad_copy = ctx.saved_tensors
+        weight_dtype, bias_dtype, copy_dtype = ctx.dtypes
         scale = grads[0]
         return (
             (grad_hidden.float() * scale).to(grad_hidden.dtype),  # in half precision the scale would be rounded too
             (grad_weight * scale).to(weight_dtype),
             (grad_bias * scale).to(bias_dtype),
-            *[None] * 6,
+            *[None] * 5,
+            None if grad_copy is None else (grad_copy * scale).to(copy_dtype),
+            None,
+            None,
         )
+
+
+def _with_copy(
+    losses_M: torch.Tensor, copy_logits_M: torch.Tensor, is_original_M: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the losses under the copy mechanism, their derivatives by those of the softmax, and by the copy logits.
+
+    With p = c [input = target] + (1 - c) q, -log p is computed from logarithms, so that it is accurate for a c near 0
+    or 1. Its derivative by -log q is (1 - c) q / p, and by c's logit it is (1 - c) q / p - (1 - c).
+    """
+    predicted_M = functional.logsigmoid(-copy_logits_M) - losses_M
+    copied_M = torch.where(is_original_M, functional.logsigmoid(copy_logits_M), -torch.inf)
+    log_p_M = torch.logaddexp(copied_M, predicted_M)
+    share_M = torch.exp(predicted_M - log_p_M)
+    return -log_p_M, share_M, share_M - torch.sigmoid(-copy_logits_M)
 
 
 def _pieces(hidden_ME: torch.Tensor, vocab_size: int) -> list[slice]:
@@ -157,7 +205,7 @@ def sample_tokens(weights_MV: torch.Tensor, noise_keys_M: torch.Tensor, column_k
     return torch.cat(samples)
 
 
-class GeneratorHead(nn.Module):
+class TokenHead(nn.Module):
     """Predicts tokens: dense, GELU, LayerNorm, then logits from the token table and a bias."""
 
     def __init__(self, config: EncoderConfig, word_embeddings: nn.Embedding) -> None:
@@ -171,12 +219,13 @@ class GeneratorHead(nn.Module):
         self,
         hidden_MH: torch.Tensor,
         targets_M: torch.Tensor,
-        noise_keys_M: torch.Tensor,
-        column_keys_V: torch.Tensor,
-        temperature: torch.Tensor | None,
+        noise_keys_M: torch.Tensor | None = None,
+        column_keys_V: torch.Tensor | None = None,
+        temperature: torch.Tensor | None = None,
         counts_M: torch.Tensor | None = None,
+        copy: Copy | None = None,
     ) -> Prediction:
-        """Return loss and samples for the hidden states at the masked positions."""
+        """Return loss and samples for the hidden states of some positions. The arguments are as in `predict_tokens`."""
         return predict_tokens(
             self.transform(hidden_MH),
             self.decoder.weight,
@@ -186,6 +235,7 @@ class GeneratorHead(nn.Module):
             column_keys_V,
             temperature,
             counts_M,
+            copy,
         )
 
     def transform(self, hidden_MH: torch.Tensor) -> torch.Tensor:

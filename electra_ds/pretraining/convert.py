@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import nn
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.core.errors import DataError
@@ -57,21 +59,26 @@ def transformers_config(config: EncoderConfig) -> ElectraConfig:
     )
 
 
-def generator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors of `Electra.state_dict` (or gradients by the same names) under `ElectraForMaskedLM`'s names."""
-    return dict(_under_their_names(tensors, "generator"))
+def generator_tensors(tensors: Mapping[str, torch.Tensor], network: str = "generator") -> dict[str, torch.Tensor]:
+    """Return tensors of a model's `state_dict` (or gradients by the same names) under `ElectraForMaskedLM`'s names.
+
+    network: the attribute with the encoder; its head is NETWORK_head.
+    """
+    return dict(_under_their_names(tensors, network, "generator"))
 
 
 def discriminator_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return tensors of `Electra.state_dict` under `ElectraForPreTraining`'s names."""
-    return dict(_under_their_names(tensors, "discriminator"))
+    return dict(_under_their_names(tensors, "discriminator", "discriminator"))
 
 
-def _under_their_names(tensors: Mapping[str, torch.Tensor], network: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _under_their_names(
+    tensors: Mapping[str, torch.Tensor], network: str, role: Literal["generator", "discriminator"]
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if module.startswith(f"{network}_head."):
-            yield f"{_HEADS[module]}.{kind}", tensor
+            yield f"{_HEADS[f'{role}{module.removeprefix(network)}']}.{kind}", tensor
         elif module.startswith(f"{network}.layers."):
             _, _, index, part = module.split(".")
             layer = f"electra.encoder.layer.{index}"
@@ -112,14 +119,22 @@ def _under_our_names(tensors: Mapping[str, torch.Tensor], network: str) -> Itera
             yield f"{_OUR_HEADS[module]}.{kind}", tensor
 
 
-def to_transformers(model: Electra) -> tuple[ElectraForMaskedLM, ElectraForPreTraining]:
-    """Return transformers' generator and discriminator with copies of the model's weights."""
-    tensors = {name: tensor.detach().float().clone() for name, tensor in model.state_dict().items()}
-    generator = ElectraForMaskedLM(transformers_config(model.generator.config))
-    discriminator = ElectraForPreTraining(transformers_config(model.discriminator.config))
-    generator.load_state_dict(generator_tensors(tensors), strict=True)
-    discriminator.load_state_dict(discriminator_tensors(tensors), strict=True)
-    return generator.eval(), discriminator.eval()
+def masked_lm(model: nn.Module, network: str) -> ElectraForMaskedLM:
+    """Return one of a model's networks that predict tokens, with copies of its weights. network: its attribute."""
+    exported = ElectraForMaskedLM(transformers_config(getattr(model, network).config))
+    exported.load_state_dict(generator_tensors(_copies(model), network), strict=True)
+    return exported.eval()
+
+
+def discriminator(model: Electra) -> ElectraForPreTraining:
+    """Return the discriminator, with copies of its weights."""
+    exported = ElectraForPreTraining(transformers_config(model.discriminator.config))
+    exported.load_state_dict(discriminator_tensors(_copies(model)), strict=True)
+    return exported.eval()
+
+
+def _copies(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().float().clone() for name, tensor in model.state_dict().items()}
 
 
 _OURS = ("*.safetensors", "pytorch_model*.bin")

@@ -1,4 +1,4 @@
-"""Selecting the tokens that the generator predicts, and those that it sees as [MASK].
+"""Selecting the tokens to predict, and those that are shown as [MASK].
 
 Each batch has one random source, and each draw uses 32 random bits per token: a draw with probability p succeeds if
 they are below p * 2^32. Shape suffixes: B sequences of the global batch, T positions.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from electra_ds.config.recipe import MaskingSection
+from electra_ds.config.recipe import MaskingSection, SelectionSection
 from electra_ds.core.keyed_random import random_bits
 
 
@@ -33,7 +33,7 @@ def choose_masks(
     maskable_BT: np.ndarray,
     lengths_B: np.ndarray,
     rng: np.random.Generator,
-    masking: MaskingSection,
+    masking: SelectionSection,
 ) -> Masks:
     """Choose the masks of a global batch.
 
@@ -54,10 +54,11 @@ def choose_masks(
         last = np.take_along_axis(np.sort(noise_BT, axis=1), wanted[:, None] - 1, axis=1)
         selected = (noise_BT <= last) & maskable_BT
         masked = (random_bits(rng, batch, length) <= _highest(masking.mask_token_share)) & selected
-    return Masks(selected, masked, selected if masking.replace_at == "selected" else masked)
+    only_masked = isinstance(masking, MaskingSection) and masking.replace_at == "masked"
+    return Masks(selected, masked, masked if only_masked else selected)
 
 
-def selected_limit(masking: MaskingSection, num_sequences: int, length: int) -> int:
+def selected_limit(masking: SelectionSection, num_sequences: int, length: int) -> int:
     """Return a number of selected positions that fewer than one in 1e9 batches of full sequences exceed.
 
     `bernoulli`: mean plus six standard deviations, rounded up to a multiple of 64 for efficient matrix products.

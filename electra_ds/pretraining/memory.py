@@ -1,6 +1,6 @@
 """Predicting the memory that a training step needs, from sizes alone, before anything runs.
 
-Memory peaks at one of three moments: while the generator's head processes its logits, when the backward pass begins and
+Memory peaks at one of three moments: while a head processes its logits, when the backward pass begins and
 every activation still exists, or in the optimizer's update. Tensors saved for the backward pass are counted one by one
 for full rows (the longest batch), and tests compare the counts with autograd's. The memory of DeepSpeed at ZeRO stages
 1 to 3 follows its documentation and is less accurate.
@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import ElectraRecipe, Recipe, electra_recipe
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.model.heads import CPU_NOISE_BYTES, CPU_PIECE_BYTES, GPU_PIECE_BYTES
-from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.masking import selected_limit
+from electra_ds.pretraining.step_shape import Network, StepShape
 
 Kernels = Literal["cpu", "cuda"]
 """The device whose kernels run: on a CPU attention with dropout keeps its probabilities, on a GPU it is fused."""
@@ -37,22 +35,19 @@ _FP32, _HALF, _INT64 = 4, 2, 8
 _CUBLAS_WORKSPACE = 2 * 32 * 2**20
 
 
-class ParameterCounts(NamedTuple):
-    """Numbers of parameters; shared ones count for the discriminator."""
-
-    discriminator: int
-    generator: int
-
-
 class SavedBytes(NamedTuple):
     """Bytes that autograd keeps for the backward pass of one micro-batch, excluding parameters."""
 
-    generator: int
-    head: int
-    """The generator's head, mostly the gradient of the token table."""
-    discriminator: int
+    encoders: tuple[int, ...]
+    """Of each network, including a head with one logit for each position; 0 if it is not trained."""
+    heads: tuple[int, ...]
+    """Of each network's prediction of tokens, mostly the gradient of the token table."""
     weight_copies: int
     """Half-precision copies of fp32 weights, which autocast makes."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.encoders) + sum(self.heads) + self.weight_copies
 
 
 class Phase(NamedTuple):
@@ -64,7 +59,7 @@ class Phase(NamedTuple):
     """fp32 masters if the weights are in half precision, and AdamW's two moments."""
     activations: int
     logits: int
-    """The current piece of the generator's logits, with its softmax and noise."""
+    """The current piece of a head's logits, with its softmax and noise."""
     workspace: int
     """Gradients of activations, fp32 copies of gradients, cuBLAS."""
     buffers: int
@@ -104,65 +99,28 @@ class PeakMemory:
         return self.card_bytes if kernels == "cuda" else self.allocated_bytes + self.host_bytes
 
 
-def count_parameters(recipe: Recipe, vocab_size: int) -> ParameterCounts:
-    """Return the sizes of ELECTRA's two networks, without building them. Raises ConfigError for another objective."""
-    recipe = electra_recipe(recipe)
-    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
-    embedding, hidden = generator.embedding_size, generator.hidden_size
-    token_table = vocab_size * embedding
-    embeddings = token_table + (generator.max_position_embeddings + generator.type_vocab_size + 2) * embedding
-    shared = {"embeddings": embeddings, "tokens": token_table, "none": 0}
-    own = embeddings + _encoder_parameters(generator)
-    own = 0 if recipe.generator.sharing == "all" else own - shared[recipe.generator.sharing]
-    head = (hidden + 1) * embedding + 2 * embedding + vocab_size
-    wide = discriminator.hidden_size
-    return ParameterCounts(
-        discriminator=embeddings + _encoder_parameters(discriminator) + (wide + 1) * wide + wide + 1,
-        generator=own + head,
-    )
-
-
-def _encoder_parameters(config: EncoderConfig) -> int:
-    """Return the number of parameters of the projection and the layers."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    projection = (config.embedding_size + 1) * hidden if config.embedding_size != hidden else 0
-    attention = 4 * (hidden + 1) * hidden
-    feed_forward = (hidden + 1) * inner + (inner + 1) * hidden
-    return projection + config.num_hidden_layers * (attention + feed_forward + 4 * hidden)
-
-
 def saved_bytes(
-    recipe: Recipe,
-    vocab_size: int,
-    micro_batch_size: int,
-    precision: str,
-    kernels: Kernels,
-    checkpointed_layers: int = 0,
+    shape: StepShape, rows: int, precision: str, kernels: Kernels, checkpointed_layers: int = 0
 ) -> SavedBytes:
-    """Return the bytes for a micro-batch of full rows with `selected_limit` positions.
+    """Return the bytes for a micro-batch of full rows with `StepShape.selected` positions.
 
     precision: one of the names of `config.deepspeed_sections.Precision`.
     """
-    return _Sizes(electra_recipe(recipe), vocab_size, micro_batch_size, precision, kernels, checkpointed_layers).saved()
+    return _Sizes(shape, rows, precision, kernels, checkpointed_layers).saved()
+
+
+def encoder_bytes(shape: StepShape, rows: int, precision: str) -> list[int]:
+    """Return the bytes of each network's activations on a GPU, as if every network were trained."""
+    sizes = _Sizes(shape, rows, precision, "cuda", checkpointed_layers=0)
+    return [sizes.encoder(network) for network in shape.networks]
 
 
 class _Sizes:
     """The bytes that one micro-batch saves for the backward pass."""
 
-    def __init__(
-        self,
-        recipe: ElectraRecipe,
-        vocab_size: int,
-        micro_batch_size: int,
-        precision: str,
-        kernels: Kernels,
-        checkpointed_layers: int,
-    ) -> None:
-        self.generator_config, self.discriminator_config = encoder_configs(recipe, vocab_size, 0)
-        self.has_one_encoder = recipe.generator.sharing == "all"
-        self.rows, self.length = micro_batch_size, recipe.data.sequence_length
-        self.tokens = self.rows * self.length
-        self.selected = selected_limit(recipe.masking, self.rows, self.length)
+    def __init__(self, shape: StepShape, rows: int, precision: str, kernels: Kernels, checkpointed_layers: int) -> None:
+        self.shape, self.rows, self.length = shape, rows, shape.length
+        self.tokens, self.selected = rows * shape.length, shape.selected(rows)
         self.element = _FP32 if precision == "fp32" else _HALF  # in matrix products
         self.is_autocast = precision.startswith("autocast")
         # Mean and reciprocal deviation of a LayerNorm's row: in half precision only on a CPU with half weights.
@@ -171,34 +129,46 @@ class _Sizes:
         self.checkpointed_layers = checkpointed_layers
 
     def saved(self) -> SavedBytes:
-        generator, discriminator = self.generator_config, self.discriminator_config
-        embedding, vocab_size = generator.embedding_size, generator.vocab_size
-        head = self.selected * (generator.hidden_size + 3 * embedding) * self.element
-        head += self.selected * (self.statistics + _INT64) + vocab_size * (embedding + 1) * _FP32
-        # The discriminator's head: its input, GELU's input and output; then logits, labels and counted positions.
-        judging = self.tokens * (3 * discriminator.hidden_size * self.element + 2 * _FP32 + 2 * _MASK)
         return SavedBytes(
-            generator=self._encoder(generator),
-            head=head,
-            discriminator=self._encoder(discriminator) + judging,
+            encoders=tuple(self.encoder(network) if network.is_trained else 0 for network in self.shape.networks),
+            heads=tuple(self._token_head(network) if network.is_trained else 0 for network in self.shape.networks),
             weight_copies=self._weight_copies() if self.is_autocast else 0,
         )
 
-    def _weight_copies(self) -> int:
-        """Return the bytes of the matrices that autocast casts."""
-        generator, discriminator = self.generator_config, self.discriminator_config
-        elements = generator.hidden_size * generator.embedding_size + discriminator.hidden_size**2
-        for config in (discriminator,) if self.has_one_encoder else (generator, discriminator):
-            elements += config.num_hidden_layers * 4 * config.hidden_size**2
-            if config.embedding_size != config.hidden_size:
-                elements += config.embedding_size * config.hidden_size
-        return elements * _HALF
+    def positions(self, network: Network) -> int:
+        return self.shape.positions(network, self.tokens, self.selected)
 
-    def _encoder(self, config: EncoderConfig) -> int:
+    def encoder(self, network: Network) -> int:
+        """Return the bytes of a network without its prediction of tokens, if it is trained."""
+        config = network.config
+        # A judging head: its input, GELU's input and output; then logits, labels and counted positions.
+        judging = self.tokens * (3 * config.hidden_size * self.element + 2 * _FP32 + 2 * _MASK)
         layers = config.num_hidden_layers
         again = min(self.checkpointed_layers, layers)
         inputs = again * self.tokens * config.hidden_size * self._norm_input(config)
-        return self._embeddings(config) + inputs + (layers - again) * self.layer(config)
+        saved = self._embeddings(config) + inputs + (layers - again) * self.layer(config)
+        return saved + (judging if network.judges else 0)
+
+    def _token_head(self, network: Network) -> int:
+        positions, config = self.positions(network), network.config
+        if not positions:
+            return 0
+        embedding, vocab_size = config.embedding_size, config.vocab_size
+        head = positions * (config.hidden_size + 3 * embedding) * self.element
+        return head + positions * (self.statistics + _INT64) + vocab_size * (embedding + 1) * _FP32
+
+    def _weight_copies(self) -> int:
+        """Return the bytes of the matrices that autocast casts."""
+        elements = 0
+        for network in self.shape.networks:
+            config = network.config
+            elements += config.hidden_size * config.embedding_size if network.predicts_at != "none" else 0
+            elements += config.hidden_size**2 if network.judges else 0
+            if network.has_own_encoder:
+                elements += config.num_hidden_layers * 4 * config.hidden_size**2
+                if config.embedding_size != config.hidden_size:
+                    elements += config.embedding_size * config.hidden_size
+        return elements * _HALF
 
     def _embeddings(self, config: EncoderConfig) -> int:
         size = config.embedding_size
@@ -232,40 +202,47 @@ class _Sizes:
         return queries * _FP32
 
 
-def peak_memory(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, kernels: Kernels = "cuda") -> PeakMemory:
-    """Return the memory of an ELECTRA step with a plan, on each rank. Raises ConfigError for another objective."""
-    recipe = electra_recipe(recipe)
+def peak_memory(shape: StepShape, plan: DeepSpeedPlan, kernels: Kernels = "cuda") -> PeakMemory:
+    """Return the memory of a step with a plan, on each rank."""
     batch, precision = plan.batch, plan.precision.name
-    sizes = _Sizes(recipe, vocab_size, batch.micro_batch_size, precision, kernels, plan.checkpointed_layers)
-    saved, discriminator = sizes.saved(), sizes.discriminator_config
-    state = training_state(sum(count_parameters(recipe, vocab_size)), plan)
+    sizes = _Sizes(shape, batch.micro_batch_size, precision, kernels, plan.checkpointed_layers)
+    saved, last = sizes.saved(), shape.networks[-1].config
+    state = training_state(shape.trained_parameters, plan, shape.frozen_parameters)
     accumulates = batch.gradient_accumulation_steps > 1 or plan.stage > 0
     early_gradients = state.gradients if accumulates else 0
     cublas = _CUBLAS_WORKSPACE if kernels == "cuda" else 0
-    during_head = saved.generator + saved.head + saved.weight_copies
-    # In the feed-forward: GELU's result or gradient, and its input's gradient. The head's memory is free by then.
-    inner = 2 * sizes.tokens * (discriminator.intermediate_size - discriminator.hidden_size) * sizes.element
-    again = sizes.layer(discriminator) if plan.checkpointed_layers >= discriminator.num_hidden_layers else 0
-    # The head accumulates the token table's half-precision gradient in fp32, so both exist.
-    product = vocab_size * discriminator.embedding_size * _HALF if sizes.element == _HALF else 0
+    # In the feed-forward: GELU's result or gradient, and its input's gradient. The heads' memory is free by then.
+    inner = 2 * sizes.tokens * (last.intermediate_size - last.hidden_size) * sizes.element
+    again = sizes.layer(last) if plan.checkpointed_layers >= last.num_hidden_layers else 0
 
     def phase(gradients: int, activations: int = 0, logits: int = 0, workspace: int = 0) -> Phase:
         return Phase(state.weights, gradients, state.optimizer, activations, logits, cublas + workspace, state.buffers)
 
+    heads = []
+    for index, network in enumerate(shape.networks):
+        positions, config = sizes.positions(network), network.config
+        if positions:
+            until_here = sum(saved.encoders[: index + 1]) + sum(saved.heads[: index + 1]) + saved.weight_copies
+            # The head accumulates the token table's half-precision gradient in fp32, so both exist.
+            accumulated = network.is_trained and sizes.element == _HALF
+            product = config.vocab_size * config.embedding_size * _HALF if accumulated else 0
+            logits = _logits(shape, network, positions, kernels)
+            heads.append(phase(early_gradients, until_here, logits, workspace=product))
     return PeakMemory(
-        head=phase(
-            early_gradients, during_head, _logits(recipe, vocab_size, sizes.selected, kernels), workspace=product
-        ),
-        backward=phase(early_gradients, sum(saved), workspace=max(0, inner) + again),
+        head=max(heads, key=lambda each: each.total),
+        backward=phase(early_gradients, saved.total, workspace=max(0, inner) + again),
         update=phase(state.gradients, workspace=state.update),
         host_bytes=state.host,
     )
 
 
-def _logits(recipe: ElectraRecipe, vocab_size: int, selected: int, kernels: Kernels) -> int:
+def _logits(shape: StepShape, network: Network, positions: int, kernels: Kernels) -> int:
     """Return the bytes of fp32 logits, their softmax (two if the temperature is not 1), and the noise."""
-    piece = min(selected, _piece_rows(vocab_size, kernels)) * vocab_size * _FP32
-    softmaxes = 1 if recipe.generator.temperature == 1.0 else 2
+    vocab_size = network.config.vocab_size
+    piece = min(positions, _piece_rows(vocab_size, kernels)) * vocab_size * _FP32
+    if not network.draws:
+        return 2 * piece
+    softmaxes = 2 if shape.has_temperature else 1
     return (1 + softmaxes) * piece + 2 * (piece if kernels == "cuda" else min(piece, CPU_NOISE_BYTES))
 
 
@@ -296,8 +273,11 @@ class TrainingState(NamedTuple):
         return self.weights + self.gradients + self.optimizer
 
 
-def training_state(parameters: int, plan: DeepSpeedPlan) -> TrainingState:
-    """Return the memory of the training state of any model with this many parameters."""
+def training_state(parameters: int, plan: DeepSpeedPlan, frozen: int = 0) -> TrainingState:
+    """Return the memory of the training state of any model with this many parameters.
+
+    frozen: the number of further ones that are not trained, which every rank holds.
+    """
     width = _HALF if plan.precision.name in ("fp16", "bf16") else _FP32
     ranks, zero = plan.batch.world_size, plan.document["zero_optimization"]
     masters = parameters * _FP32 if width == _HALF else 0
@@ -305,11 +285,12 @@ def training_state(parameters: int, plan: DeepSpeedPlan) -> TrainingState:
     if plan.stage == 0:
         flat = parameters * _FP32 if width == _HALF else 0  # the gradients in fp32
         reduced = parameters * width if ranks > 1 else 0  # the flattened gradients for the collective
-        return TrainingState(parameters * width, parameters * width, masters + moments, 0, max(flat, reduced), 0)
+        weights = (parameters + frozen) * width
+        return TrainingState(weights, parameters * width, masters + moments, 0, max(flat, reduced), 0)
     # Stages 1 to 3 follow DeepSpeed's ZeRO tutorial: fp32 masters in every precision, all state sharded. The weights of
     # stage 3 are sharded too, but gathered and kept while the card has room for them.
-    weights = parameters * width
-    gradients = weights // (ranks if plan.stage >= 2 else 1)
+    weights = (parameters + frozen) * width
+    gradients = parameters * width // (ranks if plan.stage >= 2 else 1)
     optimizer = (parameters * _FP32 + moments) // ranks
     copies = 2 if plan.stage < 3 and zero.get("overlap_comm") else 1
     buckets = copies * int(zero["reduce_bucket_size"]) * width  # allocated in full, however small the model is

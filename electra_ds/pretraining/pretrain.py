@@ -115,8 +115,8 @@ class PretrainLoop(TrainingLoop):
             self._evaluations.append(metrics | {"step": self.step})
             collapsed_at = self._look_for_collapse()
             if collapsed_at is not None:
-                hint = "" if self.early_status else ", and --stop-on-collapse would end the run"
-                _log.info(f"{self.objective.describe_collapse(collapsed_at)}{hint}.")
+                hint = "" if self.early_status else " --stop-on-collapse would end the run here."
+                _log.info(f"{self.objective.describe_collapse(collapsed_at, self._evaluations)}{hint}")
         return metrics
 
     def _look_for_collapse(self) -> int | None:

@@ -25,60 +25,56 @@ import torch
 
 from electra_ds.config.cards import Card, find_card, peak_flops
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.core import devices
 from electra_ds.model.encoder import EncoderConfig
-from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.masking import selected_limit
-from electra_ds.pretraining.memory import count_parameters, head_pieces, saved_bytes
+from electra_ds.pretraining.memory import encoder_bytes, head_pieces
+from electra_ds.pretraining.step_shape import StepShape
 
-# The backward pass of a product has two products, one for each factor's gradient. Neither can be left out anywhere,
-# since even the first product's input, the embeddings, is trained.
+# The backward pass of a product has two products, one for each factor's gradient. In a trained network neither can be
+# left out anywhere, since even the first product's input, the embeddings, is trained.
 _PASSES = 3
 
 
-class StepFlops(NamedTuple):
-    """FLOPs of the forward pass, by part."""
+class NetworkFlops(NamedTuple):
+    """FLOPs of one network's forward pass, by part."""
 
-    generator_encoder: int
+    encoder: int
     """Products with the layers' weights."""
-    generator_attention: int
+    attention: int
     """Products of queries with keys, and of attention weights with values."""
-    generator_head: int
-    discriminator_encoder: int
-    discriminator_attention: int
-    discriminator_head: int
-    embedding_projections: int
-    """Projections from the embedding size to the hidden size, in both networks; 0 if the sizes are equal."""
-
-    @property
-    def forward(self) -> int:
-        return sum(self)
-
-    @property
-    def forward_and_backward(self) -> int:
-        return _PASSES * self.forward
+    head: int
+    projection: int
+    """From the embedding size to the hidden size; 0 if the sizes are equal."""
 
 
-def step_flops(
-    generator: EncoderConfig, discriminator: EncoderConfig, lengths_B: Sequence[int] | np.ndarray, selected: int
-) -> StepFlops:
-    """Return the FLOPs of a step over B sequences of these lengths, with `selected` tokens to predict.
+class StepFlops(NamedTuple):
+    """FLOPs of a step."""
+
+    networks: dict[str, NetworkFlops]
+    """Of the forward pass, by network."""
+    forward: int
+    forward_and_backward: int
+    """A network that is not trained has no backward pass."""
+
+
+def step_flops(shape: StepShape, lengths_B: Sequence[int] | np.ndarray, selected: int) -> StepFlops:
+    """Return the FLOPs of a step over B sequences of these lengths, with `selected` selected tokens.
 
     Padding does not count, even if it is computed. transformers' classes compute vocabulary logits at every position,
     so for them `selected` is the number of tokens.
     """
     tokens, pairs = int(np.sum(lengths_B)), int(np.square(lengths_B, dtype=np.int64).sum())
-    embedding, hidden = generator.embedding_size, generator.hidden_size
-    return StepFlops(
-        generator_encoder=_encoder(generator, tokens),
-        generator_attention=_attention(generator, pairs),
-        generator_head=2 * selected * embedding * (hidden + generator.vocab_size),
-        discriminator_encoder=_encoder(discriminator, tokens),
-        discriminator_attention=_attention(discriminator, pairs),
-        discriminator_head=2 * tokens * discriminator.hidden_size * (discriminator.hidden_size + 1),
-        embedding_projections=_projection(generator, tokens) + _projection(discriminator, tokens),
-    )
+    networks, forward, everything = {}, 0, 0
+    for network in shape.networks:
+        config = network.config
+        predicted = shape.positions(network, tokens, selected)
+        head = 2 * predicted * config.embedding_size * (config.hidden_size + config.vocab_size)
+        head += 2 * tokens * config.hidden_size * (config.hidden_size + 1) if network.judges else 0
+        parts = NetworkFlops(_encoder(config, tokens), _attention(config, pairs), head, _projection(config, tokens))
+        networks[network.name] = parts
+        forward += sum(parts)
+        everything += sum(parts) * (_PASSES if network.is_trained else 1)
+    return StepFlops(networks, forward, everything)
 
 
 def _encoder(config: EncoderConfig, tokens: int) -> int:
@@ -109,8 +105,8 @@ runs in tests/report/published/, and docs/performance.md lists them."""
 # attention, as multiples of the bytes saved for the backward pass and, for the head and its noise, of the fp32 logits.
 TRAFFIC_OF_SAVED, TRAFFIC_OF_LOGITS = 7, 41
 _TRAFFIC_OF_PARAMETER = 36  # bytes: weights, gradients, masters and moments read and written
-# Operations of a micro-batch, counted the same way: per layer, per piece of the head, and the rest.
-OPERATIONS = (36, 22, 130)
+# Operations of a micro-batch, counted the same way: per layer, per piece of a head, and the rest of a network.
+OPERATIONS = (36, 22, 65)
 _COMPUTED_AGAIN = 0.37  # share of a step's time to recompute all layers; measured on a CPU, docs/launching.md
 
 
@@ -126,7 +122,7 @@ class StepTime(NamedTuple):
         return max(self.products_s + self.traffic_s, self.host_s)
 
 
-def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
+def step_time(shape: StepShape, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
     """Return the time of a step with full rows on such cards; None if the card lacks the precision.
 
     It ignores torch.compile, which fuses operations, offloading, and communication between ranks.
@@ -134,33 +130,36 @@ def step_time(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan, card: Card) 
     peak = peak_flops(card, plan.precision.name)
     if peak is None:
         return None
-    batch, recipe = plan.batch, electra_recipe(recipe)
-    generator, discriminator = encoder_configs(recipe, vocab_size, 0)
-    of_rank = recipe.global_batch_size // batch.world_size
-    length = recipe.data.sequence_length
-    selected = selected_limit(recipe.masking, of_rank, length)
-    flops = step_flops(generator, discriminator, [length] * of_rank, selected).forward_and_backward
-    saved = saved_bytes(recipe, vocab_size, of_rank, plan.precision.name, "cuda")
-    traffic = TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
-    traffic += TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
-    traffic += _TRAFFIC_OF_PARAMETER * sum(count_parameters(recipe, vocab_size))
-    again = 1 + _COMPUTED_AGAIN * plan.checkpointed_layers / discriminator.num_hidden_layers
+    rows = shape.global_batch_size // plan.batch.world_size
+    tokens, selected = rows * shape.length, shape.selected(rows)
+    flops = step_flops(shape, [shape.length] * rows, selected).forward_and_backward
+    traffic = float(_TRAFFIC_OF_PARAMETER * shape.trained_parameters)
+    for network, saved in zip(shape.networks, encoder_bytes(shape, rows, plan.precision.name), strict=True):
+        logits = 4 * shape.positions(network, tokens, selected) * network.config.vocab_size
+        of_network = TRAFFIC_OF_SAVED * saved + TRAFFIC_OF_LOGITS * logits
+        traffic += of_network if network.is_trained else of_network / _PASSES
+    last = shape.networks[-1].config
+    again = 1 + _COMPUTED_AGAIN * plan.checkpointed_layers / last.num_hidden_layers
     return StepTime(
         products_s=again * flops / (peak * PRODUCT_EFFICIENCY),
         traffic_s=again * traffic / (card.bandwidth_gb_s * 1e9 * BANDWIDTH_EFFICIENCY),
-        host_s=again * step_operations(recipe, vocab_size, plan) * LAUNCH_S,
+        host_s=again * step_operations(shape, plan) * LAUNCH_S,
     )
 
 
-def step_operations(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan) -> int:
-    """Return the number of operations in the forward and backward passes of an ELECTRA step, on each rank."""
-    of_layer, of_piece, of_rest = OPERATIONS
-    batch, recipe = plan.batch, electra_recipe(recipe)
-    layers = sum(config.num_hidden_layers for config in encoder_configs(recipe, vocab_size, 0))
-    of_rank = recipe.global_batch_size // batch.world_size
-    selected = selected_limit(recipe.masking, of_rank, recipe.data.sequence_length)
-    pieces = head_pieces(vocab_size, selected // batch.gradient_accumulation_steps)
-    return (of_layer * layers + of_piece * pieces + of_rest) * batch.gradient_accumulation_steps
+def step_operations(shape: StepShape, plan: DeepSpeedPlan) -> int:
+    """Return the number of operations in the forward and backward passes of a step, on each rank."""
+    of_layer, of_piece, of_network = OPERATIONS
+    batch = plan.batch
+    rows = shape.global_batch_size // batch.world_size
+    tokens, selected = rows * shape.length, shape.selected(rows)
+    operations = 0
+    for network in shape.networks:
+        predicted = shape.positions(network, tokens, selected) // batch.gradient_accumulation_steps
+        pieces = head_pieces(network.config.vocab_size, predicted)
+        of_one = of_layer * network.config.num_hidden_layers + of_piece * pieces + of_network
+        operations += of_one if network.is_trained else of_one // _PASSES
+    return operations * batch.gradient_accumulation_steps
 
 
 CPU_SLOWER = (1.2, 6.0)
@@ -235,7 +234,7 @@ def finetuning_time(
     once in the forward pass and twice in the backward pass. tokens: per step, over all ranks.
     """
     flops = 6 * weights * tokens
-    operations = (OPERATIONS[0] * num_layers + OPERATIONS[2]) * plan.batch.gradient_accumulation_steps
+    operations = (OPERATIONS[0] * num_layers + 2 * OPERATIONS[2]) * plan.batch.gradient_accumulation_steps
     if device.type == "cpu":
         return cpu_time(steps * flops, steps * operations, threads, plan.batch.world_size)
     card = find_card(devices.device_name(device))

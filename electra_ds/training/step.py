@@ -27,6 +27,18 @@ class LossTerm(NamedTuple):
     """The divisor of its sum: the number of its terms in the global batch."""
 
 
+def moved(tensors: Mapping[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the tensors that are not None on another device. Copies to a GPU use pinned memory, so that the host does
+    not wait."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    return {name: move(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+
 class StepBatch(Protocol):
     """The global batch of one step, for any kind of training data."""
 

@@ -26,7 +26,7 @@ from electra_ds.config.names import ds_config_names
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.objectives.electra import ElectraBatch
+from electra_ds.pretraining.masked_batch import MaskedBatch
 from electra_ds.pretraining.plain import PlainEngine
 from tests.helpers import REPOSITORY, SHARED_DATA, builder_for, model_for, small_recipe
 
@@ -651,7 +651,7 @@ def test_every_json_runs_three_steps(store: TokenStore, path: Path, auto_fp16: b
     engine.close()
 
 
-def selected_per_micro_batch(batch: ElectraBatch, size: int) -> list[int]:
+def selected_per_micro_batch(batch: MaskedBatch, size: int) -> list[int]:
     return batch.masks.selected.sum(axis=1).reshape(-1, size).sum(axis=1).tolist()
 
 

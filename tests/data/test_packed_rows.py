@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from electra_ds.data.packing import packed_rows
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.electra import ElectraOutput, MicroBatch
-from electra_ds.pretraining.objectives.electra import ElectraBatch
+from electra_ds.pretraining.electra import ElectraOutput
+from electra_ds.pretraining.masked_batch import MaskedBatch, MicroBatch
 from tests.helpers import builder_for, model_for, small_recipe
 
 WIDTH = 32
@@ -61,7 +61,7 @@ def test_the_same_lengths_are_always_packed_alike() -> None:
     assert rows.starts_S.tolist() == [64, 0, 32, 73, 52, 82]  # 20 and 12 fill a row; the nines follow in their order
 
 
-def padded_and_packed(store: TokenStore, *overrides: str) -> tuple[ElectraBatch, MicroBatch, MicroBatch]:
+def padded_and_packed(store: TokenStore, *overrides: str) -> tuple[MaskedBatch, MicroBatch, MicroBatch]:
     batch = builder_for(store, small_recipe("global_batch_size=24", *overrides)).build(3)
     padded, packed = batch.micro_batch(0, 24, packed=False), batch.micro_batch(0, 24)
     assert len(packed.ids_BT) < len(padded.ids_BT)
@@ -79,7 +79,7 @@ def by_sequence(batch: MicroBatch, values_BT: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("segments", ["one", "two"])
 def test_tokens_masks_and_noise_keys_follow_their_sequences(store: TokenStore, segments: str) -> None:
     batch, padded, packed = padded_and_packed(store, f"data.segments={segments}")
-    for name in ("ids_BT", "generator_ids_BT", "counted_BT"):
+    for name in ("ids_BT", "masked_ids_BT", "counted_BT"):
         assert torch.equal(by_sequence(packed, getattr(packed, name)), by_sequence(padded, getattr(padded, name)))
     if segments == "two":
         assert packed.segments_BT is not None

@@ -16,9 +16,9 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
 from electra_ds.interop.export_deepspeed import export_deepspeed
 from electra_ds.interop.pretrained import find_sizes
-from electra_ds.pretraining.convert import to_transformers, transformers_config
+from electra_ds.pretraining.convert import transformers_config
 from electra_ds.pretraining.evaluation import load_model
-from tests.helpers import SMALL, model_for, small_recipe
+from tests.helpers import SMALL, model_for, small_recipe, to_transformers
 from tests.interop.test_deepspeed_checkpoint import Joint, only_checkpoint, portable, train_joint  # noqa: F401
 from tests.native_worker import config, plain_engine
 

@@ -38,7 +38,6 @@ from electra_ds.pretraining.convert import (
     from_discriminator_tensors,
     from_generator_tensors,
     generator_tensors,
-    to_transformers,
 )
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.evaluation import load_trained
@@ -46,7 +45,7 @@ from electra_ds.pretraining.plain import PlainEngine
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.training.checkpoint import load_checkpoint
 from electra_ds.training.prepare import plan_new
-from tests.helpers import SMALL, builder_for, model_for, small_recipe
+from tests.helpers import SMALL, builder_for, model_for, small_recipe, to_transformers
 from tests.pretrain_runs import CPU_JSON, has_trained, kill_when, run, start_arguments, train_losses
 from tests.pretraining.test_pretrain import imported
 

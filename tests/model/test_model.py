@@ -11,9 +11,10 @@ from transformers import AutoModel, AutoTokenizer, ElectraForMaskedLM, ElectraFo
 
 from electra_ds.config.recipe import Recipe
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.convert import discriminator_tensors, generator_tensors, to_transformers
-from electra_ds.pretraining.electra import Electra, MicroBatch, encoder_configs
-from tests.helpers import builder_for, model_for, small_recipe
+from electra_ds.pretraining.convert import discriminator_tensors, generator_tensors
+from electra_ds.pretraining.electra import Electra, encoder_configs
+from electra_ds.pretraining.masked_batch import MicroBatch
+from tests.helpers import builder_for, model_for, small_recipe, to_transformers
 
 RELATIVE = 1e-5
 
@@ -38,7 +39,7 @@ def case(store: TokenStore, *overrides: str) -> tuple[Recipe, Electra, MicroBatc
 def generator_logits(model: Electra, batch: MicroBatch) -> torch.Tensor:
     """[M, V], which the model itself never holds."""
     attend = batch.attention_mask()
-    hidden_BTH = model.generator(batch.generator_ids_BT, attend, batch.segments_BT, batch.positions_BT)
+    hidden_BTH = model.generator(batch.masked_ids_BT, attend, batch.segments_BT, batch.positions_BT)
     head = model.generator_head
     return head.decoder(head.transform(hidden_BTH.flatten(0, 1)[batch.selected_M]))
 
@@ -63,7 +64,7 @@ def test_logits_losses_and_gradients_equal_those_of_transformers(
     total.backward()
 
     generator, discriminator = to_transformers(model)
-    mlm_logits = generator(batch.generator_ids_BT, attention_mask=attention_mask, token_type_ids=types).logits
+    mlm_logits = generator(batch.masked_ids_BT, attention_mask=attention_mask, token_type_ids=types).logits
     targets = batch.ids_BT.flatten()[batch.selected_M]
     close(generator_logits(model, batch), mlm_logits.flatten(0, 1)[batch.selected_M].detach())
     mlm_loss = functional.cross_entropy(mlm_logits.flatten(0, 1)[batch.selected_M], targets, reduction="sum")
@@ -140,7 +141,7 @@ def test_padding_changes_nothing(store: TokenStore) -> None:
     assert batch.sequences_BT is not None
     changed = torch.where(batch.sequences_BT > 0, batch.ids_BT, 7)
     again = model(
-        batch._replace(ids_BT=changed, generator_ids_BT=torch.where(batch.sequences_BT > 0, batch.generator_ids_BT, 7))
+        batch._replace(ids_BT=changed, masked_ids_BT=torch.where(batch.sequences_BT > 0, batch.masked_ids_BT, 7))
     )
     close(again.generator_loss_sum, output.generator_loss_sum)
     close(again.discriminator_loss_sum, output.discriminator_loss_sum)
@@ -228,7 +229,7 @@ def test_an_exported_folder_opens_with_transformers_and_gives_the_same_outputs(
         encoder = AutoModel.from_pretrained(tmp_path / "d").eval()
         close(hidden[mask], encoder(batch.ids_BT, attention_mask=mask.long()).last_hidden_state[mask])
         mlm = ElectraForMaskedLM.from_pretrained(tmp_path / "g").eval()
-        logits = mlm(batch.generator_ids_BT, attention_mask=mask.long()).logits.flatten(0, 1)
+        logits = mlm(batch.masked_ids_BT, attention_mask=mask.long()).logits.flatten(0, 1)
         close(generator_logits(model, batch), logits[batch.selected_M])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "d")
     assert tokenizer("Abc de.")["input_ids"][1:-1] == store.tokenizer.encode_lines(["Abc de."])[0]

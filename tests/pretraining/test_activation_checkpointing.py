@@ -16,8 +16,9 @@ from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.electra import Electra, MicroBatch
+from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
+from electra_ds.pretraining.masked_batch import MicroBatch
 from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 from tests.memory_tracking import saved_for_backward
 from tests.training.test_engine import PRECISIONS

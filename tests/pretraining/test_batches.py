@@ -89,7 +89,7 @@ def test_micro_batches_of_any_size_hold_the_same_masks_and_random_numbers(
     batch = builder_for(store, small_recipe()).build(step)
     whole = batch.micro_batch(0, 8, packed=False)
     pieces = [batch.micro_batch(first, size, packed=False) for first in range(0, 8, size)]
-    for name in ("ids_BT", "generator_ids_BT", "counted_BT", "replaced_M", "noise_keys_M"):
+    for name in ("ids_BT", "masked_ids_BT", "counted_BT", "replaced_M", "noise_keys_M"):
         joined = np.concatenate([getattr(piece, name).numpy() for piece in pieces])
         np.testing.assert_equal(joined, getattr(whole, name).numpy())
     places = [piece.selected_M.numpy() + index * size * 32 for index, piece in enumerate(pieces)]

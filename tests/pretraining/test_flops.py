@@ -12,9 +12,10 @@ from transformers import ElectraForMaskedLM, ElectraForPreTraining
 from electra_ds.config.cards import CARDS, find_card, peak_flops
 from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.pretraining.convert import transformers_config
-from electra_ds.pretraining.electra import Electra, MicroBatch, encoder_configs
+from electra_ds.pretraining.electra import Electra, encoder_configs
+from electra_ds.pretraining.masked_batch import MicroBatch
 from electra_ds.pretraining.run_time import StepFlops, step_flops
-from tests.helpers import small_recipe
+from tests.helpers import shape_of, small_recipe
 
 VOCABULARY = 403
 SIZES = [
@@ -35,7 +36,7 @@ def micro_batch(rows: int, length: int, selected: int, *, padded: bool) -> Micro
     sequences_BT[:, length // 2 :] = 0
     return MicroBatch(
         ids_BT=ids_BT,
-        generator_ids_BT=ids_BT.clone(),
+        masked_ids_BT=ids_BT.clone(),
         selected_M=chosen_M,
         replaced_M=torch.ones(selected, dtype=torch.bool),
         noise_keys_M=torch.arange(selected, dtype=torch.int32),
@@ -64,7 +65,7 @@ def test_a_step_of_our_model_has_the_flops_that_torch_counts(
     rows: int, length: int, selected: int, overrides: tuple[str, ...], padded: bool
 ) -> None:
     recipe = small_recipe(*overrides)
-    expected = step_flops(*encoder_configs(recipe, VOCABULARY, 0), [length] * rows, selected)
+    expected = step_flops(shape_of(recipe, VOCABULARY), [length] * rows, selected)
     batch = micro_batch(rows, length, selected, padded=padded)
     assert counted_step(recipe, batch) == expected.forward_and_backward
 
@@ -74,29 +75,29 @@ def test_the_forward_pass_of_encoders_and_discriminator_has_the_flops_that_torch
     rows: int, length: int, selected: int, overrides: tuple[str, ...]
 ) -> None:
     recipe = small_recipe(*overrides)
-    generator, discriminator = encoder_configs(recipe, VOCABULARY, 0)
-    expected = step_flops(generator, discriminator, [length] * rows, selected)
+    expected = step_flops(shape_of(recipe, VOCABULARY), [length] * rows, selected)
     model = Electra(recipe, VOCABULARY, 0)
     ids_BT = micro_batch(rows, length, selected, padded=False).ids_BT
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.generator(ids_BT, None)
         model.discriminator_head(model.discriminator(ids_BT, None))
-    assert counter.get_total_flops() == expected.forward - expected.generator_head
+    assert counter.get_total_flops() == expected.forward - expected.networks["generator"].head
 
 
 @pytest.mark.parametrize(("rows", "length", "selected", "overrides"), SIZES)
 def test_a_step_of_transformers_has_the_flops_that_torch_counts(
     rows: int, length: int, selected: int, overrides: tuple[str, ...]
 ) -> None:
-    generator_config, discriminator_config = encoder_configs(small_recipe(*overrides), VOCABULARY, 0)
+    recipe = small_recipe(*overrides)
+    generator_config, discriminator_config = encoder_configs(recipe, VOCABULARY, 0)
     generator = ElectraForMaskedLM(eager(transformers_config(generator_config)))
     discriminator = ElectraForPreTraining(eager(transformers_config(discriminator_config)))
     batch = micro_batch(rows, length, selected, padded=False)
     labels_BT = torch.full_like(batch.ids_BT, -100)
     labels_BT.view(-1)[batch.selected_M] = batch.ids_BT.view(-1)[batch.selected_M]
-    expected = step_flops(generator_config, discriminator_config, [length] * rows, length * rows)
+    expected = step_flops(shape_of(recipe, VOCABULARY), [length] * rows, length * rows)
     with FlopCounterMode(display=False) as counter:
-        generated = generator(batch.generator_ids_BT, labels=labels_BT)
+        generated = generator(batch.masked_ids_BT, labels=labels_BT)
         judged = discriminator(batch.ids_BT, labels=(labels_BT == -100).long())
         assert counter.get_total_flops() == expected.forward
         (generated.loss + judged.loss).backward()
@@ -111,22 +112,23 @@ def eager(config):  # type: ignore[no-untyped-def]
 def rc2020_small_flops() -> tuple[StepFlops, StepFlops]:
     """(ours, transformers') of a step with 15 % of 128 x 128 positions selected."""
     recipe = load_recipe("rc2020-small", [])
-    configs = encoder_configs(recipe, recipe.tokenizer.vocab_size, 0)
+    shape = shape_of(recipe, recipe.tokenizer.vocab_size)
     rows, length = recipe.global_batch_size, recipe.data.sequence_length
     selected = round(recipe.masking.mlm_probability * rows * length)
     lengths_B = [length] * rows
-    return step_flops(*configs, lengths_B, selected), step_flops(*configs, lengths_B, rows * length)
+    return step_flops(shape, lengths_B, selected), step_flops(shape, lengths_B, rows * length)
 
 
 def test_the_step_of_electra_small_is_of_the_size_that_a_count_by_hand_gives() -> None:
     ours, theirs = rc2020_small_flops()
     tokens = 128 * 128
     # 12 layers, each with 4 H^2 + 2 H (4 H) = 12 H^2 weights at H = 256, and 2 x 128 H for attention
-    assert ours.discriminator_encoder == 2 * tokens * 12 * 12 * 256**2
-    assert ours.discriminator_attention == 2 * tokens * 12 * 2 * 128 * 256
-    assert ours.generator_encoder == ours.discriminator_encoder / 16
-    assert ours.generator_attention == ours.discriminator_attention / 4
-    assert ours.generator_head == 2 * 2458 * 128 * (64 + 30522)
+    generator, discriminator = ours.networks["generator"], ours.networks["discriminator"]
+    assert discriminator.encoder == 2 * tokens * 12 * 12 * 256**2
+    assert discriminator.attention == 2 * tokens * 12 * 2 * 128 * 256
+    assert generator.encoder == discriminator.encoder / 16
+    assert generator.attention == discriminator.attention / 4
+    assert generator.head == 2 * 2458 * 128 * (64 + 30522)
     assert ours.forward_and_backward / 1e9 == pytest.approx(1150.6, abs=0.05)
     assert theirs.forward_and_backward / 1e9 == pytest.approx(1477.7, abs=0.05)
 

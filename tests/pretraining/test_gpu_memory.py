@@ -18,11 +18,11 @@ from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import Ranges, TokenStore
 from electra_ds.pretraining.batches import BatchBuilder
+from electra_ds.pretraining.masked_batch import MaskedBatch
 from electra_ds.pretraining.memory import CONTEXT_BYTES, peak_memory
-from electra_ds.pretraining.objectives.electra import ElectraBatch
 from electra_ds.pretraining.prepare import fitting_plan
 from electra_ds.training.engine import has_bf16
-from tests.helpers import small_recipe
+from tests.helpers import shape_of, small_recipe
 from tests.pretraining.test_pretrain import train_losses
 from tests.training.test_out_of_memory import micro, train
 
@@ -44,7 +44,7 @@ def long_texts(folder: Path, vocab_size: int) -> TokenStore:
 
 
 @pytest.fixture(scope="module")
-def batches(tmp_path_factory: pytest.TempPathFactory) -> list[ElectraBatch]:
+def batches(tmp_path_factory: pytest.TempPathFactory) -> list[MaskedBatch]:
     store = long_texts(tmp_path_factory.mktemp("stores") / "long", VOCAB_SIZE)
     builder = BatchBuilder(store, Ranges(store.documents[:-1], store.documents[1:]), RECIPE, RECIPE.seed)
     return [builder.build(step) for step in range(memory.STEPS)]
@@ -62,7 +62,7 @@ def plan_of(recipe: Recipe, precision: str, **values: object) -> DeepSpeedPlan:
 
 @pytest.mark.parametrize(("ds_config", "gib"), [("gtx1060-6gb", 6), ("gtx1080ti-11gb", 11), ("t4-16gb", 16)])
 def test_the_shipped_json_trains_in_its_cards_memory_as_predicted(
-    ds_config: str, gib: int, batches: list[ElectraBatch], device: torch.device
+    ds_config: str, gib: int, batches: list[MaskedBatch], device: torch.device
 ) -> None:
     card = find_card(ds_config)
     assert card is not None
@@ -79,12 +79,12 @@ def test_the_shipped_json_trains_in_its_cards_memory_as_predicted(
 @pytest.mark.parametrize("size", [16, 64, 128])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_peak_of_a_real_step_is_within_a_tenth_of_the_models(
-    precision: str, size: int, batches: list[ElectraBatch], device: torch.device
+    precision: str, size: int, batches: list[MaskedBatch], device: torch.device
 ) -> None:
     if precision == "bf16" and not has_bf16(device):
         pytest.skip("this GPU has no bf16")
     plan = plan_of(RECIPE, precision).with_micro_batch(size)
-    if peak_memory(RECIPE, VOCAB_SIZE, plan).card_bytes > torch.cuda.mem_get_info(device)[1]:
+    if peak_memory(shape_of(RECIPE, VOCAB_SIZE), plan).card_bytes > torch.cuda.mem_get_info(device)[1]:
         pytest.skip("this GPU is too small")
     found = measure_case(Case("test", RECIPE, plan), batches, device, lambda: None)
     assert found["predicted_bytes"] == pytest.approx(found["measured_bytes"], rel=0.1)
@@ -93,9 +93,8 @@ def test_the_peak_of_a_real_step_is_within_a_tenth_of_the_models(
 def between(recipe: Recipe, vocab_size: int, plan: DeepSpeedPlan) -> float:
     """A memory in which half of the plan's micro-batch fits, the allocator's waste included, and the whole does not."""
     size = plan.batch.micro_batch_size
-    half, whole = (
-        peak_memory(recipe, vocab_size, plan.with_micro_batch(rows)).allocated_bytes for rows in (size // 2, size)
-    )
+    shape = shape_of(recipe, vocab_size)
+    half, whole = (peak_memory(shape, plan.with_micro_batch(rows)).allocated_bytes for rows in (size // 2, size))
     assert 1.25 * half < (half + whole) / 2 < 0.85 * whole
     return (half + whole) / 2
 
@@ -116,7 +115,7 @@ def test_a_run_whose_memory_runs_out_goes_on_with_the_losses_of_the_smaller_plan
 
 
 def test_the_micro_batch_that_is_found_to_fit_trains(
-    process_group: Ranks, batches: list[ElectraBatch], device: torch.device
+    process_group: Ranks, batches: list[MaskedBatch], device: torch.device
 ) -> None:
     plan = plan_of(RECIPE, "fp16")
     limit = between(RECIPE, VOCAB_SIZE, plan)

@@ -16,13 +16,10 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import run_time
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
-from electra_ds.pretraining.memory import (
-    count_parameters,
-    peak_memory,
-    saved_bytes,
-)
+from electra_ds.pretraining.memory import peak_memory, saved_bytes
 from electra_ds.pretraining.objectives.electra import ElectraObjective
-from tests.helpers import builder_for, model_for, small_recipe
+from electra_ds.pretraining.step_shape import StepShape
+from tests.helpers import builder_for, model_for, shape_of, small_recipe
 from tests.memory_tracking import DTYPES, Tracker, cuda_kernels_on_meta, saved_for_backward  # noqa: F401
 
 PRECISIONS = ("fp32", "bf16", "fp16", "autocast-bf16", "autocast-fp16")
@@ -56,7 +53,7 @@ def test_saved_bytes_of_the_shipped_recipes_are_those_that_autograd_saves(name: 
     recipe = load_recipe(name, [])
     vocab_size = recipe.tokenizer.vocab_size
     size = 1 if "fp16" in precision else 4  # a CPU takes its time over fp16
-    predicted = sum(saved_bytes(recipe, vocab_size, size, precision, "cpu"))
+    predicted = saved_bytes(shape_of(recipe, vocab_size), size, precision, "cpu").total
     assert predicted == pytest.approx(measured_saved_bytes(recipe, vocab_size, size, precision), rel=0.005)
 
 
@@ -87,7 +84,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 @given(recipes(), st.integers(300, 3000), st.sampled_from(PRECISIONS))
 def test_saved_bytes_of_any_recipe_are_within_three_percent(recipe: Recipe, vocab_size: int, precision: str) -> None:
     size = recipe.global_batch_size
-    predicted = sum(saved_bytes(recipe, vocab_size, size, precision, "cpu"))
+    predicted = saved_bytes(shape_of(recipe, vocab_size), size, precision, "cpu").total
     assert predicted == pytest.approx(measured_saved_bytes(recipe, vocab_size, size, precision), rel=0.03)
 
 
@@ -97,8 +94,8 @@ def test_parameters_are_counted_without_the_model(recipe: Recipe, vocab_size: in
     sizes = {True: 0, False: 0}
     for name, parameter in Electra(recipe, vocab_size, 0).named_parameters():
         sizes[name.startswith("discriminator")] += parameter.numel()
-    counts = count_parameters(recipe, vocab_size)
-    assert (counts.discriminator, counts.generator) == (sizes[True], sizes[False])
+    counts = ElectraObjective(recipe, vocab_size).parameter_counts()
+    assert counts == {"generator": sizes[False], "discriminator": sizes[True]}
 
 
 class Tracked:
@@ -143,11 +140,11 @@ def test_the_gpu_model_agrees_with_torchs_own_shapes(
     recipe = load_recipe(name, [f"global_batch_size={size}", *overrides])
     vocab_size = recipe.tokenizer.vocab_size
     tracked = Tracked(recipe, size, precision)
-    assert sum(saved_bytes(recipe, vocab_size, size, precision, "cuda")) == pytest.approx(
-        tracked.saved_bytes, rel=0.002
-    )
-    memory = peak_memory(recipe, vocab_size, plan_of(recipe, precision))
-    flat_gradients = 0 if precision == "fp32" else 4 * sum(count_parameters(recipe, vocab_size))
+    shape = shape_of(recipe, vocab_size)
+    saved = saved_bytes(shape, size, precision, "cuda")
+    assert saved.total == pytest.approx(tracked.saved_bytes, rel=0.002)
+    memory = peak_memory(shape, plan_of(recipe, precision))
+    flat_gradients = 0 if precision == "fp32" else 4 * shape.trained_parameters
     cublas = memory.update.workspace - flat_gradients
     of_passes = max(memory.head.total, memory.backward.total) - memory.backward.optimizer - cublas
     assert of_passes == pytest.approx(tracked.tracker.peak_bytes, rel=0.1)
@@ -159,12 +156,13 @@ def test_the_rooflines_traffic_and_operations_are_those_of_a_step(precision: str
     recipe = load_recipe("rc2020-small", [])
     vocab_size, size = recipe.tokenizer.vocab_size, recipe.global_batch_size
     tracked = Tracked(recipe, size, precision)
-    saved = saved_bytes(recipe, vocab_size, size, precision, "cuda")
+    shape = shape_of(recipe, vocab_size)
+    saved = saved_bytes(shape, size, precision, "cuda")
     selected = len(ElectraObjective(recipe, vocab_size).longest_micro_batch(size).selected_M)
-    traffic = run_time.TRAFFIC_OF_SAVED * (saved.generator + saved.discriminator)
+    traffic = run_time.TRAFFIC_OF_SAVED * sum(saved.encoders)
     traffic += run_time.TRAFFIC_OF_LOGITS * 4 * selected * vocab_size
     assert traffic == pytest.approx(tracked.tracker.traffic_bytes, rel=0.1)
-    operations = run_time.step_operations(recipe, vocab_size, plan_of(recipe, precision))
+    operations = run_time.step_operations(shape, plan_of(recipe, precision))
     assert operations == pytest.approx(tracked.tracker.operations, rel=0.1)
 
 
@@ -181,33 +179,34 @@ def test_the_largest_micro_batch_fits_and_the_next_larger_does_not() -> None:
     plan = plan_of(recipe, "fp16")
     sizes = [cut.micro_batch_size for cut in plan.batch.alternatives()]
     assert sizes == [96, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1]
-    peaks = [peak_memory(recipe, 30522, plan.with_micro_batch(size)).card_bytes for size in sizes]
+    shape = shape_of(recipe, 30522)
+    peaks = [peak_memory(shape, plan.with_micro_batch(size)).card_bytes for size in sizes]
     assert peaks == sorted(peaks, reverse=True)
     for size, peak in zip(sizes, peaks, strict=True):
-        found = _largest(plan, recipe, peak)
+        found = _largest(plan, shape, peak)
         assert found is not None
         assert found.batch.micro_batch_size == size
         assert found.document["gradient_accumulation_steps"] == 96 // size
-        smaller = _largest(plan, recipe, peak - 1)
+        smaller = _largest(plan, shape, peak - 1)
         assert smaller is None or smaller.batch.micro_batch_size < size
 
 
-def _largest(plan: DeepSpeedPlan, recipe: Recipe, free_bytes: int) -> DeepSpeedPlan | None:
-    return plan.with_largest_micro_batch(lambda cut: peak_memory(recipe, 30522, cut).card_bytes <= free_bytes)
+def _largest(plan: DeepSpeedPlan, shape: StepShape, free_bytes: int) -> DeepSpeedPlan | None:
+    return plan.with_largest_micro_batch(lambda cut: peak_memory(shape, cut).card_bytes <= free_bytes)
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_sharding_and_offloading_only_ever_save(name: str) -> None:
     recipe = load_recipe(name, [])
-    vocab_size = recipe.tokenizer.vocab_size
+    shape = shape_of(recipe, recipe.tokenizer.vocab_size)
     base = {"train_micro_batch_size_per_gpu": 1}
 
     def resting(world_size: int, **zero: object) -> int:
         plan = plan_of(recipe, "fp16", world_size, zero_optimization=zero, **base)
-        return peak_memory(recipe, vocab_size, plan).update.optimizer
+        return peak_memory(shape, plan).update.optimizer
 
     whole = resting(1, stage=0)
-    assert whole == 12 * sum(count_parameters(recipe, vocab_size))  # masters and two moments, 4 bytes each
+    assert whole == 12 * shape.trained_parameters  # masters and two moments, 4 bytes each
     assert resting(2, stage=1) == whole // 2
     assert resting(4, stage=2) == whole // 4
     assert resting(2, stage=3, offload_optimizer={"device": "cpu"}) == 0
@@ -249,6 +248,6 @@ def test_zeros_buffers_are_as_large_as_the_json_says_however_small_the_model(sto
             engine.train_step(builder_for(store, recipe).build(0), 0)
         engine.close()
         measured.append(tracker.peak_bytes)
-        predicted.append(peak_memory(recipe, store.tokenizer.vocab_size, plan, "cpu").update.buffers)
+        predicted.append(peak_memory(shape_of(recipe, store.tokenizer.vocab_size), plan, "cpu").update.buffers)
     assert measured[1] - measured[0] == pytest.approx(predicted[1] - predicted[0], rel=0.05)
     assert predicted[1] - predicted[0] == 4 * 2_000_000

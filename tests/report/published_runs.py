@@ -10,6 +10,7 @@ from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolv
 from electra_ds.config.deepspeed_sections import precision_section
 from electra_ds.config.recipe import Recipe, Section, load_recipe, load_yaml
 from electra_ds.pretraining.run_time import StepTime, step_time
+from tests.helpers import shape_of
 
 
 class PublishedMemory(Section):
@@ -83,7 +84,7 @@ def evidence() -> list[Evidence]:
                 assert run.sequences_per_s is not None
                 step_s = recipe.global_batch_size / run.sequences_per_s
             for precision, plan in {plan.precision.name: plan for plan in reversed(plans)}.items():
-                time = step_time(recipe, recipe.tokenizer.vocab_size, plan, card)
+                time = step_time(shape_of(recipe, recipe.tokenizer.vocab_size), plan, card)
                 assert time is not None, precision
                 found.append(Evidence(publication, run, recipe, precision, step_s, time))
     return found

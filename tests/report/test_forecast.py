@@ -19,7 +19,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.memory import Phase, peak_memory
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.report.forecast import GIB, Forecast, as_json, forecast
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, shape_of
 from tests.pretraining.test_pretrain import run
 from tests.report.published_runs import evidence, publications
 
@@ -151,7 +151,7 @@ def test_our_predicted_memory_is_below_that_of_published_runs() -> None:
         recipe = load_recipe(publication.recipe, publication.overrides)
         for theirs in publication.memory:
             cut = planned("gtx1080ti-11gb").plan.with_micro_batch(128 // theirs.gradient_accumulation_steps)
-            ours = peak_memory(recipe, recipe.tokenizer.vocab_size, cut)
+            ours = peak_memory(shape_of(recipe, recipe.tokenizer.vocab_size), cut)
             assert ours.card_bytes < theirs.memory_gb * 1e9
 
 

@@ -16,8 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from electra_ds.cli import build_parser
-from electra_ds.config.names import SWEEPS, shipped_names, shipped_text
-from electra_ds.config.recipe import load_yaml
+from electra_ds.config.names import SWEEPS, find_objective, shipped_names, shipped_text
+from electra_ds.config.recipe import OUR_RECIPES, Recipe, load_yaml
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.objectives.electra_evaluation import ALWAYS_ORIGINAL
@@ -104,6 +104,14 @@ def test_the_metrics_of_pretraining_are_those_of_its_evaluation() -> None:
     metrics = metrics_of("pretrain", {"recipe": "tiny"}, {})
     assert metrics[0] == "discriminator_auc"
     assert set(metrics) == set(ElectraObjective.metric_labels) - {ALWAYS_ORIGINAL}
+
+
+@pytest.mark.parametrize(("name", "recipe"), OUR_RECIPES.items())
+def test_a_recipes_metrics_are_known_before_its_objective_is_imported(name: str, recipe: type[Recipe]) -> None:
+    objective = find_objective(name)
+    assert objective.recipe_type is recipe
+    assert recipe.METRICS[0] == objective.main_metric
+    assert set(recipe.METRICS) == set(objective.metric_labels) - {ALWAYS_ORIGINAL}
 
 
 # --- domains

@@ -29,8 +29,9 @@ from electra_ds.core.ranks import Ranks
 from electra_ds.core.terminal import log_shown_on
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import prepare
-from electra_ds.pretraining.electra import Electra, MicroBatch
+from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.evaluation import Evaluator
+from electra_ds.pretraining.masked_batch import MicroBatch
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.prepare import fits_in_memory, fitting_plan, largest_fitting
 from electra_ds.pretraining.pretrain import PretrainLoop, pretrain

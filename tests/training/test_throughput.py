@@ -9,14 +9,13 @@ import torch
 
 from electra_ds.core import devices
 from electra_ds.data.token_store import TokenStore
-from electra_ds.model.encoder import EncoderConfig
-from electra_ds.pretraining.electra import encoder_configs
-from electra_ds.pretraining.objectives.electra import ElectraBatch
+from electra_ds.pretraining.masked_batch import MaskedBatch
 from electra_ds.pretraining.run_time import step_flops
+from electra_ds.pretraining.step_shape import StepShape
 from electra_ds.report.run_report import speed_line
 from electra_ds.training import step_log
 from electra_ds.training.step_log import Throughput, joint_peak_flops
-from tests.helpers import builder_for, small_recipe
+from tests.helpers import builder_for, shape_of, small_recipe
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -37,35 +36,35 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def flops_by(configs: tuple[EncoderConfig, EncoderConfig]) -> Callable[[ElectraBatch], float]:
-    return lambda batch: step_flops(*configs, batch.lengths_B, batch.num_selected).forward_and_backward
+def flops_by(shape: StepShape) -> Callable[[MaskedBatch], float]:
+    return lambda batch: step_flops(shape, batch.lengths_B, batch.num_selected).forward_and_backward
 
 
 def test_mfu_is_the_flops_of_the_steps_over_their_time_over_the_peak(store: TokenStore, clock: Clock) -> None:
     recipe = small_recipe()
-    configs = encoder_configs(recipe, store.info.vocab_size, store.tokenizer.pad_id)
+    shape = shape_of(recipe, store.info.vocab_size)
     batches = [builder_for(store, recipe).build(step) for step in range(3)]
     peak = 1e9
-    speed = Throughput(CPU, peak, flops_by(configs))
+    speed = Throughput(CPU, peak, flops_by(shape))
     for batch in batches[:2]:
         speed.count(batch)
     clock.now += 2.0
     with speed.paused():
         clock.now += 50.0  # an evaluation
     tokens = sum(batch.num_tokens for batch in batches[:2])
-    flops = sum(map(flops_by(configs), batches[:2]))
+    flops = sum(map(flops_by(shape), batches[:2]))
     assert speed.read() == {"tokens_per_s": round(tokens / 2), "mfu": round(flops / 2 / peak, 4)}
 
     speed.count(batches[2])
     clock.now += 4.0
-    flops = flops_by(configs)(batches[2])
+    flops = flops_by(shape)(batches[2])
     assert speed.read() == {"tokens_per_s": round(batches[2].num_tokens / 4), "mfu": round(flops / 4 / peak, 4)}
 
 
 def test_where_the_peak_is_not_known_there_is_no_mfu(store: TokenStore, clock: Clock) -> None:
     recipe = small_recipe()
-    configs = encoder_configs(recipe, store.info.vocab_size, store.tokenizer.pad_id)
-    speed = Throughput(CPU, joint_peak_flops(CPU, "fp32", 1), flops_by(configs))
+    shape = shape_of(recipe, store.info.vocab_size)
+    speed = Throughput(CPU, joint_peak_flops(CPU, "fp32", 1), flops_by(shape))
     speed.count(builder_for(store, recipe).build(0))
     clock.now += 1.0
     assert set(speed.read()) == {"tokens_per_s"}

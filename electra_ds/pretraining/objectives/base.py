@@ -35,8 +35,17 @@ from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.masking import before
-from electra_ds.pretraining.memory import Kernels, PeakMemory
-from electra_ds.pretraining.run_time import RunTime, StepTime, cpu_time, time_of_steps
+from electra_ds.pretraining.memory import Kernels, PeakMemory, peak_memory
+from electra_ds.pretraining.run_time import (
+    RunTime,
+    StepTime,
+    cpu_time,
+    step_flops,
+    step_operations,
+    step_time,
+    time_of_steps,
+)
+from electra_ds.pretraining.step_shape import StepShape
 from electra_ds.training.step import AutocastModel, StepBatch
 
 if TYPE_CHECKING:
@@ -201,9 +210,9 @@ class Objective(ABC, Generic[RecipeT]):
         """
         return None
 
-    def describe_collapse(self, step: int) -> str:
-        """Return the message for the step of a collapse: a sentence without a full stop."""
-        return f"Training has collapsed at step {step}"
+    def describe_collapse(self, step: int, evaluations: Sequence[Mapping[str, Any]]) -> str:
+        """Return the message for the step of a collapse. evaluations: as in `collapsed_at`."""
+        return f"Training has collapsed at step {step}."
 
     # Reports.
 
@@ -223,34 +232,43 @@ class Objective(ABC, Generic[RecipeT]):
     def exports(self, model: Any) -> Mapping[str, Export]:
         """Return the networks to export, with copies of their weights, by folder name."""
 
-    # Costs; None if the objective does not predict them.
+    # Costs, which follow from the shape of a step; None if the objective does not have one.
+
+    @property
+    def shape(self) -> StepShape | None:
+        """The sizes of a step."""
+        return None
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the number of parameters of each part of the model; by default there is one part."""
+        """Return the number of parameters of each network, the last one first, or of the model if there is no
+        `shape`."""
+        if self.shape is not None:
+            return {network.name: network.parameters for network in reversed(self.shape.networks)}
         with torch.device("meta"):
             model = self.build_model()
         return {"model": sum(parameter.numel() for parameter in model.parameters())}
 
     def flops(self, batch: Any) -> float | None:
-        """Return the model FLOPs of a step's forward and backward pass over a batch."""
-        return None
+        """Return the model FLOPs of a step's forward and backward pass over a batch, which has `lengths_B` and
+        `num_selected`."""
+        if self.shape is None:
+            return None
+        return step_flops(self.shape, batch.lengths_B, batch.num_selected).forward_and_backward
 
     def usual_flops(self) -> float | None:
         """Return the model FLOPs of a step over full rows."""
-        return None
-
-    def usual_operations(self, plan: DeepSpeedPlan) -> int:
-        """Return the number of operations of a step's forward and backward pass on each rank, which bound the speed of
-        a small model; 0 if they are not counted."""
-        return 0
+        if self.shape is None:
+            return None
+        rows, length = self.shape.global_batch_size, self.shape.length
+        return step_flops(self.shape, [length] * rows, self.shape.selected(rows)).forward_and_backward
 
     def step_time(self, plan: DeepSpeedPlan, card: Card) -> StepTime | None:
         """Return the roofline of a step over full rows on a card; None also if the card lacks the precision."""
-        return None
+        return None if self.shape is None else step_time(self.shape, plan, card)
 
     def peak_memory(self, plan: DeepSpeedPlan, kernels: Kernels) -> PeakMemory | None:
         """Return the memory that a step with a plan takes on each rank."""
-        return None
+        return None if self.shape is None else peak_memory(self.shape, plan, kernels)
 
     def run_time(self, plan: DeepSpeedPlan, device: torch.device, *, steps: int, threads: int | None) -> RunTime | None:
         """Return the predicted time of this many steps on this rank's device.
@@ -262,7 +280,7 @@ class Objective(ABC, Generic[RecipeT]):
             flops = self.usual_flops()
             if flops is None:
                 return None
-            operations = steps * self.usual_operations(plan)
+            operations = 0 if self.shape is None else steps * step_operations(self.shape, plan)
             return cpu_time(steps * flops, operations, threads or torch.get_num_threads(), plan.batch.world_size)
         card = find_card(devices.device_name(device))
         return time_of_steps(None if card is None else self.step_time(plan, card), steps)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,8 @@ import torch
 from rich.text import Text
 
 from electra_ds.data.tokenizer import Tokenizer
-from electra_ds.pretraining.electra import Electra, ElectraOutput, MicroBatch
+from electra_ds.pretraining.electra import Electra
+from electra_ds.pretraining.masked_batch import MicroBatch
 
 ALWAYS_ORIGINAL = "always_original_accuracy"
 """The accuracy of always answering "original", the baseline of `discriminator_accuracy`."""
@@ -31,92 +32,53 @@ collapses happened at the end of its warm-up, one hundredth into its schedule, a
 MOST_AUC = 0.52
 MOST_YOUDEN = 0.02
 """Maximum of Youden's J, recall minus the false positive rate, which is 0 at chance."""
+CONSTANT_LOGITS = 0.02
+"""Standard deviation below which the logits do not depend on the text: 0.001 to 0.002 were measured of discriminators
+whose learning rate was too high, and 0.1 to 0.4 of those that learn slowly."""
 LEAST_PROGRESS = 0.01
 """Minimum decrease of the generator's loss at [MASK] over the window, in nats."""
 
 
-class Evaluation(NamedTuple):
-    """Metrics of one evaluation; shares and rates in [0, 1], losses in nats."""
+class Judged(NamedTuple):
+    """Results of one micro-batch at the positions that count in the discriminator's loss."""
 
-    generator_loss: float
-    """Mean over the selected positions, [MASK] or not, as in training."""
-    discriminator_loss: float
-    """Mean over the counted positions, as in training."""
-    generator_masked_loss: float
-    """Mean over the positions that the generator saw as [MASK]."""
-    unigram_loss: float
-    """Cross-entropy of the tokens at those positions under the training text's unigram distribution."""
-    generator_gain: float
-    """unigram_loss - generator_masked_loss: nats that the generator gains from context."""
-    generator_accuracy: float
-    """Share of [MASK]ed positions where the most probable token is the original."""
-    generator_sampled_accuracy: float
-    """Share of [MASK]ed positions where the sampled token is the original."""
-    replaced_share: float
-    """Share of the counted tokens that were replaced."""
-    discriminator_accuracy: float
-    discriminator_precision: float
-    discriminator_recall: float
-    discriminator_f1: float
-    """Precision, recall and F1 have "replaced" as the positive class and a threshold of 0.5."""
-    discriminator_auc: float
-    """Area under the ROC curve; nan if only one class occurred."""
-
-
-class Measured(NamedTuple):
-    """Results of one micro-batch; the arrays cover its [MASK]ed or its counted positions."""
-
-    generator_sum: float
-    discriminator_sum: float
-    masked_nats: np.ndarray
-    masked_targets: np.ndarray
-    argmax_hits: np.ndarray
-    sampled_hits: np.ndarray
+    loss_sum: float
     labels: np.ndarray
+    """True if the token was replaced."""
     scores: np.ndarray
+    """The logits."""
 
 
-def measured(micro_batch: MicroBatch, output: ElectraOutput) -> Measured:
+def judged(micro_batch: MicroBatch, loss_sum: torch.Tensor, labels_BT: torch.Tensor, logits_BT: torch.Tensor) -> Judged:
     """Return the results of a held-out micro-batch, in CPU memory."""
-    targets = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
-    masked = micro_batch.generator_ids_BT.flatten()[micro_batch.selected_M] != targets
-    targets = targets[masked]
-    return Measured(
-        generator_sum=output.generator_loss_sum.item(),
-        discriminator_sum=output.discriminator_loss_sum.item(),
-        masked_nats=output.generator_losses_M[masked].cpu().numpy(),
-        masked_targets=targets.cpu().numpy(),
-        argmax_hits=(output.best_M[masked] == targets).cpu().numpy(),
-        sampled_hits=(output.samples_M[masked] == targets).cpu().numpy(),
-        labels=output.is_replaced_BT[micro_batch.counted_BT].cpu().numpy(),
-        scores=output.discriminator_logits_BT[micro_batch.counted_BT].float().cpu().numpy(),
+    return Judged(
+        loss_sum=loss_sum.item(),
+        labels=labels_BT[micro_batch.counted_BT].cpu().numpy(),
+        scores=logits_BT[micro_batch.counted_BT].float().cpu().numpy(),
     )
 
 
-def evaluation_of(
-    chunks: Sequence[Measured], num_selected: int, num_counted: int, unigram_nats_V: np.ndarray
-) -> Evaluation:
-    """Return the metrics of all micro-batches together."""
+def discriminator_metrics(chunks: Sequence[Judged], num_counted: int) -> dict[str, float]:
+    """Return the metrics of all micro-batches together; the loss in nats, shares and rates in [0, 1].
+
+    `replaced_share` is the share of the counted tokens that were replaced. Precision, recall and F1 have "replaced" as
+    the positive class and a threshold of 0.5. `discriminator_auc` is the area under the ROC curve; nan if only one
+    class occurred. `discriminator_logit_std` is the standard deviation of the logits, which tells a discriminator that
+    answers everything alike from one whose task is hard.
+    """
     replaced = np.concatenate([chunk.labels for chunk in chunks])
     score = np.concatenate([chunk.scores for chunk in chunks])
     found = replaced & (score > 0)
-    generator_nats = _mean(chunk.masked_nats for chunk in chunks)
-    unigram = _mean(unigram_nats_V[chunk.masked_targets] for chunk in chunks)
-    return Evaluation(
-        generator_loss=sum(chunk.generator_sum for chunk in chunks) / num_selected,
-        discriminator_loss=sum(chunk.discriminator_sum for chunk in chunks) / num_counted,
-        generator_masked_loss=generator_nats,
-        unigram_loss=unigram,
-        generator_gain=unigram - generator_nats,
-        generator_accuracy=_mean(chunk.argmax_hits for chunk in chunks),
-        generator_sampled_accuracy=_mean(chunk.sampled_hits for chunk in chunks),
-        replaced_share=float(replaced.mean()),
-        discriminator_accuracy=float((replaced == (score > 0)).mean()),
-        discriminator_precision=_share(found.sum(), (score > 0).sum()),
-        discriminator_recall=_share(found.sum(), replaced.sum()),
-        discriminator_f1=_share(2 * found.sum(), (score > 0).sum() + replaced.sum()),
-        discriminator_auc=area_under_roc(replaced, score),
-    )
+    return {
+        "replaced_share": float(replaced.mean()),
+        "discriminator_loss": sum(chunk.loss_sum for chunk in chunks) / num_counted,
+        "discriminator_accuracy": float((replaced == (score > 0)).mean()),
+        "discriminator_precision": _share(found.sum(), (score > 0).sum()),
+        "discriminator_recall": _share(found.sum(), replaced.sum()),
+        "discriminator_f1": _share(2 * found.sum(), (score > 0).sum() + replaced.sum()),
+        "discriminator_auc": area_under_roc(replaced, score),
+        "discriminator_logit_std": float(score.std(dtype=np.float64)),
+    }
 
 
 def _share(part: np.integer, of: np.integer) -> float:
@@ -137,14 +99,10 @@ def area_under_roc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float((ranks[place][labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def _mean(parts: Iterable[np.ndarray]) -> float:
-    return float(np.concatenate(list(parts)).mean(dtype=np.float64))
-
-
 def collapsed_at(evaluations: Sequence[Mapping[str, Any]], total_steps: int, warmup_steps: int) -> int | None:
     """Return the step at which training collapsed, or None if it has not.
 
-    evaluations: in order, with `step` and the values of `Evaluation`. Training has collapsed if AUC and recall are at
+    evaluations: in order, with `step` and the metrics. Training has collapsed if AUC and recall are at
     chance in WINDOW consecutive evaluations that are judged, and the generator improved over them. The step is that of
     the first of all consecutive evaluations at chance, judged or not; for a discriminator that never began to learn, it
     is the run's first evaluation.
@@ -177,6 +135,15 @@ def _youden(evaluation: Mapping[str, Any]) -> float:
     return recall + specificity - 1
 
 
+def describe_collapse(step: int, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Return the message for the step of a collapse, with advice from the last evaluation."""
+    found = f"The discriminator has been at chance since step {step} while the generator improved: it has collapsed."
+    spread = _number(evaluations[-1].get("discriminator_logit_std")) if evaluations else math.nan
+    if spread < CONSTANT_LOGITS:
+        return f"{found} Its logits are constant (standard deviation {spread:.3f}), so lower optimizer.learning_rate."
+    return found
+
+
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
@@ -194,7 +161,7 @@ LEGEND = Text.assemble(
 
 @torch.no_grad()
 def sample_sentences(model: Electra, tokenizer: Tokenizer, batch: Any, count: int) -> list[Text]:
-    """Return the `count` sequences of a held-out `ElectraBatch` that are most like prose, marked up.
+    """Return the `count` sequences of a held-out `MaskedBatch` that are most like prose, marked up.
 
     The threshold is computed over the entire batch.
     """
