@@ -160,7 +160,7 @@ def _recipes(options: RecipesOptions) -> None:
     for folder, kind in _KINDS.items():
         say(console, as_called(f"{kind}:"))
         for name in shipped_names(folder):
-            say(console, f"  {name:14}{named_values(name, folder)['description']}{_DEFAULTS.get(name, '')}")
+            say(console, f"  {name:21}{named_values(name, folder)['description']}{_DEFAULTS.get(name, '')}")
 
 
 def full_text(name: str) -> str:

@@ -39,6 +39,7 @@ _OUR_OBJECTIVES = {
     "mlm": "electra_ds.pretraining.objectives.mlm:MlmObjective",
     "replace-mlm": "electra_ds.pretraining.objectives.replace_mlm:ReplaceMlmObjective",
     "all-tokens-mlm": "electra_ds.pretraining.objectives.all_tokens_mlm:AllTokensMlmObjective",
+    "fast-electra": "electra_ds.pretraining.objectives.fast_electra:FastElectraObjective",
 }
 """Our objectives in the form of entry points, so that a checkout finds them even if it is not installed."""
 

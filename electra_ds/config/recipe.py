@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,13 +149,18 @@ class ModelSection(Section):
         return self
 
 
-class GeneratorSection(Section):
+class GeneratorSizeSection(Section):
     width_multiplier: float = Field(gt=0, le=1)
     """Generator width divided by discriminator width; feed-forward size and heads follow the original's rule."""
     depth_multiplier: float = Field(default=1.0, gt=0, le=1)
     """Generator layers divided by discriminator layers."""
     num_attention_heads: int | None = Field(default=None, ge=1)
     """Attention heads of the generator; null means the original's rule for its width."""
+
+
+class GeneratorSection(GeneratorSizeSection):
+    """A generator that is trained."""
+
     sharing: Literal["embeddings", "tokens", "none", "all"] = "embeddings"
     """Weights that generator and discriminator share: all embedding tables with their LayerNorm, only the token
     table, nothing, or the entire encoder (which needs both multipliers at 1)."""
@@ -329,6 +335,39 @@ class Recipe(Section):
         return self
 
 
+class TemperatureSection(Section):
+    """The temperature of the softmax from which a frozen generator's replacements are drawn.
+
+    It changes with u, the share of the steps that are done. Evaluations draw at temperature 1. The schedule is that of
+    Fast-ELECTRA (Dong et al. 2024), whose constants could not be verified: the defaults are ours.
+    """
+
+    schedule: Literal["exponential", "linear", "polynomial", "constant"] = "exponential"
+    """`exponential`: 1 + (start - 1) exp(-u / tau). `linear`: 1 + (start - 1) (1 - u). `polynomial`: 1 + (start - 1)
+    (1 - u)^power. `constant`: start."""
+    start: float = Field(default=2.0, gt=0)
+    """Temperature of the first step. Above 1, replacements are easier to detect at first."""
+    tau: float = Field(default=0.1, gt=0)
+    """Share of the steps after which the exponential schedule's distance to 1 has fallen to 37 %."""
+    power: float = Field(default=2.0, gt=0)
+
+    def at(self, share: float) -> float:
+        """Return the temperature when this share of the steps is done."""
+        rest = {
+            "exponential": math.exp(-share / self.tau),
+            "linear": 1 - share,
+            "polynomial": (1 - share) ** self.power,
+            "constant": 1.0,
+        }
+        return 1 + (self.start - 1) * rest[self.schedule]
+
+
+class StartedDiscriminatorSection(DiscriminatorSection):
+    starts_from: Literal["random", "embeddings", "generator"] = "embeddings"
+    """Initial weights of the discriminator: random ones, those of the generator's embeddings, or those of its entire
+    encoder, which needs both multipliers at 1."""
+
+
 class MlmRecipe(Recipe):
     """The recipe of the objective `mlm`."""
 
@@ -342,17 +381,29 @@ GENERATOR_METRICS = (
 )  # fmt: skip
 
 
+DISCRIMINATOR_METRICS = (
+    "discriminator_auc", "discriminator_loss", "discriminator_accuracy", "discriminator_precision",
+    "discriminator_recall", "discriminator_f1", "discriminator_logit_std", *GENERATOR_METRICS,
+)  # fmt: skip
+
+
 class JointRecipe(Recipe):
     """The recipe of an objective with a generator; `model` is the network that reads its replacements."""
 
-    generator: GeneratorSection
+    generator: GeneratorSizeSection
     masking: MaskingSection
+
+    @property
+    def sharing(self) -> str:
+        """The weights that the two networks share; a frozen generator shares none."""
+        return self.generator.sharing if isinstance(self.generator, GeneratorSection) else "none"
 
 
 class ReplaceMlmRecipe(JointRecipe):
     """The recipe of the objective `replace-mlm`."""
 
     METRICS = ("prediction_accuracy", "prediction_loss", "prediction_gain", *GENERATOR_METRICS)
+    generator: GeneratorSection
     prediction: PredictionSection = PredictionSection()
 
 
@@ -362,17 +413,33 @@ class AllTokensMlmRecipe(JointRecipe):
     METRICS = (
         "prediction_accuracy", "prediction_loss", "copy_auc", "copy_loss", *GENERATOR_METRICS,
     )  # fmt: skip
+    generator: GeneratorSection
     prediction: CopySection = CopySection()
 
 
 class ElectraRecipe(JointRecipe):
     """The recipe of the objectives `electra` and `electra-15`; `model` is the discriminator."""
 
-    METRICS = (
-        "discriminator_auc", "discriminator_loss", "discriminator_accuracy", "discriminator_precision",
-        "discriminator_recall", "discriminator_f1", "discriminator_logit_std", *GENERATOR_METRICS,
-    )  # fmt: skip
+    METRICS = DISCRIMINATOR_METRICS
+    generator: GeneratorSection
     discriminator: DiscriminatorSection
+
+
+class FastElectraRecipe(JointRecipe):
+    """The recipe of the objective `fast-electra`; `generator` has the sizes of the frozen auxiliary model."""
+
+    METRICS = DISCRIMINATOR_METRICS
+    discriminator: StartedDiscriminatorSection
+    temperature: TemperatureSection = TemperatureSection()
+
+    @model_validator(mode="after")
+    def _equal_sizes_to_start_from_the_generator(self) -> FastElectraRecipe:
+        sizes = self.generator.width_multiplier, self.generator.depth_multiplier
+        if self.discriminator.starts_from == "generator" and sizes != (1.0, 1.0):
+            raise ValueError(
+                "discriminator.starts_from: generator needs generator.width_multiplier: 1.0 and depth_multiplier: 1.0"
+            )
+        return self
 
 
 def joint_recipe(recipe: Recipe) -> JointRecipe:
@@ -398,6 +465,7 @@ OUR_RECIPES: dict[str, type[Recipe]] = {
     "mlm": MlmRecipe,
     "replace-mlm": ReplaceMlmRecipe,
     "all-tokens-mlm": AllTokensMlmRecipe,
+    "fast-electra": FastElectraRecipe,
 }
 """Recipe types of our objectives, whose own modules import torch, which reading a recipe should not wait for."""
 

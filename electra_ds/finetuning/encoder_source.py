@@ -46,6 +46,8 @@ _ABSOLUTE = ("electra", "bert", "roberta", "xlm-roberta", "camembert")
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
 """Model types whose positions start at the padding id plus one."""
 _SHOWN_NAMES = 4
+_KEPT = ("discriminator", "encoder")
+"""The folders of our objectives' exports whose encoders are finetuned, next to a generator's."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,14 @@ def _network(path: Path) -> Path:
     networks = {config.parent.name: config.parent for config in path.glob("*/config.json")}
     if (path / "config.json").is_file() or not networks:
         return path
-    if len(networks) > 1 and "discriminator" not in networks:
+    kept = next((name for name in _KEPT if name in networks), None)
+    if len(networks) > 1 and kept is None:
         names = sorted(networks)
         raise DataError(
             f"The folder {path} has several models: {', '.join(names)}. Give the folder of one of them, such as "
             f"{path / names[0]}."
         )
-    return networks.get("discriminator", next(iter(networks.values())))
+    return networks[kept] if kept is not None else next(iter(networks.values()))
 
 
 def _of_run(path: Path) -> EncoderSource:

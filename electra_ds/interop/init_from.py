@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from electra_ds.config.recipe import Recipe, electra_recipe
+from electra_ds.config.names import find_objective
+from electra_ds.config.recipe import FastElectraRecipe, Recipe, joint_recipe
+from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.files import is_hub_model
 from electra_ds.core.program import command
@@ -26,9 +28,10 @@ from electra_ds.interop.pretrained import (
     check_fit,
     most_shared,
     read_pretrained,
+    read_run,
 )
+from electra_ds.pretraining.batches import objective_of
 from electra_ds.pretraining.convert import refuse_other_frameworks
-from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.training.checkpoint import CheckpointFolder
 from electra_ds.training.optimizer import FRESH_COUNTERS, MOMENTS
@@ -43,10 +46,15 @@ _SHARED_PARTS = {
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The weights that a run begins with. They fit its recipe."""
+    """The weights that a run begins with, of at least one network. They fit its recipe."""
 
-    discriminator: Pretrained
+    discriminator: Pretrained | None
     generator: Pretrained | None
+
+    @property
+    def _main(self) -> Pretrained:
+        """The network whose vocabulary counts, which is that of both."""
+        return self._parts()[-1]
 
     @property
     def names(self) -> list[str]:
@@ -64,9 +72,9 @@ class InitialWeights:
         """Return the --tokenizer argument for the weights' own tokenizer. Raises ConfigError if they lack one."""
         for part in reversed(self._parts()):
             if part.tokenizer is not None or is_hub_model(part.name):
-                return part.name
+                return part.tokenizer_source
         raise ConfigError(
-            f"{self.discriminator.name} holds neither tokenizer.json nor vocab.txt. Give the tokenizer that it was "
+            f"{self._main.name} holds neither tokenizer.json nor vocab.txt. Give the tokenizer that it was "
             f"trained with: --tokenizer PATH."
         )
 
@@ -75,7 +83,7 @@ class InitialWeights:
 
         If the weights came without a tokenizer, there must be as many pieces as rows.
         """
-        rows, size = self.discriminator.vocab_size, tokenizer.vocab_size
+        rows, size = self._main.vocab_size, tokenizer.vocab_size
         known = self._own_tokenizer()
         if known is not None:
             problem = _difference(known, tokenizer)
@@ -90,17 +98,19 @@ class InitialWeights:
             problem = f"it has {size:,} pieces, including those that ELECTRA needs"
         if problem:
             raise DataError(
-                f"The tokenizer does not fit the weights of {self.discriminator.name}, whose token table has {rows:,} "
+                f"The tokenizer does not fit the weights of {self._main.name}, whose token table has {rows:,} "
                 f"rows: {problem}. Rows would stand for pieces that they were not trained for. {advice}"
             )
 
     def notes(self, recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
         """Return notes on the parts of the model that do not start from the weights."""
-        notes = []
+        notes, sharing = [], joint_recipe(recipe).sharing
         if self.generator is None:
-            shared = _SHARED_PARTS[electra_recipe(recipe).generator.sharing]
-            notes.append(f"the generator begins with random weights{shared}")
-        if not self.discriminator.has_head:
+            notes.append(f"the generator begins with random weights{_SHARED_PARTS[sharing]}")
+        if self.discriminator is None and not isinstance(recipe, FastElectraRecipe):
+            shared = _SHARED_PARTS[sharing].replace("discriminator", "generator")
+            notes.append(f"the discriminator begins with random weights{shared}")
+        if self.discriminator is not None and not self.discriminator.has_head:
             notes.append(
                 f"{self.discriminator.name} is only an encoder: the discriminator's head begins with random weights"
             )
@@ -111,55 +121,64 @@ class InitialWeights:
                 f"Unless you intend that, use theirs: leave out --tokenizer and --data, or build the store with "
                 f"{command('build-data')} --tokenizer {self.own_tokenizer()}"
             )
-        spare = self.discriminator.vocab_size - tokenizer.vocab_size
+        spare = self._main.vocab_size - tokenizer.vocab_size
         if spare:
             notes.append(f"the last {spare:,} rows of the token table have no piece and are left out")
         return notes
 
     def tensors(self, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
         """Return the tensors of a first checkpoint: the weights, random ones for the rest, and moments of 0."""
-        model = Electra(recipe, tokenizer.vocab_size, tokenizer.pad_id)
+        objective = objective_of(recipe, tokenizer)
+        model = objective.build_model()
         own = model.state_dict()
         given = {name: tensor for part in self._parts() for name, tensor in part.tensors.items()}
         spare_rows_left_out = {name: tensor[: len(own[name])] for name, tensor in given.items()}
         model.load_state_dict(spare_rows_left_out, strict=False)
+        objective.begin(model, given)
         tensors = {}
         for name, parameter in model.named_parameters():
             tensors[f"master/{name}"] = parameter.detach()
-            tensors |= {f"{moment}/{name}": torch.zeros_like(parameter) for moment in MOMENTS}
+            if parameter.requires_grad:
+                tensors |= {f"{moment}/{name}": torch.zeros_like(parameter) for moment in MOMENTS}
         return tensors
 
 
 def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeights:
-    """Read the weights in one or two transformers folders or models on the Hub, in any order.
+    """Read the weights in one or two sources, in any order: transformers folders, runs, or models on the Hub.
 
     A folder may be one that bin/export made. Raises DataError if a model cannot be downloaded or used, and ConfigError
-    if they are not a discriminator with or without a generator, or do not fit the recipe.
+    if they are not at most one generator and one discriminator, or do not fit the recipe.
     """
-    electra_recipe(recipe)
+    recipe, required = joint_recipe(recipe), find_objective(recipe.objective).required_weights
     for source in sources:
         refuse_other_frameworks(Path(source), source)
-    parts = [
-        read_pretrained(name, fetch_model(name) if is_hub_model(name) else Path(name))
-        for source in sources
-        for name in _expanded(source)
-    ]
+    parts = []
+    for source in sources:
+        is_run = RunDirectory(Path(source)).exists()
+        inside = read_run(source) if is_run else [_read(name) for name in _expanded(source)]
+        if required is not None and len(inside) > 1:  # what was trained with it is not meant
+            inside = [part for part in inside if part.kind == required]
+        parts += inside
     of_kind = {kind: [part for part in parts if part.kind == kind] for kind in PARTS}
     found = ", ".join(f"{part.name} ({part.kind})" for part in parts)
     if len(of_kind["generator"]) > 1 or len(of_kind["discriminator"]) > 1:
         raise ConfigError(f"--init-from takes one discriminator and at most one generator, but these are {found}.")
-    if not of_kind["discriminator"]:
+    if required is not None and not of_kind[required]:
         raise ConfigError(
-            f"--init-from needs a discriminator, but this is {found}. Give the discriminator that was trained with it, "
-            f"alone or in addition."
+            f"The objective {recipe.objective} needs a {required}, a masked language model, but --init-from gives "
+            f"{found}."
         )
-    found_weights = InitialWeights(of_kind["discriminator"][0], next(iter(of_kind["generator"]), None))
+    found_weights = InitialWeights(*(next(iter(of_kind[kind]), None) for kind in ("discriminator", "generator")))
     discriminator, generator = found_weights.discriminator, found_weights.generator
-    if generator is not None:
+    if generator is not None and discriminator is not None:
         _check_one_vocabulary(generator, discriminator)
     known = KnownSizes(**{part.kind: NetworkSizes(part.name, part.sizes) for part in parts})
     check_fit(recipe, known, most_shared({name: tensor for part in parts for name, tensor in part.tensors.items()}))
     return found_weights
+
+
+def _read(name: str) -> Pretrained:
+    return read_pretrained(name, fetch_model(name) if is_hub_model(name) else Path(name))
 
 
 def _expanded(source: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, PreTrainedModel
 
-from electra_ds.config.recipe import Recipe, apply_overrides, electra_recipe, load_recipe, validate_recipe
+from electra_ds.config.recipe import Recipe, apply_overrides, joint_recipe, load_recipe, validate_recipe
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.program import command
 from electra_ds.data.given_tokenizer import load_given_tokenizer
@@ -25,6 +25,8 @@ from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.finetuning.encoder_source import check_complete, load_weights, silent_transformers
 from electra_ds.pretraining.convert import from_discriminator_tensors, from_generator_tensors, refuse_other_frameworks
 from electra_ds.pretraining.electra import encoder_configs
+from electra_ds.pretraining.evaluation import load_model
+from electra_ds.training.checkpoints import newest_checkpoint
 
 Kind = Literal["generator", "discriminator"]
 PARTS = ("generator", "discriminator")
@@ -32,6 +34,8 @@ SHARINGS = ("none", "tokens", "embeddings", "all")
 """The values of generator.sharing. Each shares everything that the previous ones do."""
 _SHARED = {"all": "", "embeddings": "embeddings.", "tokens": "embeddings.word_embeddings."}
 _MOST_DECIMALS = 9
+_ALIKE = ("embedding_size", "max_position_embeddings", "layer_norm_eps")
+"""Sizes that a recipe has for both networks."""
 SIZES = (
     "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings", "type_vocab_size", "layer_norm_eps",
@@ -62,6 +66,8 @@ class Pretrained:
     """fp32 tensors, under the names of `Electra.state_dict`."""
     tokenizer: Tokenizer | None
     """None if the folder has neither tokenizer.json nor vocab.txt."""
+    tokenizer_source: str
+    """The --tokenizer argument for it."""
 
 
 def read_pretrained(name: str, folder: Path) -> Pretrained:
@@ -105,7 +111,28 @@ def read_pretrained(name: str, folder: Path) -> Pretrained:
         config.vocab_size,
         convert(tensors),
         load_given_tokenizer(str(folder))[0] if has_tokenizer else None,
+        name,
     )
+
+
+def read_run(name: str) -> list[Pretrained]:
+    """Return the networks of a run's or checkpoint's model that transformers' ELECTRA classes open.
+
+    Raises CheckpointError if the run has no checkpoint, and DataError if none of its networks is such a one.
+    """
+    checkpoint = newest_checkpoint(Path(name))
+    model, objective, tokenizer, _ = load_model(checkpoint)
+    file, parts = str(checkpoint.path / "tokenizer.json"), []
+    for export in objective.exports(model).values():
+        kind = next((kind for kind, own in _CLASSES.items() if own.__name__ == export.loaded_by), None)
+        if kind is not None:
+            convert = from_generator_tensors if kind == "generator" else from_discriminator_tensors
+            config: Any = export.model.config
+            tensors = convert(export.model.state_dict())
+            parts.append(Pretrained(name, kind, True, _sizes(config), config.vocab_size, tensors, tokenizer, file))
+    if not parts:
+        raise DataError(f"The run {name} has no network of ELECTRA's architecture, which --init-from needs.")
+    return parts
 
 
 def read_sizes(file: Path) -> tuple[Kind | None, dict[str, Any]]:
@@ -214,7 +241,7 @@ def check_fit(recipe: Recipe, known: KnownSizes, sharing: str, *, takes_one: boo
     """
     generator, discriminator = known
     problems = _mismatches(recipe, known)
-    own = electra_recipe(recipe).generator.sharing
+    own = joint_recipe(recipe).sharing
     is_shared_wrongly = generator is not None and SHARINGS.index(own) > SHARINGS.index(sharing)
     if generator is not None and discriminator is not None and is_shared_wrongly:
         problems.append(
@@ -259,12 +286,16 @@ def _changes(recipe: Recipe, known: KnownSizes) -> dict[str, Any]:
     changes: dict[str, Any] = {
         f"model.{name}": value for name, value in full.items() if name in model and value != model[name]
     }
+    if discriminator is None and generator is not None:  # in these both networks are alike
+        alike = {name: generator.sizes[name] for name in _ALIKE}
+        changes = {f"model.{name}": value for name, value in alike.items() if value != model[name]}
+        full = model | alike
     positions = full["max_position_embeddings"]
     if recipe.data.sequence_length > positions:
         changes["data.sequence_length"] = positions
     if generator is None:
         return changes
-    before = electra_recipe(recipe).generator
+    before, sharing = joint_recipe(recipe).generator, joint_recipe(recipe).sharing
     for heads in (before.num_attention_heads, generator.sizes["num_attention_heads"]):
         wanted = {
             "width_multiplier": _multiplier(generator.sizes["hidden_size"], full["hidden_size"]),
@@ -276,7 +307,7 @@ def _changes(recipe: Recipe, known: KnownSizes) -> dict[str, Any]:
             for key, value in wanted.items()
             if value is not None and value != getattr(before, key)
         }
-        if needed and before.sharing == "all":
+        if needed and sharing == "all":
             needed["generator.sharing"] = "embeddings"
         try:
             if not _mismatches(_changed(recipe, changes | needed), known):
@@ -330,7 +361,7 @@ def find_sizes(given: Mapping[str, Path | None], export: Path | None, recipe: Re
                 raise ConfigError(f"{file} is a {kind}'s by its architectures, but it is given as --{part}-config.")
             found[part] = NetworkSizes(str(file), sizes)
     known = KnownSizes(**found)
-    check_fit(recipe, known, electra_recipe(recipe).generator.sharing, takes_one=False)
+    check_fit(recipe, known, joint_recipe(recipe).sharing, takes_one=False)
     return known
 
 

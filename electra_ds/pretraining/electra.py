@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from electra_ds.config.recipe import GeneratorSection, JointRecipe, ModelSection, Recipe, joint_recipe
+from electra_ds.config.recipe import JointRecipe, ModelSection, Recipe, joint_recipe
 from electra_ds.model.encoder import Encoder, EncoderConfig
 from electra_ds.model.heads import DiscriminatorHead, Prediction, TokenHead, column_keys
 from electra_ds.model.kernels import shared_mask
@@ -56,7 +56,7 @@ def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple
     recipe = joint_recipe(recipe)
     model, generator = recipe.model, recipe.generator
     main = main_config(model, vocab_size, pad_token_id)
-    if generator.sharing == "all":
+    if recipe.sharing == "all":
         return main, main
     head_size = min(64, model.hidden_size // model.num_attention_heads)
     wanted = round(model.hidden_size * generator.width_multiplier)
@@ -119,11 +119,10 @@ class JointModel(AutocastModel):
         generator_config, config = encoder_configs(recipe, vocab_size, pad_token_id)
         main = Encoder(config)
         self.add_module(self.main_name, main)
-        sharing: GeneratorSection = recipe.generator
-        self.generator = main if sharing.sharing == "all" else Encoder(generator_config)
-        if sharing.sharing == "embeddings":
+        self.generator = main if recipe.sharing == "all" else Encoder(generator_config)
+        if recipe.sharing == "embeddings":
             self.generator.embeddings = main.embeddings
-        elif sharing.sharing == "tokens":
+        elif recipe.sharing == "tokens":
             self.generator.embeddings.word_embeddings.weight = main.embeddings.word_embeddings.weight
         self.generator_head = TokenHead(generator_config, self.generator.embeddings.word_embeddings)
         self._add_heads(main)

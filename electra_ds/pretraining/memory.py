@@ -147,7 +147,9 @@ class _Sizes:
         again = min(self.checkpointed_layers, layers)
         inputs = again * self.tokens * config.hidden_size * self._norm_input(config)
         saved = self._embeddings(config) + inputs + (layers - again) * self.layer(config)
-        return saved + (judging if network.judges else 0)
+        # A copy head: its input, if autocast has cast it, then logits, labels and counted positions.
+        copying = self.tokens * (config.hidden_size * self.element * self.is_autocast + 2 * _FP32 + 2 * _MASK)
+        return saved + (judging if network.judges else 0) + (copying if network.copies else 0)
 
     def _token_head(self, network: Network) -> int:
         positions, config = self.positions(network), network.config
@@ -161,6 +163,8 @@ class _Sizes:
         """Return the bytes of the matrices that autocast casts."""
         elements = 0
         for network in self.shape.networks:
+            if not network.is_trained:
+                continue
             config = network.config
             elements += config.hidden_size * config.embedding_size if network.predicts_at != "none" else 0
             elements += config.hidden_size**2 if network.judges else 0

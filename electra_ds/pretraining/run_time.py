@@ -70,6 +70,7 @@ def step_flops(shape: StepShape, lengths_B: Sequence[int] | np.ndarray, selected
         predicted = shape.positions(network, tokens, selected)
         head = 2 * predicted * config.embedding_size * (config.hidden_size + config.vocab_size)
         head += 2 * tokens * config.hidden_size * (config.hidden_size + 1) if network.judges else 0
+        head += 2 * tokens * config.hidden_size if network.copies else 0
         parts = NetworkFlops(_encoder(config, tokens), _attention(config, pairs), head, _projection(config, tokens))
         networks[network.name] = parts
         forward += sum(parts)

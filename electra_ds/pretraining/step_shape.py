@@ -27,6 +27,8 @@ class Network:
     """True if it draws tokens from these logits."""
     judges: bool = False
     """True if it computes one logit for every position."""
+    copies: bool = False
+    """True if it computes the probability to copy the input token at every position."""
     is_trained: bool = True
     has_own_encoder: bool = True
     """False if all weights of its encoder are those of another network."""

@@ -40,6 +40,7 @@ OBJECTIVES = {
     "replace-mlm": ("replace-mlm", ("prediction.loss_weight=2",)),
     "all-tokens-mlm": ("all-tokens-mlm", ()),
     "all-tokens-mlm, separate": ("all-tokens-mlm", ("prediction.copy_loss=separate",)),
+    "fast-electra": ("fast-electra", ("temperature.start=3",)),
 }
 NAMES = list(OBJECTIVES)
 _SECTIONS = {
@@ -47,6 +48,7 @@ _SECTIONS = {
     "mlm": ("masking.",),
     "replace-mlm": ("generator.", "masking."),
     "all-tokens-mlm": ("generator.", "masking."),
+    "fast-electra": ("generator.", "discriminator.", "masking."),
 }
 _OF_OBJECTIVES = ("generator.", "discriminator.", "masking.")
 
@@ -71,7 +73,7 @@ def first_micro_batch(store: TokenStore, recipe: Recipe) -> tuple[Objective[Any]
 
 def total(batch: MaskedBatch, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
     terms = batch.loss_terms
-    assert set(terms) == set(losses)
+    assert set(terms) <= set(losses)  # a frozen generator's loss is computed, but not trained on
     return torch.stack([term.weight / term.divisor * losses[name] for name, term in terms.items()]).sum()
 
 
@@ -110,11 +112,12 @@ def reference_losses(
     corrupted_BT[selected] = samples_M
     generator = cross_entropies(token_logits(exported["generator"], shown_BT, batch))[selected].mean().item()
     losses = {"generator_loss": generator}
-    if name == "electra-15":
+    if name in ("electra-15", "fast-electra"):
         logits = exported["discriminator"](corrupted_BT, attention_mask=attention_of(batch)).logits.double()
         labels = (corrupted_BT != ids_BT).double()
         each = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        return losses | {"discriminator_loss": each[selected].mean().item()}
+        judged = selected if name == "electra-15" else torch.from_numpy(batch.counted_BT)
+        return losses | {"discriminator_loss": each[judged].mean().item()}
     logits_BTV = token_logits(exported["encoder"], corrupted_BT, batch)
     if name == "replace-mlm":
         return losses | {"prediction_loss": cross_entropies(logits_BTV)[selected].mean().item()}
@@ -141,7 +144,8 @@ def test_losses_are_those_of_a_reference_written_from_the_definitions(store: Tok
         samples_M = getattr(output, "samples_M", torch.empty(0))
         expected = reference_losses(name, objective, model, batch, micro, samples_M)
     terms = batch.loss_terms
-    found = {key: (value / terms[key].divisor).item() for key, value in output.losses.items()}
+    divisors = {"generator_loss": batch.num_selected} | {key: term.divisor for key, term in terms.items()}
+    found = {key: (value / divisors[key]).item() for key, value in output.losses.items()}
     assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -155,7 +159,7 @@ def test_gradients_are_those_of_finite_differences(store: TokenStore, name: str)
     def loss() -> torch.Tensor:
         return total(batch, model(micro, samples_M).losses)
 
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss(), parameters)
     rng, step = torch.Generator().manual_seed(0), 2e-3
     for _ in range(3):
@@ -212,7 +216,7 @@ def test_any_batch_plan_gives_the_same_losses_and_bf16_nearly_the_same(store: To
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("name", [name for name in NAMES if "," not in name and "code" not in name])
+@pytest.mark.parametrize("name", ["electra-15", "mlm", "replace-mlm", "all-tokens-mlm"])
 def test_a_run_learns_resumes_bit_for_bit_and_exports_what_transformers_opens(
     store: TokenStore, tmp_path: Path, process_group: Ranks, name: str, stage: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +276,8 @@ def test_flops_parameters_and_saved_bytes_are_those_of_torch(store: TokenStore, 
         FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flops}) as counter,
         sdpa_kernel(SDPBackend.MATH),
     ):
-        torch.stack(list(model(micro).losses.values())).sum().backward()
+        total_loss = [loss for loss in model(micro).losses.values() if loss.requires_grad]
+        torch.stack(total_loss).sum().backward()
     expected = step_flops(shape, [shape.length] * rows, shape.selected(rows)).forward_and_backward
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-3)
     assert objective.usual_flops() == expected
@@ -280,7 +285,7 @@ def test_flops_parameters_and_saved_bytes_are_those_of_torch(store: TokenStore, 
 
 def test_a_plan_predicts_memory_and_time_of_each(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     predicted = {}
-    for name in ("electra-15", "mlm", "replace-mlm", "all-tokens-mlm"):
+    for name in ("electra", "electra-15", "mlm", "replace-mlm", "all-tokens-mlm", "fast-electra"):
         recipe = tmp_path / f"{name}.yaml"
         recipe.write_text(json.dumps({"extends": "rc2020-small", "objective": name}))
         main(["plan", "--card", "RTX 3090", "--recipe", str(recipe), "--json"])
@@ -288,7 +293,8 @@ def test_a_plan_predicts_memory_and_time_of_each(capsys: pytest.CaptureFixture[s
     assert all(found["fits"] for found in predicted.values())
     days = {name: found["days"][0] for name, found in predicted.items()}
     assert days["mlm"] < days["replace-mlm"] < days["all-tokens-mlm"]
-    assert days["electra-15"] < days["all-tokens-mlm"]
+    assert days["fast-electra"] < days["electra"] == days["electra-15"] < days["all-tokens-mlm"]
+    assert predicted["fast-electra"]["needed_bytes"] < predicted["electra"]["needed_bytes"]
 
 
 # --- masks of masked language modelling

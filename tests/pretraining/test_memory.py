@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from electra_ds.pretraining import run_time
 from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.memory import peak_memory, saved_bytes
+from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.step_shape import StepShape
+from electra_ds.training.step import AutocastModel
 from tests.helpers import builder_for, model_for, shape_of, small_recipe
 from tests.memory_tracking import DTYPES, Tracker, cuda_kernels_on_meta, saved_for_backward  # noqa: F401
 
@@ -32,8 +35,9 @@ def plan_of(recipe: Recipe, precision: str = "fp32", world_size: int = 1, **valu
     return resolve({**section, **values}, recipe, world_size=world_size, auto_fp16=False, source="test")
 
 
-def set_up(recipe: Recipe, vocab_size: int, precision: str) -> Electra:
-    model = Electra(recipe, vocab_size, 0).train().to(DTYPES.get(precision, torch.float32))
+def set_up(recipe: Recipe, vocab_size: int, precision: str) -> AutocastModel:
+    objective: Objective[Any] = Objective.of(recipe, vocab_size)
+    model = objective.build_model().train().to(DTYPES.get(precision, torch.float32))
     if precision.startswith("autocast"):
         model.autocast_dtype = DTYPES[precision.removeprefix("autocast-")]
     return model
@@ -42,13 +46,13 @@ def set_up(recipe: Recipe, vocab_size: int, precision: str) -> Electra:
 def measured_saved_bytes(recipe: Recipe, vocab_size: int, size: int, precision: str) -> int:
     model = set_up(recipe, vocab_size, precision)
     with saved_for_backward(*model.parameters(), *model.buffers()) as saved:
-        output = model(ElectraObjective(recipe, vocab_size).longest_micro_batch(size))
-        _ = output.generator_loss_sum + output.discriminator_loss_sum
+        output = model(Objective.of(recipe, vocab_size).longest_micro_batch(size))
+        _ = torch.stack(list(output.losses.values())).sum()
     return sum(storage.nbytes() for storage in saved.values())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.endswith(("-base", "-large", "++"))])
 def test_saved_bytes_of_the_shipped_recipes_are_those_that_autograd_saves(name: str, precision: str) -> None:
     recipe = load_recipe(name, [])
     vocab_size = recipe.tokenizer.vocab_size

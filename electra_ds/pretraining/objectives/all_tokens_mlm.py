@@ -185,4 +185,4 @@ class AllTokensMlmObjective(JointObjective[AllTokensMlmRecipe]):
 
     def main_network(self, config: EncoderConfig, encoder_parameters: int) -> Network:
         parameters = encoder_parameters + token_head_parameters(config) + config.hidden_size + 1
-        return Network("encoder", config, parameters, predicts_at="all")
+        return Network("encoder", config, parameters, predicts_at="all", copies=True)

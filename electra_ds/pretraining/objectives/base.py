@@ -140,6 +140,8 @@ class Objective(ABC, Generic[RecipeT]):
     """For a metric, the name of its baseline."""
     encoder: ClassVar[str]
     """The name in `exports` of the network whose encoder is finetuned."""
+    required_weights: ClassVar[str | None] = None
+    """A network whose weights must be given to a new run with --init-from, such as `generator`."""
 
     def __init__(self, recipe: RecipeT, vocab_size: int, pad_token_id: int = 0) -> None:
         self.recipe = recipe
@@ -161,6 +163,12 @@ class Objective(ABC, Generic[RecipeT]):
     @abstractmethod
     def build_model(self) -> AutocastModel:
         """Return the model with random weights that depend only on the recipe's seed."""
+
+    def begin(self, model: Any, given: Mapping[str, torch.Tensor]) -> None:
+        """Change the initial weights of a new run, after those that were given have been loaded into the model.
+
+        given: them, by parameter name.
+        """
 
     @abstractmethod
     def make_batch(self, text: TextBatch, seed: int, step: int) -> PretrainingBatch:

@@ -6,12 +6,12 @@ Clark et al. 2020. Generator and discriminator train together (`pretraining/elec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from rich.text import Text
 
-from electra_ds.config.recipe import ElectraRecipe
+from electra_ds.config.recipe import ElectraRecipe, FastElectraRecipe
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import Electra, ElectraOutput
@@ -37,6 +37,8 @@ from electra_ds.pretraining.objectives.token_metrics import (
 )
 from electra_ds.pretraining.step_shape import Network, judging_head_parameters
 
+RtdRecipeT = TypeVar("RtdRecipeT", ElectraRecipe, FastElectraRecipe)
+
 
 class _Measured(NamedTuple):
     """Results of one micro-batch."""
@@ -45,10 +47,9 @@ class _Measured(NamedTuple):
     discriminator: Judged
 
 
-class ElectraObjective(JointObjective[ElectraRecipe]):
-    """Generator and discriminator, trained together."""
+class RtdObjective(JointObjective[RtdRecipeT]):
+    """A generator, and a discriminator that predicts which tokens were replaced."""
 
-    recipe_type = ElectraRecipe
     metric_labels: ClassVar[Mapping[str, str]] = JointObjective.generator_labels | {
         "discriminator_loss": "discriminator loss (nats)",
         "discriminator_accuracy": "discriminator accuracy",
@@ -66,11 +67,7 @@ class ElectraObjective(JointObjective[ElectraRecipe]):
 
     @property
     def losses(self) -> Mapping[str, WeightedLoss]:
-        weight = self.recipe.discriminator.loss_weight
-        return self.generator_loss() | {"discriminator_loss": WeightedLoss(weight, "counted")}
-
-    def build_model(self) -> Electra:
-        return Electra(self.recipe, self.vocab_size, self.pad_token_id)
+        return {"discriminator_loss": WeightedLoss(self.recipe.discriminator.loss_weight, "counted")}
 
     def counted(self, text: TextBatch, masks: Masks) -> np.ndarray:
         return text.is_token if self.recipe.discriminator.loss_on_special else text.maskable_BT
@@ -142,3 +139,16 @@ class ElectraObjective(JointObjective[ElectraRecipe]):
     def main_network(self, config: EncoderConfig, encoder_parameters: int) -> Network:
         parameters = encoder_parameters + judging_head_parameters(config)
         return Network("discriminator", config, parameters, judges=True)
+
+
+class ElectraObjective(RtdObjective[ElectraRecipe]):
+    """Generator and discriminator, trained together."""
+
+    recipe_type = ElectraRecipe
+
+    @property
+    def losses(self) -> Mapping[str, WeightedLoss]:
+        return {**self.generator_loss(), **super().losses}
+
+    def build_model(self) -> Electra:
+        return Electra(self.recipe, self.vocab_size, self.pad_token_id)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from electra_ds.config.recipe import JointRecipe
+from electra_ds.config.recipe import GeneratorSection, JointRecipe
 from electra_ds.core.keyed_random import generator, random_bits
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import JointModel, encoder_configs
@@ -37,6 +37,7 @@ GENERATOR_LOSS = "generator_loss"
 class JointObjective(Objective[JointRecipeT]):
     """A generator, and a network that reads the text with the generator's replacements."""
 
+    trains_generator: ClassVar[bool] = True
     generator_labels: ClassVar[dict[str, str]] = token_labels("generator") | {
         "generator_sampled_accuracy": "generator accuracy at [MASK], sampled",
         "replaced_share": "share of the tokens that were replaced",
@@ -52,7 +53,14 @@ class JointObjective(Objective[JointRecipeT]):
         return list(self.losses)
 
     def generator_loss(self) -> dict[str, WeightedLoss]:
-        return {GENERATOR_LOSS: WeightedLoss(self.recipe.generator.loss_weight, "selected")}
+        section = self.recipe.generator
+        assert isinstance(section, GeneratorSection)  # of an objective that trains its generator
+        return {GENERATOR_LOSS: WeightedLoss(section.loss_weight, "selected")}
+
+    def temperature(self, seed: int, step: int) -> float:
+        """Return the temperature at which a step's replacements are drawn. seed: as in `make_batch`."""
+        section = self.recipe.generator
+        return section.temperature if isinstance(section, GeneratorSection) else 1.0
 
     @abstractmethod
     def counted(self, text: TextBatch, masks: Masks) -> np.ndarray:
@@ -69,7 +77,7 @@ class JointObjective(Objective[JointRecipeT]):
             noise_keys_BT=noise,
             masking=self.recipe.masking,
             losses=self.losses,
-            temperature=self.recipe.generator.temperature,
+            temperature=self.temperature(seed, step),
         )
 
     @abstractmethod
@@ -79,7 +87,7 @@ class JointObjective(Objective[JointRecipeT]):
     @property
     def shape(self) -> StepShape:
         small, main = encoder_configs(self.recipe, self.vocab_size, self.pad_token_id)
-        embeddings, sharing = embedding_parameters(main), self.recipe.generator.sharing
+        embeddings, sharing = embedding_parameters(main), self.recipe.sharing
         shared = {"embeddings": embeddings, "tokens": self.vocab_size * main.embedding_size, "none": 0}
         own = 0 if sharing == "all" else embeddings + encoder_parameters(small) - shared[sharing]
         return StepShape(
@@ -90,6 +98,7 @@ class JointObjective(Objective[JointRecipeT]):
                     own + token_head_parameters(small),
                     predicts_at="selected",
                     draws=True,
+                    is_trained=self.trains_generator,
                     has_own_encoder=sharing != "all",
                 ),
                 self.main_network(main, embeddings + encoder_parameters(main)),
@@ -97,7 +106,7 @@ class JointObjective(Objective[JointRecipeT]):
             global_batch_size=self.recipe.global_batch_size,
             length=self.recipe.data.sequence_length,
             masking=self.recipe.masking,
-            has_temperature=self.recipe.generator.temperature != 1.0,
+            has_temperature=self.temperature(self.recipe.seed, 0) != 1.0,
         )
 
     def longest_micro_batch(self, size: int) -> MicroBatch:
