@@ -151,11 +151,13 @@ class ModelSection(Section):
 
 class GeneratorSizeSection(Section):
     width_multiplier: float = Field(gt=0, le=1)
-    """Generator width divided by discriminator width; feed-forward size and heads follow the original's rule."""
+    """Generator width divided by discriminator width."""
     depth_multiplier: float = Field(default=1.0, gt=0, le=1)
     """Generator layers divided by discriminator layers."""
     num_attention_heads: int | None = Field(default=None, ge=1)
     """Attention heads of the generator; null means the original's rule for its width."""
+    intermediate_size: int | None = Field(default=None, ge=1)
+    """Feed-forward size of the generator; null means four times its width, as in the original."""
 
 
 class GeneratorSection(GeneratorSizeSection):
@@ -172,8 +174,9 @@ class GeneratorSection(GeneratorSizeSection):
     def _sharing_all_needs_equal_size(self) -> GeneratorSection:
         if self.sharing == "all" and (self.width_multiplier, self.depth_multiplier) != (1.0, 1.0):
             raise ValueError("sharing: all needs width_multiplier: 1.0 and depth_multiplier: 1.0")
-        if self.sharing == "all" and self.num_attention_heads is not None:
-            raise ValueError("sharing: all uses the discriminator's heads, so leave out num_attention_heads")
+        for name in ("num_attention_heads", "intermediate_size"):
+            if self.sharing == "all" and getattr(self, name) is not None:
+                raise ValueError(f"sharing: all uses the discriminator's sizes, so leave out {name}")
         return self
 
 
@@ -350,6 +353,7 @@ class TemperatureSection(Section):
     tau: float = Field(default=0.1, gt=0)
     """Share of the steps after which the exponential schedule's distance to 1 has fallen to 37 %."""
     power: float = Field(default=2.0, gt=0)
+    """Exponent of the polynomial schedule."""
 
     def at(self, share: float) -> float:
         """Return the temperature when this share of the steps is done."""

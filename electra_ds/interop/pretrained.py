@@ -164,8 +164,6 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
     if not file.is_file():
         there = "There is no folder" if not folder.is_dir() else "There is no config.json in"
         advice = f"Give a folder that transformers or {command('export')} wrote, or OWNER/NAME of a model on the Hub."
-        if (folder / "run.json").is_file():
-            advice = f"It is a run: export it with {command('export')} {name}, and give the folder that this makes."
         raise DataError(f"{there} {name}. {advice}")
     return _parsed(file, name)
 
@@ -257,9 +255,9 @@ def check_fit(recipe: Recipe, known: KnownSizes, sharing: str, *, takes_one: boo
             advice = "No recipe can have" + "".join(f"\n  {problem}" for problem in left)
             if generator is not None and discriminator is not None and takes_one:
                 advice += (
-                    f"\nA recipe's generator has at most the discriminator's columns and layers, a feed-forward of 4 "
-                    f"times the columns, and the rest like the discriminator. Otherwise give {discriminator.name} "
-                    f"alone."
+                    f"\nA recipe's generator has at most the discriminator's columns and layers, heads and a "
+                    f"feed-forward of its own, and the rest like the discriminator. Otherwise give "
+                    f"{discriminator.name} alone."
                 )
     except ConfigError as error:
         advice = str(error)
@@ -301,6 +299,7 @@ def _changes(recipe: Recipe, known: KnownSizes) -> dict[str, Any]:
             "width_multiplier": _multiplier(generator.sizes["hidden_size"], full["hidden_size"]),
             "depth_multiplier": _multiplier(generator.sizes["num_hidden_layers"], full["num_hidden_layers"]),
             "num_attention_heads": heads,
+            "intermediate_size": _feed_forward(before.intermediate_size, generator),
         }
         needed: dict[str, Any] = {
             f"generator.{key}": value
@@ -315,6 +314,12 @@ def _changes(recipe: Recipe, known: KnownSizes) -> dict[str, Any]:
         except ConfigError:
             continue
     return changes
+
+
+def _feed_forward(before: int | None, generator: NetworkSizes) -> int | None:
+    """Return the recipe's value for a generator's feed-forward size; None if the rule for its width gives it."""
+    wanted = int(generator.sizes["intermediate_size"])
+    return None if before is None and wanted == 4 * generator.sizes["hidden_size"] else wanted
 
 
 def _multiplier(part: int, total: int) -> float | None:

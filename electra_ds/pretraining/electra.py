@@ -50,7 +50,7 @@ def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple
     """Return the sizes of the generator and of the network that reads its replacements.
 
     The generator follows google-research/electra `get_generator_config`: hidden = round(multiplier * hidden),
-    feed-forward 4 * hidden, heads = max(1, hidden // 64) unless the recipe sets their number. If the discriminator's
+    feed-forward 4 * hidden, heads = max(1, hidden // 64), unless the recipe sets the last two. If the discriminator's
     heads are narrower than 64, their size replaces 64. Raises ConfigError for a recipe without a generator.
     """
     recipe = joint_recipe(recipe)
@@ -67,7 +67,7 @@ def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple
         hidden_size=hidden,
         num_hidden_layers=max(1, round(model.num_hidden_layers * generator.depth_multiplier)),
         num_attention_heads=heads,
-        intermediate_size=4 * hidden,
+        intermediate_size=generator.intermediate_size or 4 * hidden,
     )
     return small, main
 

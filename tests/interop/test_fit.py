@@ -31,9 +31,11 @@ LARGE_SET = (
 )
 
 
-def fit(recipe: str, discriminator: dict[str, Any], generator: dict[str, Any] | None, sharing: str = "all") -> None:
+def fit(
+    recipe: str, discriminator: dict[str, Any] | None, generator: dict[str, Any] | None, sharing: str = "all"
+) -> None:
     section, *overrides = recipe.split()
-    known = KnownSizes(generator and NetworkSizes("G", generator), NetworkSizes("D", discriminator))
+    known = KnownSizes(generator and NetworkSizes("G", generator), discriminator and NetworkSizes("D", discriminator))
     check_fit(load_recipe(section, overrides), known, sharing)
 
 
@@ -58,10 +60,13 @@ def fit(recipe: str, discriminator: dict[str, Any], generator: dict[str, Any] | 
          "generator.num_attention_heads=4"),
         ("electra-small generator.num_attention_heads=4", SMALL_GOOGLE, SMALL_GOOGLE | {"hidden_size": 64,
          "num_attention_heads": 1, "intermediate_size": 256}, "generator.num_attention_heads=1"),
+        ("electra-small generator.width_multiplier=1", SMALL_GOOGLE, SMALL_GOOGLE | {"intermediate_size": 512},
+         "generator.intermediate_size=512"),
+        ("electra-small", None, BASE_GENERATOR, "model.embedding_size=768 generator.width_multiplier=1.0"),
     ],
 )  # fmt: skip
 def test_the_overrides_that_are_named_make_the_recipe_fit(
-    recipe: str, discriminator: dict[str, Any], generator: dict[str, Any] | None, added: str
+    recipe: str, discriminator: dict[str, Any] | None, generator: dict[str, Any] | None, added: str
 ) -> None:
     if added:
         with pytest.raises(ConfigError) as refused:
@@ -75,9 +80,8 @@ def test_the_overrides_that_are_named_make_the_recipe_fit(
     [
         (SMALL_GOOGLE | {"hidden_act": "relu"}, None, r"No recipe can have\n  hidden_act relu as in D.*has gelu$"),
         (SMALL_GOOGLE | {"type_vocab_size": 1}, None, r"No recipe can have\n  type_vocab_size 1 as in D.*has 2$"),
-        (SMALL_GOOGLE, SMALL_GOOGLE | {"intermediate_size": 512}, r"intermediate_size 512 as in G.*give D alone\.$"),
         (SMALL_GOOGLE, BASE_GOOGLE, r"hidden_size 768 as in G.*give D alone\.$"),
-        (BASE_GOOGLE, BASE_GENERATOR | {"intermediate_size": 8}, r"intermediate_size 8 as in G.*give D alone\.$"),
+        (BASE_GOOGLE, BASE_GENERATOR | {"embedding_size": 8}, r"embedding_size 8 as in G.*give D alone\.$"),
         (SMALL_GOOGLE | {"hidden_size": 4, "num_attention_heads": 1}, None, "changed to fit the weights, is not valid"),
     ],
 )

@@ -215,6 +215,7 @@ def test_any_batch_plan_gives_the_same_losses_and_bf16_nearly_the_same(store: To
     np.testing.assert_allclose(half, whole, rtol=0.03)  # tokens are drawn anew from rounded logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("name", ["electra-15", "mlm", "replace-mlm", "all-tokens-mlm"])
 def test_a_run_learns_resumes_bit_for_bit_and_exports_what_transformers_opens(

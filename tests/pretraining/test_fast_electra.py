@@ -1,0 +1,219 @@
+"""Fast-ELECTRA: the temperature of a step, a generator that stays as it was given, and where runs begin."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from electra_ds.cli import main
+from electra_ds.config.recipe import FastElectraRecipe, load_recipe
+from electra_ds.core.errors import ConfigError
+from electra_ds.core.keyed_random import hash64
+from electra_ds.core.ranks import Ranks
+from electra_ds.data.token_store import TokenStore, split_holdout
+from electra_ds.pretraining.evaluation import held_out_batch, load_trained
+from electra_ds.pretraining.masked_batch import MaskedBatch
+from electra_ds.training.checkpoint import open_checkpoint
+from tests.helpers import SMALL, builder_for
+from tests.pretraining.test_pretrain import train_losses
+
+OF_GENERATOR = ("generator.", "discriminator.", "masking.")
+SHARED = [each for each in SMALL if not each.startswith(OF_GENERATOR)]
+SAME_SIZES = ("generator.width_multiplier=1", "generator.depth_multiplier=1", "generator.intermediate_size=64")
+FAST = [*SHARED, *SAME_SIZES, "optimizer.weight_decay=0.1"]
+SETTINGS = ("--threads", "1", "--log-every", "5", "--eval-every", "15", "--save-every", "10", "--eval-windows", "16")
+STEPS = ("schedule.total_steps=30", "schedule.warmup_steps=2")
+
+
+def fast_recipe(*overrides: str) -> FastElectraRecipe:
+    recipe = load_recipe("tiny-fast-electra", [*FAST, *overrides])
+    assert isinstance(recipe, FastElectraRecipe)
+    return recipe
+
+
+def pretrain(store: TokenStore, run: Path, recipe: str, overrides: list[str], *more: str, stage: int = 0) -> Path:
+    ds_config = run.parent / "ds.json"
+    ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 4}))
+    main([
+        "pretrain", "--recipe", recipe, "--ds-config", str(ds_config), "--data", str(store.path), "--run-dir",
+        str(run), *more, *SETTINGS, "--set", *overrides, *STEPS,
+    ])  # fmt: skip
+    return run
+
+
+def latest(run: Path) -> Mapping[str, torch.Tensor]:
+    return open_checkpoint(run / "checkpoints" / "latest").tensors
+
+
+@pytest.fixture(scope="module")
+def auxiliary(store: TokenStore, process_group: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of masked language modelling."""
+    return pretrain(store, tmp_path_factory.mktemp("auxiliary") / "mlm", "tiny-mlm", SHARED)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), (2.0, 1 + math.exp(-5), 1 + math.exp(-10))),
+        (("temperature.start=3", "temperature.tau=0.5"), (3.0, 1 + 2 * math.exp(-1), 1 + 2 * math.exp(-2))),
+        (("temperature.schedule=linear",), (2.0, 1.5, 1.0)),
+        (("temperature.schedule=polynomial", "temperature.power=3"), (2.0, 1.125, 1.0)),
+        (("temperature.schedule=constant", "temperature.start=1.5"), (1.5, 1.5, 1.5)),
+    ],
+)
+def test_the_temperature_at_the_beginning_the_middle_and_the_end(
+    store: TokenStore, overrides: tuple[str, ...], expected: tuple[float, ...]
+) -> None:
+    recipe = fast_recipe("schedule.total_steps=400", *overrides)
+    builder = builder_for(store, recipe)
+    for share, temperature in zip((0.0, 0.5, 1.0), expected, strict=True):
+        assert recipe.temperature.at(share) == pytest.approx(temperature)
+        batch = builder.build(int(share * 400))
+        assert isinstance(batch, MaskedBatch)
+        assert batch.temperature == pytest.approx(temperature)
+        tensor = batch.micro_batch(0, 2).temperature
+        assert temperature == 1.0 if tensor is None else tensor.item() == pytest.approx(temperature)
+
+
+def test_held_out_text_is_corrupted_at_temperature_1(store: TokenStore) -> None:
+    recipe = fast_recipe()
+    batch = held_out_batch(store, split_holdout(store.documents, recipe.data, recipe.seed), recipe, 16)
+    assert isinstance(batch, MaskedBatch)
+    assert batch.temperature == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5])
+def test_replacements_have_the_frequencies_of_the_tempered_softmax(store: TokenStore, share: float) -> None:
+    """Drawn by the model itself, again and again with other noise, at one position of one sequence."""
+    recipe = fast_recipe("temperature.start=3", "schedule.total_steps=400", "model.initializer_range=0.3")
+    builder = builder_for(store, recipe)
+    batch = builder.build(int(share * 400))
+    assert isinstance(batch, MaskedBatch)
+    micro = batch.micro_batch(0, 1, packed=False)
+    model = builder.objective.build_model().eval()
+    place = micro.selected_M[:1]
+    draws = 20_000
+    many = micro._replace(
+        selected_M=place.expand(draws).clone(),
+        replaced_M=torch.ones(draws, dtype=torch.bool),
+        noise_keys_M=torch.from_numpy(hash64(3, np.arange(draws)).astype(np.uint32).view(np.int32)),
+    )
+    with torch.no_grad():
+        samples = model(many).samples_M.numpy()
+        hidden = model.generator(micro.masked_ids_BT, None if micro.sequences_BT is None else micro.attention_mask())
+        logits = model.generator_head.transform(hidden.flatten(0, 1)[place]) @ model.generator_head.decoder.weight.T
+        logits = (logits + model.generator_head.decoder.bias).double().squeeze(0)
+    expected = torch.softmax(logits / recipe.temperature.at(share), -1).numpy() * draws
+    often = expected >= 5
+    counts = np.bincount(samples, minlength=len(expected))
+    assert often.mean() > 0.8
+    wanted = expected[often] * counts[often].sum() / expected[often].sum()
+    assert stats.chisquare(counts[often], wanted).pvalue > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_generator_stays_as_it_was_given_and_has_no_optimizer_state(
+    store: TokenStore, auxiliary: Path, tmp_path: Path, process_group: Ranks, stage: int
+) -> None:
+    """With a weight decay of 0.1. A run that stops and goes on ends bit for bit like one that does not."""
+    given = ("--init-from", str(auxiliary))
+    straight = pretrain(store, tmp_path / "straight", "tiny-fast-electra", FAST, *given, stage=stage)
+    resumed = pretrain(store, tmp_path / "resumed", "tiny-fast-electra", FAST, *given, "--stop-at", "17", stage=stage)
+    main(["pretrain", "--resume", str(resumed)])
+    assert train_losses(resumed) == train_losses(straight)
+    tensors, others = latest(straight), latest(resumed)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    lm = load_trained(auxiliary).model.state_dict()
+    generator = {name: tensor for name, tensor in tensors.items() if "/generator" in name}
+    assert generator
+    for name, tensor in generator.items():
+        assert name.startswith("master/"), "moments of a frozen parameter"
+        assert torch.equal(tensor, lm[name.removeprefix("master/").replace("generator", "encoder")]), name
+    assert any(name.startswith("exp_avg/discriminator.") for name in tensors)
+    losses = [loss for _, loss in train_losses(straight)]
+    assert np.mean(losses[-8:]) < np.mean(losses[:8])
+
+
+@pytest.mark.parametrize("start", ["random", "embeddings", "generator"])
+def test_the_discriminator_begins_as_the_recipe_says(
+    store: TokenStore, auxiliary: Path, tmp_path: Path, process_group: Ranks, start: str
+) -> None:
+    overrides = [*FAST, f"discriminator.starts_from={start}"]
+    run = pretrain(
+        store, tmp_path / "run", "tiny-fast-electra", overrides, "--init-from", str(auxiliary), "--keep", "9"
+    )
+    first = open_checkpoint(min((run / "checkpoints").glob("step-*"))).tensors
+    names = [name.removeprefix("master/generator.") for name in first if name.startswith("master/generator.")]
+    equal = {
+        name for name in names if torch.equal(first[f"master/generator.{name}"], first[f"master/discriminator.{name}"])
+    }
+    matrices = {name for name in names if first[f"master/generator.{name}"].dim() == 2}
+    expected = {
+        "random": set(),
+        "embeddings": {name for name in names if name.startswith("embeddings.")},
+        "generator": set(names),
+    }[start]
+    assert equal & matrices == expected & matrices
+    assert expected <= equal
+
+
+def test_a_run_without_an_auxiliary_model_or_with_an_unfit_one_is_refused(
+    store: TokenStore, auxiliary: Path, tmp_path: Path, process_group: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        pretrain(store, tmp_path / "none", "tiny-fast-electra", FAST)
+    assert "The objective fast-electra needs a trained generator" in capsys.readouterr().err
+    narrow = [*FAST, "generator.width_multiplier=0.5"]
+    with pytest.raises(SystemExit):
+        pretrain(store, tmp_path / "narrow", "tiny-fast-electra", narrow, "--init-from", str(auxiliary))
+    assert "Add: --set generator.width_multiplier=1.0" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ConfigError, match=r"starts_from: generator needs generator\.width_multiplier: 1\.0"):
+        fast_recipe("generator.width_multiplier=0.5", "discriminator.starts_from=generator")
+
+
+def test_the_generator_of_an_electra_is_taken_without_its_discriminator(
+    store: TokenStore, tmp_path: Path, process_group: Ranks
+) -> None:
+    """From its run, and from its export."""
+    sizes = ["generator.width_multiplier=0.5", "generator.depth_multiplier=0.5"]
+    joint = pretrain(store, tmp_path / "joint", "tiny", [*SHARED, *sizes])
+    main(["export", str(joint)])
+    trained = load_trained(joint).model.state_dict()
+    for number, source in enumerate((joint, joint / "export")):
+        run = pretrain(
+            store,
+            tmp_path / f"fast-{number}",
+            "tiny-fast-electra",
+            [*SHARED, *sizes],
+            "--init-from",
+            str(source),
+            "--seed",
+            "5",
+        )
+        tensors, name = latest(run), "layers.0.output.weight"
+        assert torch.equal(tensors[f"master/generator.{name}"], trained[f"generator.{name}"])
+        change = (tensors[f"master/discriminator.{name}"] - trained[f"discriminator.{name}"]).norm()
+        assert change > trained[f"discriminator.{name}"].norm()
+
+
+def test_a_generator_alone_warms_an_electra_up(
+    store: TokenStore, auxiliary: Path, tmp_path: Path, process_group: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain(store, tmp_path / "run", "tiny", [*SHARED, *SAME_SIZES], "--init-from", str(auxiliary))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the discriminator begins with random weights and the generator's embeddings" in said
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mlm = [json.loads(line) for line in (auxiliary / "metrics.jsonl").read_text().splitlines()]
+    first = next(line["generator_loss"] for line in metrics if line["kind"] == "train")
+    fresh = next(line["mlm_loss"] for line in mlm if line["kind"] == "train")
+    assert first < fresh - 0.2
