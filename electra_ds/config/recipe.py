@@ -135,7 +135,8 @@ class ModelSection(Section):
     hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     initializer: Literal["normal", "truncated-normal"] = "normal"
-    """Distribution of matrices and embedding tables: truncated at two standard deviations (the original's code), or not
+    """Distribution of matrices and embedding tables: truncated at two standard deviations (the original's code, where
+    the projection of the embeddings and the discriminator's last layer are uniform after Glorot), or not
     (transformers)."""
     initializer_range: float = Field(default=0.02, gt=0)
     layer_norm_eps: float = Field(default=1e-12, gt=0)

@@ -72,12 +72,21 @@ def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple
     return small, main
 
 
+_BY_TENSORFLOW = ("embeddings_project.weight", "dense_prediction.weight")
+
+
 def initialise(model: nn.Module, section: ModelSection, seed: int) -> None:
-    """Initialise matrices and tables with Normal(0, initializer_range) from the seed, norms with 1, biases with 0."""
+    """Initialise matrices and tables with Normal(0, initializer_range) from the seed, norms with 1, biases with 0.
+
+    With `truncated-normal`, as in google-research/electra, the projection of the embeddings and the discriminator's
+    last layer have Glorot's uniform distribution, TensorFlow's default, since its code names no other for them.
+    """
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and section.initializer == "truncated-normal":
+            if name.endswith(_BY_TENSORFLOW) and section.initializer == "truncated-normal":
+                nn.init.xavier_uniform_(parameter, generator=rng)
+            elif parameter.dim() == 2 and section.initializer == "truncated-normal":
                 spread = section.initializer_range
                 nn.init.trunc_normal_(parameter, 0.0, spread, -2 * spread, 2 * spread, generator=rng)
             elif parameter.dim() == 2:

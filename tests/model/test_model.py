@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, ElectraForMaskedLM, ElectraForPreTraining
 
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.convert import discriminator_tensors, generator_tensors
 from electra_ds.pretraining.electra import Electra, encoder_configs
@@ -174,7 +175,6 @@ def test_no_gradient_flows_through_the_samples(store: TokenStore) -> None:
     [("rc2020-small", (64, 12, 1, 256)), ("tiny", None)],
 )
 def test_the_generators_size_follows_the_originals_rule(recipe: str, expected: tuple[int, ...] | None) -> None:
-    from electra_ds.config.recipe import load_recipe
 
     generator, discriminator = encoder_configs(load_recipe(recipe), 30522, 0)
     if expected:
@@ -189,7 +189,6 @@ def test_the_generators_size_follows_the_originals_rule(recipe: str, expected: t
 
 def test_rc2020_small_has_as_many_parameters_as_the_reference_counts() -> None:
     """13,549,057 in the discriminator with its embeddings, 647,162 in the generator alone (type table of two rows)."""
-    from electra_ds.config.recipe import load_recipe
 
     model = Electra(load_recipe("rc2020-small"), 30522, 0)
     discriminator = sum(p.numel() for n, p in model.named_parameters() if n.startswith("discriminator"))
@@ -233,3 +232,21 @@ def test_an_exported_folder_opens_with_transformers_and_gives_the_same_outputs(
         close(generator_logits(model, batch), logits[batch.selected_M])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "d")
     assert tokenizer("Abc de.")["input_ids"][1:-1] == store.tokenizer.encode_lines(["Abc de."])[0]
+
+
+def test_the_originals_initial_weights_are_those_of_its_code() -> None:
+    """TensorFlow's default is uniform within sqrt(6 / (inputs + outputs)), whose deviation is that over sqrt(3)."""
+    recipe = load_recipe("electra-small", [])
+    weights = dict(Electra(recipe, 2000, 0).named_parameters())
+    for network, hidden in (("discriminator", 256), ("generator", 64)):
+        projection = weights[f"{network}.embeddings_project.weight"]
+        bound = math.sqrt(6 / (128 + hidden))
+        assert 0.99 * bound < projection.abs().max() <= bound
+        assert projection.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+        assert projection.std() > 4 * 0.0176  # of a normal distribution of 0.02 that is cut at two deviations
+    last = weights["discriminator_head.dense_prediction.weight"]
+    assert last.abs().max() <= math.sqrt(6 / 257)
+    assert last.std() > 0.07
+    table = weights["discriminator.embeddings.word_embeddings.weight"]
+    assert table[1:].abs().max() <= 0.04
+    assert table[1:].std().item() == pytest.approx(0.0176, rel=0.01)
