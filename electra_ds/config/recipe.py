@@ -170,6 +170,12 @@ class GeneratorSection(GeneratorSizeSection):
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the softmax from which replacements are drawn."""
     loss_weight: float = Field(default=1.0, ge=0)
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the generator's own weights; null for `optimizer.learning_rate`. Shared weights have that
+    of the other network."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Norm to which the gradients of the generator's own weights are clipped, apart from those of the other network
+    (ZeRO stage 0); null to clip all together, which lets the weights of the losses affect both networks."""
 
     @model_validator(mode="after")
     def _sharing_all_needs_equal_size(self) -> GeneratorSection:

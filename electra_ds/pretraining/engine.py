@@ -16,6 +16,7 @@ import torch
 
 from electra_ds.config.cards import TRITON_CAPABILITY
 from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.config.names import find_objective
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_record import Compile
 from electra_ds.core import devices
@@ -104,7 +105,7 @@ class PretrainingEngine(Engine):
         self, model: AutocastModel, recipe: Recipe, plan: DeepSpeedPlan, device: torch.device, compile: Compile = "off"
     ) -> None:
         """Raises ConfigError also if `compile` is "on" and the device cannot compile."""
-        super().__init__(model, recipe, plan, device)
+        super().__init__(model, recipe, plan, device, find_objective(recipe.objective).rates(recipe))
         self.module: Any = self._engine.module
         self.is_compiled = check_compile(compile, device, plan)
         self._compiled = CompiledForward(self.module, plan, device, compile) if self.is_compiled else None

@@ -58,6 +58,11 @@ class Engine:
         else:
             import_muon()
             optimizer = torch_adamw(model.named_parameters(), recipe.optimizer, rates)
+            if any(group["clipped_to"] is not None for group in optimizer.param_groups):
+                raise ConfigError(
+                    f"A max_grad_norm for a part of the model needs ZeRO stage 0, but the DeepSpeed JSON has stage "
+                    f"{plan.stage}, where DeepSpeed clips all gradients together. Use stage 0, or leave it out."
+                )
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=plan.engine_config(), dist_init_required=False
         )

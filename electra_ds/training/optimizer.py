@@ -36,11 +36,14 @@ FRESH_COUNTERS = {
 
 
 class ParameterRates(NamedTuple):
-    """One parameter's own learning rate and weight decay."""
+    """One parameter's own learning rate, weight decay and clipping."""
 
     lr_scale: float = 1.0
     """Its learning rate divided by the schedule's."""
     decays: bool = True
+    max_grad_norm: float | None = None
+    """The norm to which the gradients of all parameters with this value are clipped together, apart from the others;
+    None for the recipe's, with all that have None."""
 
 
 def pretraining_rates(name: str) -> ParameterRates:
@@ -61,7 +64,12 @@ def parameter_groups(
         if parameter.requires_grad:
             groups.setdefault(rates(name), []).append(parameter)
     return [
-        {"params": alike, "weight_decay": weight_decay if kind.decays else 0.0, "lr_scale": kind.lr_scale}
+        {
+            "params": alike,
+            "weight_decay": weight_decay if kind.decays else 0.0,
+            "lr_scale": kind.lr_scale,
+            "clipped_to": kind.max_grad_norm,
+        }
         for kind, alike in sorted(groups.items(), key=lambda item: not item[0].decays)
     ]
 
@@ -119,6 +127,14 @@ class MasterAdamW(torch.optim.Optimizer):
             for parameter, master in self.masters.items()
         }
         device = next(iter(self.masters)).device
+        norms = [group["clipped_to"] for group in self.param_groups for _ in group["params"]]
+        self._clipped_together: dict[float | None, torch.Tensor | None] = {
+            clipped: torch.tensor([place for place, each in enumerate(norms) if each == clipped], device=device)
+            for clipped in dict.fromkeys(norms)
+        }
+        """The places of the parameters whose gradients are clipped together, by their norm; None for all."""
+        if len(self._clipped_together) == 1:
+            self._clipped_together = dict.fromkeys(self._clipped_together)
         self.loss_scale = torch.tensor(self.scaling.initial_scale, device=device)
         self._taken_steps = torch.zeros((), device=device, dtype=torch.float64)
         self.skipped_steps = torch.zeros((), device=device)
@@ -138,19 +154,25 @@ class MasterAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Unscale, check, clip and update, without reading anything back from the device."""
-        gradients = self._master_gradients()
-        scaled_norm = torch.linalg.vector_norm(compat.norms(gradients))
+        norms = compat.norms(self._master_gradients())
+        scaled_norm = torch.linalg.vector_norm(norms)
         found_inf = (~torch.isfinite(scaled_norm)).float()
         self.grad_norm = scaled_norm / self.loss_scale
-        clipping = torch.clamp(
-            (self.grad_norm + 1e-6) / self._section.max_grad_norm, min=1.0
-        )  # torch's clip_grad_norm_
-        divisor = (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)
+        divisors = {
+            clipped: self._divisor(scaled_norm if places is None else torch.linalg.vector_norm(norms[places]), clipped)
+            for clipped, places in self._clipped_together.items()
+        }
         self.can_repeat_step = False
         for group in self.param_groups:
-            self._update(group, divisor, found_inf)
+            self._update(group, divisors[group["clipped_to"]], found_inf)
         self._copy_back()
         self._update_scale(found_inf)
+
+    def _divisor(self, scaled_norm: torch.Tensor, max_grad_norm: float | None) -> torch.Tensor:
+        """Return the number by which gradients of a norm are divided, to unscale and clip them."""
+        most = self._section.max_grad_norm if max_grad_norm is None else max_grad_norm
+        clipping = torch.clamp((scaled_norm / self.loss_scale + 1e-6) / most, min=1.0)  # torch's clip_grad_norm_
+        return (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)
 
     def _update(self, group: dict[str, Any], divisor: torch.Tensor, found_inf: torch.Tensor) -> None:
         masters = [self.masters[parameter] for parameter in group["params"]]

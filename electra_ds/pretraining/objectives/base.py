@@ -46,6 +46,7 @@ from electra_ds.pretraining.run_time import (
     time_of_steps,
 )
 from electra_ds.pretraining.step_shape import StepShape
+from electra_ds.training.optimizer import Rates, pretraining_rates
 from electra_ds.training.step import AutocastModel, StepBatch
 
 if TYPE_CHECKING:
@@ -178,6 +179,11 @@ class Objective(ABC, Generic[RecipeT]):
         such as a temperature, must be tensors of the micro-batches, so that compiled forward passes see them. seed: the
         recipe's, or another one for held-out text.
         """
+
+    @classmethod
+    def rates(cls, recipe: RecipeT) -> Rates:
+        """Return the function from a parameter's name to its own learning rate, decay and clipping."""
+        return pretraining_rates
 
     # Evaluation on held-out text.
 

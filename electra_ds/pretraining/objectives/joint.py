@@ -27,6 +27,7 @@ from electra_ds.pretraining.step_shape import (
     encoder_parameters,
     token_head_parameters,
 )
+from electra_ds.training.optimizer import ParameterRates, Rates, pretraining_rates
 
 JointRecipeT = TypeVar("JointRecipeT", bound=JointRecipe)
 
@@ -56,6 +57,20 @@ class JointObjective(Objective[JointRecipeT]):
         section = self.recipe.generator
         assert isinstance(section, GeneratorSection)  # of an objective that trains its generator
         return {GENERATOR_LOSS: WeightedLoss(section.loss_weight, "selected")}
+
+    @classmethod
+    def rates(cls, recipe: JointRecipeT) -> Rates:
+        section = recipe.generator
+        if not isinstance(section, GeneratorSection):
+            return pretraining_rates
+        scale = (section.learning_rate or recipe.optimizer.learning_rate) / recipe.optimizer.learning_rate
+
+        def rates(name: str) -> ParameterRates:
+            usual = pretraining_rates(name)
+            is_generators = name.startswith(("generator.", "generator_head."))
+            return usual._replace(lr_scale=scale, max_grad_norm=section.max_grad_norm) if is_generators else usual
+
+        return rates
 
     def temperature(self, seed: int, step: int) -> float:
         """Return the temperature at which a step's replacements are drawn. seed: as in `make_batch`."""

@@ -1,0 +1,109 @@
+"""A generator with a learning rate and a clipping norm of its own, against two of torch's optimizers side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from electra_ds.config.recipe import Recipe
+from electra_ds.core.errors import ConfigError
+from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.engine import PretrainingEngine
+from electra_ds.training.optimizer import learning_rate_at, pretraining_rates
+from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
+
+CPU = torch.device("cpu")
+STEPS = 25
+OWN = ("generator.learning_rate=3e-3", "generator.max_grad_norm=0.05", "optimizer.max_grad_norm=2.0")
+
+
+def recipe_of(*overrides: str) -> Recipe:
+    return small_recipe("schedule.total_steps=60", "schedule.warmup_steps=5", *overrides)
+
+
+def is_of_generator(name: str) -> bool:
+    return name.startswith(("generator.", "generator_head."))
+
+
+def run(store: TokenStore, recipe: Recipe, **values: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    engine = PretrainingEngine(model_for(store, recipe), recipe, cpu_plan(recipe, **values), CPU)
+    builder = builder_for(store, recipe)
+    try:
+        losses = [engine.train_step(builder.build(step), step)["loss"].item() for step in range(STEPS)]
+        return losses, {name: each.detach().clone() for name, each in engine.module.named_parameters()}
+    finally:
+        engine.close()
+
+
+def two_optimizers(store: TokenStore, recipe: Recipe) -> list[float]:
+    """Each network with torch's AdamW, clipping and rate of its own; shared embeddings belong to the discriminator."""
+    model = model_for(store, recipe).train()
+    builder = builder_for(store, recipe)
+    section, schedule = recipe.optimizer, recipe.schedule.model_dump()
+    generator: Any = recipe.generator  # type: ignore[attr-defined]
+    parts = []
+    for own, rate, clip in (
+        (True, generator.learning_rate or section.learning_rate, generator.max_grad_norm),
+        (False, section.learning_rate, section.max_grad_norm),
+    ):
+        named = [(name, each) for name, each in model.named_parameters() if is_of_generator(name) == own]
+        groups = []
+        for decays, decay in ((True, section.weight_decay), (False, 0.0)):
+            alike = [each for name, each in named if pretraining_rates(name).decays == decays]
+            groups.append({"params": alike, "weight_decay": decay})
+        betas = (section.beta1, section.beta2)
+        parts.append((torch.optim.AdamW(groups, lr=rate, betas=betas, eps=section.epsilon), named, rate, clip))
+    losses = []
+    for step in range(STEPS):
+        batch = builder.build(step)
+        output = model(batch.micro_batch(0, recipe.global_batch_size))
+        loss = sum(term.weight / term.divisor * output.losses[name] for name, term in batch.loss_terms.items())
+        losses.append(float(loss))
+        loss.backward()
+        for optimizer, named, rate, clip in parts:
+            torch.nn.utils.clip_grad_norm_([each for _, each in named], clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, learning_rate=rate, **schedule)
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("sharing", ["embeddings", "none"])
+def test_two_networks_train_like_two_optimizers(store: TokenStore, sharing: str) -> None:
+    recipe = recipe_of(*OWN, f"generator.sharing={sharing}")
+    losses, _ = run(store, recipe)
+    np.testing.assert_allclose(losses, two_optimizers(store, recipe), rtol=1e-5)
+    joint, _ = run(store, recipe_of("optimizer.max_grad_norm=2.0", f"generator.sharing={sharing}"))
+    assert not np.allclose(losses, joint, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_weight_of_the_discriminators_loss_does_not_reach_a_generator_that_is_clipped_apart(
+    store: TokenStore,
+) -> None:
+    """Adam's update does not depend on the scale of a gradient, but a norm that is clipped together lets it through."""
+    moved = {}
+    for clipping in ("own", "joint"):
+        own = ("generator.max_grad_norm=0.05",) if clipping == "own" else ("generator.max_grad_norm=null",)
+        for weight in (1, 1000):
+            recipe = recipe_of("generator.sharing=none", *own, f"discriminator.loss_weight={weight}",
+                               "optimizer.epsilon=1e-3", "optimizer.max_grad_norm=0.05")  # fmt: skip
+            _, weights = run(store, recipe)
+            moved[clipping, weight] = torch.cat([w.flatten() for name, w in weights.items() if is_of_generator(name)])
+    assert torch.equal(moved["own", 1], moved["own", 1000])
+    assert not torch.allclose(moved["joint", 1], moved["joint", 1000], rtol=1e-3)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_rate_of_its_own_works_at_every_stage_and_a_clipping_norm_at_stage_0(store: TokenStore) -> None:
+    recipe = recipe_of("generator.learning_rate=3e-3")
+    whole, _ = run(store, recipe)
+    sharded, _ = run(store, recipe, zero_optimization={"stage": 2})
+    np.testing.assert_allclose(sharded, whole, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"needs ZeRO stage 0, but the DeepSpeed JSON has stage 2"):
+        run(store, recipe_of(*OWN), zero_optimization={"stage": 2})
