@@ -59,7 +59,7 @@ class PlanOptions(Options):
         "instead of the JSON's; auto: the largest that fits", group=""
     )
     ranks: int = option("number of GPUs (default: 1)", metavar="N", default=1)
-    all: bool | None = option("print a table of every card and every recipe")
+    all: bool | None = option("print a table of every card, with every recipe of ELECTRA or with --recipe")
     json: bool | None = option("print the plan as JSON")
 
     def check(self) -> None:

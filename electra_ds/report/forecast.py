@@ -279,7 +279,7 @@ def _lack_lines(found: Forecast) -> list[str]:
 def forecasts_table(forecasts: Sequence[Forecast]) -> Table:
     """Return a table of every card with every recipe: the largest micro-batch that fits, its memory, and the time."""
     table = Table(
-        "Predicted for every card and every recipe",
+        "Predicted for every card",
         ["card", "recipe", "batch", "GiB", "time"],
         text_columns=5,
         caption=f"electra_ds has not been run on any of these cards. Details: {command('plan')} --recipe R --card NAME",

@@ -37,6 +37,11 @@ Relocate = Callable[[str, Mapping[str, Value]], dict[str, Value]]
 """A function that returns a stage's options with the current places of their inputs. None: no input has moved."""
 
 
+_YOUNGER_THAN_KEYS = {"generator": ("intermediate_size", "learning_rate", "max_grad_norm")}
+"""Recipe keys that did not exist when trials got their keys. They are left out while they are null, so that the folders
+of sweeps that were run before are still found."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One run of one command."""
@@ -83,6 +88,10 @@ class Trial:
         recipe = self.recipe.model_dump(mode="json", exclude={"name", "description"})
         if recipe.get("objective") == "electra":  # trial keys are older than other objectives
             del recipe["objective"]
+        for section, names in _YOUNGER_THAN_KEYS.items():
+            for name in names:
+                if section in recipe and recipe[section].get(name) is None:
+                    recipe[section].pop(name, None)
         outcome = {
             "stage": self.stage,
             "options": {name: given for name, given in own.items() if given},

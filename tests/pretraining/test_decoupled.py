@@ -61,7 +61,7 @@ def two_optimizers(store: TokenStore, recipe: Recipe) -> list[float]:
         batch = builder.build(step)
         output = model(batch.micro_batch(0, recipe.global_batch_size))
         loss = sum(term.weight / term.divisor * output.losses[name] for name, term in batch.loss_terms.items())
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         loss.backward()
         for optimizer, named, rate, clip in parts:
             torch.nn.utils.clip_grad_norm_([each for _, each in named], clip)

@@ -259,10 +259,12 @@ def test_rates_are_those_that_the_maker_prints(name: str, fp32: float, half: flo
     assert card.bf16_tflops == (card.fp16_tflops if card.capability >= (8, 0) else None)
 
 
-def test_the_table_has_every_card_and_every_recipe() -> None:
+@pytest.mark.slow
+def test_the_table_has_every_card_and_every_recipe_of_electra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # in 80 columns the longest names are broken
     said = json.loads(command("--all", "--json"))
     assert {(row["card"], row["recipe"]) for row in said} == {
-        (card.name, name) for card in CARDS for name in recipe_names()
+        (card.name, name) for card in CARDS for name in recipe_names() if load_recipe(name).objective == "electra"
     }
     large = ("-base", "-large", "++")
     assert all(row["fits"] for row in said if not row["recipe"].endswith(large))
