@@ -27,10 +27,11 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.monitors import MONITOR_SECTIONS
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import Recipe, electra_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import Record
 from electra_ds.core import devices
+from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.interop.export import cannot_write, check_out, unfinished
@@ -58,7 +59,12 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
         checkpoint = newest_checkpoint(run_or_checkpoint, ranks)
         out = out or default_export_folder(checkpoint, "native")
         check_out(out)
-        recipe = recorded_recipe(checkpoint)
+        recipe = electra_recipe(recorded_recipe(checkpoint))
+        if recipe.generator.learning_rate is not None or recipe.generator.max_grad_norm is not None:
+            raise ConfigError(
+                "DeepSpeed's own checkpoint has one learning rate and one clipping norm, but the recipe has "
+                "generator.learning_rate or generator.max_grad_norm."
+            )
         saved = RunDirectory(checkpoint.path)
         options = PretrainOptions(ds_config=ds_config)
         plan = plan_of_run(options, saved, saved.read_record(Record), recipe, ranks)

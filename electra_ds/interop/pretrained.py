@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, PreTrainedModel
 
-from electra_ds.config.recipe import Recipe, apply_overrides, joint_recipe, load_recipe, validate_recipe
+from electra_ds.config.recipe import Recipe, apply_overrides, electra_recipe, joint_recipe, load_recipe, validate_recipe
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.program import command
 from electra_ds.data.given_tokenizer import load_given_tokenizer
@@ -353,6 +353,7 @@ def find_sizes(given: Mapping[str, Path | None], export: Path | None, recipe: Re
     our own export stores next to the checkpoint. Raises ConfigError if the recipe differs, and DataError for a bad
     config.
     """
+    electra_recipe(recipe)
     found = {}
     if export is not None:
         file = export / "recipe.yaml"

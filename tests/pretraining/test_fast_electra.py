@@ -206,6 +206,16 @@ def test_the_generator_of_an_electra_is_taken_without_its_discriminator(
         assert change > trained[f"discriminator.{name}"].norm()
 
 
+def test_deepspeeds_own_checkpoints_are_for_electra_alone(
+    auxiliary: Path, tmp_path: Path, process_group: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(auxiliary), "--to", "deepspeed", "--ds-config", "cpu", "--out", str(tmp_path / "native")])
+    said = capsys.readouterr().err
+    assert "This works only for the objectives electra and electra-15, but the recipe tiny-mlm has mlm" in said
+    assert not (tmp_path / "native").exists()
+
+
 def test_a_generator_alone_warms_an_electra_up(
     store: TokenStore, auxiliary: Path, tmp_path: Path, process_group: Ranks, capsys: pytest.CaptureFixture[str]
 ) -> None:
