@@ -26,6 +26,7 @@ from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.prepare import (
     announce,
+    check_clipping,
     description_of,
     plan_resume,
     plan_with_fitting_micro_batch,
@@ -140,6 +141,7 @@ class PretrainStart(RunStart[PretrainOptions]):
             else:
                 self.plan = plan_resume(options, run, ranks)
                 self.recipe = run.read_recipe()
+            check_clipping(self.recipe, self.plan)
 
     def show(self) -> None:
         run, ranks = self.run, self.ranks

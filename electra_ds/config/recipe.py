@@ -445,10 +445,21 @@ class FastElectraRecipe(JointRecipe):
 
     @model_validator(mode="after")
     def _equal_sizes_to_start_from_the_generator(self) -> FastElectraRecipe:
-        sizes = self.generator.width_multiplier, self.generator.depth_multiplier
-        if self.discriminator.starts_from == "generator" and sizes != (1.0, 1.0):
+        if self.discriminator.starts_from != "generator":
+            return self
+        generator, model = self.generator, self.model
+        if (generator.width_multiplier, generator.depth_multiplier) != (1.0, 1.0):
             raise ValueError(
                 "discriminator.starts_from: generator needs generator.width_multiplier: 1.0 and depth_multiplier: 1.0"
+            )
+        heads = max(1, model.hidden_size // min(64, model.hidden_size // model.num_attention_heads))
+        if (generator.num_attention_heads or heads) != model.num_attention_heads:
+            raise ValueError(
+                f"discriminator.starts_from: generator needs generator.num_attention_heads: {model.num_attention_heads}"
+            )
+        if (generator.intermediate_size or 4 * model.hidden_size) != model.intermediate_size:
+            raise ValueError(
+                f"discriminator.starts_from: generator needs generator.intermediate_size: {model.intermediate_size}"
             )
         return self
 
@@ -490,14 +501,26 @@ def recipe_type(values: Any) -> type[Recipe]:
     return kind
 
 
+def _defaults(kind: type[Recipe]) -> dict[str, Any]:
+    """Return the default of every key inside a section, by dotted key."""
+    return {
+        f"{name}.{key}": of_key.default
+        for name, field in kind.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        for key, of_key in field.annotation.model_fields.items()
+    }
+
+
 def for_objective(values: dict[str, Any], objective: Any) -> dict[str, Any]:
-    """Return a recipe's raw mapping for another objective, without the sections and keys that only the old one has.
+    """Return a recipe's raw mapping for another objective, without the sections and keys that only the old one has, and
+    those that have another default there.
 
     Raises ConfigError if there is no such objective.
     """
     changed = values | {"objective": objective}
-    before, after = set(recipe_type(values).dotted_keys()), set(recipe_type(changed).dotted_keys())
-    left_out, sections = before - after, {key.partition(".")[0] for key in after}
+    before, after = _defaults(recipe_type(values)), _defaults(recipe_type(changed))
+    left_out = {key for key, default in before.items() if key not in after or after[key] != default}
+    sections = {key.partition(".")[0] for key in after}
     return {
         name: {key: each for key, each in value.items() if f"{name}.{key}" not in left_out}
         if isinstance(value, dict)

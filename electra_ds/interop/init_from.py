@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from electra_ds.config.names import find_objective
-from electra_ds.config.recipe import FastElectraRecipe, Recipe, joint_recipe
+from electra_ds.config.recipe import FastElectraRecipe, JointRecipe, Recipe, joint_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.files import is_hub_model
@@ -59,7 +59,8 @@ class InitialWeights:
     @property
     def names(self) -> list[str]:
         """The names for the run's record: Hub names, or full paths of folders."""
-        return [part.name if is_hub_model(part.name) else str(Path(part.name).resolve()) for part in self._parts()]
+        names = (part.name if is_hub_model(part.name) else str(Path(part.name).resolve()) for part in self._parts())
+        return list(dict.fromkeys(names))
 
     def _parts(self) -> list[Pretrained]:
         return [part for part in (self.generator, self.discriminator) if part is not None]
@@ -109,7 +110,8 @@ class InitialWeights:
             notes.append(f"the generator begins with random weights{_SHARED_PARTS[sharing]}")
         if self.discriminator is None and not isinstance(recipe, FastElectraRecipe):
             shared = _SHARED_PARTS[sharing].replace("discriminator", "generator")
-            notes.append(f"the discriminator begins with random weights{shared}")
+            main = "discriminator" if _has_discriminator(recipe) else "encoder"
+            notes.append(f"the {main} begins with random weights{shared}")
         if self.discriminator is not None and not self.discriminator.has_head:
             notes.append(
                 f"{self.discriminator.name} is only an encoder: the discriminator's head begins with random weights"
@@ -149,7 +151,12 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
     A folder may be one that bin/export made. Raises DataError if a model cannot be downloaded or used, and ConfigError
     if they are not at most one generator and one discriminator, or do not fit the recipe.
     """
-    recipe, required = joint_recipe(recipe), find_objective(recipe.objective).required_weights
+    if not isinstance(recipe, JointRecipe):
+        raise ConfigError(
+            f"--init-from needs an objective with a generator, but the recipe {recipe.name} has the objective "
+            f"{recipe.objective}."
+        )
+    required = find_objective(recipe.objective).required_weights
     for source in sources:
         refuse_other_frameworks(Path(source), source)
     parts = []
@@ -162,7 +169,11 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
     of_kind = {kind: [part for part in parts if part.kind == kind] for kind in PARTS}
     found = ", ".join(f"{part.name} ({part.kind})" for part in parts)
     if len(of_kind["generator"]) > 1 or len(of_kind["discriminator"]) > 1:
-        raise ConfigError(f"--init-from takes one discriminator and at most one generator, but these are {found}.")
+        raise ConfigError(f"--init-from takes at most one generator and one discriminator, but these are {found}.")
+    if of_kind["discriminator"] and not _has_discriminator(recipe):
+        raise ConfigError(
+            f"The objective {recipe.objective} has no discriminator, but --init-from gives {found}. Give a generator."
+        )
     if required is not None and not of_kind[required]:
         raise ConfigError(
             f"The objective {recipe.objective} needs a {required}, a masked language model, but --init-from gives "
@@ -177,14 +188,18 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
     return found_weights
 
 
+def _has_discriminator(recipe: Recipe) -> bool:
+    return "discriminator" in type(recipe).model_fields
+
+
 def _read(name: str) -> Pretrained:
     return read_pretrained(name, fetch_model(name) if is_hub_model(name) else Path(name))
 
 
 def _expanded(source: str) -> list[str]:
-    """Return the two models in a folder that bin/export made, or else the source itself."""
+    """Return the models in a folder that bin/export made, or else the source itself."""
     folder = Path(source)
-    inside = [folder / part for part in PARTS if (folder / part / "config.json").is_file()]
+    inside = [folder / part for part in (*PARTS, "masked_lm") if (folder / part / "config.json").is_file()]
     return [str(path) for path in inside] if inside and not (folder / "config.json").is_file() else [source]
 
 
@@ -232,8 +247,8 @@ def write_first_checkpoint(
     """Write a run's initial weights as its first checkpoint, then its record, and return the checkpoint's path.
 
     Call it on the main rank, which holds the run. tensors: fp32, `master/NAME`, `exp_avg/NAME` and
-    `exp_avg_sq/NAME` for every parameter of `Electra`. counters: as in `MasterAdamW.counters`. Raises CheckpointError
-    if the folder cannot be written or already holds a checkpoint.
+    `exp_avg_sq/NAME` for every trained parameter. counters: as in `MasterAdamW.counters`. Raises CheckpointError if the
+    folder cannot be written or already holds a checkpoint.
     """
     state = {"step": step, "tokens": tokens, "precision": "fp32", "optimizer": dict(counters)}
     path = CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(

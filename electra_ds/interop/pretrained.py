@@ -122,17 +122,17 @@ def read_run(name: str) -> list[Pretrained]:
     """
     checkpoint = newest_checkpoint(Path(name))
     model, objective, tokenizer, _ = load_model(checkpoint)
-    file, parts = str(checkpoint.path / "tokenizer.json"), []
-    for export in objective.exports(model).values():
+    file, parts = str(checkpoint.path / "tokenizer.json"), {}
+    for network, export in objective.exports(model).items():
         kind = next((kind for kind, own in _CLASSES.items() if own.__name__ == export.loaded_by), None)
-        if kind is not None:
+        if kind is not None and (kind not in parts or network == kind):
             convert = from_generator_tensors if kind == "generator" else from_discriminator_tensors
             config: Any = export.model.config
             tensors = convert(export.model.state_dict())
-            parts.append(Pretrained(name, kind, True, _sizes(config), config.vocab_size, tensors, tokenizer, file))
+            parts[kind] = Pretrained(name, kind, True, _sizes(config), config.vocab_size, tensors, tokenizer, file)
     if not parts:
         raise DataError(f"The run {name} has no network of ELECTRA's architecture, which --init-from needs.")
-    return parts
+    return list(parts.values())
 
 
 def read_sizes(file: Path) -> tuple[Kind | None, dict[str, Any]]:
@@ -240,7 +240,8 @@ def check_fit(recipe: Recipe, known: KnownSizes, sharing: str, *, takes_one: boo
     generator, discriminator = known
     problems = _mismatches(recipe, known)
     own = joint_recipe(recipe).sharing
-    is_shared_wrongly = generator is not None and SHARINGS.index(own) > SHARINGS.index(sharing)
+    is_pair = generator is not None and discriminator is not None
+    is_shared_wrongly = is_pair and SHARINGS.index(own) > SHARINGS.index(sharing)
     if generator is not None and discriminator is not None and is_shared_wrongly:
         problems.append(
             f"{generator.name} and {discriminator.name} differ in weights that generator.sharing: {own} shares"

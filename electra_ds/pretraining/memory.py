@@ -233,7 +233,7 @@ def peak_memory(shape: StepShape, plan: DeepSpeedPlan, kernels: Kernels = "cuda"
             logits = _logits(shape, network, positions, kernels)
             heads.append(phase(early_gradients, until_here, logits, workspace=product))
     return PeakMemory(
-        head=max(heads, key=lambda each: each.total),
+        head=max(heads, key=lambda each: each.total, default=phase(early_gradients)),
         backward=phase(early_gradients, saved.total, workspace=max(0, inner) + again),
         update=phase(state.gradients, workspace=state.update),
         host_bytes=state.host,

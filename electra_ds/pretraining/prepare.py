@@ -15,7 +15,7 @@ import torch
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.recipe import Recipe
+from electra_ds.config.recipe import GeneratorSection, JointRecipe, Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import RunRecord, RunSettings
 from electra_ds.core import devices
@@ -120,6 +120,16 @@ def plan_with_fitting_micro_batch(
                 f"--micro-batch auto finds a size that fits"
             )
     return plan if note is None else replace(plan, notes=(*plan.notes, note))
+
+
+def check_clipping(recipe: Recipe, plan: DeepSpeedPlan) -> None:
+    """Raise ConfigError if the generator has a clipping norm of its own at a ZeRO stage that has none for parts."""
+    section = recipe.generator if isinstance(recipe, JointRecipe) else None
+    if plan.stage and isinstance(section, GeneratorSection) and section.max_grad_norm is not None:
+        raise ConfigError(
+            f"generator.max_grad_norm needs ZeRO stage 0, but the DeepSpeed JSON has stage {plan.stage}, where "
+            f"DeepSpeed clips all gradients together. Use stage 0, or set generator.max_grad_norm=null."
+        )
 
 
 def announce(job: PretrainJob) -> None:

@@ -31,6 +31,7 @@ from electra_ds.pretraining.memory import (
     FRAGMENTATION,
     Kernels,
     PeakMemory,
+    TrainingState,
     training_state,
 )
 from electra_ds.pretraining.objectives.base import Objective
@@ -141,11 +142,18 @@ def forecast(
         budget_bytes=budget_bytes,
         budget_note=budget_note,
         memory=objective.peak_memory(plan, kernels),
-        state_bytes=training_state(sum(objective.parameter_counts().values()), plan).total,
+        state_bytes=_state(objective, plan).total,
         largest=largest,
         time=objective.step_time(plan, card) if card is not None else None,
         missing=[] if card is None else missing_features(card.name, card.capability),
     )
+
+
+def _state(objective: Objective[Any], plan: DeepSpeedPlan) -> TrainingState:
+    shape = objective.shape
+    if shape is None:
+        return training_state(sum(objective.parameter_counts().values()), plan)
+    return training_state(shape.trained_parameters, plan, shape.frozen_parameters)
 
 
 def device_budget(card: Card | None, memory_gib: float | None) -> tuple[float, str]:

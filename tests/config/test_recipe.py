@@ -307,3 +307,12 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 def test_the_list_of_keys_reaches_every_section() -> None:
     assert {"seed", "model.hidden_size", "masking.replace_at", "data.holdout_by"} <= set(ElectraRecipe.dotted_keys())
+
+
+def test_another_objective_has_its_own_defaults_in_place_of_inherited_ones_that_mean_something_else() -> None:
+    """BERT masks 80 % of the selected tokens, a generator of ELECTRA 85 %."""
+    recipe = load_recipe({"extends": "electra-small", "objective": "mlm"})
+    assert (recipe.masking.mask_token_share, recipe.masking.random_token_share) == (0.8, 0.1)  # type: ignore[attr-defined]
+    assert recipe.masking.count == "fixed"  # type: ignore[attr-defined]
+    kept = load_recipe({"extends": "electra-small", "objective": "replace-mlm"})
+    assert kept.masking.mask_token_share == 0.85  # type: ignore[attr-defined]

@@ -355,9 +355,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 Sources = Callable[[Path, Path], Sequence[Path]]
 REFUSED: list[tuple[str, Sources, str]] = [
-    ("two generators", lambda at, _: [at / "none" / "generator"] * 2, "takes one discriminator and at most one"),
-    ("two discriminators", lambda at, _: [at / "none" / "discriminator", at / "bare"], "takes one discriminator"),
-    ("pair and one more", lambda at, _: [at / "none", at / "bare"], "takes one discriminator and at most one"),
+    ("two generators", lambda at, _: [at / "none" / "generator"] * 2, "takes at most one generator"),
+    ("two discriminators", lambda at, _: [at / "none" / "discriminator", at / "bare"], "takes at most one generator"),
+    ("pair and one more", lambda at, _: [at / "none", at / "bare"], "takes at most one generator"),
     ("nowhere", lambda at, _: [at / "nowhere"], "There is no folder"),
     ("no model", lambda at, _: [at], "There is no config.json in"),
     ("BERT", lambda at, tmp: [changed(at / "bare", tmp / "x", model_type="bert")], "a model of type bert, not electra"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from electra_ds.cli import main
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
@@ -107,3 +109,13 @@ def test_a_rate_of_its_own_works_at_every_stage_and_a_clipping_norm_at_stage_0(s
     np.testing.assert_allclose(sharded, whole, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"needs ZeRO stage 0, but the DeepSpeed JSON has stage 2"):
         run(store, recipe_of(*OWN), zero_optimization={"stage": 2})
+
+
+def test_a_dry_run_refuses_a_clipping_norm_for_a_part_at_stage_2(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--recipe", "tiny", "--data", str(store.path), "--ds-config", str(tmp_path / "ds.json"),
+              "--dry-run", "--set", "generator.max_grad_norm=1"])  # fmt: skip
+    assert "generator.max_grad_norm needs ZeRO stage 0, but the DeepSpeed JSON has stage 2" in capsys.readouterr().err

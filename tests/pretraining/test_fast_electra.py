@@ -179,6 +179,10 @@ def test_a_run_without_an_auxiliary_model_or_with_an_unfit_one_is_refused(
     assert not (tmp_path / "none").exists()
     with pytest.raises(ConfigError, match=r"starts_from: generator needs generator\.width_multiplier: 1\.0"):
         fast_recipe("generator.width_multiplier=0.5", "discriminator.starts_from=generator")
+    with pytest.raises(ConfigError, match=r"starts_from: generator needs generator\.intermediate_size: 64"):
+        fast_recipe("generator.intermediate_size=80", "discriminator.starts_from=generator")
+    with pytest.raises(ConfigError, match=r"starts_from: generator needs generator\.num_attention_heads: 4"):
+        fast_recipe("generator.num_attention_heads=2", "discriminator.starts_from=generator")
 
 
 def test_the_generator_of_an_electra_is_taken_without_its_discriminator(
@@ -204,6 +208,46 @@ def test_the_generator_of_an_electra_is_taken_without_its_discriminator(
         assert torch.equal(tensors[f"master/generator.{name}"], trained[f"generator.{name}"])
         change = (tensors[f"master/discriminator.{name}"] - trained[f"discriminator.{name}"]).norm()
         assert change > trained[f"discriminator.{name}"].norm()
+
+
+def test_a_dead_discriminator_is_a_collapse_although_its_generator_does_not_improve(store: TokenStore) -> None:
+    builder = builder_for(store, fast_recipe("schedule.total_steps=400", "schedule.warmup_steps=4"))
+    dead = {"discriminator_auc": 0.5, "discriminator_accuracy": 0.8, "discriminator_recall": 0.0, "replaced_share": 0.2}
+    dead |= {"discriminator_logit_std": 0.001, "generator_masked_loss": 4.0}
+    evaluations = [{**dead, "step": step} for step in range(20, 400, 20)]
+    assert builder.objective.collapsed_at(evaluations) == 20
+    said = builder.objective.describe_collapse(20, evaluations)
+    assert "at chance since step 20: it has collapsed" in said
+    assert "lower optimizer.learning_rate" in said
+
+
+def test_the_export_of_a_masked_language_model_is_a_source_and_its_name_stands_once(
+    store: TokenStore, auxiliary: Path, tmp_path: Path, process_group: Ranks
+) -> None:
+    main(["export", str(auxiliary), "--out", str(tmp_path / "export")])
+    run = pretrain(store, tmp_path / "run", "tiny-fast-electra", FAST, "--init-from", str(tmp_path / "export"))
+    name = "embeddings.word_embeddings.weight"
+    given = load_trained(auxiliary).model.state_dict()[f"encoder.{name}"]
+    assert torch.equal(latest(run)[f"master/generator.{name}"], given)
+    other = pretrain(store, tmp_path / "other", "tiny-fast-electra", FAST, "--init-from", str(auxiliary))
+    assert json.loads((other / "run.json").read_text())["initialised_from"] == [str(auxiliary)]
+
+
+def test_an_objective_without_a_discriminator_takes_a_generator_alone(
+    store: TokenStore, auxiliary: Path, tmp_path: Path, process_group: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [*SHARED, *SAME_SIZES]
+    joint = pretrain(store, tmp_path / "joint", "tiny", sizes)
+    with pytest.raises(SystemExit):
+        pretrain(store, tmp_path / "refused", "tiny-replace-mlm", sizes, "--init-from", str(joint))
+    assert "The objective replace-mlm has no discriminator, but --init-from gives" in capsys.readouterr().err
+    run = pretrain(store, tmp_path / "run", "tiny-replace-mlm", sizes, "--init-from", str(auxiliary))
+    assert "the encoder begins with random weights and the generator's embeddings" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    fast = pretrain(store, tmp_path / "fast", "tiny-fast-electra", FAST, "--init-from", str(run))  # two masked LMs
+    name = "layers.0.output.weight"
+    assert torch.equal(latest(fast)[f"master/generator.{name}"], latest(run)[f"master/generator.{name}"])
 
 
 def test_deepspeeds_own_checkpoints_are_for_electra_alone(

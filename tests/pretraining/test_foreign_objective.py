@@ -87,7 +87,7 @@ def test_a_recipe_that_extends_ours_leaves_out_the_sections_of_our_objective(tmp
 
 def test_initial_weights_of_electra_are_refused_before_they_are_read(tmp_path: Path) -> None:
     recipe = load_recipe(own_recipe(tmp_path))
-    with pytest.raises(ConfigError, match=r"This needs a generator, but the recipe cloze has the objective"):
+    with pytest.raises(ConfigError, match=r"--init-from needs an objective with a generator, but the recipe cloze has"):
         read_initial_weights([str(tmp_path / "nowhere")], recipe)
 
 

@@ -102,10 +102,12 @@ class RtdObjective(JointObjective[RtdRecipeT]):
 
     def collapsed_at(self, evaluations: Sequence[Mapping[str, Any]]) -> int | None:
         schedule = self.recipe.schedule
-        return collapsed_at(evaluations, schedule.total_steps, schedule.warmup_steps)
+        return collapsed_at(
+            evaluations, schedule.total_steps, schedule.warmup_steps, generator_learns=self.trains_generator
+        )
 
     def describe_collapse(self, step: int, evaluations: Sequence[Mapping[str, Any]]) -> str:
-        return describe_collapse(step, evaluations)
+        return describe_collapse(step, evaluations, generator_learns=self.trains_generator)
 
     @property
     def curves(self) -> Sequence[Curve]:

@@ -6,6 +6,9 @@ mean over the selected tokens; the paper does not say whether its weight was cha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import numpy as np
 
 from electra_ds.pretraining.masking import Masks
@@ -14,7 +17,15 @@ from electra_ds.pretraining.objectives.electra import ElectraObjective
 
 
 class Electra15Objective(ElectraObjective):
-    """ELECTRA with a discriminator that is judged at the selected tokens only."""
+    """ELECTRA with a discriminator that is judged at the selected tokens only.
+
+    So its accuracy, its AUC and the share of replaced tokens are over those, and not comparable with ELECTRA's.
+    """
+
+    metric_labels: ClassVar[Mapping[str, str]] = {
+        **ElectraObjective.metric_labels,
+        "replaced_share": "share of the selected tokens that were replaced",
+    }
 
     def counted(self, text: TextBatch, masks: Masks) -> np.ndarray:
         return masks.selected

@@ -44,7 +44,7 @@ class Judged(NamedTuple):
 
     loss_sum: float
     labels: np.ndarray
-    """True if the token was replaced."""
+    """The classes, such as whether the token was replaced."""
     scores: np.ndarray
     """The logits."""
 
@@ -99,11 +99,14 @@ def area_under_roc(labels: np.ndarray, scores: np.ndarray) -> float:
     return float((ranks[place][labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def collapsed_at(evaluations: Sequence[Mapping[str, Any]], total_steps: int, warmup_steps: int) -> int | None:
+def collapsed_at(
+    evaluations: Sequence[Mapping[str, Any]], total_steps: int, warmup_steps: int, *, generator_learns: bool = True
+) -> int | None:
     """Return the step at which training collapsed, or None if it has not.
 
     evaluations: in order, with `step` and the metrics. Training has collapsed if AUC and recall are at
-    chance in WINDOW consecutive evaluations that are judged, and the generator improved over them. The step is that of
+    chance in WINDOW consecutive evaluations that are judged, and the generator, unless it is frozen, improved over
+    them. The step is that of
     the first of all consecutive evaluations at chance, judged or not; for a discriminator that never began to learn, it
     is the run's first evaluation.
     """
@@ -111,8 +114,8 @@ def collapsed_at(evaluations: Sequence[Mapping[str, Any]], total_steps: int, war
     for first in range(len(evaluations) - WINDOW + 1):
         window = evaluations[first : first + WINDOW]
         losses = [_number(each.get("generator_masked_loss")) for each in window]
-        is_judged = window[0]["step"] >= least
-        if is_judged and all(map(_is_at_chance, window)) and losses[0] - losses[-1] >= LEAST_PROGRESS:
+        is_judged, progress = window[0]["step"] >= least, losses[0] - losses[-1]
+        if is_judged and all(map(_is_at_chance, window)) and (not generator_learns or progress >= LEAST_PROGRESS):
             while first > 0 and _is_at_chance(evaluations[first - 1]):
                 first -= 1
             return int(evaluations[first]["step"])
@@ -135,9 +138,10 @@ def _youden(evaluation: Mapping[str, Any]) -> float:
     return recall + specificity - 1
 
 
-def describe_collapse(step: int, evaluations: Sequence[Mapping[str, Any]]) -> str:
+def describe_collapse(step: int, evaluations: Sequence[Mapping[str, Any]], *, generator_learns: bool = True) -> str:
     """Return the message for the step of a collapse, with advice from the last evaluation."""
-    found = f"The discriminator has been at chance since step {step} while the generator improved: it has collapsed."
+    improved = " while the generator improved" if generator_learns else ""
+    found = f"The discriminator has been at chance since step {step}{improved}: it has collapsed."
     spread = _number(evaluations[-1].get("discriminator_logit_std")) if evaluations else math.nan
     if spread < CONSTANT_LOGITS:
         return f"{found} Its logits are constant (standard deviation {spread:.3f}), so lower optimizer.learning_rate."

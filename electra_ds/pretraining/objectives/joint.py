@@ -125,7 +125,9 @@ class JointObjective(Objective[JointRecipeT]):
         )
 
     def longest_micro_batch(self, size: int) -> MicroBatch:
-        return full_micro_batch(self.shape, size, self.vocab_size, draws=True)
+        shape = self.shape
+        temperature = torch.tensor(2.0) if shape.has_temperature else None
+        return full_micro_batch(shape, size, self.vocab_size, draws=True)._replace(temperature=temperature)
 
     def generator_export(self, model: JointModel) -> Export:
         from electra_ds.pretraining.convert import masked_lm

@@ -72,7 +72,6 @@ class _Measured(NamedTuple):
 
     generator: PredictedTokens
     prediction_sum: float
-    prediction_nats: np.ndarray
     targets: np.ndarray
     hits: np.ndarray
     """True where the most probable token is the original."""
@@ -109,7 +108,6 @@ class ReplaceMlmObjective(JointObjective[ReplaceMlmRecipe]):
         return _Measured(
             generator=predicted_tokens(micro_batch, *generator._replace(samples_M=output.samples_M)),
             prediction_sum=prediction.loss_sum.item(),
-            prediction_nats=prediction.losses_M.cpu().numpy(),
             targets=targets.cpu().numpy(),
             hits=(prediction.best_M == targets).cpu().numpy(),
             num_replaced=int(output.is_replaced_BT.sum()),
