@@ -36,8 +36,6 @@ LATE = {
     ("electra_ds.pretraining.objectives.electra", "electra_ds.pretraining.convert"),
     ("electra_ds.pretraining.objectives.joint", "electra_ds.pretraining.convert"),
     ("electra_ds.pretraining.objectives.mlm", "electra_ds.pretraining.convert"),
-    ("electra_ds.pretraining.objectives.replace_mlm", "electra_ds.pretraining.convert"),
-    ("electra_ds.pretraining.objectives.all_tokens_mlm", "electra_ds.pretraining.convert"),
     ("electra_ds.pretraining.objectives.base", "transformers"),  # for type checkers
     ("electra_ds.finetuning.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "scipy.stats"),

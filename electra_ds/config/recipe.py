@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import pydantic
 import yaml
@@ -398,6 +398,15 @@ DISCRIMINATOR_METRICS = (
 )  # fmt: skip
 
 
+class GeneratorSizes(NamedTuple):
+    """The sizes in which a generator can differ from the network that reads its replacements."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+
+
 class JointRecipe(Recipe):
     """The recipe of an objective with a generator; `model` is the network that reads its replacements."""
 
@@ -408,6 +417,25 @@ class JointRecipe(Recipe):
     def sharing(self) -> str:
         """The weights that the two networks share; a frozen generator shares none."""
         return self.generator.sharing if isinstance(self.generator, GeneratorSection) else "none"
+
+    @property
+    def generator_sizes(self) -> GeneratorSizes:
+        """The generator's sizes, by the rule of google-research/electra `get_generator_config`.
+
+        hidden = round(multiplier * hidden), feed-forward 4 * hidden, heads = max(1, hidden // 64), unless the recipe
+        sets the last two. If the other network's heads are narrower than 64, their size replaces 64.
+        """
+        model, generator = self.model, self.generator
+        head_size = min(64, model.hidden_size // model.num_attention_heads)
+        wanted = round(model.hidden_size * generator.width_multiplier)
+        heads = generator.num_attention_heads or max(1, wanted // head_size)
+        hidden = -(-wanted // heads) * heads  # rounded up to a multiple of the heads
+        return GeneratorSizes(
+            hidden_size=hidden,
+            num_hidden_layers=max(1, round(model.num_hidden_layers * generator.depth_multiplier)),
+            num_attention_heads=heads,
+            intermediate_size=generator.intermediate_size or 4 * hidden,
+        )
 
 
 class ReplaceMlmRecipe(JointRecipe):
@@ -447,17 +475,16 @@ class FastElectraRecipe(JointRecipe):
     def _equal_sizes_to_start_from_the_generator(self) -> FastElectraRecipe:
         if self.discriminator.starts_from != "generator":
             return self
-        generator, model = self.generator, self.model
+        generator, sizes, model = self.generator, self.generator_sizes, self.model
         if (generator.width_multiplier, generator.depth_multiplier) != (1.0, 1.0):
             raise ValueError(
                 "discriminator.starts_from: generator needs generator.width_multiplier: 1.0 and depth_multiplier: 1.0"
             )
-        heads = max(1, model.hidden_size // min(64, model.hidden_size // model.num_attention_heads))
-        if (generator.num_attention_heads or heads) != model.num_attention_heads:
+        if sizes.num_attention_heads != model.num_attention_heads:
             raise ValueError(
                 f"discriminator.starts_from: generator needs generator.num_attention_heads: {model.num_attention_heads}"
             )
-        if (generator.intermediate_size or 4 * model.hidden_size) != model.intermediate_size:
+        if sizes.intermediate_size != model.intermediate_size:
             raise ValueError(
                 f"discriminator.starts_from: generator needs generator.intermediate_size: {model.intermediate_size}"
             )

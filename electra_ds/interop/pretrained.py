@@ -354,8 +354,7 @@ def find_sizes(given: Mapping[str, Path | None], export: Path | None, recipe: Re
     our own export stores next to the checkpoint. Raises ConfigError if the recipe differs, and DataError for a bad
     config.
     """
-    electra_recipe(recipe)
-    found = {}
+    sharing, found = electra_recipe(recipe).sharing, {}
     if export is not None:
         file = export / "recipe.yaml"
         for part, sizes in recipe_sizes(load_recipe(str(file), [])).items():
@@ -368,7 +367,7 @@ def find_sizes(given: Mapping[str, Path | None], export: Path | None, recipe: Re
                 raise ConfigError(f"{file} is a {kind}'s by its architectures, but it is given as --{part}-config.")
             found[part] = NetworkSizes(str(file), sizes)
     known = KnownSizes(**found)
-    check_fit(recipe, known, joint_recipe(recipe).sharing, takes_one=False)
+    check_fit(recipe, known, sharing, takes_one=False)
     return known
 
 

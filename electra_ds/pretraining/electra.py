@@ -49,27 +49,13 @@ def main_config(model: ModelSection, vocab_size: int, pad_token_id: int) -> Enco
 def encoder_configs(recipe: Recipe, vocab_size: int, pad_token_id: int) -> tuple[EncoderConfig, EncoderConfig]:
     """Return the sizes of the generator and of the network that reads its replacements.
 
-    The generator follows google-research/electra `get_generator_config`: hidden = round(multiplier * hidden),
-    feed-forward 4 * hidden, heads = max(1, hidden // 64), unless the recipe sets the last two. If the discriminator's
-    heads are narrower than 64, their size replaces 64. Raises ConfigError for a recipe without a generator.
+    Raises ConfigError for a recipe without a generator.
     """
     recipe = joint_recipe(recipe)
-    model, generator = recipe.model, recipe.generator
-    main = main_config(model, vocab_size, pad_token_id)
+    main = main_config(recipe.model, vocab_size, pad_token_id)
     if recipe.sharing == "all":
         return main, main
-    head_size = min(64, model.hidden_size // model.num_attention_heads)
-    wanted = round(model.hidden_size * generator.width_multiplier)
-    heads = generator.num_attention_heads or max(1, wanted // head_size)
-    hidden = -(-wanted // heads) * heads  # rounded up to a multiple of the heads
-    small = replace(
-        main,
-        hidden_size=hidden,
-        num_hidden_layers=max(1, round(model.num_hidden_layers * generator.depth_multiplier)),
-        num_attention_heads=heads,
-        intermediate_size=generator.intermediate_size or 4 * hidden,
-    )
-    return small, main
+    return replace(main, **recipe.generator_sizes._asdict()), main
 
 
 _BY_TENSORFLOW = ("embeddings_project.weight", "dense_prediction.weight")
@@ -99,11 +85,18 @@ def initialise(model: nn.Module, section: ModelSection, seed: int) -> None:
                 table.weight[table.padding_idx].zero_()
 
 
-def set_checkpointed_layers(model: nn.Module, layers: int) -> None:
-    """Let every encoder of a model recompute this many of its layers in the backward pass."""
-    for module in model.modules():
-        if isinstance(module, Encoder):
-            module.checkpointed_layers = layers
+class MaskedTextModel(AutocastModel):
+    """A model of our encoders that reads a `MicroBatch`."""
+
+    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
+        super().set_up(autocast_dtype, checkpointed_layers)
+        for module in self.modules():
+            if isinstance(module, Encoder):
+                module.checkpointed_layers = checkpointed_layers
+
+    def _attend(self, batch: MicroBatch, weight: torch.Tensor) -> torch.Tensor | None:
+        """Return the mask of all layers' attention, in the dtype of the forward pass. weight: any of a matrix."""
+        return shared_mask(batch.attention_mask(), self.autocast_dtype or weight.dtype)
 
 
 class Generated(NamedTuple):
@@ -117,7 +110,7 @@ class Generated(NamedTuple):
     attend_B1QT: torch.Tensor | None
 
 
-class JointModel(AutocastModel):
+class JointModel(MaskedTextModel):
     """A generator, and a main network that reads its replacements. Subclasses say what the main network predicts."""
 
     main_name: ClassVar[str]
@@ -143,22 +136,20 @@ class JointModel(AutocastModel):
     def _add_heads(self, main: Encoder) -> None:
         """Create the main network's heads."""
 
-    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
-        super().set_up(autocast_dtype, checkpointed_layers)
-        set_checkpointed_layers(self, checkpointed_layers)
-
     def _generate(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> Generated:
         """Predict the selected tokens and put drawn ones in their place.
 
         samples_M: int64 tokens to use at the selected positions instead of drawing them, to replay another run.
         """
-        dtype = self.autocast_dtype or self.generator_head.dense.weight.dtype
-        attend_B1QT = shared_mask(batch.attention_mask(), dtype)
+        attend_B1QT, targets_M = self._attend(batch, self.generator_head.dense.weight), batch.targets
         generator_BTH = self.generator(batch.masked_ids_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
-        gathered_MH = generator_BTH.flatten(0, 1).index_select(0, batch.selected_M)
-        targets_M = batch.ids_BT.flatten().index_select(0, batch.selected_M)
         prediction = self.generator_head(
-            gathered_MH, targets_M, batch.noise_keys_M, self.column_keys_V, batch.temperature, batch.counts_M
+            batch.at_selected(generator_BTH),
+            targets_M,
+            batch.noise_keys_M,
+            self.column_keys_V,
+            batch.temperature,
+            batch.counts_M,
         )
         with torch.no_grad():
             if samples_M is None:

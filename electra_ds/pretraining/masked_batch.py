@@ -39,7 +39,7 @@ class MicroBatch(NamedTuple):
     """Tensors of one micro-batch, all on one device."""
 
     ids_BT: torch.Tensor
-    """int64, the original tokens with [CLS], [SEP] and padding."""
+    """int64 [M], the original tokens with [CLS], [SEP] and padding."""
     masked_ids_BT: torch.Tensor
     """int64, the input of the network that predicts the selected tokens: some of them are [MASK] or random tokens."""
     selected_M: torch.Tensor
@@ -71,6 +71,15 @@ class MicroBatch(NamedTuple):
     def is_static(self) -> bool:
         """True if it has the shape that a compiled forward pass accepts."""
         return self.counts_M is not None
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """int64 [M], the original tokens at the selected positions."""
+        return self.ids_BT.flatten().index_select(0, self.selected_M)
+
+    def at_selected(self, values_BTH: torch.Tensor) -> torch.Tensor:
+        """Return the rows [M, H] of the selected positions."""
+        return values_BTH.flatten(0, 1).index_select(0, self.selected_M)
 
     def filled(self, size: int) -> MicroBatch:
         """Return the micro-batch padded to `size` selected positions, so that all micro-batches have one shape.

@@ -39,9 +39,9 @@ class SavedBytes(NamedTuple):
     """Bytes that autograd keeps for the backward pass of one micro-batch, excluding parameters."""
 
     encoders: tuple[int, ...]
-    """Of each network, including a head with one logit for each position; 0 if it is not trained."""
+    """One number per network, with its head that computes one logit per position; 0 if it is frozen."""
     heads: tuple[int, ...]
-    """Of each network's prediction of tokens, mostly the gradient of the token table."""
+    """One number per network, for its head that predicts tokens; mostly the gradient of the token table."""
     weight_copies: int
     """Half-precision copies of fp32 weights, which autocast makes."""
 

@@ -51,7 +51,7 @@ class StepFlops(NamedTuple):
     """FLOPs of a step."""
 
     networks: dict[str, NetworkFlops]
-    """Of the forward pass, by network."""
+    """The FLOPs of each network's forward pass."""
     forward: int
     forward_and_backward: int
     """A network that is not trained has no backward pass."""

@@ -159,7 +159,9 @@ class MasterAdamW(torch.optim.Optimizer):
         found_inf = (~torch.isfinite(scaled_norm)).float()
         self.grad_norm = scaled_norm / self.loss_scale
         divisors = {
-            clipped: self._divisor(scaled_norm if places is None else torch.linalg.vector_norm(norms[places]), clipped)
+            clipped: self._divisor(
+                self.grad_norm if places is None else torch.linalg.vector_norm(norms[places]) / self.loss_scale, clipped
+            )
             for clipped, places in self._clipped_together.items()
         }
         self.can_repeat_step = False
@@ -168,10 +170,10 @@ class MasterAdamW(torch.optim.Optimizer):
         self._copy_back()
         self._update_scale(found_inf)
 
-    def _divisor(self, scaled_norm: torch.Tensor, max_grad_norm: float | None) -> torch.Tensor:
-        """Return the number by which gradients of a norm are divided, to unscale and clip them."""
+    def _divisor(self, grad_norm: torch.Tensor, max_grad_norm: float | None) -> torch.Tensor:
+        """Return the number by which gradients are divided, to unscale and clip them. grad_norm: unscaled."""
         most = self._section.max_grad_norm if max_grad_norm is None else max_grad_norm
-        clipping = torch.clamp((scaled_norm / self.loss_scale + 1e-6) / most, min=1.0)  # torch's clip_grad_norm_
+        clipping = torch.clamp((grad_norm + 1e-6) / most, min=1.0)  # torch's clip_grad_norm_
         return (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)
 
     def _update(self, group: dict[str, Any], divisor: torch.Tensor, found_inf: torch.Tensor) -> None:

@@ -175,13 +175,7 @@ class AllTokensMlmObjective(JointObjective[AllTokensMlmRecipe]):
         )
 
     def exports(self, model: AllTokensMlm) -> Mapping[str, Export]:
-        from electra_ds.pretraining.convert import masked_lm
-
-        purpose = "predicts original tokens, without the copy mechanism; finetune its encoder"
-        return {
-            "encoder": Export(masked_lm(model, "encoder"), "ElectraForMaskedLM", purpose),
-            "generator": self.generator_export(model),
-        }
+        return self.encoder_exports(model, "predicts original tokens, without the copy mechanism; finetune its encoder")
 
     def main_network(self, config: EncoderConfig, encoder_parameters: int) -> Network:
         parameters = encoder_parameters + token_head_parameters(config) + config.hidden_size + 1

@@ -1,4 +1,4 @@
-"""What objectives with a generator have in common: masks and noise, the generator's metrics, and the sizes of a step.
+"""The base of objectives with a generator: masks and noise, the generator's metrics, and the sizes of a step.
 
 Shape suffixes: B sequences of the global batch, T positions.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -99,7 +100,7 @@ class JointObjective(Objective[JointRecipeT]):
     def main_network(self, config: EncoderConfig, encoder_parameters: int) -> Network:
         """Return the shape of the network that reads the replacements. encoder_parameters: without its heads."""
 
-    @property
+    @cached_property
     def shape(self) -> StepShape:
         small, main = encoder_configs(self.recipe, self.vocab_size, self.pad_token_id)
         embeddings, sharing = embedding_parameters(main), self.recipe.sharing
@@ -137,6 +138,13 @@ class JointObjective(Objective[JointRecipeT]):
             "ElectraForMaskedLM",
             "fills in [MASK] tokens; it was trained to make replacements for the other network",
         )
+
+    def encoder_exports(self, model: JointModel, purpose: str) -> dict[str, Export]:
+        """Return the exports of a model whose encoder predicts tokens. purpose: the encoder's, as in `Export`."""
+        from electra_ds.pretraining.convert import masked_lm
+
+        encoder = Export(masked_lm(model, "encoder"), "ElectraForMaskedLM", purpose)
+        return {"encoder": encoder, "generator": self.generator_export(model)}
 
 
 def full_micro_batch(shape: StepShape, rows: int, vocab_size: int, *, draws: bool) -> MicroBatch:

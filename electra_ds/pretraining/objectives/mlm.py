@@ -11,6 +11,7 @@ Shape suffixes: B rows, T positions, M selected positions, H hidden.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -20,8 +21,7 @@ from electra_ds.config.recipe import MlmRecipe
 from electra_ds.core.keyed_random import generator, random_bits
 from electra_ds.model.encoder import Encoder
 from electra_ds.model.heads import Prediction, TokenHead
-from electra_ds.model.kernels import shared_mask
-from electra_ds.pretraining.electra import initialise, main_config, set_checkpointed_layers
+from electra_ds.pretraining.electra import MaskedTextModel, initialise, main_config
 from electra_ds.pretraining.masked_batch import MaskedBatch, MicroBatch, WeightedLoss
 from electra_ds.pretraining.masking import choose_masks
 from electra_ds.pretraining.objectives.base import Curve, Export, Objective, PretrainingBatch, TextBatch
@@ -40,7 +40,6 @@ from electra_ds.pretraining.step_shape import (
     encoder_parameters,
     token_head_parameters,
 )
-from electra_ds.training.step import AutocastModel
 
 _MASKS = 0x51
 
@@ -55,7 +54,7 @@ class MlmOutput(NamedTuple):
         return {"mlm_loss": self.prediction.loss_sum}
 
 
-class MaskedLm(AutocastModel):
+class MaskedLm(MaskedTextModel):
     """An encoder that predicts the selected tokens."""
 
     def __init__(self, recipe: MlmRecipe, vocab_size: int, pad_token_id: int) -> None:
@@ -65,18 +64,11 @@ class MaskedLm(AutocastModel):
         self.encoder_head = TokenHead(config, self.encoder.embeddings.word_embeddings)
         initialise(self, recipe.model, recipe.seed)
 
-    def set_up(self, autocast_dtype: torch.dtype | None, checkpointed_layers: int) -> None:
-        super().set_up(autocast_dtype, checkpointed_layers)
-        set_checkpointed_layers(self, checkpointed_layers)
-
     def run(self, batch: MicroBatch, replayed: None) -> MlmOutput:
         """Return the loss of one micro-batch. Nothing is drawn, so nothing can be replayed."""
-        dtype = self.autocast_dtype or self.encoder_head.dense.weight.dtype
-        attend_B1QT = shared_mask(batch.attention_mask(), dtype)
+        attend_B1QT = self._attend(batch, self.encoder_head.dense.weight)
         hidden_BTH = self.encoder(batch.masked_ids_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
-        gathered_MH = hidden_BTH.flatten(0, 1).index_select(0, batch.selected_M)
-        targets_M = batch.ids_BT.flatten().index_select(0, batch.selected_M)
-        return MlmOutput(self.encoder_head(gathered_MH, targets_M, counts_M=batch.counts_M))
+        return MlmOutput(self.encoder_head(batch.at_selected(hidden_BTH), batch.targets, counts_M=batch.counts_M))
 
 
 class MlmObjective(Objective[MlmRecipe]):
@@ -139,7 +131,7 @@ class MlmObjective(Objective[MlmRecipe]):
         exported = masked_lm(model, "encoder")
         return {"masked_lm": Export(exported, "ElectraForMaskedLM", "fills in [MASK] tokens; finetune its encoder")}
 
-    @property
+    @cached_property
     def shape(self) -> StepShape:
         config = main_config(self.recipe.model, self.vocab_size, self.pad_token_id)
         parameters = embedding_parameters(config) + encoder_parameters(config) + token_head_parameters(config)

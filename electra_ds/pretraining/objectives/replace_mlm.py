@@ -39,7 +39,7 @@ class ReplaceMlmOutput(NamedTuple):
     samples_M: torch.Tensor
     """int64, the tokens that were drawn or replayed."""
     prediction: Prediction
-    """Of the network that reads the replacements, at the selected positions."""
+    """The encoder's prediction at the selected positions."""
     is_replaced_BT: torch.Tensor
 
     @property
@@ -60,9 +60,7 @@ class ReplaceMlm(JointModel):
         """Return both losses of one micro-batch. samples_M: as in `_generate`."""
         generated: Generated = self._generate(batch, samples_M)
         hidden_BTH = self.encoder(generated.corrupted_BT, generated.attend_B1QT, batch.segments_BT, batch.positions_BT)
-        gathered_MH = hidden_BTH.flatten(0, 1).index_select(0, batch.selected_M)
-        targets_M = batch.ids_BT.flatten().index_select(0, batch.selected_M)
-        prediction = self.encoder_head(gathered_MH, targets_M, counts_M=batch.counts_M)
+        prediction = self.encoder_head(batch.at_selected(hidden_BTH), batch.targets, counts_M=batch.counts_M)
         is_replaced_BT = generated.corrupted_BT != batch.ids_BT
         return ReplaceMlmOutput(generated.prediction, generated.samples_M, prediction, is_replaced_BT)
 
@@ -104,7 +102,7 @@ class ReplaceMlmObjective(JointObjective[ReplaceMlmRecipe]):
 
     def measure(self, micro_batch: MicroBatch, output: ReplaceMlmOutput) -> _Measured:
         generator, prediction = output.generator, output.prediction
-        targets = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
+        targets = micro_batch.targets
         return _Measured(
             generator=predicted_tokens(micro_batch, *generator._replace(samples_M=output.samples_M)),
             prediction_sum=prediction.loss_sum.item(),
@@ -143,13 +141,7 @@ class ReplaceMlmObjective(JointObjective[ReplaceMlmRecipe]):
         )
 
     def exports(self, model: ReplaceMlm) -> Mapping[str, Export]:
-        from electra_ds.pretraining.convert import masked_lm
-
-        purpose = "predicts original tokens from a text without [MASK]; finetune its encoder"
-        return {
-            "encoder": Export(masked_lm(model, "encoder"), "ElectraForMaskedLM", purpose),
-            "generator": self.generator_export(model),
-        }
+        return self.encoder_exports(model, "predicts original tokens from a text without [MASK]; finetune its encoder")
 
     def main_network(self, config: EncoderConfig, encoder_parameters: int) -> Network:
         parameters = encoder_parameters + token_head_parameters(config)

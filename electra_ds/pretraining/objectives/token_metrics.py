@@ -36,7 +36,7 @@ def predicted_tokens(
     drawn_M: torch.Tensor,
 ) -> PredictedTokens:
     """Return the results of a held-out micro-batch, in CPU memory."""
-    targets = micro_batch.ids_BT.flatten()[micro_batch.selected_M]
+    targets = micro_batch.targets
     shown = micro_batch.masked_ids_BT.flatten()[micro_batch.selected_M]
     return PredictedTokens(
         loss_sum=loss_sum.item(),
