@@ -113,7 +113,7 @@ have the values of two shipped recipes and the sources that their files name. Th
 ## Pretraining
 
 These are the keys of the objectives `electra` and `electra-15`. Every other objective has the sections `tokenizer`, `data`,
-`model`, `optimizer` and `schedule` too. [Objectives](../objectives.md) describes them, and how to write your own.
+`model`, `optimizer` and `schedule` too. [Objectives](../objectives.md) describes the objectives, and how to write your own.
 """
 OTHER_OBJECTIVES = """
 ## Sections of other objectives

@@ -102,7 +102,7 @@ def test_shares_of_the_peak_and_predictions_follow_from_what_stands_beside_them(
         assert roofline_ms == f"{time.roofline_s * 1e3:.3g}"
         span = time_of_steps(time, RECIPE.schedule.total_steps)
         assert span is not None
-        low, high = span.low_s / 86_400, span.high_s / 86_400
+        low, high = span.range_s[0] / 86_400, span.range_s[1] / 86_400
         assert predicted == f"{low:.2g} to {high:.2g}", name
         if published != "–":
             assert low <= float(published.split()[0]) <= high, name

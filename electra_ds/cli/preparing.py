@@ -49,7 +49,7 @@ examples:
   bin/plan --ds-config gtx1060-6gb --card "RTX 2060"      the same JSON on another card
   bin/plan --ds-config zero1 --card "RTX 3090" --ranks 4  each of four cards
   bin/plan --ds-config gtx1060-6gb --memory-gb 3.5        a card with 3.5 GiB of free memory
-  bin/plan --all --recipe rc2020-small                    every card; without --recipe, all of ELECTRA
+  bin/plan --all --recipe rc2020-small                    every card; without --recipe, each of ELECTRA's recipes
 
 The command trains nothing and needs no GPU. It computes memory from the sizes of tensors. Time is a range: on a card,
 the roofline of a step times the factors by which published runs differ from such rooflines; on this machine's CPU, the

@@ -241,8 +241,8 @@ class PretrainOptions(CorpusOptions, RunOptions):
     )
     seed: int | None = seed_option("of weights, data order, masks, samples and dropout")
     init_from: list[str] | None = _what(
-        "start from the weights of a generator, a discriminator, or both, each a run, a transformers folder or a name "
-        "on the Hub; a folder that bin/export made has both",
+        "start from the weights of a generator, a discriminator, or both: each a run, a transformers folder or a name "
+        "on the Hub; a run, or a folder that bin/export made, may hold both",
         metavar="SOURCE",
         names="model",
     )

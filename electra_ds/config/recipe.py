@@ -124,7 +124,8 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """The discriminator, in the terms of transformers' `ElectraConfig`."""
+    """The main network, in the terms of transformers' `ElectraConfig`: the discriminator, or the encoder of an
+    objective that has none."""
 
     embedding_size: int = Field(ge=8)
     hidden_size: int = Field(ge=8)
@@ -135,9 +136,9 @@ class ModelSection(Section):
     hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     initializer: Literal["normal", "truncated-normal"] = "normal"
-    """Distribution of matrices and embedding tables: truncated at two standard deviations (the original's code, where
-    the projection of the embeddings and the discriminator's last layer are uniform after Glorot), or not
-    (transformers)."""
+    """Distribution of matrices and embedding tables. `normal`: as in transformers. `truncated-normal`: cut off at two
+    standard deviations, with Glorot uniform for the projection of the embeddings and the layer before the
+    discriminator's output (the original's code)."""
     initializer_range: float = Field(default=0.02, gt=0)
     layer_norm_eps: float = Field(default=1e-12, gt=0)
 
@@ -152,9 +153,9 @@ class ModelSection(Section):
 
 class GeneratorSizeSection(Section):
     width_multiplier: float = Field(gt=0, le=1)
-    """Generator width divided by discriminator width."""
+    """Width of the generator divided by that of the main network."""
     depth_multiplier: float = Field(default=1.0, gt=0, le=1)
-    """Generator layers divided by discriminator layers."""
+    """Layers of the generator divided by those of the main network."""
     num_attention_heads: int | None = Field(default=None, ge=1)
     """Attention heads of the generator; null means the original's rule for its width."""
     intermediate_size: int | None = Field(default=None, ge=1)
@@ -165,17 +166,18 @@ class GeneratorSection(GeneratorSizeSection):
     """A generator that is trained."""
 
     sharing: Literal["embeddings", "tokens", "none", "all"] = "embeddings"
-    """Weights that generator and discriminator share: all embedding tables with their LayerNorm, only the token
-    table, nothing, or the entire encoder (which needs both multipliers at 1)."""
+    """Weights that the generator shares with the main network: all embedding tables with their LayerNorm, only the
+    token table, nothing, or the entire encoder (which needs both multipliers at 1)."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the softmax from which replacements are drawn."""
     loss_weight: float = Field(default=1.0, ge=0)
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the generator's own weights; null for `optimizer.learning_rate`. Shared weights have that
-    of the other network."""
+    """Peak learning rate of the generator's own weights; null means `optimizer.learning_rate`. Weights that it shares
+    have the main network's rate."""
     max_grad_norm: float | None = Field(default=None, gt=0)
-    """Norm to which the gradients of the generator's own weights are clipped, apart from those of the other network
-    (ZeRO stage 0); null to clip all together, which lets the weights of the losses affect both networks."""
+    """Gradient norm above which the gradients of the generator's own weights are scaled down to it, separately from the
+    main network's (ZeRO stage 0 only). null clips all gradients together, so that each loss's weight affects both
+    networks."""
 
     @model_validator(mode="after")
     def _sharing_all_needs_equal_size(self) -> GeneratorSection:
@@ -183,7 +185,7 @@ class GeneratorSection(GeneratorSizeSection):
             raise ValueError("sharing: all needs width_multiplier: 1.0 and depth_multiplier: 1.0")
         for name in ("num_attention_heads", "intermediate_size"):
             if self.sharing == "all" and getattr(self, name) is not None:
-                raise ValueError(f"sharing: all uses the discriminator's sizes, so leave out {name}")
+                raise ValueError(f"sharing: all uses the main network's sizes, so leave out {name}")
         return self
 
 
@@ -222,26 +224,26 @@ class MlmMaskingSection(SelectionSection):
 
 
 class MaskingSection(SelectionSection):
-    """Selection for a generator, which sees the selected tokens that are not masked unchanged."""
+    """The tokens that the generator predicts. It sees most of them as [MASK] and the others unchanged."""
 
     replace_at: Literal["selected", "masked"] = "selected"
-    """Positions of the discriminator's input that get the generator's samples: every selected position (the
-    original), or only those that became [MASK] (the reproduction study's code)."""
+    """Positions of the main network's input that get the generator's samples: every selected position (the original),
+    or only those that became [MASK] (the reproduction study's code)."""
 
 
 class PredictionSection(Section):
     """The prediction of original tokens by the network that reads the generator's replacements."""
 
     loss_weight: float = Field(default=1.0, ge=0)
-    """Weight of the prediction's loss; the ELECTRA paper does not give it. 1 weights two cross-entropies over the
-    vocabulary equally."""
+    """Weight of the main network's loss; the ELECTRA paper does not give it. With 1 it counts as much as the
+    generator's, since both are cross-entropies over the vocabulary."""
 
 
 class CopySection(PredictionSection):
     copy_loss: Literal["joint", "separate"] = "joint"
-    """How the probability to copy the input token is trained: `joint` with the loss of the mixture of copying and
-    predicting (ELECTRA paper, section 3.5), or `separate` with a cross-entropy of its own, while the mixture's loss has
-    no gradient to it (COCO-LM)."""
+    """How the copy probability is trained. `joint`: by the loss of the mixture of copying and predicting (ELECTRA
+    paper, section 3.5). `separate`: by a cross-entropy of its own, and the mixture's loss does not backpropagate into
+    it (COCO-LM)."""
     copy_loss_weight: float = Field(default=50.0, ge=0)
     """Weight of the separate cross-entropy (COCO-LM: 50)."""
     loss_on_special: bool = False
@@ -358,7 +360,8 @@ class TemperatureSection(Section):
     start: float = Field(default=2.0, gt=0)
     """Temperature of the first step. Above 1, replacements are easier to detect at first."""
     tau: float = Field(default=0.1, gt=0)
-    """Share of the steps after which the exponential schedule's distance to 1 has fallen to 37 %."""
+    """Time constant of the exponential schedule, as a share of the steps: after it, 1/e of the distance to 1 is
+    left."""
     power: float = Field(default=2.0, gt=0)
     """Exponent of the polynomial schedule."""
 
@@ -375,8 +378,8 @@ class TemperatureSection(Section):
 
 class StartedDiscriminatorSection(DiscriminatorSection):
     starts_from: Literal["random", "embeddings", "generator"] = "embeddings"
-    """Initial weights of the discriminator: random ones, those of the generator's embeddings, or those of its entire
-    encoder, which needs both multipliers at 1."""
+    """Initial weights of the discriminator: random, the generator's embeddings, or the generator's entire encoder; the
+    last needs a generator of exactly the discriminator's sizes."""
 
 
 class MlmRecipe(Recipe):
@@ -494,7 +497,9 @@ class FastElectraRecipe(JointRecipe):
 def joint_recipe(recipe: Recipe) -> JointRecipe:
     """Return the recipe, for code that needs a generator. Raises ConfigError if it has none."""
     if not isinstance(recipe, JointRecipe):
-        raise ConfigError(f"This needs a generator, but the recipe {recipe.name} has the objective {recipe.objective}.")
+        raise ConfigError(
+            f"The recipe {recipe.name} has no generator, which is needed here: its objective is {recipe.objective}."
+        )
     return recipe
 
 
@@ -502,7 +507,7 @@ def electra_recipe(recipe: Recipe) -> ElectraRecipe:
     """Return the recipe, for code that works only with ELECTRA. Raises ConfigError if it has another objective."""
     if not isinstance(recipe, ElectraRecipe):
         raise ConfigError(
-            f"This works only for the objectives electra and electra-15, but the recipe {recipe.name} has "
+            f"Only the objectives electra and electra-15 are supported here, and that of the recipe {recipe.name} is "
             f"{recipe.objective}."
         )
     return recipe

@@ -295,10 +295,17 @@ def _tokenise(
     shards: list[tuple[int, Path]] = []
     running: set[concurrent.futures.Future[_Counts]] = set()
     is_checked = [False] * len(corpus.sources)
+    chunks = _chunks(corpus.documents_by_source(progress.add), partial, tokenizer, read)
+    first = list(itertools.islice(chunks, 2))
+    if len(first) == 1:  # done before a worker has started
+        (chunk,) = first
+        if not chunk.path.exists():
+            _write_shard(chunk, tokenizer)
+        progress.end(f"{sum(read.documents):,} documents")
+        return [(chunk.source, chunk.path)], read
     with worker_pool(workers, _start_worker, partial / "tokenizer") as pool:
         try:
-            documents = corpus.documents_by_source(progress.add)
-            for chunk in _chunks(documents, partial, tokenizer, read):
+            for chunk in itertools.chain(first, chunks):
                 progress.set_status(f"{sum(read.documents):,} documents")
                 shards.append((chunk.source, chunk.path))
                 if chunk.path.exists():
@@ -307,7 +314,7 @@ def _tokenise(
                     done, running = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
                     for future in done:
                         _warn_early(corpus, future.result(), is_checked)
-                running.add(pool.submit(_write_shard, chunk))
+                running.add(pool.submit(_write_in_worker, chunk))
             for future in running:
                 future.result()
         except BaseException:
@@ -334,18 +341,22 @@ def _start_worker(folder: Path) -> None:
     _worker_tokenizer = load_tokenizer(folder)
 
 
-def _write_shard(chunk: _Chunk) -> _Counts:
+def _write_in_worker(chunk: _Chunk) -> _Counts:
+    return _write_shard(chunk, _worker_tokenizer)
+
+
+def _write_shard(chunk: _Chunk, tokenizer: Tokenizer) -> _Counts:
     lines = [line for document in chunk.documents for line in document]
-    ids = _worker_tokenizer.encode_lines(lines)
+    ids = tokenizer.encode_lines(lines)
     lines_of_document = np.array([len(document) for document in chunk.documents])
     tokens_of_line = np.array([len(line) for line in ids])
     first_lines = np.concatenate([[0], np.cumsum(lines_of_document)[:-1]])
-    unknown = unknown_in(lines, ids, _worker_tokenizer)
+    unknown = unknown_in(lines, ids, tokenizer)
     temporary = chunk.path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.savez(
             file,
-            tokens=np.fromiter(itertools.chain.from_iterable(ids), dtype=token_dtype(_worker_tokenizer.vocab_size)),
+            tokens=np.fromiter(itertools.chain.from_iterable(ids), dtype=token_dtype(tokenizer.vocab_size)),
             tokens_of_line=tokens_of_line[tokens_of_line > 0],
             tokens_of_document=np.add.reduceat(tokens_of_line, first_lines),
             unknown=json.dumps(asdict(unknown)),

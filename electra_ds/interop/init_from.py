@@ -38,9 +38,9 @@ from electra_ds.training.optimizer import FRESH_COUNTERS, MOMENTS
 
 _SHARED_PARTS = {
     "none": "",
-    "tokens": " and the discriminator's token table",
-    "embeddings": " and the discriminator's embeddings",
-    "all": " and the discriminator's encoder",
+    "tokens": ", except for the token table, which it shares with the discriminator",
+    "embeddings": ", except for the embeddings, which it shares with the discriminator",
+    "all": ", except for the encoder, which it shares with the discriminator",
 }
 
 
@@ -172,7 +172,8 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
         raise ConfigError(f"--init-from takes at most one generator and one discriminator, but these are {found}.")
     if of_kind["discriminator"] and not _has_discriminator(recipe):
         raise ConfigError(
-            f"The objective {recipe.objective} has no discriminator, but --init-from gives {found}. Give a generator."
+            f"The objective {recipe.objective} has no discriminator, but --init-from gives {found}. Give the generator "
+            f"alone."
         )
     if required is not None and not of_kind[required]:
         raise ConfigError(

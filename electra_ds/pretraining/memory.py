@@ -141,15 +141,15 @@ class _Sizes:
     def encoder(self, network: Network) -> int:
         """Return the bytes of a network without its prediction of tokens, if it is trained."""
         config = network.config
-        # A judging head: its input, GELU's input and output; then logits, labels and counted positions.
-        judging = self.tokens * (3 * config.hidden_size * self.element + 2 * _FP32 + 2 * _MASK)
+        # The head that detects replaced tokens: its input, GELU's input and output; logits, labels, counted positions.
+        detecting = self.tokens * (3 * config.hidden_size * self.element + 2 * _FP32 + 2 * _MASK)
         layers = config.num_hidden_layers
         again = min(self.checkpointed_layers, layers)
         inputs = again * self.tokens * config.hidden_size * self._norm_input(config)
         saved = self._embeddings(config) + inputs + (layers - again) * self.layer(config)
         # A copy head: its input, if autocast has cast it, then logits, labels and counted positions.
         copying = self.tokens * (config.hidden_size * self.element * self.is_autocast + 2 * _FP32 + 2 * _MASK)
-        return saved + (judging if network.judges else 0) + (copying if network.copies else 0)
+        return saved + (detecting if network.judges else 0) + (copying if network.copies else 0)
 
     def _token_head(self, network: Network) -> int:
         positions, config = self.positions(network), network.config

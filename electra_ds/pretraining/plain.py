@@ -57,7 +57,7 @@ class PlainEngine:
         losses = StepLosses(batch.loss_terms)
         drawn = []
         for index, first in enumerate(range(0, self.recipe.global_batch_size, self.micro_batch_size)):
-            devices.seed_dropout(self.recipe.seed, step, index, 0)
+            devices.seed_dropout(self.device, self.recipe.seed, step, index, 0)
             micro_batch = batch.micro_batch(first, self.micro_batch_size).to(self.device)
             output = self.module(micro_batch, None if samples is None else samples[index])
             losses.add(output).backward()

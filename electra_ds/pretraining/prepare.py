@@ -146,7 +146,10 @@ def announce(job: PretrainJob) -> None:
         )
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:
-        notes.append(f"this schedule reads the corpus some {seen // info.num_tokens:,} times")
+        notes.append(
+            f"this schedule reads the corpus some {seen // info.num_tokens:,} times, so the model may learn it by "
+            f"heart: use more text or fewer steps if the held-out losses rise"
+        )
     what = description_of(recipe, record.parameters, data, record.initialised_from)
     plan = replace(job.plan, notes=tuple(notes))
     prepare.announce(what, record.device, record.threads, plan, job.run)
@@ -190,15 +193,17 @@ def fitting_plan(
 ) -> DeepSpeedPlan:
     """Return the plan with the largest micro-batch for which every rank has memory. All ranks must call it.
 
-    On a GPU, sizes are tried. On a CPU, where running out of memory kills the process, and at ZeRO stage 3, whose ranks
-    must run a model together, the memory is predicted. The plan's micro-batch stays for an objective that does not
-    predict its memory. Raises ConfigError if not even one sequence fits.
+    On a GPU, sizes are tried. The memory is predicted on a CPU, where running out of memory kills the process, at ZeRO
+    stage 3, whose ranks must run a model together, and for an objective without a `longest_micro_batch`. The plan's
+    micro-batch stays for an objective that does not predict its memory. Raises ConfigError if not even one sequence
+    fits.
     """
     objective: Objective[Any] = Objective.of(recipe, vocab_size)
     kernels = kernels_of(device)
     if objective.needed_bytes(plan, kernels) is None:
         return plan
-    is_tried, budget = device.type == "cuda" and plan.stage < 3, free_bytes(device, ranks)
+    is_tried = device.type == "cuda" and plan.stage < 3 and objective.longest_micro_batch(1) is not None
+    budget = free_bytes(device, ranks)
 
     def fits(candidate: DeepSpeedPlan) -> bool:
         if is_tried:

@@ -16,8 +16,10 @@ fifth of a second.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -166,25 +168,42 @@ def step_operations(shape: StepShape, plan: DeepSpeedPlan) -> int:
 CPU_SLOWER = (1.2, 6.0)
 """The range of a CPU step's time divided by the sum of two times: that of its products at the rate of one large
 product, and that of its operations at the rate of those in `small_layer`."""
+SLOWEST_CPU = (1e9, 1e-3)
+"""A FLOP/s and the seconds of an operation that one thread of any CPU on which one would train exceeds."""
 YEAR_S = 365 * 86_400
 _CALIBRATION, _CALIBRATION_S = 768, 0.1
 LAYER_OPERATIONS = 60
 """Operations in the forward and backward passes of `small_layer`, which a test counts."""
 
 
-class RunTime(NamedTuple):
-    """The range of a run's likely time, in seconds."""
+class RunTime:
+    """The range of a run's likely time.
 
-    low_s: float
-    high_s: float
+    It may depend on a measurement of this machine, which takes a fifth of a second and is made when it is needed.
+    """
+
+    def __init__(self, measure: Callable[[], tuple[float, float]], at_most_s: float = math.inf) -> None:
+        """measure: returns the shortest and the longest time, in seconds. at_most_s: a bound of the longest, known
+        without measuring."""
+        self._measure, self._at_most_s = measure, at_most_s
+
+    @classmethod
+    def between(cls, low_s: float, high_s: float) -> RunTime:
+        """Return a range that is known."""
+        return cls(lambda: (low_s, high_s), high_s)
+
+    @cached_property
+    def range_s(self) -> tuple[float, float]:
+        """The shortest and the longest time, in seconds."""
+        return self._measure()
 
     def __str__(self) -> str:
-        return span(self.low_s, self.high_s)
+        return span(*self.range_s)
 
     @property
     def may_take_years(self) -> bool:
         """True for a run that nobody starts by accident; weeks and months on a GPU are normal."""
-        return self.high_s > YEAR_S
+        return self._at_most_s > YEAR_S and self.range_s[1] > YEAR_S
 
 
 def cpu_rates(threads: int) -> tuple[float, float]:
@@ -221,9 +240,15 @@ def cpu_time(flops: float, operations: float, threads: int, world_size: int = 1)
 
     threads: of each rank.
     """
-    rate, operation_s = cpu_rates(threads)
-    seconds = flops / (rate * world_size) + operations * operation_s
-    return RunTime(seconds * CPU_SLOWER[0], seconds * CPU_SLOWER[1])
+
+    def seconds(rate: float, operation_s: float) -> float:
+        return flops / (rate * world_size) + operations * operation_s
+
+    def measure() -> tuple[float, float]:
+        found = seconds(*cpu_rates(threads))
+        return found * CPU_SLOWER[0], found * CPU_SLOWER[1]
+
+    return RunTime(measure, seconds(*SLOWEST_CPU) * CPU_SLOWER[1])
 
 
 def finetuning_time(
@@ -248,7 +273,7 @@ def finetuning_time(
 
 def time_of_steps(step: StepTime | None, steps: int) -> RunTime | None:
     """Return the time of this many steps on a card."""
-    return None if step is None else RunTime(*(step.roofline_s * steps * factor for factor in SLOWER))
+    return None if step is None else RunTime.between(*(step.roofline_s * steps * factor for factor in SLOWER))
 
 
 def span(low_s: float, high_s: float) -> str:

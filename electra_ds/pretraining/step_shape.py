@@ -84,7 +84,7 @@ def token_head_parameters(config: EncoderConfig) -> int:
     return (config.hidden_size + 1) * config.embedding_size + 2 * config.embedding_size + config.vocab_size
 
 
-def judging_head_parameters(config: EncoderConfig) -> int:
+def detection_head_parameters(config: EncoderConfig) -> int:
     """Return the number of parameters of a head with one logit for each position."""
     hidden = config.hidden_size
     return (hidden + 1) * hidden + hidden + 1

@@ -331,7 +331,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "fits": found.fits,
         "largest_micro_batch_size": found.largest.batch.micro_batch_size if found.largest is not None else None,
         "step_s": time._asdict() | {"roofline_s": time.roofline_s} if time is not None else None,
-        "days": None if run_time is None else [seconds / _DAY_S for seconds in run_time],
+        "days": None if run_time is None else [seconds / _DAY_S for seconds in run_time.range_s],
         "lacks": [feature._asdict() for feature in found.missing],
         "notes": list(found.plan.notes),
     }

@@ -91,9 +91,9 @@ def _totals(left: Sequence[tuple[int, RunTime | None]], at_once: int) -> Iterato
     known = [(count, time) for count, time in left if time is not None]
     unknown = sum(count for count, time in left if time is None)
     if known:
-        low, high = (sum(count * time[end] for count, time in known) / at_once for end in (0, 1))
+        low, high = (sum(count * time.range_s[end] for count, time in known) / at_once for end in (0, 1))
         rest = ", not counting trials whose cost is unknown" if unknown else ""
-        yield f"In total {RunTime(low, high)} with {at_once} at once{rest}."
+        yield f"In total {RunTime.between(low, high)} with {at_once} at once{rest}."
     if unknown:
         yield f"Cost unknown for {trials_text(unknown)}: none like them has run in this folder yet."
 
@@ -110,7 +110,7 @@ def _cost(group: Sequence[Trial], folder: SweepFolder, resources: Resources) -> 
     if not times:
         return cost
     mean = sum(times) / len(times)
-    return replace(cost, time=RunTime(mean, mean), is_measured=True)
+    return replace(cost, time=RunTime.between(mean, mean), is_measured=True)
 
 
 def _pretraining(trial: Trial, recipe: Recipe, resources: Resources) -> Cost:

@@ -94,7 +94,7 @@ class Engine:
         losses = StepLosses(batch.loss_terms)
         size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
         for index in range(accumulation):
-            devices.seed_dropout(self.recipe.seed, step, index, self.rank)
+            devices.seed_dropout(self.device, self.recipe.seed, step, index, self.rank)
             first = (self.rank * accumulation + index) * size
             if samples is None:
                 output = self._engine(self._micro_batch(batch, first, size).to(self.device))

@@ -169,7 +169,7 @@ def test_each_of_them_follows_the_seed_on_its_own(
     if "encoder" in held:
         monkeypatch.setattr(finetune_module, "make_encoder", lambda config, _: encoder(config, 0))
     if "dropout" in held:
-        monkeypatch.setattr(devices, "seed_dropout", lambda _, *rest: dropout(0, *rest))
+        monkeypatch.setattr(devices, "seed_dropout", lambda device, _, *rest: dropout(device, 0, *rest))
     found = {}
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         finetune(*arguments_of(electra, glue, "mrpc", tmp_path / name, seed=seed, random_init=True, stop_at=3))

@@ -160,7 +160,7 @@ def test_the_recipe_of_our_own_export_is_checked_too(
 def test_a_recipe_may_name_the_generators_heads() -> None:
     recipe = small_recipe("generator.num_attention_heads=4")
     assert recipe.generator.num_attention_heads == 4
-    with pytest.raises(ConfigError, match="uses the discriminator's sizes, so leave out num_attention_heads"):
+    with pytest.raises(ConfigError, match="uses the main network's sizes, so leave out num_attention_heads"):
         small_recipe(
             "generator.sharing=all", "generator.width_multiplier=1", "generator.depth_multiplier=1",
             "generator.num_attention_heads=4",

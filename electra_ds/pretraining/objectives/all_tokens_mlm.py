@@ -1,10 +1,10 @@
 """All-Tokens MLM: a network predicts the original token at every position of a text with a generator's replacements.
 
-Clark et al. 2020, section 3.5, between BERT and ELECTRA. A copy mechanism spares the network from predicting what it
-sees: with a probability that it computes for each position it copies the input token, and otherwise it predicts a
-token. `prediction.copy_loss: separate` trains that probability with a cross-entropy of its own, as COCO-LM does (Meng
-et al. 2021), whose authors found this to be more stable. The probability to copy says how likely a token was not
-replaced, so it is evaluated like a discriminator.
+Clark et al. 2020, section 3.5; it stands between BERT and ELECTRA. A copy mechanism spares the network from predicting
+what it sees: at each position it copies the input token with a copy probability that it computes, and otherwise
+predicts a token. `prediction.copy_loss: separate` trains the copy probability with a cross-entropy of its own, as
+COCO-LM does (Meng et al. 2021), whose authors found this more stable. The copy probability says how likely it is that a
+token was not replaced, so it is evaluated like a discriminator.
 
 Shape suffixes: B rows, T positions, N tokens of a micro-batch, H hidden.
 """
@@ -46,7 +46,7 @@ class AllTokensOutput(NamedTuple):
     """At every position, row by row."""
     copy_loss_sum: torch.Tensor
     copy_logits_BT: torch.Tensor
-    """The logits of the probability to copy the input token."""
+    """The logits of the copy probability."""
     is_replaced_BT: torch.Tensor
     is_separate: bool
 
@@ -113,8 +113,8 @@ class AllTokensMlmObjective(JointObjective[AllTokensMlmRecipe]):
     metric_labels: ClassVar[Mapping[str, str]] = JointObjective.generator_labels | {
         "prediction_loss": "prediction loss at all tokens (nats)",
         "prediction_accuracy": "prediction accuracy at replaced tokens, argmax",
-        "copy_loss": "loss of the probability to copy (nats)",
-        "copy_auc": "AUC of the probability to copy",
+        "copy_loss": "loss of the copy probability (nats)",
+        "copy_auc": "AUC of the copy probability",
     }
     main_metric = "prediction_accuracy"
     key_metrics = ("generator_gain", "prediction_loss", "prediction_accuracy", "copy_auc")
@@ -175,7 +175,9 @@ class AllTokensMlmObjective(JointObjective[AllTokensMlmRecipe]):
         )
 
     def exports(self, model: AllTokensMlm) -> Mapping[str, Export]:
-        return self.encoder_exports(model, "predicts original tokens, without the copy mechanism; finetune its encoder")
+        return self.encoder_exports(
+            model, "predicts original tokens, without its copy mechanism; its encoder is to be finetuned"
+        )
 
     def main_network(self, config: EncoderConfig, encoder_parameters: int) -> Network:
         parameters = encoder_parameters + token_head_parameters(config) + config.hidden_size + 1

@@ -305,7 +305,8 @@ class Objective(ABC, Generic[RecipeT]):
         return None if peak is None else peak.needed_bytes(kernels)
 
     def longest_micro_batch(self, size: int) -> Any | None:
-        """Return a micro-batch of this many sequences that takes the most memory; its tokens are arbitrary."""
+        """Return a micro-batch of this many sequences that takes the most memory, for `--micro-batch auto` to try on a
+        GPU; its tokens are arbitrary. None to rely on `peak_memory`."""
         return None
 
 

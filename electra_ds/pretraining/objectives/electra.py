@@ -35,7 +35,7 @@ from electra_ds.pretraining.objectives.token_metrics import (
     predicted_tokens,
     token_metrics,
 )
-from electra_ds.pretraining.step_shape import Network, judging_head_parameters
+from electra_ds.pretraining.step_shape import Network, detection_head_parameters
 
 RtdRecipeT = TypeVar("RtdRecipeT", ElectraRecipe, FastElectraRecipe)
 
@@ -139,7 +139,7 @@ class RtdObjective(JointObjective[RtdRecipeT]):
         }
 
     def main_network(self, config: EncoderConfig, encoder_parameters: int) -> Network:
-        parameters = encoder_parameters + judging_head_parameters(config)
+        parameters = encoder_parameters + detection_head_parameters(config)
         return Network("discriminator", config, parameters, judges=True)
 
 

@@ -104,11 +104,10 @@ def collapsed_at(
 ) -> int | None:
     """Return the step at which training collapsed, or None if it has not.
 
-    evaluations: in order, with `step` and the metrics. Training has collapsed if AUC and recall are at
-    chance in WINDOW consecutive evaluations that are judged, and the generator, unless it is frozen, improved over
-    them. The step is that of
-    the first of all consecutive evaluations at chance, judged or not; for a discriminator that never began to learn, it
-    is the run's first evaluation.
+    evaluations: in order, with `step` and the metrics. Training has collapsed if AUC and recall are at chance in WINDOW
+    consecutive evaluations that are judged, and the generator, unless it is frozen, improved over them. The step is
+    that of the first of all consecutive evaluations at chance, judged or not; for a discriminator that never began to
+    learn, it is the run's first evaluation.
     """
     least = max(LEAST_SHARE * total_steps, warmup_steps)
     for first in range(len(evaluations) - WINDOW + 1):
