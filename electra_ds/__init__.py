@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from electra_ds.api.corrupt import corrupt_data as corrupt_data
     from electra_ds.api.export import export as export
     from electra_ds.api.export import import_checkpoint as import_checkpoint
     from electra_ds.api.finetune import finetune as finetune
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 _MODULES = {
-    "pretrain": "api.pretrain", "finetune": "api.finetune", "build_data": "api.stores", "export": "api.export",
+    "pretrain": "api.pretrain", "finetune": "api.finetune", "build_data": "api.stores", "corrupt_data": "api.corrupt",
+    "export": "api.export",
     "import_checkpoint": "api.export", "plan": "api.plan", "Run": "api.run", "load_recipe": "config.recipe",
     "Recipe": "config.recipe", "FinetuneRecipe": "config.finetune_recipe", "PretrainOptions": "config.options",
     "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",

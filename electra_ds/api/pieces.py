@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from electra_ds.config.names import find_objective
 from electra_ds.config.options import Compile, PretrainOptions
 from electra_ds.config.recipe import Recipe, RecipeSource, load_recipe
 from electra_ds.core import devices
@@ -88,9 +87,12 @@ def open_engine(
         ConfigError: the DeepSpeed JSON cannot be used with this recipe or device.
     """
     recipe, store = _opened(recipe, store)
-    required = find_objective(recipe.objective).required_weights
+    required = recipe.required_weights
     if model is None and required is not None:
-        raise ConfigError(f"The objective {recipe.objective} needs a trained {required}: load it into a `model`.")
+        raise ConfigError(
+            f"The objective {recipe.objective} needs a trained {required}: load its weights into a model, and pass it "
+            f"as `model`."
+        )
     options = PretrainOptions(ds_config=None if ds_config is None else str(ds_config), micro_batch=micro_batch)
     with join_ranks() as ranks:
         with ranks.fail_together():

@@ -14,7 +14,7 @@ from electra_ds.api.launch import RunStart, launch
 from electra_ds.api.run import Run
 from electra_ds.api.stores import find_store, open_or_build_store
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE, find_objective
+from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.options import PretrainOptions
 from electra_ds.config.recipe import Recipe, RecipeSource, given_options, load_recipe
 from electra_ds.core import devices
@@ -217,7 +217,7 @@ class PretrainStart(RunStart[PretrainOptions]):
     def _read_weights(self) -> Callable[[Tokenizer], None] | None:
         """Read the initial weights, whose tokenizer is the default one; return a function that checks a tokenizer."""
         if not self.options.init_from:
-            required = find_objective(self.recipe.objective).required_weights
+            required = self.recipe.required_weights
             if required is not None:
                 raise ConfigError(
                     f"The objective {self.recipe.objective} needs a trained {required}: give a masked language model "

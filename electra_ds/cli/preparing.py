@@ -32,6 +32,8 @@ examples:
   bin/build-data --corpus dump.jsonl.zst --text-key body --tokenizer vocab.txt --out stores/dump
   bin/build-data --corpus 'hub:wikimedia/wikipedia#20231101.en' --streaming --corpus books/ --out stores/both \\
       --tokenizer google-bert/bert-base-multilingual-cased
+  bin/build-data --corrupt stores/mine --recipe fast-electra-small --init-from runs/generator --out stores/offline
+      draws the replacements of all steps of a Fast-ELECTRA run, which then needs no generator
 
 Each --corpus is one source of text, and data.corpus_weights has one number for each. A source is a list of files and
 folders (read recursively), `builtin`, or hub:NAME#CONFIG@SPLIT, a dataset on the Hugging Face Hub (the default split is
@@ -88,8 +90,18 @@ def _build_data(options: BuildDataOptions) -> None:
     from electra_ds.config.recipe import load_recipe
     from electra_ds.core.terminal import note, say, say_command
 
-    recipe = load_recipe(options.recipe or GPU_RECIPE, options.overrides or ())
     console = Console()
+    if options.corrupt is not None:
+        from electra_ds.api.corrupt import corrupt_data
+
+        found = corrupt_data(options.corrupt, options.out, options=options)
+        assert found.replacements is not None
+        folder, source = found.replacements.folder, options.init_from
+        say(console, f"{folder}: replacements of {found.replacements.info.steps:,} steps.")
+        train = f"{command('pretrain')} --recipe {folder}/recipe.yaml --data {found.path} --init-from {source}"
+        say_command(console, "Train on it with:", train)
+        return
+    recipe = load_recipe(options.recipe or GPU_RECIPE, options.overrides or ())
     try:
         assert options.corpus is not None
         store = build_data(options.corpus, options.out, options=options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +33,8 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 
 _RECIPES = ", ".join(recipe_names())
-_RAY, _SCORES, _UNKNOWN = "ray", "scores", "unknown"
+_RAY, _SCORES, _UNKNOWN, _CORRUPT = "ray", "scores", "unknown", "corrupt"
+_corrupt = partial(option, group=_CORRUPT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +76,37 @@ class PlanOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildDataOptions(CorpusOptions):
-    """Tokenise a corpus into a token store."""
+    """Tokenise a corpus into a token store, or draw the replacements of a Fast-ELECTRA run for a store."""
 
-    GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {WHAT: "the text and its tokenizer"}
+    GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {
+        WHAT: "the text and its tokenizer",
+        _CORRUPT: "replacements, drawn before a run by a frozen generator",
+    }
 
-    corpus: list[list[str]] | None = corpus_option("`builtin` for the built-in corpus", required=True)
+    corpus: list[list[str]] | None = corpus_option("`builtin` for the built-in corpus")
     out: Path = option("folder to create", metavar="STORE", required=True)
     recipe: str | Mapping[str, Any] | None = option(
-        f"recipe whose tokenizer to train (default: {GPU_RECIPE})", metavar="NAME|FILE"
+        f"recipe whose tokenizer to train (default: {GPU_RECIPE}); with --corrupt: the recipe of the run (default: "
+        f"fast-electra-small)",
+        metavar="NAME|FILE",
     )
     overrides: list[str] | None = overrides_option("tokenizer.vocab_size=16000")
     workers: int | None = option("processes (default: one per core)", metavar="N")
+    corrupt: Path | None = _corrupt("draw replacements for this store, instead of tokenising text", metavar="STORE")
+    init_from: str | None = _corrupt(
+        "the generator: a run, a transformers folder or a name on the Hub", metavar="SOURCE"
+    )
+    ds_config: str | None = ds_config_option(group=_CORRUPT)
+    micro_batch: int | None = _corrupt("sequences at a time (default: the JSON's)", metavar="N")
+    eval_windows: int | None = _corrupt("held-out sequences, as in the run (default: 512)", metavar="N")
+    threads: int | None = _corrupt("CPU threads (default: torch's choice)", metavar="N")
+
+    def check(self) -> None:
+        if (self.corpus is None) == (self.corrupt is None):
+            raise ConfigError("Give either --corpus, to tokenise text, or --corrupt, to draw replacements for a store.")
+        if self.corrupt is None and (self.init_from or self.ds_config or self.micro_batch or self.eval_windows):
+            raise ConfigError("--init-from, --ds-config, --micro-batch and --eval-windows are for --corrupt.")
+        super().check()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ _OUR_OBJECTIVES = {
     "replace-mlm": "electra_ds.pretraining.objectives.replace_mlm:ReplaceMlmObjective",
     "all-tokens-mlm": "electra_ds.pretraining.objectives.all_tokens_mlm:AllTokensMlmObjective",
     "fast-electra": "electra_ds.pretraining.objectives.fast_electra:FastElectraObjective",
+    "fast-electra-offline": "electra_ds.pretraining.objectives.fast_electra_offline:FastElectraOfflineObjective",
 }
 """Our objectives in the form of entry points, so that a checkout finds them even if it is not installed."""
 

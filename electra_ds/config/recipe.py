@@ -337,6 +337,11 @@ class Recipe(Section):
     def num_hidden_layers(self) -> int:
         return self.model.num_hidden_layers
 
+    @property
+    def required_weights(self) -> str | None:
+        """A network whose weights must be given to a new run with --init-from, such as `generator`."""
+        return None
+
     @model_validator(mode="after")
     def _sequence_fits_positions(self) -> Recipe:
         if self.data.sequence_length > self.model.max_position_embeddings:
@@ -470,9 +475,13 @@ class ElectraRecipe(JointRecipe):
 class FastElectraRecipe(JointRecipe):
     """The recipe of the objective `fast-electra`; `generator` has the sizes of the frozen auxiliary model."""
 
-    METRICS = DISCRIMINATOR_METRICS
+    METRICS: ClassVar[tuple[str, ...]] = DISCRIMINATOR_METRICS
     discriminator: StartedDiscriminatorSection
     temperature: TemperatureSection = TemperatureSection()
+
+    @property
+    def required_weights(self) -> str | None:
+        return "generator"
 
     @model_validator(mode="after")
     def _equal_sizes_to_start_from_the_generator(self) -> FastElectraRecipe:
@@ -492,6 +501,17 @@ class FastElectraRecipe(JointRecipe):
                 f"discriminator.starts_from: generator needs generator.intermediate_size: {model.intermediate_size}"
             )
         return self
+
+
+class FastElectraOfflineRecipe(FastElectraRecipe):
+    """The recipe of the objective `fast-electra-offline`; `generator` has the sizes of the model that drew the
+    replacements."""
+
+    METRICS = (*(name for name in DISCRIMINATOR_METRICS if name not in GENERATOR_METRICS), "replaced_share")
+
+    @property
+    def required_weights(self) -> str | None:
+        return None if self.discriminator.starts_from == "random" else "generator"
 
 
 def joint_recipe(recipe: Recipe) -> JointRecipe:
@@ -520,6 +540,7 @@ OUR_RECIPES: dict[str, type[Recipe]] = {
     "replace-mlm": ReplaceMlmRecipe,
     "all-tokens-mlm": AllTokensMlmRecipe,
     "fast-electra": FastElectraRecipe,
+    "fast-electra-offline": FastElectraOfflineRecipe,
 }
 """Recipe types of our objectives, whose own modules import torch, which reading a recipe should not wait for."""
 

@@ -23,6 +23,8 @@ from electra_ds.config.run_record import RunRecord
 from electra_ds.core.errors import DataError
 from electra_ds.core.keyed_random import generator
 from electra_ds.core.program import command
+from electra_ds.data.replacements import FOLDER as REPLACEMENTS
+from electra_ds.data.replacements import Replacements
 from electra_ds.data.tokenizer import Tokenizer, UnknownText, load_tokenizer
 
 FORMAT = 2
@@ -96,6 +98,8 @@ class TokenStore:
         self.tokens = np.memmap(path / "tokens.bin", dtype=self.info.dtype, mode="r")
         self.documents: np.ndarray = np.load(path / "documents.npy", mmap_mode="r")
         self.lines: np.ndarray = np.load(path / "lines.npy", mmap_mode="r")
+        self.replacements = Replacements(path) if (path / REPLACEMENTS).is_dir() else None
+        """Recorded replacements, see `bin/build-data --corrupt`."""
 
     def __fspath__(self) -> str:
         """The store's folder, so that it can be given wherever a path is."""

@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from electra_ds.config.names import find_objective
 from electra_ds.config.recipe import FastElectraRecipe, JointRecipe, Recipe, joint_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError, DataError
@@ -128,16 +128,20 @@ class InitialWeights:
             notes.append(f"the last {spare:,} rows of the token table have no piece and are left out")
         return notes
 
-    def tensors(self, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
-        """Return the tensors of a first checkpoint: the weights, random ones for the rest, and moments of 0."""
+    def load(self, recipe: Recipe, tokenizer: Tokenizer) -> Any:
+        """Return the model of the recipe's objective with these weights, and random ones for the rest."""
         objective = objective_of(recipe, tokenizer)
         model = objective.build_model()
         own = model.state_dict()
         given = {name: tensor for part in self._parts() for name, tensor in part.tensors.items()}
-        spare_rows_left_out = {name: tensor[: len(own[name])] for name, tensor in given.items()}
-        model.load_state_dict(spare_rows_left_out, strict=False)
+        taken = {name: tensor[: len(own[name])] for name, tensor in given.items() if name in own}  # no spare rows
+        model.load_state_dict(taken, strict=False)
         objective.begin(model, given)
-        tensors = {}
+        return model
+
+    def tensors(self, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
+        """Return the tensors of a first checkpoint: the weights, random ones for the rest, and moments of 0."""
+        tensors, model = {}, self.load(recipe, tokenizer)
         for name, parameter in model.named_parameters():
             tensors[f"master/{name}"] = parameter.detach()
             if parameter.requires_grad:
@@ -156,7 +160,7 @@ def read_initial_weights(sources: Sequence[str], recipe: Recipe) -> InitialWeigh
             f"--init-from needs an objective with a generator, but the recipe {recipe.name} has the objective "
             f"{recipe.objective}."
         )
-    required = find_objective(recipe.objective).required_weights
+    required = recipe.required_weights
     for source in sources:
         refuse_other_frameworks(Path(source), source)
     parts = []

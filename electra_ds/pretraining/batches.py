@@ -51,7 +51,7 @@ class BatchBuilder:
         if self.recipe.data.segments == "two":
             width = ids.shape[1]
             second = before(lengths, width) & ~before(rows.first_B + 2, width)
-        text = TextBatch(ids, lengths, second, maskable, tokenizer.mask_id)
+        text = TextBatch(ids, lengths, second, maskable, tokenizer.mask_id, replacements=self.store.replacements)
         return self.objective.make_batch(text, self.seed, step)
 
     def _text(self, rows: Rows) -> np.ndarray:

@@ -53,6 +53,8 @@ def load_model(checkpoint: Checkpoint) -> TrainedModel:
     return TrainedModel(model.eval(), objective, tokenizer, recipe)
 
 
+SAMPLE_WINDOWS = 64
+"""The number of held-out windows among which a report's sample sentences are chosen."""
 _EVALUATION = 0xE7
 _UNIGRAM_TOKENS = 100_000_000  # counting more does not change any printed digit
 

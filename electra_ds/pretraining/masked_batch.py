@@ -62,6 +62,8 @@ class MicroBatch(NamedTuple):
     """bool, False for selected positions that `filled` added; None if there are none."""
     temperature: torch.Tensor | None = None
     """fp32 scalar, the temperature of the softmax from which replacements are drawn; None for 1."""
+    samples_M: torch.Tensor | None = None
+    """int64, tokens that were drawn before; None to draw them."""
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +97,7 @@ class MicroBatch(NamedTuple):
             selected_M=longer(self.selected_M),
             replaced_M=longer(self.replaced_M),
             noise_keys_M=None if self.noise_keys_M is None else longer(self.noise_keys_M),
+            samples_M=None if self.samples_M is None else longer(self.samples_M),
             counts_M=longer(torch.ones_like(self.replaced_M)),
         )
 
@@ -129,6 +132,8 @@ class MaskedBatch(TextBatch, PretrainingBatch):
     temperature: float = 1.0
     random_ids_BT: np.ndarray | None = None
     """int64, the tokens to show in place of some selected ones, and -1 elsewhere; None if there are none."""
+    drawn_BT: np.ndarray | None = None
+    """int64, at the selected positions the tokens that were drawn before; None to draw them."""
 
     @property
     def num_selected(self) -> int:
@@ -154,9 +159,15 @@ class MaskedBatch(TextBatch, PretrainingBatch):
         ids, lengths, second = self.ids_BT[taken], self.lengths_B[taken], self.second_segment_BT
         width = ids.shape[1]
         selected_M = np.flatnonzero(self.masks.selected[taken])
-        masked_M, replaced_M, noise_keys_M, random_M = (
+        masked_M, replaced_M, noise_keys_M, random_M, samples_M = (
             None if array_BT is None else array_BT[taken].reshape(-1)[selected_M]
-            for array_BT in (self.masks.masked, self.masks.replaced, self.noise_keys_BT, self.random_ids_BT)
+            for array_BT in (
+                self.masks.masked,
+                self.masks.replaced,
+                self.noise_keys_BT,
+                self.random_ids_BT,
+                self.drawn_BT,
+            )
         )
         counted, second = self.counted_BT[taken], None if second is None else second[taken]
         sequences = positions = None
@@ -182,6 +193,7 @@ class MaskedBatch(TextBatch, PretrainingBatch):
             segments_BT=None if second is None else torch.from_numpy(second),
             positions_BT=None if positions is None else torch.from_numpy(positions),
             temperature=None if self.temperature == 1.0 else torch.tensor(self.temperature, dtype=torch.float32),
+            samples_M=None if samples_M is None else torch.from_numpy(samples_M),
         )
 
     def static_micro_batch(self, first: int, size: int) -> MicroBatch | None:

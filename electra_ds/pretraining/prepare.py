@@ -59,14 +59,15 @@ def prepare_new(
 
     initialised_from: the sources of the initial weights, which `interop.init_from.write_first_checkpoint` writes.
     """
-    split = split_holdout(store.documents, recipe.data, recipe.seed)
+    split, objective = split_holdout(store.documents, recipe.data, recipe.seed), objective_of(recipe, store.tokenizer)
     record = RunRecord(
         store=str(store.path.resolve()),
         store_fingerprint=store.info.fingerprint,
-        parameters=objective_of(recipe, store.tokenizer).parameter_counts(),
+        parameters=objective.parameter_counts(),
         initialised_from=list(initialised_from),
         **prepare.new_record(options, plan, default_settings(recipe.schedule.total_steps), run, ranks),
     )
+    objective.check_store(store, record.settings.eval_windows)
     return PretrainJob(run, recipe, plan, store, split, record, prepare.stop_at(options, recipe))
 
 
@@ -85,6 +86,7 @@ def prepare_resume(options: PretrainOptions, plan: DeepSpeedPlan, run: RunDirect
     store = recorded_store(record, run.path, options.data, remedy)
     record = replace(record, store=str(store.path.resolve()))
     split = split_holdout(store.documents, recipe.data, recipe.seed)
+    objective_of(recipe, store.tokenizer).check_store(store, record.settings.eval_windows)
     return PretrainJob(run, recipe, plan, store, split, record, prepare.stop_at(options, recipe))
 
 

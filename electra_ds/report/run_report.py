@@ -16,12 +16,11 @@ from electra_ds.config.run_directory import RunDirectory, read_metrics
 from electra_ds.core.errors import CheckpointError, DataError
 from electra_ds.core.program import command
 from electra_ds.data.token_store import recorded_store, split_holdout
-from electra_ds.pretraining.evaluation import TrainedModel, held_out_batch, load_trained
+from electra_ds.pretraining.evaluation import SAMPLE_WINDOWS, TrainedModel, held_out_batch, load_trained
 from electra_ds.pretraining.objectives.base import Curve, Objective
 from electra_ds.report.tables import Line, Part, Report, Table, as_text
 
 _SENTENCES = 4
-_SENTENCE_BATCH = 64
 _SMOOTHING_SHARE = 0.02
 
 
@@ -66,7 +65,7 @@ def _samples(run: RunDirectory, trained: TrainedModel, data: Path | None) -> Tex
     remedy = f"say where it is now: {command('report')} {run.path} --data STORE"
     store = recorded_store(run.read_record(), run.path, data, remedy)
     split = split_holdout(store.documents, recipe.data, recipe.seed)
-    batch = held_out_batch(store, split, recipe, _SENTENCE_BATCH)
+    batch = held_out_batch(store, split, recipe, SAMPLE_WINDOWS)
     return Text("\n\n").join(trained.objective.samples(trained.model, trained.tokenizer, batch, _SENTENCES))
 
 

@@ -3,6 +3,7 @@ torch nor Ray."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -183,12 +184,25 @@ def _plain(problem: Any) -> str:
 
 
 def _stage_problems(name: str, given: dict[str, Any]) -> list[str]:
-    """Return the problems of a stage's keys and values in the file."""
-    keys = _keys(name, given)
+    """Return the problems of a stage's keys and values in the file.
+
+    A variant may have an objective of its own, whose keys it may set, as may `set` and `space`. Expanding the sweep
+    finds keys that some trial does not have.
+    """
+    shared = _keys(name, given)
+    of_variants = {
+        f"variants.{variant}.": _keys(name, given | {"set": _mapping(given.get("set")) | _mapping(own)} | _mapping(own))
+        for variant, own in _mapping(given.get("variants")).items()
+    }
+    anywhere = list(dict.fromkeys([*shared, *itertools.chain.from_iterable(of_variants.values())]))
+    keys = {"set.": anywhere, "space.": anywhere} | of_variants
     return [
         f"{name}.{place}{key}: {problem}"
         for place, key, value in _settings(name, given)
-        if (problem := _key_problem(name, place, key, keys) or _value_problem(name, place, key, value, given))
+        if (
+            problem := _key_problem(name, place, key, keys.get(place, shared))
+            or _value_problem(name, place, key, value, given)
+        )
     ]
 
 

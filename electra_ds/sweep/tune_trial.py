@@ -1,9 +1,9 @@
 """A trial as Ray Tune runs it.
 
-A trial is a Tune trainable with a placement group: an empty bundle for itself, and one for each worker. A worker's
-actor starts the project's own command and waits for it, so a trial gives the same numbers as the command, and ends with
-its actor, however that ends. The run writes everything that counts into its directory. Tune gets each evaluation as a
-result, and a checkpoint with the path of the run.
+A trial is a Tune trainable with a placement group of one bundle for each worker. The trainable starts the project's own
+command for the first worker, and an actor does so for each further one, so a trial gives the same numbers as the
+command. A process ends with the trainable or the actor that started it, however that ends. The run writes everything
+that counts into its directory. Tune gets each evaluation as a result, and a checkpoint with the path of the run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def trial_class(resolve: Resolve, folder: SweepFolder, spec: SweepSpec, *, raise
     """
     bound = tune.with_parameters(_TuneTrial, resolve=resolve, folder=folder, spec=spec, raises=raises)
     bundle = {"CPU": float(spec.resources.cpus)} | ({"GPU": spec.resources.gpus} if spec.resources.gpus else {})
-    bundles = [{}, *([bundle] * spec.resources.workers)]  # without the empty one, the trial would take a worker's place
+    bundles = [bundle] * spec.resources.workers  # Tune places the trainable in the first one
     return tune.with_resources(bound, tune.PlacementGroupFactory(bundles, strategy="PACK"))
 
 
@@ -190,13 +190,10 @@ class _TuneTrial(tune.Trainable):
 
 @ray.remote
 class _Rank:
-    """The slot of one worker, and its process."""
+    """The slot of one further worker, and its process."""
 
     def __init__(self) -> None:
         self._started: subprocess.Popen[bytes] | None = None
-
-    def where(self) -> tuple[str, int]:
-        return ray.util.get_node_ip_address(), processes.free_port()
 
     def run(self, stage: str, arguments: list[str], log: Path, environment: dict[str, str], folder: Path) -> int:
         self._started = started = processes.start(stage, arguments, log, environment, folder)
@@ -213,9 +210,16 @@ class _Rank:
 
 
 class _Ranks:
-    """A trial's workers, as actors in the bundles of its placement group. They and their processes end with it."""
+    """A trial's workers: the first as a process of this one, the others as actors in the further bundles of the trial's
+    placement group. All end with this process."""
 
     def __init__(self, trial: Trial, arguments: list[str], folder: SweepFolder, resources: Resources) -> None:
+        address, port, log = ray.util.get_node_ip_address(), processes.free_port(), folder.trial(trial.key).log
+
+        def of_rank(rank: int) -> tuple[str, list[str], Path, dict[str, str], Path]:
+            environment = processes.rank_environment(rank, address, port, resources)
+            return trial.stage, arguments, log, environment, folder.start_in
+
         group = get_current_placement_group()
         assert group is not None  # Tune made it, see `trial_class`
         self._actors = [
@@ -225,45 +229,48 @@ class _Ranks:
                 max_concurrency=2,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
             ).remote()
-            for rank in range(resources.workers)  # Tune strips the empty bundle
+            for rank in range(1, resources.workers)
         ]
-        address, port = ray.get(self._actors[0].where.remote())
-        log = folder.trial(trial.key).log
-        self._running = [
-            actor.run.remote(
-                trial.stage, arguments, log, processes.rank_environment(rank, address, port, resources), folder.start_in
-            )
-            for rank, actor in enumerate(self._actors)
-        ]
+        self._running = [actor.run.remote(*of_rank(rank)) for rank, actor in enumerate(self._actors, start=1)]
+        self._first = processes.start(*of_rank(0))
         self._statuses: list[int] = []
+        """Of the further workers that have ended."""
         self._deadline: float | None = None
         self._is_leaving = False
 
     def are_running(self) -> bool:
-        return bool(self._running) and (self._deadline is None or time.monotonic() < self._deadline)
+        is_running = self._first.poll() is None or bool(self._running)
+        return is_running and (self._deadline is None or time.monotonic() < self._deadline)
 
     def wait(self, seconds: float) -> None:
-        """Wait until one worker has ended, at most `seconds`."""
-        ready, self._running = ray.wait(self._running, timeout=seconds)
+        """Wait until the first worker has ended, at most `seconds`."""
+        processes.wait([self._first], seconds)
+        ready: list[Any] = []
+        if self._running:
+            ready, self._running = ray.wait(self._running, num_returns=len(self._running), timeout=0)
         for each in ready:
             try:
                 self._statuses.append(ray.get(each))
             except ray.exceptions.RayError:  # its actor or its node is gone
                 self._statuses.append(-signal.SIGKILL)
-        if any(self._statuses) and self._deadline is None:
+        if any([self._first.poll(), *self._statuses]) and self._deadline is None:
             self._deadline = time.monotonic() + processes.TO_NOTICE_S
 
     def leave(self) -> None:
         """Ask all workers, once, to save and stop."""
         if not self._is_leaving:
             self._is_leaving, self._deadline = True, time.monotonic() + processes.TO_SAVE_S
+            self._first.send_signal(signal.SIGTERM)
             for actor in self._actors:
                 actor.leave.remote()
 
     def status(self) -> int:
         """Return the status of all ranks, counting those that still run as killed."""
-        return processes.status_of([*self._statuses, *(-signal.SIGKILL for _ in self._running)])
+        first = self._first.poll()
+        killed = [-signal.SIGKILL] * (len(self._running) + (first is None))
+        return processes.status_of([first, *self._statuses, *killed])
 
     def end(self) -> None:
+        processes.end([self._first])
         for actor in self._actors:
             ray.kill(actor)

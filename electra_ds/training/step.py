@@ -134,8 +134,12 @@ class AutocastModel(nn.Module, ABC):
 
         replayed: another run's random draws, to use instead of new ones; None to draw.
         """
-        with torch.autocast(batch.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        with self.autocast(batch.device):
             return self.run(batch, replayed)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context of the forward pass."""
+        return torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     @abstractmethod
     def run(self, batch: Any, replayed: Any) -> Any:

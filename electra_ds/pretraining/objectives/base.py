@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -33,6 +33,8 @@ from electra_ds.config.names import find_objective
 from electra_ds.config.recipe import Recipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
+from electra_ds.data.replacements import Replacements
+from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.masking import before
 from electra_ds.pretraining.memory import Kernels, PeakMemory, peak_memory
@@ -87,6 +89,8 @@ class TextBatch:
     maskable_BT: np.ndarray
     """bool, True where a token may be masked: neither a special token nor padding."""
     mask_token_id: int
+    replacements: Replacements | None = field(default=None, kw_only=True, repr=False)
+    """The recorded replacements of the token store; None if it has none."""
 
     @property
     def num_tokens(self) -> int:
@@ -141,8 +145,6 @@ class Objective(ABC, Generic[RecipeT]):
     """For a metric, the name of its baseline."""
     encoder: ClassVar[str]
     """The name in `exports` of the network whose encoder is finetuned."""
-    required_weights: ClassVar[str | None] = None
-    """A network whose weights must be given to a new run with --init-from, such as `generator`."""
 
     def __init__(self, recipe: RecipeT, vocab_size: int, pad_token_id: int = 0) -> None:
         self.recipe = recipe
@@ -170,6 +172,9 @@ class Objective(ABC, Generic[RecipeT]):
 
         given: them, by parameter name.
         """
+
+    def check_store(self, store: TokenStore, eval_windows: int) -> None:
+        """Raise DataError if a token store lacks what the objective reads beside its text."""
 
     @abstractmethod
     def make_batch(self, text: TextBatch, seed: int, step: int) -> PretrainingBatch:

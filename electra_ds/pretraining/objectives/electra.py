@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 from rich.text import Text
 
-from electra_ds.config.recipe import ElectraRecipe, FastElectraRecipe
+from electra_ds.config.recipe import ElectraRecipe, FastElectraOfflineRecipe, FastElectraRecipe
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import Electra, ElectraOutput
@@ -37,7 +37,7 @@ from electra_ds.pretraining.objectives.token_metrics import (
 )
 from electra_ds.pretraining.step_shape import Network, detection_head_parameters
 
-RtdRecipeT = TypeVar("RtdRecipeT", ElectraRecipe, FastElectraRecipe)
+RtdRecipeT = TypeVar("RtdRecipeT", ElectraRecipe, FastElectraRecipe, FastElectraOfflineRecipe)
 
 
 class _Measured(NamedTuple):
@@ -63,7 +63,12 @@ class RtdObjective(JointObjective[RtdRecipeT]):
     main_metric = "discriminator_auc"
     encoder = "discriminator"
     baselines: ClassVar[Mapping[str, str]] = {"discriminator_accuracy": ALWAYS_ORIGINAL}
-    key_metrics = ("generator_gain", "generator_accuracy", "discriminator_auc", "discriminator_recall")
+    key_metrics: ClassVar[Sequence[str]] = (
+        "generator_gain",
+        "generator_accuracy",
+        "discriminator_auc",
+        "discriminator_recall",
+    )
 
     @property
     def losses(self) -> Mapping[str, WeightedLoss]:
@@ -126,17 +131,17 @@ class RtdObjective(JointObjective[RtdRecipeT]):
         return [LEGEND, *sample_sentences(model, tokenizer, batch, count)]
 
     def exports(self, model: Electra) -> Mapping[str, Export]:
+        return {"discriminator": self.discriminator_export(model), "generator": self.generator_export(model)}
+
+    def discriminator_export(self, model: Electra) -> Export:
         # Importing it takes as long as importing torch, and training does not need it.
         from electra_ds.pretraining.convert import discriminator
 
-        return {
-            "discriminator": Export(
-                discriminator(model),
-                "ElectraForPreTraining",
-                "predicts for every token whether it was replaced; finetune this encoder",
-            ),
-            "generator": self.generator_export(model),
-        }
+        return Export(
+            discriminator(model),
+            "ElectraForPreTraining",
+            "predicts for every token whether it was replaced; finetune this encoder",
+        )
 
     def main_network(self, config: EncoderConfig, encoder_parameters: int) -> Network:
         parameters = encoder_parameters + detection_head_parameters(config)

@@ -36,16 +36,38 @@ class FastElectra(Electra):
         self.generator.eval()
         return self
 
+    @torch.no_grad()
+    def draw(self, batch: MicroBatch) -> torch.Tensor:
+        """Return int64 [M], the tokens that the generator draws for a micro-batch's selected positions."""
+        with self.autocast(batch.device):
+            return self._generate(batch, None).samples_M
+
     def _generate(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> Generated:
         with torch.no_grad():
             return super()._generate(batch, samples_M)
+
+
+def begin_discriminator(model: FastElectra, given: Mapping[str, torch.Tensor], starts_from: str) -> None:
+    """Give the discriminator its first weights, unless its own were given.
+
+    given: as in `Objective.begin`. starts_from: as in the recipe.
+    """
+    if starts_from == "random" or any(name.startswith("discriminator.") for name in given):
+        return
+    taken = "generator." if starts_from == "generator" else "generator.embeddings."
+    own = model.discriminator.state_dict()
+    model.discriminator.load_state_dict(
+        {
+            name: given[f"generator.{name}"][: len(tensor)] if f"generator.{name}".startswith(taken) else tensor
+            for name, tensor in own.items()
+        }
+    )
 
 
 class FastElectraObjective(RtdObjective[FastElectraRecipe]):
     """A frozen generator, and a discriminator that predicts which tokens were replaced."""
 
     recipe_type = FastElectraRecipe
-    required_weights = "generator"
     trains_generator = False
 
     def build_model(self) -> FastElectra:
@@ -57,14 +79,7 @@ class FastElectraObjective(RtdObjective[FastElectraRecipe]):
         return self.recipe.temperature.at(step / self.recipe.schedule.total_steps)
 
     def begin(self, model: FastElectra, given: Mapping[str, torch.Tensor]) -> None:
-        start = self.recipe.discriminator.starts_from
-        if start == "random" or any(name.startswith("discriminator.") for name in given):
-            return
-        generator, discriminator = model.generator, model.discriminator
-        if start == "generator":
-            discriminator.load_state_dict(generator.state_dict())
-        else:
-            discriminator.embeddings.load_state_dict(generator.embeddings.state_dict())
+        begin_discriminator(model, given, self.recipe.discriminator.starts_from)
 
     def exports(self, model: Any) -> Mapping[str, Export]:
         found = super().exports(model)

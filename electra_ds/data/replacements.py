@@ -1,0 +1,113 @@
+"""Recorded replacements: the tokens that a model has drawn for every step of a schedule, in a folder of a token store.
+
+`replacements.json` says for which recipe they were drawn. The steps are recorded in stretches: `tokens-N.npy` has the
+drawn tokens of all selected positions, in the order of the sequences, of the steps from N on, and `starts-N.npy` the
+place of each step's first token. `held-out-W.npy` has those of an evaluation on W windows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from electra_ds.core.errors import DataError
+from electra_ds.core.files import complete_file
+
+FOLDER = "replacements"
+STRETCH = 1000
+"""The number of steps in a file."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ReplacementsInfo:
+    """The content of replacements.json."""
+
+    format: int
+    values: dict[str, Any]
+    """The recipe's values on which masks and draws depend, by dotted key."""
+    sources: list[str]
+    """The sources of the model's weights."""
+    precision: str
+    """Of the model's forward pass."""
+    steps: int
+    held_out: list[int]
+    """Numbers of windows of the recorded evaluations."""
+
+
+class Replacements:
+    """The recorded replacements in a token store's folder."""
+
+    def __init__(self, store: Path) -> None:
+        """Raises DataError if they are incomplete."""
+        self.folder = store / FOLDER
+        try:
+            values = json.loads((self.folder / "replacements.json").read_text("utf8"))
+            self.info = ReplacementsInfo(**values)
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{self.folder} is incomplete ({error}): run the command that draws the replacements again, which "
+                f"continues where it stopped."
+            ) from error
+        if self.info.format != _FORMAT:
+            raise DataError(f"{self.folder} has format {self.info.format}; this version reads {_FORMAT}.")
+        self._open: tuple[int, np.ndarray, np.ndarray] | None = None
+        """(first step, tokens, starts) of the stretch that was read last."""
+
+    def of_step(self, step: int) -> np.ndarray:
+        """Return the drawn tokens of a step's selected positions. Raises DataError for a step that was not recorded."""
+        if not 0 <= step < self.info.steps:
+            raise DataError(f"{self.folder} has replacements for {self.info.steps:,} steps, not for step {step:,}.")
+        first = step - step % STRETCH
+        if self._open is None or self._open[0] != first:
+            self._open = (first, self._read(f"tokens-{first}.npy"), self._read(f"starts-{first}.npy"))
+        _, tokens, starts = self._open
+        found: np.ndarray = tokens[starts[step - first] : starts[step - first + 1]]
+        return found
+
+    def of_held_out(self, windows: int) -> np.ndarray:
+        """Return the drawn tokens of an evaluation. Raises DataError for one that was not recorded."""
+        return self._read(f"held-out-{windows}.npy")
+
+    def _read(self, name: str) -> np.ndarray:
+        try:
+            found: np.ndarray = np.load(self.folder / name, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.folder / name} cannot be read: {error}.") from error
+        return found
+
+
+def write_steps(store: Path, first: int, drawn: Sequence[np.ndarray]) -> None:
+    """Write a stretch. drawn: the tokens of each of its steps, in the type of the store."""
+    starts = np.concatenate([[0], np.cumsum([len(each) for each in drawn])])
+    _write(store / FOLDER / f"starts-{first}.npy", starts)
+    _write(store / FOLDER / f"tokens-{first}.npy", np.concatenate(drawn))  # written last: see `has_steps`
+
+
+def has_steps(store: Path, first: int) -> bool:
+    """Return whether the stretch that begins at this step has been written."""
+    return (store / FOLDER / f"tokens-{first}.npy").is_file()
+
+
+def write_held_out(store: Path, windows: int, drawn: np.ndarray) -> None:
+    _write(store / FOLDER / f"held-out-{windows}.npy", drawn)
+
+
+def write_info(store: Path, info: ReplacementsInfo) -> None:
+    """Write replacements.json, once everything else is there."""
+    with complete_file(store / FOLDER / "replacements.json") as path:
+        path.write_text(json.dumps(asdict(info), indent=2) + "\n", "utf8")
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    with complete_file(path) as partial, partial.open("wb") as file:
+        np.save(file, values)
+
+
+def new_info(**values: Any) -> ReplacementsInfo:
+    return ReplacementsInfo(format=_FORMAT, **values)
