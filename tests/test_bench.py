@@ -174,6 +174,7 @@ def test_unlike_results_are_not_compared_and_other_differences_are_told() -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_measures_writes_draws_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "new.json", tmp_path / "new.png"
     done = bench(

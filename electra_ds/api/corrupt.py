@@ -22,6 +22,9 @@ from electra_ds.core.ranks import join_ranks
 from electra_ds.core.terminal import StageProgress, display
 from electra_ds.data.replacements import FOLDER, Replacements
 from electra_ds.data.token_store import TokenStore
+from electra_ds.interop.init_from import InitialWeights, read_initial_weights
+from electra_ds.pretraining.draw_replacements import copy_store, draw_replacements
+from electra_ds.pretraining.objectives.fast_electra_offline import values_of_draws
 from electra_ds.training.prepare import plan_for
 
 _log = logging.getLogger(__name__)
@@ -65,45 +68,53 @@ def corrupt_data(
     named = {"corrupt": data, "out": out, "recipe": recipe, "init_from": init_from, "ds_config": ds_config}
     chosen = given_options(BuildDataOptions, options, named | {"overrides": overrides} | more)
     assert chosen.corrupt is not None
-    values = load_recipe(chosen.recipe or "fast-electra-small", chosen.overrides or ())
-    if not isinstance(values, FastElectraRecipe) or isinstance(values, FastElectraOfflineRecipe):
-        raise ConfigError(
-            f"Replacements are drawn by a frozen generator, so give a recipe of fast-electra; the objective of "
-            f"{values.name} is {values.objective}."
-        )
-    if chosen.init_from is None:
-        raise ConfigError("Give the frozen generator with --init-from, as a run, a folder, or a name on the Hub.")
-
-    from electra_ds.interop.init_from import read_initial_weights
-    from electra_ds.pretraining.draw_replacements import copy_store, draw_replacements
-    from electra_ds.pretraining.objectives.fast_electra_offline import values_of_draws
-
-    weights, store = read_initial_weights([chosen.init_from], values), TokenStore(chosen.corrupt)
+    values, weights = _given(chosen)
+    store = TokenStore(chosen.corrupt)
     weights.check_vocabulary(store.tokenizer)
     if (chosen.out / FOLDER / "replacements.json").exists():
         there = Replacements(chosen.out)
         if (there.info.values, there.info.sources) != (values_of_draws(values), weights.names):
             raise DataError(f"{chosen.out} holds replacements of another recipe or generator. Choose another --out.")
         _log.info(f"{chosen.out} is complete: it has the replacements of {there.info.steps:,} steps.")
-        return TokenStore(chosen.out)
-    with join_ranks() as ranks, display(quiet) as console:
-        more_options = PretrainOptions(ds_config=chosen.ds_config, micro_batch=chosen.micro_batch)
-        plan, device = plan_for(more_options, values, ranks), devices.device(ranks.launch)
-        devices.set_threads(chosen.threads, ranks.launch)
-        model = weights.load(values, store.tokenizer)
-        copy_store(store, chosen.out)
-        with StageProgress(console) as progress:
+    else:
+        with display(quiet) as console, StageProgress(console) as progress:
             progress.begin("drawing replacements", total=values.schedule.total_steps)
-            draw_replacements(
-                values,
-                model,
-                store,
-                chosen.out,
-                plan,
-                device,
-                eval_windows=chosen.eval_windows or _DEFAULT_WINDOWS,
-                sources=weights.names,
-                progress=progress.add,
-            )
+            _draw(chosen, values, weights, store, progress.add)
             progress.end(f"{values.schedule.total_steps:,} steps")
     return TokenStore(chosen.out)
+
+
+def _given(options: BuildDataOptions) -> tuple[FastElectraRecipe, InitialWeights]:
+    recipe = load_recipe(options.recipe or "fast-electra-small", options.overrides or ())
+    if not isinstance(recipe, FastElectraRecipe) or isinstance(recipe, FastElectraOfflineRecipe):
+        raise ConfigError(
+            f"Replacements are drawn by a frozen generator, so give a recipe of fast-electra; the objective of "
+            f"{recipe.name} is {recipe.objective}."
+        )
+    if options.init_from is None:
+        raise ConfigError("Give the frozen generator with --init-from, as a run, a folder, or a name on the Hub.")
+    return recipe, read_initial_weights([options.init_from], recipe)
+
+
+def _draw(
+    options: BuildDataOptions,
+    recipe: FastElectraRecipe,
+    weights: InitialWeights,
+    store: TokenStore,
+    add: Callable[[int], None],
+) -> None:
+    with join_ranks() as ranks:
+        plan = plan_for(PretrainOptions(ds_config=options.ds_config, micro_batch=options.micro_batch), recipe, ranks)
+        devices.set_threads(options.threads, ranks.launch)
+        copy_store(store, options.out)
+        draw_replacements(
+            recipe,
+            weights.load(recipe, store.tokenizer),
+            store,
+            options.out,
+            plan,
+            devices.device(ranks.launch),
+            eval_windows=options.eval_windows or _DEFAULT_WINDOWS,
+            sources=weights.names,
+            progress=add,
+        )

@@ -27,7 +27,7 @@ from electra_ds.config.option import Options
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml's, where there is one
     """A YAML loader that reads 5e-4 as a number; YAML 1.1 reads it as a string, because it has no dot."""
 
 

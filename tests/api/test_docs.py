@@ -62,11 +62,11 @@ def test_the_code_of_a_page_runs_from_beginning_to_end(path: str, examples: Path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "has_texts"),
-    [("pretrain_and_finetune.py", True), ("own_loop.py", False),
-     pytest.param("pretrain_and_finetune.py", False, marks=pytest.mark.nightly)],
+    [("own_loop.py", False),
+     *(pytest.param("pretrain_and_finetune.py", has_texts, marks=pytest.mark.nightly) for has_texts in (True, False))],
 )  # fmt: skip
 def test_an_example_runs_as_a_script(name: str, has_texts: bool, tmp_path: Path, corpus_folder: Path) -> None:
-    """Nightly on the built-in corpus too, which takes a minute to tokenise."""
+    """Nightly the longer one, which has the parts of README and docs/python.md, and on the built-in corpus too."""
     (tmp_path / "out").mkdir()
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

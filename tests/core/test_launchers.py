@@ -160,7 +160,10 @@ def alone(store: TokenStore) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",  # that of deepspeed stops and resumes below
+    [pytest.param(each, marks=pytest.mark.nightly if each == "deepspeed" else ()) for each in LAUNCHERS],
+)
 def test_the_readmes_line_runs_and_gives_the_same_losses(
     store: TokenStore, alone: np.ndarray, tmp_path: Path, launcher: str
 ) -> None:

@@ -40,7 +40,10 @@ def test_the_shipped_smoke_sweep_runs(tmp_path: Path) -> None:
     assert (found["std"] > 0).any()
 
 
-def test_each_checkpoint_of_what_has_not_collapsed_is_finetuned(store: TokenStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [["--local"], pytest.param([], marks=pytest.mark.nightly)], ids=["local", "ray"])
+def test_each_checkpoint_of_what_has_not_collapsed_is_finetuned(
+    store: TokenStore, tmp_path: Path, how: list[str]
+) -> None:
     """A discriminator whose loss counts for nothing stays at chance while its generator learns."""
     values = small_sweep(store.path)
     changes = {"schedule.total_steps": 60, "generator.width_multiplier": 1.0, "generator.sharing": "none"}
@@ -55,7 +58,7 @@ def test_each_checkpoint_of_what_has_not_collapsed_is_finetuned(store: TokenStor
     values["finetune"] = {"recipe": "rc2020", "ds_config": "cpu", "set": {"schedule.epochs": 1}} | own
     out = tmp_path / "sweep"
     slow = before_each_batch(tmp_path, "time.sleep(0.6 if step > 25 else 0)")  # where the dead one has ended
-    result = run_sweep(write_sweep(tmp_path, values), "--out", out, environment=slow)
+    result = run_sweep(write_sweep(tmp_path, values), "--out", out, *how, environment={} if how else slow)
     table = pd.read_csv(out / "results.csv")
     told = result.stdout + result.stderr + table[["trial", "state", "reason"]].to_string()
     pretrained = table[table["stage"] == "pretrain"].set_index("variant")
@@ -67,16 +70,17 @@ def test_each_checkpoint_of_what_has_not_collapsed_is_finetuned(store: TokenStor
         for variant in ("live", "dead") for step in (15, 60)
     }, told  # fmt: skip
     assert result.returncode == 0, told  # a collapse is a result
-    (live,) = (one["attempts"][0] for key, one in records(out).items() if key.startswith("live-s2"))
-    first = min(one["attempts"][0]["began"] for one in records(out).values() if one["stage"] == "finetune")
-    assert first < live["began"] + live["seconds"]  # that one of the dead encoder, while the other was pretrained
+    if not how:
+        (live,) = (one["attempts"][0] for key, one in records(out).items() if key.startswith("live-s2"))
+        first = min(one["attempts"][0]["began"] for one in records(out).values() if one["stage"] == "finetune")
+        assert first < live["began"] + live["seconds"]  # that one of the dead encoder, while the other was pretrained
     assert "collapsed: at step" in result.stdout
     again = run_sweep("--resume", out, "--local")
     assert again.returncode == 0
     assert "6 trials, 6 done before" in again.stdout
 
 
-@pytest.mark.parametrize("how", [[], pytest.param(["--local"], marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("how", [["--local"], pytest.param([], marks=pytest.mark.nightly)], ids=["local", "ray"])
 def test_a_trial_of_two_workers_gets_its_place_and_survives_the_death_of_one(
     store: TokenStore, tmp_path: Path, how: list[str]
 ) -> None:
@@ -100,6 +104,7 @@ def test_a_trial_of_two_workers_gets_its_place_and_survives_the_death_of_one(
     assert set(pd.read_csv(tmp_path / "disturbed" / "results.csv")["world_size"]) == {2}
 
 
+@pytest.mark.nightly
 def test_asha_ends_trials_which_are_not_run_again(store: TokenStore, tmp_path: Path) -> None:
     values = small_sweep(
         store.path, metric={"name": "discriminator_auc"},
