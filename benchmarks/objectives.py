@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,25 +23,50 @@ import torch
 
 from benchmarks.measure import Clock, interleaved, peak_bytes, ratio
 from benchmarks.synthetic import web_text_lengths, write_store
-from electra_ds.config.deepspeed import resolve
-from electra_ds.config.recipe import load_recipe
+from electra_ds.config.deepspeed import DeepSpeedPlan, resolve
+from electra_ds.config.recipe import FastElectraRecipe, Recipe, load_recipe
 from electra_ds.core.ranks import join_ranks
 from electra_ds.data.token_store import TokenStore, split_holdout
-from electra_ds.pretraining.batches import BatchBuilder
+from electra_ds.pretraining.batches import BatchBuilder, objective_of
+from electra_ds.pretraining.draw_replacements import copy_store, draw_replacements
 from electra_ds.pretraining.engine import PretrainingEngine
+from electra_ds.pretraining.objectives.fast_electra import FastElectra
 
-OBJECTIVES = ("electra", "electra-15", "fast-electra", "mlm", "replace-mlm", "all-tokens-mlm")
+OBJECTIVES = (
+    "electra", "electra-15", "fast-electra", "fast-electra-offline", "mlm", "replace-mlm", "all-tokens-mlm",
+)  # fmt: skip
 BATCHES = 4
+DRAWN = ["schedule.total_steps=40", "schedule.warmup_steps=0"]
+"""Overrides for the recipe whose replacements are drawn before: fewer steps are drawn, more are not taken."""
+
+
+def with_replacements(store: TokenStore, arguments: argparse.Namespace, device: torch.device) -> TokenStore:
+    """Return a store with the replacements that an untrained generator draws."""
+    recipe, plan = resolved(arguments, "fast-electra", DRAWN)
+    assert isinstance(recipe, FastElectraRecipe)
+    model, out = objective_of(recipe, store.tokenizer).build_model(), store.path.with_name("drawn")
+    assert isinstance(model, FastElectra)
+    copy_store(store, out)
+    draw_replacements(
+        recipe, model, store, out, plan, device, eval_windows=8, sources=["random weights"], progress=lambda steps: None
+    )
+    return TokenStore(out)
+
+
+def resolved(arguments: argparse.Namespace, objective: str, more: Sequence[str] = ()) -> tuple[Recipe, DeepSpeedPlan]:
+    overrides = [f"global_batch_size={arguments.rows}", *more, *arguments.set]
+    recipe = load_recipe({"extends": arguments.recipe, "objective": objective}, overrides)
+    precision = {} if arguments.dtype == "fp32" else {arguments.dtype: {"enabled": True}}
+    return recipe, resolve(precision, recipe, world_size=1, auto_fp16=False, source="the benchmark")
 
 
 class Stepper:
     """One objective's engine and its batches."""
 
     def __init__(self, objective: str, store: TokenStore, arguments: argparse.Namespace, device: torch.device) -> None:
-        overrides = [f"global_batch_size={arguments.rows}", *arguments.set]
-        recipe = load_recipe({"extends": arguments.recipe, "objective": objective}, overrides)
-        precision = {} if arguments.dtype == "fp32" else {arguments.dtype: {"enabled": True}}
-        plan = resolve(precision, recipe, world_size=1, auto_fp16=False, source="the benchmark")
+        is_offline = objective == "fast-electra-offline"
+        recipe, plan = resolved(arguments, objective, DRAWN if is_offline else ())
+        store = with_replacements(store, arguments, device) if is_offline else store
         ranges = split_holdout(store.documents, recipe.data, recipe.seed).train
         builder = BatchBuilder(store, ranges, recipe, recipe.seed)
         self.objective = builder.objective
@@ -103,11 +129,11 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe")
     arguments = parser.parse_args()
     found = measure(arguments)
-    print(f"{'objective':16}{'step, s':>9}{'to ELECTRA':>12}{'by FLOPs':>10}{'peak, MiB':>11}{'model':>8}{'state':>8}")
+    print(f"{'objective':21}{'step, s':>9}{'to ELECTRA':>12}{'by FLOPs':>10}{'peak, MiB':>11}{'model':>8}{'state':>8}")
     for name, each in found["objectives"].items():
         mib = [each[key] / 2**20 for key in ("peak_step_bytes", "predicted_step_bytes", "state_bytes")]
         ratios = f"{each['time_to_electra']:12.3f}{each['flops_to_electra']:10.3f}"
-        print(f"{name:16}{each['step_s']:9.3f}{ratios}{mib[0]:11.0f}{mib[1]:8.0f}{mib[2]:8.0f}")
+        print(f"{name:21}{each['step_s']:9.3f}{ratios}{mib[0]:11.0f}{mib[1]:8.0f}{mib[2]:8.0f}")
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n", "utf8")
 

@@ -174,6 +174,13 @@ class GeneratorSection(GeneratorSizeSection):
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the generator's own weights; null means `optimizer.learning_rate`. Weights that it shares
     have the main network's rate."""
+    beta1: float | None = Field(default=None, ge=0, lt=1)
+    """`optimizer.beta1` of the generator's own weights; null for the same."""
+    beta2: float | None = Field(default=None, ge=0, lt=1)
+    """`optimizer.beta2` of the generator's own weights; null for the same."""
+    total_steps: int | None = Field(default=None, ge=1)
+    """Step at which the learning rate of the generator's own weights reaches 0, so that they are frozen from there on;
+    null for `schedule.total_steps`."""
     max_grad_norm: float | None = Field(default=None, gt=0)
     """Gradient norm above which the gradients of the generator's own weights are scaled down to it, separately from the
     main network's (ZeRO stage 0 only). null clips all gradients together, so that each loss's weight affects both
@@ -420,6 +427,16 @@ class JointRecipe(Recipe):
 
     generator: GeneratorSizeSection
     masking: MaskingSection
+
+    @model_validator(mode="after")
+    def _generators_schedule_is_within_the_other(self) -> JointRecipe:
+        end = self.generator.total_steps if isinstance(self.generator, GeneratorSection) else None
+        if end is not None and not self.schedule.warmup_steps < end <= self.schedule.total_steps:
+            raise ValueError(
+                f"generator.total_steps {end} must be above schedule.warmup_steps {self.schedule.warmup_steps} and at "
+                f"most schedule.total_steps {self.schedule.total_steps}"
+            )
+        return self
 
     @property
     def sharing(self) -> str:

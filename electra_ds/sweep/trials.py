@@ -37,7 +37,9 @@ Relocate = Callable[[str, Mapping[str, Value]], dict[str, Value]]
 """A function that returns a stage's options with the current places of their inputs. None: no input has moved."""
 
 
-_YOUNGER_THAN_KEYS = {"generator": ("intermediate_size", "learning_rate", "max_grad_norm")}
+_YOUNGER_THAN_KEYS = {
+    "generator": ("intermediate_size", "learning_rate", "beta1", "beta2", "total_steps", "max_grad_norm")
+}
 """Recipe keys that did not exist when trials got their keys. They are left out while they are null, so that the folders
 of sweeps that were run before are still found."""
 

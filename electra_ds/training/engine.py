@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -77,10 +78,13 @@ class Engine:
         # Losses are normalised over the global batch, so gradients are summed over ranks; stage 3 can only average.
         self._loss_factor = plan.batch.world_size if plan.stage == 3 else 1
 
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0, before any parameter's own scale."""
-        peak = self.recipe.optimizer.learning_rate
-        return learning_rate_at(step, learning_rate=peak, **self.recipe.schedule.model_dump())
+    def learning_rate(self, step: int, total_steps: int | None = None) -> float:
+        """Return the learning rate of a step, counted from 0, before any parameter's own scale.
+
+        total_steps: the step at which it reaches 0; None for the recipe's.
+        """
+        schedule = self.recipe.schedule.model_dump() | ({} if total_steps is None else {"total_steps": total_steps})
+        return learning_rate_at(step, learning_rate=self.recipe.optimizer.learning_rate, **schedule)
 
     def train_step(self, batch: StepBatch, step: int, samples: Sequence[Any] | None = None) -> dict[str, torch.Tensor]:
         """Take one optimizer step over this rank's micro-batches; return its scalars, as in `StepLosses.result`.
@@ -90,7 +94,7 @@ class Engine:
         """
         self._engine.train()
         self.optimizer.can_repeat_step = True
-        self.optimizer.set_learning_rate(self.learning_rate(step))
+        self.optimizer.set_learning_rate(partial(self.learning_rate, step))
         losses = StepLosses(batch.loss_terms)
         size, accumulation = self.plan.batch.micro_batch_size, self.plan.batch.gradient_accumulation_steps
         for index in range(accumulation):

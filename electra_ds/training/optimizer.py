@@ -44,6 +44,10 @@ class ParameterRates(NamedTuple):
     max_grad_norm: float | None = None
     """The norm to which the gradients of all parameters with this value are clipped together, apart from the others;
     None for the recipe's, with all that have None."""
+    betas: tuple[float, float] | None = None
+    """Its decay rates of the moments; None for the recipe's."""
+    total_steps: int | None = None
+    """The step at which its own learning rate reaches 0; None for the schedule's."""
 
 
 def pretraining_rates(name: str) -> ParameterRates:
@@ -69,15 +73,20 @@ def parameter_groups(
             "weight_decay": weight_decay if kind.decays else 0.0,
             "lr_scale": kind.lr_scale,
             "clipped_to": kind.max_grad_norm,
+            "schedule_ends": kind.total_steps,
+            **({} if kind.betas is None else {"betas": kind.betas}),
         }
         for kind, alike in sorted(groups.items(), key=lambda item: not item[0].decays)
     ]
 
 
-def put_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
-    """Set the learning rate of an optimizer's groups to the schedule's, times each group's scale."""
+def put_learning_rate(groups: Iterable[dict[str, Any]], rate: Callable[[int | None], float]) -> None:
+    """Set the learning rate of an optimizer's groups to the schedule's, times each group's scale.
+
+    rate: returns the schedule's rate, given the step at which it reaches 0, or None for the recipe's.
+    """
     for group in groups:
-        group["lr"] = learning_rate * group["lr_scale"]
+        group["lr"] = rate(group["schedule_ends"]) * group["lr_scale"]
 
 
 def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: float = 0.0) -> dict[str, torch.Tensor]:
@@ -111,7 +120,8 @@ class MasterAdamW(torch.optim.Optimizer):
         rates: Rates = pretraining_rates,
     ) -> None:
         named = list(parameters)
-        super().__init__(parameter_groups(named, section.weight_decay, rates), {"lr": section.learning_rate})
+        defaults = {"lr": section.learning_rate, "betas": (section.beta1, section.beta2)}
+        super().__init__(parameter_groups(named, section.weight_decay, rates), defaults)
         self.scaling = scaling or NO_SCALING
         self.names = {parameter: name for name, parameter in named}
         self._frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
@@ -148,8 +158,9 @@ class MasterAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         compat.add_param_group(self, param_group)
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        put_learning_rate(self.param_groups, learning_rate)
+    def set_learning_rate(self, rate: Callable[[int | None], float]) -> None:
+        """rate: as in `put_learning_rate`."""
+        put_learning_rate(self.param_groups, rate)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -193,8 +204,8 @@ class MasterAdamW(torch.optim.Optimizer):
             amsgrad=False,
             maximize=False,
             lr=group["lr"],
-            beta1=self._section.beta1,
-            beta2=self._section.beta2,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
             eps=self._section.epsilon,
             weight_decay=group["weight_decay"],
         )

@@ -8,7 +8,7 @@ name, as at stage 0, so that a checkpoint fits every stage. And it lets the loss
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -82,8 +82,9 @@ class ZeroAdamW:
             self._zero.optimizer.state[flat] = adamw_state(flat, bias_correction=self._bias_correction)
         link_moments(self._zero, self._stage)
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        put_learning_rate(self._zero.optimizer.param_groups, learning_rate)
+    def set_learning_rate(self, rate: Callable[[int | None], float]) -> None:
+        """rate: as in `put_learning_rate`."""
+        put_learning_rate(self._zero.optimizer.param_groups, rate)
 
     def count_step(self) -> None:
         """Update the counters. Call it after every optimizer step."""

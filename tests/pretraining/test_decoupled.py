@@ -19,7 +19,10 @@ from tests.helpers import builder_for, cpu_plan, model_for, small_recipe
 
 CPU = torch.device("cpu")
 STEPS = 25
-OWN = ("generator.learning_rate=3e-3", "generator.max_grad_norm=0.05", "optimizer.max_grad_norm=2.0")
+OWN = (
+    "generator.learning_rate=3e-3", "generator.max_grad_norm=0.05", "generator.beta1=0.8", "generator.beta2=0.95",
+    "generator.total_steps=20", "optimizer.max_grad_norm=2.0",
+)  # fmt: skip
 
 
 def recipe_of(*overrides: str) -> Recipe:
@@ -47,17 +50,15 @@ def two_optimizers(store: TokenStore, recipe: Recipe) -> list[float]:
     section, schedule = recipe.optimizer, recipe.schedule.model_dump()
     generator: Any = recipe.generator  # type: ignore[attr-defined]
     parts = []
-    for own, rate, clip in (
-        (True, generator.learning_rate or section.learning_rate, generator.max_grad_norm),
-        (False, section.learning_rate, section.max_grad_norm),
-    ):
+    for own, of_part, end in ((True, generator, generator.total_steps), (False, section, schedule["total_steps"])):
+        rate, clip = of_part.learning_rate, of_part.max_grad_norm
         named = [(name, each) for name, each in model.named_parameters() if is_of_generator(name) == own]
         groups = []
         for decays, decay in ((True, section.weight_decay), (False, 0.0)):
             alike = [each for name, each in named if pretraining_rates(name).decays == decays]
             groups.append({"params": alike, "weight_decay": decay})
-        betas = (section.beta1, section.beta2)
-        parts.append((torch.optim.AdamW(groups, lr=rate, betas=betas, eps=section.epsilon), named, rate, clip))
+        betas = (of_part.beta1, of_part.beta2)
+        parts.append((torch.optim.AdamW(groups, lr=rate, betas=betas, eps=section.epsilon), named, rate, clip, end))
     losses = []
     for step in range(STEPS):
         batch = builder.build(step)
@@ -65,10 +66,10 @@ def two_optimizers(store: TokenStore, recipe: Recipe) -> list[float]:
         loss = sum(term.weight / term.divisor * output.losses[name] for name, term in batch.loss_terms.items())
         losses.append(float(loss.detach()))
         loss.backward()
-        for optimizer, named, rate, clip in parts:
+        for optimizer, named, rate, clip, end in parts:
             torch.nn.utils.clip_grad_norm_([each for _, each in named], clip)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, learning_rate=rate, **schedule)
+                group["lr"] = learning_rate_at(step, learning_rate=rate, **schedule | {"total_steps": end})
             optimizer.step()
             optimizer.zero_grad()
     return losses
@@ -99,6 +100,35 @@ def test_the_weight_of_the_discriminators_loss_does_not_reach_a_generator_that_i
             moved[clipping, weight] = torch.cat([w.flatten() for name, w in weights.items() if is_of_generator(name)])
     assert torch.equal(moved["own", 1], moved["own", 1000])
     assert not torch.allclose(moved["joint", 1], moved["joint", 1000], rtol=1e-3)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_generator_whose_schedule_has_ended_stays_as_it_is(store: TokenStore, stage: int) -> None:
+    """It would decay too if its rate were not 0."""
+    recipe = recipe_of("generator.total_steps=20", "optimizer.weight_decay=0.1", "generator.sharing=none")
+    plan = cpu_plan(recipe, zero_optimization={"stage": stage})
+    engine = PretrainingEngine(model_for(store, recipe), recipe, plan, CPU, "off")
+    builder, seen = builder_for(store, recipe), []
+    try:
+        for step in range(24):
+            if step in (19, 20):
+                seen.append({name: each.detach().clone() for name, each in engine.module.named_parameters()})
+            engine.train_step(builder.build(step), step)
+        last = dict(engine.module.named_parameters())
+        for name, after in seen[1].items():
+            assert torch.equal(after, last[name]) == is_of_generator(name), name
+        assert not all(torch.equal(each, seen[1][name]) for name, each in seen[0].items() if is_of_generator(name))
+    finally:
+        engine.close()
+
+
+def test_a_generators_schedule_must_lie_within_the_other() -> None:
+    for end in (5, 61):
+        with pytest.raises(
+            ConfigError, match=r"must be above schedule.warmup_steps 5 and at most schedule.total_steps 60"
+        ):
+            recipe_of(f"generator.total_steps={end}")
 
 
 @pytest.mark.usefixtures("process_group")

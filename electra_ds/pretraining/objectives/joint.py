@@ -64,12 +64,21 @@ class JointObjective(Objective[JointRecipeT]):
         section = recipe.generator
         if not isinstance(section, GeneratorSection):
             return pretraining_rates
-        scale = (section.learning_rate or recipe.optimizer.learning_rate) / recipe.optimizer.learning_rate
+        optimizer = recipe.optimizer
+        betas = (
+            optimizer.beta1 if section.beta1 is None else section.beta1,
+            optimizer.beta2 if section.beta2 is None else section.beta2,
+        )
+        own: dict[str, Any] = {
+            "lr_scale": (section.learning_rate or optimizer.learning_rate) / optimizer.learning_rate,
+            "max_grad_norm": section.max_grad_norm,
+            "betas": None if betas == (optimizer.beta1, optimizer.beta2) else betas,
+            "total_steps": section.total_steps,
+        }
 
         def rates(name: str) -> ParameterRates:
             usual = pretraining_rates(name)
-            is_generators = name.startswith(("generator.", "generator_head."))
-            return usual._replace(lr_scale=scale, max_grad_norm=section.max_grad_norm) if is_generators else usual
+            return usual._replace(**own) if name.startswith(("generator.", "generator_head.")) else usual
 
         return rates
 
