@@ -27,12 +27,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@oldest=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -V | head -n 1); \
 	if [ -n "$$oldest" ] && [ "$$(printf '%s\n7.5\n' "$$oldest" | sort -V | head -n 1)" != 7.5 ]; then \
 	  echo "installing torch $(TORCH) for a GPU of compute capability $$oldest"; \
-	  $(PIP) install -q --index-url $(TORCH_OLD_CARDS_INDEX) torch==$(TORCH)+cu126; \
+	  $(PIP) install -q --no-compile --index-url $(TORCH_OLD_CARDS_INDEX) torch==$(TORCH)+cu126; \
 	elif nvidia-smi -L >/dev/null 2>&1; then \
-	  echo "installing torch $(TORCH) for this machine's GPU"; $(PIP) install -q torch==$(TORCH); \
+	  echo "installing torch $(TORCH) for this machine's GPU"; $(PIP) install -q --no-compile torch==$(TORCH); \
 	else \
 	  echo "no GPU here: installing the CPU build of torch $(TORCH)"; \
-	  $(PIP) install -q torch==$(TORCH)+cpu 2>/dev/null || $(PIP) install -q --index-url $(TORCH_CPU_INDEX) torch==$(TORCH); \
+	  $(PIP) install -q --no-compile torch==$(TORCH)+cpu 2>/dev/null || $(PIP) install -q --no-compile --index-url $(TORCH_CPU_INDEX) torch==$(TORCH); \
 	fi
 	@echo "installing electra_ds and what it needs"
 	@case $(DEPENDENCIES) in \
@@ -41,7 +41,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  newest) : > $(VENV)/constraints.txt ;; \
 	  *) echo "DEPENDENCIES is tested, lowest or newest, not $(DEPENDENCIES)" >&2; exit 2 ;; \
 	esac
-	$(PIP) install -q -c $(VENV)/constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-compile -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: install
@@ -84,7 +84,7 @@ check-install: install
 	$(PIP) --python .check-install/venv/bin/python install -q --no-compile torch==$(TORCH)+cpu 2>/dev/null \
 	  || $(PIP) --python .check-install/venv/bin/python install -q --no-compile --index-url $(TORCH_CPU_INDEX) torch==$(TORCH)
 	$(PIP) --python .check-install/venv/bin/python install -q --no-compile -c constraints.txt "$$(ls .check-install/*.whl)[tensorboard]"
-	cp tests/check_install.sh .check-install && cd .check-install && sh check_install.sh
+	cp tests/check_install.sh .check-install && cd .check-install && PYTHONDONTWRITEBYTECODE= sh check_install.sh
 	rm -rf .check-install build
 
 clean:
