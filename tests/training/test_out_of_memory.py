@@ -388,6 +388,18 @@ def test_a_probe_leaves_weights_and_random_numbers_of_the_run_alone(process_grou
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
+def test_on_a_gpu_it_is_predicted_for_an_objective_without_a_micro_batch_to_try(
+    process_group: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe("global_batch_size=128", "data.sequence_length=128")
+    objective, plan = ElectraObjective(recipe, 400), cpu_plan(recipe)
+    monkeypatch.setattr(ElectraObjective, "longest_micro_batch", lambda self, size: None)
+    half = objective.needed_bytes(plan.with_micro_batch(64), "cuda")
+    monkeypatch.setattr(prepare, "free_bytes", lambda device, ranks: half)
+    found = fitting_plan(recipe, 400, plan, torch.device("cuda"), process_group)
+    assert found.batch.micro_batch_size == 64
+
+
 def test_on_a_cpu_the_micro_batch_is_computed_from_the_free_memory(
     process_group: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
