@@ -42,6 +42,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  *) echo "DEPENDENCIES is tested, lowest or newest, not $(DEPENDENCIES)" >&2; exit 2 ;; \
 	esac
 	$(PIP) install -q --no-compile -c $(VENV)/constraints.txt -e '.[dev]'
+	@echo "compiling what the commands import"
+	@PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -W ignore -c "import torch._dynamo, deepspeed, datasets, sklearn.metrics, scipy.stats, wandb, \
+	  matplotlib.pyplot, transformers.models.electra.modeling_electra, ray.tune, electra_ds.cli, electra_ds.sweep.tune" >/dev/null 2>&1 || true
 	@touch $@
 
 quickstart: install

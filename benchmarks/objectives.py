@@ -28,7 +28,7 @@ from electra_ds.config.recipe import FastElectraRecipe, Recipe, load_recipe
 from electra_ds.core.ranks import join_ranks
 from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.batches import BatchBuilder, objective_of
-from electra_ds.pretraining.draw_replacements import copy_store, draw_replacements
+from electra_ds.pretraining.draw_replacements import draw_replacements
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.objectives.fast_electra import FastElectra
 
@@ -46,7 +46,6 @@ def with_replacements(store: TokenStore, arguments: argparse.Namespace, device: 
     assert isinstance(recipe, FastElectraRecipe)
     model, out = objective_of(recipe, store.tokenizer).build_model(), store.path.with_name("drawn")
     assert isinstance(model, FastElectra)
-    copy_store(store, out)
     draw_replacements(
         recipe, model, store, out, plan, device, eval_windows=8, sources=["random weights"], progress=lambda steps: None
     )

@@ -8,6 +8,7 @@ A test compares the pages with what this writes.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -177,7 +178,11 @@ def keys_of(kind: type[Section], shipped: dict[str, dict[str, tuple[str, str]]])
         section = section_of(field)
         if section is not None:
             inner = [(key, f"{name}.{key}", each) for key, each in section.model_fields.items()]
-            about = f"\n{section.__doc__.strip()}\n" if section.__doc__ and section.__doc__ != Section.__doc__ else ""
+            about = (
+                f"\n{inspect.cleandoc(section.__doc__)}\n"
+                if section.__doc__ and section.__doc__ != Section.__doc__
+                else ""
+            )
             text += f"\n### {name}\n{about}" + keys_table(inner, shipped)
     return text
 

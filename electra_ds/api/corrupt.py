@@ -1,4 +1,4 @@
-"""Draw the replacements of a Fast-ELECTRA run before it starts, so that the run needs no generator."""
+"""Draw the replacements of a Fast-ELECTRA run before it starts, so that the run does not hold or run the generator."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from electra_ds.core.terminal import StageProgress, display
 from electra_ds.data.replacements import FOLDER, Replacements
 from electra_ds.data.token_store import TokenStore
 from electra_ds.interop.init_from import InitialWeights, read_initial_weights
-from electra_ds.pretraining.draw_replacements import copy_store, draw_replacements
+from electra_ds.pretraining.draw_replacements import draw_replacements
 from electra_ds.pretraining.objectives.fast_electra_offline import values_of_draws
+from electra_ds.pretraining.prepare import DEFAULT_EVAL_WINDOWS, plan_with_fitting_micro_batch
 from electra_ds.training.prepare import plan_for
 
 _log = logging.getLogger(__name__)
-_DEFAULT_WINDOWS = 512
-"""Those of a run."""
 
 
 def corrupt_data(
@@ -44,18 +43,18 @@ def corrupt_data(
     quiet: bool = False,
     **more: Any,
 ) -> TokenStore:
-    """Draw the replacements for every step of a recipe of `fast-electra`, or continue an interrupted call.
+    """Draw the replacements for every step of a `fast-electra` recipe, or continue an interrupted call.
 
     Returns a token store with the same text and the replacements, for a run of the recipe OUT/replacements/recipe.yaml,
     whose objective is `fast-electra-offline`.
 
     Args:
         data: the token store.
-        out: the folder of the new store. Files with text are linked, not copied, if both are on one disk.
-        recipe: a recipe of `fast-electra`. Its seed, batch, masking, temperature and number of steps are fixed with
-            the replacements; model, optimizer and discriminator may be changed later.
+        out: the folder of the new store. Its text is linked rather than copied if both are on one file system.
+        recipe: a recipe of `fast-electra`. Its seed, batch, data, masking, temperature and number of steps belong to
+            the replacements; model, optimizer, warm-up and discriminator may be changed later.
         init_from: the frozen generator: a run, a transformers folder or a name on the Hub.
-        ds_config: the DeepSpeed JSON, whose precision and micro-batch the generator's forward pass has.
+        ds_config: the DeepSpeed JSON, which sets the precision and the micro-batch of the generator's forward pass.
         overrides: changed values of the recipe by dotted key.
         options: the command's options; keyword arguments take precedence.
         quiet: print nothing.
@@ -69,17 +68,24 @@ def corrupt_data(
     chosen = given_options(BuildDataOptions, options, named | {"overrides": overrides} | more)
     assert chosen.corrupt is not None
     values, weights = _given(chosen)
-    store = TokenStore(chosen.corrupt)
+    store, out = TokenStore(chosen.corrupt), chosen.out.resolve()
+    if out.is_relative_to(store.path.resolve()):
+        raise ConfigError(f"{chosen.out} is the store itself, or inside it. Choose another --out.")
     weights.check_vocabulary(store.tokenizer)
-    if (chosen.out / FOLDER / "replacements.json").exists():
-        there = Replacements(chosen.out)
-        if (there.info.values, there.info.sources) != (values_of_draws(values), weights.names):
-            raise DataError(f"{chosen.out} holds replacements of another recipe or generator. Choose another --out.")
-        _log.info(f"{chosen.out} is complete: it has the replacements of {there.info.steps:,} steps.")
+    windows = chosen.eval_windows or DEFAULT_EVAL_WINDOWS
+    if (out / FOLDER / "replacements.json").exists():
+        there = Replacements(chosen.out).info
+        found = (there.values, there.sources, there.text)
+        if found != (values_of_draws(values), weights.names, store.info.fingerprint) or windows not in there.held_out:
+            raise DataError(
+                f"{chosen.out} holds replacements of another recipe, generator or text, or for other --eval-windows. "
+                f"Choose another --out."
+            )
+        _log.info(f"{chosen.out} is complete: it has the replacements for {there.steps:,} steps.")
     else:
         with display(quiet) as console, StageProgress(console) as progress:
             progress.begin("drawing replacements", total=values.schedule.total_steps)
-            _draw(chosen, values, weights, store, progress.add)
+            _draw(chosen, values, weights, store, windows, progress.add)
             progress.end(f"{values.schedule.total_steps:,} steps")
     return TokenStore(chosen.out)
 
@@ -101,12 +107,16 @@ def _draw(
     recipe: FastElectraRecipe,
     weights: InitialWeights,
     store: TokenStore,
+    windows: int,
     add: Callable[[int], None],
 ) -> None:
     with join_ranks() as ranks:
-        plan = plan_for(PretrainOptions(ds_config=options.ds_config, micro_batch=options.micro_batch), recipe, ranks)
+        if ranks.world_size > 1:
+            raise ConfigError("One process draws the replacements, so start it without a launcher.")
+        given = PretrainOptions(ds_config=options.ds_config, micro_batch=options.micro_batch)
         devices.set_threads(options.threads, ranks.launch)
-        copy_store(store, options.out)
+        size = store.tokenizer.vocab_size
+        plan = plan_with_fitting_micro_batch(plan_for(given, recipe, ranks), recipe, size, given, ranks)
         draw_replacements(
             recipe,
             weights.load(recipe, store.tokenizer),
@@ -114,7 +124,7 @@ def _draw(
             options.out,
             plan,
             devices.device(ranks.launch),
-            eval_windows=options.eval_windows or _DEFAULT_WINDOWS,
+            eval_windows=windows,
             sources=weights.names,
             progress=add,
         )

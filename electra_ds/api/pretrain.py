@@ -16,7 +16,7 @@ from electra_ds.api.stores import find_store, open_or_build_store
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.recipe import Recipe, RecipeSource, given_options, load_recipe
+from electra_ds.config.recipe import FastElectraOfflineRecipe, Recipe, RecipeSource, given_options, load_recipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.launcher import detect
@@ -219,9 +219,11 @@ class PretrainStart(RunStart[PretrainOptions]):
         if not self.options.init_from:
             required = self.recipe.required_weights
             if required is not None:
+                is_offline = isinstance(self.recipe, FastElectraOfflineRecipe)
+                other = ", or set discriminator.starts_from=random" if is_offline else ""
                 raise ConfigError(
                     f"The objective {self.recipe.objective} needs a trained {required}: give a masked language model "
-                    f"with --init-from, as a run, a folder, or a name on the Hub."
+                    f"with --init-from, as a run, a folder, or a name on the Hub{other}."
                 )
             return None
 

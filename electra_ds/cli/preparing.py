@@ -33,7 +33,7 @@ examples:
   bin/build-data --corpus 'hub:wikimedia/wikipedia#20231101.en' --streaming --corpus books/ --out stores/both \\
       --tokenizer google-bert/bert-base-multilingual-cased
   bin/build-data --corrupt stores/mine --recipe fast-electra-small --init-from runs/generator --out stores/offline
-      draws the replacements of all steps of a Fast-ELECTRA run, which then needs no generator
+      draws the replacements of all steps of a Fast-ELECTRA run, which then does not run the generator
 
 Each --corpus is one source of text, and data.corpus_weights has one number for each. A source is a list of files and
 folders (read recursively), `builtin`, or hub:NAME#CONFIG@SPLIT, a dataset on the Hugging Face Hub (the default split is
@@ -41,6 +41,7 @@ folders (read recursively), `builtin`, or hub:NAME#CONFIG@SPLIT, a dataset on th
 blank-line), JSON lines, WikiExtractor's <doc> files, each also as .gz, .bz2, .xz or .zst, and Parquet; a folder may
 also be a dataset that save_to_disk wrote. To resume an interrupted build, run the command again.
 """
+_INTERRUPTED = "Interrupted. Finished work is kept; to resume, run the same command again."
 _PLAN_HELP = """\
 examples:
   bin/plan                                                what bin/pretrain would run on this machine
@@ -94,11 +95,19 @@ def _build_data(options: BuildDataOptions) -> None:
     if options.corrupt is not None:
         from electra_ds.api.corrupt import corrupt_data
 
-        found = corrupt_data(options.corrupt, options.out, options=options)
+        try:
+            found = corrupt_data(options.corrupt, options.out, options=options)
+        except KeyboardInterrupt:
+            print(_INTERRUPTED, file=sys.stderr)
+            raise
         assert found.replacements is not None
-        folder, source = found.replacements.folder, options.init_from
-        say(console, f"{folder}: replacements of {found.replacements.info.steps:,} steps.")
-        train = f"{command('pretrain')} --recipe {folder}/recipe.yaml --data {found.path} --init-from {source}"
+        folder = found.replacements.folder
+        say(console, f"{folder}: replacements for {found.replacements.info.steps:,} steps.")
+        train = f"{command('pretrain')} --recipe {folder}/recipe.yaml --data {found.path}"
+        if load_recipe(folder / "recipe.yaml").required_weights is not None:
+            train += f" --init-from {options.init_from}"
+        if options.eval_windows is not None:
+            train += f" --eval-windows {options.eval_windows}"
         say_command(console, "Train on it with:", train)
         return
     recipe = load_recipe(options.recipe or GPU_RECIPE, options.overrides or ())
@@ -106,7 +115,7 @@ def _build_data(options: BuildDataOptions) -> None:
         assert options.corpus is not None
         store = build_data(options.corpus, options.out, options=options)
     except KeyboardInterrupt:
-        print("Interrupted. Finished work is kept; to resume, run the same command again.", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         raise
     info = store.info
     say(

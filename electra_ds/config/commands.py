@@ -80,7 +80,7 @@ class BuildDataOptions(CorpusOptions):
 
     GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {
         WHAT: "the text and its tokenizer",
-        _CORRUPT: "replacements, drawn before a run by a frozen generator",
+        _CORRUPT: "replacements that a frozen generator draws before a run",
     }
 
     corpus: list[list[str]] | None = corpus_option("`builtin` for the built-in corpus")
@@ -97,15 +97,24 @@ class BuildDataOptions(CorpusOptions):
         "the generator: a run, a transformers folder or a name on the Hub", metavar="SOURCE"
     )
     ds_config: str | None = ds_config_option(group=_CORRUPT)
-    micro_batch: int | None = _corrupt("sequences at a time (default: the JSON's)", metavar="N")
-    eval_windows: int | None = _corrupt("held-out sequences, as in the run (default: 512)", metavar="N")
+    micro_batch: int | None = _corrupt("sequences per forward pass (default: the JSON's)", metavar="N")
+    eval_windows: int | None = _corrupt(
+        "held-out sequences of an evaluation; the run must use the same number (default: 512)", metavar="N"
+    )
     threads: int | None = _corrupt("CPU threads (default: torch's choice)", metavar="N")
 
     def check(self) -> None:
         if (self.corpus is None) == (self.corrupt is None):
             raise ConfigError("Give either --corpus, to tokenise text, or --corrupt, to draw replacements for a store.")
-        if self.corrupt is None and (self.init_from or self.ds_config or self.micro_batch or self.eval_windows):
-            raise ConfigError("--init-from, --ds-config, --micro-batch and --eval-windows are for --corrupt.")
+        only_then = (self.init_from, self.ds_config, self.micro_batch, self.eval_windows, self.threads)
+        if self.corrupt is None and any(each is not None for each in only_then):
+            raise ConfigError(
+                "--init-from, --ds-config, --micro-batch, --eval-windows and --threads can be used only with --corrupt."
+            )
+        if self.corrupt is not None and (self.tokenizer is not None or self.workers is not None):
+            raise ConfigError(
+                "--corrupt takes the tokenizer of the store, and one process: leave out --tokenizer and --workers."
+            )
         super().check()
 
 

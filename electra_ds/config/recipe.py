@@ -125,7 +125,7 @@ class DataSection(Section):
 
 class ModelSection(Section):
     """The main network, in the terms of transformers' `ElectraConfig`: the discriminator, or the encoder of an
-    objective that has none."""
+    objective without one."""
 
     embedding_size: int = Field(ge=8)
     hidden_size: int = Field(ge=8)
@@ -136,9 +136,9 @@ class ModelSection(Section):
     hidden_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(default=0.1, ge=0, lt=1)
     initializer: Literal["normal", "truncated-normal"] = "normal"
-    """Distribution of matrices and embedding tables. `normal`: as in transformers. `truncated-normal`: cut off at two
-    standard deviations, with Glorot uniform for the projection of the embeddings and the layer before the
-    discriminator's output (the original's code)."""
+    """Distribution of matrices and embedding tables. `normal`: a normal distribution, as in transformers.
+    `truncated-normal`: the same, truncated at two standard deviations, but Glorot uniform for the projection of the
+    embeddings and the dense layer of the discriminator's head (the original's code)."""
     initializer_range: float = Field(default=0.02, gt=0)
     layer_norm_eps: float = Field(default=1e-12, gt=0)
 
@@ -175,16 +175,15 @@ class GeneratorSection(GeneratorSizeSection):
     """Peak learning rate of the generator's own weights; null means `optimizer.learning_rate`. Weights that it shares
     have the main network's rate."""
     beta1: float | None = Field(default=None, ge=0, lt=1)
-    """`optimizer.beta1` of the generator's own weights; null for the same."""
+    """Decay rate of AdamW's first moment for the generator's own weights; null means `optimizer.beta1`."""
     beta2: float | None = Field(default=None, ge=0, lt=1)
-    """`optimizer.beta2` of the generator's own weights; null for the same."""
+    """Decay rate of AdamW's second moment for the generator's own weights; null means `optimizer.beta2`."""
     total_steps: int | None = Field(default=None, ge=1)
-    """Step at which the learning rate of the generator's own weights reaches 0, so that they are frozen from there on;
-    null for `schedule.total_steps`."""
+    """Step at which the learning rate of the generator's own weights reaches 0; they do not change after it. null means
+    `schedule.total_steps`."""
     max_grad_norm: float | None = Field(default=None, gt=0)
-    """Gradient norm above which the gradients of the generator's own weights are scaled down to it, separately from the
-    main network's (ZeRO stage 0 only). null clips all gradients together, so that each loss's weight affects both
-    networks."""
+    """Norm to which the gradients of the generator's own weights are clipped, separately from the main network's (ZeRO
+    stage 0 only). null clips all gradients together, so that the weight of each loss affects both networks."""
 
     @model_validator(mode="after")
     def _sharing_all_needs_equal_size(self) -> GeneratorSection:
@@ -372,7 +371,7 @@ class TemperatureSection(Section):
     start: float = Field(default=2.0, gt=0)
     """Temperature of the first step. Above 1, replacements are easier to detect at first."""
     tau: float = Field(default=0.1, gt=0)
-    """Time constant of the exponential schedule, as a share of the steps: after it, 1/e of the distance to 1 is
+    """Time constant of the exponential schedule, as a share of the steps: after this share, 1/e of the distance to 1 is
     left."""
     power: float = Field(default=2.0, gt=0)
     """Exponent of the polynomial schedule."""
@@ -535,7 +534,7 @@ def joint_recipe(recipe: Recipe) -> JointRecipe:
     """Return the recipe, for code that needs a generator. Raises ConfigError if it has none."""
     if not isinstance(recipe, JointRecipe):
         raise ConfigError(
-            f"The recipe {recipe.name} has no generator, which is needed here: its objective is {recipe.objective}."
+            f"This needs a recipe with a generator, but {recipe.name} has the objective {recipe.objective}."
         )
     return recipe
 
@@ -544,7 +543,7 @@ def electra_recipe(recipe: Recipe) -> ElectraRecipe:
     """Return the recipe, for code that works only with ELECTRA. Raises ConfigError if it has another objective."""
     if not isinstance(recipe, ElectraRecipe):
         raise ConfigError(
-            f"Only the objectives electra and electra-15 are supported here, and that of the recipe {recipe.name} is "
+            f"This supports only the objectives electra and electra-15, but the recipe {recipe.name} has the objective "
             f"{recipe.objective}."
         )
     return recipe

@@ -303,9 +303,11 @@ def _tokenise(
             _write_shard(chunk, tokenizer)
         progress.end(f"{sum(read.documents):,} documents")
         return [(chunk.source, chunk.path)], read
+    chunks = itertools.chain(first, chunks)
+    del first  # not to keep them
     with worker_pool(workers, _start_worker, partial / "tokenizer") as pool:
         try:
-            for chunk in itertools.chain(first, chunks):
+            for chunk in chunks:
                 progress.set_status(f"{sum(read.documents):,} documents")
                 shards.append((chunk.source, chunk.path))
                 if chunk.path.exists():

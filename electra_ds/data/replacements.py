@@ -1,6 +1,7 @@
 """Recorded replacements: the tokens that a model has drawn for every step of a schedule, in a folder of a token store.
 
-`replacements.json` says for which recipe they were drawn. The steps are recorded in stretches: `tokens-N.npy` has the
+`replacements.json` says for which recipe they were drawn, and exists once all of them are there; until then the same
+content is in `drawing.json`. The steps are recorded in stretches: `tokens-N.npy` has the
 drawn tokens of all selected positions, in the order of the sequences, of the steps from N on, and `starts-N.npy` the
 place of each step's first token. `held-out-W.npy` has those of an evaluation on W windows.
 """
@@ -35,6 +36,8 @@ class ReplacementsInfo:
     """The sources of the model's weights."""
     precision: str
     """Of the model's forward pass."""
+    text: str
+    """The fingerprint of the store's text."""
     steps: int
     held_out: list[int]
     """Numbers of windows of the recorded evaluations."""
@@ -44,14 +47,14 @@ class Replacements:
     """The recorded replacements in a token store's folder."""
 
     def __init__(self, store: Path) -> None:
-        """Raises DataError if they are incomplete."""
+        """Raises DataError if they are incomplete or damaged."""
         self.folder = store / FOLDER
         try:
             values = json.loads((self.folder / "replacements.json").read_text("utf8"))
             self.info = ReplacementsInfo(**values)
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
-                f"{self.folder} is incomplete ({error}): run the command that draws the replacements again, which "
+                f"{self.folder} is incomplete ({error}). Run the command that draws the replacements again; it "
                 f"continues where it stopped."
             ) from error
         if self.info.format != _FORMAT:
@@ -72,6 +75,11 @@ class Replacements:
 
     def of_held_out(self, windows: int) -> np.ndarray:
         """Return the drawn tokens of an evaluation. Raises DataError for one that was not recorded."""
+        if windows not in self.info.held_out:
+            raise DataError(
+                f"{self.folder} has replacements for evaluations on {' or '.join(map(str, self.info.held_out))} "
+                f"windows, not on {windows}. Set --eval-windows to a recorded number."
+            )
         return self._read(f"held-out-{windows}.npy")
 
     def _read(self, name: str) -> np.ndarray:
@@ -98,10 +106,28 @@ def write_held_out(store: Path, windows: int, drawn: np.ndarray) -> None:
     _write(store / FOLDER / f"held-out-{windows}.npy", drawn)
 
 
-def write_info(store: Path, info: ReplacementsInfo) -> None:
-    """Write replacements.json, once everything else is there."""
-    with complete_file(store / FOLDER / "replacements.json") as path:
-        path.write_text(json.dumps(asdict(info), indent=2) + "\n", "utf8")
+def begin(store: Path, info: ReplacementsInfo) -> None:
+    """Record what is about to be drawn. Raises DataError if something else has been begun in this folder."""
+    path = store / FOLDER / "drawing.json"
+    if not path.exists():
+        (store / FOLDER).mkdir(parents=True, exist_ok=True)
+        _write_info(path, info)
+    elif json.loads(path.read_text("utf8")) != asdict(info):
+        raise DataError(
+            f"{store} holds replacements of another recipe, generator, precision or text, which were not finished. "
+            f"Choose another --out, or delete it."
+        )
+
+
+def finish(store: Path, info: ReplacementsInfo) -> None:
+    """Record that everything has been drawn."""
+    _write_info(store / FOLDER / "replacements.json", info)
+    (store / FOLDER / "drawing.json").unlink()
+
+
+def _write_info(path: Path, info: ReplacementsInfo) -> None:
+    with complete_file(path) as partial:
+        partial.write_text(json.dumps(asdict(info), indent=2) + "\n", "utf8")
 
 
 def _write(path: Path, values: np.ndarray) -> None:

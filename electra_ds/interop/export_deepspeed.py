@@ -48,6 +48,9 @@ _CONVERTED = (1, 2)
 _COPIED = ("recipe.yaml", "tokenizer.json", "state.json", "run.json")
 
 
+_OF_GENERATOR = ("learning_rate", "beta1", "beta2", "total_steps", "max_grad_norm")
+
+
 def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str | None, ranks: Ranks) -> str:
     """Write the newest or the given checkpoint for the current number of ranks, and return how to use it.
 
@@ -60,10 +63,11 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
         out = out or default_export_folder(checkpoint, "native")
         check_out(out)
         recipe = electra_recipe(recorded_recipe(checkpoint))
-        if recipe.generator.learning_rate is not None or recipe.generator.max_grad_norm is not None:
+        own = [f"generator.{key}" for key in _OF_GENERATOR if getattr(recipe.generator, key) is not None]
+        if own:
             raise ConfigError(
-                "DeepSpeed's own checkpoint has one learning rate and one clipping norm, but the recipe has "
-                "generator.learning_rate or generator.max_grad_norm."
+                f"DeepSpeed's own checkpoint has the same optimizer settings and schedule for all weights, but the "
+                f"recipe sets {', '.join(own)}."
             )
         saved = RunDirectory(checkpoint.path)
         options = PretrainOptions(ds_config=ds_config)

@@ -34,6 +34,7 @@ class BatchBuilder:
         self.recipe = recipe
         self.seed = seed
         self.objective = objective_of(recipe, store.tokenizer)
+        self.objective.check_store(store)
         self.sampler = Sampler(store, ranges, recipe.data, seed)
         self._tokens = np.asarray(store.tokens)  # a memory map's own indexing takes several times as long
         self._windows: np.ndarray | None = None

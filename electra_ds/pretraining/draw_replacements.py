@@ -17,7 +17,16 @@ import torch
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.recipe import FastElectraRecipe, for_objective, values_yaml
 from electra_ds.core.files import complete_file
-from electra_ds.data.replacements import FOLDER, STRETCH, has_steps, new_info, write_held_out, write_info, write_steps
+from electra_ds.data.replacements import (
+    FOLDER,
+    STRETCH,
+    begin,
+    finish,
+    has_steps,
+    new_info,
+    write_held_out,
+    write_steps,
+)
 from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.evaluation import SAMPLE_WINDOWS, held_out_batch
@@ -31,16 +40,17 @@ RECIPE = "recipe.yaml"
 
 def copy_store(store: TokenStore, out: Path) -> None:
     """Create a store with the same text; the files are linked if both are on one disk."""
-    for path in store.path.rglob("*"):
-        copy = out / path.relative_to(store.path)
-        if path.is_dir() or path.relative_to(store.path).parts[0] == FOLDER or copy.exists():
+    names = [*store.info.file_bytes, *(f"tokenizer/{path.name}" for path in (store.path / "tokenizer").iterdir())]
+    for name in (*names, "store.json"):
+        path, copy = store.path / name, out / name
+        if copy.exists():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path, copy)
         except OSError:
-            shutil.copy2(path, copy)
-    (out / FOLDER).mkdir(exist_ok=True)
+            with complete_file(copy) as partial:
+                shutil.copyfile(path, partial)
 
 
 def draw_replacements(
@@ -55,10 +65,10 @@ def draw_replacements(
     sources: Sequence[str],
     progress: Callable[[int], None],
 ) -> None:
-    """Draw the replacements of all steps of a recipe, and of its evaluations, into a store that `copy_store` made.
+    """Draw the replacements of all steps of a recipe, and of its evaluations, into a new store with the same text.
 
     model: with the frozen generator's weights. sources: their names. progress: is given each number of steps done.
-    Finished stretches are kept, so a second call continues.
+    Finished stretches are kept, so a second call continues. Raises DataError if `out` holds other ones.
     """
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     model.to(device, set_up_model(model, plan)).eval()
@@ -70,6 +80,12 @@ def draw_replacements(
         return np.concatenate(found).astype(dtype)
 
     held_out = sorted({eval_windows, SAMPLE_WINDOWS})
+    info = new_info(
+        values=values_of_draws(recipe), sources=list(sources), precision=plan.precision.name,
+        text=store.info.fingerprint, steps=recipe.schedule.total_steps, held_out=held_out,
+    )  # fmt: skip
+    begin(out, info)
+    copy_store(store, out)
     for windows in held_out:
         write_held_out(out, windows, drawn(_masked(held_out_batch(store, split, recipe, windows))))
     builder, total = BatchBuilder(store, split.train, recipe, recipe.seed), recipe.schedule.total_steps
@@ -86,11 +102,7 @@ def draw_replacements(
     values = for_objective(recipe.model_dump(mode="json"), "fast-electra-offline")
     with complete_file(out / FOLDER / RECIPE) as path:
         path.write_text(values_yaml(values | {"name": f"{recipe.name}-offline", "description": ""}), "utf8")
-    info = new_info(
-        values=values_of_draws(recipe), sources=list(sources), precision=plan.precision.name, steps=total,
-        held_out=held_out,
-    )  # fmt: skip
-    write_info(out, info)
+    finish(out, info)
 
 
 def _masked(batch: object) -> MaskedBatch:

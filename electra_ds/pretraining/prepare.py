@@ -38,12 +38,19 @@ from electra_ds.training import prepare
 from electra_ds.training.step import set_up_model
 
 _log = logging.getLogger(__name__)
+DEFAULT_EVAL_WINDOWS = 512
 
 
 def default_settings(total_steps: int) -> RunSettings:
     """Return the default settings of a run with this many steps."""
     tenth = max(1, total_steps // 10)
-    return RunSettings(log_every=10, eval_every=min(5000, tenth), save_every=min(2000, tenth), keep=3, eval_windows=512)
+    return RunSettings(
+        log_every=10,
+        eval_every=min(5000, tenth),
+        save_every=min(2000, tenth),
+        keep=3,
+        eval_windows=DEFAULT_EVAL_WINDOWS,
+    )
 
 
 def prepare_new(
@@ -149,8 +156,8 @@ def announce(job: PretrainJob) -> None:
     seen = recipe.schedule.total_steps * recipe.global_batch_size * recipe.data.sequence_length
     if seen > 200 * info.num_tokens:
         notes.append(
-            f"this schedule reads the corpus some {seen // info.num_tokens:,} times, so the model may learn it by "
-            f"heart: use more text or fewer steps if the held-out losses rise"
+            f"this schedule passes over the corpus about {seen // info.num_tokens:,} times, so the model may overfit: "
+            f"use more text or fewer steps if the held-out losses rise"
         )
     what = description_of(recipe, record.parameters, data, record.initialised_from)
     plan = replace(job.plan, notes=tuple(notes))

@@ -169,7 +169,7 @@ CPU_SLOWER = (1.2, 6.0)
 """The range of a CPU step's time divided by the sum of two times: that of its products at the rate of one large
 product, and that of its operations at the rate of those in `small_layer`."""
 SLOWEST_CPU = (1e9, 1e-3)
-"""A FLOP/s and the seconds of an operation that one thread of any CPU on which one would train exceeds."""
+"""FLOP/s and seconds per operation: one thread of any CPU on which one would train does better than both."""
 YEAR_S = 365 * 86_400
 _CALIBRATION, _CALIBRATION_S = 768, 0.1
 LAYER_OPERATIONS = 60

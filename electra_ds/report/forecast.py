@@ -89,7 +89,7 @@ class Forecast:
     def run_time(self) -> RunTime | None:
         """Return the time of all steps; None if only a card's memory is known, or without a prediction.
 
-        On a CPU this measures the machine for a fifth of a second. All ranks share its cores.
+        On a CPU, all ranks share its cores, and the range is measured when it is needed.
         """
         steps = self.recipe.schedule.total_steps
         if self.kernels == "cuda":

@@ -186,8 +186,8 @@ def _plain(problem: Any) -> str:
 def _stage_problems(name: str, given: dict[str, Any]) -> list[str]:
     """Return the problems of a stage's keys and values in the file.
 
-    A variant may have an objective of its own, whose keys it may set, as may `set` and `space`. Expanding the sweep
-    finds keys that some trial does not have.
+    A variant may choose its own objective. The variant, `set` and `space` may then set that objective's keys; a key
+    that some trial does not have is reported when the sweep is expanded.
     """
     shared = _keys(name, given)
     of_variants = {

@@ -277,7 +277,7 @@ class _Cell:
             recipe = self._recipe(seed)
         except ConfigError as error:
             return None, problems + self._recipe_problems(error)
-        if isinstance(recipe, Recipe) and recipe.required_weights is not None and not options.get("init_from"):
+        if check and isinstance(recipe, Recipe) and recipe.required_weights and not options.get("init_from"):
             problems.append(
                 f"{self._place('init_from')}: is missing; the objective {recipe.objective} needs a trained "
                 f"{recipe.required_weights}, as a run, a folder, or a name on the Hub"

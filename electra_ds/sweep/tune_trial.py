@@ -210,8 +210,8 @@ class _Rank:
 
 
 class _Ranks:
-    """A trial's workers: the first as a process of this one, the others as actors in the further bundles of the trial's
-    placement group. All end with this process."""
+    """A trial's workers. The first is a child process of this one; the others are actors in the remaining bundles of
+    the trial's placement group. All end with this process."""
 
     def __init__(self, trial: Trial, arguments: list[str], folder: SweepFolder, resources: Resources) -> None:
         address, port, log = ray.util.get_node_ip_address(), processes.free_port(), folder.trial(trial.key).log
@@ -243,11 +243,12 @@ class _Ranks:
         return is_running and (self._deadline is None or time.monotonic() < self._deadline)
 
     def wait(self, seconds: float) -> None:
-        """Wait until the first worker has ended, at most `seconds`."""
-        processes.wait([self._first], seconds)
+        """Wait until the first worker, or after it another one, has ended, at most `seconds`."""
+        is_over = self._first.poll() is not None
         ready: list[Any] = []
+        processes.wait([self._first], seconds)
         if self._running:
-            ready, self._running = ray.wait(self._running, num_returns=len(self._running), timeout=0)
+            ready, self._running = ray.wait(self._running, timeout=seconds if is_over else 0)
         for each in ready:
             try:
                 self._statuses.append(ray.get(each))

@@ -36,7 +36,7 @@ FRESH_COUNTERS = {
 
 
 class ParameterRates(NamedTuple):
-    """One parameter's own learning rate, weight decay and clipping."""
+    """One parameter's own learning rate, schedule, decay rates of the moments, weight decay and clipping."""
 
     lr_scale: float = 1.0
     """Its learning rate divided by the schedule's."""

@@ -276,6 +276,17 @@ def test_time_on_a_cpu_grows_with_flops_and_operations_and_shrinks_with_ranks() 
     assert 3 < cpu_time(0, 1e6, 1).range_s[0] / cpu_time(0, 1e5, 1).range_s[0] < 30
 
 
+def test_the_machine_is_measured_only_for_a_run_that_may_take_a_year(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr("electra_ds.pretraining.run_time.cpu_rates", lambda threads: measured.append(1) or (1e11, 1e-5))
+    assert not cpu_time(1e15, 1e6, 1).may_take_years
+    assert measured == []
+    assert not cpu_time(1e17, 0, 1).may_take_years  # which a slow CPU would not finish in one
+    assert cpu_time(1e19, 0, 1).may_take_years
+    assert cpu_time(0, 1e12, 1).may_take_years
+    assert len(measured) == 3
+
+
 def test_times_of_calls_that_other_programs_delayed_do_not_count() -> None:
     delays = itertools.chain([0.02, 0.02, 0.02], itertools.repeat(0))
     assert shortest_s(lambda: time.sleep(next(delays))) < 0.01

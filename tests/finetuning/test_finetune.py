@@ -746,7 +746,7 @@ def test_scores_come_back_in_the_tasks_range(scale: str, electra: Path, many: Pa
 def wrecked_after(good_steps: int) -> Any:
     """From that step on the learning rate is huge."""
     learning_rate = Engine.learning_rate
-    return lambda self, step: learning_rate(self, step) if step < good_steps else 0.5
+    return lambda self, step, *rest: learning_rate(self, step, *rest) if step < good_steps else 0.5
 
 
 def test_the_best_evaluation_is_kept_and_scored(

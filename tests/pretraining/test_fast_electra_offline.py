@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,9 @@ def test_drawing_continues_where_it_stopped(
     monkeypatch.setattr(draw_replacements, "write_steps", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         draw(store, auxiliary, tmp_path / "cut")
-    with pytest.raises(DataError, match="run the command that draws the replacements again"):
+    with pytest.raises(DataError, match="which were not finished"):
+        draw(store, auxiliary, tmp_path / "cut", overrides=[*FAST, *STEPS, "seed=5"])
+    with pytest.raises(DataError, match="Run the command that draws the replacements again"):
         TokenStore(tmp_path / "cut")
     later: list[int] = []
 
@@ -134,18 +137,46 @@ def test_replacements_of_another_recipe_or_no_recipe_are_refused(
 
     with pytest.raises(SystemExit):
         offline(drawn, tmp_path / "run", auxiliary, "--seed", "7")
-    assert "seed: 0 there, 7 here" in " ".join(capsys.readouterr().err.split())
+    assert "seed: 0 when they were drawn, 7 in this recipe" in " ".join(capsys.readouterr().err.split())
     path = drawn.path / "replacements" / "recipe.yaml"
     recorded = load_recipe(path)
-    with pytest.raises(DataError, match="evaluations on 16 or 64 windows, not on 32: change --eval-windows"):
+    with pytest.raises(DataError, match="evaluations on 16 or 64 windows, not on 32"):
         objective_of(recorded, drawn.tokenizer).check_store(drawn, 32)
     with pytest.raises(SystemExit):
         pretrain(store, tmp_path / "run", str(path), [], "--init-from", str(auxiliary))
     assert "Draw them with" in capsys.readouterr().err
-    with pytest.raises(DataError, match="another recipe or generator"):
+    with pytest.raises(DataError, match="another recipe, generator or text"):
         draw(store, auxiliary, tmp_path / "drawn", overrides=[*FAST, *STEPS, "seed=5"])
     with pytest.raises(ConfigError, match="so give a recipe of fast-electra"):
         electra_ds.corrupt_data(store, tmp_path / "x", recipe="tiny", init_from=auxiliary, quiet=True)
+    with pytest.raises(ConfigError, match="is the store itself, or inside it"):
+        draw(store, auxiliary, store.path / "inside")
     with pytest.raises(ConfigError, match="Give the frozen generator"):
         electra_ds.corrupt_data(store, tmp_path / "x", recipe="tiny-fast-electra", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_how_to_train_on_what_it_drew(
+    store: TokenStore, auxiliary: Path, tmp_path: Path, process_group: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = [
+        "build-data", "--corrupt", str(store.path), "--recipe", "tiny-fast-electra", "--init-from", str(auxiliary),
+        "--ds-config", "cpu", "--eval-windows", "16", "--threads", "1", "--out", str(tmp_path / "drawn"), "--set",
+        *FAST, *STEPS,
+    ]  # fmt: skip
+    main(drawn)
+    said = capsys.readouterr().out
+    assert "replacements for 30 steps" in said
+    (line,) = [line for line in said.splitlines() if "pretrain --recipe" in line]
+    words = shlex.split(line[line.index("--recipe") :])
+    main(["pretrain", *words, "--run-dir", str(tmp_path / "run"), "--threads", "1", "--ds-config", "cpu"])
+    assert len(evaluations(tmp_path / "run")) > 1
+    for words, complaint in (
+        (["--corpus", "builtin", "--corrupt", str(store.path)], "either --corpus"),
+        ([], "either --corpus"),
+        (["--corpus", "builtin", "--threads", "1"], "can be used only with --corrupt"),
+        (["--corrupt", str(store.path), "--workers", "2"], "leave out --tokenizer and --workers"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["build-data", *words, "--out", str(tmp_path / "other")])
+        assert complaint in " ".join(capsys.readouterr().err.split())

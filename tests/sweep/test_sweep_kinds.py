@@ -191,7 +191,7 @@ class Impatient(FIFOScheduler):
         return super().choose_trial_to_run(controller)
 
 
-ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=3)  # all three at once
+ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=6)  # all three at once
 rates = tune.grid_search([IMPATIENT, GOOD, DIVERGING])
 grid = tune.Tuner(
     trainable(yaml.safe_load(open(given)), out),
@@ -209,7 +209,7 @@ assert len(best.metrics_dataframe) >= 3
 def test_the_trainable_drops_into_a_tuner_of_ones_own_whose_scheduler_may_end_a_trial(
     store: TokenStore, tmp_path: Path
 ) -> None:
-    values = small_sweep(store.path)
+    values = small_sweep(store.path, resources={"workers": 2, "cpus": 1})
     values["pretrain"] |= {"space": {}}
     (tmp_path / "mine.py").write_text(OWN_TUNER)
     out = tmp_path / "out"

@@ -176,7 +176,7 @@ class AllTokensMlmObjective(JointObjective[AllTokensMlmRecipe]):
 
     def exports(self, model: AllTokensMlm) -> Mapping[str, Export]:
         return self.encoder_exports(
-            model, "predicts original tokens, without its copy mechanism; its encoder is to be finetuned"
+            model, "predicts original tokens, without its copy mechanism; finetune this encoder"
         )
 
     def main_network(self, config: EncoderConfig, encoder_parameters: int) -> Network:

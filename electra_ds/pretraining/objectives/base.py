@@ -173,8 +173,9 @@ class Objective(ABC, Generic[RecipeT]):
         given: them, by parameter name.
         """
 
-    def check_store(self, store: TokenStore, eval_windows: int) -> None:
-        """Raise DataError if a token store lacks what the objective reads beside its text."""
+    def check_store(self, store: TokenStore, eval_windows: int | None = None) -> None:
+        """Raise DataError if a token store lacks what the objective reads beside its text, at each step and, if they
+        are given, in an evaluation on so many windows."""
 
     @abstractmethod
     def make_batch(self, text: TextBatch, seed: int, step: int) -> PretrainingBatch:

@@ -2,8 +2,8 @@
 
 Dong et al. 2024. The auxiliary model was trained before, by this program or another, and is given with `--init-from`.
 It has neither gradients nor optimizer state, and runs forward only, without dropout, in the precision of the run. At
-first its replacements are drawn at a higher temperature, which makes them easy to detect; ELECTRA gets that from a
-generator that starts untrained and improves along with the discriminator.
+first its replacements are drawn at a higher temperature, which makes them easy to detect; ELECTRA gets the same effect
+from a generator that starts untrained and improves along with the discriminator.
 
 With a constant temperature of 1 and `discriminator.starts_from: generator` this is the two-stage training of Clark et
 al. 2020, section 3.2: first a generator alone (the objective `mlm`), then a discriminator that begins with its weights.
@@ -83,5 +83,7 @@ class FastElectraObjective(RtdObjective[FastElectraRecipe]):
 
     def exports(self, model: Any) -> Mapping[str, Export]:
         found = super().exports(model)
-        generator = found["generator"]._replace(purpose="the frozen generator; fills in [MASK] tokens")
+        generator = found["generator"]._replace(
+            purpose="fills in [MASK] tokens; it was the frozen generator that made the replacements"
+        )
         return {**found, "generator": generator}

@@ -2,7 +2,7 @@
 
 `bin/build-data --corrupt` draws them, for every step of a recipe of `fast-electra`, and stores them beside the text
 (`data/replacements.py`). A run on them computes exactly what one with the frozen generator computes, without the
-generator's forward pass, its weights and its memory.
+generator's weights or forward pass.
 
 Shape suffixes: B sequences, T positions, M selected positions.
 """
@@ -31,8 +31,11 @@ from electra_ds.pretraining.objectives.fast_electra import FastElectra, begin_di
 from electra_ds.pretraining.objectives.joint import describe_share, full_micro_batch
 from electra_ds.pretraining.step_shape import StepShape
 
-_BESIDE_THE_DRAWS = ("name", "description", "objective", "model", "tokenizer", "optimizer", "discriminator")
-"""The keys of a recipe on which neither masks nor draws depend; of the schedule only `total_steps` counts."""
+_BESIDE_THE_DRAWS = (
+    "name", "description", "objective", "model", "tokenizer", "optimizer", "discriminator", "generator",
+)  # fmt: skip
+"""The keys of a recipe on which neither masks nor draws depend; of the schedule only `total_steps` counts. The drawing
+model itself is known by its source."""
 
 
 def values_of_draws(recipe: Recipe) -> dict[str, Any]:
@@ -98,24 +101,26 @@ class FastElectraOfflineObjective(RtdObjective[FastElectraOfflineRecipe]):
     def begin(self, model: Discriminator, given: Mapping[str, torch.Tensor]) -> None:
         begin_discriminator(model, given, self.recipe.discriminator.starts_from)
 
-    def check_store(self, store: TokenStore, eval_windows: int) -> None:
+    def check_store(self, store: TokenStore, eval_windows: int | None = None) -> None:
         recorded = _recorded(store.replacements)
         wanted, there = values_of_draws(self.recipe), recorded.info.values
         differing = [
-            f"  {key}: {there.get(key)} there, {wanted.get(key)} here"
+            f"  {key}: {there.get(key)} when they were drawn, {wanted.get(key)} in this recipe"
             for key in dict.fromkeys([*wanted, *there])
             if wanted.get(key) != there.get(key)
         ]
         if differing:
             raise DataError(
-                "\n".join([f"The replacements in {recorded.folder} were drawn for another recipe:", *differing])
+                "\n".join(
+                    [
+                        f"The replacements in {recorded.folder} were drawn for another recipe:",
+                        *differing,
+                        f"Start from {recorded.folder / 'recipe.yaml'}, or draw replacements for this recipe.",
+                    ]
+                )
             )
-        if eval_windows not in recorded.info.held_out:
-            raise DataError(
-                f"The replacements in {recorded.folder} are for evaluations on "
-                f"{' or '.join(map(str, recorded.info.held_out))} windows, not on {eval_windows}: change "
-                f"--eval-windows."
-            )
+        if eval_windows is not None:
+            recorded.of_held_out(eval_windows)
 
     def make_batch(self, text: TextBatch, seed: int, step: int) -> MaskedBatch:
         batch = super().make_batch(text, seed, step)
@@ -123,7 +128,7 @@ class FastElectraOfflineObjective(RtdObjective[FastElectraOfflineRecipe]):
         held_out = seed != self.recipe.seed
         drawn = recorded.of_held_out(text.num_sequences) if held_out else recorded.of_step(step)
         if len(drawn) != np.count_nonzero(selected_BT):
-            raise DataError(f"The replacements in {recorded.folder} were not drawn for this text.")
+            raise DataError(f"The replacements in {recorded.folder} do not belong to the text of this store.")
         drawn_BT = np.zeros(text.ids_BT.shape, dtype=np.int64)
         drawn_BT[selected_BT] = drawn
         return replace(batch, noise_keys_BT=None, temperature=1.0, drawn_BT=drawn_BT)
@@ -165,7 +170,7 @@ class FastElectraOfflineObjective(RtdObjective[FastElectraOfflineRecipe]):
 def _recorded(found: Replacements | None) -> Replacements:
     if found is None:
         raise DataError(
-            f"The objective fast-electra-offline reads replacements that were drawn before. Draw them with "
-            f"{command('build-data')} --corrupt STORE, and give the store that it makes with --data."
+            f"The objective fast-electra-offline reads replacements that were drawn beforehand. Draw them with "
+            f"{command('build-data')} --corrupt STORE, and pass the new store with --data."
         )
     return found
