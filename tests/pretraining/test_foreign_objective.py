@@ -204,12 +204,12 @@ def test_it_is_swept_over_its_own_keys_and_by_its_own_metric(
     stage = values["pretrain"]
     stage["recipe"] = own_recipe(tmp_path, "cloze")
     stage["set"] = {key: value for key, value in stage["set"].items() if not key.startswith(OF_ELECTRA)}
-    stage["space"], stage["seeds"] = {"cloze.masked_share": {"grid": [0.1, 0.3]}}, [0]
+    stage["space"], stage["seeds"] = {"cloze.masked_share": {"grid": [0.3]}}, [0]
     values["metric"] = {"name": "cloze_gain", "mode": "max"}
     table, *_ = plan_sweep(load_sweep(write_sweep(tmp_path, values)), tmp_path / "sweep")
     assert isinstance(table, Table)
     steps = str(TRIAL_STEPS)
-    assert [row[4:] for row in table.rows] == 2 * [[steps, "?", ""]]  # its cost is not predicted
+    assert [row[4:] for row in table.rows] == [[steps, "?", ""]]  # its cost is not predicted
     environment = {"PYTHONPATH": f"{registered}:{ENVIRONMENT.get('PYTHONPATH', '')}"}
     done = run_sweep(write_sweep(tmp_path, values), "--out", tmp_path / "sweep", "--local", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr

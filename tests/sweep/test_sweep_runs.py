@@ -112,12 +112,12 @@ def test_a_finished_sweep_runs_nothing_again_and_new_seeds_alone(undisturbed: Pa
     assert "2 stopped as planned of 2 trials" in read.stdout
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_a_signal_saves_leaves_nobody_and_the_sweep_continues_from_python(
     undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out, log = tmp_path / "sweep", tmp_path / "log"
-    how = ["--set", TWO_TRIALS, *(["--local"] if number == signal.SIGINT else [])]
+    how = ["--set", TWO_TRIALS, *(["--local"] if number == signal.SIGTERM else [])]
     slow = before_each_batch(tmp_path, "time.sleep(0.2)")  # so that there is something to stop
     driver = start_sweep(undisturbed / "sweep.yaml", "--out", out, *how, log=log, environment=slow)
     wait_until(lambda: list(out.glob("runs/*/metrics.jsonl")), told=log.read_text)

@@ -62,13 +62,13 @@ def on_ranks(world_size: int, store: TokenStore, folder: Path, every: int, *writ
 @pytest.mark.timeout(3600)  # four ranks on two cores take their time
 @pytest.mark.usefixtures("half_on_cpu")
 @pytest.mark.parametrize(
-    ("world_sizes", "every"), [((2,), 12), pytest.param((2, 4), 1, marks=pytest.mark.nightly)], ids=str
+    ("world_sizes", "every"), [((2,), 24), pytest.param((2, 4), 1, marks=pytest.mark.nightly)], ids=str
 )
 def test_every_plan_goes_on_from_one_state_and_reads_what_others_save(
     store: TokenStore, straight: tuple[Path, Any], process_group: Ranks, world_sizes: tuple[int, ...], every: int
 ) -> None:
     """Nightly every plan trains on every number of ranks and reads what every other saves; otherwise half of them train
-    on one rank and the others on two, and a twelfth of the pairs is tried."""
+    on one rank and the others on two, and a twenty-fourth of the pairs is tried."""
     folder, expected = straight
     check(plan_worker.train(folder, store, process_group, every), expected, trained_plans(1, every))
     pairs = plan_worker.read(folder, store, process_group, ["1"], every)
