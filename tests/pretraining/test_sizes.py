@@ -12,9 +12,10 @@ from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTrainin
 from electra_ds.config.recipe import load_recipe
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
+from electra_ds.pretraining.batches import objective_of
 from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.objectives.electra import ElectraObjective
-from tests.helpers import builder_for, cpu_plan, model_for
+from tests.helpers import builder_for, cpu_plan
 
 VOCAB_SIZE = 30_522
 # config.json of google/electra-small-discriminator and so on; what is not named has ElectraConfig's default.
@@ -61,13 +62,19 @@ def test_steps_of_the_large_recipes_with_recomputed_layers(
     """A batch of two rows; of one with two micro-batches the second loss is the same."""
     losses = {}
     for size in (2, 1):
-        values: dict[str, Any] = {"extends": recipe, "global_batch_size": 2, "data": {"segments": "one"}}
+        values: dict[str, Any] = {
+            "extends": recipe,
+            "global_batch_size": 2,
+            "data": {"segments": "one", "sequence_length": 64, "holdout_by": "document"},
+        }
         chosen = load_recipe(values, ["schedule.warmup_steps=1", "model.hidden_dropout_prob=0",
                                       "model.attention_probs_dropout_prob=0"])  # fmt: skip
         plan = cpu_plan(
             chosen, train_micro_batch_size_per_gpu=size, activation_checkpointing={"number_checkpoints": 24}
         )
-        engine = PretrainingEngine(model_for(store, chosen), chosen, plan, torch.device("cpu"))
+        engine = PretrainingEngine(
+            objective_of(chosen, store.tokenizer).build_model(), chosen, plan, torch.device("cpu")
+        )
         builder = builder_for(store, chosen)
         try:
             losses[size] = [engine.train_step(builder.build(step), step)["loss"].item() for step in range(3)]
