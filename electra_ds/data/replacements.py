@@ -29,18 +29,18 @@ _FORMAT = 1
 class ReplacementsInfo:
     """The content of replacements.json."""
 
-    format: int
     values: dict[str, Any]
     """The recipe's values on which masks and draws depend, by dotted key."""
     sources: list[str]
     """The sources of the model's weights."""
     precision: str
-    """Of the model's forward pass."""
+    """The precision of the model's forward pass."""
     text: str
     """The fingerprint of the store's text."""
     steps: int
     held_out: list[int]
     """Numbers of windows of the recorded evaluations."""
+    format: int = _FORMAT
 
 
 class Replacements:
@@ -133,7 +133,3 @@ def _write_info(path: Path, info: ReplacementsInfo) -> None:
 def _write(path: Path, values: np.ndarray) -> None:
     with complete_file(path) as partial, partial.open("wb") as file:
         np.save(file, values)
-
-
-def new_info(**values: Any) -> ReplacementsInfo:
-    return ReplacementsInfo(format=_FORMAT, **values)

@@ -20,10 +20,10 @@ from electra_ds.core.files import complete_file
 from electra_ds.data.replacements import (
     FOLDER,
     STRETCH,
+    ReplacementsInfo,
     begin,
     finish,
     has_steps,
-    new_info,
     write_held_out,
     write_steps,
 )
@@ -80,7 +80,7 @@ def draw_replacements(
         return np.concatenate(found).astype(dtype)
 
     held_out = sorted({eval_windows, SAMPLE_WINDOWS})
-    info = new_info(
+    info = ReplacementsInfo(
         values=values_of_draws(recipe), sources=list(sources), precision=plan.precision.name,
         text=store.info.fingerprint, steps=recipe.schedule.total_steps, held_out=held_out,
     )  # fmt: skip

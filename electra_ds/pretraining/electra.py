@@ -141,11 +141,11 @@ class JointModel(MaskedTextModel):
 
         samples_M: int64 tokens to use at the selected positions instead of drawing them, to replay another run.
         """
-        attend_B1QT, targets_M = self._attend(batch, self.generator_head.dense.weight), batch.targets
+        attend_B1QT = self._attend(batch, self.generator_head.dense.weight)
         generator_BTH = self.generator(batch.masked_ids_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
         prediction = self.generator_head(
             batch.at_selected(generator_BTH),
-            targets_M,
+            batch.targets,
             batch.noise_keys_M,
             self.column_keys_V,
             batch.temperature,
@@ -154,9 +154,17 @@ class JointModel(MaskedTextModel):
         with torch.no_grad():
             if samples_M is None:
                 samples_M = prediction.samples_M
-            corrupted_M = torch.where(batch.replaced_M, samples_M, targets_M)
-            corrupted_BT = batch.ids_BT.flatten().index_copy(0, batch.selected_M, corrupted_M).view_as(batch.ids_BT)
+            corrupted_BT = batch.corrupted(samples_M)
         return Generated(prediction, samples_M, corrupted_BT, attend_B1QT)
+
+
+class Detected(NamedTuple):
+    """The discriminator's results for a micro-batch."""
+
+    loss_sum: torch.Tensor
+    logits_BT: torch.Tensor
+    """Without gradient."""
+    is_replaced_BT: torch.Tensor
 
 
 class Electra(JointModel):
@@ -174,18 +182,24 @@ class Electra(JointModel):
     def run(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> ElectraOutput:
         """Return both losses of one micro-batch. samples_M: as in `_generate`."""
         prediction, samples_M, corrupted_BT, attend_B1QT = self._generate(batch, samples_M)
-        is_replaced_BT = corrupted_BT != batch.ids_BT
-        discriminator_BTH = self.discriminator(corrupted_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
-        discriminator_logits_BT = self.discriminator_head(discriminator_BTH)
+        detected = self._detect(batch, corrupted_BT, attend_B1QT)
         return ElectraOutput(
             prediction.loss_sum,
-            discriminator_loss_sum(discriminator_logits_BT, is_replaced_BT, batch.counted_BT),
+            detected.loss_sum,
             prediction.losses_M,
             prediction.best_M,
             samples_M,
-            discriminator_logits_BT.detach(),
-            is_replaced_BT,
+            detected.logits_BT,
+            detected.is_replaced_BT,
         )
+
+    def _detect(self, batch: MicroBatch, corrupted_BT: torch.Tensor, attend_B1QT: torch.Tensor | None) -> Detected:
+        """Predict which tokens of a corrupted text were replaced."""
+        is_replaced_BT = corrupted_BT != batch.ids_BT
+        hidden_BTH = self.discriminator(corrupted_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
+        logits_BT = self.discriminator_head(hidden_BTH)
+        loss_sum = discriminator_loss_sum(logits_BT, is_replaced_BT, batch.counted_BT)
+        return Detected(loss_sum, logits_BT.detach(), is_replaced_BT)
 
 
 def discriminator_loss_sum(

@@ -83,6 +83,11 @@ class MicroBatch(NamedTuple):
         """Return the rows [M, H] of the selected positions."""
         return values_BTH.flatten(0, 1).index_select(0, self.selected_M)
 
+    def corrupted(self, samples_M: torch.Tensor) -> torch.Tensor:
+        """Return int64 [B, T], the text with samples in place of the selected tokens that are to be replaced."""
+        tokens_M = torch.where(self.replaced_M, samples_M, self.targets)
+        return self.ids_BT.flatten().index_copy(0, self.selected_M, tokens_M).view_as(self.ids_BT)
+
     def filled(self, size: int) -> MicroBatch:
         """Return the micro-batch padded to `size` selected positions, so that all micro-batches have one shape.
 

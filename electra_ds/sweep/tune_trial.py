@@ -234,7 +234,7 @@ class _Ranks:
         self._running = [actor.run.remote(*of_rank(rank)) for rank, actor in enumerate(self._actors, start=1)]
         self._first = processes.start(*of_rank(0))
         self._statuses: list[int] = []
-        """Of the further workers that have ended."""
+        """The exit statuses of the other workers that have ended."""
         self._deadline: float | None = None
         self._is_leaving = False
 

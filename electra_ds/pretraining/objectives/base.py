@@ -174,8 +174,10 @@ class Objective(ABC, Generic[RecipeT]):
         """
 
     def check_store(self, store: TokenStore, eval_windows: int | None = None) -> None:
-        """Raise DataError if a token store lacks what the objective reads beside its text, at each step and, if they
-        are given, in an evaluation on so many windows."""
+        """Raise DataError if a token store lacks what the objective reads beside its text.
+
+        eval_windows: the number of held-out sequences of the run's evaluations; None to check only the training steps.
+        """
 
     @abstractmethod
     def make_batch(self, text: TextBatch, seed: int, step: int) -> PretrainingBatch:

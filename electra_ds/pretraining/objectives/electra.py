@@ -24,6 +24,7 @@ from electra_ds.pretraining.objectives.electra_evaluation import (
     Judged,
     collapsed_at,
     describe_collapse,
+    describe_discriminator,
     discriminator_metrics,
     judged,
     sample_sentences,
@@ -98,12 +99,7 @@ class RtdObjective(JointObjective[RtdRecipeT]):
         return dict(metrics) if share is None else {**metrics, ALWAYS_ORIGINAL: 1 - share}
 
     def describe(self, metrics: Mapping[str, float]) -> str:
-        original = 1 - metrics["replaced_share"]
-        return (
-            f"{describe_tokens('generator', metrics)}, discriminator loss {metrics['discriminator_loss']:.3f}, "
-            f'accuracy {metrics["discriminator_accuracy"]:.3f} (always "original": {original:.3f}), AUC '
-            f"{metrics['discriminator_auc']:.3f}"
-        )
+        return f"{describe_tokens('generator', metrics)}, {describe_discriminator(metrics)}"
 
     def collapsed_at(self, evaluations: Sequence[Mapping[str, Any]]) -> int | None:
         schedule = self.recipe.schedule

@@ -81,6 +81,13 @@ def discriminator_metrics(chunks: Sequence[Judged], num_counted: int) -> dict[st
     }
 
 
+def describe_discriminator(metrics: Mapping[str, float]) -> str:
+    return (
+        f"discriminator loss {metrics['discriminator_loss']:.3f}, accuracy {metrics['discriminator_accuracy']:.3f} "
+        f'(always "original": {1 - metrics["replaced_share"]:.3f}), AUC {metrics["discriminator_auc"]:.3f}'
+    )
+
+
 def _share(part: np.integer, of: np.integer) -> float:
     return float(part / of) if of else 0.0
 

@@ -47,7 +47,7 @@ class FastElectra(Electra):
             return super()._generate(batch, samples_M)
 
 
-def begin_discriminator(model: FastElectra, given: Mapping[str, torch.Tensor], starts_from: str) -> None:
+def begin_discriminator(model: Electra, given: Mapping[str, torch.Tensor], starts_from: str) -> None:
     """Give the discriminator its first weights, unless its own were given.
 
     given: as in `Objective.begin`. starts_from: as in the recipe.

@@ -22,12 +22,12 @@ from electra_ds.core.errors import DataError
 from electra_ds.core.program import command
 from electra_ds.data.replacements import Replacements
 from electra_ds.data.token_store import TokenStore
-from electra_ds.pretraining.electra import discriminator_loss_sum
+from electra_ds.pretraining.electra import Electra
 from electra_ds.pretraining.masked_batch import MaskedBatch, MicroBatch
 from electra_ds.pretraining.objectives.base import Curve, Export, PretrainingBatch, TextBatch
 from electra_ds.pretraining.objectives.electra import RtdObjective
-from electra_ds.pretraining.objectives.electra_evaluation import discriminator_metrics, judged
-from electra_ds.pretraining.objectives.fast_electra import FastElectra, begin_discriminator
+from electra_ds.pretraining.objectives.electra_evaluation import describe_discriminator, discriminator_metrics, judged
+from electra_ds.pretraining.objectives.fast_electra import begin_discriminator
 from electra_ds.pretraining.objectives.joint import describe_share, full_micro_batch
 from electra_ds.pretraining.step_shape import StepShape
 
@@ -59,28 +59,19 @@ class OfflineOutput(NamedTuple):
         return {"discriminator_loss": self.discriminator_loss_sum}
 
 
-class Discriminator(FastElectra):
+class Discriminator(Electra):
     """The discriminator of `FastElectra`, with the same initial weights."""
 
     def __init__(self, recipe: FastElectraRecipe, vocab_size: int, pad_token_id: int) -> None:
         super().__init__(recipe, vocab_size, pad_token_id)
         del self.generator, self.generator_head, self.column_keys_V
 
-    def train(self, mode: bool = True) -> Discriminator:
-        torch.nn.Module.train(self, mode)
-        return self
-
     def run(self, batch: MicroBatch, samples_M: torch.Tensor | None) -> Any:
         """Return the loss of one micro-batch. samples_M: None, since there is nothing to replay."""
         assert batch.samples_M is not None
-        corrupted_M = torch.where(batch.replaced_M, batch.samples_M, batch.targets)
-        corrupted_BT = batch.ids_BT.flatten().index_copy(0, batch.selected_M, corrupted_M).view_as(batch.ids_BT)
-        is_replaced_BT = corrupted_BT != batch.ids_BT
         attend_B1QT = self._attend(batch, self.discriminator_head.dense.weight)
-        hidden_BTH = self.discriminator(corrupted_BT, attend_B1QT, batch.segments_BT, batch.positions_BT)
-        logits_BT = self.discriminator_head(hidden_BTH)
-        loss_sum = discriminator_loss_sum(logits_BT, is_replaced_BT, batch.counted_BT)
-        return OfflineOutput(loss_sum, batch.samples_M, logits_BT.detach(), is_replaced_BT)
+        detected = self._detect(batch, batch.corrupted(batch.samples_M), attend_B1QT)
+        return OfflineOutput(detected.loss_sum, batch.samples_M, detected.logits_BT, detected.is_replaced_BT)
 
 
 class FastElectraOfflineObjective(RtdObjective[FastElectraOfflineRecipe]):
@@ -141,11 +132,7 @@ class FastElectraOfflineObjective(RtdObjective[FastElectraOfflineRecipe]):
         return discriminator_metrics(measured, batch.num_counted)
 
     def describe(self, metrics: Mapping[str, float]) -> str:
-        return (
-            f"{describe_share(metrics)}, discriminator loss {metrics['discriminator_loss']:.3f}, accuracy "
-            f'{metrics["discriminator_accuracy"]:.3f} (always "original": {1 - metrics["replaced_share"]:.3f}), AUC '
-            f"{metrics['discriminator_auc']:.3f}"
-        )
+        return f"{describe_share(metrics)}, {describe_discriminator(metrics)}"
 
     @property
     def curves(self) -> Sequence[Curve]:
