@@ -3,7 +3,8 @@
 That process runs no torch operation, so a fork of it has what a fresh interpreter has. `run` waits for a command and
 returns what it printed, `start` returns while it runs, and `on_ranks` calls a function on several ranks. A start may
 carry a `Moment` at which processes are killed, and a function that makes its surroundings worse, such as a disk without
-room. Tests of an interpreter's start, of launchers and of a process's own end start real processes instead.
+room. The trials of a sweep without Ray are forks too. Tests of an interpreter's start, of launchers and of a process's
+own end start real processes instead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -178,12 +181,74 @@ def _command(
     if moment is not None:
         _arm(moment, [*victims, os.getpid()] if moment.trigger in moment.victims else victims, run)
     from electra_ds.cli import main
+    from electra_ds.sweep import processes
 
+    processes.start = _start_trial  # type: ignore[assignment]
     try:
         main(words)
     finally:
         if counts is not None:
             counts.write_text("\n".join(f"{phase} {count}" for phase, count in watch.counts.items()))
+
+
+class _Trial:
+    """A forked trial, with what a sweep asks of the process that it would have started."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = 100.0) -> None:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("trial", timeout)
+            time.sleep(0.01)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _start_trial(
+    stage: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str], folder: Path
+) -> _Trial:
+    """Start a trial as a fork of its sweep, in place of `electra_ds.sweep.processes.start`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return _Trial(pid)
+    status = 1
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+        _Surroundings(log, log, {**os.environ, **environment}, folder).enter()
+        sys.argv = ["electra_ds", stage, *arguments]
+        own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = own
+        for changes in (Path(path, "sitecustomize.py") for path in own):
+            if changes.is_file():
+                runpy.run_path(str(changes))  # as a new interpreter would
+        from electra_ds.cli import main
+
+        main([stage, *arguments])
+        status = 0
+    except SystemExit as exit_:
+        status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _call(function: Callable[..., None], arguments: Sequence[Any], surroundings: _Surroundings) -> None:

@@ -219,7 +219,7 @@ def test_trials_that_fail_or_are_killed_each_time_are_reported_and_do_not_spoil_
             "diverging": {"optimizer.learning_rate": 1e30, "optimizer.max_grad_norm": 1e30},
         },
     }
-    is_fatal = "step >= 12 and size is None and 'runs/killed' in ' '.join(sys.orig_argv)"
+    is_fatal = "step >= 12 and size is None and 'runs/killed' in ' '.join(sys.argv)"
     fatal = before_each_batch(tmp_path, f"if {is_fatal}: os.kill(os.getpid(), signal.SIGKILL)")
     out = tmp_path / "sweep"
     result = run_sweep(write_sweep(tmp_path, values), "--out", out, "--local", environment=fatal)
