@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -172,7 +172,7 @@ class FinetuneStart(RunStart[FinetuneOptions]):
     def stop_at(self) -> int:
         return self.job.stop_at
 
-    def train(self, time_limit_s: float | None) -> bool:
+    def train(self, time_limit_s: float | None, run_first: Callable[[RunStart[Any]], Run]) -> bool:
         announce(self.job)
         return train(self.job, self.ranks, time_limit_s, self.callbacks)
 

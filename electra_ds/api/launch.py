@@ -84,8 +84,11 @@ class RunStart(ABC, Generic[OptionsT]):
         """Build the data that the run reads."""
 
     @abstractmethod
-    def train(self, time_limit_s: float | None) -> bool:
-        """Announce the run and train in the locked run directory; return False if it stopped before `stop_at`."""
+    def train(self, time_limit_s: float | None, run_first: Callable[[RunStart[Any]], Run]) -> bool:
+        """Announce the run and train in the locked run directory; return False if it stopped before `stop_at`.
+
+        run_first: runs another start to its end, for a run that needs the result of another.
+        """
 
     @abstractmethod
     def say_end(self) -> None:
@@ -100,10 +103,15 @@ def launch(start: RunStart[Any], *, quiet: bool, callbacks: Sequence[Callback]) 
     Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and the package's other errors.
     """
     check_callbacks(callbacks)
+    with join_ranks() as ranks, display(quiet or not ranks.is_main) as console:
+        return run_to_end(start, ranks, console, callbacks)
+
+
+def run_to_end(start: RunStart[Any], ranks: Ranks, console: Console, callbacks: Sequence[Callback]) -> Run:
+    """Do what `launch` does, with ranks that have joined and a console that shows the log."""
     began, options = time.monotonic(), start.options
-    with join_ranks() as ranks, contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
-        console = held.enter_context(display(quiet or not ranks.is_main))
         start.run, start.ranks, start.show_progress = run, ranks, partial(StageProgress, console)
         start.callbacks = [ConsoleDisplay(console), *callbacks]
         if not start.is_new and start.is_finished():
@@ -119,7 +127,7 @@ def launch(start: RunStart[Any], *, quiet: bool, callbacks: Sequence[Callback]) 
         start.build()
         prepare.lock_run(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
-        if start.train(limit) and ranks.is_main:
+        if start.train(limit, lambda first: run_to_end(first, ranks, console, callbacks)) and ranks.is_main:
             start.say_end()
             if run.status() == "stopped":
                 total = start.job.total_steps

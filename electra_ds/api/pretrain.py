@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -16,11 +17,20 @@ from electra_ds.api.stores import find_store, open_or_build_store
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.recipe import FastElectraOfflineRecipe, Recipe, RecipeSource, given_options, load_recipe
+from electra_ds.config.recipe import (
+    FastElectraOfflineRecipe,
+    Recipe,
+    RecipeSource,
+    check_first_recipe,
+    given_options,
+    load_recipe,
+)
+from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
-from electra_ds.core.errors import ConfigError
+from electra_ds.core.errors import ConfigError, InterruptedBySignalError
 from electra_ds.core.launcher import detect
 from electra_ds.core.program import command
+from electra_ds.core.terminal import log_command, with_command
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.objectives.base import Objective
@@ -45,6 +55,11 @@ if TYPE_CHECKING:
     from electra_ds.interop.init_from import InitialWeights
 
 _log = logging.getLogger(__name__)
+_OF_BOTH_RUNS = (
+    "micro_batch", "threads", "log_every", "eval_every", "save_every", "keep", "eval_windows", "compile", "yes",
+    "wandb", "wandb_project", "wandb_entity", "wandb_group", "tensorboard",
+)  # fmt: skip
+"""Options that also hold for the run that makes a generator."""
 
 
 def pretrain(
@@ -142,6 +157,8 @@ class PretrainStart(RunStart[PretrainOptions]):
                 self.plan = plan_resume(options, run, ranks)
                 self.recipe = run.read_recipe()
             check_clipping(self.recipe, self.plan)
+            if not self.options.init_from:
+                check_first_recipe(self.recipe)
 
     def show(self) -> None:
         run, ranks = self.run, self.ranks
@@ -186,7 +203,13 @@ class PretrainStart(RunStart[PretrainOptions]):
                 store = TokenStore(path)
         self._prepare(store, sources)
 
-    def train(self, time_limit_s: float | None) -> bool:
+    def train(self, time_limit_s: float | None, run_first: Callable[[RunStart[Any]], Run]) -> bool:
+        if self._needs_a_run_first():
+            began = time.monotonic()
+            if not self._run_first(time_limit_s, run_first):
+                return False
+            if time_limit_s is not None:
+                time_limit_s -= time.monotonic() - began
         with self.ranks.fail_together():
             if self.weights is not None:
                 from electra_ds.interop.init_from import write_first_checkpoint
@@ -212,13 +235,69 @@ class PretrainStart(RunStart[PretrainOptions]):
         self.job = with_fitting_micro_batch(self.job, self.options, self.ranks)
         self.plan, self.vocab_size = self.job.plan, self.job.store.tokenizer.vocab_size
 
+    # --- the run that makes a generator
+
+    @property
+    def _first_path(self) -> Path:
+        """The folder of the run that makes the generator."""
+        return self.run.path / "generator"
+
+    def _needs_a_run_first(self) -> bool:
+        """Return whether a generator is to be pretrained, or one is that was interrupted, the same on all ranks."""
+        has_begun, sources = any(self.run.checkpoints.glob("step-*")), self.job.record.initialised_from
+        return self.ranks.broadcast(not has_begun and sources == [str(self._first_path.resolve())])
+
+    def _run_first(self, time_limit_s: float | None, run_first: Callable[[RunStart[Any]], Run]) -> bool:
+        """Pretrain the generator and read its weights; return False if it was stopped before its end."""
+        ranks, run, first = self.ranks, self.run, RunDirectory(self._first_path)
+        with ranks.fail_together():
+            if ranks.is_main:
+                run.write_record(self.recipe, self.plan, self.job.record)
+        _log.info(f"First, the recipe {self.recipe.first_recipe} pretrains the generator, in {first.path}.")
+        try:
+            run_first(PretrainStart(self._first_options(time_limit_s)))
+        except InterruptedBySignalError as error:
+            self._stopped_with(first)
+            message = f"{first.path} is saved. Resume it, and what comes after it, with:"
+            raise InterruptedBySignalError(with_command(message, self._how_to_resume), error.signum) from None
+        with ranks.fail_together():
+            if first.status() != "done":
+                self._stopped_with(first)
+                log_command(_log, "To resume it, and what comes after it:", self._how_to_resume)
+                return False
+            if ranks.is_main:
+                self.weights = self._weights_of([str(first.path)])
+        return True
+
+    @property
+    def _how_to_resume(self) -> str:
+        return f"{command('pretrain')} --resume {self.run.path}"
+
+    def _first_options(self, time_limit_s: float | None) -> PretrainOptions:
+        """Return the options of the run that makes the generator: this run's, as far as they concern both."""
+        ours = {name: getattr(self.options, name) for name in _OF_BOTH_RUNS} | {"time_limit": time_limit_s}
+        if RunDirectory(self._first_path).exists():
+            return PretrainOptions(resume=self._first_path, **ours)
+        recipe, seed = self.recipe.first_recipe, [f"seed={self.recipe.seed}"]
+        ours["ds_config"] = self.options.ds_config if self.is_new else str(self.run.path / "deepspeed.json")
+        data = self.job.store.path
+        return PretrainOptions(recipe=recipe, overrides=seed, data=data, run_dir=self._first_path, **ours)
+
+    def _stopped_with(self, first: RunDirectory) -> None:
+        """Give this run the status of the stopped one that it waits for."""
+        if self.ranks.is_main:
+            reason = f"its generator in {first.path} is not finished"
+            self.run.write_status("stopped", step=0, reason=reason)
+            if first.is_to_be_requeued():
+                self.run.mark_requeue(reason)
+
     # --- the weights of init_from
 
     def _read_weights(self) -> Callable[[Tokenizer], None] | None:
         """Read the initial weights, whose tokenizer is the default one; return a function that checks a tokenizer."""
         if not self.options.init_from:
             required = self.recipe.required_weights
-            if required is not None:
+            if required is not None and self.recipe.first_recipe is None:
                 is_offline = isinstance(self.recipe, FastElectraOfflineRecipe)
                 other = ", or set discriminator.starts_from=random" if is_offline else ""
                 raise ConfigError(
@@ -226,16 +305,20 @@ class PretrainStart(RunStart[PretrainOptions]):
                     f"with --init-from, as a run, a folder, or a name on the Hub{other}."
                 )
             return None
-
-        from electra_ds.interop.init_from import read_initial_weights
-
-        self.weights = read_initial_weights(self.options.init_from, self.recipe)
+        self.weights = self._weights_of(self.options.init_from)
         if self.options.tokenizer is None and self.options.data is None:
             self.options = replace(self.options, tokenizer=self.weights.own_tokenizer())
         return self.weights.check_vocabulary
 
+    def _weights_of(self, sources: Sequence[str]) -> InitialWeights:
+        from electra_ds.interop.init_from import read_initial_weights
+
+        return read_initial_weights(sources, self.recipe)
+
     def _sources(self) -> Sequence[str]:
-        return () if self.weights is None else self.weights.names
+        if self.weights is not None:
+            return self.weights.names
+        return () if self.recipe.first_recipe is None else [str(self._first_path.resolve())]
 
     def _with_notes_on_weights(self) -> PretrainJob:
         job = self.job

@@ -162,6 +162,14 @@ class GeneratorSizeSection(Section):
     """Feed-forward size of the generator; null means four times its width, as in the original."""
 
 
+class FrozenGeneratorSection(GeneratorSizeSection):
+    """A generator that was trained before."""
+
+    recipe: str | None = None
+    """Recipe of the masked language model that is pretrained first, in the run's folder `generator`, if none is given
+    with `--init-from`: a shipped name, or a file. It must have the generator's sizes."""
+
+
 class GeneratorSection(GeneratorSizeSection):
     """A generator that is trained."""
 
@@ -345,7 +353,12 @@ class Recipe(Section):
 
     @property
     def required_weights(self) -> str | None:
-        """A network whose weights must be given to a new run with --init-from, such as `generator`."""
+        """A network whose weights a new run needs, from --init-from or from `first_recipe`, such as `generator`."""
+        return None
+
+    @property
+    def first_recipe(self) -> str | None:
+        """The recipe of a run that comes first and makes `required_weights`, unless they are given."""
         return None
 
     @model_validator(mode="after")
@@ -492,12 +505,17 @@ class FastElectraRecipe(JointRecipe):
     """The recipe of the objective `fast-electra`; `generator` has the sizes of the frozen auxiliary model."""
 
     METRICS: ClassVar[tuple[str, ...]] = DISCRIMINATOR_METRICS
+    generator: FrozenGeneratorSection
     discriminator: StartedDiscriminatorSection
     temperature: TemperatureSection = TemperatureSection()
 
     @property
     def required_weights(self) -> str | None:
         return "generator"
+
+    @property
+    def first_recipe(self) -> str | None:
+        return self.generator.recipe
 
     @model_validator(mode="after")
     def _equal_sizes_to_start_from_the_generator(self) -> FastElectraRecipe:
@@ -524,10 +542,15 @@ class FastElectraOfflineRecipe(FastElectraRecipe):
     replacements."""
 
     METRICS = (*(name for name in DISCRIMINATOR_METRICS if name not in GENERATOR_METRICS), "replaced_share")
+    generator: GeneratorSizeSection  # type: ignore[assignment]
 
     @property
     def required_weights(self) -> str | None:
         return None if self.discriminator.starts_from == "random" else "generator"
+
+    @property
+    def first_recipe(self) -> str | None:
+        return None
 
 
 def joint_recipe(recipe: Recipe) -> JointRecipe:
@@ -813,6 +836,32 @@ def load_recipe(source: RecipeSource, overrides: Sequence[str] | Mapping[str, An
         if text.startswith("objective="):
             values = for_objective(values, parse_value(text.partition("=")[2]))
     return validate_recipe(apply_overrides(values, texts, recipe_type(values).dotted_keys()), shown_source(source))
+
+
+def check_first_recipe(recipe: Recipe) -> None:
+    """Raise ConfigError if the recipe of the run that comes first does not make the generator that a recipe needs."""
+    if recipe.first_recipe is None:
+        return
+    assert isinstance(recipe, JointRecipe)
+    first = load_recipe(recipe.first_recipe)
+    if not isinstance(first, MlmRecipe):
+        raise ConfigError(
+            f"generator.recipe must be the recipe of a masked language model, but {recipe.first_recipe} has the "
+            f"objective {first.objective}."
+        )
+    wanted = {**recipe.generator_sizes._asdict(), "embedding_size": recipe.model.embedding_size}
+    differing = [
+        f"{name} {getattr(first.model, name)}, not {size}"
+        for name, size in wanted.items()
+        if getattr(first.model, name) != size
+    ]
+    if first.tokenizer != recipe.tokenizer:
+        differing.append("another tokenizer")
+    if differing:
+        raise ConfigError(
+            f"generator.recipe: {recipe.first_recipe} does not make the generator of {recipe.name}. It has "
+            f"{'; '.join(differing)}."
+        )
 
 
 def given_options(kind: type[OptionsT], options: OptionsT | None, given: Mapping[str, Any]) -> OptionsT:

@@ -205,6 +205,9 @@ class RunDirectory:
         """Mark the run for job scripts, since some launchers do not pass on the exit status."""
         _write(self.path / "requeue", reason + "\n")
 
+    def is_to_be_requeued(self) -> bool:
+        return (self.path / "requeue").exists()
+
     def clear_status(self) -> None:
         """Remove the status and the marker, because the run continues."""
         for name in (_STATUS, _OLD_STATUS, "requeue"):

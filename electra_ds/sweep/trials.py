@@ -15,7 +15,7 @@ from typing import Any
 
 from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
-from electra_ds.config.recipe import Recipe, as_overrides, load_recipe
+from electra_ds.config.recipe import Recipe, as_overrides, check_first_recipe, load_recipe
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.sweep.options import (
     HOW,
@@ -38,7 +38,7 @@ Relocate = Callable[[str, Mapping[str, Value]], dict[str, Value]]
 
 
 _YOUNGER_THAN_KEYS = {
-    "generator": ("intermediate_size", "learning_rate", "beta1", "beta2", "total_steps", "max_grad_norm")
+    "generator": ("intermediate_size", "learning_rate", "beta1", "beta2", "total_steps", "max_grad_norm", "recipe")
 }
 """Recipe keys that did not exist when trials got their keys. They are left out while they are null, so that the folders
 of sweeps that were run before are still found."""
@@ -278,10 +278,15 @@ class _Cell:
         except ConfigError as error:
             return None, problems + self._recipe_problems(error)
         if check and isinstance(recipe, Recipe) and recipe.required_weights and not options.get("init_from"):
-            problems.append(
-                f"{self._place('init_from')}: is missing; the objective {recipe.objective} needs a trained "
-                f"{recipe.required_weights}, as a run, a folder, or a name on the Hub"
-            )
+            if recipe.first_recipe is None:
+                problems.append(
+                    f"{self._place('init_from')}: is missing; the objective {recipe.objective} needs a trained "
+                    f"{recipe.required_weights}, as a run, a folder, or a name on the Hub"
+                )
+            try:
+                check_first_recipe(recipe)
+            except ConfigError as error:
+                problems.append(f"{self._place('generator.recipe')}: {error}")
         if recipe is None or problems:
             return None, problems
         trial = Trial(self._name, self._picked, options, self._settings, seed, recipe)

@@ -421,7 +421,8 @@ def _resume(
                 f"--stop-at to train to the end."
             )
     engine.optimizer.load(checkpoint.tensors, checkpoint.state["optimizer"])
-    _log.info("Resuming from %s, step %d.", path, step)
+    if step > 0:  # the checkpoint of step 0 has the weights that the run was given
+        _log.info("Resuming from %s, step %d.", path, step)
     return step, tokens
 
 

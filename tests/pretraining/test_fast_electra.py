@@ -6,20 +6,26 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+import electra_ds
+from electra_ds import Callback, Run
 from electra_ds.cli import main
-from electra_ds.config.recipe import FastElectraRecipe, load_recipe
+from electra_ds.config.recipe import FastElectraRecipe, load_recipe, recipe_yaml
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.keyed_random import hash64
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.pretraining.evaluation import held_out_batch, load_trained
 from electra_ds.pretraining.masked_batch import MaskedBatch
+from electra_ds.sweep.sweep_file import as_spec
+from electra_ds.sweep.trials import expand
+from electra_ds.training.callbacks import Metrics, Progress
 from electra_ds.training.checkpoint import open_checkpoint
 from tests.helpers import SMALL, builder_for
 from tests.pretraining.test_pretrain import train_losses
@@ -183,6 +189,72 @@ def test_a_run_without_an_auxiliary_model_or_with_an_unfit_one_is_refused(
         fast_recipe("generator.intermediate_size=80", "discriminator.starts_from=generator")
     with pytest.raises(ConfigError, match=r"starts_from: generator needs generator\.num_attention_heads: 4"):
         fast_recipe("generator.num_attention_heads=2", "discriminator.starts_from=generator")
+
+
+class StopAt(Callback):
+    """Stop a run at a step, once."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.started = 0
+        """The number of runs that have begun."""
+
+    def on_start(self, progress: Progress) -> None:
+        self.started += 1
+
+    def on_step(self, progress: Progress, step: int, metrics: Metrics) -> None:
+        if step == self.step:
+            self.step = 0
+            progress.stop("that is enough")
+
+
+def test_a_generator_that_the_recipe_names_is_pretrained_first_as_if_by_a_command_of_its_own(
+    store: TokenStore, tmp_path: Path, process_group: Ranks
+) -> None:
+    """Stopped in the middle of it and resumed, twice."""
+    of_generator, name = tmp_path / "cloze.yaml", "tiny-fast-electra"
+    of_generator.write_text(recipe_yaml(load_recipe("tiny-mlm", [*SHARED, *STEPS])))
+    how = ("--seed", "3")
+    lm = pretrain(store, tmp_path / "lm", str(of_generator), [], *how)
+    apart = pretrain(store, tmp_path / "apart", name, FAST, *how, "--init-from", str(lm))
+    one, named = tmp_path / "one", [*FAST, f"generator.recipe={of_generator}"]
+    first, second = StopAt(11), StopAt(13)
+    common = {"threads": 1, "log_every": 5, "eval_every": 15, "save_every": 10, "eval_windows": 16, "quiet": True}
+    stopped = electra_ds.pretrain(
+        name, data=store.path, ds_config=apart / "deepspeed.json", run_dir=one, overrides=[*named, *STEPS], seed=3,
+        callbacks=[first], **common,
+    )  # fmt: skip
+    assert (stopped.status, Run(one / "generator").status, first.started) == ("stopped", "stopped", 1)
+    assert stopped.resume(callbacks=[second], quiet=True).status == "stopped"
+    assert (Run(one / "generator").status, second.started) == ("done", 2)
+    assert stopped.resume(quiet=True).status == "done"
+    for ours, theirs in ((one / "generator", lm), (one, apart)):
+        tensors, others = latest(ours), latest(theirs)
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[each], others[each]) for each in tensors)
+    assert train_losses(one) == train_losses(apart)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "told"),
+    [
+        ("tiny-mlm", {"model.hidden_size": 128}, "does not make the generator of .* It has hidden_size 64, not 128"),
+        ("tiny-mlm", {"tokenizer.vocab_size": 999}, "It has another tokenizer"),
+        ("tiny", {}, "must be the recipe of a masked language model, but tiny has the objective electra"),
+        ("tiny-mml", {}, "There is no recipe 'tiny-mml'"),
+    ],
+)
+def test_a_recipe_that_does_not_make_the_generator_is_refused_before_anything_runs(
+    store: TokenStore, tmp_path: Path, process_group: Ranks, recipe: str, changes: dict[str, Any], told: str
+) -> None:
+    changes |= {"generator.recipe": recipe}
+    with pytest.raises(ConfigError, match=told):
+        electra_ds.pretrain(
+            "tiny-fast-electra", data=store.path, run_dir=tmp_path / "run", overrides=changes, quiet=True
+        )
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=rf"generator\.recipe: .*{told}"):
+        expand(as_spec({"name": "x", "pretrain": {"recipe": "tiny-fast-electra", "set": changes}}))
 
 
 def test_the_generator_of_an_electra_is_taken_without_its_discriminator(
