@@ -103,6 +103,10 @@ class Trial:
             "checkpoint": self.checkpoint,
             "pretraining": self.pretraining.digest if self.pretraining else None,
         }
+        if isinstance(self.recipe, Recipe) and self.recipe.first_recipe and not self.options.get("init_from"):
+            outcome["first"] = load_recipe(self.recipe.first_recipe).model_dump(
+                mode="json", exclude={"name", "description"}
+            )
         return hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()
 
     def arguments(self, threads: int) -> list[str]:
