@@ -109,6 +109,8 @@ class RunRecord(Record):
     settings: RunSettings
     initialised_from: list[str] = field(default_factory=list)
     """Folders or Hub names of the initial weights; empty for random ones."""
+    replacements_fingerprint: str | None = None
+    """The recorded replacements that the run reads, if its objective does."""
     kind: Literal["pretrain"] = "pretrain"
 
 

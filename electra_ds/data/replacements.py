@@ -8,6 +8,7 @@ place of each step's first token. `held-out-W.npy` has those of an evaluation on
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -61,6 +62,13 @@ class Replacements:
             raise DataError(f"{self.folder} has format {self.info.format}; this version reads {_FORMAT}.")
         self._open: tuple[int, np.ndarray, np.ndarray] | None = None
         """(first step, tokens, starts) of the stretch that was read last."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the recipe's values and of the tokens of an evaluation, which another model draws otherwise."""
+        digest = hashlib.sha256(json.dumps(asdict(self.info), sort_keys=True).encode())
+        digest.update(self.of_held_out(min(self.info.held_out)).tobytes())
+        return digest.hexdigest()[:16]
 
     def of_step(self, step: int) -> np.ndarray:
         """Return the drawn tokens of a step's selected positions. Raises DataError for a step that was not recorded."""

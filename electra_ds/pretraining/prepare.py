@@ -19,7 +19,7 @@ from electra_ds.config.recipe import GeneratorSection, JointRecipe, Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import RunRecord, RunSettings
 from electra_ds.core import devices
-from electra_ds.core.errors import ConfigError
+from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks
 from electra_ds.core.terminal import log_command
@@ -72,6 +72,7 @@ def prepare_new(
         store_fingerprint=store.info.fingerprint,
         parameters=objective.parameter_counts(),
         initialised_from=list(initialised_from),
+        replacements_fingerprint=_read_by(objective, store),
         **prepare.new_record(options, plan, default_settings(recipe.schedule.total_steps), run, ranks),
     )
     objective.check_store(store, record.settings.eval_windows)
@@ -92,9 +93,19 @@ def prepare_resume(options: PretrainOptions, plan: DeepSpeedPlan, run: RunDirect
     record = prepare.resumed_record(record, options, plan, run, ranks)
     store = recorded_store(record, run.path, options.data, remedy)
     record = replace(record, store=str(store.path.resolve()))
-    split = split_holdout(store.documents, recipe.data, recipe.seed)
-    objective_of(recipe, store.tokenizer).check_store(store, record.settings.eval_windows)
+    split, objective = split_holdout(store.documents, recipe.data, recipe.seed), objective_of(recipe, store.tokenizer)
+    objective.check_store(store, record.settings.eval_windows)
+    if record.replacements_fingerprint not in (None, _read_by(objective, store)):
+        raise DataError(
+            f"The replacements in {store.path} are not those that {run.path} was started on: another generator drew "
+            f"them. Put the original ones back, or {remedy}."
+        )
     return PretrainJob(run, recipe, plan, store, split, record, prepare.stop_at(options, recipe))
+
+
+def _read_by(objective: Objective[Any], store: TokenStore) -> str | None:
+    """Return the fingerprint of a store's replacements, if the objective reads them."""
+    return store.replacements.fingerprint if objective.reads_replacements and store.replacements else None
 
 
 def with_fitting_micro_batch(job: PretrainJob, options: PretrainOptions, ranks: Ranks) -> PretrainJob:

@@ -22,7 +22,7 @@ from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining import draw_replacements
 from electra_ds.pretraining.batches import objective_of
 from electra_ds.pretraining.evaluation import load_trained
-from tests.pretraining.test_fast_electra import FAST, STEPS, auxiliary, latest, pretrain  # noqa: F401  # a fixture
+from tests.pretraining.test_fast_electra import FAST, SHARED, STEPS, auxiliary, latest, pretrain  # noqa: F401  # a fixture
 from tests.pretraining.test_pretrain import train_losses
 
 DRAWN = {"eval_windows": 16, "threads": 1, "quiet": True, "overrides": [*FAST, *STEPS]}
@@ -154,6 +154,19 @@ def test_replacements_of_another_recipe_or_no_recipe_are_refused(
     with pytest.raises(ConfigError, match="Give the frozen generator"):
         electra_ds.corrupt_data(store, tmp_path / "x", recipe="tiny-fast-electra", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_resumed_with_the_replacements_of_another_generator(
+    store: TokenStore, auxiliary: Path, tmp_path: Path, process_group: Ranks
+) -> None:
+    drawn = draw(store, auxiliary, tmp_path / "drawn")
+    run = offline(drawn, tmp_path / "run", auxiliary, "--stop-at", "10")
+    electra_ds.pretrain("tiny-mlm", data=store.path, run_dir=tmp_path / "lm", overrides=[*SHARED, *STEPS], quiet=True,
+                        seed=7)  # fmt: skip
+    other = draw(store, tmp_path / "lm", tmp_path / "other")
+    with pytest.raises(DataError, match=r"are not those that .* was started on: another generator drew them"):
+        electra_ds.pretrain(resume=run, data=other.path, quiet=True)
+    assert electra_ds.pretrain(resume=run, data=drawn.path, quiet=True).status == "done"
 
 
 def test_the_command_says_how_to_train_on_what_it_drew(

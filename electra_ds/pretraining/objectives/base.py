@@ -143,6 +143,8 @@ class Objective(ABC, Generic[RecipeT]):
     """The metrics that a study's tables and plots show."""
     baselines: ClassVar[Mapping[str, str]] = {}
     """For a metric, the name of its baseline."""
+    reads_replacements: ClassVar[bool] = False
+    """True if it reads the recorded replacements of a token store."""
     encoder: ClassVar[str]
     """The name in `exports` of the network whose encoder is finetuned."""
 

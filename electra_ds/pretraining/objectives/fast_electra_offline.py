@@ -79,6 +79,7 @@ class FastElectraOfflineObjective(RtdObjective[FastElectraOfflineRecipe]):
 
     recipe_type = FastElectraOfflineRecipe
     trains_generator = False
+    reads_replacements = True
     metric_labels: ClassVar[Mapping[str, str]] = {
         name: label
         for name, label in RtdObjective.metric_labels.items()
