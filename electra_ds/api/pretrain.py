@@ -157,7 +157,7 @@ class PretrainStart(RunStart[PretrainOptions]):
                 self.plan = plan_resume(options, run, ranks)
                 self.recipe = run.read_recipe()
             check_clipping(self.recipe, self.plan)
-            if not self.options.init_from:
+            if self.is_new and not options.init_from:
                 check_first_recipe(self.recipe)
 
     def show(self) -> None:
@@ -170,6 +170,7 @@ class PretrainStart(RunStart[PretrainOptions]):
         if not isinstance(found, tuple):
             self._prepare(found, self._sources())
             announce(self._with_notes_on_weights())
+            self._show_first()
             return
         path, self.vocab_size = found
         self.plan = plan_with_fitting_micro_batch(self.plan, self.recipe, self.vocab_size, self.options, ranks)
@@ -179,6 +180,7 @@ class PretrainStart(RunStart[PretrainOptions]):
         threads = devices.set_threads(self.options.threads, ranks.launch)
         what = description_of(self.recipe, sizes, data, self._sources())
         prepare.announce(what, device, threads, self.plan, run)
+        self._show_first()
 
     def run_time(self) -> RunTime | None:
         size = self.vocab_size or self.recipe.tokenizer.vocab_size
@@ -242,6 +244,11 @@ class PretrainStart(RunStart[PretrainOptions]):
         """The folder of the run that makes the generator."""
         return self.run.path / "generator"
 
+    def _show_first(self) -> None:
+        if self.is_new and self.recipe.first_recipe and not self.options.init_from:
+            first = self.recipe.first_recipe
+            _log.info(f"The recipe {first} would first pretrain the generator, in {self._first_path}.")
+
     def _needs_a_run_first(self) -> bool:
         """Return whether a generator is to be pretrained, or one is that was interrupted, the same on all ranks."""
         has_begun, sources = any(self.run.checkpoints.glob("step-*")), self.job.record.initialised_from
@@ -260,14 +267,14 @@ class PretrainStart(RunStart[PretrainOptions]):
             self._stopped_with(first)
             message = f"{first.path} is saved. Resume it, and what comes after it, with:"
             raise InterruptedBySignalError(with_command(message, self._how_to_resume), error.signum) from None
+        is_done = ranks.broadcast(first.status() == "done")
         with ranks.fail_together():
-            if first.status() != "done":
+            if not is_done:
                 self._stopped_with(first)
                 log_command(_log, "To resume it, and what comes after it:", self._how_to_resume)
-                return False
-            if ranks.is_main:
+            elif ranks.is_main:
                 self.weights = self._weights_of([str(first.path)])
-        return True
+        return is_done
 
     @property
     def _how_to_resume(self) -> str:

@@ -27,6 +27,7 @@ from electra_ds.sweep.sweep_file import as_spec
 from electra_ds.sweep.trials import expand
 from electra_ds.training.callbacks import Metrics, Progress
 from electra_ds.training.checkpoint import open_checkpoint
+from tests import forks
 from tests.helpers import SMALL, builder_for
 from tests.pretraining.test_pretrain import train_losses
 
@@ -233,6 +234,21 @@ def test_a_generator_that_the_recipe_names_is_pretrained_first_as_if_by_a_comman
         assert tensors.keys() == others.keys()
         assert all(torch.equal(tensors[each], others[each]) for each in tensors)
     assert train_losses(one) == train_losses(apart)
+
+
+@pytest.mark.slow
+def test_two_ranks_pretrain_the_generator_first_and_begin_with_its_weights(store: TokenStore, tmp_path: Path) -> None:
+    of_generator, run = tmp_path / "cloze.yaml", tmp_path / "run"
+    of_generator.write_text(recipe_yaml(load_recipe("tiny-mlm", [*SHARED, *STEPS])))
+    done = forks.run(
+        "pretrain", "--recipe", "tiny-fast-electra", "--ds-config", "cpu", "--data", store.path, "--run-dir", run,
+        *SETTINGS, "--set", *FAST, *STEPS, f"generator.recipe={of_generator}", ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    name = "layers.0.output.weight"
+    made = load_trained(run / "generator").model.state_dict()[f"encoder.{name}"]
+    assert torch.equal(latest(run)[f"master/generator.{name}"], made)
+    assert (Run(run).status, Run(run / "generator").status) == ("done", "done")
 
 
 @pytest.mark.parametrize(
