@@ -21,7 +21,6 @@ from electra_ds.config.recipe import (
     FastElectraOfflineRecipe,
     Recipe,
     RecipeSource,
-    check_first_recipe,
     given_options,
     load_recipe,
 )
@@ -136,6 +135,8 @@ class PretrainStart(RunStart[PretrainOptions]):
         super().__init__(options)
         if self.is_new:
             self.recipe = load_recipe(options.recipe or default_recipe(), options.recipe_overrides())
+        self.first_recipe: Recipe | None = None
+        """The recipe of the run that makes a new run's generator."""
         self.weights: InitialWeights | None = None
         self.vocab_size: int | None = None
         """The tokenizer's vocabulary size, once known."""
@@ -158,7 +159,7 @@ class PretrainStart(RunStart[PretrainOptions]):
                 self.recipe = run.read_recipe()
             check_clipping(self.recipe, self.plan)
             if self.is_new and not options.init_from:
-                check_first_recipe(self.recipe)
+                self.first_recipe = self.recipe.first_recipe()
 
     def show(self) -> None:
         run, ranks = self.run, self.ranks
@@ -245,9 +246,9 @@ class PretrainStart(RunStart[PretrainOptions]):
         return self.run.path / "generator"
 
     def _show_first(self) -> None:
-        if self.is_new and self.recipe.first_recipe and not self.options.init_from:
-            first = self.recipe.first_recipe
-            _log.info(f"The recipe {first} would first pretrain the generator, in {self._first_path}.")
+        if self.is_new and self.first_recipe is not None:
+            name, steps = self.first_recipe.name, self.first_recipe.schedule.total_steps
+            _log.info(f"The recipe {name} would first pretrain the generator, {steps:,} steps, in {self._first_path}.")
 
     def _needs_a_run_first(self) -> bool:
         """Return whether a generator is to be pretrained, or one is that was interrupted, the same on all ranks."""
@@ -260,7 +261,7 @@ class PretrainStart(RunStart[PretrainOptions]):
         with ranks.fail_together():
             if ranks.is_main:
                 run.write_record(self.recipe, self.plan, self.job.record)
-        _log.info(f"First, the recipe {self.recipe.first_recipe} pretrains the generator, in {first.path}.")
+        _log.info(f"First, the generator is pretrained, in {first.path}.")
         try:
             run_first(PretrainStart(self._first_options(time_limit_s)))
         except InterruptedBySignalError as error:
@@ -285,10 +286,10 @@ class PretrainStart(RunStart[PretrainOptions]):
         ours = {name: getattr(self.options, name) for name in _OF_BOTH_RUNS} | {"time_limit": time_limit_s}
         if RunDirectory(self._first_path).exists():
             return PretrainOptions(resume=self._first_path, **ours)
-        recipe, seed = self.recipe.first_recipe, [f"seed={self.recipe.seed}"]
+        recipe, data = self.recipe.first_recipe(), self.job.store.path
+        assert recipe is not None
         ours["ds_config"] = self.options.ds_config if self.is_new else str(self.run.path / "deepspeed.json")
-        data = self.job.store.path
-        return PretrainOptions(recipe=recipe, overrides=seed, data=data, run_dir=self._first_path, **ours)
+        return PretrainOptions(recipe=recipe.model_dump(), data=data, run_dir=self._first_path, **ours)
 
     def _stopped_with(self, first: RunDirectory) -> None:
         """Give this run the status of the stopped one that it waits for."""
@@ -304,7 +305,7 @@ class PretrainStart(RunStart[PretrainOptions]):
         """Read the initial weights, whose tokenizer is the default one; return a function that checks a tokenizer."""
         if not self.options.init_from:
             required = self.recipe.required_weights
-            if required is not None and self.recipe.first_recipe is None:
+            if required is not None and self.first_recipe is None:
                 is_offline = isinstance(self.recipe, FastElectraOfflineRecipe)
                 other = ", or set discriminator.starts_from=random" if is_offline else ""
                 raise ConfigError(
@@ -325,7 +326,7 @@ class PretrainStart(RunStart[PretrainOptions]):
     def _sources(self) -> Sequence[str]:
         if self.weights is not None:
             return self.weights.names
-        return () if self.recipe.first_recipe is None else [str(self._first_path.resolve())]
+        return () if self.first_recipe is None else [str(self._first_path.resolve())]
 
     def _with_notes_on_weights(self) -> PretrainJob:
         job = self.job

@@ -205,7 +205,11 @@ def full_text(name: str) -> str:
     if "schedule.warmup_share" in given:
         given.add("schedule.warmup_steps")  # computed from warmup_share
     complete = dotted_values(validate_recipe(values, name, kind).model_dump())
-    rest = ["#   " + values_yaml({key: value}).strip() for key, value in complete if key not in given]
+    rest = [
+        "#   " + values_yaml({key: value}).strip()
+        for key, value in complete
+        if key not in given and not key.startswith("generator.recipe.")  # the values of the recipe that it names
+    ]
     return shipped_text(folder, name).rstrip() + "\n" + "\n".join(["# Left at their defaults:", *rest]) + "\n"
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator, model_validator
 from typing_extensions import TypeVar
 
 from electra_ds.config.names import RECIPES, find_objective, shipped_names, shipped_text
@@ -165,9 +165,16 @@ class GeneratorSizeSection(Section):
 class FrozenGeneratorSection(GeneratorSizeSection):
     """A generator that was trained before."""
 
-    recipe: str | None = None
+    recipe: dict[str, Any] | None = None
     """Recipe of the masked language model that is pretrained first, in the run's folder `generator`, if none is given
-    with `--init-from`: a shipped name, or a file. It must have the generator's sizes."""
+    with `--init-from`: a shipped name, a file, or values such as `{extends: tiny-mlm, schedule: {total_steps: 4000}}`.
+    Seed, tokenizer, data and sizes are those of this recipe."""
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _is_complete(cls, source: Any) -> Any:
+        """Replace a name or a file by its values, so that a run's recipe depends on no other file."""
+        return named_values(source) if isinstance(source, str | Mapping) else source
 
 
 class GeneratorSection(GeneratorSizeSection):
@@ -356,9 +363,8 @@ class Recipe(Section):
         """A network whose weights a new run needs, from --init-from or from `first_recipe`, such as `generator`."""
         return None
 
-    @property
-    def first_recipe(self) -> str | None:
-        """The recipe of a run that comes first and makes `required_weights`, unless they are given."""
+    def first_recipe(self) -> Recipe | None:
+        """Return the recipe of a run that comes first and makes `required_weights`, unless they are given."""
         return None
 
     @model_validator(mode="after")
@@ -513,9 +519,20 @@ class FastElectraRecipe(JointRecipe):
     def required_weights(self) -> str | None:
         return "generator"
 
-    @property
-    def first_recipe(self) -> str | None:
-        return self.generator.recipe
+    def first_recipe(self) -> MlmRecipe | None:
+        """Return the recipe of the generator's own run. Raises ConfigError if it is none, or of another objective."""
+        if self.generator.recipe is None:
+            return None
+        values = load_recipe(self.generator.recipe).model_dump()
+        values |= {"seed": self.seed, "tokenizer": self.tokenizer.model_dump(), "data": self.data.model_dump()}
+        values["model"] = self.model.model_dump() | self.generator_sizes._asdict()
+        first = validate_recipe(values, f"{values['name']}, as the generator of {self.name},")
+        if not isinstance(first, MlmRecipe):
+            raise ConfigError(
+                f"generator.recipe must be the recipe of a masked language model, but {first.name} has the objective "
+                f"{first.objective}."
+            )
+        return first
 
     @model_validator(mode="after")
     def _equal_sizes_to_start_from_the_generator(self) -> FastElectraRecipe:
@@ -548,8 +565,7 @@ class FastElectraOfflineRecipe(FastElectraRecipe):
     def required_weights(self) -> str | None:
         return None if self.discriminator.starts_from == "random" else "generator"
 
-    @property
-    def first_recipe(self) -> str | None:
+    def first_recipe(self) -> None:
         return None
 
 
@@ -836,32 +852,6 @@ def load_recipe(source: RecipeSource, overrides: Sequence[str] | Mapping[str, An
         if text.startswith("objective="):
             values = for_objective(values, parse_value(text.partition("=")[2]))
     return validate_recipe(apply_overrides(values, texts, recipe_type(values).dotted_keys()), shown_source(source))
-
-
-def check_first_recipe(recipe: Recipe) -> None:
-    """Raise ConfigError if the recipe of the run that comes first does not make the generator that a recipe needs."""
-    if recipe.first_recipe is None:
-        return
-    assert isinstance(recipe, JointRecipe)
-    first = load_recipe(recipe.first_recipe)
-    if not isinstance(first, MlmRecipe):
-        raise ConfigError(
-            f"generator.recipe must be the recipe of a masked language model, but {recipe.first_recipe} has the "
-            f"objective {first.objective}."
-        )
-    wanted = {**recipe.generator_sizes._asdict(), "embedding_size": recipe.model.embedding_size}
-    differing = [
-        f"{name} {getattr(first.model, name)}, not {size}"
-        for name, size in wanted.items()
-        if getattr(first.model, name) != size
-    ]
-    if first.tokenizer != recipe.tokenizer:
-        differing.append("another tokenizer")
-    if differing:
-        raise ConfigError(
-            f"generator.recipe: {recipe.first_recipe} does not make the generator of {recipe.name}. It has "
-            f"{'; '.join(differing)}."
-        )
 
 
 def given_options(kind: type[OptionsT], options: OptionsT | None, given: Mapping[str, Any]) -> OptionsT:

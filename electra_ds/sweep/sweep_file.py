@@ -42,6 +42,8 @@ from electra_ds.sweep.spec import (
 _MOST_PROBLEMS = 10
 _MESSAGES = {"missing": "is missing", "too_short": "is empty", "list_type": "must be a list, in brackets"}
 """Messages that replace pydantic's."""
+_MAPPINGS = ("generator.recipe",)
+"""Recipe keys whose value is a mapping."""
 _STAGE_KEYS = {"pretrain": PretrainStage.model_fields, "finetune": Stage.model_fields}
 _KEYS = [key for section in (SweepSpec, Search, Metric, Scheduler, Resources) for key in section.model_fields]
 
@@ -241,7 +243,7 @@ def _value_problem(stage: str, place: str, key: str, value: Any, given: Mapping[
         if key in _mapping(given.get("set")) or given.get(key) is not None:
             return f"is listed {'next to space' if key in given else 'under set'} too; leave one out"
         values = [each for drawn in _mapping(value).values() if isinstance(drawn, list) for each in drawn]
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and key not in _MAPPINGS:
         return f"takes one value, not {value}; to vary it, write it under space"
     elif place.startswith("variants") and key in _mapping(given.get("space")):
         return "is listed under space too; leave one out"

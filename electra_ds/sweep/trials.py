@@ -15,7 +15,7 @@ from typing import Any
 
 from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
-from electra_ds.config.recipe import Recipe, as_overrides, check_first_recipe, load_recipe
+from electra_ds.config.recipe import Recipe, as_overrides, load_recipe
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.sweep.options import (
     HOW,
@@ -103,10 +103,6 @@ class Trial:
             "checkpoint": self.checkpoint,
             "pretraining": self.pretraining.digest if self.pretraining else None,
         }
-        if isinstance(self.recipe, Recipe) and self.recipe.first_recipe and not self.options.get("init_from"):
-            outcome["first"] = load_recipe(self.recipe.first_recipe).model_dump(
-                mode="json", exclude={"name", "description"}
-            )
         return hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()
 
     def arguments(self, threads: int) -> list[str]:
@@ -282,15 +278,16 @@ class _Cell:
         except ConfigError as error:
             return None, problems + self._recipe_problems(error)
         if check and isinstance(recipe, Recipe) and recipe.required_weights and not options.get("init_from"):
-            if recipe.first_recipe is None:
-                problems.append(
-                    f"{self._place('init_from')}: is missing; the objective {recipe.objective} needs a trained "
-                    f"{recipe.required_weights}, as a run, a folder, or a name on the Hub"
-                )
             try:
-                check_first_recipe(recipe)
+                first = recipe.first_recipe()
             except ConfigError as error:
                 problems.append(f"{self._place('generator.recipe')}: {error}")
+            else:
+                if first is None:
+                    problems.append(
+                        f"{self._place('init_from')}: is missing; the objective {recipe.objective} needs a trained "
+                        f"{recipe.required_weights}, as a run, a folder, or a name on the Hub"
+                    )
         if recipe is None or problems:
             return None, problems
         trial = Trial(self._name, self._picked, options, self._settings, seed, recipe)

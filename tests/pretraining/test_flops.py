@@ -14,7 +14,10 @@ from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.pretraining.convert import transformers_config
 from electra_ds.pretraining.electra import Electra, encoder_configs
 from electra_ds.pretraining.masked_batch import MicroBatch
+from electra_ds.pretraining.objectives.base import Objective
 from electra_ds.pretraining.run_time import StepFlops, step_flops
+from electra_ds.sweep.sweep_file import load_sweep
+from electra_ds.sweep.trials import expand
 from tests.helpers import shape_of, small_recipe
 
 VOCABULARY = 403
@@ -169,3 +172,23 @@ def test_half_precision_is_as_fast_as_the_card_is() -> None:
         assert (card.fp16_tflops is None) == (card.capability < (7, 0))
         for name in ("fp16", "bf16"):
             assert peak_flops(card, f"autocast-{name}") == peak_flops(card, name)
+
+
+def test_the_shipped_comparison_of_objectives_gives_each_the_same_compute() -> None:
+    """A frozen generator's own training included, and half of all compute."""
+    found = {}
+    for trial in expand(load_sweep("objectives")):
+        recipe = trial.recipe
+        if not isinstance(recipe, Recipe):
+            continue
+        own = [_total_flops(each) for each in (recipe, recipe.first_recipe()) if each is not None]
+        found[trial.values["variant"]] = sum(own)
+        assert len(own) == 1 or own[1] == pytest.approx(sum(own) / 2, rel=1e-3)
+    assert len(found) == 8
+    assert [*found.values()] == pytest.approx([found["mlm"]] * 8, rel=1e-3)
+
+
+def _total_flops(recipe: Recipe) -> float:
+    a_step = Objective.of(recipe, recipe.tokenizer.vocab_size).usual_flops()
+    assert a_step is not None
+    return a_step * recipe.schedule.total_steps
