@@ -1,9 +1,10 @@
-"""Held-out metrics of a run, on all held-out text and without what also stands in the training text.
+"""Held-out metrics of a run, on all held-out text and on the part of it that does not occur in the training text.
 
     python -m benchmarks.overlap RUN [--windows 4096] [--tokens 16]
 
-Text repeats itself, documentation most of all, and a stretch that a model has been trained on flatters its metrics.
-Held-out tokens inside a stretch of `--tokens` that also occurs in the training text are left out of the second figures.
+Text repeats itself, documentation most of all, and metrics on text that a model has been trained on are too good. The
+second figures leave out held-out tokens in any stretch of `--tokens` tokens that also occurs in the training text, and
+what remains in pieces shorter than a row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.ranks import join_ranks
-from electra_ds.data.token_store import Ranges, Split, TokenStore, split_holdout
+from electra_ds.data.token_store import Ranges, Split, TokenStore, recorded_store, split_holdout
 from electra_ds.pretraining.evaluation import Evaluator, load_trained
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -33,9 +34,9 @@ def hashes(tokens: np.ndarray, length: int) -> np.ndarray:
 
 
 def without_repeated(store: TokenStore, split: Split, length: int, shortest: int) -> tuple[Ranges, float]:
-    """Return the held-out ranges without stretches of the training text, and their share of the held-out tokens.
+    """Return the held-out ranges outside stretches of the training text, and the share of held-out tokens there.
 
-    length: of a stretch, in tokens. shortest: the length of the shortest range to keep.
+    length: of a stretch, in tokens. shortest: the length of the shortest range to return; the share counts all.
     """
     tokens = np.asarray(store.tokens)
     is_held = np.zeros(len(tokens) + 1, dtype=np.int64)
@@ -62,14 +63,21 @@ def without_repeated(store: TokenStore, split: Split, length: int, shortest: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
+    parser.add_argument("--data", type=Path, metavar="STORE", help="the run's token store, if it has moved")
     parser.add_argument("--windows", type=int, default=4096, metavar="N", help="held-out sequences (default: 4096)")
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="length of a stretch (default: 16)")
     arguments = parser.parse_args()
     record, trained = RunDirectory(arguments.run).read_record(), load_trained(arguments.run)
-    store, recipe = TokenStore(Path(record.store)), trained.recipe
+    store = recorded_store(record, arguments.run, arguments.data, "give its new location with --data")
+    recipe = trained.recipe
     split = split_holdout(store.documents, recipe.data, recipe.seed)
     clean, share = without_repeated(store, split, arguments.tokens, recipe.data.sequence_length)
-    print(f"{share:.1%} of the held-out tokens are in no stretch of {arguments.tokens} that the training text has")
+    if not len(clean.starts):
+        parser.exit(1, "No row of held-out text is left: the training text has all of it.\n")
+    print(
+        f"{share:.1%} of the held-out tokens are outside every stretch of {arguments.tokens} tokens that also occurs "
+        f"in the training text"
+    )
     with join_ranks() as ranks:
         for name, held in (("all held-out text", split.holdout), ("without repeated stretches", clean)):
             evaluate = Evaluator(store, split._replace(holdout=held), recipe, arguments.windows, ranks)

@@ -239,7 +239,8 @@ def type_of(field: FieldInfo) -> str:
         text = ", ".join(f"`{value}`" for value in get_args(kind))
     else:
         names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
-        text = names.get(kind, "list of numbers")  # type: ignore[arg-type]
+        is_mapping = get_origin(kind) is dict
+        text = "name, file or mapping" if is_mapping else names.get(kind, "list of numbers")  # type: ignore[arg-type]
     limits = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
     for bound in field.metadata:
         if type(bound) in limits:

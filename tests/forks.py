@@ -192,7 +192,7 @@ def _command(
 
 
 class _Trial:
-    """A forked trial, with what a sweep asks of the process that it would have started."""
+    """A forked trial, with the methods of `Popen` that a sweep uses."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid

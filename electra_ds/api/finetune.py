@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from electra_ds.api.launch import RunStart, launch
+from electra_ds.api.launch import RunFirst, RunStart, launch
 from electra_ds.api.run import Run
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, load_finetune_recipe
 from electra_ds.config.options import FinetuneOptions
@@ -172,7 +172,7 @@ class FinetuneStart(RunStart[FinetuneOptions]):
     def stop_at(self) -> int:
         return self.job.stop_at
 
-    def train(self, time_limit_s: float | None, run_first: Callable[[RunStart[Any]], Run]) -> bool:
+    def train(self, time_limit_s: float | None, run_first: RunFirst) -> bool:
         announce(self.job)
         return train(self.job, self.ranks, time_limit_s, self.callbacks)
 

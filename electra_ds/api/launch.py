@@ -36,6 +36,9 @@ _PLAIN_LINE_EVERY_S = 15.0
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
 
 
+RunFirst = Callable[["RunStart[Any]", Callback], Run]
+
+
 class RunStart(ABC, Generic[OptionsT]):
     """One start of a run. All ranks call its methods, in the order in which they are defined here."""
 
@@ -84,10 +87,11 @@ class RunStart(ABC, Generic[OptionsT]):
         """Build the data that the run reads."""
 
     @abstractmethod
-    def train(self, time_limit_s: float | None, run_first: Callable[[RunStart[Any]], Run]) -> bool:
+    def train(self, time_limit_s: float | None, run_first: RunFirst) -> bool:
         """Announce the run and train in the locked run directory; return False if it stopped before `stop_at`.
 
-        run_first: runs another start to its end, for a run that needs the result of another.
+        run_first: launches another run, with one more callback, and returns when it has ended or stopped, for a run
+        that needs its result.
         """
 
     @abstractmethod
@@ -103,13 +107,19 @@ def launch(start: RunStart[Any], *, quiet: bool, callbacks: Sequence[Callback]) 
     Raises InterruptedBySignalError after a signal, once a checkpoint is saved, and the package's other errors.
     """
     check_callbacks(callbacks)
+    began = time.monotonic()
     with join_ranks() as ranks, display(quiet or not ranks.is_main) as console:
-        return run_to_end(start, ranks, console, callbacks)
+        return run_to_end(start, ranks, console, callbacks, began)
 
 
-def run_to_end(start: RunStart[Any], ranks: Ranks, console: Console, callbacks: Sequence[Callback]) -> Run:
-    """Do what `launch` does, with ranks that have joined and a console that shows the log."""
-    began, options = time.monotonic(), start.options
+def run_to_end(
+    start: RunStart[Any], ranks: Ranks, console: Console, callbacks: Sequence[Callback], began: float
+) -> Run:
+    """Do what `launch` does, for ranks that have already joined and a console that already shows the log.
+
+    began: when the time limit began to count, by `time.monotonic`.
+    """
+    options = start.options
     with contextlib.ExitStack() as held:
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
         start.run, start.ranks, start.show_progress = run, ranks, partial(StageProgress, console)
@@ -127,7 +137,11 @@ def run_to_end(start: RunStart[Any], ranks: Ranks, console: Console, callbacks: 
         start.build()
         prepare.lock_run(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
-        if start.train(limit, lambda first: run_to_end(first, ranks, console, callbacks)) and ranks.is_main:
+
+        def run_first(first: RunStart[Any], callback: Callback) -> Run:
+            return run_to_end(first, ranks, console, [callback, *callbacks], time.monotonic())
+
+        if start.train(limit, run_first) and ranks.is_main:
             start.say_end()
             if run.status() == "stopped":
                 total = start.job.total_steps

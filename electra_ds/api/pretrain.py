@@ -11,25 +11,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from electra_ds.api.launch import RunStart, launch
+from electra_ds.api.launch import RunFirst, RunStart, launch
 from electra_ds.api.run import Run
 from electra_ds.api.stores import find_store, open_or_build_store
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.recipe import (
-    FastElectraOfflineRecipe,
-    Recipe,
-    RecipeSource,
-    given_options,
-    load_recipe,
-)
+from electra_ds.config.recipe import FastElectraOfflineRecipe, Recipe, RecipeSource, given_options, load_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError, InterruptedBySignalError
 from electra_ds.core.launcher import detect
 from electra_ds.core.program import command
-from electra_ds.core.terminal import log_command, with_command
 from electra_ds.data.token_store import TokenStore
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.pretraining.objectives.base import Objective
@@ -48,17 +41,18 @@ from electra_ds.pretraining.pretrain import PretrainJob
 from electra_ds.pretraining.pretrain import pretrain as train
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
-from electra_ds.training.callbacks import Callback
+from electra_ds.training.callbacks import Callback, Progress
+from electra_ds.training.checkpoint import CheckpointFolder
 
 if TYPE_CHECKING:
     from electra_ds.interop.init_from import InitialWeights
 
 _log = logging.getLogger(__name__)
 _OF_BOTH_RUNS = (
-    "micro_batch", "threads", "log_every", "eval_every", "save_every", "keep", "eval_windows", "compile", "yes",
-    "wandb", "wandb_project", "wandb_entity", "wandb_group", "tensorboard",
+    "ds_config", "micro_batch", "threads", "log_every", "eval_every", "save_every", "keep", "eval_windows", "compile",
+    "yes", "wandb", "wandb_project", "wandb_entity", "wandb_group", "tensorboard",
 )  # fmt: skip
-"""Options that also hold for the run that makes a generator."""
+"""Options that the generator's run takes over from this run."""
 
 
 def pretrain(
@@ -160,6 +154,8 @@ class PretrainStart(RunStart[PretrainOptions]):
             check_clipping(self.recipe, self.plan)
             if self.is_new and not options.init_from:
                 self.first_recipe = self.recipe.first_recipe()
+            if self.first_recipe is not None:
+                prepare.plan_for(options, self.first_recipe, ranks)  # raises an error if the JSON does not fit it
 
     def show(self) -> None:
         run, ranks = self.run, self.ranks
@@ -186,8 +182,16 @@ class PretrainStart(RunStart[PretrainOptions]):
     def run_time(self) -> RunTime | None:
         size = self.vocab_size or self.recipe.tokenizer.vocab_size
         device, threads = devices.device(self.ranks.launch), self.options.threads
-        objective: Objective[Any] = Objective.of(self.recipe, size)
-        return objective.run_time(self.plan, device, steps=self.stop_at, threads=threads)
+
+        def time_of(recipe: Recipe, steps: int) -> RunTime | None:
+            objective: Objective[Any] = Objective.of(recipe, size)
+            return objective.run_time(self.plan, device, steps=steps, threads=threads)
+
+        found = time_of(self.recipe, self.stop_at)
+        if self.first_recipe is None or found is None:
+            return found
+        before = time_of(self.first_recipe, self.first_recipe.schedule.total_steps)
+        return None if before is None else before + found
 
     @property
     def stop_at(self) -> int:
@@ -206,7 +210,7 @@ class PretrainStart(RunStart[PretrainOptions]):
                 store = TokenStore(path)
         self._prepare(store, sources)
 
-    def train(self, time_limit_s: float | None, run_first: Callable[[RunStart[Any]], Run]) -> bool:
+    def train(self, time_limit_s: float | None, run_first: RunFirst) -> bool:
         if self._needs_a_run_first():
             began = time.monotonic()
             if not self._run_first(time_limit_s, run_first):
@@ -240,62 +244,64 @@ class PretrainStart(RunStart[PretrainOptions]):
 
     # --- the run that makes a generator
 
-    @property
-    def _first_path(self) -> Path:
-        """The folder of the run that makes the generator."""
-        return self.run.path / "generator"
-
     def _show_first(self) -> None:
-        if self.is_new and self.first_recipe is not None:
+        if self.first_recipe is not None:
             name, steps = self.first_recipe.name, self.first_recipe.schedule.total_steps
-            _log.info(f"The recipe {name} would first pretrain the generator, {steps:,} steps, in {self._first_path}.")
+            _log.info(f"This would first pretrain the generator for {steps:,} steps, with the recipe {name}.")
 
     def _needs_a_run_first(self) -> bool:
-        """Return whether a generator is to be pretrained, or one is that was interrupted, the same on all ranks."""
-        has_begun, sources = any(self.run.checkpoints.glob("step-*")), self.job.record.initialised_from
-        return self.ranks.broadcast(not has_begun and sources == [str(self._first_path.resolve())])
+        """Return whether the generator has yet to be pretrained, or its pretraining to be resumed; all ranks get the
+        same answer."""
+        run, sources = self.run, [Path(each) for each in self.job.record.initialised_from]
+        first = run.generator
+        is_ours = sources == [first.path.resolve()] or (
+            first.exists() and [each.name for each in sources] == [first.path.name]  # it was moved
+        )
+        has_begun = run.metrics.exists() or bool(CheckpointFolder(run.checkpoints, keep=1).paths())
+        return self.ranks.broadcast(is_ours and not has_begun)
 
-    def _run_first(self, time_limit_s: float | None, run_first: Callable[[RunStart[Any]], Run]) -> bool:
+    def _run_first(self, time_limit_s: float | None, run_first: RunFirst) -> bool:
         """Pretrain the generator and read its weights; return False if it was stopped before its end."""
-        ranks, run, first = self.ranks, self.run, RunDirectory(self._first_path)
+        ranks, run, first = self.ranks, self.run, self.run.generator
         with ranks.fail_together():
+            options = self._first_options(time_limit_s)
             if ranks.is_main:
-                run.write_record(self.recipe, self.plan, self.job.record)
-        _log.info(f"First, the generator is pretrained, in {first.path}.")
+                run.clear_status()
+        _log.info(f"Pretraining the generator first, in {first.path}.")
         try:
-            run_first(PretrainStart(self._first_options(time_limit_s)))
-        except InterruptedBySignalError as error:
-            self._stopped_with(first)
-            message = f"{first.path} is saved. Resume it, and what comes after it, with:"
-            raise InterruptedBySignalError(with_command(message, self._how_to_resume), error.signum) from None
+            run_first(PretrainStart(options), _RecordedWithGenerator(self.job))
+        except InterruptedBySignalError:
+            with ranks.fail_together():  # launchers kill the other ranks once one exits
+                self._end_with(first)
+            raise
+        except Exception:
+            self._end_with(first)
+            raise
         is_done = ranks.broadcast(first.status() == "done")
         with ranks.fail_together():
-            if not is_done:
-                self._stopped_with(first)
-                log_command(_log, "To resume it, and what comes after it:", self._how_to_resume)
-            elif ranks.is_main:
+            self._end_with(first)
+            if is_done and ranks.is_main:
                 self.weights = self._weights_of([str(first.path)])
         return is_done
 
-    @property
-    def _how_to_resume(self) -> str:
-        return f"{command('pretrain')} --resume {self.run.path}"
-
     def _first_options(self, time_limit_s: float | None) -> PretrainOptions:
-        """Return the options of the run that makes the generator: this run's, as far as they concern both."""
-        ours = {name: getattr(self.options, name) for name in _OF_BOTH_RUNS} | {"time_limit": time_limit_s}
-        if RunDirectory(self._first_path).exists():
-            return PretrainOptions(resume=self._first_path, **ours)
-        recipe, data = self.recipe.first_recipe(), self.job.store.path
-        assert recipe is not None
-        ours["ds_config"] = self.options.ds_config if self.is_new else str(self.run.path / "deepspeed.json")
-        return PretrainOptions(recipe=recipe.model_dump(), data=data, run_dir=self._first_path, **ours)
+        """Return the options of the generator's run; those in `_OF_BOTH_RUNS` are this run's."""
+        ours = {name: getattr(self.options, name) for name in _OF_BOTH_RUNS}
+        ours |= {"time_limit": time_limit_s, "data": self.job.store.path}
+        first, recipe = self.run.generator, self.first_recipe
+        if first.exists():
+            if recipe is not None and first.read_recipe() != recipe:
+                raise ConfigError(f"{first.path} holds a generator of another recipe. Choose another --run-dir.")
+            return PretrainOptions(resume=first.path, **ours)
+        assert recipe is not None  # this run is recorded after the generator's
+        return PretrainOptions(recipe=recipe.model_dump(), run_dir=first.path, **ours)
 
-    def _stopped_with(self, first: RunDirectory) -> None:
-        """Give this run the status of the stopped one that it waits for."""
-        if self.ranks.is_main:
-            reason = f"its generator in {first.path} is not finished"
-            self.run.write_status("stopped", step=0, reason=reason)
+    def _end_with(self, first: RunDirectory) -> None:
+        """Give this run the status of the generator's run if that has not reached its end."""
+        status = first.status() if self.ranks.is_main else None
+        if status in ("stopped", "failed") and self.run.exists():
+            reason = f"the pretraining of the generator in {first.path} has {status}"
+            self.run.write_status(status, step=0, reason=reason)
             if first.is_to_be_requeued():
                 self.run.mark_requeue(reason)
 
@@ -307,10 +313,10 @@ class PretrainStart(RunStart[PretrainOptions]):
             required = self.recipe.required_weights
             if required is not None and self.first_recipe is None:
                 is_offline = isinstance(self.recipe, FastElectraOfflineRecipe)
-                other = ", or set discriminator.starts_from=random" if is_offline else ""
+                other = "set discriminator.starts_from=random" if is_offline else "name its recipe as generator.recipe"
                 raise ConfigError(
                     f"The objective {self.recipe.objective} needs a trained {required}: give a masked language model "
-                    f"with --init-from, as a run, a folder, or a name on the Hub{other}."
+                    f"with --init-from, as a run, a folder, or a name on the Hub, or {other}."
                 )
             return None
         self.weights = self._weights_of(self.options.init_from)
@@ -326,7 +332,7 @@ class PretrainStart(RunStart[PretrainOptions]):
     def _sources(self) -> Sequence[str]:
         if self.weights is not None:
             return self.weights.names
-        return () if self.first_recipe is None else [str(self._first_path.resolve())]
+        return () if self.first_recipe is None else [str(self.run.generator.path.resolve())]
 
     def _with_notes_on_weights(self) -> PretrainJob:
         job = self.job
@@ -334,6 +340,17 @@ class PretrainStart(RunStart[PretrainOptions]):
             return job
         notes = (*job.plan.notes, *self.weights.notes(job.recipe, job.store.tokenizer))
         return replace(job, plan=replace(job.plan, notes=notes))
+
+
+class _RecordedWithGenerator(Callback):
+    """Records a run once that of its generator is recorded, so that either can be resumed by the outer one's folder."""
+
+    def __init__(self, job: PretrainJob) -> None:
+        self._job = job
+
+    def on_start(self, progress: Progress) -> None:
+        if not self._job.run.exists():
+            self._job.run.write_record(self._job.recipe, self._job.plan, self._job.record)
 
 
 def default_recipe() -> str:

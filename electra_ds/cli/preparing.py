@@ -208,7 +208,8 @@ def full_text(name: str) -> str:
     rest = [
         "#   " + values_yaml({key: value}).strip()
         for key, value in complete
-        if key not in given and not key.startswith("generator.recipe.")  # the values of the recipe that it names
+        if key not in given
+        and not key.startswith("generator.recipe.")  # these belong to the recipe that generator.recipe names
     ]
     return shipped_text(folder, name).rstrip() + "\n" + "\n".join(["# Left at their defaults:", *rest]) + "\n"
 

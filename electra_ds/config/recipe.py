@@ -163,12 +163,13 @@ class GeneratorSizeSection(Section):
 
 
 class FrozenGeneratorSection(GeneratorSizeSection):
-    """A generator that was trained before."""
+    """A frozen generator, which was trained before the discriminator."""
 
     recipe: dict[str, Any] | None = None
-    """Recipe of the masked language model that is pretrained first, in the run's folder `generator`, if none is given
-    with `--init-from`: a shipped name, a file, or values such as `{extends: tiny-mlm, schedule: {total_steps: 4000}}`.
-    Seed, tokenizer, data and sizes are those of this recipe."""
+    """Recipe of the generator, a masked language model that is pretrained first, in the folder `generator` of the run,
+    unless `--init-from` gives one. It is a shipped name, a file, or values such as `{extends: tiny-mlm, schedule:
+    {total_steps: 4000}}`. Its seed, tokenizer, data and model are replaced by those of the run, with the sizes of the
+    run's `generator` section."""
 
     @field_validator("recipe", mode="before")
     @classmethod
@@ -364,7 +365,7 @@ class Recipe(Section):
         return None
 
     def first_recipe(self) -> Recipe | None:
-        """Return the recipe of a run that comes first and makes `required_weights`, unless they are given."""
+        """Return the recipe of the run that first trains the `required_weights` if `--init-from` does not give them."""
         return None
 
     @model_validator(mode="after")
@@ -520,7 +521,10 @@ class FastElectraRecipe(JointRecipe):
         return "generator"
 
     def first_recipe(self) -> MlmRecipe | None:
-        """Return the recipe of the generator's own run. Raises ConfigError if it is none, or of another objective."""
+        """Return the recipe of the generator's own run, or None if `generator.recipe` is not set.
+
+        Raises ConfigError if that recipe is not valid, or has an objective other than `mlm`.
+        """
         if self.generator.recipe is None:
             return None
         values = load_recipe(self.generator.recipe).model_dump()
@@ -646,14 +650,17 @@ explicit epochs are not raised to `min_steps`."""
 
 
 def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Merge a recipe's raw mapping over the one it extends: sections are merged key by key, other values replaced."""
+    """Merge a recipe's raw mapping over the one it extends: sections are merged key by key, other values replaced.
+
+    A recipe within it, which is that of a generator, is a value.
+    """
     result = {key: value for key, value in base.items() if _INSTEAD.get(key) not in own}
     for key, value in own.items():
         below = result.get(key)
-        if not isinstance(value, dict) or below is None:
-            result[key] = value
-        elif isinstance(below, dict):  # if not, the recipe's validation says so
+        if isinstance(value, dict) and isinstance(below, dict) and key != "recipe":
             result[key] = merge(below, value)
+        else:
+            result[key] = value
     return result
 
 
@@ -674,13 +681,15 @@ def named_values(source: RecipeSource, folder: str = RECIPES, above: tuple[str, 
         name, values = _GIVEN, dict(source)
     else:
         name, values = str(source), _raw_values(str(source), folder, above)
+        generator = values.get("generator")
+        if isinstance(generator, dict) and isinstance(generator.get("recipe"), str):
+            values["generator"] = generator | {"recipe": _beside(name, generator["recipe"], folder)}
     base = values.pop("extends", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise ConfigError(f"Recipe {name}: extends takes the name or the path of one recipe, not {base!r}.")
-    if base not in shipped_names(folder):
-        base = str(Path(name).parent / base)
+    base = _beside(name, base, folder)
     above = (*above, name)
     files = {Path(each).resolve() for each in above if each not in shipped_names(folder)}
     if base in above or Path(base).resolve() in files:
@@ -690,6 +699,11 @@ def named_values(source: RecipeSource, folder: str = RECIPES, above: tuple[str, 
         inherited = for_objective(inherited, values["objective"])
     inherited = {key: value for key, value in inherited.items() if key not in ("name", "description")}
     return {"name": Path(name).stem} | merge(inherited, values)
+
+
+def _beside(name: str, other: str, folder: str) -> str:
+    """Return a recipe that another one names: one that is shipped, or the path of a file beside it."""
+    return other if other in shipped_names(folder) else str(Path(name).parent / other)
 
 
 def _raw_values(name_or_path: str, folder: str, above: tuple[str, ...]) -> dict[str, Any]:

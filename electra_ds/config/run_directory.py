@@ -7,6 +7,7 @@
       status.json       how the run ended: done, stopped, collapsed or failed
       requeue           exists after a signal or the time limit stopped the run, until it is resumed
       checkpoints/      see `training/checkpoint.py`; each has a copy of the record
+      generator/        the run that made the frozen generator, if the recipe has one for it
 
 The end of the module finds the inputs of a run that has moved.
 """
@@ -36,6 +37,7 @@ from electra_ds.core.program import command
 
 _PATIENCE_S = 10
 _CHECKPOINT = "step-" + 8 * "[0-9]"
+_GENERATOR = "generator"
 _STATUS, _OLD_STATUS = "status.json", "verdict.json"  # versions before 0.2 wrote the second
 _Parsed = TypeVar("_Parsed")
 _RecordT = TypeVar("_RecordT", bound=Record, default=RunRecord)
@@ -84,6 +86,23 @@ class RunDirectory:
             if is_new:
                 self.check_free()
             yield
+
+    @property
+    def generator(self) -> RunDirectory:
+        """The run that makes this one's generator, if its recipe names the generator's."""
+        return RunDirectory(self.path / _GENERATOR)
+
+    @property
+    def resumed(self) -> Path:
+        """The folder to name after --resume: of the run that waits for this generator, if there is one."""
+        outer = RunDirectory(self.path.parent)
+        return outer.path if self.path.name == _GENERATOR and outer.exists() else self.path
+
+    @property
+    def title(self) -> str:
+        """The folder's name, after that of the run that waits for it if it makes a generator."""
+        path = self.path.resolve()
+        return path.name if self.resumed == self.path else f"{path.parent.name}-{path.name}"
 
     def exists(self) -> bool:
         """Return whether a run was started here. Checkpoints also count, if the record is missing."""

@@ -110,7 +110,7 @@ class RunRecord(Record):
     initialised_from: list[str] = field(default_factory=list)
     """Folders or Hub names of the initial weights; empty for random ones."""
     replacements_fingerprint: str | None = None
-    """The recorded replacements that the run reads, if its objective does."""
+    """The fingerprint of the recorded replacements that the run reads; None if its objective reads none."""
     kind: Literal["pretrain"] = "pretrain"
 
 

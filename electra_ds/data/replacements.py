@@ -65,9 +65,10 @@ class Replacements:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the recipe's values and of the tokens of an evaluation, which another model draws otherwise."""
-        digest = hashlib.sha256(json.dumps(asdict(self.info), sort_keys=True).encode())
-        digest.update(self.of_held_out(min(self.info.held_out)).tobytes())
+        """A hash of the recipe's values, the text, and the tokens drawn for an evaluation and for the first steps."""
+        digest = hashlib.sha256(json.dumps([self.info.values, self.info.text], sort_keys=True).encode())
+        for drawn in (self.of_held_out(min(self.info.held_out)), self._read("tokens-0.npy")):
+            digest.update(drawn.tobytes())
         return digest.hexdigest()[:16]
 
     def of_step(self, step: int) -> np.ndarray:

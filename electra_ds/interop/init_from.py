@@ -259,6 +259,6 @@ def write_first_checkpoint(
     path = CheckpointFolder(job.run.checkpoints, job.record.settings.keep).save(
         tensors, state, job.record_files(job.plan)
     )
-    # Written last, so a run exists only once it has its initial weights; resuming it could else start from random ones.
+    # Written last, so that a run exists only once it has its initial weights, or a run that makes them.
     job.run.write_record(job.recipe, job.plan, job.record)
     return path

@@ -97,8 +97,9 @@ def prepare_resume(options: PretrainOptions, plan: DeepSpeedPlan, run: RunDirect
     objective.check_store(store, record.settings.eval_windows)
     if record.replacements_fingerprint not in (None, _read_by(objective, store)):
         raise DataError(
-            f"The replacements in {store.path} are not those that {run.path} was started on: another generator drew "
-            f"them. Put the original ones back, or {remedy}."
+            f"The replacements in {store.path} are not those that {run.path} was started with: they were drawn with "
+            f"another recipe or another generator. Restore the original replacements, or give the location of the "
+            f"store that has them: {command('pretrain')} --resume {run.path} --data STORE."
         )
     return PretrainJob(run, recipe, plan, store, split, record, prepare.stop_at(options, recipe))
 

@@ -192,6 +192,13 @@ class RunTime:
         """Return a range that is known."""
         return cls(lambda: (low_s, high_s), high_s)
 
+    def __add__(self, other: RunTime) -> RunTime:
+        def measure() -> tuple[float, float]:
+            (low, high), (more_low, more_high) = self.range_s, other.range_s
+            return low + more_low, high + more_high
+
+        return RunTime(measure, self._at_most_s + other._at_most_s)
+
     @cached_property
     def range_s(self) -> tuple[float, float]:
         """The shortest and the longest time, in seconds."""

@@ -14,7 +14,7 @@ import pydantic
 import yaml
 
 from electra_ds.config.names import SWEEPS, shipped_names, shipped_text
-from electra_ds.config.recipe import load_yaml, parse_value
+from electra_ds.config.recipe import load_yaml, named_values, parse_value
 from electra_ds.core.errors import ConfigError, did_you_mean
 from electra_ds.sweep.options import (
     INSTEAD,
@@ -89,7 +89,7 @@ def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepSpec:
 
 def parse_sweep(values: Mapping[str, Any], source: str = "given") -> SweepSpec:
     """Return a sweep from a raw mapping, with full paths. Raises ConfigError, listing every problem with its key."""
-    values = _with_options(values, full_path)
+    values = _with_generators(_with_options(values, full_path))
     spec, problems = None, []
     try:
         spec = SweepSpec.model_validate(values)
@@ -103,6 +103,17 @@ def parse_sweep(values: Mapping[str, Any], source: str = "given") -> SweepSpec:
     if problems or spec is None:
         raise ConfigError(listed(f"The sweep {source} is not valid:", problems))
     return spec
+
+
+def _with_generators(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mapping with the values of the generator's recipe in place of its file, which may be edited later."""
+    stage = _mapping(values.get("pretrain"))
+    variants = _mapping(stage.get("variants"))
+    places = [_mapping(stage.get("set")), *map(_mapping, variants.values())]
+    for key, place in itertools.product(_MAPPINGS, places):
+        if isinstance(place.get(key), str) and Path(place[key]).is_file():
+            place[key] = named_values(place[key])
+    return dict(values)
 
 
 def listed(first: str, problems: Sequence[str]) -> str:

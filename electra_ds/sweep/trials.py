@@ -94,6 +94,8 @@ class Trial:
             for name in names:
                 if section in recipe and recipe[section].get(name) is None:
                     recipe[section].pop(name, None)
+        if isinstance(self.recipe, Recipe) and (first := self.recipe.first_recipe()) is not None:
+            recipe["generator"]["recipe"] = first.model_dump(mode="json", exclude={"name", "description"})
         outcome = {
             "stage": self.stage,
             "options": {name: given for name, given in own.items() if given},
@@ -286,7 +288,8 @@ class _Cell:
                 if first is None:
                     problems.append(
                         f"{self._place('init_from')}: is missing; the objective {recipe.objective} needs a trained "
-                        f"{recipe.required_weights}, as a run, a folder, or a name on the Hub"
+                        f"{recipe.required_weights}, as a run, a folder, or a name on the Hub, or {self._name}.set."
+                        f"generator.recipe"
                     )
         if recipe is None or problems:
             return None, problems

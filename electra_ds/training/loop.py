@@ -361,7 +361,7 @@ class TrainingLoop(ABC):
     def _how_to_resume(self, micro_batch: int | str) -> str:
         saved = self.saver.saved()
         begin = f"Resume from {saved[-1].name}" if saved else "No checkpoint was saved yet, so start again"
-        return f"{begin}: {command(self.job.command)} --resume {self.job.run.path} --micro-batch {micro_batch}"
+        return f"{begin}: {command(self.job.command)} --resume {self.job.run.resumed} --micro-batch {micro_batch}"
 
     def _stopped(self, request: StopRequest) -> bool:
         """Save and stop: return False, or raise InterruptedBySignalError after a signal."""
@@ -373,7 +373,7 @@ class TrainingLoop(ABC):
                 run.write_status("stopped", step=self.step, reason=request.reason)
                 if request.is_to_be_resumed:
                     run.mark_requeue(request.reason)
-        resume = f"{command(self.job.command)} --resume {run.path}"
+        resume = f"{command(self.job.command)} --resume {run.resumed}"
         message = f"{request.reason}: saved {self.checkpoints.path(self.step)}. Resume it with:"
         if request.signum is not None:
             raise InterruptedBySignalError(with_command(message, resume), request.signum)

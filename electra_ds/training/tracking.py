@@ -243,7 +243,7 @@ class _Wandb(_Tracker):
             "project": settings.wandb_project,
             "entity": settings.wandb_entity,
             "group": settings.wandb_group,
-            "name": run.path.resolve().name,
+            "name": run.title,
             "id": settings.wandb_id,
             "resume": "allow",
             "dir": str(run.path),

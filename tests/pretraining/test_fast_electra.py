@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import electra_ds
 from electra_ds import Callback, Run
 from electra_ds.cli import main
 from electra_ds.config.recipe import FastElectraRecipe, load_recipe, recipe_yaml
-from electra_ds.core.errors import ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.keyed_random import hash64
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore, split_holdout
@@ -212,7 +213,7 @@ class StopAt(Callback):
 def test_a_generator_that_the_recipe_names_is_pretrained_first_as_if_by_a_command_of_its_own(
     store: TokenStore, tmp_path: Path, process_group: Ranks
 ) -> None:
-    """Stopped in the middle of it and resumed, twice."""
+    """The run is stopped once during each of the two pretrainings, moved, and resumed."""
     of_generator, name = tmp_path / "cloze.yaml", "tiny-fast-electra"
     of_generator.write_text(recipe_yaml(load_recipe("tiny-mlm", [*SHARED, *STEPS])))
     how = ("--seed", "3")
@@ -226,6 +227,8 @@ def test_a_generator_that_the_recipe_names_is_pretrained_first_as_if_by_a_comman
         callbacks=[first], **common,
     )  # fmt: skip
     assert (stopped.status, Run(one / "generator").status, first.started) == ("stopped", "stopped", 1)
+    one = one.rename(tmp_path / "moved")
+    stopped = Run(one)
     assert stopped.resume(callbacks=[second], quiet=True).status == "stopped"
     assert (Run(one / "generator").status, second.started) == ("done", 2)
     assert stopped.resume(quiet=True).status == "done"
@@ -234,6 +237,10 @@ def test_a_generator_that_the_recipe_names_is_pretrained_first_as_if_by_a_comman
         assert tensors.keys() == others.keys()
         assert all(torch.equal(tensors[each], others[each]) for each in tensors)
     assert train_losses(one) == train_losses(apart)
+    shutil.rmtree(one / "checkpoints")
+    (one / "status.json").unlink()
+    with pytest.raises(CheckpointError, match="but its checkpoints are gone"):
+        stopped.resume(quiet=True)
 
 
 @pytest.mark.slow
@@ -251,7 +258,7 @@ def test_two_ranks_pretrain_the_generator_first_and_begin_with_its_weights(store
     assert (Run(run).status, Run(run / "generator").status) == ("done", "done")
 
 
-def test_the_recipe_of_a_generator_takes_sizes_text_and_seed_from_the_discriminators() -> None:
+def test_the_recipe_of_a_generator_takes_sizes_text_and_seed_from_the_recipe_of_the_discriminator() -> None:
     recipe = load_recipe(
         "tiny-fast-electra",
         {
@@ -267,6 +274,19 @@ def test_the_recipe_of_a_generator_takes_sizes_text_and_seed_from_the_discrimina
     assert (first.tokenizer, first.data, first.seed) == (recipe.tokenizer, recipe.data, 4)
     assert first.schedule.total_steps == 77
     assert first.optimizer == load_recipe("tiny-mlm").optimizer
+
+
+def test_the_recipe_of_a_generator_replaces_the_one_that_the_extended_recipe_names(tmp_path: Path) -> None:
+    """Whole, and a file is found beside the recipe that names it."""
+    (tmp_path / "cloze.yaml").write_text("extends: tiny-mlm\nschedule: {total_steps: 77}\n")
+    (tmp_path / "mine.yaml").write_text("extends: tiny-two-stage\ngenerator: {recipe: cloze.yaml}\n")
+    values = {"extends": "tiny-mlm", "schedule": {"total_steps": 77}}
+    of_values = load_recipe("tiny-two-stage", {"generator.recipe": values})
+    for recipe in (load_recipe(tmp_path / "mine.yaml"), of_values):
+        assert recipe.first_recipe().schedule.total_steps == 77
+        assert recipe.first_recipe().masking.mlm_probability == 0.25  # not tiny-generator's 0.3
+    again = load_recipe(of_values.model_dump(), {"generator.recipe": {"extends": "tiny-generator"}})
+    assert again.first_recipe().schedule.total_steps == 3500
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_a_run_is_not_resumed_with_the_replacements_of_another_generator(
     electra_ds.pretrain("tiny-mlm", data=store.path, run_dir=tmp_path / "lm", overrides=[*SHARED, *STEPS], quiet=True,
                         seed=7)  # fmt: skip
     other = draw(store, tmp_path / "lm", tmp_path / "other")
-    with pytest.raises(DataError, match=r"are not those that .* was started on: another generator drew them"):
+    with pytest.raises(DataError, match=r"are not those that .* was started with: they were drawn with another"):
         electra_ds.pretrain(resume=run, data=other.path, quiet=True)
     assert electra_ds.pretrain(resume=run, data=drawn.path, quiet=True).status == "done"
 

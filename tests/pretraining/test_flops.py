@@ -175,7 +175,7 @@ def test_half_precision_is_as_fast_as_the_card_is() -> None:
 
 
 def test_the_shipped_comparison_of_objectives_gives_each_the_same_compute() -> None:
-    """A frozen generator's own training included, and half of all compute."""
+    """The compute of a frozen generator's own pretraining is included, and is half of the total."""
     found = {}
     for trial in expand(load_sweep("objectives")):
         recipe = trial.recipe

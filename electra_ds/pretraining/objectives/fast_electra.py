@@ -1,9 +1,10 @@
 """Fast-ELECTRA: a frozen masked language model makes the replacements, at a temperature that falls to 1.
 
-Dong et al. 2024. The auxiliary model was trained before, by this program or another, and is given with `--init-from`.
-It has neither gradients nor optimizer state, and runs forward only, without dropout, in the precision of the run. At
-first its replacements are drawn at a higher temperature, which makes them easy to detect; ELECTRA gets the same effect
-from a generator that starts untrained and improves along with the discriminator.
+Dong et al. 2024. The auxiliary model was trained before and is given with `--init-from`, or is pretrained first by the
+recipe that `generator.recipe` names. It has neither gradients nor optimizer state, and runs forward only, without
+dropout, in the precision of the run. At first its replacements are drawn at a higher temperature, which makes them
+easy to detect; ELECTRA gets the same effect from a generator that starts untrained and improves along with the
+discriminator.
 
 With a constant temperature of 1 and `discriminator.starts_from: generator` this is the two-stage training of Clark et
 al. 2020, section 3.2: first a generator alone (the objective `mlm`), then a discriminator that begins with its weights.
