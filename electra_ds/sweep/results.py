@@ -204,7 +204,8 @@ def report_sweep(
     for stage in spec.stages:
         found[stage] = _ordered(cells(table, stage, _shown_metrics(table, stage, spec)), table, stage, spec)
         parts += _of_stage(found[stage], table, stage, spec)
-    write_results(table, pd.concat([each.assign(stage=stage) for stage, each in found.items()]), folder.path)
+    rows = [row | {"stage": stage} for stage, each in found.items() for row in each.to_dict("records")]
+    write_results(table, pd.DataFrame(rows), folder.path)
     pictures = ""
     if spec.pretrain is not None:
         pictures = ", curves.png"
