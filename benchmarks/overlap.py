@@ -33,24 +33,27 @@ def hashes(tokens: np.ndarray, length: int) -> np.ndarray:
     return found
 
 
+def covered(starts: np.ndarray, stops: np.ndarray, size: int) -> np.ndarray:
+    """Return boolean [size], True at the positions that at least one of the ranges covers."""
+    changes = np.zeros(size + 1, dtype=np.int64)
+    np.add.at(changes, starts, 1)
+    np.add.at(changes, stops, -1)
+    return np.asarray(np.cumsum(changes)[:-1] > 0)
+
+
 def without_repeated(store: TokenStore, split: Split, length: int, shortest: int) -> tuple[Ranges, float]:
     """Return the held-out ranges outside stretches of the training text, and the share of held-out tokens there.
 
     length: of a stretch, in tokens. shortest: the length of the shortest range to return; the share counts all.
     """
     tokens = np.asarray(store.tokens)
-    is_held = np.zeros(len(tokens) + 1, dtype=np.int64)
-    np.add.at(is_held, split.holdout.starts, 1)
-    np.add.at(is_held, split.holdout.stops, -1)
-    held_before = np.concatenate([[0], np.cumsum(np.cumsum(is_held)[:-1])])
+    is_held = covered(split.holdout.starts, split.holdout.stops, len(tokens))
+    held_before = np.concatenate([[0], np.cumsum(is_held)])
     held_inside = held_before[length:] - held_before[:-length]  # of each stretch
     found = hashes(tokens, length)
     repeated = np.isin(found, np.unique(found[held_inside == 0])) & (held_inside == length)
-    covered = np.zeros(len(tokens) + 1, dtype=np.int64)
     (firsts,) = repeated.nonzero()
-    np.add.at(covered, firsts, 1)
-    np.add.at(covered, firsts + length, -1)
-    is_clean = (np.cumsum(covered)[:-1] == 0) & (np.cumsum(is_held)[:-1] > 0)
+    is_clean = is_held & ~covered(firsts, firsts + length, len(tokens))
     pieces = []
     for start, stop in zip(split.holdout.starts, split.holdout.stops, strict=True):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], is_clean[start:stop], [0]]))) + start

@@ -28,6 +28,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from electra_ds.core.launcher import STOP_SIGNALS
 from tests.helpers import REPOSITORY
 from tests.launching import ENVIRONMENT, rank_environments
 
@@ -228,7 +229,7 @@ def _start_trial(
         return _Trial(pid)
     status = 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         _Surroundings(log, log, {**os.environ, **environment}, folder).enter()
         sys.argv = ["electra_ds", stage, *arguments]
