@@ -27,8 +27,9 @@ from electra_ds.config.monitors import MONITOR_SECTIONS
 from electra_ds.config.names import FINETUNE_RECIPES, RECIPES, shipped_text
 from electra_ds.config.option import Option, options_of, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions
-from electra_ds.config.recipe import OUR_RECIPES, ElectraRecipe, Recipe, Section, load_recipe
+from electra_ds.config.recipe import OUR_RECIPES, ElectraRecipe, Recipe, load_recipe
 from electra_ds.config.run_record import FinetuneSettings, RunSettings
+from electra_ds.config.sections import Section
 
 FOLDER = Path(__file__).parent / "reference"
 

@@ -14,7 +14,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import psutil
 import yaml
 
-from electra_ds.config.recipe import parse_value
+from electra_ds.config.values import parse_value
 from tests import forks
 from tests.helpers import REPOSITORY, SMALL
 from tests.launching import ENVIRONMENT

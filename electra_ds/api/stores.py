@@ -15,7 +15,8 @@ from typing import Any, cast
 from electra_ds.config.commands import BuildDataOptions, ImportOptions
 from electra_ds.config.names import GPU_RECIPE
 from electra_ds.config.options import CorpusOptions, PretrainOptions
-from electra_ds.config.recipe import Recipe, RecipeSource, TokenizerSection, given_options, load_recipe
+from electra_ds.config.recipe import Recipe, RecipeSource, given_options, load_recipe
+from electra_ds.config.sections import TokenizerSection
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.files import is_hub_model
 from electra_ds.core.terminal import StageProgress, display

@@ -196,7 +196,8 @@ def full_text(name: str) -> str:
         raise ConfigError(f"There is no recipe '{name}'{hint} The recipes are {', '.join(known)}.")
 
     from electra_ds.config.finetune_recipe import FinetuneRecipe
-    from electra_ds.config.recipe import Recipe, dotted_values, named_values, validate_recipe, values_yaml
+    from electra_ds.config.recipe import Recipe, named_values, validate_recipe
+    from electra_ds.config.values import RECIPE_KEYS, dotted_values, values_yaml
 
     values = named_values(name, folder)
     values.pop("by_task", None)
@@ -208,8 +209,7 @@ def full_text(name: str) -> str:
     rest = [
         "#   " + values_yaml({key: value}).strip()
         for key, value in complete
-        if key not in given
-        and not key.startswith("generator.recipe.")  # these belong to the recipe that generator.recipe names
+        if key not in given and not key.startswith(tuple(f"{each}." for each in RECIPE_KEYS))
     ]
     return shipped_text(folder, name).rstrip() + "\n" + "\n".join(["# Left at their defaults:", *rest]) + "\n"
 

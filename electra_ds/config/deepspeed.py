@@ -38,7 +38,7 @@ from electra_ds.config.deepspeed_sections import (
 )
 from electra_ds.config.monitors import MONITOR_SECTIONS, Monitors, parse_monitors
 from electra_ds.config.names import DS_CONFIGS, ds_config_names, shipped_text
-from electra_ds.config.recipe import TrainingRecipe
+from electra_ds.config.sections import TrainingRecipe
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 _ANY_GPU = {"fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 0}}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from electra_ds.config.monitors import MONITOR_SECTIONS
-from electra_ds.config.recipe import TrainingRecipe
+from electra_ds.config.sections import TrainingRecipe
 from electra_ds.core.errors import did_you_mean
 
 

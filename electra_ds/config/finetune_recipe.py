@@ -17,17 +17,9 @@ from typing import Literal
 from pydantic import Field
 
 from electra_ds.config.names import FINETUNE_RECIPES, TASKS, shipped_names
-from electra_ds.config.recipe import (
-    OptimizerSection,
-    RecipeSource,
-    ScheduleSection,
-    Section,
-    apply_overrides,
-    named_values,
-    put_value,
-    shown_source,
-    validate_recipe,
-)
+from electra_ds.config.recipe import RecipeSource, named_values, shown_source, validate_recipe
+from electra_ds.config.sections import OptimizerSection, ScheduleSection, Section
+from electra_ds.config.values import apply_overrides, put_value
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 

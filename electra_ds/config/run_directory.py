@@ -30,8 +30,10 @@ from pydantic import TypeAdapter
 from typing_extensions import TypeVar
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, recipe_yaml, validate_recipe
+from electra_ds.config.recipe import Recipe, RecipeT, recipe_yaml, validate_recipe
 from electra_ds.config.run_record import Record, RunRecord
+from electra_ds.config.sections import Section
+from electra_ds.config.values import load_yaml
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError, ObjectiveError, did_you_mean
 from electra_ds.core.program import command
 

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from electra_ds.config.recipe import TokenizerSection
+from electra_ds.config.sections import TokenizerSection
 from electra_ds.core.errors import DataError
 from electra_ds.core.launcher import worker_pool
 from electra_ds.core.terminal import PREPARING

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from electra_ds.config.recipe import DataSection
+from electra_ds.config.sections import DataSection
 from electra_ds.core.errors import DataError
 from electra_ds.core.keyed_random import generator, permutation_at
 from electra_ds.data.packing import PackedExamples

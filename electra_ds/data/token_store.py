@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from electra_ds.config.recipe import DataSection
 from electra_ds.config.run_directory import read_where_it_is
 from electra_ds.config.run_record import RunRecord
+from electra_ds.config.sections import DataSection
 from electra_ds.core.errors import DataError
 from electra_ds.core.keyed_random import generator
 from electra_ds.core.program import command

@@ -149,7 +149,8 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from electra_ds.config.recipe import load_yaml, validate_recipe
+from electra_ds.config.recipe import validate_recipe
+from electra_ds.config.values import load_yaml
 from electra_ds.data.tokenizer import load_tokenizer
 from electra_ds.training.optimizer import parameter_groups
 from electra_ds.pretraining.electra import Electra

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from electra_ds.config.recipe import OptimizerSection
 from electra_ds.config.run_directory import RunDirectory
+from electra_ds.config.sections import OptimizerSection
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.program import command
 from electra_ds.data.token_store import TokenStore, recorded_store

@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining, PreTrainedModel
 
-from electra_ds.config.recipe import Recipe, apply_overrides, electra_recipe, joint_recipe, load_recipe, validate_recipe
+from electra_ds.config.recipe import Recipe, electra_recipe, joint_recipe, load_recipe, validate_recipe
+from electra_ds.config.values import apply_overrides
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.program import command
 from electra_ds.data.given_tokenizer import load_given_tokenizer

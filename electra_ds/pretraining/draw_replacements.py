@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import FastElectraRecipe, for_objective, values_yaml
+from electra_ds.config.recipe import FastElectraRecipe, for_objective
+from electra_ds.config.values import values_yaml
 from electra_ds.core.files import complete_file
 from electra_ds.data.replacements import (
     FOLDER,

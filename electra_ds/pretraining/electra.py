@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from electra_ds.config.recipe import JointRecipe, ModelSection, Recipe, joint_recipe
+from electra_ds.config.recipe import JointRecipe, Recipe, joint_recipe
+from electra_ds.config.sections import ModelSection
 from electra_ds.model.encoder import Encoder, EncoderConfig
 from electra_ds.model.heads import DiscriminatorHead, Prediction, TokenHead, column_keys
 from electra_ds.model.kernels import shared_mask

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from electra_ds.config.recipe import SelectionSection
+from electra_ds.config.sections import SelectionSection
 from electra_ds.data.packing import packed_rows
 from electra_ds.pretraining.masking import Masks, before, selected_limit
 from electra_ds.pretraining.objectives.base import PretrainingBatch, TextBatch

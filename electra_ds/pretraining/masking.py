@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from electra_ds.config.recipe import MaskingSection, SelectionSection
+from electra_ds.config.sections import MaskingSection, SelectionSection
 from electra_ds.core.keyed_random import random_bits
 
 

@@ -15,9 +15,10 @@ import torch
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.recipe import GeneratorSection, JointRecipe, Recipe
+from electra_ds.config.recipe import JointRecipe, Recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import RunRecord, RunSettings
+from electra_ds.config.sections import GeneratorSection
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.core.program import command

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from electra_ds.config.recipe import SelectionSection
+from electra_ds.config.sections import SelectionSection
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.masking import selected_limit
 

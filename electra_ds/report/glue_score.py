@@ -15,7 +15,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from electra_ds.config.recipe import Section, load_yaml
+from electra_ds.config.sections import Section
+from electra_ds.config.values import load_yaml
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.files import complete_file
 

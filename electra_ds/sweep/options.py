@@ -14,7 +14,8 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, find_objective, shipped_names
 from electra_ds.config.option import options_of, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
-from electra_ds.config.recipe import ElectraRecipe, named_values, recipe_type, values_yaml
+from electra_ds.config.recipe import ElectraRecipe, named_values, recipe_type
+from electra_ds.config.values import values_yaml
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
@@ -161,12 +162,13 @@ def is_small_file(stage: str, name: str, value: Any) -> bool:
 
 
 def own_content(stage: str, name: str, value: str) -> bytes:
-    """Return a sweep's copy of such a file; a recipe that extends another is resolved. Raises ConfigError."""
+    """Return a sweep's copy of such a file; a recipe that names other recipes is made complete. Raises
+    ConfigError."""
     try:
         content = Path(value).read_bytes()
     except OSError as error:
         raise ConfigError(f"Cannot read {value}: {error.strerror}.") from error
-    if name == "recipe" and b"extends" in content:
+    if name == "recipe" and any(key in content for key in (b"extends:", b"recipe:")):
         return values_yaml(named_values(value, _SHIPPED[stage, name])).encode()
     return content
 

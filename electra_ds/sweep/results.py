@@ -14,8 +14,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from electra_ds.config.names import find_objective
-from electra_ds.config.recipe import dotted_values
 from electra_ds.config.run_record import Record
+from electra_ds.config.values import dotted_values
 from electra_ds.core.errors import CheckpointError
 from electra_ds.core.files import complete_file
 from electra_ds.core.program import command

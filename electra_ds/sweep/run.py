@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
-from electra_ds.config.recipe import as_overrides
+from electra_ds.config.values import as_overrides
 from electra_ds.core.errors import ConfigError
 from electra_ds.report.tables import Report
 from electra_ds.sweep.folder import AS_PLANNED, ENDED, SweepFolder

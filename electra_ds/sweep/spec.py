@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_serializer, model_validator
 
-from electra_ds.config.recipe import Section
+from electra_ds.config.sections import Section
 from electra_ds.core.errors import did_you_mean
 
 STAGES = ("pretrain", "finetune")

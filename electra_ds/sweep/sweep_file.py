@@ -14,7 +14,8 @@ import pydantic
 import yaml
 
 from electra_ds.config.names import SWEEPS, shipped_names, shipped_text
-from electra_ds.config.recipe import load_yaml, named_values, parse_value
+from electra_ds.config.recipe import named_values
+from electra_ds.config.values import RECIPE_KEYS, load_yaml, parse_value
 from electra_ds.core.errors import ConfigError, did_you_mean
 from electra_ds.sweep.options import (
     INSTEAD,
@@ -42,8 +43,6 @@ from electra_ds.sweep.spec import (
 _MOST_PROBLEMS = 10
 _MESSAGES = {"missing": "is missing", "too_short": "is empty", "list_type": "must be a list, in brackets"}
 """Messages that replace pydantic's."""
-_MAPPINGS = ("generator.recipe",)
-"""Recipe keys whose value is a mapping."""
 _STAGE_KEYS = {"pretrain": PretrainStage.model_fields, "finetune": Stage.model_fields}
 _KEYS = [key for section in (SweepSpec, Search, Metric, Scheduler, Resources) for key in section.model_fields]
 
@@ -89,7 +88,7 @@ def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepSpec:
 
 def parse_sweep(values: Mapping[str, Any], source: str = "given") -> SweepSpec:
     """Return a sweep from a raw mapping, with full paths. Raises ConfigError, listing every problem with its key."""
-    values = _with_generators(_with_options(values, full_path))
+    values = _with_options(_with_options(values, full_path), _complete_recipe)
     spec, problems = None, []
     try:
         spec = SweepSpec.model_validate(values)
@@ -105,15 +104,10 @@ def parse_sweep(values: Mapping[str, Any], source: str = "given") -> SweepSpec:
     return spec
 
 
-def _with_generators(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the mapping with the values of the generator's recipe in place of its file, which may be edited later."""
-    stage = _mapping(values.get("pretrain"))
-    variants = _mapping(stage.get("variants"))
-    places = [_mapping(stage.get("set")), *map(_mapping, variants.values())]
-    for key, place in itertools.product(_MAPPINGS, places):
-        if isinstance(place.get(key), str) and Path(place[key]).is_file():
-            place[key] = named_values(place[key])
-    return dict(values)
+def _complete_recipe(stage: str, key: str, value: Any) -> Any:
+    """Return the values of a recipe in place of its file, which may be edited or moved later."""
+    is_file = key in RECIPE_KEYS and isinstance(value, str) and Path(value).is_file()
+    return named_values(value) if is_file else value
 
 
 def listed(first: str, problems: Sequence[str]) -> str:
@@ -254,7 +248,7 @@ def _value_problem(stage: str, place: str, key: str, value: Any, given: Mapping[
         if key in _mapping(given.get("set")) or given.get(key) is not None:
             return f"is listed {'next to space' if key in given else 'under set'} too; leave one out"
         values = [each for drawn in _mapping(value).values() if isinstance(drawn, list) for each in drawn]
-    elif isinstance(value, dict) and key not in _MAPPINGS:
+    elif isinstance(value, dict) and key not in RECIPE_KEYS:
         return f"takes one value, not {value}; to vary it, write it under space"
     elif place.startswith("variants") and key in _mapping(given.get("space")):
         return "is listed under space too; leave one out"

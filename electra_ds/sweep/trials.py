@@ -15,7 +15,8 @@ from typing import Any
 
 from electra_ds.config.deepspeed import read_deepspeed_json
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
-from electra_ds.config.recipe import Recipe, as_overrides, load_recipe
+from electra_ds.config.recipe import Recipe, load_recipe
+from electra_ds.config.values import as_overrides
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.sweep.options import (
     HOW,

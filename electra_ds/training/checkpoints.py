@@ -10,9 +10,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from electra_ds.config.recipe import Recipe, RecipeT, Section, load_yaml, validate_recipe
+from electra_ds.config.recipe import Recipe, RecipeT, validate_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import FinetuneRecord, Record
+from electra_ds.config.sections import Section
+from electra_ds.config.values import load_yaml
 from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.core.program import command
 from electra_ds.core.ranks import Ranks

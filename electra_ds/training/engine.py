@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from electra_ds.config.cards import has_slow_fp16
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import TrainingRecipe
+from electra_ds.config.sections import TrainingRecipe
 from electra_ds.core import devices
 from electra_ds.core.compat import clear_stage3_caches, import_muon, leave_out_shared_memory_collective
 from electra_ds.core.errors import ConfigError

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.recipe import Section
 from electra_ds.config.run_directory import RunDirectory, Status
 from electra_ds.config.run_record import Record
+from electra_ds.config.sections import Section
 from electra_ds.core import devices
 from electra_ds.core.errors import (
     CheckpointError,

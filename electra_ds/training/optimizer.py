@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from electra_ds.config.deepspeed_sections import LossScaling
-from electra_ds.config.recipe import OptimizerSection
+from electra_ds.config.sections import OptimizerSection
 from electra_ds.core import compat
 
 # With a fixed scale of 1 the same arithmetic works for fp32 and bf16, which need no scaling.

@@ -22,9 +22,9 @@ from electra_ds.config.deepspeed import (
 )
 from electra_ds.config.monitors import FolderMonitor, Monitors, wandb_mode_of_environment
 from electra_ds.config.options import RunOptions
-from electra_ds.config.recipe import TrainingRecipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.config.run_record import Record, Settings, TrackingSettings
+from electra_ds.config.sections import TrainingRecipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks

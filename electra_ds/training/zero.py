@@ -26,7 +26,7 @@ from deepspeed.utils import (
 from torch import distributed, nn
 
 from electra_ds.config.deepspeed_sections import LossScaling
-from electra_ds.config.recipe import OptimizerSection
+from electra_ds.config.sections import OptimizerSection
 from electra_ds.core.compat import flat_partitions, link_moments
 from electra_ds.training.optimizer import (
     FIRST_SCALE,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from electra_ds.cli import main
 from electra_ds.config.finetune_recipe import load_finetune_recipe
 from electra_ds.config.names import FINETUNE_RECIPES, RECIPES, finetune_recipe_names, recipe_names, shipped_text
-from electra_ds.config.recipe import ElectraRecipe, load_recipe, parse_value, recipe_yaml, validate_recipe
+from electra_ds.config.recipe import ElectraRecipe, load_recipe, recipe_yaml, validate_recipe
+from electra_ds.config.values import parse_value
 from electra_ds.core.errors import ConfigError
 
 
@@ -202,9 +203,9 @@ def test_a_finetuning_recipe_extends_another_task_by_task(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: mine.yaml\n", "extends itself"),
-        ("extends: other.yaml\n", "mine.yaml extends .*other.yaml extends .*mine.yaml"),
-        ("extends: tinny\n", "There is no recipe .*tinny', which .*mine.yaml extends"),
+        ("extends: mine.yaml\n", "names itself"),
+        ("extends: other.yaml\n", "mine.yaml names .*other.yaml names .*mine.yaml"),
+        ("extends: tinny\n", "There is no recipe .*tinny', which .*mine.yaml names"),
         ("extends: [tiny, mini]\n", "extends takes the name or the path of one recipe"),
         ("extends: broken.yaml\n", "must be a mapping"),
         ("extends: tiny\nmodel: {hidden: 3}\n", "model.hidden: unknown key"),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from electra_ds.api.launch import ConsoleDisplay
 from electra_ds.api.reports import SweepBar
-from electra_ds.config.recipe import TokenizerSection
+from electra_ds.config.sections import TokenizerSection
 from electra_ds.core.terminal import StageProgress, log_shown_on, note, say, say_command
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import Corpus, open_source

@@ -25,7 +25,7 @@ import zstandard
 from electra_ds import cli
 from electra_ds.api.stores import store_name
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.recipe import TokenizerSection
+from electra_ds.config.sections import TokenizerSection
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.data import tokenizer
 from electra_ds.data.build import build_store

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from electra_ds.config.recipe import DataSection, TokenizerSection
+from electra_ds.config.sections import DataSection, TokenizerSection
 from electra_ds.core.errors import DataError
 from electra_ds.core.keyed_random import generator
 from electra_ds.data.build import build_store

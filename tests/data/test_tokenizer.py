@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, RobertaTokenizer, XLMRobertaTokenizer
 
 from electra_ds import cli
-from electra_ds.config.recipe import TokenizerSection
+from electra_ds.config.sections import TokenizerSection
 from electra_ds.core.errors import DataError
 from electra_ds.data.build import build_store
 from electra_ds.data.corpus import open_corpus

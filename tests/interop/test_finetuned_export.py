@@ -36,7 +36,7 @@ from transformers import (
 
 from electra_ds import cli
 from electra_ds.config.finetune_recipe import FinetuneRecipe, load_finetune_recipe
-from electra_ds.config.recipe import TokenizerSection
+from electra_ds.config.sections import TokenizerSection
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.tokenizer import train_tokenizer

@@ -18,7 +18,8 @@ from pydantic import Field
 from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM
 
-from electra_ds.config.recipe import Recipe, Section
+from electra_ds.config.recipe import Recipe
+from electra_ds.config.sections import Section
 from electra_ds.core.keyed_random import generator
 from electra_ds.pretraining.objectives.base import Export, Objective, PretrainingBatch, TextBatch
 from electra_ds.training.step import AutocastModel, LossTerm

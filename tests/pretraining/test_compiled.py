@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from electra_ds.config.recipe import MaskingSection
 from electra_ds.config.run_record import Compile
+from electra_ds.config.sections import MaskingSection
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import CompiledForward, PretrainingEngine, check_compile

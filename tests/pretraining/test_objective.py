@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.nn import functional
 
-from electra_ds.config.recipe import MaskingSection, load_recipe
+from electra_ds.config.recipe import load_recipe
+from electra_ds.config.sections import MaskingSection
 from electra_ds.core.keyed_random import (
     generator,
     hash64,

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from electra_ds.config.cards import find_card
 from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolve
 from electra_ds.config.deepspeed_sections import precision_section
-from electra_ds.config.recipe import Recipe, Section, load_recipe, load_yaml
+from electra_ds.config.recipe import Recipe, load_recipe
+from electra_ds.config.sections import Section
+from electra_ds.config.values import load_yaml
 from electra_ds.pretraining.run_time import StepTime, step_time
 from tests.helpers import shape_of
 

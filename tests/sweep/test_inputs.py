@@ -82,6 +82,40 @@ def test_the_copy_of_a_recipe_that_extends_another_is_complete(own: Path, tmp_pa
     assert [trial.recipe.name for trial in again] == ["extends", "tuned2"]
 
 
+def test_the_copy_of_a_recipe_contains_its_generators_recipe(own: Path, tmp_path: Path) -> None:
+    (own / "other" / "of_generator.yaml").write_text("extends: tiny-mlm\nschedule: {total_steps: 77}\n")
+    (own / "other" / "named.yaml").write_text("extends: tiny-fast-electra\ngenerator: {recipe: of_generator.yaml}\n")
+    (own / "other" / "in_values.yaml").write_text(
+        "extends: tiny-fast-electra\nseed: 1\ngenerator: {recipe: {extends: of_generator.yaml, global_batch_size: 8}}\n"
+    )
+    spec = parse_sweep(
+        {
+            "name": "test",
+            "pretrain": {
+                "variants": {
+                    "named": {"recipe": str(own / "other" / "named.yaml"), "schedule.total_steps": 70},
+                    "in-values": {"recipe": str(own / "other" / "in_values.yaml")},
+                    "set": {
+                        "recipe": "tiny-fast-electra",
+                        "generator.recipe": str(own / "other" / "of_generator.yaml"),
+                    },
+                },
+            },
+        },
+        "test",
+    )
+    keys = [trial.key for trial in expand(spec, check=False)]
+    started(SweepFolder(tmp_path / "sweep"), spec)
+    for path in own.rglob("*.*"):
+        path.unlink()
+    again = expand(SweepFolder(tmp_path / "sweep").read(), check=False)
+    assert [trial.key for trial in again] == keys
+    for trial in again:
+        first = trial.recipe.first_recipe()  # type: ignore[union-attr]
+        assert first is not None
+        assert first.schedule.total_steps == 77
+
+
 def test_what_is_shipped_is_no_copy_and_what_is_given_anew_is_one_more(own: Path, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "sweep")
     kept = started(folder, parse_sweep(sweep_of(own), "test"))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from electra_ds.cli import build_parser
 from electra_ds.config.names import SWEEPS, find_objective, shipped_names, shipped_text
-from electra_ds.config.recipe import OUR_RECIPES, Recipe, load_yaml
+from electra_ds.config.recipe import OUR_RECIPES, Recipe
+from electra_ds.config.values import load_yaml
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.pretraining.objectives.electra_evaluation import ALWAYS_ORIGINAL

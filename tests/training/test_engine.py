@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from electra_ds.config.deepspeed_sections import LossScaling
-from electra_ds.config.recipe import OptimizerSection, Recipe
+from electra_ds.config.recipe import Recipe
+from electra_ds.config.sections import OptimizerSection
 from electra_ds.core.errors import ConfigError
 from electra_ds.data.token_store import TokenStore
 from electra_ds.pretraining.engine import PretrainingEngine

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
-from electra_ds.config.recipe import GeneratorSection, JointRecipe
+from electra_ds.config.recipe import JointRecipe
+from electra_ds.config.sections import GeneratorSection
 from electra_ds.core.keyed_random import generator, random_bits
 from electra_ds.model.encoder import EncoderConfig
 from electra_ds.pretraining.electra import JointModel, encoder_configs
