@@ -33,6 +33,7 @@ from electra_ds.finetuning.tasks import TaskData
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback
+from electra_ds.training.preemption import Preemption
 
 
 def finetune(
@@ -172,9 +173,9 @@ class FinetuneStart(RunStart[FinetuneOptions]):
     def stop_at(self) -> int:
         return self.job.stop_at
 
-    def train(self, time_limit_s: float | None, run_first: RunFirst) -> bool:
+    def train(self, preemption: Preemption, run_first: RunFirst) -> bool:
         announce(self.job)
-        return train(self.job, self.ranks, time_limit_s, self.callbacks)
+        return train(self.job, self.ranks, preemption, self.callbacks)
 
     def say_end(self) -> None:
         if self.run.status() == "done":

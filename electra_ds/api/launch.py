@@ -30,6 +30,7 @@ from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback, Progress, check_callbacks
 from electra_ds.training.loop import Job
+from electra_ds.training.preemption import Preemption
 
 _log = logging.getLogger(__name__)
 _PLAIN_LINE_EVERY_S = 15.0
@@ -83,15 +84,20 @@ class RunStart(ABC, Generic[OptionsT]):
     def stop_at(self) -> int:
         """The step at which the run ends."""
 
+    @property
+    def num_steps(self) -> int:
+        """The steps that `run_time` predicts."""
+        return self.stop_at
+
     def build(self) -> None:  # a finetuning has read its examples by now
         """Build the data that the run reads."""
 
     @abstractmethod
-    def train(self, time_limit_s: float | None, run_first: RunFirst) -> bool:
+    def train(self, preemption: Preemption, run_first: RunFirst) -> bool:
         """Announce the run and train in the locked run directory; return False if it stopped before `stop_at`.
 
-        run_first: launches another run, with one more callback, and returns when it has ended or stopped, for a run
-        that needs its result.
+        preemption: decides whether to stop early. run_first: launches another run, with one more callback, and returns
+        when it has ended or stopped, for a run that needs its result.
         """
 
     @abstractmethod
@@ -113,11 +119,17 @@ def launch(start: RunStart[Any], *, quiet: bool, callbacks: Sequence[Callback]) 
 
 
 def run_to_end(
-    start: RunStart[Any], ranks: Ranks, console: Console, callbacks: Sequence[Callback], began: float
+    start: RunStart[Any],
+    ranks: Ranks,
+    console: Console,
+    callbacks: Sequence[Callback],
+    began: float,
+    preemption: Preemption | None = None,
 ) -> Run:
     """Do what `launch` does, for ranks that have already joined and a console that already shows the log.
 
-    began: when the time limit began to count, by `time.monotonic`.
+    began: when the time limit began to count, by `time.monotonic`. preemption: that of the run that needs this one
+    first, so that one signal or time limit stops both.
     """
     options = start.options
     with contextlib.ExitStack() as held:
@@ -130,18 +142,21 @@ def run_to_end(
         start.check()
         if options.dry_run:
             start.show()
-            _say_dry_run(start.run_time(), start.stop_at)
+            _say_dry_run(start.run_time(), start.num_steps)
             return Run(run.path)
         if start.is_new:
             check_run_time(options, start.run_time, ranks)
         start.build()
         prepare.lock_run(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
+        stoppable = Preemption(ranks, limit) if preemption is None else contextlib.nullcontext(preemption)
+        with stoppable as entered:
 
-        def run_first(first: RunStart[Any], callback: Callback) -> Run:
-            return run_to_end(first, ranks, console, [callback, *callbacks], time.monotonic())
+            def run_first(first: RunStart[Any], callback: Callback) -> Run:
+                return run_to_end(first, ranks, console, [callback, *callbacks], began, entered)
 
-        if start.train(limit, run_first) and ranks.is_main:
+            has_ended = start.train(entered, run_first)
+        if has_ended and ranks.is_main:
             start.say_end()
             if run.status() == "stopped":
                 total = start.job.total_steps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -43,6 +42,7 @@ from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback, Progress
 from electra_ds.training.checkpoint import CheckpointFolder
+from electra_ds.training.preemption import Preemption
 
 if TYPE_CHECKING:
     from electra_ds.interop.init_from import InitialWeights
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _OF_BOTH_RUNS = (
     "ds_config", "micro_batch", "threads", "log_every", "eval_every", "save_every", "keep", "eval_windows", "compile",
-    "yes", "wandb", "wandb_project", "wandb_entity", "wandb_group", "tensorboard",
+    "yes", "time_limit", "wandb", "wandb_project", "wandb_entity", "wandb_group", "tensorboard",
 )  # fmt: skip
 """Options that the generator's run takes over from this run."""
 
@@ -131,6 +131,8 @@ class PretrainStart(RunStart[PretrainOptions]):
             self.recipe = load_recipe(options.recipe or default_recipe(), options.recipe_overrides())
         self.first_recipe: Recipe | None = None
         """The recipe of the run that makes a new run's generator."""
+        self.first_plan: DeepSpeedPlan | None = None
+        """The plan of that run."""
         self.weights: InitialWeights | None = None
         self.vocab_size: int | None = None
         """The tokenizer's vocabulary size, once known."""
@@ -155,7 +157,7 @@ class PretrainStart(RunStart[PretrainOptions]):
             if self.is_new and not options.init_from:
                 self.first_recipe = self.recipe.first_recipe()
             if self.first_recipe is not None:
-                prepare.plan_for(options, self.first_recipe, ranks)  # raises an error if the JSON does not fit it
+                self.first_plan = prepare.plan_for(options, self.first_recipe, ranks)
 
     def show(self) -> None:
         run, ranks = self.run, self.ranks
@@ -165,9 +167,8 @@ class PretrainStart(RunStart[PretrainOptions]):
                 check = self._read_weights()
                 found = find_store(self.options, self.recipe, self.show_progress, check)
         if not isinstance(found, tuple):
-            self._prepare(found, self._sources())
+            self._prepare(found, self._shown_sources())
             announce(self._with_notes_on_weights())
-            self._show_first()
             return
         path, self.vocab_size = found
         self.plan = plan_with_fitting_micro_batch(self.plan, self.recipe, self.vocab_size, self.options, ranks)
@@ -175,27 +176,30 @@ class PretrainStart(RunStart[PretrainOptions]):
         data = f"data: this would first build the token store {path}"
         device = devices.device_name(devices.device(ranks.launch))
         threads = devices.set_threads(self.options.threads, ranks.launch)
-        what = description_of(self.recipe, sizes, data, self._sources())
+        what = description_of(self.recipe, sizes, data, self._shown_sources())
         prepare.announce(what, device, threads, self.plan, run)
-        self._show_first()
 
     def run_time(self) -> RunTime | None:
         size = self.vocab_size or self.recipe.tokenizer.vocab_size
         device, threads = devices.device(self.ranks.launch), self.options.threads
 
-        def time_of(recipe: Recipe, steps: int) -> RunTime | None:
+        def time_of(recipe: Recipe, plan: DeepSpeedPlan, steps: int) -> RunTime | None:
             objective: Objective[Any] = Objective.of(recipe, size)
-            return objective.run_time(self.plan, device, steps=steps, threads=threads)
+            return objective.run_time(plan, device, steps=steps, threads=threads)
 
-        found = time_of(self.recipe, self.stop_at)
-        if self.first_recipe is None or found is None:
+        found = time_of(self.recipe, self.plan, self.stop_at)
+        if self.first_recipe is None or self.first_plan is None or found is None:
             return found
-        before = time_of(self.first_recipe, self.first_recipe.schedule.total_steps)
+        before = time_of(self.first_recipe, self.first_plan, self.first_recipe.schedule.total_steps)
         return None if before is None else before + found
 
     @property
     def stop_at(self) -> int:
         return prepare.stop_at(self.options, self.recipe)
+
+    @property
+    def num_steps(self) -> int:
+        return self.stop_at + (0 if self.first_recipe is None else self.first_recipe.schedule.total_steps)
 
     def build(self) -> None:
         ranks, store = self.ranks, None
@@ -210,13 +214,9 @@ class PretrainStart(RunStart[PretrainOptions]):
                 store = TokenStore(path)
         self._prepare(store, sources)
 
-    def train(self, time_limit_s: float | None, run_first: RunFirst) -> bool:
-        if self._needs_a_run_first():
-            began = time.monotonic()
-            if not self._run_first(time_limit_s, run_first):
-                return False
-            if time_limit_s is not None:
-                time_limit_s -= time.monotonic() - began
+    def train(self, preemption: Preemption, run_first: RunFirst) -> bool:
+        if self._needs_a_run_first() and not self._run_first(run_first):
+            return False
         with self.ranks.fail_together():
             if self.weights is not None:
                 from electra_ds.interop.init_from import write_first_checkpoint
@@ -225,7 +225,7 @@ class PretrainStart(RunStart[PretrainOptions]):
                 self.job = self._with_notes_on_weights()
                 self.weights = None  # frees their memory
         announce(self.job)
-        return train(self.job, self.ranks, time_limit_s, self.callbacks)
+        return train(self.job, self.ranks, preemption, self.callbacks)
 
     def say_end(self) -> None:
         from electra_ds.report.run_report import report_run
@@ -244,11 +244,6 @@ class PretrainStart(RunStart[PretrainOptions]):
 
     # --- the run that makes a generator
 
-    def _show_first(self) -> None:
-        if self.first_recipe is not None:
-            name, steps = self.first_recipe.name, self.first_recipe.schedule.total_steps
-            _log.info(f"This would first pretrain the generator for {steps:,} steps, with the recipe {name}.")
-
     def _needs_a_run_first(self) -> bool:
         """Return whether the generator has yet to be pretrained, or its pretraining to be resumed; all ranks get the
         same answer."""
@@ -260,11 +255,11 @@ class PretrainStart(RunStart[PretrainOptions]):
         has_begun = run.metrics.exists() or bool(CheckpointFolder(run.checkpoints, keep=1).paths())
         return self.ranks.broadcast(is_ours and not has_begun)
 
-    def _run_first(self, time_limit_s: float | None, run_first: RunFirst) -> bool:
+    def _run_first(self, run_first: RunFirst) -> bool:
         """Pretrain the generator and read its weights; return False if it was stopped before its end."""
         ranks, run, first = self.ranks, self.run, self.run.generator
         with ranks.fail_together():
-            options = self._first_options(time_limit_s)
+            options = self._first_options()
             if ranks.is_main:
                 run.clear_status()
         _log.info(f"Pretraining the generator first, in {first.path}.")
@@ -284,10 +279,10 @@ class PretrainStart(RunStart[PretrainOptions]):
                 self.weights = self._weights_of([str(first.path)])
         return is_done
 
-    def _first_options(self, time_limit_s: float | None) -> PretrainOptions:
+    def _first_options(self) -> PretrainOptions:
         """Return the options of the generator's run; those in `_OF_BOTH_RUNS` are this run's."""
         ours = {name: getattr(self.options, name) for name in _OF_BOTH_RUNS}
-        ours |= {"time_limit": time_limit_s, "data": self.job.store.path}
+        ours["data"] = self.job.store.path
         first, recipe = self.run.generator, self.first_recipe
         if first.exists():
             if recipe is not None and first.read_recipe() != recipe:
@@ -333,6 +328,13 @@ class PretrainStart(RunStart[PretrainOptions]):
         if self.weights is not None:
             return self.weights.names
         return () if self.first_recipe is None else [str(self.run.generator.path.resolve())]
+
+    def _shown_sources(self) -> Sequence[str]:
+        """Return the sources as a dry run shows them, which makes no generator."""
+        first, sources = self.first_recipe, self._sources()
+        if first is None:
+            return sources
+        return [f"{sources[0]}, pretrained first for {first.schedule.total_steps:,} steps with the recipe {first.name}"]
 
     def _with_notes_on_weights(self) -> PretrainJob:
         job = self.job

@@ -100,6 +100,12 @@ class RunDirectory:
         outer = RunDirectory(self.path.parent)
         return outer.path if self.path.name == _GENERATOR and outer.exists() else self.path
 
+    def lacks(self, what: str) -> CheckpointError:
+        """Return the error that the run has no `what` yet. It names the generator for which the run waits, if any."""
+        waits = self.generator.exists() and self.generator.status() != "done"
+        why = f", because it waits for its generator, whose run is {self.generator.path}" if waits else ""
+        return CheckpointError(f"The run {self.path} has no {what} yet{why}.")
+
     @property
     def title(self) -> str:
         """The folder's name, after that of the run that waits for it if it makes a generator."""

@@ -91,12 +91,24 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], known: Seq
         if not equals:
             problems.append(f"  {override!r}: an override is written key=value, e.g. optimizer.learning_rate=1e-3")
         elif key not in known:
-            problems.append(f"  {key}: unknown key{_nearest(key, known)}")
+            problems.append(f"  {key}: {inner_key_problem(key) or f'unknown key{_nearest(key, known)}'}")
         else:
             put_value(given, key, parse_value(text))
     if problems:
         raise ConfigError("These overrides cannot be applied:\n" + "\n".join(problems))
     return merge(values, given)
+
+
+def inner_key_problem(key: str) -> str:
+    """Return how to change a value of a recipe within a recipe, whose own keys are no keys; else an empty text."""
+    for outer in RECIPE_KEYS:
+        if key.startswith(f"{outer}."):
+            *sections, name = key.removeprefix(f"{outer}.").split(".")
+            shown = f"{name}: ..."
+            for section in reversed(sections):
+                shown = f"{section}: {{{shown}}}"
+            return f"{outer} takes a whole recipe, such as {{extends: tiny-mlm, {shown}}}"
+    return ""
 
 
 def put_value(values: dict[str, Any], key: str, value: Any) -> None:

@@ -37,6 +37,7 @@ from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.checkpoint import CheckpointFolder, CheckpointSaver, open_checkpoint, remove
 from electra_ds.training.engine import Engine
 from electra_ds.training.loop import TrainingLoop, train
+from electra_ds.training.preemption import Preemption
 from electra_ds.training.step_log import Throughput
 
 _log = logging.getLogger(__name__)
@@ -72,11 +73,9 @@ class FinetuneJob:
         return self.run.record_files(self.recipe, plan, self.record) | self.encoder.files()
 
 
-def finetune(
-    job: FinetuneJob, ranks: Ranks, time_limit_s: float | None = None, callbacks: Sequence[Callback] = ()
-) -> bool:
+def finetune(job: FinetuneJob, ranks: Ranks, preemption: Preemption, callbacks: Sequence[Callback] = ()) -> bool:
     """Train as `loop.train` does. The top of this module lists what a finished run leaves behind."""
-    return train(lambda: FinetuneLoop(job, ranks, callbacks), job, ranks, time_limit_s)
+    return train(lambda: FinetuneLoop(job, ranks, callbacks), job, ranks, preemption)
 
 
 def task_model(job: FinetuneJob) -> TaskModel:

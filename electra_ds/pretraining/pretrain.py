@@ -21,6 +21,7 @@ from electra_ds.pretraining.engine import PretrainingEngine
 from electra_ds.pretraining.evaluation import Evaluator
 from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.loop import TrainingLoop, train
+from electra_ds.training.preemption import Preemption
 from electra_ds.training.step_log import Throughput, joint_peak_flops
 
 _log = logging.getLogger(__name__)
@@ -49,11 +50,9 @@ class PretrainJob:
         return files | {"tokenizer.json": self.store.tokenizer.backend.to_str()}
 
 
-def pretrain(
-    job: PretrainJob, ranks: Ranks, time_limit_s: float | None = None, callbacks: Sequence[Callback] = ()
-) -> bool:
+def pretrain(job: PretrainJob, ranks: Ranks, preemption: Preemption, callbacks: Sequence[Callback] = ()) -> bool:
     """Train a job; see `loop.train`."""
-    return train(lambda: PretrainLoop(job, ranks, callbacks), job, ranks, time_limit_s)
+    return train(lambda: PretrainLoop(job, ranks, callbacks), job, ranks, preemption)
 
 
 class PretrainLoop(TrainingLoop):

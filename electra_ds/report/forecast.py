@@ -73,11 +73,18 @@ class Forecast:
     time: StepTime | None
     """The time of a step on the card; None for a CPU, if only the card's memory is known, or without a prediction."""
     missing: list[Missing]
+    first: Forecast | None = None
+    """The forecast of the run that pretrains the generator before this one, by `generator.recipe`."""
 
     @property
     def needed_bytes(self) -> int | None:
-        """The bytes that must be free; None if the objective does not predict them."""
-        return None if self.memory is None else self.memory.needed_bytes(self.kernels)
+        """The bytes that must be free, also before, for the generator's own pretraining; None if an objective does not
+        predict them."""
+        own = None if self.memory is None else self.memory.needed_bytes(self.kernels)
+        if self.first is None or own is None:
+            return own
+        before = self.first.needed_bytes
+        return None if before is None else max(before, own)
 
     @property
     def fits(self) -> bool | None:
@@ -86,18 +93,31 @@ class Forecast:
             return None if self.state_bytes <= self.budget_bytes else False
         return self.needed_bytes <= self.budget_bytes
 
-    def run_time(self) -> RunTime | None:
-        """Return the time of all steps; None if only a card's memory is known, or without a prediction.
+    def steps(self, stop_at: int | None = None) -> int:
+        """Return the number of steps of `run_time`."""
+        return (stop_at or self.recipe.schedule.total_steps) + (0 if self.first is None else self.first.steps())
 
-        On a CPU, all ranks share its cores, and the range is measured when it is needed.
+    def run_time(self, stop_at: int | None = None, threads: int | None = None) -> RunTime | None:
+        """Return the time of all steps, with those of the generator's own pretraining.
+
+        None if only a card's memory is known, or without a prediction. On a CPU, all ranks share its cores, and the
+        range is measured when it is needed. stop_at: the step at which the run ends, instead of the schedule's end.
+        threads: of a CPU, for each rank.
         """
-        steps = self.recipe.schedule.total_steps
+        own = self.own_time(stop_at, threads)
+        if self.first is None or own is None:
+            return own
+        before = self.first.run_time(threads=threads)
+        return None if before is None else before + own
+
+    def own_time(self, stop_at: int | None = None, threads: int | None = None) -> RunTime | None:
+        """Return what `run_time` does, without the generator's own pretraining."""
+        steps = stop_at or self.recipe.schedule.total_steps
         if self.kernels == "cuda":
             return time_of_steps(self.time, steps)
-        threads = max(1, torch.get_num_threads() // self.plan.batch.world_size)
-        device = torch.device("cpu")
+        threads = threads or max(1, torch.get_num_threads() // self.plan.batch.world_size)
         objective: Objective[Any] = Objective.of(self.recipe, self.vocab_size)
-        return objective.run_time(self.plan, device, steps=steps, threads=threads)
+        return objective.run_time(self.plan, torch.device("cpu"), steps=steps, threads=threads)
 
 
 def forecast(
@@ -110,11 +130,12 @@ def forecast(
     vocab_size: int | None = None,
     world_size: int = 1,
 ) -> Forecast:
-    """Return the forecast for a card, with the JSON resolved for it.
+    """Return the forecast for a card, with the JSON resolved for it, and that of the generator's own pretraining.
 
     memory_gib: the free memory, in place of the card's own. Without card and memory the forecast is for this machine's
     CPU. Raises ConfigError if the JSON does not fit the recipe, or asks for something that the card lacks.
     """
+    how: dict[str, Any] = {"card": card, "memory_gib": memory_gib, "vocab_size": vocab_size, "world_size": world_size}
     vocab_size = vocab_size or recipe.tokenizer.vocab_size
     kernels: Kernels = "cuda" if card is not None or memory_gib is not None else "cpu"
     auto_fp16 = kernels == "cuda" and not (card is not None and has_slow_fp16(card.name))
@@ -146,6 +167,7 @@ def forecast(
         largest=largest,
         time=objective.step_time(plan, card) if card is not None else None,
         missing=[] if card is None else missing_features(card.name, card.capability),
+        first=None if (first := recipe.first_recipe()) is None else forecast(first, values, source, **how),
     )
 
 
@@ -216,13 +238,15 @@ def _memory_lines(found: Forecast) -> list[RenderableType]:
     if found.kernels == "cuda":
         peak += (
             f" + {FRAGMENTATION:.0%} that the allocator cannot use + {_gib(CONTEXT_BYTES)} CUDA context (both assumed)"
-            f" = {_gib(found.needed_bytes)} GiB"
+            f" = {_gib(memory.needed_bytes(found.kernels))} GiB"
         )
     status = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
     lines: list[RenderableType] = [
         memory_table(memory),
         f"Memory: {peak} of {_gib(found.budget_bytes)} GiB ({found.budget_note}): {status}.",
     ]
+    if found.first is not None and found.first.needed_bytes is not None:
+        lines.append(f"The generator's own pretraining, which comes first, takes {_gib(found.first.needed_bytes)} GiB.")
     if memory.host_bytes:
         lines.append(f"Offloading takes another {_gib(memory.host_bytes)} GiB of the CPU's memory for each rank.")
     if found.largest is None:
@@ -241,12 +265,18 @@ def _memory_lines(found: Forecast) -> list[RenderableType]:
 
 
 def _time_lines(found: Forecast) -> list[str]:
-    run_time, steps = found.run_time(), found.recipe.schedule.total_steps
-    if run_time is None:
+    own, before = found.own_time(), None if found.first is None else found.first.run_time()
+    steps = found.recipe.schedule.total_steps
+    if own is None or (found.first is not None and before is None):
         if found.kernels == "cuda" and found.card is None:
             return ["Time: not predicted, because only the card's memory is known. Give its name with --card."]
         return [f"Time: not predicted by the objective {escape(found.recipe.objective)}."]
-    lines = [f"Time: [bold]{run_time}[/] for {steps:,} steps."]
+    lines = [f"Time: [bold]{own}[/] for {steps:,} steps."]
+    if found.first is not None and before is not None:
+        lines = [
+            f"Time: [bold]{before + own}[/]: {before} for the {found.first.steps():,} steps of the generator, which is "
+            f"pretrained first, and {own} for {steps:,} steps."
+        ]
     if found.time is None:
         lines.append(
             f"  This is {CPU_SLOWER[0]} to {CPU_SLOWER[1]} times the sum of two times: the FLOPs at the rate of "
@@ -332,6 +362,7 @@ def as_json(found: Forecast) -> dict[str, Any]:
         "largest_micro_batch_size": found.largest.batch.micro_batch_size if found.largest is not None else None,
         "step_s": time._asdict() | {"roofline_s": time.roofline_s} if time is not None else None,
         "days": None if run_time is None else [seconds / _DAY_S for seconds in run_time.range_s],
+        "generator": None if found.first is None else as_json(found.first),
         "lacks": [feature._asdict() for feature in found.missing],
         "notes": list(found.plan.notes),
     }

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.text import Text
 
 from electra_ds.config.run_directory import RunDirectory, read_metrics
-from electra_ds.core.errors import CheckpointError, DataError
+from electra_ds.core.errors import DataError
 from electra_ds.core.program import command
 from electra_ds.data.token_store import recorded_store, split_holdout
 from electra_ds.pretraining.evaluation import SAMPLE_WINDOWS, TrainedModel, held_out_batch, load_trained
@@ -34,7 +34,7 @@ def report_run(run: RunDirectory, data: Path | None = None) -> Report:
     metrics = read_metrics(run.metrics)
     evaluations = [line for line in metrics if line["kind"] == "eval"]
     if not evaluations:
-        raise CheckpointError(f"The run {run.path} has no evaluation to report yet.")
+        raise run.lacks("evaluation to report")
     recipe, record = run.read_recipe(), run.read_record()
     trained = load_trained(run.path)
     table = _summary(evaluations, recipe.name, trained.objective)

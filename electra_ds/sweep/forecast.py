@@ -7,16 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from electra_ds.config.cards import Card, driver_gpus, find_card
 from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError, ElectraError
-from electra_ds.pretraining.objectives.base import Objective
-from electra_ds.pretraining.run_time import RunTime, time_of_steps
+from electra_ds.pretraining.run_time import RunTime
 from electra_ds.report.forecast import GIB, forecast
 from electra_ds.report.tables import Line, Table
 from electra_ds.sweep.folder import ENDED, SweepFolder
@@ -120,12 +116,9 @@ def _pretraining(trial: Trial, recipe: Recipe, resources: Resources) -> Cost:
         card = card or _card_here()
     values, source = (read_deepspeed_json(name), name) if name else default_ds_config(card is not None, card)
     found = forecast(recipe, values, source, card=card, world_size=resources.workers)
-    steps = trial.stop_at or recipe.schedule.total_steps
-    if card is not None:
-        return Cost(steps, time_of_steps(found.time, steps), found.needed_bytes)
-    objective: Objective[Any] = Objective.of(recipe, found.vocab_size)
-    time = objective.run_time(found.plan, torch.device("cpu"), steps=steps, threads=resources.cpus)
-    return Cost(steps, time, found.needed_bytes)
+    if trial.options.get("init_from"):
+        found = replace(found, first=None)
+    return Cost(found.steps(trial.stop_at), found.run_time(trial.stop_at, threads=resources.cpus), found.needed_bytes)
 
 
 def _card_here() -> Card | None:

@@ -15,7 +15,7 @@ from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD
 from electra_ds.config.option import options_of, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
 from electra_ds.config.recipe import ElectraRecipe, named_values, recipe_type
-from electra_ds.config.values import values_yaml
+from electra_ds.config.values import inner_key_problem, values_yaml
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
 from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
@@ -70,7 +70,7 @@ def key_problem(stage: str, key: str, keys: Sequence[str]) -> str:
         return ""
     if inner := [known for known in keys if known.startswith(f"{key}.")]:
         return f"is a section of the recipe; write dotted keys, such as {inner[0]}"
-    return f"unknown key{nearest(key, [*OPTIONS[stage], *keys])}"
+    return inner_key_problem(key) or f"unknown key{nearest(key, [*OPTIONS[stage], *keys])}"
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -41,7 +41,7 @@ def folder_of(run: Path) -> CheckpointFolder:
             )
         if not directory.exists():
             raise CheckpointError(f"{run} is neither a run directory nor a checkpoint.")
-        raise CheckpointError(f"The run {run} has no checkpoint yet.")
+        raise directory.lacks("checkpoint")
     return CheckpointFolder(directory.checkpoints, keep=1)
 
 
@@ -54,7 +54,7 @@ def newest_checkpoint(run_or_checkpoint: Path, ranks: Ranks | None = None) -> Ch
         return load_checkpoint(run_or_checkpoint)
     newest, damaged = folder_of(run_or_checkpoint).latest_valid(ranks)
     if newest is None:
-        raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint yet.")
+        raise RunDirectory(run_or_checkpoint).lacks("checkpoint")
     if ranks is None or ranks.is_main:
         for problem in damaged.values():
             _log.warning("%s Using the checkpoint before it.", problem)
@@ -185,7 +185,7 @@ def checkpoints_to_verify(run_or_checkpoint: Path) -> list[Path]:
         return [run_or_checkpoint]
     paths = folder_of(run_or_checkpoint).paths()
     if not paths:
-        raise CheckpointError(f"The run {run_or_checkpoint} has no checkpoint.")
+        raise RunDirectory(run_or_checkpoint).lacks("checkpoint")
     return paths[::-1]
 
 

@@ -73,16 +73,17 @@ class Job(Protocol):
         """Return the files to store in each checkpoint, so that it is self-contained. plan: the current one."""
 
 
-def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, time_limit_s: float | None = None) -> bool:
+def train(make_loop: Callable[[], TrainingLoop], job: Job, ranks: Ranks, preemption: Preemption) -> bool:
     """Train from the newest checkpoint, or from the start, to `job.stop_at`; return False if it stopped before that.
 
-    All ranks must call it, and on the main rank the caller must hold the run's lock. Raises InterruptedBySignalError
-    after a signal (a checkpoint is saved), TrainingError if gradients stay non-finite, and CheckpointError if the disk
-    is full.
+    All ranks must call it, and on the main rank the caller must hold the run's lock. preemption: already entered.
+
+    Raises InterruptedBySignalError after a signal (a checkpoint is saved), TrainingError if gradients stay non-finite,
+    and CheckpointError if the disk is full.
     """
     loop = None
     try:
-        with Preemption(ranks, time_limit_s) as preemption, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             loop = make_loop()
             stack.callback(loop.close)
             loop.start(stack)

@@ -89,6 +89,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(override: str, nearest: 
         load_recipe("tiny", [override])
 
 
+def test_a_value_of_the_generators_recipe_cannot_be_changed_alone() -> None:
+    override = "generator.recipe.schedule.total_steps=400"
+    told = r"generator.recipe takes a whole recipe, such as {extends: tiny-mlm, schedule: {total_steps: ...}}"
+    with pytest.raises(ConfigError, match=told):
+        load_recipe("tiny-two-stage", [override])
+
+
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import electra_ds
 from electra_ds import Callback, Run
 from electra_ds.cli import main
 from electra_ds.config.recipe import FastElectraRecipe, load_recipe, recipe_yaml
-from electra_ds.core.errors import CheckpointError, ConfigError
+from electra_ds.core.errors import CheckpointError, ConfigError, InterruptedBySignalError
 from electra_ds.core.keyed_random import hash64
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore, split_holdout
@@ -229,6 +230,9 @@ def test_a_generator_that_the_recipe_names_is_pretrained_first_as_if_by_a_comman
     assert (stopped.status, Run(one / "generator").status, first.started) == ("stopped", "stopped", 1)
     one = one.rename(tmp_path / "moved")
     stopped = Run(one)
+    for use in (stopped.report, lambda: load_trained(one)):
+        with pytest.raises(CheckpointError, match=f"because it waits for its generator, whose run is {one}/generator"):
+            use()
     assert stopped.resume(callbacks=[second], quiet=True).status == "stopped"
     assert (Run(one / "generator").status, second.started) == ("done", 2)
     assert stopped.resume(quiet=True).status == "done"
@@ -241,6 +245,29 @@ def test_a_generator_that_the_recipe_names_is_pretrained_first_as_if_by_a_comman
     (one / "status.json").unlink()
     with pytest.raises(CheckpointError, match="but its checkpoints are gone"):
         stopped.resume(quiet=True)
+
+
+class InterruptAfterFirst(Callback):
+    """Sends a signal once the generator is finished, before the discriminator's run begins."""
+
+    def on_end(self, progress: Progress, status: str) -> None:
+        if progress.run.name == "generator" and status == "done":
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_between_the_two_pretrainings_stops_the_run_and_says_how_to_resume_it(
+    store: TokenStore, tmp_path: Path, process_group: Ranks
+) -> None:
+    run = tmp_path / "run"
+    first = "generator.recipe={extends: tiny-mlm, schedule: {total_steps: 4, warmup_steps: 0}}"
+    with pytest.raises(InterruptedBySignalError, match=f"pretrain --resume {run}$"):
+        electra_ds.pretrain(
+            "tiny-fast-electra", data=store.path, run_dir=run, callbacks=[InterruptAfterFirst()],
+            overrides=[*FAST, *STEPS, first], ds_config="cpu", threads=1, eval_windows=16, quiet=True,
+        )  # fmt: skip
+    assert (Run(run / "generator").status, Run(run).status) == ("done", "stopped")
+    assert (run / "requeue").exists()
+    assert Run(run).resume(quiet=True).status == "done"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from electra_ds.api.plan import plan
 from electra_ds.config.cards import CARDS, Card, find_card, missing_features
 from electra_ds.config.deepspeed import default_ds_config, read_deepspeed_json
 from electra_ds.config.names import ds_config_names, recipe_names
@@ -19,6 +20,8 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.memory import Phase, peak_memory
 from electra_ds.pretraining.objectives.electra import ElectraObjective
 from electra_ds.report.forecast import GIB, Forecast, as_json, forecast
+from electra_ds.sweep.forecast import plan_sweep
+from electra_ds.sweep.sweep_file import parse_sweep
 from tests import forks
 from tests.helpers import REPOSITORY, shape_of
 from tests.pretraining.test_pretrain import run
@@ -212,6 +215,24 @@ def test_a_plan_for_this_cpu_has_the_time_that_a_dry_run_predicts() -> None:
     low, high = as_json(found)["days"]
     assert 0 < low < high
     assert forecast(load_recipe("mini"), {}, "mine", card=None, memory_gib=8).run_time() is None
+
+
+@pytest.mark.parametrize("card", ["RTX 4090", "cpu"])
+def test_a_plan_includes_the_pretraining_of_the_generator_that_the_recipe_names(card: str) -> None:
+    found, first = plan("tiny-two-stage", card=card), plan("tiny-generator", card=card)
+    alone = plan("tiny-two-stage", card=card, overrides={"generator.recipe": None})
+    assert found.steps() == first.steps() + alone.steps() == 3_500 + 18_000
+    assert found.needed_bytes == max(first.needed_bytes, alone.needed_bytes) > alone.needed_bytes
+    if card != "cpu":
+        low, high = (a + b for a, b in zip(first.run_time().range_s, alone.run_time().range_s, strict=True))
+        assert found.run_time().range_s == pytest.approx((low, high))
+        assert as_json(found)["days"] == pytest.approx([low / 86_400, high / 86_400])
+        assert as_json(found)["generator"]["days"] == as_json(first)["days"]
+    said = command("--card", card, "--recipe", "tiny-two-stage")
+    assert "for the 3,500 steps of the generator, which is pretrained first, and" in said
+    values = {"name": "x", "pretrain": {"recipe": "tiny-two-stage"}}
+    table, *_ = plan_sweep(parse_sweep(values), local=True)
+    assert "21,500" in table.rows[0]
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ def test_an_override_changes_one_of_two_places_that_share_an_anchor(tmp_path: Pa
         ("finetune.set.epochs=5", "finetune.set.epochs: unknown key; did you mean 'schedule.epochs'"),
         ("finetune.seeds=[0", "not valid YAML"),
         ("finetun.seeds=[0]", "finetun: unknown key; did you mean 'finetune'"),
+        ("pretrain.set.generator.recipe.seed=5", "generator.recipe takes a whole recipe, such as {extends: tiny-mlm, "),
         ("schedule.epochs=5", "is a key of a recipe; write it as finetune.set.schedule.epochs"),
         ("seed=5", "seed: unknown key"),
     ],
