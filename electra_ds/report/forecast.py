@@ -21,7 +21,7 @@ from electra_ds.config.cards import (
     missing_features,
     slow_fp16_note,
 )
-from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolve
+from electra_ds.config.deepspeed import DeepSpeedPlan, default_ds_config, resolve, with_micro_batch
 from electra_ds.config.recipe import Recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
@@ -49,6 +49,7 @@ from electra_ds.report.tables import Table
 
 GIB = 2**30
 _DAY_S = 86_400
+_NEEDS_AUTO = "the JSON's micro-batch does not fit; this is the largest that does, with --micro-batch auto"
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,18 @@ def device_budget(card: Card | None, memory_gib: float | None) -> tuple[float, s
 
 
 def forecast_all(recipes: Sequence[Recipe]) -> list[Forecast]:
-    """Return a forecast for every card with every recipe, under the card's default JSON."""
-    return [forecast(recipe, *default_ds_config(True, card), card=card) for card in CARDS for recipe in recipes]
+    """Return a forecast for every card with every recipe, under the card's default JSON, with the largest micro-batch
+    that fits if the JSON's does not."""
+    return [_with_any_micro_batch(recipe, card) for card in CARDS for recipe in recipes]
+
+
+def _with_any_micro_batch(recipe: Recipe, card: Card) -> Forecast:
+    values, source = default_ds_config(True, card)
+    found = forecast(recipe, values, source, card=card)
+    if found.fits is not False or found.largest is None:
+        return found
+    found = forecast(recipe, with_micro_batch(values, "auto"), source, card=card)
+    return replace(found, plan=replace(found.plan, notes=(*found.plan.notes, _NEEDS_AUTO)))
 
 
 # --- as tables, text and JSON
@@ -320,7 +331,8 @@ def forecasts_table(forecasts: Sequence[Forecast]) -> Table:
         "Predicted for every card",
         ["card", "recipe", "batch", "GiB", "time"],
         text_columns=5,
-        caption=f"electra_ds has not been run on any of these cards. Details: {command('plan')} --recipe R --card NAME",
+        caption="* with --micro-batch auto, since the micro-batch of the card's JSON does not fit. electra_ds has not "
+        f"been run on any of these cards. Details: {command('plan')} --recipe R --card NAME",
     )
     for found in forecasts:
         card = found.card
@@ -336,6 +348,7 @@ def _cells(found: Forecast) -> list[str]:
         return ["does not fit", needed, ""]
     batch = found.plan.batch
     size = f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps}"
+    size += " *" if _NEEDS_AUTO in found.plan.notes else ""
     return [size, needed, str(found.run_time() or "")]
 
 

@@ -19,7 +19,7 @@ from electra_ds.config.recipe import load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.pretraining.memory import Phase, peak_memory
 from electra_ds.pretraining.objectives.electra import ElectraObjective
-from electra_ds.report.forecast import GIB, Forecast, as_json, forecast
+from electra_ds.report.forecast import GIB, Forecast, as_json, forecast, forecast_all, forecasts_table
 from electra_ds.sweep.forecast import plan_sweep
 from electra_ds.sweep.sweep_file import parse_sweep
 from tests import forks
@@ -215,6 +215,32 @@ def test_a_plan_for_this_cpu_has_the_time_that_a_dry_run_predicts() -> None:
     low, high = as_json(found)["days"]
     assert 0 < low < high
     assert forecast(load_recipe("mini"), {}, "mine", card=None, memory_gib=8).run_time() is None
+
+
+def test_a_recipe_too_large_for_a_cards_json_is_planned_for_every_card_with_the_micro_batch_that_fits() -> None:
+    found = {each.card: each for each in forecast_all([load_recipe("electra-base")])}
+    card = card_of("RTX 3090")
+    assert forecast(load_recipe("electra-base"), *default_ds_config(True, card), card=card).fits is False
+    assert found[card].fits
+    assert str(found[card].plan.batch) == "64 x 4 x 1 rank(s)"
+    table = forecasts_table(list(found.values()))
+    cells = {row[0]: row[2] for row in table.rows}
+    assert (cells["RTX 3090"], cells["RTX 4090"]) == ("64 x 4 *", "64 x 4")
+
+
+def test_the_table_of_base_and_large_is_what_the_plan_predicts() -> None:
+    page = (REPOSITORY / "docs" / "recipes.md").read_text("utf8")
+    rows = re.findall(
+        r"^\| `(electra-\w+)` \| (\d) x ([^|]+?) \| `([\w-]+)` \| ([^|]+?) \| ([^|]+?) \| ([^|]+?) \|$", page, re.M
+    )
+    assert len(rows) == 9
+    for recipe, ranks, card, ds_config, batch, gib, time in rows:
+        found = plan(recipe, card=card, ds_config=ds_config, ranks=int(ranks), micro_batch="auto")
+        plan_batch, needed = found.plan.batch, found.needed_bytes
+        assert found.fits
+        assert needed is not None
+        assert batch == f"{plan_batch.micro_batch_size} x {plan_batch.gradient_accumulation_steps}"
+        assert (gib, time) == (f"{needed / GIB:.1f}", str(found.run_time()))
 
 
 @pytest.mark.parametrize("card", ["RTX 4090", "cpu"])
