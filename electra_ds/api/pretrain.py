@@ -16,7 +16,7 @@ from electra_ds.api.stores import find_store, open_or_build_store
 from electra_ds.config.deepspeed import DeepSpeedPlan
 from electra_ds.config.names import CPU_RECIPE, GPU_RECIPE
 from electra_ds.config.options import PretrainOptions
-from electra_ds.config.recipe import FastElectraOfflineRecipe, Recipe, RecipeSource, given_options, load_recipe
+from electra_ds.config.recipe import Recipe, RecipeSource, given_options, load_recipe
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError, InterruptedBySignalError
@@ -307,11 +307,10 @@ class PretrainStart(RunStart[PretrainOptions]):
         if not self.options.init_from:
             required = self.recipe.required_weights
             if required is not None and self.first_recipe is None:
-                is_offline = isinstance(self.recipe, FastElectraOfflineRecipe)
-                other = "set discriminator.starts_from=random" if is_offline else "name its recipe as generator.recipe"
+                other = self.recipe.instead_of_weights
                 raise ConfigError(
                     f"The objective {self.recipe.objective} needs a trained {required}: give a masked language model "
-                    f"with --init-from, as a run, a folder, or a name on the Hub, or {other}."
+                    f"with --init-from, as a run, a folder, or a name on the Hub{f', or --set {other}' if other else ''}."
                 )
             return None
         self.weights = self._weights_of(self.options.init_from)

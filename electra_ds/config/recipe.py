@@ -82,6 +82,11 @@ class Recipe(Section):
         """A network whose weights a new run needs, from --init-from or from `first_recipe`, such as `generator`."""
         return None
 
+    @property
+    def instead_of_weights(self) -> str:
+        """The override with which a new run needs no `required_weights`, for messages."""
+        return ""
+
     def first_recipe(self) -> Recipe | None:
         """Return the recipe of the run that first trains the `required_weights` if `--init-from` does not give them."""
         return None
@@ -212,6 +217,10 @@ class FastElectraRecipe(JointRecipe):
     def required_weights(self) -> str | None:
         return "generator"
 
+    @property
+    def instead_of_weights(self) -> str:
+        return "generator.recipe=RECIPE"
+
     def first_recipe(self) -> MlmRecipe | None:
         """Return the recipe of the generator's own run, or None if `generator.recipe` is not set.
 
@@ -262,6 +271,10 @@ class FastElectraOfflineRecipe(FastElectraRecipe):
     @property
     def required_weights(self) -> str | None:
         return None if self.discriminator.starts_from == "random" else "generator"
+
+    @property
+    def instead_of_weights(self) -> str:
+        return "discriminator.starts_from=random"
 
     def first_recipe(self) -> None:
         return None

@@ -286,11 +286,12 @@ class _Cell:
             except ConfigError as error:
                 problems.append(f"{self._place('generator.recipe')}: {error}")
             else:
+                other = recipe.instead_of_weights
                 if first is None:
                     problems.append(
                         f"{self._place('init_from')}: is missing; the objective {recipe.objective} needs a trained "
-                        f"{recipe.required_weights}, as a run, a folder, or a name on the Hub, or {self._name}.set."
-                        f"generator.recipe"
+                        f"{recipe.required_weights}, as a run, a folder, or a name on the Hub"
+                        f"{f', or {self._name}.set.{other}' if other else ''}"
                     )
         if recipe is None or problems:
             return None, problems
