@@ -307,10 +307,10 @@ class PretrainStart(RunStart[PretrainOptions]):
         if not self.options.init_from:
             required = self.recipe.required_weights
             if required is not None and self.first_recipe is None:
-                other = self.recipe.instead_of_weights
+                other = f", or --set {self.recipe.instead_of_weights}" if self.recipe.instead_of_weights else ""
                 raise ConfigError(
                     f"The objective {self.recipe.objective} needs a trained {required}: give a masked language model "
-                    f"with --init-from, as a run, a folder, or a name on the Hub{f', or --set {other}' if other else ''}."
+                    f"with --init-from, as a run, a folder, or a name on the Hub{other}."
                 )
             return None
         self.weights = self._weights_of(self.options.init_from)
