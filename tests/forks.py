@@ -187,6 +187,9 @@ def _command(
     processes.start = _start_trial  # type: ignore[assignment]
     try:
         main(words)
+    except KeyboardInterrupt:  # as Python ends a program; multiprocessing would exit with 1
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     finally:
         if counts is not None:
             counts.write_text("\n".join(f"{phase} {count}" for phase, count in watch.counts.items()))
