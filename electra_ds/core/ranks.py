@@ -93,6 +93,10 @@ class Ranks:
         return int(tensor.item())
 
 
+_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The environment variables by which torch and DeepSpeed find the other ranks."""
+
+
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """Join the other ranks' process group while the context lasts; an existing process group is used and kept.
@@ -105,8 +109,10 @@ def join_ranks() -> Iterator[Ranks]:
         # DeepSpeed and torch warn about their own deprecated calls, which do not concern the user.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
         started, alone, hook = not distributed.is_initialized(), launch.world_size == 1, sys.excepthook
+        given = {name: os.environ.get(name) for name in _VARIABLES}
+        os.environ["LOCAL_RANK"] = str(devices.device_index(launch))  # DeepSpeed chooses the GPU by it
         if started:
-            _meet(launch)
+            meet(launch)
         if alone:
             sys.excepthook = hook  # torch's puts the rank before every line of an error, once more in each run
         completed = False
@@ -129,6 +135,11 @@ def join_ranks() -> Iterator[Ranks]:
         finally:
             if started and (alone or completed):  # after an error the other ranks may never get here
                 _part()
+            for name, value in given.items():  # other libraries take them for a launcher's
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def _part() -> None:
@@ -137,8 +148,8 @@ def _part() -> None:
     (theirs if theirs is not None and theirs.is_initialized() else distributed).destroy_process_group()
 
 
-def _meet(launch: Launch) -> None:
-    os.environ["LOCAL_RANK"] = str(devices.device_index(launch))  # DeepSpeed chooses the GPU by it
+def meet(launch: Launch) -> None:
+    """Create the process group of all ranks. Raises ConfigError if they cannot connect to each other."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if launch.world_size == 1:
         store = distributed.HashStore()  # type: ignore[attr-defined]  # needs no port
