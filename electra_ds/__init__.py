@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from electra_ds.api.export import export as export
     from electra_ds.api.export import import_checkpoint as import_checkpoint
     from electra_ds.api.finetune import finetune as finetune
+    from electra_ds.api.initialize import initialize as initialize
     from electra_ds.api.pieces import batches as batches
     from electra_ds.api.pieces import build_model as build_model
     from electra_ds.api.pieces import evaluate as evaluate
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from electra_ds.api.reports import run_sweep as run_sweep
     from electra_ds.api.run import Run as Run
     from electra_ds.api.stores import build_data as build_data
+    from electra_ds.api.transformers_model import ElectraForJointPreTraining as ElectraForJointPreTraining
+    from electra_ds.api.transformers_model import NamedLosses as NamedLosses
+    from electra_ds.api.transformers_model import StoreRows as StoreRows
     from electra_ds.config.finetune_recipe import FinetuneRecipe as FinetuneRecipe
     from electra_ds.config.options import FinetuneOptions as FinetuneOptions
     from electra_ds.config.options import PretrainOptions as PretrainOptions
@@ -37,13 +41,14 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 _MODULES = {
     "pretrain": "api.pretrain", "finetune": "api.finetune", "build_data": "api.stores", "corrupt_data": "api.corrupt",
-    "export": "api.export",
+    "export": "api.export", "initialize": "api.initialize",
     "import_checkpoint": "api.export", "plan": "api.plan", "Run": "api.run", "load_recipe": "config.recipe",
     "Recipe": "config.recipe", "FinetuneRecipe": "config.finetune_recipe", "PretrainOptions": "config.options",
     "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",
     "build_model": "api.pieces", "open_engine": "api.pieces", "open_store": "api.pieces", "evaluate": "api.pieces",
     "report_runs": "api.reports", "run_sweep": "api.reports", "Callback": "training.callbacks",
-    "Objective": "pretraining.objectives.base",
+    "Objective": "pretraining.objectives.base", "ElectraForJointPreTraining": "api.transformers_model",
+    "NamedLosses": "api.transformers_model", "StoreRows": "api.transformers_model",
 }  # fmt: skip
 __all__ = ["__version__", *_MODULES]
 

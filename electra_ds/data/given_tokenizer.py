@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import models
 from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
@@ -55,7 +56,7 @@ def load_given_tokenizer(name: str, casing: Casing = _NO_OPTIONS) -> tuple[Token
     name: OWNER/NAME on the Hub, a folder, or a file. Raises DataError as `read_folder` does.
     """
     fast, notes = _read(name, casing)
-    tokenizer = Tokenizer(fast.backend_tokenizer, name, {key: getattr(fast, key) for key in _TOKEN_KEYS})
+    tokenizer = from_transformers(fast, name)
     # transformers adds the special tokens that a vocab.txt lacks; a tokenizer.json holds its own as added tokens.
     is_vocabulary = isinstance(fast.backend_tokenizer.model, models.WordPiece) and not _has_json(Path(name))
     own = fast.backend_tokenizer.get_vocab(with_added_tokens=not is_vocabulary)
@@ -65,6 +66,12 @@ def load_given_tokenizer(name: str, casing: Casing = _NO_OPTIONS) -> tuple[Token
             f"The tokenizer {name} lacked {', '.join(lacking)}; new pieces at its vocabulary's end take their place."
         )
     return tokenizer, notes
+
+
+def from_transformers(fast: PreTrainedTokenizerFast, name: str) -> Tokenizer:
+    """Return a tokenizer of transformers as ours, a copy. name: for messages."""
+    backend = tokenizers.Tokenizer.from_str(fast.backend_tokenizer.to_str())
+    return Tokenizer(backend, name, {key: getattr(fast, key) for key in _TOKEN_KEYS})
 
 
 def _has_json(path: Path) -> bool:

@@ -44,18 +44,20 @@ class BatchBuilder:
 
     def build(self, step: int, batch_size: int | None = None) -> PretrainingBatch:
         """Return the batch of optimizer step `step`. Raises DataError if the store has ids outside its vocabulary."""
-        batch_size = batch_size or self.recipe.global_batch_size
+        return self.objective.make_batch(self.text(step, batch_size), self.seed, step)
+
+    def text(self, step: int, batch_size: int | None = None) -> TextBatch:
+        """Return the text of a step. Raises DataError as `build` does."""
         tokenizer = self.store.tokenizer
-        rows = self.sampler.rows(step, batch_size)
-        ids, lengths, maskable = self._laid_out(rows, self._text(rows))
+        rows = self.sampler.rows(step, batch_size or self.recipe.global_batch_size)
+        ids, lengths, maskable = self._laid_out(rows, self._tokens_of(rows))
         second = None
         if self.recipe.data.segments == "two":
             width = ids.shape[1]
             second = before(lengths, width) & ~before(rows.first_B + 2, width)
-        text = TextBatch(ids, lengths, second, maskable, tokenizer.mask_id, replacements=self.store.replacements)
-        return self.objective.make_batch(text, self.seed, step)
+        return TextBatch(ids, lengths, second, maskable, tokenizer.mask_id, replacements=self.store.replacements)
 
-    def _text(self, rows: Rows) -> np.ndarray:
+    def _tokens_of(self, rows: Rows) -> np.ndarray:
         """Return each row's text, [B, T - 2] in the store's type; beyond its length, arbitrary tokens."""
         positions = rows.positions_BC
         if positions is None:

@@ -61,8 +61,13 @@ _UNIGRAM_TOKENS = 100_000_000  # counting more does not change any printed digit
 
 def held_out_batch(store: TokenStore, split: Split, recipe: Recipe, num_windows: int) -> PretrainingBatch:
     """Return the same held-out windows, masks and noise at every call."""
+    return held_out_builder(store, split, recipe).build(0, num_windows)
+
+
+def held_out_builder(store: TokenStore, split: Split, recipe: Recipe) -> BatchBuilder:
+    """Return the builder whose step 0 is the held-out batch."""
     seed = int(hash64(recipe.seed, _EVALUATION) >> np.uint64(1))
-    return BatchBuilder(store, split.holdout, recipe, seed).build(0, num_windows)
+    return BatchBuilder(store, split.holdout, recipe, seed)
 
 
 class Evaluator:

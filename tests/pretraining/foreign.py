@@ -137,7 +137,7 @@ class Cloze(Objective[ClozeRecipe]):
 
     def make_batch(self, text: TextBatch, seed: int, step: int) -> ClozeBatch:
         cloze = self.recipe.cloze
-        draws_BT = generator(seed, _MASKS, step).random(text.ids_BT.shape)
+        draws_BT = generator(seed, _MASKS, step, *text.part_key).random(text.ids_BT.shape)
         share = step / self.recipe.schedule.total_steps
         masked_BT = text.maskable_BT & (draws_BT < cloze.masked_share)
         return ClozeBatch(text, masked_BT, cloze.temperature + share * (1 - cloze.temperature))

@@ -89,8 +89,16 @@ class TextBatch:
     maskable_BT: np.ndarray
     """bool, True where a token may be masked: neither a special token nor padding."""
     mask_token_id: int
+    part: int = field(default=0, kw_only=True)
+    """The number of this part, if other processes or forward passes make the rest of the step's batch. Random numbers
+    must differ between parts."""
     replacements: Replacements | None = field(default=None, kw_only=True, repr=False)
     """The recorded replacements of the token store; None if it has none."""
+
+    @property
+    def part_key(self) -> tuple[int, ...]:
+        """The last parts of a random key: none for part 0."""
+        return (self.part,) if self.part else ()
 
     @property
     def num_tokens(self) -> int:
@@ -185,9 +193,9 @@ class Objective(ABC, Generic[RecipeT]):
     def make_batch(self, text: TextBatch, seed: int, step: int) -> PretrainingBatch:
         """Return the global batch of a step.
 
-        Random numbers must be a function of (seed, step, position in the global batch). Values that depend on the step,
-        such as a temperature, must be tensors of the micro-batches, so that compiled forward passes see them. seed: the
-        recipe's, or another one for held-out text.
+        Random numbers must be a function of (seed, step, text.part, position in the batch). Values that depend on the
+        step, such as a temperature, must be tensors of the micro-batches, so that compiled forward passes see them.
+        seed: the recipe's, or another one for held-out text.
         """
 
     @classmethod

@@ -93,7 +93,7 @@ class JointObjective(Objective[JointRecipeT]):
         """Return bool [B, T], the positions that count in a loss over all tokens."""
 
     def make_batch(self, text: TextBatch, seed: int, step: int) -> MaskedBatch:
-        rng = generator(seed, _MASKS_AND_NOISE, step)
+        rng = generator(seed, _MASKS_AND_NOISE, step, *text.part_key)
         noise = random_bits(rng, *text.ids_BT.shape).view(np.int32)
         masks = choose_masks(text.maskable_BT, text.lengths_B, rng, self.recipe.masking)
         return MaskedBatch(

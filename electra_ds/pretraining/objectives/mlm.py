@@ -85,7 +85,7 @@ class MlmObjective(Objective[MlmRecipe]):
         return MaskedLm(self.recipe, self.vocab_size, self.pad_token_id)
 
     def make_batch(self, text: TextBatch, seed: int, step: int) -> MaskedBatch:
-        masking, rng = self.recipe.masking, generator(seed, _MASKS, step)
+        masking, rng = self.recipe.masking, generator(seed, _MASKS, step, *text.part_key)
         masks = choose_masks(text.maskable_BT, text.lengths_B, rng, masking)
         others = masks.selected & ~masks.masked
         random_ids = None
