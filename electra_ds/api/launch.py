@@ -20,6 +20,7 @@ from rich.progress import TimeRemainingColumn
 
 from electra_ds.api.run import Run
 from electra_ds.config.options import RunOptions
+from electra_ds.config.plugins import CALLBACK, find
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
@@ -135,7 +136,7 @@ def run_to_end(
     with contextlib.ExitStack() as held:
         run = RunDirectory(ranks.broadcast(options.resume or options.run_dir or start.default_path()))
         start.run, start.ranks, start.show_progress = run, ranks, partial(StageProgress, console)
-        start.callbacks = [ConsoleDisplay(console), *callbacks]
+        start.callbacks = [ConsoleDisplay(console), *callbacks, *_named(options.callback or ())]
         if not start.is_new and start.is_finished():
             start.say_finished()
             return Run(run.path)
@@ -147,6 +148,8 @@ def run_to_end(
         if start.is_new:
             check_run_time(options, start.run_time, ranks)
         start.build()
+        if options.callback is None:  # of the run that is resumed
+            start.callbacks = [*start.callbacks, *_named(start.job.record.settings.callback)]
         prepare.lock_run(run, ranks, held, is_new=start.is_new)
         limit = None if options.time_limit is None else options.time_limit - (time.monotonic() - began)
         stoppable = Preemption(ranks, limit) if preemption is None else contextlib.nullcontext(preemption)
@@ -163,6 +166,11 @@ def run_to_end(
                 lead = f"Stopped at step {start.stop_at:,} of {total:,}, because of --stop-at. To resume:"
                 log_command(_log, lead, f"{command(start.kind)} --resume {run.path}")
     return Run(run.path)
+
+
+def _named(names: Sequence[str]) -> list[Callback]:
+    """Return the callbacks of these names. Raises PluginError."""
+    return [find(CALLBACK, name)() for name in names]
 
 
 def check_run_time(options: RunOptions, predict: Callable[[], RunTime | None], ranks: Ranks) -> None:

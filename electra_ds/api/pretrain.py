@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _OF_BOTH_RUNS = (
     "ds_config", "micro_batch", "threads", "log_every", "eval_every", "save_every", "keep", "eval_windows", "compile",
-    "yes", "time_limit", "wandb", "wandb_project", "wandb_entity", "wandb_group", "tensorboard",
+    "yes", "time_limit", "callback", "wandb", "wandb_project", "wandb_entity", "wandb_group", "tensorboard",
 )  # fmt: skip
 """Options that the generator's run takes over from this run."""
 

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from electra_ds.cli.arguments import add_handled, wide_console
-from electra_ds.config.commands import BuildDataOptions, DoctorOptions, PlanOptions, RecipesOptions
+from electra_ds.config.commands import BuildDataOptions, DoctorOptions, PlanOptions, PluginsOptions, RecipesOptions
 from electra_ds.config.names import (
     CPU_RECIPE,
     FINETUNE_RECIPE,
@@ -75,13 +75,23 @@ example:
       versions, memory, GPUs, and one real training step in each precision; exit status 0 if pretraining can run
 """
 
+_PLUGINS_HELP = """\
+example:
+  bin/plugins
+      what can be used by name, and where it comes from; exit status 1 if something cannot be loaded
+
+A package registers a name with an entry point in the group electra_ds.objectives or electra_ds.callbacks. What is not
+registered is given as module:Class: --set objective=my_package.objective:MyObjective
+"""
+
 
 def add_preparing(commands: Commands) -> None:
-    """Add the parsers of `build-data`, `plan`, `recipes` and `doctor`."""
+    """Add the parsers of `build-data`, `plan`, `recipes`, `doctor` and `plugins`."""
     add_handled(commands, "build-data", BuildDataOptions, _BUILD_DATA_HELP, _build_data)
     add_handled(commands, "plan", PlanOptions, _PLAN_HELP, _plan)
     add_handled(commands, "recipes", RecipesOptions, _RECIPES_HELP, _recipes)
     add_handled(commands, "doctor", DoctorOptions, _DOCTOR_HELP, _doctor)
+    add_handled(commands, "plugins", PluginsOptions, _PLUGINS_HELP, _plugins)
 
 
 def _build_data(options: BuildDataOptions) -> None:
@@ -241,4 +251,22 @@ def _doctor(options: DoctorOptions) -> None:
         can, cannot = "[green]Pretraining can run here.[/]", "[red]Pretraining cannot run here yet.[/]"
         console.print(can if found.can_pretrain else cannot, highlight=False)
     if not found.can_pretrain:
+        raise SystemExit(1)
+
+
+def _plugins(options: PluginsOptions) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from electra_ds.config.plugins import parts
+
+    console, found = wide_console(), list(parts())
+    table = Table("kind", "name", "from", box=None, padding=(0, 2, 0, 0))
+    for part in found:
+        table.add_row(part.kind.name, part.name, " and ".join(part.places))
+    console.print(table, highlight=False)
+    problems = [part.problem for part in found if part.problem]
+    for problem in problems:
+        console.print(f"\n[red]✗[/] {escape(problem)}", highlight=False)
+    if problems:
         raise SystemExit(1)

@@ -211,6 +211,12 @@ class DoctorOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PluginsOptions(Options):
+    """List the objectives and callbacks that can be used by name, with their packages, and check that each can be
+    loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ListOptions(Options):
     """List a run's checkpoints."""
 
@@ -280,4 +286,5 @@ COMMANDS: dict[str, type[Options]] = {
     "plan": PlanOptions, "recipes": RecipesOptions, "report": ReportOptions, "export": ExportOptions,
     "checkpoint ls": ListOptions, "checkpoint verify": VerifyOptions, "checkpoint prune": PruneOptions,
     "checkpoint import": ImportOptions, "doctor": DoctorOptions,
+    "plugins": PluginsOptions,
 }  # fmt: skip

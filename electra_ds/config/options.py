@@ -124,6 +124,11 @@ class TrackingOptions(Options):
     wandb_entity: str | None = _watch("the user or team (default: your account's)", metavar="NAME")
     wandb_group: str | None = _watch("group under which wandb shows runs together", metavar="NAME")
     tensorboard: bool | None = _watch("write RUN/tensorboard (default: no)", off="--no-tensorboard")
+    callback: list[str] | None = _watch(
+        "call these while training, such as a tracker of your own: names that bin/plugins lists, or module:Class",
+        metavar="NAME",
+        nargs="+",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ import pydantic
 from pydantic import Field, model_validator
 from typing_extensions import TypeVar
 
-from electra_ds.config.names import RECIPES, find_objective, shipped_names, shipped_text
+from electra_ds.config.names import RECIPES, shipped_names, shipped_text
 from electra_ds.config.option import Options
+from electra_ds.config.plugins import find_objective
 from electra_ds.config.sections import (
     CopySection,
     DataSection,

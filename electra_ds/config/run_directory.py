@@ -34,7 +34,7 @@ from electra_ds.config.recipe import Recipe, RecipeT, recipe_yaml, validate_reci
 from electra_ds.config.run_record import Record, RunRecord
 from electra_ds.config.sections import Section
 from electra_ds.config.values import load_yaml
-from electra_ds.core.errors import CheckpointError, ConfigError, DataError, ObjectiveError, did_you_mean
+from electra_ds.core.errors import CheckpointError, ConfigError, DataError, PluginError, did_you_mean
 from electra_ds.core.program import command
 
 _PATIENCE_S = 10
@@ -202,7 +202,7 @@ class RunDirectory:
                 return parse((folder / name).read_text("utf8"))
             except FileNotFoundError:
                 problem = problem or f"{name} is missing"
-            except ObjectiveError:  # no fault of the file
+            except PluginError:  # no fault of the file
                 raise
             except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
                 problem = problem or f"{name} is damaged ({error})"

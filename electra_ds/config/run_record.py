@@ -29,6 +29,8 @@ class Settings:
     eval_every: _Count
     save_every: _Count
     keep: _Count
+    callback: list[str] = field(default_factory=list, kw_only=True)
+    """Names of callbacks, or their `module:Class`."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ class ConfigError(ElectraError):
     """A recipe, an override, a DeepSpeed JSON or a command line that cannot be run."""
 
 
-class ObjectiveError(ConfigError):
-    """An objective that is not installed, or whose module cannot be imported."""
+class PluginError(ConfigError):
+    """A part that comes by name, such as an objective, and is not installed or cannot be loaded."""
 
 
 class DataError(ElectraError):

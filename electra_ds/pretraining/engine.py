@@ -16,7 +16,7 @@ import torch
 
 from electra_ds.config.cards import TRITON_CAPABILITY
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.names import find_objective
+from electra_ds.config.plugins import find_objective
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_record import Compile
 from electra_ds.core import devices

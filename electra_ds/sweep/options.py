@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
-from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, find_objective, shipped_names
+from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, shipped_names
 from electra_ds.config.option import options_of, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
+from electra_ds.config.plugins import find_objective
 from electra_ds.config.recipe import ElectraRecipe, named_values, recipe_type
 from electra_ds.config.values import inner_key_problem, values_yaml
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean

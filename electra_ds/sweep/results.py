@@ -13,7 +13,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from electra_ds.config.names import find_objective
+from electra_ds.config.plugins import find_objective
 from electra_ds.config.run_record import Record
 from electra_ds.config.values import dotted_values
 from electra_ds.core.errors import CheckpointError

@@ -59,7 +59,7 @@ def test_a_console_script_on_the_path_is_named_without_its_folder(
 
 def test_help_names_the_program_that_was_called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/ipykernel_launcher.py"])
-    for name in ("pretrain", "finetune", "sweep", "build-data", "plan", "report", "export", "checkpoint", "doctor"):
+    for name in {each.partition(" ")[0] for each in COMMANDS}:
         with pytest.raises(SystemExit):
             build_parser().parse_args([name, "--help"])
         said = capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_as_called_changes_names_of_commands_alone() -> None:
 # --- outside the environment
 
 SCRIPTS: dict[str, list[str]] = {
-    "bench": [], "build-data": ["--corpus", "x", "--out", "y"], "checkpoint": ["ls", "x"], "doctor": [],
+    "bench": [], "build-data": ["--corpus", "x", "--out", "y"], "checkpoint": ["ls", "x"], "doctor": [], "plugins": [],
     "export": ["x"], "finetune": ["--model", "x", "--task", "rte"], "plan": [], "pretrain": [], "recipes": [],
     "report": ["x"], "sweep": ["smoke", "--dry-run"],
 }  # fmt: skip

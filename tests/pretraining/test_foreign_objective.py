@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from electra_ds_cloze.objective import Cloze, ClozeRecipe
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from electra_ds.cli import main
-from electra_ds.config.names import find_objective
+from electra_ds.config.plugins import find
 from electra_ds.config.recipe import Recipe, load_recipe
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
@@ -29,12 +30,11 @@ from electra_ds.sweep.forecast import plan_sweep
 from electra_ds.sweep.sweep_file import load_sweep
 from tests.helpers import SMALL
 from tests.launching import ENVIRONMENT
-from tests.pretraining.foreign import Cloze, ClozeRecipe
 from tests.pretraining.test_pretrain import final_tensors, train_losses
 from tests.sweeping import STEPS as TRIAL_STEPS
 from tests.sweeping import run_sweep, small_sweep, write_sweep
 
-PATH = "tests.pretraining.foreign:Cloze"
+PATH = "electra_ds_cloze.objective:Cloze"
 STEPS = 20
 OF_ELECTRA = ("generator.", "discriminator.", "masking.")
 SIZES = [override for override in SMALL if not override.startswith(OF_ELECTRA)]
@@ -59,7 +59,7 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.syspath_prepend(folder)
     importlib.invalidate_caches()
     yield folder
-    find_objective.cache_clear()
+    find.cache_clear()
 
 
 def own_recipe(folder: Path, objective: str = PATH) -> str:
@@ -99,9 +99,9 @@ def test_an_unknown_objective_is_refused_with_those_there_are(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"cannot be loaded: No module named 'nowhere'\. Install its package"):
         load_recipe("tiny", ["objective=nowhere.at_all:Thing"])
     with pytest.raises(ConfigError, match=r"has no Cloz; did you mean 'Cloze'"):
-        load_recipe("tiny", ["objective=tests.pretraining.foreign:Cloz"])
+        load_recipe("tiny", ["objective=electra_ds_cloze.objective:Cloz"])
     with pytest.raises(ConfigError, match=r"is not a subclass of electra_ds\.Objective"):
-        load_recipe("tiny", ["objective=tests.pretraining.foreign:ClozeModel"])
+        load_recipe("tiny", ["objective=electra_ds_cloze.objective:ClozeModel"])
     with pytest.raises(ConfigError, match=r"lacks build_model, exports, loss_names, make_batch, measure, metrics"):
         load_recipe("tiny", ["objective=tests.pretraining.test_foreign_objective:Incomplete"])
 

@@ -16,7 +16,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from electra_ds.cli import build_parser
-from electra_ds.config.names import SWEEPS, find_objective, shipped_names, shipped_text
+from electra_ds.config.names import SWEEPS, shipped_names, shipped_text
+from electra_ds.config.plugins import find_objective
 from electra_ds.config.recipe import OUR_RECIPES, Recipe
 from electra_ds.config.values import load_yaml
 from electra_ds.core.errors import ConfigError

@@ -29,7 +29,7 @@ from rich.text import Text
 
 from electra_ds.config.cards import Card, find_card
 from electra_ds.config.deepspeed import DeepSpeedPlan
-from electra_ds.config.names import find_objective
+from electra_ds.config.plugins import find_objective
 from electra_ds.config.recipe import Recipe
 from electra_ds.core import devices
 from electra_ds.core.errors import ConfigError

@@ -1,0 +1,130 @@
+"""Parts of other packages by name: the example package as users install it, and packages that are broken."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import electra_ds
+from electra_ds import Callback, Run
+from electra_ds.cli import main
+from electra_ds.config.plugins import CALLBACK, OBJECTIVE, find
+from electra_ds.core.errors import PluginError
+from electra_ds.core.ranks import Ranks
+from electra_ds.data.token_store import TokenStore
+from electra_ds.training.callbacks import Progress
+from tests.helpers import REPOSITORY, SMALL
+
+STEPS = ("schedule.total_steps=12", "schedule.warmup_steps=2")
+CLOZE = [each for each in SMALL if not each.startswith(("generator.", "discriminator.", "masking."))]
+
+
+class Steps(Callback):
+    """Keeps the steps of all runs of this process."""
+
+    seen: list[int] = []  # noqa: RUF012  # of the class, since a run creates the object
+
+    def on_step(self, progress: Progress, step: int, metrics: object) -> None:
+        self.seen.append(step)
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on the path for packages with entry points."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    find.cache_clear()
+
+
+def register(folder: Path, package: str, group: str, name: str, place: str) -> None:
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[electra_ds.{group}]\n{name} = {place}\n")
+    importlib.invalidate_caches()
+    find.cache_clear()
+
+
+@pytest.mark.slow
+def test_the_example_package_is_installed_listed_and_used(
+    store: TokenStore, tmp_path: Path, process_group: Ranks, packages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(
+        REPOSITORY / "examples" / "plugin", tmp_path / "plugin"
+    )  # pip builds in the source's folder
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target",
+            packages, source,
+        ],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    importlib.invalidate_caches()
+    main(["plugins"])
+    shown = capsys.readouterr().out
+    assert "electra_ds_cloze.objective:Cloze" in shown
+    assert "electra_ds_cloze.best:BestEvaluation" in shown
+    run = tmp_path / "run"
+    main(
+        [
+            "pretrain", "--recipe", "tiny", "--ds-config", "cpu", "--data", str(store.path), "--run-dir", str(run),
+            "--callback", "best-evaluation", "--eval-every", "3", "--eval-windows", "16", "--threads", "1",
+            "--set", "objective=cloze", *CLOZE, *STEPS,
+        ]
+    )  # fmt: skip
+    evaluations = Run(run).metrics.query("kind == 'eval'")
+    best = json.loads((run / "best.json").read_text())
+    assert best["cloze_loss"] == evaluations["cloze_loss"].min()
+
+
+def test_a_resumed_run_has_the_callbacks_that_it_was_started_with(
+    store: TokenStore, tmp_path: Path, process_group: Ranks
+) -> None:
+    Steps.seen.clear()
+    run = electra_ds.pretrain(
+        "tiny", data=store.path, ds_config="cpu", run_dir=tmp_path / "run", overrides=[*SMALL, *STEPS], stop_at=5,
+        callback=["tests.test_plugins:Steps"], threads=1, eval_windows=16, quiet=True,
+    )  # fmt: skip
+    assert Steps.seen == [1, 2, 3, 4, 5]
+    run.resume(quiet=True)
+    assert Steps.seen == [*range(1, 13)]
+
+
+def test_a_broken_package_is_reported_and_affects_nothing_else(
+    packages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (packages / "broken.py").write_text("def MyObjective():\n    pass\n\n\nraise RuntimeError('no licence')\n")
+    register(packages, "broken", "objectives", "mine", "broken:MyObjective")
+    register(packages, "absent", "callbacks", "yours", "not_there:Tracker")
+    register(packages, "other", "objectives", "electra", "other_package:Electra")
+    with pytest.raises(SystemExit) as stopped:
+        main(["plugins"])
+    assert stopped.value.code == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"RuntimeError: no licence ({packages / 'broken.py'}, line 5)" in shown
+    assert "The callback 'yours' cannot be loaded from not_there:Tracker: No module named 'not_there'" in shown
+    assert "Two packages register an objective 'electra': electra_ds.pretraining.objectives.electra" in shown
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain", "--help"])
+    assert stopped.value.code == 0
+    assert find(OBJECTIVE, "mlm").__name__ == "MlmObjective"
+
+
+def test_what_is_no_such_class_is_refused_before_anything_is_written(
+    store: TokenStore, tmp_path: Path, process_group: Ranks
+) -> None:
+    with pytest.raises(PluginError, match=r"There is no callback 'best'.* write any other as package\.module:Class\."):
+        find(CALLBACK, "best")
+    with pytest.raises(PluginError, match=r"is not a subclass of electra_ds\.Callback \(docs/python\.md\)"):
+        electra_ds.pretrain("tiny", data=store.path, run_dir=tmp_path / "run", callback=["pathlib:Path"], quiet=True)
+    assert not (tmp_path / "run").exists()
