@@ -47,12 +47,15 @@ class _Running:
     trial: Trial
     files: TrialFiles
     metrics: MetricsTail
+    of_generator: MetricsTail
+    """Those of the run that makes its generator first, if there is one."""
     began: float
     is_resumed: bool
     """True if the run already had steps."""
     first: tuple[float, int] | None = None
     """The time at which a step of this attempt was first seen, and that step."""
     step: int = 0
+    generator_step: int = 0
 
     @property
     def seconds(self) -> float:
@@ -66,6 +69,10 @@ class _Running:
             self.step = lines[-1]["step"]
         if self.step:
             return f"{self.trial.label}: step {self.step:,}"
+        if lines := self.of_generator.lines():
+            self.generator_step = lines[-1]["step"]
+        if self.generator_step:
+            return f"{self.trial.label}: step {self.generator_step:,} of its generator"
         last = "".join(self.files.last_lines()[-1:])
         stage = last.removeprefix(PREPARING) if last.startswith(PREPARING) else "prepares data and model"
         return f"{self.trial.label}: {stage}"
@@ -103,9 +110,10 @@ class SweepMonitor:
 
     def begin(self, trial: Trial) -> None:
         files = self._folder.trial(trial.key)
-        metrics = MetricsTail(files.run.metrics)
+        metrics, of_generator = MetricsTail(files.run.metrics), MetricsTail(files.run.generator.metrics)
         is_resumed = bool(metrics.lines())
-        self._running.setdefault(trial.key, _Running(trial, files, metrics, time.monotonic(), is_resumed))
+        running = _Running(trial, files, metrics, of_generator, time.monotonic(), is_resumed)
+        self._running.setdefault(trial.key, running)
 
     def update(self) -> None:
         """Show what the running trials are doing, at most every few seconds."""

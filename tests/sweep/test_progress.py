@@ -90,9 +90,15 @@ def test_a_trial_without_a_step_yet_is_said_to_prepare(clock: Any, shown_of: Cal
     clock.now = 70.0
     shown.monitor.update()
     assert shown.lines()[-1].rstrip().endswith("prepares data and model")
-    shown.at(shown.trials[0], 12)
+    of_generator = shown.folder.trial(shown.trials[0].key).run.generator.metrics
+    of_generator.parent.mkdir(parents=True)
+    of_generator.write_text('{"kind": "train", "step": 40}\n')
     clock.now = 140.0
     shown.monitor.update()
+    shown.at(shown.trials[0], 12)
+    clock.now = 210.0
+    shown.monitor.update()
+    assert shown.lines()[-2].rstrip().endswith("s0: step 40 of its generator")
     assert "prepares" not in shown.lines()[-1]
     assert "step 12" in shown.lines()[-1]
 
