@@ -6,7 +6,7 @@
 On several GPUs: accelerate launch examples/accelerate_loop.py stores/mine runs/accelerate
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from accelerate import Accelerator, skip_first_batches
@@ -16,8 +16,12 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 import electra_ds
 from electra_ds import ElectraForJointPreTraining, StoreRows
 
-store, out = Path(sys.argv[1]), Path(sys.argv[2])
-steps = int(sys.argv[3]) if len(sys.argv) > 3 else 12_000
+parser = argparse.ArgumentParser()
+parser.add_argument("store", type=Path, help="a token store of bin/build-data")
+parser.add_argument("out", type=Path, help="the folder for checkpoints and the trained discriminator")
+parser.add_argument("--steps", type=int, default=12_000)
+given = parser.parse_args()
+store, out, steps = given.store, given.out, given.steps
 recipe = electra_ds.load_recipe("tiny", {"schedule.total_steps": steps})
 schedule = recipe.schedule
 
@@ -41,5 +45,8 @@ for step, batch in enumerate(skip_first_batches(loader, first), first + 1):
     optimizer.zero_grad()
     if step % max(1, steps // 10) == 0:
         accelerator.print(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in output.losses.items()))
-        accelerator.save_state(out / f"step-{step:08}")
+        accelerator.save_state(out / "incomplete")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (out / "incomplete").rename(out / f"step-{step:08}")
 accelerator.unwrap_model(model).networks()["discriminator"].save_pretrained(out / "discriminator")

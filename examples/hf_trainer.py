@@ -7,9 +7,10 @@ On several GPUs: torchrun --nproc_per_node 4 examples/hf_trainer.py stores/mine 
 """
 
 import argparse
+from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 import electra_ds
 from electra_ds import ElectraForJointPreTraining, NamedLosses, StoreRows
@@ -34,8 +35,10 @@ arguments = TrainingArguments(
     eval_strategy="steps",
     eval_steps=tenth,
     save_steps=tenth,
+    save_total_limit=2,
     report_to="none",
     deepspeed=given.deepspeed,
+    use_cpu=not torch.cuda.is_available(),
 )
 trainer = Trainer(
     model,
@@ -46,9 +49,10 @@ trainer = Trainer(
     optimizers=(model.make_optimizer(), None),
     callbacks=[NamedLosses()],
 )
-trainer.train(resume_from_checkpoint=get_last_checkpoint(given.out))
+finished = [path.parent for path in Path(given.out).glob("checkpoint-*/trainer_state.json")]  # which is written last
+trainer.train(resume_from_checkpoint=str(max(finished, key=lambda path: path.stat().st_mtime)) if finished else None)
 trainer.save_model()
-if trainer.is_world_process_zero():
-    for name, network in model.networks().items():  # plain transformers models
-        network.save_pretrained(f"{given.out}/{name}")
-        tokenizer.save_pretrained(f"{given.out}/{name}")
+for name, network in model.networks().items():  # plain transformers models
+    if trainer.is_world_process_zero():
+        network.save_pretrained(f"{given.out}/networks/{name}")
+        tokenizer.save_pretrained(f"{given.out}/networks/{name}")

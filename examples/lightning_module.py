@@ -5,7 +5,7 @@ bin/build-data --corpus my_texts/ --recipe tiny --out stores/mine
 python examples/lightning_module.py stores/mine runs/lightning
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import lightning
@@ -43,18 +43,17 @@ class Rows(lightning.LightningDataModule):
         return DataLoader(self.rows, self.batch // self.trainer.world_size, sampler=left)
 
 
-store, out = Path(sys.argv[1]), Path(sys.argv[2])
-steps = int(sys.argv[3]) if len(sys.argv) > 3 else 12_000
+parser = argparse.ArgumentParser()
+parser.add_argument("store", type=Path)
+parser.add_argument("out", type=Path)
+parser.add_argument("--steps", type=int, default=12_000)
+given = parser.parse_args()
+store, out, steps = given.store, given.out, given.steps
 recipe = electra_ds.load_recipe("tiny", {"schedule.total_steps": steps})
 module = Pretraining(recipe, AutoTokenizer.from_pretrained(store / "tokenizer"))
 saves = ModelCheckpoint(out, save_last=True, every_n_train_steps=max(1, steps // 10), save_top_k=0)
-trainer = lightning.Trainer(
-    default_root_dir=out,
-    max_steps=steps,
-    callbacks=[saves],
-    gradient_clip_val=recipe.optimizer.max_grad_norm,
-    logger=False,
-)
+clip = recipe.optimizer.max_grad_norm
+trainer = lightning.Trainer(max_steps=steps, callbacks=[saves], gradient_clip_val=clip, logger=False)
 last = out / "last.ckpt"
 trainer.fit(module, Rows(recipe, store), ckpt_path=last if last.exists() else None, weights_only=False)
 module.model.networks()["discriminator"].save_pretrained(out / "discriminator")

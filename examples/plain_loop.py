@@ -4,7 +4,7 @@ bin/build-data --corpus my_texts/ --recipe tiny --out stores/mine
 python examples/plain_loop.py stores/mine runs/plain
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -14,8 +14,12 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 import electra_ds
 from electra_ds import ElectraForJointPreTraining, StoreRows
 
-store, out = Path(sys.argv[1]), Path(sys.argv[2])
-steps = int(sys.argv[3]) if len(sys.argv) > 3 else 12_000
+parser = argparse.ArgumentParser()
+parser.add_argument("store", type=Path, help="a token store of bin/build-data")
+parser.add_argument("out", type=Path, help="the folder for checkpoints and the trained discriminator")
+parser.add_argument("--steps", type=int, default=12_000)
+given = parser.parse_args()
+store, out, steps = given.store, given.out, given.steps
 recipe = electra_ds.load_recipe("tiny", {"schedule.total_steps": steps})
 schedule, checkpoint = recipe.schedule, out / "checkpoint.pt"
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,5 +50,6 @@ for step, batch in enumerate(DataLoader(rows, recipe.global_batch_size, sampler=
     if step % max(1, steps // 10) == 0:
         print(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in output.losses.items()))
         states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**states, "step": step, "dropout": torch.get_rng_state()}, checkpoint)
+        torch.save({**states, "step": step, "dropout": torch.get_rng_state()}, out / "incomplete.pt")
+        (out / "incomplete.pt").replace(checkpoint)
 model.networks()["discriminator"].save_pretrained(out / "discriminator")

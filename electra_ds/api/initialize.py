@@ -21,7 +21,7 @@ from electra_ds.core import devices
 from electra_ds.core.compat import import_muon
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.launcher import detect
-from electra_ds.core.ranks import Ranks, meet
+from electra_ds.core.ranks import Ranks, kept_environment, meet
 from electra_ds.data.token_store import TokenStore
 from electra_ds.interop.export_deepspeed import native_config
 from electra_ds.training.engine import check_plan
@@ -57,13 +57,31 @@ class Loader:
         for micro_batch in DataLoader(self._rows, self._batch.micro_batch_size, sampler=self._left()):
             yield {name: value.to(self._engine.device) for name, value in micro_batch.items()}
 
-    def _left(self) -> Sequence[int]:
-        """Return the numbers of the rows that this rank has yet to read."""
+    def _left(self) -> _RankRows:
         batch = self._batch
         share = batch.micro_batch_size * batch.gradient_accumulation_steps
-        whole, first = share * batch.world_size, share * distributed.get_rank()
-        steps = range(self._engine.global_steps, len(self._rows) // whole)
-        return [step * whole + first + row for step in steps for row in range(share)]
+        steps = range(self._engine.global_steps, len(self._rows) // (share * batch.world_size))
+        return _RankRows(steps, share, share * batch.world_size, share * distributed.get_rank())
+
+
+class _RankRows(NamedTuple):
+    """The numbers of a rank's rows in the given steps."""
+
+    steps: range
+    share: int
+    """Rows of a step that this rank computes."""
+    whole: int
+    """Rows of a step."""
+    first: int
+    """The first of this rank's rows in a step."""
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.share
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self.steps:
+            begin = step * self.whole + self.first
+            yield from range(begin, begin + self.share)
 
 
 def initialize(
@@ -72,6 +90,7 @@ def initialize(
     store: TokenStore | str | Path,
     ds_config: str | Path | None = None,
     model: ElectraForJointPreTraining | None = None,
+    init_from: str | Path | Sequence[str | Path] = (),
     micro_batch: int | Literal["auto"] | None = None,
 ) -> Initialized:
     """Return DeepSpeed's engine, optimizer, loader and learning rate schedule, like `deepspeed.initialize`.
@@ -84,12 +103,13 @@ def initialize(
         store: a token store or its path.
         ds_config: a shipped DeepSpeed JSON such as `zero1`, or a path. By default the one for this hardware. What the
             recipe sets may be absent or `"auto"`.
-        model: the model to train. By default `ElectraForJointPreTraining.from_recipe`, with random weights.
+        model: the model to train, with this recipe. By default `ElectraForJointPreTraining.from_recipe`.
+        init_from: the weights of trained networks to begin with, as in `from_recipe`.
         micro_batch: sequences at a time, instead of the JSON's value.
 
     Raises:
-        ConfigError: the recipe or the JSON cannot be used, or has half precision at ZeRO stage 0, where DeepSpeed's own
-            loss scale does not work.
+        ConfigError: the recipe or the JSON cannot be used, the model has another recipe, or the JSON has half precision
+            at ZeRO stage 0, where DeepSpeed's own loss scale does not work.
         DataError: the store is damaged or has too little text.
 
     Examples:
@@ -106,17 +126,26 @@ def initialize(
     """
     found = load_recipe(recipe)
     options = PretrainOptions(ds_config=None if ds_config is None else str(ds_config), micro_batch=micro_batch)
-    plan = _plan(found, options)
-    rows = StoreRows(found, store)
-    if model is None:
-        accumulation = plan.batch.gradient_accumulation_steps
-        model = ElectraForJointPreTraining.from_recipe(
-            found, rows.store.tokenizer, forward_passes_per_step=accumulation
-        )
+    with kept_environment():
+        plan = _plan(found, options)
+        rows = StoreRows(found, store)
+        if model is None:
+            model = ElectraForJointPreTraining.from_recipe(found, rows.store.tokenizer, init_from=init_from)
+        elif model.recipe != found or model.config.vocab_size != rows.store.tokenizer.vocab_size:
+            raise ConfigError(
+                "The model has another recipe or vocabulary: give recipe=model.recipe, and its own store."
+            )
+        model.config.forward_passes_per_step = plan.batch.gradient_accumulation_steps
+        engine, optimizer, scheduler = _initialized(model, plan)
+    return Initialized(engine, optimizer, Loader(rows, plan.batch, engine), scheduler)
+
+
+def _initialized(model: ElectraForJointPreTraining, plan: DeepSpeedPlan) -> tuple[Any, Any, LambdaLR]:
+    """Return DeepSpeed's engine, in training mode, with its optimizer and schedule."""
     model.network.set_up(None, plan.checkpointed_layers)
     if plan.stage:
         import_muon()
-    optimizer, schedule = model.make_optimizer(), found.schedule.model_dump()
+    optimizer, schedule = model.make_optimizer(), model.recipe.schedule.model_dump()
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_at(step, learning_rate=1.0, **schedule))
     config = native_config(plan)
     if "torch_autocast" in plan.document:
@@ -124,7 +153,8 @@ def initialize(
     engine, optimizer, _, scheduler = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False
     )
-    return Initialized(engine, optimizer, Loader(rows, plan.batch, engine), scheduler)
+    engine.train()
+    return engine, optimizer, scheduler
 
 
 def _plan(recipe: Recipe, options: PretrainOptions) -> DeepSpeedPlan:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -39,12 +40,14 @@ from transformers import (
 )
 from transformers.utils.generic import ModelOutput
 
+from electra_ds.config.plugins import find_objective
 from electra_ds.config.recipe import Recipe, RecipeSource, load_recipe
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.data.given_tokenizer import from_transformers, load_given_tokenizer
 from electra_ds.data.token_store import TokenStore, split_holdout
 from electra_ds.data.tokenizer import Tokenizer
 from electra_ds.interop.init_from import read_initial_weights
+from electra_ds.model.encoder import Encoder
 from electra_ds.model.heads import column_keys
 from electra_ds.pretraining.batches import BatchBuilder
 from electra_ds.pretraining.electra import JointModel
@@ -116,19 +119,23 @@ class ElectraForJointPreTraining(PreTrainedModel):
         Raises ConfigError if the recipe is not valid or its objective cannot be used here.
         """
         super().__init__(config)
-        recipe = load_recipe(config.recipe or {})
-        self.objective: Objective[Any] = Objective.of(recipe, config.vocab_size or 0, config.pad_token_id)
-        if self.objective.reads_replacements:
+        if not config.recipe:
             raise ConfigError(
-                f"The objective {recipe.objective} reads replacements from a token store, which only "
-                f"electra_ds.pretrain does. Use fast-electra here."
+                "These weights have no recipe, so they are not those of an ElectraForJointPreTraining. To begin with "
+                "them, use ElectraForJointPreTraining.from_recipe(..., init_from=[FOLDER])."
             )
+        recipe = load_recipe(config.recipe)
+        _check_objective(recipe)
+        self.objective: Objective[Any] = Objective.of(recipe, config.vocab_size or 0, config.pad_token_id)
         self.network = self.objective.build_model()
+        self._frozen = [name for name, each in self.network.named_parameters() if not each.requires_grad]
+        self.gradient_checkpointing = False
         for parameter in self.network.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would draw them again
         self.register_buffer("num_forward_passes", torch.zeros((), dtype=torch.int64))
         self.num_forward_passes: torch.Tensor
         self._tied_weights_keys = _tied(self)
+        self._keys_to_ignore_on_save = list(self._tied_weights_keys)  # or Trainer would warn of them when it resumes
         self.post_init()
 
     @classmethod
@@ -138,7 +145,7 @@ class ElectraForJointPreTraining(PreTrainedModel):
         tokenizer: PreTrainedTokenizerBase | Tokenizer | str | Path,
         overrides: Sequence[str] | Mapping[str, Any] = (),
         *,
-        init_from: Sequence[str | Path] = (),
+        init_from: str | Path | Sequence[str | Path] = (),
         forward_passes_per_step: int = 1,
     ) -> Self:
         """Return a model with random weights, or with those of trained networks.
@@ -150,19 +157,22 @@ class ElectraForJointPreTraining(PreTrainedModel):
             overrides: changed values of the recipe by dotted key.
             init_from: at most one generator and one discriminator, each a run, a transformers folder or a name on the
                 Hub. The objective fast-electra needs a generator.
-            forward_passes_per_step: the micro-batches of an optimizer step, for what depends on the step, such as the
-                temperature of fast-electra.
+            forward_passes_per_step: the micro-batches of an optimizer step, if your trainer accumulates gradients.
+                `training_arguments` divides the batch by it, and what depends on the step, such as the temperature of
+                fast-electra, follows it.
 
         Raises:
             ConfigError: the recipe is not valid, or the weights do not fit it.
             DataError: the tokenizer cannot be used, or the weights cannot be read.
         """
         found = load_recipe(recipe, overrides)
+        _check_objective(found)
         ours = _tokenizer(tokenizer)
         if found.required_weights is not None and not init_from:
+            of_pretrain = " Only electra_ds.pretrain trains one by generator.recipe." if found.first_recipe() else ""
             raise ConfigError(
                 f"The objective {found.objective} needs a trained {found.required_weights}: give a masked language "
-                f"model as `init_from`."
+                f"model as `init_from`.{of_pretrain}"
             )
         config = ElectraJointConfig(
             recipe=found.model_dump(mode="json"),
@@ -174,10 +184,26 @@ class ElectraForJointPreTraining(PreTrainedModel):
         )
         model = cls(config)
         if init_from:
-            weights = read_initial_weights([str(each) for each in init_from], found)
+            sources = [init_from] if isinstance(init_from, str | Path) else init_from
+            weights = read_initial_weights([str(each) for each in sources], found)
             weights.check_vocabulary(ours)
             model.network.load_state_dict(weights.load(found, ours).state_dict())
         return model
+
+    @classmethod
+    def from_pretrained(cls, *given: Any, **settings: Any) -> Any:
+        """Return a saved model, in evaluation mode like every model that transformers loads.
+
+        Raises DataError if the folder lacks some of its weights.
+        """
+        found = super().from_pretrained(*given, **settings)
+        model = found[0] if isinstance(found, tuple) else found
+        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise DataError(f"The weights of {model.name_or_path} lack {', '.join(missing[:5])}.")
+        for name in model._frozen:
+            model.network.get_parameter(name).requires_grad_(False)
+        return found
 
     @property
     def recipe(self) -> Recipe:
@@ -203,7 +229,8 @@ class ElectraForJointPreTraining(PreTrainedModel):
             return_loss: no effect. Trainer reports the loss of evaluations only if it finds this argument.
 
         Raises:
-            DataError: rows are empty, padded on the left, too long for the model, or have ids outside its vocabulary.
+            DataError: rows are empty, padded on the left, too long for the model or have ids outside its vocabulary, or
+                the mask has another shape.
         """
         text, device = self._text(input_ids, attention_mask, token_type_ids), input_ids.device
         if self.training:
@@ -231,6 +258,12 @@ class ElectraForJointPreTraining(PreTrainedModel):
     ) -> TextBatch:
         config, most = self.config, self.recipe.model.max_position_embeddings
         ids_BT = input_ids.cpu().numpy().astype(np.int64)
+        if not ids_BT.size:
+            raise DataError("The batch is empty.")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise DataError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}."
+            )
         rows, width = ids_BT.shape
         lengths_B = np.full(rows, width) if attention_mask is None else attention_mask.sum(1).cpu().numpy()
         is_token_BT = before(lengths_B, width)
@@ -240,8 +273,8 @@ class ElectraForJointPreTraining(PreTrainedModel):
             raise DataError('Rows must be padded on the right: set padding_side="right" in the tokenizer.')
         if width > most:
             raise DataError(f"Rows have {width} tokens, but the model has {most} positions. Truncate the text.")
-        if ids_BT.max() >= config.vocab_size:
-            raise DataError(f"The text has id {ids_BT.max()}, but the model has {config.vocab_size} pieces.")
+        for outside in ids_BT[(ids_BT < 0) | (ids_BT >= config.vocab_size)][:1]:
+            raise DataError(f"The text has id {outside}, but the model has the {config.vocab_size} pieces from 0.")
         second_BT = None if token_type_ids is None else (token_type_ids.cpu().numpy() == 1) & is_token_BT
         return TextBatch(
             ids_BT=np.where(is_token_BT, ids_BT, config.pad_token_id),
@@ -277,13 +310,23 @@ class ElectraForJointPreTraining(PreTrainedModel):
     def training_arguments(self) -> dict[str, Any]:
         """Return the recipe's batch, optimizer, schedule and seed as keyword arguments of `TrainingArguments`.
 
-        Raises ConfigError if Trainer does not have the recipe's schedule, or the batch cannot be divided among the
-        processes of a launcher such as torchrun.
+        The batch is divided among processes, and into `forward_passes_per_step` micro-batches.
+
+        Raises ConfigError if Trainer does not have the recipe's schedule, if the batch cannot be divided among the
+        processes of a launcher such as torchrun, or if several GPUs have no launcher.
         """
-        recipe, processes = self.recipe, int(os.environ.get("WORLD_SIZE", "1"))
-        if recipe.global_batch_size % processes:
+        recipe, accumulation = self.recipe, self.config.forward_passes_per_step
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes == 1 and (gpus := torch.cuda.device_count()) > 1:
             raise ConfigError(
-                f"global_batch_size {recipe.global_batch_size} is not a multiple of the {processes} processes."
+                f"Without a launcher Trainer would give each of the {gpus} GPUs a whole batch. Start the script with "
+                f"torchrun --nproc_per_node {gpus}, or set CUDA_VISIBLE_DEVICES=0."
+            )
+        rows, rest = divmod(recipe.global_batch_size, processes * accumulation)
+        if rest:
+            raise ConfigError(
+                f"global_batch_size {recipe.global_batch_size} is not a multiple of {processes} process(es) times "
+                f"{accumulation} forward pass(es)."
             )
         if recipe.schedule.kind != "linear":
             raise ConfigError(f"Trainer does not have the schedule {recipe.schedule.kind}: set schedule.kind=linear.")
@@ -291,8 +334,9 @@ class ElectraForJointPreTraining(PreTrainedModel):
             "max_steps": recipe.schedule.total_steps,
             "warmup_steps": recipe.schedule.warmup_steps,
             "lr_scheduler_type": "linear",
-            "per_device_train_batch_size": recipe.global_batch_size // processes,
-            "per_device_eval_batch_size": recipe.global_batch_size // processes,
+            "per_device_train_batch_size": rows,
+            "per_device_eval_batch_size": rows,
+            "gradient_accumulation_steps": accumulation,
             "learning_rate": recipe.optimizer.learning_rate,
             "weight_decay": recipe.optimizer.weight_decay,
             "adam_beta1": recipe.optimizer.beta1,
@@ -305,9 +349,18 @@ class ElectraForJointPreTraining(PreTrainedModel):
     def networks(self) -> dict[str, PreTrainedModel]:
         """Return copies of the trained networks as plain transformers models, such as `discriminator` and `generator`.
 
-        They no longer need this package: `model.networks()["discriminator"].save_pretrained("my-electra")`.
+        They no longer need this package: `model.networks()["discriminator"].save_pretrained("my-electra")`. At ZeRO
+        stage 3 all ranks must call it.
         """
-        return {name: export.model for name, export in self.objective.exports(self.network).items()}
+        with gathered(self.network.parameters()):
+            return {name: export.model for name, export in self.objective.exports(self.network).items()}
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Return the token table of the first network."""
+        encoders = (module for module in self.network.modules() if isinstance(module, Encoder))
+        for encoder in encoders:
+            return encoder.embeddings.word_embeddings
+        return super().get_input_embeddings()
 
     # What transformers calls.
 
@@ -319,30 +372,42 @@ class ElectraForJointPreTraining(PreTrainedModel):
             init.zeros_(self.num_forward_passes)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *settings: Any, **more: Any) -> None:
+        self.gradient_checkpointing = enable
         self.network.set_up(None, self.recipe.num_hidden_layers if enable else 0)
 
 
 class NamedLosses(TrainerCallback):
-    """Adds the mean of each loss to what Trainer logs: `Trainer(..., callbacks=[NamedLosses()])`."""
+    """Adds the mean of each loss to what Trainer shows and keeps: `Trainer(..., callbacks=[NamedLosses()])`.
+
+    Trainer calls the trackers of `report_to` before it calls this. To log the losses there too, leave `report_to` empty
+    and name them after it: `callbacks=[NamedLosses(), WandbCallback()]`.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
+        self._seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        """The losses of forward passes in training, and in evaluations."""
+        self._names: list[str] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
         self._hook = model.register_forward_hook(self._add)
 
     def _add(self, model: torch.nn.Module, given: Any, output: JointOutput) -> None:
-        if model.training and output.losses is not None:
-            self._sums = {name: value + self._sums.get(name, 0.0) for name, value in output.losses.items()}
-            self._count += 1
+        assert output.losses is not None
+        self._names = [*output.losses]
+        self._seen[model.training].append(torch.stack([*output.losses.values()]))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-        if "loss" in logs and self._count:
-            means = {name: value.item() / self._count for name, value in self._sums.items()}
+        for is_training, prefix in ((True, ""), (False, "eval_")):
+            if f"{prefix}loss" not in logs or not self._seen[is_training]:
+                continue
+            means = torch.stack(self._seen[is_training]).mean(0)
+            self._seen[is_training].clear()
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(means)
+                means /= torch.distributed.get_world_size()
+            named = dict(zip([f"{prefix}{name}" for name in self._names], means.tolist(), strict=True))
             for shown in (logs, state.log_history[-1]):
-                shown.update(means)
-            self._sums, self._count = {}, 0
+                shown.update(named)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self._hook.remove()
@@ -363,6 +428,7 @@ class StoreRows(Dataset[dict[str, torch.Tensor]]):
 
         Raises DataError if the store is damaged or has too little text for a held-out part.
         """
+        self._given = recipe, store, held_out_rows
         found = load_recipe(recipe)
         self.store = store if isinstance(store, TokenStore) else TokenStore(Path(store))
         split = split_holdout(self.store.documents, found.data, found.seed)
@@ -374,6 +440,11 @@ class StoreRows(Dataset[dict[str, torch.Tensor]]):
             steps, self._step_rows = 1, held_out_rows
         self._length = steps * self._step_rows
         self._last: tuple[int, TextBatch] | None = None
+
+    def __reduce__(self) -> Any:
+        """Open the store again in another process, in place of copying it there."""
+        recipe, store, held_out_rows = self._given
+        return _reopened, (recipe, store.path if isinstance(store, TokenStore) else store, held_out_rows)
 
     def __len__(self) -> int:
         return self._length
@@ -391,6 +462,20 @@ class StoreRows(Dataset[dict[str, torch.Tensor]]):
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
+def _reopened(recipe: RecipeSource, store: str | Path, held_out_rows: int | None) -> StoreRows:
+    return StoreRows(recipe, store, held_out_rows=held_out_rows)
+
+
+def gathered(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    """Return a context in which parameters that ZeRO stage 3 has partitioned are whole on every rank."""
+    partitioned = [each for each in parameters if hasattr(each, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
+
+
 def _leave_out_correction(optimizer: torch.optim.Optimizer, *step: Any) -> None:
     """Begin the state of parameters so that torch's AdamW does not correct the bias of their moments."""
     for group in optimizer.param_groups:
@@ -398,6 +483,14 @@ def _leave_out_correction(optimizer: torch.optim.Optimizer, *step: Any) -> None:
             if parameter.grad is not None and not optimizer.state[parameter]:
                 state = adamw_state(parameter, bias_correction=False)
                 optimizer.state[parameter] = state if group["fused"] else state | {"step": state["step"].cpu()}
+
+
+def _check_objective(recipe: Recipe) -> None:
+    if find_objective(recipe.objective).reads_replacements:
+        raise ConfigError(
+            f"The objective {recipe.objective} reads replacements from a token store, which only electra_ds.pretrain "
+            f"does. Use fast-electra here."
+        )
 
 
 def _tied(model: torch.nn.Module) -> dict[str, str]:
@@ -416,10 +509,18 @@ def _tokenizer(given: PreTrainedTokenizerBase | Tokenizer | str | Path) -> Token
     if isinstance(given, Tokenizer):
         return given
     if not isinstance(given, PreTrainedTokenizerBase):
-        return load_given_tokenizer(str(given))[0]
-    if not isinstance(given, PreTrainedTokenizerFast):
+        name, found = str(given), load_given_tokenizer(str(given))[0]
+    elif isinstance(given, PreTrainedTokenizerFast):
+        name = str(given.name_or_path or type(given).__name__)
+        found = from_transformers(given, name)
+    else:
         raise DataError(f"{type(given).__name__} is not a fast tokenizer. Load it with AutoTokenizer.")
-    return from_transformers(given, str(given.name_or_path))
+    if found.added:
+        raise DataError(
+            f"The tokenizer {name} lacks {', '.join(found.added)}. Add them with its method add_special_tokens, and "
+            f"save it for those who use the model."
+        )
+    return found
 
 
 AutoConfig.register(ElectraJointConfig.model_type, ElectraJointConfig)

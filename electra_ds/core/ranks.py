@@ -105,11 +105,10 @@ def join_ranks() -> Iterator[Ranks]:
     connect to each other, and LostRankError if one of them died.
     """
     launch = detect(os.environ)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_environment():
         # DeepSpeed and torch warn about their own deprecated calls, which do not concern the user.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
         started, alone, hook = not distributed.is_initialized(), launch.world_size == 1, sys.excepthook
-        given = {name: os.environ.get(name) for name in _VARIABLES}
         os.environ["LOCAL_RANK"] = str(devices.device_index(launch))  # DeepSpeed chooses the GPU by it
         if started:
             meet(launch)
@@ -135,11 +134,20 @@ def join_ranks() -> Iterator[Ranks]:
         finally:
             if started and (alone or completed):  # after an error the other ranks may never get here
                 _part()
-            for name, value in given.items():  # other libraries take them for a launcher's
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Restore the variables of launchers at the end; other libraries would take ours for those of a launcher."""
+    given = {name: os.environ.get(name) for name in _VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in given.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _part() -> None:

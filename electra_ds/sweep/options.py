@@ -169,7 +169,7 @@ def own_content(stage: str, name: str, value: str) -> bytes:
         content = Path(value).read_bytes()
     except OSError as error:
         raise ConfigError(f"Cannot read {value}: {error.strerror}.") from error
-    if name == "recipe" and any(key in content for key in (b"extends:", b"recipe:")):
+    if name == "recipe" and any(key in content for key in (b"extends", b"recipe")):
         return values_yaml(named_values(value, _SHIPPED[stage, name])).encode()
     return content
 

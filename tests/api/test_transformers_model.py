@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import pickle
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForPreTraining,
     ElectraForPreTraining,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -113,10 +116,7 @@ def test_trainer_resumes_exactly(store: TokenStore, tmp_path: Path, strategy: st
     """With dropout, and with gradient accumulation over batches of unequal length."""
     recipe = small_recipe(*SHORT, "schedule.total_steps=12", "model.hidden_dropout_prob=0.1")
     rows = StoreRows(recipe, store)
-    settings = {
-        "save_strategy": "steps", "save_steps": 5, "train_sampling_strategy": strategy,
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
-    }  # fmt: skip
+    settings = {"save_strategy": "steps", "save_steps": 5, "train_sampling_strategy": strategy}
     straight = ElectraForJointPreTraining.from_recipe(recipe, store.tokenizer, forward_passes_per_step=2)
     trainer_for(straight, rows, tmp_path, **settings).train()
     resumed = ElectraForJointPreTraining.from_recipe(recipe, store.tokenizer, forward_passes_per_step=2)
@@ -227,13 +227,13 @@ def test_every_trainer_has_the_weights_of_a_run_and_resumes_exactly(
     overrides = {"schedule.total_steps": steps, "model.hidden_dropout_prob": 0, "model.attention_probs_dropout_prob": 0}
     recipe = load_recipe("tiny", overrides)
     monkeypatch.setattr(electra_ds, "load_recipe", lambda name, changes: recipe)
-    number = ["--steps", str(steps)] if example == "hf_trainer" else [str(steps)]
 
     def run(out: Path) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr("sys.argv", [example, str(store.path), str(out), *number])
+        monkeypatch.setattr("sys.argv", [example, str(store.path), str(out), "--steps", str(steps)])
         runpy.run_path(str(REPOSITORY / "examples" / f"{example}.py"), run_name="__main__")
         AcceleratorState._reset_state(reset_partial_state=True)
-        return load_file(out / "discriminator" / "model.safetensors")
+        folder = out / "networks" if example == "hf_trainer" else out
+        return load_file(folder / "discriminator" / "model.safetensors")
 
     straight = run(tmp_path / "straight")
     whole = StoreRows.__getitem__
@@ -268,7 +268,7 @@ def test_every_trainer_has_the_weights_of_a_run_and_resumes_exactly(
     [
         ({"attention_mask": torch.tensor([[0, 0, 1, 1]])}, 'set padding_side="right"'),
         ({"attention_mask": torch.tensor([[0, 0, 0, 0]])}, "A row has no tokens"),
-        ({"input_ids": torch.full((1, 4), 10_000)}, "The text has id 10000, but the model has 400 pieces"),
+        ({"input_ids": torch.full((1, 4), 10_000)}, "The text has id 10000, but the model has the 400 pieces from 0"),
         (
             {"input_ids": torch.zeros(1, 513, dtype=torch.int64)},
             "Rows have 513 tokens, but the model has 512 positions",
@@ -293,3 +293,96 @@ def test_what_only_the_own_loop_has_is_refused(store: TokenStore) -> None:
         model(recipe="tiny-fast-electra")
     with pytest.raises(ConfigError, match="reads replacements from a token store"):
         model("discriminator.starts_from=random", "objective=fast-electra-offline", recipe="tiny-fast-electra")
+
+
+def test_a_folder_that_is_not_such_a_model_says_how_to_begin_with_it(store: TokenStore, tmp_path: Path) -> None:
+    model = ElectraForJointPreTraining.from_recipe(small_recipe(), store.tokenizer)
+    model.networks()["discriminator"].save_pretrained(tmp_path / "discriminator")
+    with pytest.raises(ConfigError, match=r"have no recipe.* use .*from_recipe\(\.\.\., init_from=\[FOLDER\]\)"):
+        ElectraForJointPreTraining.from_pretrained(tmp_path / "discriminator")
+    model.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["network.discriminator_head.dense.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(DataError, match=r"lack network\.discriminator_head\.dense\.weight"):
+        ElectraForJointPreTraining.from_pretrained(tmp_path / "whole")
+
+
+def test_a_tokenizer_without_special_tokens_is_refused(store: TokenStore) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    with pytest.raises(DataError, match=r"PreTrainedTokenizerFast lacks \[CLS\], \[SEP\], \[MASK\]|lacks \[PAD\]"):
+        ElectraForJointPreTraining.from_recipe("tiny", PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+# --- what a model keeps
+
+
+def test_a_frozen_generator_stays_frozen_when_it_is_saved_and_loaded(
+    store: TokenStore, tmp_path: Path, process_group: Ranks
+) -> None:
+    joint = ElectraForJointPreTraining.from_recipe(small_recipe(), store.tokenizer)
+    for name, network in joint.networks().items():
+        network.save_pretrained(tmp_path / name)
+        store.tokenizer.save(tmp_path / name)
+    changes = {"extends": "tiny-fast-electra", "optimizer": {"weight_decay": 0.1}}
+    recipe = load_recipe(
+        changes,
+        [each for each in SMALL if not each.startswith(("generator.sharing", "discriminator.loss"))]
+        + ["schedule.total_steps=4", "schedule.warmup_steps=1"],
+    )
+    first = ElectraForJointPreTraining.from_recipe(recipe, store.tokenizer, init_from=tmp_path / "generator")
+    first.save_pretrained(tmp_path / "saved")
+    model = ElectraForJointPreTraining.from_pretrained(tmp_path / "saved")
+    assert not model.training
+    before = {name: each.clone() for name, each in model.network.generator.state_dict().items()}
+    engine, _, loader, _ = electra_ds.initialize(recipe=recipe, store=store, ds_config="zero1", model=model)
+    assert model.training
+    for micro_batch in loader:
+        engine.backward(engine(**micro_batch).loss)
+        engine.step()
+    assert all(torch.equal(each, before[name]) for name, each in model.network.generator.state_dict().items())
+    assert model.num_forward_passes == 4
+
+
+def test_rows_of_a_store_are_opened_again_in_other_processes_not_copied(store: TokenStore) -> None:
+    rows = StoreRows(small_recipe(), store)
+    sent = pickle.dumps(rows)
+    assert len(sent) < 10_000
+    again = pickle.loads(sent)
+    assert all(torch.equal(value, again[9][name]) for name, value in rows[9].items())
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(store: TokenStore) -> None:
+    recipe = small_recipe("model.hidden_dropout_prob=0.1")
+    row = {name: value[None] for name, value in StoreRows(recipe, store)[0].items()}
+    grads = []
+    for enable in (False, True):
+        model = ElectraForJointPreTraining.from_recipe(recipe, store.tokenizer).train()
+        if enable:
+            model.gradient_checkpointing_enable()
+        assert model.is_gradient_checkpointing is enable
+        torch.manual_seed(0)
+        model(**row).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_autocast_of_the_trainer_is_used(store: TokenStore) -> None:
+    row = {name: value[None] for name, value in StoreRows(small_recipe(), store)[0].items()}
+    model = ElectraForJointPreTraining.from_recipe(small_recipe(), store.tokenizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.eval()(**row).loss
+    full = model.eval()(**row).loss
+    assert half != full
+    assert half.item() == pytest.approx(full.item(), rel=1e-2)
+
+
+def test_accumulation_divides_the_batch_and_counts_steps(store: TokenStore) -> None:
+    model = ElectraForJointPreTraining.from_recipe(small_recipe(), store.tokenizer, forward_passes_per_step=4)
+    found = model.training_arguments()
+    assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (2, 4)
+    with pytest.raises(ConfigError, match=r"8 is not a multiple of 1 process\(es\) times 3 forward pass\(es\)"):
+        ElectraForJointPreTraining.from_recipe(
+            small_recipe(), store.tokenizer, forward_passes_per_step=3
+        ).training_arguments()
