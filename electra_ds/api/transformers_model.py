@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -352,7 +352,12 @@ class ElectraForJointPreTraining(PreTrainedModel):
         They no longer need this package: `model.networks()["discriminator"].save_pretrained("my-electra")`. At ZeRO
         stage 3 all ranks must call it.
         """
-        with gathered(self.network.parameters()):
+        whole: AbstractContextManager[Any] = nullcontext()
+        if any(hasattr(parameter, "ds_id") for parameter in self.network.parameters()):
+            from electra_ds.training.zero import gathered
+
+            whole = gathered(self.network.parameters())
+        with whole:
             return {name: export.model for name, export in self.objective.exports(self.network).items()}
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -464,16 +469,6 @@ class StoreRows(Dataset[dict[str, torch.Tensor]]):
 
 def _reopened(recipe: RecipeSource, store: str | Path, held_out_rows: int | None) -> StoreRows:
     return StoreRows(recipe, store, held_out_rows=held_out_rows)
-
-
-def gathered(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[Any]:
-    """Return a context in which parameters that ZeRO stage 3 has partitioned are whole on every rank."""
-    partitioned = [each for each in parameters if hasattr(each, "ds_id")]
-    if not partitioned:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(partitioned)
 
 
 def _leave_out_correction(optimizer: torch.optim.Optimizer, *step: Any) -> None:

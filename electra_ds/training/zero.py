@@ -55,6 +55,12 @@ def torch_adamw(
     )
 
 
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Return a context in which the parameters, which stage 3 has partitioned, are whole on every rank."""
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([*parameters])
+    return context
+
+
 class ZeroAdamW:
     """Counters and state of a DeepSpeed engine's sharded AdamW, under the names of `MasterAdamW`.
 

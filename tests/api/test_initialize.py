@@ -12,6 +12,7 @@ from electra_ds.config.run_directory import read_metrics
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
+from electra_ds.training.engine import close_deepspeed
 from tests.helpers import SMALL, small_recipe
 
 STEPS = ("schedule.total_steps=12", "schedule.warmup_steps=3")
@@ -27,6 +28,16 @@ def losses_of(started: electra_ds.api.initialize.Initialized, until: int) -> lis
         if engine.global_steps == until:
             break
     return losses
+
+
+def test_the_networks_are_whole_at_stage_3(store: TokenStore, tmp_path: Path, process_group: Ranks) -> None:
+    config = tmp_path / "ds.json"
+    config.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    engine = electra_ds.initialize(recipe=small_recipe(*STEPS), store=store, ds_config=config).engine
+    expected = electra_ds.build_model(small_recipe(*STEPS), store).discriminator.embeddings.word_embeddings.weight
+    table = engine.module.networks()["discriminator"].get_input_embeddings().weight
+    assert torch.equal(table, expected)
+    close_deepspeed(engine)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
