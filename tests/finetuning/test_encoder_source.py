@@ -40,6 +40,7 @@ from electra_ds.interop.export import export_run
 from electra_ds.interop.init_from import read_initial_weights
 from electra_ds.pretraining import prepare
 from electra_ds.pretraining.pretrain import pretrain
+from electra_ds.training.preemption import Preemption
 from electra_ds.training.prepare import plan_new
 from tests.finetune_runs import (
     NO_DROPOUT,
@@ -334,7 +335,7 @@ def pretrain_on(length: int, store: TokenStore, process_group: Ranks, run_dir: P
     with run.locked():
         plan = plan_new(options, recipe, run, process_group)
         job = prepare.prepare_new(options, recipe, plan, store, run, process_group)
-        assert pretrain(job, process_group)
+        assert pretrain(job, process_group, Preemption(process_group))
     return run.path
 
 

@@ -37,6 +37,7 @@ from electra_ds.pretraining.prepare import fits_in_memory, fitting_plan, largest
 from electra_ds.pretraining.pretrain import PretrainLoop, pretrain
 from electra_ds.training.checkpoint import CheckpointFolder, PendingCheckpoint
 from electra_ds.training.optimizer import MasterAdamW
+from electra_ds.training.preemption import Preemption
 from electra_ds.training.prepare import plan_new
 from electra_ds.training.step import StepLosses
 from tests.helpers import cpu_plan, small_recipe
@@ -106,7 +107,7 @@ def train(
         plan = plan_new(options, recipe, directory, ranks)
         job = prepare.prepare_new(options, recipe, plan, store, directory, ranks)
         with log_shown_on(console or Console(quiet=True)):
-            assert pretrain(job, ranks)
+            assert pretrain(job, ranks, Preemption(ranks))
     return directory.path
 
 
@@ -178,11 +179,11 @@ def test_going_on_after_a_fault_is_going_on_from_a_checkpoint_under_the_smaller_
     with directory.locked():
         plan = plan_new(first, recipe, directory, process_group)
         job = prepare.prepare_new(first, recipe, plan, store, directory, process_group)
-        pretrain(job, process_group)
+        pretrain(job, process_group, Preemption(process_group))
         plan = prepare.plan_resume(second, directory, process_group)
         assert plan.batch.micro_batch_size == 3
         job = prepare.prepare_resume(second, plan, directory, process_group)
-        pretrain(job, process_group)
+        pretrain(job, process_group, Preemption(process_group))
     assert train_losses(faulty) == train_losses(directory.path)
     expected = final_tensors(directory.path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in final_tensors(faulty).items())
