@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ def export(
     to: Literal["transformers", "deepspeed"] = "transformers",
     ds_config: str | Path | None = None,
     encoder_only: bool = False,
+    push_to_hub: str | None = None,
+    **more: Any,
 ) -> Path:
     """Write a trained model as transformers folders, or as a native DeepSpeed checkpoint, and return the folder.
 
@@ -37,9 +39,13 @@ def export(
         to: `deepspeed` writes a pretraining's weights and optimizer for the number of ranks that call this.
         ds_config: for `deepspeed`, the JSON with the ZeRO stage and precision. By default the run's.
         encoder_only: write a finetuned model without its head.
+        push_to_hub: upload it to the Hugging Face Hub as NAME or OWNER/NAME; each network of a pretraining as
+            NAME-discriminator and so on.
+        more: any other field of `ExportOptions`: `private`, `license`, `language`, `dataset`, `dry_run`.
 
     Raises:
         CheckpointError: there is nothing to export, or `out` is not empty.
+        DataError: the Hub cannot be reached or refuses the upload; the folder remains.
         ConfigError: transformers has no class for the trained model, or the JSON cannot be used here.
 
     Examples:
@@ -48,13 +54,23 @@ def export(
         >>> sorted(path.name for path in folder.iterdir())
         ['discriminator', 'generator']
     """
-    named = {"run": run.path if isinstance(run, Run) else run, "out": out, "to": to, "ds_config": ds_config}
-    options = given_options(ExportOptions, None, named | {"encoder_only": encoder_only})
+    named: dict[str, Any] = {
+        "run": run.path if isinstance(run, Run) else run,
+        "out": out,
+        "to": to,
+        "ds_config": ds_config,
+    }
+    named |= {"encoder_only": encoder_only, "push_to_hub": push_to_hub}
+    options = given_options(ExportOptions, None, named | more)
     run_export(options)
+    return _out(options)
+
+
+def _out(options: ExportOptions) -> Path:
     if options.out is not None:
         return options.out
     is_checkpoint = (options.run / "manifest.json").exists()
-    return (options.run.resolve().parent.parent if is_checkpoint else options.run) / _FOLDERS[to]
+    return (options.run.resolve().parent.parent if is_checkpoint else options.run) / _FOLDERS[options.to]
 
 
 _FOLDERS = {"transformers": "export", "deepspeed": "native"}
@@ -62,6 +78,10 @@ _FOLDERS = {"transformers": "export", "deepspeed": "native"}
 
 def run_export(options: ExportOptions) -> str:
     """Export as `export` does, and return a message on how to use the folder."""
+    if options.push_to_hub is not None:
+        from electra_ds.interop.publish import check_name
+
+        check_name(options.push_to_hub)
     is_finetuned = _is_finetuned(options.run)
     if options.encoder_only and not is_finetuned:
         raise ConfigError(
@@ -82,14 +102,33 @@ def run_export(options: ExportOptions) -> str:
             return told if ranks.is_main else ""
     if options.ds_config is not None:
         raise ConfigError("--ds-config works only with --to deepspeed; transformers folders have no DeepSpeed JSON.")
+    from electra_ds.interop.model_cards import Facts
+
+    facts = Facts(options.license, options.language or (), options.dataset or (), options.push_to_hub)
     if is_finetuned:
         from electra_ds.interop.export_finetuned import export_finetuned
 
-        return export_finetuned(options.run, options.out, encoder_only=bool(options.encoder_only))
+        told = export_finetuned(options.run, options.out, encoder_only=bool(options.encoder_only), facts=facts)
+    else:
+        from electra_ds.interop.export import export_run
 
-    from electra_ds.interop.export import export_run
+        told = export_run(options.run, options.out, facts)
+    return "\n".join([told, *_published(options)])
 
-    return export_run(options.run, options.out)
+
+def _published(options: ExportOptions) -> Iterator[str]:
+    """Upload an export if that was asked for, and yield a line about each repository."""
+    if options.push_to_hub is None:
+        return
+    from electra_ds.interop.publish import repositories, upload
+
+    for repository in repositories(_out(options), options.push_to_hub):
+        if options.dry_run:
+            yield f"Would upload {repository.folder} ({repository.size}) to {repository.name}."
+        else:
+            yield f"Uploaded {repository.size} to {upload(repository, private=bool(options.private))}"
+    if options.license is None:
+        yield "The model card names no licence: give one with --license, such as --license apache-2.0."
 
 
 def _is_finetuned(run_or_checkpoint: Path) -> bool:

@@ -41,6 +41,8 @@ examples:
       a run of bin/finetune; then: pipeline("text-classification", model="my-mrpc")
   bin/export runs/mrpc-rc2020-s0-20260101-120000 --encoder-only
       without its head: transformers has no class for heads with mean pooling
+  bin/export runs/tiny-20260101-120000 --push-to-hub me/my-electra --license apache-2.0 --language en
+      uploads me/my-electra-discriminator and me/my-electra-generator; first: hf auth login
   bin/export runs/tiny-20260101-120000 --to deepspeed --ds-config my_zero2.json --out native
       then: engine.load_checkpoint("native") in a DeepSpeed script with our model; see native/README.md
   torchrun --nproc_per_node 4 bin/export runs/tiny-20260101-120000 --to deepspeed --ds-config my_zero2.json --out native

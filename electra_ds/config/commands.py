@@ -33,7 +33,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.program import command
 
 _RECIPES = ", ".join(recipe_names())
-_RAY, _SCORES, _UNKNOWN, _CORRUPT = "ray", "scores", "unknown", "corrupt"
+_RAY, _SCORES, _UNKNOWN, _CORRUPT, _HUB = "ray", "scores", "unknown", "corrupt", "hub"
 _corrupt = partial(option, group=_CORRUPT)
 
 
@@ -181,6 +181,8 @@ class ReportOptions(Options):
 class ExportOptions(Options):
     """Write a model as transformers folders, or a run for DeepSpeed."""
 
+    GROUPS: ClassVar[dict[str, str | tuple[str, str]]] = {_HUB: "publishing"}
+
     run: Path = option("a run directory, or one of its checkpoints", flag="", metavar="RUN")
     to: Literal["transformers", "deepspeed"] = option(
         "transformers (default): generator and discriminator, or a finetuned model with its head, to load with "
@@ -192,6 +194,30 @@ class ExportOptions(Options):
         "the JSON with the ZeRO stage and precision to write for (default: the run's)", metavar="NAME|FILE"
     )
     encoder_only: bool | None = option("write only the encoder of a finetuned model, to load with AutoModel")
+    push_to_hub: str | None = option(
+        "upload it to the Hugging Face Hub as NAME or OWNER/NAME, or the networks of a pretraining as "
+        "NAME-discriminator and so on",
+        metavar="NAME",
+        group=_HUB,
+    )
+    private: bool | None = option("create private repositories", group=_HUB)
+    license: str | None = option("for the model card, such as apache-2.0", metavar="ID", group=_HUB)
+    language: list[str] | None = option(
+        "of the text, for the model card, such as en de", nargs="+", metavar="CODE", group=_HUB
+    )
+    dataset: list[str] | None = option(
+        "names on the Hub of the text, for the model card, such as wikimedia/wikipedia",
+        nargs="+",
+        metavar="NAME",
+        group=_HUB,
+    )
+    dry_run: bool | None = option("write the folder and say what would be uploaded, but upload nothing", group=_HUB)
+
+    def check(self) -> None:
+        if self.push_to_hub is None and (self.private or self.dry_run):
+            raise ConfigError("--private and --dry-run belong to --push-to-hub NAME.")
+        if self.push_to_hub is not None and self.to == "deepspeed":
+            raise ConfigError("--push-to-hub is for transformers folders, not for --to deepspeed.")
 
 
 @dataclass(frozen=True, kw_only=True)

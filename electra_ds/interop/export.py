@@ -15,14 +15,14 @@ from transformers.utils import logging
 from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
 from electra_ds.core.errors import CheckpointError
-from electra_ds.interop.model_cards import pretrained_card
+from electra_ds.interop.model_cards import NO_FACTS, Facts, pretrained_card
 from electra_ds.pretraining.evaluation import load_model
 from electra_ds.training.checkpoints import default_export_folder, newest_checkpoint
 
 _LONGEST_NAME = 200
 
 
-def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
+def export_run(run_or_checkpoint: Path, out: Path | None, facts: Facts = NO_FACTS) -> str:
     """Write each of the objective's networks into a folder in `out`, and return a description of them.
 
     Raises CheckpointError if there is nothing to export, or `out` already holds something.
@@ -39,7 +39,7 @@ def export_run(run_or_checkpoint: Path, out: Path | None) -> str:
             exported.model.save_pretrained(partial / name)
             tokenizer.save(partial / name, recipe.model.max_position_embeddings)
             (partial / name / "README.md").write_text(
-                pretrained_card(name, exported, recipe, tokenizer.vocab_size, checkpoint, sources), "utf8"
+                pretrained_card(name, exported, recipe, tokenizer.vocab_size, checkpoint, sources, facts), "utf8"
             )
     return "\n".join(
         f"{out / name}: {exported.loaded_by}, which {exported.purpose}" for name, exported in exports.items()

@@ -41,7 +41,7 @@ from electra_ds.finetuning.inputs import TaskMicroBatch
 from electra_ds.finetuning.load_task import recorded_task
 from electra_ds.finetuning.tasks import TaskData
 from electra_ds.interop.export import check_out, new_folder
-from electra_ds.interop.model_cards import Exported, finetuned_card
+from electra_ds.interop.model_cards import NO_FACTS, Exported, Facts, finetuned_card
 from electra_ds.training.checkpoint import Checkpoint
 from electra_ds.training.checkpoints import default_export_folder, kept_checkpoint, recorded_recipe
 
@@ -60,7 +60,9 @@ class _Scale(NamedTuple):
     unit: float = 1.0
 
 
-def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only: bool = False) -> str:
+def export_finetuned(
+    run_or_checkpoint: Path, out: Path | None, *, encoder_only: bool = False, facts: Facts = NO_FACTS
+) -> str:
     """Write the weights that a run kept, or those of a checkpoint, into `out`, and return how to use them.
 
     Raises CheckpointError if there is nothing to export or `out` already holds something, and ConfigError if no
@@ -92,7 +94,7 @@ def export_finetuned(run_or_checkpoint: Path, out: Path | None, *, encoder_only:
             exported.save_pretrained(partial)
         _save_tokenizer(checkpoint.path, partial, recipe, has_segments)
         _check_same(trained, partial, exported, scale, has_segments)
-        (partial / "README.md").write_text(finetuned_card(what, exported), "utf8")
+        (partial / "README.md").write_text(finetuned_card(what, exported, facts), "utf8")
     kind, step = type(exported).__name__, checkpoint.state["step"]
     return f"{out}: {kind}, {record.task}, seed {recipe.seed}, step {step:,}\n{what.usage(exported, str(out))}"
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
@@ -59,11 +61,36 @@ The trained head is one matrix W. transformers' head has two with a GELU between
 `out_proj` subtracts the GELU of the second from that of the first, which gives W x, since GELU(z) - GELU(-z) = z. In
 fp16 and bf16 this is as precise as W x itself.
 """
+_GLUE = "nyu-mll/glue"
+_HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+"""The Hub's names of our metrics, where they differ."""
 _COLUMNS = "| set | rows | metric | value | the same prediction for every row |\n| --- | --- | --- | --- | --- |"
 
 
+class Facts(NamedTuple):
+    """What only the user knows about a model, for the card's front matter."""
+
+    license: str | None = None
+    """An identifier of the Hub, such as `apache-2.0`."""
+    language: Sequence[str] = ()
+    """ISO 639 codes of the text."""
+    datasets: Sequence[str] = ()
+    """Names on the Hub of the text."""
+    repository: str | None = None
+    """The name under which it is published, without the part's."""
+
+
+NO_FACTS = Facts()
+
+
 def pretrained_card(
-    part: str, exported: Export, recipe: Recipe, vocab_size: int, checkpoint: Checkpoint, sources: list[str]
+    part: str,
+    exported: Export,
+    recipe: Recipe,
+    vocab_size: int,
+    checkpoint: Checkpoint,
+    sources: list[str],
+    facts: Facts = NO_FACTS,
 ) -> str:
     """Return the card of one network of a pretraining. sources: the weights that the run began with."""
     run, state = checkpoint.path.parent.parent, checkpoint.state
@@ -87,7 +114,25 @@ It was pretrained with electra_ds for {state["step"]:,} of {recipe.schedule.tota
 trained. Its vocabulary has {vocab_size:,} pieces.{began}"""
     title = f"{recipe.objective.upper()} {part}, recipe {recipe.name}"
     code = _OPENING.replace("AUTO", exported.loaded_by)
-    return _card(f"tags:\n- {recipe.objective}", title, text, code, results, recipe)
+    if facts.repository is not None:
+        code = code.replace("PATH", f"{facts.repository}-{part}")
+    front = ModelCardData(
+        **_given(facts),
+        library_name="transformers",
+        pipeline_tag="fill-mask" if exported.loaded_by.endswith("ForMaskedLM") else None,
+        base_model=[source for source in sources if is_hub_model(source)] or None,
+        tags=[recipe.objective, "electra_ds"],
+    )
+    return _card(front, title, text, code, results, recipe)
+
+
+def _given(facts: Facts) -> dict[str, Any]:
+    """Return the facts as arguments of `ModelCardData`."""
+    return {
+        "license": facts.license,
+        "language": [*facts.language] or None,
+        "datasets": [*facts.datasets] or None,
+    }
 
 
 def published_name(source: str) -> str:
@@ -98,10 +143,11 @@ def published_name(source: str) -> str:
     return f"{path.parent.name}/{path.name}" if path.name in ("generator", "discriminator") else path.name
 
 
-def _card(front_matter: str, title: str, text: str, code: str, sections: str, recipe: Recipe | FinetuneRecipe) -> str:
+def _card(
+    front: ModelCardData, title: str, text: str, code: str, sections: str, recipe: Recipe | FinetuneRecipe
+) -> str:
     return f"""---
-library_name: transformers
-{front_matter}
+{front.to_yaml()}
 ---
 
 # {title}
@@ -157,25 +203,37 @@ def _pipeline(model: PreTrainedModel) -> str:
     return "question-answering" if type(model).__name__.endswith("ForQuestionAnswering") else "feature-extraction"
 
 
-def finetuned_card(what: Exported, model: PreTrainedModel) -> str:
+def finetuned_card(what: Exported, model: PreTrainedModel, facts: Facts = NO_FACTS) -> str:
     """Return the card of a finetuned model."""
     record, recipe, kind = what.record, what.recipe, _pipeline(model)
     base = published_name(record.model)
     began = f"random weights of the shape of {base}" if record.has_random_weights else base
-    base_model = f"base_model: {record.model}\n" if is_hub_model(record.model) and not record.has_random_weights else ""
     is_labelled = record.source.train is not None or record.task in GLUE
     examples = "training examples" if is_labelled else "windows of training contexts"
     if recipe.data.double_unordered:
         examples += ", pairs in both orders counted twice"
     segments = "gives segment ids, as in training" if what.has_segments else "gives no segment ids, as in training"
     code, remark = _code_and_remark(what, kind)
+    code = code.replace("PATH", facts.repository or "PATH")
     text = f"""It began with {began} and was finetuned with electra_ds on {record.num_examples:,} {examples},
 for {what.state["step"]:,} steps of {recipe.global_batch_size}. Inputs were cut at {recipe.data.max_length} tokens,
 which is where `truncation=True` cuts them. The tokenizer {segments}.
 
 {remark}"""
+    is_published = is_hub_model(record.model) and not record.has_random_weights
+    is_glue = record.task in GLUE and record.source.train is None
+    results = _results(what, kind) if is_glue else None
+    front = ModelCardData(
+        **_given(facts._replace(datasets=[*facts.datasets, *([_GLUE] if is_glue else [])])),
+        library_name="transformers",
+        pipeline_tag=kind,
+        base_model=record.model if is_published else None,
+        tags=[model.config.model_type, "electra_ds"],
+        eval_results=results,
+        model_name=f"{base}, {record.task}" if results else None,
+    )
     return _card(
-        f"pipeline_tag: {kind}\n{base_model}tags:\n- {model.config.model_type}",
+        front,
         f"{type(model).__name__} on {record.task}, recipe {recipe.name}, seed {recipe.seed}",
         text,
         code,
@@ -207,6 +265,27 @@ def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
         f'from transformers import pipeline\n\nclassifier = pipeline("text-classification", model="PATH")\n'
         f"classifier({what.example()}, truncation=True)\n{more}"
     ), remark
+
+
+def _results(what: Exported, kind: str) -> list[EvalResult] | None:
+    """Return the scores on GLUE's development sets as the Hub shows them, if they belong to these weights."""
+    scores, task = what.scores, what.record.task
+    if scores.get("step") != what.state["step"]:
+        return None
+    return [
+        EvalResult(
+            task_type=kind,
+            dataset_type=_GLUE,
+            dataset_name=f"GLUE {task.upper()}",
+            dataset_config=task.replace("-", ""),
+            dataset_split=name.replace("dev", "validation"),
+            metric_type=_HUB_METRICS.get(metric, metric),
+            metric_value=round(value, 6),
+        )
+        for name, of in scores["sets"].items()
+        if name.startswith("dev")
+        for metric, value in of["metrics"].items()
+    ]
 
 
 def _scores(what: Exported, kind: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -206,6 +207,9 @@ def test_one_layer_on_pairs_is_exported_with_its_logits_labels_and_card(
         f"| dev | 7 | accuracy | {accuracy:.4f} |",
     ):
         assert part in card
+    (result, *_) = [each for each in ModelCard(card).data.eval_results if each.metric_type == "accuracy"]
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == ("nyu-mll/glue", "mrpc", "validation")
+    assert result.metric_value == pytest.approx(accuracy, abs=1e-6)
     for file in ("config.json", "tokenizer_config.json", "README.md"):
         assert str(bench.folder) not in (tmp_path / "out" / file).read_text()
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]
