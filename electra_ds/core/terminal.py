@@ -6,6 +6,7 @@ Nothing below the command line prints. The package says what it does through sta
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shutil
 import sys
@@ -236,7 +237,12 @@ def log_shown_on(console: Console) -> Iterator[None]:
 
 @contextmanager
 def display(quiet: bool = False) -> Iterator[Console]:
-    """Show the log on the terminal, unless `quiet`, and yield the console, on which progress is shown too."""
+    """Show the log on the terminal, unless `quiet`, and yield the console, on which progress is shown too.
+
+    A notebook shows a bar only with ipywidgets; without them it gets plain lines.
+    """
     console = Console(quiet=quiet)
+    if console.is_jupyter and importlib.util.find_spec("ipywidgets") is None:
+        console = Console(quiet=quiet, force_jupyter=False, force_terminal=False)
     with log_shown_on(console):
         yield console

@@ -116,5 +116,5 @@ class Report:
 def as_text(parts: Iterable[Part]) -> str:
     """Return the parts of a report as plain text."""
     file = io.StringIO()
-    print_report(parts, Console(file=file, width=_WIDTH))
+    print_report(parts, Console(file=file, width=_WIDTH, force_jupyter=False))
     return file.getvalue()
