@@ -13,14 +13,19 @@ import pytest
 import tokenizers
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModel,
     AutoModelForPreTraining,
+    AutoTokenizer,
+    DataCollatorWithPadding,
     ElectraForPreTraining,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
+    get_linear_schedule_with_warmup,
 )
 
 import electra_ds
@@ -386,3 +391,38 @@ def test_accumulation_divides_the_batch_and_counts_steps(store: TokenStore) -> N
         ElectraForJointPreTraining.from_recipe(
             small_recipe(), store.tokenizer, forward_passes_per_step=3
         ).training_arguments()
+
+
+def test_trainer_averages_the_losses_of_accumulated_forward_passes(store: TokenStore, tmp_path: Path) -> None:
+    """It would add them up, for a model that counts the batch's items itself."""
+    recipe = small_recipe("schedule.total_steps=3", "schedule.warmup_steps=1")
+
+    def model_of() -> ElectraForJointPreTraining:
+        return ElectraForJointPreTraining.from_recipe(recipe, store.tokenizer, forward_passes_per_step=2)
+
+    trained, expected, rows = model_of(), model_of().train(), StoreRows(recipe, store)
+    trainer_for(trained, rows, tmp_path).train()
+    optimizer = expected.make_optimizer()
+    schedule = get_linear_schedule_with_warmup(optimizer, 1, 3)
+    for micro_batch in DataLoader(rows, 4):
+        (expected(**micro_batch).loss / 2).backward()
+        if expected.num_forward_passes % 2 == 0:
+            torch.nn.utils.clip_grad_norm_(expected.parameters(), recipe.optimizer.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    for (name, one), other in zip(trained.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_other_columns_of_a_dataset_are_left_out(store: TokenStore, tmp_path: Path) -> None:
+    recipe = small_recipe("schedule.total_steps=2", "schedule.warmup_steps=1")
+    model = ElectraForJointPreTraining.from_recipe(recipe, store.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(store.path / "tokenizer")
+    table = Dataset.from_dict({"text": ["A few words.", "Many more words than before."] * 8, "id": [*range(16)]})
+    rows = table.map(lambda batch: tokenizer(batch["text"], truncation=True, max_length=32), batched=True)
+    arguments = TrainingArguments(**model.training_arguments(), output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    collator = DataCollatorWithPadding(tokenizer)
+    state = Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
+    assert state.global_step == 2
+    assert state.training_loss > 0
