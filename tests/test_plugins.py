@@ -105,6 +105,11 @@ def test_a_broken_package_is_reported_and_affects_nothing_else(
 ) -> None:
     (packages / "broken.py").write_text("def MyObjective():\n    pass\n\n\nraise RuntimeError('no licence')\n")
     register(packages, "broken", "objectives", "mine", "broken:MyObjective")
+    late = "class Late(Callback):\n    def on_evaluate(self, metrics):\n        pass\n"
+    (packages / "late.py").write_text(f"from electra_ds import Callback\n\n\n{late}")
+    (packages / "half.py").write_text("from electra_ds import Objective\n\n\nclass Half(Objective):\n    pass\n")
+    register(packages, "late", "callbacks", "late", "late:Late")
+    register(packages, "half", "objectives", "half", "half:Half")
     register(packages, "absent", "callbacks", "yours", "not_there:Tracker")
     register(packages, "other", "objectives", "electra", "other_package:Electra")
     with pytest.raises(SystemExit) as stopped:
@@ -112,7 +117,10 @@ def test_a_broken_package_is_reported_and_affects_nothing_else(
     assert stopped.value.code == 1
     shown = "".join(capsys.readouterr().out.split())  # without the ends of lines
     for told in (
-        f"RuntimeError: no licence ({packages / 'broken.py'}, line 5)",
+        f"RuntimeError: no licence ({packages / 'broken.py'}, line 5).",
+        f"The callback 'late' cannot be loaded from late:Late: Late.on_evaluate must take (self, progress, metrics): "
+        f"too many positional arguments ({packages / 'late.py'}, line 4).",
+        "The objective 'half' lacks build_model, encoder, exports, key_metrics, loss_names, main_metric, make_batch",
         "The callback 'yours' cannot be loaded from not_there:Tracker: No module named 'not_there'",
         "Two packages register an objective 'electra': electra_ds.pretraining.objectives.electra",
     ):
@@ -126,7 +134,7 @@ def test_a_broken_package_is_reported_and_affects_nothing_else(
 def test_what_is_no_such_class_is_refused_before_anything_is_written(
     store: TokenStore, tmp_path: Path, process_group: Ranks
 ) -> None:
-    with pytest.raises(PluginError, match=r"There is no callback 'best'.* write any other as package\.module:Class\."):
+    with pytest.raises(PluginError, match=r"There is no callback 'best'.* or write package\.module:Class\."):
         find(CALLBACK, "best")
     with pytest.raises(PluginError, match=r"is not a subclass of electra_ds\.Callback \(docs/python\.md\)"):
         electra_ds.pretrain("tiny", data=store.path, run_dir=tmp_path / "run", callback=["pathlib:Path"], quiet=True)

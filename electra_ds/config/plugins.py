@@ -11,6 +11,7 @@ A part that is not registered is given by its place, `my_package.objective:MyObj
 from __future__ import annotations
 
 import importlib
+import os
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
-from electra_ds.core.errors import PluginError, did_you_mean
+from electra_ds.core.errors import ElectraError, PluginError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Kind:
     """The page that says how to write one."""
     method: str
     """A method or attribute that every class of this kind has, by which it is recognised without importing the base."""
+    needs: tuple[str, ...] = ()
+    """Further attributes that it must have."""
     ours: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Our own, in the form of entry points, so that a checkout finds them even if it is not installed."""
 
@@ -48,6 +51,7 @@ OBJECTIVE = Kind(
     "electra_ds.Objective",
     "docs/objectives.md",
     "recipe_type",
+    ("metric_labels", "main_metric", "key_metrics", "encoder"),
     {
         "electra": f"{_OBJECTIVES}.electra:ElectraObjective",
         "electra-15": f"{_OBJECTIVES}.electra_15:Electra15Objective",
@@ -98,8 +102,8 @@ def find(kind: Kind, name: str) -> Any:
     if name not in registered:
         there = f"The registered ones are {', '.join(sorted(registered))}" if registered else "None is registered"
         raise PluginError(
-            f"There is no {kind.name} {name!r}{did_you_mean(name, registered) or '.'} {there}; write any other as "
-            f"package.module:Class."
+            f"There is no {kind.name} {name!r}{did_you_mean(name, registered) or '.'} {there}; install the package "
+            f"that registers it, or write package.module:Class."
         )
     found = registered[name]
     if len(found) > 1:
@@ -129,25 +133,35 @@ def _load(kind: Kind, value: str, name: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever it raises, other parts must work
-        raise PluginError(
-            f"{what} cannot be loaded{source}: {_message(error)}. Install its package, or put its folder on PYTHONPATH."
-        ) from error
+        absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        advice = ". Install its package, or put its folder on PYTHONPATH." if absent else _place(error)
+        raise PluginError(f"{what} cannot be loaded{source}: {_message(error)}{advice}") from error
     found = getattr(module, attribute, None)
     if found is None:
         hint = did_you_mean(attribute, dir(module)) or "."
         raise PluginError(f"{what} cannot be loaded{source}: {module_name} has no {attribute}{hint}")
     if not isinstance(found, type) or not hasattr(found, kind.method):
         raise PluginError(f"{what} is not a subclass of {kind.base} ({kind.guide}).")
-    if missing := getattr(found, "__abstractmethods__", ()):
+    missing = [*getattr(found, "__abstractmethods__", ()), *(name for name in kind.needs if not hasattr(found, name))]
+    if missing:
         raise PluginError(f"{what} lacks {', '.join(sorted(missing))} ({kind.guide}).")
     return found
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, ImportError | ValueError):
-        return str(error)
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} ({error.filename}, line {error.lineno})"
+    said = str(error).rstrip(".")
+    return said if isinstance(error, ImportError | ElectraError) else f"{type(error).__name__}: {said}"
+
+
+def _place(error: Exception) -> str:
+    """Return the place of an error in the package that raised it, for the end of a message."""
+    if isinstance(error, SyntaxError):
+        return "."
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    own = [frame for frame in frames if f"{os.sep}electra_ds{os.sep}" not in frame.filename]
+    return f" ({own[-1].filename}, line {own[-1].lineno})." if own else "."
 
 
 def _an(kind: Kind) -> str:

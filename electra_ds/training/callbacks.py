@@ -8,6 +8,7 @@ class StopAtLoss(Callback):
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,12 +47,17 @@ class Callback:
     """
 
     def __init_subclass__(cls) -> None:
-        """Raise ConfigError for a method `on_...` that no run would call."""
+        """Raise ConfigError for a method `on_...` that no run would call, or not with these arguments."""
         known = [name for name in vars(Callback) if name.startswith("on_")]
-        for name in vars(cls):
-            if name.startswith("on_") and name not in known:
+        for name in (each for each in vars(cls) if each.startswith("on_")):
+            if name not in known:
                 hint = did_you_mean(name, known) or f"; the methods are {', '.join(known)}."
                 raise ConfigError(f"{cls.__name__}.{name}: a run calls no such method{hint}")
+            given = [*inspect.signature(getattr(Callback, name)).parameters]
+            try:
+                inspect.signature(getattr(cls, name)).bind(*given)
+            except TypeError as error:
+                raise ConfigError(f"{cls.__name__}.{name} must take ({', '.join(given)}): {error}.") from error
 
     def on_start(self, progress: Progress) -> None:
         """Called when training is about to start, or to resume at `progress.step`."""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from electra_ds.config.deepspeed import DeepSpeedPlan
+from electra_ds.core.errors import ConfigError
 
 
 class LossTerm(NamedTuple):
@@ -75,6 +76,11 @@ class StepLosses:
     def add(self, output: StepOutput) -> torch.Tensor:
         """Return the micro-batch's share of the global loss, to be differentiated."""
         shares, losses = [], output.losses
+        if missing := [name for name in self._terms if name not in losses]:
+            raise ConfigError(
+                f"The batch has the loss {', '.join(missing)} in its loss_terms, but the model returned the losses "
+                f"{', '.join(losses) or 'none'}."
+            )
         for name, term in self._terms.items():
             loss_sum = losses[name]
             self._sums[name].append(loss_sum.detach())

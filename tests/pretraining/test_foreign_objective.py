@@ -102,7 +102,10 @@ def test_an_unknown_objective_is_refused_with_those_there_are(tmp_path: Path) ->
         load_recipe("tiny", ["objective=electra_ds_cloze.objective:Cloz"])
     with pytest.raises(ConfigError, match=r"is not a subclass of electra_ds\.Objective"):
         load_recipe("tiny", ["objective=electra_ds_cloze.objective:ClozeModel"])
-    with pytest.raises(ConfigError, match=r"lacks build_model, exports, loss_names, make_batch, measure, metrics"):
+    with pytest.raises(
+        ConfigError,
+        match=r"lacks build_model, encoder, exports, key_metrics, loss_names, main_metric",
+    ):
         load_recipe("tiny", ["objective=tests.pretraining.test_foreign_objective:Incomplete"])
 
 

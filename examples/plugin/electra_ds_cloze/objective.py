@@ -1,7 +1,7 @@
-"""An objective that the package knows nothing of: masked language modelling by transformers' own BERT.
+"""An objective of one's own: masked language modelling by transformers' BERT.
 
-It is deliberately foreign: one network, of another architecture, with a recipe section, losses, metrics and a random
-draw of its own, and with a temperature that depends on the step.
+It has one network of another architecture, a section of the recipe, losses, metrics and random draws of its own, and a
+temperature that depends on the step.
 
 Shape suffixes: B sequences, T positions, V vocabulary.
 """
@@ -158,7 +158,7 @@ class Cloze(Objective[ClozeRecipe]):
         }
 
     def collapsed_at(self, evaluations: Sequence[Mapping[str, Any]]) -> int | None:
-        """Return the first evaluation that is no better than chance, a rule that is easily met."""
+        """Return the step of the first evaluation with a loss that only a broken run has."""
         return next((line["step"] for line in evaluations if line["cloze_loss"] > 1e3), None)
 
     def exports(self, model: ClozeModel) -> Mapping[str, Export]:
