@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from electra_ds.config.run_directory import RunDirectory
-from electra_ds.core.errors import CheckpointError, DataError
+from electra_ds.core.errors import CheckpointError, ConfigError, DataError
 from electra_ds.core.files import is_hub_model, path_hint
 from electra_ds.data.given_tokenizer import read_folder
 from electra_ds.data.hub import explain_errors, fetch_model
@@ -142,7 +142,13 @@ def _of_run(path: Path) -> EncoderSource:
         config, tokenizer, _ = read_config_and_tokenizer(checkpoint.path, name)
         return EncoderSource(name, config, tokenizer, tensors, fingerprint(tensors))
     model, objective, own_tokenizer, recipe = load_model(newest_checkpoint(path))
-    exported = objective.exports(model)[objective.encoder].model
+    exports = objective.exports(model)
+    if objective.encoder not in exports:
+        raise ConfigError(
+            f"The objective {recipe.objective} says that the encoder is {objective.encoder!r}, but exports only "
+            f"{', '.join(exports)}."
+        )
+    exported = exports[objective.encoder].model
     tensors = {key: tensor.contiguous() for key, tensor in exported.base_model.state_dict().items()}
     config = exported.config
     with tempfile.TemporaryDirectory() as folder:
