@@ -196,14 +196,16 @@ class ElectraForJointPreTraining(PreTrainedModel):
 
         Raises DataError if the folder lacks some of its weights.
         """
-        found = super().from_pretrained(*given, **settings)
-        model = found[0] if isinstance(found, tuple) else found
-        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        wants_info = settings.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(*given, output_loading_info=True, **settings)
+        model, info = loaded
+        untouched = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+        missing = sorted(untouched | {*info["missing_keys"]} - {*model._tied_weights_keys})
         if missing:
             raise DataError(f"The weights of {model.name_or_path} lack {', '.join(missing[:5])}.")
         for name in model._frozen:
             model.network.get_parameter(name).requires_grad_(False)
-        return found
+        return (model, info) if wants_info else model
 
     @property
     def recipe(self) -> Recipe:
