@@ -30,7 +30,7 @@ from electra_ds.training.prepare import plan_for
 
 
 class Initialized(NamedTuple):
-    """What `deepspeed.initialize` returns, in the same order."""
+    """The results of `initialize`, in the order of `deepspeed.initialize`."""
 
     engine: Any
     """The `DeepSpeedEngine` around an `ElectraForJointPreTraining`."""
@@ -160,9 +160,7 @@ def _initialized(model: ElectraForJointPreTraining, plan: DeepSpeedPlan) -> tupl
 def _plan(recipe: Recipe, options: PretrainOptions) -> DeepSpeedPlan:
     """Join the other ranks, and return the JSON resolved for them. Raises ConfigError as `initialize` does."""
     launch = detect(os.environ)
-    os.environ["LOCAL_RANK"] = str(devices.device_index(launch))  # DeepSpeed chooses the GPU by it
-    if not distributed.is_initialized():
-        meet(launch)
+    meet(launch)
     plan = plan_for(options, recipe, Ranks(launch))
     check_plan(plan, devices.device(launch), "the DeepSpeed JSON")
     if plan.stage == 0 and plan.precision.name in ("fp16", "bf16"):

@@ -85,8 +85,9 @@ class ElectraJointConfig(PretrainedConfig):
         self.mask_token_id = mask_token_id
         self.special_token_ids = list(special_token_ids)
         self.forward_passes_per_step = forward_passes_per_step
-        self.hidden_size = (recipe or {}).get("model", {}).get("hidden_size")  # from which DeepSpeed sizes its buffers
-        self.initializer_range = (recipe or {}).get("model", {}).get("initializer_range", 0.02)
+        sizes = (recipe or {}).get("model", {})
+        self.hidden_size = sizes.get("hidden_size")  # from which DeepSpeed sizes its buffers
+        self.initializer_range = sizes.get("initializer_range", 0.02)
         self.tie_word_embeddings = True
 
 
@@ -103,8 +104,8 @@ class JointOutput(ModelOutput):
 class ElectraForJointPreTraining(PreTrainedModel):
     """The networks that a recipe's objective trains: for ELECTRA, a generator and a discriminator.
 
-    `network` is the module that the engines of this package train. The objective may be any that needs no replacements
-    drawn beforehand.
+    `network` is the module that the engines of this package train. Every objective works, except one that reads its
+    replacements from a token store.
     """
 
     config_class = ElectraJointConfig
@@ -244,8 +245,7 @@ class ElectraForJointPreTraining(PreTrainedModel):
         self.network.autocast_dtype = torch.get_autocast_dtype(device.type) if uses_autocast else None
         losses = StepLosses(batch.loss_terms)
         loss = losses.add(self.network(batch.micro_batch(0, batch.num_sequences).to(device)))
-        means = losses.result(loss.detach())
-        return JointOutput(loss=loss, losses={name: means[name] for name in batch.loss_terms})
+        return JointOutput(loss=loss, losses=losses.means())
 
     def _place(self) -> tuple[int, int]:
         """Count a forward pass, and return its step and the part of the step's batch that this process computes."""

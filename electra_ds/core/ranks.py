@@ -108,10 +108,8 @@ def join_ranks() -> Iterator[Ranks]:
     with warnings.catch_warnings(), kept_environment():
         # DeepSpeed and torch warn about their own deprecated calls, which do not concern the user.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
-        started, alone, hook = not distributed.is_initialized(), launch.world_size == 1, sys.excepthook
-        os.environ["LOCAL_RANK"] = str(devices.device_index(launch))  # DeepSpeed chooses the GPU by it
-        if started:
-            meet(launch)
+        alone, hook = launch.world_size == 1, sys.excepthook
+        started = meet(launch)
         if alone:
             sys.excepthook = hook  # torch's puts the rank before every line of an error, once more in each run
         completed = False
@@ -156,13 +154,20 @@ def _part() -> None:
     (theirs if theirs is not None and theirs.is_initialized() else distributed).destroy_process_group()
 
 
-def meet(launch: Launch) -> None:
-    """Create the process group of all ranks. Raises ConfigError if they cannot connect to each other."""
+def meet(launch: Launch) -> bool:
+    """Create the process group of all ranks, and return True; return False if there is one.
+
+    It sets the environment's variables for DeepSpeed and torch (`kept_environment`). Raises ConfigError if the ranks
+    cannot connect to each other.
+    """
+    os.environ["LOCAL_RANK"] = str(devices.device_index(launch))  # DeepSpeed chooses the GPU by it
+    if distributed.is_initialized():
+        return False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if launch.world_size == 1:
         store = distributed.HashStore()  # type: ignore[attr-defined]  # needs no port
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        return
+        return True
     os.environ |= {  # torch and DeepSpeed read these, and srun does not set them
         "RANK": str(launch.rank),
         "WORLD_SIZE": str(launch.world_size),
@@ -176,6 +181,7 @@ def meet(launch: Launch) -> None:
             f"Rank {launch.rank} cannot connect to the other {launch.world_size - 1} at {launch.address}:{launch.port} "
             f"({str(error).splitlines()[0]}). Check that the host is reachable, the port is free and all ranks started."
         ) from error
+    return True
 
 
 def is_lost_connection(error: BaseException) -> bool:

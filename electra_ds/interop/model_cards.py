@@ -68,7 +68,7 @@ _COLUMNS = "| set | rows | metric | value | the same prediction for every row |\
 
 
 class Facts(NamedTuple):
-    """What only the user knows about a model, for the card's front matter."""
+    """Facts about a model that only the user knows, for the card's front matter."""
 
     license: str | None = None
     """An identifier of the Hub, such as `apache-2.0`."""

@@ -48,7 +48,7 @@ class _Running:
     files: TrialFiles
     metrics: MetricsTail
     of_generator: MetricsTail
-    """Those of the run that makes its generator first, if there is one."""
+    """The metrics of the generator's own run, if the trial pretrains one first."""
     began: float
     is_resumed: bool
     """True if the run already had steps."""

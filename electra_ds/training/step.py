@@ -90,6 +90,10 @@ class StepLosses:
             share = share + another
         return share
 
+    def means(self) -> dict[str, torch.Tensor]:
+        """Return this rank's share of each loss's mean, by name, without gradients."""
+        return {name: torch.stack(sums).sum() / self._terms[name].divisor for name, sums in self._sums.items()}
+
     def result(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the step's scalars, still on the device, so that nothing waits for them.
 
@@ -97,7 +101,7 @@ class StepLosses:
         `loss` is reported as its mean. Each is this rank's share: the sum over ranks is the global batch's value.
         `grad_norm`, the last one, is the norm over all ranks before clipping; not finite if the step was skipped.
         """
-        means = {name: torch.stack(sums).sum() / self._terms[name].divisor for name, sums in self._sums.items()}
+        means = self.means()
         total = None
         for name, mean in means.items():
             weighted = self._terms[name].weight * mean
