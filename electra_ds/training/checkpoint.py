@@ -227,7 +227,7 @@ class CheckpointFolder:
         return None, {}
 
     def tidy(self, damaged: Iterable[Path]) -> None:
-        """Set damaged checkpoints aside as `damaged-…`, and remove the leftovers of interrupted saves and prunings.
+        """Set damaged checkpoints aside as `damaged-…`, finish the pruning, and remove the leftovers of interrupted saves.
 
         Only the process that has locked the run may call it. Raises CheckpointError if the folder is not writable.
         """
@@ -245,6 +245,8 @@ class CheckpointFolder:
                 path.rename(aside)
         except OSError as error:
             raise CheckpointError(f"Cannot clean up {self.folder}: {error}.") from error
+        with contextlib.suppress(OSError):  # the last save may have been killed before it came to this
+            self.prune()
         for leftover in self.leftovers():
             with contextlib.suppress(OSError):  # a rank that outlived its run may still be writing there
                 remove(leftover)
