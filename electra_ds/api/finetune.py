@@ -29,7 +29,7 @@ from electra_ds.finetuning.prepare import (
     say_finished,
 )
 from electra_ds.finetuning.squad import SquadData
-from electra_ds.finetuning.tasks import TaskData
+from electra_ds.finetuning.tasks.examples import TaskData
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback

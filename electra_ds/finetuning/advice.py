@@ -11,7 +11,7 @@ from electra_ds.core.program import command
 from electra_ds.data.tokenizer import NOTED_SHARE
 from electra_ds.finetuning.encoder_source import EncoderSource
 from electra_ds.finetuning.heads import why_not_exportable
-from electra_ds.finetuning.tokenized_task import EvaluationResult, TokenizedTask
+from electra_ds.finetuning.tasks.base import EvaluationResult, TokenizedTask
 
 _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
 _FEW_STEPS, _ENOUGH_STEPS = 200, 500

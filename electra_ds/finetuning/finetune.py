@@ -32,7 +32,7 @@ from electra_ds.finetuning.advice import useless_warning
 from electra_ds.finetuning.encoder_source import EncoderSource
 from electra_ds.finetuning.heads import TaskModel, finetuning_rates, make_encoder, make_head
 from electra_ds.finetuning.inputs import TaskBatchBuilder, TaskInputs, evaluation_chunks
-from electra_ds.finetuning.tokenized_task import EvaluationResult, Outputs, TokenizedTask
+from electra_ds.finetuning.tasks.base import EvaluationResult, Outputs, TokenizedTask
 from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.checkpoint import CheckpointFolder, CheckpointSaver, open_checkpoint, remove
 from electra_ds.training.engine import Engine

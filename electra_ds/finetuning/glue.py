@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from electra_ds.core.errors import DataError, did_you_mean
-from electra_ds.finetuning.tasks import Examples, Table, Task, TaskData, kind_of_set, read_jsonl, read_tsv, task_data
+from electra_ds.finetuning.tables import Table, read_jsonl, read_tsv
+from electra_ds.finetuning.tasks.examples import Examples, Task, TaskData, kind_of_set, task_data
 
 _NLI = ("entailment", "neutral", "contradiction")
 _ENTAILED = ("entailment", "not_entailment")

@@ -17,7 +17,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.data.sampling import shuffled
 from electra_ds.finetuning.squad import Question
 from electra_ds.finetuning.squad_features import Window
-from electra_ds.finetuning.tasks import Examples, Task
+from electra_ds.finetuning.tasks.examples import Examples, Task
 from electra_ds.training.step import LossTerm, moved
 
 _ORDER = 0xF1

@@ -31,8 +31,10 @@ from electra_ds.finetuning.glue import GLUE
 from electra_ds.finetuning.heads import check_layers, why_not_exportable
 from electra_ds.finetuning.load_task import recorded_task
 from electra_ds.finetuning.squad import SquadData
-from electra_ds.finetuning.tasks import TaskData
-from electra_ds.finetuning.tokenized_task import QuestionAnsweringTask, SequenceTask, TokenizedTask
+from electra_ds.finetuning.tasks.base import TokenizedTask
+from electra_ds.finetuning.tasks.examples import TaskData
+from electra_ds.finetuning.tasks.question_answering import QuestionAnsweringTask
+from electra_ds.finetuning.tasks.sequence import SequenceTask
 from electra_ds.pretraining.run_time import RunTime, finetuning_time
 from electra_ds.training import prepare
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint

@@ -39,7 +39,7 @@ from electra_ds.finetuning.heads import (
 )
 from electra_ds.finetuning.inputs import TaskMicroBatch
 from electra_ds.finetuning.load_task import recorded_task
-from electra_ds.finetuning.tasks import TaskData
+from electra_ds.finetuning.tasks.examples import TaskData
 from electra_ds.interop.export import check_out, new_folder
 from electra_ds.interop.model_cards import NO_FACTS, Exported, Facts, finetuned_card
 from electra_ds.training.checkpoint import Checkpoint

@@ -227,7 +227,7 @@ class CheckpointFolder:
         return None, {}
 
     def tidy(self, damaged: Iterable[Path]) -> None:
-        """Set damaged checkpoints aside as `damaged-…`, finish the pruning, and remove the leftovers of interrupted saves.
+        """Set damaged checkpoints aside as `damaged-…`, finish the pruning, and remove what interrupted saves left.
 
         Only the process that has locked the run may call it. Raises CheckpointError if the folder is not writable.
         """

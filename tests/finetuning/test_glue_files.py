@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 from electra_ds.core.errors import DataError
 from electra_ds.finetuning.glue import GLUE, OFFICIAL_ROWS, load_glue
-from electra_ds.finetuning.load_task import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_glue_hub, load_own
+from electra_ds.finetuning.load_task import load_glue_hub
 from electra_ds.finetuning.metrics import score
-from electra_ds.finetuning.tasks import Examples, Task, TaskData, read_tsv
+from electra_ds.finetuning.own_files import LABEL_COLUMNS, PAIR_COLUMNS, TEXT_COLUMNS, load_own
+from electra_ds.finetuning.tables import read_tsv
+from electra_ds.finetuning.tasks.examples import Examples, Task, TaskData
 from tests.data_files import DataFiles
 from tests.glue_files import (
     FOLDERS,
