@@ -30,6 +30,7 @@ LATE = {
     ("electra_ds.data.hub", "datasets.exceptions"),
     ("electra_ds.finetuning.squad", "datasets"),
     ("electra_ds.finetuning.load_task", "datasets"),
+    ("electra_ds.finetuning.own_rows", "datasets"),
     ("electra_ds.finetuning.tables", "pandas"),  # which the check of a sweep does not need
     ("electra_ds.__main__", "electra_ds.cli"),  # which needs packages that may be missing
     # Exports need transformers, whose import takes as long as torch's.

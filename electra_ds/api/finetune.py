@@ -16,8 +16,7 @@ from electra_ds.config.recipe import RecipeSource, given_options
 from electra_ds.finetuning.encoder_source import EncoderSource, read_encoder
 from electra_ds.finetuning.finetune import FinetuneJob, discard_weights
 from electra_ds.finetuning.finetune import finetune as train
-from electra_ds.finetuning.inputs import trains_both_orders
-from electra_ds.finetuning.load_task import load_task
+from electra_ds.finetuning.load_task import LoadedTask, load_task
 from electra_ds.finetuning.prepare import (
     announce,
     check_same_examples,
@@ -28,8 +27,7 @@ from electra_ds.finetuning.prepare import (
     say_end,
     say_finished,
 )
-from electra_ds.finetuning.squad import SquadData
-from electra_ds.finetuning.tasks.examples import TaskData
+from electra_ds.finetuning.tasks.find import task_class
 from electra_ds.pretraining.run_time import RunTime
 from electra_ds.training import prepare
 from electra_ds.training.callbacks import Callback
@@ -58,7 +56,8 @@ def finetune(
 
     Args:
         model: a `Run` or its directory, a transformers folder, or a name on the Hub.
-        task: a task of GLUE or SQuAD such as `mrpc`. Without one, give your own examples as `train` and `dev`.
+        task: a task of GLUE or SQuAD such as `mrpc`, or a kind of task such as `token-classification` for your own
+            examples. Without one, `train` and `dev` are a classification or a regression.
         recipe: a shipped name such as `rc2020`, a path, a mapping, or a `FinetuneRecipe`. By default rc2020 with a
             task and `own` without one.
         ds_config: a shipped DeepSpeed JSON such as `cpu`, or a path. By default the one for this hardware.
@@ -124,8 +123,10 @@ class FinetuneStart(RunStart[FinetuneOptions]):
             self.recipe = load_finetune_recipe(source, options.task or "", options.recipe_overrides())
 
     def default_path(self) -> Path:
-        assert self.options.task is not None or self.options.train is not None
-        task = self.options.task or Path(str(self.options.train)).stem
+        options = self.options
+        assert options.task is not None or options.train is not None
+        task = str(options.task) if options.train is None else Path(str(options.train)).stem
+        task = task.rpartition(":")[2]  # a class of the user's own
         return Path("runs") / f"{task}-{self.recipe.name}-s{self.recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
 
     def is_finished(self) -> bool:
@@ -145,7 +146,7 @@ class FinetuneStart(RunStart[FinetuneOptions]):
             )
         check_same_examples(self.job, self.ranks)
 
-    def _read_in_turns(self) -> tuple[TaskData | SquadData, EncoderSource]:
+    def _read_in_turns(self) -> tuple[LoadedTask, EncoderSource]:
         """Read the task and the encoder, on the main rank first, so that the others find what it downloads."""
         for is_turn in (self.ranks.is_main, not self.ranks.is_main):
             with self.ranks.fail_together():
@@ -153,13 +154,11 @@ class FinetuneStart(RunStart[FinetuneOptions]):
                     read = self._read()
         return read
 
-    def _read(self) -> tuple[TaskData | SquadData, EncoderSource]:
+    def _read(self) -> tuple[LoadedTask, EncoderSource]:
         self.run.check_free()
         data, encoder = load_task(self.options.task, self.options.source()), read_encoder(str(self.options.model))
-        if isinstance(data, TaskData):  # a JSON that cannot be used is refused before tokenising begins
-            assert data.train is not None
-            orders = 2 if trains_both_orders(data.train, self.recipe) else 1
-            count = min(len(data.train), self.options.max_train_examples or len(data.train)) * orders
+        count = task_class(self.options.task).training_inputs(data, self.recipe, self.options.max_train_examples)
+        if count is not None:  # a JSON that cannot be used is refused before tokenising begins
             prepare.plan_for(self.options, Finetuning(self.recipe, count, encoder.num_layers), self.ranks)
         return data, encoder
 

@@ -33,6 +33,7 @@ from electra_ds.config.option import (
     positive_or_auto,
     seed,
 )
+from electra_ds.config.plugins import TASK, registered_names
 from electra_ds.core.errors import ConfigError, did_you_mean
 
 SettingsT = TypeVar("SettingsT")
@@ -51,12 +52,15 @@ _watch = partial(option, group=WHERE, is_how=True)
 
 
 def task_name(text: str) -> str:
-    """Return a task's name. The Hub's names, such as `stsb` and `sst2`, are accepted too."""
-    plain = {task.replace("-", ""): task for task in TASKS}
+    """Return a task's name. The Hub's names, such as `stsb` and `sst2`, are accepted too, and `module:Class`."""
+    if ":" in text:
+        return text
+    known = (*TASKS, *registered_names(TASK))
+    plain = {task.replace("-", ""): task for task in known}
     task = plain.get(text.lower().replace("-", "").replace("_", ""))
     if task is None:
         raise argparse.ArgumentTypeError(
-            f"there is no task {text!r}{did_you_mean(text.lower(), TASKS) or '.'} The tasks are {', '.join(TASKS)}"
+            f"there is no task {text!r}{did_you_mean(text.lower(), known) or '.'} The tasks are {', '.join(known)}"
         )
     return task
 
@@ -378,7 +382,7 @@ class FinetuneOptions(RunOptions):
 
     def recipe_or_default(self) -> str | Mapping[str, Any]:
         """Return the given recipe, or the default one."""
-        return self.recipe or (OWN_RECIPE if self.task is None else FINETUNE_RECIPE)
+        return self.recipe or (FINETUNE_RECIPE if self.task in TASKS else OWN_RECIPE)
 
     def source(self) -> TaskSource:
         """Return the source of the examples."""
@@ -397,18 +401,18 @@ class FinetuneOptions(RunOptions):
     def check_new_run(self) -> None:
         if self.model is None:
             raise ConfigError("Say what to finetune with --model: a run, a transformers folder, or a name on the Hub.")
+        is_kind = self.task is not None and self.task not in TASKS  # which takes files, or a data set
         of_task = {name: getattr(self, name) for name in ("data_dir", "hub", "revision")}
         own = {name: getattr(self, name) for name in ("train", "dev", "test", "text", "pair", "label", "label_kind")}
-        if self.task is None and (self.train is None) != (self.dev is None):
+        if (self.task is None or is_kind) and (self.train is None) != (self.dev is None):
             raise ConfigError(f"Your own examples need --{'dev' if self.dev is None else 'train'} FILE too.")
         if self.task is None and self.train is None:
             raise ConfigError("Say what to finetune on: --task TASK, or your own examples with --train and --dev.")
-        for name, value in (of_task if self.task is None else own).items():
+        not_both = of_task if self.task is None or (is_kind and self.train is not None) else {} if is_kind else own
+        for name, value in not_both.items():
             if value is not None:
                 flag = name.replace("_", "-")
-                whose, others = (
-                    ("--task", "--train and --dev") if self.task is None else ("your own examples", "--task")
-                )
+                whose, others = ("your own examples", "--task") if not_both is own else ("--task", "--train and --dev")
                 raise ConfigError(f"--{flag} is for {whose}. Leave out either --{flag} or {others}.")
         if self.data_dir is not None and (self.hub is not None or self.revision is not None):
             raise ConfigError(

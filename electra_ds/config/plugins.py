@@ -62,8 +62,24 @@ OBJECTIVE = Kind(
         "fast-electra-offline": f"{_OBJECTIVES}.fast_electra_offline:FastElectraOfflineObjective",
     },
 )
+_TASKS = "electra_ds.finetuning.tasks"
+TASK = Kind(
+    "task",
+    "electra_ds.FinetuneTask",
+    "docs/tasks.md",
+    "evaluate",
+    ("load", "new_head"),
+    {
+        "question-answering": f"{_TASKS}.question_answering:QuestionAnsweringTask",
+        "token-classification": f"{_TASKS}.token_classification:TokenClassificationTask",
+        "multi-label": f"{_TASKS}.multi_label:MultiLabelTask",
+        "multiple-choice": f"{_TASKS}.multiple_choice:MultipleChoiceTask",
+        "sentence-embeddings": f"{_TASKS}.sentence_embeddings:SentenceEmbeddingsTask",
+    },
+)
+"""Kinds of tasks of the user's own; those of GLUE and SQuAD have fixed names besides."""
 CALLBACK = Kind("callback", "electra_ds.Callback", "docs/python.md", "on_evaluate")
-KINDS = (OBJECTIVE, CALLBACK)
+KINDS = (OBJECTIVE, TASK, CALLBACK)
 
 
 class Part(NamedTuple):
@@ -117,6 +133,11 @@ def find(kind: Kind, name: str) -> Any:
 def find_objective(name: str) -> Any:
     """Return the class of an objective, a subclass of `pretraining.objectives.base.Objective`. Raises PluginError."""
     return find(OBJECTIVE, name)
+
+
+def registered_names(kind: Kind) -> list[str]:
+    """Return the names of a kind of part, ours and those of installed packages."""
+    return sorted(_registered(kind))
 
 
 def _registered(kind: Kind) -> dict[str, set[str]]:

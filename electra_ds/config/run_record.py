@@ -136,8 +136,15 @@ class FinetuneRecord(Record):
     """The differences from that recipe: overrides except for the seed, and fewer examples."""
     test_sets: list[str] = field(default_factory=list)
     """The sets that --predict-test predicts. Records of earlier versions lack them."""
+    task_kind: str | None = None
+    """The value of --task for a kind of task of the user's own, such as token-classification."""
     settings: FinetuneSettings
     kind: Literal["finetune"] = "finetune"
+
+    @property
+    def loaded_as(self) -> str | None:
+        """The value of --task; None for a classification or regression of the user's own."""
+        return self.task_kind or (None if self.source.train is not None else self.task)
 
 
 def versions() -> dict[str, str]:

@@ -10,8 +10,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning
 from electra_ds.core.program import command
 from electra_ds.data.tokenizer import NOTED_SHARE
 from electra_ds.finetuning.encoder_source import EncoderSource
-from electra_ds.finetuning.heads import why_not_exportable
-from electra_ds.finetuning.tasks.base import EvaluationResult, TokenizedTask
+from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask
 
 _SMALL_RATE, _BASE_WIDTH = 2e-4, 768
 _FEW_STEPS, _ENOUGH_STEPS = 200, 500
@@ -20,7 +19,7 @@ _UNBALANCED = 0.8
 """The share of the training examples (assumed) above which a class may be the reason why nothing else is predicted."""
 
 
-def advice(training: Finetuning, encoder: EncoderSource, task: TokenizedTask, *, keeps_weights: bool) -> Iterator[str]:
+def advice(training: Finetuning, encoder: EncoderSource, task: FinetuneTask, *, keeps_weights: bool) -> Iterator[str]:
     """Yield notes on a run that is about to start, without a final full stop."""
     recipe, schedule = training.recipe, training.recipe.schedule
     if training.schedule.total_steps > training.steps_of_epochs:
@@ -29,9 +28,9 @@ def advice(training: Finetuning, encoder: EncoderSource, task: TokenizedTask, *,
             f"few to train a new head, so schedule.min_steps makes it {schedule.min_steps:,}. To train for another "
             f"number of epochs, add --set schedule.epochs=N"
         )
-    longest, trained = int(task.train.lengths.max()), encoder.trained_length
+    longest, trained = int(task.train.input_lengths.max()), encoder.trained_length
     if trained is not None and longest > trained:
-        share = float((task.train.lengths > trained).mean())
+        share = float((task.train.input_lengths > trained).mean())
         yield (
             f"{share:.0%} of the training inputs are longer than the {trained} tokens that the encoder was pretrained "
             f"on (the longest has {longest}); later positions were never trained. To cut inputs there, add --set "
@@ -43,9 +42,7 @@ def advice(training: Finetuning, encoder: EncoderSource, task: TokenizedTask, *,
             f"a learning rate of {recipe.optimizer.learning_rate:g} is for small models; the original paper uses "
             f"{rate} for this size: --set optimizer.learning_rate={rate}"
         )
-    if keeps_weights and (
-        problem := why_not_exportable(recipe, encoder.config, task.num_outputs is None, task.num_outputs)
-    ):
+    if keeps_weights and (problem := task.why_not_exportable(recipe, encoder.config, task.num_outputs)):
         instead = f". For a head that can be exported, add --set {problem.instead}" if problem.instead else ""
         yield (
             f"the head of this run cannot be exported as a transformers model; the encoder can, with "
@@ -53,7 +50,7 @@ def advice(training: Finetuning, encoder: EncoderSource, task: TokenizedTask, *,
         )
 
 
-def _unknown_text(encoder: EncoderSource, task: TokenizedTask) -> Iterator[str]:
+def _unknown_text(encoder: EncoderSource, task: FinetuneTask) -> Iterator[str]:
     """Yield a note for each set if the encoder's tokenizer turns too much of its text into [UNK]."""
     tokenizer = encoder.tokenizer
     for name, inputs in ({"training": task.train} | task.dev | task.test).items():
@@ -70,7 +67,7 @@ def _unknown_text(encoder: EncoderSource, task: TokenizedTask) -> Iterator[str]:
 
 
 def useless_warning(
-    name: str, result: EvaluationResult, steps: int, training: Finetuning, encoder: EncoderSource, task: TokenizedTask
+    name: str, result: EvaluationResult, steps: int, training: Finetuning, encoder: EncoderSource, task: FinetuneTask
 ) -> str:
     """Return a warning about a model that is no better on a set than its baseline, with likely reasons and remedies."""
     if result.constant is not None:
@@ -87,13 +84,12 @@ def useless_warning(
     rate, reasons = training.optimizer.learning_rate, []
     if steps < _FEW_STEPS:
         reasons.append(f"{steps:,} steps are too few to train a new head; add --set schedule.min_steps={_ENOUGH_STEPS}")
-    if task.labels and task.train.labels_N is not None and result.constant is not None:
-        shares = np.bincount(task.train.labels_N) / len(task.train)
-        if shares.max() >= _UNBALANCED:
-            reasons.append(
-                f"{shares.max():.0%} of the training examples are '{task.labels[shares.argmax()]}'; add examples of "
-                f"the other classes, or train for longer"
-            )
+    shares = task.class_shares()
+    if shares is not None and result.constant is not None and shares.max() >= _UNBALANCED:
+        reasons.append(
+            f"{shares.max():.0%} of the training examples are '{task.labels[shares.argmax()]}'; add examples of "
+            f"the other classes, or train for longer"
+        )
     if lower := _lower_rate(training.recipe, encoder):
         reasons.append(
             f"a learning rate of {rate:g} is high for a model of this size; add --set optimizer.learning_rate={lower}"

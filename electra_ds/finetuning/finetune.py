@@ -30,9 +30,9 @@ from electra_ds.core.files import complete_file
 from electra_ds.core.ranks import Ranks
 from electra_ds.finetuning.advice import useless_warning
 from electra_ds.finetuning.encoder_source import EncoderSource
-from electra_ds.finetuning.heads import TaskModel, finetuning_rates, make_encoder, make_head
+from electra_ds.finetuning.heads import TaskModel, finetuning_rates, make_encoder
 from electra_ds.finetuning.inputs import TaskBatchBuilder, TaskInputs, evaluation_chunks
-from electra_ds.finetuning.tasks.base import EvaluationResult, Outputs, TokenizedTask
+from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask, Outputs
 from electra_ds.training.callbacks import Callback, Metrics
 from electra_ds.training.checkpoint import CheckpointFolder, CheckpointSaver, open_checkpoint, remove
 from electra_ds.training.engine import Engine
@@ -58,7 +58,7 @@ class FinetuneJob:
     plan: DeepSpeedPlan
     record: FinetuneRecord
     encoder: EncoderSource
-    task: TokenizedTask
+    task: FinetuneTask
     stop_at: int
 
     @property
@@ -83,8 +83,7 @@ def task_model(job: FinetuneJob) -> TaskModel:
     encoder = make_encoder(job.encoder.config, job.recipe.seed)
     if job.encoder.tensors:
         encoder.load_state_dict(job.encoder.tensors, strict=True)
-    head = make_head(job.recipe, job.encoder.hidden_size, job.task.num_outputs, job.task.is_regression)
-    return TaskModel(encoder, head)
+    return TaskModel(encoder, job.task.new_head(job.recipe, job.encoder.hidden_size, job.task.num_outputs))
 
 
 class FinetuneLoop(TrainingLoop):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from electra_ds.config.finetune_recipe import FinetuneOptimizerSection, FinetuneRecipe, HeadSection
+from electra_ds.config.finetune_recipe import FinetuneOptimizerSection, HeadSection
 from electra_ds.core.errors import ConfigError
 from electra_ds.finetuning.inputs import TaskMicroBatch
 from electra_ds.training.optimizer import ParameterRates, Rates, pretraining_rates
@@ -62,7 +62,7 @@ class SequenceHead(nn.Module):
             if self.section.dropout_at == "each":
                 vector_BH = self._dropout(vector_BH)
         logits_BC = self.out_proj(vector_BH).float()
-        return TaskOutput(self._loss_sum(logits_BC, batch.labels_B), {"logits": logits_BC})
+        return TaskOutput(self._loss_sum(logits_BC, batch.labels), {"logits": logits_BC})
 
     def _pooled(self, hidden_BTH: torch.Tensor, attended_BT: torch.Tensor) -> torch.Tensor:
         if self.section.pooling == "first":
@@ -74,12 +74,12 @@ class SequenceHead(nn.Module):
     def _dropout(self, vector_BH: torch.Tensor) -> torch.Tensor:
         return functional.dropout(vector_BH, self.section.dropout, self.training)
 
-    def _loss_sum(self, logits_BC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor | None:
-        if labels_B is None:
+    def _loss_sum(self, logits_BC: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+        if labels is None:
             return None
         if self.is_regression:
-            return functional.mse_loss(logits_BC.squeeze(-1), labels_B, reduction="sum")
-        return functional.cross_entropy(logits_BC, labels_B, reduction="sum")
+            return functional.mse_loss(logits_BC.squeeze(-1), labels, reduction="sum")
+        return functional.cross_entropy(logits_BC, labels, reduction="sum")
 
 
 class SpanHead(nn.Module):
@@ -94,8 +94,8 @@ class SpanHead(nn.Module):
             self.qa_outputs(hidden_BTH).float().masked_fill(~batch.attended_BT.unsqueeze(-1), _EXCLUDED).unbind(-1)
         )
         loss_sum = None
-        if batch.starts_B is not None and batch.ends_B is not None:
-            loss_sum = (_nats(start_BT, batch.starts_B) + _nats(end_BT, batch.ends_B)).sum() / 2
+        if "starts" in batch.targets:
+            loss_sum = (_nats(start_BT, batch.targets["starts"]) + _nats(end_BT, batch.targets["ends"])).sum() / 2
         return TaskOutput(loss_sum, {"start": start_BT, "end": end_BT})
 
 
@@ -114,21 +114,21 @@ class JointSpanHead(nn.Module):
         self.answerable = nn.Linear(width, 1)
 
     def forward(self, hidden_BTH: torch.Tensor, batch: TaskMicroBatch) -> TaskOutput:
-        assert batch.answerable_BT is not None
-        excluded_BT = ~batch.answerable_BT
+        excluded_BT = ~batch.targets["answerable"]
         start_BT = self.start(hidden_BTH).squeeze(-1).float().masked_fill(excluded_BT, _EXCLUDED)
         chances_BT = start_BT.softmax(-1).to(hidden_BTH.dtype)
         expected_BH = (chances_BT.unsqueeze(1) @ hidden_BTH).squeeze(1)
         features_BW = functional.gelu(self.answerable_hidden(torch.cat([hidden_BTH[:, 0], expected_BH], -1)))
         unanswerable_B = self.answerable(features_BW).squeeze(-1).float()
         loss_sum = None
-        if batch.starts_B is not None and batch.ends_B is not None and batch.is_impossible_B is not None:
+        if "starts" in batch.targets:
+            starts_B, ends_B = batch.targets["starts"], batch.targets["ends"]
             rows_B = torch.arange(len(hidden_BTH), device=hidden_BTH.device)
-            chosen_B1H = hidden_BTH[rows_B, batch.starts_B].unsqueeze(1)
+            chosen_B1H = hidden_BTH[rows_B, starts_B].unsqueeze(1)
             end_BT = self._ends(hidden_BTH, chosen_B1H, excluded_BT).squeeze(1)
-            loss_sum = (_nats(start_BT, batch.starts_B) + _nats(end_BT, batch.ends_B)).sum() / 2
+            loss_sum = (_nats(start_BT, starts_B) + _nats(end_BT, ends_B)).sum() / 2
             loss_sum = loss_sum + self.section.answerable_weight * functional.binary_cross_entropy_with_logits(
-                unanswerable_B, batch.is_impossible_B, reduction="sum"
+                unanswerable_B, batch.targets["is_impossible"], reduction="sum"
             )
         if self.training:
             return TaskOutput(loss_sum, {})
@@ -181,20 +181,6 @@ def make_encoder(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     return encoder
 
 
-def make_head(recipe: FinetuneRecipe, hidden_size: int, num_outputs: int | None, is_regression: bool) -> nn.Module:
-    """Return the recipe's head with its initial weights. num_outputs: None for question answering."""
-    section = recipe.head
-    head: nn.Module
-    if num_outputs is not None:
-        head = SequenceHead(section, hidden_size, num_outputs, is_regression)
-    elif section.span == "joint":
-        head = JointSpanHead(section, hidden_size)
-    else:
-        head = SpanHead(section, hidden_size)
-    initialise(head, section, recipe.seed)
-    return head
-
-
 class TaskModel(nn.Module):
     """Encoder and head as one module. Its tensors are `encoder.*`, under transformers' names, and `head.*`."""
 
@@ -203,11 +189,6 @@ class TaskModel(nn.Module):
         self.encoder = encoder
         self.head = head
         self._autocast_dtype: torch.dtype | None = None
-
-    @property
-    def num_outputs(self) -> int | None:
-        """The number of scores of an input; None for question answering."""
-        return self.head.out_proj.out_features if isinstance(self.head, SequenceHead) else None
 
     @staticmethod
     def encoder_inputs(batch: TaskMicroBatch) -> dict[str, torch.Tensor]:
@@ -303,41 +284,42 @@ class NotExportable(NamedTuple):
         return f"No transformers class computes what was trained: {self.why}. {otherwise}"
 
 
-def why_not_exportable(
-    recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool, num_outputs: int | None = None
-) -> NotExportable | None:
-    """Return why no class of transformers computes this head, and what to do, or None if one does.
+def prefixed(encoder: PreTrainedModel, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the encoder's tensors under their names in a model with a head."""
+    return {f"{model.base_model_prefix}.{name}": parameter for name, parameter in encoder.named_parameters()}
 
-    For question answering with encoders other than ELECTRA, only building the model shows it. num_outputs: the number
-    of scores of an input, if known.
+
+def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors into the parameters of the same names, all of them, and set the model to evaluation."""
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == tensors.keys(), sorted(parameters.keys() ^ tensors.keys())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    model.eval()
+
+
+def with_linear_head(
+    make: Any, trained: TaskModel, config: PretrainedConfig, name: str, layer: nn.Linear
+) -> PreTrainedModel:
+    """Return transformers' model that has one matrix on the encoder's output.
+
+    make: such as `AutoModelForTokenClassification`. name: of the matrix in such models. Raises ConfigError if
+    transformers has no class for this encoder, or if it has more layers than these.
     """
-    head, width = recipe.head, int(config.hidden_size)
-    if is_span:
-        if head.span != "joint":
-            return None
-        return NotExportable(
-            "head.span is joint, but transformers' classes score start and end independently", "head.span=independent"
+    tensors: dict[str, torch.Tensor] = {f"{name}.{key}": tensor for key, tensor in layer.named_parameters()}
+    try:
+        model: PreTrainedModel = make.from_config(config, dtype=torch.float32)
+        tensors |= prefixed(trained.encoder, model)
+        fits = {key: parameter.shape for key, parameter in model.named_parameters()} == {
+            key: tensor.shape for key, tensor in tensors.items()
+        }
+    except ValueError:  # transformers has no class for this kind of encoder
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"This head is one matrix on the encoder's output, but transformers has no such class for "
+            f"{config.model_type}. Export the finetuned encoder without its head: add --encoder-only"
         )
-    if config.model_type != "electra":
-        return NotExportable(
-            f"transformers' classes for {config.model_type} have other layers before the scores, which are not trained "
-            f"here",
-            "",
-        )
-    if head.pooling != "first":
-        return NotExportable(
-            f"head.pooling is {head.pooling}, but transformers scores the first token's vector",
-            "head.pooling=first head.hidden_size=null",
-        )
-    if head.num_layers == 2 and head.hidden_size not in (None, width):
-        return NotExportable(
-            f"head.hidden_size is {head.hidden_size}, but that of transformers' head is the encoder's, {width}",
-            "head.hidden_size=null",
-        )
-    if head.num_layers == 1 and num_outputs is not None and 2 * num_outputs > width:
-        return NotExportable(
-            f"head.num_layers is 1, but transformers' two-layer head holds one matrix for at most {width // 2} "
-            f"classes, half of the encoder's hidden size; this task has {num_outputs}",
-            "head.num_layers=2",
-        )
-    return None
+    fill(model, tensors)
+    return model

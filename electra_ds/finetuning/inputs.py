@@ -5,9 +5,10 @@ Shape suffixes: N inputs of a set, B of a batch, S of a micro-batch, T positions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,28 +27,50 @@ _TOKENISE_AT_ONCE = 1000
 
 
 class TaskMicroBatch(NamedTuple):
-    """The tensors of one micro-batch, all on one device. None stands for what the task or the model does not have."""
+    """The tensors of one micro-batch, all on one device."""
 
     ids_BT: torch.Tensor
     """int64, with special tokens and padding."""
     attended_BT: torch.Tensor
     """bool, False at padding."""
     segments_BT: torch.Tensor | None = None
-    """int64, 0 or 1."""
-    labels_B: torch.Tensor | None = None
-    """int64 classes, or float32 scores."""
-    starts_B: torch.Tensor | None = None
-    """int64, the first position of the answer, or 0 (the first token) for a window without the answer."""
-    ends_B: torch.Tensor | None = None
-    """int64, the last position of the answer."""
-    is_impossible_B: torch.Tensor | None = None
-    """float32, 1 for a window without an answer."""
-    answerable_BT: torch.Tensor | None = None
-    """bool, True for the context, the special token after it, and the first token (the original's choice)."""
+    """int64, 0 or 1; None if the model does not distinguish two texts."""
+    targets: Mapping[str, torch.Tensor] = MappingProxyType({})
+    """What the head needs besides, by the names of the task's `Targets`; labels only if there are any."""
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """The target `labels`, if the examples have them."""
+        return self.targets.get("labels")
 
     def to(self, device: torch.device) -> TaskMicroBatch:
         """Return the same tensors on another device."""
-        return self._replace(**moved(self._asdict(), device))
+        texts = {"ids_BT": self.ids_BT, "attended_BT": self.attended_BT, "segments_BT": self.segments_BT}
+        return TaskMicroBatch(**moved(texts, device), targets=moved(self.targets, device))
+
+
+class Targets(Protocol):
+    """What a task's head needs besides the texts of N examples."""
+
+    def count(self, rows_S: np.ndarray) -> int:
+        """Return how many losses these examples have, over which a batch's loss is the mean."""
+
+    def of(self, rows_S: np.ndarray, width: int, *, with_labels: bool) -> dict[str, np.ndarray]:
+        """Return arrays by name, with a row for each of these examples. width: the number of positions of an input."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One label, or several, for each input."""
+
+    labels_N: np.ndarray
+    """int64 classes or float32 scores, [N]; float32 [N, C] where several classes may hold."""
+
+    def count(self, rows_S: np.ndarray) -> int:
+        return len(rows_S)
+
+    def of(self, rows_S: np.ndarray, width: int, *, with_labels: bool) -> dict[str, np.ndarray]:
+        return {"labels": self.labels_N[rows_S]} if with_labels else {}
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,22 @@ class SpanTargets:
     context_N2: np.ndarray
     """The first position of each window's context, and the position after its last."""
 
+    def count(self, rows_S: np.ndarray) -> int:
+        return len(rows_S)
+
+    def of(self, rows_S: np.ndarray, width: int, *, with_labels: bool) -> dict[str, np.ndarray]:
+        """Return `answerable` [S, T], True for the context, the special token after it, and the first token (the
+        original's choice); and as labels `starts` and `ends` [S], 0 for a window without the answer, and
+        `is_impossible` [S], float32."""
+        places_T = np.arange(width)
+        first_S1, stop_S1 = self.context_N2[rows_S].T[:, :, None]
+        arrays = {"answerable": ((places_T >= first_S1) & (places_T <= stop_S1)) | (places_T == 0)}
+        if with_labels:
+            arrays["starts"] = self.starts_N[rows_S].astype(np.int64)  # the type that torch takes as an index
+            arrays["ends"] = self.ends_N[rows_S].astype(np.int64)
+            arrays["is_impossible"] = self.is_impossible_N[rows_S].astype(np.float32)
+        return arrays
+
 
 @dataclass(frozen=True)
 class TaskInputs:
@@ -74,21 +113,38 @@ class TaskInputs:
     bounds: np.ndarray
     """int64 [N + 1], the start of each input, then the end of the last."""
     pad_id: int
-    labels_N: np.ndarray | None = None
-    """int64 classes, or float32 scores."""
-    spans: SpanTargets | None = None
+    targets: Targets | None = None
+    """None if the examples have no labels."""
 
     def __len__(self) -> int:
+        """The number of examples, each of which is one input."""
         return len(self.bounds) - 1
 
     @property
-    def lengths(self) -> np.ndarray:
+    def input_lengths(self) -> np.ndarray:
         """The number of tokens of each input, int64 [N]."""
         return np.diff(self.bounds)
 
-    def micro_batch(self, rows_S: np.ndarray, *, with_labels: bool = True) -> TaskMicroBatch:
-        """Return these inputs as CPU tensors, padded to the longest."""
-        lengths_S = self.lengths[rows_S]
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each example, int64."""
+        return self.input_lengths
+
+    def draws(self, numbers_B: np.ndarray, seed: int) -> np.ndarray | None:
+        """Return what training draws at random for the examples with these numbers, counted from the first of the run,
+        with a row for each; None if nothing is drawn. `micro_batch` gets the rows of its examples."""
+        return None
+
+    def micro_batch(
+        self, rows_S: np.ndarray, draws: np.ndarray | None = None, *, with_labels: bool = True
+    ) -> TaskMicroBatch:
+        """Return these examples as CPU tensors, padded to the longest."""
+        return self._tensors(rows_S, self.targets, rows_S, with_labels)
+
+    def _tensors(
+        self, rows_S: np.ndarray, targets: Targets | None, examples: np.ndarray, with_labels: bool
+    ) -> TaskMicroBatch:
+        lengths_S = self.input_lengths[rows_S]
         width = -(-int(lengths_S.max()) // _PAD_TO) * _PAD_TO
         places_T = np.arange(width)
         attended_ST = places_T < lengths_S[:, None]
@@ -99,18 +155,36 @@ class TaskInputs:
         }
         if self.segments is not None:
             tensors["segments_BT"] = np.where(attended_ST, self.segments[sources_ST], 0).astype(np.int64)
-        if self.labels_N is not None and with_labels:
-            tensors["labels_B"] = self.labels_N[rows_S]
-        if self.spans is not None:
-            first_S1, stop_S1 = self.spans.context_N2[rows_S].T[:, :, None]
-            tensors["answerable_BT"] = ((places_T >= first_S1) & (places_T <= stop_S1)) | (places_T == 0)
-            if with_labels:
-                tensors["starts_B"] = self.spans.starts_N[rows_S].astype(
-                    np.int64
-                )  # the type that torch takes as an index
-                tensors["ends_B"] = self.spans.ends_N[rows_S].astype(np.int64)
-                tensors["is_impossible_B"] = self.spans.is_impossible_N[rows_S].astype(np.float32)
-        return TaskMicroBatch(**{name: torch.from_numpy(array) for name, array in tensors.items()})
+        arrays = {} if targets is None else targets.of(examples, width, with_labels=with_labels)
+        return TaskMicroBatch(
+            **{name: torch.from_numpy(array) for name, array in tensors.items()},
+            targets={name: torch.from_numpy(array) for name, array in arrays.items()},
+        )
+
+
+@dataclass(frozen=True)
+class GroupedInputs(TaskInputs):
+    """Examples of several inputs each, such as the choices of a question."""
+
+    groups: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    """int64 [examples + 1], the first input of each example, then the number of inputs."""
+
+    def __len__(self) -> int:
+        return len(self.groups) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.bounds[self.groups])
+
+    def micro_batch(
+        self, rows_S: np.ndarray, draws: np.ndarray | None = None, *, with_labels: bool = True
+    ) -> TaskMicroBatch:
+        """Return the inputs of these examples, one example after the other, with the target `sizes` [S], the number of
+        inputs of each."""
+        inputs = np.concatenate([np.arange(self.groups[row], self.groups[row + 1]) for row in rows_S])
+        batch = self._tensors(inputs, self.targets, rows_S, with_labels)
+        sizes = torch.from_numpy(np.diff(self.groups)[rows_S])
+        return batch._replace(targets={**batch.targets, "sizes": sizes})
 
 
 @dataclass(frozen=True)
@@ -121,13 +195,15 @@ class TaskBatch:
     rows_B: np.ndarray
     reduction: Literal["mean", "sum"] = "mean"
     """The loss that is differentiated. The mean is reported."""
+    draws: np.ndarray | None = None
+    """What was drawn at random for each row, see `TaskInputs.draws`."""
 
     def __len__(self) -> int:
         return len(self.rows_B)
 
     @property
     def loss_terms(self) -> dict[str, LossTerm]:
-        size = len(self)
+        size = len(self) if self.inputs.targets is None else self.inputs.targets.count(self.rows_B)
         return {"loss": LossTerm(1.0 if self.reduction == "mean" else float(size), size)}
 
     @property
@@ -136,7 +212,8 @@ class TaskBatch:
 
     def micro_batch(self, first: int, size: int) -> TaskMicroBatch:
         """Return the inputs `first` to `first + size` of the batch."""
-        return self.inputs.micro_batch(self.rows_B[first : first + size])
+        part = slice(first, first + size)
+        return self.inputs.micro_batch(self.rows_B[part], None if self.draws is None else self.draws[part])
 
 
 class TaskBatchBuilder:
@@ -153,7 +230,8 @@ class TaskBatchBuilder:
 
     def build(self, step: int) -> TaskBatch:
         numbers_B = step * self._batch_size + np.arange(self._batch_size)
-        return TaskBatch(self._inputs, shuffled(numbers_B, len(self._inputs), self._seed, _ORDER), self._reduction)
+        rows_B = shuffled(numbers_B, len(self._inputs), self._seed, _ORDER)
+        return TaskBatch(self._inputs, rows_B, self._reduction, self._inputs.draws(numbers_B, self._seed))
 
 
 def evaluation_chunks(inputs: TaskInputs, size: int) -> list[np.ndarray]:
@@ -189,25 +267,42 @@ def tokenised(
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
     for texts, pairs in orders:
-        for first in range(0, len(texts), _TOKENISE_AT_ONCE):
-            part = slice(first, first + _TOKENISE_AT_ONCE)
-            encoded = tokenizer(
-                texts[part],
-                None if pairs is None else pairs[part],
-                truncation="longest_first",
-                max_length=recipe.data.max_length,
-                return_attention_mask=False,
-                return_token_type_ids=True,
-            )
-            ids += [np.asarray(row, np.int32) for row in encoded["input_ids"]]
-            segments += [np.asarray(row, np.int8) for row in encoded["token_type_ids"]]
-            progress(len(encoded["input_ids"]))
+        of_order = encoded(texts, pairs, tokenizer, recipe, progress)
+        ids += of_order[0]
+        segments += of_order[1]
     labels = examples.labels
     if labels is not None:
         labels = np.concatenate([labels] * len(orders))
         labels = scaled(labels, task, recipe).astype(np.float32) if task.kind == "regression" else labels
     uses_segments = has_segments and recipe.data.segment_ids
-    return _inputs(ids, segments if uses_segments else None, tokenizer, labels)
+    targets = None if labels is None else Labels(labels)
+    return task_inputs(ids, segments if uses_segments else None, tokenizer, targets)
+
+
+def encoded(
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: FinetuneRecipe,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return each text's ids and segment ids, with special tokens, cut at the recipe's `data.max_length`."""
+    ids: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
+    for first in range(0, len(texts), _TOKENISE_AT_ONCE):
+        part = slice(first, first + _TOKENISE_AT_ONCE)
+        found = tokenizer(
+            list(texts[part]),
+            None if pairs is None else list(pairs[part]),
+            truncation="longest_first",
+            max_length=recipe.data.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=True,
+        )
+        ids += [np.asarray(row, np.int32) for row in found["input_ids"]]
+        segments += [np.asarray(row, np.int8) for row in found["token_type_ids"]]
+        progress(len(found["input_ids"]))
+    return ids, segments
 
 
 def scaled(scores: np.ndarray, task: Task, recipe: FinetuneRecipe) -> np.ndarray:
@@ -248,18 +343,27 @@ def span_inputs(
     is_impossible = np.array([questions[window.question].is_impossible for window in windows], bool)
     context = np.array([window.context for window in windows], np.int64).reshape(-1, 2)
     spans = SpanTargets(starts, ends, is_impossible, context)
-    return _inputs([window.input_ids_L for window in windows], segments, tokenizer, spans=spans)
+    return task_inputs([window.input_ids_L for window in windows], segments, tokenizer, spans)
 
 
-def _inputs(
+def task_inputs(
     ids: list[np.ndarray],
     segments: list[np.ndarray] | None,
     tokenizer: PreTrainedTokenizerFast,
-    labels_N: np.ndarray | None = None,
-    spans: SpanTargets | None = None,
+    targets: Targets | None,
+    groups: Sequence[int] | None = None,
 ) -> TaskInputs:
+    """Return tokenised inputs.
+
+    ids, segments: one array per input, of one length each. groups: the number of inputs of each example, if examples
+    have several.
+    """
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)  # `read_encoder` ensures this
     bounds = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
     flat_segments = None if segments is None else np.concatenate(segments)
-    return TaskInputs(np.concatenate(ids), flat_segments, bounds, pad_id, labels_N, spans)
+    flat_ids = np.concatenate(ids)
+    if groups is None:
+        return TaskInputs(flat_ids, flat_segments, bounds, pad_id, targets)
+    firsts = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
+    return GroupedInputs(flat_ids, flat_segments, bounds, pad_id, targets, firsts)

@@ -3,10 +3,13 @@ that a finetuning's record names."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from electra_ds.config.names import TASKS
+from electra_ds.config.plugins import TASK, find
 from electra_ds.config.run_directory import places_of
 from electra_ds.config.run_record import FinetuneRecord, TaskSource
 from electra_ds.core.errors import DataError
@@ -19,8 +22,8 @@ from electra_ds.finetuning.glue import (
     glue_task,
     load_glue,
 )
-from electra_ds.finetuning.own_files import load_own
-from electra_ds.finetuning.squad import SquadData, load_squad, load_squad_hub
+from electra_ds.finetuning.own_files import load_own_source
+from electra_ds.finetuning.squad import load_squad, load_squad_hub
 from electra_ds.finetuning.tables import Table
 from electra_ds.finetuning.tasks.examples import TaskData, kind_of_set
 
@@ -30,25 +33,45 @@ _PATHS = ("folder", "hub", "train", "dev", "test")
 """The fields of TaskSource that are or may be paths."""
 
 
-def load_task(name: str | None, source: TaskSource) -> TaskData | SquadData:
+class LoadedTask(Protocol):
+    """The examples of a task, before they are tokenised."""
+
+    @property
+    def name(self) -> str:
+        """The task's name in reports."""
+
+    @property
+    def source(self) -> str:
+        """The files or the data set that was read, for messages."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all examples, by which a resumed run sees whether they have changed."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user that are not errors, one sentence each."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The number of examples of each set; it has at least "train", and "dev" or a name that starts with it."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes in order; empty for tasks without classes."""
+
+
+def load_task(name: str | None, source: TaskSource) -> LoadedTask:
     """Return a task's examples. Raises DataError if they cannot be trained on or scored.
 
-    name: one of config.tasks.TASKS, or None for the user's own files.
+    name: the value of --task, or None for a classification or regression of the user's own.
     """
     folder = None if source.folder is None else Path(source.folder)
-    data: TaskData | SquadData
+    data: LoadedTask
     if name is None:
-        assert source.train is not None
-        dev_file, test_file = (None if path is None else Path(path) for path in (source.dev, source.test))
-        data = load_own(
-            Path(source.train),
-            dev_file,
-            test_file,
-            text=source.text,
-            pair=source.pair,
-            label=source.label,
-            kind=source.label_kind,
-        )
+        data = load_own_source(source)
+    elif name not in TASKS:
+        data = find(TASK, name).load(source)
     elif name in _SQUAD_REPOSITORIES and folder is not None:
         data = load_squad(name, folder)  # type: ignore[arg-type]
     elif name in _SQUAD_REPOSITORIES:
@@ -57,9 +80,9 @@ def load_task(name: str | None, source: TaskSource) -> TaskData | SquadData:
         data = load_glue(name, folder)
     else:
         data = load_glue_hub(name, source.hub or _GLUE_REPOSITORY, source.revision)
-    dev = data.dev if isinstance(data, SquadData) else next(iter(data.dev.values()), None)
-    for part, examples in (("training", data.train), ("development", dev)):
-        if not examples:
+    sizes = {name.partition("_")[0]: size for name, size in data.sizes.items()}
+    for part, size in (("training", sizes.get("train")), ("development", sizes.get("dev"))):
+        if not size:
             of = "" if name is None else f" of {name}"
             raise DataError(f"{data.source} has no {part} examples{of}, which are needed.")
     return data
@@ -104,14 +127,14 @@ def load_glue_hub(name: str, repository: str = _GLUE_REPOSITORY, revision: str |
 
 def recorded_task(
     record: FinetuneRecord, folder: Path, given: TaskSource, remedy: str
-) -> tuple[TaskData | SquadData, TaskSource]:
+) -> tuple[LoadedTask, TaskSource]:
     """Return the examples that a finetuning's record names, and their current place.
 
     folder: the folder with the record; inputs that moved together with it are found next to it, see `places_of`. given:
     the record's source, with the places that the user gave. Raises DataError if the examples are missing or have
     changed.
     """
-    name = record.task if given.train is None else None
+    name = record.loaded_as
     problem: DataError | None = None
     for source in dict.fromkeys((_relocated(given, record.source, folder), given)):
         try:

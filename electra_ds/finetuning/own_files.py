@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from electra_ds.config.names import TASKS
+from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import DataError, did_you_mean
 from electra_ds.finetuning.tables import Table, listed, read_csv, read_jsonl
 from electra_ds.finetuning.tasks.examples import Examples, Task, TaskData, task_data
@@ -35,6 +36,14 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
+def load_own_source(source: TaskSource) -> TaskData:
+    """Read the user's own task from the files and columns that a source names."""
+    assert source.train is not None
+    dev, test = (None if path is None else Path(path) for path in (source.dev, source.test))
+    columns = {"text": source.text, "pair": source.pair, "label": source.label}
+    return load_own(Path(source.train), dev, test, **columns, kind=source.label_kind)
+
+
 def load_own(
     train: Path,
     dev: Path | None,
@@ -54,7 +63,7 @@ def load_own(
     Raises DataError, with file and row, for anything that cannot be learned from or scored.
     """
     paths = {name: path for name, path in (("train", train), ("dev", dev), ("test", test)) if path is not None}
-    tables = {name: _read_own(path) for name, path in paths.items()}
+    tables = {name: read_own(path) for name, path in paths.items()}
     columns = _chosen_columns(tables["train"], text, pair, label)
     labels: dict[str, list[str]] = {}
     for name, table in tables.items():
@@ -67,7 +76,7 @@ def load_own(
         if "" in labels[name]:
             where = f"{table.source}, row {labels[name].index('') + 1}"
             raise DataError(f"{where}: the label '{columns.label}' is empty. Fill it in or drop the row.")
-    task = _own_task(_own_name(train), labels["train"], columns, kind)
+    task = _own_task(own_name(train), labels["train"], columns, kind)
     indices = {name: _indices(tables[name].source, found, task) for name, found in labels.items()}
     sets: dict[str, Examples] = {
         name: _own_examples(table, columns, indices.get(name)) for name, table in tables.items()
@@ -88,7 +97,8 @@ class _Columns(NamedTuple):
     label: str
 
 
-def _read_own(path: Path) -> Table:
+def read_own(path: Path) -> Table:
+    """Read a file of examples. Raises DataError."""
     suffix = path.suffix.lower()
     if suffix in _DELIMITERS:
         return read_csv(path, _DELIMITERS[suffix])
@@ -141,7 +151,7 @@ def _lacks_labels(table: Table, column: str, seen: set[str]) -> bool:
     return found in NO_LABELS and not found & seen
 
 
-def _own_name(path: Path) -> str:
+def own_name(path: Path) -> str:
     """Return the file's name, or its folder's if the file is called `train`, but never that of a published task."""
     name = Path(os.path.abspath(path)).parent.name if path.stem.lower() in _PLAIN_NAMES else path.stem
     return f"own-{name}" if name.lower() in (*TASKS, "ax") else name

@@ -6,15 +6,14 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, recipe_source
+from electra_ds.config.names import TASKS
 from electra_ds.config.options import FinetuneOptions, TaskSource
 from electra_ds.config.run_directory import RunDirectory, read_where_it_is
 from electra_ds.config.run_record import FinetuneRecord, FinetuneSettings
@@ -27,14 +26,10 @@ from electra_ds.data.build import ShowProgress
 from electra_ds.finetuning.advice import advice
 from electra_ds.finetuning.encoder_source import EncoderSource, finetuned_encoder, read_encoder
 from electra_ds.finetuning.finetune import SCORES, FinetuneJob
-from electra_ds.finetuning.glue import GLUE
-from electra_ds.finetuning.heads import check_layers, why_not_exportable
-from electra_ds.finetuning.load_task import recorded_task
-from electra_ds.finetuning.squad import SquadData
-from electra_ds.finetuning.tasks.base import TokenizedTask
-from electra_ds.finetuning.tasks.examples import TaskData
-from electra_ds.finetuning.tasks.question_answering import QuestionAnsweringTask
-from electra_ds.finetuning.tasks.sequence import SequenceTask
+from electra_ds.finetuning.heads import check_layers
+from electra_ds.finetuning.load_task import LoadedTask, recorded_task
+from electra_ds.finetuning.tasks.base import FinetuneTask
+from electra_ds.finetuning.tasks.find import task_class
 from electra_ds.pretraining.run_time import RunTime, finetuning_time
 from electra_ds.training import prepare
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
@@ -48,34 +43,37 @@ _EVALUATIONS = 10
 
 
 def tokenised_task(
-    data: TaskData | SquadData,
+    kind: type[FinetuneTask],
+    data: LoadedTask,
     encoder: EncoderSource,
     recipe: FinetuneRecipe,
     max_train: int | None,
     show_progress: ShowProgress,
-) -> TokenizedTask:
+) -> FinetuneTask:
     """Return the task as the encoder's inputs. Raises ConfigError if the encoder takes only shorter inputs."""
     if recipe.data.max_length > encoder.max_length:
         raise ConfigError(
             f"data.max_length is {recipe.data.max_length}, but {encoder.name} takes {encoder.max_length} tokens. "
             f"Add --set data.max_length={encoder.max_length}"
         )
-    if isinstance(data, SquadData):
-        make: Callable[..., TokenizedTask] = partial(QuestionAnsweringTask, data)
-        total = len(data.dev) + min(len(data.train), max_train or len(data.train))
-    else:
-        make, total = partial(SequenceTask, data), sum(len(examples) for examples in data.sets.values())
+    sizes = data.sizes
+    left_out = max(0, sizes["train"] - max_train) if max_train else 0
     with show_progress() as progress:
-        progress.begin("tokenising", total)
-        return make(
-            encoder.tokenizer, recipe, has_segments=encoder.has_segments, max_train=max_train, progress=progress.add
+        progress.begin("tokenising", sum(sizes.values()) - left_out)
+        return kind(
+            data,
+            encoder.tokenizer,
+            recipe,
+            has_segments=encoder.has_segments,
+            max_train=max_train,
+            progress=progress.add,
         )
 
 
 def prepare_new(
     options: FinetuneOptions,
     recipe: FinetuneRecipe,
-    data: TaskData | SquadData,
+    data: LoadedTask,
     encoder: EncoderSource,
     run: RunDirectory,
     ranks: Ranks,
@@ -83,13 +81,15 @@ def prepare_new(
 ) -> FinetuneJob:
     """Return a job for a new run. Raises ConfigError if recipe, JSON, task and model do not fit together."""
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
-    task = tokenised_task(data, encoder, recipe, options.max_train_examples, show_progress)
+    kind = task_class(options.task)
+    task = tokenised_task(kind, data, encoder, recipe, options.max_train_examples, show_progress)
     training = Finetuning(recipe, len(task.train), encoder.num_layers)
     plan = prepare.plan_new(options, training, run, ranks)
     said = (*encoder.notes, *advice(training, encoder, task, keeps_weights=not options.discard_weights))
     plan = replace(plan, notes=(*plan.notes, *(note.rstrip(".") for note in (*data.notes, *said))))
     record = FinetuneRecord(
-        task=options.task or task.name,
+        task=task.name,
+        task_kind=None if options.task in TASKS else options.task,
         source=options.source(),
         data_fingerprint=data.fingerprint,
         num_examples=len(task.train),
@@ -135,8 +135,8 @@ def say_finished(run: RunDirectory) -> None:
     log_command(_log, "Several runs together:", f"{command('report')} RUN RUN …")
     with contextlib.suppress(CheckpointError):  # raised if the weights are gone
         config, _ = finetuned_encoder(kept_checkpoint(run.path))
-        is_span = record.source.train is None and record.task not in GLUE
-        log_command(_log, "As a transformers model:", _how_to_export(run, recipe, config, is_span))
+        kind = task_class(record.loaded_as)
+        log_command(_log, "As a transformers model:", _how_to_export(run, recipe, config, kind))
         if record.test_sets and not record.settings.predict_test:
             predict = f"{command('finetune')} --resume {run.path} --predict-test"
             log_command(_log, "To predict the test sets:", predict)
@@ -165,7 +165,8 @@ def prepare_resume(
     remedy = f"say where they are now: {command('finetune')} --resume {run.path} {places}"
     data, source = recorded_task(record, run.path, source, remedy)
     record = prepare.resumed_record(replace(record, source=source), options, plan, run, ranks)
-    task = tokenised_task(data, encoder, recipe, record.settings.max_train_examples, show_progress)
+    kind = task_class(record.loaded_as)
+    task = tokenised_task(kind, data, encoder, recipe, record.settings.max_train_examples, show_progress)
     if len(task.train) != record.num_examples:
         raise CheckpointError(
             f"{run.path / 'run.json'} says {record.num_examples:,} training inputs, but there are {len(task.train):,}: "
@@ -175,7 +176,7 @@ def prepare_resume(
     return FinetuneJob(run, training, plan, record, encoder, task, prepare.stop_at(options, training))
 
 
-def _check_test(record: FinetuneRecord, task: TokenizedTask, source: str) -> None:
+def _check_test(record: FinetuneRecord, task: FinetuneTask, source: str) -> None:
     if record.settings.predict_test and not task.test:
         raise ConfigError(f"--predict-test: {source} has no test set of {task.name}.")
 
@@ -291,10 +292,12 @@ def say_end(job: FinetuneJob) -> None:
     _log.info(f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.")
     log_command(_log, "Several runs together:", f"{command('report')} RUN RUN …")
     if not job.record.settings.discard_weights:
-        export = _how_to_export(job.run, job.recipe, job.encoder.config, job.task.num_outputs is None)
+        export = _how_to_export(job.run, job.recipe, job.encoder.config, type(job.task))
         log_command(_log, "As a transformers model:", export)
 
 
-def _how_to_export(run: RunDirectory, recipe: FinetuneRecipe, config: PretrainedConfig, is_span: bool) -> str:
-    without_head = why_not_exportable(recipe, config, is_span) is not None
+def _how_to_export(
+    run: RunDirectory, recipe: FinetuneRecipe, config: PretrainedConfig, kind: type[FinetuneTask]
+) -> str:
+    without_head = kind.why_not_exportable(recipe, config) is not None
     return f"{command('export')} {run.path}{' --encoder-only' if without_head else ''}"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from electra_ds.core.errors import DataError
 from electra_ds.data.hub import dataset_path, explain_errors
+from electra_ds.finetuning.own_files import own_name
 
 SquadName = Literal["squad1", "squad2"]
 
@@ -68,6 +69,14 @@ class SquadData:
     """The SHA-256 of what was read."""
     notes: tuple[str, ...] = ()
     """Notes on what was wrong with the data and how it was handled, one sentence each."""
+    title: str | None = None
+    """The name of a task of the user's own, in one of the two formats."""
+    labels: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The number of questions of each set."""
+        return {"train": len(self.train), "dev": len(self.dev)}
 
 
 def load_squad(name: SquadName, folder: Path) -> SquadData:
@@ -113,6 +122,23 @@ def load_squad_hub(name: SquadName, repository: str, revision: str | None = None
     train = _rows(tables["train"], f"{source}, train", name, digest.update) if "train" in tables else []
     dev = _rows(tables["validation"], f"{source}, validation", name, digest.update)
     return _checked(SquadData(name, train, dev, source, digest.hexdigest()))
+
+
+def load_own_squad(train: Path, dev: Path) -> SquadData:
+    """Read the user's own questions in SQuAD's layout, as SQuAD 2.0 if any question is impossible. Raises DataError."""
+    digest = hashlib.sha256()
+    train_questions, dev_questions = (_read(path, "squad2", digest.update) for path in (train, dev))
+    has_impossible = any(question.is_impossible for question in (*train_questions, *dev_questions))
+    return _checked(
+        SquadData(
+            "squad2" if has_impossible else "squad1",
+            train_questions,
+            dev_questions,
+            f"{train} and {dev}",
+            digest.hexdigest(),
+            title=own_name(train),
+        )
+    )
 
 
 def _file(folder: Path, part: str, version: str) -> Path | None:
@@ -198,7 +224,7 @@ def _checked(data: SquadData) -> SquadData:
     notes = []
     for part, questions in (("train", data.train), ("dev", data.dev)):
         rows = OFFICIAL_ROWS[data.name][part]
-        if len(questions) != rows:
+        if len(questions) != rows and data.title is None:
             notes.append(f"{part} has {len(questions):,} questions, the published file of {data.name} has {rows:,}.")
     train, dev = ([_located(question) for question in part] for part in (data.train, data.dev))
     before, after = _answers([*data.train, *data.dev]), _answers([*train, *dev])

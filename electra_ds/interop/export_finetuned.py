@@ -1,7 +1,5 @@
 """Export a finetuned run as one transformers folder: the model with its head if transformers has a class for it, or
 only the encoder.
-
-Shape suffixes: C scores, H hidden size.
 """
 
 from __future__ import annotations
@@ -10,16 +8,10 @@ import copy
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForQuestionAnswering,
-    ElectraConfig,
-    ElectraForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.run_directory import RunDirectory
@@ -28,18 +20,12 @@ from electra_ds.core.errors import CheckpointError, ConfigError, DataError
 from electra_ds.finetuning.encoder_source import finetuned_encoder, silent_transformers
 from electra_ds.finetuning.finetune import SCORES
 from electra_ds.finetuning.glue import GLUE
-from electra_ds.finetuning.heads import (
-    ENCODER_ONLY,
-    SequenceHead,
-    SpanHead,
-    TaskModel,
-    make_encoder,
-    make_head,
-    why_not_exportable,
-)
+from electra_ds.finetuning.heads import ENCODER_ONLY, TaskModel, fill, make_encoder
 from electra_ds.finetuning.inputs import TaskMicroBatch
 from electra_ds.finetuning.load_task import recorded_task
+from electra_ds.finetuning.tasks.base import FinetuneTask, Scale
 from electra_ds.finetuning.tasks.examples import TaskData
+from electra_ds.finetuning.tasks.find import task_class
 from electra_ds.interop.export import check_out, new_folder
 from electra_ds.interop.model_cards import NO_FACTS, Exported, Facts, finetuned_card
 from electra_ds.training.checkpoint import Checkpoint
@@ -51,13 +37,6 @@ _TOLERANCE = 1e-4
 Rounding gives 1e-6.
 """
 _CHECKED_ROWS, _CHECKED_LENGTH = 4, 24
-
-
-class _Scale(NamedTuple):
-    """The scale of a regression: scores in the task's range are `lowest + unit * output`."""
-
-    lowest: float = 0.0
-    unit: float = 1.0
 
 
 def export_finetuned(
@@ -75,28 +54,30 @@ def export_finetuned(
     check_out(out)
     config, _ = finetuned_encoder(checkpoint)
     scores = _scores(checkpoint)
-    trained = _trained_model(checkpoint, recipe, config)
+    task = task_class(record.loaded_as)
+    num_outputs = _num_outputs(checkpoint)
+    trained = _trained_model(checkpoint, recipe, config, task, num_outputs)
     labels: tuple[str, ...] = ()
-    scale = _Scale()
+    scale = Scale()
     exported: PreTrainedModel = trained.encoder
     if not encoder_only:
-        if problem := why_not_exportable(recipe, config, trained.num_outputs is None, trained.num_outputs):
+        if problem := task.why_not_exportable(recipe, config, num_outputs):
             raise ConfigError(str(problem))
-        if trained.num_outputs is None:
-            exported = _for_question_answering(trained, config)
-        else:
-            labels, scale = _labels_and_scale(record, recipe, checkpoint, scores)
-            exported = _for_sequences(trained, config, labels, scale)
+        labels, scale = _labels_and_scale(record, recipe, checkpoint, scores, num_outputs)
+        exported = task.to_transformers(trained, copy.deepcopy(config), labels, scale)
     has_segments = recipe.data.segment_ids and int(getattr(config, "type_vocab_size", 0) or 0) >= 2
-    what = Exported(recipe, record, checkpoint.state, scores, labels, has_segments)
+    what = Exported(recipe, record, checkpoint.state, scores, labels, has_segments, None if encoder_only else task)
     with new_folder(out) as partial:
         with silent_transformers():
             exported.save_pretrained(partial)
         _save_tokenizer(checkpoint.path, partial, recipe, has_segments)
-        _check_same(trained, partial, exported, scale, has_segments)
+        _check_same(trained, partial, exported, scale, has_segments, None if encoder_only else task)
+        for name, text in ({} if encoder_only else task.more_files(recipe, config)).items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_text(text, "utf8")
         (partial / "README.md").write_text(finetuned_card(what, exported, facts), "utf8")
     kind, step = type(exported).__name__, checkpoint.state["step"]
-    return f"{out}: {kind}, {record.task}, seed {recipe.seed}, step {step:,}\n{what.usage(exported, str(out))}"
+    return f"{out}: {kind}, {record.task}, seed {recipe.seed}, step {step:,}\n{what.usage(str(out))}"
 
 
 # --- what was trained
@@ -114,34 +95,48 @@ def _scores(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}. Restore it, or move it away.") from error
 
 
-def _trained_model(checkpoint: Checkpoint, recipe: FinetuneRecipe, config: PretrainedConfig) -> TaskModel:
+def _num_outputs(checkpoint: Checkpoint) -> int | None:
+    """Return the number of scores of an input; None for a head without a matrix for them."""
+    matrix = "master/head.out_proj.weight"
+    return checkpoint.tensors.shape(matrix)[0] if matrix in checkpoint.tensors else None
+
+
+def _trained_model(
+    checkpoint: Checkpoint,
+    recipe: FinetuneRecipe,
+    config: PretrainedConfig,
+    task: type[FinetuneTask],
+    num_outputs: int | None,
+) -> TaskModel:
     """Return the encoder and head with the checkpoint's weights."""
-    num_outputs = None
-    if "master/head.out_proj.weight" in checkpoint.tensors:
-        num_outputs = checkpoint.tensors.shape("master/head.out_proj.weight")[0]
-    head = make_head(recipe, int(config.hidden_size), num_outputs, num_outputs == 1)
+    head = task.new_head(recipe, int(config.hidden_size), num_outputs)
     model = TaskModel(make_encoder(config, recipe.seed), head)
     parameters = dict(model.named_parameters())
     checkpoint.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
-    _fill(model, {name: checkpoint.tensors[f"master/{name}"] for name in parameters})
+    fill(model, {name: checkpoint.tensors[f"master/{name}"] for name in parameters})
     return model
 
 
 def _labels_and_scale(
-    record: FinetuneRecord, recipe: FinetuneRecipe, checkpoint: Checkpoint, scores: dict[str, Any]
-) -> tuple[tuple[str, ...], _Scale]:
-    """Return the classes in order, none for regression, and the scale of a regression's scores.
+    record: FinetuneRecord,
+    recipe: FinetuneRecipe,
+    checkpoint: Checkpoint,
+    scores: dict[str, Any],
+    num_outputs: int | None,
+) -> tuple[tuple[str, ...], Scale]:
+    """Return the classes in order, none for tasks without, and the scale of a regression's scores.
 
     For the user's own examples they come from scores.json, or else from reading the examples again.
     """
-    is_unit = recipe.data.regression_scale == "unit"
-    if record.source.train is None:
-        task = GLUE[record.task]
+    is_unit, name = recipe.data.regression_scale == "unit", record.loaded_as
+    if num_outputs is None or (num_outputs == 1 and name is not None and name not in GLUE):
+        return (), Scale()
+    if name in GLUE:
+        task = GLUE[str(name)]
     else:
         labels = next((of["labels"] for of in scores.get("sets", {}).values() if "labels" in of), None)
-        is_regression = checkpoint.tensors.shape("master/head.out_proj.weight")[0] == 1
-        if labels is not None or (is_regression and not is_unit):
-            return tuple(labels or ()), _Scale()
+        if labels is not None or (num_outputs == 1 and not is_unit):
+            return tuple(labels or ()), Scale()
         try:
             data, _ = recorded_task(record, checkpoint.path, record.source, f"put them back, {ENCODER_ONLY}")
         except DataError as error:
@@ -149,95 +144,13 @@ def _labels_and_scale(
                 f"The names and the scale of the scores are not in {checkpoint.path} but in the examples, which cannot "
                 f"be read again: {error}"
             ) from error
-        assert isinstance(data, TaskData)
+        if not isinstance(data, TaskData):
+            return data.labels, Scale()
         task = data.task
     if task.score_range is None or not is_unit:
-        return task.labels, _Scale()
+        return task.labels, Scale()
     low, high = task.score_range
-    return (), _Scale(low, high - low)
-
-
-# --- transformers' classes with the same head
-
-
-def _for_question_answering(trained: TaskModel, config: PretrainedConfig) -> PreTrainedModel:
-    """Return transformers' question answering model. Raises ConfigError unless it is the encoder plus one matrix."""
-    assert isinstance(trained.head, SpanHead)
-    config = copy.deepcopy(config)
-    config.num_labels, config.problem_type = 2, None
-    head = trained.head.qa_outputs.named_parameters()
-    tensors: dict[str, torch.Tensor] = {f"qa_outputs.{name}": parameter for name, parameter in head}
-    try:
-        model: PreTrainedModel = AutoModelForQuestionAnswering.from_config(config, dtype=torch.float32)
-        tensors |= _prefixed(trained.encoder, model)
-        fits = {name: parameter.shape for name, parameter in model.named_parameters()} == {
-            name: tensor.shape for name, tensor in tensors.items()
-        }
-    except ValueError:  # transformers has no class for this kind of encoder
-        fits = False
-    if not fits:
-        raise ConfigError(
-            f"This head scores start and end by one matrix on the encoder's output, but transformers has no such "
-            f"class for {config.model_type}. Export the finetuned encoder without its head: add --encoder-only"
-        )
-    _fill(model, tensors)
-    return model
-
-
-def _for_sequences(
-    trained: TaskModel, config: PretrainedConfig, labels: tuple[str, ...], scale: _Scale
-) -> PreTrainedModel:
-    head, config = trained.head, copy.deepcopy(config)
-    assert isinstance(head, SequenceHead)
-    assert isinstance(config, ElectraConfig)
-    names = labels or ("score",)
-    config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
-    config.problem_type = "regression" if head.is_regression else "single_label_classification"
-    config.classifier_dropout = head.section.dropout
-    weight_CH = head.out_proj.weight.detach() * scale.unit
-    bias_C = head.out_proj.bias.detach() * scale.unit + scale.lowest
-    if head.dense is None:
-        layers = one_layer_as_two(weight_CH, bias_C)
-    else:
-        layers = {"out_proj.weight": weight_CH, "out_proj.bias": bias_C}
-        layers |= {f"dense.{name}": tensor for name, tensor in head.dense.state_dict().items()}
-    model = ElectraForSequenceClassification(config)
-    _fill(model, _prefixed(trained.encoder, model) | {f"classifier.{name}": layers[name] for name in layers})
-    return model
-
-
-def one_layer_as_two(weight_CH: torch.Tensor, bias_C: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return weights with which transformers' head (dense, GELU and out_proj) computes W x + b.
-
-    Since GELU(z) - GELU(-z) = z, dense holds W and -W, and out_proj subtracts the GELU of the second from that of the
-    first. This is as precise as W x itself, in any precision: for LayerNorm outputs of 256 and 768 random numbers, the
-    largest error was 7e-7 of the largest score in fp32, 6e-4 in fp16 and 5e-3 in bf16. It uses 2 C of dense's H rows.
-    """
-    classes, width = weight_CH.shape
-    assert 2 * classes <= width  # `why_not_exportable` ensures this
-    dense_HH, out_CH = torch.zeros(width, width), torch.zeros(classes, width)
-    dense_HH[:classes], dense_HH[classes : 2 * classes] = weight_CH, -weight_CH
-    out_CH[:, :classes], out_CH[:, classes : 2 * classes] = torch.eye(classes), -torch.eye(classes)
-    return {
-        "dense.weight": dense_HH,
-        "dense.bias": torch.zeros(width),
-        "out_proj.weight": out_CH,
-        "out_proj.bias": bias_C,
-    }
-
-
-def _prefixed(encoder: PreTrainedModel, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the encoder's tensors under their names in a model with a head."""
-    return {f"{model.base_model_prefix}.{name}": parameter for name, parameter in encoder.named_parameters()}
-
-
-def _fill(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == tensors.keys(), sorted(parameters.keys() ^ tensors.keys())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    model.eval()
+    return (), Scale(low, high - low)
 
 
 # --- the folder
@@ -259,22 +172,28 @@ def _save_tokenizer(source: Path, folder: Path, recipe: FinetuneRecipe, has_segm
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf8")
 
 
-def _check_same(trained: TaskModel, folder: Path, exported: PreTrainedModel, scale: _Scale, has_segments: bool) -> None:
-    """Raise ConfigError unless the folder's model and the run give the same scores for a few random inputs."""
+def _check_same(
+    trained: TaskModel,
+    folder: Path,
+    exported: PreTrainedModel,
+    scale: Scale,
+    has_segments: bool,
+    task: type[FinetuneTask] | None,
+) -> None:
+    """Raise ConfigError unless the folder's model and the run give the same scores for a few random inputs.
+
+    task: None if the folder has only the encoder.
+    """
     with silent_transformers():  # it would report the untrained pooler
         model: Any = type(exported).from_pretrained(folder, dtype=torch.float32)
     batch = _random_inputs(trained.encoder.config, has_segments)
     inputs = trained.encoder_inputs(batch)
     with torch.no_grad():
-        output = model.eval()(**inputs)
-        if exported is trained.encoder:
-            pairs = [(trained.encoder(**inputs).last_hidden_state, output.last_hidden_state)]
+        model.eval()
+        if task is None or exported is trained.encoder:
+            pairs = [(trained.encoder(**inputs).last_hidden_state, model(**inputs).last_hidden_state)]
         else:
-            scores = trained(batch).scores
-            if "logits" in scores:
-                pairs = [(scores["logits"] * scale.unit + scale.lowest, output.logits)]
-            else:
-                pairs = [(scores["start"], output.start_logits), (scores["end"], output.end_logits)]
+            pairs = task.compared(trained, model, batch, scale)
     for ours, theirs in pairs:
         apart, largest = (ours - theirs).abs().max().item(), max(1.0, ours.abs().max().item())
         if not apart <= _TOLERANCE * largest:
@@ -291,4 +210,5 @@ def _random_inputs(config: PretrainedConfig, has_segments: bool) -> TaskMicroBat
     ids_BT = torch.randint(0, int(config.vocab_size), (_CHECKED_ROWS, length), generator=rng)
     segments_BT = (torch.arange(length) >= length // 3).long().expand_as(ids_BT) if has_segments else None
     attended_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    return TaskMicroBatch(ids_BT, attended_BT, segments_BT, answerable_BT=attended_BT)
+    more = {"answerable": attended_BT, "sizes": torch.tensor([_CHECKED_ROWS // 2] * 2)}
+    return TaskMicroBatch(ids_BT, attended_BT, segments_BT, more)

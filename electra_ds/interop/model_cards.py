@@ -12,11 +12,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
+from electra_ds.config.names import SQUAD_TASKS
 from electra_ds.config.recipe import Recipe
 from electra_ds.config.run_directory import read_metrics
 from electra_ds.config.run_record import FinetuneRecord
 from electra_ds.core.files import is_hub_model
 from electra_ds.finetuning.glue import GLUE
+from electra_ds.finetuning.tasks.base import FinetuneTask
 from electra_ds.pretraining.objectives.base import Export
 from electra_ds.training.checkpoint import Checkpoint
 
@@ -180,10 +182,19 @@ class Exported:
     """The content of scores.json; empty for a run that has not finished."""
     labels: tuple[str, ...]
     has_segments: bool
+    task: type[FinetuneTask] | None
+    """None if only the encoder was exported."""
 
-    def usage(self, model: PreTrainedModel, path: str) -> str:
+    @property
+    def hub_task(self) -> str:
+        """The Hub's name for what the model does."""
+        return "feature-extraction" if self.task is None else self.task.hub_task
+
+    def usage(self, path: str) -> str:
         """Return a line of Python that opens the model at this path."""
-        kind = _pipeline(model)
+        kind = self.hub_task
+        if self.task is not None and self.task.usage:
+            return self.task.usage.replace("PATH", path)
         if kind == "text-classification":
             return f"from transformers import pipeline; pipeline({kind!r}, model={path!r})({self.example()})"
         auto = "AutoModelForQuestionAnswering" if kind == "question-answering" else "AutoModel"
@@ -191,25 +202,18 @@ class Exported:
 
     def example(self) -> str:
         """Return an example argument for the pipeline."""
-        task = GLUE.get(self.record.task) if self.record.source.train is None else None
+        task = GLUE.get(self.record.loaded_as or "")
         is_pair = task.is_pair if task is not None else self.record.source.pair is not None
         return '{"text": "…", "text_pair": "…"}' if is_pair else '"…"'
 
 
-def _pipeline(model: PreTrainedModel) -> str:
-    """Return the Hub's name for the model's kind of task."""
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        return "text-classification"
-    return "question-answering" if type(model).__name__.endswith("ForQuestionAnswering") else "feature-extraction"
-
-
 def finetuned_card(what: Exported, model: PreTrainedModel, facts: Facts = NO_FACTS) -> str:
     """Return the card of a finetuned model."""
-    record, recipe, kind = what.record, what.recipe, _pipeline(model)
+    record, recipe, kind = what.record, what.recipe, what.hub_task
     base = published_name(record.model)
     began = f"random weights of the shape of {base}" if record.has_random_weights else base
-    is_labelled = record.source.train is not None or record.task in GLUE
-    examples = "training examples" if is_labelled else "windows of training contexts"
+    is_spans = record.loaded_as in (*SQUAD_TASKS, "question-answering")
+    examples = "windows of training contexts" if is_spans else "training examples"
     if recipe.data.double_unordered:
         examples += ", pairs in both orders counted twice"
     segments = "gives segment ids, as in training" if what.has_segments else "gives no segment ids, as in training"
@@ -221,11 +225,11 @@ which is where `truncation=True` cuts them. The tokenizer {segments}.
 
 {remark}"""
     is_published = is_hub_model(record.model) and not record.has_random_weights
-    is_glue = record.task in GLUE and record.source.train is None
+    is_glue = record.loaded_as in GLUE
     results = _results(what, kind) if is_glue else None
     front = ModelCardData(
         **_given(facts._replace(datasets=[*facts.datasets, *([_GLUE] if is_glue else [])])),
-        library_name="transformers",
+        library_name="transformers" if what.task is None else what.task.library,
         pipeline_tag=kind,
         base_model=record.model if is_published else None,
         tags=[model.config.model_type, "electra_ds"],
@@ -244,6 +248,8 @@ which is where `truncation=True` cuts them. The tokenizer {segments}.
 
 def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
     """Return code that uses the model, and a remark on its outputs."""
+    if what.task is not None and what.task.example:
+        return what.task.example, what.task.outputs + _classes(what)
     if kind == "feature-extraction":
         remark = "This is the finetuned encoder, without the head that scored the task."
         return _OPENING.replace("AUTO", "AutoModel"), remark
@@ -255,9 +261,7 @@ def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
             code,
             "This code searches only the beginning of a context that is cut; the run searched windows over all of it.",
         )
-    remark = "Its one output is the score, in the task's own range."
-    if what.labels:
-        remark = f"Its classes: {', '.join(f'`{label}`' for label in what.labels)}."
+    remark = _classes(what).strip() or "Its one output is the score, in the task's own range."
     # In the user's own files, the pair may have been found under a usual name, which is not known here.
     pair = '# for a pair: classifier({"text": "…", "text_pair": "…"}, truncation=True)\n'
     more = pair if what.record.source.train is not None and what.record.source.pair is None else ""
@@ -265,6 +269,10 @@ def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
         f'from transformers import pipeline\n\nclassifier = pipeline("text-classification", model="PATH")\n'
         f"classifier({what.example()}, truncation=True)\n{more}"
     ), remark
+
+
+def _classes(what: Exported) -> str:
+    return f" Its classes: {', '.join(f'`{label}`' for label in what.labels)}." if what.labels else ""
 
 
 def _results(what: Exported, kind: str) -> list[EvalResult] | None:

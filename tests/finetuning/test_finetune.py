@@ -28,8 +28,9 @@ from electra_ds.config.run_directory import RunDirectory
 from electra_ds.core import devices
 from electra_ds.data.sampling import shuffled
 from electra_ds.finetuning import finetune as finetune_module
-from electra_ds.finetuning.heads import TaskModel, make_head
+from electra_ds.finetuning.heads import TaskModel
 from electra_ds.finetuning.inputs import _ORDER, TaskMicroBatch
+from electra_ds.finetuning.tasks.sequence import SequenceTask
 from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.training.checkpoint import CheckpointFolder, open_checkpoint
 from electra_ds.training.engine import Engine
@@ -155,8 +156,7 @@ def test_each_of_them_follows_the_seed_on_its_own(
     three others held, another seed gives other losses; with all held, the same."""
     held = set(PARTS) - {free}
     builder, head, encoder, dropout = (
-        finetune_module.TaskBatchBuilder, finetune_module.make_head, finetune_module.make_encoder,
-        devices.seed_dropout,
+        finetune_module.TaskBatchBuilder, SequenceTask.new_head, finetune_module.make_encoder, devices.seed_dropout,
     )  # fmt: skip
     if "order" in held:
         monkeypatch.setattr(
@@ -164,7 +164,9 @@ def test_each_of_them_follows_the_seed_on_its_own(
         )
     if "head" in held:
         monkeypatch.setattr(
-            finetune_module, "make_head", lambda recipe, *rest: head(recipe.model_copy(update={"seed": 0}), *rest)
+            SequenceTask,
+            "new_head",
+            staticmethod(lambda recipe, *rest: head(recipe.model_copy(update={"seed": 0}), *rest)),
         )
     if "encoder" in held:
         monkeypatch.setattr(finetune_module, "make_encoder", lambda config, _: encoder(config, 0))
@@ -349,7 +351,7 @@ def test_losses_are_those_of_a_loop_written_in_plain_torch(
     total = math.ceil(5 * len(texts) / 32)
     warmup, peak = int(0.1 * total), 2e-3
     model = Plain(dry, recipe, 2 if is_study else 1)
-    head = make_head(load_finetune_recipe(recipe, "mrpc"), 32, 2 if is_study else 1, not is_study)
+    head = SequenceTask.new_head(load_finetune_recipe(recipe, "mrpc"), 32, 2 if is_study else 1)
     for ours, theirs in zip(model.layers.parameters(), head.parameters(), strict=True):
         ours.data.copy_(theirs.data)
     tokenizer = AutoTokenizer.from_pretrained(dry)

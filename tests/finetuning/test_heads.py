@@ -23,9 +23,10 @@ from electra_ds.finetuning.heads import (
     TaskOutput,
     initialise,
     make_encoder,
-    make_head,
 )
-from electra_ds.finetuning.inputs import SpanTargets, TaskBatch, TaskInputs, TaskMicroBatch
+from electra_ds.finetuning.inputs import Labels, SpanTargets, TaskBatch, TaskInputs, TaskMicroBatch
+from electra_ds.finetuning.tasks.question_answering import QuestionAnsweringTask
+from electra_ds.finetuning.tasks.sequence import SequenceTask
 from electra_ds.training.step import StepLosses
 from tests.finetune_runs import NO_DROPOUT, electra_config
 
@@ -38,7 +39,8 @@ def inputs_of(sizes: list[int], seed: int, labels: np.ndarray | None = None, is_
     rng = np.random.default_rng(seed)
     ids = rng.integers(5, VOCABULARY, sum(sizes)).astype(np.int32)
     segments = np.concatenate([(np.arange(size) > size // 2).astype(np.int8) for size in sizes])
-    return TaskInputs(ids, segments if is_pair else None, np.concatenate([[0], np.cumsum(sizes)]), 0, labels)
+    targets = None if labels is None else Labels(labels)
+    return TaskInputs(ids, segments if is_pair else None, np.concatenate([[0], np.cumsum(sizes)]), 0, targets)
 
 
 def theirs_of(batch: TaskMicroBatch) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def test_a_two_layer_head_on_the_first_token_is_transformers_sequence_classifica
     batch = inputs_of(sizes, seed, labels, is_pair).micro_batch(np.arange(len(sizes)))
     expected = theirs.eval()(**theirs_of(batch)).logits
     torch.testing.assert_close(ours.eval()(batch).scores["logits"], expected, rtol=1e-5, atol=1e-5)
-    theirs_loss = theirs.train()(**theirs_of(batch), labels=batch.labels_B).loss
+    theirs_loss = theirs.train()(**theirs_of(batch), labels=batch.labels).loss
     ours_loss = ours.train()(batch).loss_sum / len(sizes)
     torch.testing.assert_close(ours_loss, theirs_loss, rtol=1e-5, atol=1e-6)
     wanted = gradients(theirs_loss, theirs)
@@ -138,10 +140,9 @@ def test_the_independent_span_head_is_transformers_question_answering(sizes: lis
     alone = 0.0
     for row, size in enumerate(sizes):
         unpadded = {key: value[row : row + 1, :size] for key, value in theirs_of(batch).items()}
-        assert inputs.spans is not None
         target = {
-            "start_positions": torch.tensor([inputs.spans.starts_N[row]]),
-            "end_positions": torch.tensor([inputs.spans.ends_N[row]]),
+            "start_positions": batch.targets["starts"][row : row + 1],
+            "end_positions": batch.targets["ends"][row : row + 1],
         }
         alone += theirs(**unpadded, **target).loss.item()
     assert found.loss_sum.item() == pytest.approx(alone, rel=1e-5)
@@ -159,7 +160,7 @@ def with_spans(inputs: TaskInputs, seed: int) -> TaskInputs:
     ends = np.array([rng.integers(start, stop) for start, (_, stop) in zip(starts, context, strict=True)])
     is_impossible = rng.random(len(sizes)) < 0.4
     spans = SpanTargets(np.where(is_impossible, 0, starts), np.where(is_impossible, 0, ends), is_impossible, context)
-    return TaskInputs(inputs.ids, inputs.segments, inputs.bounds, inputs.pad_id, None, spans)
+    return TaskInputs(inputs.ids, inputs.segments, inputs.bounds, inputs.pad_id, spans)
 
 
 def gelu(value: np.ndarray) -> np.ndarray:
@@ -210,11 +211,11 @@ def test_the_joint_head_is_what_loops_make_of_it(sizes: list[int], seed: int, be
     randomise(head, seed)
     batch = with_spans(inputs_of(sizes, seed), seed).micro_batch(np.arange(len(sizes)))
     hidden = torch.randn(*batch.ids_BT.shape, 16, generator=torch.Generator().manual_seed(seed))
-    loops = [Looped(head, hidden[row], batch.answerable_BT[row].numpy()) for row in range(len(sizes))]
+    loops = [Looped(head, hidden[row], batch.targets["answerable"][row].numpy()) for row in range(len(sizes))]
     expected = sum(
         loop.loss(int(start), int(end), float(impossible), weight)
         for loop, start, end, impossible in zip(
-            loops, batch.starts_B, batch.ends_B, batch.is_impossible_B, strict=True
+            loops, batch.targets["starts"], batch.targets["ends"], batch.targets["is_impossible"], strict=True
         )
     )  # fmt: skip
     trained = head.train()(hidden, batch)
@@ -386,16 +387,16 @@ def test_first_weights_follow_the_seed_and_the_recipe(head: str, initializer: st
 
 
 def test_the_recipes_heads_are_those_of_their_sources() -> None:
-    study = make_head(load_finetune_recipe("rc2020", "mnli"), 32, 3, False)
+    study = SequenceTask.new_head(load_finetune_recipe("rc2020", "mnli"), 32, 3)
     assert {name: tuple(tensor.shape) for name, tensor in study.state_dict().items()} == {
         "dense.weight": (32, 32), "dense.bias": (32,), "out_proj.weight": (3, 32), "out_proj.bias": (3,),
     }  # fmt: skip
-    original = make_head(load_finetune_recipe("original", "mnli"), 32, 3, False)
+    original = SequenceTask.new_head(load_finetune_recipe("original", "mnli"), 32, 3)
     assert {name: tuple(tensor.shape) for name, tensor in original.state_dict().items()} == {
         "out_proj.weight": (3, 32), "out_proj.bias": (3,),
     }  # fmt: skip
-    assert isinstance(make_head(load_finetune_recipe("rc2020", "squad2"), 32, None, False), SpanHead)
-    joint = make_head(load_finetune_recipe("original", "squad2"), 32, None, False)
+    assert isinstance(QuestionAnsweringTask.new_head(load_finetune_recipe("rc2020", "squad2"), 32, None), SpanHead)
+    joint = QuestionAnsweringTask.new_head(load_finetune_recipe("original", "squad2"), 32, None)
     assert isinstance(joint, JointSpanHead)
     assert joint.end_hidden.weight.shape == (512, 64)
 
@@ -411,7 +412,7 @@ def test_losses_are_sums_over_the_inputs(sizes: list[int], seed: int) -> None:
     parts = sum(model(inputs.micro_batch(np.array([row]))).loss_sum for row in range(len(sizes)))
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-5)
     logits = model(inputs.micro_batch(np.arange(len(sizes)))).scores["logits"]
-    nats = functional.cross_entropy(logits, torch.from_numpy(inputs.labels_N), reduction="sum")
+    nats = functional.cross_entropy(logits, inputs.micro_batch(np.arange(len(sizes))).labels, reduction="sum")
     torch.testing.assert_close(whole, nats)
 
 

@@ -35,9 +35,11 @@ from electra_ds.finetuning.heads import (
     decay_exponent,
     finetuning_rates,
     make_encoder,
-    make_head,
 )
-from electra_ds.finetuning.inputs import TaskBatchBuilder, TaskInputs
+from electra_ds.finetuning.inputs import Labels, TaskBatchBuilder, TaskInputs
+from electra_ds.finetuning.tasks.base import FinetuneTask
+from electra_ds.finetuning.tasks.question_answering import QuestionAnsweringTask
+from electra_ds.finetuning.tasks.sequence import SequenceTask
 from electra_ds.training.engine import Engine
 from electra_ds.training.optimizer import learning_rate_at
 from tests.finetune_runs import NO_DROPOUT, SMALL, electra_config
@@ -96,11 +98,12 @@ def test_the_ends_of_each_scheme_are_those_of_its_source(num_layers: int) -> Non
     assert found == {"original": [n + 2, n + 1, 2, 0], "corrected": [n + 1, n, 1, 0], "study": [n - 1, n - 1, 0, 0]}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_heads_parameters_are_never_decayed(kind: str) -> None:
+@pytest.mark.parametrize("decay", KINDS)
+def test_every_heads_parameters_are_never_decayed(decay: str) -> None:
     for recipe, outputs in (("rc2020", 3), ("original", 2), ("original", None), ("rc2020", None)):
-        head = make_head(load_finetune_recipe(recipe, "squad1"), 32, outputs, False)
-        assert {decay_exponent(f"head.{name}", 12, section(kind)) for name, _ in head.named_parameters()} == {0}
+        kind: type[FinetuneTask] = QuestionAnsweringTask if outputs is None else SequenceTask
+        head = kind.new_head(load_finetune_recipe(recipe, "squad1"), 32, outputs)
+        assert {decay_exponent(f"head.{name}", 12, section(decay)) for name, _ in head.named_parameters()} == {0}
 
 
 def test_what_stands_beyond_the_layers_goes_with_the_last_one() -> None:
@@ -131,7 +134,7 @@ def _recipe(*overrides: str) -> FinetuneRecipe:
 def _inputs() -> TaskInputs:
     rng = np.random.default_rng(0)
     bounds = np.arange(0, 8 * 16 + 1, 8)
-    return TaskInputs(rng.integers(5, 40, 8 * 16).astype(np.int32), None, bounds, 0, rng.integers(0, 2, 16))
+    return TaskInputs(rng.integers(5, 40, 8 * 16).astype(np.int32), None, bounds, 0, Labels(rng.integers(0, 2, 16)))
 
 
 def _updated(
@@ -139,7 +142,7 @@ def _updated(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     """Weights before and after one step at `step` of the schedule, from fresh moments; and the schedule's rate."""
     encoder = make_encoder(electra_config(**NO_DROPOUT), seed=3)
-    model = TaskModel(encoder, make_head(recipe, 32, 2, False))
+    model = TaskModel(encoder, SequenceTask.new_head(recipe, 32, 2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for parameter in model.parameters():  # biases too, whose decay could not be seen at 0

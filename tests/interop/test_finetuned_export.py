@@ -41,9 +41,13 @@ from electra_ds.config.sections import TokenizerSection
 from electra_ds.core.errors import CheckpointError, ConfigError, DataError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.tokenizer import train_tokenizer
-from electra_ds.finetuning.heads import SpanHead, TaskModel, make_encoder, make_head, why_not_exportable
+from electra_ds.finetuning.heads import SpanHead, TaskModel, make_encoder
+from electra_ds.finetuning.tasks import sequence
+from electra_ds.finetuning.tasks.base import Scale
+from electra_ds.finetuning.tasks.question_answering import QuestionAnsweringTask
+from electra_ds.finetuning.tasks.sequence import SequenceTask, one_layer_as_two
 from electra_ds.interop import export_finetuned as module
-from electra_ds.interop.export_finetuned import _Scale, export_finetuned, one_layer_as_two
+from electra_ds.interop.export_finetuned import export_finetuned
 from electra_ds.training.checkpoints import kept_checkpoint
 
 SIZES = {
@@ -307,19 +311,19 @@ def test_the_code_on_a_question_answering_card_gives_the_runs_answers(
 def test_one_matrix_for_spans_is_held_by_other_encoders_classes(config: PretrainedConfig, tmp_path: Path) -> None:
     config.num_labels = 3  # of what it was finetuned on before
     trained = span_model(config)
-    exported = module._for_question_answering(trained, config)
+    exported = QuestionAnsweringTask.to_transformers(trained, config, (), Scale())
     exported.save_pretrained(tmp_path)
-    module._check_same(trained, tmp_path, exported, _Scale(), False)
+    module._check_same(trained, tmp_path, exported, Scale(), False, QuestionAnsweringTask)
     assert type(AutoModelForQuestionAnswering.from_pretrained(tmp_path)) is type(exported)
     with torch.no_grad():
         trained.head.qa_outputs.bias.add_(0.01)  # type: ignore[union-attr, operator]
     with pytest.raises(ConfigError, match="does not compute what was trained"):
-        module._check_same(trained, tmp_path, exported, _Scale(), False)
+        module._check_same(trained, tmp_path, exported, Scale(), False, QuestionAnsweringTask)
 
 
 def span_model(config: PretrainedConfig) -> TaskModel:
     recipe = load_finetune_recipe("rc2020", "squad1")
-    head = make_head(recipe, config.hidden_size, None, False)
+    head = QuestionAnsweringTask.new_head(recipe, config.hidden_size, None)
     assert isinstance(head, SpanHead)
     return TaskModel(make_encoder(config, 0), head).eval()
 
@@ -335,7 +339,7 @@ def span_model(config: PretrainedConfig) -> TaskModel:
 )
 def test_without_a_class_with_such_a_head_for_spans_the_export_is_refused(config: PretrainedConfig) -> None:
     with pytest.raises(ConfigError, match=r"transformers has no such class.*--encoder-only"):
-        module._for_question_answering(span_model(config), config)
+        QuestionAnsweringTask.to_transformers(span_model(config), config, (), Scale())
 
 
 # --- one matrix as two
@@ -375,8 +379,8 @@ def test_pairs_of_rows_cost_no_precision_in_half(dtype: torch.dtype, most: float
 
 def test_more_classes_than_half_the_width_are_refused_before_and_after_training() -> None:
     recipe, config = load_finetune_recipe("original", "own"), ElectraConfig(hidden_size=32)
-    assert why_not_exportable(recipe, config, False, 16) is None
-    problem = why_not_exportable(recipe, config, False, 17)
+    assert SequenceTask.why_not_exportable(recipe, config, 16) is None
+    problem = SequenceTask.why_not_exportable(recipe, config, 17)
     assert problem is not None
     assert "at most 16 classes, half of the encoder's hidden size; this task has 17" in problem.why
     assert "Finetune with --set head.num_layers=2, or export" in str(problem)
@@ -393,7 +397,9 @@ def test_the_encoder_alone_reopens_with_automodel_and_is_finetuned_again(
     cli.main(["export", str(run), "--encoder-only", "--out", str(tmp_path / "out")])
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
     config = PretrainedConfig.from_pretrained(tmp_path / "out")
-    trained = module._trained_model(kept_checkpoint(run), FinetuneRecipe.model_validate(recipe_of(run)), model.config)
+    trained = module._trained_model(
+        kept_checkpoint(run), FinetuneRecipe.model_validate(recipe_of(run)), model.config, SequenceTask, len(CLASSES)
+    )
     ours, theirs = dict(trained.encoder.named_parameters()), dict(model.named_parameters())
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not {name for name in theirs.keys() - ours.keys() if not name.startswith("pooler.")}
@@ -457,7 +463,7 @@ def test_runs_without_weights_and_folders_in_use_are_refused(
 def test_nothing_is_left_where_the_model_would_compute_something_else(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "one_layer_as_two", shifted)
+    monkeypatch.setattr(sequence, "one_layer_as_two", shifted)
     with pytest.raises(ConfigError, match="does not compute what was trained"):
         export_finetuned(bench.mrpc(), tmp_path / "out")
     assert not any(tmp_path.iterdir())

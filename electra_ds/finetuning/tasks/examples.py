@@ -11,7 +11,7 @@ import numpy as np
 
 from electra_ds.finetuning.tables import listed
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "multi-label"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Examples:
     pairs: list[str] | None
     """The second text of each example; None if the task has only one text."""
     labels: np.ndarray | None
-    """int64 class indices or float64 scores, [N]; None if they are not known."""
+    """int64 class indices or float64 scores, [N]; float32 [N, C] where several classes may hold, 1 for those that do;
+    None if they are not known."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -89,6 +90,19 @@ class TaskData:
     """The SHA-256 of the classes and of every set's texts and labels, independent of the place of the files."""
     notes: tuple[str, ...] = ()
     """Notes for the user that are not errors, one sentence each."""
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.task.labels
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The number of examples of each set."""
+        return {name: len(examples) for name, examples in self.sets.items()}
 
     @property
     def train(self) -> Examples | None:
@@ -135,6 +149,7 @@ def _missing_classes(task: Task, sets: dict[str, Examples]) -> Iterable[str]:
     for name, examples in sets.items():
         if kind_of_set(name) == "test" or examples.labels is None:
             continue
-        if len(missing := np.setdiff1d(np.arange(len(task.labels)), examples.labels)):
+        there = np.flatnonzero(examples.labels.sum(0)) if task.kind == "multi-label" else examples.labels
+        if len(missing := np.setdiff1d(np.arange(len(task.labels)), there)):
             effect = "it will not be predicted" if name == "train" else "its scores say nothing about it"
             yield f"No example of {name} has the label {listed([task.labels[i] for i in missing])}: {effect}."

@@ -5,15 +5,21 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+import torch
+from torch import nn
+from transformers import AutoModelForQuestionAnswering, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
-from electra_ds.finetuning.inputs import TaskInputs, span_inputs
+from electra_ds.config.run_record import TaskSource
+from electra_ds.core.errors import ConfigError
+from electra_ds.finetuning.heads import JointSpanHead, NotExportable, SpanHead, TaskModel, with_linear_head
+from electra_ds.finetuning.inputs import TaskInputs, TaskMicroBatch, span_inputs
 from electra_ds.finetuning.metrics import evaluate_squad1, evaluate_squad2
-from electra_ds.finetuning.squad import Question, SquadData
+from electra_ds.finetuning.squad import Question, SquadData, load_own_squad
 from electra_ds.finetuning.squad_features import (
     Answer,
     Candidate,
@@ -24,7 +30,7 @@ from electra_ds.finetuning.squad_features import (
     make_features,
     null_score,
 )
-from electra_ds.finetuning.tasks.base import EvaluationResult, Outputs, TokenizedTask, chosen, json_file
+from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask, Outputs, Scale, chosen, json_file
 
 _SHARES = (
     "exact_match", "exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1", "best_exact", "best_f1",
@@ -32,14 +38,21 @@ _SHARES = (
 _OWN_NAMES = {"exact_match": "exact"}
 
 
-class QuestionAnsweringTask(TokenizedTask):
+class QuestionAnsweringTask(FinetuneTask):
     """Extractive question answering."""
 
+    hub_task = "question-answering"
     num_outputs = None
-    is_regression = False
     labels = ()
     chosen_by = "f1"
     shown_metrics = ("exact", "f1")
+    possible_metrics: ClassVar[tuple[str, ...]] = ("exact", "f1")
+
+    @classmethod
+    def load(cls, source: TaskSource) -> SquadData:
+        if source.train is None or source.dev is None:
+            raise ConfigError("--task question-answering needs --train FILE and --dev FILE in SQuAD's layout.")
+        return load_own_squad(Path(source.train), Path(source.dev))
 
     def __init__(
         self,
@@ -51,9 +64,8 @@ class QuestionAnsweringTask(TokenizedTask):
         max_train: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """max_train: the number of questions to train on, which the seed chooses."""
         self._recipe, self._dev = recipe, data.dev
-        self.name = data.name
+        self.name, self._is_second = data.title or data.name, data.name == "squad2"
         section = recipe.data
 
         def inputs(questions: Sequence[Question], for_training: bool) -> tuple[list[Window], TaskInputs]:
@@ -74,14 +86,47 @@ class QuestionAnsweringTask(TokenizedTask):
         self.dev = {"dev": dev}
         self.test = {}
 
+    @classmethod
+    def make_head(cls, recipe: FinetuneRecipe, hidden_size: int, num_outputs: int | None) -> nn.Module:
+        head = JointSpanHead if recipe.head.span == "joint" else SpanHead
+        return head(recipe.head, hidden_size)
+
+    @classmethod
+    def training_inputs(cls, data: SquadData, recipe: FinetuneRecipe, max_train: int | None) -> int | None:
+        return None
+
+    @classmethod
+    def why_not_exportable(
+        cls, recipe: FinetuneRecipe, config: PretrainedConfig, num_outputs: int | None = None
+    ) -> NotExportable | None:
+        if recipe.head.span != "joint":
+            return None
+        return NotExportable(
+            "head.span is joint, but transformers' classes score start and end independently", "head.span=independent"
+        )
+
+    @classmethod
+    def to_transformers(
+        cls, trained: TaskModel, config: PretrainedConfig, labels: tuple[str, ...], scale: Scale
+    ) -> PreTrainedModel:
+        assert isinstance(trained.head, SpanHead)
+        config.num_labels, config.problem_type = 2, None
+        return with_linear_head(AutoModelForQuestionAnswering, trained, config, "qa_outputs", trained.head.qa_outputs)
+
+    @classmethod
+    def compared(
+        cls, trained: TaskModel, model: Any, batch: TaskMicroBatch, scale: Scale
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        scores, output = trained(batch).scores, model(**trained.encoder_inputs(batch))
+        return [(scores["start"], output.start_logits), (scores["end"], output.end_logits)]
+
     def evaluate(self, name: str, outputs: Outputs) -> EvaluationResult:
         answers = self._answers(outputs)
-        is_second = self.name == "squad2"
         # The official script of 2.0 takes the best span of every question and applies the threshold itself.
-        given = {key: answer.span if is_second else answer.text for key, answer in answers.items()}
+        given = {key: answer.span if self._is_second else answer.text for key, answer in answers.items()}
         na_scores = {key: answer.na_score for key, answer in answers.items()}
         golds = {question.id: question.answers for question in self._dev}
-        if is_second:
+        if self._is_second:
             percents = evaluate_squad2(golds, given, na_scores, self._recipe.head.null_threshold)
         else:
             percents = evaluate_squad1(golds, given)
@@ -91,13 +136,13 @@ class QuestionAnsweringTask(TokenizedTask):
             f"predictions/{name}.json": json_file({key: answer.text for key, answer in answers.items()}),
             f"predictions/{name}-n-best.json": json_file({key: answer.n_best for key, answer in answers.items()}),
         }
-        if is_second:
+        if self._is_second:
             files[f"predictions/{name}-na-scores.json"] = json_file(na_scores)
         trivial = {}
-        if is_second:  # in 1.1 every question has an answer, and no single answer fits them all
+        if self._is_second:  # in 1.1 every question has an answer, and no single answer fits them all
             never, certain = dict.fromkeys(golds, ""), dict.fromkeys(golds, math.inf)
             trivial = _shares(evaluate_squad2(golds, never, certain))
-        has_answers = is_second and any(golds.values())
+        has_answers = self._is_second and any(golds.values())
         return EvaluationResult(
             len(self._dev),
             metrics,
@@ -127,7 +172,7 @@ class QuestionAnsweringTask(TokenizedTask):
             self._dev,
             self._windows,
             candidates,
-            nulls if self.name == "squad2" else None,
+            nulls if self._is_second else None,
             threshold=head.null_threshold,
             against_best=head.span == "independent",
             n_best=section.n_best,
