@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from electra_ds.cli.arguments import add_handled
 from electra_ds.config.names import TASKS
+from electra_ds.config.plugins import TASK
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ examples:
   bin/finetune --model google-bert/bert-base-uncased --task squad1 --data-dir squad/ --set optimizer.learning_rate=1e-4
   bin/finetune --model runs/mini-20260101-120000 --train reviews.csv --dev held_out.csv --text review --label stars
       your own classification or regression, CSV, TSV or JSON lines
+  bin/finetune --model runs/mini-20260101-120000 --task token-classification --train train.conll --dev dev.conll
   bin/finetune --resume runs/mrpc-rc2020-s3-20260101-120000
   bin/report runs/mrpc-* runs/cola-*
       mean and standard deviation over the seeds, AVG and GLUE
 
 tasks: {", ".join(TASKS)}
+kinds of tasks for your own examples: {", ".join(TASK.ours)} (docs/tasks.md)
 AX, GLUE's diagnostic set, has no training examples: mnli with --predict-test predicts it.
 
 recipes: own trains for at least 500 steps, however few examples there are. bin/export can write transformers models

@@ -17,6 +17,7 @@ from typing import Literal
 from pydantic import Field
 
 from electra_ds.config.names import FINETUNE_RECIPES, TASKS, shipped_names
+from electra_ds.config.plugins import TASK, registered_names
 from electra_ds.config.recipe import RecipeSource, named_values, shown_source, validate_recipe
 from electra_ds.config.sections import OptimizerSection, ScheduleSection, Section
 from electra_ds.config.values import apply_overrides, put_value
@@ -42,6 +43,8 @@ class TaskDataSection(Section):
     """Question answering: maximum number of tokens of an answer."""
     n_best: int = Field(default=20, ge=1)
     """Question answering: number of starts and ends to try in each window."""
+    negatives: int = Field(default=7, ge=1, le=1000, exclude_if=lambda number: number == 7)
+    """Sentence embeddings of pairs without scores: number of wrong second texts drawn for each example."""
 
 
 class HeadSection(Section):
@@ -67,6 +70,9 @@ class HeadSection(Section):
     """The number of starts that the joint head considers, and of ends for each start."""
     answerable_weight: float = Field(default=0.5, ge=0)
     """Weight of the loss of the joint head's answerability classifier."""
+    cosine_scale: float = Field(default=20.0, gt=0, exclude_if=lambda scale: scale == 20.0)
+    """Sentence embeddings of pairs without scores: factor of the cosines in the cross-entropy over the candidates
+    (sentence-transformers' default)."""
     null_threshold: float = 0.0
     """SQuAD 2.0: predict no answer if the evidence against one exceeds this."""
 
@@ -157,10 +163,10 @@ def load_finetune_recipe(source: RecipeSource, task: str, overrides: Sequence[st
             f"Recipe {shown_source(source)}: by_task must be a mapping of tasks to dotted keys, such as "
             f"rte: {{schedule.epochs: 10}}."
         )
-    known = FinetuneRecipe.dotted_keys()
+    known, tasks = FinetuneRecipe.dotted_keys(), (*TASKS, *registered_names(TASK))
     for name, inner in by_task.items():
-        if name not in TASKS:
-            hint = did_you_mean(str(name).lower(), TASKS) or f"; tasks are {', '.join(TASKS)}."
+        if name not in tasks and ":" not in str(name):  # a class of the user's own
+            hint = did_you_mean(str(name).lower(), tasks) or f"; tasks are {', '.join(tasks)}."
             raise ConfigError(f"Recipe {shown_source(source)}: by_task.{name}: there is no such task{hint}")
         for key in inner:
             if key not in known:

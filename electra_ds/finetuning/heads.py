@@ -56,20 +56,17 @@ class SequenceHead(nn.Module):
         self.out_proj = nn.Linear(width if self.dense is not None else hidden_size, num_outputs)
 
     def forward(self, hidden_BTH: torch.Tensor, batch: TaskMicroBatch) -> TaskOutput:
-        vector_BH = self._dropout(self._pooled(hidden_BTH, batch.attended_BT))
+        logits_BC = self.out_proj(self.vector(hidden_BTH, batch.attended_BT)).float()
+        return TaskOutput(self._loss_sum(logits_BC, batch.labels), {"logits": logits_BC})
+
+    def vector(self, hidden_BTH: torch.Tensor, attended_BT: torch.Tensor) -> torch.Tensor:
+        """Return the vector [B, H] on which the last matrix acts."""
+        vector_BH = self._dropout(pooled(hidden_BTH, attended_BT, self.section))
         if self.dense is not None:
             vector_BH = functional.gelu(self.dense(vector_BH))
             if self.section.dropout_at == "each":
                 vector_BH = self._dropout(vector_BH)
-        logits_BC = self.out_proj(vector_BH).float()
-        return TaskOutput(self._loss_sum(logits_BC, batch.labels), {"logits": logits_BC})
-
-    def _pooled(self, hidden_BTH: torch.Tensor, attended_BT: torch.Tensor) -> torch.Tensor:
-        if self.section.pooling == "first":
-            return hidden_BTH[:, 0]
-        weights_BT1 = attended_BT.unsqueeze(-1).float()
-        mean_BH = (hidden_BTH.float() * weights_BT1).sum(1) / weights_BT1.sum(1)
-        return mean_BH.to(hidden_BTH.dtype)
+        return vector_BH
 
     def _dropout(self, vector_BH: torch.Tensor) -> torch.Tensor:
         return functional.dropout(vector_BH, self.section.dropout, self.training)
@@ -80,6 +77,15 @@ class SequenceHead(nn.Module):
         if self.is_regression:
             return functional.mse_loss(logits_BC.squeeze(-1), labels, reduction="sum")
         return functional.cross_entropy(logits_BC, labels, reduction="sum")
+
+
+def pooled(hidden_BTH: torch.Tensor, attended_BT: torch.Tensor, section: HeadSection) -> torch.Tensor:
+    """Return the vector that represents each text, [B, H]: the first token's or the mean, by the recipe."""
+    if section.pooling == "first":
+        return hidden_BTH[:, 0]
+    weights_BT1 = attended_BT.unsqueeze(-1).float()
+    mean_BH = (hidden_BTH.float() * weights_BT1).sum(1) / weights_BT1.sum(1)
+    return mean_BH.to(hidden_BTH.dtype)
 
 
 class SpanHead(nn.Module):

@@ -14,7 +14,8 @@ from electra_ds.core.errors import CheckpointError, ConfigError
 from electra_ds.report.glue_score import TaskMetrics
 
 BOUNDED = {
-    "accuracy", "f1", "f1_macro", "matthews", "pearson", "spearman",
+    "accuracy", "f1", "f1_macro", "f1_micro", "precision", "recall", "matthews", "pearson", "spearman", "mrr",
+    "accuracy_at_1", "recall_at_10",
     "exact", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1", "best_exact", "best_f1",
 }  # fmt: skip
 """Shares and correlations, which tables show in percent. Any other metric keeps its own unit."""

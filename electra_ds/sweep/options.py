@@ -14,7 +14,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.names import DS_CONFIGS, FINETUNE_RECIPES, RECIPES, SQUAD_TASKS, shipped_names
 from electra_ds.config.option import options_of, value_type
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions, TaskSource
-from electra_ds.config.plugins import find_objective
+from electra_ds.config.plugins import TASK, find, find_objective
 from electra_ds.config.recipe import ElectraRecipe, named_values, recipe_type
 from electra_ds.config.values import inner_key_problem, values_yaml
 from electra_ds.core.errors import ConfigError, DataError, did_you_mean
@@ -250,6 +250,8 @@ def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, An
         return (SCORE, "accuracy", "accuracy_mismatched")
     if task in GLUE:
         return (SCORE, *GLUE[task].metrics)
+    if task is not None:
+        return (SCORE, *find(TASK, task).possible_metrics)
     by_kind = {
         "classification": ("accuracy", "f1_macro", "f1", "matthews"),
         "regression": ("spearman", "pearson", "mse"),

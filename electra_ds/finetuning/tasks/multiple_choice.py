@@ -1,0 +1,264 @@
+"""The right one of several choices, given a text: each choice is an input with one score.
+
+Shape suffixes: B examples, I inputs, T positions, H hidden size, C choices.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    ElectraConfig,
+    ElectraForMultipleChoice,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from electra_ds.config.finetune_recipe import FinetuneRecipe
+from electra_ds.config.run_record import TaskSource
+from electra_ds.core.errors import DataError, did_you_mean
+from electra_ds.finetuning.heads import NotExportable, SequenceHead, TaskModel, TaskOutput, fill, prefixed
+from electra_ds.finetuning.inputs import Labels, TaskInputs, TaskMicroBatch, encoded, task_inputs
+from electra_ds.finetuning.metrics import score
+from electra_ds.finetuning.own_rows import OwnRows, RowData, chosen_column, own_rows, row_data, row_ids, texts_of
+from electra_ds.finetuning.tables import Table
+from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask, Outputs, Scale, chosen, lines_file
+from electra_ds.finetuning.tasks.sequence import SequenceTask
+
+TEXT_COLUMNS = ("question", "context", "text", "sent1", "startphrase", "ctx", "premise", "sentence")
+"""If no text column is named, the first of these that the file has."""
+PAIR_COLUMNS = ("sent2",)
+"""What each choice continues, as in SWAG, if no pair is named and the file has it."""
+CHOICE_COLUMNS = ("choices", "options", "endings", "answers")
+"""The first of these that the file has holds the list of choices; or columns such as ending0, ending1, …"""
+LABEL_COLUMNS = ("label", "answer", "answerKey", "gold", "target")
+"""If no label column is named, the first of these that the file has."""
+_NUMBERED = re.compile(r"(?:ending|choice|option|answer|sol)_?\d+")
+_EXCLUDED = -1e4
+"""The score of a choice that an example does not have."""
+
+
+class Exercise(NamedTuple):
+    """One example."""
+
+    id: str
+    text: str
+    choices: tuple[str, ...]
+    answer: int | None
+    """The number of the right choice, from 0; None if it is not known."""
+
+
+class ChoiceHead(SequenceHead):
+    """One score of each choice; the loss is the cross-entropy over an example's choices."""
+
+    def forward(self, hidden_BTH: torch.Tensor, batch: TaskMicroBatch) -> TaskOutput:
+        vector_IH = self.vector(hidden_BTH, batch.attended_BT)
+        scores_I = self.out_proj(vector_IH).squeeze(-1).float()
+        sizes_B = batch.targets["sizes"]
+        places_C = torch.arange(int(sizes_B.max()), device=sizes_B.device)
+        is_there_BC = places_C < sizes_B.unsqueeze(-1)
+        logits_BC = scores_I.new_full(is_there_BC.shape, _EXCLUDED).masked_scatter(is_there_BC, scores_I)
+        loss_sum = None
+        if batch.labels is not None:
+            loss_sum = functional.cross_entropy(logits_BC, batch.labels, reduction="sum")
+        return TaskOutput(loss_sum, {"logits": logits_BC})
+
+
+class MultipleChoiceTask(FinetuneTask):
+    """One right answer of several: `--task multiple-choice`."""
+
+    hub_task = "multiple-choice"
+    usage = "from transformers import AutoModelForMultipleChoice; AutoModelForMultipleChoice.from_pretrained('PATH')"
+    example = """\
+import torch
+from transformers import AutoModelForMultipleChoice, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForMultipleChoice.from_pretrained("PATH")
+
+
+def answer(question, choices):
+    inputs = tokenizer([question] * len(choices), choices, truncation=True, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**{name: tensor.unsqueeze(0) for name, tensor in inputs.items()}).logits
+    return choices[logits.argmax().item()]
+"""
+    outputs = "The model gives each choice a score."
+    possible_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    chosen_by = "accuracy"
+    num_outputs = 1
+    labels = ()
+
+    @classmethod
+    def load(cls, source: TaskSource) -> RowData[Exercise]:
+        found = own_rows(source, "multiple-choice")
+        return row_data(found.name, {name: _exercises(found, name, source) for name in found.tables}, found.source)
+
+    def __init__(
+        self,
+        data: RowData[Exercise],
+        tokenizer: PreTrainedTokenizerFast,
+        recipe: FinetuneRecipe,
+        *,
+        has_segments: bool,
+        max_train: int | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self.name = data.name
+        self._sets = {name: list(rows) for name, rows in data.sets.items()}
+
+        def inputs(rows: list[Exercise]) -> TaskInputs:
+            texts = [row.text for row in rows for _ in row.choices]
+            ids, segments = encoded(texts, [choice for row in rows for choice in row.choices], tokenizer, recipe)
+            progress(len(rows))
+            answers = [row.answer for row in rows]
+            targets = None if None in answers else Labels(np.array(answers, np.int64))
+            uses_segments = has_segments and recipe.data.segment_ids
+            sizes = [len(row.choices) for row in rows]
+            return task_inputs(ids, segments if uses_segments else None, tokenizer, targets, sizes)
+
+        train = self._sets["train"]
+        self.train = inputs([train[index] for index in chosen(len(train), max_train, recipe.seed)])
+        self.dev = {"dev": inputs(self._sets["dev"])}
+        self.test = {"test": inputs(self._sets["test"])} if "test" in self._sets else {}
+
+    @classmethod
+    def make_head(cls, recipe: FinetuneRecipe, hidden_size: int, num_outputs: int | None) -> nn.Module:
+        return ChoiceHead(recipe.head, hidden_size, 1, is_regression=False)
+
+    def evaluate(self, name: str, outputs: Outputs) -> EvaluationResult:
+        rows = self._sets[name]
+        logits = [output["logits"][: len(row.choices)] for row, output in zip(rows, outputs, strict=True)]
+        predicted = [int(each.argmax()) for each in logits]
+        lines = []
+        for row, best, of_row in zip(rows, predicted, logits, strict=True):
+            line: dict[str, Any] = {"id": row.id, "prediction": best, "text": row.choices[best]}
+            line["logits"] = of_row.tolist()
+            lines.append(json.dumps(line | ({} if row.answer is None else {"label": row.answer}), ensure_ascii=False))
+        files = {f"predictions/{name}.jsonl": lines_file(lines)}
+        answers = [row.answer for row in rows if row.answer is not None]
+        if len(answers) < len(rows):
+            return EvaluationResult(len(rows), files=files)
+        metrics = score(("accuracy",), answers, predicted)
+        usual, count = Counter(answers).most_common(1)[0]
+        baseline = {"accuracy": count / len(answers)}
+        differ = len(set(answers)) > 1
+        return EvaluationResult(
+            len(rows),
+            metrics,
+            baseline,
+            f"choice {usual + 1}",
+            f"choice {predicted[0] + 1}" if differ and len(set(predicted)) == 1 else None,
+            is_beaten=differ and metrics["accuracy"] <= baseline["accuracy"],
+            files=files,
+        )
+
+    # --- as a transformers model
+
+    @classmethod
+    def why_not_exportable(
+        cls, recipe: FinetuneRecipe, config: PretrainedConfig, num_outputs: int | None = None
+    ) -> NotExportable | None:
+        if recipe.head.num_layers == 1:
+            return NotExportable(
+                "head.num_layers is 1, but transformers' head has two layers", "head.num_layers=2 head.hidden_size=null"
+            )
+        return SequenceTask.why_not_exportable(recipe, config, 1)
+
+    @classmethod
+    def to_transformers(
+        cls, trained: TaskModel, config: PretrainedConfig, labels: tuple[str, ...], scale: Scale
+    ) -> PreTrainedModel:
+        head = trained.head
+        assert isinstance(head, ChoiceHead)
+        assert head.dense is not None
+        assert isinstance(config, ElectraConfig)
+        config.summary_type, config.summary_use_proj, config.summary_activation = "first", True, "gelu"
+        config.summary_last_dropout = head.section.dropout
+        model = ElectraForMultipleChoice(config)
+        tensors = {f"sequence_summary.summary.{name}": tensor for name, tensor in head.dense.named_parameters()}
+        tensors |= {f"classifier.{name}": tensor for name, tensor in head.out_proj.named_parameters()}
+        fill(model, prefixed(trained.encoder, model) | tensors)
+        return model
+
+    @classmethod
+    def compared(
+        cls, trained: TaskModel, model: Any, batch: TaskMicroBatch, scale: Scale
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        logits_BC = trained(batch).scores["logits"]
+        inputs = {name: tensor.view(*logits_BC.shape, -1) for name, tensor in trained.encoder_inputs(batch).items()}
+        return [(logits_BC, model(**inputs).logits)]
+
+
+def _exercises(found: OwnRows, name: str, source: TaskSource) -> list[Exercise]:
+    table = found.tables[name]
+    text = chosen_column(table, source.text, TEXT_COLUMNS, "text")
+    pair = source.pair or next((each for each in PAIR_COLUMNS if each in table.frame), None)
+    choices, names = _choices(table)
+    has_answer = name != "test" or any(
+        each in table.frame for each in ([source.label] if source.label else LABEL_COLUMNS)
+    )
+    answers: list[int | None] = [None] * len(choices)
+    if has_answer:
+        column = chosen_column(table, source.label, LABEL_COLUMNS, "label")
+        written = table.column(column)
+        if not (name == "test" and set(written) <= {"", "-1", "?"}):
+            answers = [
+                _answer(table, row, value.strip(), choices[row], names[row]) for row, value in enumerate(written)
+            ]
+    texts = table.column(text)
+    if pair is not None:  # each choice continues the beginning of a second text
+        beginnings = table.column(pair)
+        choices = [
+            tuple(f"{beginning} {choice}" for choice in of_row)
+            for beginning, of_row in zip(beginnings, choices, strict=True)
+        ]
+    return [Exercise(*row) for row in zip(row_ids(table), texts, choices, answers, strict=True)]
+
+
+def _choices(table: Table) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Return each row's choices, and their names if the file has some, such as A, B, C and D."""
+    column = next((each for each in CHOICE_COLUMNS if each in table.frame), None)
+    numbered = sorted((each for each in table.frame if _NUMBERED.fullmatch(each)), key=lambda each: (len(each), each))
+    if column is None and len(numbered) < 2:
+        table.check_columns(
+            [], ["no choices"],
+            f" Give a list of texts in a column {' or '.join(CHOICE_COLUMNS)}, or columns such as choice0 and choice1.",
+        )  # fmt: skip
+    choices: list[tuple[str, ...]] = []
+    names: list[tuple[str, ...]] = []
+    if column is None:
+        texts = [table.column(each) for each in numbered]
+        return list(zip(*texts, strict=True)), [()] * len(table.frame)
+    for row, value in enumerate(table.frame[column]):
+        of_row: tuple[str, ...] = ()
+        if isinstance(value, dict):  # ARC and CommonsenseQA: {"text": [...], "label": ["A", "B", ...]}
+            of_row = texts_of(table, row, column, list(value.get("label", ())))
+            value = list(value.get("text", ()))
+        texts_of_row = texts_of(table, row, column, value)
+        if len(texts_of_row) < 2:
+            raise DataError(f"{table.source}, row {row + 1}: '{column}' has {len(texts_of_row)} choice(s).")
+        choices.append(texts_of_row)
+        names.append(of_row)
+    return choices, names
+
+
+def _answer(table: Table, row: int, value: str, choices: tuple[str, ...], names: tuple[str, ...]) -> int:
+    """Return the number of the right choice, which is given by its name, its number from 0, or its text."""
+    for known in (names, tuple(map(str, range(len(choices)))), choices, tuple("ABCDEFGHIJ"[: len(choices)])):
+        if value in known:
+            return known.index(value)
+    hint = did_you_mean(value, choices) or "."
+    raise DataError(
+        f"{table.source}, row {row + 1}: the answer '{value}' is neither a number from 0 to {len(choices) - 1} nor "
+        f"one of the {len(choices)} choices{hint}"
+    )
