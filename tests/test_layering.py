@@ -40,6 +40,10 @@ LATE = {
     ("electra_ds.pretraining.objectives.base", "transformers"),  # for type checkers
     ("electra_ds.finetuning.metrics", "sklearn.metrics"),
     ("electra_ds.finetuning.metrics", "scipy.stats"),
+    ("electra_ds.finetuning.tasks.multi_label", "sklearn.metrics"),
+    ("electra_ds.finetuning.tasks.sentence_embeddings", "sklearn.metrics"),
+    ("electra_ds.finetuning.tasks.token_classification", "pandas"),
+    ("electra_ds.finetuning.tasks.token_classification", "seqeval.metrics"),
     ("electra_ds.report.scores", "scipy"),
     ("electra_ds.sweep.__init__", "electra_ds.sweep.run"),  # for type checkers
     ("electra_ds.sweep.__init__", "electra_ds.sweep.tune_trial"),

@@ -85,6 +85,30 @@ def test_the_example_package_is_installed_listed_and_used(
     evaluations = Run(run).metrics.query("kind == 'eval'")
     best = json.loads((run / "best.json").read_text())
     assert best["cloze_loss"] == evaluations["cloze_loss"].min()
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.txt").write_text("__label__good a bright day\n__label__bad a dull day\n" * 8)
+    for task, tuned in (("labelled-lines", "named"), ("electra_ds_cloze.lines:LabelledLines", "placed")):
+        arguments = [
+            "--task",
+            task,
+            "--train",
+            f"{tmp_path}/train.txt",
+            "--dev",
+            f"{tmp_path}/dev.txt",
+            "--threads",
+            "1",
+        ]
+        main(
+            [
+                "finetune", "--model", str(run), "--ds-config", "cpu", "--run-dir", str(tmp_path / tuned), *arguments,
+                "--callback", "best-evaluation", "--stop-at", "2", "--set", "schedule.min_steps=4", "schedule.epochs=1",
+            ]
+        )  # fmt: skip
+        main(["finetune", "--resume", str(tmp_path / tuned)])
+        scores = json.loads((tmp_path / tuned / "scores.json").read_text())
+        assert scores["sets"]["dev"]["rows"] == 16
+        assert scores["task"] == "train"
+    main(["export", str(tmp_path / "named"), "--encoder-only"])
 
 
 def test_a_resumed_run_has_the_callbacks_that_it_was_started_with(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from electra_ds.cli.arguments import add_handled
 from electra_ds.config.names import TASKS
-from electra_ds.config.plugins import TASK
 from electra_ds.config.options import FinetuneOptions, PretrainOptions, RunOptions
+from electra_ds.config.plugins import TASK
 
 if TYPE_CHECKING:
     from electra_ds.cli.arguments import Commands

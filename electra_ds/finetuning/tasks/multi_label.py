@@ -40,12 +40,12 @@ class MultiLabelTask(SequenceTask):
     """Several classes for a text: `--task multi-label`."""
 
     problem_type = "multi_label_classification"
-    usage = "from transformers import pipeline; pipeline('text-classification', model='PATH', top_k=None)('…')"
+    usage = "from transformers import pipeline; pipeline('text-classification', model='PATH', top_k=None)(['…'])"
     example = """\
 from transformers import pipeline
 
 classifier = pipeline("text-classification", model="PATH", top_k=None)
-[found["label"] for found in classifier("…", truncation=True) if found["score"] > 0.5]
+[found["label"] for found in classifier(["…"], truncation=True)[0] if found["score"] > 0.5]
 """
     outputs = "Each class has a probability of its own."
     possible_metrics: ClassVar[tuple[str, ...]] = ("f1_micro", "f1_macro", "accuracy")

@@ -1,1 +1,1 @@
-"""An example of a package that brings electra_ds an objective and a callback."""
+"""An example of a package that brings electra_ds an objective, a task and a tracker."""
