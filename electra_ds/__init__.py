@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from electra_ds.config.options import PretrainOptions as PretrainOptions
     from electra_ds.config.recipe import Recipe as Recipe
     from electra_ds.config.recipe import load_recipe as load_recipe
+    from electra_ds.data.corpus import Source as Source
     from electra_ds.data.token_store import TokenStore as TokenStore
+    from electra_ds.finetuning.metrics import Metric as Metric
     from electra_ds.finetuning.tasks.base import FinetuneTask as FinetuneTask
     from electra_ds.pretraining.objectives.base import Objective as Objective
     from electra_ds.training.callbacks import Callback as Callback
@@ -48,7 +50,7 @@ _MODULES = {
     "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",
     "build_model": "api.pieces", "open_engine": "api.pieces", "open_store": "api.pieces", "evaluate": "api.pieces",
     "report_runs": "api.reports", "run_sweep": "api.reports", "Callback": "training.callbacks",
-    "FinetuneTask": "finetuning.tasks.base",
+    "FinetuneTask": "finetuning.tasks.base", "Metric": "finetuning.metrics", "Source": "data.corpus",
     "Objective": "pretraining.objectives.base", "ElectraForJointPreTraining": "api.transformers_model",
     "NamedLosses": "api.transformers_model", "StoreRows": "api.transformers_model",
 }  # fmt: skip

@@ -102,13 +102,26 @@ def test_the_example_package_is_installed_listed_and_used(
             [
                 "finetune", "--model", str(run), "--ds-config", "cpu", "--run-dir", str(tmp_path / tuned), *arguments,
                 "--callback", "best-evaluation", "--stop-at", "2", "--set", "schedule.min_steps=4", "schedule.epochs=1",
+                "metrics=[worst-recall]",
             ]
         )  # fmt: skip
         main(["finetune", "--resume", str(tmp_path / tuned)])
         scores = json.loads((tmp_path / tuned / "scores.json").read_text())
         assert scores["sets"]["dev"]["rows"] == 16
+        assert {"worst-recall"} < scores["sets"]["dev"]["metrics"].keys() == scores["sets"]["dev"]["baseline"].keys()
         assert scores["task"] == "train"
     main(["export", str(tmp_path / "named"), "--encoder-only"])
+    films = tmp_path / "films"
+    films.mkdir()
+    (films / "one.srt").write_text(
+        "1\n00:00:01,000 --> 00:00:02,500\n<i>Good day</i>\n\n2\n00:00:03,0 --> 00:00:04,0\nto you\n" * 20
+    )
+    for corpus in (f"subtitles:{films}", f"electra_ds_cloze.subtitles:Subtitles:{films}"):
+        out = tmp_path / f"store-{len(corpus)}"
+        made = electra_ds.build_data([corpus], out, tokenizer=store.path / "tokenizer", quiet=True)
+        text = made.tokenizer.backend.decode(made.tokens[:40].tolist())
+        assert "good" in text.lower()
+        assert "00" not in text
 
 
 def test_a_resumed_run_has_the_callbacks_that_it_was_started_with(

@@ -15,13 +15,14 @@ from typing import Any, cast
 from electra_ds.config.commands import BuildDataOptions, ImportOptions
 from electra_ds.config.names import GPU_RECIPE
 from electra_ds.config.options import CorpusOptions, PretrainOptions
+from electra_ds.config.plugins import READER, find
 from electra_ds.config.recipe import Recipe, RecipeSource, given_options, load_recipe
 from electra_ds.config.sections import TokenizerSection
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.files import is_hub_model
 from electra_ds.core.terminal import StageProgress, display
 from electra_ds.data.build import ShowProgress, build_store
-from electra_ds.data.corpus import Corpus, Source, is_saved_dataset, open_source
+from electra_ds.data.corpus import Corpus, Source, is_saved_dataset, named_reader, open_source
 from electra_ds.data.token_store import StoreInfo, TokenStore
 from electra_ds.data.tokenizer import Tokenizer, problem, report
 
@@ -114,7 +115,9 @@ def store_name(options: CorpusOptions, recipe: Recipe) -> str:
     """Return a readable name, from the first source and the tokenizer, with a hash of all the options."""
     sources = options.corpus or _DEFAULT_CORPUS
     first = sources[0][0]
-    if first.startswith(_HUB):
+    if (reader := named_reader(first)) is not None:
+        name = re.sub(r"[^\w.-]+", "_", f"{reader[0].rpartition(':')[2]}-{Path(reader[1]).name}").strip("_")
+    elif first.startswith(_HUB):
         dataset, *config_and_split = re.split("[#@]", first.removeprefix(_HUB))
         name = re.sub(r"[^\w.-]+", "_", "-".join([Path(dataset).resolve().name, *config_and_split])).strip("_")
     else:
@@ -125,7 +128,7 @@ def store_name(options: CorpusOptions, recipe: Recipe) -> str:
     has_telling_name = not options.tokenizer or is_hub_model(options.tokenizer)  # many folders are `discriminator`
     if sources == _DEFAULT_CORPUS and has_telling_name:
         return f"{name}-{kind}"
-    corpus = [[word if word.startswith(_HUB) else str(Path(word).resolve()) for word in words] for words in sources]
+    corpus = [[_absolute(word) for word in words] for words in sources]
     given = (
         corpus,
         options.document_boundary,
@@ -137,6 +140,17 @@ def store_name(options: CorpusOptions, recipe: Recipe) -> str:
         *(() if options.strip_accents is None else (options.strip_accents,)),
     )
     return f"{name}-{kind}-{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"
+
+
+def _absolute(source: str) -> str:
+    """Return a source with an absolute path."""
+    if source.startswith(_HUB):
+        return source
+    reader = named_reader(source)
+    if reader is None:
+        return str(Path(source).resolve())
+    name, place = reader
+    return f"{name}:{Path(place).resolve()}" if Path(place).exists() else source
 
 
 def _make_store(
@@ -210,6 +224,12 @@ def _log_unknown(info: StoreInfo, always: bool = False) -> None:
 def _source(options: CorpusOptions, words: list[str]) -> Source:
     """Return the source of one --corpus."""
     text_key = options.text_key or "text"
+    if any(named_reader(word) for word in words):
+        if len(words) > 1:
+            raise ConfigError(f"Give each source with a reader its own --corpus, not {' '.join(words)}.")
+        name, place = cast("tuple[str, str]", named_reader(words[0]))
+        read: Source = find(READER, name)(place)
+        return read
     if not any(word.startswith(_HUB) for word in words):
         if len(words) > 1 and _BUILTIN in words:
             raise ConfigError(f"Give `{_BUILTIN}` its own --corpus.")

@@ -111,6 +111,8 @@ class FinetuneRecipe(Section):
     """Seed of the head's initial weights, the order of the examples and dropout."""
     global_batch_size: int = Field(default=32, ge=1, le=1_000_000)
     """Examples in one optimizer step, over all ranks and accumulation steps."""
+    metrics: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
+    """Further metrics of each evaluation, by registered name or as `module:Class` (docs/tasks.md)."""
     data: TaskDataSection = TaskDataSection()
     head: HeadSection = HeadSection()
     optimizer: FinetuneOptimizerSection

@@ -100,7 +100,7 @@ def micro_batch_option(help: str, group: str = HOW) -> Any:
 
 def corpus_option(note: str, **more: Any) -> Any:
     return _what(
-        f"text files and folders, or hub:NAME#CONFIG@SPLIT; repeat the option for each source ({note})",
+        f"text files and folders, hub:NAME#CONFIG@SPLIT, or READER:PLACE; repeat the option for each source ({note})",
         metavar="SOURCE",
         names="corpus",
         **more,

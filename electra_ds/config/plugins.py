@@ -78,8 +78,10 @@ TASK = Kind(
     },
 )
 """Kinds of tasks of the user's own; those of GLUE and SQuAD have fixed names besides."""
+READER = Kind("reader", "electra_ds.Source", "docs/corpora.md", "documents", ("signature", "description"))
+METRIC = Kind("metric", "electra_ds.Metric", "docs/tasks.md", "score")
 CALLBACK = Kind("callback", "electra_ds.Callback", "docs/python.md", "on_evaluate")
-KINDS = (OBJECTIVE, TASK, CALLBACK)
+KINDS = (OBJECTIVE, TASK, READER, METRIC, CALLBACK)
 
 
 class Part(NamedTuple):

@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from electra_ds.config.plugins import READER, registered_names
 from electra_ds.core.errors import DataError
 from electra_ds.core.launcher import worker_pool
 from electra_ds.data.text_files import FORMATS, Boundary, Progress, file_documents, is_corpus_file
 
 BUILTIN = "builtin"
+_CLASS_AND_PLACE = re.compile(r"(?P<reader>[A-Za-z_][\w.]*:[A-Za-z_]\w*):(?P<place>.+)")
 
 
 class Source(ABC):
@@ -165,6 +167,20 @@ class Corpus:
     def notes(self) -> list[str]:
         """Return notes for the user about the last read."""
         return [note for source in self.sources for note in source.notes()]
+
+
+def named_reader(text: str) -> tuple[str, str] | None:
+    """Return the reader and the place of a source `READER:PLACE`, or None if the text is a path or another source.
+
+    READER is the name of a registered reader, or `module:Class`.
+    """
+    name, _, place = text.partition(":")
+    if Path(text).exists() or not place:
+        return None
+    if name in registered_names(READER):
+        return name, place
+    match = _CLASS_AND_PLACE.fullmatch(text)
+    return (match["reader"], match["place"]) if match else None
 
 
 def open_corpus(sources: Iterable[str | Path], boundary: Boundary = "file", text_key: str = "text") -> Corpus:

@@ -14,11 +14,14 @@ from __future__ import annotations
 import re
 import string
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from electra_ds.config.plugins import METRIC, find
 
 Golds = Mapping[str, Sequence[str]]
 """The accepted answers of every question, none for an impossible question."""
@@ -66,6 +69,30 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
         correlation = {"pearson": pearsonr, "spearman": spearmanr}[name]
         value = float(correlation(labels.astype(np.float64), predictions.astype(np.float64)).statistic)
     return 0.0 if np.isnan(value) else value
+
+
+class Metric(ABC):
+    """A metric of one's own for `metrics` in a recipe. It is called by the last part of its name."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        """classes: the names of the classes in order; empty for scores and for choices."""
+        self.classes = classes
+
+    @abstractmethod
+    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+        """Return the metric of N predictions, the higher the better.
+
+        Both are class indices or scores, [N]; bool [N, C] where several classes may hold. The words of all texts follow
+        one another.
+        """
+
+
+def further_metrics(
+    names: Sequence[str], classes: Sequence[str], labels: Values, predictions: Values
+) -> dict[str, float]:
+    """Return the metrics that a recipe adds. Raises PluginError if one cannot be loaded."""
+    truth, found = np.asarray(labels), np.asarray(predictions)
+    return {name.rpartition(":")[2]: float(find(METRIC, name)(classes).score(truth, found)) for name in names}
 
 
 class Baseline(NamedTuple):

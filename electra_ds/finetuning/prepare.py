@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from electra_ds.config.finetune_recipe import FinetuneRecipe, Finetuning, recipe_source
 from electra_ds.config.names import TASKS
 from electra_ds.config.options import FinetuneOptions, TaskSource
+from electra_ds.config.plugins import METRIC, find
 from electra_ds.config.run_directory import RunDirectory, read_where_it_is
 from electra_ds.config.run_record import FinetuneRecord, FinetuneSettings
 from electra_ds.core import devices
@@ -80,6 +81,12 @@ def prepare_new(
     show_progress: ShowProgress,
 ) -> FinetuneJob:
     """Return a job for a new run. Raises ConfigError if recipe, JSON, task and model do not fit together."""
+    for name in recipe.metrics:
+        find(METRIC, name)  # before anything that takes long
+    if recipe.metrics and not task_class(options.task).has_own_metrics:
+        raise ConfigError(
+            f"metrics is {list(recipe.metrics)}, but {options.task} has no further metrics. Leave it out."
+        )
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
     kind = task_class(options.task)
     task = tokenised_task(kind, data, encoder, recipe, options.max_train_examples, show_progress)

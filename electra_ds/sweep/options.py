@@ -244,17 +244,18 @@ def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, An
         others = objective.metric_labels.keys() - {objective.main_metric, *objective.baselines.values()}
         return (objective.main_metric, *sorted(others))
     task = options.get("task")
+    more = tuple(name.rpartition(":")[2] for name in settings.get("metrics") or ())
     if task in SQUAD_TASKS:
         return (SCORE, "exact", "f1")
     if task == "mnli":
-        return (SCORE, "accuracy", "accuracy_mismatched")
+        return (SCORE, "accuracy", "accuracy_mismatched", *more)
     if task in GLUE:
-        return (SCORE, *GLUE[task].metrics)
+        return (SCORE, *GLUE[task].metrics, *more)
     if task is not None:
-        return (SCORE, *find(TASK, task).possible_metrics)
+        return (SCORE, *find(TASK, task).possible_metrics, *more)
     by_kind = {
         "classification": ("accuracy", "f1_macro", "f1", "matthews"),
         "regression": ("spearman", "pearson", "mse"),
     }
     wanted = options.get("label_kind")
-    return (SCORE, *(name for kind, names in by_kind.items() if wanted in (None, kind) for name in names))
+    return (SCORE, *(name for kind, names in by_kind.items() if wanted in (None, kind) for name in names), *more)

@@ -69,6 +69,8 @@ class FinetuneTask(ABC):
     """The metric that decides which evaluation is best."""
     shown_metrics: tuple[str, ...] = ()
     """The metrics that the terminal shows; empty for all of them."""
+    has_own_metrics: ClassVar[bool] = True
+    """True if `evaluate` computes the metrics that a recipe adds."""
     possible_metrics: ClassVar[tuple[str, ...]] = ()
     """The metrics that an evaluation may have, by which sweeps can choose."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import DataError
 from electra_ds.finetuning.heads import SequenceHead
+from electra_ds.finetuning.metrics import further_metrics
 from electra_ds.finetuning.own_files import PAIR_COLUMNS, TEXT_COLUMNS
 from electra_ds.finetuning.own_rows import OwnRows, chosen_column, own_rows, row_ids
 from electra_ds.finetuning.tables import Table, listed
@@ -94,8 +96,10 @@ classifier = pipeline("text-classification", model="PATH", top_k=None)
             return EvaluationResult(len(examples), files=files)
         truth_NC = examples.labels > 0
         best_C = constant_answer(truth_NC)
-        metrics = scores(truth_NC, predicted_NC)
-        baseline = scores(truth_NC, np.broadcast_to(best_C, truth_NC.shape))
+        constant_NC = np.broadcast_to(best_C, truth_NC.shape)
+        more = partial(further_metrics, self._recipe.metrics, self.labels, truth_NC)
+        metrics = scores(truth_NC, predicted_NC) | more(predicted_NC)
+        baseline = scores(truth_NC, constant_NC) | more(constant_NC)
         differ = bool((truth_NC != truth_NC[0]).any())
         is_constant = differ and bool((predicted_NC == predicted_NC[0]).all())
         return EvaluationResult(

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import DataError, did_you_mean
 from electra_ds.finetuning.heads import NotExportable, SequenceHead, TaskModel, TaskOutput, fill, prefixed
 from electra_ds.finetuning.inputs import Labels, TaskInputs, TaskMicroBatch, encoded, task_inputs
-from electra_ds.finetuning.metrics import score
+from electra_ds.finetuning.metrics import further_metrics, score
 from electra_ds.finetuning.own_rows import OwnRows, RowData, chosen_column, own_rows, row_data, row_ids, texts_of
 from electra_ds.finetuning.tables import Table
 from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask, Outputs, Scale, chosen, lines_file
@@ -113,7 +114,7 @@ def answer(question, choices):
         max_train: int | None = None,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        self.name = data.name
+        self.name, self._metrics = data.name, recipe.metrics
         self._sets = {name: list(rows) for name, rows in data.sets.items()}
 
         def inputs(rows: list[Exercise]) -> TaskInputs:
@@ -148,9 +149,10 @@ def answer(question, choices):
         answers = [row.answer for row in rows if row.answer is not None]
         if len(answers) < len(rows):
             return EvaluationResult(len(rows), files=files)
-        metrics = score(("accuracy",), answers, predicted)
         usual, count = Counter(answers).most_common(1)[0]
-        baseline = {"accuracy": count / len(answers)}
+        more = partial(further_metrics, self._metrics, (), answers)
+        metrics = score(("accuracy",), answers, predicted) | more(predicted)
+        baseline = {"accuracy": count / len(answers)} | more([usual] * len(answers))
         differ = len(set(answers)) > 1
         return EvaluationResult(
             len(rows),

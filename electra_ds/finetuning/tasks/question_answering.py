@@ -43,6 +43,7 @@ class QuestionAnsweringTask(FinetuneTask):
 
     hub_task = "question-answering"
     num_outputs = None
+    has_own_metrics = False
     labels = ()
     chosen_by = "f1"
     shown_metrics = ("exact", "f1")

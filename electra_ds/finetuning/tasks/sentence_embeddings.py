@@ -130,6 +130,7 @@ model.similarity(vectors, vectors)
     outputs = "The vectors have length 1; the higher the cosine of two, the more alike the texts."
     possible_metrics: ClassVar[tuple[str, ...]] = ("spearman", "pearson", "mrr", "accuracy_at_1", "recall_at_10")
     num_outputs = None
+    has_own_metrics = False
     labels = ()
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.run_record import TaskSource
 from electra_ds.finetuning.heads import NotExportable, SequenceHead, TaskModel, fill, prefixed
 from electra_ds.finetuning.inputs import TaskInputs, tokenised, trains_both_orders, unscaled
-from electra_ds.finetuning.metrics import baseline, confusion, has_constant_predictions, score
+from electra_ds.finetuning.metrics import baseline, confusion, further_metrics, has_constant_predictions, score
 from electra_ds.finetuning.own_files import load_own_source
 from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask, Outputs, Scale, chosen, lines_file
 from electra_ds.finetuning.tasks.examples import Examples, TaskData
@@ -104,6 +105,8 @@ class SequenceTask(FinetuneTask):
         wanted = _AX_METRICS if name == "ax" else self.task.metrics
         metrics = score(wanted, labels, predictions)
         trivial = baseline(wanted, labels, is_regression=self.is_regression)
+        more = partial(further_metrics, self._recipe.metrics, self.labels, labels)
+        metrics |= more(predictions)
         answer = self._named(trivial.prediction)
         if "f1" in wanted and trivial.prediction != 1:
             answer += f" (f1: {self._named(1)})"
@@ -116,7 +119,7 @@ class SequenceTask(FinetuneTask):
         return EvaluationResult(
             len(examples),
             metrics,
-            trivial.metrics,
+            trivial.metrics | more(np.full(len(labels), trivial.prediction)),
             answer,
             constant,
             is_beaten=metrics[wanted[0]] <= trivial.metrics[wanted[0]] and len(np.unique(labels)) > 1,

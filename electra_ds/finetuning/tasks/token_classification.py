@@ -31,7 +31,7 @@ from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import DataError
 from electra_ds.finetuning.heads import NotExportable, TaskModel, TaskOutput, with_linear_head
 from electra_ds.finetuning.inputs import TaskInputs, TaskMicroBatch, task_inputs
-from electra_ds.finetuning.metrics import score
+from electra_ds.finetuning.metrics import further_metrics, score
 from electra_ds.finetuning.own_files import read_own
 from electra_ds.finetuning.own_rows import OwnRows, RowData, chosen_column, own_rows, row_data, row_ids, texts_of
 from electra_ds.finetuning.tables import Table, listed
@@ -156,6 +156,7 @@ tagger("…")
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.name, self.labels, self.num_outputs = data.name, data.labels, len(data.labels)
+        self._metrics = recipe.metrics
         self._has_spans = all(tag == OUTSIDE or tag[:2] in ("B-", "I-", "E-", "S-", "L-", "U-") for tag in data.labels)
         self.chosen_by = "f1" if self._has_spans else "accuracy"
         self._sentences = {name: list(rows) for name, rows in data.sets.items()}
@@ -254,14 +255,15 @@ tagger("…")
         """Return seqeval's scores of whole entities if the classes are spans, and those of the words."""
         numbers = {label: number for number, label in enumerate(self.labels)}
         truth, found = ([numbers[tag] for tags in each for tag in tags] for each in (wanted, predicted))
+        more = further_metrics(self._metrics, self.labels, truth, found)
         if not self._has_spans:
-            return score(("accuracy", "f1_macro"), truth, found)
+            return score(("accuracy", "f1_macro"), truth, found) | more
         # Imported here, because it takes seconds that would delay a run's first step.
         from seqeval.metrics import f1_score, precision_score, recall_score  # type: ignore[import-untyped]
 
         of = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
         spans = {name: float(function(wanted, predicted, zero_division=0)) for name, function in of.items()}
-        return spans | score(("accuracy",), truth, found)
+        return spans | score(("accuracy",), truth, found) | more
 
     # --- as a transformers model
 

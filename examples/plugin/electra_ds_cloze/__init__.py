@@ -1,1 +1,1 @@
-"""An example of a package that brings electra_ds an objective, a task and a tracker."""
+"""An example of a package that brings electra_ds one part of each kind."""
