@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from electra_ds.finetuning.tasks.base import FinetuneTask as FinetuneTask
     from electra_ds.pretraining.objectives.base import Objective as Objective
     from electra_ds.training.callbacks import Callback as Callback
+    from electra_ds.training.optimizer import UpdateRule as UpdateRule
 
 __version__ = "0.2.0"
 _MODULES = {
@@ -50,6 +51,7 @@ _MODULES = {
     "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",
     "build_model": "api.pieces", "open_engine": "api.pieces", "open_store": "api.pieces", "evaluate": "api.pieces",
     "report_runs": "api.reports", "run_sweep": "api.reports", "Callback": "training.callbacks",
+    "UpdateRule": "training.optimizer",
     "FinetuneTask": "finetuning.tasks.base", "Metric": "finetuning.metrics", "Source": "data.corpus",
     "Objective": "pretraining.objectives.base", "ElectraForJointPreTraining": "api.transformers_model",
     "NamedLosses": "api.transformers_model", "StoreRows": "api.transformers_model",

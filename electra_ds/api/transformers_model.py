@@ -293,6 +293,11 @@ class ElectraForJointPreTraining(PreTrainedModel):
         recipe has own clipping or an own schedule of the generator, which only electra_ds.pretrain supports.
         """
         section = self.recipe.optimizer
+        if section.rule != "adamw":
+            raise ConfigError(
+                f"optimizer.rule={section.rule} is supported only by electra_ds.pretrain. Give your trainer an "
+                f"optimizer of its own, or remove the rule from the recipe."
+            )
         rates = type(self.objective).rates(self.recipe)
         groups = parameter_groups(self.network.named_parameters(), section.weight_decay, rates)
         for group in groups:

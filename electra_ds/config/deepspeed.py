@@ -126,6 +126,7 @@ class DeepSpeedPlan:
             config["gradient_allreduce_op"] = "sum"
         if self.stage:
             config["zero_force_ds_cpu_optimizer"] = False  # offloading uses torch's AdamW, so nothing is compiled
+            config["zero_allow_untested_optimizer"] = True  # a recipe's own update rule
         return config
 
 

@@ -80,8 +80,9 @@ TASK = Kind(
 """Kinds of tasks of the user's own; those of GLUE and SQuAD have fixed names besides."""
 READER = Kind("reader", "electra_ds.Source", "docs/corpora.md", "documents", ("signature", "description"))
 METRIC = Kind("metric", "electra_ds.Metric", "docs/tasks.md", "score")
+OPTIMIZER = Kind("optimizer", "electra_ds.UpdateRule", "docs/plugins.md", "update")
 CALLBACK = Kind("callback", "electra_ds.Callback", "docs/python.md", "on_evaluate")
-KINDS = (OBJECTIVE, TASK, READER, METRIC, CALLBACK)
+KINDS = (OBJECTIVE, TASK, READER, METRIC, OPTIMIZER, CALLBACK)
 
 
 class Part(NamedTuple):

@@ -217,8 +217,10 @@ class CopySection(PredictionSection):
 
 
 class OptimizerSection(Section):
-    """AdamW with decoupled weight decay, without decay of biases and LayerNorm."""
+    """AdamW with decoupled weight decay, or another rule; without decay of biases and LayerNorm."""
 
+    rule: str = Field(default="adamw", exclude_if=lambda rule: rule == "adamw")
+    """`adamw`, or an update rule of your own by registered name or as `module:Class` (docs/plugins.md)."""
     learning_rate: float = Field(gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)

@@ -41,7 +41,7 @@ from electra_ds.training.checkpoints import default_export_folder, newest_checkp
 from electra_ds.training.engine import check_plan, close_deepspeed
 from electra_ds.training.optimizer import MOMENTS, adamw_state, learning_rate_at
 from electra_ds.training.prepare import plan_of_run
-from electra_ds.training.zero import ZeroAdamW, torch_adamw
+from electra_ds.training.zero import ZeroAdamW, sharded_optimizer
 
 _CONVERTED = (1, 2)
 """Stages at which DeepSpeed loads a universal checkpoint unchanged."""
@@ -64,6 +64,11 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
         check_out(out)
         recipe = electra_recipe(recorded_recipe(checkpoint))
         own = [f"generator.{key}" for key in _OF_GENERATOR if getattr(recipe.generator, key) is not None]
+        if recipe.optimizer.rule != "adamw":
+            raise ConfigError(
+                f"DeepSpeed's own checkpoint is written with a script that uses AdamW, but the recipe's optimizer.rule "
+                f"is {recipe.optimizer.rule}."
+            )
         if own:
             raise ConfigError(
                 f"DeepSpeed's own checkpoint has the same optimizer settings and schedule for all weights, but the "
@@ -238,7 +243,7 @@ def native_engine(
     """
     check_plan(plan, device, "the DeepSpeed JSON")
     model.to(device)
-    optimizer = torch_adamw(model.named_parameters(), recipe.optimizer)
+    optimizer = sharded_optimizer(model.named_parameters(), recipe.optimizer)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=native_config(plan), dist_init_required=False
     )

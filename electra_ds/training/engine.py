@@ -22,7 +22,7 @@ from electra_ds.core.compat import clear_stage3_caches, import_muon, leave_out_s
 from electra_ds.core.errors import ConfigError
 from electra_ds.training.optimizer import MasterAdamW, Rates, learning_rate_at, pretraining_rates
 from electra_ds.training.step import StepBatch, StepLosses, TrainableModel, set_up_model
-from electra_ds.training.zero import ZeroAdamW, torch_adamw
+from electra_ds.training.zero import ZeroAdamW, sharded_optimizer
 
 leave_out_shared_memory_collective()
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -52,13 +52,13 @@ class Engine:
         check_plan(plan, device, "the DeepSpeed JSON")
         dtype = set_up_model(model, plan)
         model.to(device)
-        optimizer: MasterAdamW | torch.optim.AdamW
+        optimizer: torch.optim.Optimizer
         if plan.stage == 0:
             model.to(dtype=dtype)
             optimizer = MasterAdamW(model.named_parameters(), recipe.optimizer, plan.precision.loss_scaling, rates)
         else:
             import_muon()
-            optimizer = torch_adamw(model.named_parameters(), recipe.optimizer, rates)
+            optimizer = sharded_optimizer(model.named_parameters(), recipe.optimizer, rates)
             if any(group["clipped_to"] is not None for group in optimizer.param_groups):
                 raise ConfigError(
                     f"A max_grad_norm for a part of the model needs ZeRO stage 0, but the DeepSpeed JSON has stage "

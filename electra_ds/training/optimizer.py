@@ -8,6 +8,7 @@ class would import torch's compiler, which takes 1.2 CPU-seconds.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from electra_ds.config.deepspeed_sections import LossScaling
+from electra_ds.config.plugins import OPTIMIZER, find
 from electra_ds.config.sections import OptimizerSection
 from electra_ds.core import compat
 
@@ -103,8 +105,85 @@ def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: 
     }
 
 
+class UpdateRule(ABC):
+    """An optimizer of one's own: how weights move, given their gradients. A recipe names it as `optimizer.rule`.
+
+    It works element by element, because ZeRO gives it slices of parameters, and keeps at most two states of the
+    weights' shape, which begin at 0. Loss scale, clipping, schedule, checkpoints and resuming are those of AdamW.
+    """
+
+    def __init__(self, section: OptimizerSection) -> None:
+        """section: the recipe's `optimizer`."""
+        self.section = section
+
+    @abstractmethod
+    def update(
+        self,
+        weight: torch.Tensor,
+        gradient: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        step: torch.Tensor,
+    ) -> None:
+        """Change a weight and its two states in place.
+
+        All tensors are fp32 and of one shape, perhaps flat. The gradient is unscaled and clipped. learning_rate,
+        betas, weight_decay: of this weight at this step. step: fp32 scalar, the number of updates with this one.
+        """
+
+
+def update_rule(section: OptimizerSection) -> UpdateRule | None:
+    """Return the recipe's update rule, or None for AdamW. Raises PluginError if it cannot be loaded."""
+    rule: UpdateRule | None = None if section.rule == "adamw" else find(OPTIMIZER, section.rule)(section)
+    return rule
+
+
+def counts_updates(section: OptimizerSection) -> bool:
+    """Return whether the number of updates changes an update."""
+    return section.bias_correction or section.rule != "adamw"
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """An update rule as an optimizer of torch's, for DeepSpeed to shard."""
+
+    def __init__(self, groups: list[dict[str, Any]], section: OptimizerSection, rule: UpdateRule) -> None:
+        super().__init__(groups, {"lr": section.learning_rate, "betas": (section.beta1, section.beta2)})
+        self._rule = rule
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        compat.add_param_group(self, param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self.state[weight]["step"] += 1
+                    run_rule(self._rule, group, weight, weight.grad, self.state[weight])
+
+
+def run_rule(
+    rule: UpdateRule, group: Mapping[str, Any], weight: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any]
+) -> None:
+    """Update one weight of a parameter group."""
+    rule.update(
+        weight,
+        gradient,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        learning_rate=group["lr"],
+        betas=group["betas"],
+        weight_decay=group["weight_decay"],
+        step=state["step"],
+    )
+
+
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW over the model's parameters, which may be half precision.
+    """AdamW, or the recipe's update rule, over the model's parameters, which may be half precision.
 
     Non-finite gradients do not change weights and moments, in any precision: the step is skipped and counted.
     `param_groups` hold the model's own parameters; the update runs on fp32 masters (the parameters themselves if they
@@ -131,9 +210,9 @@ class MasterAdamW(torch.optim.Optimizer):
             for parameter in group["params"]
         }
         self._has_masters = any(master is not parameter for parameter, master in self.masters.items())
-        self._section = section
+        self._section, self._rule = section, update_rule(section)
         self._states = {
-            parameter: adamw_state(master, bias_correction=section.bias_correction)
+            parameter: adamw_state(master, bias_correction=counts_updates(section))
             for parameter, master in self.masters.items()
         }
         device = next(iter(self.masters)).device
@@ -188,6 +267,9 @@ class MasterAdamW(torch.optim.Optimizer):
         return (self.loss_scale * clipping).nan_to_num(1.0, 1.0, 1.0)
 
     def _update(self, group: dict[str, Any], divisor: torch.Tensor, found_inf: torch.Tensor) -> None:
+        if self._rule is not None:
+            self._update_by(self._rule, group, divisor, found_inf)
+            return
         masters = [self.masters[parameter] for parameter in group["params"]]
         states = [self._states[parameter] for parameter in group["params"]]
         adamw(
@@ -209,6 +291,20 @@ class MasterAdamW(torch.optim.Optimizer):
             eps=self._section.epsilon,
             weight_decay=group["weight_decay"],
         )
+
+    def _update_by(
+        self, rule: UpdateRule, group: dict[str, Any], divisor: torch.Tensor, found_inf: torch.Tensor
+    ) -> None:
+        """Update a group by a rule, or leave everything as it was where a gradient is not finite."""
+        for parameter in group["params"]:
+            master, state = self.masters[parameter], self._states[parameter]
+            assert master.grad is not None
+            changed = [master, state["exp_avg"], state["exp_avg_sq"]]
+            before = [tensor.clone() for tensor in changed]
+            state["step"] += 1.0 - found_inf
+            run_rule(rule, group, master, (master.grad / divisor).nan_to_num(0.0, 0.0, 0.0), state)
+            for tensor, earlier in zip(changed, before, strict=True):
+                torch.where(found_inf > 0, earlier, tensor, out=tensor)
 
     def _master_gradients(self) -> list[torch.Tensor]:
         """Return the gradients in fp32, and set them as the masters' gradients."""
@@ -308,7 +404,7 @@ class MasterAdamW(torch.optim.Optimizer):
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
         self._copy_back()
-        if self._section.bias_correction:
+        if counts_updates(self._section):
             for state in self._states.values():
                 state["step"].fill_(counters["taken_steps"])
         self._taken_steps.fill_(counters["taken_steps"])

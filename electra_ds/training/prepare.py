@@ -30,6 +30,7 @@ from electra_ds.core.errors import ConfigError
 from electra_ds.core.ranks import Ranks
 from electra_ds.core.terminal import NOTE
 from electra_ds.training.engine import check_plan, wants_fp16
+from electra_ds.training.optimizer import update_rule
 from electra_ds.training.tracking import check_tracking
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def plan_new(options: RunOptions, recipe: TrainingRecipe, run: RunDirectory, ran
     """Return the DeepSpeed JSON resolved and checked for a new run, before its data is built. Raises ConfigError."""
     run.check_free()
     stop_at(options, recipe)
+    update_rule(recipe.optimizer)
     plan = plan_for(options, recipe, ranks)
     if ranks.is_main:
         check_tracking(tracking_settings(options, TrackingSettings(), plan.monitors, run), run, is_new=True)

@@ -33,21 +33,29 @@ from electra_ds.training.optimizer import (
     MOMENTS,
     NO_SCALING,
     Rates,
+    RuleOptimizer,
     adamw_state,
+    counts_updates,
     parameter_groups,
     pretraining_rates,
     put_learning_rate,
+    update_rule,
 )
 
 _NEVER = 2**62  # steps
 
 
-def torch_adamw(
+def sharded_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], section: OptimizerSection, rates: Rates = pretraining_rates
-) -> torch.optim.AdamW:
-    """Return the optimizer that DeepSpeed shards: torch's AdamW, since DeepSpeed's would be compiled at first start."""
+) -> torch.optim.Optimizer:
+    """Return the optimizer that DeepSpeed shards: the recipe's update rule or torch's AdamW, since DeepSpeed's own
+    AdamW would be compiled at first start."""
+    groups = parameter_groups(parameters, section.weight_decay, rates)
+    rule = update_rule(section)
+    if rule is not None:
+        return RuleOptimizer(groups, section, rule)
     return torch.optim.AdamW(
-        parameter_groups(parameters, section.weight_decay, rates),
+        groups,
         lr=section.learning_rate,
         betas=(section.beta1, section.beta2),
         eps=section.epsilon,
@@ -68,12 +76,12 @@ class ZeroAdamW:
     """
 
     def __init__(self, engine: Any, section: OptimizerSection, scaling: LossScaling | None) -> None:
-        """engine: a `DeepSpeedEngine` at stage 1, 2 or 3, around `torch_adamw`."""
+        """engine: a `DeepSpeedEngine` at stage 1, 2 or 3, around `sharded_optimizer`."""
         self._engine = engine
         self._zero = engine.optimizer
         self._stage = engine.zero_optimization_stage()
         self._scaling = scaling
-        self._bias_correction = section.bias_correction
+        self._counts_updates = counts_updates(section)
         self.named_parameters = list(engine.module.named_parameters())
         self.taken_steps = self._skipped = self._consecutive = 0
         self.can_repeat_step = True
@@ -85,7 +93,7 @@ class ZeroAdamW:
             self._zero.loss_scaler.scale_window = _NEVER
         # DeepSpeed creates the moments at the first step; loading needs them now.
         for flat in flat_partitions(self._zero, self._stage):
-            self._zero.optimizer.state[flat] = adamw_state(flat, bias_correction=self._bias_correction)
+            self._zero.optimizer.state[flat] = adamw_state(flat, bias_correction=self._counts_updates)
         link_moments(self._zero, self._stage)
 
     def set_learning_rate(self, rate: Callable[[int | None], float]) -> None:
@@ -182,7 +190,7 @@ class ZeroAdamW:
                 parameter.copy_(values["master"])
         self.taken_steps = int(counters["taken_steps"])
         self._skipped, self._consecutive = int(counters["skipped_steps"]), int(counters["consecutive_skips"])
-        if self._bias_correction:
+        if self._counts_updates:
             for flat in flat_partitions(self._zero, self._stage):
                 self._zero.optimizer.state[flat]["step"].fill_(self.taken_steps)
         scaler = self._zero.loss_scaler

@@ -1,0 +1,14 @@
+"""An optimizer of one's own: Lion (Chen et al. 2023, algorithm 2)."""
+
+from __future__ import annotations
+
+from electra_ds import UpdateRule
+
+
+class Lion(UpdateRule):
+    """It needs a learning rate of about a tenth of AdamW's, and a weight decay of ten times AdamW's."""
+
+    def update(self, weight, gradient, first, second, *, learning_rate, betas, weight_decay, step):
+        direction = first.lerp(gradient, 1 - betas[0]).sign_()
+        weight.mul_(1 - learning_rate * weight_decay).sub_(direction, alpha=learning_rate)
+        first.lerp_(gradient, 1 - betas[1])
