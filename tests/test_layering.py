@@ -42,7 +42,8 @@ LATE = {
     ("electra_ds.finetuning.metrics", "scipy.stats"),
     ("electra_ds.finetuning.tasks.multi_label", "sklearn.metrics"),
     ("electra_ds.finetuning.tasks.sentence_embeddings", "sklearn.metrics"),
-    ("electra_ds.finetuning.tasks.token_classification", "pandas"),
+    ("electra_ds.finetuning.conll", "pandas"),
+    ("electra_ds.finetuning.own_rows", "pandas"),
     ("electra_ds.finetuning.tasks.token_classification", "seqeval.metrics"),
     ("electra_ds.report.scores", "scipy"),
     ("electra_ds.sweep.__init__", "electra_ds.sweep.run"),  # for type checkers

@@ -111,6 +111,20 @@ def test_the_example_package_is_installed_listed_and_used(
         assert {"worst-recall"} < scores["sets"]["dev"]["metrics"].keys() == scores["sets"]["dev"]["baseline"].keys()
         assert scores["task"] == "train"
     main(["export", str(tmp_path / "named"), "--encoder-only"])
+    for name in ("train", "dev"):
+        rows = "".join(
+            f"a {word} day,{stars}\n" for stars, word in enumerate(("bad", "dull", "fair", "good")) for _ in "abcd"
+        )
+        (tmp_path / f"{name}.csv").write_text("review,stars\n" + rows)
+    main(
+        [
+            "finetune", "--model", str(run), "--ds-config", "cpu", "--run-dir", str(tmp_path / "ranked"),
+            "--threads", "1", "--task", "ranking", "--train", f"{tmp_path}/train.csv", "--dev", f"{tmp_path}/dev.csv",
+            "--set", "schedule.min_steps=60", "optimizer.learning_rate=3e-3",
+        ]
+    )  # fmt: skip
+    of_dev = json.loads((tmp_path / "ranked" / "scores.json").read_text())["sets"]["dev"]
+    assert of_dev["metrics"]["within_one"] >= of_dev["baseline"]["within_one"]
     films = tmp_path / "films"
     films.mkdir()
     (films / "one.srt").write_text(

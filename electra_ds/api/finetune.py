@@ -125,8 +125,8 @@ class FinetuneStart(RunStart[FinetuneOptions]):
     def default_path(self) -> Path:
         options = self.options
         assert options.task is not None or options.train is not None
-        task = str(options.task) if options.train is None else Path(str(options.train)).stem
-        task = task.rpartition(":")[2]  # a class of the user's own
+        names = [str(options.task).rpartition(":")[2]] if options.task is not None else []
+        task = "-".join([*names, *([Path(str(options.train)).stem] if options.train is not None else [])])
         return Path("runs") / f"{task}-{self.recipe.name}-s{self.recipe.seed}-{datetime.now():%Y%m%d-%H%M%S}"
 
     def is_finished(self) -> bool:

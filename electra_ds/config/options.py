@@ -51,6 +51,13 @@ _habit = partial(option, group=HOW, is_how=True)
 _watch = partial(option, group=WHERE, is_how=True)
 
 
+_OTHER_NAMES = {
+    **dict.fromkeys(("ner", "pos", "tagging", "chunking"), "token-classification"),
+    **dict.fromkeys(("qa", "squad"), "question-answering"),
+    **dict.fromkeys(("embeddings", "retrieval", "similarity"), "sentence-embeddings"),
+}
+
+
 def task_name(text: str) -> str:
     """Return a task's name. The Hub's names, such as `stsb` and `sst2`, are accepted too, and `module:Class`."""
     if ":" in text:
@@ -59,9 +66,8 @@ def task_name(text: str) -> str:
     plain = {task.replace("-", ""): task for task in known}
     task = plain.get(text.lower().replace("-", "").replace("_", ""))
     if task is None:
-        raise argparse.ArgumentTypeError(
-            f"there is no task {text!r}{did_you_mean(text.lower(), known) or '.'} The tasks are {', '.join(known)}"
-        )
+        hint = did_you_mean(_OTHER_NAMES.get(text.lower(), text.lower()), known) or "."
+        raise argparse.ArgumentTypeError(f"there is no task {text!r}{hint} The tasks are {', '.join(known)}")
     return task
 
 
@@ -326,8 +332,8 @@ class FinetuneOptions(RunOptions):
     }
 
     recipe: str | Mapping[str, Any] | None = _what(
-        f"{', '.join(finetune_recipe_names())}, or a YAML file (default: {FINETUNE_RECIPE} with --task, {OWN_RECIPE} "
-        f"with --train)",
+        f"{', '.join(finetune_recipe_names())}, or a YAML file (default: {FINETUNE_RECIPE} for GLUE and SQuAD, "
+        f"otherwise {OWN_RECIPE})",
         metavar="NAME|FILE",
         names="settings",
     )
@@ -341,7 +347,9 @@ class FinetuneOptions(RunOptions):
         group=WHAT,
         names="model",
     )
-    task: str | None = _what("one of the tasks below", metavar="TASK", parse=task_name, names="name")
+    task: str | None = _what(
+        "a task or a kind of task below, a package's, or module:Class", metavar="TASK", parse=task_name, names="name"
+    )
     random_init: bool | None = _what(
         "use the model's shape and tokenizer with random weights from the seed, as a baseline for pretraining"
     )
@@ -349,10 +357,18 @@ class FinetuneOptions(RunOptions):
     data_dir: Path | None = option(
         "folder with official files: GLUE's folders, or SQuAD's JSON", metavar="DIR", group=DATA, names="folder"
     )
-    hub: str | None = _data("a dataset on the Hub, in the format of nyu-mll/glue or squad", metavar="NAME")
+    hub: str | None = option(
+        "a dataset on the Hub or a local folder, in the format of nyu-mll/glue or squad; with a kind of task any, as "
+        "NAME#CONFIG",
+        metavar="NAME",
+        group=DATA,
+    )
     revision: str | None = _data("commit, branch or tag of the dataset on the Hub", metavar="REV")
     train: Path | None = option(
-        "your own training examples: .csv, .tsv or .jsonl", metavar="FILE", group=DATA, names="file"
+        "your own training examples: .csv, .tsv or .jsonl; .conll and others for tags, .json in SQuAD's layout",
+        metavar="FILE",
+        group=DATA,
+        names="file",
     )
     dev: Path | None = option("your own examples to evaluate on", metavar="FILE", group=DATA, names="file")
     test: Path | None = option(
@@ -360,7 +376,11 @@ class FinetuneOptions(RunOptions):
     )
     text: str | None = _data("the text (default: the first of text, sentence, sentence1, …)", metavar="COLUMN")
     pair: str | None = _data("the second text of a pair", metavar="COLUMN")
-    label: str | None = _data("the label (default: the first of label, labels, score, …)", metavar="COLUMN")
+    label: str | None = _data(
+        "the label (default: the first of label, labels, score, …); the number of a column of .conll, or A,B,C for a "
+        "column per class",
+        metavar="COLUMN",
+    )
     label_kind: Literal["classification", "regression"] | None = _data(
         "default: regression if the labels are not classes"
     )

@@ -23,10 +23,11 @@ def advice(training: Finetuning, encoder: EncoderSource, task: FinetuneTask, *, 
     """Yield notes on a run that is about to start, without a final full stop."""
     recipe, schedule = training.recipe, training.recipe.schedule
     if training.schedule.total_steps > training.steps_of_epochs:
+        epochs = "1 epoch" if schedule.epochs == 1 else f"{schedule.epochs:g} epochs"
         yield (
-            f"{schedule.epochs:g} epochs of {len(task.train):,} examples are {training.steps_of_epochs:,} steps, too "
-            f"few to train a new head, so schedule.min_steps makes it {schedule.min_steps:,}. To train for another "
-            f"number of epochs, add --set schedule.epochs=N"
+            f"{epochs} of {len(task.train):,} examples are {training.steps_of_epochs:,} steps, too few to train a new "
+            f"head, so schedule.min_steps makes it {schedule.min_steps:,}. To train for another number of epochs, add "
+            f"--set schedule.epochs=N"
         )
     longest, trained = int(task.train.input_lengths.max()), encoder.trained_length
     if trained is not None and longest > trained:

@@ -3,8 +3,8 @@ that a finetuning's record names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from electra_ds.config.names import TASKS
 from electra_ds.config.plugins import TASK, find
 from electra_ds.config.run_directory import places_of
 from electra_ds.config.run_record import FinetuneRecord, TaskSource
-from electra_ds.core.errors import DataError
+from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.data.hub import HUB, dataset_path, explain_errors
 from electra_ds.finetuning.glue import (
     HUB_COLUMNS,
@@ -71,7 +71,9 @@ def load_task(name: str | None, source: TaskSource) -> LoadedTask:
     if name is None:
         data = load_own_source(source)
     elif name not in TASKS:
-        data = find(TASK, name).load(source)
+        kind = find(TASK, name)
+        _check_options(name, source, kind.takes)
+        data = kind.load(source)
     elif name in _SQUAD_REPOSITORIES and folder is not None:
         data = load_squad(name, folder)  # type: ignore[arg-type]
     elif name in _SQUAD_REPOSITORIES:
@@ -86,6 +88,19 @@ def load_task(name: str | None, source: TaskSource) -> LoadedTask:
             of = "" if name is None else f" of {name}"
             raise DataError(f"{data.source} has no {part} examples{of}, which are needed.")
     return data
+
+
+def _check_options(task: str, source: TaskSource, takes: Collection[str]) -> None:
+    """Raise ConfigError if a source has something that a kind of task does not take."""
+    given = [field.name for field in fields(source) if getattr(source, field.name) not in (None, "auto")]
+    if wrong := [name for name in given if name not in takes]:
+        raise ConfigError(f"--task {task} does not take --{_flag(wrong[0])}. Leave it out.")
+    if source.hub is not None and source.test is not None:
+        raise ConfigError("--test is for files; with --hub the split 'test' is predicted. Leave it out.")
+
+
+def _flag(name: str) -> str:
+    return "data-dir" if name == "folder" else name.replace("_", "-")
 
 
 def load_glue_hub(name: str, repository: str = _GLUE_REPOSITORY, revision: str | None = None) -> TaskData:

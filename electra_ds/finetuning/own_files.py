@@ -104,6 +104,8 @@ def read_own(path: Path) -> Table:
         return read_csv(path, _DELIMITERS[suffix])
     if suffix in _JSON_SUFFIXES:
         return read_jsonl(path)
+    if suffix in (".conll", ".conllu", ".iob", ".bio"):
+        raise DataError(f"{path}: for words with tags, add --task token-classification.")
     raise DataError(
         f"{path}: the name of a file of examples must end in {', '.join((*_DELIMITERS, *_JSON_SUFFIXES))}. Convert it "
         f"with pandas or datasets: to_json(FILE, orient='records', lines=True)."
@@ -153,7 +155,11 @@ def _lacks_labels(table: Table, column: str, seen: set[str]) -> bool:
 
 def own_name(path: Path) -> str:
     """Return the file's name, or its folder's if the file is called `train`, but never that of a published task."""
-    name = Path(os.path.abspath(path)).parent.name if path.stem.lower() in _PLAIN_NAMES else path.stem
+    return unpublished(Path(os.path.abspath(path)).parent.name if path.stem.lower() in _PLAIN_NAMES else path.stem)
+
+
+def unpublished(name: str) -> str:
+    """Return a name that is not a published task's."""
     return f"own-{name}" if name.lower() in (*TASKS, "ax") else name
 
 

@@ -2,31 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import ConfigError, DataError
 from electra_ds.data.hub import HUB, dataset_path, explain_errors, parse_hub_name
-from electra_ds.finetuning.own_files import ID_COLUMNS, own_name, read_own
-from electra_ds.finetuning.tables import Table
+from electra_ds.finetuning.own_files import ID_COLUMNS, own_name, read_own, unpublished
+from electra_ds.finetuning.tables import Table, as_text
 
 RowT = TypeVar("RowT")
+_NO_LABELS = ("", "-1", "-1.0", "?", "_")
+"""What stands for an unknown label in published test sets, CoNLL-U's included."""
 _SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "valid": "dev", "val": "dev", "test": "test"}
 
 
-class OwnRows(NamedTuple):
-    """The tables of a task of the user's own."""
+@dataclass(frozen=True, eq=False)
+class OwnRows:
+    """The tables of a task of the user's own. The columns of the training examples are those of all sets."""
 
     name: str
     tables: dict[str, Table]
     """By set, in this order: train, dev and, if there is one, test."""
     source: str
     """For messages."""
+
+    def column(self, given: str | None, usual: Sequence[str], what: str, *, is_label: bool = False) -> str:
+        """Return the given column, or the first of the usual ones that the training examples have.
+
+        what: the option that names it, without its dashes. is_label: the test set may lack it. Raises DataError if it
+        is missing.
+        """
+        train = self.tables["train"]
+        found = given or next((name for name in usual if name in train.frame), None)
+        if found is None:
+            train.check_columns(
+                [], [f"no {what} column"], f" Name it with --{what} COLUMN, or rename it to one of {', '.join(usual)}."
+            )
+        for name, table in self.tables.items():
+            if not (is_label and name == "test"):
+                table.check_columns([found])
+        assert found is not None
+        return found
+
+    def is_labelled(self, name: str, *columns: str) -> bool:
+        """Return whether a set has labels, which only the test set may lack: no such columns, or no value in them."""
+        frame = self.tables[name].frame
+        return name != "test" or any(column in frame and not all(map(_is_missing, frame[column])) for column in columns)
+
+    def texts(self, name: str, column: str) -> list[str]:
+        """Return a column of texts. Raises DataError if it has none, or is empty in every row."""
+        found = self.tables[name].column(column)
+        if not any(text.strip() for text in found):
+            raise DataError(f"{self.tables[name].source}: the column '{column}' is empty in every row. Name another.")
+        return found
+
+    def read_as(self, **columns: str | None) -> str:
+        """Return the source with the columns that were chosen, for messages. Raises DataError if two are the same."""
+        chosen = {what: column for what, column in columns.items() if column is not None}
+        if len(set(chosen.values())) < len(chosen):
+            raise DataError(
+                f"{self.tables['train'].source}: {', '.join(f'{what} {column!r}' for what, column in chosen.items())} "
+                f"must be different columns."
+            )
+        return f"{self.source} ({', '.join(f'{what} {column!r}' for what, column in chosen.items())})"
 
 
 def own_rows(source: TaskSource, task: str, read: Callable[[Path], Table] = read_own) -> OwnRows:
@@ -37,6 +81,8 @@ def own_rows(source: TaskSource, task: str, read: Callable[[Path], Table] = read
     """
     if source.hub is not None:
         return _hub_rows(source.hub, source.revision)
+    if source.revision is not None:
+        raise ConfigError("--revision is for --hub NAME. Leave it out.")
     if source.train is None:
         raise ConfigError(f"--task {task} needs examples: --train FILE and --dev FILE, or --hub NAME.")
     files = {"train": source.train, "dev": source.dev, "test": source.test}
@@ -45,7 +91,9 @@ def own_rows(source: TaskSource, task: str, read: Callable[[Path], Table] = read
     for table in tables.values():
         if not len(table.frame):
             raise DataError(f"{table.source} has no examples. Give a file with examples, or leave it out.")
-    return OwnRows(own_name(paths["train"]), tables, ", ".join(f"{name} {path}" for name, path in paths.items()))
+    return OwnRows(
+        f"{task}-{own_name(paths['train'])}", tables, ", ".join(f"{name} {path}" for name, path in paths.items())
+    )
 
 
 def _hub_rows(hub: str, revision: str | None) -> OwnRows:
@@ -55,50 +103,39 @@ def _hub_rows(hub: str, revision: str | None) -> OwnRows:
     source += f", revision {revision}" if revision else ""
     with explain_errors(source):
         import datasets
+        import pandas as pd  # type: ignore[import-untyped]
 
         splits = datasets.load_dataset(path, parts.config, revision=revision)
     tables: dict[str, Table] = {}
     for split, rows in splits.items():
         name = _SPLITS.get(str(split))
-        if name is None or name in tables:
-            continue
-        frame = rows.to_pandas()
-        for column, feature in rows.features.items():
-            frame[column] = [_as_text(value, feature) for value in frame[column]]
-        tables[name] = Table(f"{source}@{split}", frame)
+        if name is not None and name not in tables:
+            columns = {key: [_decoded(value, feature) for value in rows[key]] for key, feature in rows.features.items()}
+            tables[name] = Table(f"{source}@{split}", pd.DataFrame(columns, dtype=object))
     if missing := {"train", "dev"} - tables.keys():
         raise DataError(
             f"{source} has no split for {' and '.join(sorted(missing))}; its splits are {', '.join(map(str, splits))}."
         )
     order: dict[str, Table] = {name: tables[name] for name in ("train", "dev", "test") if name in tables}
-    return OwnRows(parts.name.rstrip("/").rpartition("/")[2], order, source)
+    name = unpublished(parts.name.rstrip("/").rpartition("/")[2])
+    return OwnRows(name + (f"-{parts.config}" if parts.config else ""), order, source)
 
 
-def _as_text(value: Any, feature: Any) -> Any:
-    """Return a value of a dataset as `read_jsonl` would: text, or a list of texts; classes by their names."""
+def _decoded(value: Any, feature: Any) -> Any:
+    """Return a value of a data set as `read_jsonl` would, with classes by their names."""
     names, inner = getattr(feature, "names", None), getattr(feature, "feature", None)
     if inner is not None and not isinstance(feature, dict):
-        return [] if value is None else [_as_text(each, inner) for each in value]
+        return [] if value is None else [_decoded(each, inner) for each in value]
     if names is not None:
-        return names[int(value)] if value is not None and int(value) >= 0 else ""
-    if value is None:
-        return ""
-    return value if isinstance(value, str | list | dict) else json.dumps(getattr(value, "item", lambda: value)())
+        return names[value] if value is not None and value >= 0 else ""
+    return as_text(value)
 
 
-def chosen_column(table: Table, given: str | None, usual: Sequence[str], what: str) -> str:
-    """Return the given column, or the first of the usual ones that the table has. Raises DataError.
-
-    what: the option that names it, without its dashes.
-    """
-    found = given or next((name for name in usual if name in table.frame), None)
-    if found is None:
-        table.check_columns(
-            [], [f"no {what} column"], f" Name it with --{what} COLUMN, or rename it to one of {', '.join(usual)}."
-        )
-    table.check_columns([found])
-    assert found is not None
-    return found
+def _is_missing(value: Any) -> bool:
+    """Return whether a value marks an unknown label; lists of such values do, too."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_missing, value))
+    return not isinstance(value, str) or value.strip() in _NO_LABELS
 
 
 def row_ids(table: Table) -> list[str]:
@@ -108,9 +145,18 @@ def row_ids(table: Table) -> list[str]:
 
 
 def texts_of(table: Table, row: int, column: str, value: Any) -> tuple[str, ...]:
-    """Return a list of texts. row: its number from 0. Raises DataError if the value is none."""
+    """Return a list of texts; in a CSV file it is written as in JSON. row: its number from 0.
+
+    Raises DataError if the value is no list.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            value = as_text(json.loads(value))
     if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
-        raise DataError(f"{table.source}, row {row + 1}: '{column}' is not a list of texts, but {str(value)[:60]!r}.")
+        found = "is missing" if not isinstance(value, str | list | dict) else f"is {str(value)[:60]!r}"
+        raise DataError(
+            f'{table.source}, row {row + 1}: \'{column}\' {found}. It must be a list of texts, such as ["one", "two"].'
+        )
     return tuple(value)
 
 

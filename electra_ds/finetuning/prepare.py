@@ -168,7 +168,8 @@ def prepare_resume(
     encoder = _encoder_again(run, record, options.model)
     training = Finetuning(recipe, record.num_examples, encoder.num_layers)
     plan = prepare.plan_of_run(options, run, record, training, ranks)
-    places = "--data-dir DIR" if record.source.train is None else "--train FILE --dev FILE"
+    places = "--data-dir DIR" if record.source.hub is None else "--hub FOLDER"
+    places = places if record.source.train is None else "--train FILE --dev FILE"
     remedy = f"say where they are now: {command('finetune')} --resume {run.path} {places}"
     data, source = recorded_task(record, run.path, source, remedy)
     record = prepare.resumed_record(replace(record, source=source), options, plan, run, ranks)
@@ -205,9 +206,12 @@ def _source_now(options: FinetuneOptions, record: FinetuneRecord) -> TaskSource:
     is_own = record.source.train is not None
     paths = {"folder": options.data_dir, "train": options.train, "dev": options.dev, "test": options.test}
     given: dict[str, Any] = {name: str(path.absolute()) for name, path in paths.items() if path is not None}
-    wrong = [name for name in given if (name == "folder") == is_own]
+    if options.hub is not None:
+        given["hub"] = options.hub
+    fitting = {"train", "dev", "test"} if is_own else {"hub"} if record.task_kind else {"hub", "folder"}
+    wrong = [name for name in given if name not in fitting]
     if wrong:
-        of = "your own examples" if is_own else f"official files of {record.task}"
+        of = "your own examples" if is_own else "a data set" if record.task_kind else f"official files of {record.task}"
         flag = wrong[0].replace("folder", "data-dir")
         raise ConfigError(f"--{flag} does not fit this run, which uses {of}.")
     return replace(record.source, **given)
@@ -265,7 +269,7 @@ def announce(job: FinetuneJob) -> None:
         f"{job.task.name}, recipe {recipe.name}, seed {recipe.seed}: {began}{record.model}, "
         f"{record.parameters['encoder'] / 1e6:.2f} M parameters\n"
         f"data: {len(job.task.train):,} training inputs; {sets}\n"
-        f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epochs)"
+        f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epoch{'' if epochs == 1 else 's'})"
     )
     prepare.announce(what, record.device, record.threads, job.plan, job.run)
 
@@ -291,9 +295,9 @@ def say_end(job: FinetuneJob) -> None:
     scores = json.loads((job.run.path / SCORES).read_text("utf8"))
     for name, of_set in scores["sets"].items():
         if of_set["metrics"]:
-            baseline = of_set.get("baseline", {})
-            of = f"\n  baseline: {of_set['baseline_prediction']} for every row" if baseline else ""
-            _log.info(f"{name}, {of_set['rows']:,} rows: {job.task.shown(of_set['metrics'], baseline)}{of}")
+            baseline, unit = of_set.get("baseline", {}), of_set.get("unit", "rows")
+            of = f"\n  baseline: {of_set['baseline_prediction']} for every {unit[:-1]}" if baseline else ""
+            _log.info(f"{name}, {of_set['rows']:,} {unit}: {job.task.shown(of_set['metrics'], baseline)}{of}")
             if "warning" in of_set:
                 _log.warning(of_set["warning"])
     _log.info(f"The run is in {job.run.path}: {SCORES}, predictions/, metrics.jsonl.")

@@ -136,7 +136,7 @@ def load_own_squad(train: Path, dev: Path) -> SquadData:
             dev_questions,
             f"{train} and {dev}",
             digest.hexdigest(),
-            title=own_name(train),
+            title=f"question-answering-{own_name(train)}",
         )
     )
 

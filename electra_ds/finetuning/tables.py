@@ -144,16 +144,18 @@ def read_jsonl(path: Path) -> Table:
                 f'{path}, line {number}: not an object such as {{"text": …, "label": …}}. Each line needs one; convert '
                 f"a list with: jq -c '.[]' {path} > NEW.jsonl"
             )
-        records.append({name: _as_text(value) for name, value in record.items()})
+        records.append({name: as_text(value) for name, value in record.items()})
     return Table(str(path), pd.DataFrame(records, dtype=object))
 
 
-def _as_text(value: object) -> object:
-    """Return a value as text, but a list or an object unchanged."""
+def as_text(value: object) -> object:
+    """Return a value as text, and the values in a list or an object as texts."""
     if isinstance(value, str):
         return value.encode("utf8", "replace").decode("utf8")  # replaces lone surrogates
-    if isinstance(value, list | dict):
-        return value
+    if isinstance(value, list):
+        return [as_text(each) for each in value]
+    if isinstance(value, dict):
+        return {name: as_text(each) for name, each in value.items()}
     return "" if value is None else json.dumps(value)
 
 

@@ -26,6 +26,7 @@ from electra_ds.finetuning.load_task import recorded_task
 from electra_ds.finetuning.tasks.base import FinetuneTask, Scale
 from electra_ds.finetuning.tasks.examples import TaskData
 from electra_ds.finetuning.tasks.find import task_class
+from electra_ds.finetuning.tasks.sequence import SequenceTask
 from electra_ds.interop.export import check_out, new_folder
 from electra_ds.interop.model_cards import NO_FACTS, Exported, Facts, finetuned_card
 from electra_ds.training.checkpoint import Checkpoint
@@ -54,25 +55,25 @@ def export_finetuned(
     check_out(out)
     config, _ = finetuned_encoder(checkpoint)
     scores = _scores(checkpoint)
-    task = task_class(record.loaded_as)
+    task = None if encoder_only else task_class(record.loaded_as)
     num_outputs = _num_outputs(checkpoint)
     trained = _trained_model(checkpoint, recipe, config, task, num_outputs)
     labels: tuple[str, ...] = ()
     scale = Scale()
     exported: PreTrainedModel = trained.encoder
-    if not encoder_only:
+    if task is not None:
         if problem := task.why_not_exportable(recipe, config, num_outputs):
             raise ConfigError(str(problem))
         labels, scale = _labels_and_scale(record, recipe, checkpoint, scores, num_outputs)
         exported = task.to_transformers(trained, copy.deepcopy(config), labels, scale)
     has_segments = recipe.data.segment_ids and int(getattr(config, "type_vocab_size", 0) or 0) >= 2
-    what = Exported(recipe, record, checkpoint.state, scores, labels, has_segments, None if encoder_only else task)
+    what = Exported(recipe, record, checkpoint.state, scores, labels, has_segments, task)
     with new_folder(out) as partial:
         with silent_transformers():
             exported.save_pretrained(partial)
         _save_tokenizer(checkpoint.path, partial, recipe, has_segments)
-        _check_same(trained, partial, exported, scale, has_segments, None if encoder_only else task)
-        for name, text in ({} if encoder_only else task.more_files(recipe, config)).items():
+        _check_same(trained, partial, exported, scale, has_segments, task)
+        for name, text in ({} if task is None else task.more_files(recipe, config)).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_text(text, "utf8")
         (partial / "README.md").write_text(finetuned_card(what, exported, facts), "utf8")
@@ -105,14 +106,15 @@ def _trained_model(
     checkpoint: Checkpoint,
     recipe: FinetuneRecipe,
     config: PretrainedConfig,
-    task: type[FinetuneTask],
+    task: type[FinetuneTask] | None,
     num_outputs: int | None,
 ) -> TaskModel:
-    """Return the encoder and head with the checkpoint's weights."""
-    head = task.new_head(recipe, int(config.hidden_size), num_outputs)
+    """Return the encoder and head with the checkpoint's weights. task: None for the encoder alone."""
+    head = torch.nn.Identity() if task is None else task.new_head(recipe, int(config.hidden_size), num_outputs)
     model = TaskModel(make_encoder(config, recipe.seed), head)
     parameters = dict(model.named_parameters())
-    checkpoint.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    if task is not None:
+        checkpoint.check({name: tuple(parameter.shape) for name, parameter in parameters.items()})
     fill(model, {name: checkpoint.tensors[f"master/{name}"] for name in parameters})
     return model
 
@@ -129,13 +131,14 @@ def _labels_and_scale(
     For the user's own examples they come from scores.json, or else from reading the examples again.
     """
     is_unit, name = recipe.data.regression_scale == "unit", record.loaded_as
-    if num_outputs is None or (num_outputs == 1 and name is not None and name not in GLUE):
+    kind = task_class(name)
+    if not kind.has_labels:
         return (), Scale()
     if name in GLUE:
         task = GLUE[str(name)]
     else:
         labels = next((of["labels"] for of in scores.get("sets", {}).values() if "labels" in of), None)
-        if labels is not None or (num_outputs == 1 and not is_unit):
+        if labels is not None or (num_outputs == 1 and not is_unit and kind is SequenceTask):
             return tuple(labels or ()), Scale()
         try:
             data, _ = recorded_task(record, checkpoint.path, record.source, f"put them back, {ENCODER_ONLY}")

@@ -69,6 +69,10 @@ class FinetuneTask(ABC):
     """The metric that decides which evaluation is best."""
     shown_metrics: tuple[str, ...] = ()
     """The metrics that the terminal shows; empty for all of them."""
+    takes: ClassVar[tuple[str, ...]] = ("train", "dev", "test", "hub", "revision", "text", "label")
+    """The fields of `TaskSource` that `load` reads; others are refused."""
+    has_labels: ClassVar[bool] = True
+    """True if it has classes, or scores in a range, which an exported model needs."""
     has_own_metrics: ClassVar[bool] = True
     """True if `evaluate` computes the metrics that a recipe adds."""
     possible_metrics: ClassVar[tuple[str, ...]] = ()

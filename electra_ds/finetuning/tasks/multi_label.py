@@ -17,9 +17,9 @@ from electra_ds.core.errors import DataError
 from electra_ds.finetuning.heads import SequenceHead
 from electra_ds.finetuning.metrics import further_metrics
 from electra_ds.finetuning.own_files import PAIR_COLUMNS, TEXT_COLUMNS
-from electra_ds.finetuning.own_rows import OwnRows, chosen_column, own_rows, row_ids
+from electra_ds.finetuning.own_rows import OwnRows, own_rows, row_ids, texts_of
 from electra_ds.finetuning.tables import Table, listed
-from electra_ds.finetuning.tasks.base import EvaluationResult, Outputs, lines_file
+from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask, Outputs, lines_file
 from electra_ds.finetuning.tasks.examples import Examples, Task, TaskData, task_data
 from electra_ds.finetuning.tasks.sequence import SequenceTask
 
@@ -50,27 +50,32 @@ classifier = pipeline("text-classification", model="PATH", top_k=None)
 [found["label"] for found in classifier(["…"], truncation=True)[0] if found["score"] > 0.5]
 """
     outputs = "Each class has a probability of its own."
+    takes = (*FinetuneTask.takes, "pair")
     possible_metrics: ClassVar[tuple[str, ...]] = ("f1_micro", "f1_macro", "accuracy")
 
     @classmethod
     def load(cls, source: TaskSource) -> TaskData:
         found = own_rows(source, "multi-label")
-        train = found.tables["train"]
-        text = chosen_column(train, source.text, TEXT_COLUMNS, "text")
-        pair = source.pair or next((name for name in PAIR_COLUMNS if name in train.frame and source.text is None), None)
+        text = found.column(source.text, TEXT_COLUMNS, "text")
+        pair = source.pair
+        if pair is None and source.text is None:
+            pair = next((name for name in PAIR_COLUMNS if name in found.tables["train"].frame), None)
         given = [name.strip() for name in (source.label or "").split(",") if name.strip()]
-        columns = given if len(given) > 1 else [chosen_column(train, source.label, LABELS_COLUMNS, "label")]
+        columns = [found.column(name, (), "label", is_label=True) for name in given]
+        columns = columns or [found.column(None, LABELS_COLUMNS, "label", is_label=True)]
         held = {
-            name: _held(table, columns)
-            for name, table in found.tables.items()
-            if name != "test" or all(column in table.frame for column in columns)
+            name: _held(table, columns) for name, table in found.tables.items() if found.is_labelled(name, *columns)
         }
+        train = found.tables["train"].source
         labels = tuple(columns) if len(columns) > 1 else tuple(sorted({each for row in held["train"] for each in row}))
         if not labels:
-            raise DataError(f"{train.source}: no row has a label in '{columns[0]}', so there is nothing to learn.")
+            raise DataError(f"{train}: no row has a label in '{columns[0]}', so there is nothing to learn.")
+        if len({frozenset(row) for row in held["train"]}) == 1:
+            raise DataError(f"{train}: every row has the same classes, {listed(labels)}, so there is nothing to learn.")
         sets = {name: _examples(found, name, text, pair, labels, held.get(name)) for name in found.tables}
         task = Task(found.name, "multi-label", labels, pair is not None, cls.possible_metrics, labels)
-        return task_data(task, sets, found.source)
+        label = columns[0] if len(columns) == 1 else None
+        return task_data(task, sets, found.read_as(text=text, pair=pair, label=label))
 
     @classmethod
     def make_head(cls, recipe: FinetuneRecipe, hidden_size: int, num_outputs: int | None) -> nn.Module:
@@ -147,26 +152,27 @@ def constant_answer(truth_NC: np.ndarray) -> np.ndarray:
 
 def _held(table: Table, columns: list[str]) -> list[tuple[str, ...]]:
     """Return the classes of each row, from one column of lists or from a column of 0 and 1 for each class."""
-    table.check_columns(columns)
     if len(columns) > 1:
-        values = {column: table.column(column) for column in columns}
-        rows = []
-        for row in range(len(table.frame)):
-            for column in columns:
-                if values[column][row].strip().lower() not in _YES_OR_NO:
-                    raise DataError(
-                        f"{table.source}, row {row + 1}: '{column}' is '{values[column][row]}', neither 0 nor 1."
-                    )
-            rows.append(tuple(column for column in columns if _YES_OR_NO[values[column][row].strip().lower()]))
-        return rows
+        values = {column: [value.strip().lower() for value in table.column(column)] for column in columns}
+        for column, of_rows in values.items():
+            for row, value in enumerate(of_rows):
+                if value not in _YES_OR_NO:
+                    raise DataError(f"{table.source}, row {row + 1}: '{column}' is '{value}', neither 0 nor 1.")
+        return [
+            tuple(column for column in columns if _YES_OR_NO[values[column][row]]) for row in range(len(table.frame))
+        ]
+    (column,) = columns
     found: list[tuple[str, ...]] = []
-    for row, value in enumerate(table.frame[columns[0]]):
-        if isinstance(value, str):  # of a CSV file
+    for row, value in enumerate(table.frame[column]):
+        if isinstance(value, str) and not value.lstrip().startswith("["):  # of a CSV file
             found.append(tuple(part.strip() for part in value.split(",") if part.strip()))
-        elif isinstance(value, list | tuple):
-            found.append(tuple(str(each) for each in value))
         else:
-            raise DataError(f"{table.source}, row {row + 1}: '{columns[0]}' is not a list of classes.")
+            found.append(texts_of(table, row, column, value))
+    if {each.lower() for row in found for each in row} <= _YES_OR_NO.keys() and any(found):
+        raise DataError(
+            f"{table.source}: '{column}' holds only 0 and 1, which are not names of classes. Give each class a column "
+            f"of its own and name them all, --label first,second,…, or list the names of the classes that hold."
+        )
     return found
 
 
@@ -186,4 +192,4 @@ def _examples(
                         f"{listed(labels)}. Correct or drop the row."
                     )
                 matrix_NC[row, places[each]] = 1
-    return Examples(row_ids(table), table.column(text), table.column(pair) if pair else None, matrix_NC)
+    return Examples(row_ids(table), found.texts(name, text), found.texts(name, pair) if pair else None, matrix_NC)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,17 +27,19 @@ from transformers import (
 
 from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.run_record import TaskSource
-from electra_ds.core.errors import DataError, did_you_mean
+from electra_ds.core.errors import DataError
 from electra_ds.finetuning.heads import NotExportable, SequenceHead, TaskModel, TaskOutput, fill, prefixed
 from electra_ds.finetuning.inputs import Labels, TaskInputs, TaskMicroBatch, encoded, task_inputs
 from electra_ds.finetuning.metrics import further_metrics, score
-from electra_ds.finetuning.own_rows import OwnRows, RowData, chosen_column, own_rows, row_data, row_ids, texts_of
+from electra_ds.finetuning.own_rows import OwnRows, RowData, own_rows, row_data, row_ids, texts_of
 from electra_ds.finetuning.tables import Table
 from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask, Outputs, Scale, chosen, lines_file
 from electra_ds.finetuning.tasks.sequence import SequenceTask
 
-TEXT_COLUMNS = ("question", "context", "text", "sent1", "startphrase", "ctx", "premise", "sentence")
+TEXT_COLUMNS = ("question", "context", "text", "sent1", "startphrase", "ctx", "goal", "premise", "sentence")
 """If no text column is named, the first of these that the file has."""
+CONTEXT_COLUMNS = ("context", "article", "passage", "premise")
+"""The first of these that the file has is the text if there is a `question` too, which then begins each choice."""
 PAIR_COLUMNS = ("sent2",)
 """What each choice continues, as in SWAG, if no pair is named and the file has it."""
 CHOICE_COLUMNS = ("choices", "options", "endings", "answers")
@@ -87,22 +90,35 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForMultipleChoice.from_pretrained("PATH")
 
 
-def answer(question, choices):
-    inputs = tokenizer([question] * len(choices), choices, truncation=True, padding=True, return_tensors="pt")
+def answer(text, choices, beginning=""):
+    seconds = [f"{beginning} {choice}".strip() for choice in choices]
+    inputs = tokenizer([text] * len(choices), seconds, truncation=True, padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(**{name: tensor.unsqueeze(0) for name, tensor in inputs.items()}).logits
     return choices[logits.argmax().item()]
 """
-    outputs = "The model gives each choice a score."
+    outputs = "The model gives each choice a score. `beginning` is what all choices continue, if training had it."
+    takes = (*FinetuneTask.takes, "pair")
     possible_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     chosen_by = "accuracy"
     num_outputs = 1
     labels = ()
+    has_labels = False
 
     @classmethod
     def load(cls, source: TaskSource) -> RowData[Exercise]:
         found = own_rows(source, "multiple-choice")
-        return row_data(found.name, {name: _exercises(found, name, source) for name in found.tables}, found.source)
+        train = found.tables["train"].frame
+        text, pair = source.text, source.pair
+        if text is None and pair is None and "question" in train:  # about another text
+            text = next((name for name in CONTEXT_COLUMNS if name in train), None)
+            pair = None if text is None else "question"
+        if source.text is None and pair is None:
+            pair = next((name for name in PAIR_COLUMNS if name in train), None)
+        text = found.column(text, TEXT_COLUMNS, "text")
+        label = found.column(source.label, LABEL_COLUMNS, "label", is_label=True)
+        sets = {name: _exercises(found, name, text, pair, label) for name in found.tables}
+        return row_data(found.name, sets, found.read_as(text=text, pair=pair, label=label))
 
     def __init__(
         self,
@@ -158,8 +174,8 @@ def answer(question, choices):
             len(rows),
             metrics,
             baseline,
-            f"choice {usual + 1}",
-            f"choice {predicted[0] + 1}" if differ and len(set(predicted)) == 1 else None,
+            f"choice {usual}",
+            f"choice {predicted[0]}" if differ and len(set(predicted)) == 1 else None,
             is_beaten=differ and metrics["accuracy"] <= baseline["accuracy"],
             files=files,
         )
@@ -201,30 +217,19 @@ def answer(question, choices):
         return [(logits_BC, model(**inputs).logits)]
 
 
-def _exercises(found: OwnRows, name: str, source: TaskSource) -> list[Exercise]:
+def _exercises(found: OwnRows, name: str, text: str, pair: str | None, label: str) -> list[Exercise]:
     table = found.tables[name]
-    text = chosen_column(table, source.text, TEXT_COLUMNS, "text")
-    pair = source.pair or next((each for each in PAIR_COLUMNS if each in table.frame), None)
     choices, names = _choices(table)
-    has_answer = name != "test" or any(
-        each in table.frame for each in ([source.label] if source.label else LABEL_COLUMNS)
-    )
-    answers: list[int | None] = [None] * len(choices)
-    if has_answer:
-        column = chosen_column(table, source.label, LABEL_COLUMNS, "label")
-        written = table.column(column)
-        if not (name == "test" and set(written) <= {"", "-1", "?"}):
-            answers = [
-                _answer(table, row, value.strip(), choices[row], names[row]) for row, value in enumerate(written)
-            ]
-    texts = table.column(text)
+    answers: Sequence[int | None] = [None] * len(choices)
+    if found.is_labelled(name, label):
+        answers = _answers(table, [value.strip() for value in table.column(label)], choices, names)
     if pair is not None:  # each choice continues the beginning of a second text
-        beginnings = table.column(pair)
+        beginnings = found.texts(name, pair)
         choices = [
             tuple(f"{beginning} {choice}" for choice in of_row)
             for beginning, of_row in zip(beginnings, choices, strict=True)
         ]
-    return [Exercise(*row) for row in zip(row_ids(table), texts, choices, answers, strict=True)]
+    return [Exercise(*row) for row in zip(row_ids(table), found.texts(name, text), choices, answers, strict=True)]
 
 
 def _choices(table: Table) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
@@ -238,29 +243,57 @@ def _choices(table: Table) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]
         )  # fmt: skip
     choices: list[tuple[str, ...]] = []
     names: list[tuple[str, ...]] = []
-    if column is None:
-        texts = [table.column(each) for each in numbered]
-        return list(zip(*texts, strict=True)), [()] * len(table.frame)
-    for row, value in enumerate(table.frame[column]):
+    columns = [] if column is not None else [table.column(each) for each in numbered]
+    for row in range(len(table.frame)):
         of_row: tuple[str, ...] = ()
-        if isinstance(value, dict):  # ARC and CommonsenseQA: {"text": [...], "label": ["A", "B", ...]}
-            of_row = texts_of(table, row, column, list(value.get("label", ())))
-            value = list(value.get("text", ()))
-        texts_of_row = texts_of(table, row, column, value)
-        if len(texts_of_row) < 2:
-            raise DataError(f"{table.source}, row {row + 1}: '{column}' has {len(texts_of_row)} choice(s).")
-        choices.append(texts_of_row)
+        if column is None:
+            texts = tuple(each[row] for each in columns)
+            while texts and not texts[-1].strip():  # rows may have fewer choices than others
+                texts = texts[:-1]
+        else:
+            value = table.frame[column].iloc[row]
+            if isinstance(value, dict):  # ARC and CommonsenseQA: {"text": [...], "label": ["A", "B", ...]}
+                of_row = texts_of(table, row, column, list(value.get("label", ())))
+                value = list(value.get("text", ()))
+            texts = texts_of(table, row, column, value)
+        if len(texts) < 2 or not all(text.strip() for text in texts):
+            raise DataError(f"{table.source}, row {row + 1}: needs two or more choices, none of them empty: {texts}.")
+        choices.append(texts)
         names.append(of_row)
     return choices, names
 
 
-def _answer(table: Table, row: int, value: str, choices: tuple[str, ...], names: tuple[str, ...]) -> int:
-    """Return the number of the right choice, which is given by its name, its number from 0, or its text."""
-    for known in (names, tuple(map(str, range(len(choices)))), choices, tuple("ABCDEFGHIJ"[: len(choices)])):
-        if value in known:
-            return known.index(value)
-    hint = did_you_mean(value, choices) or "."
-    raise DataError(
-        f"{table.source}, row {row + 1}: the answer '{value}' is neither a number from 0 to {len(choices) - 1} nor "
-        f"one of the {len(choices)} choices{hint}"
-    )
+def _answers(
+    table: Table, written: list[str], choices: list[tuple[str, ...]], names: list[tuple[str, ...]]
+) -> list[int]:
+    """Return the number of each row's right choice.
+
+    It is given in one way throughout: by its name, as a number from 0, as a letter, or by its text. Raises DataError.
+    """
+    readings = {
+        "names": names,
+        "numbers from 0": [tuple(map(str, range(len(of_row)))) for of_row in choices],
+        "letters from A": [tuple(string.ascii_uppercase[: len(of_row)]) for of_row in choices],
+        "texts": choices,
+    }
+    fitting = {
+        way: [known.index(value) for value, known in zip(written, of_rows, strict=True)]
+        for way, of_rows in readings.items()
+        if all(value in known for value, known in zip(written, of_rows, strict=True))
+    }
+    found = list(fitting.values())
+    if not found:
+        row = next(
+            (row for row, value in enumerate(written) if not any(value in each[row] for each in readings.values())), 0
+        )
+        raise DataError(
+            f"{table.source}, row {row + 1}: the answer '{written[row]}' is not a number from 0 to "
+            f"{len(choices[row]) - 1}, a letter, or the text of one of the {len(choices[row])} choices, as the answers "
+            f"of other rows are."
+        )
+    if any(other != found[0] for other in found):
+        raise DataError(
+            f"{table.source}: the answers can be read as {' or as '.join(fitting)}. Write them as letters: A for the "
+            f"first choice, B for the second."
+        )
+    return found[0]

@@ -43,8 +43,10 @@ class QuestionAnsweringTask(FinetuneTask):
 
     hub_task = "question-answering"
     num_outputs = None
+    takes = ("train", "dev")
     has_own_metrics = False
     labels = ()
+    has_labels = False
     chosen_by = "f1"
     shown_metrics = ("exact", "f1")
     possible_metrics: ClassVar[tuple[str, ...]] = ("exact", "f1")

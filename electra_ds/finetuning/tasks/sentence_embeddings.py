@@ -11,6 +11,7 @@ Shape suffixes: B examples, I inputs, G inputs of each example, T positions, H h
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -70,6 +71,8 @@ class MatchingInputs(GroupedInputs):
     """The number of wrong texts to draw for each example."""
     second_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64, equal for examples with the same second text, which are not wrong for each other."""
+    first_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64, equal for examples with the same first text, whose second texts are all right."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -88,7 +91,9 @@ class MatchingInputs(GroupedInputs):
         own_SG = self.groups[rows_S][:, None] + np.arange(int(np.diff(self.groups[:2])[0]))
         inputs_SG = np.concatenate([own_SG, self.groups[drawn_SK] + 1], 1)
         batch = self._tensors(inputs_SG.ravel(), None, rows_S, with_labels)
-        is_right_SK = self.second_N[drawn_SK] == self.second_N[rows_S][:, None]
+        is_right_SK = (self.second_N[drawn_SK] == self.second_N[rows_S][:, None]) | (
+            self.first_N[drawn_SK] == self.first_N[rows_S][:, None]
+        )
         excluded_SG = np.concatenate([np.zeros(own_SG.shape, bool), is_right_SK], 1)
         sizes_S = np.full(len(rows_S), inputs_SG.shape[1])
         return batch._replace(targets={"sizes": torch.from_numpy(sizes_S), "excluded": torch.from_numpy(excluded_SG)})
@@ -128,15 +133,37 @@ vectors = model.encode(["…", "…"])
 model.similarity(vectors, vectors)
 """
     outputs = "The vectors have length 1; the higher the cosine of two, the more alike the texts."
+    takes = (*FinetuneTask.takes, "pair")
     possible_metrics: ClassVar[tuple[str, ...]] = ("spearman", "pearson", "mrr", "accuracy_at_1", "recall_at_10")
     num_outputs = None
     has_own_metrics = False
     labels = ()
+    has_labels = False
 
     @classmethod
     def load(cls, source: TaskSource) -> RowData[Pair]:
         found = own_rows(source, "sentence-embeddings")
-        return row_data(found.name, {name: _pairs(found, name, source) for name in found.tables}, found.source)
+        train = found.tables["train"].frame
+        text = found.column(source.text, TEXT_COLUMNS, "text")
+        pair = found.column(source.pair, PAIR_COLUMNS, "pair")
+        label = source.label or next((name for name in SCORE_COLUMNS if name in train), None)
+        if label is not None:
+            found.column(label, (), "label", is_label=True)
+        sets = {name: _pairs(found, name, text, pair, label) for name in found.tables}
+        scores, seconds = {row.score for row in sets["train"]}, {row.second for row in sets["train"]}
+        if label is not None and len(scores) == 1:
+            raise DataError(
+                f"{found.tables['train'].source}: every pair has the same score in '{label}', so there is nothing to "
+                f"learn. Remove the column if all pairs belong together, or name another one with --label."
+            )
+        if label is None and len(seconds) == 1:
+            raise DataError(
+                f"{found.tables['train'].source}: every '{pair}' is the same text, so there is nothing to learn."
+            )
+        notes = []
+        if label is not None and NEGATIVE_COLUMN in train:
+            notes.append(f"The column '{NEGATIVE_COLUMN}' is not used, because the pairs have scores.")
+        return row_data(found.name, sets, found.read_as(text=text, pair=pair, label=label), notes=notes)
 
     def __init__(
         self,
@@ -169,10 +196,9 @@ model.similarity(vectors, vectors)
             assert isinstance(found, GroupedInputs)
             if self._is_scored:
                 return found
-            numbers: dict[str, int] = {}
-            seconds = np.array([numbers.setdefault(row.second, len(numbers)) for row in rows], np.int64)
+            seconds, firsts = _numbered([row.second for row in rows]), _numbered([row.text for row in rows])
             shared = (found.ids, found.segments, found.bounds, found.pad_id, None, found.groups)
-            return MatchingInputs(*shared, recipe.data.negatives, seconds)
+            return MatchingInputs(*shared, recipe.data.negatives, seconds, firsts)
 
         train = self._sets["train"]
         self.train = inputs([train[index] for index in chosen(len(train), max_train, recipe.seed)])
@@ -187,15 +213,19 @@ model.similarity(vectors, vectors)
         rows = self._sets[name]
         vectors_N2H = np.stack([output["vectors"] for output in outputs]).astype(np.float64)
         cosines = (vectors_N2H[:, 0] * vectors_N2H[:, 1]).sum(-1)
-        lines = [
-            json.dumps({"id": row.id, "cosine": cosine} | ({} if row.score is None else {"label": row.score}))
+        lines: list[dict[str, Any]] = [
+            {"id": row.id, "cosine": cosine} | ({} if row.score is None else {"label": row.score})
             for row, cosine in zip(rows, cosines.tolist(), strict=True)
         ]
-        files = {f"predictions/{name}.jsonl": lines_file(lines)}
         if not self._is_scored:
-            metrics, by_chance = retrieval(vectors_N2H, [row.second for row in rows])
+            metrics, by_chance, ranks = retrieval(vectors_N2H, [row.second for row in rows])
+            lines = [line | {"rank": rank} for line, rank in zip(lines, ranks.tolist(), strict=True)]
+        files = {f"predictions/{name}.jsonl": lines_file([json.dumps(line) for line in lines])}
+        if not self._is_scored:
             is_beaten = metrics["mrr"] <= by_chance["mrr"] < 1
-            return EvaluationResult(len(rows), metrics, by_chance, "a random order", is_beaten=is_beaten, files=files)
+            return EvaluationResult(
+                len(rows), metrics, by_chance, "texts in random order", is_beaten=is_beaten, files=files
+            )
         truth = np.array([row.score for row in rows if row.score is not None])
         if len(truth) < len(rows):
             return EvaluationResult(len(rows), files=files)
@@ -249,8 +279,15 @@ model.similarity(vectors, vectors)
         return {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
 
 
-def retrieval(vectors_N2H: np.ndarray, seconds: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return how well each first text finds its second among all different ones, and what a random order would score.
+def _numbered(texts: list[str]) -> np.ndarray:
+    """Return int64 [N], equal for equal texts."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
+
+
+def retrieval(vectors_N2H: np.ndarray, seconds: list[str]) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
+    """Return how well each first text finds its second among all different ones, what a random order would score, and
+    the rank of each second, from 1.
 
     The metrics are the mean reciprocal rank, and the shares of texts whose second is the first, and among the first
     ten. Ties count as scikit-learn counts them.
@@ -266,11 +303,14 @@ def retrieval(vectors_N2H: np.ndarray, seconds: list[str]) -> tuple[dict[str, fl
     size = len(corpus)
     if size == 1:
         perfect = dict.fromkeys(("mrr", "accuracy_at_1", "recall_at_10"), 1.0)
-        return perfect, perfect
+        return perfect, perfect, np.ones(len(seconds), np.int64)
+    ranks = np.zeros(len(seconds), np.int64)
     totals = np.zeros(3)
     for first in range(0, len(seconds), 1024):  # a matrix of all pairs may not fit
         part = slice(first, first + 1024)
         cosines = vectors_N2H[part, 0] @ vectors_N2H[corpus, 1].T
+        right = np.take_along_axis(cosines, wanted[part, None], 1)
+        ranks[part] = 1 + (cosines > right).sum(1)
         is_wanted = np.arange(size) == wanted[part, None]
         found = [float(label_ranking_average_precision_score(is_wanted, cosines))]
         for k in (1, 10):
@@ -284,45 +324,34 @@ def retrieval(vectors_N2H: np.ndarray, seconds: list[str]) -> tuple[dict[str, fl
     mrr, first_share, ten = (totals / len(seconds)).tolist()
     harmonic = float((1 / np.arange(1, size + 1)).sum())
     by_chance = {"mrr": harmonic / size, "accuracy_at_1": 1 / size, "recall_at_10": min(1.0, 10 / size)}
-    return {"mrr": mrr, "accuracy_at_1": first_share, "recall_at_10": ten}, by_chance
+    return {"mrr": mrr, "accuracy_at_1": first_share, "recall_at_10": ten}, by_chance, ranks
 
 
-def _pairs(found: OwnRows, name: str, source: TaskSource) -> list[Pair]:
+def _pairs(found: OwnRows, name: str, text: str, pair: str, label: str | None) -> list[Pair]:
     table = found.tables[name]
-
-    def column(given: str | None, usual: tuple[str, ...]) -> str | None:
-        return given or next((each for each in usual if each in table.frame), None)
-
-    text, pair = column(source.text, TEXT_COLUMNS), column(source.pair, PAIR_COLUMNS)
-    if text is None or pair is None:
-        table.check_columns(
-            [text, pair], ["no two texts"],
-            f" Name them with --text COLUMN and --pair COLUMN, or rename them to {TEXT_COLUMNS[0]} and "
-            f"{PAIR_COLUMNS[0]}.",
-        )  # fmt: skip
-    assert text is not None
-    assert pair is not None
     rows = len(table.frame)
-    negatives: list[Any] = table.column(NEGATIVE_COLUMN) if NEGATIVE_COLUMN in table.frame else [None] * rows
-    label = column(source.label, SCORE_COLUMNS)
     scores: list[float | None] = [None] * rows
-    if label is not None and (name != "test" or label in table.frame):
-        scores = [_score(table, row, label, value) for row, value in enumerate(table.column(label))]
-        if name == "train" and len(set(scores)) == 1:
-            raise DataError(
-                f"{table.source}: every pair has the score {scores[0]:g}, so there is nothing to learn. Leave the "
-                f"column out if all pairs belong together, or name another one with --label."
-            )
-    if label is not None and name != "train" and label not in found.tables["train"].frame:
-        raise DataError(f"{table.source} has scores in '{label}', but the training file has none.")
-    return [
-        Pair(*row)
-        for row in zip(row_ids(table), table.column(text), table.column(pair), negatives, scores, strict=True)
-    ]
+    negatives: list[Any] = [None] * rows
+    if label is not None:
+        if found.is_labelled(name, label):
+            scores = [_score(table, row, label, value) for row, value in enumerate(table.column(label))]
+    elif NEGATIVE_COLUMN in table.frame:
+        negatives = table.column(NEGATIVE_COLUMN)
+        if "" in negatives:
+            row = negatives.index("")
+            raise DataError(f"{table.source}, row {row + 1}: '{NEGATIVE_COLUMN}' is empty. Fill it in or drop the row.")
+    texts = found.texts(name, text), found.texts(name, pair)
+    return [Pair(*row) for row in zip(row_ids(table), *texts, negatives, scores, strict=True)]
 
 
 def _score(table: Table, row: int, column: str, value: str) -> float:
     try:
-        return float(value)
-    except ValueError as error:
-        raise DataError(f"{table.source}, row {row + 1}: the score '{value}' in '{column}' is not a number.") from error
+        found = float(value)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise DataError(
+            f"{table.source}, row {row + 1}: the score '{value}' in '{column}' is not a number. Correct it, drop the "
+            f"row, name another column with --label, or remove the column if all pairs belong together."
+        )
+    return found

@@ -34,6 +34,7 @@ class SequenceTask(FinetuneTask):
     """A classification or regression."""
 
     hub_task = "text-classification"
+    takes = (*FinetuneTask.takes, "pair", "label_kind")
     problem_type: ClassVar[Literal["single_label_classification", "multi_label_classification"]] = (
         "single_label_classification"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -29,22 +29,19 @@ from transformers import (
 from electra_ds.config.finetune_recipe import FinetuneRecipe, HeadSection
 from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import DataError
+from electra_ds.finetuning.conll import TAG_COLUMNS, TOKEN_COLUMNS, is_conll, read_words
 from electra_ds.finetuning.heads import NotExportable, TaskModel, TaskOutput, with_linear_head
 from electra_ds.finetuning.inputs import TaskInputs, TaskMicroBatch, task_inputs
 from electra_ds.finetuning.metrics import further_metrics, score
-from electra_ds.finetuning.own_files import read_own
-from electra_ds.finetuning.own_rows import OwnRows, RowData, chosen_column, own_rows, row_data, row_ids, texts_of
-from electra_ds.finetuning.tables import Table, listed
+from electra_ds.finetuning.own_rows import OwnRows, RowData, own_rows, row_data, row_ids, texts_of
+from electra_ds.finetuning.tables import listed
 from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask, Outputs, Scale, chosen, lines_file
 
-TOKEN_COLUMNS = ("tokens", "words", "text")
-"""If no text column is named, the first of these that a file of JSON lines or a data set has."""
-TAG_COLUMNS = ("ner_tags", "labels", "tags", "pos_tags", "upos", "label")
-"""If no label column is named, the first of these."""
 OUTSIDE = "O"
-_CONLL = (".conll", ".conllu", ".iob", ".bio", ".txt", ".tsv", ".tok")
+_PREFIXES = ("B-", "I-", "E-", "S-", "L-", "U-")
+_SEQEVAL = {"L-": "E-", "U-": "S-"}
+"""seqeval's names of the last word and of a single word of an entity."""
 _IGNORED = -100
-_UNIVERSAL = {"text": 1, "label": 3}  # FORM and UPOS of CoNLL-U, from 0
 
 
 class Sentence(NamedTuple):
@@ -126,24 +123,29 @@ tagger("…")
 
     @classmethod
     def load(cls, source: TaskSource) -> RowData[Sentence]:
-        found = own_rows(source, "token-classification", lambda path: _read(path, source))
-        sets = {name: _sentences(found, name, source) for name in found.tables}
+        found = own_rows(source, "token-classification", lambda path: read_words(path, source))
+        is_columns = source.train is not None and is_conll(Path(source.train))
+        words = found.column(None if is_columns else source.text, TOKEN_COLUMNS, "text")
+        tags = found.column(None if is_columns else source.label, TAG_COLUMNS, "label", is_label=True)
+        sets = {name: _sentences(found, name, words, tags) for name in found.tables}
         of_train, of_dev = (Counter(tag for each in sets[name] for tag in each.tags or ()) for name in ("train", "dev"))
         labels = sorted({*of_train, *of_dev}, key=lambda tag: (tag != OUTSIDE, tag))
         if len(of_train) < 2:
             raise DataError(f"{found.source}: the training words have {len(of_train)} class(es), so there is nothing "
                             f"to learn. Name the right column with --label.")  # fmt: skip
+        _check_spans(found, sets, labels)
         unknown = sorted({tag for each in sets.get("test", ()) for tag in each.tags or ()} - set(labels))
         if unknown:
             raise DataError(f"{found.source}: test has the tags {listed(unknown)}, which train and dev do not have.")
-        notes = [
-            f"No word of {name} has the tag {listed(missing)}: {effect}."
-            for name, counts, effect in (
-                ("train", of_train, "it will not be predicted"), ("dev", of_dev, "its scores say nothing about it"),
-            )
-            if (missing := [tag for tag in labels if not counts[tag]])
-        ]  # fmt: skip
-        return row_data(found.name, sets, found.source, labels, notes)
+        notes = []
+        if unseen := [tag for tag in labels if not of_train[tag]]:
+            count = sum(of_dev[tag] for tag in unseen)
+            notes.append(f"No word of train has the tag {listed(unseen)}, so {count:,} words of dev count as wrong.")
+        if unscored := [tag for tag in labels if not of_dev[tag]]:
+            notes.append(f"No word of dev has the tag {listed(unscored)}: its scores say nothing about it.")
+        return row_data(
+            found.name, sets, found.source if is_columns else found.read_as(text=words, label=tags), labels, notes
+        )
 
     def __init__(
         self,
@@ -157,7 +159,7 @@ tagger("…")
     ) -> None:
         self.name, self.labels, self.num_outputs = data.name, data.labels, len(data.labels)
         self._metrics = recipe.metrics
-        self._has_spans = all(tag == OUTSIDE or tag[:2] in ("B-", "I-", "E-", "S-", "L-", "U-") for tag in data.labels)
+        self._has_spans = all(tag == OUTSIDE or tag[:2] in _PREFIXES for tag in data.labels)
         self.chosen_by = "f1" if self._has_spans else "accuracy"
         self._sentences = {name: list(rows) for name, rows in data.sets.items()}
         self._pieces: dict[str, list[_Piece]] = {}
@@ -247,7 +249,7 @@ tagger("…")
             f"'{most}'",
             f"'{next(iter(kinds))}'" if differ and len(kinds) == 1 else None,
             is_beaten=differ and metrics[self.chosen_by] <= baseline[self.chosen_by],
-            details={"labels": list(self.labels), "sentences": len(sentences)},
+            details={"labels": list(self.labels), "unit": "words", "sentences": len(sentences)},
             files=files,
         )
 
@@ -262,7 +264,11 @@ tagger("…")
         from seqeval.metrics import f1_score, precision_score, recall_score  # type: ignore[import-untyped]
 
         of = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
-        spans = {name: float(function(wanted, predicted, zero_division=0)) for name, function in of.items()}
+        named = [
+            [[_SEQEVAL.get(tag[:2], tag[:2]) + tag[2:] for tag in tags] for tags in each]
+            for each in (wanted, predicted)
+        ]
+        spans = {name: float(function(*named, zero_division=0)) for name, function in of.items()}
         return spans | score(("accuracy",), truth, found) | more
 
     # --- as a transformers model
@@ -282,80 +288,41 @@ tagger("…")
         return with_linear_head(AutoModelForTokenClassification, trained, config, "classifier", trained.head.out_proj)
 
 
-# --- reading
+# --- examples
 
 
-def _read(path: Path, source: TaskSource) -> Table:
-    """Read CoNLL columns, or JSON lines with lists of words and tags, as a table of lists."""
-    if path.suffix.lower() not in _CONLL:
-        return read_own(path)
-    import pandas as pd  # type: ignore[import-untyped]
-
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {path}: {error}.") from error
-    is_universal = path.suffix.lower() == ".conllu"
-    places = {"text": _UNIVERSAL["text"] if is_universal else 0, "label": _UNIVERSAL["label"] if is_universal else -1}
-    for role, given in (("text", source.text), ("label", source.label)):
-        if given is not None:
-            if not given.isdigit() or given == "0":
-                raise DataError(f"{path}: --{role} is the number of a column, counted from 1, not '{given}'.")
-            places[role] = int(given) - 1
-    sentences = list(_blocks(text, path, places, is_universal))
-    if not any(words for words, _ in sentences):
-        raise DataError(f"{path} has no words. Each line needs a word and its tag, and sentences end at an empty line.")
-    is_labelled = all(tags is not None for _, tags in sentences)
-    columns = {TOKEN_COLUMNS[0]: [words for words, _ in sentences]}
-    return Table(
-        str(path), pd.DataFrame(columns | ({TAG_COLUMNS[0]: [tags for _, tags in sentences]} if is_labelled else {}))
-    )
-
-
-def _blocks(
-    text: str, path: Path, places: dict[str, int], is_universal: bool
-) -> Iterable[tuple[list[str], list[str] | None]]:
-    """Yield the words and the tags of each sentence; None if no line of it has a tag."""
-    words: list[str] = []
-    tags: list[str] = []
-    for number, line in enumerate([*text.split("\n"), ""], 1):
-        fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
-        if not any(fields) or fields[0] == "-DOCSTART-":
-            if words:
-                yield words, tags or None
-            words, tags = [], []
-            continue
-        if is_universal and (line.startswith("#") or not fields[0].isdigit()):  # comments, 1-2 and 1.1
-            continue
-        if places["text"] >= len(fields):
-            raise DataError(f"{path}, line {number}: there is no column {places['text'] + 1}, only {len(fields)}.")
-        words.append(fields[places["text"]])
-        has_tag = len(fields) > (1 if places["label"] < 0 else places["label"])
-        if has_tag:
-            tags.append(fields[places["label"]])
-        if len(tags) not in (0, len(words)):
-            raise DataError(f"{path}, line {number}: some words of this sentence have a tag, others do not.")
-
-
-def _sentences(found: OwnRows, name: str, source: TaskSource) -> list[Sentence]:
+def _sentences(found: OwnRows, name: str, words: str, tags: str) -> list[Sentence]:
     table = found.tables[name]
-    is_columns = TOKEN_COLUMNS[0] in table.frame and Path(table.source).suffix.lower() in _CONLL
-    words = chosen_column(table, None if is_columns else source.text, TOKEN_COLUMNS, "text")
-    is_test = name == "test"
-    tags: str | None = None
-    usual = [column for column in TAG_COLUMNS if column in table.frame]
-    given = None if is_columns else source.label
-    if not is_test or (given in table.frame if given else usual):
-        tags = chosen_column(table, given, TAG_COLUMNS, "label")
+    is_labelled = found.is_labelled(name, tags)
     sentences = []
     for row, (identity, value) in enumerate(zip(row_ids(table), table.frame[words], strict=True)):
         own = texts_of(table, row, words, value)
-        of_words = None if tags is None else texts_of(table, row, tags, table.frame[tags].iloc[row])
+        of_words = texts_of(table, row, tags, table.frame[tags].iloc[row]) if is_labelled else None
         if of_words is not None and len(of_words) != len(own):
             raise DataError(f"{table.source}, row {row + 1}: {len(own)} words, but {len(of_words)} tags.")
-        if own:
-            sentences.append(Sentence(identity, own, of_words))
+        sentences.append(Sentence(identity, own, of_words))
+    if not any(each.words for each in sentences):
+        raise DataError(f"{table.source} has no words in '{words}'.")
     return sentences
+
+
+def _check_spans(found: OwnRows, sets: Mapping[str, Sequence[Sentence]], labels: Iterable[str]) -> None:
+    """Raise DataError if most tags mark entities and others do not, as after a header or a comment."""
+    spans = {tag for tag in labels if tag == OUTSIDE or tag[:2] in _PREFIXES}
+    others = sorted(set(labels) - spans)
+    if not others or len(spans) <= len(others):
+        return
+    name, row, word = next(
+        (name, row, word)
+        for name, rows in sets.items()
+        for row, each in enumerate(rows)
+        for word, tag in zip(each.words, each.tags or (), strict=False)
+        if tag == others[0]
+    )
+    raise DataError(
+        f"{found.tables[name].source}, sentence {row + 1}: the tag '{others[0]}' of '{word}' marks no entity, as "
+        f"'{sorted(spans)[0]}' and others do. Is its line a header or a comment? Remove it, or correct the tag."
+    )
 
 
 def _encoded(
