@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from electra_ds.api.reports import run_sweep as run_sweep
     from electra_ds.api.run import Run as Run
     from electra_ds.api.stores import build_data as build_data
+    from electra_ds.api.trainer_json import trainer_json as trainer_json
     from electra_ds.api.transformers_model import ElectraForJointPreTraining as ElectraForJointPreTraining
     from electra_ds.api.transformers_model import NamedLosses as NamedLosses
     from electra_ds.api.transformers_model import StoreRows as StoreRows
@@ -51,7 +52,7 @@ _MODULES = {
     "FinetuneOptions": "config.options", "TokenStore": "data.token_store", "batches": "api.pieces",
     "build_model": "api.pieces", "open_engine": "api.pieces", "open_store": "api.pieces", "evaluate": "api.pieces",
     "report_runs": "api.reports", "run_sweep": "api.reports", "Callback": "training.callbacks",
-    "UpdateRule": "training.optimizer",
+    "UpdateRule": "training.optimizer", "trainer_json": "api.trainer_json",
     "FinetuneTask": "finetuning.tasks.base", "Metric": "finetuning.metrics", "Source": "data.corpus",
     "Objective": "pretraining.objectives.base", "ElectraForJointPreTraining": "api.transformers_model",
     "NamedLosses": "api.transformers_model", "StoreRows": "api.transformers_model",

@@ -206,9 +206,9 @@ class ExportOptions(Options):
         "of the text, for the model card, such as en de", nargs="+", metavar="CODE", group=_HUB
     )
     dataset: list[str] | None = option(
-        "names on the Hub of the text, for the model card, such as wikimedia/wikipedia",
+        "names on the Hub of the text and their licences, for the model card, such as wikimedia/wikipedia=cc-by-sa-4.0",
         nargs="+",
-        metavar="NAME",
+        metavar="NAME[=ID]",
         group=_HUB,
     )
     dry_run: bool | None = option("write the folder and say what would be uploaded, but upload nothing", group=_HUB)

@@ -64,6 +64,14 @@ The trained head is one matrix W. transformers' head has two with a GELU between
 fp16 and bf16 this is as precise as W x itself.
 """
 _GLUE = "nyu-mll/glue"
+_TERMS = {
+    "cola": "examples from published linguistics literature, for research under fair use (Warstadt et al. 2019)",
+    "mrpc": "Microsoft Research Paraphrase Corpus, Microsoft Shared Source licence, non-commercial",
+    "sts-b": "scores CC BY-SA, texts of several sources with their own terms (Cer et al. 2017)",
+    "squad1": "CC BY-SA 4.0",
+    "squad2": "CC BY-SA 4.0",
+}
+"""The terms of published tasks, as stated at their sources, where they are."""
 _HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 """The Hub's names of our metrics, where they differ."""
 _COLUMNS = "| set | rows | metric | value | the same prediction for every row |\n| --- | --- | --- | --- | --- |"
@@ -77,7 +85,7 @@ class Facts(NamedTuple):
     language: Sequence[str] = ()
     """ISO 639 codes of the text."""
     datasets: Sequence[str] = ()
-    """Names on the Hub of the text."""
+    """Names on the Hub of the text, each perhaps with its licence: `wikimedia/wikipedia=cc-by-sa-4.0`."""
     repository: str | None = None
     """The name under which it is published, without the part's."""
 
@@ -125,7 +133,7 @@ trained. Its vocabulary has {vocab_size:,} pieces.{began}"""
         base_model=[source for source in sources if is_hub_model(source)] or None,
         tags=[recipe.objective, "electra_ds"],
     )
-    return _card(front, title, text, code, results, recipe)
+    return _card(front, title, text, code, results + _data(facts), recipe)
 
 
 def _given(facts: Facts) -> dict[str, Any]:
@@ -133,8 +141,24 @@ def _given(facts: Facts) -> dict[str, Any]:
     return {
         "license": facts.license,
         "language": [*facts.language] or None,
-        "datasets": [*facts.datasets] or None,
+        "datasets": [name.partition("=")[0] for name in facts.datasets] or None,
     }
+
+
+def _data(facts: Facts, task: str | None = None) -> str:
+    """Return a section on the data and their licences. task: the published task of a finetuning."""
+    lines = [
+        f"- {name}: {terms or 'see its card'}" for name, _, terms in (each.partition("=") for each in facts.datasets)
+    ]
+    if task in _TERMS:
+        lines.append(f"- {task.upper()}: {_TERMS[task]}")
+    if not lines:
+        return ""
+    return (
+        "\n## Data\n\nThe model's own licence does not change the terms of what it was trained on:\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def published_name(source: str) -> str:
@@ -241,7 +265,9 @@ which is where `truncation=True` cuts them. The tokenizer {segments}.
         f"{type(model).__name__} on {record.task}, recipe {recipe.name}, seed {recipe.seed}",
         text,
         code,
-        _scores(what, kind) + (_HEAD if kind == "text-classification" and recipe.head.num_layers == 1 else ""),
+        _scores(what, kind)
+        + _data(facts, record.loaded_as)
+        + (_HEAD if kind == "text-classification" and recipe.head.num_layers == 1 else ""),
         recipe,
     )
 

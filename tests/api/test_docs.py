@@ -21,7 +21,17 @@ from electra_ds.config.commands import COMMANDS
 from tests.api.conftest import write_examples
 from tests.helpers import REPOSITORY
 
-WITH_EXAMPLE = ("pretrain", "finetune", "build_data", "export", "plan", "Run", "load_recipe", "initialize")
+WITH_EXAMPLE = (
+    "pretrain",
+    "finetune",
+    "build_data",
+    "export",
+    "plan",
+    "Run",
+    "load_recipe",
+    "initialize",
+    "trainer_json",
+)
 
 
 def test_every_function_that_starts_something_has_an_example() -> None:

@@ -104,7 +104,7 @@ def test_each_network_is_uploaded_with_a_card_whose_code_opens_it(
     main(
         [
             "export", str(run), "--out", str(tmp_path / "out"), "--push-to-hub", "me/mine", "--private",
-            "--license", "apache-2.0", "--language", "en", "uk", "--dataset", "wikimedia/wikipedia",
+            "--license", "apache-2.0", "--language", "en", "uk", "--dataset", "wikimedia/wikipedia=cc-by-sa-4.0",
         ]
     )  # fmt: skip
     said = capsys.readouterr().out
@@ -121,6 +121,7 @@ def test_each_network_is_uploaded_with_a_card_whose_code_opens_it(
         "license": "apache-2.0", "language": ["en", "uk"], "datasets": ["wikimedia/wikipedia"],
         "library_name": "transformers", "pipeline_tag": "fill-mask", "tags": ["electra", "electra_ds"],
     }  # fmt: skip
+    assert "- wikimedia/wikipedia: cc-by-sa-4.0" in card.text
     (tmp_path / "me").mkdir()
     (tmp_path / "out" / "generator").rename(tmp_path / "me" / "mine-generator")
     monkeypatch.chdir(tmp_path)
