@@ -45,6 +45,7 @@ from tests.finetune_runs import (
     arguments_of,
     electra_config,
     finetune,
+    in_own_process,
     losses_of,
     scores_of,
     tiny_electra,
@@ -552,6 +553,22 @@ def test_a_run_is_resumed_exactly_exported_and_used_by_its_library(kind: str, el
     exec(compile(task_class(kind_of(kind)).usage.replace("PATH", str(tmp_path / "out")), "usage", "exec"), {})
     assert f"pipeline_tag: {task_class(kind_of(kind)).hub_task}" in card
     assert f"| dev | {scores_of(tmp_path / 'straight')['sets']['dev']['rows']}" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sentence-embeddings", "multiple-choice"])
+def test_two_ranks_at_zero_stage_2_train_as_one_does(kind: str, tmp_path: Path) -> None:
+    """Examples of several inputs, and drawn negatives, are those of the example and not of the rank."""
+    electra = tiny_electra(tmp_path / "encoder", **NO_DROPOUT)
+    found = []
+    for ranks, plan in ((1, "cpu"), (2, "zero2")):
+        arguments = run_of(kind, electra, tmp_path / "data", tmp_path / plan, "schedule.epochs=1", "head.dropout=0")
+        given = [plan if word.endswith("cpu.json") else word for word in arguments]
+        in_own_process(given, ranks=ranks)
+        found.append((losses_of(tmp_path / plan), scores_of(tmp_path / plan)["sets"]["dev"]["metrics"]))
+    (losses, scores), (of_two, scores_of_two) = found
+    assert of_two == pytest.approx(losses, rel=1e-5)
+    assert scores_of_two == pytest.approx(scores, abs=1e-6)
 
 
 def _tags(out: Path, rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> None:
