@@ -23,12 +23,13 @@ from torch.nn import functional
 from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
 from electra_ds.config.recipe import ElectraRecipe, load_recipe
+from electra_ds.data.sampling import Windows
 from electra_ds.data.token_store import Ranges, TokenStore, split_holdout
 
 _EVALUATED_WINDOWS = 512
 
 
-class Windows(NamedTuple):
+class Rows(NamedTuple):
     """Rows of text with masks. Shapes [B, T]."""
 
     ids: torch.Tensor
@@ -40,19 +41,24 @@ class Windows(NamedTuple):
 
 
 class Text:
-    """Windows of random documents, each at a random place."""
+    """Windows at random places, of documents that are drawn by their length or in turns, as the program chooses."""
 
     def __init__(self, store: TokenStore, ranges: Ranges, recipe: ElectraRecipe, seed: int) -> None:
         self._store, self._ranges, self._recipe = store, ranges, recipe
         self._draws = np.random.default_rng(seed)
         self._queue: list[int] = []
+        width = recipe.data.sequence_length - 2
+        self._by_length = Windows(ranges, width, recipe.data.document_sampling).sampling == "length"
+        self._shares = ranges.lengths / ranges.num_tokens
 
-    def windows(self, count: int) -> Windows:
+    def windows(self, count: int) -> Rows:
         tokenizer, width = self._store.tokenizer, self._recipe.data.sequence_length
         ids = np.full((count, width), tokenizer.pad_id, dtype=np.int64)
         for tokens in ids:
-            if not self._queue:
-                self._queue = self._draws.permutation(len(self._ranges.starts)).tolist()
+            if not self._queue and self._by_length:
+                self._queue = self._draws.choice(len(self._shares), 1000, p=self._shares).tolist()
+            elif not self._queue:
+                self._queue = self._draws.permutation(len(self._shares)).tolist()
             document = self._queue.pop()
             start, stop = int(self._ranges.starts[document]), int(self._ranges.stops[document])
             size = min(stop - start, width - 2)
@@ -69,7 +75,7 @@ class Text:
         is_mask = is_selected & (self._draws.random(ids.shape) < masking.mask_token_share)
         masked = np.where(is_mask, tokenizer.mask_id, ids)
         counted = is_token if self._recipe.discriminator.loss_on_special else may_be_masked
-        return Windows(*map(torch.from_numpy, (ids, masked, is_token, is_selected, counted)))
+        return Rows(*map(torch.from_numpy, (ids, masked, is_token, is_selected, counted)))
 
 
 class Networks(torch.nn.Module):
@@ -92,7 +98,7 @@ class Networks(torch.nn.Module):
         self.generator.electra.embeddings = self.discriminator.electra.embeddings
         self.generator.tie_weights()
 
-    def forward(self, batch: Windows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the generator's logits [M, V] at selected tokens, the discriminator's and what was replaced [B, T]."""
         logits = self.generator(batch.masked, batch.is_token.long()).logits[batch.is_selected]
         samples = torch.distributions.Categorical(logits=logits.detach()).sample()
@@ -101,7 +107,7 @@ class Networks(torch.nn.Module):
         return logits, self.discriminator(corrupted, batch.is_token.long()).logits, corrupted != batch.ids
 
 
-def losses(networks: Networks, batch: Windows) -> tuple[torch.Tensor, torch.Tensor]:
+def losses(networks: Networks, batch: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     logits, judged, is_replaced = networks(batch)
     return functional.cross_entropy(logits, batch.ids[batch.is_selected]), functional.binary_cross_entropy_with_logits(
         judged[batch.is_counted], is_replaced[batch.is_counted].float()
@@ -109,7 +115,7 @@ def losses(networks: Networks, batch: Windows) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
-def evaluate(networks: Networks, batch: Windows, mask_token: int, counts: np.ndarray) -> dict[str, float]:
+def evaluate(networks: Networks, batch: Rows, mask_token: int, counts: np.ndarray) -> dict[str, float]:
     """Return the generator's gain over the unigram at [MASK], in nats, and the discriminator's AUC."""
     networks.eval()
     logits, judged, is_replaced = networks(batch)
