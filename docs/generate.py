@@ -241,7 +241,11 @@ def type_of(field: FieldInfo) -> str:
     else:
         names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
         is_mapping = get_origin(kind) is dict
-        text = "name, file or mapping" if is_mapping else names.get(kind, "list of numbers")  # type: ignore[arg-type]
+        text = (
+            "name, file or mapping"
+            if is_mapping
+            else names.get(kind, "list of names" if "str" in str(kind) else "list of numbers")
+        )  # type: ignore[arg-type]
     limits = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
     for bound in field.metadata:
         if type(bound) in limits:

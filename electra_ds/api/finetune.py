@@ -58,8 +58,8 @@ def finetune(
         model: a `Run` or its directory, a transformers folder, or a name on the Hub.
         task: a task of GLUE or SQuAD such as `mrpc`, or a kind of task such as `token-classification` for your own
             examples. Without one, `train` and `dev` are a classification or a regression.
-        recipe: a shipped name such as `rc2020`, a path, a mapping, or a `FinetuneRecipe`. By default rc2020 with a
-            task and `own` without one.
+        recipe: a shipped name such as `rc2020`, a path, a mapping, or a `FinetuneRecipe`. The default is `rc2020` for
+            GLUE and SQuAD, and `own` otherwise.
         ds_config: a shipped DeepSpeed JSON such as `cpu`, or a path. By default the one for this hardware.
         data_dir: the folder with the task's official files. By default they come from the Hub.
         train: your own training examples: CSV, TSV or JSON lines.

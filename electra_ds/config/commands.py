@@ -208,7 +208,7 @@ class ExportOptions(Options):
     dataset: list[str] | None = option(
         "names on the Hub of the text and their licences, for the model card, such as wikimedia/wikipedia=cc-by-sa-4.0",
         nargs="+",
-        metavar="NAME[=ID]",
+        metavar="NAME[=LICENCE]",
         group=_HUB,
     )
     dry_run: bool | None = option("write the folder and say what would be uploaded, but upload nothing", group=_HUB)

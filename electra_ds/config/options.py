@@ -348,7 +348,10 @@ class FinetuneOptions(RunOptions):
         names="model",
     )
     task: str | None = _what(
-        "a task or a kind of task below, a package's, or module:Class", metavar="TASK", parse=task_name, names="name"
+        "a task or kind of task listed below, a name that a package registers, or module:Class",
+        metavar="TASK",
+        parse=task_name,
+        names="name",
     )
     random_init: bool | None = _what(
         "use the model's shape and tokenizer with random weights from the seed, as a baseline for pretraining"
@@ -358,8 +361,8 @@ class FinetuneOptions(RunOptions):
         "folder with official files: GLUE's folders, or SQuAD's JSON", metavar="DIR", group=DATA, names="folder"
     )
     hub: str | None = option(
-        "a dataset on the Hub or a local folder, in the format of nyu-mll/glue or squad; with a kind of task any, as "
-        "NAME#CONFIG",
+        "a dataset on the Hub or a local folder: in the layout of nyu-mll/glue or squad for their tasks, in any "
+        "layout, as NAME or NAME#CONFIG, for other kinds of tasks",
         metavar="NAME",
         group=DATA,
     )
@@ -377,8 +380,8 @@ class FinetuneOptions(RunOptions):
     text: str | None = _data("the text (default: the first of text, sentence, sentence1, …)", metavar="COLUMN")
     pair: str | None = _data("the second text of a pair", metavar="COLUMN")
     label: str | None = _data(
-        "the label (default: the first of label, labels, score, …); the number of a column of .conll, or A,B,C for a "
-        "column per class",
+        "the label (default: the first of label, labels, score, …); for .conll files the column's number, from 1; for "
+        "multi-label also A,B,C, one column per class",
         metavar="COLUMN",
     )
     label_kind: Literal["classification", "regression"] | None = _data(
@@ -432,6 +435,8 @@ class FinetuneOptions(RunOptions):
         for name, value in not_both.items():
             if value is not None:
                 flag = name.replace("_", "-")
+                if is_kind:
+                    raise ConfigError(f"--{flag} cannot be combined with --train and --dev. Leave one of them out.")
                 whose, others = ("your own examples", "--task") if not_both is own else ("--task", "--train and --dev")
                 raise ConfigError(f"--{flag} is for {whose}. Leave out either --{flag} or {others}.")
         if self.data_dir is not None and (self.hub is not None or self.revision is not None):

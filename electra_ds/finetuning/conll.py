@@ -94,12 +94,14 @@ def _sentences(text: str, path: Path, places: _Places) -> Iterator[tuple[list[st
         if places.is_universal and (line.startswith("#") or not fields[0].isdigit()):  # comments, 1-2 and 1.1
             continue
         if places.word >= len(fields):
-            raise DataError(f"{path}, line {number}: there is no column {places.word + 1}, only {len(fields)}.")
+            raise _too_narrow(path, number, len(fields), places.word)
         words.append(fields[places.word])
         if places.tag >= len(fields):
-            raise DataError(f"{path}, line {number}: there is no column {places.tag + 1}, only {len(fields)}.")
+            raise _too_narrow(path, number, len(fields), places.tag)
         if widest and len(fields) != widest:
-            raise DataError(f"{path}, line {number}: {len(fields)} columns, but the lines before it have {widest}.")
+            raise DataError(
+                f"{path}, line {number}: {len(fields)} columns, but earlier lines have {widest}. Correct it."
+            )
         widest = len(fields)
         if len(fields) > 1:
             tags.append(fields[places.tag])
@@ -111,3 +113,10 @@ def _fields(line: str) -> list[str]:
     if "\t" in line:
         return [field.strip(" ") for field in line.split("\t")]
     return line.strip(" ").split() if line.isascii() else [field for field in line.split(" ") if field]
+
+
+def _too_narrow(path: Path, number: int, columns: int, place: int) -> DataError:
+    return DataError(
+        f"{path}, line {number}: it has {columns} column(s), but column {place + 1} is needed. Correct the line, or "
+        f"choose other columns with --text N and --label N."
+    )

@@ -72,7 +72,7 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 class Metric(ABC):
-    """A metric of one's own for `metrics` in a recipe. It is called by the last part of its name."""
+    """A custom metric, listed under `metrics` in a recipe. Its name in results is its registered or class name."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         """classes: the names of the classes in order; empty for scores and for choices."""

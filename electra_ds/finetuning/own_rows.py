@@ -59,7 +59,10 @@ class OwnRows:
         """Return a column of texts. Raises DataError if it has none, or is empty in every row."""
         found = self.tables[name].column(column)
         if not any(text.strip() for text in found):
-            raise DataError(f"{self.tables[name].source}: the column '{column}' is empty in every row. Name another.")
+            raise DataError(
+                f"{self.tables[name].source}: the column '{column}' is empty in every row. Choose one by --text or "
+                f"--pair."
+            )
         return found
 
     def read_as(self, **columns: str | None) -> str:
@@ -68,7 +71,7 @@ class OwnRows:
         if len(set(chosen.values())) < len(chosen):
             raise DataError(
                 f"{self.tables['train'].source}: {', '.join(f'{what} {column!r}' for what, column in chosen.items())} "
-                f"must be different columns."
+                f"must be different columns. Name each with --text, --pair or --label."
             )
         return f"{self.source} ({', '.join(f'{what} {column!r}' for what, column in chosen.items())})"
 
@@ -90,7 +93,7 @@ def own_rows(source: TaskSource, task: str, read: Callable[[Path], Table] = read
     tables = {name: read(path) for name, path in paths.items()}
     for table in tables.values():
         if not len(table.frame):
-            raise DataError(f"{table.source} has no examples. Give a file with examples, or leave it out.")
+            raise DataError(f"{table.source} has no examples. Give a file with examples; only --test may be left out.")
     return OwnRows(
         f"{task}-{own_name(paths['train'])}", tables, ", ".join(f"{name} {path}" for name, path in paths.items())
     )
@@ -114,7 +117,8 @@ def _hub_rows(hub: str, revision: str | None) -> OwnRows:
             tables[name] = Table(f"{source}@{split}", pd.DataFrame(columns, dtype=object))
     if missing := {"train", "dev"} - tables.keys():
         raise DataError(
-            f"{source} has no split for {' and '.join(sorted(missing))}; its splits are {', '.join(map(str, splits))}."
+            f"{source} has no split for {' and '.join(sorted(missing))}; its splits are {', '.join(map(str, splits))}. "
+            f"Rename them to train and validation, or save them as files for --train and --dev."
         )
     order: dict[str, Table] = {name: tables[name] for name in ("train", "dev", "test") if name in tables}
     name = unpublished(parts.name.rstrip("/").rpartition("/")[2])

@@ -85,7 +85,8 @@ def prepare_new(
         find(METRIC, name)  # before anything that takes long
     if recipe.metrics and not task_class(options.task).has_own_metrics:
         raise ConfigError(
-            f"metrics is {list(recipe.metrics)}, but {options.task} has no further metrics. Leave it out."
+            f"--task {options.task} does not support additional metrics, but the recipe has metrics: "
+            f"{list(recipe.metrics)}. Remove them."
         )
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
     kind = task_class(options.task)

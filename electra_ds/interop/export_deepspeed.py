@@ -66,8 +66,8 @@ def export_deepspeed(run_or_checkpoint: Path, out: Path | None, ds_config: str |
         own = [f"generator.{key}" for key in _OF_GENERATOR if getattr(recipe.generator, key) is not None]
         if recipe.optimizer.rule != "adamw":
             raise ConfigError(
-                f"DeepSpeed's own checkpoint is written with a script that uses AdamW, but the recipe's optimizer.rule "
-                f"is {recipe.optimizer.rule}."
+                f"A run with optimizer.rule={recipe.optimizer.rule} cannot be exported as a DeepSpeed checkpoint, "
+                f"which supports only adamw. Export it as a transformers model, or resume the run itself with --resume."
             )
         if own:
             raise ConfigError(

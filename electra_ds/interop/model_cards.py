@@ -148,14 +148,15 @@ def _given(facts: Facts) -> dict[str, Any]:
 def _data(facts: Facts, task: str | None = None) -> str:
     """Return a section on the data and their licences. task: the published task of a finetuning."""
     lines = [
-        f"- {name}: {terms or 'see its card'}" for name, _, terms in (each.partition("=") for each in facts.datasets)
+        f"- {name}: {terms or 'see its dataset card'}"
+        for name, _, terms in (each.partition("=") for each in facts.datasets)
     ]
     if task in _TERMS:
         lines.append(f"- {task.upper()}: {_TERMS[task]}")
     if not lines:
         return ""
     return (
-        "\n## Data\n\nThe model's own licence does not change the terms of what it was trained on:\n\n"
+        "\n## Data\n\nThe licence of this model does not change the terms of its training data:\n\n"
         + "\n".join(lines)
         + "\n"
     )
@@ -240,12 +241,14 @@ def finetuned_card(what: Exported, model: PreTrainedModel, facts: Facts = NO_FAC
     examples = "windows of training contexts" if is_spans else "training examples"
     if recipe.data.double_unordered:
         examples += ", pairs in both orders counted twice"
+    cut = f"Inputs were cut at {recipe.data.max_length} tokens, which is where `truncation=True` cuts them."
+    if is_spans or record.loaded_as == "token-classification":
+        cut = f"Longer texts were split into several inputs of at most {recipe.data.max_length} tokens."
     segments = "gives segment ids, as in training" if what.has_segments else "gives no segment ids, as in training"
     code, remark = _code_and_remark(what, kind)
     code = code.replace("PATH", facts.repository or "PATH")
     text = f"""It began with {began} and was finetuned with electra_ds on {record.num_examples:,} {examples},
-for {what.state["step"]:,} steps of {recipe.global_batch_size}. Inputs were cut at {recipe.data.max_length} tokens,
-which is where `truncation=True` cuts them. The tokenizer {segments}.
+for {what.state["step"]:,} steps of {recipe.global_batch_size}. {cut} The tokenizer {segments}.
 
 {remark}"""
     is_published = is_hub_model(record.model) and not record.has_random_weights
@@ -298,7 +301,7 @@ def _code_and_remark(what: Exported, kind: str) -> tuple[str, str]:
 
 
 def _classes(what: Exported) -> str:
-    return f" Its classes: {', '.join(f'`{label}`' for label in what.labels)}." if what.labels else ""
+    return f" The classes are {', '.join(f'`{label}`' for label in what.labels)}." if what.labels else ""
 
 
 def _results(what: Exported, kind: str) -> list[EvalResult] | None:

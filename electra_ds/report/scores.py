@@ -33,7 +33,8 @@ from electra_ds.report.tables import Line, Report, Table
 PLUS_MINUS = "±: sample standard deviation over finetuning seeds only, without the spread of pretraining"
 BASELINE = (
     "baseline: the score of one prediction for every row: the set's most frequent class (for F1 the positive one), the "
-    "mean of its scores, the classes with the best F1 of several, no answer in SQuAD 2.0, or a random order of texts"
+    "mean of its scores, the set of classes with the highest micro F1 (multi-label), no answer (SQuAD 2.0), or a "
+    "random ranking (retrieval)"
 )
 _CONFIDENCE = 0.95
 _COLUMNS = (

@@ -106,7 +106,7 @@ def adamw_state(parameter: torch.Tensor, *, bias_correction: bool, taken_steps: 
 
 
 class UpdateRule(ABC):
-    """An optimizer of one's own: how weights move, given their gradients. A recipe names it as `optimizer.rule`.
+    """A custom optimizer, which updates weights from their gradients. A recipe selects it with `optimizer.rule`.
 
     It works element by element, because ZeRO gives it slices of parameters, and keeps at most two states of the
     weights' shape, which begin at 0. Loss scale, clipping, schedule, checkpoints and resuming are those of AdamW.

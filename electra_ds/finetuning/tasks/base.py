@@ -17,7 +17,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import ConfigError
 from electra_ds.core.keyed_random import permutation_at
-from electra_ds.finetuning.heads import ENCODER_ONLY, NotExportable, TaskModel, initialise
+from electra_ds.finetuning.heads import NotExportable, TaskModel, initialise
 from electra_ds.finetuning.inputs import TaskInputs, TaskMicroBatch
 from electra_ds.finetuning.load_task import LoadedTask
 
@@ -155,7 +155,7 @@ class FinetuneTask(ABC):
 
         num_outputs: the number of scores of an input, if known. For some encoders, only building the model shows it.
         """
-        return NotExportable(f"{cls.__name__} has no export", "")
+        return NotExportable(f"{cls.__name__} defines no export", "")
 
     @classmethod
     def to_transformers(
@@ -165,7 +165,10 @@ class FinetuneTask(ABC):
 
         config: a copy of the encoder's. labels: the classes, empty if the task has none.
         """
-        raise ConfigError(f"{cls.__name__} has no export of its head; {ENCODER_ONLY}")
+        raise ConfigError(
+            f"{cls.__name__} does not define to_transformers, so its head cannot be exported. To export the encoder "
+            f"without its head, add --encoder-only."
+        )
 
     @classmethod
     def compared(

@@ -157,7 +157,10 @@ def _held(table: Table, columns: list[str]) -> list[tuple[str, ...]]:
         for column, of_rows in values.items():
             for row, value in enumerate(of_rows):
                 if value not in _YES_OR_NO:
-                    raise DataError(f"{table.source}, row {row + 1}: '{column}' is '{value}', neither 0 nor 1.")
+                    raise DataError(
+                        f"{table.source}, row {row + 1}: '{column}' is '{value}'. With several --label columns, each "
+                        f"value must be 0 or 1."
+                    )
         return [
             tuple(column for column in columns if _YES_OR_NO[values[column][row]]) for row in range(len(table.frame))
         ]
@@ -170,8 +173,8 @@ def _held(table: Table, columns: list[str]) -> list[tuple[str, ...]]:
             found.append(texts_of(table, row, column, value))
     if {each.lower() for row in found for each in row} <= _YES_OR_NO.keys() and any(found):
         raise DataError(
-            f"{table.source}: '{column}' holds only 0 and 1, which are not names of classes. Give each class a column "
-            f"of its own and name them all, --label first,second,…, or list the names of the classes that hold."
+            f"{table.source}: '{column}' has only the values 0 and 1. Name one column for each class with --label "
+            f"first,second,…, or give a column with a list of each row's class names."
         )
     return found
 

@@ -97,7 +97,10 @@ def answer(text, choices, beginning=""):
         logits = model(**{name: tensor.unsqueeze(0) for name, tensor in inputs.items()}).logits
     return choices[logits.argmax().item()]
 """
-    outputs = "The model gives each choice a score. `beginning` is what all choices continue, if training had it."
+    outputs = (
+        "Each choice gets a score. `beginning` is text that every choice continues; use it only if the training data "
+        "had it."
+    )
     takes = (*FinetuneTask.takes, "pair")
     possible_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     chosen_by = "accuracy"
@@ -287,9 +290,9 @@ def _answers(
             (row for row, value in enumerate(written) if not any(value in each[row] for each in readings.values())), 0
         )
         raise DataError(
-            f"{table.source}, row {row + 1}: the answer '{written[row]}' is not a number from 0 to "
-            f"{len(choices[row]) - 1}, a letter, or the text of one of the {len(choices[row])} choices, as the answers "
-            f"of other rows are."
+            f"{table.source}, row {row + 1}: cannot read the answers in one way for all rows, such as "
+            f"'{written[row]}'. Write each as a number from 0, a letter from A, the choice's name, or its text, the "
+            f"same way in every row."
         )
     if any(other != found[0] for other in found):
         raise DataError(

@@ -131,16 +131,24 @@ tagger("…")
         of_train, of_dev = (Counter(tag for each in sets[name] for tag in each.tags or ()) for name in ("train", "dev"))
         labels = sorted({*of_train, *of_dev}, key=lambda tag: (tag != OUTSIDE, tag))
         if len(of_train) < 2:
-            raise DataError(f"{found.source}: the training words have {len(of_train)} class(es), so there is nothing "
-                            f"to learn. Name the right column with --label.")  # fmt: skip
+            raise DataError(
+                f"{found.source}: the training set has fewer than two different tags, so there is nothing to learn. "
+                f"Check that --label names the right column."
+            )
         _check_spans(found, sets, labels)
         unknown = sorted({tag for each in sets.get("test", ()) for tag in each.tags or ()} - set(labels))
         if unknown:
-            raise DataError(f"{found.source}: test has the tags {listed(unknown)}, which train and dev do not have.")
+            raise DataError(
+                f"{found.source}: the test set has tags that train and dev lack: {listed(unknown)}. Correct or remove "
+                f"them."
+            )
         notes = []
         if unseen := [tag for tag in labels if not of_train[tag]]:
             count = sum(of_dev[tag] for tag in unseen)
-            notes.append(f"No word of train has the tag {listed(unseen)}, so {count:,} words of dev count as wrong.")
+            notes.append(
+                f"Tags that occur in dev but not in train: {listed(unseen)}. Their {count:,} words in dev count as "
+                f"wrong."
+            )
         if unscored := [tag for tag in labels if not of_dev[tag]]:
             notes.append(f"No word of dev has the tag {listed(unscored)}: its scores say nothing about it.")
         return row_data(
@@ -299,7 +307,7 @@ def _sentences(found: OwnRows, name: str, words: str, tags: str) -> list[Sentenc
         own = texts_of(table, row, words, value)
         of_words = texts_of(table, row, tags, table.frame[tags].iloc[row]) if is_labelled else None
         if of_words is not None and len(of_words) != len(own):
-            raise DataError(f"{table.source}, row {row + 1}: {len(own)} words, but {len(of_words)} tags.")
+            raise DataError(f"{table.source}, row {row + 1}: {len(own)} words but {len(of_words)} tags.")
         sentences.append(Sentence(identity, own, of_words))
     if not any(each.words for each in sentences):
         raise DataError(f"{table.source} has no words in '{words}'.")

@@ -1,4 +1,4 @@
-"""A task of one's own: a classification of files in fastText's format, one `__label__CLASS text` per line."""
+"""A custom task: a classification of files in fastText's format, one `__label__CLASS text` per line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimizer of one's own: Lion (Chen et al. 2023, algorithm 2)."""
+"""A custom optimizer: Lion (Chen et al. 2023, algorithm 2)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from electra_ds import UpdateRule
 
 
 class Lion(UpdateRule):
-    """It needs a learning rate of about a tenth of AdamW's, and a weight decay of ten times AdamW's."""
+    """Use a learning rate several times smaller than AdamW's, and a weight decay larger by the same factor."""
 
     def update(self, weight, gradient, first, second, *, learning_rate, betas, weight_decay, step):
         direction = first.lerp(gradient, 1 - betas[0]).sign_()

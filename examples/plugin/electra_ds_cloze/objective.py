@@ -1,4 +1,4 @@
-"""An objective of one's own: masked language modelling by transformers' BERT.
+"""A custom objective: masked language modelling by transformers' BERT.
 
 It has one network of another architecture, a section of the recipe, losses, metrics and random draws of its own, and a
 temperature that depends on the step.

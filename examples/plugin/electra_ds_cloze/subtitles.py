@@ -1,4 +1,4 @@
-"""A reader of one's own: the spoken text of subtitles in SubRip files (.srt), one document per file."""
+"""A custom reader: the spoken text of subtitles in SubRip files (.srt), one document per file."""
 
 from __future__ import annotations
 
