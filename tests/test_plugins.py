@@ -10,16 +10,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import electra_ds
-from electra_ds import Callback, Run
+from electra_ds import Callback, Metric, Run
 from electra_ds.cli import main
 from electra_ds.config.plugins import CALLBACK, OBJECTIVE, find
-from electra_ds.core.errors import PluginError
+from electra_ds.core.errors import ConfigError, PluginError
 from electra_ds.core.ranks import Ranks
 from electra_ds.data.token_store import TokenStore
+from electra_ds.finetuning.metrics import further_metrics
 from electra_ds.training.callbacks import Progress
+from tests.finetune_runs import tiny_electra
 from tests.helpers import REPOSITORY, SMALL
 
 STEPS = ("schedule.total_steps=12", "schedule.warmup_steps=2")
@@ -180,6 +183,31 @@ def test_a_broken_package_is_reported_and_affects_nothing_else(
         main(["pretrain", "--help"])
     assert stopped.value.code == 0
     assert find(OBJECTIVE, "mlm").__name__ == "MlmObjective"
+
+
+class accuracy(Metric):  # noqa: N801  # a name that is taken
+    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+        return 0.0
+
+
+def test_a_metric_with_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tiny_electra(tmp_path / "encoder")
+    for named, message in (
+        (["tests.test_plugins:accuracy"], "the name 'accuracy' is used twice"),
+        (["electra_ds_cloze.worst:WorstRecall"] * 2, "the name 'WorstRecall' is used twice"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            electra_ds.finetune(
+                model, train=path, dev=path, ds_config="cpu", run_dir=tmp_path / "run", quiet=True,
+                overrides={"metrics": named, "data.max_length": 16},
+            )  # fmt: skip
+    with pytest.raises(
+        PluginError, match=r"'electra_ds_cloze\.worst:WorstRecall' cannot be computed for labels of shape"
+    ):
+        further_metrics(["electra_ds_cloze.worst:WorstRecall"], (), np.ones((2, 2), bool), np.ones((2, 2), bool))
 
 
 def test_what_is_no_such_class_is_refused_before_anything_is_written(

@@ -30,9 +30,14 @@ def trainer_json(ds_config: str | Path, trainer: Literal["transformers", "accele
         >>> electra_ds.trainer_json("zero2", "lightning")["zero_optimization"]["stage"]
         2
     """
+    if trainer not in ("transformers", "accelerate", "lightning"):
+        raise ConfigError(f"There is no trainer {trainer!r}; give transformers, accelerate or lightning.")
     config = read_deepspeed_json(str(ds_config))
-    half = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") is True]
-    if half and config.get("zero_optimization", {}).get("stage", 0) == 0:
+    sections = {name: config.get(name, {}) for name in ("fp16", "bf16", "zero_optimization")}
+    if wrong := [name for name, section in sections.items() if not isinstance(section, dict)]:
+        raise ConfigError(f'{ds_config}: {wrong[0]} must be an object, such as {{"enabled": true}}.')
+    half = [name for name in ("fp16", "bf16") if sections[name].get("enabled") is True]
+    if half and sections["zero_optimization"].get("stage", 0) == 0:
         raise ConfigError(
             f"{ds_config} has {half[0]} at ZeRO stage 0, which only electra_ds.pretrain supports (docs/stage-0.md). "
             f"Use stage 1, or leave the precision to the trainer."

@@ -343,6 +343,12 @@ def _owners(recipe: TrainingRecipe) -> dict[str, tuple[Any, str]]:
 
 def _is_adamw(kind: Any, params: dict[str, Any], recipe: TrainingRecipe, found: Findings) -> bool:
     """Return whether to check the parameters too. For another optimizer that would only repeat the problem."""
+    if recipe.optimizer.rule != "adamw":
+        found.problems.append(
+            f"optimizer: the recipe's optimizer.rule is {recipe.optimizer.rule}, which a DeepSpeed JSON cannot name; "
+            f"remove the section"
+        )
+        return False
     if str(kind).lower() in ("adam", "adamw", "auto"):  # for DeepSpeed both are AdamW, unless adam_w_mode is false
         return True
     found.problems.append(

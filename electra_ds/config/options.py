@@ -323,8 +323,8 @@ class FinetuneOptions(RunOptions):
         WHAT: "what to train",
         DATA: (
             "where the examples come from (default: the Hub)",
-            "With --resume, --data-dir, --train, --dev and --test give the new location of the run's own examples, and "
-            "--model that of its encoder, which only a run without a checkpoint needs.",
+            "With --resume, --data-dir, --hub, --train, --dev and --test give the new location of the run's own "
+            "examples, and --model that of its encoder, which only a run without a checkpoint needs.",
         ),
         HOW: "how to run it",
         CHOICE: "selection on the development set, whose scores are then no longer an unbiased test",

@@ -22,10 +22,15 @@ from typing import NamedTuple
 import numpy as np
 
 from electra_ds.config.plugins import METRIC, find
+from electra_ds.core.errors import PluginError
 
 Golds = Mapping[str, Sequence[str]]
 """The accepted answers of every question, none for an impossible question."""
 Values = np.ndarray | Sequence[int] | Sequence[float]
+BUILT_IN = (
+    "accuracy", "f1", "f1_macro", "f1_micro", "precision", "recall", "matthews", "pearson", "spearman", "mse", "score",
+)  # fmt: skip
+"""Names that further metrics cannot have."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _LEAST_SPREAD = 0.05
@@ -90,9 +95,24 @@ class Metric(ABC):
 def further_metrics(
     names: Sequence[str], classes: Sequence[str], labels: Values, predictions: Values
 ) -> dict[str, float]:
-    """Return the metrics that a recipe adds. Raises PluginError if one cannot be loaded."""
+    """Return the metrics that a recipe adds; nan for predictions that are not finite.
+
+    Raises PluginError if one cannot be loaded or computed.
+    """
     truth, found = np.asarray(labels), np.asarray(predictions)
-    return {name.rpartition(":")[2]: float(find(METRIC, name)(classes).score(truth, found)) for name in names}
+    results = {}
+    for name in names:
+        metric, value = find(METRIC, name)(classes), float("nan")
+        try:
+            if np.isfinite(found).all():
+                value = float(metric.score(truth, found))
+        except Exception as error:
+            raise PluginError(
+                f"The metric '{name}' cannot be computed for labels of shape {truth.shape}: {type(error).__name__}: "
+                f"{error}"
+            ) from error
+        results[name.rpartition(":")[2]] = value
+    return results
 
 
 class Baseline(NamedTuple):

@@ -17,7 +17,7 @@ from electra_ds.finetuning.own_files import ID_COLUMNS, own_name, read_own, unpu
 from electra_ds.finetuning.tables import Table, as_text
 
 RowT = TypeVar("RowT")
-_NO_LABELS = ("", "-1", "-1.0", "?", "_")
+NO_LABELS = ("", "-1", "-1.0", "?", "_")
 """What stands for an unknown label in published test sets, CoNLL-U's included."""
 _SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "valid": "dev", "val": "dev", "test": "test"}
 
@@ -50,10 +50,14 @@ class OwnRows:
         assert found is not None
         return found
 
-    def is_labelled(self, name: str, *columns: str) -> bool:
-        """Return whether a set has labels, which only the test set may lack: no such columns, or no value in them."""
+    def is_labelled(self, name: str, *columns: str, unknown: Sequence[str] = NO_LABELS) -> bool:
+        """Return whether a set has labels, which only the test set may lack: no such columns, or no value in them.
+
+        unknown: the values that stand for an unknown label.
+        """
         frame = self.tables[name].frame
-        return name != "test" or any(column in frame and not all(map(_is_missing, frame[column])) for column in columns)
+        there = [column for column in columns if column in frame]
+        return name != "test" or any(not all(_is_missing(each, unknown) for each in frame[column]) for column in there)
 
     def texts(self, name: str, column: str) -> list[str]:
         """Return a column of texts. Raises DataError if it has none, or is empty in every row."""
@@ -101,6 +105,8 @@ def own_rows(source: TaskSource, task: str, read: Callable[[Path], Table] = read
 
 def _hub_rows(hub: str, revision: str | None) -> OwnRows:
     parts = parse_hub_name(hub)
+    if "@" in hub:
+        raise ConfigError(f"--hub {hub}: the splits train, validation and test are read, so leave out @{parts.split}.")
     path = dataset_path(parts.name, revision)
     source = f"{HUB}{parts.name}" + (f"#{parts.config}" if parts.config else "")
     source += f", revision {revision}" if revision else ""
@@ -135,11 +141,11 @@ def _decoded(value: Any, feature: Any) -> Any:
     return as_text(value)
 
 
-def _is_missing(value: Any) -> bool:
+def _is_missing(value: Any, unknown: Sequence[str]) -> bool:
     """Return whether a value marks an unknown label; lists of such values do, too."""
     if isinstance(value, list | tuple):
-        return all(map(_is_missing, value))
-    return not isinstance(value, str) or value.strip() in _NO_LABELS
+        return all(_is_missing(each, unknown) for each in value)
+    return not isinstance(value, str) or value.strip() in unknown
 
 
 def row_ids(table: Table) -> list[str]:

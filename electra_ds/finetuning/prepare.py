@@ -29,6 +29,7 @@ from electra_ds.finetuning.encoder_source import EncoderSource, finetuned_encode
 from electra_ds.finetuning.finetune import SCORES, FinetuneJob
 from electra_ds.finetuning.heads import check_layers
 from electra_ds.finetuning.load_task import LoadedTask, recorded_task
+from electra_ds.finetuning.metrics import BUILT_IN
 from electra_ds.finetuning.tasks.base import FinetuneTask
 from electra_ds.finetuning.tasks.find import task_class
 from electra_ds.pretraining.run_time import RunTime, finetuning_time
@@ -81,13 +82,7 @@ def prepare_new(
     show_progress: ShowProgress,
 ) -> FinetuneJob:
     """Return a job for a new run. Raises ConfigError if recipe, JSON, task and model do not fit together."""
-    for name in recipe.metrics:
-        find(METRIC, name)  # before anything that takes long
-    if recipe.metrics and not task_class(options.task).has_own_metrics:
-        raise ConfigError(
-            f"--task {options.task} does not support additional metrics, but the recipe has metrics: "
-            f"{list(recipe.metrics)}. Remove them."
-        )
+    _check_metrics(recipe, options.task)
     check_layers([f"encoder.{name}" for name in encoder.tensors], recipe.optimizer)
     kind = task_class(options.task)
     task = tokenised_task(kind, data, encoder, recipe, options.max_train_examples, show_progress)
@@ -114,6 +109,19 @@ def prepare_new(
     if options.random_init:
         encoder = replace(encoder, tensors={})
     return FinetuneJob(run, training, plan, record, encoder, task, prepare.stop_at(options, training))
+
+
+def _check_metrics(recipe: FinetuneRecipe, task: str | None) -> None:
+    """Raise ConfigError or PluginError for further metrics that cannot be computed."""
+    kind = task_class(task)
+    if recipe.metrics and not kind.has_own_metrics:
+        raise ConfigError(
+            f"--task {task} does not support additional metrics, but the recipe has metrics: {list(recipe.metrics)}. "
+            f"Remove them."
+        )
+    names = [find(METRIC, name) and name.rpartition(":")[2] for name in recipe.metrics]
+    if taken := [name for name in names if name in BUILT_IN or names.count(name) > 1]:
+        raise ConfigError(f"metrics: the name '{taken[0]}' is used twice. Rename the class, or register another name.")
 
 
 def _changes(options: FinetuneOptions) -> list[str]:
@@ -208,13 +216,23 @@ def _source_now(options: FinetuneOptions, record: FinetuneRecord) -> TaskSource:
     paths = {"folder": options.data_dir, "train": options.train, "dev": options.dev, "test": options.test}
     given: dict[str, Any] = {name: str(path.absolute()) for name, path in paths.items() if path is not None}
     if options.hub is not None:
-        given["hub"] = options.hub
+        name, mark, config = options.hub.partition("#")
+        is_local = Path(name).is_dir()
+        if not mark:
+            _, mark, config = (record.source.hub or "").partition("#")
+        given["hub"] = f"{Path(name).absolute() if is_local else name}{mark}{config}"
     fitting = {"train", "dev", "test"} if is_own else {"hub"} if record.task_kind else {"hub", "folder"}
     wrong = [name for name in given if name not in fitting]
     if wrong:
         of = "your own examples" if is_own else "a data set" if record.task_kind else f"official files of {record.task}"
         flag = wrong[0].replace("folder", "data-dir")
         raise ConfigError(f"--{flag} does not fit this run, which uses {of}.")
+    if "hub" in given and "folder" in given:
+        raise ConfigError("Give either --data-dir or --hub, not both.")
+    if "hub" in given:
+        given |= {"folder": None, "revision": None if is_local else record.source.revision}
+    elif "folder" in given:
+        given |= {"hub": None, "revision": None}
     return replace(record.source, **given)
 
 

@@ -111,7 +111,12 @@ def _moments(found: int, total: int) -> str:
 
 
 def _differences(checkpoint: DeepSpeedCheckpoint, section: OptimizerSection) -> list[str]:
-    """Return notes on how the run's optimizer differs from the checkpoint's."""
+    """Return notes on how the run's optimizer differs from the checkpoint's. Raises ConfigError for another rule."""
+    if section.rule != "adamw":
+        raise ConfigError(
+            f"The checkpoint has AdamW's moments, but the recipe has optimizer.rule={section.rule}. Import it with "
+            f"adamw, or start a new run from its weights with --init-from."
+        )
     adam = checkpoint.adam
     if not {"betas", "eps"} <= adam.keys():
         return []

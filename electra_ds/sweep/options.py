@@ -244,7 +244,8 @@ def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, An
         others = objective.metric_labels.keys() - {objective.main_metric, *objective.baselines.values()}
         return (objective.main_metric, *sorted(others))
     task = options.get("task")
-    more = tuple(name.rpartition(":")[2] for name in settings.get("metrics") or ())
+    added = settings.get("metrics")
+    more = tuple(str(name).rpartition(":")[2] for name in added) if isinstance(added, list | tuple) else ()
     if task in SQUAD_TASKS:
         return (SCORE, "exact", "f1")
     if task == "mnli":
@@ -252,7 +253,8 @@ def metrics_of(stage: str, options: Mapping[str, Any], settings: Mapping[str, An
     if task in GLUE:
         return (SCORE, *GLUE[task].metrics, *more)
     if task is not None:
-        return (SCORE, *find(TASK, task).possible_metrics, *more)
+        kind = find(TASK, task)
+        return (SCORE, *kind.possible_metrics, *(more if kind.has_own_metrics else ()))
     by_kind = {
         "classification": ("accuracy", "f1_macro", "f1", "matthews"),
         "regression": ("spearman", "pearson", "mse"),

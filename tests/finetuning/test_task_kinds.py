@@ -437,7 +437,7 @@ def test_words_and_tags_are_read_from_the_usual_files(
         ("multi-label", [{"text": "a", "x": "1", "y": "2"}], {"label": "x,y"}, "row 1: 'y' is '2'. With several"),
         ("multi-label", [{"text": "a", "labels": []}], {}, "no row has a label"),
         ("multi-label", [{"labels": ["x"]}], {}, "no text column"),
-        ("multiple-choice", [{"question": "a", "choices": ["b", "c"], "label": 2}], {}, "read the answers in one way"),
+        ("multiple-choice", [{"question": "a", "choices": ["b", "c"], "label": 2}], {}, "the answer '2' is none of"),
         ("multiple-choice", [{"question": "a", "choices": ["b"], "label": 0}], {}, "needs two or more choices"),
         ("multiple-choice", [{"question": "a", "label": 0}], {}, "no choices.*choice0 and choice1"),
         ("sentence-embeddings", [{"anchor": "a"}], {}, "no pair column"),
@@ -470,8 +470,70 @@ def test_columns_that_cannot_be_read_are_named_with_their_line(text: str, messag
 
 
 @pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("1", ["1", "2"])], "can be read as numbers from 0 or as texts"),
+        ([("A", ["x", "y"]), ("0", ["x", "y"])], "the answers are written in different ways"),
+    ],
+)
+def test_answers_that_can_be_read_in_two_ways_are_refused(rows: list[Any], message: str, tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl", [{"question": "q", "choices": c, "label": label} for label, c in rows]))
+    with pytest.raises(DataError, match=message):
+        load_task("multiple-choice", TaskSource(train=path, dev=path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "unlabelled"),
+    [
+        ("token-classification", {"tokens": ["a", "b"], "labels": ["O", "B-X"]}, {"labels": []}),
+        ("token-classification", {"tokens": ["a", "b"], "labels": ["O", "B-X"]}, {"labels": ["_", "_"]}),
+        ("multi-label", {"text": "a", "labels": ["x"]}, {"labels": ""}),
+        ("multiple-choice", {"question": "a", "choices": ["x", "y"], "label": "0"}, {"label": "-1"}),
+        ("sentence-embeddings", {"anchor": "a", "positive": "b", "score": "-1"}, {"score": None}),
+    ],
+)
+def test_a_test_set_may_lack_labels_in_the_ways_of_published_sets(
+    kind: str, row: dict[str, Any], unlabelled: dict[str, Any], tmp_path: Path
+) -> None:
+    other = row | ({"labels": ["x", "y"]} if kind == "multi-label" else {"score": "1"} if "score" in row else {})
+    paths = {"train": [row, other], "dev": [row, other], "test": [row | unlabelled]}
+    source = TaskSource(**{name: str(write(tmp_path / f"{name}.jsonl", rows)) for name, rows in paths.items()})
+    data = load_task(kind, source)
+    task = task_class(kind)(data, wordpiece(), recipe_for(kind), has_segments=False)
+    assert task.test["test"].targets is None
+    assert list(data.sizes.values()) == [2, 2, 1]
+    labelled = load_task(kind, TaskSource(train=source.train, dev=source.dev, test=source.dev))
+    assert task_class(kind)(labelled, wordpiece(), recipe_for(kind), has_segments=False).test["test"].targets
+
+
+def test_a_test_set_of_columns_may_have_words_alone(tmp_path: Path) -> None:
+    (tmp_path / "train.conll").write_text(CONLL)
+    (tmp_path / "test.conll").write_text("EU\nrejects\n")
+    train, test = str(tmp_path / "train.conll"), str(tmp_path / "test.conll")
+    for label in (None, "4"):
+        data: Any = load_task("token-classification", TaskSource(train=train, dev=train, test=test, label=label))
+        assert data.sets["test"][0].tags is None
+
+
+def test_unique_names_of_an_entitys_last_and_only_word_are_scored(tmp_path: Path) -> None:
+    """seqeval itself knows only S- and E-."""
+    rows = [{"tokens": ["a"] * 5, "labels": ["U-X", "U-X", "O", "B-X", "L-X"]}]
+    path = str(write(tmp_path / "a.jsonl", rows))
+    task = TokenClassificationTask(
+        load_task("token-classification", TaskSource(train=path, dev=path)), PIECES,
+        recipe_for("token-classification"), has_segments=False,
+    )  # fmt: skip
+    logits = np.zeros((8, len(task.labels)))
+    logits[np.arange(1, 6), [task.labels.index(tag) for tag in ("U-X", "O", "O", "B-X", "L-X")]] = 1
+    found = task.evaluate("dev", [{"logits": logits}]).metrics
+    assert (found["precision"], found["recall"]) == (1.0, pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize(
     ("row", "expected"),
     [
+        ({"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "1"}, (("x", "y"), 0)),
+        ({"premise": "q", "question": "why", "choice1": "x", "choice2": "y", "label": 0}, (("why x", "why y"), 0)),
         ({"question": "q", "choices": ["x", "y"], "answer": "B"}, (("x", "y"), 1)),
         ({"question": "q", "choices": ["x", "y"], "answer": "y"}, (("x", "y"), 1)),
         ({"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}, (("x", "y"), 1)),

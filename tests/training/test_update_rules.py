@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,19 @@ class TheSame(UpdateRule):
         weight.sub_(learning_rate * correction * first / unbiased)
 
 
+def json_of(stage: int, run: Path, **more: Any) -> str:
+    """A DeepSpeed JSON; stage 3 keeps weights and optimizer on the host."""
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    path = run.with_suffix(".json")
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": zero} | more))
+    return str(path)
+
+
 def pretrain(store: TokenStore, run: Path, stage: int, rule: str, *overrides: str, **more: Any) -> Run:
     return electra_ds.pretrain(
-        "tiny", data=store.path, ds_config="cpu" if stage == 0 else f"zero{stage}", run_dir=run, threads=1, quiet=True,
+        "tiny", data=store.path, ds_config=json_of(stage, run), run_dir=run, threads=1, quiet=True,
         log_every=1, eval_windows=16, overrides=[*SMALL, *STEPS, f"optimizer.rule={rule}", *overrides], **more,
     )  # fmt: skip
 
@@ -52,7 +63,7 @@ def losses(run: Run) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_rule_that_is_adamw_trains_as_adamw_does(
     stage: int, store: TokenStore, tmp_path: Path, process_group: Ranks
 ) -> None:
@@ -64,13 +75,13 @@ def test_a_rule_that_is_adamw_trains_as_adamw_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("begun", "continued"), [(0, 0), (0, 2), (2, 2), (1, 0)])
+@pytest.mark.parametrize(("begun", "continued"), [(0, 0), (0, 2), (2, 2), (1, 0), (2, 3)])
 def test_a_run_with_a_rule_is_resumed_at_every_stage(
     begun: int, continued: int, store: TokenStore, tmp_path: Path, process_group: Ranks
 ) -> None:
     whole = losses(pretrain(store, tmp_path / "whole", begun, LION, "optimizer.learning_rate=3e-4"))
     run = pretrain(store, tmp_path / "run", begun, LION, "optimizer.learning_rate=3e-4", stop_at=4)
-    run.resume(quiet=True, ds_config="cpu" if continued == 0 else f"zero{continued}")
+    run.resume(quiet=True, ds_config=json_of(continued, tmp_path / "continued"))
     found = losses(run)
     if begun == continued:
         assert found == whole
@@ -95,6 +106,40 @@ def test_gradients_that_are_not_finite_change_nothing(dtype: torch.dtype) -> Non
     assert optimizer.counters()["taken_steps"] == 1
     moved = stepped(torch.ones(3, 4))
     assert not torch.equal(moved["master/weight"], after["master/weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_rule_trains_in_half_precision_as_in_fp32(
+    stage: int, store: TokenStore, tmp_path: Path, process_group: Ranks
+) -> None:
+    whole = losses(pretrain(store, tmp_path / "fp32", stage, LION, "optimizer.learning_rate=3e-4"))
+    half = electra_ds.pretrain(
+        "tiny", data=store.path, ds_config=json_of(stage, tmp_path / "bf16", bf16={"enabled": True}), threads=1,
+        run_dir=tmp_path / "run", quiet=True, log_every=1, eval_windows=16,
+        overrides=[*SMALL, *STEPS, f"optimizer.rule={LION}", "optimizer.learning_rate=3e-4"],
+    )  # fmt: skip
+    assert losses(half) == pytest.approx(whole, rel=0.02)
+    assert losses(half) != whole
+
+
+def test_frozen_parameters_stay_as_they_are() -> None:
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = MasterAdamW([("a", frozen), ("b", weight)], OptimizerSection(learning_rate=0.1, rule=LION), None)
+    optimizer.set_learning_rate(lambda ends: 0.1)
+    optimizer.step()  # no gradient counts as 0: only the decay moves the weight
+    assert torch.equal(frozen, torch.ones(3))
+    torch.testing.assert_close(weight.detach(), torch.full((3, 3), 1 - 0.1 * 0.01))
+
+
+def test_a_json_that_names_adamw_does_not_fit_a_rule(store: TokenStore, tmp_path: Path, process_group: Ranks) -> None:
+    config = json_of(1, tmp_path / "adamw", optimizer={"type": "AdamW", "params": {"lr": "auto"}})
+    with pytest.raises(ConfigError, match=r"optimizer\.rule is electra_ds_cloze.*remove the section"):
+        electra_ds.pretrain(
+            "tiny", data=store.path, ds_config=config, run_dir=tmp_path / "run", quiet=True,
+            overrides=[*SMALL, *STEPS, f"optimizer.rule={LION}"],
+        )  # fmt: skip
 
 
 def test_lion_moves_every_weight_by_the_learning_rate() -> None:

@@ -61,6 +61,8 @@ classifier = pipeline("text-classification", model="PATH", top_k=None)
         if pair is None and source.text is None:
             pair = next((name for name in PAIR_COLUMNS if name in found.tables["train"].frame), None)
         given = [name.strip() for name in (source.label or "").split(",") if name.strip()]
+        if repeated := [name for name in given if given.count(name) > 1]:
+            raise DataError(f"--label names the column '{repeated[0]}' twice.")
         columns = [found.column(name, (), "label", is_label=True) for name in given]
         columns = columns or [found.column(None, LABELS_COLUMNS, "label", is_label=True)]
         held = {

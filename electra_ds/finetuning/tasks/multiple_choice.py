@@ -284,15 +284,17 @@ def _answers(
         for way, of_rows in readings.items()
         if all(value in known for value, known in zip(written, of_rows, strict=True))
     }
+    if "names" in fitting:
+        return fitting["names"]
     found = list(fitting.values())
     if not found:
-        row = next(
-            (row for row, value in enumerate(written) if not any(value in each[row] for each in readings.values())), 0
-        )
+        wrong = [row for row, value in enumerate(written) if not any(value in each[row] for each in readings.values())]
+        problem = "the answers are written in different ways"
+        if wrong:
+            problem = f"row {wrong[0] + 1}: the answer '{written[wrong[0]]}' is none of the row's choices"
         raise DataError(
-            f"{table.source}, row {row + 1}: cannot read the answers in one way for all rows, such as "
-            f"'{written[row]}'. Write each as a number from 0, a letter from A, the choice's name, or its text, the "
-            f"same way in every row."
+            f"{table.source}, {problem}. Write each as a number from 0, a letter from A, the choice's name, or its "
+            f"text, the same way in every row."
         )
     if any(other != found[0] for other in found):
         raise DataError(

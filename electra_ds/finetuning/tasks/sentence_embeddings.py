@@ -333,7 +333,7 @@ def _pairs(found: OwnRows, name: str, text: str, pair: str, label: str | None) -
     scores: list[float | None] = [None] * rows
     negatives: list[Any] = [None] * rows
     if label is not None:
-        if found.is_labelled(name, label):
+        if found.is_labelled(name, label, unknown=("", "?")):
             scores = [_score(table, row, label, value) for row, value in enumerate(table.column(label))]
     elif NEGATIVE_COLUMN in table.frame:
         negatives = table.column(NEGATIVE_COLUMN)
@@ -341,6 +341,10 @@ def _pairs(found: OwnRows, name: str, text: str, pair: str, label: str | None) -
             row = negatives.index("")
             raise DataError(f"{table.source}, row {row + 1}: '{NEGATIVE_COLUMN}' is empty. Fill it in or drop the row.")
     texts = found.texts(name, text), found.texts(name, pair)
+    for column, of_column in zip((text, pair), texts, strict=True):
+        if "" in of_column:
+            row = of_column.index("")
+            raise DataError(f"{table.source}, row {row + 1}: '{column}' is empty. Fill it in or drop the row.")
     return [Pair(*row) for row in zip(row_ids(table), *texts, negatives, scores, strict=True)]
 
 

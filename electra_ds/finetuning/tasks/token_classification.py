@@ -33,7 +33,7 @@ from electra_ds.finetuning.conll import TAG_COLUMNS, TOKEN_COLUMNS, is_conll, re
 from electra_ds.finetuning.heads import NotExportable, TaskModel, TaskOutput, with_linear_head
 from electra_ds.finetuning.inputs import TaskInputs, TaskMicroBatch, task_inputs
 from electra_ds.finetuning.metrics import further_metrics, score
-from electra_ds.finetuning.own_rows import OwnRows, RowData, own_rows, row_data, row_ids, texts_of
+from electra_ds.finetuning.own_rows import NO_LABELS, OwnRows, RowData, own_rows, row_data, row_ids, texts_of
 from electra_ds.finetuning.tables import listed
 from electra_ds.finetuning.tasks.base import EvaluationResult, FinetuneTask, Outputs, Scale, chosen, lines_file
 
@@ -306,6 +306,11 @@ def _sentences(found: OwnRows, name: str, words: str, tags: str) -> list[Sentenc
     for row, (identity, value) in enumerate(zip(row_ids(table), table.frame[words], strict=True)):
         own = texts_of(table, row, words, value)
         of_words = texts_of(table, row, tags, table.frame[tags].iloc[row]) if is_labelled else None
+        if of_words is not None and (unknown := set(NO_LABELS) & set(of_words)):
+            raise DataError(
+                f"{table.source}, sentence {row + 1}: the tag '{min(unknown)}' means that it is unknown. Correct it, "
+                f"or remove the sentence."
+            )
         if of_words is not None and len(of_words) != len(own):
             raise DataError(f"{table.source}, row {row + 1}: {len(own)} words but {len(of_words)} tags.")
         sentences.append(Sentence(identity, own, of_words))

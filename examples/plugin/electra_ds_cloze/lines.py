@@ -16,6 +16,7 @@ _PREFIX = "__label__"
 class LabelledLines(SequenceTask):
     """`--task labelled-lines --train FILE --dev FILE`; all else is as in any classification."""
 
+    takes = ("train", "dev", "test")
     possible_metrics = ("accuracy", "f1_macro")
 
     @classmethod

@@ -20,7 +20,7 @@ class Subtitles(Source):
 
     def __init__(self, place):
         self.description = f"subtitles in {place}"
-        self._files = sorted(Path(place).rglob("*.srt"))
+        self._files = sorted(Path(place).resolve().rglob("*.srt"))
         if not self._files:
             raise DataError(f"The folder {place} has no .srt files.")
 
