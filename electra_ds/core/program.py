@@ -12,8 +12,8 @@ _CONSOLE_SCRIPT = "electra-ds"
 PACKAGES = frozenset(
     {
         "datasets", "deepspeed", "hjson", "huggingface_hub", "matplotlib", "numpy", "packaging", "pandas", "psutil",
-        "pyarrow", "pydantic", "ray", "rich", "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers",
-        "typing_extensions", "wandb", "yaml", "zstandard",
+        "pyarrow", "pydantic", "ray", "rich", "safetensors", "scipy", "seqeval", "sklearn", "tokenizers", "torch",
+        "transformers", "typing_extensions", "wandb", "yaml", "zstandard",
     }
 )  # fmt: skip
 """Import names of the packages that this program requires."""
