@@ -151,9 +151,6 @@ def test_gradients_are_those_of_finite_differences(kind: str, tmp_path: Path) ->
     task = task_of(kind, tmp_path)
     model = model_of(kind, task).double()
     batch = TaskBatchBuilder(task.train, 4, seed=1).build(0).micro_batch(0, 4)
-    batch = batch._replace(
-        targets={key: value.double() if value.is_floating_point() else value for key, value in batch.targets.items()}
-    )
 
     def loss() -> torch.Tensor:
         found = model(batch).loss_sum
