@@ -50,6 +50,7 @@ from tests.finetune_runs import (
     scores_of,
     tiny_electra,
     wordpiece,
+    write_squad,
 )
 
 KINDS = ("token-classification", "multi-label", "multiple-choice", "sentence-embeddings", "scored")
@@ -679,6 +680,26 @@ CHECKS = {
 )
 def test_options_that_do_not_fit_a_kind_of_task_are_refused(electra: Path, more: list[str], message: str) -> None:
     assert message in finetune("--model", electra, "--task", "multi-label", *more, status=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1.1", "2.0"])
+def test_ones_own_questions_in_squads_layout_are_trained_and_exported(
+    version: str, electra: Path, tmp_path: Path
+) -> None:
+    """As SQuAD 2.0 if any of them has no answer."""
+    folder = write_squad(tmp_path / "own", version)
+    files = {name: str(folder / f"{name}-v{version}.json") for name in ("train", "dev")}
+    arguments = arguments_of(electra, None, "", tmp_path / "run", "schedule.min_steps=0", "schedule.epochs=1", **files)
+    finetune("--task", "question-answering", *arguments)
+    scores = scores_of(tmp_path / "run")
+    assert scores["task"] == f"question-answering-train-v{version}"
+    assert ("NoAns_exact" in scores["sets"]["dev"]["metrics"]) == (version == "2.0")
+    cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert "pipeline_tag: question-answering" in (tmp_path / "out" / "README.md").read_text()
+    again = [word.replace(str(tmp_path / "run"), str(tmp_path / "other")) for word in arguments]
+    said = finetune("--task", "question-answering", "--test", files["dev"], *again, status=2)
+    assert "--task question-answering does not take --test" in said
 
 
 def test_an_own_head_without_a_class_is_told_before_training(tmp_path: Path) -> None:
