@@ -54,7 +54,7 @@ def read_words(path: Path, source: TaskSource) -> Table:
         raise DataError(f"{path} is not UTF-8. Convert it from its encoding: iconv -f ENCODING -t utf-8") from error
     places = _places(path, source)
     is_test = str(path) == source.test
-    if is_test and _width(text) <= max(1, places.tag or 0):  # a test set may lack tags
+    if is_test and not places.is_universal and _width(text) <= max(1, places.tag or 0):  # a test set may lack tags
         places = places._replace(tag=None)
     sentences = list(_sentences(text, path, places))
     if not sentences:
@@ -114,8 +114,9 @@ def _sentences(text: str, path: Path, places: _Places) -> Iterator[tuple[list[st
 
 
 def _width(text: str) -> int:
-    """Return the number of columns of the first line that is not empty."""
-    return next((len(fields) for fields in map(_fields, text.split("\n")) if any(fields)), 0)
+    """Return the number of columns of the first line with words."""
+    lines = (line for line in text.split("\n") if not _COMMENT.match(line))
+    return next((len(fields) for fields in map(_fields, lines) if any(fields)), 0)
 
 
 def _fields(line: str) -> list[str]:

@@ -513,6 +513,16 @@ def test_a_test_set_of_columns_may_have_words_alone(tmp_path: Path) -> None:
         assert data.sets["test"][0].tags is None
 
 
+def test_a_test_set_with_tags_keeps_them_whatever_its_comments_look_like(tmp_path: Path) -> None:
+    for name, text, label in (("a.conllu", f"# newpar\n{CONLLU}", None), ("a.conll", f"# x=1\n{CONLL}", "4")):
+        path = str(tmp_path / name)
+        Path(path).write_text(text)
+        other = str(tmp_path / f"test-{name}")
+        Path(other).write_text(text)
+        data: Any = load_task("token-classification", TaskSource(train=path, dev=path, test=other, label=label))
+        assert data.sets["test"] == data.sets["dev"]
+
+
 def test_unique_names_of_an_entitys_last_and_only_word_are_scored(tmp_path: Path) -> None:
     """seqeval itself knows only S- and E-."""
     rows = [{"tokens": ["a"] * 5, "labels": ["U-X", "U-X", "O", "B-X", "L-X"]}]
