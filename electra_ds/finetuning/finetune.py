@@ -60,6 +60,8 @@ class FinetuneJob:
     encoder: EncoderSource
     task: FinetuneTask
     stop_at: int
+    examples: str = ""
+    """The files or the data set of the examples, with the columns that were read."""
 
     @property
     def recipe(self) -> FinetuneRecipe:

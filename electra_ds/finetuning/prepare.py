@@ -108,7 +108,8 @@ def prepare_new(
     _check_test(record, task, data.source)
     if options.random_init:
         encoder = replace(encoder, tensors={})
-    return FinetuneJob(run, training, plan, record, encoder, task, prepare.stop_at(options, training))
+    stop_at = prepare.stop_at(options, training)
+    return FinetuneJob(run, training, plan, record, encoder, task, stop_at, data.source)
 
 
 def _check_metrics(recipe: FinetuneRecipe, task: str | None) -> None:
@@ -190,7 +191,8 @@ def prepare_resume(
             f"it was edited, or the tokenizer or the program has changed. Restore it, or start a new run."
         )
     _check_test(record, task, data.source)
-    return FinetuneJob(run, training, plan, record, encoder, task, prepare.stop_at(options, training))
+    stop_at = prepare.stop_at(options, training)
+    return FinetuneJob(run, training, plan, record, encoder, task, stop_at, data.source)
 
 
 def _check_test(record: FinetuneRecord, task: FinetuneTask, source: str) -> None:
@@ -287,7 +289,7 @@ def announce(job: FinetuneJob) -> None:
     what = (
         f"{job.task.name}, recipe {recipe.name}, seed {recipe.seed}: {began}{record.model}, "
         f"{record.parameters['encoder'] / 1e6:.2f} M parameters\n"
-        f"data: {len(job.task.train):,} training inputs; {sets}\n"
+        f"data: {len(job.task.train):,} training inputs; {sets}; {job.examples}\n"
         f"{schedule.total_steps:,} steps of {recipe.global_batch_size} ({epochs:g} epoch{'' if epochs == 1 else 's'})"
     )
     prepare.announce(what, record.device, record.threads, job.plan, job.run)
