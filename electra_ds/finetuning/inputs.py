@@ -36,7 +36,7 @@ class TaskMicroBatch(NamedTuple):
     segments_BT: torch.Tensor | None = None
     """int64, 0 or 1; None if the model does not distinguish two texts."""
     targets: Mapping[str, torch.Tensor] = MappingProxyType({})
-    """What the head needs besides, by the names of the task's `Targets`; labels only if there are any."""
+    """Further inputs of the head by name, from the task's `Targets`; labels only if they are known."""
 
     @property
     def labels(self) -> torch.Tensor | None:
@@ -50,7 +50,7 @@ class TaskMicroBatch(NamedTuple):
 
 
 class Targets(Protocol):
-    """What a task's head needs besides the texts of N examples."""
+    """Labels and other inputs of a task's head, for N examples."""
 
     def count(self, rows_S: np.ndarray) -> int:
         """Return how many losses these examples have, over which a batch's loss is the mean."""
@@ -196,7 +196,7 @@ class TaskBatch:
     reduction: Literal["mean", "sum"] = "mean"
     """The loss that is differentiated. The mean is reported."""
     draws: np.ndarray | None = None
-    """What was drawn at random for each row, see `TaskInputs.draws`."""
+    """The random draws of each row, see `TaskInputs.draws`."""
 
     def __len__(self) -> int:
         return len(self.rows_B)

@@ -18,7 +18,7 @@ from electra_ds.finetuning.tables import Table, as_text
 
 RowT = TypeVar("RowT")
 NO_LABELS = ("", "-1", "-1.0", "?", "_")
-"""What stands for an unknown label in published test sets, CoNLL-U's included."""
+"""Values that mean an unknown label in published test sets and in CoNLL-U."""
 _SPLITS = {"train": "train", "validation": "dev", "dev": "dev", "valid": "dev", "val": "dev", "test": "test"}
 
 

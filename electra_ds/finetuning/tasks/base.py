@@ -155,6 +155,8 @@ class FinetuneTask(ABC):
 
         num_outputs: the number of scores of an input, if known. For some encoders, only building the model shows it.
         """
+        if "to_transformers" in {name for kind in cls.__mro__ if kind is not FinetuneTask for name in vars(kind)}:
+            return None
         return NotExportable(f"{cls.__name__} defines no export", "")
 
     @classmethod

@@ -41,7 +41,7 @@ TEXT_COLUMNS = ("question", "context", "text", "sent1", "startphrase", "ctx", "g
 CONTEXT_COLUMNS = ("context", "article", "passage", "premise")
 """The first of these that the file has is the text if there is a `question` too, which then begins each choice."""
 PAIR_COLUMNS = ("sent2",)
-"""What each choice continues, as in SWAG, if no pair is named and the file has it."""
+"""If no pair is named, the column whose text each choice continues, as in SWAG."""
 CHOICE_COLUMNS = ("choices", "options", "endings", "answers")
 """The first of these that the file has holds the list of choices; or columns such as ending0, ending1, …"""
 LABEL_COLUMNS = ("label", "answer", "answerKey", "gold", "target")

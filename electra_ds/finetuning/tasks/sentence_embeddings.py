@@ -26,7 +26,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe
 from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import DataError
 from electra_ds.core.keyed_random import hash64
-from electra_ds.finetuning.heads import NotExportable, TaskModel, TaskOutput, pooled
+from electra_ds.finetuning.heads import TaskModel, TaskOutput, pooled
 from electra_ds.finetuning.inputs import (
     GroupedInputs,
     Labels,
@@ -246,12 +246,6 @@ model.similarity(vectors, vectors)
     # --- as a folder for sentence-transformers
 
     @classmethod
-    def why_not_exportable(
-        cls, recipe: FinetuneRecipe, config: PretrainedConfig, num_outputs: int | None = None
-    ) -> NotExportable | None:
-        return None
-
-    @classmethod
     def to_transformers(
         cls, trained: TaskModel, config: PretrainedConfig, labels: tuple[str, ...], scale: Scale
     ) -> PreTrainedModel:
@@ -295,11 +289,8 @@ def retrieval(vectors_N2H: np.ndarray, seconds: list[str]) -> tuple[dict[str, fl
     # Imported here, because it takes seconds that would delay a run's first step.
     from sklearn.metrics import label_ranking_average_precision_score, top_k_accuracy_score
 
-    firsts: dict[str, int] = {}
-    places = [firsts.setdefault(text, row) for row, text in enumerate(seconds)]
-    corpus = list(firsts.values())
-    number = {row: index for index, row in enumerate(corpus)}
-    wanted = np.array([number[place] for place in places])
+    wanted = _numbered(seconds)
+    corpus = np.unique(wanted, return_index=True)[1]  # the first row of each different text
     size = len(corpus)
     if size == 1:
         perfect = dict.fromkeys(("mrr", "accuracy_at_1", "recall_at_10"), 1.0)
@@ -337,11 +328,8 @@ def _pairs(found: OwnRows, name: str, text: str, pair: str, label: str | None) -
             scores = [_score(table, row, label, value) for row, value in enumerate(table.column(label))]
     elif NEGATIVE_COLUMN in table.frame:
         negatives = table.column(NEGATIVE_COLUMN)
-        if "" in negatives:
-            row = negatives.index("")
-            raise DataError(f"{table.source}, row {row + 1}: '{NEGATIVE_COLUMN}' is empty. Fill it in or drop the row.")
     texts = found.texts(name, text), found.texts(name, pair)
-    for column, of_column in zip((text, pair), texts, strict=True):
+    for column, of_column in zip((NEGATIVE_COLUMN, text, pair), (negatives, *texts), strict=True):
         if "" in of_column:
             row = of_column.index("")
             raise DataError(f"{table.source}, row {row + 1}: '{column}' is empty. Fill it in or drop the row.")

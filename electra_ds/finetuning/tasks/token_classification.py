@@ -30,7 +30,7 @@ from electra_ds.config.finetune_recipe import FinetuneRecipe, HeadSection
 from electra_ds.config.run_record import TaskSource
 from electra_ds.core.errors import DataError
 from electra_ds.finetuning.conll import TAG_COLUMNS, TOKEN_COLUMNS, is_conll, read_words
-from electra_ds.finetuning.heads import NotExportable, TaskModel, TaskOutput, with_linear_head
+from electra_ds.finetuning.heads import TaskModel, TaskOutput, with_linear_head
 from electra_ds.finetuning.inputs import TaskInputs, TaskMicroBatch, task_inputs
 from electra_ds.finetuning.metrics import further_metrics, score
 from electra_ds.finetuning.own_rows import NO_LABELS, OwnRows, RowData, own_rows, row_data, row_ids, texts_of
@@ -65,28 +65,22 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenLabels:
-    """The class of each id of all inputs, -100 where there is none."""
+    """The tags of N inputs."""
 
-    labels: np.ndarray
-    """int64, one input after the other."""
-    bounds: np.ndarray
-    """int64 [N + 1], the start of each input, then the end of the last."""
+    labels: Sequence[np.ndarray]
+    """For each input, int64 [T], the class of each word at its first token, and -100 at all other positions."""
 
     def count(self, rows_S: np.ndarray) -> int:
         """Return the number of words that have a class."""
-        return max(1, sum(int((self._of(row) != _IGNORED).sum()) for row in rows_S))
+        return max(1, sum(int((self.labels[row] != _IGNORED).sum()) for row in rows_S))
 
     def of(self, rows_S: np.ndarray, width: int, *, with_labels: bool) -> dict[str, np.ndarray]:
         if not with_labels:
             return {}
         labels_ST = np.full((len(rows_S), width), _IGNORED, np.int64)
         for place, row in enumerate(rows_S):
-            own = self._of(row)
-            labels_ST[place, : len(own)] = own
+            labels_ST[place, : len(self.labels[row])] = self.labels[row]
         return {"labels": labels_ST}
-
-    def _of(self, row: int) -> np.ndarray:
-        return self.labels[self.bounds[row] : self.bounds[row + 1]]
 
 
 class TokenHead(nn.Module):
@@ -207,9 +201,8 @@ tagger("…")
                 labels.append(of_row)
             progress(1)
         segments = [np.zeros(len(row), np.int8) for row in ids] if has_segments and recipe.data.segment_ids else None
-        bounds = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
         is_labelled = all(sentence.tags is not None for sentence in sentences)
-        targets = TokenLabels(np.concatenate(labels), bounds) if is_labelled else None
+        targets = TokenLabels(labels) if is_labelled else None
         return pieces, task_inputs(ids, segments, tokenizer, targets)
 
     @classmethod
@@ -280,12 +273,6 @@ tagger("…")
         return spans | score(("accuracy",), truth, found) | more
 
     # --- as a transformers model
-
-    @classmethod
-    def why_not_exportable(
-        cls, recipe: FinetuneRecipe, config: PretrainedConfig, num_outputs: int | None = None
-    ) -> NotExportable | None:
-        return None
 
     @classmethod
     def to_transformers(
